@@ -1,0 +1,42 @@
+# Works with Python >= 3.11, pip, make and git. The environment goes to .venv; `make clean` removes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-rgw soak lint lock clean
+
+setup: $(VENV)/.ready
+
+# uv installs the locked stack in about a minute; it lives inside the environment itself.
+$(VENV)/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Raylift needs Python 3.11 or later; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/python jobs/extract.py demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-rgw: setup
+	$(BIN)/python -m pytest -m rgw
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+# Without URLs or hashes, so that any index can serve it.
+lock: setup
+	$(BIN)/uv pip compile --quiet --extra dev --python-version 3.11 --universal --no-emit-index-url --no-annotate --no-header \
+	    --output-file requirements.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) demo *.egg-info build .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,110 @@
+"""Progress that tells the truth: a live table on a terminal, one line every 30 s elsewhere."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+logger = logging.getLogger(__name__)
+
+LINE_INTERVAL_S = 30.0
+
+
+@dataclass
+class Progress:
+    """Counts of one run, in rows (images). `add` after every finished task; use as a context manager."""
+
+    total: int
+    done: int = 0
+    "rows that were finished before this run"
+    failed: int = 0
+    ok: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    "worker seconds per stage, summed over workers"
+    started: float = field(default_factory=time.monotonic)
+    note: str = "starting workers"
+
+    def __post_init__(self) -> None:
+        self._console = Console(file=sys.stderr)
+        self._live: Live | None = None
+        self._stop = threading.Event()
+        self._first_result: float | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=False)
+            self._live.start()
+        else:
+            threading.Thread(target=self._print_lines, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        if self._live:
+            self._live.stop()
+        else:
+            logger.info("%s", self.line())
+
+    def add(self, ok: int, failed: int, seconds: Mapping[str, float]) -> None:
+        """Count one finished task."""
+        if self._first_result is None:
+            self._first_result = time.monotonic()
+            self.note = "running"
+        self.ok += ok
+        self.failed += failed
+        for stage, value in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
+    @property
+    def rate(self) -> float:
+        """Rows per second of this run, start-up included."""
+        return (self.ok + self.failed) / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def eta_s(self) -> float | None:
+        left = self.total - self.done - self.ok - self.failed
+        return left / self.rate if self.ok + self.failed else None
+
+    def shares(self) -> dict[str, float]:
+        """Each stage's part of the workers' time."""
+        total = sum(self.seconds.values())
+        return {stage: value / total for stage, value in self.seconds.items()} if total else {}
+
+    def line(self) -> str:
+        """The state in one line."""
+        finished = self.done + self.ok + self.failed
+        eta = f", {_duration(self.eta_s)} left" if self.eta_s else ""
+        stages = " ".join(f"{stage} {share:.0%}" for stage, share in self.shares().items())
+        where = f" | {stages}" if stages else f" | {self.note}, {_duration(time.monotonic() - self.started)}"
+        return f"{finished:,} of {self.total:,} images, {self.failed:,} failed, {self.rate:.1f}/s{eta}{where}"
+
+    def _print_lines(self) -> None:
+        while not self._stop.wait(LINE_INTERVAL_S):
+            logger.info("%s", self.line())
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        finished = self.done + self.ok + self.failed
+        table.add_row("done", f"{finished:,} of {self.total:,}", "failed", f"{self.failed:,}")
+        eta = _duration(self.eta_s) if self.eta_s is not None else self.note
+        table.add_row("rate", f"{self.rate:.1f} images/s", "left", eta)
+        shares = Table.grid(padding=(0, 1))
+        for stage, share in self.shares().items():
+            shares.add_row(stage, ProgressBar(total=1.0, completed=share, width=30), f"{share:.0%}")
+        return Group(ProgressBar(total=self.total, completed=finished, width=60), table, shares)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"

@@ -1,0 +1,57 @@
+"""Connecting to Ray: a job's own cluster, a named one, or a new local one.
+
+Environment that Ray reads at import is pinned here, so this module must be imported before `ray` anywhere else.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# `uv run` as a driver would make every worker resolve the project again (ray #50961).
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# Ray Data prints its plan and bars on its own otherwise; progress is cluster/progress.py's job.
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+import ray  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+class ClusterError(RuntimeError):
+    """The cluster can't be reached or can't run what was asked."""
+
+
+@contextmanager
+def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[str]:
+    """A Ray session for the length of a with-block; yields its address.
+
+    `address`: a cluster's (`auto`, `host:port`, `ray://...`), `local` for a new one on this machine, or None: the job's
+    cluster under `ray job submit` (RAY_ADDRESS is set there), else a new local one. Raises `ClusterError`.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if ray.is_initialized():
+        yield ray.get_runtime_context().gcs_address
+        return
+    try:
+        if address == "local":
+            # Loopback only and gone with this process. Without the setting, Ray writes a token file into the home folder
+            # that then keeps `ray job submit` from reaching other clusters.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            logger.info("starting a local Ray (about 8 s)")
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`") from None
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()

@@ -1,0 +1,376 @@
+"""Frozen backbones: images in, patch features out.
+
+Everything that changes the numbers (layers, facet, norm, stride, position embedding) is an argument here and a field of the
+store's FeatureSpec. This module reads no files and knows neither storage nor Ray: weights come in as arrays or a state dict.
+
+Shapes: B batch, C channels, H W pixels, h w grid cells, T prefix tokens (CLS and registers).
+"""
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+Facet = Literal["token", "key", "query", "value"]
+
+
+class BackboneError(ValueError):
+    """The model can't do what was asked of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchFeatures:
+    """Feature maps of the asked layers.
+
+    `layers` maps a block's number to its map [B, C, h, w]; `prefix` to its prefix tokens [B, T, C] (T may be 0).
+    """
+
+    layers: Mapping[int, Tensor]
+    prefix: Mapping[int, Tensor]
+    stride: int
+    "input pixels from one cell to the next"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        h, w = next(iter(self.layers.values())).shape[-2:]
+        return h, w
+
+    def stacked(self, layers: Sequence[int]) -> Tensor:
+        """The maps of `layers` side by side along the channels, [B, sum C, h, w]."""
+        maps = [self.layers[layer] for layer in layers]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+
+    def pooled(self, layers: Sequence[int], method: Literal["cls", "mean"]) -> Tensor:
+        """One vector per image, [B, sum C]: the CLS token, or the mean over patches."""
+        if method == "cls":
+            return torch.cat([self.prefix[layer][:, 0] for layer in layers], dim=-1)
+        return torch.cat([self.layers[layer].mean(dim=(2, 3)) for layer in layers], dim=-1)
+
+
+class Backbone(Protocol):
+    """A frozen model. Not thread-safe: one call at a time."""
+
+    channels: int
+    stride: int
+    has_cls: bool
+
+    def __call__(self, images_BCHW: Tensor, layers: Sequence[int]) -> PatchFeatures: ...
+
+    def peak_bytes(self, batch: int, size: tuple[int, int]) -> int:
+        """Upper bound on device memory for one call, weights included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What the model expects of its input, from its own timm config."""
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """The timm config of `name`. Raises `BackboneError` with near names if timm has no such model."""
+    config = timm.get_pretrained_cfg(name) if _known(name) else None
+    if config is None:
+        near = timm.list_models(f"*{name.split('.')[0][:12]}*", pretrained=True)[:5] or timm.list_models("vit_small*")[:5]
+        raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(near)}")
+    return Preprocessing(
+        size=(config.input_size[1], config.input_size[2]),
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        interpolation=config.interpolation if config.interpolation in ("bicubic", "bilinear", "lanczos") else "bicubic",
+        crop_pct=config.crop_pct or 1.0,
+    )
+
+
+def _known(name: str) -> bool:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        return False
+    return not tag or name in timm.list_pretrained(f"{architecture}.*")
+
+
+def create_model(name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor] | None, seed: int | None) -> nn.Module:
+    """A timm model without its classifier, in eval mode, for inputs of `size`.
+
+    Weights: a checkpoint in any form that timm converts for this model (strict), or random from `seed`; with neither,
+    whatever the constructor leaves, to be filled by `load_arrays`. Raises `BackboneError` where the weights don't fit.
+    """
+    kwargs: dict[str, Any] = {"num_classes": 0}
+    if state_dict is not None:
+        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state_dict)}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        try:
+            model = _create_any_size(name, size, kwargs)
+        except RuntimeError as error:
+            raise BackboneError(f"the weights don't fit {name} at {size[0]}x{size[1]} px: {error}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _create_any_size(name: str, size: tuple[int, int], kwargs: Mapping[str, Any]) -> nn.Module:
+    """Position embeddings that follow the input where the family can, else those of `size`."""
+    try:
+        return timm.create_model(name, dynamic_img_size=True, **kwargs)
+    except TypeError:
+        pass
+    try:
+        return timm.create_model(name, img_size=size, **kwargs)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise BackboneError(f"{name} can't be built for inputs of {size[0]}x{size[1]} px: {error}") from None
+
+
+def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The model's parameters and buffers as arrays, for broadcasting and hashing."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+
+
+def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> nn.Module:
+    """Fill `model` with copies of `arrays`, strictly."""
+    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
+    return model
+
+
+def weights_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+class TimmBackbone:
+    """A timm ViT, or a hierarchical model's last stage, behind the `Backbone` protocol.
+
+    `stride` below the patch size makes patches overlap. `pos_embed="dino"` interpolates absolute position embeddings as
+    DINO's code does (LiFT's features depend on it): bicubic without antialias, sampled at (h + 0.1) / m; "timm" is
+    timm's own antialiased resampling, which its models see at other sizes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        facet: Facet = "token",
+        norm: bool | None = None,
+        stride: int | None = None,
+        pos_embed: Literal["timm", "dino"] | None = None,
+    ):
+        self.model = model
+        self.facet = facet
+        self._forward_options = inspect.signature(model.forward_intermediates).parameters
+        self.is_hierarchical = "output_dict" not in self._forward_options and not hasattr(model, "pos_drop")
+        info = model.feature_info
+        self.patch = int(info[-1]["reduction"])
+        self.stride = stride or self.patch
+        self.channels = int(info[-1]["num_chs"])
+        self.n_layers = len(info)
+        self.n_prefix = 0 if self.is_hierarchical else int(getattr(model, "num_prefix_tokens", 0) or 0)
+        self.has_cls = not self.is_hierarchical and getattr(model, "cls_token", None) is not None
+        self.norm = self._resolve_norm(norm)
+        self.pos_embed = pos_embed or ("timm" if self.stride == self.patch else "dino")
+        self._trained_pos_embed = getattr(model, "pos_embed", None)
+        self._trained_grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        self._grid: tuple[int, int] | None = None
+        if facet != "token":
+            self._attention(self.n_layers - 1)
+        if self.stride != self.patch:
+            self._overlap_patches()
+
+    def _resolve_norm(self, norm: bool | None) -> bool:
+        possible = self.facet == "token" and not self.is_hierarchical and "norm" in self._forward_options
+        if norm and not possible:
+            raise BackboneError(
+                f"the final norm applies to facet token of plain ViTs only, not to facet {self.facet} of "
+                f"{type(self.model).__name__}; drop --norm"
+            )
+        return possible if norm is None else norm
+
+    def _overlap_patches(self) -> None:
+        patch_embed = getattr(self.model, "patch_embed", None)
+        if self.is_hierarchical or not isinstance(getattr(patch_embed, "proj", None), nn.Conv2d) or self.patch % self.stride:
+            raise BackboneError(
+                f"stride {self.stride} is not possible for {type(self.model).__name__} with patch {self.patch}: plain ViTs only, "
+                f"and the stride must divide the patch"
+            )
+        if not getattr(self.model, "dynamic_img_size", False):
+            raise BackboneError(f"stride override needs a timm model with dynamic_img_size, {type(self.model).__name__} has none")
+        patch_embed.proj.stride = (self.stride, self.stride)
+        # The check that H and W are multiples of the patch happens in `grid_of`, with the stride.
+        patch_embed.img_size = None
+
+    def resolve_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Block numbers counted from 0; negative ones count from the end. Raises `BackboneError` beyond the model's depth."""
+        out = []
+        for layer in layers:
+            if not -self.n_layers <= layer < self.n_layers:
+                raise BackboneError(f"layer {layer}: {type(self.model).__name__} has {self.n_layers} (0 to {self.n_layers - 1}, or negative)")
+            out.append(layer % self.n_layers)
+        if len(set(out)) != len(out) or not out:
+            raise BackboneError(f"layers {tuple(layers)} must be different ones, at least one")
+        if self.is_hierarchical and out != [self.n_layers - 1]:
+            raise BackboneError(f"{type(self.model).__name__} is hierarchical: only its last stage ({self.n_layers - 1}) is a map of one stride")
+        return tuple(out)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of cells for an input of `size` pixels. Raises `BackboneError` where cells don't fit the input."""
+        grid = []
+        for side in size:
+            if side < self.patch or (side - self.patch) % self.stride or (self.stride == self.patch and side % self.patch):
+                fits = max(self.patch, round((side - self.patch) / self.stride) * self.stride + self.patch)
+                raise BackboneError(
+                    f"input size {size[0]}x{size[1]} px: {side} is not {self.patch} plus a multiple of {self.stride} "
+                    f"(patch {self.patch}, stride {self.stride}); the nearest that is: {fits}"
+                )
+            grid.append((side - self.patch) // self.stride + 1)
+        return grid[0], grid[1]
+
+    def cell_start(self) -> float:
+        """Centre of the first cell in input pixels; the same on both axes."""
+        return self.patch / 2
+
+    def __call__(self, images_BCHW: Tensor, layers: Sequence[int]) -> PatchFeatures:
+        """Normalised images [B, 3, H, W] to maps of `layers` (0-based numbers)."""
+        grid = self.grid_of((images_BCHW.shape[-2], images_BCHW.shape[-1]))
+        if self._grid != grid:
+            self._set_grid(grid)
+        layers = list(layers)
+        if self.facet != "token":
+            tokens = self._facet_tokens(images_BCHW, layers)
+        elif self.is_hierarchical:
+            maps = self.model.forward_intermediates(images_BCHW, indices=layers, output_fmt="NCHW", intermediates_only=True)
+            empty = maps[0].new_zeros((len(images_BCHW), 0, self.channels))
+            return PatchFeatures(layers=dict(zip(layers, maps, strict=True)), prefix=dict.fromkeys(layers, empty), stride=self.stride)
+        else:
+            tokens = self._block_tokens(images_BCHW, layers)
+        return self._features(tokens, grid)
+
+    def _features(self, tokens: Mapping[int, Tensor], grid: tuple[int, int]) -> PatchFeatures:
+        maps = {n: t[:, self.n_prefix :].unflatten(1, grid).permute(0, 3, 1, 2) for n, t in tokens.items()}
+        return PatchFeatures(layers=maps, prefix={n: t[:, : self.n_prefix] for n, t in tokens.items()}, stride=self.stride)
+
+    def _block_tokens(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        """Tokens after each of `layers`, [B, T + h*w, C]."""
+        options = {"return_prefix_tokens": True} if "return_prefix_tokens" in self._forward_options else {}
+        ordered = sorted(layers)
+        out = self.model.forward_intermediates(
+            images, indices=ordered, norm=self.norm, stop_early=True, output_fmt="NLC", intermediates_only=True, **options
+        )
+        # timm returns (patches, prefix) pairs only where the model has prefix tokens.
+        joined = [torch.cat([item[1], item[0]], dim=1) if isinstance(item, tuple | list) else item for item in out]
+        by_layer = dict(zip(ordered, joined, strict=True))
+        return {layer: by_layer[layer] for layer in layers}
+
+    def _attention(self, layer: int) -> nn.Module:
+        blocks = getattr(self.model, "blocks", None)
+        attention = getattr(blocks[layer], "attn", None) if blocks is not None and not self.is_hierarchical else None
+        if attention is None or (getattr(attention, "qkv", None) is None and getattr(attention, "q_proj", None) is None):
+            raise BackboneError(f"facet {self.facet} needs blocks with a qkv or q_proj layer; {type(self.model).__name__} has none")
+        return attention
+
+    def _facet_tokens(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        """The asked projection of each layer's attention input, [B, T + h*w, C]; channels head-major."""
+        inputs: dict[int, Tensor] = {}
+        handles = []
+        for layer in layers:
+
+            def keep(module: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
+                inputs[layer] = args[0]
+
+            handles.append(self._attention(layer).register_forward_pre_hook(keep))
+        try:
+            self.model.forward_intermediates(images, indices=[max(layers)], stop_early=True, output_fmt="NLC", intermediates_only=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {layer: _project(self._attention(layer), inputs[layer], self.facet) for layer in layers}
+
+    def _set_grid(self, grid: tuple[int, int]) -> None:
+        """Bring absolute position embeddings to `grid` once, instead of in every forward."""
+        trained = self._trained_pos_embed
+        if isinstance(trained, nn.Parameter) and trained.ndim == 3 and getattr(self.model, "dynamic_img_size", False):
+            n_prefix = 0 if getattr(self.model, "no_embed_class", False) else self.n_prefix
+            resample = _dino_pos_embed if self.pos_embed == "dino" else _timm_pos_embed
+            resampled = resample(trained.detach(), grid, self._trained_grid, n_prefix)
+            self.model.pos_embed = nn.Parameter(resampled.to(trained.device), requires_grad=False)
+            self.model.patch_embed.grid_size = grid
+        elif self.pos_embed == "dino" and trained is not None and grid != self._trained_grid:
+            raise BackboneError(f"pos_embed dino is not possible for {type(self.model).__name__}")
+        self._grid = grid
+
+    def peak_bytes(self, batch: int, size: tuple[int, int]) -> int:
+        """Weights, and per token the residual stream, norms, qkv, MLP and kept maps: 24 float32 values a channel."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if self.is_hierarchical:
+            # Early stages have 4 x more tokens of half the channels, at a stride of 4.
+            return weights + batch * (size[0] // 4) * (size[1] // 4) * self.channels * 24
+        h, w = self.grid_of(size)
+        return weights + batch * (h * w + self.n_prefix) * self.channels * 24 * 4
+
+
+def _timm_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[int, int], n_prefix: int) -> Tensor:
+    return resample_abs_pos_embed(trained, new_size=list(grid), old_size=list(trained_grid), num_prefix_tokens=n_prefix)
+
+
+def _dino_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[int, int], n_prefix: int) -> Tensor:
+    """DINO's `interpolate_pos_encoding` (specs: LiFT A5): the scale is (n + 0.1) / m and is used as such for sampling."""
+    if grid == trained_grid:
+        return trained
+    prefix, patches = trained[:, :n_prefix], trained[:, n_prefix:].float()
+    maps = patches.unflatten(1, trained_grid).permute(0, 3, 1, 2)
+    scale = tuple((n + 0.1) / m for n, m in zip(grid, trained_grid, strict=True))
+    maps = F.interpolate(maps, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False)
+    if maps.shape[-2:] != grid:
+        raise BackboneError(f"DINO's position embedding rule gives {tuple(maps.shape[-2:])} for a grid of {grid}")
+    return torch.cat([prefix, maps.flatten(2).transpose(1, 2).to(trained.dtype)], dim=1)
+
+
+def _project(attention: nn.Module, x: Tensor, facet: Facet) -> Tensor:
+    """Query, key or value of an attention layer's input, recomputed from its weights."""
+    name = facet[0]
+    if getattr(attention, "qkv", None) is None:
+        return getattr(attention, f"{name}_proj")(x)
+    part = "qkv".index(name)
+    weight = attention.qkv.weight.chunk(3)[part]
+    bias = attention.qkv.bias.chunk(3)[part] if attention.qkv.bias is not None else getattr(attention, f"{name}_bias", None)
+    return F.linear(x, weight, bias)
+
+
+# --- running on a device ----------------------------------------------------------------------------------------------
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """torch autocast for `precision`; nothing for fp32."""
+    dtype = _PRECISIONS[precision]
+    return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
+
+
+def cast_matmul_weights(model: nn.Module, precision: str) -> None:
+    """Cast the weights that autocast would cast anew in every forward; the numbers stay those of autocast."""
+    if precision != "fp32":
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(_PRECISIONS[precision])
+
+
+def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, H, W, 3] to normalised float32 [B, 3, H, W] on the same device."""
+    scale = torch.tensor(std, device=images_BHWC.device) * 255
+    shift = torch.tensor(mean, device=images_BHWC.device) * 255
+    return ((images_BHWC.float() - shift) / scale).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,182 @@
+"""Image bytes to the uint8 array a backbone takes, and the exact map from original pixels to that array.
+
+An image is data from a stranger: whatever Pillow can decode becomes upright 8-bit RGB with every conversion stated; the
+rest raises, with a reason, and costs no more memory than `max_pixels` allows.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+class ImageRefused(ValueError):
+    """The bytes hold no image, or one that is not accepted."""
+
+
+MAX_RESIZED_PIXELS = 2**24
+"""Above this, only the visible part of a resized image is computed: a 3 x 4000 image never becomes 224 x 298,667."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where an image of one size lands in the model's input: (x, y) -> (x_scale * x + x_offset, y_scale * y + y_offset).
+
+    The image is resized to `resized` (width, height), and its upper left corner lies at `corner` (x, y) of the input,
+    negative where the image reaches beyond it.
+    """
+
+    x_scale: float
+    x_offset: float
+    y_scale: float
+    y_offset: float
+    resized: tuple[int, int]
+    corner: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How any image becomes `height` x `width` pixels.
+
+    `crop`: resized, aspect kept, until it covers the input divided by `crop_pct` (for a square: short side =
+    floor(size / crop_pct), long side rounded down), then the centre is cut out, as torchvision's Resize and CenterCrop do.
+    `squash`: resized to the input, aspect not kept. `pad`: resized, aspect kept, until it fits; centred on the mean colour.
+    """
+
+    mode: Literal["crop", "squash", "pad"]
+    height: int
+    width: int
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def place(self, width: int, height: int) -> Placement:
+        """The placement of a `width` x `height` image."""
+        if self.mode == "squash":
+            return _placement(width, height, (self.width, self.height), (0, 0))
+        if self.mode == "pad":
+            scale = min(self.width / width, self.height / height)
+            w, h = max(1, round(width * scale)), max(1, round(height * scale))
+            return _placement(width, height, (w, h), ((self.width - w) // 2, (self.height - h) // 2))
+        cover_w, cover_h = math.floor(self.width / self.crop_pct), math.floor(self.height / self.crop_pct)
+        # The side that binds is exact, the other one rounds down: torchvision's rule for a short side.
+        if cover_w * height >= cover_h * width:
+            w, h = cover_w, max(cover_h, cover_w * height // width)
+        else:
+            w, h = max(cover_w, cover_h * width // height), cover_h
+        return _placement(width, height, (w, h), (-round((w - self.width) / 2), -round((h - self.height) / 2)))
+
+
+def _placement(width: int, height: int, resized: tuple[int, int], corner: tuple[int, int]) -> Placement:
+    return Placement(
+        x_scale=resized[0] / width,
+        x_offset=float(corner[0]),
+        y_scale=resized[1] / height,
+        y_offset=float(corner[1]),
+        resized=resized,
+        corner=corner,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedImage:
+    """`pixels` uint8 [height, width, 3] of the model's input, and how they came about."""
+
+    pixels: np.ndarray
+    width: int
+    "of the upright original, in pixels"
+    height: int
+    placement: Placement
+    conversion: str
+    "what was done beyond decoding, or empty"
+
+
+def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = False) -> DecodedImage:
+    """Decode image bytes and bring them to the input's size.
+
+    `draft` lets JPEG decode at 1/2, 1/4 or 1/8 scale while that stays at least twice the needed size: several times faster
+    on large photos, not the same pixels. Raises `ImageRefused`, or what Pillow raises on damaged data.
+    """
+    if not data:
+        raise ImageRefused("the image has 0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError:
+        raise ImageRefused(f"not an image that Pillow knows (the first bytes are {data[:12]!r})") from None
+    except Image.DecompressionBombError:
+        raise ImageRefused(_too_large("more than twice as many", max_pixels)) from None
+    if image.width * image.height > max_pixels:
+        raise ImageRefused(_too_large(f"{image.width} x {image.height} =", max_pixels))
+    original_w, original_h = image.size
+    if draft and image.format == "JPEG":
+        image.draft("RGB", (2 * geometry.width, 2 * geometry.height))
+    conversions = ["first-frame"] if getattr(image, "n_frames", 1) > 1 else []
+    image.load()
+    turned = ImageOps.exif_transpose(image)
+    if turned.size != image.size or image.getexif().get(0x0112, 1) not in (0, 1):
+        conversions.append("exif-rotate")
+        if image.getexif().get(0x0112) in (5, 6, 7, 8):
+            original_w, original_h = original_h, original_w
+    rgb, conversion = to_rgb(turned)
+    if conversion:
+        conversions.append(conversion)
+    placement = geometry.place(original_w, original_h)
+    return DecodedImage(
+        pixels=_resample(rgb, placement, geometry),
+        width=original_w,
+        height=original_h,
+        placement=placement,
+        conversion=", ".join(conversions),
+    )
+
+
+def _too_large(size: str, limit: int) -> str:
+    return f"{size} pixels are more than max_image_pixels = {limit}; raise --max-image-pixels if that is no attack"
+
+
+def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """8-bit RGB, and the conversion in words (empty for none). Transparency goes onto white; 16 bit keep the high byte."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image, ""
+    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
+        values = np.asarray(image).astype(np.int64)
+        grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB"), "grey16->rgb"
+    if image.mode == "F":
+        raise ImageRefused("a 32-bit float image has no defined range; convert it to 8 or 16 bit")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB"), f"{image.mode.lower()}+alpha->rgb on white"
+    names = {"L": "grey", "P": "palette", "1": "bilevel"}
+    return image.convert("RGB"), f"{names.get(image.mode, image.mode.lower())}->rgb"
+
+
+def _resample(image: Image.Image, placement: Placement, geometry: Geometry) -> np.ndarray:
+    (w, h), (x, y) = placement.resized, placement.corner
+    method = _RESAMPLING[geometry.interpolation]
+    if x >= 0 and y >= 0:
+        part = image.resize((w, h), method)
+        if (w, h) == (geometry.width, geometry.height):
+            return np.array(part)
+        canvas = Image.new("RGB", (geometry.width, geometry.height), tuple(round(255 * value) for value in geometry.mean))
+        canvas.paste(part, (x, y))
+        return np.array(canvas)
+    window = (-x, -y, geometry.width - x, geometry.height - y)
+    if w * h <= MAX_RESIZED_PIXELS:
+        return np.array(image.resize((w, h), method).crop(window))
+    # Kernels read past the box, so this differs from the line above only in rounding between Pillow's two passes.
+    scale_x, scale_y = w / image.width, h / image.height
+    box = (window[0] / scale_x, window[1] / scale_y, window[2] / scale_x, window[3] / scale_y)
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    return np.array(image.resize((geometry.width, geometry.height), method, box=box))

@@ -1,0 +1,48 @@
+"""Parameter-free resampling of feature maps: the baselines that learned upsamplers are held against.
+
+torch's interpolation with an explicit target size, align_corners=False, no antialias (specs/upsamplers.md section 1): cell
+centres sample the map, the border is clamped. Bicubic is the Keys kernel with a = -0.75.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from operators.backbone import PatchFeatures
+
+
+class Interpolate:
+    """Bilinear, bicubic or nearest-exact, to any grid."""
+
+    layers: tuple[int, ...] = ()
+    digest = ""
+
+    def __init__(self, mode: Literal["bilinear", "bicubic", "nearest-exact"]):
+        self.mode = mode
+
+    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+        maps = features.stacked(layers).float()
+        corners = {} if self.mode == "nearest-exact" else {"align_corners": False}
+        return F.interpolate(maps, size=grid, mode=self.mode, **corners)
+
+    def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
+        # The float32 result, and the float32 copy of a source that is at most as large.
+        return 2 * 4 * batch * channels * grid[0] * grid[1]
+
+
+class AveragePool:
+    """The mean over the cells of the backbone's map that fall into each coarser cell."""
+
+    layers: tuple[int, ...] = ()
+    digest = ""
+
+    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+        h, w = features.grid
+        if h % grid[0] or w % grid[1]:
+            raise ValueError(f"a map of {h}x{w} cells can't be averaged to {grid[0]}x{grid[1]}: sides must divide")
+        return F.avg_pool2d(features.stacked(layers).float(), (h // grid[0], w // grid[1]))
+
+    def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
+        # Its float32 copy of the source may be larger than the result: at most 16 cells a side go into one.
+        return 4 * batch * channels * grid[0] * grid[1] * (1 + 16**2)

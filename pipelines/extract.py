@@ -1,0 +1,530 @@
+"""The main job: run pending tasks, account for every sample, finish the store.
+
+`ShardWorker` does one task, anywhere; `extract` drives an executor over the pending ones. A task's features never leave
+the process that computed them, except as whole shards in the output.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cluster.progress import Progress
+from cluster.resources import WorkerPool
+from operators.image import decode
+from pipelines.models import ModelBundle
+from pipelines.plan import ExtractConfig, Prepared, default_batch, geometry_of, prepare, versions
+from storage.ledger import SampleRecord, commonest_reasons
+from storage.paths import redact
+from storage.samples import read_images
+from storage.spec import ShardTask
+from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+MAX_STARTS = 3
+"""Starts of a task, within one run, after which it's set aside: its worker keeps dying, or its neighbours' workers do."""
+
+MAX_SOLO_STARTS = 3
+"""Further starts when it's alone in a worker; then its rows are recorded as failed."""
+
+
+class RunFailed(RuntimeError):
+    """The run ended without a complete store, or with more failures than the budget allows."""
+
+
+@dataclass
+class Loaded:
+    """A task's images: `pixels` uint8 [rows, H, W, 3], zero where `records` say `failed`."""
+
+    pixels: np.ndarray
+    records: list[SampleRecord]
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+
+    def notes(self) -> dict[str, Any]:
+        """All but the pixels, as JSON values."""
+        return {"records": [asdict(record) for record in self.records], "seconds": self.seconds, "bytes_read": self.bytes_read}
+
+    @classmethod
+    def from_notes(cls, pixels: np.ndarray, notes: Mapping[str, Any]) -> "Loaded":
+        records = [SampleRecord(**record) for record in notes["records"]]
+        return cls(pixels, records, dict(notes["seconds"]), notes["bytes_read"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """What every worker of a run gets; travels once per node."""
+
+    bundle: ModelBundle
+    out: str
+    options: Mapping[str, Any]
+    urls: tuple[str, ...]
+    run_id: str
+    device: str
+    threads: int
+    batch: int
+    batch_is_fixed: bool
+    "the user named it: not reduced where memory is short"
+    max_image_pixels: int
+    solo: bool = False
+
+    def __call__(self, *, model: bool = True) -> "ShardWorker":
+        return ShardWorker(self, model=model)
+
+
+class ShardWorker:
+    """Does tasks: read, decode, forward, upsample, encode, write, commit. Two calls may overlap; the model is locked."""
+
+    def __init__(self, setup: WorkerSetup, *, model: bool = True):
+        self.setup = setup
+        self.store = FeatureStore.open(setup.out, setup.options)
+        self.index = self.store.index
+        self.geometry = geometry_of(self.store.spec)
+        self.batch = setup.batch
+        self._device_lock, self._index_lock = threading.Lock(), threading.Lock()
+        # Daemon threads would be cut off in mid-write; these only decode and compress, and end with the call.
+        self._pool = ThreadPoolExecutor(setup.threads)
+        # Pillow warns at this many pixels and refuses at twice as many; `decode` refuses at this many.
+        Image.MAX_IMAGE_PIXELS = setup.max_image_pixels
+        if model:
+            torch.set_num_threads(setup.threads)
+            self.model = setup.bundle.build(setup.device)
+            self.batch = setup.batch if setup.batch_is_fixed else self.model.fit_batch(setup.batch)
+
+    def run(self, task: ShardTask) -> dict[str, Any]:
+        """Do one task from its images to its commit record; returns a report of JSON values.
+
+        A fault of the infrastructure (storage that stays unreachable after its own retries, say) makes the report carry
+        `error` and leaves the task pending; so does a bug, and the driver stops when such reports mount up.
+        """
+        with self._attempt(task) as starts:
+            give_up = self._give_up(task, starts)
+            if give_up:
+                return give_up
+            try:
+                return self.compute(task, self.load(task))
+            except Exception as error:  # the task boundary: reported, counted and re-raised as RunFailed by the driver
+                return self._error_report(task, error)
+
+    def compute_loaded(self, task: ShardTask, pixels: np.ndarray, notes: Mapping[str, Any]) -> dict[str, Any]:
+        """`run` for a task that a separate stage has loaded."""
+        with self._attempt(task) as starts:
+            give_up = self._give_up(task, starts)
+            if give_up:
+                return give_up
+            try:
+                return self.compute(task, Loaded.from_notes(pixels, notes))
+            except Exception as error:  # the task boundary, as in `run`
+                return self._error_report(task, error)
+
+    def _error_report(self, task: ShardTask, error: Exception) -> dict[str, Any]:
+        message = redact(f"{type(error).__name__}: {error}", self.setup.options)
+        logger.warning("task %d did not finish: %s", task.block, message, exc_info=not isinstance(error, OSError))
+        return {"block": task.block, "error": message, "node": socket.gethostname()}
+
+    # --- attempts -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _attempt(self, task: ShardTask) -> Iterator[int]:
+        """Leave a marker while the task runs; yields how many starts of it ended without removing theirs, this one included.
+
+        Markers belong to one run: a killed driver's tasks start afresh in the next one.
+        """
+        folder = f"runs/{self.setup.run_id}/attempts/{task.block:08d}"
+        name = f"{folder}/{uuid.uuid4().hex}"
+        self.store.folder.write(name, b"")
+        try:
+            yield len(self.store.folder.sizes(folder))
+        finally:
+            self.store.folder.remove([name])
+
+    def _give_up(self, task: ShardTask, starts: int) -> dict[str, Any] | None:
+        if not self.setup.solo:
+            return {"block": task.block, "set_aside": starts} if starts > MAX_STARTS else None
+        if starts <= MAX_STARTS + 1 + MAX_SOLO_STARTS:
+            return None
+        rows = self.index.read(task.first, task.last).to_pylist()
+        message = f"the worker died {starts - 1} times while on this task: out of memory, or a crash in native code"
+        records = [
+            record if record.status == "failed" else _failed(record, "worker", "WorkerDied", message)
+            for record in self._records(task, rows)
+        ]
+        return self._write(task, self.store.writer(task), Loaded(np.empty(0), records))
+
+    # --- load ---------------------------------------------------------------------------------------------------------
+
+    def load(self, task: ShardTask) -> Loaded:
+        """Read and decode the task's images."""
+        t0 = time.perf_counter()
+        with self._index_lock:
+            table = self.index.read(task.first, task.last)
+        blobs = read_images(table, self.setup.urls, self.setup.options)
+        t1 = time.perf_counter()
+        records = self._records(task, table.to_pylist())
+        h, w = self.store.spec.input_size
+        pixels = np.zeros((task.n_rows, h, w, 3), np.uint8)
+        for i, record in enumerate(self._pool.map(self._decode, records, blobs, pixels)):
+            records[i] = record
+        seconds = {"read": t1 - t0, "decode": time.perf_counter() - t1}
+        return Loaded(pixels, records, seconds, sum(len(blob) for blob in blobs if blob))
+
+    def _records(self, task: ShardTask, rows: Sequence[Mapping[str, Any]]) -> list[SampleRecord]:
+        """Ledger rows of a task before its images are read; those without a readable image already failed."""
+        records = []
+        for number, row in enumerate(rows, task.first):
+            source = self.index.sources[row["source"]].url
+            record = SampleRecord(
+                row=number, key=row["key"], source=source, member=row["member"], offset=row["offset"], size=row["size"]
+            )
+            records.append(_failed(record, "index", "Unreadable", row["problem"]) if row["problem"] else record)
+        return records
+
+    def _decode(self, record: SampleRecord, blob: bytes | None, out: np.ndarray) -> SampleRecord:
+        """Decode one image into `out` [H, W, 3]; the record says how it went."""
+        if blob is None:
+            return record
+        if len(blob) < record.size:
+            return _failed(record, "read", "ShortRead", f"{len(blob)} of {record.size} bytes: the source is shorter than when indexed")
+        try:
+            image = decode(blob, self.geometry, max_pixels=self.setup.max_image_pixels, draft=self.store.spec.jpeg_draft)
+        except Exception as error:  # the sample boundary: Pillow raises a dozen types on damaged files
+            return _failed(record, "decode", type(error).__name__, str(error))
+        out[:] = image.pixels
+        place = image.placement
+        return SampleRecord(
+            **{
+                **asdict(record),
+                "width": image.width,
+                "height": image.height,
+                "x_scale": place.x_scale,
+                "x_offset": place.x_offset,
+                "y_scale": place.y_scale,
+                "y_offset": place.y_offset,
+                "conversion": image.conversion or None,
+            }
+        )
+
+    # --- compute ------------------------------------------------------------------------------------------------------
+
+    def compute(self, task: ShardTask, loaded: Loaded) -> dict[str, Any]:
+        """Features of the loaded images, written and committed."""
+        writer = self.store.writer(task)
+        batch, start, halved = self.batch, 0, False
+        while start < task.n_rows:
+            stop = min(start + batch, task.n_rows)
+            ok = [i for i in range(start, stop) if loaded.records[i].status == "ok"]
+            if ok:
+                try:
+                    with self._device_lock:
+                        # Failed images stay in the batch as zeros: the others' numbers don't depend on who failed.
+                        levels, bad = self.model(loaded.pixels[start:stop], loaded.seconds)
+                except torch.OutOfMemoryError:
+                    if halved or batch == 1:
+                        raise
+                    logger.warning("out of GPU memory with batches of %d; going on with %d", batch, batch // 2)
+                    torch.cuda.empty_cache()
+                    batch, halved = batch // 2, True
+                    self.batch = min(self.batch, batch)
+                    continue
+                self._encode(writer, loaded, levels, bad, ok, start)
+            start = stop
+        report = self._write(task, writer, loaded)
+        return {**report, "batch": batch, "halved": halved}
+
+    def _encode(
+        self, writer: Any, loaded: Loaded, levels: Mapping[str, np.ndarray], bad: np.ndarray, ok: Sequence[int], start: int
+    ) -> None:
+        t0 = time.perf_counter()
+        for i in ok:
+            if bad[i - start]:
+                message = f"the model gave NaN in {self.store.spec.precision}; try --precision fp32"
+                loaded.records[i] = _failed(loaded.records[i], "forward", "NonFinite", message)
+        jobs = [
+            (level, i, levels[level.name][i - start])
+            for i in ok
+            if not bad[i - start]
+            for level in self.store.spec.levels
+        ]
+        for _ in self._pool.map(lambda job: writer.put(*job), jobs):
+            pass
+        loaded.seconds["encode"] = loaded.seconds.get("encode", 0.0) + time.perf_counter() - t0
+
+    def _write(self, task: ShardTask, writer: Any, loaded: Loaded) -> dict[str, Any]:
+        t0 = time.perf_counter()
+        records = [
+            SampleRecord(**{**asdict(record), "clipped": int(writer.clipped[i])}) if writer.clipped[i] else record
+            for i, record in enumerate(loaded.records)
+        ]
+        objects = writer.write()
+        first = writer.commit(records, objects)
+        loaded.seconds["write"] = time.perf_counter() - t0
+        failed = [record for record in records if record.status == "failed"]
+        return {
+            "block": task.block,
+            "ok": len(records) - len(failed),
+            "failed": len(failed),
+            "reasons": [[r.stage, r.error, r.message, r.key] for r in failed[:20]],
+            "seconds": loaded.seconds,
+            "bytes_read": loaded.bytes_read,
+            "bytes_written": sum(objects.values()),
+            "repeated": not first,
+            "node": socket.gethostname(),
+        }
+
+
+def _failed(record: SampleRecord, stage: str, error: str, message: str) -> SampleRecord:
+    return SampleRecord(**{**asdict(record), "status": "failed", "stage": stage, "error": error, "message": message[:500]})
+
+
+class WorkerMetrics:
+    """Counters of one actor, exported by Ray's metrics agent as `ray_raylift_*`."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter
+
+        self._rows = Counter("raylift_rows", "images that were accounted for", tag_keys=("status",))
+        self._bytes = Counter("raylift_bytes", "bytes read and written", tag_keys=("direction",))
+        self._seconds = Counter("raylift_stage_seconds", "worker time", tag_keys=("stage",))
+        self._tasks = Counter("raylift_tasks", "tasks that ended", tag_keys=("outcome",))
+
+    def count(self, report: Mapping[str, Any]) -> None:
+        outcome = "error" if "error" in report else "set_aside" if "set_aside" in report else "done"
+        self._tasks.inc(1, {"outcome": outcome})
+        if outcome != "done":
+            return
+        for status in ("ok", "failed"):
+            self._add(self._rows, report[status], {"status": status})
+        self._add(self._bytes, report["bytes_read"], {"direction": "read"})
+        self._add(self._bytes, report["bytes_written"], {"direction": "written"})
+        for stage, value in report["seconds"].items():
+            self._add(self._seconds, value, {"stage": stage})
+
+    @staticmethod
+    def _add(counter: Any, value: float, tags: dict[str, str]) -> None:
+        if value > 0:
+            counter.inc(value, tags)
+
+
+# --- the driver -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a run ended."""
+
+    out: str
+    run_id: str
+    ok: int
+    failed: int
+    this_run: int
+    "rows finished by this run"
+    seconds: float
+    start_up_s: float
+    "until the first task was finished"
+    stage_seconds: Mapping[str, float]
+    reasons: Sequence[str]
+    bytes_written: int
+
+
+def extract(config: ExtractConfig, executor: Any) -> Summary:
+    """Run the extraction that `config` describes, from where an earlier run stopped.
+
+    Raises what `prepare` raises, `FingerprintMismatch`, and `RunFailed` when tasks stay unfinished or the failure budget
+    is spent.
+    """
+    return run_prepared(prepare(config, executor), executor)
+
+
+def run_prepared(prepared: Prepared, executor: Any) -> Summary:
+    """`extract` for an input that is already indexed and a model that is loaded."""
+    config = prepared.config
+    store = prepared.create_store()
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    pool = executor.pool(config.device, config.actors, config.actor_cpus, config.actor_gpus)
+    batch = default_batch(config, store.layout, pool.device)
+    _write_run_json(store, run_id, config, pool, batch)
+    done = _check_done(store)
+    if config.retry_failed:
+        done -= _revoke_failed(store, done)
+    pending = [task for task in store.layout.tasks() if task.block not in done]
+    if pending:
+        store.set_writing()
+    elif store.status == "complete":
+        logger.info("%s is complete; nothing to do", store.folder.shown)
+    setup = WorkerSetup(
+        bundle=prepared.bundle,
+        out=config.out,
+        options=config.options,
+        urls=prepared.urls,
+        run_id=run_id,
+        device=pool.device,
+        threads=pool.cpus,
+        batch=batch,
+        batch_is_fixed=config.batch is not None,
+        max_image_pixels=config.max_image_pixels,
+    )
+    run = _Run(config, store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
+    run.execute(pending)
+    return run.finish()
+
+
+def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
+    document = {
+        "run_id": run_id,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.public(),
+        "workers": asdict(pool) | {"batch": batch},
+        "fingerprint": store.attributes["fingerprint"],
+        "weights_sha256": store.spec.weights,
+        "versions": versions(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    store.folder.write(f"runs/{run_id}/run.json", json.dumps(document, indent=1).encode())
+
+
+def _check_done(store: FeatureStore) -> set[int]:
+    """Blocks that are done. Of an unfinished store each shard's size is compared with its commit: a full disk or a power
+    cut can leave a file short, and the run that wrote it can't tell."""
+    done = store.ledger.done()
+    if store.status == "writing" and done:
+        torn = store.ledger.torn(sorted(done))
+        if torn:
+            logger.warning("%d finished tasks lack shards or have short ones; they run again", len(torn))
+            store.ledger.revoke(torn)
+            done -= set(torn)
+    return done
+
+
+def _revoke_failed(store: FeatureStore, done: set[int]) -> set[int]:
+    """Make tasks with failed rows pending again; returns their blocks."""
+    blocks = {block for block, table in store.ledger.records(sorted(done)) if "failed" in table["status"].to_pylist()}
+    if blocks:
+        # First, so that a crash in between leaves a store that says it's unfinished.
+        store.set_writing()
+        store.ledger.revoke(sorted(blocks))
+        logger.info("%d tasks have failed rows and run again", len(blocks))
+    return blocks
+
+
+class _Run:
+    """One run's accounting."""
+
+    def __init__(
+        self, config: ExtractConfig, store: FeatureStore, setup: WorkerSetup, executor: Any, pool: WorkerPool, rows_done: int
+    ):
+        self.config, self.store, self.setup, self.executor, self.pool = config, store, setup, executor, pool
+        self.progress = Progress(total=store.layout.n_rows, done=rows_done)
+        self.errors: list[str] = []
+        self.bytes_written = 0
+        self.start_up_s = 0.0
+        self.finished_tasks = 0
+        self._last_saved = time.monotonic()
+
+    def execute(self, pending: Sequence[ShardTask]) -> None:
+        """Run `pending`; tasks whose workers kept dying run again, alone."""
+        if not pending:
+            return
+        with self.progress:
+            aside = self._drain(pending, solo=False)
+            if aside:
+                logger.warning("%d tasks whose workers kept dying run again, one at a time", len(aside))
+                stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
+                self.errors += [f"task {block}: set aside twice" for block in stuck]
+        self._save_progress()
+
+    def _drain(self, tasks: Sequence[ShardTask], *, solo: bool) -> list[int]:
+        setup = WorkerSetup(**{**vars(self.setup), "solo": solo})
+        aside: list[int] = []
+        decode_on = "actor" if solo else self.config.decode_on
+        for report in self.executor.run(setup, tasks, self.pool, decode_on=decode_on, solo=solo):
+            if "set_aside" in report:
+                aside.append(report["block"])
+            elif "error" in report:
+                self.errors.append(f"task {report['block']}: {report['error']}")
+                if len(self.errors) >= max(3, 0.05 * self.finished_tasks):
+                    raise RunFailed(self._errors_text("stopping, since tasks keep failing"))
+            else:
+                self._count(report)
+        return aside
+
+    def _count(self, report: Mapping[str, Any]) -> None:
+        if not self.finished_tasks:
+            self.start_up_s = time.monotonic() - self.progress.started
+        self.finished_tasks += 1
+        self.bytes_written += report["bytes_written"]
+        self.progress.add(report["ok"], report["failed"], report["seconds"])
+        if time.monotonic() - self._last_saved > 30:
+            self._save_progress()
+        seen, failed = self.progress.ok + self.progress.failed, self.progress.failed
+        budget = self.config.max_failed_fraction * self.store.layout.n_rows
+        if failed > budget and (failed > budget + 256 or seen >= 256 and failed > seen / 2):
+            raise RunFailed(self._budget_text(f"{failed:,} of the first {seen:,} images failed"))
+
+    def _save_progress(self) -> None:
+        """Rates and stage times where `show` finds them, also from another machine."""
+        self._last_saved = time.monotonic()
+        p = self.progress
+        document = {
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rows_total": p.total,
+            "rows_before": p.done,
+            "ok": p.ok,
+            "failed": p.failed,
+            "images_per_s": p.rate,
+            "stage_seconds": p.seconds,
+            "bytes_written": self.bytes_written,
+            "errors": self.errors[-20:],
+        }
+        self.store.folder.write(f"runs/{self.setup.run_id}/progress.json", json.dumps(document, indent=1).encode())
+
+    def finish(self) -> Summary:
+        """Merge the ledger and check that everything adds up. Raises `RunFailed`."""
+        if self.errors:
+            raise RunFailed(self._errors_text(f"{len(self.errors)} tasks did not finish"))
+        counts = self.store.finalize()
+        ok, failed = counts.get("ok", 0), counts.get("failed", 0)
+        if ok + failed != self.store.layout.n_rows:
+            raise RunFailed(f"{self.store.folder.shown}: {ok} ok + {failed} failed rows, but {self.store.layout.n_rows} samples")
+        if failed > self.config.max_failed_fraction * self.store.layout.n_rows:
+            raise RunFailed(self._budget_text(f"{failed:,} of {ok + failed:,} images failed"))
+        return Summary(
+            out=self.store.folder.shown,
+            run_id=self.setup.run_id,
+            ok=ok,
+            failed=failed,
+            this_run=self.progress.ok + self.progress.failed,
+            seconds=time.monotonic() - self.progress.started,
+            start_up_s=self.start_up_s,
+            stage_seconds=dict(self.progress.seconds),
+            reasons=self._reasons() if failed else [],
+            bytes_written=self.bytes_written,
+        )
+
+    def _reasons(self) -> list[str]:
+        return commonest_reasons(self.store.ledger.failed(sorted(self.store.ledger.done())))
+
+    def _budget_text(self, what: str) -> str:
+        reasons = "\n  ".join(self._reasons())
+        return (
+            f"{what}, more than the budget of {self.config.max_failed_fraction:.2%} (--max-failed-fraction). The commonest "
+            f"reasons:\n  {reasons}\nWhat is written stays; the same command continues, --retry-failed tries the failed again."
+        )
+
+    def _errors_text(self, what: str) -> str:
+        listed = "\n  ".join(self.errors[:5])
+        return f"{what}:\n  {listed}\nFinished tasks are kept; run the same command again to continue."

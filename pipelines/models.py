@@ -1,0 +1,353 @@
+"""From names to live models: weights from wherever they are, a `FeatureSpec` of what they give, and the model that runs it.
+
+The driver loads weights once, hashes them, and hands the same arrays to every worker (`ModelBundle`): they cross the
+network once per node, and what was hashed is what runs.
+"""
+
+import io
+import logging
+import re
+import socket
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import huggingface_hub
+import numpy as np
+import psutil
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import Tensor
+
+from operators.backbone import (
+    Preprocessing,
+    TimmBackbone,
+    autocast,
+    cast_matmul_weights,
+    create_model,
+    load_arrays,
+    normalise,
+    preprocessing,
+    state_arrays,
+    weights_digest,
+)
+from operators.upsamplers import Upsampler, create_upsampler
+from storage.paths import Folder, read_file, redact
+from storage.spec import FeatureSpec, Level
+
+logger = logging.getLogger(__name__)
+
+
+class WeightsUnavailable(RuntimeError):
+    """The weights can't be had; the message says what to do."""
+
+
+class ConfigError(ValueError):
+    """Settings that contradict each other or the model."""
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+_HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsChoice:
+    """`pretrained`, `random[:seed]`, or a file or folder at a path or URL, parsed from `--weights`."""
+
+    source: Literal["pretrained", "file", "random"]
+    url: str = ""
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "WeightsChoice":
+        if text == "pretrained":
+            return cls(source="pretrained")
+        if match := re.fullmatch(r"random(?::(\d+))?", text):
+            return cls(source="random", seed=int(match.group(1) or 0))
+        return cls(source="file", url=text)
+
+
+def load_model(
+    name: str, size: tuple[int, int], weights: WeightsChoice, revision: str | None, options: Mapping[str, Any] | None
+) -> torch.nn.Module:
+    """The timm model with its weights, on the CPU. Raises `WeightsUnavailable` or `BackboneError`."""
+    if weights.source == "random":
+        return create_model(name, size, None, weights.seed)
+    if weights.source == "file":
+        return create_model(name, size, read_state_dict(weights.url, options), None)
+    return create_model(name, size, _hub_state_dict(name, revision), None)
+
+
+def read_state_dict(url: str, options: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` or torch file, or of a folder that holds `model.safetensors`, at a path or URL.
+
+    Torch files are read with weights_only=True: nothing is unpickled. Raises `WeightsUnavailable`.
+    """
+    shown = redact(url, options)
+    try:
+        if not re.search(r"\.(safetensors|pth|pt|bin|ckpt)$", url):
+            data, name = Folder(url, options).read("model.safetensors"), "model.safetensors"
+        else:
+            data, name = read_file(url, options), url
+    except FileNotFoundError as error:
+        raise WeightsUnavailable(f"no weights at {shown}: {error}") from None
+    return _parse_state_dict(data, name, shown)
+
+
+def _parse_state_dict(data: bytes, name: str, shown: str) -> dict[str, Tensor]:
+    if name.endswith(".safetensors"):
+        return safetensors.torch.load(data)
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for bad files
+        raise WeightsUnavailable(
+            f"{shown} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
+            "safetensors where you trust it"
+        ) from None
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise WeightsUnavailable(f"{shown} holds no state dict of tensors")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:
+    """The hub's file for a timm name: from the local cache where it is there, else downloaded."""
+    config = timm.get_pretrained_cfg(name)
+    repo = config.hf_hub_id if config else None
+    if not repo:
+        raise WeightsUnavailable(f"timm knows no hub repository for {name}; give --weights a file, or a name with a tag such as {name}.<tag>")
+    repo, _, pinned = repo.partition("@")
+    revision = revision or pinned or None
+    advice = f"Fetch it where there is a network (hf download {repo}) and give --weights the folder, or use --weights random"
+    for file in (config.hf_hub_filename,) if getattr(config, "hf_hub_filename", None) else _HUB_FILES:
+        cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
+        if isinstance(cached, str):
+            return _parse_state_dict(open(cached, "rb").read(), file, cached)
+    _require_host(huggingface_hub.constants.ENDPOINT, f"pretrained weights of {name}", advice)
+    error: Exception | None = None
+    for file in _HUB_FILES:
+        try:
+            path = huggingface_hub.hf_hub_download(repo, file, revision=revision)
+            return _parse_state_dict(open(path, "rb").read(), file, path)
+        except GatedRepoError:
+            page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
+            raise WeightsUnavailable(f"{repo} is gated: accept its terms at {page}, then `hf auth login`") from None
+        except RepositoryNotFoundError:
+            raise WeightsUnavailable(f"the hub has no repository {repo} (or it is private). {advice}") from None
+        except LocalEntryNotFoundError as caught:
+            raise WeightsUnavailable(f"pretrained weights of {name} can't be reached: {caught}. {advice}") from None
+        except HfHubHTTPError as caught:
+            error = caught
+    raise WeightsUnavailable(f"none of {', '.join(_HUB_FILES)} could be had from {repo}: {error}. {advice}")
+
+
+def _require_host(endpoint: str, what: str, advice: str) -> None:
+    """Fail at once where the hub's name does not resolve; its client would retry for most of a minute."""
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+    if urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise WeightsUnavailable(f"{what} can't be reached: no network to {host} ({error.strerror or error}). {advice}") from None
+
+
+# --- levels -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelChoice:
+    """One `--levels` entry: `NAME[=METHOD][@DTYPE]`, NAME being xFACTOR, ROWSxCOLUMNS, or pooled."""
+
+    name: str
+    method: str
+    dtype: str
+
+    @classmethod
+    def parse(cls, text: str, encoding: str) -> "LevelChoice":
+        body, _, dtype = text.partition("@")
+        name, _, method = body.partition("=")
+        if not re.fullmatch(r"pooled|x\d+(\.\d+)?|\d+x\d+", name):
+            raise ConfigError(f"--levels {text}: {name!r} is no level; use x1, x2, x0.5, ..., 112x112 (rows x columns), or pooled")
+        dtype = dtype or encoding
+        if dtype not in ("float16", "float32", "int8"):
+            raise ConfigError(f"--levels {text}: {dtype!r} is no encoding; there are float16, float32, int8")
+        if name == "pooled" and dtype == "int8":
+            dtype = "float16"
+        return cls(name=name, method=method, dtype=dtype)
+
+
+def resolve_level(choice: LevelChoice, backbone: TimmBackbone, size: tuple[int, int], n_layers: int) -> Level:
+    """A `Level` with everything filled in. Raises `ConfigError` where the grid can't be had."""
+    channels = backbone.channels * n_layers
+    if choice.name == "pooled":
+        method = choice.method or ("cls" if backbone.has_cls else "mean")
+        if method not in ("cls", "mean") or (method == "cls" and not backbone.has_cls):
+            raise ConfigError(f"--levels pooled={method}: use mean{', or cls' if backbone.has_cls else '; this model has no CLS token'}")
+        return Level(name="pooled", method=method, grid=None, channels=channels, dtype=choice.dtype)
+    base = backbone.grid_of(size)
+    grid = _level_grid(choice.name, base)
+    method = choice.method
+    if grid == base and method in ("", "backbone"):
+        method = "backbone"
+    elif not method:
+        method = "average" if grid[0] < base[0] or grid[1] < base[1] else "bilinear"
+    if method == "average" and (base[0] % grid[0] or base[1] % grid[1]):
+        raise ConfigError(f"--levels {choice.name}=average: {base[0]}x{base[1]} cells don't divide into {grid[0]}x{grid[1]}")
+    digest = "" if method == "backbone" else create_upsampler(method).digest
+    step = tuple(backbone.stride * b / g for b, g in zip(base, grid, strict=True))
+    edge = backbone.cell_start() - backbone.stride / 2
+    return Level(
+        name=choice.name,
+        method=method,
+        grid=grid,
+        channels=channels,
+        dtype=choice.dtype,
+        start=(edge + step[0] / 2, edge + step[1] / 2),
+        step=(step[0], step[1]),
+        digest=digest,
+    )
+
+
+def _level_grid(name: str, base: tuple[int, int]) -> tuple[int, int]:
+    if not name.startswith("x"):
+        rows, columns = name.split("x")
+        return int(rows), int(columns)
+    factor = float(name[1:])
+    grid = tuple(n * factor for n in base)
+    if factor <= 0 or any(n != int(n) for n in grid):
+        raise ConfigError(f"--levels {name}: {base[0]}x{base[1]} cells times {factor:g} are not whole; use another factor, or ROWSxCOLUMNS")
+    return int(grid[0]), int(grid[1])
+
+
+# --- the model that workers run ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBundle:
+    """All a worker needs to build the model: the spec and the weights' arrays."""
+
+    spec: FeatureSpec
+    arrays: Mapping[str, np.ndarray]
+
+    def build(self, device: str) -> "FeatureModel":
+        model = load_arrays(create_model(self.spec.model, self.spec.input_size, None, None), self.arrays)
+        spec = self.spec
+        backbone = TimmBackbone(model, facet=spec.facet, norm=spec.norm, stride=spec.stride, pos_embed=spec.pos_embed)
+        return FeatureModel(spec, backbone, torch.device(device))
+
+
+def describe_model(
+    *,
+    name: str,
+    model: torch.nn.Module,
+    weights_source: Literal["pretrained", "file", "random"],
+    layers: Sequence[int],
+    facet: Literal["token", "key", "query", "value"],
+    norm: bool | None,
+    stride: int | None,
+    pos_embed: Literal["timm", "dino"] | None,
+    size: tuple[int, int],
+    expects: Preprocessing,
+    geometry: Literal["crop", "squash", "pad"],
+    crop_pct: float,
+    precision: Literal["bf16", "fp16", "fp32"],
+    jpeg_draft: bool,
+    levels: Sequence[LevelChoice],
+) -> tuple[ModelBundle, "FeatureModel"]:
+    """Resolve every default against the loaded model; returns what workers get, and the model ready on the CPU.
+
+    Raises `BackboneError`, `UpsamplerError` or `ConfigError`."""
+    # Before the backbone touches it: stride and grid replace position embeddings.
+    arrays = {key: value.copy() for key, value in state_arrays(model).items()}
+    backbone = TimmBackbone(model, facet=facet, norm=norm, stride=stride, pos_embed=pos_embed)
+    numbers = backbone.resolve_layers(layers)
+    resolved = tuple(resolve_level(choice, backbone, size, len(numbers)) for choice in levels)
+    if len({level.name for level in resolved}) != len(resolved) or not resolved:
+        raise ConfigError(f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}")
+    spec = FeatureSpec(
+        model=name,
+        weights=weights_digest(arrays),
+        weights_source=weights_source,
+        layers=numbers,
+        facet=facet,
+        norm=backbone.norm,
+        stride=backbone.stride,
+        pos_embed=backbone.pos_embed,
+        input_size=size,
+        geometry=geometry,
+        crop_pct=crop_pct,
+        interpolation=expects.interpolation,
+        mean=expects.mean,
+        std=expects.std,
+        precision=precision,
+        jpeg_draft=jpeg_draft,
+        levels=resolved,
+    )
+    return ModelBundle(spec=spec, arrays=arrays), FeatureModel(spec, backbone, torch.device("cpu"))
+
+
+class FeatureModel:
+    """uint8 images to the rows of every level. Not thread-safe: callers hold a lock round it."""
+
+    def __init__(self, spec: FeatureSpec, backbone: TimmBackbone, device: torch.device):
+        self.spec, self.backbone, self.device = spec, backbone, device
+        cast_matmul_weights(backbone.model, spec.precision)
+        backbone.model.to(device)
+        self.upsamplers: dict[str, Upsampler] = {
+            level.name: create_upsampler(level.method) for level in spec.levels if level.grid and level.method != "backbone"
+        }
+        extra = {layer for upsampler in self.upsamplers.values() for layer in upsampler.layers}
+        self._asked = (*spec.layers, *sorted(extra - set(spec.layers)))
+
+    @torch.inference_mode()
+    def __call__(self, images_BHWC: np.ndarray, seconds: dict[str, float]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """uint8 [B, H, W, 3] to (rows of each level [B, *row_shape] float16 or float32, which rows hold NaN [B] bool).
+
+        Adds device time to `seconds["forward"]` and `seconds["upsample"]`.
+        """
+        t0 = time.perf_counter()
+        images = normalise(torch.from_numpy(images_BHWC).to(self.device), self.spec.mean, self.spec.std)
+        with autocast(self.device, self.spec.precision):
+            features = self.backbone(images, self._asked)
+        maps = features.stacked(self.spec.layers)
+        bad = torch.isnan(maps).flatten(1).any(dim=1).cpu().numpy()
+        t1 = time.perf_counter()
+        out = {}
+        for level in self.spec.levels:
+            if level.grid is None:
+                rows = features.pooled(self.spec.layers, "cls" if level.method == "cls" else "mean")
+            elif level.method == "backbone":
+                rows = maps.permute(0, 2, 3, 1)
+            else:
+                rows = self.upsamplers[level.name](images, features, self.spec.layers, level.grid).permute(0, 2, 3, 1)
+            out[level.name] = rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous().cpu().numpy()
+        seconds["forward"] = seconds.get("forward", 0.0) + t1 - t0
+        seconds["upsample"] = seconds.get("upsample", 0.0) + time.perf_counter() - t1
+        return out, bad
+
+    def fit_batch(self, batch: int) -> int:
+        """`batch`, halved until `peak_bytes` takes at most 0.6 of the device's free memory."""
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        while batch > 1 and self.peak_bytes(batch) > 0.6 * free:
+            batch //= 2
+        return batch
+
+    def peak_bytes(self, batch: int) -> int:
+        """Upper bound on device memory for a batch: the backbone, its images, and the largest upsampler's call."""
+        spec = self.spec
+        images = batch * spec.input_size[0] * spec.input_size[1] * 3 * 8
+        ups = [
+            self.upsamplers[level.name].peak_bytes(batch, level.channels, level.grid)
+            for level in spec.levels
+            if level.grid and level.name in self.upsamplers
+        ]
+        return self.backbone.peak_bytes(batch, spec.input_size) + images + max(ups, default=0)

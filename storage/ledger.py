@@ -1,0 +1,164 @@
+"""Who succeeded and who did not: one commit record per task, one row per sample.
+
+A task is done when its commit record exists; the record is written last and create-only, so of two workers on one task
+exactly one counts. Records hold nothing that depends on when or where a task ran: they are the same bytes in every run.
+`merge` joins them into `ledger/part-*.parquet`, sorted by row, which is what people read.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.paths import Folder, StorageError
+from storage.samples import PART_ROWS, part_name, table_bytes
+from storage.spec import Layout, ShardTask
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("member", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("status", pa.string()),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+        ("message", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("x_scale", pa.float64()),
+        ("x_offset", pa.float64()),
+        ("y_scale", pa.float64()),
+        ("y_offset", pa.float64()),
+        ("conversion", pa.string()),
+        ("clipped", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """One ledger row.
+
+    `width`, `height`: the upright image in pixels. A pixel (x, y) of it lies at (x_scale * x + x_offset,
+    y_scale * y + y_offset) in the model's input, where pixel i covers [i, i + 1).
+    """
+
+    row: int
+    key: str
+    source: str
+    member: str
+    offset: int
+    size: int
+    status: str = "ok"
+    "`ok` or `failed`"
+    stage: str | None = None
+    "where it failed: index, read, decode, forward or worker"
+    error: str | None = None
+    "type of the error"
+    message: str | None = None
+    width: int | None = None
+    height: int | None = None
+    x_scale: float | None = None
+    x_offset: float | None = None
+    y_scale: float | None = None
+    y_offset: float | None = None
+    conversion: str | None = None
+    "what was done to the image beyond decoding, for example `exif-rotate, grey->rgb`"
+    clipped: int = 0
+    "feature values beyond float16's range, clamped"
+
+
+class Ledger:
+    """The records of one store."""
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+
+    @staticmethod
+    def commit_name(block: int) -> str:
+        return f"ledger/commits/{block:08d}.parquet"
+
+    def commit(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bool:
+        """Declare `task` done; False if another worker did so before.
+
+        `objects` are the names and sizes in bytes of the shards written for it, in the store's folder.
+        """
+        if [record.row for record in records] != list(range(task.first, task.last)):
+            raise StorageError(f"task {task.block} must commit rows {task.first} to {task.last}, each once and in order")
+        table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
+        metadata = {"task": json.dumps(asdict(task)), "objects": json.dumps(dict(sorted(objects.items())))}
+        return self.folder.write_new(self.commit_name(task.block), table_bytes(table, metadata))
+
+    def done(self) -> set[int]:
+        """Blocks whose commit record exists."""
+        return {int(name.split(".")[0]) for name in self.folder.sizes("ledger/commits")}
+
+    def revoke(self, blocks: Iterable[int]) -> None:
+        """Make tasks pending again, to retry their failed rows."""
+        self.folder.remove(self.commit_name(block) for block in blocks)
+
+    def records(self, blocks: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
+        """Commit records of `blocks`, read concurrently: (block, table)."""
+        with ThreadPoolExecutor(16) as pool:
+            for start in range(0, len(blocks), 256):
+                window = blocks[start : start + 256]
+                yield from zip(window, pool.map(self._read_commit, window), strict=True)
+
+    def _read_commit(self, block: int) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.folder.read(self.commit_name(block))))
+
+    def torn(self, blocks: Sequence[int]) -> list[int]:
+        """Blocks of which a shard is missing or has another size than was committed."""
+        return [block for block, table in self.records(blocks) if not self._intact(table)]
+
+    def _intact(self, table: pa.Table) -> bool:
+        objects = json.loads((table.schema.metadata or {})[b"objects"])
+        return all(self.folder.size(name) == size for name, size in objects.items())
+
+    def merge(self, layout: Layout) -> dict[str, int]:
+        """Join all commit records into `ledger/part-*.parquet`; returns counts by status.
+
+        Raises `StorageError` unless every row of the layout has exactly one record.
+        """
+        counts: dict[str, int] = {}
+        blocks_per_part = PART_ROWS // layout.block_rows
+        for part, first in enumerate(range(0, layout.n_blocks, blocks_per_part)):
+            blocks = list(range(first, min(first + blocks_per_part, layout.n_blocks)))
+            table = pa.concat_tables([t.replace_schema_metadata(None) for _, t in self.records(blocks)])
+            expected = range(part * PART_ROWS, min((part + 1) * PART_ROWS, layout.n_rows))
+            if len(table) != len(expected) or table["row"].to_pylist() != list(expected):
+                raise StorageError(f"{self.folder.shown}: the ledger's rows don't add up in part {part}; keep the store, report this")
+            for item in pc.value_counts(table["status"]).to_pylist():
+                counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
+            self.folder.write(part_name("ledger", part), table_bytes(table))
+        return counts
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The merged ledger. Raises `FileNotFoundError` before the first run has finished."""
+        names = sorted(name for name in self.folder.sizes("ledger") if name.endswith(".parquet"))
+        if not names:
+            raise FileNotFoundError(f"{self.folder.shown} has no merged ledger yet: its first run has not finished")
+        data = self.folder.read_many([f"ledger/{name}" for name in names])
+        return pa.concat_tables([pq.read_table(pa.BufferReader(d), columns=columns) for d in data])
+
+    def failed(self, blocks: Sequence[int]) -> pa.Table:
+        """Failed rows of committed `blocks`."""
+        tables = [table.filter(pc.equal(table["status"], "failed")) for _, table in self.records(blocks)]
+        tables = [table.replace_schema_metadata(None) for table in tables]
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def commonest_reasons(failed: pa.Table, top: int = 5) -> list[str]:
+    """The commonest reasons of failed rows, in words, with an example key each."""
+    if not len(failed):
+        return []
+    groups = failed.group_by(["stage", "error"], use_threads=False).aggregate([("key", "count"), ("key", "first"), ("message", "first")])
+    rows = sorted(groups.to_pylist(), key=lambda row: -row["key_count"])[:top]
+    return [f"{r['key_count']} x {r['stage']}: {r['error']}: {r['message_first']} (e.g. {r['key_first']!r})" for r in rows]

@@ -1,0 +1,433 @@
+"""Files at fsspec URLs: the only module that parses a URL, opens a filesystem, or knows a credential.
+
+Three things live here: `Folder` (whole-object reads and atomic writes below one URL), `expand_inputs` (what a user's
+`--data` matches), and `redact` (no secret leaves this module in a message). Retries are left to the filesystem.
+"""
+
+import errno
+import io
+import logging
+import os
+import re
+import shutil
+import urllib.parse
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+"""Members that are taken for the image of a sample; of several, the first in this order."""
+
+SECRET_WORDS = ("key", "secret", "token", "password", "signature", "credential", "sas", "authorization")
+"""Names (of options, headers, URL parameters) that hold one of these words have their values blanked."""
+
+_S3_CONFIG = {
+    # One connection per request in flight: the default of 10 serialises ranged reads (s3fs #873).
+    "max_pool_connections": 64,
+    # The one retry layer for object storage; a stalled connection counts as failed after read_timeout.
+    "retries": {"mode": "standard", "max_attempts": 10},
+    "connect_timeout": 10,
+    "read_timeout": 30,
+}
+
+
+class StorageError(Exception):
+    """Base of what this package raises on purpose."""
+
+
+class InputError(StorageError, ValueError):
+    """The input named by the user is empty, missing, or not what it should be."""
+
+
+def redact(text: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """Blank credentials in `text`: user info and signed parameters of URLs, and every secret of `storage_options`."""
+    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
+    words = "|".join(SECRET_WORDS)
+    text = re.sub(rf"(?i)([?&][^=&\s]*(?:{words})[^=&\s]*=)[^&\s'\"]+", r"\1***", text)
+    for secret in _secret_values(storage_options or {}):
+        text = text.replace(secret, "***")
+    return text
+
+
+def public_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with the value of every secret replaced by `***`, for files and logs."""
+    shown: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            shown[name] = public_options(value)
+        else:
+            shown[name] = "***" if _is_secret(name) and isinstance(value, str) else value
+    return shown
+
+
+def _is_secret(name: str) -> bool:
+    return any(word in name.lower() for word in SECRET_WORDS)
+
+
+def _secret_values(options: Mapping[str, Any]) -> Iterable[str]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _secret_values(value)
+        elif isinstance(value, str) and _is_secret(name) and len(value) >= 4:
+            yield value
+
+
+def filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Open the filesystem of `url`; returns it and the path inside it.
+
+    Raises `InputError` for an unknown scheme.
+    """
+    if url.startswith("pipe:") or "::" in url:
+        raise InputError(f"{redact(url)}: pipes and chained URLs are not opened; give an fsspec URL such as s3://, http://")
+    options = _options_for(url, storage_options or {})
+    if url.startswith(("s3://", "s3a://")):
+        options["config_kwargs"] = {**_S3_CONFIG, **options.get("config_kwargs", {})}
+        options.setdefault("use_listings_cache", False)
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except (ValueError, ImportError, TypeError) as error:
+        raise InputError(f"cannot open {redact(url, options)}: {redact(str(error), options)}") from None
+    return fs, path
+
+
+def _options_for(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options for `url`: those under its scheme where the keys are schemes, else all of them unless it is local."""
+    scheme = url.split("://", 1)[0] if "://" in url else "file"
+    if options and set(options) <= set(fsspec.available_protocols()):
+        return dict(options.get(scheme, {}))
+    return {} if scheme in ("file", "local", "memory") else dict(options)
+
+
+def is_memory(url: str) -> bool:
+    """True for `memory://`, which only the process that wrote it can read."""
+    return url.startswith("memory://")
+
+
+class Folder:
+    """Whole objects below one URL. Writes are atomic: a reader sees the old object, the new one, or none.
+
+    Pickles to URL and options; a filesystem is opened on first use in each process.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None):
+        self.url = url.rstrip("/")
+        self.options = dict(storage_options or {})
+        self._open: tuple[int, fsspec.AbstractFileSystem, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "options": self.options, "_open": None}
+
+    def __repr__(self) -> str:
+        return f"Folder({self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """The URL as it may be printed."""
+        return redact(self.url, self.options)
+
+    def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        # Reopened after a fork: s3fs sessions of the parent hang or fail in the child.
+        if self._open is None or self._open[0] != os.getpid():
+            fs, root = filesystem(self.url, self.options)
+            self._open = (os.getpid(), fs, root.rstrip("/"))
+        return self._open[1], self._open[2]
+
+    def read(self, name: str) -> bytes:
+        """The object's bytes. Raises `FileNotFoundError` naming the full URL."""
+        fs, root = self._fs()
+        try:
+            return fs.cat_file(f"{root}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(f"{self.shown}/{name} does not exist") from None
+
+    def read_many(self, names: Sequence[str], workers: int = 32) -> list[bytes]:
+        """Several objects at once, in the order of `names`."""
+        if len(names) <= 1:
+            return [self.read(name) for name in names]
+        self._fs()
+        with ThreadPoolExecutor(min(workers, len(names))) as pool:
+            return list(pool.map(self.read, names))
+
+    def open(self, name: str) -> Any:
+        """A seekable binary file, for readers that need part of a large object."""
+        fs, root = self._fs()
+        return fs.open(f"{root}/{name}", "rb")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put the whole object, replacing an older one."""
+        fs, root = self._fs()
+        if isinstance(fs, LocalFileSystem):
+            with _partial_file(root, data) as partial:
+                target = _ensure_parent(root, name)
+                os.replace(partial, target)
+        else:
+            fs.pipe_file(f"{root}/{name}", data)
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        """Put the object only if none of that name exists; False if one does. Atomic between writers."""
+        fs, root = self._fs()
+        if isinstance(fs, LocalFileSystem):
+            with _partial_file(root, data) as partial:
+                try:
+                    os.link(partial, _ensure_parent(root, name))
+                except FileExistsError:
+                    return False
+            return True
+        try:
+            fs.pipe_file(f"{root}/{name}", data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # Ceph's gateway answers a lost race with a bare 412, which s3fs maps to EINVAL.
+            if error.errno == errno.EINVAL and self.exists(name):
+                return False
+            raise
+        return True
+
+    def check_create_only(self, name: str) -> None:
+        """Raise `StorageError` unless this storage refuses to overwrite in `write_new`; the commit protocol rests on it."""
+        try:
+            first, second = self.write_new(name, b"1"), self.write_new(name, b"2")
+        finally:
+            self.remove([name])
+        if not first or second:
+            raise StorageError(
+                f"{self.shown}: this storage ignores create-only writes (If-None-Match), so two workers could both believe "
+                "that they finished a task; use S3, Ceph RGW, MinIO, GCS, Azure, or a local disk"
+            )
+
+    def exists(self, name: str) -> bool:
+        fs, root = self._fs()
+        fs.invalidate_cache()
+        return fs.exists(f"{root}/{name}")
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Names and sizes in bytes of the objects directly inside the subfolder `name`; empty if there is none."""
+        fs, root = self._fs()
+        fs.invalidate_cache()
+        try:
+            entries = fs.ls(f"{root}/{name}", detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
+
+    def folders(self, name: str) -> list[str]:
+        """Sorted names of the folders directly inside `name`; empty if there is none."""
+        fs, root = self._fs()
+        fs.invalidate_cache()
+        try:
+            entries = fs.ls(f"{root}/{name}", detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes, or None if there is no such object."""
+        fs, root = self._fs()
+        try:
+            return fs.info(f"{root}/{name}")["size"]
+        except FileNotFoundError:
+            return None
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are already gone are fine."""
+        fs, root = self._fs()
+        for name in names:
+            try:
+                fs.rm_file(f"{root}/{name}")
+            except FileNotFoundError:
+                continue
+
+    def remove_partial(self) -> None:
+        """Drop what killed writers left behind. Only for when nobody writes."""
+        fs, root = self._fs()
+        if isinstance(fs, LocalFileSystem):
+            shutil.rmtree(Path(root) / ".partial", ignore_errors=True)
+
+
+class _partial_file:
+    """A fully written and synced temporary file below `root`, gone at exit unless it was moved.
+
+    Synced, because a rename can reach the disk before the data does and a commit says that the data is there.
+    """
+
+    def __init__(self, root: str, data: bytes):
+        folder = Path(root) / ".partial"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / uuid.uuid4().hex
+        with open(self.path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *exc: object) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _ensure_parent(root: str, name: str) -> Path:
+    target = Path(root) / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """One tar or image file of the input."""
+
+    url: str
+    "fsspec URL, credentials included; `redact` it before it is shown or stored"
+    size: int
+    "bytes"
+    etag: str
+    "the store's ETag, or `mtime:<ns>` for files that have none; empty where neither is known"
+    base: str = ""
+    "for a file of a plain folder: the folder's URL; keys are relative to it"
+
+    @property
+    def is_image(self) -> bool:
+        return self.url.rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS
+
+
+def expand_inputs(patterns: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[InputFile]:
+    """List what `patterns` match: tar files, or the images of plain folders, in the order given, globs sorted.
+
+    A pattern is a URL with braces (`{000..127}`) and globs; a folder stands for its tars, or, where it has none, for
+    the images below it. Raises `InputError` if a pattern matches nothing or names a file that does not exist.
+    """
+    if not patterns:
+        raise InputError("no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images")
+    files: list[InputFile] = []
+    for pattern in patterns:
+        files += _expand_pattern(pattern, storage_options)
+    return files
+
+
+def _expand_pattern(pattern: str, options: Mapping[str, Any] | None) -> list[InputFile]:
+    try:
+        urls = list(braceexpand.braceexpand(pattern))
+    except braceexpand.UnbalancedBracesError:
+        raise InputError(f"{redact(pattern, options)}: unbalanced braces") from None
+    with ThreadPoolExecutor(min(16, len(urls))) as pool:
+        found = list(pool.map(lambda url: _expand_url(url, options), urls))
+    missing = [url for url, files in zip(urls, found, strict=True) if files is None]
+    if missing:
+        listed = ", ".join(redact(url, options) for url in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(f"{redact(pattern, options)}: {len(missing)} of {len(urls)} do not exist: {listed}")
+    files = [file for group in found for file in group or []]
+    if not files:
+        raise InputError(
+            f"{redact(pattern, options)} matches no tar and no image ({', '.join(IMAGE_EXTENSIONS)}); check the path"
+        )
+    return files
+
+
+def _expand_url(url: str, options: Mapping[str, Any] | None) -> list[InputFile] | None:
+    """The files of one URL without braces; None if it names nothing that exists."""
+    fs, path = filesystem(url, options)
+    http = url.startswith(("http://", "https://"))
+    if not http and any(c in path for c in "*?["):
+        entries = fs.glob(path, detail=True)
+        return [_input_file(fs, url, entries[name]) for name in sorted(entries) if entries[name]["type"] == "file"]
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        return None
+    if info["type"] != "directory":
+        if info.get("size") is None:
+            raise InputError(f"{redact(url, options)}: the server does not tell the file's size, which ranged reads need")
+        return [_input_file(fs, url, info)]
+    entries = [e for e in fs.find(path, detail=True).values() if not _is_hidden(e["name"], path)]
+    depth = path.rstrip("/").count("/") + 1
+    tars = [e for e in entries if e["name"].endswith(".tar") and e["name"].count("/") == depth]
+    images = [e for e in entries if e["name"].rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS]
+    files = [_input_file(fs, url, e, base="" if tars else url) for e in tars or images]
+    return sorted(files, key=lambda file: file.url)
+
+
+def _is_hidden(name: str, folder: str) -> bool:
+    return any(part.startswith(".") for part in name[len(folder) :].split("/"))
+
+
+def _input_file(fs: fsspec.AbstractFileSystem, url: str, info: Mapping[str, Any], base: str = "") -> InputFile:
+    etag = info.get("ETag") or info.get("etag") or ""
+    if not etag and info.get("mtime"):
+        etag = f"mtime:{int(info['mtime'] * 1e9)}"
+    name = info["name"] if url.startswith(("http://", "https://")) else fs.unstrip_protocol(info["name"])
+    return InputFile(url=name, size=int(info["size"]), etag=str(etag).strip('"'), base=base and fs.unstrip_protocol(
+        fs._strip_protocol(base)
+    ))
+
+
+def open_sequential(file: InputFile, storage_options: Mapping[str, Any] | None) -> Any:
+    """A binary file that is cheap to read and skip forward: 8 MiB read-ahead on object storage."""
+    fs, path = filesystem(file.url, storage_options)
+    if fs.protocol in ("memory", ("memory",)):
+        return io.BytesIO(fs.cat_file(path))
+    if file.url.startswith(("http://", "https://")):
+        return io.BytesIO(fs.cat_file(path))
+    return fs.open(path, "rb", **({} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"}))
+
+
+def read_ranges(
+    ranges: Sequence[tuple[str, int, int]], storage_options: Mapping[str, Any] | None, *, max_gap: int = 2**18, max_bytes: int = 2**25
+) -> list[bytes]:
+    """Read `(url, offset, size)` ranges, neighbours merged into one request when at most `max_gap` bytes lie between.
+
+    Returns the bytes of each range in order; shorter than asked where the file ends. Raises what the filesystem raises
+    once its own retries are used up.
+    """
+    merged: list[list[int]] = []  # [first range, last range], positions in `ranges`
+    for i, (url, offset, size) in enumerate(ranges):
+        if merged:
+            first_url, first_offset, _ = ranges[merged[-1][0]]
+            _, last_offset, last_size = ranges[merged[-1][1]]
+            gap = offset - (last_offset + last_size)
+            if url == first_url and 0 <= gap <= max_gap and offset + size - first_offset <= max_bytes:
+                merged[-1][1] = i
+                continue
+        merged.append([i, i])
+    requests = [(ranges[a][0], ranges[a][1], ranges[b][1] + ranges[b][2]) for a, b in merged]
+    with ThreadPoolExecutor(min(8, max(1, len(requests)))) as pool:
+        blobs = list(pool.map(lambda request: _read_range(*request, storage_options), requests))
+    out: list[bytes] = []
+    for (a, b), (_, start, _), blob in zip(merged, requests, blobs, strict=True):
+        out += [blob[offset - start : offset - start + size] for _, offset, size in ranges[a : b + 1]]
+    return out
+
+
+def _read_range(url: str, start: int, end: int, options: Mapping[str, Any] | None) -> bytes:
+    if start == end:
+        return b""
+    fs, path = filesystem(url, options)
+    data = fs.cat_file(path, start=start, end=end)
+    # A web server without Range support (Python's http.server, say) answers with the whole file.
+    return data[start:end] if len(data) > end - start else data
+
+
+def read_file(url: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
+    """All bytes of one file at any URL. Raises `FileNotFoundError`."""
+    folder, _, name = url.rpartition("/")
+    return Folder(folder or ".", storage_options).read(name)
+
+
+def query_free(url: str) -> str:
+    """`url` as it may be stored: credentials redacted, the query of a signed web URL dropped."""
+    if url.startswith(("http://", "https://")):
+        parts = urllib.parse.urlsplit(url)
+        url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
+    return redact(url)

@@ -1,0 +1,440 @@
+"""The input: which samples there are, and their image bytes.
+
+`build_index` walks the tars once and writes one row per sample (key, source, offset, size) as Parquet beside the output;
+`SampleIndex` reads rows of it back, from the driver or any worker. Decoding images is not done here, and nothing of an
+archive ever becomes a path or is unpickled: member names are labels.
+"""
+
+import hashlib
+import logging
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.paths import IMAGE_EXTENSIONS, Folder, InputError, InputFile, open_sequential, query_free, read_ranges
+
+logger = logging.getLogger(__name__)
+
+PART_ROWS = 2**20
+"""Rows of one Parquet file of the index; a multiple of every block size, so that no task spans two parts."""
+
+ROW_GROUP_ROWS = 2**13
+"""Rows of one Parquet row group: what a worker reads to learn about its task."""
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.int32()),
+        ("member", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("problem", pa.string()),
+    ]
+)
+"""One row per sample. `source` is the position in `SampleIndex.sources`; `offset` and `size` (bytes) locate the image
+inside the source; `problem` says why the sample has no readable image, or is null."""
+
+MAX_CARRIED_BYTES = 2**20
+
+
+class DuplicateKeys(InputError):
+    """Two samples of the input have the same key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberRules:
+    """Which member of a sample is its image, and which others are copied into the index."""
+
+    image: str | None = None
+    "extension of the image member, for example `jpg` or `rgb.png`; None: the first known image extension"
+    carry: tuple[str, ...] = ()
+    "extensions of text members that become columns of the index, for example `cls`, `json`"
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """WebDataset's rule: (key, extension), split at the first dot of the last path part; None if it has no dot."""
+    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
+    return (match.group(1), match.group(2).lower()) if match else None
+
+
+# --- scanning one source ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Member:
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class SourceScan:
+    """What one source holds."""
+
+    rows: pa.Table
+    digest: str
+    "sha256 over the rows"
+    problems: list[str] = field(default_factory=list)
+
+
+def scan_source(file: InputFile, rules: MemberRules, storage_options: Mapping[str, Any] | None = None) -> SourceScan:
+    """List the samples of one tar (or the one sample of an image file). Raises `InputError` if it's no tar."""
+    if file.is_image:
+        return _scan_image_file(file, rules)
+    problems: list[str] = []
+    with open_sequential(file, storage_options) as stream:
+        rows = list(_samples(_members(stream, file, problems), stream, file, rules))
+    return _scan_result(rows, rules, problems)
+
+
+def _scan_result(rows: list[dict[str, Any]], rules: MemberRules, problems: list[str]) -> SourceScan:
+    table = pa.Table.from_pylist(rows, schema=index_schema(rules))
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr([row.get(name) for name in table.column_names if name != "source"]).encode())
+    return SourceScan(table, digest.hexdigest(), problems)
+
+
+def index_schema(rules: MemberRules) -> pa.Schema:
+    """`SCHEMA` and a string column for each carried member."""
+    return pa.schema([*SCHEMA, *((name, pa.string()) for name in rules.carry)])
+
+
+def _scan_image_file(file: InputFile, rules: MemberRules) -> SourceScan:
+    name = file.url[len(file.base) :].lstrip("/") if file.base else file.url.rsplit("/", 1)[-1]
+    key, extension = split_name(name) or (name, "")
+    row = {"key": key, "source": 0, "member": extension, "offset": 0, "size": file.size, "problem": None}
+    return _scan_result([row], rules, [])
+
+
+def _members(stream: BinaryIO, file: InputFile, problems: list[str]) -> Iterator[_Member | str]:
+    """Regular members of a tar in order; a string for a stretch that can't be read.
+
+    Unlike `tarfile`, which ends quietly at a damaged or cut header, this verifies each header's checksum, goes on at
+    the next valid one, and reports what lies between.
+    """
+    position, long_name, pax = 0, None, {}
+    bad_from: int | None = None
+    while True:
+        stream.seek(position)
+        block = stream.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            if bad_from is not None or block:
+                yield f"bytes {position if bad_from is None else bad_from} to {file.size} are not a whole tar header"
+            problems.append("no end-of-archive marker: the tar may have been cut short")
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.EOFHeaderError:
+            if bad_from is not None:
+                yield f"bytes {bad_from} to {position} hold no valid tar header"
+            return
+        except tarfile.HeaderError:
+            if position == 0:
+                raise InputError(_not_a_tar(file, block)) from None
+            bad_from = position if bad_from is None else bad_from
+            position += tarfile.BLOCKSIZE
+            continue
+        if bad_from is not None:
+            yield f"bytes {bad_from} to {position} hold no valid tar header"
+            bad_from = None
+        data = position + tarfile.BLOCKSIZE
+        size = int(pax.get("size", info.size))
+        position = data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            payload = stream.read(size) if size <= MAX_CARRIED_BYTES else b""
+            if info.type == tarfile.XHDTYPE:
+                pax = _parse_pax(payload)
+            else:
+                long_name = payload.rstrip(b"\0").decode("utf-8", "replace")
+            continue
+        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) and not block[156:157] == b"5":
+            name = pax.get("path") or long_name or info.name
+            yield _Member(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), data, size)
+        long_name, pax = None, {}
+
+
+def _not_a_tar(file: InputFile, block: bytes) -> str:
+    shown = query_free(file.url)
+    if block.startswith(b"\x1f\x8b"):
+        return f"{shown} is gzip-compressed: images can't be read from it by range. Decompress it first (gunzip)"
+    return f"{shown} is not a tar archive (its first 512 bytes are no tar header)"
+
+
+def _parse_pax(payload: bytes) -> dict[str, str]:
+    """Records `<length> <name>=<value>\\n` of a pax extended header."""
+    records: dict[str, str] = {}
+    while match := re.match(rb"(\d+) ([^=]+)=", payload):
+        length = int(match.group(1))
+        if length <= match.end():
+            break
+        value = payload[match.end() : length - 1]
+        records[match.group(2).decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        payload = payload[length:]
+    return records
+
+
+def _samples(
+    members: Iterable[_Member | str], stream: BinaryIO, file: InputFile, rules: MemberRules
+) -> Iterator[dict[str, Any]]:
+    """Group adjacent members of one key, as WebDataset does, and make an index row of each group."""
+    key: str | None = None
+    group: dict[str, _Member] = {}
+    problem: str | None = None
+    for member in members:
+        if isinstance(member, str):
+            if key is not None:
+                yield _row(key, group, problem, stream, file, rules)
+            key, group, problem = None, {}, None
+            # Nobody knows which sample was lost here; the position stands in for its key.
+            name = f"{query_free(file.url).rsplit('/', 1)[-1]}@{re.sub(r'[^0-9]+', '-', member).strip('-')}"
+            yield {"key": name, "source": 0, "member": "", "offset": 0, "size": 0, "problem": f"damaged tar: {member}"}
+            continue
+        if re.match(r"__[^/]*__($|/)", member.name):
+            continue
+        split = split_name(member.name)
+        if split is None:
+            continue
+        if split[0] != key:
+            if key is not None:
+                yield _row(key, group, problem, stream, file, rules)
+            key, group, problem = split[0], {}, None
+        if split[1] in group:
+            problem = f"the sample has two members named .{split[1]}"
+        group[split[1]] = member
+    if key is not None:
+        yield _row(key, group, problem, stream, file, rules)
+
+
+def _row(
+    key: str, group: dict[str, _Member], problem: str | None, stream: BinaryIO, file: InputFile, rules: MemberRules
+) -> dict[str, Any]:
+    wanted = (rules.image.lower().lstrip("."),) if rules.image else IMAGE_EXTENSIONS
+    extension = next((name for name in wanted if name in group), "")
+    row: dict[str, Any] = {"key": key, "source": 0, "member": extension, "offset": 0, "size": 0, "problem": problem}
+    if not extension:
+        row["problem"] = problem or f"no image member (has {', '.join('.' + name for name in sorted(group))})"
+    else:
+        member = group[extension]
+        row |= {"offset": member.offset, "size": member.size}
+        if member.offset + member.size > file.size:
+            missing = member.offset + member.size - file.size
+            row["problem"] = f"the tar is cut short: the last {missing} of {member.size} bytes of the image are missing"
+    for name in rules.carry:
+        row[name] = _text(stream, group[name], file) if name in group else None
+    return row
+
+
+def _text(stream: BinaryIO, member: _Member, file: InputFile) -> str | None:
+    if member.size > MAX_CARRIED_BYTES:
+        raise InputError(f"{query_free(file.url)}: {member.name} has {member.size} bytes; carried members are at most 1 MiB")
+    stream.seek(member.offset)
+    try:
+        return stream.read(member.size).decode()
+    except UnicodeDecodeError:
+        raise InputError(
+            f"{query_free(file.url)}: {member.name} is not UTF-8 text, so it can't be carried into the index; drop its "
+            "extension from --carry"
+        ) from None
+
+
+# --- the index of a whole input ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One input file as the index knows it."""
+
+    url: str
+    "without credentials"
+    size: int
+    etag: str
+    digest: str
+    "sha256 of its rows"
+    problems: str = ""
+
+
+class SampleIndex:
+    """The rows of an input, saved under `<out>/index/`: `samples/part-*.parquet` and `sources.parquet`.
+
+    Row numbers are positions: sources in the order given, samples in the order of the archive.
+    """
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+        self.sources = [Source(**row) for row in _read_table(folder, "index/sources.parquet").to_pylist()]
+        meta = pq.read_metadata(pa.BufferReader(folder.read("index/sources.parquet"))).metadata or {}
+        self.n_rows = int(meta[b"n_rows"])
+        self.digest = meta[b"digest"].decode()
+        self.n_unreadable = int(meta[b"n_unreadable"])
+        "rows whose `problem` is not null"
+        self._files: dict[int, pq.ParquetFile] = {}
+
+    @staticmethod
+    def exists(folder: Folder) -> bool:
+        return folder.exists("index/sources.parquet")
+
+    def read(self, first: int, last: int) -> pa.Table:
+        """Rows `first` to `last` (exclusive); they must lie within one part."""
+        part = first // PART_ROWS
+        if part not in self._files:
+            self._files = {part: pq.ParquetFile(self.folder.open(part_name("index/samples", part)))}
+        start = first - part * PART_ROWS
+        groups = range(start // ROW_GROUP_ROWS, -(-(last - part * PART_ROWS) // ROW_GROUP_ROWS))
+        table = self._files[part].read_row_groups(list(groups))
+        return table.slice(start - groups[0] * ROW_GROUP_ROWS, last - first)
+
+    def changed(self, files: Sequence[InputFile]) -> list[str]:
+        """In words, how `files` differ from the ones that were indexed (name, size, ETag); empty if they don't."""
+        known = {source.url: source for source in self.sources}
+        now = {query_free(file.url): file for file in files}
+        out = [f"{url} is gone from the input" for url in known.keys() - now.keys()]
+        out += [f"{url} is new" for url in now.keys() - known.keys()]
+        for url in known.keys() & now.keys():
+            if known[url].size != now[url].size:
+                out.append(f"{url}: {known[url].size} bytes when indexed, {now[url].size} now")
+            elif known[url].etag and now[url].etag and known[url].etag != now[url].etag:
+                out.append(f"{url}: changed since it was indexed (ETag or time {known[url].etag} then, {now[url].etag} now)")
+        return sorted(out)
+
+
+def part_name(prefix: str, part: int) -> str:
+    """Name of the Parquet file that holds rows `part * PART_ROWS` and on."""
+    return f"{prefix}/part-{part:05d}.parquet"
+
+
+def _read_table(folder: Folder, name: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(folder.read(name)))
+
+
+def table_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> bytes:
+    """`table` as one Parquet file; the same table gives the same bytes."""
+    if metadata is not None:
+        table = table.replace_schema_metadata(metadata)
+    sink = BytesIO()
+    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+    return sink.getvalue()
+
+
+def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None) -> tuple[pa.Table, list[Source]]:
+    """Join scans, in the order of the sources, into one table; stops once `limit` rows are there.
+
+    Raises `DuplicateKeys`, and `InputError` for a tar without images or an input without rows.
+    """
+    tables, sources, count = [], [], 0
+    for file, scan in scans:
+        url = query_free(file.url)
+        readable = pc.sum(pc.equal(scan.rows["member"], "").cast(pa.int64())).as_py() != len(scan.rows)
+        if not readable:
+            found = scan.rows["problem"][0].as_py() if len(scan.rows) else "it has no samples"
+            raise InputError(f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar")
+        problems = "; ".join(scan.problems)
+        ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
+        tables.append(scan.rows.set_column(1, "source", ordinal))
+        sources.append(Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems))
+        count += len(scan.rows)
+        if limit is not None and count >= limit:
+            break
+    if not count:
+        raise InputError("the input holds no samples")
+    table = pa.concat_tables(tables)
+    if limit is not None:
+        table = table.slice(0, limit)
+    _refuse_duplicates(table, sources)
+    return table, sources
+
+
+def _refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
+    counts = pc.value_counts(table["key"])
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if not len(repeated):
+        return
+    lines = []
+    for key in repeated.field("values").slice(0, 5).to_pylist():
+        rows = table.filter(pc.equal(table["key"], key)).slice(0, 4).to_pylist()
+        places = ", ".join(f"{sources[r['source']].url} .{r['member']} at byte {r['offset']}" for r in rows)
+        lines.append(f"  {key!r}: {places}")
+    raise DuplicateKeys(
+        f"{len(repeated)} keys belong to more than one sample (members of a sample must follow each other in the tar):\n"
+        + "\n".join(lines)
+        + "\nRename them, drop one source, or name the image with --image-member where one key has two images."
+    )
+
+
+def write_index(folder: Folder, table: pa.Table, sources: Sequence[Source]) -> SampleIndex:
+    """Save the index under `folder`; the sources file goes last and makes it exist."""
+    for part, start in enumerate(range(0, len(table), PART_ROWS)):
+        folder.write(part_name("index/samples", part), table_bytes(table.slice(start, PART_ROWS)))
+    folder.write("index/sources.parquet", _sources_bytes(table, sources))
+    return SampleIndex(folder)
+
+
+def index_digest(n_rows: int, sources: Sequence[Source]) -> str:
+    """sha256 of what the rows are: independent of where the sources lie."""
+    return hashlib.sha256("\n".join([str(n_rows), *(source.digest for source in sources)]).encode()).hexdigest()
+
+
+def _sources_bytes(table: pa.Table, sources: Sequence[Source]) -> bytes:
+    rows = pa.Table.from_pylist([vars(source) for source in sources])
+    meta = {
+        "n_rows": str(len(table)),
+        "n_unreadable": str(len(table) - table["problem"].null_count),
+        "digest": index_digest(len(table), sources),
+    }
+    return table_bytes(rows, meta)
+
+
+def build_index(
+    folder: Folder,
+    files: Sequence[InputFile],
+    scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
+    limit: int | None = None,
+) -> SampleIndex:
+    """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
+
+    Sources that changed since (by size or ETag) are scanned again; the index stands if their rows are still the same.
+    Raises `InputError` if they aren't.
+    """
+    if not SampleIndex.exists(folder):
+        table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
+        return write_index(folder, table, sources)
+    index = SampleIndex(folder)
+    files = files[: len(index.sources)] if limit is not None else files
+    changes = index.changed(files)
+    if changes:
+        logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
+        table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
+        if index_digest(len(table), sources) != index.digest:
+            raise InputError(
+                f"{folder.shown} was made from other input:\n  "
+                + "\n  ".join(changes[:10])
+                + "\nUse a new --out, or restore the files."
+            )
+        folder.write("index/sources.parquet", _sources_bytes(table, sources))
+        index = SampleIndex(folder)
+    elif limit is not None and limit < index.n_rows or limit is None and index.n_rows < 0:
+        raise InputError(f"{folder.shown} has {index.n_rows} rows, this run asks for --limit {limit}; use a new --out")
+    return index
+
+
+def read_images(
+    rows: pa.Table, urls: Sequence[str], storage_options: Mapping[str, Any] | None = None
+) -> list[bytes | None]:
+    """The image bytes of index rows, in order; None where the index says that there is no image.
+
+    `urls` are the sources' URLs, credentials included. Bytes may be shorter than the index says if the file shrank.
+    """
+    wanted = [i for i, problem in enumerate(rows["problem"].to_pylist()) if problem is None]
+    source, offset, size = (rows[name].to_pylist() for name in ("source", "offset", "size"))
+    blobs = read_ranges([(urls[source[i]], offset[i], size[i]) for i in wanted], storage_options)
+    out: list[bytes | None] = [None] * len(rows)
+    for i, blob in zip(wanted, blobs, strict=True):
+        out[i] = blob
+    return out

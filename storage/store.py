@@ -1,0 +1,328 @@
+"""The output: one Zarr v3 group at any fsspec URL, one subgroup per level, Parquet index and ledger beside it.
+
+Only the driver writes metadata (`create`, `finalize`); a worker writes whole shards of one task through a `BlockWriter` and
+then commits it. There is no method that writes part of a shard. Layout and protocol: storage/DESIGN.md.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import zarr
+from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from storage.ledger import Ledger, SampleRecord
+from storage.paths import Folder, StorageError
+from storage.samples import SampleIndex
+from storage.shards import compress, encode_row, encode_shard
+from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+SIDE_GROUPS = ("index", "ledger", "runs")
+"""Folders of other files; real (empty) Zarr groups, so that listing the store warns about nothing."""
+
+_MULTISCALES = {
+    "schema_url": "https://raw.githubusercontent.com/zarr-conventions/multiscales/refs/tags/v1/schema.json",
+    "spec_url": "https://github.com/zarr-conventions/multiscales/blob/v1/README.md",
+    "uuid": "d35379db-88df-4056-af3a-620245f8e347",
+    "name": "multiscales",
+    "description": "Multiscale layout of zarr datasets",
+}
+
+
+class NotAStore(StorageError, FileNotFoundError):
+    """There is no feature store at the URL."""
+
+
+class FeatureStore:
+    """An open store. `create` makes one or continues an equal one, `open` takes what is there."""
+
+    def __init__(self, folder: Folder, attributes: Mapping[str, Any]):
+        self.folder = folder
+        self.attributes = dict(attributes)
+        self.spec = FeatureSpec.from_json(attributes["spec"])
+        self.layout = Layout(**attributes["layout"])
+        self.ledger = Ledger(folder)
+
+    @classmethod
+    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> "FeatureStore":
+        """Open an existing store. Raises `NotAStore`."""
+        folder = Folder(url, storage_options)
+        attributes = read_attributes(folder)
+        if attributes is None:
+            raise NotAStore(f"there is no feature store at {folder.shown}; make one with jobs/extract.py --out {folder.shown}")
+        return cls(folder, attributes)
+
+    @classmethod
+    def create(
+        cls,
+        url: str,
+        spec: FeatureSpec,
+        layout: Layout,
+        *,
+        provenance: Mapping[str, Any],
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> "FeatureStore":
+        """Create the store's metadata, or continue a store of the same fingerprint.
+
+        `provenance` (software versions, resolved config) is kept from the first run. Raises `FingerprintMismatch` with a
+        line per differing field, and `StorageError` on storage without create-only writes.
+        """
+        folder = Folder(url, storage_options)
+        existing = read_attributes(folder)
+        if existing is not None:
+            store = cls(folder, existing)
+            store.require(spec, layout)
+            return store
+        folder.check_create_only("runs/.probe")
+        attributes = {
+            "format": FORMAT,
+            "status": "writing",
+            "fingerprint": fingerprint(spec, layout),
+            "spec": spec.to_json(),
+            "layout": asdict(layout),
+            **provenance,
+        }
+        store = cls(folder, attributes)
+        files = store._metadata(consolidated=False)
+        root = files.pop("zarr.json")
+        for name, data in files.items():
+            folder.write(name, data)
+        # Last: a store exists once its root does.
+        folder.write("zarr.json", root)
+        return store
+
+    def require(self, spec: FeatureSpec, layout: Layout) -> None:
+        """Raise `FingerprintMismatch` unless this store holds exactly what `spec` and `layout` describe."""
+        if self.attributes["fingerprint"] == fingerprint(spec, layout):
+            return
+        lines = "\n".join(differences(self.spec, self.layout, spec, layout))
+        raise FingerprintMismatch(
+            f"{self.folder.shown} was written with different features than this run would write.\n{lines}\n"
+            "Choose another --out, or change the settings above to match the store."
+        )
+
+    @property
+    def status(self) -> str:
+        """`writing` or `complete`."""
+        return self.attributes["status"]
+
+    @property
+    def index(self) -> SampleIndex:
+        return SampleIndex(self.folder)
+
+    def level(self, name: str) -> Level:
+        """The level called `name`. Raises `KeyError` with those there are."""
+        for level in self.spec.levels:
+            if level.name == name:
+                return level
+        raise KeyError(f"{self.folder.shown} has no level {name!r}; it has {', '.join(lv.name for lv in self.spec.levels)}")
+
+    def pending(self) -> list[ShardTask]:
+        """Tasks without a commit record."""
+        done = self.ledger.done()
+        return [task for task in self.layout.tasks() if task.block not in done]
+
+    def set_writing(self) -> None:
+        """Mark the store as being written (again). Driver only."""
+        if self.status != "writing":
+            self.attributes["status"] = "writing"
+            self.folder.write("zarr.json", self._metadata(consolidated=False)["zarr.json"])
+
+    def finalize(self) -> dict[str, int]:
+        """Merge the ledger, mark the store complete, consolidate metadata; returns row counts by status. Idempotent.
+
+        Driver only, once no task is pending (`StorageError` otherwise).
+        """
+        if self.status == "complete":
+            statuses = self.ledger.table(["status"])["status"]
+            return {item["values"]: item["counts"] for item in pc.value_counts(statuses).to_pylist()}
+        missing = self.pending()
+        if missing:
+            raise StorageError(f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}")
+        counts = self.ledger.merge(self.layout)
+        self.attributes["status"] = "complete"
+        self.folder.write("zarr.json", self._metadata(consolidated=True)["zarr.json"])
+        self.folder.remove_partial()
+        return counts
+
+    def writer(self, task: ShardTask) -> "BlockWriter":
+        """The writer of one task's shards."""
+        return BlockWriter(self, task)
+
+    def _metadata(self, *, consolidated: bool) -> dict[str, bytes]:
+        """Every metadata document and coordinate chunk, by object name. Made by zarr-python in memory."""
+        store = MemoryStore()
+        root = zarr.create_group(store, attributes=self._root_attributes())
+        for name in SIDE_GROUPS:
+            root.create_group(name)
+        for level in self.spec.levels:
+            self._create_level(root.create_group(level.name), level)
+        if consolidated:
+            with warnings.catch_warnings():
+                # Consolidated metadata is not in the v3 spec yet; every reader we know takes it or ignores it.
+                warnings.simplefilter("ignore")
+                zarr.consolidate_metadata(store, zarr_format=3)
+        return {name: value.to_bytes() for name, value in store._store_dict.items()}
+
+    def _create_level(self, group: zarr.Group, level: Level) -> None:
+        n, rows = self.layout.n_rows, self.layout.shard_rows(level)
+        dims = ["sample", "y", "x", "channel"] if level.grid else ["sample", "channel"]
+        inner = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
+        attributes: dict[str, Any] = {
+            "long_name": f"{'dense' if level.grid else 'pooled'} features of {self.spec.model}",
+            "method": level.method,
+            "layers": list(self.spec.layers),
+        }
+        common: dict[str, Any] = {
+            "dtype": level.dtype,
+            "fill_value": 0 if level.dtype == "int8" else np.nan,
+            "dimension_names": dims,
+            "compressors": None,
+            "filters": None,
+        }
+        if level.dtype == "int8":
+            attributes["scale"] = "features * scale, per row and channel; a row without scale (NaN) holds no features"
+            self._create_vectors(group, "scale", level.channels, "float32", {})
+        if level.grid is None:
+            self._create_vectors(group, "features", level.channels, level.dtype, attributes)
+            return
+        group.create_array(
+            "features",
+            shape=(n, *level.row_shape),
+            chunks=(rows, *level.row_shape),
+            # index_location "start": a suffix range, which "end" needs, fails on Azure.
+            serializer=ShardingCodec(chunk_shape=(1, *level.row_shape), codecs=inner, index_location="start"),
+            attributes=attributes,
+            **common,
+        )
+        assert level.start is not None and level.step is not None
+        for axis, name in enumerate("yx"):
+            centres = level.start[axis] + np.arange(level.grid[axis]) * level.step[axis]
+            coordinate = group.create_array(
+                name,
+                shape=centres.shape,
+                chunks=centres.shape,
+                dtype="float32",
+                fill_value=np.nan,
+                dimension_names=[name],
+                compressors=None,
+                filters=None,
+                attributes={"units": "px", "long_name": f"cell centres along {name}, in pixels of the model's input"},
+            )
+            coordinate[:] = centres.astype(np.float32)
+
+    def _create_vectors(self, group: zarr.Group, name: str, channels: int, dtype: str, attributes: dict[str, Any]) -> None:
+        """One chunk per block: a chunk per row would be all overhead."""
+        group.create_array(
+            name,
+            shape=(self.layout.n_rows, channels),
+            chunks=(self.layout.block_rows, channels),
+            dtype=dtype,
+            fill_value=np.nan,
+            dimension_names=["sample", "channel"],
+            compressors=ZstdCodec(level=1, checksum=True),
+            filters=None,
+            attributes=attributes,
+        )
+
+    def _root_attributes(self) -> dict[str, Any]:
+        maps = [level for level in self.spec.levels if level.grid]
+        multiscales: dict[str, Any] = {"layout": [_multiscale(level, maps[0]) for level in maps]} if maps else {}
+        conventions = {"zarr_conventions": [_MULTISCALES], "multiscales": multiscales} if maps else {}
+        return {"raylift": self.attributes, **conventions}
+
+
+def _multiscale(level: Level, first: Level) -> dict[str, Any]:
+    """A `multiscales` entry: placement relative to the first level's cells."""
+    entry: dict[str, Any] = {"asset": f"{level.name}/features", "transform": {"scale": [1.0, 1.0, 1.0, 1.0]}}
+    if level is not first:
+        assert level.step and level.start and first.step and first.start
+        scale = [level.step[i] / first.step[i] for i in (0, 1)]
+        move = [(level.start[i] - first.start[i]) / first.step[i] for i in (0, 1)]
+        entry["derived_from"] = f"{first.name}/features"
+        entry["transform"] = {"scale": [1.0, *scale, 1.0], "translation": [0.0, *move, 0.0]}
+        entry["resampling_method"] = level.method
+    return entry
+
+
+def read_attributes(folder: Folder) -> dict[str, Any] | None:
+    """The `raylift` attributes of the store in `folder`; None if there is no store.
+
+    Raises `StorageError` if something else is there, or a newer format.
+    """
+    try:
+        document = json.loads(folder.read("zarr.json"))
+    except FileNotFoundError:
+        return None
+    attributes = document.get("attributes", {}).get("raylift")
+    if attributes is None:
+        raise StorageError(f"{folder.shown} is a Zarr store, but not one of Raylift's; choose another --out")
+    if attributes["format"] > FORMAT:
+        raise StorageError(f"{folder.shown} has format {attributes['format']}, this version reads up to {FORMAT}; update Raylift")
+    return attributes
+
+
+class BlockWriter:
+    """Collects one task's rows as encoded bytes, then writes whole shards. Memory: about the compressed block."""
+
+    def __init__(self, store: FeatureStore, task: ShardTask):
+        self.store, self.task = store, task
+        self.clipped = np.zeros(task.n_rows, np.int64)
+        self._chunks: dict[str, list[bytes | None]] = {}
+        self._vectors: dict[str, np.ndarray] = {}
+        for level in store.spec.levels:
+            if level.grid:
+                self._chunks[level.name] = [None] * task.n_rows
+            else:
+                self._vectors[f"{level.name}/features"] = self._empty(level.channels, level.dtype)
+            if level.dtype == "int8":
+                self._vectors[f"{level.name}/scale"] = self._empty(level.channels, "float32")
+
+    def _empty(self, channels: int, dtype: str) -> np.ndarray:
+        return np.full((self.store.layout.block_rows, channels), np.nan, dtype)
+
+    def put(self, level: Level, position: int, values: np.ndarray) -> None:
+        """Encode one row's features (`level.row_shape`, float) at `position` in the task. Rows never put stay NaN."""
+        if values.shape != level.row_shape:
+            raise StorageError(f"level {level.name} takes rows of shape {level.row_shape}, got {values.shape}")
+        stored, scale, clipped = encode_row(values, level.dtype)
+        self.clipped[position] += clipped
+        if level.grid:
+            self._chunks[level.name][position] = compress(stored)
+        else:
+            self._vectors[f"{level.name}/features"][position] = stored
+        if scale is not None:
+            self._vectors[f"{level.name}/scale"][position] = scale
+
+    def write(self) -> dict[str, int]:
+        """Write every shard of the task whole; returns object names and sizes in bytes for the commit."""
+        written: dict[str, int] = {}
+        for level in self.store.spec.levels:
+            if level.grid:
+                rows = self.store.layout.shard_rows(level)
+                chunks = self._chunks[level.name]
+                for start in range(0, len(chunks), rows):
+                    shard = chunks[start : start + rows]
+                    shard += [None] * (rows - len(shard))
+                    name = f"{level.name}/features/c/{(self.task.first + start) // rows}/0/0/0"
+                    self._write(name, encode_shard(shard), written)
+        for name, values in self._vectors.items():
+            self._write(f"{name}/c/{self.task.block}/0", compress(values), written)
+        return written
+
+    def _write(self, name: str, data: bytes, written: dict[str, int]) -> None:
+        self.store.folder.write(name, data)
+        written[name] = len(data)
+
+    def commit(self, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bool:
+        """Declare the task done; False if another worker did before."""
+        return self.store.ledger.commit(self.task, records, objects)
