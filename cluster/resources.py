@@ -3,8 +3,6 @@
 import logging
 from dataclasses import dataclass
 
-import ray
-
 from cluster.session import ClusterError
 
 logger = logging.getLogger(__name__)
@@ -30,12 +28,16 @@ def choose_pool(device: str, actors: int | None, cpus: int | None, gpus: float |
     threads per actor lose a fifth of the throughput: see `benchmark.py extract`). `actors` asks for a number, which an
     autoscaling cluster brings up. Raises `ClusterError` if GPUs are asked for and a fixed cluster has none.
     """
+    import ray
+
     total = ray.cluster_resources()
     have_cpus, have_gpus = int(total.get("CPU", 0)), total.get("GPU", 0.0)
     if device == "auto":
         device = "cuda" if have_gpus else "cpu"
         if device == "cpu":
-            logger.info("no GPU in the cluster: running on %d CPUs (--device cuda waits for autoscaled GPUs)", have_cpus)
+            logger.info(
+                "no GPU in the cluster: running on %d CPUs (--device cuda waits for autoscaled GPUs)", have_cpus
+            )
     if device == "cpu":
         per_actor = cpus or 1
         size = actors or max(1, have_cpus // per_actor)

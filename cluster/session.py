@@ -1,6 +1,6 @@
 """Connecting to Ray: a job's own cluster, a named one, or a new local one.
 
-Environment that Ray reads at import is pinned here, so this module must be imported before `ray` anywhere else.
+Ray reads some of its environment when it's imported, so it's imported only once that is settled, in `connect`.
 """
 
 import logging
@@ -12,8 +12,6 @@ from contextlib import contextmanager
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Ray Data prints its plan and bars on its own otherwise; progress is cluster/progress.py's job.
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-
-import ray  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +28,21 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     cluster under `ray job submit` (RAY_ADDRESS is set there), else a new local one. Raises `ClusterError`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # Loopback only. Ray has this switch for other systems; it decides which address all its processes bind to.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Gone with this process. Without the setting, Ray writes a token file into the home folder that then keeps
+        # `ray job submit` from reaching other clusters.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray logs at error level that actor arguments lie in the object store (ray #53727); the driver pins ours.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
         return
     try:
         if address == "local":
-            # Loopback only and gone with this process. Without the setting, Ray writes a token file into the home folder
-            # that then keeps `ray job submit` from reaching other clusters.
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             logger.info("starting a local Ray (about 8 s)")
             ray.init(
                 address="local",
@@ -50,7 +55,9 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`") from None
+        raise ClusterError(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`"
+        ) from None
     try:
         yield ray.get_runtime_context().gcs_address
     finally:

@@ -79,7 +79,12 @@ def parse(argv: Sequence[str]) -> tuple[str | None, ExtractConfig]:
             raise ConfigError("--from needs a run.json or a store")
         default = config_from_run(args[at + 1], _options_in(args))
         del args[at : at + 2]
-    description = (__doc__ or "") + "\nPresets: " + ", ".join(PRESETS) + "\n--from RUN: settings of an earlier run (run.json or store)"
+    description = (
+        (__doc__ or "")
+        + "\nPresets: "
+        + ", ".join(PRESETS)
+        + "\n--from RUN: settings of an earlier run (run.json or store)"
+    )
     config = tyro.cli(
         Annotated[ExtractConfig, tyro.conf.arg(name="")],
         default=default,
@@ -123,7 +128,10 @@ def main(config: ExtractConfig) -> Summary | None:
             if config.json:
                 print(json.dumps(plan.to_json(), indent=1))
             else:
-                print(plan.describe() + "\nnothing was run (the index of the input is kept with the output); drop --plan to start")
+                print(
+                    plan.describe()
+                    + "\nnothing was run (the index of the input is kept with the output); drop --plan to start"
+                )
             return None
         summary = run_prepared(prepared, executor)
     _report(summary)
@@ -149,7 +157,9 @@ def demo(config: ExtractConfig) -> None:
         summary = main(config)
     except WeightsUnavailable as error:
         print(f"\nNo pretrained weights: {error}")
-        print("The demo goes on with RANDOM weights, and the store says so. The picture shows that the pipeline works, not good features.\n")
+        print(
+            "The demo goes on with RANDOM weights, and the store says so. The picture shows that the pipeline works, not good features.\n"
+        )
         config = replace(config, weights="random", out=config.out.replace(".zarr", "-random.zarr"))
         summary = main(config)
     if summary is None:
@@ -163,7 +173,9 @@ def demo(config: ExtractConfig) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
     options: dict[str, Any] = {}
     try:
         name, config = parse(argv)
@@ -171,7 +183,16 @@ def run(argv: Sequence[str]) -> int:
         if name in ("demo", "debug"):
             write_photos("demo")
         (demo if name == "demo" else main)(config)
-    except (ConfigError, StorageError, BackboneError, UpsamplerError, WeightsUnavailable, ClusterError, FileNotFoundError, PermissionError) as error:
+    except (
+        ConfigError,
+        StorageError,
+        BackboneError,
+        UpsamplerError,
+        WeightsUnavailable,
+        ClusterError,
+        FileNotFoundError,
+        PermissionError,
+    ) as error:
         print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
         return 2
     except RunFailed as error:

@@ -84,7 +84,9 @@ def preprocessing(name: str) -> Preprocessing:
     """The timm config of `name`. Raises `BackboneError` with near names if timm has no such model."""
     config = timm.get_pretrained_cfg(name) if _known(name) else None
     if config is None:
-        near = timm.list_models(f"*{name.split('.')[0][:12]}*", pretrained=True)[:5] or timm.list_models("vit_small*")[:5]
+        near = (
+            timm.list_models(f"*{name.split('.')[0][:12]}*", pretrained=True)[:5] or timm.list_models("vit_small*")[:5]
+        )
         raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(near)}")
     return Preprocessing(
         size=(config.input_size[1], config.input_size[2]),
@@ -102,7 +104,9 @@ def _known(name: str) -> bool:
     return not tag or name in timm.list_pretrained(f"{architecture}.*")
 
 
-def create_model(name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor] | None, seed: int | None) -> nn.Module:
+def create_model(
+    name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor] | None, seed: int | None
+) -> nn.Module:
     """A timm model without its classifier, in eval mode, for inputs of `size`.
 
     Weights: a checkpoint in any form that timm converts for this model (strict), or random from `seed`; with neither,
@@ -202,13 +206,19 @@ class TimmBackbone:
 
     def _overlap_patches(self) -> None:
         patch_embed = getattr(self.model, "patch_embed", None)
-        if self.is_hierarchical or not isinstance(getattr(patch_embed, "proj", None), nn.Conv2d) or self.patch % self.stride:
+        if (
+            self.is_hierarchical
+            or not isinstance(getattr(patch_embed, "proj", None), nn.Conv2d)
+            or self.patch % self.stride
+        ):
             raise BackboneError(
                 f"stride {self.stride} is not possible for {type(self.model).__name__} with patch {self.patch}: plain ViTs only, "
                 f"and the stride must divide the patch"
             )
         if not getattr(self.model, "dynamic_img_size", False):
-            raise BackboneError(f"stride override needs a timm model with dynamic_img_size, {type(self.model).__name__} has none")
+            raise BackboneError(
+                f"stride override needs a timm model with dynamic_img_size, {type(self.model).__name__} has none"
+            )
         patch_embed.proj.stride = (self.stride, self.stride)
         # The check that H and W are multiples of the patch happens in `grid_of`, with the stride.
         patch_embed.img_size = None
@@ -218,19 +228,27 @@ class TimmBackbone:
         out = []
         for layer in layers:
             if not -self.n_layers <= layer < self.n_layers:
-                raise BackboneError(f"layer {layer}: {type(self.model).__name__} has {self.n_layers} (0 to {self.n_layers - 1}, or negative)")
+                raise BackboneError(
+                    f"layer {layer}: {type(self.model).__name__} has {self.n_layers} (0 to {self.n_layers - 1}, or negative)"
+                )
             out.append(layer % self.n_layers)
         if len(set(out)) != len(out) or not out:
             raise BackboneError(f"layers {tuple(layers)} must be different ones, at least one")
         if self.is_hierarchical and out != [self.n_layers - 1]:
-            raise BackboneError(f"{type(self.model).__name__} is hierarchical: only its last stage ({self.n_layers - 1}) is a map of one stride")
+            raise BackboneError(
+                f"{type(self.model).__name__} is hierarchical: only its last stage ({self.n_layers - 1}) is a map of one stride"
+            )
         return tuple(out)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of cells for an input of `size` pixels. Raises `BackboneError` where cells don't fit the input."""
         grid = []
         for side in size:
-            if side < self.patch or (side - self.patch) % self.stride or (self.stride == self.patch and side % self.patch):
+            if (
+                side < self.patch
+                or (side - self.patch) % self.stride
+                or (self.stride == self.patch and side % self.patch)
+            ):
                 fits = max(self.patch, round((side - self.patch) / self.stride) * self.stride + self.patch)
                 raise BackboneError(
                     f"input size {size[0]}x{size[1]} px: {side} is not {self.patch} plus a multiple of {self.stride} "
@@ -252,23 +270,35 @@ class TimmBackbone:
         if self.facet != "token":
             tokens = self._facet_tokens(images_BCHW, layers)
         elif self.is_hierarchical:
-            maps = self.model.forward_intermediates(images_BCHW, indices=layers, output_fmt="NCHW", intermediates_only=True)
+            maps = self.model.forward_intermediates(
+                images_BCHW, indices=layers, output_fmt="NCHW", intermediates_only=True
+            )
             empty = maps[0].new_zeros((len(images_BCHW), 0, self.channels))
-            return PatchFeatures(layers=dict(zip(layers, maps, strict=True)), prefix=dict.fromkeys(layers, empty), stride=self.stride)
+            return PatchFeatures(
+                layers=dict(zip(layers, maps, strict=True)), prefix=dict.fromkeys(layers, empty), stride=self.stride
+            )
         else:
             tokens = self._block_tokens(images_BCHW, layers)
         return self._features(tokens, grid)
 
     def _features(self, tokens: Mapping[int, Tensor], grid: tuple[int, int]) -> PatchFeatures:
         maps = {n: t[:, self.n_prefix :].unflatten(1, grid).permute(0, 3, 1, 2) for n, t in tokens.items()}
-        return PatchFeatures(layers=maps, prefix={n: t[:, : self.n_prefix] for n, t in tokens.items()}, stride=self.stride)
+        return PatchFeatures(
+            layers=maps, prefix={n: t[:, : self.n_prefix] for n, t in tokens.items()}, stride=self.stride
+        )
 
     def _block_tokens(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
         """Tokens after each of `layers`, [B, T + h*w, C]."""
         options = {"return_prefix_tokens": True} if "return_prefix_tokens" in self._forward_options else {}
         ordered = sorted(layers)
         out = self.model.forward_intermediates(
-            images, indices=ordered, norm=self.norm, stop_early=True, output_fmt="NLC", intermediates_only=True, **options
+            images,
+            indices=ordered,
+            norm=self.norm,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+            **options,
         )
         # timm returns (patches, prefix) pairs only where the model has prefix tokens.
         joined = [torch.cat([item[1], item[0]], dim=1) if isinstance(item, tuple | list) else item for item in out]
@@ -278,8 +308,12 @@ class TimmBackbone:
     def _attention(self, layer: int) -> nn.Module:
         blocks = getattr(self.model, "blocks", None)
         attention = getattr(blocks[layer], "attn", None) if blocks is not None and not self.is_hierarchical else None
-        if attention is None or (getattr(attention, "qkv", None) is None and getattr(attention, "q_proj", None) is None):
-            raise BackboneError(f"facet {self.facet} needs blocks with a qkv or q_proj layer; {type(self.model).__name__} has none")
+        if attention is None or (
+            getattr(attention, "qkv", None) is None and getattr(attention, "q_proj", None) is None
+        ):
+            raise BackboneError(
+                f"facet {self.facet} needs blocks with a qkv or q_proj layer; {type(self.model).__name__} has none"
+            )
         return attention
 
     def _facet_tokens(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
@@ -288,12 +322,14 @@ class TimmBackbone:
         handles = []
         for layer in layers:
 
-            def keep(module: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
+            def keep(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
                 inputs[layer] = args[0]
 
             handles.append(self._attention(layer).register_forward_pre_hook(keep))
         try:
-            self.model.forward_intermediates(images, indices=[max(layers)], stop_early=True, output_fmt="NLC", intermediates_only=True)
+            self.model.forward_intermediates(
+                images, indices=[max(layers)], stop_early=True, output_fmt="NLC", intermediates_only=True
+            )
         finally:
             for handle in handles:
                 handle.remove()
@@ -346,7 +382,11 @@ def _project(attention: nn.Module, x: Tensor, facet: Facet) -> Tensor:
         return getattr(attention, f"{name}_proj")(x)
     part = "qkv".index(name)
     weight = attention.qkv.weight.chunk(3)[part]
-    bias = attention.qkv.bias.chunk(3)[part] if attention.qkv.bias is not None else getattr(attention, f"{name}_bias", None)
+    bias = (
+        attention.qkv.bias.chunk(3)[part]
+        if attention.qkv.bias is not None
+        else getattr(attention, f"{name}_bias", None)
+    )
     return F.linear(x, weight, bias)
 
 

@@ -10,7 +10,20 @@ from PIL import Image, ImageDraw
 from operators.visual import RgbProjection
 from storage.store import FeatureStore
 
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "horse", "motorcycle_left", "grass", "gravel", "brick", "clock_motion")
+PHOTOS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "camera",
+    "coins",
+    "horse",
+    "motorcycle_left",
+    "grass",
+    "gravel",
+    "brick",
+    "clock_motion",
+)
 """Photographs inside the scikit-image wheel."""
 
 _TILE_PX = 224
@@ -64,14 +77,18 @@ def draw_picture(store_url: str, target: str) -> str:
     canvas = Image.new("RGB", (per_line * columns * (_TILE_PX + 4) + 16, lines * (height + 4) + 20), "white")
     draw = ImageDraw.Draw(canvas)
     for n in range(per_line):
-        for c, title in enumerate(["photo", *(f"{lv.name}  {lv.grid[0]} x {lv.grid[1]} cells, {lv.method}" for lv in levels if lv.grid)]):
+        for c, title in enumerate(
+            ["photo", *(f"{lv.name}  {lv.grid[0]} x {lv.grid[1]} cells, {lv.method}" for lv in levels if lv.grid)]
+        ):
             draw.text((_left(n, c, columns) + 2, 3), title, fill="black")
     for n, i in enumerate(keep):
         top = 20 + (n // per_line) * (height + 4)
         photo = decode(blobs[i] or b"", geometry, max_pixels=10**9).pixels
         tiles = [photo, *(colours(np.asarray(group[f"{level.name}/features"][i], np.float32)) for level in levels)]
         for c, tile in enumerate(tiles):
-            shown = Image.fromarray(tile).resize((_TILE_PX, height), Image.Resampling.BICUBIC if c == 0 else Image.Resampling.NEAREST)
+            shown = Image.fromarray(tile).resize(
+                (_TILE_PX, height), Image.Resampling.BICUBIC if c == 0 else Image.Resampling.NEAREST
+            )
             canvas.paste(shown, (_left(n % per_line, c, columns), top))
     canvas.save(target)
     return target

@@ -31,17 +31,17 @@ NO_PROGRESS_S = 900
 class Worker(Protocol):
     """What an executor drives; made once per actor."""
 
-    def load(self, task: ShardTask) -> Any: ...
-    def compute(self, task: ShardTask, loaded: Any) -> dict[str, Any]: ...
-    def run(self, task: ShardTask) -> dict[str, Any]: ...
+    def load(self, task: ShardTask) -> Any:
+        """A task's images and what is known of them: `pixels` uint8 [rows, H, W, 3] and `notes()`, JSON values."""
+
+    def run(self, task: ShardTask, loaded: tuple[np.ndarray, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Do a task, loading it first where it comes without `loaded` (pixels, notes); returns its report."""
 
 
 class InlineExecutor:
     """Everything in this process, one task after another."""
 
-    def scan(
-        self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]
-    ) -> Iterator[SourceScan]:
+    def scan(self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]) -> Iterator[SourceScan]:
         """Scan sources in order, a few at once."""
         with ThreadPoolExecutor(4) as pool:
             for start in range(0, len(files), 16):
@@ -55,7 +55,13 @@ class InlineExecutor:
         return WorkerPool(device=device, size=1, cpus=cpus or torch.get_num_threads(), gpus=gpus or 0)
 
     def run(
-        self, make_worker: Callable[[], Worker], tasks: Sequence[ShardTask], pool: WorkerPool, *, decode_on: str = "actor", solo: bool = False
+        self,
+        make_worker: Callable[[], Worker],
+        tasks: Sequence[ShardTask],
+        pool: WorkerPool,
+        *,
+        decode_on: str = "actor",
+        solo: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """Reports of finished tasks."""
         worker = make_worker()
@@ -66,9 +72,7 @@ class InlineExecutor:
 class RayExecutor:
     """Ray tasks for scanning, Ray Data over an actor pool for tasks. Needs a connected session."""
 
-    def scan(
-        self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]
-    ) -> Iterator[SourceScan]:
+    def scan(self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]) -> Iterator[SourceScan]:
         """Scan sources in order; at most a few hundred are under way, so a limit costs little."""
         import ray
 
@@ -89,14 +93,25 @@ class RayExecutor:
         return choose_pool(device, actors, cpus, gpus)
 
     def run(
-        self, make_worker: Callable[[], Worker], tasks: Sequence[ShardTask], pool: WorkerPool, *, decode_on: str = "actor", solo: bool = False
+        self,
+        make_worker: Callable[[], Worker],
+        tasks: Sequence[ShardTask],
+        pool: WorkerPool,
+        *,
+        decode_on: str = "actor",
+        solo: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """Reports of finished tasks, in the order in which they finish. `solo`: one task at a time in one actor."""
         for start in range(0, len(tasks), WINDOW_TASKS):
             yield from self._run_window(make_worker, tasks[start : start + WINDOW_TASKS], pool, decode_on, solo)
 
     def _run_window(
-        self, make_worker: Callable[[], Worker], tasks: Sequence[ShardTask], pool: WorkerPool, decode_on: str, solo: bool
+        self,
+        make_worker: Callable[[], Worker],
+        tasks: Sequence[ShardTask],
+        pool: WorkerPool,
+        decode_on: str,
+        solo: bool,
     ) -> Iterator[dict[str, Any]]:
         import ray
         import ray.data
@@ -107,6 +122,7 @@ class RayExecutor:
         context.max_consecutive_actor_init_deaths = 3
         context.execution_no_progress_timeout_s = NO_PROGRESS_S
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         # Weights cross the network once per node, through the object store, and are shared by its actors.
         factory = ray.put(make_worker)
         items = [asdict(task) for task in tasks]
@@ -175,9 +191,7 @@ class _Actor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         task = _task_of(batch)
-        if "pixels" in batch:
-            report = self._worker.compute_loaded(task, batch["pixels"][0], json.loads(batch["notes"][0]))
-        else:
-            report = self._worker.run(task)
+        loaded = (batch["pixels"][0], json.loads(batch["notes"][0])) if "pixels" in batch else None
+        report = self._worker.run(task, loaded)
         self._metrics.count(report)
         return {"report": [json.dumps(report)]}

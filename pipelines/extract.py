@@ -57,7 +57,11 @@ class Loaded:
 
     def notes(self) -> dict[str, Any]:
         """All but the pixels, as JSON values."""
-        return {"records": [asdict(record) for record in self.records], "seconds": self.seconds, "bytes_read": self.bytes_read}
+        return {
+            "records": [asdict(record) for record in self.records],
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+        }
 
     @classmethod
     def from_notes(cls, pixels: np.ndarray, notes: Mapping[str, Any]) -> "Loaded":
@@ -105,8 +109,8 @@ class ShardWorker:
             self.model = setup.bundle.build(setup.device)
             self.batch = setup.batch if setup.batch_is_fixed else self.model.fit_batch(setup.batch)
 
-    def run(self, task: ShardTask) -> dict[str, Any]:
-        """Do one task from its images to its commit record; returns a report of JSON values.
+    def run(self, task: ShardTask, loaded: tuple[np.ndarray, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Do one task to its commit record, from its images or from what a separate stage `loaded`; returns a report.
 
         A fault of the infrastructure (storage that stays unreachable after its own retries, say) makes the report carry
         `error` and leaves the task pending; so does a bug, and the driver stops when such reports mount up.
@@ -116,19 +120,8 @@ class ShardWorker:
             if give_up:
                 return give_up
             try:
-                return self.compute(task, self.load(task))
-            except Exception as error:  # the task boundary: reported, counted and re-raised as RunFailed by the driver
-                return self._error_report(task, error)
-
-    def compute_loaded(self, task: ShardTask, pixels: np.ndarray, notes: Mapping[str, Any]) -> dict[str, Any]:
-        """`run` for a task that a separate stage has loaded."""
-        with self._attempt(task) as starts:
-            give_up = self._give_up(task, starts)
-            if give_up:
-                return give_up
-            try:
-                return self.compute(task, Loaded.from_notes(pixels, notes))
-            except Exception as error:  # the task boundary, as in `run`
+                return self.compute(task, Loaded.from_notes(*loaded) if loaded else self.load(task))
+            except Exception as error:  # noqa: BLE001 - the task boundary: the driver counts these and raises RunFailed
                 return self._error_report(task, error)
 
     def _error_report(self, task: ShardTask, error: Exception) -> dict[str, Any]:
@@ -198,10 +191,17 @@ class ShardWorker:
         if blob is None:
             return record
         if len(blob) < record.size:
-            return _failed(record, "read", "ShortRead", f"{len(blob)} of {record.size} bytes: the source is shorter than when indexed")
+            return _failed(
+                record,
+                "read",
+                "ShortRead",
+                f"{len(blob)} of {record.size} bytes: the source is shorter than when indexed",
+            )
         try:
-            image = decode(blob, self.geometry, max_pixels=self.setup.max_image_pixels, draft=self.store.spec.jpeg_draft)
-        except Exception as error:  # the sample boundary: Pillow raises a dozen types on damaged files
+            image = decode(
+                blob, self.geometry, max_pixels=self.setup.max_image_pixels, draft=self.store.spec.jpeg_draft
+            )
+        except Exception as error:  # noqa: BLE001 - the sample boundary: Pillow raises a dozen types on damaged files
             return _failed(record, "decode", type(error).__name__, str(error))
         out[:] = image.pixels
         place = image.placement
@@ -246,7 +246,13 @@ class ShardWorker:
         return {**report, "batch": batch, "halved": halved}
 
     def _encode(
-        self, writer: Any, loaded: Loaded, levels: Mapping[str, np.ndarray], bad: np.ndarray, ok: Sequence[int], start: int
+        self,
+        writer: Any,
+        loaded: Loaded,
+        levels: Mapping[str, np.ndarray],
+        bad: np.ndarray,
+        ok: Sequence[int],
+        start: int,
     ) -> None:
         t0 = time.perf_counter()
         for i in ok:
@@ -287,7 +293,9 @@ class ShardWorker:
 
 
 def _failed(record: SampleRecord, stage: str, error: str, message: str) -> SampleRecord:
-    return SampleRecord(**{**asdict(record), "status": "failed", "stage": stage, "error": error, "message": message[:500]})
+    return SampleRecord(
+        **{**asdict(record), "status": "failed", "stage": stage, "error": error, "message": message[:500]}
+    )
 
 
 class WorkerMetrics:
@@ -425,7 +433,13 @@ class _Run:
     """One run's accounting."""
 
     def __init__(
-        self, config: ExtractConfig, store: FeatureStore, setup: WorkerSetup, executor: Any, pool: WorkerPool, rows_done: int
+        self,
+        config: ExtractConfig,
+        store: FeatureStore,
+        setup: WorkerSetup,
+        executor: Any,
+        pool: WorkerPool,
+        rows_done: int,
     ):
         self.config, self.store, self.setup, self.executor, self.pool = config, store, setup, executor, pool
         self.progress = Progress(total=store.layout.n_rows, done=rows_done)
@@ -472,7 +486,7 @@ class _Run:
             self._save_progress()
         seen, failed = self.progress.ok + self.progress.failed, self.progress.failed
         budget = self.config.max_failed_fraction * self.store.layout.n_rows
-        if failed > budget and (failed > budget + 256 or seen >= 256 and failed > seen / 2):
+        if failed > budget and (failed > budget + 256 or (seen >= 256 and failed > seen / 2)):
             raise RunFailed(self._budget_text(f"{failed:,} of the first {seen:,} images failed"))
 
     def _save_progress(self) -> None:
@@ -499,7 +513,9 @@ class _Run:
         counts = self.store.finalize()
         ok, failed = counts.get("ok", 0), counts.get("failed", 0)
         if ok + failed != self.store.layout.n_rows:
-            raise RunFailed(f"{self.store.folder.shown}: {ok} ok + {failed} failed rows, but {self.store.layout.n_rows} samples")
+            raise RunFailed(
+                f"{self.store.folder.shown}: {ok} ok + {failed} failed rows, but {self.store.layout.n_rows} samples"
+            )
         if failed > self.config.max_failed_fraction * self.store.layout.n_rows:
             raise RunFailed(self._budget_text(f"{failed:,} of {ok + failed:,} images failed"))
         return Summary(

@@ -6,6 +6,7 @@ network once per node, and what was hashed is what runs.
 
 import io
 import logging
+import pickle
 import re
 import socket
 import time
@@ -13,6 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
@@ -32,7 +34,6 @@ from operators.backbone import (
     create_model,
     load_arrays,
     normalise,
-    preprocessing,
     state_arrays,
     weights_digest,
 )
@@ -105,7 +106,7 @@ def _parse_state_dict(data: bytes, name: str, shown: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     try:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for bad files
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise WeightsUnavailable(
             f"{shown} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
             "safetensors where you trust it"
@@ -123,20 +124,24 @@ def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:
     config = timm.get_pretrained_cfg(name)
     repo = config.hf_hub_id if config else None
     if not repo:
-        raise WeightsUnavailable(f"timm knows no hub repository for {name}; give --weights a file, or a name with a tag such as {name}.<tag>")
+        raise WeightsUnavailable(
+            f"timm knows no hub repository for {name}; give --weights a file, or a name with a tag such as {name}.<tag>"
+        )
     repo, _, pinned = repo.partition("@")
     revision = revision or pinned or None
-    advice = f"Fetch it where there is a network (hf download {repo}) and give --weights the folder, or use --weights random"
+    advice = (
+        f"Fetch it where there is a network (hf download {repo}) and give --weights the folder, or use --weights random"
+    )
     for file in (config.hf_hub_filename,) if getattr(config, "hf_hub_filename", None) else _HUB_FILES:
         cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
         if isinstance(cached, str):
-            return _parse_state_dict(open(cached, "rb").read(), file, cached)
+            return _parse_state_dict(Path(cached).read_bytes(), file, cached)
     _require_host(huggingface_hub.constants.ENDPOINT, f"pretrained weights of {name}", advice)
     error: Exception | None = None
     for file in _HUB_FILES:
         try:
             path = huggingface_hub.hf_hub_download(repo, file, revision=revision)
-            return _parse_state_dict(open(path, "rb").read(), file, path)
+            return _parse_state_dict(Path(path).read_bytes(), file, path)
         except GatedRepoError:
             page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
             raise WeightsUnavailable(f"{repo} is gated: accept its terms at {page}, then `hf auth login`") from None
@@ -157,7 +162,9 @@ def _require_host(endpoint: str, what: str, advice: str) -> None:
     try:
         socket.getaddrinfo(host, 443)
     except OSError as error:
-        raise WeightsUnavailable(f"{what} can't be reached: no network to {host} ({error.strerror or error}). {advice}") from None
+        raise WeightsUnavailable(
+            f"{what} can't be reached: no network to {host} ({error.strerror or error}). {advice}"
+        ) from None
 
 
 # --- levels -----------------------------------------------------------------------------------------------------------
@@ -176,7 +183,9 @@ class LevelChoice:
         body, _, dtype = text.partition("@")
         name, _, method = body.partition("=")
         if not re.fullmatch(r"pooled|x\d+(\.\d+)?|\d+x\d+", name):
-            raise ConfigError(f"--levels {text}: {name!r} is no level; use x1, x2, x0.5, ..., 112x112 (rows x columns), or pooled")
+            raise ConfigError(
+                f"--levels {text}: {name!r} is no level; use x1, x2, x0.5, ..., 112x112 (rows x columns), or pooled"
+            )
         dtype = dtype or encoding
         if dtype not in ("float16", "float32", "int8"):
             raise ConfigError(f"--levels {text}: {dtype!r} is no encoding; there are float16, float32, int8")
@@ -191,7 +200,9 @@ def resolve_level(choice: LevelChoice, backbone: TimmBackbone, size: tuple[int, 
     if choice.name == "pooled":
         method = choice.method or ("cls" if backbone.has_cls else "mean")
         if method not in ("cls", "mean") or (method == "cls" and not backbone.has_cls):
-            raise ConfigError(f"--levels pooled={method}: use mean{', or cls' if backbone.has_cls else '; this model has no CLS token'}")
+            raise ConfigError(
+                f"--levels pooled={method}: use mean{', or cls' if backbone.has_cls else '; this model has no CLS token'}"
+            )
         return Level(name="pooled", method=method, grid=None, channels=channels, dtype=choice.dtype)
     base = backbone.grid_of(size)
     grid = _level_grid(choice.name, base)
@@ -201,7 +212,9 @@ def resolve_level(choice: LevelChoice, backbone: TimmBackbone, size: tuple[int, 
     elif not method:
         method = "average" if grid[0] < base[0] or grid[1] < base[1] else "bilinear"
     if method == "average" and (base[0] % grid[0] or base[1] % grid[1]):
-        raise ConfigError(f"--levels {choice.name}=average: {base[0]}x{base[1]} cells don't divide into {grid[0]}x{grid[1]}")
+        raise ConfigError(
+            f"--levels {choice.name}=average: {base[0]}x{base[1]} cells don't divide into {grid[0]}x{grid[1]}"
+        )
     digest = "" if method == "backbone" else create_upsampler(method).digest
     step = tuple(backbone.stride * b / g for b, g in zip(base, grid, strict=True))
     edge = backbone.cell_start() - backbone.stride / 2
@@ -224,7 +237,9 @@ def _level_grid(name: str, base: tuple[int, int]) -> tuple[int, int]:
     factor = float(name[1:])
     grid = tuple(n * factor for n in base)
     if factor <= 0 or any(n != int(n) for n in grid):
-        raise ConfigError(f"--levels {name}: {base[0]}x{base[1]} cells times {factor:g} are not whole; use another factor, or ROWSxCOLUMNS")
+        raise ConfigError(
+            f"--levels {name}: {base[0]}x{base[1]} cells times {factor:g} are not whole; use another factor, or ROWSxCOLUMNS"
+        )
     return int(grid[0]), int(grid[1])
 
 
@@ -272,7 +287,9 @@ def describe_model(
     numbers = backbone.resolve_layers(layers)
     resolved = tuple(resolve_level(choice, backbone, size, len(numbers)) for choice in levels)
     if len({level.name for level in resolved}) != len(resolved) or not resolved:
-        raise ConfigError(f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}")
+        raise ConfigError(
+            f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
+        )
     spec = FeatureSpec(
         model=name,
         weights=weights_digest(arrays),
@@ -303,7 +320,9 @@ class FeatureModel:
         cast_matmul_weights(backbone.model, spec.precision)
         backbone.model.to(device)
         self.upsamplers: dict[str, Upsampler] = {
-            level.name: create_upsampler(level.method) for level in spec.levels if level.grid and level.method != "backbone"
+            level.name: create_upsampler(level.method)
+            for level in spec.levels
+            if level.grid and level.method != "backbone"
         }
         extra = {layer for upsampler in self.upsamplers.values() for layer in upsampler.layers}
         self._asked = (*spec.layers, *sorted(extra - set(spec.layers)))
@@ -329,14 +348,18 @@ class FeatureModel:
                 rows = maps.permute(0, 2, 3, 1)
             else:
                 rows = self.upsamplers[level.name](images, features, self.spec.layers, level.grid).permute(0, 2, 3, 1)
-            out[level.name] = rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous().cpu().numpy()
+            out[level.name] = (
+                rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous().cpu().numpy()
+            )
         seconds["forward"] = seconds.get("forward", 0.0) + t1 - t0
         seconds["upsample"] = seconds.get("upsample", 0.0) + time.perf_counter() - t1
         return out, bad
 
     def fit_batch(self, batch: int) -> int:
         """`batch`, halved until `peak_bytes` takes at most 0.6 of the device's free memory."""
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        free = (
+            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        )
         while batch > 1 and self.peak_bytes(batch) > 0.6 * free:
             batch //= 2
         return batch

@@ -21,7 +21,15 @@ import torch
 
 from operators.backbone import preprocessing
 from operators.image import Geometry, decode
-from pipelines.models import ConfigError, FeatureModel, LevelChoice, ModelBundle, WeightsChoice, describe_model, load_model
+from pipelines.models import (
+    ConfigError,
+    FeatureModel,
+    LevelChoice,
+    ModelBundle,
+    WeightsChoice,
+    describe_model,
+    load_model,
+)
 from storage.paths import Folder, InputFile, expand_inputs, public_options, redact
 from storage.samples import MemberRules, SampleIndex, build_index, read_images
 from storage.shards import compress, encode_row
@@ -159,9 +167,27 @@ class ExtractConfig:
 
 
 CONTENT_FIELDS = (
-    "model weights revision size geometry crop_pct layers facet norm stride pos_embed precision jpeg_draft levels encoding "
-    "image_member carry limit max_image_pixels block_rows"
-).split()
+    "model",
+    "weights",
+    "revision",
+    "size",
+    "geometry",
+    "crop_pct",
+    "layers",
+    "facet",
+    "norm",
+    "stride",
+    "pos_embed",
+    "precision",
+    "jpeg_draft",
+    "levels",
+    "encoding",
+    "image_member",
+    "carry",
+    "limit",
+    "max_image_pixels",
+    "block_rows",
+)
 """Settings that decide what is in a store, as opposed to where and how it is made; these go into its attributes."""
 
 
@@ -241,7 +267,9 @@ def versions() -> dict[str, str]:
     names = ("ray", "torch", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
     found = {name: importlib.metadata.version(name) for name in names}
     root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
 
 
@@ -322,8 +350,14 @@ class Plan:
     def describe(self) -> str:
         """The plan as text for people."""
         lines = [
-            _line("input", " ".join(self.inputs), f"{self.images:,} images (index of {self.sources:,} sources, {self.unreadable} unreadable)"),
-            _line("model", f"timm {self.model}", f"{self.input_size[0]} x {self.input_size[1]} px, weights {self.weights}"),
+            _line(
+                "input",
+                " ".join(self.inputs),
+                f"{self.images:,} images (index of {self.sources:,} sources, {self.unreadable} unreadable)",
+            ),
+            _line(
+                "model", f"timm {self.model}", f"{self.input_size[0]} x {self.input_size[1]} px, weights {self.weights}"
+            ),
         ]
         for i, cost in enumerate(self.levels):
             level = cost.level
@@ -336,10 +370,26 @@ class Plan:
                 )
             )
         lines += [
-            _line("store", f"{self.out}  ({self.state})", f"{_size(self.total_bytes)}, {self.tasks:,} tasks of {self.block_rows} images, {self.total_objects:,} objects"),
-            _line("memory", f"{self.device} {_size(self.device_bytes)} for batches of {self.batch}", f"host {_size(self.host_bytes)} per actor"),
-            _line("time", f"timed on {self.timed_images} images: {1 / self.seconds_per_image:.1f} images/s per worker", f"{_hours(self.estimate_s)} on {self.actors} {self.device} workers for {self.pending:,} pending tasks"),
-            _line("", "per image: " + ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in self.stage_seconds.items()), ""),
+            _line(
+                "store",
+                f"{self.out}  ({self.state})",
+                f"{_size(self.total_bytes)}, {self.tasks:,} tasks of {self.block_rows} images, {self.total_objects:,} objects",
+            ),
+            _line(
+                "memory",
+                f"{self.device} {_size(self.device_bytes)} for batches of {self.batch}",
+                f"host {_size(self.host_bytes)} per actor",
+            ),
+            _line(
+                "time",
+                f"timed on {self.timed_images} images: {1 / self.seconds_per_image:.1f} images/s per worker",
+                f"{_hours(self.estimate_s)} on {self.actors} {self.device} workers for {self.pending:,} pending tasks",
+            ),
+            _line(
+                "",
+                "per image: " + ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in self.stage_seconds.items()),
+                "",
+            ),
         ]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -357,7 +407,13 @@ def _size(n: float) -> str:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def default_batch(config: ExtractConfig, layout: Layout, device: str) -> int:
@@ -435,12 +491,18 @@ def _time_microbatch(prepared: Prepared, model: Any, n: int, threads: int) -> tu
         images = []
         for blob in blobs:
             try:
-                images.append(decode(blob or b"", geometry, max_pixels=prepared.config.max_image_pixels, draft=spec.jpeg_draft).pixels)
+                images.append(
+                    decode(
+                        blob or b"", geometry, max_pixels=prepared.config.max_image_pixels, draft=spec.jpeg_draft
+                    ).pixels
+                )
             except (OSError, ValueError, SyntaxError):
                 continue  # the run itself will say why; here it only leaves the sample
         t2 = time.perf_counter()
         if not images:
-            raise ConfigError(f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member")
+            raise ConfigError(
+                f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member"
+            )
         model(np.stack(images[:1]), {})
         seconds: dict[str, float] = {}
         out, _ = model(np.stack(images), seconds)

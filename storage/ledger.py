@@ -91,7 +91,9 @@ class Ledger:
         `objects` are the names and sizes in bytes of the shards written for it, in the store's folder.
         """
         if [record.row for record in records] != list(range(task.first, task.last)):
-            raise StorageError(f"task {task.block} must commit rows {task.first} to {task.last}, each once and in order")
+            raise StorageError(
+                f"task {task.block} must commit rows {task.first} to {task.last}, each once and in order"
+            )
         table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
         metadata = {"task": json.dumps(asdict(task)), "objects": json.dumps(dict(sorted(objects.items())))}
         return self.folder.write_new(self.commit_name(task.block), table_bytes(table, metadata))
@@ -134,7 +136,9 @@ class Ledger:
             table = pa.concat_tables([t.replace_schema_metadata(None) for _, t in self.records(blocks)])
             expected = range(part * PART_ROWS, min((part + 1) * PART_ROWS, layout.n_rows))
             if len(table) != len(expected) or table["row"].to_pylist() != list(expected):
-                raise StorageError(f"{self.folder.shown}: the ledger's rows don't add up in part {part}; keep the store, report this")
+                raise StorageError(
+                    f"{self.folder.shown}: the ledger's rows don't add up in part {part}; keep the store, report this"
+                )
             for item in pc.value_counts(table["status"]).to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
             self.folder.write(part_name("ledger", part), table_bytes(table))
@@ -159,6 +163,10 @@ def commonest_reasons(failed: pa.Table, top: int = 5) -> list[str]:
     """The commonest reasons of failed rows, in words, with an example key each."""
     if not len(failed):
         return []
-    groups = failed.group_by(["stage", "error"], use_threads=False).aggregate([("key", "count"), ("key", "first"), ("message", "first")])
+    groups = failed.group_by(["stage", "error"], use_threads=False).aggregate(
+        [("key", "count"), ("key", "first"), ("message", "first")]
+    )
     rows = sorted(groups.to_pylist(), key=lambda row: -row["key_count"])[:top]
-    return [f"{r['key_count']} x {r['stage']}: {r['error']}: {r['message_first']} (e.g. {r['key_first']!r})" for r in rows]
+    return [
+        f"{r['key_count']} x {r['stage']}: {r['error']}: {r['message_first']} (e.g. {r['key_first']!r})" for r in rows
+    ]

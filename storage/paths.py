@@ -87,7 +87,9 @@ def filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> tu
     Raises `InputError` for an unknown scheme.
     """
     if url.startswith("pipe:") or "::" in url:
-        raise InputError(f"{redact(url)}: pipes and chained URLs are not opened; give an fsspec URL such as s3://, http://")
+        raise InputError(
+            f"{redact(url)}: pipes and chained URLs are not opened; give an fsspec URL such as s3://, http://"
+        )
     options = _options_for(url, storage_options or {})
     if url.startswith(("s3://", "s3a://")):
         options["config_kwargs"] = {**_S3_CONFIG, **options.get("config_kwargs", {})}
@@ -168,7 +170,7 @@ class Folder:
         if isinstance(fs, LocalFileSystem):
             with _partial_file(root, data) as partial:
                 target = _ensure_parent(root, name)
-                os.replace(partial, target)
+                partial.replace(target)
         else:
             fs.pipe_file(f"{root}/{name}", data)
 
@@ -264,7 +266,7 @@ class _partial_file:
         folder = Path(root) / ".partial"
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / uuid.uuid4().hex
-        with open(self.path, "wb") as file:
+        with self.path.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -310,7 +312,9 @@ def expand_inputs(patterns: Sequence[str], storage_options: Mapping[str, Any] | 
     the images below it. Raises `InputError` if a pattern matches nothing or names a file that does not exist.
     """
     if not patterns:
-        raise InputError("no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images")
+        raise InputError(
+            "no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images"
+        )
     files: list[InputFile] = []
     for pattern in patterns:
         files += _expand_pattern(pattern, storage_options)
@@ -342,20 +346,22 @@ def _expand_url(url: str, options: Mapping[str, Any] | None) -> list[InputFile] 
     http = url.startswith(("http://", "https://"))
     if not http and any(c in path for c in "*?["):
         entries = fs.glob(path, detail=True)
-        return [_input_file(fs, url, entries[name]) for name in sorted(entries) if entries[name]["type"] == "file"]
+        return [_input_file(fs, entries[name]) for name in sorted(entries) if entries[name]["type"] == "file"]
     try:
         info = fs.info(path)
     except FileNotFoundError:
         return None
     if info["type"] != "directory":
         if info.get("size") is None:
-            raise InputError(f"{redact(url, options)}: the server does not tell the file's size, which ranged reads need")
-        return [_input_file(fs, url, info)]
+            raise InputError(
+                f"{redact(url, options)}: the server does not tell the file's size, which ranged reads need"
+            )
+        return [_input_file(fs, info)]
     entries = [e for e in fs.find(path, detail=True).values() if not _is_hidden(e["name"], path)]
     depth = path.rstrip("/").count("/") + 1
     tars = [e for e in entries if e["name"].endswith(".tar") and e["name"].count("/") == depth]
     images = [e for e in entries if e["name"].rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS]
-    files = [_input_file(fs, url, e, base="" if tars else url) for e in tars or images]
+    files = [_input_file(fs, e, base="" if tars else url) for e in tars or images]
     return sorted(files, key=lambda file: file.url)
 
 
@@ -363,14 +369,23 @@ def _is_hidden(name: str, folder: str) -> bool:
     return any(part.startswith(".") for part in name[len(folder) :].split("/"))
 
 
-def _input_file(fs: fsspec.AbstractFileSystem, url: str, info: Mapping[str, Any], base: str = "") -> InputFile:
+def _input_file(fs: fsspec.AbstractFileSystem, info: Mapping[str, Any], base: str = "") -> InputFile:
     etag = info.get("ETag") or info.get("etag") or ""
     if not etag and info.get("mtime"):
         etag = f"mtime:{int(info['mtime'] * 1e9)}"
-    name = info["name"] if url.startswith(("http://", "https://")) else fs.unstrip_protocol(info["name"])
-    return InputFile(url=name, size=int(info["size"]), etag=str(etag).strip('"'), base=base and fs.unstrip_protocol(
-        fs._strip_protocol(base)
-    ))
+    return InputFile(
+        url=_full_url(fs, info["name"]),
+        size=int(info["size"]),
+        etag=str(etag).strip('"'),
+        base=base and _full_url(fs, base),
+    )
+
+
+def _full_url(fs: fsspec.AbstractFileSystem, name: str) -> str:
+    """The URL of a path on `fs`; local ones absolute and without `..`."""
+    if isinstance(fs, LocalFileSystem):
+        return fs.unstrip_protocol(os.path.normpath(fs._strip_protocol(name)))
+    return name if name.startswith(("http://", "https://")) else fs.unstrip_protocol(fs._strip_protocol(name))
 
 
 def open_sequential(file: InputFile, storage_options: Mapping[str, Any] | None) -> Any:
@@ -380,11 +395,17 @@ def open_sequential(file: InputFile, storage_options: Mapping[str, Any] | None) 
         return io.BytesIO(fs.cat_file(path))
     if file.url.startswith(("http://", "https://")):
         return io.BytesIO(fs.cat_file(path))
-    return fs.open(path, "rb", **({} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"}))
+    return fs.open(
+        path, "rb", **({} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"})
+    )
 
 
 def read_ranges(
-    ranges: Sequence[tuple[str, int, int]], storage_options: Mapping[str, Any] | None, *, max_gap: int = 2**18, max_bytes: int = 2**25
+    ranges: Sequence[tuple[str, int, int]],
+    storage_options: Mapping[str, Any] | None,
+    *,
+    max_gap: int = 2**18,
+    max_bytes: int = 2**25,
 ) -> list[bytes]:
     """Read `(url, offset, size)` ranges, neighbours merged into one request when at most `max_gap` bytes lie between.
 

@@ -155,7 +155,7 @@ def _members(stream: BinaryIO, file: InputFile, problems: list[str]) -> Iterator
             else:
                 long_name = payload.rstrip(b"\0").decode("utf-8", "replace")
             continue
-        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) and not block[156:157] == b"5":
+        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) and block[156:157] != b"5":
             name = pax.get("path") or long_name or info.name
             yield _Member(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), data, size)
         long_name, pax = None, {}
@@ -234,7 +234,9 @@ def _row(
 
 def _text(stream: BinaryIO, member: _Member, file: InputFile) -> str | None:
     if member.size > MAX_CARRIED_BYTES:
-        raise InputError(f"{query_free(file.url)}: {member.name} has {member.size} bytes; carried members are at most 1 MiB")
+        raise InputError(
+            f"{query_free(file.url)}: {member.name} has {member.size} bytes; carried members are at most 1 MiB"
+        )
     stream.seek(member.offset)
     try:
         return stream.read(member.size).decode()
@@ -301,7 +303,9 @@ class SampleIndex:
             if known[url].size != now[url].size:
                 out.append(f"{url}: {known[url].size} bytes when indexed, {now[url].size} now")
             elif known[url].etag and now[url].etag and known[url].etag != now[url].etag:
-                out.append(f"{url}: changed since it was indexed (ETag or time {known[url].etag} then, {now[url].etag} now)")
+                out.append(
+                    f"{url}: changed since it was indexed (ETag or time {known[url].etag} then, {now[url].etag} now)"
+                )
         return sorted(out)
 
 
@@ -323,7 +327,9 @@ def table_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> b
     return sink.getvalue()
 
 
-def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None) -> tuple[pa.Table, list[Source]]:
+def collect_index(
+    scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None
+) -> tuple[pa.Table, list[Source]]:
     """Join scans, in the order of the sources, into one table; stops once `limit` rows are there.
 
     Raises `DuplicateKeys`, and `InputError` for a tar without images or an input without rows.
@@ -334,7 +340,9 @@ def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | No
         readable = pc.sum(pc.equal(scan.rows["member"], "").cast(pa.int64())).as_py() != len(scan.rows)
         if not readable:
             found = scan.rows["problem"][0].as_py() if len(scan.rows) else "it has no samples"
-            raise InputError(f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar")
+            raise InputError(
+                f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
+            )
         problems = "; ".join(scan.problems)
         ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
         tables.append(scan.rows.set_column(1, "source", ordinal))
@@ -419,7 +427,7 @@ def build_index(
             )
         folder.write("index/sources.parquet", _sources_bytes(table, sources))
         index = SampleIndex(folder)
-    elif limit is not None and limit < index.n_rows or limit is None and index.n_rows < 0:
+    elif limit is not None and limit < index.n_rows:
         raise InputError(f"{folder.shown} has {index.n_rows} rows, this run asks for --limit {limit}; use a new --out")
     return index
 

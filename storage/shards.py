@@ -31,11 +31,8 @@ def encode_row(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray |
     if dtype == "float32":
         return np.asarray(values, np.float32), None, 0
     if dtype == "float16":
-        if values.dtype == np.float16:
-            # Cast on the device: what overflowed is infinite here.
-            over = np.isinf(values)
-        else:
-            over = np.abs(values) > FLOAT16_MAX
+        # What was cast to float16 on the device is infinite where it overflowed.
+        over = np.isinf(values) if values.dtype == np.float16 else np.abs(values) > FLOAT16_MAX
         clipped = int(np.count_nonzero(over))
         if clipped:
             values = np.clip(values, -FLOAT16_MAX, FLOAT16_MAX)

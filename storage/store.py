@@ -58,7 +58,9 @@ class FeatureStore:
         folder = Folder(url, storage_options)
         attributes = read_attributes(folder)
         if attributes is None:
-            raise NotAStore(f"there is no feature store at {folder.shown}; make one with jobs/extract.py --out {folder.shown}")
+            raise NotAStore(
+                f"there is no feature store at {folder.shown}; make one with jobs/extract.py --out {folder.shown}"
+            )
         return cls(folder, attributes)
 
     @classmethod
@@ -124,7 +126,9 @@ class FeatureStore:
         for level in self.spec.levels:
             if level.name == name:
                 return level
-        raise KeyError(f"{self.folder.shown} has no level {name!r}; it has {', '.join(lv.name for lv in self.spec.levels)}")
+        raise KeyError(
+            f"{self.folder.shown} has no level {name!r}; it has {', '.join(lv.name for lv in self.spec.levels)}"
+        )
 
     def pending(self) -> list[ShardTask]:
         """Tasks without a commit record."""
@@ -147,7 +151,9 @@ class FeatureStore:
             return {item["values"]: item["counts"] for item in pc.value_counts(statuses).to_pylist()}
         missing = self.pending()
         if missing:
-            raise StorageError(f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}")
+            raise StorageError(
+                f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
+            )
         counts = self.ledger.merge(self.layout)
         self.attributes["status"] = "complete"
         self.folder.write("zarr.json", self._metadata(consolidated=True)["zarr.json"])
@@ -204,7 +210,8 @@ class FeatureStore:
             attributes=attributes,
             **common,
         )
-        assert level.start is not None and level.step is not None
+        assert level.start
+        assert level.step
         for axis, name in enumerate("yx"):
             centres = level.start[axis] + np.arange(level.grid[axis]) * level.step[axis]
             coordinate = group.create_array(
@@ -220,7 +227,9 @@ class FeatureStore:
             )
             coordinate[:] = centres.astype(np.float32)
 
-    def _create_vectors(self, group: zarr.Group, name: str, channels: int, dtype: str, attributes: dict[str, Any]) -> None:
+    def _create_vectors(
+        self, group: zarr.Group, name: str, channels: int, dtype: str, attributes: dict[str, Any]
+    ) -> None:
         """One chunk per block: a chunk per row would be all overhead."""
         group.create_array(
             name,
@@ -245,7 +254,10 @@ def _multiscale(level: Level, first: Level) -> dict[str, Any]:
     """A `multiscales` entry: placement relative to the first level's cells."""
     entry: dict[str, Any] = {"asset": f"{level.name}/features", "transform": {"scale": [1.0, 1.0, 1.0, 1.0]}}
     if level is not first:
-        assert level.step and level.start and first.step and first.start
+        assert level.step
+        assert level.start
+        assert first.step
+        assert first.start
         scale = [level.step[i] / first.step[i] for i in (0, 1)]
         move = [(level.start[i] - first.start[i]) / first.step[i] for i in (0, 1)]
         entry["derived_from"] = f"{first.name}/features"
@@ -267,7 +279,9 @@ def read_attributes(folder: Folder) -> dict[str, Any] | None:
     if attributes is None:
         raise StorageError(f"{folder.shown} is a Zarr store, but not one of Raylift's; choose another --out")
     if attributes["format"] > FORMAT:
-        raise StorageError(f"{folder.shown} has format {attributes['format']}, this version reads up to {FORMAT}; update Raylift")
+        raise StorageError(
+            f"{folder.shown} has format {attributes['format']}, this version reads up to {FORMAT}; update Raylift"
+        )
     return attributes
 
 

@@ -21,7 +21,9 @@ class Upsampler(Protocol):
     digest: str
     "sha256 of its weights; empty for parameter-free methods"
 
-    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
+    ) -> Tensor:
         """Normalised images and the maps of `layers` to [B, C, *grid]. Cells tile the same area as the backbone's."""
 
     def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:

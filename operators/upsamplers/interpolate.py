@@ -21,7 +21,9 @@ class Interpolate:
     def __init__(self, mode: Literal["bilinear", "bicubic", "nearest-exact"]):
         self.mode = mode
 
-    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
+    ) -> Tensor:
         maps = features.stacked(layers).float()
         corners = {} if self.mode == "nearest-exact" else {"align_corners": False}
         return F.interpolate(maps, size=grid, mode=self.mode, **corners)
@@ -37,7 +39,9 @@ class AveragePool:
     layers: tuple[int, ...] = ()
     digest = ""
 
-    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
+    ) -> Tensor:
         h, w = features.grid
         if h % grid[0] or w % grid[1]:
             raise ValueError(f"a map of {h}x{w} cells can't be averaged to {grid[0]}x{grid[1]}: sides must divide")
