@@ -123,6 +123,7 @@ class RayExecutor:
         context.execution_no_progress_timeout_s = NO_PROGRESS_S
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
         # Weights cross the network once per node, through the object store, and are shared by its actors.
         factory = ray.put(make_worker)
         items = [asdict(task) for task in tasks]

@@ -1,0 +1,120 @@
+"""Fixtures shared by all tests: real photographs in tars, tiny configs, an S3 server, a local Ray."""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before anything imports ray: loopback only, no token file, short socket paths.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.plan import ExtractConfig
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The project's data packs beside the checkout; tests that want them skip where they are missing."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("../shared/data is not here")
+    return folder
+
+
+def jpeg(seed: int, width: int = 96, height: int = 72) -> bytes:
+    """A smooth random photograph-like JPEG."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8))
+    out = io.BytesIO()
+    small.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
+    return out.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar of `members` in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def make_tars(tmp_path: Path) -> Callable[..., str]:
+    """Write `count` tars of `each` images; returns their brace pattern."""
+
+    def make(count: int = 2, each: int = 10, folder: str = "in") -> str:
+        for t in range(count):
+            members = []
+            for i in range(each):
+                n = t * each + i
+                members += [(f"{n:05d}.jpg", jpeg(n)), (f"{n:05d}.cls", str(n % 7).encode())]
+            write_tar(tmp_path / folder / f"s-{t:03d}.tar", members)
+        return str(tmp_path / folder / f"s-{{000..{count - 1:03d}}}.tar")
+
+    return make
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., ExtractConfig]:
+    """A config that runs in a second: timm's test_vit with random weights at 64 px, inline."""
+
+    def make(data: str | tuple[str, ...], **changes: object) -> ExtractConfig:
+        settings: dict[str, object] = {
+            "data": (data,) if isinstance(data, str) else data,
+            "out": str(tmp_path / "out.zarr"),
+            "model": "test_vit.r160_in1k",
+            "weights": "random",
+            "size": "64",
+            "levels": ("x1", "x2", "pooled"),
+            "precision": "fp32",
+            "executor": "inline",
+            "block_rows": 4,
+        }
+        return ExtractConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A moto S3 server on loopback with the bucket `bkt`; yields its endpoint."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_options(s3_server: str, tmp_path: Path) -> dict[str, object]:
+    """Storage options of an S3 server with an empty bucket of this test's own, `bkt-<n>`, named in options["bucket"]."""
+    import s3fs
+
+    options = {"key": "test-access", "secret": "test-secret-value", "endpoint_url": s3_server}
+    bucket = f"bkt-{abs(hash(str(tmp_path))) % 10**9}"
+    s3fs.S3FileSystem(**options).mkdir(bucket)
+    return {"bucket": bucket, "options": options}
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with two CPUs for all tests that want one."""
+    from cluster.session import connect
+
+    with connect("local", num_cpus=2, num_gpus=0):
+        yield

@@ -1,0 +1,197 @@
+"""The pipeline in one process: what a run writes, and how it continues."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+
+from pipelines import extract as extract_module
+from pipelines.executors import InlineExecutor
+from pipelines.extract import RunFailed, ShardWorker, extract
+from storage.spec import FingerprintMismatch
+from storage.store import FeatureStore
+from tests.conftest import jpeg, write_tar
+
+
+def test_every_row_of_every_level_is_written_and_accounted_for(make_tars, tiny):
+    config = tiny(make_tars(count=2, each=10))
+
+    summary = extract(config, InlineExecutor())
+
+    assert (summary.ok, summary.failed) == (20, 0)
+    group = zarr.open_group(config.out, mode="r")
+    assert group["x1/features"].shape == (20, 4, 4, 64)
+    assert group["x2/features"].shape == (20, 8, 8, 64)
+    assert group["pooled/features"].shape == (20, 64)
+    for name in ("x1", "x2", "pooled"):
+        assert np.isfinite(group[f"{name}/features"][:]).all()
+    ledger = pq.read_table(Path(config.out) / "ledger/part-00000.parquet")
+    assert ledger["row"].to_pylist() == list(range(20))
+    assert ledger["key"].to_pylist() == [f"{n:05d}" for n in range(20)]
+    assert set(ledger["status"].to_pylist()) == {"ok"}
+
+
+def test_second_run_of_a_complete_store_does_nothing(make_tars, tiny, monkeypatch):
+    config = tiny(make_tars())
+    extract(config, InlineExecutor())
+    monkeypatch.setattr(ShardWorker, "compute", lambda *_: pytest.fail("computed again"))
+
+    summary = extract(config, InlineExecutor())
+
+    assert (summary.ok, summary.this_run) == (20, 0)
+
+
+def test_interrupted_run_continues_without_gap_or_repeat(make_tars, tiny, monkeypatch):
+    config = tiny(make_tars())
+    computed = []
+    original = ShardWorker.compute
+
+    def interrupt_third(self, task, loaded):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        computed.append(task.block)
+        return original(self, task, loaded)
+
+    monkeypatch.setattr(ShardWorker, "compute", interrupt_third)
+    with pytest.raises(KeyboardInterrupt):
+        extract(config, InlineExecutor())
+    assert FeatureStore.open(config.out).status == "writing"
+
+    computed.clear()
+    monkeypatch.setattr(ShardWorker, "compute", lambda self, task, loaded: (computed.append(task.block), original(self, task, loaded))[1])
+    summary = extract(config, InlineExecutor())
+
+    assert computed == [2, 3, 4]
+    assert (summary.ok, summary.this_run) == (20, 12)
+    assert FeatureStore.open(config.out).status == "complete"
+
+
+def test_shard_that_lost_bytes_after_its_commit_is_written_again(make_tars, tiny, monkeypatch):
+    config = tiny(make_tars())
+    reference = tiny(config.data, out=config.out.replace("out", "reference"))
+    extract(reference, InlineExecutor())
+    original = ShardWorker.compute
+    monkeypatch.setattr(
+        ShardWorker, "compute", lambda self, task, loaded: pytest.fail("stop") if task.block == 3 else original(self, task, loaded)
+    )
+    with pytest.raises(BaseException, match="stop"):
+        extract(config, InlineExecutor())
+    monkeypatch.setattr(ShardWorker, "compute", original)
+    shard = Path(config.out) / "x1/features/c/1/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:100])
+
+    extract(config, InlineExecutor())
+
+    assert shard.read_bytes() == (Path(reference.out) / "x1/features/c/1/0/0/0").read_bytes()
+
+
+def test_store_of_other_features_is_refused_with_the_differing_fields(make_tars, tiny):
+    config = tiny(make_tars())
+    extract(config, InlineExecutor())
+
+    with pytest.raises(FingerprintMismatch) as caught:
+        extract(tiny(config.data, layers=(3, 5), levels=("x1", "x2=bicubic", "pooled")), InlineExecutor())
+
+    message = str(caught.value)
+    assert "layers" in message
+    assert "(11,)" in message or "(5,)" in message
+    assert "x2.method" in message
+    assert "bicubic" in message
+    assert "precision" not in message
+
+
+def test_failed_images_are_nan_rows_with_a_reason_and_the_rest_is_unharmed(tmp_path, tiny):
+    good = [(f"{n}.jpg", jpeg(n)) for n in range(7)]
+    write_tar(tmp_path / "in/a.tar", good)
+    write_tar(tmp_path / "bad/a.tar", [*good[:3], ("bad.jpg", b"not an image"), *good[4:]])
+    clean = tiny(str(tmp_path / "in/a.tar"), out=str(tmp_path / "clean.zarr"))
+    config = tiny(str(tmp_path / "bad/a.tar"), max_failed_fraction=0.2)
+    extract(clean, InlineExecutor())
+
+    summary = extract(config, InlineExecutor())
+
+    assert (summary.ok, summary.failed) == (6, 1)
+    assert "not an image that Pillow knows" in summary.reasons[0]
+    a, b = (zarr.open_group(out, mode="r")["x1/features"][:] for out in (clean.out, config.out))
+    assert np.isnan(b[3]).all()
+    keep = [0, 1, 2, 4, 5, 6]
+    np.testing.assert_array_equal(a[keep], b[keep])
+
+
+def test_more_failures_than_the_budget_end_the_run_with_the_reasons(tmp_path, tiny):
+    members = [(f"{n}.jpg", jpeg(n) if n % 2 else b"junk") for n in range(8)]
+    config = tiny(str(write_tar(tmp_path / "in/a.tar", members)))
+
+    with pytest.raises(RunFailed, match=r"4 of 8 images failed.*budget of 1.00%.*\n.*4 x decode: ImageRefused"):
+        extract(config, InlineExecutor())
+
+
+def test_retry_failed_runs_only_tasks_with_failed_rows(tmp_path, tiny, monkeypatch):
+    members = [(f"{n:02d}.jpg", jpeg(n)) for n in range(12)]
+    config = tiny(str(write_tar(tmp_path / "in/a.tar", members)), max_failed_fraction=0.2)
+    original = extract_module.decode
+
+    def fail_one(data, geometry, **options):
+        if data == jpeg(6):
+            raise OSError("flaky decoder")
+        return original(data, geometry, **options)
+
+    monkeypatch.setattr(extract_module, "decode", fail_one)
+    assert extract(config, InlineExecutor()).failed == 1
+    monkeypatch.setattr(extract_module, "decode", original)
+
+    summary = extract(tiny(config.data, max_failed_fraction=0.2, retry_failed=True), InlineExecutor())
+
+    assert (summary.ok, summary.failed, summary.this_run) == (12, 0, 4)
+
+
+def test_run_json_repeats_the_run_and_holds_no_secret(make_tars, tiny):
+    from pipelines.plan import config_from_run
+
+    config = tiny(make_tars(), storage_options='{"s3": {"key": "AKIDEXAMPLE", "secret": "hunter2hunter2"}}')
+    summary = extract(config, InlineExecutor())
+    path = Path(config.out) / f"runs/{summary.run_id}/run.json"
+
+    text = path.read_text()
+    again = config_from_run(config.out)
+
+    assert "hunter2" not in text
+    assert "AKIDEXAMPLE" not in text
+    assert json.loads(text)["config"]["size"] == "64"
+    assert (again.data, again.levels, again.model) == (config.data, config.levels, config.model)
+
+
+def test_limit_takes_the_first_samples(make_tars, tiny):
+    config = tiny(make_tars(), limit=5)
+
+    assert extract(config, InlineExecutor()).ok == 5
+    assert zarr.open_group(config.out, mode="r")["x1/features"].shape[0] == 5
+
+
+def test_task_that_kills_its_worker_is_set_aside_and_then_recorded_as_failed(make_tars, tiny, monkeypatch):
+    """The worker's death is played by markers that nobody removes, as a SIGKILL leaves them."""
+    config = tiny(make_tars(), max_failed_fraction=0.5)
+    original = ShardWorker.run
+
+    class Dies(InlineExecutor):
+        def run(self, make_worker, tasks, pool, **options):
+            worker = make_worker()
+            for task in tasks:
+                starts = 0
+                while task.block == 1 and starts < 10:
+                    starts += 1
+                    folder = f"runs/{worker.setup.run_id}/attempts/{task.block:08d}"
+                    n = len(worker.store.folder.sizes(folder))
+                    limit = 3 if not worker.setup.solo else 7
+                    if n >= limit:
+                        break
+                    worker.store.folder.write(f"{folder}/{starts}-{worker.setup.solo}", b"")
+                yield original(worker, task)
+
+    summary = extract(config, Dies())
+
+    assert (summary.ok, summary.failed) == (16, 4)
+    assert "worker: WorkerDied: the worker died" in summary.reasons[0]
