@@ -1,0 +1,125 @@
+"""The pipeline on a real local Ray, and as a submitted job on a real head."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.extract import extract
+from storage.paths import Folder
+from storage.samples import MemberRules, scan_source
+from storage.store import FeatureStore
+from tests.test_pipelines_s3 import tree
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("decode_on", ["actor", "cluster"])
+def test_ray_writes_the_bytes_of_the_inline_run(make_tars, tiny, tmp_path, decode_on):
+    data = make_tars(count=2, each=10)
+    inline = tiny(data, out=str(tmp_path / "inline.zarr"), actor_cpus=1)
+    on_ray = tiny(data, out=str(tmp_path / "ray.zarr"), executor="ray", decode_on=decode_on)
+    extract(inline, InlineExecutor())
+
+    summary = extract(on_ray, RayExecutor())
+
+    assert (summary.ok, summary.failed, summary.this_run) == (20, 0, 20)
+    assert tree(Folder(on_ray.out)) == tree(Folder(inline.out))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_scan_on_ray_keeps_the_order_of_the_sources(make_tars):
+    from storage.paths import expand_inputs
+
+    files = expand_inputs([make_tars(count=9, each=3)])
+
+    scans = list(RayExecutor().scan(files, MemberRules(), {}))
+
+    assert [scan.digest for scan in scans] == [scan_source(file, MemberRules()).digest for file in files]
+
+
+def test_memory_urls_are_refused_on_ray(tiny):
+    from pipelines.models import ConfigError
+
+    with pytest.raises(ConfigError, match="one process only"):
+        tiny("memory://in/a.tar", executor="ray")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def head(tmp_path):
+    """`ray start --head` on loopback; yields the address of its job server."""
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
+               "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--disable-usage-stats",
+               "--dashboard-host=127.0.0.1", "--object-store-memory=300000000"]  # fmt: skip
+    log = (tmp_path / "head.log").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+    children: list[psutil.Process] = []
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        for _ in range(120):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/api/version", timeout=2)
+                break
+            if process.poll() is not None:
+                pytest.fail((tmp_path / "head.log").read_text()[-2000:])
+            time.sleep(1)
+        else:
+            pytest.fail(f"no job server after 120 s: {(tmp_path / 'head.log').read_text()[-2000:]}")
+        yield address
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
+        for p in [*children, process]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                p.kill()
+        process.wait()
+        log.close()
+
+
+def test_submitted_job_extracts_on_the_cluster(head, make_tars, tmp_path):
+    data, out = make_tars(count=2, each=10), tmp_path / "job.zarr"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", head, "--working-dir", ".", "--",
+               "python", "jobs/extract.py", "--data", data, "--out", str(out), "--model", "test_vit.r160_in1k",
+               "--weights", "random", "--size", "64", "--precision", "fp32"]  # fmt: skip
+
+    for _ in range(12):
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        if "No available agent" not in result.stderr + result.stdout:
+            break
+        time.sleep(5)  # the head answers before its job agent does
+
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert "20 images ok, 0 failed" in result.stdout
+    assert FeatureStore.open(str(out)).status == "complete"
+    assert pq.read_table(out / "ledger/part-00000.parquet").num_rows == 20
+
+
+def test_working_dir_that_travels_is_small():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+
+    assert sum(sizes.values()) < 8e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
