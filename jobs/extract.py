@@ -26,7 +26,7 @@ from pipelines.demo import draw_picture, write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import RunFailed, Summary, run_prepared
 from pipelines.models import ConfigError, WeightsUnavailable
-from pipelines.plan import ExtractConfig, config_from_run, make_plan, prepare
+from pipelines.plan import ExtractConfig, config_from_run, make_plan, prepare, resolve
 from storage.paths import StorageError, is_memory, redact
 
 logger = logging.getLogger("extract")
@@ -120,8 +120,9 @@ def executor_for(config: ExtractConfig) -> Iterator[Any]:
 
 def main(config: ExtractConfig) -> Summary | None:
     """Plan or run the extraction; returns None after --plan."""
+    resolved = resolve(config)  # before a cluster is started: most mistakes end here
     with executor_for(config) as executor:
-        prepared = prepare(config, executor)
+        prepared = prepare(resolved, executor)
         if config.plan:
             pool = executor.pool(config.device, config.actors, config.actor_cpus, config.actor_gpus)
             plan = make_plan(prepared, device=pool.device, actors=pool.size, threads=pool.cpus)
@@ -157,9 +158,8 @@ def demo(config: ExtractConfig) -> None:
         summary = main(config)
     except WeightsUnavailable as error:
         print(f"\nNo pretrained weights: {error}")
-        print(
-            "The demo goes on with RANDOM weights, and the store says so. The picture shows that the pipeline works, not good features.\n"
-        )
+        print("The demo goes on with RANDOM weights, and the store says so: the picture shows that the pipeline works,")
+        print("not what good features look like.\n")
         config = replace(config, weights="random", out=config.out.replace(".zarr", "-random.zarr"))
         summary = main(config)
     if summary is None:

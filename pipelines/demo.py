@@ -17,12 +17,12 @@ PHOTOS = (
     "rocket",
     "camera",
     "coins",
-    "horse",
+    "moon",
     "motorcycle_left",
     "grass",
     "gravel",
     "brick",
-    "clock_motion",
+    "hubble_deep_field",
 )
 """Photographs inside the scikit-image wheel."""
 

@@ -26,7 +26,7 @@ from cluster.progress import Progress
 from cluster.resources import WorkerPool
 from operators.image import decode
 from pipelines.models import ModelBundle
-from pipelines.plan import ExtractConfig, Prepared, default_batch, geometry_of, prepare, versions
+from pipelines.plan import ExtractConfig, Prepared, default_batch, geometry_of, prepare, resolve, versions
 from storage.ledger import SampleRecord, commonest_reasons
 from storage.paths import redact
 from storage.samples import read_images
@@ -351,10 +351,10 @@ class Summary:
 def extract(config: ExtractConfig, executor: Any) -> Summary:
     """Run the extraction that `config` describes, from where an earlier run stopped.
 
-    Raises what `prepare` raises, `FingerprintMismatch`, and `RunFailed` when tasks stay unfinished or the failure budget
-    is spent.
+    Raises what `resolve` and `prepare` raise, `FingerprintMismatch`, and `RunFailed` when tasks stay unfinished or the
+    failure budget is spent.
     """
-    return run_prepared(prepare(config, executor), executor)
+    return run_prepared(prepare(resolve(config), executor), executor)
 
 
 def run_prepared(prepared: Prepared, executor: Any) -> Summary:

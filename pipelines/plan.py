@@ -1,6 +1,6 @@
 """The promise before the run: which settings, which tasks, how many bytes, objects, how much memory and time.
 
-`ExtractConfig` is what a user sets; `prepare` resolves it against the input and the model; `Plan` says what that costs.
+`ExtractConfig` is what a user sets; `resolve` and `prepare` hold it against the model and the input; `Plan` says what that costs.
 Nothing here computes features, except the micro-batch that the time is extrapolated from.
 """
 
@@ -192,39 +192,54 @@ CONTENT_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A resolved extraction: everything but the workers."""
+class Resolved:
+    """A config held against the input and the model, before any cluster is asked for anything."""
 
     config: ExtractConfig
     bundle: ModelBundle
     model: FeatureModel
     "the same model in this process, on the CPU"
+    files: tuple[InputFile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An extraction that is ready to run: everything but the workers."""
+
+    config: ExtractConfig
+    bundle: ModelBundle
+    model: FeatureModel
     layout: Layout
     index: SampleIndex
     urls: tuple[str, ...]
     "the index's sources with credentials, as this run reads them"
-
-    @property
-    def spec(self) -> FeatureSpec:
-        return self.bundle.spec
 
     def create_store(self) -> FeatureStore:
         """Create or continue the output. Raises `FingerprintMismatch`."""
         public = self.config.public()
         provenance = {"versions": versions(), "config": {name: public[name] for name in CONTENT_FIELDS}}
         return FeatureStore.create(
-            self.config.out, self.spec, self.layout, provenance=provenance, storage_options=self.config.options
+            self.config.out,
+            self.bundle.spec,
+            self.layout,
+            provenance=provenance,
+            storage_options=self.config.options,
         )
 
 
-def prepare(config: ExtractConfig, executor: Any) -> Prepared:
-    """Index the input and load the model. Raises `InputError`, `ConfigError`, `BackboneError`, `WeightsUnavailable`."""
+def resolve(config: ExtractConfig) -> Resolved:
+    """Find the input's files and load the model: what can be wrong with the settings is wrong here.
+
+    Raises `InputError`, `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
+    """
     if not config.out:
         raise ConfigError("no output: give --out a path or URL for the Zarr store")
     expects = preprocessing(config.model)
     size = config.input_size or expects.size
     levels = [LevelChoice.parse(text, config.encoding) for text in config.levels]
     weights = WeightsChoice.parse(config.weights)
+    # Refuses what is there and isn't ours, before anything is written.
+    read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options)
     loaded = load_model(config.model, size, weights, config.revision, config.options)
     bundle, model = describe_model(
@@ -244,13 +259,22 @@ def prepare(config: ExtractConfig, executor: Any) -> Prepared:
         jpeg_draft=config.jpeg_draft,
         levels=levels,
     )
-    folder = Folder(config.out, config.options)
-    read_attributes(folder)  # refuses what is there and isn't ours, before anything is written
-    index = _index(config, folder, files, executor)
-    block_rows = config.block_rows or choose_block_rows(index.n_rows, bundle.spec)
-    layout = Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest)
-    urls = tuple(file.url for file in files[: len(index.sources)])
-    return Prepared(config=config, bundle=bundle, model=model, layout=layout, index=index, urls=urls)
+    return Resolved(config=config, bundle=bundle, model=model, files=tuple(files))
+
+
+def prepare(resolved: Resolved, executor: Any) -> Prepared:
+    """Index the input, or check the index that is there. Raises `InputError`."""
+    config, spec = resolved.config, resolved.bundle.spec
+    index = _index(config, Folder(config.out, config.options), list(resolved.files), executor)
+    block_rows = config.block_rows or choose_block_rows(index.n_rows, spec)
+    return Prepared(
+        config=config,
+        bundle=resolved.bundle,
+        model=resolved.model,
+        layout=Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest),
+        index=index,
+        urls=tuple(file.url for file in resolved.files[: len(index.sources)]),
+    )
 
 
 def _index(config: ExtractConfig, folder: Folder, files: list[InputFile], executor: Any) -> SampleIndex:
@@ -423,7 +447,7 @@ def default_batch(config: ExtractConfig, layout: Layout, device: str) -> int:
 
 def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> Plan:
     """Count and time. `threads` is what one worker will have."""
-    config, spec, layout = prepared.config, prepared.spec, prepared.layout
+    config, spec, layout = prepared.config, prepared.bundle.spec, prepared.layout
     folder = Folder(config.out, config.options)
     existing = read_attributes(folder)
     if existing is not None:
@@ -479,7 +503,7 @@ def _level_cost(level: Level, layout: Layout) -> LevelCost:
 
 def _time_microbatch(prepared: Prepared, model: Any, n: int, threads: int) -> tuple[int, dict[str, float]]:
     """How many of the first `n` readable images were timed, and seconds per image and stage with `threads` threads."""
-    spec, geometry = prepared.spec, geometry_of(prepared.spec)
+    spec, geometry = prepared.bundle.spec, geometry_of(prepared.bundle.spec)
     rows = prepared.index.read(0, min(prepared.layout.n_rows, 8192))
     keep = [i for i, problem in enumerate(rows["problem"].to_pylist()) if problem is None][:n]
     before = torch.get_num_threads()

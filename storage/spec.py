@@ -18,7 +18,7 @@ Dtype = Literal["float16", "float32", "int8"]
 MAX_SHARD_BYTES = 96 * 2**20
 """Raw bytes of one Zarr shard: one PUT on S3 (s3fs goes multipart at 100 MB), at most twice that in memory."""
 
-MAX_BLOCK_BYTES = 512 * 2**20
+MAX_BLOCK_BYTES = 256 * 2**20
 """Raw bytes of one task over all levels: what a worker may hold twice, since two tasks overlap in it."""
 
 
