@@ -2,7 +2,7 @@
 
 A task is done when its commit record exists; the record is written last and create-only, so of two workers on one task
 exactly one counts. Records hold nothing that depends on when or where a task ran: they are the same bytes in every run.
-`merge` joins them into `ledger/part-*.parquet`, sorted by row, which is what people read.
+`merge` joins them into `ledger/samples/part-*.parquet`, sorted by row, which is what people read.
 """
 
 import json
@@ -125,7 +125,7 @@ class Ledger:
         return all(self.folder.size(name) == size for name, size in objects.items())
 
     def merge(self, layout: Layout) -> dict[str, int]:
-        """Join all commit records into `ledger/part-*.parquet`; returns counts by status.
+        """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
 
         Raises `StorageError` unless every row of the layout has exactly one record.
         """
@@ -141,15 +141,15 @@ class Ledger:
                 )
             for item in pc.value_counts(table["status"]).to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
-            self.folder.write(part_name("ledger", part), table_bytes(table))
+            self.folder.write(part_name("ledger/samples", part), table_bytes(table))
         return counts
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The merged ledger. Raises `FileNotFoundError` before the first run has finished."""
-        names = sorted(name for name in self.folder.sizes("ledger") if name.endswith(".parquet"))
+        names = sorted(name for name in self.folder.sizes("ledger/samples") if name.endswith(".parquet"))
         if not names:
             raise FileNotFoundError(f"{self.folder.shown} has no merged ledger yet: its first run has not finished")
-        data = self.folder.read_many([f"ledger/{name}" for name in names])
+        data = self.folder.read_many([f"ledger/samples/{name}" for name in names])
         return pa.concat_tables([pq.read_table(pa.BufferReader(d), columns=columns) for d in data])
 
     def failed(self, blocks: Sequence[int]) -> pa.Table:

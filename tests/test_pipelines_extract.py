@@ -28,7 +28,7 @@ def test_every_row_of_every_level_is_written_and_accounted_for(make_tars, tiny):
     assert group["pooled/features"].shape == (20, 64)
     for name in ("x1", "x2", "pooled"):
         assert np.isfinite(group[f"{name}/features"][:]).all()
-    ledger = pq.read_table(Path(config.out) / "ledger/part-00000.parquet")
+    ledger = pq.read_table(Path(config.out) / "ledger/samples/part-00000.parquet")
     assert ledger["row"].to_pylist() == list(range(20))
     assert ledger["key"].to_pylist() == [f"{n:05d}" for n in range(20)]
     assert set(ledger["status"].to_pylist()) == {"ok"}

@@ -110,7 +110,7 @@ def test_submitted_job_extracts_on_the_cluster(head, make_tars, tmp_path):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     assert "20 images ok, 0 failed" in result.stdout
     assert FeatureStore.open(str(out)).status == "complete"
-    assert pq.read_table(out / "ledger/part-00000.parquet").num_rows == 20
+    assert pq.read_table(out / "ledger/samples/part-00000.parquet").num_rows == 20
 
 
 def test_working_dir_that_travels_is_small():

@@ -91,7 +91,7 @@ def test_random_weights_of_many_architectures(name, size, geometry, shared_data,
 
 def check_store(store: Path, model: torch.nn.Module, images: dict[str, Image.Image], prepare: T.Compose, rows: int) -> None:
     group = zarr.open_group(str(store), mode="r")
-    ledger = pq.read_table(store / "ledger/part-00000.parquet").to_pylist()
+    ledger = pq.read_table(store / "ledger/samples/part-00000.parquet").to_pylist()
     assert len(ledger) == rows
     for start in range(0, rows, 8):
         part = ledger[start : start + 8]
