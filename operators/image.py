@@ -6,6 +6,7 @@ rest raises, with a reason, and costs no more memory than `max_pixels` allows.
 
 import io
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,10 +114,10 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = Fa
         image = Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:
         raise ImageRefused(f"not an image that Pillow knows (the first bytes are {data[:12]!r})") from None
-    except Image.DecompressionBombError:
-        raise ImageRefused(_too_large("more than twice as many", max_pixels)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageRefused(_too_large(re.sub(r".*\((\d+) pixels\).*", r"\1", str(error)), max_pixels)) from None
     if image.width * image.height > max_pixels:
-        raise ImageRefused(_too_large(f"{image.width} x {image.height} =", max_pixels))
+        raise ImageRefused(_too_large(f"{image.width} x {image.height}", max_pixels))
     original_w, original_h = image.size
     if draft and image.format == "JPEG":
         image.draft("RGB", (2 * geometry.width, 2 * geometry.height))

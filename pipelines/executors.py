@@ -76,6 +76,9 @@ class RayExecutor:
         """Scan sources in order; at most a few hundred are under way, so a limit costs little."""
         import ray
 
+        if all(file.is_image for file in files):  # nothing is read to index plain files
+            yield from (scan_source(file, rules, options) for file in files)
+            return
         per_task = max(1, min(16, len(files) // 64))
         scan = ray.remote(num_cpus=1, max_retries=3)(_scan_group)
         groups = [files[i : i + per_task] for i in range(0, len(files), per_task)]

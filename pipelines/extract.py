@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -102,8 +103,9 @@ class ShardWorker:
         self._device_lock, self._index_lock = threading.Lock(), threading.Lock()
         # Daemon threads would be cut off in mid-write; these only decode and compress, and end with the call.
         self._pool = ThreadPoolExecutor(setup.threads)
-        # Pillow warns at this many pixels and refuses at twice as many; `decode` refuses at this many.
+        # Pillow's own guard, which by default only warns up to twice its limit.
         Image.MAX_IMAGE_PIXELS = setup.max_image_pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         if model:
             torch.set_num_threads(setup.threads)
             self.model = setup.bundle.build(setup.device)
@@ -148,7 +150,7 @@ class ShardWorker:
     def _give_up(self, task: ShardTask, starts: int) -> dict[str, Any] | None:
         if not self.setup.solo:
             return {"block": task.block, "set_aside": starts} if starts > MAX_STARTS else None
-        if starts <= MAX_STARTS + 1 + MAX_SOLO_STARTS:
+        if starts <= MAX_STARTS + MAX_SOLO_STARTS:
             return None
         rows = self.index.read(task.first, task.last).to_pylist()
         message = f"the worker died {starts - 1} times while on this task: out of memory, or a crash in native code"

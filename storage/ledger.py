@@ -6,6 +6,7 @@ exactly one counts. Records hold nothing that depends on when or where a task ra
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -160,13 +161,14 @@ class Ledger:
 
 
 def commonest_reasons(failed: pa.Table, top: int = 5) -> list[str]:
-    """The commonest reasons of failed rows, in words, with an example key each."""
-    if not len(failed):
-        return []
-    groups = failed.group_by(["stage", "error"], use_threads=False).aggregate(
-        [("key", "count"), ("key", "first"), ("message", "first")]
-    )
-    rows = sorted(groups.to_pylist(), key=lambda row: -row["key_count"])[:top]
+    """The commonest reasons of failed rows, in words, with an example key each; messages that differ in numbers or quoted
+    text only are one reason."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in failed.select(["key", "stage", "error", "message"]).to_pylist():
+        kind = re.sub(r"\d+|'.*?'|b\".*?\"", "#", f"{row['stage']}: {row['error']}: {row['message']}")
+        groups.setdefault(kind, []).append(row)
+    ranked = sorted(groups.values(), key=len, reverse=True)[:top]
     return [
-        f"{r['key_count']} x {r['stage']}: {r['error']}: {r['message_first']} (e.g. {r['key_first']!r})" for r in rows
+        f"{len(rows):,} x {rows[0]['stage']}: {rows[0]['error']}: {rows[0]['message']} (e.g. {rows[0]['key']!r})"
+        for rows in ranked
     ]

@@ -4,7 +4,9 @@ Three things live here: `Folder` (whole-object reads and atomic writes below one
 `--data` matches), and `redact` (no secret leaves this module in a message). Retries are left to the filesystem.
 """
 
+import contextlib
 import errno
+import functools
 import io
 import logging
 import os
@@ -12,12 +14,14 @@ import re
 import shutil
 import urllib.parse
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import botocore.exceptions
 import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -27,14 +31,14 @@ logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 """Members that are taken for the image of a sample; of several, the first in this order."""
 
-SECRET_WORDS = ("key", "secret", "token", "password", "signature", "credential", "sas", "authorization")
+SECRET_WORDS = ("key", "secret", "token", "pass", "sig", "credential", "sas", "auth", "cookie", "connection_string")
 """Names (of options, headers, URL parameters) that hold one of these words have their values blanked."""
 
 _S3_CONFIG = {
     # One connection per request in flight: the default of 10 serialises ranged reads (s3fs #873).
     "max_pool_connections": 64,
     # The one retry layer for object storage; a stalled connection counts as failed after read_timeout.
-    "retries": {"mode": "standard", "max_attempts": 10},
+    "retries": {"mode": "standard", "max_attempts": 8},
     "connect_timeout": 10,
     "read_timeout": 30,
 }
@@ -65,7 +69,7 @@ def public_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             shown[name] = public_options(value)
         else:
-            shown[name] = "***" if _is_secret(name) and isinstance(value, str) else value
+            shown[name] = "***" if _is_secret(name) and isinstance(value, str | list) else value
     return shown
 
 
@@ -77,8 +81,9 @@ def _secret_values(options: Mapping[str, Any]) -> Iterable[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _secret_values(value)
-        elif isinstance(value, str) and _is_secret(name) and len(value) >= 4:
-            yield value
+        elif _is_secret(name):
+            values = value if isinstance(value, list) else [value]
+            yield from (text for text in values if isinstance(text, str) and len(text) >= 4)
 
 
 def filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -114,6 +119,24 @@ def is_memory(url: str) -> bool:
     return url.startswith("memory://")
 
 
+@contextlib.contextmanager
+def _reaching(shown: str) -> Iterator[None]:
+    """Turn the HTTP libraries' own exceptions, once their retries are used up, into a `StorageError` that names the place."""
+    try:
+        yield
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, aiohttp.ClientError) as error:
+        raise StorageError(f"{shown} can't be reached: {type(error).__name__}: {redact(str(error))}") from None
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: "Folder", *args: Any, **kwargs: Any) -> Any:
+        with _reaching(self.shown):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class Folder:
     """Whole objects below one URL. Writes are atomic: a reader sees the old object, the new one, or none.
 
@@ -143,6 +166,7 @@ class Folder:
             self._open = (os.getpid(), fs, root.rstrip("/"))
         return self._open[1], self._open[2]
 
+    @_guarded
     def read(self, name: str) -> bytes:
         """The object's bytes. Raises `FileNotFoundError` naming the full URL."""
         fs, root = self._fs()
@@ -159,11 +183,13 @@ class Folder:
         with ThreadPoolExecutor(min(workers, len(names))) as pool:
             return list(pool.map(self.read, names))
 
+    @_guarded
     def open(self, name: str) -> Any:
         """A seekable binary file, for readers that need part of a large object."""
         fs, root = self._fs()
         return fs.open(f"{root}/{name}", "rb")
 
+    @_guarded
     def write(self, name: str, data: bytes) -> None:
         """Put the whole object, replacing an older one."""
         fs, root = self._fs()
@@ -174,6 +200,7 @@ class Folder:
         else:
             fs.pipe_file(f"{root}/{name}", data)
 
+    @_guarded
     def write_new(self, name: str, data: bytes) -> bool:
         """Put the object only if none of that name exists; False if one does. Atomic between writers."""
         fs, root = self._fs()
@@ -207,11 +234,13 @@ class Folder:
                 "that they finished a task; use S3, Ceph RGW, MinIO, GCS, Azure, or a local disk"
             )
 
+    @_guarded
     def exists(self, name: str) -> bool:
         fs, root = self._fs()
         fs.invalidate_cache()
         return fs.exists(f"{root}/{name}")
 
+    @_guarded
     def sizes(self, name: str) -> dict[str, int]:
         """Names and sizes in bytes of the objects directly inside the subfolder `name`; empty if there is none."""
         fs, root = self._fs()
@@ -222,6 +251,7 @@ class Folder:
             return {}
         return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
 
+    @_guarded
     def folders(self, name: str) -> list[str]:
         """Sorted names of the folders directly inside `name`; empty if there is none."""
         fs, root = self._fs()
@@ -232,6 +262,7 @@ class Folder:
             return []
         return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
 
+    @_guarded
     def size(self, name: str) -> int | None:
         """Size in bytes, or None if there is no such object."""
         fs, root = self._fs()
@@ -240,6 +271,7 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    @_guarded
     def remove(self, names: Iterable[str]) -> None:
         """Delete objects; those that are already gone are fine."""
         fs, root = self._fs()
@@ -342,6 +374,11 @@ def _expand_pattern(pattern: str, options: Mapping[str, Any] | None) -> list[Inp
 
 def _expand_url(url: str, options: Mapping[str, Any] | None) -> list[InputFile] | None:
     """The files of one URL without braces; None if it names nothing that exists."""
+    with _reaching(redact(url, options)):
+        return _list_url(url, options)
+
+
+def _list_url(url: str, options: Mapping[str, Any] | None) -> list[InputFile] | None:
     fs, path = filesystem(url, options)
     http = url.startswith(("http://", "https://"))
     if not http and any(c in path for c in "*?["):
@@ -435,7 +472,8 @@ def _read_range(url: str, start: int, end: int, options: Mapping[str, Any] | Non
     if start == end:
         return b""
     fs, path = filesystem(url, options)
-    data = fs.cat_file(path, start=start, end=end)
+    with _reaching(redact(url, options)):
+        data = fs.cat_file(path, start=start, end=end)
     # A web server without Range support (Python's http.server, say) answers with the whole file.
     return data[start:end] if len(data) > end - start else data
 

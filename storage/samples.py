@@ -43,6 +43,12 @@ inside the source; `problem` says why the sample has no readable image, or is nu
 
 MAX_CARRIED_BYTES = 2**20
 
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+"""Headers that say something about the next one."""
+
+_NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+"""Members whose size field, as for `tarfile`, says nothing about what follows."""
+
 
 class DuplicateKeys(InputError):
     """Two samples of the input have the same key."""
@@ -56,6 +62,12 @@ class MemberRules:
     "extension of the image member, for example `jpg` or `rgb.png`; None: the first known image extension"
     carry: tuple[str, ...] = ()
     "extensions of text members that become columns of the index, for example `cls`, `json`"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "carry", tuple(name.lower().lstrip(".") for name in self.carry))
+        for name in self.carry:
+            if name in SCHEMA.names or self.carry.count(name) > 1:
+                raise InputError(f"--carry {name}: the index has a column of that name; rename the members, or drop it")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -72,6 +84,18 @@ class _Member:
     name: str
     offset: int
     size: int
+
+
+@dataclass
+class _Gap:
+    """A stretch of a tar that is not read."""
+
+    first: int
+    last: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"bytes {self.first} to {self.last} {self.why}"
 
 
 @dataclass
@@ -114,51 +138,78 @@ def _scan_image_file(file: InputFile, rules: MemberRules) -> SourceScan:
     return _scan_result([row], rules, [])
 
 
-def _members(stream: BinaryIO, file: InputFile, problems: list[str]) -> Iterator[_Member | str]:
-    """Regular members of a tar in order; a string for a stretch that can't be read.
+def _members(stream: BinaryIO, file: InputFile, problems: list[str]) -> Iterator[_Member | _Gap]:
+    """Regular members of a tar in order, and the stretches between them that can't be read.
 
     Unlike `tarfile`, which ends quietly at a damaged or cut header, this verifies each header's checksum, goes on at
     the next valid one, and reports what lies between.
     """
     position, long_name, pax = 0, None, {}
     bad_from: int | None = None
+    zeros_from: int | None = None  # within a damaged stretch
     while True:
         stream.seek(position)
         block = stream.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE:
+            if position == 0 and block:
+                raise InputError(_not_a_tar(file, block))
+            if bad_from is not None and zeros_from is not None and not block:
+                yield _Gap(bad_from, zeros_from, "hold no valid tar header")
+                return
             if bad_from is not None or block:
-                yield f"bytes {position if bad_from is None else bad_from} to {file.size} are not a whole tar header"
+                yield _Gap(position if bad_from is None else bad_from, file.size, "are not a whole tar header")
             problems.append("no end-of-archive marker: the tar may have been cut short")
             return
         try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            info = _header(block, pax)
         except tarfile.EOFHeaderError:
-            if bad_from is not None:
-                yield f"bytes {bad_from} to {position} hold no valid tar header"
-            return
+            if bad_from is None:
+                return
+            # Zeros may be data of the image whose header is lost; only up to the file's end are they the end marker.
+            zeros_from = position if zeros_from is None else zeros_from
+            position += tarfile.BLOCKSIZE
+            continue
         except tarfile.HeaderError:
             if position == 0:
                 raise InputError(_not_a_tar(file, block)) from None
             bad_from = position if bad_from is None else bad_from
             position += tarfile.BLOCKSIZE
+            long_name, pax, zeros_from = None, {}, None
             continue
         if bad_from is not None:
-            yield f"bytes {bad_from} to {position} hold no valid tar header"
-            bad_from = None
-        data = position + tarfile.BLOCKSIZE
-        size = int(pax.get("size", info.size))
+            yield _Gap(bad_from, position, "hold no valid tar header")
+            bad_from = zeros_from = None
+        start, data, size = position, position + tarfile.BLOCKSIZE, info.size
         position = data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        if info.type in _EXTENSIONS:
             payload = stream.read(size) if size <= MAX_CARRIED_BYTES else b""
-            if info.type == tarfile.XHDTYPE:
-                pax = _parse_pax(payload)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
             else:
-                long_name = payload.rstrip(b"\0").decode("utf-8", "replace")
+                pax = _parse_pax(payload)
             continue
-        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) and block[156:157] != b"5":
-            name = pax.get("path") or long_name or info.name
-            yield _Member(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), data, size)
+        name = pax.get("path") or long_name or info.name
+        # Names in other encodings stay apart: caf\xe9 and caf\xe8 are two keys.
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            yield _Gap(start, position, f"are no plain file: {name} is stored sparse; repack without --sparse")
+        elif info.isreg():
+            yield _Member(name, data, size)
         long_name, pax = None, {}
+
+
+def _header(block: bytes, pax: Mapping[str, str]) -> tarfile.TarInfo:
+    """A header whose checksum is right and whose size can be one. Raises `tarfile.HeaderError`."""
+    info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    if info.type not in _EXTENSIONS and "size" in pax:
+        if not re.fullmatch(r"\d{1,19}", pax["size"]):
+            raise tarfile.InvalidHeaderError("size is no number")
+        info.size = int(pax["size"])
+    if not 0 <= info.size < 2**62:
+        raise tarfile.InvalidHeaderError("size out of range")
+    if info.type in _NO_DATA:
+        info.size = 0
+    return info
 
 
 def _not_a_tar(file: InputFile, block: bytes) -> str:
@@ -176,26 +227,27 @@ def _parse_pax(payload: bytes) -> dict[str, str]:
         if length <= match.end():
             break
         value = payload[match.end() : length - 1]
-        records[match.group(2).decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        records[match.group(2).decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         payload = payload[length:]
     return records
 
 
 def _samples(
-    members: Iterable[_Member | str], stream: BinaryIO, file: InputFile, rules: MemberRules
+    members: Iterable[_Member | _Gap], stream: BinaryIO, file: InputFile, rules: MemberRules
 ) -> Iterator[dict[str, Any]]:
-    """Group adjacent members of one key, as WebDataset does, and make an index row of each group."""
+    """Group adjacent members of one key, as WebDataset does, and make an index row of each group and each gap."""
     key: str | None = None
     group: dict[str, _Member] = {}
     problem: str | None = None
+    gaps: list[dict[str, Any]] = []
     for member in members:
-        if isinstance(member, str):
-            if key is not None:
-                yield _row(key, group, problem, stream, file, rules)
-            key, group, problem = None, {}, None
-            # Nobody knows which sample was lost here; the position stands in for its key.
-            name = f"{query_free(file.url).rsplit('/', 1)[-1]}@{re.sub(r'[^0-9]+', '-', member).strip('-')}"
-            yield {"key": name, "source": 0, "member": "", "offset": 0, "size": 0, "problem": f"damaged tar: {member}"}
+        if isinstance(member, _Gap):
+            # Nobody knows which sample was lost here; the position stands in for its key. Its row comes after that of
+            # the sample before it, whose members may go on behind the gap.
+            name = f"{query_free(file.url).rsplit('/', 1)[-1]}@{member.first}-{member.last}"
+            gaps.append(
+                {"key": name, "source": 0, "member": "", "offset": 0, "size": 0, "problem": f"damaged tar: {member}"}
+            )
             continue
         if re.match(r"__[^/]*__($|/)", member.name):
             continue
@@ -205,12 +257,14 @@ def _samples(
         if split[0] != key:
             if key is not None:
                 yield _row(key, group, problem, stream, file, rules)
-            key, group, problem = split[0], {}, None
+            yield from gaps
+            key, group, problem, gaps = split[0], {}, None, []
         if split[1] in group:
             problem = f"the sample has two members named .{split[1]}"
         group[split[1]] = member
     if key is not None:
         yield _row(key, group, problem, stream, file, rules)
+    yield from gaps
 
 
 def _row(
@@ -224,15 +278,24 @@ def _row(
     else:
         member = group[extension]
         row |= {"offset": member.offset, "size": member.size}
-        if member.offset + member.size > file.size:
-            missing = member.offset + member.size - file.size
-            row["problem"] = f"the tar is cut short: the last {missing} of {member.size} bytes of the image are missing"
+        row["problem"] = problem or _cut_short(member, "the image", file)
     for name in rules.carry:
-        row[name] = _text(stream, group[name], file) if name in group else None
+        row[name] = None
+        if name in group:
+            cut = _cut_short(group[name], f".{name}", file)
+            row["problem"] = row["problem"] or cut
+            row[name] = None if cut else _text(stream, group[name], file)
     return row
 
 
-def _text(stream: BinaryIO, member: _Member, file: InputFile) -> str | None:
+def _cut_short(member: _Member, what: str, file: InputFile) -> str | None:
+    missing = member.offset + member.size - file.size
+    if missing <= 0:
+        return None
+    return f"the tar is cut short: the last {missing} of {member.size} bytes of {what} are missing"
+
+
+def _text(stream: BinaryIO, member: _Member, file: InputFile) -> str:
     if member.size > MAX_CARRIED_BYTES:
         raise InputError(
             f"{query_free(file.url)}: {member.name} has {member.size} bytes; carried members are at most 1 MiB"
@@ -277,6 +340,9 @@ class SampleIndex:
         self.digest = meta[b"digest"].decode()
         self.n_unreadable = int(meta[b"n_unreadable"])
         "rows whose `problem` is not null"
+        self.is_cut = meta[b"is_cut"] == b"True"
+        "by a limit: the sources may hold more samples"
+        self.rules = meta[b"rules"].decode()
         self._files: dict[int, pq.ParquetFile] = {}
 
     @staticmethod
@@ -337,7 +403,7 @@ def collect_index(
     tables, sources, count = [], [], 0
     for file, scan in scans:
         url = query_free(file.url)
-        readable = pc.sum(pc.equal(scan.rows["member"], "").cast(pa.int64())).as_py() != len(scan.rows)
+        readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
         if not readable:
             found = scan.rows["problem"][0].as_py() if len(scan.rows) else "it has no samples"
             raise InputError(
@@ -376,11 +442,18 @@ def _refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
     )
 
 
-def write_index(folder: Folder, table: pa.Table, sources: Sequence[Source]) -> SampleIndex:
+def write_index(
+    folder: Folder,
+    table: pa.Table,
+    sources: Sequence[Source],
+    *,
+    rules: MemberRules | None = None,
+    limit: int | None = None,
+) -> SampleIndex:
     """Save the index under `folder`; the sources file goes last and makes it exist."""
     for part, start in enumerate(range(0, len(table), PART_ROWS)):
         folder.write(part_name("index/samples", part), table_bytes(table.slice(start, PART_ROWS)))
-    folder.write("index/sources.parquet", _sources_bytes(table, sources))
+    folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit))
     return SampleIndex(folder)
 
 
@@ -389,14 +462,23 @@ def index_digest(n_rows: int, sources: Sequence[Source]) -> str:
     return hashlib.sha256("\n".join([str(n_rows), *(source.digest for source in sources)]).encode()).hexdigest()
 
 
-def _sources_bytes(table: pa.Table, sources: Sequence[Source]) -> bytes:
+def _sources_bytes(
+    table: pa.Table, sources: Sequence[Source], rules: MemberRules | None, limit: int | None
+) -> bytes:
     rows = pa.Table.from_pylist([vars(source) for source in sources])
     meta = {
         "n_rows": str(len(table)),
         "n_unreadable": str(len(table) - table["problem"].null_count),
         "digest": index_digest(len(table), sources),
+        "is_cut": str(len(table) == limit),
+        "rules": _rules_text(rules),
     }
     return table_bytes(rows, meta)
+
+
+def _rules_text(rules: MemberRules | None) -> str:
+    rules = rules or MemberRules()
+    return f"--image-member {rules.image or 'not given'} and --carry {' '.join(rules.carry) or 'not given'}"
 
 
 def build_index(
@@ -404,18 +486,26 @@ def build_index(
     files: Sequence[InputFile],
     scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
     limit: int | None = None,
+    rules: MemberRules | None = None,
 ) -> SampleIndex:
     """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
 
-    Sources that changed since (by size or ETag) are scanned again; the index stands if their rows are still the same.
-    Raises `InputError` if they aren't.
+    Where the sources (by size or ETag) or the settings changed since, it scans again; the index stands if its rows are
+    still the same. Raises `InputError` if they aren't.
     """
     if not SampleIndex.exists(folder):
         table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-        return write_index(folder, table, sources)
+        return write_index(folder, table, sources, rules=rules, limit=limit)
     index = SampleIndex(folder)
-    files = files[: len(index.sources)] if limit is not None else files
+    if limit is not None and limit < index.n_rows:
+        raise InputError(f"{folder.shown} has {index.n_rows} rows, this run asks for --limit {limit}; use a new --out")
+    if limit == index.n_rows:
+        files = files[: len(index.sources)]
     changes = index.changed(files)
+    if index.is_cut and limit != index.n_rows:
+        changes.append(f"its index holds the first {index.n_rows} samples only (--limit)")
+    if index.rules != _rules_text(rules):
+        changes.append(f"it was indexed with {index.rules}, this run has {_rules_text(rules)}")
     if changes:
         logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
         table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
@@ -423,12 +513,10 @@ def build_index(
             raise InputError(
                 f"{folder.shown} was made from other input:\n  "
                 + "\n  ".join(changes[:10])
-                + "\nUse a new --out, or restore the files."
+                + "\nUse a new --out, or restore what changed."
             )
-        folder.write("index/sources.parquet", _sources_bytes(table, sources))
+        folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit))
         index = SampleIndex(folder)
-    elif limit is not None and limit < index.n_rows:
-        raise InputError(f"{folder.shown} has {index.n_rows} rows, this run asks for --limit {limit}; use a new --out")
     return index
 
 

@@ -185,7 +185,7 @@ def test_task_that_kills_its_worker_is_set_aside_and_then_recorded_as_failed(mak
                     starts += 1
                     folder = f"runs/{worker.setup.run_id}/attempts/{task.block:08d}"
                     n = len(worker.store.folder.sizes(folder))
-                    limit = 3 if not worker.setup.solo else 7
+                    limit = 6 if worker.setup.solo else 3
                     if n >= limit:
                         break
                     worker.store.folder.write(f"{folder}/{starts}-{worker.setup.solo}", b"")
