@@ -22,11 +22,13 @@ import tyro
 from cluster.session import ClusterError, connect
 from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
+from pipelines.config import ConfigError, ExtractConfig, config_from_run
 from pipelines.demo import draw_picture, write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import RunFailed, Summary, run_prepared
-from pipelines.models import ConfigError, WeightsUnavailable
-from pipelines.plan import ExtractConfig, config_from_run, make_plan, prepare, resolve
+from pipelines.models import WeightsUnavailable
+from pipelines.plan import make_plan
+from pipelines.prepare import prepare, resolve
 from storage.paths import StorageError, is_memory, redact
 
 logger = logging.getLogger("extract")

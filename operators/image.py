@@ -7,11 +7,12 @@ rest raises, with a reason, and costs no more memory than `max_pixels` allows.
 import io
 import math
 import re
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -19,6 +20,20 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+"""What Pillow may open. It knows more, and starts Ghostscript on the program that an EPS file is."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation."""
 
 
 class ImageRefused(ValueError):
@@ -111,7 +126,7 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = Fa
     if not data:
         raise ImageRefused("the image has 0 bytes")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
         raise ImageRefused(f"not an image that Pillow knows (the first bytes are {data[:12]!r})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -121,14 +136,18 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = Fa
     original_w, original_h = image.size
     if draft and image.format == "JPEG":
         image.draft("RGB", (2 * geometry.width, 2 * geometry.height))
-    conversions = ["first-frame"] if getattr(image, "n_frames", 1) > 1 else []
+    # Not n_frames, which walks through all of them.
+    conversions = ["first-frame"] if getattr(image, "is_animated", False) else []
+    turned_by_pillow = image.format == "TIFF" and _orientation(image) in _UPRIGHT
     image.load()
-    turned = ImageOps.exif_transpose(image)
-    if turned.size != image.size or image.getexif().get(0x0112, 1) not in (0, 1):
-        conversions.append("exif-rotate")
-        if image.getexif().get(0x0112) in (5, 6, 7, 8):
+    orientation = _orientation(image)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+        if orientation >= 5:
             original_w, original_h = original_h, original_w
-    rgb, conversion = to_rgb(turned)
+    if orientation in _UPRIGHT or turned_by_pillow:
+        conversions.append("exif-rotate")
+    rgb, conversion = to_rgb(image)
     if conversion:
         conversions.append(conversion)
     placement = geometry.place(original_w, original_h)
@@ -139,6 +158,15 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = Fa
         placement=placement,
         conversion=", ".join(conversions),
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF has it; 1 where there is no EXIF, or none that can be read (browsers show such images, too)."""
+    try:
+        value = image.getexif().get(0x0112)
+    except (SyntaxError, ValueError, OSError, struct.error):
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _too_large(size: str, limit: int) -> str:
@@ -178,7 +206,7 @@ def _resample(image: Image.Image, placement: Placement, geometry: Geometry) -> n
     window = (-x, -y, geometry.width - x, geometry.height - y)
     if w * h <= MAX_RESIZED_PIXELS:
         return np.array(image.resize((w, h), method).crop(window))
-    # Kernels read past the box, so this differs from the line above only in rounding between Pillow's two passes.
+    # Kernels read past the box, so this differs from the line above only in rounding and clipping between Pillow's two passes.
     scale_x, scale_y = w / image.width, h / image.height
     box = (window[0] / scale_x, window[1] / scale_y, window[2] / scale_x, window[3] / scale_y)
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))

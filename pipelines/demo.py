@@ -55,7 +55,7 @@ def draw_picture(store_url: str, target: str) -> str:
     import zarr
 
     from operators.image import decode
-    from pipelines.plan import geometry_of
+    from pipelines.prepare import geometry_of
     from storage.samples import read_images
 
     store = FeatureStore.open(store_url)

@@ -16,8 +16,8 @@ import numpy as np
 
 from cluster.resources import WorkerPool
 from storage.paths import InputFile
-from storage.samples import MemberRules, SourceScan, scan_source
 from storage.spec import ShardTask
+from storage.tars import MemberRules, SourceScan, scan_source
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class _Actor:
     def __init__(self, factory: Any):
         import ray
 
-        from pipelines.extract import WorkerMetrics
+        from cluster.metrics import WorkerMetrics
 
         self._worker = ray.get(factory)()
         self._metrics = WorkerMetrics()

@@ -38,6 +38,7 @@ from operators.backbone import (
     weights_digest,
 )
 from operators.upsamplers import Upsampler, create_upsampler
+from pipelines.config import ConfigError
 from storage.paths import Folder, read_file, redact
 from storage.spec import FeatureSpec, Level
 
@@ -46,10 +47,6 @@ logger = logging.getLogger(__name__)
 
 class WeightsUnavailable(RuntimeError):
     """The weights can't be had; the message says what to do."""
-
-
-class ConfigError(ValueError):
-    """Settings that contradict each other or the model."""
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -96,10 +96,10 @@ def filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> tu
             f"{redact(url)}: pipes and chained URLs are not opened; give an fsspec URL such as s3://, http://"
         )
     options = _options_for(url, storage_options or {})
-    if url.startswith(("s3://", "s3a://")):
-        options["config_kwargs"] = {**_S3_CONFIG, **options.get("config_kwargs", {})}
-        options.setdefault("use_listings_cache", False)
     try:
+        if url.startswith(("s3://", "s3a://")):
+            options["config_kwargs"] = {**_S3_CONFIG, **options.get("config_kwargs", {})}
+            options.setdefault("use_listings_cache", False)
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"cannot open {redact(url, options)}: {redact(str(error), options)}") from None
@@ -268,7 +268,7 @@ class Folder:
         fs, root = self._fs()
         try:
             return fs.info(f"{root}/{name}")["size"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     @_guarded
@@ -298,10 +298,15 @@ class _partial_file:
         folder = Path(root) / ".partial"
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / uuid.uuid4().hex
-        with self.path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            # A full disk would stay full.
+            self.path.unlink(missing_ok=True)
+            raise
 
     def __enter__(self) -> Path:
         return self.path

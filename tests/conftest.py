@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.plan import ExtractConfig
+from pipelines.config import ExtractConfig
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -35,7 +35,9 @@ def png_bomb(side: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(side))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(side))) + chunk(b"IEND", b"")
+    )
 
 
 def rotated() -> bytes:
@@ -75,7 +77,7 @@ GOOD: list[tuple[str, bytes, str | None]] = [
 
 BAD: list[tuple[str, bytes, str]] = [
     ("empty.jpg", b"", "0 bytes"),
-    ("text.jpg", b"hello, I am a text", "not an image that Pillow knows"),
+    ("text.jpg", b"hello, I am a text", "not an image"),
     ("cut.jpg", jpeg(8)[:700], "truncated"),
     ("bomb.png", png_bomb(50_000), "2500000000 pixels are more than max_image_pixels"),
     ("largish.png", png_bomb(10_000), "100000000 pixels are more than max_image_pixels = 89478485"),
@@ -103,7 +105,18 @@ def awkward(tmp_path) -> Path:
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    model = ["--model", "test_vit.r160_in1k", "--weights", "random", "--size", "64", "--precision", "fp32", "--executor", "inline"]
+    model = [
+        "--model",
+        "test_vit.r160_in1k",
+        "--weights",
+        "random",
+        "--size",
+        "64",
+        "--precision",
+        "fp32",
+        "--executor",
+        "inline",
+    ]
     return ["--data", str(folder), "--out", str(folder.parent / "out.zarr"), *model, *more]
 
 
@@ -145,4 +158,4 @@ def test_beyond_the_budget_the_exit_code_is_1_and_reasons_are_shown(awkward, cap
 
     shown = capfd.readouterr().err
     assert "more than the budget of 5.00%" in shown
-    assert "not an image that Pillow knows" in shown
+    assert "not an image" in shown

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from pipelines import extract as extract_module
+from pipelines import worker as worker_module
 from pipelines.executors import InlineExecutor
-from pipelines.extract import RunFailed, ShardWorker, extract
+from pipelines.extract import RunFailed, extract
+from pipelines.worker import ShardWorker
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
@@ -61,7 +62,11 @@ def test_interrupted_run_continues_without_gap_or_repeat(make_tars, tiny, monkey
     assert FeatureStore.open(config.out).status == "writing"
 
     computed.clear()
-    monkeypatch.setattr(ShardWorker, "compute", lambda self, task, loaded: (computed.append(task.block), original(self, task, loaded))[1])
+    monkeypatch.setattr(
+        ShardWorker,
+        "compute",
+        lambda self, task, loaded: (computed.append(task.block), original(self, task, loaded))[1],
+    )
     summary = extract(config, InlineExecutor())
 
     assert computed == [2, 3, 4]
@@ -75,7 +80,9 @@ def test_shard_that_lost_bytes_after_its_commit_is_written_again(make_tars, tiny
     extract(reference, InlineExecutor())
     original = ShardWorker.compute
     monkeypatch.setattr(
-        ShardWorker, "compute", lambda self, task, loaded: pytest.fail("stop") if task.block == 3 else original(self, task, loaded)
+        ShardWorker,
+        "compute",
+        lambda self, task, loaded: pytest.fail("stop") if task.block == 3 else original(self, task, loaded),
     )
     with pytest.raises(BaseException, match="stop"):
         extract(config, InlineExecutor())
@@ -114,7 +121,7 @@ def test_failed_images_are_nan_rows_with_a_reason_and_the_rest_is_unharmed(tmp_p
     summary = extract(config, InlineExecutor())
 
     assert (summary.ok, summary.failed) == (6, 1)
-    assert "not an image that Pillow knows" in summary.reasons[0]
+    assert "not an image" in summary.reasons[0]
     a, b = (zarr.open_group(out, mode="r")["x1/features"][:] for out in (clean.out, config.out))
     assert np.isnan(b[3]).all()
     keep = [0, 1, 2, 4, 5, 6]
@@ -132,16 +139,16 @@ def test_more_failures_than_the_budget_end_the_run_with_the_reasons(tmp_path, ti
 def test_retry_failed_runs_only_tasks_with_failed_rows(tmp_path, tiny, monkeypatch):
     members = [(f"{n:02d}.jpg", jpeg(n)) for n in range(12)]
     config = tiny(str(write_tar(tmp_path / "in/a.tar", members)), max_failed_fraction=0.2)
-    original = extract_module.decode
+    original = worker_module.decode
 
     def fail_one(data, geometry, **options):
         if data == jpeg(6):
             raise OSError("flaky decoder")
         return original(data, geometry, **options)
 
-    monkeypatch.setattr(extract_module, "decode", fail_one)
+    monkeypatch.setattr(worker_module, "decode", fail_one)
     assert extract(config, InlineExecutor()).failed == 1
-    monkeypatch.setattr(extract_module, "decode", original)
+    monkeypatch.setattr(worker_module, "decode", original)
 
     summary = extract(tiny(config.data, max_failed_fraction=0.2, retry_failed=True), InlineExecutor())
 
@@ -149,7 +156,7 @@ def test_retry_failed_runs_only_tasks_with_failed_rows(tmp_path, tiny, monkeypat
 
 
 def test_run_json_repeats_the_run_and_holds_no_secret(make_tars, tiny):
-    from pipelines.plan import config_from_run
+    from pipelines.config import config_from_run
 
     config = tiny(make_tars(), storage_options='{"s3": {"key": "AKIDEXAMPLE", "secret": "hunter2hunter2"}}')
     summary = extract(config, InlineExecutor())

@@ -30,7 +30,19 @@ MODEL = ["--model", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "--weights", "r
 
 
 def launch(data: str, out: str, options: dict | None, log: Path) -> subprocess.Popen:
-    command = [sys.executable, "jobs/extract.py", "--data", data, "--out", out, *MODEL, "--levels", "x1", "x2", "pooled"]
+    command = [
+        sys.executable,
+        "jobs/extract.py",
+        "--data",
+        data,
+        "--out",
+        out,
+        *MODEL,
+        "--levels",
+        "x1",
+        "x2",
+        "pooled",
+    ]
     command += ["--block-rows", "4", "--executor", "ray", "--ray-address", "local"]
     if options:
         command += ["--storage-options", json.dumps(options)]
@@ -147,6 +159,7 @@ def test_killed_driver_worker_and_cluster_leave_the_bytes_of_an_uninterrupted_ru
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_ten_random_kills_leave_the_bytes_of_an_uninterrupted_run(images, tmp_path, where, s3_options):
     log = tmp_path / "log"

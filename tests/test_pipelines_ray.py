@@ -16,8 +16,8 @@ import pytest
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import extract
 from storage.paths import Folder
-from storage.samples import MemberRules, scan_source
 from storage.store import FeatureStore
+from storage.tars import MemberRules, scan_source
 from tests.test_pipelines_s3 import tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def test_scan_on_ray_keeps_the_order_of_the_sources(make_tars):
 
 
 def test_memory_urls_are_refused_on_ray(tiny):
-    from pipelines.models import ConfigError
+    from pipelines.config import ConfigError
 
     with pytest.raises(ConfigError, match="one process only"):
         tiny("memory://in/a.tar", executor="ray")
@@ -102,7 +102,9 @@ def test_submitted_job_extracts_on_the_cluster(head, make_tars, tmp_path):
                "--weights", "random", "--size", "64", "--precision", "fp32"]  # fmt: skip
 
     for _ in range(12):
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         if "No available agent" not in result.stderr + result.stdout:
             break
         time.sleep(5)  # the head answers before its job agent does
@@ -115,7 +117,11 @@ def test_submitted_job_extracts_on_the_cluster(head, make_tars, tmp_path):
 
 def test_working_dir_that_travels_is_small():
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if listed.returncode:
         pytest.skip("not a git checkout")

@@ -37,7 +37,9 @@ def test_of_sixteen_writers_exactly_one_creates(gateway, bucket):
     folder = Folder(f"s3://{bucket}/x", gateway)
     folder.exists("warm")
     won = []
-    threads = [threading.Thread(target=lambda i=i: won.append(folder.write_new("k", str(i).encode()))) for i in range(16)]
+    threads = [
+        threading.Thread(target=lambda i=i: won.append(folder.write_new("k", str(i).encode()))) for i in range(16)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -46,8 +48,10 @@ def test_of_sixteen_writers_exactly_one_creates(gateway, bucket):
     assert sorted(won) == [False] * 15 + [True]
 
 
-def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(gateway, bucket, make_tars, tiny, tmp_path, monkeypatch):
-    from pipelines.extract import ShardWorker
+def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(
+    gateway, bucket, make_tars, tiny, tmp_path, monkeypatch
+):
+    from pipelines.worker import ShardWorker
 
     local = tiny(make_tars(count=2, each=10))
     upload(tmp_path / "in", bucket, gateway)
@@ -57,7 +61,9 @@ def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(gateway, buc
     extract(local, InlineExecutor())
     original = ShardWorker.compute
     monkeypatch.setattr(
-        ShardWorker, "compute", lambda self, task, loaded: pytest.fail("stop") if task.block == 3 else original(self, task, loaded)
+        ShardWorker,
+        "compute",
+        lambda self, task, loaded: pytest.fail("stop") if task.block == 3 else original(self, task, loaded),
     )
     with pytest.raises(BaseException, match="stop"):
         extract(remote, InlineExecutor())

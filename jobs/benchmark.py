@@ -1,0 +1,392 @@
+"""Measure Raylift on this machine, beside what it is to be compared with.
+
+    python jobs/benchmark.py extract                      # this pipeline, its bare stages, and a user's own loop
+    python jobs/benchmark.py extract debug                # the same in under a minute, to see that it works
+    python jobs/benchmark.py index --samples 1000000 --tars 1000
+
+Prints Markdown; --json PATH writes all numbers. Run it while nothing else does. Exit codes: 0 measured, 1 not, 2 wrong settings.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+import tyro
+from PIL import Image
+
+from operators.backbone import BackboneError
+from pipelines.benchmark import CORES, BenchmarkFailed, measure_extract, measure_index, summarise
+from pipelines.config import ConfigError, ExtractConfig
+from pipelines.demo import PHOTOS
+from pipelines.models import LevelChoice
+from storage.paths import StorageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractBenchmark:
+    """This pipeline, the loop a competent user would write, the bare forward, and the bound of the bare stages."""
+
+    images: int = 1000
+    """Photos to generate: crops of scikit-image's photographs, about 500 x 375 pixels, JPEG quality 90."""
+    data: tuple[str, ...] = ()
+    """Local WebDataset tars (braces and globs allowed) to use instead, with all their samples."""
+    model: str = "vit_small_patch16_224.dino"
+    """timm name of a plain ViT."""
+    weights: str = "random"
+    """As for jobs/extract.py."""
+    size: int = 224
+    """Side of the square input in pixels."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast of the forward, in everything that is compared."""
+    levels: tuple[str, ...] = ("x1", "pooled")
+    """As for jobs/extract.py, without learned methods and int8."""
+    loop_batch: int = 64
+    """Images per forward of the user's loop; the pipeline takes its own default."""
+    repeat: int = 1
+    """Rounds of pipeline, loop and bare stages, one after another; the best of each and all are reported."""
+    stage_s: float = 10.0
+    """Seconds for which each bare stage is measured."""
+    out: str = ""
+    """Folder that keeps the photos and the last round's stores; default: a temporary one that is deleted."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.loop_batch, self.repeat) < 1:
+            raise ConfigError("--images, --loop-batch and --repeat must be at least 1")
+        if any(LevelChoice.parse(level, "float16").dtype == "int8" for level in self.levels):
+            raise ConfigError("int8 levels have no counterpart in the user's loop; use @float16 or @float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexBenchmark:
+    """Index and task list of many samples that hold almost nothing."""
+
+    samples: int = 1_000_000
+    """Samples, one tiny JPEG each."""
+    tars: int = 1000
+    """Tars that they are spread over."""
+    out: str = ""
+    """Folder in which a temporary one is made (1 KB a sample) and deleted; default: the system's."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tars <= self.samples <= 10**9:
+            raise ConfigError("--tars must be at least 1 and at most --samples, and those at most 10^9")
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def write_photos(folder: Path, images: int) -> str:
+    """Tars of up to 100 photos, one per core at least; returns their pattern. The same bytes every time."""
+    import skimage
+
+    data = Path(skimage.__file__).parent / "data"
+    files = [next(p for p in data.glob(f"{name}.*") if p.suffix in (".png", ".jpg")) for name in PHOTOS]
+    sources = [Image.open(file).convert("RGB") for file in files]
+    folder.mkdir(parents=True)
+    each = min(100, -(-images // CORES))
+    for first in range(0, images, each):
+        with tarfile.open(folder / f"photos-{first // each:06d}.tar", "w") as tar:
+            for i in range(first, min(first + each, images)):
+                jpeg = _photo(sources[i % len(sources)], np.random.default_rng(i))
+                info = tarfile.TarInfo(f"{i:08d}.jpg")
+                info.size = len(jpeg)
+                tar.addfile(info, io.BytesIO(jpeg))
+    return str(folder / "*.tar")
+
+
+def _photo(source: Image.Image, rng: np.random.Generator) -> bytes:
+    """A random half or more of each side, about 500 x 375 pixels."""
+    part = rng.uniform(0.5, 1.0, 2) * source.size
+    x, y = rng.uniform(0, 1, 2) * (source.size - part)
+    size = (round(500 * rng.uniform(0.9, 1.1)), round(375 * rng.uniform(0.9, 1.1)))
+    image = source.resize(size, Image.Resampling.BICUBIC, box=(x, y, x + part[0], y + part[1]))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def write_tiny_tars(folder: Path, samples: int, tars: int) -> str:
+    """Tars of one-pixel JPEGs, written as whole arrays of tar blocks; returns their pattern."""
+    jpeg = io.BytesIO()
+    Image.new("L", (1, 1)).save(jpeg, "JPEG", optimize=True)
+    info = tarfile.TarInfo("000000000.jpg")
+    info.size = len(jpeg.getvalue())
+    member = info.tobuf(tarfile.USTAR_FORMAT) + jpeg.getvalue() + bytes(-info.size % 512)
+    zeros_sum = int(member[148:154], 8)
+    folder.mkdir(parents=True)
+    for t in range(tars):
+        numbers = np.arange(samples * t // tars, samples * (t + 1) // tars)
+        digits = numbers[:, None] // 10 ** np.arange(8, -1, -1) % 10
+        blocks = np.tile(np.frombuffer(member, np.uint8), (len(numbers), 1))
+        blocks[:, :9] += digits.astype(np.uint8)
+        sums = zeros_sum + digits.sum(axis=1)
+        blocks[:, 148:154] = ord("0") + sums[:, None] // 8 ** np.arange(5, -1, -1) % 8
+        (folder / f"tiny-{t:06d}.tar").write_bytes(blocks.tobytes() + bytes(1024))
+    return str(folder / "*.tar")
+
+
+# --- extract ----------------------------------------------------------------------------------------------------------
+
+
+def extract(config: ExtractBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    with _folder(config.out, keep=bool(config.out)) as folder:
+        run = ExtractConfig(
+            data=config.data or (write_photos(folder / "photos", config.images),),
+            model=config.model,
+            weights=config.weights,
+            size=str(config.size),
+            precision=config.precision,
+            levels=config.levels,
+            executor="ray",
+            device="cpu",
+        )
+        rounds = measure_extract(
+            run, folder, loop_batch=config.loop_batch, repeat=config.repeat, stage_s=config.stage_s
+        )
+    result = {"machine": machine(), "settings": asdict(config), **summarise(rounds), "rounds": rounds}
+    print("\n".join(extract_report(config, result)))
+    return result
+
+
+def extract_report(config: ExtractBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    best, found = result["best"], result["machine"]
+    pipeline, loop, bare = best["pipeline"], best["loop"], best["bare"]
+    yield f"## extract: {pipeline['images']:,} images, {config.model} at {config.size} px, {config.precision}"
+    yield (
+        f"\n{found['cpu']}, {CORES} cores, torch {found['torch']}; levels {' '.join(config.levels)}; best of {config.repeat}."
+        f" Load average when it ended: {found['load']:.1f}."
+    )
+    if config.precision == "bf16" and not found["native_bf16"]:
+        yield "\n**This CPU has no bf16 instructions: bf16 is emulated here, and slow; --precision fp32 is likely faster.**"
+    bound = bare["bound_images_per_s"]
+    yield from _table(
+        ["", "images/s", "of the bound"],
+        [
+            [name, f"{rate:.2f}", f"{rate / bound:.2f}"]
+            for name, rate in (
+                ("(a) this pipeline, steady", pipeline["steady_images_per_s"]),
+                ("(a) this pipeline, whole run", pipeline["images_per_s"]),
+                (f"(b) bare forward, {CORES} processes of 1 thread", bare["forward_processes_images_per_s"]),
+                (f"(b) bare forward, 1 process of {CORES} threads", bare["forward_threads_images_per_s"]),
+                ("(c) bound: cores / sum of bare stages", bound),
+                ("(d) the user's loop, steady", loop["steady_images_per_s"]),
+                ("(d) the user's loop, whole run", loop["images_per_s"]),
+            )
+        ],
+    )
+    yield from _table(
+        ["ratio", "target", "best", "by round"],
+        [
+            [
+                name,
+                f"{r['target']:.2f}" if r["target"] else "",
+                f"{r['best']:.2f}",
+                " ".join(f"{x:.2f}" for x in r["all"]),
+            ]
+            for name, r in result["ratios"].items()
+        ],
+    )
+    yield from _gap_report(result["gap"])
+    yield from _process_report(pipeline, loop)
+    yield from _notes(pipeline, loop)
+
+
+def _gap_report(gap: dict[str, Any]) -> Iterator[str]:
+    """Where the time between the bound and the steady rate goes."""
+    rows = [
+        [s["stage"], f"{s['bare']:.2f}", f"{s['clock']:.2f}", f"{s['cpu']:.2f}", f"{s['gap']:+.2f}"]
+        for s in gap["stages"]
+    ]
+    rows += [[name, "", "", f"{value:.2f}", f"{value:+.2f}"] for name, value in gap["outside"].items()]
+    rows += [["all", f"{gap['bare']:.2f}", "", f"{gap['total']:.2f}", f"{gap['total'] - gap['bare']:+.2f}"]]
+    yield "\nWhere it goes, in core milliseconds per image (largest gap first within the stages):"
+    yield from _table(["", "bare", "stage clock", "in the run", "gap"], rows)
+
+
+def _process_report(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[str]:
+    def megabytes(value: float) -> str:
+        return f"{value / 2**20:,.0f} MB" if value else "-"
+
+    rows = [
+        ["start-up", f"{pipeline['start_up_s']:.1f} s", f"{loop['start_up_s']:.1f} s"],
+        ["whole run", f"{pipeline['seconds']:.1f} s", f"{loop['seconds']:.1f} s"],
+    ]
+    names = {"pss": "peak memory (PSS)", "rss": "peak memory (RSS)", "driver": "of it the main process"}
+    names |= {"workers": "of it workers", "largest_worker": "largest worker", "ray": "of it Ray's daemons"}
+    for name, title in names.items():
+        rows.append([title, megabytes(pipeline["memory"][name]), megabytes(loop["memory"][name])])
+    yield from _table(["", "pipeline", "user's loop"], rows)
+
+
+def _notes(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[str]:
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in pipeline["start_up_parts_s"].items())
+    waits = ", ".join(f"{name} {ms:.1f}" for name, ms in loop["stage_ms"].items())
+    cosines = ", ".join(f"{name} {value:.6f}" for name, value in loop["cosine"].items())
+    samples = [str(run["memory"]["pss_samples"]) for run in (pipeline, loop)]
+    opens = "first finished task's end" if pipeline["steady_from"] == "end" else "first task's beginning (few tasks)"
+    yield f"""
+- Whole run: from the process's start (interpreter and imports included) to the finished store; Ray's shutdown is left out.
+- (a) start-up, seconds: {parts}; after the last task {pipeline["wrap_up_s"]:.1f}. Tasks: {pipeline["tasks"]}.
+- (a) steady: {pipeline["steady_s"]:.1f} s from the {opens} to the last one's end; tasks under way when that opens
+  count by the part of their stage time that lies in it.
+- (d) steady: all images, from the first batch's arrival at the model to the end. ms per image in its main process:
+  {waits}.
+- (b), (c): {CORES} single-threaded processes at once, batches of {pipeline["batch"]}. Writes without fsync (the pipeline syncs).
+- "stage clock" is workers' wall time; two tasks share a worker, so clocks overlap. "in the run" shares the workers' CPU time
+  out by it. "idle" includes waiting for the disk; "other" is the machine's other programs.
+- PSS counts shared pages once; sampled {" and ".join(samples)} times, as often as takes 1 % of a core.
+- RSS counts them in every process; sampled every 0.5 s.
+- Smallest cosine between (a)'s and (d)'s features, a few rows: {cosines}."""
+
+
+# --- index ------------------------------------------------------------------------------------------------------------
+
+
+def index(config: IndexBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    with _folder(config.out, keep=False) as folder:
+        pattern = write_tiny_tars(folder / "tars", config.samples, config.tars)
+        run = ExtractConfig(data=(pattern,), out=str(folder / "feats.zarr"), weights="random", executor="ray")
+        found = measure_index(run)
+    result = {"machine": machine(), "settings": asdict(config), **found}
+    memory, seconds = found["memory"], found["seconds"]
+    print(f"## index: {found['rows']:,} samples in {found['sources']:,} tars, {CORES} cores, {found['tasks']:,} tasks")
+    rows = [[f"{name}, s", f"{value:.1f}"] for name, value in seconds.items()]
+    rows += [["index and tasks, s", f"{seconds['index'] + seconds['tasks']:.1f}"]]
+    rows += [
+        [f"peak RSS of {name.replace('_', ' ')}, MB", f"{memory[name] / 2**20:,.0f}"]
+        for name in ("driver", "workers", "largest_worker", "ray")
+    ]
+    rows += [["peak PSS of all, MB", f"{memory['pss'] / 2**20:,.0f}"]]
+    rows += [["Parquet, MB", f"{found['parquet_bytes'] / 1e6:.1f}"]]
+    print("\n".join(_table(["", ""], rows)))
+    return result
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _folder(out: str, *, keep: bool) -> Iterator[Path]:
+    if keep:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        yield Path(out).absolute()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="raylift-benchmark-", dir=out or None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield ""
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" + "---:|" * (len(head) - 1)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers hold for."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    name = next((line for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    return {
+        "cpu": name.split(":")[-1].strip() or platform.machine(),
+        "cores": CORES,
+        "memory_bytes": psutil.virtual_memory().total,
+        "torch": torch.__version__,
+        # oneDNN's own check is true for emulation, too.
+        "native_bf16": any(value for flag, value in capabilities.items() if "bf16" in flag),
+        "load": os.getloadavg()[0],
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
+    "extract": (
+        {
+            "default": ExtractBenchmark(),
+            # No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
+            "debug": ExtractBenchmark(images=32, model="test_vit.r160_in1k", size=64, precision="fp32", stage_s=0.2),
+        },
+        extract,
+    ),
+    "index": ({"default": IndexBenchmark(), "debug": IndexBenchmark(samples=2000, tars=4)}, index),
+}
+"""By name: presets, and what runs them."""
+
+
+def parse(argv: Sequence[str]) -> tuple[Callable[..., dict[str, Any]], Any]:
+    """The command and its settings. Exits with a suggestion on unknown names and flags."""
+    args = list(argv)
+    command = _pick(args, COMMANDS, "")
+    if command is None:
+        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; each with --help")
+        raise SystemExit(0 if "--help" in args or "-h" in args else 2)
+    presets, run = COMMANDS[command]
+    preset = _pick(args, presets, "default") or "default"
+    prog = f"python jobs/benchmark.py {command} [{' | '.join(presets)}]"
+    return run, tyro.cli(type(presets[preset]), default=presets[preset], args=args, prog=prog)
+
+
+def _pick(args: list[str], names: Sequence[str] | dict[str, Any], default: str) -> str | None:
+    """Take the leading word off `args`; None if there is none. Raises `ConfigError` with the nearest name."""
+    if not args or args[0].startswith("-"):
+        return default or None
+    word = args.pop(0)
+    if word not in names:
+        near = difflib.get_close_matches(word, names, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"nothing is called {word!r}. {hint}There are: {', '.join(names)}")
+    return word
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, run, and turn errors that a person can act on into one message and an exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    try:
+        command, config = parse(argv)
+        result = command(config)
+    except (ConfigError, StorageError, BackboneError, FileNotFoundError, PermissionError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except BenchmarkFailed as error:
+        print(f"BenchmarkFailed: {error}", file=sys.stderr)
+        return 1
+    if config.json:
+        Path(config.json).write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

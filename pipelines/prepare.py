@@ -1,0 +1,146 @@
+"""From settings to an extraction that is ready to run: the model loaded, the input indexed, nothing computed.
+
+`resolve` needs no cluster and finds most mistakes; `prepare` scans the input with an executor's help.
+"""
+
+import importlib.metadata
+import logging
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from operators.backbone import preprocessing
+from operators.image import Geometry
+from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
+from pipelines.models import FeatureModel, LevelChoice, ModelBundle, WeightsChoice, describe_model, load_model
+from storage.paths import Folder, InputFile, expand_inputs
+from storage.samples import SampleIndex, build_index
+from storage.spec import FeatureSpec, Layout, choose_block_rows
+from storage.store import FeatureStore, read_attributes
+from storage.tars import MemberRules
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A config held against the input and the model, before any cluster is asked for anything."""
+
+    config: ExtractConfig
+    bundle: ModelBundle
+    model: FeatureModel
+    "the same model in this process, on the CPU"
+    files: tuple[InputFile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An extraction that is ready to run: everything but the workers."""
+
+    config: ExtractConfig
+    bundle: ModelBundle
+    model: FeatureModel
+    layout: Layout
+    index: SampleIndex
+    urls: tuple[str, ...]
+    "the index's sources with credentials, as this run reads them"
+
+    def create_store(self) -> FeatureStore:
+        """Create or continue the output. Raises `FingerprintMismatch`."""
+        public = self.config.public()
+        provenance = {"versions": versions(), "config": {name: public[name] for name in CONTENT_FIELDS}}
+        return FeatureStore.create(
+            self.config.out,
+            self.bundle.spec,
+            self.layout,
+            provenance=provenance,
+            storage_options=self.config.options,
+        )
+
+
+def resolve(config: ExtractConfig) -> Resolved:
+    """Find the input's files and load the model: what can be wrong with the settings is wrong here.
+
+    Raises `InputError`, `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
+    """
+    if not config.out:
+        raise ConfigError("no output: give --out a path or URL for the Zarr store")
+    expects = preprocessing(config.model)
+    size = config.input_size or expects.size
+    levels = [LevelChoice.parse(text, config.encoding) for text in config.levels]
+    weights = WeightsChoice.parse(config.weights)
+    # Refuses what is there and isn't ours, before anything is written.
+    read_attributes(Folder(config.out, config.options))
+    files = expand_inputs(config.data, config.options)
+    loaded = load_model(config.model, size, weights, config.revision, config.options)
+    bundle, model = describe_model(
+        name=config.model,
+        model=loaded,
+        weights_source=weights.source,
+        layers=config.layers,
+        facet=config.facet,
+        norm=config.norm,
+        stride=config.stride,
+        pos_embed=config.pos_embed,
+        size=size,
+        expects=expects,
+        geometry=config.geometry,
+        crop_pct=config.crop_pct if config.geometry == "crop" else 1.0,
+        precision=config.precision,
+        jpeg_draft=config.jpeg_draft,
+        levels=levels,
+    )
+    return Resolved(config=config, bundle=bundle, model=model, files=tuple(files))
+
+
+def prepare(resolved: Resolved, executor: Any) -> Prepared:
+    """Index the input, or check the index that is there. Raises `InputError`."""
+    config, spec = resolved.config, resolved.bundle.spec
+    index = _index(config, Folder(config.out, config.options), list(resolved.files), executor)
+    block_rows = config.block_rows or choose_block_rows(index.n_rows, spec)
+    return Prepared(
+        config=config,
+        bundle=resolved.bundle,
+        model=resolved.model,
+        layout=Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest),
+        index=index,
+        urls=tuple(file.url for file in resolved.files[: len(index.sources)]),
+    )
+
+
+def _index(config: ExtractConfig, folder: Folder, files: list[InputFile], executor: Any) -> SampleIndex:
+    rules = MemberRules(image=config.image_member, carry=config.carry)
+    index = build_index(folder, files, lambda some: executor.scan(some, rules, config.options), config.limit, rules)
+    for source in index.sources:
+        if source.problems:
+            logger.warning("%s: %s", source.url, source.problems)
+    return index
+
+
+def versions() -> dict[str, str]:
+    """Software that made the numbers."""
+    names = ("ray", "torch", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
+    found = {name: importlib.metadata.version(name) for name in names}
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
+
+
+def geometry_of(spec: FeatureSpec) -> Geometry:
+    return Geometry(
+        mode=spec.geometry,
+        height=spec.input_size[0],
+        width=spec.input_size[1],
+        crop_pct=spec.crop_pct,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+    )
+
+
+def default_batch(config: ExtractConfig, layout: Layout, device: str) -> int:
+    """Images per forward that workers start from; they take fewer where memory is short."""
+    return min(config.batch or (64 if device == "cuda" else 16), layout.block_rows)

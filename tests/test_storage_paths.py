@@ -1,0 +1,272 @@
+"""Whole objects below a URL: atomic, create-only where asked, the same on every kind of storage."""
+
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from storage.paths import Folder, InputError, StorageError, filesystem, read_file, read_ranges
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    """An empty folder on local disk and in memory."""
+    if request.param == "local":
+        yield Folder(str(tmp_path / "root"))
+        return
+    url = f"memory://{tmp_path.name}"
+    yield Folder(url)
+    fs = fsspec.filesystem("memory")
+    if fs.exists(url):
+        fs.rm(url, recursive=True)
+
+
+def test_written_object_is_read_back_whole(folder):
+    folder.write("a/b/c.bin", b"\0\1\2" * 1000)
+
+    assert folder.read("a/b/c.bin") == b"\0\1\2" * 1000
+    assert folder.size("a/b/c.bin") == 3000
+    assert folder.open("a/b/c.bin").read(2) == b"\0\1"
+
+
+def test_write_replaces_an_older_object(folder):
+    folder.write("a", b"long and old")
+    folder.write("a", b"new")
+
+    assert folder.read("a") == b"new"
+
+
+def test_write_new_never_replaces(folder):
+    assert folder.write_new("x/a", b"first")
+    assert not folder.write_new("x/a", b"second")
+
+    assert folder.read("x/a") == b"first"
+
+
+def test_of_sixteen_threads_exactly_one_creates(folder):
+    for attempt in range(20):
+        barrier = threading.Barrier(16)
+
+        def create(n: int, attempt: int = attempt, barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            return folder.write_new(f"commits/{attempt}", b"%02d" % n)
+
+        with ThreadPoolExecutor(16) as pool:
+            won = list(pool.map(create, range(16)))
+
+        assert won.count(True) == 1
+        assert folder.read(f"commits/{attempt}") == b"%02d" % won.index(True)
+
+
+def test_missing_object_is_named_by_its_full_url(folder):
+    folder.write("a", b"")
+
+    with pytest.raises(FileNotFoundError, match=r"none/b\.json does not exist") as caught:
+        folder.read("none/b.json")
+
+    assert folder.url in str(caught.value)
+    assert folder.size("none/b.json") is None
+    assert not folder.exists("none/b.json")
+
+
+def test_object_below_an_object_does_not_exist(folder):
+    folder.write("a", b"")
+
+    with pytest.raises(FileNotFoundError):
+        folder.read("a/b")
+    assert folder.sizes("a/b") == {}
+    assert folder.size("a/b") is None
+
+
+def test_sizes_lists_the_objects_directly_inside(folder):
+    for name, size in [("d/one", 1), ("d/three", 3), ("d/sub/two", 2), ("e", 5)]:
+        folder.write(name, bytes(size))
+
+    assert folder.sizes("d") == {"one": 1, "three": 3}
+    assert folder.sizes("none") == {}
+
+
+def test_folders_lists_the_folders_directly_inside_sorted(folder):
+    for name in ("d/b/x", "d/a/y/z", "d/file"):
+        folder.write(name, b"")
+
+    assert folder.folders("d") == ["a", "b"]
+    assert folder.folders("none") == []
+
+
+def test_listing_sees_what_another_folder_object_wrote(folder):
+    folder.write("d/a", b"")
+    assert folder.sizes("d") == {"a": 0}
+
+    Folder(folder.url).write("d/b", b"1")
+
+    assert folder.sizes("d") == {"a": 0, "b": 1}
+
+
+def test_several_objects_are_read_in_the_order_asked(folder):
+    for n in range(50):
+        folder.write(f"{n}", b"%d" % n)
+
+    assert folder.read_many([str(n) for n in range(49, -1, -1)]) == [b"%d" % n for n in range(49, -1, -1)]
+    assert folder.read_many([]) == []
+
+
+def test_removing_twice_is_fine(folder):
+    folder.write("a", b"1")
+    folder.write("b", b"2")
+
+    folder.remove(["a", "never-there"])
+    folder.remove(["a"])
+
+    assert not folder.exists("a")
+    assert folder.read("b") == b"2"
+
+
+def test_storage_that_creates_exclusively_is_accepted_and_left_clean(folder):
+    folder.check_create_only("runs/.probe")
+
+    assert folder.sizes("runs") == {}
+
+
+def test_storage_that_ignores_create_only_is_refused(tmp_path, monkeypatch):
+    """What some S3 look-alikes do with If-None-Match."""
+
+    class Careless(MemoryFileSystem):
+        protocol = "careless"
+
+        def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
+            super().pipe_file(path, value, mode="overwrite", **kwargs)
+
+    fsspec.register_implementation("careless", Careless, clobber=True)
+    folder = Folder("careless://bucket")
+
+    with pytest.raises(StorageError, match="ignores create-only writes .*use S3, Ceph RGW, MinIO"):
+        folder.check_create_only(".probe")
+
+    assert not folder.exists(".probe")
+
+
+def test_pickled_folder_reads_the_same_objects(folder):
+    folder.write("a", b"1")
+
+    again = pickle.loads(pickle.dumps(folder))
+
+    assert (again.url, again.options) == (folder.url, folder.options)
+    assert again.read("a") == b"1"
+
+
+# --- local disk -----------------------------------------------------------------------------------------------------------
+
+
+def test_reader_sees_the_old_object_or_the_new_one_never_a_part(tmp_path):
+    folder, path = Folder(str(tmp_path)), tmp_path / "a"
+    versions = [bytes([n]) * 200_000 for n in range(40)]
+    folder.write("a", versions[0])
+    writer = threading.Thread(target=lambda: [folder.write("a", data) for data in versions])
+    seen = set()
+
+    writer.start()
+    while writer.is_alive():
+        seen.add(path.read_bytes())
+    writer.join()
+
+    assert seen <= set(versions)
+
+
+def test_write_that_fails_leaves_the_old_object_and_nothing_else(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path))
+    folder.write("a", b"old")
+
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("storage.paths.os.fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        folder.write("a", b"new")
+
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert list((tmp_path / ".partial").iterdir()) == []
+
+
+def test_what_killed_writers_left_is_dropped(tmp_path):
+    folder = Folder(str(tmp_path))
+    folder.write("a", b"1")
+    (tmp_path / ".partial/left-behind").write_bytes(b"half")
+
+    folder.remove_partial()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_relative_path_means_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    Folder("out").write("a", b"1")
+
+    assert (tmp_path / "out/a").read_bytes() == b"1"
+    assert read_file("out/a") == b"1"
+
+
+def test_single_file_is_read_by_path_and_by_url(tmp_path, monkeypatch):
+    (tmp_path / "w.bin").write_bytes(b"data")
+    monkeypatch.chdir(tmp_path)
+
+    assert read_file("w.bin") == read_file(str(tmp_path / "w.bin")) == read_file(f"file://{tmp_path}/w.bin") == b"data"
+    with pytest.raises(FileNotFoundError, match=r"none\.bin does not exist"):
+        read_file(str(tmp_path / "none.bin"))
+
+
+# --- ranges and options -----------------------------------------------------------------------------------------------------
+
+
+def test_ranges_are_cut_out_in_order_and_short_at_the_end(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(range(200)))
+    ranges = [(str(path), 10, 5), (str(path), 20, 3), (str(path), 0, 2), (str(path), 190, 50), (str(path), 7, 0)]
+
+    found = read_ranges(ranges, None)
+
+    assert [list(data) for data in found] == [
+        [10, 11, 12, 13, 14],
+        [20, 21, 22],
+        [0, 1],
+        list(range(190, 200)),
+        [],
+    ]
+
+
+@pytest.mark.parametrize(("max_gap", "max_bytes"), [(0, 2**25), (2**18, 1), (2**18, 2**25)])
+def test_ranges_are_the_same_however_they_are_merged(tmp_path, max_gap, max_bytes):
+    for name in "ab":
+        (tmp_path / name).write_bytes(name.encode() * 3 + bytes(range(250)))
+    ranges = [(str(tmp_path / name), start, 7) for name in "ab" for start in (0, 10, 17, 100)]
+
+    found = read_ranges(ranges, None, max_gap=max_gap, max_bytes=max_bytes)
+
+    assert found == [Path(url).read_bytes()[start : start + size] for url, start, size in ranges]
+
+
+def test_options_may_be_given_by_scheme(tmp_path):
+    options = {"s3": {"key": "AKID", "secret": "abcd"}, "memory": {}}
+
+    assert filesystem(f"{tmp_path}/a", options)[1] == f"{tmp_path}/a"
+    assert filesystem("s3://bucket/a", options)[0].key == "AKID"
+
+
+def test_options_that_do_not_fit_are_an_error_without_their_values():
+    with pytest.raises(InputError, match=r"cannot open s3://b/x") as caught:
+        filesystem("s3://b/x", {"key": "AKIDEXAMPLE", "secret": "hunter2", "config_kwargs": "hunter2-too"})
+
+    assert "hunter2" not in str(caught.value)
+    assert "AKIDEXAMPLE" not in str(caught.value)
+
+
+def test_folder_is_shown_without_credentials():
+    folder = Folder("s3://AKIA:hunter2@bucket/x", {"secret": "other-secret"})
+
+    assert repr(folder) == "Folder('s3://***@bucket/x')"
+    assert folder.shown == "s3://***@bucket/x"
