@@ -3,6 +3,7 @@
     python jobs/benchmark.py extract                      # this pipeline, its bare stages, and a user's own loop
     python jobs/benchmark.py extract debug                # the same in under a minute, to see that it works
     python jobs/benchmark.py index --samples 1000000 --tars 1000
+    python jobs/benchmark.py precision --data photos.tar --model vit_tiny_patch16_224.augreg_in21k_ft_in1k
 
 Prints Markdown; --json PATH writes all numbers. Run it while nothing else does. Exit codes: 0 measured, 1 not, 2 wrong settings.
 """
@@ -33,7 +34,9 @@ from operators.backbone import BackboneError
 from pipelines.benchmark import CORES, BenchmarkFailed, measure_extract, measure_index, summarise
 from pipelines.config import ConfigError, ExtractConfig
 from pipelines.demo import PHOTOS
-from pipelines.models import LevelChoice
+from pipelines.executors import InlineExecutor
+from pipelines.models import LevelChoice, WeightsUnavailable
+from pipelines.precision import measure_precision
 from storage.paths import StorageError
 
 
@@ -89,6 +92,22 @@ class IndexBenchmark:
     def __post_init__(self) -> None:
         if not 1 <= self.tars <= self.samples <= 10**9:
             raise ConfigError("--tars must be at least 1 and at most --samples, and those at most 10^9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionBenchmark:
+    """What encodings, autocast and reduced-scale JPEG decoding cost in accuracy, against float32."""
+
+    data: tuple[str, ...] = ("demo/photos-{000..001}.tar",)
+    """As for jobs/extract.py; at most the first 1,024 images are used."""
+    model: str = "vit_small_patch16_224.dino"
+    """timm name."""
+    weights: str = "pretrained"
+    """As for jobs/extract.py. Random weights have none of the outlier channels that make int8 hard."""
+    size: str | None = None
+    """As for jobs/extract.py."""
+    json: str = ""
+    """Write all numbers to this file."""
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -286,6 +305,31 @@ def index(config: IndexBenchmark) -> dict[str, Any]:
     return result
 
 
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def precision(config: PrecisionBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    with _folder("", keep=False) as folder:
+        run = ExtractConfig(
+            data=config.data,
+            out=str(folder / "feats.zarr"),
+            model=config.model,
+            weights=config.weights,
+            size=config.size,
+            executor="inline",
+        )
+        rows = measure_precision(run, InlineExecutor())
+    print(f"## precision: {config.model}, weights {config.weights}")
+    head = ["choice", "bytes a value", "relative L2", "1 - cosine, mean", "1 - cosine, worst cell"]
+    names = ("bytes_per_value", "relative_l2", "mean_1_minus_cosine", "worst_1_minus_cosine")
+    table = [
+        [f"{row['kind']} {row['name']}", *(f"{row[name]:.2g}" if name in row else "" for name in names)] for row in rows
+    ]
+    print("\n".join(_table(head, table)))
+    return {"machine": machine(), "settings": asdict(config), "rows": rows}
+
+
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +383,13 @@ COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
         },
         extract,
     ),
+    "precision": (
+        {
+            "default": PrecisionBenchmark(),
+            "debug": PrecisionBenchmark(model="test_vit.r160_in1k", weights="random", size="64"),
+        },
+        precision,
+    ),
     "index": ({"default": IndexBenchmark(), "debug": IndexBenchmark(samples=2000, tars=4)}, index),
 }
 """By name: presets, and what runs them."""
@@ -377,7 +428,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         command, config = parse(argv)
         result = command(config)
-    except (ConfigError, StorageError, BackboneError, FileNotFoundError, PermissionError) as error:
+    except (ConfigError, StorageError, BackboneError, WeightsUnavailable, FileNotFoundError, PermissionError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except BenchmarkFailed as error:

@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H W pixels, h w grid cells, T prefix tokens (CLS an
 """
 
 import contextlib
+import difflib
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -84,16 +85,22 @@ def preprocessing(name: str) -> Preprocessing:
     """The timm config of `name`. Raises `BackboneError` with near names if timm has no such model."""
     config = timm.get_pretrained_cfg(name) if _known(name) else None
     if config is None:
-        near = (
-            timm.list_models(f"*{name.split('.')[0][:12]}*", pretrained=True)[:5] or timm.list_models("vit_small*")[:5]
-        )
-        raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(near)}")
+        raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
     return Preprocessing(
         size=(config.input_size[1], config.input_size[2]),
         mean=tuple(config.mean),
         std=tuple(config.std),
         interpolation=config.interpolation if config.interpolation in ("bicubic", "bilinear", "lanczos") else "bicubic",
         crop_pct=config.crop_pct or 1.0,
+    )
+
+
+def _near(name: str) -> list[str]:
+    names = [*timm.list_models(pretrained=True), *timm.list_models()]
+    return (
+        difflib.get_close_matches(name, names, n=5, cutoff=0.75)
+        or [known for known in names if name.split(".")[0] in known][:5]
+        or timm.list_models("vit_small*", pretrained=True)[:5]
     )
 
 
@@ -112,16 +119,46 @@ def create_model(
     Weights: a checkpoint in any form that timm converts for this model (strict), or random from `seed`; with neither,
     whatever the constructor leaves, to be filled by `load_arrays`. Raises `BackboneError` where the weights don't fit.
     """
-    kwargs: dict[str, Any] = {"num_classes": 0}
-    if state_dict is not None:
-        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state_dict)}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         try:
-            model = _create_any_size(name, size, kwargs)
-        except RuntimeError as error:
+            if state_dict is None:
+                model = _create_any_size(name, size, {"num_classes": 0})
+            else:
+                model = _create_strictly(name, size, state_dict)
+        # timm converts foreign checkpoints by key and shape: what it doesn't expect raises any of these.
+        except (RuntimeError, LookupError, AttributeError, AssertionError) as error:
             raise BackboneError(f"the weights don't fit {name} at {size[0]}x{size[1]} px: {error}") from None
     return model.eval().requires_grad_(False)
+
+
+def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Every tensor of the model comes from `state_dict`, and all of that but the classifier is used.
+
+    timm loads without checking either where it drops a classifier, so that another model's weights would pass as random
+    ones. Here the classifier's keys are left out first; where a conversion brings it forth (CLIP), it is loaded and removed.
+    """
+    if not state_dict:
+        raise BackboneError(f"the weights for {name} hold no tensors")
+    config = timm.get_pretrained_cfg(name)
+    classifier = getattr(config, "classifier", None) or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    body = {key: value for key, value in state_dict.items() if key.rpartition(".")[0] not in heads}
+    overlay: dict[str, Any] = {"state_dict": body, "classifier": None}
+    kwargs = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        return _create_any_size(name, size, {**kwargs, "num_classes": 0})
+    except RuntimeError as error:
+        if not heads:
+            raise
+        without = error
+    overlay["state_dict"] = dict(state_dict)
+    try:
+        model = _create_any_size(name, size, kwargs)
+    except RuntimeError:
+        raise without from None
+    model.reset_classifier(0)
+    return model
 
 
 def _create_any_size(name: str, size: tuple[int, int], kwargs: Mapping[str, Any]) -> nn.Module:
@@ -342,7 +379,7 @@ class TimmBackbone:
             n_prefix = 0 if getattr(self.model, "no_embed_class", False) else self.n_prefix
             resample = _dino_pos_embed if self.pos_embed == "dino" else _timm_pos_embed
             resampled = resample(trained.detach(), grid, self._trained_grid, n_prefix)
-            self.model.pos_embed = nn.Parameter(resampled.to(trained.device), requires_grad=False)
+            self.model.pos_embed = nn.Parameter(resampled.to(self.model.pos_embed.device), requires_grad=False)
             self.model.patch_embed.grid_size = grid
         elif self.pos_embed == "dino" and trained is not None and grid != self._trained_grid:
             raise BackboneError(f"pos_embed dino is not possible for {type(self.model).__name__}")

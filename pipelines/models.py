@@ -9,6 +9,7 @@ import logging
 import pickle
 import re
 import socket
+import struct
 import time
 import urllib.parse
 import urllib.request
@@ -100,10 +101,13 @@ def read_state_dict(url: str, options: Mapping[str, Any] | None = None) -> dict[
 
 def _parse_state_dict(data: bytes, name: str, shown: str) -> dict[str, Tensor]:
     if name.endswith(".safetensors"):
-        return safetensors.torch.load(data)
+        try:
+            return safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise WeightsUnavailable(f"{shown} is no whole safetensors file: {error}") from None
     try:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, struct.error) as error:
         raise WeightsUnavailable(
             f"{shown} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
             "safetensors where you trust it"
@@ -370,4 +374,7 @@ class FeatureModel:
             for level in spec.levels
             if level.grid and level.name in self.upsamplers
         ]
-        return self.backbone.peak_bytes(batch, spec.input_size) + images + max(ups, default=0)
+        rows, columns = self.backbone.grid_of(spec.input_size)
+        # Each further layer: its map as kept, stacked with the others, and as rows.
+        kept = 3 * 4 * batch * rows * columns * self.backbone.channels * (len(self._asked) - 1)
+        return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + max(ups, default=0)

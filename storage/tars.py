@@ -1,7 +1,7 @@
 """What is in a tar: its samples by WebDataset's rules, where their images lie, and what is damaged.
 
-Reads headers only (and the text members that a user wants carried along). Nothing of an archive becomes a path or is unpickled: member
-names are labels.
+Reads headers, and the text members that a user wants carried along. Nothing of an archive becomes a path or is
+unpickled: member names are labels.
 """
 
 import hashlib

@@ -1,0 +1,601 @@
+"""Backbones: the numbers are timm's own and LiFT's goldens', weights come from anywhere and run nothing, errors say what to do."""
+
+import copy
+import functools
+import json
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch.profiler import ProfilerActivity, profile
+
+from operators.backbone import (
+    BackboneError,
+    TimmBackbone,
+    autocast,
+    cast_matmul_weights,
+    create_model,
+    load_arrays,
+    normalise,
+    preprocessing,
+    state_arrays,
+    weights_digest,
+)
+from pipelines.models import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = "test_vit.r160_in1k"
+
+# Each family's own configuration, with two narrow blocks.
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 0, "dynamic_img_size": True}
+FAMILIES = {
+    "dino": "vit_small_patch16_224.dino",
+    "clip": "vit_base_patch16_clip_224.openai",
+    "dinov2-reg": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "siglip": "vit_base_patch16_siglip_224.webli",
+    "dinov3": "vit_small_patch16_dinov3.lvd1689m",
+    "eva02": "eva02_tiny_patch14_224.mim_in22k",
+    "eva02-split": "eva02_base_patch14_224.mim_in22k",
+}
+PATCH = {"dinov2-reg": 14, "eva02": 14, "eva02-split": 14}
+PREFIX = {"siglip": 0, "dinov2-reg": 5, "dinov3": 5}
+
+
+@functools.cache
+def _family(name: str) -> torch.nn.Module:
+    torch.manual_seed(2)
+    model = timm.create_model(FAMILIES[name], **SMALL).eval().requires_grad_(False)
+    for parameter in model.parameters():  # nothing stays at zero or one: biases, scales and tokens must show
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def family(name: str) -> torch.nn.Module:
+    return copy.deepcopy(_family(name))
+
+
+def images(height: int, width: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(4))
+
+
+def tokens_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
+
+
+# --- maps -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("cells", [(4, 4), (3, 5), (14, 14)])
+def test_maps_are_those_of_timms_own_forward(name, cells):
+    patch, prefix = PATCH.get(name, 16), PREFIX.get(name, 1)
+    batch = images(cells[0] * patch, cells[1] * patch)
+    tokens = family(name).forward_features(batch)
+
+    features = TimmBackbone(family(name))(batch, [1])
+
+    torch.testing.assert_close(features.layers[1], tokens_to_map(tokens[:, prefix:], cells), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.prefix[1], tokens[:, :prefix], rtol=1e-5, atol=1e-5)
+    assert (features.grid, features.stride) == (cells, patch)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_without_norm_are_the_blocks_outputs_in_the_order_asked(name):
+    patch, prefix = PATCH.get(name, 16), PREFIX.get(name, 1)
+    batch, reference, seen = images(4 * patch, 5 * patch), family(name), {}
+    for i, block in enumerate(reference.blocks):
+        block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
+    reference.forward_features(batch)
+
+    features = TimmBackbone(family(name), norm=False)(batch, [1, 0])
+
+    for layer in (0, 1):
+        expected = tokens_to_map(seen[layer][:, prefix:], (4, 5))
+        torch.testing.assert_close(features.layers[layer], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.stacked((1, 0))[:, 48:], features.layers[0])
+    torch.testing.assert_close(features.pooled((1, 0), "mean")[:, :48], features.layers[1].mean(dim=(2, 3)))
+
+
+def test_pooled_cls_is_the_class_token_after_the_norm():
+    batch = images(64, 64)
+    tokens = family("dinov2-reg").forward_features(images(56, 56))
+
+    features = TimmBackbone(family("dinov2-reg"))(images(56, 56), [1])
+
+    torch.testing.assert_close(features.pooled((1,), "cls"), tokens[:, 0], rtol=1e-5, atol=1e-5)
+    assert TimmBackbone(family("dino")).has_cls
+    assert not TimmBackbone(family("siglip")).has_cls
+    assert TimmBackbone(family("siglip"))(batch, [1]).prefix[1].shape == (2, 0, 48)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (224, 224)])
+def test_hiera_gives_its_last_stage(size):
+    torch.manual_seed(2)
+    kwargs = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1), "num_classes": 0, "img_size": size}
+    model = timm.create_model("hiera_tiny_224.mae", **kwargs).eval().requires_grad_(False)
+    batch = images(*size, batch=1)
+    stages = copy.deepcopy(model).forward_intermediates(batch, intermediates_only=True)
+
+    backbone = TimmBackbone(model)
+    features = backbone(batch, backbone.resolve_layers([-1]))
+
+    assert (backbone.stride, backbone.channels, backbone.has_cls, backbone.norm) == (32, 128, False, False)
+    assert features.layers[3].shape == (1, 128, size[0] // 32, size[1] // 32)
+    torch.testing.assert_close(features.layers[3], stages[-1], rtol=1e-5, atol=1e-5)
+    assert features.prefix[3].shape == (1, 0, 128)
+
+
+def test_one_backbone_serves_several_sizes_in_any_order():
+    backbone = TimmBackbone(family("dino"))
+    first = backbone(images(64, 80), [1]).layers[1]
+
+    backbone(images(224, 224), [1])
+    backbone(images(96, 32), [1])
+
+    assert torch.equal(backbone(images(64, 80), [1]).layers[1], first)
+
+
+def test_an_images_features_do_not_depend_on_its_batch():
+    backbone = TimmBackbone(family("dino"))
+
+    together = backbone(images(64, 64, batch=3), [1]).layers[1]
+    alone = backbone(images(64, 64, batch=3)[1:2], [1]).layers[1]
+
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_normalised_images_are_those_of_torchvision():
+    raw = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    expected = (raw / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+
+    found = normalise(torch.from_numpy(raw), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    np.testing.assert_allclose(found.numpy(), expected.transpose(0, 3, 1, 2), rtol=0, atol=1e-6)
+
+
+# --- facets -----------------------------------------------------------------------------------------------------------------
+
+FACETS = ["query", "key", "value"]
+
+
+@pytest.mark.parametrize("name", ["dino", "clip", "dinov2-reg", "siglip", "dinov3"])
+@pytest.mark.parametrize("facet", FACETS)
+def test_facets_are_slices_of_the_qkv_layer(name, facet):
+    patch, prefix = PATCH.get(name, 16), PREFIX.get(name, 1)
+    batch, reference, seen = images(3 * patch, 4 * patch), family(name), []
+    reference.blocks[0].attn.qkv.register_forward_hook(lambda _, __, out: seen.append(out))
+    reference.forward_features(batch)
+    part = FACETS.index(facet) * 48
+
+    features = TimmBackbone(family(name), facet=facet)(batch, [0])
+
+    expected = seen[0][..., part : part + 48]
+    torch.testing.assert_close(features.layers[0], tokens_to_map(expected[:, prefix:], (3, 4)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.prefix[0], expected[:, :prefix], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_values_are_those_that_attention_is_given(name, monkeypatch):
+    patch, prefix = PATCH.get(name, 16), PREFIX.get(name, 1)
+    batch, given, original = images(3 * patch, 4 * patch), [], F.scaled_dot_product_attention
+
+    def listen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        given.append(v)
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", listen)
+    family(name).forward_features(batch)
+    expected = given[1].transpose(1, 2).flatten(2)
+
+    features = TimmBackbone(family(name), facet="value")(batch, [1])
+
+    torch.testing.assert_close(features.layers[1], tokens_to_map(expected[:, prefix:], (3, 4)), rtol=1e-5, atol=1e-5)
+
+
+def test_facets_of_several_layers_come_from_one_forward(monkeypatch):
+    backbone = TimmBackbone(family("dino"), facet="key")
+    calls = []
+    backbone.model.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+
+    both = backbone(images(64, 64), [1, 0])
+
+    assert len(calls) == 1
+    for layer in (0, 1):
+        torch.testing.assert_close(both.layers[layer], backbone(images(64, 64), [layer]).layers[layer])
+
+
+# --- stride and position embeddings, against LiFT's extractor ---------------------------------------------------------------
+
+CASES = [
+    ("lift_extractor_dino_p16_stride8", (64, 64), (7, 7)),
+    ("lift_extractor_dino_p16_stride8", (48, 80), (5, 9)),
+    ("lift_extractor_dino_p8", (64, 64), (8, 8)),
+    ("lift_extractor_dino_p8", (32, 48), (4, 6)),
+    ("lift_extractor_dino_p8", (96, 72), (12, 9)),
+]
+
+
+def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object], VisionTransformer]:
+    """Tensors, settings, and timm's model with the golden's weights."""
+    with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    model = VisionTransformer(
+        img_size=config["pos_img_size"],
+        patch_size=config["patch"],
+        embed_dim=config["dim"],
+        depth=config["depth"],
+        num_heads=config["heads"],
+        qkv_bias=config["qkv_bias"],
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=config["ln_eps"]),
+        num_classes=0,
+        dynamic_img_size=True,
+    )
+    model.load_state_dict({key[3:]: tensor for key, tensor in tensors.items() if key.startswith("sd/")}, strict=True)
+    return tensors, config, model.eval().requires_grad_(False)
+
+
+def head_minor(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """Our channels are (head, dimension), LiFT's are (dimension, head)."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(-1, -2).flatten(-2)
+
+
+# float32 noise of the goldens is 4e-6; the position embedding rule shows at 1e-1.
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@pytest.mark.parametrize(("name", "size", "grid"), CASES)
+@pytest.mark.parametrize("facet", ["key", "query", "value", "token"])
+def test_features_are_those_of_lifts_extractor(name, size, grid, facet):
+    tensors, config, model = golden(name)
+    norm = False if facet == "token" else None
+    backbone = TimmBackbone(model, facet=facet, norm=norm, stride=config["stride"], pos_embed="dino")
+    shape = f"{size[0]}x{size[1]}"
+
+    features = backbone(tensors[f"in/image_{shape}"], [config["layer"]])
+
+    tokens = features.layers[config["layer"]].flatten(2).transpose(1, 2)
+    tokens = tokens if facet == "token" else head_minor(tokens, config["heads"])
+    assert features.grid == grid
+    torch.testing.assert_close(tokens, tensors[f"out/{facet}_{shape}"], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "size", "grid"), CASES)
+def test_position_embeddings_and_class_keys_are_those_of_dino(name, size, grid):
+    tensors, config, model = golden(name)
+    backbone = TimmBackbone(model, facet="key", stride=config["stride"], pos_embed="dino")
+    shape = f"{size[0]}x{size[1]}"
+
+    features = backbone(tensors[f"in/image_{shape}"], [config["layer"]])
+
+    torch.testing.assert_close(model.pos_embed, tensors[f"out/pos_embed_{shape}"], rtol=1e-6, atol=1e-6)
+    keys = features.prefix[config["layer"]]
+    expected = tensors[f"out/key_with_cls_{shape}"][:, :1]
+    torch.testing.assert_close(head_minor(keys, config["heads"]), expected, **TOLERANCE)
+
+
+def test_timms_position_embeddings_are_not_dinos_at_another_size():
+    tensors, _, model = golden("lift_extractor_dino_p8")
+
+    TimmBackbone(model, pos_embed="timm")(tensors["in/image_32x48"], [0])
+
+    assert (model.pos_embed - tensors["out/pos_embed_32x48"]).abs().max() > 0.01
+
+
+def test_stride_override_takes_dinos_position_embeddings_by_default():
+    assert TimmBackbone(family("dino")).pos_embed == "timm"
+    assert TimmBackbone(family("dino"), stride=8).pos_embed == "dino"
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2-reg", "siglip"])
+def test_overlapping_patches_contain_the_plain_ones_before_attention(name):
+    """With the stride halved, every second cell sees the pixels that a plain cell sees."""
+    patch = PATCH.get(name, 16)
+    batch = images(4 * patch, 4 * patch)
+    plain, dense = family(name), TimmBackbone(family(name), stride=patch // 2)
+    dense(batch, [1])
+
+    overlapping = dense.model.patch_embed(batch)
+
+    assert overlapping.shape[1:3] == (7, 7)
+    torch.testing.assert_close(overlapping[:, ::2, ::2], plain.patch_embed(batch), rtol=1e-5, atol=1e-5)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("vit_small_patch16_224.dinoo", "vit_small_patch16_224.dino"),
+        ("vit_smal_patch16_224.dino", "vit_small_patch16_224.dino"),
+        ("dinov2", "vit_base_patch14_dinov2"),
+        ("qqqqqqqq", "vit_small_"),
+    ],
+)
+def test_unknown_model_is_answered_with_near_names(name, near):
+    with pytest.raises(BackboneError, match=rf"has no model '{name}'; near names: .*{near}"):
+        preprocessing(name)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([2], r"layer 2: VisionTransformer has 2 \(0 to 1, or negative\)"),
+        ([-3], "layer -3"),
+        ([1, -1], "must be different ones"),
+        ([], "at least one"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(layers, message):
+    with pytest.raises(BackboneError, match=message):
+        TimmBackbone(family("dino")).resolve_layers(layers)
+
+
+def test_layers_may_count_from_the_end():
+    assert TimmBackbone(family("dino")).resolve_layers([-1, 0]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "message"),
+    [
+        (None, (100, 64), "100 is not 16 plus a multiple of 16 .* the nearest that is: 96"),
+        (None, (64, 110), "110 is not .* the nearest that is: 112"),
+        (None, (8, 64), "8 is not .* the nearest that is: 16"),
+        (8, (64, 67), "67 is not 16 plus a multiple of 8 .* the nearest that is: 64"),
+    ],
+)
+def test_size_that_cells_do_not_fit_names_the_nearest_that_they_do(stride, size, message):
+    with pytest.raises(BackboneError, match=message):
+        TimmBackbone(family("dino"), stride=stride)(images(*size), [1])
+
+
+@pytest.mark.parametrize("stride", [5, 32])
+def test_stride_that_does_not_divide_the_patch_is_refused(stride):
+    with pytest.raises(BackboneError, match=rf"stride {stride} is not possible .* the stride must divide the patch"):
+        TimmBackbone(family("dino"), stride=stride)
+
+
+def hiera() -> torch.nn.Module:
+    kwargs = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1), "num_classes": 0, "img_size": (64, 64)}
+    return timm.create_model("hiera_tiny_224.mae", **kwargs).eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 16}, "stride 16 is not possible for Hiera"),
+        ({"facet": "key"}, "facet key needs blocks with a qkv or q_proj layer; Hiera has none"),
+        ({"norm": True}, "the final norm applies to facet token of plain ViTs only"),
+    ],
+)
+def test_what_a_hierarchical_model_cannot_do_is_refused(options, message):
+    with pytest.raises(BackboneError, match=message):
+        TimmBackbone(hiera(), **options)
+
+
+def test_early_stage_of_a_hierarchical_model_is_refused():
+    with pytest.raises(BackboneError, match=r"only its last stage \(3\)"):
+        TimmBackbone(hiera()).resolve_layers([0])
+
+
+def test_norm_of_a_facet_is_refused():
+    with pytest.raises(BackboneError, match="drop --norm"):
+        TimmBackbone(family("dino"), facet="key", norm=True)
+
+
+def test_dino_position_embeddings_of_a_model_without_any_are_refused():
+    with pytest.raises(BackboneError, match="pos_embed dino is not possible for Eva"):
+        TimmBackbone(family("dinov3"), pos_embed="dino")
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.nn.Module:
+    return create_model(TINY, (160, 160), None, 11)
+
+
+@pytest.fixture
+def saved(tmp_path, reference) -> Path:
+    """The reference weights as every kind of file."""
+    state = reference.state_dict()
+    (tmp_path / "folder").mkdir()
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    safetensors.torch.save_file(state, tmp_path / "folder/model.safetensors")
+    torch.save(state, tmp_path / "w.pth")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, tmp_path / "nested.pth.tar.pt")
+    torch.save({"model": state}, tmp_path / "w.ckpt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "folder", "folder/", "w.pth", "nested.pth.tar.pt", "w.ckpt"])
+def test_weights_of_every_kind_of_file_are_the_ones_saved(saved, reference, name):
+    model = load_model(TINY, (160, 160), WeightsChoice.parse(f"{saved}/{name}"), None, None)
+
+    assert weights_digest(state_arrays(model)) == weights_digest(state_arrays(reference))
+
+
+def test_weights_are_read_from_any_url(saved, reference):
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/weights/model.safetensors", (saved / "w.safetensors").read_bytes())
+
+    for url in ("memory://weights", "memory://weights/model.safetensors", f"file://{saved}/w.pth"):
+        assert weights_digest(state_arrays(load_model(TINY, (160, 160), WeightsChoice.parse(url), None, None))) == (
+            weights_digest(state_arrays(reference))
+        )
+    fs.rm("/weights", recursive=True)
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "none.pth", "empty-folder", "none/at/all/"])
+def test_missing_weights_are_named(tmp_path, name):
+    (tmp_path / "empty-folder").mkdir()
+
+    with pytest.raises(WeightsUnavailable, match=rf"no weights at {tmp_path}/{name}: .* does not exist"):
+        read_state_dict(f"{tmp_path}/{name}")
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch", "pickle"])
+@pytest.mark.parametrize("name", ["w.pth", "w.bin", "w.ckpt", "w.pt"])
+def test_checkpoint_with_code_is_refused_and_the_code_is_not_run(tmp_path, write, name):
+    write({"weight": torch.zeros(2), "extra": Evil(tmp_path / "was-run")}, tmp_path / name)
+
+    with pytest.raises(WeightsUnavailable, match=r"can't be read as plain tensors \(weights_only\)"):
+        read_state_dict(str(tmp_path / name))
+
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"<!doctype html><html>404</html>", b"\x80\x04K\x01.", b"PK\x03\x04 cut zip"])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_file_that_holds_no_weights_is_an_error_that_names_it(tmp_path, data, name):
+    (tmp_path / name).write_bytes(data)
+
+    with pytest.raises(WeightsUnavailable, match=rf"{tmp_path}/{name}"):
+        read_state_dict(str(tmp_path / name))
+
+
+def test_weights_of_another_model_are_refused(saved):
+    with pytest.raises(BackboneError, match="the weights don't fit test_vit2"):
+        load_model("test_vit2.r160_in1k", (160, 160), WeightsChoice.parse(f"{saved}/w.pth"), None, None)
+
+
+def test_weights_with_a_classifier_are_taken_without_it(tmp_path, reference):
+    head = {"head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)}
+    safetensors.torch.save_file({**reference.state_dict(), **head}, tmp_path / "w.safetensors")
+
+    model = load_model(TINY, (160, 160), WeightsChoice.parse(f"{tmp_path}/w.safetensors"), None, None)
+
+    assert weights_digest(state_arrays(model)) == weights_digest(state_arrays(reference))
+
+
+def test_no_network_is_said_in_plain_words(monkeypatch):
+    def unknown_host(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+
+    with pytest.raises(WeightsUnavailable, match=r"no network to \S+ \(.*\)\. Fetch it where there is a network .* --weights random"):
+        load_model(TINY, (160, 160), WeightsChoice.parse("pretrained"), None, None)
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_one_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+
+    digests = [weights_digest(state_arrays(create_model(TINY, (64, 64), None, seed))) for seed in (0, 0, 7)]
+
+    assert digests[0] == digests[1] != digests[2]
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("pretrained", WeightsChoice(source="pretrained")),
+        ("random", WeightsChoice(source="random", seed=0)),
+        ("random:12", WeightsChoice(source="random", seed=12)),
+        ("s3://b/w.pth", WeightsChoice(source="file", url="s3://b/w.pth")),
+        ("random-weights.pth", WeightsChoice(source="file", url="random-weights.pth")),
+    ],
+)
+def test_weights_are_chosen_by_name(text, expected):
+    assert WeightsChoice.parse(text) == expected
+
+
+def test_digest_changes_with_any_value_name_shape_and_type():
+    base = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
+    value = np.zeros((2, 3), np.float32)
+    value[1, 2] = 1e-30
+
+    others = [
+        {**base, "a": value},
+        {"a2": base["a"], "b": base["b"]},
+        {**base, "a": base["a"].reshape(3, 2)},
+        {**base, "a": base["a"].astype(np.int32)},
+        {"a": base["a"]},
+    ]
+
+    assert len({weights_digest(arrays) for arrays in [base, *others]}) == 6
+    assert weights_digest(dict(reversed(base.items()))) == weights_digest(base)
+
+
+def test_arrays_fill_a_model_strictly():
+    arrays = state_arrays(create_model(TINY, (64, 64), None, 3))
+    model = load_arrays(create_model(TINY, (64, 64), None, 4), arrays)
+
+    assert weights_digest(state_arrays(model)) == weights_digest(arrays)
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm\.weight"):
+        load_arrays(model, {key: value for key, value in arrays.items() if key != "norm.weight"})
+
+
+# --- precision and memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "hiera"])
+@pytest.mark.parametrize("facet", ["token", "key"])
+def test_weights_cast_ahead_give_the_numbers_of_plain_autocast(name, facet):
+    if name == "hiera" and facet == "key":
+        pytest.skip("Hiera has no facets")
+    model = hiera() if name == "hiera" else family(name)
+    batch = images(4 * PATCH.get(name, 16), 4 * PATCH.get(name, 16))
+    plain, cast = (TimmBackbone(copy.deepcopy(model), facet=facet) for _ in range(2))
+    layers = plain.resolve_layers([-1])
+    with torch.inference_mode(), autocast(torch.device("cpu"), "bf16"):
+        expected = plain(batch, layers).stacked(layers)
+
+    cast_matmul_weights(cast.model, "bf16")
+    with torch.inference_mode(), autocast(torch.device("cpu"), "bf16"):
+        found = cast(batch, layers).stacked(layers)
+
+    assert torch.equal(found, expected)
+
+
+def test_fp32_casts_nothing():
+    model = family("dino")
+
+    cast_matmul_weights(model, "fp32")
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("name", "layers"), [("dino", [0, 1]), ("dinov2-reg", [1]), ("dinov3", [1]), ("hiera", [3])])
+def test_memory_of_a_call_stays_under_peak_bytes(name, layers):
+    backbone = TimmBackbone(hiera() if name == "hiera" else family(name))
+    side = 64 if name == "hiera" else 14 * backbone.patch
+    batch = images(side, side, batch=4)
+    weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    with torch.inference_mode():
+        backbone(batch, layers)
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            kept = backbone(batch, layers)
+
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert kept.stacked(layers).nbytes <= peak <= backbone.peak_bytes(4, (side, side)) - weights
