@@ -230,7 +230,7 @@ def extract_report(config: ExtractBenchmark, result: dict[str, Any]) -> Iterator
     )
     yield from _gap_report(result["gap"])
     yield from _process_report(pipeline, loop)
-    yield from _notes(pipeline, loop)
+    yield from _notes(pipeline, loop, bare)
 
 
 def _gap_report(gap: dict[str, Any]) -> Iterator[str]:
@@ -260,7 +260,7 @@ def _process_report(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[
     yield from _table(["", "pipeline", "user's loop"], rows)
 
 
-def _notes(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[str]:
+def _notes(pipeline: dict[str, Any], loop: dict[str, Any], bare: dict[str, Any]) -> Iterator[str]:
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in pipeline["start_up_parts_s"].items())
     waits = ", ".join(f"{name} {ms:.1f}" for name, ms in loop["stage_ms"].items())
     cosines = ", ".join(f"{name} {value:.6f}" for name, value in loop["cosine"].items())
@@ -273,7 +273,7 @@ def _notes(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[str]:
   count by the part of their stage time that lies in it.
 - (d) steady: all images, from the first batch's arrival at the model to the end. ms per image in its main process:
   {waits}.
-- (b), (c): {CORES} single-threaded processes at once, batches of {pipeline["batch"]}. Writes without fsync (the pipeline syncs).
+- (b), (c): {CORES} single-threaded processes at once, batches of {bare["batch"]}. Writes without fsync (the pipeline syncs).
 - "stage clock" is workers' wall time; two tasks share a worker, so clocks overlap. "in the run" shares the workers' CPU time
   out by it. "idle" includes waiting for the disk; "other" is the machine's other programs.
 - PSS counts shared pages once; sampled {" and ".join(samples)} times, as often as takes 1 % of a core.

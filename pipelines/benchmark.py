@@ -605,6 +605,7 @@ def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )
     stage_ms = {stage: min(r["bare"]["stage_ms"][stage] for r in rounds) for stage in STAGES}
     bare = {"stage_ms": stage_ms, "bound_images_per_s": 1e3 * CORES / sum(stage_ms.values())}
+    bare["batch"] = rounds[-1]["bare"]["batch"]
     for name in ("forward_processes_images_per_s", "forward_threads_images_per_s"):
         bare[name] = max(r["bare"][name] for r in rounds)
     best = {"pipeline": pipeline, "loop": loop, "bare": bare}

@@ -330,7 +330,7 @@ class FeatureModel:
 
     @torch.inference_mode()
     def __call__(self, images_BHWC: np.ndarray, seconds: dict[str, float]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """uint8 [B, H, W, 3] to (rows of each level [B, *row_shape] float16 or float32, which rows hold NaN [B] bool).
+        """uint8 [B, H, W, 3] to (rows of each level [B, *row_shape] float16 or float32, which rows are not finite [B] bool).
 
         Adds device time to `seconds["forward"]` and `seconds["upsample"]`.
         """
@@ -339,7 +339,7 @@ class FeatureModel:
         with autocast(self.device, self.spec.precision):
             features = self.backbone(images, self._asked)
         maps = features.stacked(self.spec.layers)
-        bad = torch.isnan(maps).flatten(1).any(dim=1).cpu().numpy()
+        bad = (~torch.isfinite(maps)).flatten(1).any(dim=1).cpu().numpy()
         t1 = time.perf_counter()
         out = {}
         for level in self.spec.levels:

@@ -112,7 +112,15 @@ def prepare(resolved: Resolved, executor: Any) -> Prepared:
 
 def _index(config: ExtractConfig, folder: Folder, files: list[InputFile], executor: Any) -> SampleIndex:
     rules = MemberRules(image=config.image_member, carry=config.carry)
-    index = build_index(folder, files, lambda some: executor.scan(some, rules, config.options), config.limit, rules)
+    index = build_index(
+        folder,
+        files,
+        lambda some: executor.scan(some, rules, config.options),
+        config.limit,
+        rules,
+        # A plan leaves an index without a store; settings may change between it and the run.
+        in_use=read_attributes(folder) is not None,
+    )
     for source in index.sources:
         if source.problems:
             logger.warning("%s: %s", source.url, source.problems)

@@ -249,7 +249,7 @@ class ShardWorker:
         t0 = time.perf_counter()
         for i in ok:
             if bad[i - start]:
-                message = f"the model gave NaN in {self.store.spec.precision}; try --precision fp32"
+                message = f"the model gave NaN or infinity in {self.store.spec.precision}; try --precision fp32"
                 loaded.records[i] = _failed(loaded.records[i], "forward", "NonFinite", message)
         jobs = [
             (level, i, levels[level.name][i - start])

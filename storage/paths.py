@@ -430,16 +430,17 @@ def _full_url(fs: fsspec.AbstractFileSystem, name: str) -> str:
     return name if name.startswith(("http://", "https://")) else fs.unstrip_protocol(fs._strip_protocol(name))
 
 
-def open_sequential(file: InputFile, storage_options: Mapping[str, Any] | None) -> Any:
+@contextlib.contextmanager
+def open_sequential(file: InputFile, storage_options: Mapping[str, Any] | None) -> Iterator[Any]:
     """A binary file that is cheap to read and skip forward: 8 MiB read-ahead on object storage."""
     fs, path = filesystem(file.url, storage_options)
-    if fs.protocol in ("memory", ("memory",)):
-        return io.BytesIO(fs.cat_file(path))
-    if file.url.startswith(("http://", "https://")):
-        return io.BytesIO(fs.cat_file(path))
-    return fs.open(
-        path, "rb", **({} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"})
-    )
+    ahead = {} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"}
+    with _reaching(query_free(file.url)):
+        if is_memory(file.url) or file.url.startswith(("http://", "https://")):
+            yield io.BytesIO(fs.cat_file(path))
+            return
+        with fs.open(path, "rb", **ahead) as stream:
+            yield stream
 
 
 def read_ranges(

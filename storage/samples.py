@@ -203,21 +203,25 @@ def build_index(
     scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
     limit: int | None = None,
     rules: MemberRules | None = None,
+    *,
+    in_use: bool = True,
 ) -> SampleIndex:
     """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
 
     Where the sources (by size or ETag) or the settings changed since, it scans again; the index stands if its rows are
-    still the same. Raises `InputError` if they aren't.
+    still the same. If they aren't, it's replaced, or, where features rest on it (`in_use`), `InputError` is raised.
     """
     if not SampleIndex.exists(folder):
         table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
         return write_index(folder, table, sources, rules=rules, limit=limit)
     index = SampleIndex(folder)
-    if limit is not None and limit < index.n_rows:
+    if in_use and limit is not None and limit < index.n_rows:
         raise InputError(f"{folder.shown} has {index.n_rows} rows, this run asks for --limit {limit}; use a new --out")
     if limit == index.n_rows:
         files = files[: len(index.sources)]
     changes = index.changed(files)
+    if index.n_rows > (limit or index.n_rows):
+        changes.append(f"its index holds {index.n_rows} samples, this run asks for --limit {limit}")
     if index.is_cut and limit != index.n_rows:
         changes.append(f"its index holds the first {index.n_rows} samples only (--limit)")
     if index.rules != _rules_text(rules):
@@ -225,6 +229,8 @@ def build_index(
     if changes:
         logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
         table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
+        if not in_use:
+            return write_index(folder, table, sources, rules=rules, limit=limit)
         if index_digest(len(table), sources) != index.digest:
             raise InputError(
                 f"{folder.shown} was made from other input:\n  "

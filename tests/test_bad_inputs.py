@@ -1,6 +1,7 @@
 """Data from strangers: every sample ends in the ledger, as ok or failed with a reason a person understands."""
 
 import io
+import math
 import os
 import pickle
 import struct
@@ -11,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import zarr
 from PIL import Image
 
 from jobs.extract import run
+from operators.backbone import create_model
 from tests.conftest import jpeg, write_tar
 
 
@@ -78,6 +81,7 @@ GOOD: list[tuple[str, bytes, str | None]] = [
 BAD: list[tuple[str, bytes, str]] = [
     ("empty.jpg", b"", "0 bytes"),
     ("text.jpg", b"hello, I am a text", "not an image"),
+    ("program.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not an image"),
     ("cut.jpg", jpeg(8)[:700], "truncated"),
     ("bomb.png", png_bomb(50_000), "2500000000 pixels are more than max_image_pixels"),
     ("largish.png", png_bomb(10_000), "100000000 pixels are more than max_image_pixels = 89478485"),
@@ -148,6 +152,8 @@ def test_every_sample_is_accounted_for_with_a_reason(awkward, tmp_path, monkeypa
     assert len(ledger) == len(GOOD) - 1 + len(BAD) + 3 + 3
     # Nothing outside the output was written, and the pickle's command did not run.
     assert {path for path in tmp_path.rglob("*") if "out.zarr" not in path.parts} == before
+    assert not Path("/absolute.jpg").exists()
+    assert not list(tmp_path.parent.glob("escape*"))
     features = zarr.open_group(str(tmp_path / "out.zarr"), mode="r")["x1/features"][:]
     failed = np.array([row["status"] == "failed" for row in sorted(ledger.values(), key=lambda row: row["row"])])
     assert (np.isnan(features).all(axis=(1, 2, 3)) == failed).all()
@@ -159,3 +165,20 @@ def test_beyond_the_budget_the_exit_code_is_1_and_reasons_are_shown(awkward, cap
     shown = capfd.readouterr().err
     assert "more than the budget of 5.00%" in shown
     assert "not an image" in shown
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_images_for_which_the_model_gives_no_numbers_fail(tmp_path, value):
+    write_tar(tmp_path / "in/a.tar", [("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
+    weights = create_model("test_vit.r160_in1k", (64, 64), None, 0).state_dict()
+    weights["norm.bias"][5] = value
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+
+    code = run(
+        [*arguments(tmp_path / "in", "--max-failed-fraction", "1"), "--weights", str(tmp_path / "w.safetensors")]
+    )
+
+    assert code == 0
+    messages = pq.read_table(tmp_path / "out.zarr/ledger/samples")["message"].to_pylist()
+    assert messages == ["the model gave NaN or infinity in fp32; try --precision fp32"] * 2
+    assert np.isnan(zarr.open_group(str(tmp_path / "out.zarr"), mode="r")["x1/features"][:]).all()

@@ -178,6 +178,18 @@ def test_limit_takes_the_first_samples(make_tars, tiny):
     assert zarr.open_group(config.out, mode="r")["x1/features"].shape[0] == 5
 
 
+def test_index_that_a_plan_left_is_replaced_when_settings_change(make_tars, tiny):
+    from pipelines.prepare import prepare, resolve
+
+    data = make_tars()
+    prepare(resolve(tiny(data, limit=8)), InlineExecutor())
+
+    summary = extract(tiny(data, carry=("cls",), limit=6), InlineExecutor())
+
+    assert summary.ok == 6
+    assert FeatureStore.open(tiny(data).out).index.read(0, 6)["cls"].to_pylist() == ["0", "1", "2", "3", "4", "5"]
+
+
 def test_task_that_kills_its_worker_is_set_aside_and_then_recorded_as_failed(make_tars, tiny, monkeypatch):
     """The worker's death is played by markers that nobody removes, as a SIGKILL leaves them."""
     config = tiny(make_tars(), max_failed_fraction=0.5)

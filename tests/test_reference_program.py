@@ -112,7 +112,8 @@ def test_pretrained_vit_tiny_and_its_own_head(shared_data, tmp_path):
     tar = shared_data / "imagenet_sample/imagenet-sample-000000.tar"
 
     code = run(["--data", str(tar), "--out", str(tmp_path / "f.zarr"), "--model", weights.name, "--weights", str(weights),
-                "--precision", "fp32", "--levels", "x1", "x2", "pooled=cls", "--carry", "cls", "--executor", "inline"])  # fmt: skip
+                "--precision", "fp32", "--levels", "x1", "x2", "pooled=cls", "--carry", "cls",
+                "--executor", "inline"])  # fmt: skip
 
     assert code == 0
     images = photos(tar)

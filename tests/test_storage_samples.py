@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from storage import samples
-from storage.paths import Folder, InputError, expand_inputs, public_options, query_free, redact
+from storage.paths import Folder, InputError, StorageError, expand_inputs, public_options, query_free, redact
 from storage.samples import DuplicateKeys, SampleIndex, build_index, collect_index, read_images, write_index
 from storage.tars import MemberRules, scan_source, split_name
 from tests.conftest import write_tar
@@ -632,6 +632,19 @@ def test_missing_web_file_is_named_without_its_signature(serve):
 
     with pytest.raises(InputError, match=r"1 of 1 do not exist: \S+/none\.tar\?X-Amz-Signature=\*\*\*") as caught:
         expand_inputs([f"{base}/none.tar?X-Amz-Signature=abcdef"])
+
+    assert "abcdef" not in str(caught.value)
+
+
+def test_web_file_that_may_not_be_read_is_an_error_without_its_signature(four, serve):
+    class Forbidden(_Plain):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+    base, _ = serve(Forbidden)
+
+    with pytest.raises(StorageError, match=r"four\.tar can't be reached: .*403") as caught:
+        scan(f"{base}/four.tar?X-Amz-Signature=abcdef")
 
     assert "abcdef" not in str(caught.value)
 
