@@ -31,7 +31,16 @@ from operators.backbone import (
     state_arrays,
     weights_digest,
 )
-from pipelines.models import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
+from pipelines.models import (
+    FeatureModel,
+    LevelChoice,
+    ModelBundle,
+    WeightsChoice,
+    WeightsUnavailable,
+    describe_model,
+    load_model,
+    read_state_dict,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = "test_vit.r160_in1k"
@@ -145,6 +154,19 @@ def test_one_backbone_serves_several_sizes_in_any_order():
     assert torch.equal(backbone(images(64, 80), [1]).layers[1], first)
 
 
+@pytest.mark.parametrize("name", ["dinov2-reg", "siglip", "dinov3", "eva02"])
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"facet": "key"}])
+def test_another_size_afterwards_gives_what_a_fresh_backbone_gives(name, options):
+    patch = PATCH.get(name, 16)
+    stride = patch // 2 if "overlap" in options else patch
+    make = functools.partial(TimmBackbone, stride=stride, facet=options.get("facet", "token"))
+    used = make(family(name))
+
+    for cells in [(4, 4), (6, 3), (2, 5), (4, 4)]:
+        batch = images(cells[0] * patch, cells[1] * patch, batch=1)
+        assert torch.equal(used(batch, [1]).layers[1], make(family(name))(batch, [1]).layers[1])
+
+
 def test_an_images_features_do_not_depend_on_its_batch():
     backbone = TimmBackbone(family("dino"))
 
@@ -200,6 +222,26 @@ def test_values_are_those_that_attention_is_given(name, monkeypatch):
     features = TimmBackbone(family(name), facet="value")(batch, [1])
 
     torch.testing.assert_close(features.layers[1], tokens_to_map(expected[:, prefix:], (3, 4)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["eva02", "eva02-split"])
+def test_queries_and_keys_have_the_biases_that_eva_keeps_beside_its_weights(name, monkeypatch):
+    # Rotary positions turn the queries and keys of patches before attention is given them, but not the class token's.
+    batch, given, original = images(42, 56), [], F.scaled_dot_product_attention
+
+    def listen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        given.append((q, k))
+        return original(q, k, v, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", listen)
+        family(name).forward_features(batch)
+    q, k = (tensor.transpose(1, 2).flatten(2)[:, :1] for tensor in given[1])
+
+    query, key = (TimmBackbone(family(name), facet=facet)(batch, [1]).prefix[1] for facet in ("query", "key"))
+
+    torch.testing.assert_close(query, q, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(key, k, rtol=1e-5, atol=1e-5)
 
 
 def test_facets_of_several_layers_come_from_one_forward(monkeypatch):
@@ -481,6 +523,30 @@ def test_weights_of_another_model_are_refused(saved):
         load_model("test_vit2.r160_in1k", (160, 160), WeightsChoice.parse(f"{saved}/w.pth"), None, None)
 
 
+@pytest.mark.parametrize("other", ["resnet18", "test_vit2", "test_vit3"])
+def test_weights_that_timm_would_leave_out_are_not_replaced_by_random_ones(other):
+    weights = timm.create_model(other).state_dict()
+    with pytest.raises(BackboneError, match="the weights don't fit test_vit at 64x64 px: "):
+        create_model("test_vit", (64, 64), weights, None)
+
+
+@pytest.mark.parametrize("key", ["pos_embed", "blocks.3.mlp.fc1.bias", "norm.weight"])
+def test_weights_with_a_tensor_missing_or_unknown_are_refused(key, reference):
+    weights = reference.state_dict()
+    unknown = {**weights, "blocks.0.ls1.gamma": torch.ones(64)}
+    del weights[key]
+
+    with pytest.raises(BackboneError, match=rf'Missing key\(s\) in state_dict: "{key}"'):
+        create_model(TINY, (160, 160), weights, None)
+    with pytest.raises(BackboneError, match=r'Unexpected key\(s\) in state_dict: "blocks.0.ls1.gamma"'):
+        create_model(TINY, (160, 160), unknown, None)
+
+
+def test_no_tensors_at_all_are_refused():
+    with pytest.raises(BackboneError, match=r"the weights for test_vit\S* hold no tensors"):
+        create_model(TINY, (64, 64), {}, None)
+
+
 def test_weights_with_a_classifier_are_taken_without_it(tmp_path, reference):
     head = {"head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)}
     safetensors.torch.save_file({**reference.state_dict(), **head}, tmp_path / "w.safetensors")
@@ -502,6 +568,22 @@ def test_no_network_is_said_in_plain_words(monkeypatch):
         WeightsUnavailable, match=r"no network to \S+ \(.*\)\. Fetch it where there is a network .* --weights random"
     ):
         load_model(TINY, (160, 160), WeightsChoice.parse("pretrained"), None, None)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_named_with_their_repository(monkeypatch):
+    def unknown_host(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+
+    with pytest.raises(
+        WeightsUnavailable,
+        match=r"^pretrained weights of vit_small_patch16_dinov3\.lvd1689m can't be reached: .*"
+        r"\(hf download timm/vit_small_patch16_dinov3\.lvd1689m\) and give --weights the folder",
+    ):
+        load_model("vit_small_patch16_dinov3.lvd1689m", (64, 64), WeightsChoice.parse("pretrained"), None, None)
 
 
 def test_random_weights_follow_the_seed_and_leave_the_global_one_alone():
@@ -603,3 +685,136 @@ def test_memory_of_a_call_stays_under_peak_bytes(name, layers):
             held += event.nbytes()
             peak = max(peak, held)
     assert kept.stacked(layers).nbytes <= peak <= backbone.peak_bytes(4, (side, side)) - weights
+
+
+# --- the model that workers run ---------------------------------------------------------------------------------------------
+
+
+def described(size: tuple[int, int] = (64, 64), **changes: object) -> tuple[ModelBundle, FeatureModel]:
+    """test_vit with random weights, as the driver describes it."""
+    name = str(changes.get("name", TINY))
+    settings: dict[str, object] = {
+        "name": name,
+        "model": create_model(name, size, None, 0),
+        "weights_source": "random",
+        "layers": (-1,),
+        "facet": "token",
+        "norm": None,
+        "stride": None,
+        "pos_embed": None,
+        "size": size,
+        "expects": preprocessing(name),
+        "geometry": "crop",
+        "crop_pct": 1.0,
+        "precision": "fp32",
+        "jpeg_draft": False,
+        "levels": ("x1",),
+    }
+    settings |= changes
+    settings["levels"] = [LevelChoice.parse(text, "float16") for text in settings["levels"]]
+    return describe_model(**settings)
+
+
+def photos(batch: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 256, (batch, *size, 3), np.uint8)
+
+
+def test_levels_have_the_shapes_and_types_of_the_spec():
+    levels = ("x1", "x2@float32", "x0.5", "3x5=nearest@int8", "pooled@float32")
+    bundle, model = described(layers=(-1, 2), levels=levels)
+
+    rows, bad = model(photos(3), {})
+
+    assert {name: (array.shape, array.dtype.name) for name, array in rows.items()} == {
+        "x1": ((3, 4, 4, 128), "float16"),
+        "x2": ((3, 8, 8, 128), "float32"),
+        "x0.5": ((3, 2, 2, 128), "float16"),
+        "3x5": ((3, 3, 5, 128), "float32"),  # int8 is quantised when it is written
+        "pooled": ((3, 128), "float32"),
+    }
+    assert [rows[level.name].shape[1:] for level in bundle.spec.levels] == [x.row_shape for x in bundle.spec.levels]
+    assert bad.tolist() == [False, False, False]
+
+
+def test_coarser_levels_are_means_of_the_backbones_cells():
+    rows, _ = described(levels=("x1@float32", "x0.5@float32"))[1](photos(2), {})
+
+    means = rows["x1"].reshape(2, 2, 2, 2, 2, 64).mean(axis=(2, 4))
+    np.testing.assert_allclose(rows["x0.5"], means, atol=1e-5)
+
+
+def test_a_bundle_builds_the_model_that_was_described():
+    bundle, model = described(levels=("x1@float32", "pooled@float32"), stride=8)
+
+    here, there = model(photos(2), {})[0], bundle.build("cpu")(photos(2), {})[0]
+
+    assert bundle.spec.weights == weights_digest(bundle.arrays)
+    np.testing.assert_array_equal(here["x1"], there["x1"])
+    np.testing.assert_array_equal(here["pooled"], there["pooled"])
+
+
+def test_rows_in_bf16_are_those_of_plain_autocast():
+    _, model = described(precision="bf16", layers=(1, -1), levels=("x1@float32",))
+    plain, expects = TimmBackbone(create_model(TINY, (64, 64), None, 0)), preprocessing(TINY)
+    with torch.inference_mode(), autocast(torch.device("cpu"), "bf16"):
+        maps = plain(normalise(torch.from_numpy(photos(2)), expects.mean, expects.std), [1, 5]).stacked([1, 5])
+
+    rows, _ = model(photos(2), {})
+
+    assert model.backbone.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert plain.model.blocks[0].attn.qkv.weight.dtype == torch.float32
+    np.testing.assert_array_equal(rows["x1"], maps.permute(0, 2, 3, 1).float().numpy())
+
+
+@pytest.mark.parametrize(("layer", "expected"), [(-1, [True, True, True]), (1, [False, False, False])])
+def test_nan_in_the_weights_flags_the_rows_of_layers_that_it_reaches(layer, expected):
+    model = create_model(TINY, (64, 64), None, 0)
+    model.blocks[2].mlp.fc1.weight[3, 4] = float("nan")
+
+    _, bad = described(model=model, layers=(layer,))[1](photos(3), {})
+
+    assert bad.tolist() == expected
+
+
+def test_the_bound_on_memory_grows_by_the_same_for_each_image_and_with_layers_and_levels():
+    _, model = described(levels=("x1", "x2"))
+    weights = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters())
+
+    one, two, five = (model.peak_bytes(batch) for batch in (1, 2, 5))
+
+    assert weights < one < two
+    assert five - one == 4 * (two - one)
+    assert described(levels=("x1", "x2"), layers=(0, -1))[1].peak_bytes(2) > two
+    assert described(levels=("x1", "x4"))[1].peak_bytes(2) > two
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "levels", "precision"),
+    [
+        (TINY, (-1,), ("x1", "x4"), "fp32"),
+        (TINY, range(6), ("x1", "x4"), "bf16"),
+        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", (-1,), ("x1", "x4"), "fp32"),
+        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", range(12), ("x1",), "fp32"),
+    ],
+)
+def test_memory_of_all_levels_stays_under_peak_bytes(name, layers, levels, precision):
+    size = (224, 224)
+    _, model = described(size, name=name, layers=layers, levels=levels, precision=precision)
+    weights = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters())
+    model(photos(4, size), {})
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        rows, _ = model(photos(4, size), {})
+
+    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = int(np.cumsum(changes).max())
+    # At least the float32 images and the rows that came back, or nothing was measured.
+    assert max(4 * 224 * 224 * 3 * 4, rows["x1"].nbytes) < peak < model.peak_bytes(4) - weights
+
+
+def test_the_batch_is_halved_until_its_bound_takes_six_tenths_of_free_memory(monkeypatch):
+    _, model = described()
+    free = int(model.peak_bytes(8) / 0.6) + 1
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
+
+    assert [model.fit_batch(batch) for batch in (8, 64, 9)] == [8, 8, 4]
