@@ -31,12 +31,13 @@ import tyro
 from PIL import Image
 
 from operators.backbone import BackboneError
-from pipelines.benchmark import CORES, BenchmarkFailed, measure_extract, measure_index, summarise
+from pipelines.benchmark import measure_extract, measure_index, summarise
 from pipelines.config import ConfigError, ExtractConfig
 from pipelines.demo import PHOTOS
 from pipelines.executors import InlineExecutor
 from pipelines.models import LevelChoice, WeightsUnavailable
 from pipelines.precision import measure_precision
+from pipelines.processes import CORES, BenchmarkFailed
 from storage.paths import StorageError
 
 
