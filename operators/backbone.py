@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -128,7 +129,9 @@ def create_model(
                 model = _create_strictly(name, size, state_dict)
         # timm converts foreign checkpoints by key and shape: what it doesn't expect raises any of these.
         except (RuntimeError, LookupError, AttributeError, AssertionError) as error:
-            raise BackboneError(f"the weights don't fit {name} at {size[0]}x{size[1]} px: {error}") from None
+            # torch lists every key of a wrong checkpoint; the first ones tell.
+            reason = textwrap.shorten(str(error), 600, placeholder=" ...")
+            raise BackboneError(f"the weights don't fit {name} at {size[0]}x{size[1]} px: {reason}") from None
     return model.eval().requires_grad_(False)
 
 
@@ -223,8 +226,13 @@ class TimmBackbone:
         self.n_prefix = 0 if self.is_hierarchical else int(getattr(model, "num_prefix_tokens", 0) or 0)
         self.has_cls = not self.is_hierarchical and getattr(model, "cls_token", None) is not None
         self.norm = self._resolve_norm(norm)
-        self.pos_embed = pos_embed or ("timm" if self.stride == self.patch else "dino")
         self._trained_pos_embed = getattr(model, "pos_embed", None)
+        if pos_embed == "dino" and self._trained_pos_embed is None:
+            raise BackboneError(
+                f"pos_embed dino: {type(model).__name__} has no absolute position embeddings here; leave it out"
+            )
+        overlaps = self.stride != self.patch and self._trained_pos_embed is not None
+        self.pos_embed = pos_embed or ("dino" if overlaps else "timm")
         self._trained_grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         self._grid: tuple[int, int] | None = None
         if facet != "token":

@@ -91,7 +91,7 @@ class ShardWorker:
         self.geometry = geometry_of(self.store.spec)
         self.batch = setup.batch
         self._device_lock, self._index_lock = threading.Lock(), threading.Lock()
-        # Daemon threads would be cut off in mid-write; these only decode and compress, and end with the call.
+        # These only decode and compress, and are idle when a call has returned.
         self._pool = ThreadPoolExecutor(setup.threads)
         # Pillow's own guard, which by default only warns up to twice its limit.
         Image.MAX_IMAGE_PIXELS = setup.max_image_pixels
@@ -107,19 +107,14 @@ class ShardWorker:
         A fault of the infrastructure (storage that stays unreachable after its own retries, say) makes the report carry
         `error` and leaves the task pending; so does a bug, and the driver stops when such reports mount up.
         """
-        with self._attempt(task) as starts:
-            give_up = self._give_up(task, starts)
-            if give_up:
-                return give_up
-            try:
-                return self.compute(task, Loaded.from_notes(*loaded) if loaded else self.load(task))
-            except Exception as error:  # noqa: BLE001 - the task boundary: the driver counts these and raises RunFailed
-                return self._error_report(task, error)
-
-    def _error_report(self, task: ShardTask, error: Exception) -> dict[str, Any]:
-        message = redact(f"{type(error).__name__}: {error}", self.setup.options)
-        logger.warning("task %d did not finish: %s", task.block, message, exc_info=not isinstance(error, OSError))
-        return {"block": task.block, "error": message, "node": socket.gethostname()}
+        try:
+            with self._attempt(task) as starts:
+                given_up = self._give_up(task, starts)
+                return given_up or self.compute(task, Loaded.from_notes(*loaded) if loaded else self.load(task))
+        except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
+            message = redact(f"{type(error).__name__}: {error}", self.setup.options)
+            logger.warning("task %d did not finish: %s", task.block, message, exc_info=not isinstance(error, OSError))
+            return {"block": task.block, "error": message, "node": socket.gethostname()}
 
     # --- attempts -----------------------------------------------------------------------------------------------------
 
@@ -142,7 +137,8 @@ class ShardWorker:
             return {"block": task.block, "set_aside": starts} if starts > MAX_STARTS else None
         if starts <= MAX_STARTS + MAX_SOLO_STARTS:
             return None
-        rows = self.index.read(task.first, task.last).to_pylist()
+        with self._index_lock:
+            rows = self.index.read(task.first, task.last).to_pylist()
         message = f"the worker died {starts - 1} times while on this task: out of memory, or a crash in native code"
         records = [
             record if record.status == "failed" else _failed(record, "worker", "WorkerDied", message)

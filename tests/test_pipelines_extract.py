@@ -12,6 +12,7 @@ from pipelines import worker as worker_module
 from pipelines.executors import InlineExecutor
 from pipelines.extract import RunFailed, extract
 from pipelines.worker import ShardWorker
+from storage.paths import Folder
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
@@ -176,6 +177,27 @@ def test_limit_takes_the_first_samples(make_tars, tiny):
 
     assert extract(config, InlineExecutor()).ok == 5
     assert zarr.open_group(config.out, mode="r")["x1/features"].shape[0] == 5
+
+
+def test_task_that_storage_fails_stays_pending_and_the_same_command_continues(make_tars, tiny, monkeypatch):
+    config = tiny(make_tars())
+    original = Folder.write
+
+    def full_disk(self, name, data):
+        if name == "x1/features/c/2/0/0/0":
+            raise OSError(28, "No space left on device")
+        return original(self, name, data)
+
+    monkeypatch.setattr(Folder, "write", full_disk)
+    with pytest.raises(
+        RunFailed, match=r"1 tasks did not finish:\n.*task 2: OSError: .*No space left(.|\n)*run the same command"
+    ):
+        extract(config, InlineExecutor())
+    monkeypatch.setattr(Folder, "write", original)
+
+    summary = extract(config, InlineExecutor())
+
+    assert (summary.ok, summary.this_run) == (20, 4)
 
 
 def test_index_that_a_plan_left_is_replaced_when_settings_change(make_tars, tiny):
