@@ -68,6 +68,8 @@ def head(tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
                "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--disable-usage-stats",
+               # The default port may be taken by another Ray on this machine, such as that of `ray_session`.
+               f"--dashboard-agent-listen-port={free_port()}",
                "--dashboard-host=127.0.0.1", "--object-store-memory=300000000"]  # fmt: skip
     log = (tmp_path / "head.log").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
