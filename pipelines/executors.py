@@ -1,7 +1,7 @@
 """Where work runs: in this process, or on Ray. The only seam between the pipeline and Ray Data.
 
-Both executors give the same bytes (tests/test_pipelines_ray.py). Ray settings were found by experiment with 2.60; each has its reason
-beside it.
+Both executors give the same bytes (tests/test_pipelines_ray.py). Ray settings were found by experiment with 2.60; each
+has its reason beside it.
 """
 
 import functools
