@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.paths import Folder, StorageError
-from storage.samples import PART_ROWS, part_name, table_bytes
+from storage.samples import PART_ROWS, RowTable, part_name, table_bytes
 from storage.spec import Layout, ShardTask
 
 SCHEMA = pa.schema(
@@ -81,6 +82,7 @@ class Ledger:
 
     def __init__(self, folder: Folder):
         self.folder = folder
+        self._merged = RowTable(folder, "ledger/samples")
 
     @staticmethod
     def commit_name(block: int) -> str:
@@ -152,6 +154,26 @@ class Ledger:
             raise FileNotFoundError(f"{self.folder.shown} has no merged ledger yet: its first run has not finished")
         data = self.folder.read_many([f"ledger/samples/{name}" for name in names])
         return pa.concat_tables([pq.read_table(pa.BufferReader(d), columns=columns) for d in data])
+
+    def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of the merged ledger by their numbers, in that order; reads only the row groups that hold them."""
+        return self._merged.take(rows, columns)
+
+    def take_committed(self, rows: np.ndarray, layout: Layout, columns: Sequence[str] | None = None) -> pa.Table:
+        """The same from the commit records, for a store that is being written: null but for `row` where there is none yet."""
+        blocks, at = np.unique(rows // layout.block_rows, return_inverse=True)
+        done = self.done()
+        known = dict(self.records([int(b) for b in blocks if int(b) in done]))
+        tables = []
+        for i, block in enumerate(blocks.tolist()):
+            mine = rows[at == i]
+            if block in known:
+                tables.append(known[block].replace_schema_metadata(None).take(mine - layout.task(block).first))
+            else:
+                tables.append(pa.Table.from_pylist([{"row": row} for row in mine.tolist()], schema=SCHEMA))
+        order = np.argsort(np.argsort(at, kind="stable"), kind="stable")
+        table = pa.concat_tables(tables).take(order) if tables else SCHEMA.empty_table()
+        return table.select(columns) if columns else table
 
     def failed(self, blocks: Sequence[int]) -> pa.Table:
         """Failed rows of committed `blocks`."""

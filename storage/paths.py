@@ -100,6 +100,8 @@ def filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> tu
         if url.startswith(("s3://", "s3a://")):
             options["config_kwargs"] = {**_S3_CONFIG, **options.get("config_kwargs", {})}
             options.setdefault("use_listings_cache", False)
+            # Above 1, s3fs asks for every object's size before it reads the whole of it.
+            options.setdefault("max_concurrency", 1)
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"cannot open {redact(url, options)}: {redact(str(error), options)}") from None
@@ -184,10 +186,28 @@ class Folder:
             return list(pool.map(self.read, names))
 
     @_guarded
-    def open(self, name: str) -> Any:
-        """A seekable binary file, for readers that need part of a large object."""
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+        """Read `(name, offset, size)` ranges concurrently; None for objects that don't exist.
+
+        A range may reach beyond the object's end; what is there comes back. One request for each range: `merge_ranges`
+        says which are worth joining first.
+        """
         fs, root = self._fs()
-        return fs.open(f"{root}/{name}", "rb")
+        paths = [f"{root}/{name}" for name, _, _ in ranges]
+        bounds = [(offset, offset + size) for _, offset, size in ranges]
+        if isinstance(fs, LocalFileSystem):
+            # Threads pay off once the disk does the work; for a few small ranges they cost more than the reads.
+            workers = 1 if sum(size for _, _, size in ranges) < 2**22 else min(8, len(ranges))
+            return _map(_read_local, paths, bounds, workers=workers)
+        found = fs.cat_ranges(paths, [start for start, _ in bounds], [end for _, end in bounds], on_error="return")
+        return [_range_or_none(data, end - start) for data, (start, end) in zip(found, bounds, strict=True)]
+
+    @_guarded
+    def open(self, name: str) -> Any:
+        """A seekable binary file, for readers that need part of a large object: each read is one request."""
+        fs, root = self._fs()
+        options = {} if isinstance(fs, LocalFileSystem) else {"cache_type": "none"}
+        return fs.open(f"{root}/{name}", "rb", **options)
 
     @_guarded
     def write(self, name: str, data: bytes) -> None:
@@ -286,6 +306,29 @@ class Folder:
         fs, root = self._fs()
         if isinstance(fs, LocalFileSystem):
             shutil.rmtree(Path(root) / ".partial", ignore_errors=True)
+
+
+def _map(function: Callable[..., Any], *arguments: Sequence[Any], workers: int) -> list[Any]:
+    if workers <= 1:
+        return [function(*each) for each in zip(*arguments, strict=True)]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, *arguments))
+
+
+def _read_local(path: str, bounds: tuple[int, int]) -> bytes | None:
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a third of the time of a small read
+            return os.pread(file.fileno(), bounds[1] - bounds[0], bounds[0])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _range_or_none(data: Any, size: int) -> bytes | None:
+    if isinstance(data, FileNotFoundError):
+        return None
+    if isinstance(data, BaseException):
+        raise data
+    return data[:size]
 
 
 class _partial_file:
@@ -455,16 +498,7 @@ def read_ranges(
     Returns the bytes of each range in order; shorter than asked where the file ends. Raises what the filesystem raises
     once its own retries are used up.
     """
-    merged: list[list[int]] = []  # [first range, last range], positions in `ranges`
-    for i, (url, offset, size) in enumerate(ranges):
-        if merged:
-            first_url, first_offset, _ = ranges[merged[-1][0]]
-            _, last_offset, last_size = ranges[merged[-1][1]]
-            gap = offset - (last_offset + last_size)
-            if url == first_url and 0 <= gap <= max_gap and offset + size - first_offset <= max_bytes:
-                merged[-1][1] = i
-                continue
-        merged.append([i, i])
+    merged = merge_ranges(ranges, max_gap=max_gap, max_bytes=max_bytes)
     requests = [(ranges[a][0], ranges[a][1], ranges[b][1] + ranges[b][2]) for a, b in merged]
     with ThreadPoolExecutor(min(8, max(1, len(requests)))) as pool:
         blobs = list(pool.map(lambda request: _read_range(*request, storage_options), requests))
@@ -472,6 +506,26 @@ def read_ranges(
     for (a, b), (_, start, _), blob in zip(merged, requests, blobs, strict=True):
         out += [blob[offset - start : offset - start + size] for _, offset, size in ranges[a : b + 1]]
     return out
+
+
+def merge_ranges(
+    ranges: Sequence[tuple[str, int, int]], *, max_gap: int = 2**18, max_bytes: int = 2**25
+) -> list[tuple[int, int]]:
+    """Which consecutive `(url, offset, size)` ranges to read as one: (first, last) positions, last included.
+
+    They are of one file, at most `max_gap` bytes apart, and at most `max_bytes` together.
+    """
+    merged: list[tuple[int, int]] = []
+    for i, (url, offset, size) in enumerate(ranges):
+        if merged:
+            first_url, first_offset, _ = ranges[merged[-1][0]]
+            _, last_offset, last_size = ranges[merged[-1][1]]
+            gap = offset - (last_offset + last_size)
+            if url == first_url and 0 <= gap <= max_gap and offset + size - first_offset <= max_bytes:
+                merged[-1] = (merged[-1][0], i)
+                continue
+        merged.append((i, i))
+    return merged
 
 
 def _read_range(url: str, start: int, end: int, options: Mapping[str, Any] | None) -> bytes:

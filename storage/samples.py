@@ -4,19 +4,23 @@
 `SampleIndex` reads rows of it back, from the driver or any worker. Decoding images is not done here.
 """
 
+import bisect
 import hashlib
+import itertools
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.paths import Folder, InputError, InputFile, query_free, read_ranges
-from storage.tars import MemberRules, SourceScan
+from storage.tars import SCHEMA, MemberRules, SourceScan
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +48,50 @@ class Source:
     problems: str = ""
 
 
+class RowTable:
+    """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for."""
+
+    def __init__(self, folder: Folder, prefix: str):
+        self.folder, self.prefix = folder, prefix
+        self._open: tuple[int, pq.ParquetFile] | None = None
+
+    def read(self, first: int, last: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows `first` to `last` (exclusive), in order; they must lie within one part."""
+        part = first // PART_ROWS
+        start = first - part * PART_ROWS
+        groups = range(start // ROW_GROUP_ROWS, -(-(last - part * PART_ROWS) // ROW_GROUP_ROWS))
+        table = self._part(part).read_row_groups(list(groups), columns=columns)
+        return table.slice(start - groups[0] * ROW_GROUP_ROWS, last - first)
+
+    def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows whose numbers are in `rows`, in that order."""
+        unique, positions = np.unique(rows, return_inverse=True)
+        tables = []
+        for part in np.unique(unique // PART_ROWS):
+            within = unique[unique // PART_ROWS == part] - part * PART_ROWS
+            groups, group = np.unique(within // ROW_GROUP_ROWS, return_inverse=True)
+            table = self._part(int(part)).read_row_groups(groups.tolist(), columns=columns)
+            tables.append(table.take(group * ROW_GROUP_ROWS + within % ROW_GROUP_ROWS))
+        return pa.concat_tables(tables).take(positions)
+
+    def _part(self, part: int) -> pq.ParquetFile:
+        if self._open is None or self._open[0] != part:
+            self._open = (part, pq.ParquetFile(self.folder.open(part_name(self.prefix, part)), pre_buffer=True))
+        return self._open[1]
+
+
 class SampleIndex:
-    """The rows of an input, saved under `<out>/index/`: `samples/part-*.parquet` and `sources.parquet`.
+    """The rows of an input, saved under `<out>/index/`: `samples/part-*.parquet`, `keys/part-*.parquet` (keys in order, with
+    their rows) and `sources.parquet`.
 
     Row numbers are positions: sources in the order given, samples in the order of the archive.
     """
 
     def __init__(self, folder: Folder):
         self.folder = folder
-        self.sources = [Source(**row) for row in _read_table(folder, "index/sources.parquet").to_pylist()]
-        meta = pq.read_metadata(pa.BufferReader(folder.read("index/sources.parquet"))).metadata or {}
+        table = _read_table(folder, "index/sources.parquet")
+        meta = table.schema.metadata or {}
+        self.sources = [Source(**row) for row in table.to_pylist()]
         self.n_rows = int(meta[b"n_rows"])
         self.digest = meta[b"digest"].decode()
         self.n_unreadable = int(meta[b"n_unreadable"])
@@ -61,7 +99,11 @@ class SampleIndex:
         self.is_cut = meta[b"is_cut"] == b"True"
         "by a limit: the sources may hold more samples"
         self.rules = meta[b"rules"].decode()
-        self._files: dict[int, pq.ParquetFile] = {}
+        self.carried: list[str] = json.loads(meta[b"carried"])
+        "columns that `--carry` took from the samples' text members"
+        self.first_keys: list[str] = json.loads(meta[b"first_keys"])
+        self._table = RowTable(folder, "index/samples")
+        self._keys: dict[int, pq.ParquetFile] = {}
 
     @staticmethod
     def exists(folder: Folder) -> bool:
@@ -69,13 +111,35 @@ class SampleIndex:
 
     def read(self, first: int, last: int) -> pa.Table:
         """Rows `first` to `last` (exclusive); they must lie within one part."""
-        part = first // PART_ROWS
-        if part not in self._files:
-            self._files = {part: pq.ParquetFile(self.folder.open(part_name("index/samples", part)))}
-        start = first - part * PART_ROWS
-        groups = range(start // ROW_GROUP_ROWS, -(-(last - part * PART_ROWS) // ROW_GROUP_ROWS))
-        table = self._files[part].read_row_groups(list(groups))
-        return table.slice(start - groups[0] * ROW_GROUP_ROWS, last - first)
+        return self._table.read(first, last)
+
+    def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows whose numbers are in `rows`, in that order."""
+        return self._table.take(rows, columns)
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray:
+        """Row numbers (int64) of `keys`, in that order. Raises `KeyError` with the first that there is none of."""
+        wanted = sorted(set(keys))
+        found: dict[str, int] = {}
+        for part, group in itertools.groupby(wanted, lambda key: max(0, bisect.bisect_right(self.first_keys, key) - 1)):
+            found |= self._find(part, list(group))
+        missing = next((key for key in keys if key not in found), None)
+        if missing is not None:
+            raise KeyError(f"{self.folder.shown} has no sample {missing!r}; keys look like {self.first_keys[0]!r}")
+        return np.array([found[key] for key in keys], np.int64)
+
+    def _find(self, part: int, keys: Sequence[str]) -> dict[str, int]:
+        """Those of the sorted `keys` that are in the part; reads the row groups that may hold one."""
+        if part not in self._keys:
+            name = part_name("index/keys", part)
+            self._keys[part] = pq.ParquetFile(self.folder.open(name), pre_buffer=True)
+        file = self._keys[part]
+        groups = [g for g in range(file.num_row_groups) if _may_hold(file.metadata.row_group(g).column(0), keys)]
+        if not groups:
+            return {}
+        table = file.read_row_groups(groups)
+        table = table.filter(pc.is_in(table["key"], pa.array(keys, table["key"].type)))
+        return dict(zip(table["key"].to_pylist(), table["row"].to_pylist(), strict=True))
 
     def changed(self, files: Sequence[InputFile]) -> list[str]:
         """In words, how `files` differ from the ones that were indexed (name, size, ETag); empty if they don't."""
@@ -91,6 +155,15 @@ class SampleIndex:
                     f"{url}: changed since it was indexed (ETag or time {known[url].etag} then, {now[url].etag} now)"
                 )
         return sorted(out)
+
+
+def _may_hold(column: pq.ColumnChunkMetaData, keys: Sequence[str]) -> bool:
+    """Whether one of the sorted `keys` lies between the smallest and the largest value of a column chunk."""
+    statistics = column.statistics
+    if statistics is None or not statistics.has_min_max:  # keys of many kilobytes have none
+        return True
+    at = bisect.bisect_left(keys, statistics.min)
+    return at < len(keys) and keys[at] <= statistics.max
 
 
 def part_name(prefix: str, part: int) -> str:
@@ -171,8 +244,22 @@ def write_index(
     """Save the index under `folder`; the sources file goes last and makes it exist."""
     for part, start in enumerate(range(0, len(table), PART_ROWS)):
         folder.write(part_name("index/samples", part), table_bytes(table.slice(start, PART_ROWS)))
-    folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit))
+    first_keys = _write_keys(folder, table["key"])
+    folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys))
     return SampleIndex(folder)
+
+
+def _write_keys(folder: Folder, keys: pa.ChunkedArray) -> list[str]:
+    """Save keys in order, each with its row, so that one is found without reading all; returns each part's first."""
+    keys = pa.chunked_array(keys, pa.string()).cast(pa.large_string()).combine_chunks()
+    order = pc.sort_indices(keys)
+    first_keys = []
+    for part, start in enumerate(range(0, len(order), PART_ROWS)):
+        rows = order.slice(start, PART_ROWS).cast(pa.int64())
+        table = pa.table({"key": keys.take(rows).cast(pa.string()), "row": rows})
+        folder.write(part_name("index/keys", part), table_bytes(table))
+        first_keys.append(table["key"][0].as_py())
+    return first_keys
 
 
 def index_digest(n_rows: int, sources: Sequence[Source]) -> str:
@@ -180,7 +267,13 @@ def index_digest(n_rows: int, sources: Sequence[Source]) -> str:
     return hashlib.sha256("\n".join([str(n_rows), *(source.digest for source in sources)]).encode()).hexdigest()
 
 
-def _sources_bytes(table: pa.Table, sources: Sequence[Source], rules: MemberRules | None, limit: int | None) -> bytes:
+def _sources_bytes(
+    table: pa.Table,
+    sources: Sequence[Source],
+    rules: MemberRules | None,
+    limit: int | None,
+    first_keys: Sequence[str],
+) -> bytes:
     rows = pa.Table.from_pylist([vars(source) for source in sources])
     meta = {
         "n_rows": str(len(table)),
@@ -188,6 +281,8 @@ def _sources_bytes(table: pa.Table, sources: Sequence[Source], rules: MemberRule
         "digest": index_digest(len(table), sources),
         "is_cut": str(len(table) == limit),
         "rules": _rules_text(rules),
+        "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
+        "first_keys": json.dumps(first_keys),
     }
     return table_bytes(rows, meta)
 
@@ -237,7 +332,8 @@ def build_index(
                 + "\n  ".join(changes[:10])
                 + "\nUse a new --out, or restore what changed."
             )
-        folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit))
+        first_keys = index.first_keys
+        folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys))
         index = SampleIndex(folder)
     return index
 

@@ -13,13 +13,30 @@ from numcodecs.zstd import Zstd
 
 FLOAT16_MAX = 65504.0
 
+_ABSENT = np.uint64(2**64 - 1)
+
 # The checksum turns a flipped bit from silently wrong numbers into an error, for 4 bytes a chunk.
 _ZSTD = Zstd(level=1, checksum=True)
+
+
+class DamagedChunk(ValueError):
+    """Bytes that aren't what was written: their length or their checksum is wrong."""
 
 
 def compress(data: np.ndarray) -> bytes:
     """One Zarr chunk: the array's bytes, zstd level 1 with checksum. Releases the GIL."""
     return _ZSTD.encode(np.ascontiguousarray(data))
+
+
+def decompress(chunk: bytes | memoryview, out: np.ndarray) -> None:
+    """Fill `out` from the chunk that `compress` made of such an array. Releases the GIL. Raises `DamagedChunk`."""
+    try:
+        data = _ZSTD.decode(chunk)
+    except RuntimeError as error:
+        raise DamagedChunk(str(error)) from None
+    if len(data) != out.nbytes:
+        raise DamagedChunk(f"{len(data)} bytes where {out.nbytes} were expected")
+    out[...] = np.frombuffer(data, out.dtype).reshape(out.shape)
 
 
 def encode_row(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None, int]:
@@ -48,7 +65,7 @@ def encode_shard(chunks: Sequence[bytes | None]) -> bytes:
 
     None is a missing chunk: readers see the array's fill value there.
     """
-    index = np.full((len(chunks), 2), np.uint64(2**64 - 1), "<u8")
+    index = np.full((len(chunks), 2), _ABSENT, "<u8")
     offset = index.nbytes + 4
     for i, chunk in enumerate(chunks):
         if chunk is not None:
@@ -57,3 +74,25 @@ def encode_shard(chunks: Sequence[bytes | None]) -> bytes:
     head = index.tobytes()
     checksum = google_crc32c.value(head).to_bytes(4, "little")
     return b"".join([head, checksum, *(chunk for chunk in chunks if chunk is not None)])
+
+
+def index_bytes(rows: int) -> int:
+    """Size of the index at the start of a shard of `rows` chunks."""
+    return 16 * rows + 4
+
+
+def decode_index(shard: bytes, rows: int) -> np.ndarray:
+    """The index at the start of a shard: int64 [rows, 2], where each chunk starts and ends; (0, 0) for absent ones.
+
+    Raises `DamagedChunk`.
+    """
+    size = index_bytes(rows)
+    if len(shard) < size:
+        raise DamagedChunk(f"{len(shard)} bytes, and its index alone has {size}")
+    head = shard[: size - 4]
+    if google_crc32c.value(head) != int.from_bytes(shard[size - 4 : size], "little"):
+        raise DamagedChunk("the checksum of its index is wrong")
+    index = np.frombuffer(head, "<u8").reshape(rows, 2)
+    there = index[:, 0] != _ABSENT
+    start, length = np.where(there[:, None], index, 0).astype(np.int64).T
+    return np.stack([start, start + length], axis=1)

@@ -4,21 +4,26 @@ Only the driver writes metadata (`create`, `finalize`); a worker writes whole sh
 then commits it. There is no method that writes part of a shard. Layout and protocol: storage/DESIGN.md.
 """
 
+import functools
 import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
+from numpy.typing import ArrayLike
 from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from storage.ledger import Ledger, SampleRecord
 from storage.paths import Folder, StorageError
+from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
+from storage.reader import LevelReader
 from storage.samples import SampleIndex
 from storage.shards import compress, encode_row, encode_shard
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
@@ -38,12 +43,26 @@ _MULTISCALES = {
 }
 
 
+Selection = str | int | slice | Sequence[str] | Sequence[int] | np.ndarray
+"""Rows by key, number, slice, several of them, or a mask."""
+
+
 class NotAStore(StorageError, FileNotFoundError):
     """There is no feature store at the URL."""
 
 
+class MissingRows(StorageError, LookupError):
+    """Rows that were asked for have no features: they failed, or aren't written yet."""
+
+
 class FeatureStore:
-    """An open store. `create` makes one or continues an equal one, `open` takes what is there."""
+    """An open store. `create` makes one or continues an equal one, `open` takes what is there.
+
+    Reading: `read` (rows of a level), `sample` (features at points of an image), `coords` and `cells` (where cells lie),
+    `row`, `rows`, `records` and `valid` (which image is where, and what became of it). Opening costs one request; the index
+    and the ledger are opened when they are first asked for. Pickles to its URL, options and attributes; safe across threads,
+    fork and spawn.
+    """
 
     def __init__(self, folder: Folder, attributes: Mapping[str, Any]):
         self.folder = folder
@@ -51,6 +70,20 @@ class FeatureStore:
         self.spec = FeatureSpec.from_json(attributes["spec"])
         self.layout = Layout(**attributes["layout"])
         self.ledger = Ledger(folder)
+        self._readers: dict[str, LevelReader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "attributes": self.attributes}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __len__(self) -> int:
+        return self.layout.n_rows
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{level.name} {level.row_shape}" for level in self.spec.levels)
+        return f"FeatureStore({self.folder.shown!r}, {len(self):,} rows, {self.status}: {levels})"
 
     @classmethod
     def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> "FeatureStore":
@@ -117,18 +150,138 @@ class FeatureStore:
         """`writing` or `complete`."""
         return self.attributes["status"]
 
-    @property
+    @functools.cached_property
     def index(self) -> SampleIndex:
         return SampleIndex(self.folder)
 
+    @property
+    def levels(self) -> dict[str, Level]:
+        return {level.name: level for level in self.spec.levels}
+
     def level(self, name: str) -> Level:
         """The level called `name`. Raises `KeyError` with those there are."""
-        for level in self.spec.levels:
-            if level.name == name:
-                return level
-        raise KeyError(
-            f"{self.folder.shown} has no level {name!r}; it has {', '.join(lv.name for lv in self.spec.levels)}"
-        )
+        if name not in self.levels:
+            raise KeyError(f"{self.folder.shown} has no level {name!r}; it has {', '.join(self.levels)}")
+        return self.levels[name]
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def row(self, key: str) -> int:
+        """The row of the sample called `key`. Raises `KeyError`."""
+        return int(self.index.rows([key])[0])
+
+    def rows(self, selection: Selection) -> np.ndarray:
+        """Row numbers, int64 [n], of a slice, row numbers (negative ones count from the end), keys, or a mask over all rows.
+
+        Raises `IndexError` and `KeyError` for those that don't exist.
+        """
+        if isinstance(selection, slice):
+            return np.arange(len(self), dtype=np.int64)[selection]
+        items = np.asarray([selection] if isinstance(selection, str | int | np.integer) else selection)
+        if not items.size:
+            return np.zeros(0, np.int64)
+        if items.dtype.kind in "US":
+            return self.index.rows(items.tolist())
+        if items.dtype == bool and items.shape == (len(self),):
+            return np.flatnonzero(items)
+        if items.dtype.kind not in "iu" or items.ndim != 1:
+            raise TypeError(f"rows are a slice, row numbers, keys, or a mask of {len(self)}; got {selection!r}")
+        wrong = items[(items < -len(self)) | (items >= len(self))]
+        if len(wrong):
+            raise IndexError(f"{self.folder.shown} has {len(self)} rows, there is no row {wrong[0]}")
+        return np.where(items < 0, items + len(self), items).astype(np.int64)
+
+    def read(self, rows: Selection, level: str, *, missing: Literal["raise", "nan"] = "raise") -> np.ndarray:
+        """Features of one row [*row_shape], or of several [n, *row_shape], in the order asked.
+
+        `rows`: a row number or key, or what `rows()` takes. float16 or float32 as stored; int8 comes back as float32.
+        Rows that failed or aren't written yet raise `MissingRows`, or are NaN with `missing="nan"`. Chunks of many rows are
+        fetched concurrently; reading whole blocks (`layout.block_rows`) is fastest.
+        """
+        values, there = self.read_present(self.rows(rows), level)
+        if missing == "raise" and not there.all():
+            raise MissingRows(self._why_missing(self.rows(rows)[~there]))
+        return values[0] if isinstance(rows, str | int | np.integer) else values
+
+    def read_present(self, rows: np.ndarray, level: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features of row numbers, NaN where there are none, and which are there, bool [n]."""
+        reader = self._readers.get(level)
+        if reader is None:
+            reader = self._readers[level] = LevelReader(self.folder, self.layout, self.level(level))
+        return reader.read(rows)
+
+    def sample(self, key: str | int, points_xy: ArrayLike, level: str) -> np.ndarray:
+        """Bilinear features float32 [P, C] at points [P, 2] (x, y) of the original image, whatever its placement.
+
+        Coordinates are continuous, in pixels of the upright original: (0.5, 0.5) is the centre of its first pixel. Points
+        that the crop cut away have no features: NaN. Raises `ValueError` for points outside the image, and `MissingRows`.
+        """
+        points = np.asarray(points_xy, np.float64).reshape(-1, 2)
+        pixels, dense = self.pixels(key), self.level(level)
+        outside = ((points < 0) | (points > [pixels.width, pixels.height])).any(axis=1)
+        if outside.any() or not np.isfinite(points).all():
+            raise ValueError(
+                f"{key!r} has {pixels.width} x {pixels.height} pixels, {points[outside][:1]} lies outside; points are (x, y)"
+            )
+        placed = pixels.to_input(points)
+        height, width = self.spec.input_size
+        # A hair of tolerance: the image's own border must not fall to rounding.
+        cut = ((placed < -1e-6) | (placed > [width + 1e-6, height + 1e-6])).any(axis=1)
+        values = bilinear(self.read(key, level), to_cells(dense, placed))
+        values[cut] = np.nan
+        return values
+
+    def coords(self, level: str, key: str | int | None = None) -> np.ndarray:
+        """Cell centres (x, y), float64 [rows, columns, 2]: in pixels of the original image `key`, or of the model's input.
+
+        Cells of a padded image may lie outside the original. `cells` is the way back.
+        """
+        centres = cell_centres(self.level(level))
+        return centres if key is None else self.pixels(key).to_original(centres)
+
+    def cells(self, points_xy: ArrayLike, level: str, key: str | int | None = None) -> np.ndarray:
+        """Where points [..., 2] (x, y) lie among a level's cells: (column, row), float64 [..., 2]; whole numbers are centres.
+
+        Points are in pixels of the original image `key`, or of the model's input.
+        """
+        points = np.asarray(points_xy, np.float64)
+        return to_cells(self.level(level), points if key is None else self.pixels(key).to_input(points))
+
+    def pixels(self, key: str | int) -> PixelMap:
+        """How the image was placed in the model's input. Raises `MissingRows`."""
+        record = self.records(key, [field.name for field in fields(PixelMap)]).to_pylist()[0]
+        if record["width"] is None:
+            raise MissingRows(self._why_missing(self.rows(key)))
+        return PixelMap(**record)
+
+    def records(self, rows: Selection, columns: Sequence[str] | None = None) -> pa.Table:
+        """Ledger rows (`storage.ledger.SCHEMA`), in the order asked; all null but `row` where a row isn't written yet."""
+        wanted = self.rows(rows)
+        if self.status == "complete":
+            return self.ledger.take(wanted, columns)
+        return self.ledger.take_committed(wanted, self.layout, columns)
+
+    def valid(self, rows: Selection = slice(None)) -> np.ndarray:
+        """Which rows have features, bool [n]: those whose ledger row says `ok`."""
+        wanted = self.rows(rows)
+        if not self.attributes.get("counts", {"failed": 1}).get("failed", 0):
+            return np.ones(len(wanted), bool)
+        statuses = self.records(wanted, ["status"])["status"]
+        return pc.fill_null(pc.equal(statuses, "ok"), False).to_numpy(zero_copy_only=False)
+
+    def _why_missing(self, rows: np.ndarray) -> str:
+        columns = ["row", "key", "status", "stage", "error", "message"]
+        first = self.records(rows[:1], columns).to_pylist()[0]
+        many = f"{len(rows)} of the rows have no features; the first is row" if len(rows) > 1 else "no features: row"
+        if first["status"] is None:
+            reason = "which is not written yet"
+        elif first["status"] == "failed":
+            reason = f"{first['key']!r}, which failed: {first['stage']}: {first['error']}: {first['message']}"
+        else:
+            reason = f"{first['key']!r}, though the ledger says ok: shards are missing; run the extraction again"
+        return f"{self.folder.shown}: {many} {rows[0]}, {reason}. `valid` tells which have; missing='nan' reads the others as NaN"
+
+    # --- writing ------------------------------------------------------------------------------------------------------
 
     def pending(self) -> list[ShardTask]:
         """Tasks without a commit record."""
@@ -139,6 +292,7 @@ class FeatureStore:
         """Mark the store as being written (again). Driver only."""
         if self.status != "writing":
             self.attributes["status"] = "writing"
+            self.attributes.pop("counts")
             self.folder.write("zarr.json", self._metadata(consolidated=False)["zarr.json"])
 
     def finalize(self) -> dict[str, int]:
@@ -147,15 +301,14 @@ class FeatureStore:
         Driver only, once no task is pending (`StorageError` otherwise).
         """
         if self.status == "complete":
-            statuses = self.ledger.table(["status"])["status"]
-            return {item["values"]: item["counts"] for item in pc.value_counts(statuses).to_pylist()}
+            return self.attributes["counts"]
         missing = self.pending()
         if missing:
             raise StorageError(
                 f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
         counts = self.ledger.merge(self.layout)
-        self.attributes["status"] = "complete"
+        self.attributes |= {"status": "complete", "counts": counts}
         self.folder.write("zarr.json", self._metadata(consolidated=True)["zarr.json"])
         self.folder.remove_partial()
         return counts

@@ -1,0 +1,244 @@
+"""Rows of one level, straight from the shards: cached shard indexes, concurrent ranged reads, zstd into one array.
+
+Faster than indexing the array with zarr-python, which reads a shard's index again for every row (measured by
+`python jobs/benchmark.py read`); tests/test_storage_reader.py holds the two equal. What is there and what isn't is known
+from the shard's index, so that an absent row costs nothing and is never a guess from its numbers.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from storage.paths import Folder, StorageError, merge_ranges
+from storage.shards import DamagedChunk, decode_index, decompress, index_bytes
+from storage.spec import Layout, Level
+
+T = TypeVar("T")
+
+CACHE_BYTES = 2**26
+"""What one level keeps: indexes of shards (16 bytes a row), or whole chunks of vectors."""
+
+WINDOW_BYTES = 2**27
+"""Compressed bytes that one call holds at a time, beside its result."""
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+class LevelReader:
+    """Reads rows of `level`, also from several threads at once."""
+
+    def __init__(self, folder: Folder, layout: Layout, level: Level):
+        self.folder, self.layout, self.level = folder, layout, level
+        self.name = f"{level.name}/features"
+        self.shard_rows = layout.shard_rows(level)
+        self.dtype = np.dtype("float32" if level.dtype == "int8" else level.dtype)
+        self._indexes: _Cache = _Cache()
+        self._vectors: dict[str, _Cache] = {"features": _Cache(), "scale": _Cache()}
+
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of any order and number: values [n, *row_shape] (int8 undone to float32), and which are there, bool [n].
+
+        Rows that aren't there are NaN. Raises `StorageError` on damaged chunks.
+        """
+        rows = np.asarray(rows, np.int64)
+        if self.level.grid is None:
+            values = self._read_vectors("features", rows).astype(self.dtype, copy=False)
+            return values, ~np.isnan(values).all(axis=1)
+        values, there = self._read_maps(rows)
+        if self.level.dtype == "int8":
+            scale = self._read_vectors("scale", rows)[:, None, None]
+            values = np.where(there[:, None, None, None], values * scale, np.float32(np.nan))
+        return values, there
+
+    # --- maps: a chunk per row, shards ------------------------------------------------------------------------------
+
+    def _read_maps(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        unset = 0 if self.level.dtype == "int8" else np.nan
+        values = np.full((len(rows), *self.level.row_shape), unset, self.level.dtype)
+        there = np.zeros(len(rows), bool)
+        groups = _positions_by(rows, self.shard_rows)
+        # A shard of which half is wanted is read whole, index included; of the others, indexes first.
+        parts = []
+        for shard, at in groups:
+            if 2 * len(np.unique(rows[at])) >= self.shard_rows:
+                there[at] = self._read_whole(shard, rows[at] % self.shard_rows, values, at)
+            else:
+                parts.append((shard, at))
+        for some in _batches(parts, 1024):
+            indexes = self._load_indexes([shard for shard, _ in some])
+            self._read_parts(some, indexes, rows, values, there)
+        return values, there
+
+    def _shard_name(self, shard: int) -> str:
+        return f"{self.name}/c/{shard}/0/0/0"
+
+    def _read_whole(self, shard: int, positions: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+        # More than a whole shard can take, so that no request for its size comes first.
+        bound = index_bytes(self.shard_rows) + self.shard_rows * (2 * self.level.row_bytes + 1024)
+        data = self.folder.read_ranges([(self._shard_name(shard), 0, bound)])[0]
+        if data is None:
+            return np.zeros(len(at), bool)
+        index = self._decode_index(shard, data)
+        there = index[positions, 1] > 0
+        jobs = [
+            (data[slice(*index[p])], values[row], shard) for p, row, ok in zip(positions, at, there, strict=True) if ok
+        ]
+        self._decode(jobs)
+        return there
+
+    def _load_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray]:
+        """The indexes of those shards that exist."""
+        indexes = {shard: index for shard in shards if (index := self._indexes.get(shard)) is not None}
+        missing = [shard for shard in shards if shard not in indexes]
+        size = index_bytes(self.shard_rows)
+        found = self.folder.read_ranges([(self._shard_name(shard), 0, size) for shard in missing])
+        for shard, data in zip(missing, found, strict=True):
+            if data is not None:  # a shard that isn't there may be, next time
+                indexes[shard] = self._decode_index(shard, data)
+                self._indexes.put(shard, indexes[shard])
+        return indexes
+
+    def _decode_index(self, shard: int, data: bytes) -> np.ndarray:
+        try:
+            return decode_index(data, self.shard_rows)
+        except DamagedChunk as error:
+            raise StorageError(f"{self._shown(shard)} is damaged: {error}") from None
+
+    def _read_parts(
+        self,
+        groups: Iterable[tuple[int, np.ndarray]],
+        indexes: Mapping[int, np.ndarray],
+        rows: np.ndarray,
+        values: np.ndarray,
+        there: np.ndarray,
+    ) -> None:
+        """Read chunks by their ranges, a window of bytes at a time."""
+        wanted: list[tuple[int, int, int, int]] = []  # shard, start, stop, position in `rows`
+        for shard, at in groups:
+            if shard not in indexes:
+                continue
+            spans = indexes[shard][rows[at] % self.shard_rows]
+            there[at] = spans[:, 1] > 0
+            wanted += [(shard, int(a), int(b), int(i)) for (a, b), i in zip(spans, at, strict=True) if b]
+        for window in _windows(wanted):
+            ranges = [(self._shard_name(shard), a, b - a) for shard, a, b, _ in window]
+            merged = merge_ranges(ranges)
+            requests = [(ranges[i][0], ranges[i][1], ranges[j][1] + ranges[j][2] - ranges[i][1]) for i, j in merged]
+            blobs = self.folder.read_ranges(requests)
+            jobs = []
+            for (i, j), (_, first, _), blob in zip(merged, requests, blobs, strict=True):
+                data = memoryview(blob or b"")
+                jobs += [(data[a - first : b - first], values[at], shard) for shard, a, b, at in window[i : j + 1]]
+            self._decode(jobs)
+
+    def _decode(self, jobs: Sequence[tuple[bytes | memoryview, np.ndarray, int]]) -> None:
+        if len(jobs) < 8:
+            for job in jobs:
+                self._decode_one(*job)
+            return
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(self._decode_one, *zip(*jobs, strict=True)))
+
+    def _decode_one(self, chunk: bytes | memoryview, out: np.ndarray, shard: int) -> None:
+        try:
+            decompress(chunk, out)
+        except DamagedChunk as error:
+            # Also what a shard looks like that was rewritten (--retry-failed) since its index was read.
+            self._indexes.drop(shard)
+            raise StorageError(
+                f"{self._shown(shard)} is damaged, or was rewritten while it was read: {error}. Read it again; if the "
+                "error stays, delete the task's record in ledger/commits and continue the extraction"
+            ) from None
+
+    def _shown(self, shard: int) -> str:
+        return f"{self.folder.shown}/{self._shard_name(shard)}"
+
+    # --- vectors: a chunk per block -----------------------------------------------------------------------------------
+
+    def _read_vectors(self, array: str, rows: np.ndarray) -> np.ndarray:
+        size = self.layout.block_rows
+        dtype = "float32" if array == "scale" else self.level.dtype
+        out = np.full((len(rows), self.level.channels), np.nan, dtype)
+        groups = dict(_positions_by(rows, size))
+        for some in _batches(list(groups), 256):
+            for block, chunk in self._vector_chunks(array, some, dtype).items():
+                out[groups[block]] = chunk[rows[groups[block]] % size]
+        return out
+
+    def _vector_chunks(self, array: str, blocks: Sequence[int], dtype: str) -> dict[int, np.ndarray]:
+        """Decoded chunks [block_rows, C] by block, those that exist."""
+        cache, shape = self._vectors[array], (self.layout.block_rows, self.level.channels)
+        chunks = {block: chunk for block in blocks if (chunk := cache.get(block)) is not None}
+        missing = [block for block in blocks if block not in chunks]
+        names = [f"{self.level.name}/{array}/c/{block}/0" for block in missing]
+        bound = 2 * int(np.prod(shape)) * np.dtype(dtype).itemsize + 1024
+        found = self.folder.read_ranges([(name, 0, bound) for name in names])
+        for block, name, data in zip(missing, names, found, strict=True):
+            if data is None:
+                continue
+            chunks[block] = np.empty(shape, dtype)
+            try:
+                decompress(data, chunks[block])
+            except DamagedChunk as error:
+                raise StorageError(f"{self.folder.shown}/{name} is damaged: {error}") from None
+            cache.put(block, chunks[block])
+        return chunks
+
+
+class _Cache:
+    """The arrays used last, up to CACHE_BYTES."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, name: int) -> np.ndarray | None:
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+            return self._kept.get(name)
+
+    def put(self, name: int, array: np.ndarray) -> None:
+        self.drop(name)
+        with self._lock:
+            self._kept[name] = array
+            self._bytes += array.nbytes
+            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def drop(self, name: int) -> None:
+        with self._lock:
+            old = self._kept.pop(name, None)
+            self._bytes -= old.nbytes if old is not None else 0
+
+
+def _batches(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _positions_by(rows: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
+    """Positions in `rows`, grouped by `row // size`, within a group by row."""
+    order = np.argsort(rows, kind="stable")
+    groups = rows[order] // size
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    return (
+        [(int(groups[a]), at) for a, at in zip(starts, np.split(order, starts[1:]), strict=True)] if len(rows) else []
+    )
+
+
+def _windows(wanted: Sequence[tuple[int, int, int, int]]) -> Iterable[Sequence[tuple[int, int, int, int]]]:
+    """Runs of chunks with at most WINDOW_BYTES together."""
+    first, held = 0, 0
+    for i, (_, start, stop, _) in enumerate(wanted):
+        if i > first and held + stop - start > WINDOW_BYTES:
+            yield wanted[first:i]
+            first, held = i, 0
+        held += stop - start
+    if first < len(wanted):
+        yield wanted[first:]
