@@ -86,9 +86,9 @@ class Progress:
     def line(self) -> str:
         """The state in one line."""
         finished = self.done + self.ok + self.failed
-        eta = f", {_duration(self.eta_s)} left" if self.eta_s else ""
+        eta = f", {duration(self.eta_s)} left" if self.eta_s else ""
         stages = " ".join(f"{stage} {share:.0%}" for stage, share in self.shares().items())
-        where = f" | {stages}" if stages else f" | {self.note}, {_duration(time.monotonic() - self.started)}"
+        where = f" | {stages}" if stages else f" | {self.note}, {duration(time.monotonic() - self.started)}"
         return f"{finished:,} of {self.total:,} images, {self.failed:,} failed, {self.rate:.1f}/s{eta}{where}"
 
     def _print_lines(self) -> None:
@@ -99,7 +99,7 @@ class Progress:
         table = Table.grid(padding=(0, 2))
         finished = self.done + self.ok + self.failed
         table.add_row("done", f"{finished:,} of {self.total:,}", "failed", f"{self.failed:,}")
-        eta = _duration(self.eta_s) if self.eta_s is not None else self.note
+        eta = duration(self.eta_s) if self.eta_s is not None else self.note
         table.add_row("rate", f"{self.rate:.1f} images/s", "left", eta)
         shares = Table.grid(padding=(0, 1))
         for stage, share in self.shares().items():
@@ -107,9 +107,19 @@ class Progress:
         return Group(ProgressBar(total=self.total, completed=finished, width=60), table, shares)
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Seconds for people."""
     if seconds is None:
         return "?"
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return ""

@@ -23,13 +23,15 @@ from cluster.session import ClusterError, connect
 from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
 from pipelines.config import ConfigError, ExtractConfig, config_from_run
-from pipelines.demo import draw_picture, write_photos
+from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import RunFailed, Summary, run_prepared
 from pipelines.models import WeightsUnavailable
 from pipelines.plan import make_plan
 from pipelines.prepare import prepare, resolve
+from pipelines.views import pick_rows, view_panel
 from storage.paths import StorageError, is_memory, redact
+from storage.store import FeatureStore
 
 logger = logging.getLogger("extract")
 
@@ -166,7 +168,8 @@ def demo(config: ExtractConfig) -> None:
         summary = main(config)
     if summary is None:
         return
-    picture = draw_picture(config.out, config.out.replace(".zarr", ".png"))
+    store, picture = FeatureStore.open(config.out), config.out.replace(".zarr", ".png")
+    view_panel(store, pick_rows(store, len(store))).draw().save(picture)
     print(f"\npicture    {picture}")
     print(f"store      {config.out}")
     print("try next   " + f"python -c \"import zarr; print(zarr.open_group('{config.out}', mode='r').tree())\"")

@@ -1,11 +1,52 @@
-"""Pictures of features: PCA to RGB, fitted once and applied to any map of the same channels."""
+"""Pictures of features: PCA to RGB fitted once and applied to any map, foreground masks, similarity maps, panels.
 
+NumPy and Pillow only: what is drawn comes from a store as often as from a model.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import matplotlib
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND = (232, 232, 232)
+"""Colour of cells that are not foreground, or have no features."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Foreground:
+    """Which cells show the objects: those whose projection on the first principal component is above `threshold`.
+
+    The recipe of DINOv2's PCA figures (arXiv 2304.07193, Fig. 1): threshold the first component, then colour what is left
+    by a second PCA. Here the threshold is Otsu's, and the side that touches the images' borders less is the foreground.
+    """
+
+    mean: np.ndarray
+    direction: np.ndarray
+    threshold: float
+
+    @classmethod
+    def fit(cls, maps: Sequence[np.ndarray]) -> "Foreground":
+        """Fit on maps [rows, columns, C] of any images."""
+        from skimage.filters import threshold_otsu  # slow to import, and few need it
+
+        mean, components = _principal(_cells(maps), 1)
+        projected = [(np.asarray(m, np.float64) - mean) @ components[0] for m in maps]
+        values = np.concatenate([p.ravel() for p in projected])
+        border = np.concatenate([np.concatenate([p[0], p[-1], p[:, 0], p[:, -1]]) for p in projected])
+        threshold = float(threshold_otsu(values))
+        # The mean over all cells counts the border, too; that only blurs the comparison.
+        sign = 1.0 if (border > threshold).mean() <= (values > threshold).mean() else -1.0
+        return cls(mean=mean, direction=sign * components[0], threshold=sign * threshold)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Features [..., C] to a mask [...]."""
+        return (np.asarray(features, np.float64) - self.mean) @ self.direction > self.threshold
+
+
+@dataclass(frozen=True, kw_only=True)
 class RgbProjection:
     """Three principal components as colours: `mean` [C], `components` [3, C], `low` and `high` [3] (2nd, 98th percentile)."""
 
@@ -13,22 +54,135 @@ class RgbProjection:
     components: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    foreground: Foreground | None = None
 
     @classmethod
-    def fit(cls, cells: np.ndarray) -> "RgbProjection":
-        """Fit on cells [N, C] of any images; signs are fixed so that a refit on the same cells gives the same colours."""
-        cells = np.asarray(cells, np.float64)
-        mean = cells.mean(axis=0)
-        _, vectors = np.linalg.eigh(np.cov(cells - mean, rowvar=False))
-        components = vectors[:, ::-1][:, :3].T
-        signs = np.sign(components[np.arange(3), np.abs(components).argmax(axis=1)])
-        components = components * signs[:, None]
-        projected = (cells - mean) @ components.T
-        low, high = np.percentile(projected, [2, 98], axis=0)
-        return cls(mean, components, low, high)
+    def fit(cls, maps: Sequence[np.ndarray], *, foreground: bool = False) -> "RgbProjection":
+        """Fit on maps [rows, columns, C] of any images, or on their foreground.
+
+        Signs are fixed so that a refit on the same maps gives the same colours.
+        """
+        mask = Foreground.fit(maps) if foreground else None
+        cells = _cells(maps)
+        if mask:
+            cells = cells[mask(cells)]
+        mean, components = _principal(cells, 3)
+        low, high = np.percentile((cells - mean) @ components.T, [2, 98], axis=0)
+        return cls(mean=mean, components=components, low=low, high=high, foreground=mask)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Features [..., C] to uint8 colours [..., 3]."""
-        projected = (np.asarray(features, np.float64) - self.mean) @ self.components.T
+        """Features [..., C] to uint8 colours [..., 3]; background and NaN are light grey."""
+        features = np.asarray(features, np.float64)
+        there = ~np.isnan(features).any(axis=-1)
+        projected = (np.where(there[..., None], features, self.mean) - self.mean) @ self.components.T
         scaled = (projected - self.low) / np.maximum(self.high - self.low, 1e-12)
-        return (np.clip(scaled, 0, 1) * 255).round().astype(np.uint8)
+        colours = (np.clip(scaled, 0, 1) * 255).round().astype(np.uint8)
+        shown = there & self.foreground(features) if self.foreground else there
+        return np.where(shown[..., None], colours, np.array(BACKGROUND, np.uint8))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists; `from_json` is the way back."""
+        data = {name: getattr(self, name).tolist() for name in ("mean", "components", "low", "high")}
+        if self.foreground:
+            mask = self.foreground
+            data["foreground"] = {
+                "mean": mask.mean.tolist(),
+                "direction": mask.direction.tolist(),
+                "threshold": mask.threshold,
+            }
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "RgbProjection":
+        arrays = {name: np.array(data[name]) for name in ("mean", "components", "low", "high")}
+        mask = data.get("foreground")
+        if mask:
+            mask = Foreground(
+                mean=np.array(mask["mean"]), direction=np.array(mask["direction"]), threshold=mask["threshold"]
+            )
+        return cls(**arrays, foreground=mask)
+
+
+def _cells(maps: Sequence[np.ndarray], at_most: int = 50_000) -> np.ndarray:
+    """Cells of all maps, float64 [N, C], evenly thinned out to `at_most`."""
+    cells = np.concatenate([np.asarray(m).reshape(-1, m.shape[-1]) for m in maps])
+    return cells[:: -(-len(cells) // at_most)].astype(np.float64)
+
+
+def _principal(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [C] and the first components [count, C], signs fixed by their largest entry."""
+    mean = cells.mean(axis=0)
+    _, vectors = np.linalg.eigh(np.cov(cells - mean, rowvar=False))
+    components = vectors[:, ::-1][:, :count].T
+    signs = np.sign(components[np.arange(count), np.abs(components).argmax(axis=1)])
+    return mean, components * signs[:, None]
+
+
+def cosine_map(query: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Cosine similarity of `query` [C] with every cell of `features` [..., C], float32 [...]."""
+    query, features = np.asarray(query, np.float32), np.asarray(features, np.float32)
+    lengths = np.linalg.norm(features, axis=-1) * np.linalg.norm(query)
+    return features @ query / np.maximum(lengths, 1e-12)
+
+
+def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """A map of numbers as uint8 colours [..., 3], from `low` (dark blue) to `high` (yellow)."""
+    scaled = (np.asarray(values, np.float64) - low) / max(high - low, 1e-12)
+    return (matplotlib.colormaps["viridis"](np.clip(scaled, 0, 1))[..., :3] * 255).round().astype(np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One picture of a panel: uint8 `pixels` [h, w, 3], or None for a grey field."""
+
+    pixels: np.ndarray | None
+    mark: tuple[float, float] | None = None
+    "a point (x, y) to ring, in 0..1 of the tile"
+    is_photo: bool = False
+    "enlarged with interpolation; cells of a map stay sharp squares"
+
+    def image(self, width: int, height: int) -> Image.Image:
+        """The tile at a size in pixels."""
+        if self.pixels is None:
+            return Image.new("RGB", (width, height), BACKGROUND)
+        method = Image.Resampling.BICUBIC if self.is_photo else Image.Resampling.NEAREST
+        image = Image.fromarray(self.pixels).resize((width, height), method)
+        if self.mark:
+            x, y = self.mark[0] * width, self.mark[1] * height
+            draw = ImageDraw.Draw(image)
+            for radius, colour in ((9, "white"), (8, "red"), (7, "red"), (6, "white")):
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour)
+        return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Tiles in rows and columns, each `tile_size` (width, height) pixels, with titles."""
+
+    tiles: Sequence[Sequence[Tile]]
+    columns: Sequence[str]
+    "titles above the columns; may have several lines"
+    rows: Sequence[str]
+    "titles before the rows"
+    title: str
+    tile_size: tuple[int, int]
+
+    def draw(self) -> Image.Image:
+        """The panel as one picture."""
+        (width, height), gap = self.tile_size, 6
+        font = ImageFont.load_default(size=13)
+        left = 16 + max((round(font.getlength(line)) for text in self.rows for line in text.split("\n")), default=0)
+        head = 17 * max(text.count("\n") + 1 for text in self.columns)
+        top = 28 + head
+        wide = max(left + len(self.columns) * (width + gap) + 2, round(font.getlength(self.title)) + 16)
+        canvas = Image.new("RGB", (wide, top + len(self.tiles) * (height + gap) + 2), "white")
+        draw = ImageDraw.Draw(canvas)
+        draw.text((8, 5), self.title, fill="black", font=font)
+        for c, text in enumerate(self.columns):
+            draw.multiline_text((left + c * (width + gap), top - head), text, fill="black", font=font, spacing=3)
+        for r, tiles in enumerate(self.tiles):
+            y = top + r * (height + gap)
+            draw.multiline_text((8, y + height // 2 - 16), self.rows[r], fill="black", font=font, spacing=3)
+            for c, tile in enumerate(tiles):
+                canvas.paste(tile.image(width, height), (left + c * (width + gap), y))
+        return canvas

@@ -1,9 +1,10 @@
 """Settings of an extraction: what a user can say, checked for contradictions, and without secrets where it is shown."""
 
+import difflib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -113,14 +114,8 @@ class ExtractConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """`storage_options` parsed. Raises `ConfigError`, without repeating the text: it may hold secrets."""
-        try:
-            options = json.loads(self.storage_options or "{}")
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"--storage-options is not valid JSON: {error.msg} at character {error.pos}") from None
-        if not isinstance(options, dict):
-            raise ConfigError("--storage-options must be a JSON object")
-        return options
+        """`storage_options` parsed. Raises `ConfigError`."""
+        return parse_options(self.storage_options)
 
     @property
     def input_size(self) -> tuple[int, int] | None:
@@ -141,6 +136,29 @@ class ExtractConfig:
         for name in ("out", "weights"):
             shown[name] = redact(shown[name], self.options)
         return json.loads(json.dumps(shown))
+
+
+def pick_word(args: list[str], names: Collection[str]) -> str | None:
+    """Take the leading word, one of `names`, off `args`; None if there is none. Raises `ConfigError` with the nearest name."""
+    if not args or args[0].startswith("-"):
+        return None
+    word = args.pop(0)
+    if word not in names:
+        near = difflib.get_close_matches(word, names, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"nothing is called {word!r}. {hint}There are: {', '.join(names)}")
+    return word
+
+
+def parse_options(text: str | None) -> dict[str, Any]:
+    """--storage-options parsed. Raises `ConfigError`, without repeating the text: it may hold secrets."""
+    try:
+        options = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--storage-options is not valid JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(options, dict):
+        raise ConfigError("--storage-options must be a JSON object")
+    return options
 
 
 CONTENT_FIELDS = (

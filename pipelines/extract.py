@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow.compute as pc
-
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
 from pipelines.config import ExtractConfig
@@ -231,11 +229,7 @@ class _Run:
         )
 
     def _reasons(self) -> list[str]:
-        ledger = self.store.ledger
-        if self.store.status == "complete":  # merged: a few files instead of a record per task
-            table = ledger.table(["key", "status", "stage", "error", "message"])
-            return commonest_reasons(table.filter(pc.equal(table["status"], "failed")))
-        return commonest_reasons(ledger.failed(sorted(ledger.done())))
+        return commonest_reasons(self.store.failures())
 
     def _budget_text(self, what: str) -> str:
         reasons = "\n  ".join(self._reasons())

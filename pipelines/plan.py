@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.progress import size_text
 from operators.image import decode
 from pipelines.config import ConfigError
-from pipelines.prepare import Prepared, default_batch, geometry_of
+from pipelines.photos import geometry_of
+from pipelines.prepare import Prepared, default_batch
 from storage.paths import Folder, redact
 from storage.samples import read_images
 from storage.shards import compress, encode_row
@@ -101,19 +103,20 @@ class Plan:
                 _line(
                     "levels" if i == 0 else "",
                     f"{level.name:<6} {shape:<18} {level.dtype:<8} {level.method}",
-                    f"{_size(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {_size(cost.shard_bytes)}",
+                    f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}",
                 )
             )
         lines += [
             _line(
                 "store",
                 f"{self.out}  ({self.state})",
-                f"{_size(self.total_bytes)}, {self.tasks:,} tasks of {self.block_rows} images, {self.total_objects:,} objects",
+                f"{size_text(self.total_bytes)}, {self.tasks:,} tasks of {self.block_rows} images, "
+                f"{self.total_objects:,} objects",
             ),
             _line(
                 "memory",
-                f"{self.device} {_size(self.device_bytes)} for batches of {self.batch}",
-                f"host {_size(self.host_bytes)} per actor",
+                f"{self.device} {size_text(self.device_bytes)} for batches of {self.batch}",
+                f"host {size_text(self.host_bytes)} per actor",
             ),
             _line(
                 "time",
@@ -131,14 +134,6 @@ class Plan:
 
 def _line(head: str, left: str, right: str) -> str:
     return f"{head:<10} {left:<58} {right}"
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return ""
 
 
 def _hours(seconds: float) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 
 from operators.image import decode
 from pipelines.config import ExtractConfig
-from pipelines.prepare import Resolved, geometry_of, prepare, resolve
+from pipelines.photos import geometry_of
+from pipelines.prepare import Resolved, prepare, resolve
 from storage.samples import read_images
 from storage.shards import compress, encode_row
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from operators.backbone import preprocessing
-from operators.image import Geometry
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
 from pipelines.models import FeatureModel, LevelChoice, ModelBundle, WeightsChoice, describe_model, load_model
 from storage.paths import Folder, InputFile, expand_inputs
 from storage.samples import SampleIndex, build_index
-from storage.spec import FeatureSpec, Layout, choose_block_rows
+from storage.spec import Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules
 
@@ -136,17 +135,6 @@ def versions() -> dict[str, str]:
         ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
-
-
-def geometry_of(spec: FeatureSpec) -> Geometry:
-    return Geometry(
-        mode=spec.geometry,
-        height=spec.input_size[0],
-        width=spec.input_size[1],
-        crop_pct=spec.crop_pct,
-        interpolation=spec.interpolation,
-        mean=spec.mean,
-    )
 
 
 def default_batch(config: ExtractConfig, layout: Layout, device: str) -> int:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from operators.image import decode
 from pipelines.models import ModelBundle
-from pipelines.prepare import geometry_of
+from pipelines.photos import geometry_of
 from storage.ledger import SampleRecord
 from storage.paths import redact
 from storage.samples import read_images

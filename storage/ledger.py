@@ -176,21 +176,44 @@ class Ledger:
         return table.select(columns) if columns else table
 
     def failed(self, blocks: Sequence[int]) -> pa.Table:
-        """Failed rows of committed `blocks`."""
+        """Failed rows of committed `blocks`, from their records."""
         tables = [table.filter(pc.equal(table["status"], "failed")) for _, table in self.records(blocks)]
         tables = [table.replace_schema_metadata(None) for table in tables]
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
-def commonest_reasons(failed: pa.Table, top: int = 5) -> list[str]:
-    """The commonest reasons of failed rows, in words, with an example key each; messages that differ in numbers or quoted
-    text only are one reason."""
+@dataclass(frozen=True, kw_only=True)
+class FailureGroup:
+    """Failed rows of one reason: messages that differ in numbers or quoted text only are one."""
+
+    stage: str
+    error: str
+    message: str
+    "of the first of them"
+    count: int
+    keys: tuple[str, ...]
+    "the first few"
+
+    def __str__(self) -> str:
+        return f"{self.count:,} x {self.stage}: {self.error}: {self.message} (e.g. {self.keys[0]!r})"
+
+
+def group_failures(failed: pa.Table) -> list[FailureGroup]:
+    """The reasons of failed rows, the commonest first."""
     groups: dict[str, list[dict[str, str]]] = {}
     for row in failed.select(["key", "stage", "error", "message"]).to_pylist():
         kind = re.sub(r"\d+|'.*?'|b\".*?\"", "#", f"{row['stage']}: {row['error']}: {row['message']}")
         groups.setdefault(kind, []).append(row)
-    ranked = sorted(groups.values(), key=len, reverse=True)[:top]
     return [
-        f"{len(rows):,} x {rows[0]['stage']}: {rows[0]['error']}: {rows[0]['message']} (e.g. {rows[0]['key']!r})"
-        for rows in ranked
+        FailureGroup(
+            **{name: rows[0][name] for name in ("stage", "error", "message")},
+            count=len(rows),
+            keys=tuple(row["key"] for row in rows[:5]),
+        )
+        for rows in sorted(groups.values(), key=len, reverse=True)
     ]
+
+
+def commonest_reasons(failed: pa.Table, top: int = 5) -> list[str]:
+    """The `top` reasons of failed rows, in words, with an example key each."""
+    return [str(group) for group in group_failures(failed)[:top]]

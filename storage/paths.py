@@ -52,6 +52,12 @@ class InputError(StorageError, ValueError):
     """The input named by the user is empty, missing, or not what it should be."""
 
 
+class UnknownName(StorageError, KeyError):
+    """There is no key, level or column of that name."""
+
+    __str__ = Exception.__str__  # KeyError's puts the message in quotes
+
+
 def redact(text: str, storage_options: Mapping[str, Any] | None = None) -> str:
     """Blank credentials in `text`: user info and signed parameters of URLs, and every secret of `storage_options`."""
     text = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)

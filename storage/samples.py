@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.paths import Folder, InputError, InputFile, query_free, read_ranges
+from storage.paths import Folder, InputError, InputFile, UnknownName, query_free, read_ranges
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
 logger = logging.getLogger(__name__)
@@ -118,15 +118,20 @@ class SampleIndex:
         return self._table.take(rows, columns)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Row numbers (int64) of `keys`, in that order. Raises `KeyError` with the first that there is none of."""
+        """Row numbers (int64) of `keys`, in that order. Raises `UnknownName` with the first that there is none of."""
+        found = self.find(keys)
+        missing = next((key for key in keys if key not in found), None)
+        if missing is not None:
+            raise UnknownName(f"{self.folder.shown} has no sample {missing!r}; keys look like {self.first_keys[0]!r}")
+        return np.array([found[key] for key in keys], np.int64)
+
+    def find(self, keys: Sequence[str]) -> dict[str, int]:
+        """Row numbers of those of `keys` that there are."""
         wanted = sorted(set(keys))
         found: dict[str, int] = {}
         for part, group in itertools.groupby(wanted, lambda key: max(0, bisect.bisect_right(self.first_keys, key) - 1)):
             found |= self._find(part, list(group))
-        missing = next((key for key in keys if key not in found), None)
-        if missing is not None:
-            raise KeyError(f"{self.folder.shown} has no sample {missing!r}; keys look like {self.first_keys[0]!r}")
-        return np.array([found[key] for key in keys], np.int64)
+        return found
 
     def _find(self, part: int, keys: Sequence[str]) -> dict[str, int]:
         """Those of the sorted `keys` that are in the part; reads the row groups that may hold one."""

@@ -21,7 +21,7 @@ from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from storage.ledger import Ledger, SampleRecord
-from storage.paths import Folder, StorageError
+from storage.paths import Folder, StorageError, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
 from storage.samples import SampleIndex
@@ -31,7 +31,7 @@ from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardT
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-SIDE_GROUPS = ("index", "ledger", "runs")
+SIDE_GROUPS = ("index", "ledger", "runs", "views")
 """Folders of other files; real (empty) Zarr groups, so that listing the store warns about nothing."""
 
 _MULTISCALES = {
@@ -49,6 +49,14 @@ Selection = str | int | slice | Sequence[str] | Sequence[int] | np.ndarray
 
 class NotAStore(StorageError, FileNotFoundError):
     """There is no feature store at the URL."""
+
+
+class NoSuchRow(StorageError, IndexError):
+    """The store has fewer rows."""
+
+
+class OutsideImage(StorageError, ValueError):
+    """A point lies outside the image, or was cut away by the crop."""
 
 
 class MissingRows(StorageError, LookupError):
@@ -159,21 +167,21 @@ class FeatureStore:
         return {level.name: level for level in self.spec.levels}
 
     def level(self, name: str) -> Level:
-        """The level called `name`. Raises `KeyError` with those there are."""
+        """The level called `name`. Raises `UnknownName` (a `KeyError`) with those there are."""
         if name not in self.levels:
-            raise KeyError(f"{self.folder.shown} has no level {name!r}; it has {', '.join(self.levels)}")
+            raise UnknownName(f"{self.folder.shown} has no level {name!r}; it has {', '.join(self.levels)}")
         return self.levels[name]
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def row(self, key: str) -> int:
-        """The row of the sample called `key`. Raises `KeyError`."""
+        """The row of the sample called `key`. Raises `UnknownName` (a `KeyError`)."""
         return int(self.index.rows([key])[0])
 
     def rows(self, selection: Selection) -> np.ndarray:
         """Row numbers, int64 [n], of a slice, row numbers (negative ones count from the end), keys, or a mask over all rows.
 
-        Raises `IndexError` and `KeyError` for those that don't exist.
+        Raises `NoSuchRow` (an `IndexError`) and `UnknownName` (a `KeyError`) for those that don't exist.
         """
         if isinstance(selection, slice):
             return np.arange(len(self), dtype=np.int64)[selection]
@@ -188,7 +196,7 @@ class FeatureStore:
             raise TypeError(f"rows are a slice, row numbers, keys, or a mask of {len(self)}; got {selection!r}")
         wrong = items[(items < -len(self)) | (items >= len(self))]
         if len(wrong):
-            raise IndexError(f"{self.folder.shown} has {len(self)} rows, there is no row {wrong[0]}")
+            raise NoSuchRow(f"{self.folder.shown} has {len(self)} rows, there is no row {wrong[0]}")
         return np.where(items < 0, items + len(self), items).astype(np.int64)
 
     def read(self, rows: Selection, level: str, *, missing: Literal["raise", "nan"] = "raise") -> np.ndarray:
@@ -214,13 +222,13 @@ class FeatureStore:
         """Bilinear features float32 [P, C] at points [P, 2] (x, y) of the original image, whatever its placement.
 
         Coordinates are continuous, in pixels of the upright original: (0.5, 0.5) is the centre of its first pixel. Points
-        that the crop cut away have no features: NaN. Raises `ValueError` for points outside the image, and `MissingRows`.
+        that the crop cut away have no features: NaN. Raises `OutsideImage` for points outside the image, and `MissingRows`.
         """
         points = np.asarray(points_xy, np.float64).reshape(-1, 2)
         pixels, dense = self.pixels(key), self.level(level)
         outside = ((points < 0) | (points > [pixels.width, pixels.height])).any(axis=1)
         if outside.any() or not np.isfinite(points).all():
-            raise ValueError(
+            raise OutsideImage(
                 f"{key!r} has {pixels.width} x {pixels.height} pixels, {points[outside][:1]} lies outside; points are (x, y)"
             )
         placed = pixels.to_input(points)
@@ -268,6 +276,13 @@ class FeatureStore:
             return np.ones(len(wanted), bool)
         statuses = self.records(wanted, ["status"])["status"]
         return pc.fill_null(pc.equal(statuses, "ok"), False).to_numpy(zero_copy_only=False)
+
+    def failures(self) -> pa.Table:
+        """Ledger rows of all that failed so far."""
+        if self.status == "complete":
+            table = self.ledger.table()
+            return table.filter(pc.equal(table["status"], "failed"))
+        return self.ledger.failed(sorted(self.ledger.done()))
 
     def _why_missing(self, rows: np.ndarray) -> str:
         columns = ["row", "key", "status", "stage", "error", "message"]

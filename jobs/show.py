@@ -1,0 +1,270 @@
+"""Look at a feature store: what became of it, and what its features see. Any URL, also while it is being written.
+
+    python jobs/show.py status feats.zarr                     # counts, rate, what takes the time
+    python jobs/show.py failures s3://bucket/feats.zarr       # by reason, with keys
+    python jobs/show.py rows feats.zarr                       # what a row is, sizes, the first rows
+    python jobs/show.py view feats.zarr --out view.png        # photographs and PCA colours of every level
+    python jobs/show.py similar feats.zarr --key coffee --point 300 200
+    python jobs/show.py compare a.zarr b.zarr --level x1      # cosine per row, worst rows
+    python jobs/show.py export feats.zarr --out vectors/      # vectors and keys as Parquet
+    python jobs/show.py report feats.zarr --out report.html   # all of it in one page that can be sent
+
+Exit codes: 0 shown, 2 wrong settings or nothing to show.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from pipelines.compare import compare as compare_stores
+from pipelines.compare import comparison_lines
+from pipelines.config import ConfigError, parse_options, pick_word
+from pipelines.report import write_report
+from pipelines.status import failure_lines, read_status, row_lines, status_lines
+from pipelines.status import failures as read_failures
+from pipelines.views import pick_rows, similar_panel, view_panel
+from storage.export import export_vectors
+from storage.paths import StorageError
+from storage.store import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Which store, and how to reach it."""
+
+    store: tyro.conf.Positional[str]
+    """The store's path or fsspec URL."""
+    storage_options: str = ""
+    """JSON for the filesystem, as for jobs/extract.py; also used to read the photographs."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return parse_options(self.storage_options)
+
+    def open(self, url: str = "") -> FeatureStore:
+        """The store, or another one reached in the same way."""
+        return FeatureStore.open(url or self.store, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status(Show):
+    """Counts, rates, stage times, and the bottleneck in words."""
+
+    json: bool = False
+    """All of it as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failures(Show):
+    """Failed images by reason."""
+
+    json: bool = False
+    """Every failed row, a JSON object a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Show):
+    """What a row is, how large, and the first rows."""
+
+    first: int = 10
+    """How many rows to list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View(Show):
+    """Photographs beside the PCA colours of every level."""
+
+    out: str = "view.png"
+    """The picture to write."""
+    rows: tuple[str, ...] = ()
+    """Keys or row numbers; default: some, spread over the store."""
+    count: int = 6
+    """How many, where --rows names none."""
+    levels: tuple[str, ...] = ()
+    """Levels to show; default: all maps."""
+    foreground: bool = False
+    """Only the objects: cells above Otsu's threshold on the first component, coloured by a PCA of their own."""
+    colours_from: str = ""
+    """Another store whose saved colours to use, so that pictures of both compare."""
+    refit: bool = False
+    """Fit and save colours anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similar(Show):
+    """Cosine similarity of one pixel with its own and other images, per level, beside the bilinear map."""
+
+    key: str
+    """Key or row number of the image."""
+    point: tuple[float, float] | None = None
+    """x y in pixels of the original photograph; default: the middle."""
+    to: tuple[str, ...] = ()
+    """Keys or row numbers of other images; default: three, spread over the store."""
+    levels: tuple[str, ...] = ()
+    """Levels to show; default: all maps."""
+    out: str = "similar.png"
+    """The picture to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Show):
+    """Cosine per row between two stores, or two levels of one."""
+
+    other: tyro.conf.Positional[str]
+    """The second store; may be the first one again."""
+    level: str = "x1"
+    """Level of the first store."""
+    other_level: str = ""
+    """Level of the second; default: of the same name."""
+    limit: int | None = None
+    """Only the first N rows."""
+    worst: int = 5
+    """How many of the least similar rows to list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Show):
+    """One vector per image, with key, source and carried columns, as Parquet."""
+
+    out: str
+    """The folder to write, a path or fsspec URL; must hold no Parquet yet."""
+    level: str = "pooled"
+    """Vectors of this level; a map is averaged over its cells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Show):
+    """One self-contained HTML page: settings, counts, failures, times, sizes, pictures."""
+
+    out: str = "report.html"
+    """The page to write."""
+    count: int = 6
+    """Photographs to show."""
+
+
+def status(config: Status) -> None:
+    found = read_status(config.open())
+    print(json.dumps(found.to_json(), indent=1) if config.json else "\n".join(status_lines(found)))
+
+
+def failures(config: Failures) -> None:
+    store = config.open()
+    if config.json:
+        for row in store.failures().to_pylist():
+            print(json.dumps(row))
+        return
+    print("\n".join(failure_lines(read_failures(store), len(store))))
+
+
+def rows(config: Rows) -> None:
+    store = config.open()
+    print("\n".join(row_lines(store, read_status(store), config.first)))
+
+
+def view(config: View) -> None:
+    store = config.open()
+    picture = view_panel(
+        store,
+        _rows(store, config.rows, config.count),
+        levels=config.levels,
+        foreground=config.foreground,
+        refit=config.refit,
+        colours_from=config.open(config.colours_from) if config.colours_from else None,
+        storage_options=config.options,
+    )
+    _save(picture.draw(), config.out)
+
+
+def similar(config: Similar) -> None:
+    store = config.open()
+    key = int(_rows(store, [config.key], 1)[0])
+    others = _rows(store, config.to, 4)
+    if not config.to:
+        others = others[others != key][:3]
+    picture = similar_panel(
+        store, key, config.point, others.tolist(), levels=config.levels, storage_options=config.options
+    )
+    _save(picture.draw(), config.out)
+
+
+def compare(config: Compare) -> None:
+    a, b = config.open(), config.open(config.other)
+    result = compare_stores(a, b, config.level, config.other_level or config.level, config.limit)
+    print("\n".join(comparison_lines(result, config.worst)))
+
+
+def export(config: Export) -> None:
+    store = config.open()
+    done = export_vectors(store, config.level, config.out, config.options)
+    print(f"{config.out}: {done.rows:,} vectors of {store.level(config.level).channels} in {done.files} files", end="")
+    print(f"; {done.left_out:,} rows without features left out" if done.left_out else "")
+
+
+def report(config: Report) -> None:
+    size = write_report(config.open(), config.out, count=config.count, storage_options=config.options)
+    print(f"{config.out}: {size / 1e6:.1f} MB, opens without a network")
+
+
+def _rows(store: FeatureStore, names: Sequence[str], count: int) -> np.ndarray:
+    """Row numbers of keys or numbers; a key that looks like a number wins. Without any, `count` rows spread over the store."""
+    if not names:
+        return pick_rows(store, count)
+    found = store.index.find(names)
+    known = [found[name] if name in found else int(name) if name.lstrip("-").isdigit() else name for name in names]
+    return np.concatenate([store.rows(name) for name in known])
+
+
+def _save(picture: Image.Image, out: str) -> None:
+    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    print(out)
+
+
+COMMANDS: dict[str, tuple[type[Show], Callable[..., None]]] = {
+    "status": (Status, status),
+    "failures": (Failures, failures),
+    "rows": (Rows, rows),
+    "view": (View, view),
+    "similar": (Similar, similar),
+    "compare": (Compare, compare),
+    "export": (Export, export),
+    "report": (Report, report),
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[Callable[..., None], Show]:
+    """The command and its settings. Exits with a suggestion on unknown names and flags."""
+    args = list(argv)
+    command = pick_word(args, COMMANDS)
+    if command is None:
+        print(f"{__doc__}\nEach command has --help.")
+        raise SystemExit(0 if "--help" in args or "-h" in args else 2)
+    kind, function = COMMANDS[command]
+    config = tyro.cli(kind, args=args, prog=f"python jobs/show.py {command}", config=(tyro.conf.FlagCreatePairsOff,))
+    return function, config
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, show, and turn errors that a person can act on into one message and an exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    try:
+        function, config = parse(argv)
+        function(config)
+    except (ConfigError, StorageError, FileNotFoundError, PermissionError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

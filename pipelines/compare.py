@@ -1,0 +1,123 @@
+"""Two stores, or two levels, held against each other: cosine per row, and the rows that differ most."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.config import ConfigError
+from storage.pixels import bilinear, cell_centres, to_cells
+from storage.samples import ROW_GROUP_ROWS
+from storage.spec import Level
+from storage.store import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Cosines of the rows that both stores have features of, in the order of the first one."""
+
+    keys: list[str]
+    cosines: np.ndarray
+    "float64 [n]: the mean over a row's cells"
+    smallest: np.ndarray
+    "float64 [n]: the least similar cell"
+    left_out: int
+    "rows of the first store that failed, or that the second one lacks"
+    same_numbers: int
+    "rows that are equal bit for bit"
+
+    def worst(self, count: int) -> list[tuple[str, float, float]]:
+        """Key, cosine, and smallest cosine of the least similar rows."""
+        order = np.argsort(self.cosines, kind="stable")[:count]
+        return [(self.keys[i], float(self.cosines[i]), float(self.smallest[i])) for i in order]
+
+
+def compare(a: FeatureStore, b: FeatureStore, level_a: str, level_b: str, limit: int | None = None) -> Comparison:
+    """Cosine between level `level_a` of `a` and `level_b` of `b`, row by row, matched by key.
+
+    Maps of other grids are brought to the finer one's bilinearly. Holds one block of each at a time. Raises `ConfigError` if
+    the levels can't be compared.
+    """
+    first, second = a.level(level_a), b.level(level_b)
+    _require_comparable(a, b, first, second)
+    keys: list[str] = []
+    cosines, smallest, left_out, same = [], [], 0, 0
+    for rows, names, other in _matched(a, b, len(a) if limit is None else min(limit, len(a))):
+        values_a, there_a = a.read_present(rows, level_a)
+        values_b, there_b = b.read_present(np.maximum(other, 0), level_b)
+        both = np.flatnonzero(there_a & there_b & (other >= 0))
+        left_out += len(rows) - len(both)
+        for i in both:
+            same += values_a[i].shape == values_b[i].shape and bool((values_a[i] == values_b[i]).all())
+            cells = _cosines(*_on_one_grid(first, second, values_a[i], values_b[i]))
+            keys.append(names[i])
+            cosines.append(cells.mean())
+            smallest.append(cells.min())
+    return Comparison(
+        keys=keys, cosines=np.array(cosines), smallest=np.array(smallest), left_out=left_out, same_numbers=same
+    )
+
+
+def _matched(a: FeatureStore, b: FeatureStore, count: int) -> Iterator[tuple[np.ndarray, list[str], np.ndarray]]:
+    """Rows of `a` a block at a time, their keys, and their rows in `b`, -1 where it has none."""
+    for first in range(0, count, ROW_GROUP_ROWS):
+        group = np.arange(first, min(first + ROW_GROUP_ROWS, count))
+        names = a.index.take(group, ["key"])["key"].to_pylist()
+        if a.layout.index == b.layout.index:
+            other = group
+        else:
+            found = b.index.find(names)
+            other = np.array([found.get(name, -1) for name in names])
+        for start in range(0, len(group), a.layout.block_rows):
+            part = slice(start, start + a.layout.block_rows)
+            yield group[part], names[part], other[part]
+
+
+def _require_comparable(a: FeatureStore, b: FeatureStore, first: Level, second: Level) -> None:
+    places = f"{first.name} of {a.folder.shown} and {second.name} of {b.folder.shown}"
+    if first.channels != second.channels:
+        raise ConfigError(f"{places} have {first.channels} and {second.channels} channels: no cosine between them")
+    if (first.grid is None) != (second.grid is None):
+        raise ConfigError(f"{places}: one is a map, the other a vector per image")
+    if first.grid is None:
+        return
+    for name in ("geometry", "crop_pct", "input_size"):
+        if first.grid and getattr(a.spec, name) != getattr(b.spec, name):
+            raise ConfigError(
+                f"{places} show other parts of the images ({name} {getattr(a.spec, name)} and {getattr(b.spec, name)}), "
+                "so their cells don't match; compare the pooled vectors"
+            )
+
+
+def _on_one_grid(first: Level, second: Level, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if first.grid == second.grid or not (first.grid and second.grid):
+        return a, b
+    if first.grid > second.grid:
+        return a, _brought_to(first, second, b)
+    return _brought_to(second, first, a), b
+
+
+def _brought_to(target: Level, source: Level, values: np.ndarray) -> np.ndarray:
+    assert target.grid
+    return bilinear(values, to_cells(source, cell_centres(target)).reshape(-1, 2)).reshape(*target.grid, -1)
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of every cell, float64 [cells]."""
+    a, b = (np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (a, b))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(axis=1) / np.maximum(lengths, 1e-30)
+
+
+def comparison_lines(result: Comparison, worst: int) -> Iterator[str]:
+    """The result in words, a line each."""
+    n, cosines = len(result.cosines), result.cosines
+    yield f"{n:,} rows compared, {result.left_out:,} left out (failed, not written, or not in both)"
+    if not n:
+        return
+    low, middle = np.percentile(cosines, [1, 50])
+    yield f"cosine   mean {cosines.mean():.6f}, median {middle:.6f}, 1 % below {low:.6f}, least {cosines.min():.6f}"
+    yield f"equal    {result.same_numbers:,} rows bit for bit"
+    yield "worst rows: cosine, least similar cell, key"
+    for key, cosine, least in result.worst(worst):
+        yield f"  {cosine:9.6f} {least:9.6f}  {key}"

@@ -1,0 +1,75 @@
+"""Vectors and keys as plain Parquet, for vector indexes and viewers that know nothing of this store."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from storage.paths import Folder, StorageError
+from storage.samples import part_name, table_bytes
+from storage.store import FeatureStore
+
+PART_BYTES = 2**28
+"""Vectors in one Parquet file, which is made in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written: rows, those left out because they have no features, and files."""
+
+    rows: int
+    left_out: int
+    files: int
+
+
+def export_vectors(
+    store: FeatureStore, level: str, target: str, storage_options: Mapping[str, Any] | None = None
+) -> Export:
+    """Write one vector per image to `<target>/part-*.parquet`; maps are averaged over their cells.
+
+    Columns: row, key, source (URL), vector (fixed-size list of float32), and what `--carry` kept. Rows without features are
+    left out and counted. Raises `StorageError` if `target` already holds parts: half of another export must not remain.
+    """
+    folder = Folder(target, storage_options)
+    if any(name.endswith(".parquet") for name in folder.sizes("")):
+        raise StorageError(f"{folder.shown} holds Parquet files already; choose another folder, or empty this one")
+    part_rows = (
+        max(1, PART_BYTES // (4 * store.level(level).channels * store.layout.block_rows)) * store.layout.block_rows
+    )
+    tables: list[pa.Table] = []
+    rows = files = 0
+    for table in _blocks(store, level):
+        tables.append(table)
+        if sum(len(t) for t in tables) + store.layout.block_rows > part_rows:
+            files, rows, tables = files + 1, rows + _write(folder, files, tables), []
+    if tables:
+        files, rows = files + 1, rows + _write(folder, files, tables)
+    return Export(rows=rows, left_out=len(store) - rows, files=files)
+
+
+def _blocks(store: FeatureStore, level: str) -> Iterator[pa.Table]:
+    urls = pa.array([source.url for source in store.index.sources])
+    columns = ["key", "source", *store.index.carried]
+    for task in store.layout.tasks():
+        rows = np.arange(task.first, task.last)
+        values, there = store.read_present(rows, level)
+        if not there.any():
+            continue
+        vectors = values.astype(np.float32).reshape(len(rows), -1, values.shape[-1]).mean(axis=1)[there]
+        known = store.index.take(rows[there], columns)
+        table = pa.table(
+            {"row": rows[there], "key": known["key"], "source": urls.take(known["source"].combine_chunks())}
+        )
+        flat = pa.array(vectors.ravel(), pa.float32())
+        table = table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+        for name in store.index.carried:
+            table = table.append_column(name, known[name])
+        yield table
+
+
+def _write(folder: Folder, part: int, tables: list[pa.Table]) -> int:
+    table = pa.concat_tables(tables)
+    folder.write(part_name("", part).lstrip("/"), table_bytes(table))
+    return len(table)
