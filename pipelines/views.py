@@ -90,6 +90,8 @@ def colours_for(
     document = {"level": fitted_on.name, "rows": rows.tolist(), **projection.to_json()}
     try:
         store.folder.write(name, json.dumps(document).encode())
+        if store.status == "complete":
+            store.folder.remove_partial()
     except (OSError, StorageError) as error:
         logger.warning("colours were not saved in %s (%s); they may differ next time", store.folder.shown, error)
     return projection

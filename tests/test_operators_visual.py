@@ -1,0 +1,119 @@
+"""Colours, masks, similarity maps and panels, on maps whose right answer is plain."""
+
+import json
+
+import numpy as np
+import pytest
+
+from operators.visual import BACKGROUND, Foreground, Panel, RgbProjection, Tile, cosine_map, heat
+
+
+def maps(seed: int = 0, count: int = 4) -> list[np.ndarray]:
+    """Maps of 12 x 12 cells, 8 channels: noise, and a 4 x 4 object in the middle that is far away in channel 0."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        cells = rng.normal(size=(12, 12, 8)) * [0.1, 1, 0.5, 0.2, 0.1, 0.1, 0.1, 0.1]
+        cells[4:8, 4:8, 0] += 10
+        out.append(cells.astype(np.float16))
+    return out
+
+
+def test_first_component_is_red_second_green_third_blue():
+    projection = RgbProjection.fit(maps())
+
+    assert [int(np.abs(c).argmax()) for c in projection.components] == [0, 1, 2]
+    colours = projection(maps()[0])
+    assert colours[5, 5, 0] > 250
+    assert colours[0, 0, 0] < 30
+
+
+def test_refit_on_the_same_maps_gives_the_same_colours():
+    np.testing.assert_array_equal(RgbProjection.fit(maps())(maps(1)[0]), RgbProjection.fit(maps())(maps(1)[0]))
+
+
+def test_colours_of_a_map_do_not_depend_on_its_company():
+    projection, several = RgbProjection.fit(maps()), np.stack(maps(2))
+
+    np.testing.assert_array_equal(projection(several)[3], projection(several[3]))
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_projection_survives_json(foreground):
+    projection = RgbProjection.fit(maps(), foreground=foreground)
+
+    again = RgbProjection.from_json(json.loads(json.dumps(projection.to_json())))
+
+    np.testing.assert_array_equal(again(maps(3)[0]), projection(maps(3)[0]))
+
+
+def test_foreground_is_the_side_that_touches_the_border_less():
+    mask = Foreground.fit(maps())(maps(1)[0])
+
+    expected = np.zeros((12, 12), bool)
+    expected[4:8, 4:8] = True
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_foreground_does_not_depend_on_the_sign_of_the_component():
+    np.testing.assert_array_equal(Foreground.fit([-m for m in maps()])(-maps(1)[0]), Foreground.fit(maps())(maps(1)[0]))
+
+
+def test_background_and_missing_cells_are_grey():
+    features = maps(1)[0]
+    features[5, 5] = np.nan
+
+    colours = RgbProjection.fit(maps(), foreground=True)(features)
+
+    assert tuple(colours[0, 0]) == BACKGROUND
+    assert tuple(colours[5, 5]) == BACKGROUND
+    assert tuple(colours[6, 6]) != BACKGROUND
+
+
+def test_cosine_map_has_literal_values():
+    features = np.array([[[3, 4], [-3, -4]], [[4, -3], [0, 0]]], np.float16)
+
+    np.testing.assert_allclose(cosine_map(np.array([6, 8]), features), [[1, -1], [0, 0]], atol=1e-6)
+
+
+def test_heat_runs_from_dark_blue_to_yellow():
+    colours = heat(np.array([[-1.0, 0.0, 1.0, 2.0]]), 0, 1)
+
+    np.testing.assert_array_equal(colours[0], [[68, 1, 84], [68, 1, 84], [253, 231, 37], [253, 231, 37]])
+
+
+def test_map_tiles_stay_squares():
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    pixels[0, 1] = 255
+
+    image = np.asarray(Tile(pixels=pixels).image(40, 20))
+
+    assert (image[:10, 20:] == 255).all()
+    assert (image[10:] == 0).all()
+
+
+def test_mark_rings_the_point():
+    image = np.asarray(Tile(pixels=np.zeros((8, 8, 3), np.uint8), mark=(0.25, 0.75), is_photo=True).image(100, 100))
+
+    lit = np.argwhere(image.any(axis=-1))
+    np.testing.assert_allclose(lit.mean(axis=0), [75, 25], atol=1)
+
+
+def test_panel_places_tiles_under_their_titles():
+    red, blue = (np.full((2, 2, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    panel = Panel(
+        tiles=[[Tile(pixels=red), Tile(pixels=blue)], [Tile(pixels=None), Tile(pixels=red)]],
+        columns=["one", "two\nlines"],
+        rows=["a", "a longer name"],
+        title="title",
+        tile_size=(50, 40),
+    )
+
+    image = np.asarray(panel.draw()).astype(int)
+
+    def pixels(colour: tuple[int, int, int]) -> int:
+        return int((image == colour).all(axis=-1).sum())
+
+    assert pixels((255, 0, 0)) == 2 * 50 * 40
+    assert pixels((0, 0, 255)) == 50 * 40
+    assert pixels(BACKGROUND) >= 50 * 40  # the titles' smoothed letters have some of this grey, too
