@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-rgw soak lint lock clean
+.PHONY: setup demo test test-rgw test-browser browser soak lint lock clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,14 @@ test: setup
 
 test-rgw: setup
 	$(BIN)/python -m pytest -m rgw
+
+# Where there is no Chromium, the report's browser tests are skipped by `make test`; this installs one (Debian, as root).
+test-browser: setup browser
+	$(BIN)/python -m pytest tests/test_jobs_show.py -k browser
+
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	    { apt-get update -qq && apt-get install -y -qq chromium; }
 
 soak: setup
 	$(BIN)/python -m pytest -m soak

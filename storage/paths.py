@@ -332,6 +332,8 @@ def _read_local(path: str, bounds: tuple[int, int]) -> bytes | None:
 def _range_or_none(data: Any, size: int) -> bytes | None:
     if isinstance(data, FileNotFoundError):
         return None
+    if isinstance(data, OSError) and data.errno == errno.EINVAL and "range is not satisfiable" in str(data):
+        return b""  # the range starts at the object's end or beyond; s3fs's form of a 416
     if isinstance(data, BaseException):
         raise data
     return data[:size]

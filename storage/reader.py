@@ -29,6 +29,10 @@ WINDOW_BYTES = 2**27
 _THREADS = min(8, os.cpu_count() or 1)
 
 
+class _Stale(StorageError):
+    """A shard isn't what its index, read before, says."""
+
+
 class LevelReader:
     """Reads rows of `level`, also from several threads at once."""
 
@@ -45,14 +49,24 @@ class LevelReader:
 
         Rows that aren't there are NaN. Raises `StorageError` on damaged chunks.
         """
-        rows = np.asarray(rows, np.int64)
+        unique, back = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+        try:
+            values, there = self._read(unique)
+        except _Stale:
+            values, there = self._read(unique)  # by the index as it is now; a second time it's damage
+        in_order = np.array_equal(back, np.arange(len(unique)))
+        return (values, there) if in_order else (values[back], there[back])
+
+    def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`read` for sorted rows, each once."""
         if self.level.grid is None:
             values = self._read_vectors("features", rows).astype(self.dtype, copy=False)
             return values, ~np.isnan(values).all(axis=1)
         values, there = self._read_maps(rows)
         if self.level.dtype == "int8":
-            scale = self._read_vectors("scale", rows)[:, None, None]
-            values = np.where(there[:, None, None, None], values * scale, np.float32(np.nan))
+            scale = self._read_vectors("scale", rows)
+            there &= ~np.isnan(scale).all(axis=1)
+            values = np.where(there[:, None, None, None], values * scale[:, None, None], np.float32(np.nan))
         return values, there
 
     # --- maps: a chunk per row, shards ------------------------------------------------------------------------------
@@ -65,13 +79,14 @@ class LevelReader:
         # A shard of which half is wanted is read whole, index included; of the others, indexes first.
         parts = []
         for shard, at in groups:
-            if 2 * len(np.unique(rows[at])) >= self.shard_rows:
+            if 2 * len(at) >= self._rows_in(shard):
                 there[at] = self._read_whole(shard, rows[at] % self.shard_rows, values, at)
             else:
                 parts.append((shard, at))
         for some in _batches(parts, 1024):
             indexes = self._load_indexes([shard for shard, _ in some])
-            self._read_parts(some, indexes, rows, values, there)
+            suspects = self._read_parts(some, indexes, rows, values, there)
+            self._refuse_rewritten(suspects, indexes)
         return values, there
 
     def _shard_name(self, shard: int) -> str:
@@ -94,14 +109,43 @@ class LevelReader:
     def _load_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray]:
         """The indexes of those shards that exist."""
         indexes = {shard: index for shard in shards if (index := self._indexes.get(shard)) is not None}
-        missing = [shard for shard in shards if shard not in indexes]
+        return indexes | self._fetch_indexes([shard for shard in shards if shard not in indexes])
+
+    def _fetch_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray]:
+        """The indexes as they are now, for the cache."""
         size = index_bytes(self.shard_rows)
-        found = self.folder.read_ranges([(self._shard_name(shard), 0, size) for shard in missing])
-        for shard, data in zip(missing, found, strict=True):
-            if data is not None:  # a shard that isn't there may be, next time
-                indexes[shard] = self._decode_index(shard, data)
-                self._indexes.put(shard, indexes[shard])
-        return indexes
+        found = self.folder.read_ranges([(self._shard_name(shard), 0, size) for shard in shards]) if shards else []
+        # A shard that isn't there may be, next time.
+        fetched = {s: self._decode_index(s, data) for s, data in zip(shards, found, strict=True) if data is not None}
+        for shard, index in fetched.items():
+            self._indexes.put(shard, index)
+        return fetched
+
+    def _refuse_rewritten(self, suspects: Sequence[int], indexes: Mapping[int, np.ndarray]) -> None:
+        """Raise `_Stale` if a shard is no longer the one of its index, now that chunks were read by it."""
+        now = self._fetch_indexes(suspects)
+        for shard in suspects:
+            if not np.array_equal(indexes[shard], now.get(shard, ())):
+                raise _Stale(f"{self._shown(shard)} was rewritten while it was read; read it again")
+
+    def _could_be_another(self, index: np.ndarray, positions: np.ndarray) -> bool:
+        """Whether other chunks may lie in these chunks' places by now, without a checksum telling.
+
+        Only absent rows can come to a shard (--retry-failed), and they move what follows back. In the place of a chunk that
+        follows an absent row then lies that row; in another's, a chunk before it, if both are equally long.
+        """
+        length = index[:, 1] - index[:, 0]
+        holes = np.count_nonzero(length == 0)
+        present = np.flatnonzero(length)
+        for rank in np.searchsorted(present, positions) if holes else ():
+            before = present[max(0, rank - holes) : rank]
+            follows_hole = present[rank] > (present[rank - 1] + 1 if rank else 0)
+            if follows_hole or (length[before] == length[present[rank]]).any():
+                return True
+        return False
+
+    def _rows_in(self, shard: int) -> int:
+        return min(self.shard_rows, self.layout.n_rows - shard * self.shard_rows)
 
     def _decode_index(self, shard: int, data: bytes) -> np.ndarray:
         try:
@@ -116,14 +160,18 @@ class LevelReader:
         rows: np.ndarray,
         values: np.ndarray,
         there: np.ndarray,
-    ) -> None:
-        """Read chunks by their ranges, a window of bytes at a time."""
+    ) -> list[int]:
+        """Read chunks by their ranges, a window of bytes at a time; returns shards whose index must be looked at again."""
         wanted: list[tuple[int, int, int, int]] = []  # shard, start, stop, position in `rows`
+        suspects = []
         for shard, at in groups:
             if shard not in indexes:
                 continue
-            spans = indexes[shard][rows[at] % self.shard_rows]
+            index = indexes[shard][: self._rows_in(shard)]
+            spans = index[rows[at] % self.shard_rows]
             there[at] = spans[:, 1] > 0
+            if self._could_be_another(index, rows[at[there[at]]] % self.shard_rows):
+                suspects.append(shard)
             wanted += [(shard, int(a), int(b), int(i)) for (a, b), i in zip(spans, at, strict=True) if b]
         for window in _windows(wanted):
             ranges = [(self._shard_name(shard), a, b - a) for shard, a, b, _ in window]
@@ -135,6 +183,7 @@ class LevelReader:
                 data = memoryview(blob or b"")
                 jobs += [(data[a - first : b - first], values[at], shard) for shard, a, b, at in window[i : j + 1]]
             self._decode(jobs)
+        return suspects
 
     def _decode(self, jobs: Sequence[tuple[bytes | memoryview, np.ndarray, int]]) -> None:
         if len(jobs) < 8:
@@ -150,9 +199,9 @@ class LevelReader:
         except DamagedChunk as error:
             # Also what a shard looks like that was rewritten (--retry-failed) since its index was read.
             self._indexes.drop(shard)
-            raise StorageError(
-                f"{self._shown(shard)} is damaged, or was rewritten while it was read: {error}. Read it again; if the "
-                "error stays, delete the task's record in ledger/commits and continue the extraction"
+            raise _Stale(
+                f"{self._shown(shard)} is damaged, or was rewritten while it was read: {error}. If the error stays, delete the "
+                "task's record in ledger/commits and continue the extraction"
             ) from None
 
     def _shown(self, shard: int) -> str:
@@ -186,7 +235,9 @@ class LevelReader:
                 decompress(data, chunks[block])
             except DamagedChunk as error:
                 raise StorageError(f"{self.folder.shown}/{name} is damaged: {error}") from None
-            cache.put(block, chunks[block])
+            # One with absent rows may be filled by --retry-failed.
+            if not np.isnan(chunks[block][: self.layout.task(block).n_rows, 0]).any():
+                cache.put(block, chunks[block])
         return chunks
 
 

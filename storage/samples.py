@@ -9,6 +9,8 @@ import hashlib
 import itertools
 import json
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -52,32 +54,56 @@ class RowTable:
     """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for."""
 
     def __init__(self, folder: Folder, prefix: str):
-        self.folder, self.prefix = folder, prefix
-        self._open: tuple[int, pq.ParquetFile] | None = None
+        self._parts = _Parts(folder, prefix)
 
     def read(self, first: int, last: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows `first` to `last` (exclusive), in order; they must lie within one part."""
         part = first // PART_ROWS
         start = first - part * PART_ROWS
         groups = range(start // ROW_GROUP_ROWS, -(-(last - part * PART_ROWS) // ROW_GROUP_ROWS))
-        table = self._part(part).read_row_groups(list(groups), columns=columns)
+        table = self._parts.read(part, groups, columns)
         return table.slice(start - groups[0] * ROW_GROUP_ROWS, last - first)
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows whose numbers are in `rows`, in that order."""
         unique, positions = np.unique(rows, return_inverse=True)
+        if not len(unique):
+            return self.read(0, 1, columns).slice(0, 0)
         tables = []
         for part in np.unique(unique // PART_ROWS):
             within = unique[unique // PART_ROWS == part] - part * PART_ROWS
             groups, group = np.unique(within // ROW_GROUP_ROWS, return_inverse=True)
-            table = self._part(int(part)).read_row_groups(groups.tolist(), columns=columns)
+            table = self._parts.read(int(part), groups.tolist(), columns)
             tables.append(table.take(group * ROW_GROUP_ROWS + within % ROW_GROUP_ROWS))
         return pa.concat_tables(tables).take(positions)
 
-    def _part(self, part: int) -> pq.ParquetFile:
-        if self._open is None or self._open[0] != part:
-            self._open = (part, pq.ParquetFile(self.folder.open(part_name(self.prefix, part)), pre_buffer=True))
-        return self._open[1]
+
+class _Parts:
+    """Parquet parts of one table, opened once in each process: a file that was inherited shares its position.
+
+    One thread reads at a time: two in one ParquetFile end in errors or a crash.
+    """
+
+    def __init__(self, folder: Folder, prefix: str):
+        self.folder, self.prefix = folder, prefix
+        self._open: dict[tuple[int, int], pq.ParquetFile] = {}
+        self._locks: dict[int, threading.Lock] = {}
+
+    def read(self, part: int, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
+        """Some row groups of a part."""
+        with self._locks.setdefault(os.getpid(), threading.Lock()):
+            return self._file(part).read_row_groups(list(groups), columns=columns)
+
+    def metadata(self, part: int) -> pq.FileMetaData:
+        with self._locks.setdefault(os.getpid(), threading.Lock()):
+            return self._file(part).metadata
+
+    def _file(self, part: int) -> pq.ParquetFile:
+        name = (os.getpid(), part)
+        if name not in self._open:
+            file = self.folder.open(part_name(self.prefix, part))
+            self._open[name] = pq.ParquetFile(file, pre_buffer=True)
+        return self._open[name]
 
 
 class SampleIndex:
@@ -103,7 +129,7 @@ class SampleIndex:
         "columns that `--carry` took from the samples' text members"
         self.first_keys: list[str] = json.loads(meta[b"first_keys"])
         self._table = RowTable(folder, "index/samples")
-        self._keys: dict[int, pq.ParquetFile] = {}
+        self._keys = _Parts(folder, "index/keys")
 
     @staticmethod
     def exists(folder: Folder) -> bool:
@@ -135,14 +161,11 @@ class SampleIndex:
 
     def _find(self, part: int, keys: Sequence[str]) -> dict[str, int]:
         """Those of the sorted `keys` that are in the part; reads the row groups that may hold one."""
-        if part not in self._keys:
-            name = part_name("index/keys", part)
-            self._keys[part] = pq.ParquetFile(self.folder.open(name), pre_buffer=True)
-        file = self._keys[part]
-        groups = [g for g in range(file.num_row_groups) if _may_hold(file.metadata.row_group(g).column(0), keys)]
+        metadata = self._keys.metadata(part)
+        groups = [g for g in range(metadata.num_row_groups) if _may_hold(metadata.row_group(g).column(0), keys)]
         if not groups:
             return {}
-        table = file.read_row_groups(groups)
+        table = self._keys.read(part, groups)
         table = table.filter(pc.is_in(table["key"], pa.array(keys, table["key"].type)))
         return dict(zip(table["key"].to_pylist(), table["row"].to_pylist(), strict=True))
 

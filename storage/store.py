@@ -184,11 +184,11 @@ class FeatureStore:
         Raises `NoSuchRow` (an `IndexError`) and `UnknownName` (a `KeyError`) for those that don't exist.
         """
         if isinstance(selection, slice):
-            return np.arange(len(self), dtype=np.int64)[selection]
+            return np.arange(*selection.indices(len(self)), dtype=np.int64)
         items = np.asarray([selection] if isinstance(selection, str | int | np.integer) else selection)
         if not items.size:
             return np.zeros(0, np.int64)
-        if items.dtype.kind in "US":
+        if items.dtype.kind == "U" or (items.dtype.kind == "O" and all(isinstance(item, str) for item in items.flat)):
             return self.index.rows(items.tolist())
         if items.dtype == bool and items.shape == (len(self),):
             return np.flatnonzero(items)
@@ -197,7 +197,8 @@ class FeatureStore:
         wrong = items[(items < -len(self)) | (items >= len(self))]
         if len(wrong):
             raise NoSuchRow(f"{self.folder.shown} has {len(self)} rows, there is no row {wrong[0]}")
-        return np.where(items < 0, items + len(self), items).astype(np.int64)
+        items = items.astype(np.int64)
+        return np.where(items < 0, items + len(self), items)
 
     def read(self, rows: Selection, level: str, *, missing: Literal["raise", "nan"] = "raise") -> np.ndarray:
         """Features of one row [*row_shape], or of several [n, *row_shape], in the order asked.
@@ -224,10 +225,13 @@ class FeatureStore:
         Coordinates are continuous, in pixels of the upright original: (0.5, 0.5) is the centre of its first pixel. Points
         that the crop cut away have no features: NaN. Raises `OutsideImage` for points outside the image, and `MissingRows`.
         """
-        points = np.asarray(points_xy, np.float64).reshape(-1, 2)
-        pixels, dense = self.pixels(key), self.level(level)
-        outside = ((points < 0) | (points > [pixels.width, pixels.height])).any(axis=1)
-        if outside.any() or not np.isfinite(points).all():
+        points = np.asarray(points_xy, np.float64)
+        if points.size and (points.shape[-1:] != (2,) or points.ndim > 2):
+            raise ValueError(f"points are (x, y) pairs, [P, 2]; got an array of shape {points.shape}")
+        points, row = points.reshape(-1, 2), int(self.rows(key)[0])
+        pixels, dense = self.pixels(row), self.level(level)
+        outside = ~((points >= 0) & (points <= [pixels.width, pixels.height])).all(axis=1)
+        if outside.any():
             raise OutsideImage(
                 f"{key!r} has {pixels.width} x {pixels.height} pixels, {points[outside][:1]} lies outside; points are (x, y)"
             )
@@ -235,7 +239,7 @@ class FeatureStore:
         height, width = self.spec.input_size
         # A hair of tolerance: the image's own border must not fall to rounding.
         cut = ((placed < -1e-6) | (placed > [width + 1e-6, height + 1e-6])).any(axis=1)
-        values = bilinear(self.read(key, level), to_cells(dense, placed))
+        values = bilinear(self.read(row, level), to_cells(dense, placed))
         values[cut] = np.nan
         return values
 

@@ -1,13 +1,19 @@
 """The benchmark runs and its numbers hang together. Nothing here asserts how fast anything is."""
 
+import importlib.util
 import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from jobs import benchmark
+from pipelines import read_benchmark
 from pipelines.benchmark import STAGES, BenchmarkFailed, _steady, run_fresh
+from pipelines.config import ConfigError
+from pipelines.read_benchmark import Place, check
 
 
 def test_extract_measures_all_four_side_by_side_and_their_features_agree(tmp_path, capsys):
@@ -58,6 +64,100 @@ def test_index_counts_every_sample_and_leaves_nothing_behind(tmp_path, capsys):
     assert result["parquet_bytes"] > 0
     assert min(result["memory"][name] for name in ("driver", "workers", "ray", "pss")) > 0
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_read_compares_contenders_on_the_same_rows_and_leaves_nothing_behind(tmp_path, capsys):
+    path = tmp_path / "numbers.json"
+    (tmp_path / "work").mkdir()
+
+    code = benchmark.run(["read", "debug", "--out", str(tmp_path / "work"), "--json", str(path)])
+
+    assert code == 0
+    printed = capsys.readouterr().out
+    for row in (
+        "local: random rows | rows/s | MB/s | CPU s / 1,000 rows | rows read | of zarr by row |",
+        "S3: random rows | rows/s | MB/s | CPU s / 1,000 rows | server's | rows read | of zarr by row |",
+        "S3: shuffled / zarr-python, `array[row]` | 5.0",
+        "local: shuffled / whole shards in order | 0.5",
+        "local, 2,000 rows: read a row by its key",
+        "S3: open the store",
+    ):
+        assert f"| {row}" in printed
+    places = json.loads(path.read_text())["places"]
+    assert {place: len(one["reads"]) for place, one in places.items()} == {"local": 5, "S3": 4}
+    assert {place: len(one["epochs"]) for place, one in places.items()} == {"local": 7, "S3": 6}
+    for place, rows in (("local", 96), ("S3", 48)):
+        assert [one["rows"] for one in places[place]["reads"].values()] == [100] * len(places[place]["reads"])
+        for one in places[place]["epochs"].values():
+            assert (one["rows"], one["times"], one["done"], one["equal"]) == (rows, [1, 1], True, True)
+            assert min(one["rows_per_s"], one["mb_per_s"], one["cpu_s_per_1000"]) > 0
+    assert [sum(step["requests"].values()) for step in places["local"]["openings"]] == [0] * 6
+    assert places["S3"]["openings"][0]["requests"] == {"GetObject": 1}
+    assert list((tmp_path / "work").iterdir()) == []
+    assert not [child for child in psutil.Process().children() if "moto" in " ".join(child.cmdline())]
+
+
+def test_read_refuses_wrong_features_and_epochs_with_gaps_or_repeats(tmp_path):
+    config = read_benchmark.ReadBenchmark(rows=24, grid=(2, 2), channels=8, s3_rows=8)
+    place = Place(name="local", url=str(tmp_path / "feats.zarr"), npy=str(tmp_path / "rows.npy"))
+    read_benchmark.write_npy(place.npy, config)
+    read_benchmark.write_store(place, config, 24)
+    rows = np.arange(24)
+
+    def contender(shift: int):
+        return lambda place, order: ((order[i : i + 1], place.memmap()[order[i] - shift]) for i in range(len(order)))
+
+    def found(order: np.ndarray, shift: int = 0):
+        return {"reads": {}, "epochs": {"it": read_benchmark._timed(place, contender(shift), order, 60.0)}}
+
+    check(found(rows))
+    with pytest.raises(BenchmarkFailed, match="gave other features than were written"):
+        check(found(rows, shift=1))
+    with pytest.raises(BenchmarkFailed, match="rows 0 to 1 times"):
+        check(found(rows[1:]))
+    with pytest.raises(BenchmarkFailed, match="rows 1 to 2 times"):
+        check(found(np.append(rows, 3)))
+
+
+def test_read_without_moto_says_what_to_install(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "moto" else find(name, *a))
+
+    assert benchmark.run(["read", "debug", "--out", str(tmp_path)]) == 2
+
+    assert "pip install 'moto[server]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_says_before_it_writes_that_the_disk_is_too_small(tmp_path, capsys):
+    assert benchmark.run(["read", "debug", "--rows", "1000000000000", "--out", str(tmp_path)]) == 2
+
+    assert "fewer --rows" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"s3": "minio"}, "use moto, none, or s3://bucket/prefix"),
+        ({"rows": 8, "s3_rows": 9}, "--s3-rows must be at most --rows"),
+        ({"reads": 0}, "must be above 0"),
+        ({"storage_options": "{"}, "not valid JSON"),
+    ],
+)
+def test_read_refuses_settings_that_cannot_be_meant(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        read_benchmark.ReadBenchmark(**settings)
+
+
+def test_read_keeps_credentials_out_of_what_it_saves():
+    options = '{"key": "access-name", "secret": "a-secret-value"}'
+
+    saved = json.dumps(read_benchmark.ReadBenchmark(s3="s3://bucket/x", storage_options=options).public())
+
+    assert "s3://bucket/x" in saved
+    assert "access-name" not in saved
+    assert "a-secret-value" not in saved
 
 
 def test_tiny_tars_are_what_tarfile_reads(tmp_path):

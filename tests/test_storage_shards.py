@@ -363,7 +363,7 @@ def test_listing_the_store_meets_no_unknown_object(written, recwarn):
     root = [name for name, _ in zarr.open_group(written, mode="r", use_consolidated=False).members()]
     everything = [name for name, _ in zarr.open_group(written, mode="r").members(max_depth=None)]
 
-    groups = {"5x3", "index", "ledger", "pooled", "runs", "x0.5", "x1", "x2"}
+    groups = {"5x3", "index", "ledger", "pooled", "runs", "views", "x0.5", "x1", "x2"}
     axes = {f"{level}/{axis}" for level in ("5x3", "x0.5", "x1", "x2") for axis in "yx"}
     assert set(root) == groups
     assert set(everything) == groups | axes | set(NAMES)
