@@ -5,6 +5,7 @@
     python jobs/benchmark.py index --samples 1000000 --tars 1000
     python jobs/benchmark.py precision --data photos.tar --model vit_tiny_patch16_224.augreg_in21k_ft_in1k
     python jobs/benchmark.py read                         # random rows and whole epochs, from disk and over S3
+    python jobs/benchmark.py cost                         # operations, time and memory of upsamplers beside the backbone
 
 Prints Markdown; --json PATH writes all numbers. Run it while nothing else does. Exit codes: 0 measured, 1 not, 2 wrong settings.
 """
@@ -34,12 +35,14 @@ from PIL import Image
 from operators.backbone import BackboneError
 from pipelines.benchmark import measure_extract, measure_index, summarise
 from pipelines.config import ConfigError, ExtractConfig
+from pipelines.cost_benchmark import COST_PRESETS, CostBenchmark, cost_report, measure_cost, table
 from pipelines.demo import PHOTOS
 from pipelines.executors import InlineExecutor
-from pipelines.models import LevelChoice, WeightsUnavailable
+from pipelines.models import LevelChoice
 from pipelines.precision import measure_precision
 from pipelines.processes import CORES, BenchmarkFailed
 from pipelines.read_benchmark import BY_ROW, IN_ORDER, ReadBenchmark, measure_read
+from pipelines.weights import WeightsUnavailable
 from storage.paths import StorageError
 
 
@@ -204,7 +207,7 @@ def extract_report(config: ExtractBenchmark, result: dict[str, Any]) -> Iterator
     if config.precision == "bf16" and not found["native_bf16"]:
         yield "\n**This CPU has no bf16 instructions: bf16 is emulated here, and slow; --precision fp32 is likely faster.**"
     bound = bare["bound_images_per_s"]
-    yield from _table(
+    yield from table(
         ["", "images/s", "of the bound"],
         [
             [name, f"{rate:.2f}", f"{rate / bound:.2f}"]
@@ -219,18 +222,11 @@ def extract_report(config: ExtractBenchmark, result: dict[str, Any]) -> Iterator
             )
         ],
     )
-    yield from _table(
-        ["ratio", "target", "best", "by round"],
-        [
-            [
-                name,
-                f"{r['target']:.2f}" if r["target"] else "",
-                f"{r['best']:.2f}",
-                " ".join(f"{x:.2f}" for x in r["all"]),
-            ]
-            for name, r in result["ratios"].items()
-        ],
-    )
+    rows = []
+    for name, r in result["ratios"].items():
+        target = f"{r['target']:.2f}" if r["target"] else ""
+        rows.append([name, target, f"{r['best']:.2f}", " ".join(f"{x:.2f}" for x in r["all"])])
+    yield from table(["ratio", "target", "best", "by round"], rows)
     yield from _gap_report(result["gap"])
     yield from _process_report(pipeline, loop)
     yield from _notes(pipeline, loop, bare)
@@ -245,7 +241,7 @@ def _gap_report(gap: dict[str, Any]) -> Iterator[str]:
     rows += [[name, "", "", f"{value:.2f}", f"{value:+.2f}"] for name, value in gap["outside"].items()]
     rows += [["all", f"{gap['bare']:.2f}", "", f"{gap['total']:.2f}", f"{gap['total'] - gap['bare']:+.2f}"]]
     yield "\nWhere it goes, in core milliseconds per image (largest gap first within the stages):"
-    yield from _table(["", "bare", "stage clock", "in the run", "gap"], rows)
+    yield from table(["", "bare", "stage clock", "in the run", "gap"], rows)
 
 
 def _process_report(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[str]:
@@ -260,7 +256,7 @@ def _process_report(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[
     names |= {"workers": "of it workers", "largest_worker": "largest worker", "ray": "of it Ray's daemons"}
     for name, title in names.items():
         rows.append([title, megabytes(pipeline["memory"][name]), megabytes(loop["memory"][name])])
-    yield from _table(["", "pipeline", "user's loop"], rows)
+    yield from table(["", "pipeline", "user's loop"], rows)
 
 
 def _notes(pipeline: dict[str, Any], loop: dict[str, Any], bare: dict[str, Any]) -> Iterator[str]:
@@ -304,7 +300,7 @@ def index(config: IndexBenchmark) -> dict[str, Any]:
     ]
     rows += [["peak PSS of all, MB", f"{memory['pss'] / 2**20:,.0f}"]]
     rows += [["Parquet, MB", f"{found['parquet_bytes'] / 1e6:.1f}"]]
-    print("\n".join(_table(["", ""], rows)))
+    print("\n".join(table(["", ""], rows)))
     return result
 
 
@@ -326,10 +322,10 @@ def precision(config: PrecisionBenchmark) -> dict[str, Any]:
     print(f"## precision: {config.model}, weights {config.weights}")
     head = ["choice", "bytes a value", "relative L2", "1 - cosine, mean", "1 - cosine, worst cell"]
     names = ("bytes_per_value", "relative_l2", "mean_1_minus_cosine", "worst_1_minus_cosine")
-    table = [
+    lines = [
         [f"{row['kind']} {row['name']}", *(f"{row[name]:.2g}" if name in row else "" for name in names)] for row in rows
     ]
-    print("\n".join(_table(head, table)))
+    print("\n".join(table(head, lines)))
     return {"machine": machine(), "settings": asdict(config), "rows": rows}
 
 
@@ -355,10 +351,10 @@ def read_report(config: ReadBenchmark, result: dict[str, Any]) -> Iterator[str]:
         yield from _rates(f"{place}: random rows", one["reads"], {"of zarr by row": BY_ROW})
         yield from _rates(f"{place}: an epoch", one["epochs"], {"of zarr by row": BY_ROW, "of in order": IN_ORDER[0]})
     rows = [[r["ratio"], r["target"], *(f"{value:.2f}" for value in r["found"].values())] for r in ratios]
-    yield from _table(["ratio", "target", *ratios[0]["found"]], rows)
+    yield from table(["ratio", "target", *ratios[0]["found"]], rows)
     steps = [step for one in places.values() for step in one["openings"]]
     rows = [[s["step"], f"{s['first_ms']:.1f}", f"{s['ms']:.1f}", f"{sum(s['requests'].values())}"] for s in steps]
-    yield from _table(["new objects and connections", "first, ms", "again (median), ms", "S3 requests"], rows)
+    yield from table(["new objects and connections", "first, ms", "again (median), ms", "S3 requests"], rows)
     yield f"""
 - MB as decoded. CPU is the client's, with its workers. Epochs: the best of up to {config.repeat}.
 - "stopped": not done after {config.seconds:g} s; its rate, also for an epoch, is that of the rows it had read by then.
@@ -375,7 +371,17 @@ def _rates(title: str, contenders: dict[str, Any], bases: dict[str, str]) -> Ite
         numbers = [f"{one[column]:,.{2 if '1000' in column else 0}f}" for column in columns.values()]
         ratios = [f"{one['rows_per_s'] / contenders[base]['rows_per_s']:.2f}" for base in bases.values()]
         rows.append([name, *numbers, f"{one['rows']:,}{'' if one['done'] else ' (stopped)'}", *ratios])
-    yield from _table([title, *columns, "rows read", *bases], rows)
+    yield from table([title, *columns, "rows read", *bases], rows)
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+def cost(config: CostBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    result = {"settings": asdict(config), **measure_cost(config), "machine": machine()}
+    print("\n".join(cost_report(config, result)))
+    return result
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -392,14 +398,6 @@ def _folder(out: str, *, keep: bool) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield ""
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" + "---:|" * (len(head) - 1)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 def machine() -> dict[str, Any]:
@@ -447,6 +445,7 @@ COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
         },
         read,
     ),
+    "cost": (COST_PRESETS, cost),
 }
 """By name: presets, and what runs them."""
 

@@ -26,10 +26,10 @@ from pipelines.config import ConfigError, ExtractConfig, config_from_run
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import RunFailed, Summary, run_prepared
-from pipelines.models import WeightsUnavailable
 from pipelines.plan import make_plan
 from pipelines.prepare import prepare, resolve
 from pipelines.views import pick_rows, view_panel
+from pipelines.weights import WeightsUnavailable
 from storage.paths import StorageError, is_memory, redact
 from storage.store import FeatureStore
 

@@ -350,6 +350,11 @@ class TimmBackbone:
         by_layer = dict(zip(ordered, joined, strict=True))
         return {layer: by_layer[layer] for layer in layers}
 
+    @property
+    def heads(self) -> int:
+        """Attention heads of the last block. Raises `BackboneError` for models without blocks of attention."""
+        return int(self._attention(self.n_layers - 1).num_heads)
+
     def _attention(self, layer: int) -> nn.Module:
         blocks = getattr(self.model, "blocks", None)
         attention = getattr(blocks[layer], "attn", None) if blocks is not None and not self.is_hierarchical else None

@@ -54,7 +54,10 @@ class ExtractConfig:
     """Decode large JPEGs at reduced scale: faster, slightly other pixels."""
 
     levels: tuple[str, ...] = ("x1", "pooled")
-    """`NAME[=METHOD][@ENCODING]`: x1, x2, x0.5, 112x112, pooled; methods bilinear, bicubic, nearest, average, cls, mean."""
+    """`NAME[=METHOD][@ENCODING]`: x1, x2, x0.5, 112x112, pooled; methods bilinear, bicubic, nearest, average, cls, mean,
+    and learned ones with a checkpoint's URL: x2=lift:s3://bucket/ckpt."""
+    force_upsampler: bool = False
+    """Use a learned upsampler with other features than it was trained on."""
     encoding: Literal["float16", "float32", "int8"] = "float16"
     """How features are stored, unless a level says otherwise."""
 
@@ -132,7 +135,8 @@ class ExtractConfig:
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.storage_options:
             shown["storage_options"] = json.dumps(public_options(self.options))
-        shown["data"] = [redact(url, self.options) for url in self.data]
+        for name in ("data", "levels"):
+            shown[name] = [redact(url, self.options) for url in getattr(self, name)]
         for name in ("out", "weights"):
             shown[name] = redact(shown[name], self.options)
         return json.loads(json.dumps(shown))
@@ -176,6 +180,7 @@ CONTENT_FIELDS = (
     "precision",
     "jpeg_draft",
     "levels",
+    "force_upsampler",
     "encoding",
     "image_member",
     "carry",

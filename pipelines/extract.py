@@ -1,12 +1,14 @@
 """The driver of the main job: run pending tasks, account for every sample, finish the store."""
 
+import contextlib
 import json
 import logging
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -17,10 +19,15 @@ from pipelines.config import ExtractConfig
 from pipelines.prepare import Prepared, default_batch, prepare, resolve, versions
 from pipelines.worker import WorkerSetup
 from storage.ledger import commonest_reasons
+from storage.paths import StorageError
 from storage.spec import ShardTask
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
+
+
+SAVE_INTERVAL_S = 10.0
+"""How often a run says how far it is, where `jobs/show.py status` finds it."""
 
 
 class RunFailed(RuntimeError):
@@ -144,13 +151,12 @@ class _Run:
         self.bytes_written = 0
         self.start_up_s = 0.0
         self.finished_tasks = 0
-        self._last_saved = time.monotonic()
 
     def execute(self, pending: Sequence[ShardTask]) -> None:
         """Run `pending`; tasks whose workers kept dying run again, alone."""
         if not pending:
             return
-        with self.progress:
+        with self.progress, self._heartbeat():
             aside = self._drain(pending, solo=False)
             if aside:
                 logger.warning("%d tasks whose workers kept dying run again, one at a time", len(aside))
@@ -179,16 +185,33 @@ class _Run:
         self.finished_tasks += 1
         self.bytes_written += report["bytes_written"]
         self.progress.add(report["ok"], report["failed"], report["seconds"])
-        if time.monotonic() - self._last_saved > 30:
-            self._save_progress()
         seen, failed = self.progress.ok + self.progress.failed, self.progress.failed
         budget = self.config.max_failed_fraction * self.store.layout.n_rows
         if failed > budget and (failed > budget + 256 or (seen >= 256 and failed > seen / 2)):
             raise RunFailed(self._budget_text(f"{failed:,} of the first {seen:,} images failed"))
 
+    @contextlib.contextmanager
+    def _heartbeat(self) -> Iterator[None]:
+        """Save progress now and then, also while no task is finished: a slow task must not look like a dead run."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(SAVE_INTERVAL_S):
+                try:
+                    self._save_progress()
+                except (OSError, StorageError) as error:
+                    logger.warning("progress was not saved: %s", error)
+
+        thread = threading.Thread(target=beat, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
     def _save_progress(self) -> None:
         """Rates and stage times where `show` finds them, also from another machine."""
-        self._last_saved = time.monotonic()
         p = self.progress
         document = {
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -4,28 +4,16 @@ The driver loads weights once, hashes them, and hands the same arrays to every w
 network once per node, and what was hashed is what runs.
 """
 
-import io
 import logging
-import pickle
 import re
-import socket
-import struct
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import huggingface_hub
 import numpy as np
 import psutil
-import safetensors.torch
-import timm
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from torch import Tensor
 
 from operators.backbone import (
     Preprocessing,
@@ -38,134 +26,13 @@ from operators.backbone import (
     state_arrays,
     weights_digest,
 )
-from operators.upsamplers import Upsampler, create_upsampler
+from operators.upsamplers import LEARNED, Upsampler, create_upsampler
+from pipelines.checkpoints import UpsamplerWeights, load_upsampler
 from pipelines.config import ConfigError
-from storage.paths import Folder, read_file, redact
+from storage.paths import redact
 from storage.spec import FeatureSpec, Level
 
 logger = logging.getLogger(__name__)
-
-
-class WeightsUnavailable(RuntimeError):
-    """The weights can't be had; the message says what to do."""
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-_HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsChoice:
-    """`pretrained`, `random[:seed]`, or a file or folder at a path or URL, parsed from `--weights`."""
-
-    source: Literal["pretrained", "file", "random"]
-    url: str = ""
-    seed: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> "WeightsChoice":
-        if text == "pretrained":
-            return cls(source="pretrained")
-        if match := re.fullmatch(r"random(?::(\d+))?", text):
-            return cls(source="random", seed=int(match.group(1) or 0))
-        return cls(source="file", url=text)
-
-
-def load_model(
-    name: str, size: tuple[int, int], weights: WeightsChoice, revision: str | None, options: Mapping[str, Any] | None
-) -> torch.nn.Module:
-    """The timm model with its weights, on the CPU. Raises `WeightsUnavailable` or `BackboneError`."""
-    if weights.source == "random":
-        return create_model(name, size, None, weights.seed)
-    if weights.source == "file":
-        return create_model(name, size, read_state_dict(weights.url, options), None)
-    return create_model(name, size, _hub_state_dict(name, revision), None)
-
-
-def read_state_dict(url: str, options: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` or torch file, or of a folder that holds `model.safetensors`, at a path or URL.
-
-    Torch files are read with weights_only=True: nothing is unpickled. Raises `WeightsUnavailable`.
-    """
-    shown = redact(url, options)
-    try:
-        if not re.search(r"\.(safetensors|pth|pt|bin|ckpt)$", url):
-            data, name = Folder(url, options).read("model.safetensors"), "model.safetensors"
-        else:
-            data, name = read_file(url, options), url
-    except FileNotFoundError as error:
-        raise WeightsUnavailable(f"no weights at {shown}: {error}") from None
-    return _parse_state_dict(data, name, shown)
-
-
-def _parse_state_dict(data: bytes, name: str, shown: str) -> dict[str, Tensor]:
-    if name.endswith(".safetensors"):
-        try:
-            return safetensors.torch.load(data)
-        except safetensors.SafetensorError as error:
-            raise WeightsUnavailable(f"{shown} is no whole safetensors file: {error}") from None
-    try:
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, struct.error) as error:
-        raise WeightsUnavailable(
-            f"{shown} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
-            "safetensors where you trust it"
-        ) from None
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsUnavailable(f"{shown} holds no state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
-
-
-def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:
-    """The hub's file for a timm name: from the local cache where it is there, else downloaded."""
-    config = timm.get_pretrained_cfg(name)
-    repo = config.hf_hub_id if config else None
-    if not repo:
-        raise WeightsUnavailable(
-            f"timm knows no hub repository for {name}; give --weights a file, or a name with a tag such as {name}.<tag>"
-        )
-    repo, _, pinned = repo.partition("@")
-    revision = revision or pinned or None
-    advice = (
-        f"Fetch it where there is a network (hf download {repo}) and give --weights the folder, or use --weights random"
-    )
-    for file in (config.hf_hub_filename,) if getattr(config, "hf_hub_filename", None) else _HUB_FILES:
-        cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
-        if isinstance(cached, str):
-            return _parse_state_dict(Path(cached).read_bytes(), file, cached)
-    _require_host(huggingface_hub.constants.ENDPOINT, f"pretrained weights of {name}", advice)
-    error: Exception | None = None
-    for file in _HUB_FILES:
-        try:
-            path = huggingface_hub.hf_hub_download(repo, file, revision=revision)
-            return _parse_state_dict(Path(path).read_bytes(), file, path)
-        except GatedRepoError:
-            page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
-            raise WeightsUnavailable(f"{repo} is gated: accept its terms at {page}, then `hf auth login`") from None
-        except RepositoryNotFoundError:
-            raise WeightsUnavailable(f"the hub has no repository {repo} (or it is private). {advice}") from None
-        except LocalEntryNotFoundError as caught:
-            raise WeightsUnavailable(f"pretrained weights of {name} can't be reached: {caught}. {advice}") from None
-        except HfHubHTTPError as caught:
-            error = caught
-    raise WeightsUnavailable(f"none of {', '.join(_HUB_FILES)} could be had from {repo}: {error}. {advice}")
-
-
-def _require_host(endpoint: str, what: str, advice: str) -> None:
-    """Fail at once where the hub's name does not resolve; its client would retry for most of a minute."""
-    host = urllib.parse.urlsplit(endpoint).hostname or ""
-    if urllib.request.getproxies():
-        return
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError as error:
-        raise WeightsUnavailable(
-            f"{what} can't be reached: no network to {host} ({error.strerror or error}). {advice}"
-        ) from None
 
 
 # --- levels -----------------------------------------------------------------------------------------------------------
@@ -173,16 +40,20 @@ def _require_host(endpoint: str, what: str, advice: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LevelChoice:
-    """One `--levels` entry: `NAME[=METHOD][@DTYPE]`, NAME being xFACTOR, ROWSxCOLUMNS, or pooled."""
+    """One `--levels` entry: `NAME[=METHOD[:URL]][@DTYPE]`, NAME being xFACTOR, ROWSxCOLUMNS, or pooled."""
 
     name: str
     method: str
     dtype: str
+    url: str = ""
+    "of a learned method's checkpoint"
 
     @classmethod
     def parse(cls, text: str, encoding: str) -> "LevelChoice":
-        body, _, dtype = text.partition("@")
+        # Not what lies between an @ and the end of a URL, which may have one of its own.
+        body, dtype = re.fullmatch(r"(.*?)(?:@([^@/:]*))?", text).groups()
         name, _, method = body.partition("=")
+        method, _, url = method.partition(":")
         if not re.fullmatch(r"pooled|x\d+(\.\d+)?|\d+x\d+", name):
             raise ConfigError(
                 f"--levels {text}: {name!r} is no level; use x1, x2, x0.5, ..., 112x112 (rows x columns), or pooled"
@@ -192,11 +63,22 @@ class LevelChoice:
             raise ConfigError(f"--levels {text}: {dtype!r} is no encoding; there are float16, float32, int8")
         if name == "pooled" and dtype == "int8":
             dtype = "float16"
-        return cls(name=name, method=method, dtype=dtype)
+        if bool(url) != (method in LEARNED):
+            raise ConfigError(
+                f"--levels {redact(text)}: learned methods ({', '.join(LEARNED)}) take the URL of a checkpoint, as in "
+                "x2=lift:s3://bucket/checkpoint; others take none"
+            )
+        return cls(name=name, method=method, dtype=dtype, url=url)
 
 
-def resolve_level(choice: LevelChoice, backbone: TimmBackbone, size: tuple[int, int], n_layers: int) -> Level:
-    """A `Level` with everything filled in. Raises `ConfigError` where the grid can't be had."""
+def resolve_level(
+    choice: LevelChoice,
+    backbone: TimmBackbone,
+    size: tuple[int, int],
+    n_layers: int,
+    learned: UpsamplerWeights | None = None,
+) -> Level:
+    """A `Level` with everything filled in. Raises `ConfigError` or `UpsamplerError` where the grid can't be had."""
     channels = backbone.channels * n_layers
     if choice.name == "pooled":
         method = choice.method or ("cls" if backbone.has_cls else "mean")
@@ -216,7 +98,12 @@ def resolve_level(choice: LevelChoice, backbone: TimmBackbone, size: tuple[int, 
         raise ConfigError(
             f"--levels {choice.name}=average: {base[0]}x{base[1]} cells don't divide into {grid[0]}x{grid[1]}"
         )
-    digest = "" if method == "backbone" else create_upsampler(method).digest
+    digest = ""
+    if learned:
+        learned.build("fp32").passes(base, grid)
+        digest = learned.digest()
+    elif method != "backbone":
+        digest = create_upsampler(method).digest
     step = tuple(backbone.stride * b / g for b, g in zip(base, grid, strict=True))
     edge = backbone.cell_start() - backbone.stride / 2
     return Level(
@@ -249,16 +136,18 @@ def _level_grid(name: str, base: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBundle:
-    """All a worker needs to build the model: the spec and the weights' arrays."""
+    """All a worker needs to build the model: the spec and the arrays of its weights."""
 
     spec: FeatureSpec
     arrays: Mapping[str, np.ndarray]
+    upsamplers: Mapping[str, UpsamplerWeights] = field(default_factory=dict)
+    "learned ones, by level"
 
     def build(self, device: str) -> "FeatureModel":
         model = load_arrays(create_model(self.spec.model, self.spec.input_size, None, None), self.arrays)
         spec = self.spec
         backbone = TimmBackbone(model, facet=spec.facet, norm=spec.norm, stride=spec.stride, pos_embed=spec.pos_embed)
-        return FeatureModel(spec, backbone, torch.device(device))
+        return FeatureModel(spec, backbone, torch.device(device), self.upsamplers)
 
 
 def describe_model(
@@ -278,6 +167,8 @@ def describe_model(
     precision: Literal["bf16", "fp16", "fp32"],
     jpeg_draft: bool,
     levels: Sequence[LevelChoice],
+    storage_options: Mapping[str, Any] | None = None,
+    force_upsampler: bool = False,
 ) -> tuple[ModelBundle, "FeatureModel"]:
     """Resolve every default against the loaded model; returns what workers get, and the model ready on the CPU.
 
@@ -286,14 +177,27 @@ def describe_model(
     arrays = {key: value.copy() for key, value in state_arrays(model).items()}
     backbone = TimmBackbone(model, facet=facet, norm=norm, stride=stride, pos_embed=pos_embed)
     numbers = backbone.resolve_layers(layers)
-    resolved = tuple(resolve_level(choice, backbone, size, len(numbers)) for choice in levels)
+    trained_on = {
+        "model": name,
+        "weights": weights_digest(arrays),
+        "layers": list(numbers),
+        "facet": facet,
+        "norm": backbone.norm,
+    }
+    options = {"storage_options": storage_options, "force": force_upsampler}
+    checkpoints = {
+        place: load_upsampler(*place, backbone, trained_on, **options)
+        for place in dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
+    }
+    learned = {choice.name: checkpoints[choice.method, choice.url] for choice in levels if choice.url}
+    resolved = tuple(resolve_level(choice, backbone, size, len(numbers), learned.get(choice.name)) for choice in levels)
     if len({level.name for level in resolved}) != len(resolved) or not resolved:
         raise ConfigError(
             f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
         )
     spec = FeatureSpec(
         model=name,
-        weights=weights_digest(arrays),
+        weights=trained_on["weights"],
         weights_source=weights_source,
         layers=numbers,
         facet=facet,
@@ -310,18 +214,27 @@ def describe_model(
         jpeg_draft=jpeg_draft,
         levels=resolved,
     )
-    return ModelBundle(spec=spec, arrays=arrays), FeatureModel(spec, backbone, torch.device("cpu"))
+    model_here = FeatureModel(spec, backbone, torch.device("cpu"), learned)
+    return ModelBundle(spec=spec, arrays=arrays, upsamplers=learned), model_here
 
 
 class FeatureModel:
     """uint8 images to the rows of every level. Not thread-safe: callers hold a lock round it."""
 
-    def __init__(self, spec: FeatureSpec, backbone: TimmBackbone, device: torch.device):
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        backbone: TimmBackbone,
+        device: torch.device,
+        learned: Mapping[str, UpsamplerWeights],
+    ):
         self.spec, self.backbone, self.device = spec, backbone, device
         cast_matmul_weights(backbone.model, spec.precision)
         backbone.model.to(device)
         self.upsamplers: dict[str, Upsampler] = {
-            level.name: create_upsampler(level.method)
+            level.name: learned[level.name].build(spec.precision)
+            if level.name in learned
+            else create_upsampler(level.method)
             for level in spec.levels
             if level.grid and level.method != "backbone"
         }

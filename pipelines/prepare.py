@@ -13,7 +13,8 @@ from typing import Any
 
 from operators.backbone import preprocessing
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
-from pipelines.models import FeatureModel, LevelChoice, ModelBundle, WeightsChoice, describe_model, load_model
+from pipelines.models import FeatureModel, LevelChoice, ModelBundle, describe_model
+from pipelines.weights import WeightsChoice, load_model
 from storage.paths import Folder, InputFile, expand_inputs
 from storage.samples import SampleIndex, build_index
 from storage.spec import Layout, choose_block_rows
@@ -90,6 +91,8 @@ def resolve(config: ExtractConfig) -> Resolved:
         precision=config.precision,
         jpeg_draft=config.jpeg_draft,
         levels=levels,
+        storage_options=config.options,
+        force_upsampler=config.force_upsampler,
     )
     return Resolved(config=config, bundle=bundle, model=model, files=tuple(files))
 

@@ -21,7 +21,7 @@ MAX_RECORDS = 1024
 """Commit records that are read for sizes and failures; of more tasks, a sample of this many."""
 
 SILENT_AFTER_S = 120.0
-"""A run that has said nothing for longer is taken for dead or stuck; it saves its progress every 30 s."""
+"""A run that has said nothing for longer is taken for dead or stuck; it saves its progress every 10 s."""
 
 BOTTLENECKS = {
     "read": "fetching images: run nearer to the data, or with more actors",

@@ -1,4 +1,8 @@
-"""Upsamplers: one protocol, one registry. A learned method gets a file of its own here and a line in `UPSAMPLERS`."""
+"""Upsamplers: one protocol, two ways to get one.
+
+Parameter-free methods are made by name (`create_upsampler`, a line in `UPSAMPLERS`). Learned ones are made from settings and
+a state dict (`learned_upsampler`); each has a file of its own here and a line in `learned.build_net`.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -7,10 +11,26 @@ from torch import Tensor
 
 from operators.backbone import PatchFeatures
 from operators.upsamplers.interpolate import AveragePool, Interpolate
+from operators.upsamplers.learned import (
+    LEARNED,
+    LearnedUpsampler,
+    NetConfig,
+    UpsamplerError,
+    build_net,
+    learned_upsampler,
+)
 
-
-class UpsamplerError(ValueError):
-    """No such upsampler, or it can't do what was asked."""
+__all__ = [
+    "LEARNED",
+    "UPSAMPLERS",
+    "LearnedUpsampler",
+    "NetConfig",
+    "Upsampler",
+    "UpsamplerError",
+    "build_net",
+    "create_upsampler",
+    "learned_upsampler",
+]
 
 
 class Upsampler(Protocol):

@@ -29,8 +29,8 @@ class Interpolate:
         return F.interpolate(maps, size=grid, mode=self.mode, **corners)
 
     def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
-        # The float32 result, and the float32 copy of a source that is at most as large.
-        return 2 * 4 * batch * channels * grid[0] * grid[1]
+        # The result, torch's copy of it in another memory order, and the float32 copies of a source that is at most as large.
+        return 3 * 4 * batch * channels * grid[0] * grid[1]
 
 
 class AveragePool:

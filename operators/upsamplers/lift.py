@@ -1,0 +1,107 @@
+"""LiFT (ECCV 2024): one x2 step from a map and its image, a U-Net's decoder with a light image encoder.
+
+Written from specs/lift_vitup.md part A: graph A2, names A3, sizes A6. State dicts of the official files load as they are.
+Their channels are head-minor; `learned.py` takes care of that, and of recursion.
+
+Shapes: B batch, C channels, H W pixels, h w cells of the given map.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LiftNet(nn.Module):
+    """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2h, 2w].
+
+    The image encoder halves the image twice and max-pools by k = ceil(patch / 8), which must give 2h x 2w: nothing for patch
+    8, 2x2 for patch 16 (A2), so that official sizes are official results. Where it doesn't give 2h x 2w (the official code
+    raises), the image is first brought to 8k cells a side, 8kh x 8kw pixels, bilinearly: overlapping patches, ragged sizes,
+    patches of 14 or 32. `border_crop`: where 2 pixels less on each border fit at patch 16, that is done instead (A6: what the
+    paper's 56 px columns need).
+
+    `image_branch=False` is the ablation without the image; its channels are left out (no source says what replaced them).
+    `wide` is our reading of the supplement's ViTDet variant, whose layout isn't published (A4): C/4 image channels and one
+    more convolution in the image encoder, 6.8 M parameters at C = 768.
+    """
+
+    stages = 1
+    enlarges_image = True
+
+    def __init__(
+        self,
+        channels: int,
+        patch: int,
+        *,
+        image_branch: bool = True,
+        border_crop: bool = False,
+        wide: bool = False,
+    ):
+        super().__init__()
+        self.channels, self.patch, self.border_crop = channels, patch, border_crop
+        self.pool = -(-patch // 8)
+        self.image_channels = image = (channels // 4 if wide else 32) * image_branch
+        joined, out = (channels + image) // 2, channels // 2
+        self.up1 = nn.ModuleDict(
+            {
+                "up": nn.ConvTranspose2d(channels + image, joined, 2, stride=2),
+                "conv_1": nn.ModuleDict({"double_conv": _convs(joined + image, [out, out], stride=1, bias=False)}),
+            }
+        )
+        self.outc = nn.Conv2d(out, channels, 1)
+        if image_branch:
+            self.image_convs_1 = _convs(3, [image, image], stride=2, bias=True)
+            if wide:
+                self.image_convs_1.extend(_convs(image, [image], stride=1, bias=True))
+            self.image_convs_2 = _convs(image, [image], stride=2, bias=True)
+
+    def forward(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
+        if not self.image_channels:
+            return self._decode(self.up1["up"](maps_BChw))
+        h, w = maps_BChw.shape[-2:]
+        fine = self.image_convs_1(self._fitted(images_BCHW, h, w))
+        if self.pool > 1:
+            fine = F.max_pool2d(fine, self.pool)
+        up = self.up1["up"](torch.cat([maps_BChw, self.image_convs_2(fine)], dim=1))
+        return self._decode(torch.cat([up, fine], dim=1))
+
+    def _decode(self, joined: Tensor) -> Tensor:
+        return self.outc(self.up1["conv_1"]["double_conv"](joined))
+
+    def _fitted(self, images: Tensor, h: int, w: int) -> Tensor:
+        height, width = images.shape[-2:]
+        if self._fits(height, h) and self._fits(width, w):
+            return images
+        if self.border_crop and self.patch == 16 and self._fits(height - 4, h) and self._fits(width - 4, w):
+            return images[..., 2:-2, 2:-2]
+        cell = 8 * self.pool
+        return F.interpolate(images, size=(h * cell, w * cell), mode="bilinear", align_corners=False)
+
+    def _fits(self, pixels: int, cells: int) -> bool:
+        return (pixels + 3) // 4 // self.pool == 2 * cells
+
+    def reorder_channels(self, order: Tensor) -> None:
+        """Make the network take and give channel `order[i]` of what it was trained on as channel i."""
+        with torch.no_grad():
+            up, outc = self.up1["up"].weight, self.outc
+            up[: self.channels] = up[: self.channels][order]
+            outc.weight.copy_(outc.weight[order])
+            outc.bias.copy_(outc.bias[order])
+
+    def working_values(self, grid: tuple[int, int], channels: int) -> int:
+        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
+        c, image, cells = channels, self.image_channels, grid[0] * grid[1]
+        joined, out = (c + image) // 2, c // 2
+        decoder = (c + image) // 4 + 2 * joined + image + 2 * out + c
+        # 4k pixels a cell, and up to 4 more where official sizes are ragged; each halving in twice for its padding.
+        pixels = (4 * self.pool * grid[0] + 4) * (4 * self.pool * grid[1] + 4) * (image > 0)
+        return cells * (decoder + 2 * image) + pixels * (3 + image // 2 + image // 8 + 2)
+
+
+def _convs(channels: int, widths: list[int], *, stride: int, bias: bool) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in widths:
+        conv = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=bias)
+        layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers)

@@ -1,0 +1,409 @@
+"""LiFT and resize-convolution: the official code's numbers, at its sizes and beyond; what runs is what was loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from operators.backbone import PatchFeatures, state_arrays, weights_digest
+from operators.upsamplers import UpsamplerError, build_net, learned_upsampler
+from operators.upsamplers.lift import LiftNet
+from operators.upsamplers.resize_conv import ResizeConvNet
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # LiFT's, of README_lift_vitup.md: float32 noise is 4e-6
+EXACT = {"rtol": 0, "atol": 0}
+
+
+def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118
+
+
+def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def maps_of(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def tokens_of(maps: torch.Tensor) -> torch.Tensor:
+    return maps.flatten(2).transpose(1, 2)
+
+
+def features(maps: torch.Tensor, stride: int) -> PatchFeatures:
+    return PatchFeatures(layers={0: maps}, prefix={0: maps.new_zeros(len(maps), 0, maps.shape[1])}, stride=stride)
+
+
+def random_like(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(config: dict[str, object], seed: int = 0) -> torch.nn.Module:
+    """A network whose BatchNorms have statistics of their own, as after training; in eval mode."""
+    net = build_net(config, seed).eval()
+    with torch.no_grad():
+        for i, (key, value) in enumerate(net.state_dict().items()):
+            if key.endswith(("running_mean", "bias")):
+                value.copy_(0.2 * random_like(*value.shape, seed=i))
+            elif key.endswith("running_var"):
+                value.copy_(0.5 + random_like(*value.shape, seed=i).abs())
+    return net
+
+
+def hash_tensor(key: str, position: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The goldens' rule for weights at published sizes (README_lift_vitup.md, "Hash weights")."""
+    if not shape:
+        return torch.tensor(7)
+    wrap = 2**32 - 1
+    x = 2654435761 * torch.arange(torch.Size(shape).numel()) + 40503 * position + 12345 & wrap
+    x = (x ^ x >> 16) * 2246822519 & wrap
+    x = (x ^ x >> 13) * 3266489917 & wrap
+    u = (x ^ x >> 16).double() / 2**32 - 0.5
+    if len(shape) > 1:
+        values = u * (12 / torch.Size(shape[1:]).numel()) ** 0.5
+    elif key.endswith(("running_mean", "bias")):
+        values = 0.4 * u
+    else:
+        values = 1 + (0.8 if key.endswith("running_var") else 0.4) * u
+    return values.float().reshape(shape)
+
+
+# --- LiFT's numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lift_forward_p8_rect", "lift_forward_p16_rect", "lift_forward_p16_ragged_66x84"])
+def test_a_step_is_that_of_the_official_module(name):
+    tensors, config = golden(name)
+    net = LiftNet(config["in_channels"], config["patch_size"]).eval()
+    net.load_state_dict(under(tensors, "sd/"), strict=True)
+
+    out = net(tensors["in/image"], tensors["in/feats_bchw"])
+
+    torch.testing.assert_close(out, tensors["out/feats_bchw"], **TOLERANCE)
+    torch.testing.assert_close(tokens_of(out), tensors["out/tokens_btc"], **TOLERANCE)
+    torch.testing.assert_close(net.image_convs_1(tensors["in/image"]), tensors["mid/image_convs_1"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("model", ["vits16", "vits8", "vitb16", "vitb8"])
+def test_published_sizes_give_the_official_tokens(model):
+    tensors, config = golden(f"lift_full_dino_{model}")
+    settings = {"method": "lift", "channels": config["in_channels"], "patch": config["patch_size"]}
+    keys = sorted((key, value.shape) for key, value in build_net(settings).state_dict().items())
+    state = {f"module.{key}": hash_tensor(key, config["k0"] + k, tuple(shape)) for k, (key, shape) in enumerate(keys)}
+    grid = (config["H"] // config["patch_size"], config["W"] // config["patch_size"])
+    maps = maps_of(tensors["in/feats_btc"], grid)
+
+    upsampler = learned_upsampler(settings, state)
+    out = upsampler(tensors["in/image"], features(maps, config["patch_size"]), (0,), (2 * grid[0], 2 * grid[1]))
+
+    torch.testing.assert_close(tokens_of(out), tensors["out/tokens_btc"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_recursion_gives_what_the_official_script_gives_pass_by_pass(passes):
+    tensors, config = golden("lift_recursive_p16")
+    settings = {"method": "lift", "channels": config["dim"], "patch": config["patch"]}
+    maps = maps_of(tensors["out/back"], (4, 6))
+
+    upsampler = learned_upsampler(settings, under(tensors, "sd/"))
+    out = upsampler(tensors["in/image"], features(maps, 16), (0,), (4 * 2**passes, 6 * 2**passes))
+
+    torch.testing.assert_close(tokens_of(out), tensors[f"out/lift_{passes}"], **TOLERANCE)
+
+
+def test_head_major_maps_go_in_and_come_out_where_the_weights_are_head_minor():
+    tensors, config = golden("lift_recursive_p16")
+    settings = {"method": "lift", "channels": 24, "patch": 16, "heads": config["heads"]}
+    maps, expected = (
+        maps_of(tensors[key], grid).unflatten(1, (-1, 3)).transpose(1, 2).flatten(1, 2)
+        for key, grid in (("out/back", (4, 6)), ("out/lift_2", (16, 24)))
+    )
+
+    out = learned_upsampler(settings, under(tensors, "sd/"))(tensors["in/image"], features(maps, 16), (0,), (16, 24))
+
+    torch.testing.assert_close(out, expected, **TOLERANCE)
+
+
+def test_sizes_that_the_official_code_takes_are_taken_as_they_are():
+    rows = json.loads((GOLDEN / "lift_size_table.json").read_text())
+
+    taken = [LiftNet(8, row["patch"])._fits(row["size"], row["tokens_side"]) for row in rows]
+
+    assert taken == [row["ok"] for row in rows]
+
+
+@pytest.mark.parametrize(("model", "channels", "patch"), [("vits16", 384, 16), ("vitb8", 768, 8)])
+def test_state_dict_has_the_official_names_shapes_and_parameters(model, channels, patch):
+    official = json.loads((GOLDEN / f"lift_state_dict_keys_dino_{model}.json").read_text())
+    net = LiftNet(channels, patch)
+
+    found = {key: {"shape": list(v.shape), "dtype": str(v.dtype)[6:]} for key, v in net.state_dict().items()}
+
+    assert found == official["keys"]
+    assert list(found) == list(official["keys"])
+    assert sum(p.numel() for p in net.parameters()) == official["trainable_params"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "patch", "side", "giga_macs"),
+    [(384, 16, 224, 0.752), (384, 16, 448, 3.010), (384, 8, 224, 2.891), (768, 16, 224, 2.735), (768, 8, 224, 10.819)],
+)
+def test_a_step_costs_the_true_number_of_multiply_adds(channels, patch, side, giga_macs):
+    with torch.device("meta"):
+        net = LiftNet(channels, patch).eval()
+        image, maps = torch.empty(1, 3, side, side), torch.empty(1, channels, side // patch, side // patch)
+
+    with FlopCounterMode(display=False) as counter:
+        net(image, maps)
+
+    assert counter.get_total_flops() / 2e9 == pytest.approx(giga_macs, abs=6e-4)
+
+
+def test_larger_and_imageless_variants_have_the_parameters_we_say():
+    assert sum(p.numel() for p in LiftNet(768, 16, wide=True).parameters()) == pytest.approx(6.8e6, rel=0.01)
+    assert not any("image" in key for key in LiftNet(384, 16, image_branch=False).state_dict())
+
+
+# --- sizes that the official code refuses -----------------------------------------------------------------------------
+
+
+def test_56_pixels_at_patch_16_lose_two_pixels_a_border_where_asked():
+    net = trained({"method": "lift", "channels": 8, "patch": 16, "border_crop": True})
+    images, maps = random_like(1, 3, 56, 56), random_like(1, 8, 3, 3)
+
+    out = net(images, maps)
+
+    assert out.shape == (1, 8, 6, 6)
+    torch.testing.assert_close(out, net(images[..., 2:-2, 2:-2], maps), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("patch", "size", "grid", "pixels"),
+    [
+        (16, (56, 56), (3, 3), (48, 48)),
+        (16, (224, 112), (27, 13), (432, 208)),
+        (8, (36, 44), (4, 5), (32, 40)),
+        (14, (70, 98), (5, 7), (80, 112)),
+        (32, (64, 96), (2, 3), (64, 96)),
+        (4, (20, 12), (5, 3), (40, 24)),
+    ],
+)
+def test_other_images_are_brought_to_the_size_that_fits(patch, size, grid, pixels):
+    net = trained({"method": "lift", "channels": 8, "patch": patch})
+    images, maps = random_like(2, 3, *size), random_like(2, 8, *grid)
+    resized = F.interpolate(images, size=pixels, mode="bilinear", align_corners=False)
+
+    out = net(images, maps)
+
+    assert out.shape == (2, 8, 2 * grid[0], 2 * grid[1])
+    torch.testing.assert_close(out, net(resized, maps), **EXACT)
+
+
+def test_overlapping_patches_are_given_the_pixels_that_their_cells_tile():
+    config = {"method": "lift", "channels": 8, "patch": 16}
+    net = trained(config)
+    images, maps = random_like(1, 3, 64, 48), random_like(1, 8, 7, 5)
+    tiled = F.interpolate(images[..., 4:60, 4:44], size=(112, 80), mode="bilinear", align_corners=False)
+
+    out = learned_upsampler(config, net.state_dict())(images, features(maps, 8), (0,), (14, 10))
+
+    torch.testing.assert_close(out, net(tiled, maps), **TOLERANCE)
+
+
+@pytest.mark.parametrize("patch", [8, 14, 16])
+def test_cells_tile_the_area_of_the_source(patch):
+    """Weights that pass one channel through give nearest-neighbour: each cell becomes 2x2 cells in its own place."""
+    config = {"method": "lift", "channels": 2, "patch": patch}
+    state = {key: value * 0 for key, value in build_net(config).state_dict().items()}
+    state["up1.up.weight"][0, 0] = state["outc.weight"][0, 0] = 1
+    for i in (0, 3):
+        state[f"up1.conv_1.double_conv.{i}.weight"][0, 0, 1, 1] = 1
+        state[f"up1.conv_1.double_conv.{i + 1}.weight"][:] = 1
+        state[f"up1.conv_1.double_conv.{i + 1}.running_var"][:] = 1
+    maps = random_like(1, 2, 3, 5).abs()
+
+    out = learned_upsampler(config, state)(random_like(1, 3, 48, 80), features(maps, 16), (0,), (12, 20))
+
+    nearest = maps[:, :1].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    torch.testing.assert_close(out[:, :1], nearest, **TOLERANCE)
+
+
+# --- what runs is what was loaded -------------------------------------------------------------------------------------
+
+VARIANTS = [
+    {"method": "lift"},
+    {"method": "lift", "image_branch": False},
+    {"method": "lift", "wide": True},
+    {"method": "lift", "channels": 31},
+    {"method": "resize_conv", "kernel": 3},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_folded_copy_gives_what_the_network_gives(variant):
+    config = {"channels": 32, "patch": 16, **variant}
+    net = trained(config)
+    images, maps = random_like(3, 3, 80, 48), random_like(3, config["channels"], 5, 3)
+
+    out = learned_upsampler(config, net.state_dict())(images, features(maps, 16), (0,), (10, 6))
+
+    torch.testing.assert_close(out, net(images, maps), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_stays_within_its_rounding_and_comes_out_as_float32():
+    config = {"method": "lift", "channels": 32, "patch": 16}
+    net = trained(config)
+    images, maps = random_like(2, 3, 64, 64), random_like(2, 32, 4, 4)
+
+    out = learned_upsampler(config, net.state_dict(), "bf16")(images, features(maps.bfloat16(), 16), (0,), (16, 16))
+    exact = learned_upsampler(config, net.state_dict())(images, features(maps, 16), (0,), (16, 16))
+
+    assert out.dtype == torch.float32
+    assert (out - exact).norm() / exact.norm() < 0.02  # 8 bits, seven layers deep, two passes
+
+
+@pytest.mark.parametrize("method", ["lift", "resize_conv", "jbu"])
+def test_digest_is_that_of_the_weights_as_loaded(method):
+    config = {"method": method, "channels": 8, "patch": 16}
+    net = build_net(config, seed=3)
+
+    upsampler = learned_upsampler(config, net.state_dict())
+
+    assert upsampler.digest == weights_digest(state_arrays(net))
+    assert upsampler.digest != learned_upsampler(config, build_net(config, seed=4).state_dict()).digest
+    assert upsampler.layers == ()
+
+
+def test_images_are_split_where_their_activations_would_be_too_many(monkeypatch):
+    config = {"method": "lift", "channels": 8, "patch": 16}
+    upsampler = learned_upsampler(config, trained(config).state_dict())
+    images, maps = random_like(5, 3, 64, 64), random_like(5, 8, 4, 4)
+    together, bound = upsampler(images, features(maps, 16), (0,), (8, 8)), upsampler.peak_bytes(5, 8, (8, 8))
+
+    monkeypatch.setattr(type(upsampler), "working_bytes", 2 * upsampler._bytes_per_image((8, 8)))
+    split = upsampler(images, features(maps, 16), (0,), (8, 8))
+
+    torch.testing.assert_close(split, together, rtol=1e-5, atol=1e-5)
+    assert upsampler.peak_bytes(5, 8, (8, 8)) < bound
+
+
+def test_building_is_seeded_and_leaves_the_global_generator_alone():
+    config = {"method": "lift", "channels": 8, "patch": 16}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+
+    first, again, other = build_net(config, 1), build_net(config, 1), build_net(config, 2)
+
+    assert torch.rand(1) == expected
+    assert torch.equal(first.outc.weight, again.outc.weight)
+    assert not torch.equal(first.outc.weight, other.outc.weight)
+    assert first.training
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def upsampler_and_input(**config: object) -> tuple[object, torch.Tensor, PatchFeatures]:
+    settings = {"method": "lift", "channels": 8, "patch": 16, **config}
+    upsampler = learned_upsampler(settings, build_net(settings).state_dict())
+    return upsampler, random_like(1, 3, 64, 64), features(random_like(1, 8, 4, 4), 16)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 2), (12, 12), (8, 16), (9, 8), (28, 28)])
+def test_only_powers_of_two_of_the_grid_are_given(grid):
+    upsampler, images, maps = upsampler_and_input()
+
+    with pytest.raises(UpsamplerError, match=f"4x4 cells, not {grid[0]}x{grid[1]}"):
+        upsampler(images, maps, (0,), grid)
+
+
+def test_other_channels_than_it_was_made_for_are_refused():
+    upsampler, images, maps = upsampler_and_input()
+    twice = PatchFeatures(layers={0: maps.layers[0], 1: maps.layers[0]}, prefix={}, stride=16)
+
+    with pytest.raises(UpsamplerError, match=r"made for maps of 8 channels; layers \(0, 1\) have 16"):
+        upsampler(images, twice, (0, 1), (8, 8))
+
+
+def test_a_stack_is_not_repeated():
+    upsampler, images, maps = upsampler_and_input(method="resize_conv", stages=2)
+
+    with pytest.raises(UpsamplerError, match="has 2 stages: x4 at most"):
+        upsampler(images, maps, (0,), (32, 32))
+
+
+def test_weights_that_do_not_fit_are_named():
+    config = {"method": "lift", "channels": 8, "patch": 16}
+    state = build_net(config).state_dict()
+    state["outc.wait"] = state.pop("outc.weight")
+    state["up1.up.bias"] = torch.zeros(3)
+
+    with pytest.raises(UpsamplerError) as error:
+        learned_upsampler(config, state)
+
+    assert "1 missing: outc.weight" in str(error.value)
+    assert "1 unexpected: outc.wait" in str(error.value)
+    assert "1 of another shape: up1.up.bias (3,) instead of (20,)" in str(error.value)
+
+
+def test_batchnorm_counters_may_be_missing():
+    config = {"method": "lift", "channels": 8, "patch": 16}
+    state = build_net(config).state_dict()
+    without = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+    assert learned_upsampler(config, without).digest == learned_upsampler(config, state).digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "lfit"}, "no learned upsampler is called 'lfit'; there are: lift, resize_conv, jbu"),
+        ({"patch": None}, "lack patch"),
+        ({"stride": 8}, "no such upsampler settings: stride; there are: method, channels"),
+        ({"radius": 5}, "radius=5 is no setting of lift"),
+        ({"method": "jbu", "heads": 6}, "heads=6 is no setting of jbu"),
+        ({"heads": 5}, "8 channels don't divide into 5 heads"),
+        ({"channels": 0}, "channels must be a whole number of at least 1, got 0"),
+        ({"channels": "8"}, "channels must be a whole number of at least 1, got '8'"),
+        ({"channels": 1}, "at least 2 channels"),
+        ({"method": "resize_conv", "kernel": 2}, "kernel must be odd, got 2"),
+    ],
+)
+def test_settings_that_make_no_network_are_refused(change, message):
+    with pytest.raises(UpsamplerError, match=message):
+        build_net({"method": "lift", "channels": 8, "patch": 16, **change})
+
+
+# --- resize-convolution -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_resize_convolution_is_that_of_featup(kernel):
+    tensors, config = golden(f"rc_featup_resize_conv_k{kernel}")
+    settings = {"method": "resize_conv", "channels": config["dim"], "patch": 16, "kernel": kernel, "stages": 4}
+    maps = tensors["in.features"]
+    h, w = maps.shape[-2:]
+
+    upsampler = learned_upsampler(settings, under(tensors, "w."))
+    once, full = (upsampler(tensors["in.image"], features(maps, 16), (0,), (h * n, w * n)) for n in (2, 16))
+
+    torch.testing.assert_close(once, tensors["mid.x2"], rtol=5e-5, atol=5e-5)
+    torch.testing.assert_close(full, tensors["out.features"], rtol=5e-5, atol=5e-5)
+
+
+def test_published_resize_convolution_has_its_parameters():
+    official = json.loads((GOLDEN / "jbu_state_dict_keys.json").read_text())["resize_conv_dim384_k1"]
+    net = ResizeConvNet(384, 1, 4)
+
+    found = {key: [list(v.shape), str(v.dtype)[6:]] for key, v in net.state_dict().items()}
+
+    assert found == official["state_dict"]
+    assert sum(p.numel() for p in net.parameters()) == official["params"] == 595_968
