@@ -33,6 +33,7 @@ import tyro
 from PIL import Image
 
 from operators.backbone import BackboneError
+from operators.upsamplers import UpsamplerError
 from pipelines.benchmark import measure_extract, measure_index, summarise
 from pipelines.config import ConfigError, ExtractConfig
 from pipelines.cost_benchmark import COST_PRESETS, CostBenchmark, cost_report, measure_cost, table
@@ -483,7 +484,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         command, config = parse(argv)
         result = command(config)
-    except (ConfigError, StorageError, BackboneError, WeightsUnavailable, FileNotFoundError, PermissionError) as error:
+    except (ConfigError, StorageError, BackboneError, UpsamplerError, WeightsUnavailable, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except BenchmarkFailed as error:

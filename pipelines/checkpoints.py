@@ -9,16 +9,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from operators.backbone import TimmBackbone
-from operators.upsamplers import LearnedUpsampler, UpsamplerError, learned_upsampler
-from pipelines.weights import WeightsUnavailable, read_state_dict
-from storage.paths import Folder, redact
+from operators.upsamplers import LearnedUpsampler, NetConfig, UpsamplerError, learned_upsampler
+from pipelines.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
+from storage.paths import Folder, has_extension, redact
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,19 @@ TRAINED_ON = ("model", "weights", "layers", "facet", "norm")
 class UpsamplerWeights:
     """A learned upsampler as it is handed to workers: its settings and its arrays."""
 
-    settings: Mapping[str, Any]
+    settings: NetConfig
     arrays: Mapping[str, np.ndarray]
 
     def build(self, precision: Literal["bf16", "fp16", "fp32"]) -> LearnedUpsampler:
         """Ready to run, on the CPU. Raises `UpsamplerError` where weights and settings don't fit."""
         state = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
-        return learned_upsampler(self.settings, state, precision)
+        return learned_upsampler(asdict(self.settings), state, precision)
 
     def digest(self) -> str:
-        """sha256 over the weights and the settings: both change the features."""
-        settings = json.dumps(dict(self.settings), sort_keys=True)
+        """sha256 over the weights and the settings that aren't their defaults: both change the features."""
+        chosen = {f.name: getattr(self.settings, f.name) for f in fields(NetConfig)}
+        chosen = {f.name: chosen[f.name] for f in fields(NetConfig) if chosen[f.name] != f.default}
+        settings = json.dumps(chosen, sort_keys=True)
         return hashlib.sha256(f"{self.build('fp32').digest} {settings}".encode()).hexdigest()
 
 
@@ -59,38 +61,38 @@ def load_upsampler(
     """
     shown = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
-    if url.endswith((".pth", ".pt", ".safetensors", ".ckpt", ".bin")):
+    if has_extension(url, *WEIGHT_FILES):
         settings, trained_on = _official_settings(method, state, backbone, shown), None
     else:
         settings, trained_on = _read_config(url, storage_options)
-    if settings["method"] != method:
-        raise UpsamplerError(f"{shown} holds a {settings['method']}, not a {method}")
+    if settings.method != method:
+        raise UpsamplerError(f"{shown} holds a {settings.method}, not a {method}")
     if trained_on is None:
         logger.warning("%s doesn't say which backbone it was trained on; it is taken to be this one", shown)
     else:
         _require_same_backbone(shown, trained_on, described, force=force)
-    return UpsamplerWeights(settings=settings, arrays={name: value.numpy() for name, value in state.items()})
+    # NumPy has no bfloat16, and what runs is cast anyway.
+    plain = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in state.items()}
+    return UpsamplerWeights(settings=settings, arrays={name: value.numpy() for name, value in plain.items()})
 
 
-def _official_settings(
-    method: str, state: Mapping[str, torch.Tensor], backbone: TimmBackbone, shown: str
-) -> dict[str, Any]:
+def _official_settings(method: str, state: Mapping[str, torch.Tensor], backbone: TimmBackbone, shown: str) -> NetConfig:
     """Settings of a file that holds weights alone: of LiFT, whose facets are head-minor (specs/lift_vitup.md A5)."""
-    if method != "lift" or "outc.weight" not in state:
+    if method != "lift" or "outc.weight" not in state or state["outc.weight"].ndim != 4:
         raise UpsamplerError(
             f"{shown} holds weights without settings, which is understood of official LiFT files only (x2=lift:...pth); "
             "give a folder with config.json and model.safetensors"
         )
     heads = None if backbone.facet == "token" else backbone.heads
-    return {"method": "lift", "channels": len(state["outc.weight"]), "patch": backbone.patch, "heads": heads}
+    return NetConfig(method="lift", channels=len(state["outc.weight"]), patch=backbone.patch, heads=heads)
 
 
-def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[NetConfig, dict[str, Any]]:
     """`upsampler` and `backbone` of a folder's config.json."""
     folder = Folder(url, options)
     try:
         config = json.loads(folder.read("config.json"))
-        return config["upsampler"], config["backbone"]
+        return NetConfig.parse({**config["upsampler"]}), {**config["backbone"]}
     except FileNotFoundError:
         raise WeightsUnavailable(f"{folder.shown} has weights but no config.json, which says what they are") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:

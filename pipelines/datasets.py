@@ -259,6 +259,9 @@ class FeatureStream(IterableDataset[Sample]):
     **Epochs**: call `set_epoch` before each, as with DistributedSampler; the order is the same again otherwise. Persistent
     workers hear of it.
 
+    **Speed**: without DataLoader workers, the threads with which torch stacks a batch compete with those that read; give it
+    workers, or one torch thread.
+
     **Resuming**: `state_dict` is taken in the process that iterates. For DataLoader workers that's what torchdata's
     StatefulDataLoader does. A state that is loaded decides about the next iteration only, its epoch included.
     """

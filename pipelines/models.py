@@ -56,11 +56,12 @@ class LevelChoice:
         method, _, url = method.partition(":")
         if not re.fullmatch(r"pooled|x\d+(\.\d+)?|\d+x\d+", name):
             raise ConfigError(
-                f"--levels {text}: {name!r} is no level; use x1, x2, x0.5, ..., 112x112 (rows x columns), or pooled"
+                f"--levels {redact(text)}: {redact(name)!r} is no level; use x1, x2, x0.5, ..., 112x112 (rows x columns), "
+                "or pooled"
             )
         dtype = dtype or encoding
         if dtype not in ("float16", "float32", "int8"):
-            raise ConfigError(f"--levels {text}: {dtype!r} is no encoding; there are float16, float32, int8")
+            raise ConfigError(f"--levels {redact(text)}: {dtype!r} is no encoding; there are float16, float32, int8")
         if name == "pooled" and dtype == "int8":
             dtype = "float16"
         if bool(url) != (method in LEARNED):
@@ -100,6 +101,11 @@ def resolve_level(
         )
     digest = ""
     if learned:
+        if learned.settings.channels != channels:
+            raise ConfigError(
+                f"--levels {choice.name}={method}: the checkpoint is for maps of {learned.settings.channels} channels; "
+                f"{n_layers} layers of this backbone have {channels}"
+            )
         learned.build("fp32").passes(base, grid)
         digest = learned.digest()
     elif method != "backbone":
@@ -262,6 +268,8 @@ class FeatureModel:
                 rows = maps.permute(0, 2, 3, 1)
             else:
                 rows = self.upsamplers[level.name](images, features, self.spec.layers, level.grid).permute(0, 2, 3, 1)
+                if level.digest:  # a network can make what isn't finite of what is
+                    bad |= (~torch.isfinite(rows)).flatten(1).any(dim=1).cpu().numpy()
             out[level.name] = (
                 rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous().cpu().numpy()
             )

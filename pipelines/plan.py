@@ -165,7 +165,9 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
     timed, seconds = _time_microbatch(prepared, model, min(batch, 16), threads)
     block_bytes = spec.row_bytes * layout.block_rows
     image_bytes = layout.block_rows * spec.input_size[0] * spec.input_size[1] * 3
-    weights_bytes = sum(array.nbytes for array in prepared.bundle.arrays.values())
+    bundle = prepared.bundle
+    networks = (bundle.arrays, *(upsampler.arrays for upsampler in bundle.upsamplers.values()))
+    weights_bytes = sum(array.nbytes for arrays in networks for array in arrays.values())
     return Plan(
         inputs=tuple(redact(url, config.options) for url in config.data),
         images=layout.n_rows,

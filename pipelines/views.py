@@ -152,24 +152,8 @@ def similar_panel(
         point_xy = tuple(
             np.clip(pixels.to_original([width / 2, height / 2]), 0, [pixels.width, pixels.height]).tolist()
         )
-    shown = dense_levels(store, levels)
-    base = base_level(store, shown)
     rows = np.concatenate([store.rows(key), store.rows(list(others))])
-    columns: list[tuple[str, np.ndarray]] = []
-    for level in shown:
-        query = store.sample(key, [point_xy], level.name)[0]
-        if np.isnan(query).any():
-            raise OutsideImage(f"the crop cut {point_xy} of {key!r} away; choose a point nearer to the middle")
-        if level.grid and base.grid and level.grid > base.grid and level.method != "bilinear":
-            at = to_cells(base, cell_centres(level)).reshape(-1, 2)
-            finer = np.stack([bilinear(m, at).reshape(*level.grid, -1) for m in store.read(rows, base.name)])
-            columns.append(
-                (
-                    f"{base.name} bilinear\n{_grid(level)}",
-                    cosine_map(store.sample(key, [point_xy], base.name)[0], finer),
-                )
-            )
-        columns.append((_level_title(level), cosine_map(query, store.read(rows, level.name))))
+    columns = _similarities(store, key, point_xy, rows, dense_levels(store, levels))
     # One scale for all levels of an image, so that they compare; each image its own, since others are less alike.
     scales = [
         (min(np.percentile(values[i], 2) for _, values in columns), max(values[i].max() for _, values in columns))
@@ -191,6 +175,25 @@ def similar_panel(
         title=f"cosine with pixel ({point_xy[0]:.0f}, {point_xy[1]:.0f}) of {titles[0]}, blue to yellow",
         tile_size=_tile_size(store),
     )
+
+
+def _similarities(
+    store: FeatureStore, key: str | int, point_xy: tuple[float, float], rows: np.ndarray, levels: Sequence[Level]
+) -> list[tuple[str, np.ndarray]]:
+    """Columns of a similarity panel: title, and maps [rows, h, w] of cosines with the feature at the point."""
+    base = base_level(store, levels)
+    base_query = store.sample(key, [point_xy], base.name)[0]
+    if np.isnan(base_query).any():
+        raise OutsideImage(f"the crop cut {point_xy} of {key!r} away; choose a point nearer to the middle")
+    columns = []
+    for level in levels:
+        if level.grid and base.grid and level.grid > base.grid and level.method != "bilinear":
+            at = to_cells(base, cell_centres(level)).reshape(-1, 2)
+            finer = np.stack([bilinear(m, at).reshape(*level.grid, -1) for m in store.read(rows, base.name)])
+            columns.append((f"{base.name} bilinear\n{_grid(level)}", cosine_map(base_query, finer)))
+        query = store.sample(key, [point_xy], level.name)[0]
+        columns.append((_level_title(level), cosine_map(query, store.read(rows, level.name))))
+    return columns
 
 
 # --- words and sizes --------------------------------------------------------------------------------------------------

@@ -23,12 +23,15 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import Tensor
 
 from operators.backbone import create_model
-from storage.paths import Folder, read_file, redact
+from storage.paths import Folder, has_extension, read_file, redact
 
 
 class WeightsUnavailable(RuntimeError):
     """The weights can't be had; the message says what to do."""
 
+
+WEIGHT_FILES = ("safetensors", "pth", "pt", "bin", "ckpt")
+"""Extensions of files that hold weights; any other URL is a folder with `model.safetensors`."""
 
 _HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
@@ -68,17 +71,17 @@ def read_state_dict(url: str, options: Mapping[str, Any] | None = None) -> dict[
     """
     shown = redact(url, options)
     try:
-        if not re.search(r"\.(safetensors|pth|pt|bin|ckpt)$", url):
-            data, name = Folder(url, options).read("model.safetensors"), "model.safetensors"
+        if not has_extension(url, *WEIGHT_FILES):
+            data, is_safetensors = Folder(url, options).read("model.safetensors"), True
         else:
-            data, name = read_file(url, options), url
+            data, is_safetensors = read_file(url, options), has_extension(url, "safetensors")
     except FileNotFoundError as error:
         raise WeightsUnavailable(f"no weights at {shown}: {error}") from None
-    return _parse_state_dict(data, name, shown)
+    return _parse_state_dict(data, shown, is_safetensors=is_safetensors)
 
 
-def _parse_state_dict(data: bytes, name: str, shown: str) -> dict[str, Tensor]:
-    if name.endswith(".safetensors"):
+def _parse_state_dict(data: bytes, shown: str, *, is_safetensors: bool) -> dict[str, Tensor]:
+    if is_safetensors:
         try:
             return safetensors.torch.load(data)
         except safetensors.SafetensorError as error:
@@ -95,7 +98,7 @@ def _parse_state_dict(data: bytes, name: str, shown: str) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsUnavailable(f"{shown} holds no state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    return {key.removeprefix("module."): value.detach() for key, value in loaded.items()}
 
 
 def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:
@@ -114,13 +117,13 @@ def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:
     for file in (config.hf_hub_filename,) if getattr(config, "hf_hub_filename", None) else _HUB_FILES:
         cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
         if isinstance(cached, str):
-            return _parse_state_dict(Path(cached).read_bytes(), file, cached)
+            return _parse_state_dict(Path(cached).read_bytes(), cached, is_safetensors=file.endswith(".safetensors"))
     _require_host(huggingface_hub.constants.ENDPOINT, f"pretrained weights of {name}", advice)
     error: Exception | None = None
     for file in _HUB_FILES:
         try:
             path = huggingface_hub.hf_hub_download(repo, file, revision=revision)
-            return _parse_state_dict(Path(path).read_bytes(), file, path)
+            return _parse_state_dict(Path(path).read_bytes(), path, is_safetensors=file.endswith(".safetensors"))
         except GatedRepoError:
             page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
             raise WeightsUnavailable(f"{repo} is gated: accept its terms at {page}, then `hf auth login`") from None

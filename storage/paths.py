@@ -548,8 +548,15 @@ def _read_range(url: str, start: int, end: int, options: Mapping[str, Any] | Non
 
 def read_file(url: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
     """All bytes of one file at any URL. Raises `FileNotFoundError`."""
-    folder, _, name = url.rpartition("/")
-    return Folder(folder or ".", storage_options).read(name)
+    path, mark, query = url.partition("?") if "://" in url else (url, "", "")
+    folder, slash, name = path.rpartition("/")
+    return Folder(folder or slash or ".", storage_options).read(f"{name}{mark}{query}")
+
+
+def has_extension(url: str, *extensions: str) -> bool:
+    """Whether the file's name, a signed URL's query left out, ends in one of `extensions` (without the dot)."""
+    path = url.partition("?")[0] if "://" in url else url
+    return path.rsplit("/", 1)[-1].rpartition(".")[2].lower() in extensions and "." in path.rsplit("/", 1)[-1]
 
 
 def query_free(url: str) -> str:

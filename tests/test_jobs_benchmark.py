@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+from torch import nn
 
 from jobs import benchmark
-from pipelines import read_benchmark
+from pipelines import cost_benchmark, read_benchmark
 from pipelines.benchmark import STAGES, BenchmarkFailed, _steady, run_fresh
 from pipelines.config import ConfigError
 from pipelines.read_benchmark import Place, check
@@ -158,6 +160,99 @@ def test_read_keeps_credentials_out_of_what_it_saves():
     assert "s3://bucket/x" in saved
     assert "access-name" not in saved
     assert "a-secret-value" not in saved
+
+
+def test_cost_debug_counts_times_and_weighs_everything(tmp_path, capfd):
+    path = tmp_path / "numbers.json"
+
+    code = benchmark.run(["cost", "debug", "--json", str(path)])
+
+    assert code == 0
+    printed, noise = capfd.readouterr()
+    for row in (
+        "vit_small at 224 px, stride 16 | 21.7 + 1.19 M | 4.34 | 4.34 | 5.30 | 5.30 |",
+        "64 px to 8 x 8 cells, batch 2, bf16 | parameters | ms per image | of alone | peak MB | of alone |",
+        "64 px to 8 x 8 cells, batch 2, fp32 |",
+        "backbone alone | ",
+        *(f"with {name} | " for name in ("lift", "resize_conv", "jbu", "bilinear", "bicubic")),
+    ):
+        assert f"| {row}" in printed
+    assert "random weights" in printed
+    assert "+22 %" in printed
+    assert "profiler" not in noise
+    result = json.loads(path.read_text())
+    assert [one["precision"] for one in result["measured"]] == ["bf16", "fp32"]
+    for one in result["measured"]:
+        rows = {row["name"]: row for row in one["rows"]}
+        assert list(rows) == ["backbone alone", "lift", "resize_conv", "jbu", "bilinear", "bicubic"]
+        assert (rows["backbone alone"]["time_ratio"], rows["backbone alone"]["memory_ratio"]) == (1.0, 1.0)
+        assert (rows["bilinear"]["parameters"], rows["resize_conv"]["parameters"]) == (0, 67 * 64 + 64)
+        for row in rows.values():
+            assert len(row["seconds"]) == 3
+            assert row["ms_per_image"] == pytest.approx(1e3 * np.median(row["seconds"]) / 2)
+            # At least the result: the map of 16 tokens of 64 channels, or of 64 cells, float32 but for autocast's.
+            assert row["peak_bytes"] >= 2 * 64 * 16 * 2
+            assert row["memory_ratio"] >= 1.0
+
+
+def test_cost_counts_what_the_paper_prints():
+    counts = [cost_benchmark._count(published) for published in cost_benchmark.PUBLISHED]
+
+    found = [tuple(round(one["paper_count"][what] / 1e9, 2) for what in ("alone", "lift")) for one in counts]
+
+    # LiFT with stride 8 is 19.65 and 81.18 in the paper (0.06 % and 0.3 % off); it prints no LiFT with ViT-B.
+    assert found == [(4.34, 5.30), (16.07, 19.64), (17.28, 21.12), (66.60, 81.42), (17.21, 20.70)]
+    assert [(one["alone"], one["lift"]) for one in counts] == [
+        (4.34, 5.30),
+        (16.07, 19.65),
+        (17.28, 21.12),
+        (66.60, 81.18),
+        (17.21, None),
+    ]
+    assert [one["parameters"]["lift"] for one in counts] == [1_187_280] * 4 + [4_417_296]
+    assert [one["tokens"] for one in counts] == [197, 730, 785, 3026, 197]
+    # specs/lift_vitup.md A4, specs/evaluation.md section 11: multiply-accumulates of LiFT, and of DINO with attention.
+    assert [round(counts[i]["macs"]["lift"] / 1e9, 3) for i in (0, 2, 4)] == [0.752, 3.010, 2.735]
+    assert [counts[i]["macs"]["alone"] / 1e9 for i in (0, 1, 2, 3)] == pytest.approx([4.6, 20.6, 22.6, 149.5], rel=0.01)
+
+
+def test_cost_counts_by_the_rule_it_states():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2)
+    )
+    images = torch.zeros(1, 3, 4, 4)
+
+    assert cost_benchmark.paper_count(net, images) == 16 * 8 * (27 + 1) + 4 * 16 * 8 + 64 * 4 * (8 * 4 + 1)
+    tokens = nn.Sequential(nn.Linear(8, 5), nn.LayerNorm(5), nn.GELU())
+    assert cost_benchmark.paper_count(tokens, torch.zeros(1, 7, 8)) == 7 * 5 * 8 + 4 * 7 * 5
+    assert not any(module._forward_hooks for module in (*net, *tokens))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "60"], "the nearest that is: 64"),
+        (["--size", "16"], "at 16 px: jbu of radius 3 needs more cells than 1x1"),
+    ],
+)
+def test_cost_refuses_sizes_that_cannot_be_had(arguments, message, capsys):
+    assert benchmark.run(["cost", "debug", *arguments]) == 2
+
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"upsamplers": ("lift", "bilinaer")}, "--upsamplers bilinaer: there are lift, resize_conv, jbu, bilinear"),
+        ({"upsamplers": ("average",)}, "--upsamplers average: there are"),
+        ({"repeat": 0}, "must be at least 1"),
+        ({"precisions": ()}, "--precisions at least one"),
+    ],
+)
+def test_cost_refuses_settings_that_cannot_be_meant(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        cost_benchmark.CostBenchmark(**settings)
 
 
 def test_tiny_tars_are_what_tarfile_reads(tmp_path):

@@ -1,0 +1,333 @@
+"""What upsampling costs beside the backbone: operations as LiFT's paper counts them and truly, and measured time and memory.
+
+`measure_cost` returns plain data, `cost_report` its Markdown. All weights are random: nothing here depends on them.
+LiFT: arXiv 2403.14625, Tables 5 and 6; the counting rule was found from their numbers (specs/evaluation.md section 11).
+"""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from operators.backbone import TimmBackbone, autocast, cast_matmul_weights, create_model
+from operators.upsamplers import (
+    LEARNED,
+    UPSAMPLERS,
+    Upsampler,
+    UpsamplerError,
+    build_net,
+    create_upsampler,
+    learned_upsampler,
+)
+from pipelines.config import ConfigError
+
+Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
+BACKBONE = "backbone alone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostBenchmark:
+    """Operations, time and memory of a backbone alone and with each upsampler. Weights are random: they don't matter here."""
+
+    model: str = "vit_small_patch16_224.dino"
+    """timm name of the backbone that is timed; the counted ones are always the paper's."""
+    size: int = 224
+    """Side of its square input in pixels."""
+    facet: Literal["token", "key", "query", "value"] = "key"
+    """As for jobs/extract.py; LiFT's is key."""
+    batch: int = 4
+    """Images per forward."""
+    precisions: tuple[Precision, ...] = ("bf16", "fp32")
+    """Autocasts that are timed, one table each."""
+    upsamplers: tuple[str, ...] = ("lift", "resize_conv", "jbu", "bilinear", "bicubic")
+    """Methods, x2: lift, resize_conv, jbu, bilinear, bicubic, nearest."""
+    repeat: int = 11
+    """Rounds; each runs everything once, in changing order. Times are medians over them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is a GPU where there is one."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.batch, self.repeat) < 1 or not self.precisions:
+            raise ConfigError("--size, --batch and --repeat must be at least 1, and --precisions at least one")
+        known = [*LEARNED, *(name for name in UPSAMPLERS if name != "average")]
+        if unknown := [name for name in self.upsamplers if name not in known]:
+            raise ConfigError(f"--upsamplers {' '.join(unknown)}: there are {', '.join(known)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch finds no GPU here; use cpu")
+
+
+COST_PRESETS = {
+    # No network. 2 CPU cores: about 2 minutes, most of them for bf16 where it is emulated.
+    "default": CostBenchmark(),
+    # 2 CPU cores: about 10 seconds, half of them for counting; the times mean nothing at this size.
+    "debug": CostBenchmark(model="test_vit.r160_in1k", size=64, batch=2, repeat=3),
+}
+
+
+def measure_cost(config: CostBenchmark) -> dict[str, Any]:
+    """Counts of the paper's models, and times and peak memory of the configured one. Raises `BackboneError`, `ConfigError`."""
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    try:
+        measured = [_measure(config, device, precision) for precision in config.precisions]
+    except UpsamplerError as error:
+        raise ConfigError(f"{config.model} at {config.size} px: {error}") from None
+    return {"device": name, "counts": [_count(published) for published in PUBLISHED], "measured": measured}
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A row of the paper: 10^9 "FLOPs" (multiply-accumulates, by its count) of a DINO model alone and with LiFT."""
+
+    model: str
+    size: int
+    stride: int
+    alone: float
+    lift: float | None
+
+
+PUBLISHED = (
+    Published(model="vit_small_patch16_224.dino", size=224, stride=16, alone=4.34, lift=5.30),
+    Published(model="vit_small_patch16_224.dino", size=224, stride=8, alone=16.07, lift=19.65),
+    Published(model="vit_small_patch16_224.dino", size=448, stride=16, alone=17.28, lift=21.12),
+    Published(model="vit_small_patch16_224.dino", size=448, stride=8, alone=66.60, lift=81.18),
+    Published(model="vit_base_patch16_224.dino", size=224, stride=16, alone=17.21, lift=None),
+)
+
+_COUNTED = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+
+
+def _count(published: Published) -> dict[str, Any]:
+    """Both counts of one row, for one image; on the meta device, where nothing is computed."""
+    size = (published.size, published.size)
+    model = create_model(published.model, size, None, None).to("meta")
+    parameters = _parameters(model)  # before the backbone resamples position embeddings
+    backbone = TimmBackbone(model, facet="key", stride=published.stride, pos_embed="dino")
+    images, layer = torch.empty(1, 3, *size, device="meta"), backbone.n_layers - 1
+    with FlopCounterMode(display=False) as backbone_flops:
+        features = backbone(images, (layer,))
+    settings = {"method": "lift", "channels": backbone.channels, "patch": backbone.patch}
+    net = build_net(settings)
+    upsampler = learned_upsampler(settings, net.state_dict())
+    with FlopCounterMode(display=False) as lift_flops:
+        upsampler(images, features, (layer,), (2 * features.grid[0], 2 * features.grid[1]))
+    # The paper's extractor runs the whole model, and its hook the last block's qkv a second time.
+    tokens = math.prod(features.grid) + backbone.n_prefix
+    alone = paper_count(model, images) + tokens * 3 * backbone.channels**2
+    # As our LiFT runs it: cells of overlapping patches tile less than the image, which is enlarged to 16 pixels a cell.
+    pixels = [cells * backbone.patch for cells in features.grid]
+    lift = paper_count(net.to("meta").eval(), torch.empty(1, 3, *pixels, device="meta"), features.stacked((layer,)))
+    return {
+        **asdict(published),
+        "tokens": tokens,
+        "parameters": {"backbone": parameters, "lift": _parameters(net)},
+        "paper_count": {"alone": alone, "lift": alone + lift},
+        "macs": {"alone": backbone_flops.get_total_flops() // 2, "lift": lift_flops.get_total_flops() // 2},
+    }
+
+
+def paper_count(net: nn.Module, *given: Tensor) -> int:
+    """Operations of one call by the rule that gives the paper's numbers, which is that of `thop`.
+
+    Multiply-accumulates of Linear layers and convolutions, one more per value for a convolution's bias, 4 per value of a norm,
+    nothing else: no attention products, no softmax, no GELU. A transposed convolution is charged for its whole kernel at every
+    output, at stride 2 four times what it takes.
+    """
+    found = []
+
+    def count(module: nn.Module, _: Any, out: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            each = module.in_features
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            each = math.prod(module.kernel_size) * module.in_channels // module.groups + (module.bias is not None)
+        else:
+            each = 4
+        found.append(out.numel() * each)
+
+    handles = [module.register_forward_hook(count) for module in net.modules() if isinstance(module, _COUNTED)]
+    try:
+        net(*given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(found)
+
+
+def _parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+# --- time and memory --------------------------------------------------------------------------------------------------
+
+
+def _measure(config: CostBenchmark, device: torch.device, precision: Precision) -> dict[str, Any]:
+    size = (config.size, config.size)
+    backbone = TimmBackbone(create_model(config.model, size, None, 0), facet=config.facet)
+    cast_matmul_weights(backbone.model, precision)
+    backbone.model.to(device)
+    layers, grid = (backbone.n_layers - 1,), backbone.grid_of(size)
+    nets = {name: _net(name, backbone) for name in config.upsamplers if name in LEARNED}
+    upsamplers = {name: _upsampler(name, backbone, nets.get(name), precision) for name in config.upsamplers}
+    images = torch.randn(config.batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def program(upsampler: Upsampler | None) -> Callable[[], Any]:
+        @torch.inference_mode()
+        def run() -> Any:
+            with autocast(device, precision):
+                features = backbone(images, layers)
+            return upsampler(images, features, layers, (2 * grid[0], 2 * grid[1])) if upsampler else features
+
+        return run
+
+    programs = {BACKBONE: program(None)} | {name: program(one) for name, one in upsamplers.items()}
+    peaks = {name: _peak_bytes(run, device) for name, run in programs.items()}
+    seconds = _interleaved(programs, config.repeat, device)
+    parameters = {BACKBONE: _parameters(backbone.model)} | {name: _parameters(net) for name, net in nets.items()}
+    rows = []
+    for name in programs:
+        # Of the same round: what else the machine did then was much the same for both.
+        low, middle, high = np.percentile(np.divide(seconds[name], seconds[BACKBONE]), (25, 50, 75)).tolist()
+        rows.append(
+            {
+                "name": name,
+                "parameters": parameters.get(name, 0),
+                "ms_per_image": 1e3 * float(np.median(seconds[name])) / config.batch,
+                "time_ratio": middle,
+                "time_ratio_quartiles": [low, high],
+                "peak_bytes": peaks[name],
+                "memory_ratio": peaks[name] / peaks[BACKBONE],
+                "seconds": seconds[name],
+            }
+        )
+    return {"precision": precision, "grid": list(grid), "rows": rows}
+
+
+def _net(name: str, backbone: TimmBackbone) -> nn.Module:
+    return build_net({"method": name, "channels": backbone.channels, "patch": backbone.patch})
+
+
+def _upsampler(name: str, backbone: TimmBackbone, net: nn.Module | None, precision: Precision) -> Upsampler:
+    if net is None:
+        return create_upsampler(name)
+    settings = {"method": name, "channels": backbone.channels, "patch": backbone.patch}
+    return learned_upsampler(settings, net.state_dict(), precision)
+
+
+def _interleaved(programs: dict[str, Callable[[], Any]], repeat: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every program in every round; each round begins with another one."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for first in range(repeat):
+        names = itertools.islice(
+            itertools.cycle(programs), first % len(programs), first % len(programs) + len(programs)
+        )
+        for name in names:
+            _finish(device)
+            start = time.perf_counter()
+            programs[name]()
+            _finish(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that torch's allocator holds at once during a call, beyond what it held before: no weights, no input."""
+    run()
+    if device.type == "cuda":
+        _finish(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        _finish(device)
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines to stderr at every start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table, line by line, its first column to the left and the others to the right."""
+    yield ""
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" + "---:|" * (len(head) - 1)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def cost_report(config: CostBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    found = result["machine"]
+    yield f"## cost: upsampling x2 beside {config.model}, random weights"
+    yield f"\n{found['cpu']}, {result['device']}, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    yield from _count_report(result["counts"])
+    for one in result["measured"]:
+        yield from _measured_report(config, one)
+    if "bf16" in config.precisions and result["device"].startswith("CPU") and not found["native_bf16"]:
+        yield "\n**This CPU has no bf16 instructions: bf16 is emulated here, and slow.**"
+    yield f"""
+- Times: medians of {config.repeat} rounds, in which everything runs once, in changing order; ratios: medians of each round's,
+  and their middle half. The backbone runs anew for every upsampler.
+- Peak memory: what torch's allocator holds at once, with the result, without weights and input.
+- LiFT's paper gives +22 % for 224 px at stride 16, in operations by its own count (5.30 / 4.34)."""
+
+
+def _count_report(counts: Sequence[dict[str, Any]]) -> Iterator[str]:
+    def giga(value: int) -> str:
+        return f"{value / 1e9:.2f}"
+
+    rows = []
+    for one in counts:
+        paper, macs, parameters = one["paper_count"], one["macs"], one["parameters"]
+        name = f"{one['model'].split('_patch')[0]} at {one['size']} px, stride {one['stride']}"
+        millions = f"{parameters['backbone'] / 1e6:.1f} + {parameters['lift'] / 1e6:.2f} M"
+        published = [f"{one['alone']:.2f}", "" if one["lift"] is None else f"{one['lift']:.2f}"]
+        ours = [giga(paper["alone"]), published[0], giga(paper["lift"]), published[1]]
+        true = [giga(macs["alone"]), giga(macs["alone"] + macs["lift"]), f"{macs['lift'] / macs['alone']:+.1%}"]
+        rows.append([name, millions, *ours, *true])
+    yield "\nOperations for one image, 10^9, as LiFT's paper counts them (arXiv 2403.14625, Tables 5 and 6) and truly:"
+    head = ["DINO, keys", "parameters", "alone", "published", "+ LiFT", "published"]
+    yield from table([*head, "true: alone", "+ LiFT", "LiFT adds"], rows)
+    yield """
+- The paper's "FLOPs" are multiply-accumulates without those of attention, and charge LiFT's transposed convolution fourfold.
+  True ones are multiply-accumulates too, by torch's FlopCounterMode, of what runs here.
+- Stride 8 with LiFT: no released code runs it. Ours enlarges the image to 16 pixels a cell; how the paper did isn't known."""
+
+
+def _measured_report(config: CostBenchmark, measured: dict[str, Any]) -> Iterator[str]:
+    grid = " x ".join(str(2 * cells) for cells in measured["grid"])
+    head = f"{config.size} px to {grid} cells, batch {config.batch}, {measured['precision']}"
+    rows = [
+        [
+            one["name"] if one["name"] == BACKBONE else f"with {one['name']}",
+            f"{one['parameters'] / 1e6:.2f} M",
+            f"{one['ms_per_image']:.2f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(one["time_ratio"], *one["time_ratio_quartiles"]),
+            f"{one['peak_bytes'] / 1e6:,.1f}",
+            f"{one['memory_ratio']:.2f}",
+        ]
+        for one in measured["rows"]
+    ]
+    yield from table([head, "parameters", "ms per image", "of alone", "peak MB", "of alone"], rows)
