@@ -1,8 +1,9 @@
 """Learned upsamplers from where they are kept, held against the backbone that they are to be used with.
 
-A checkpoint is a folder at any URL: `config.json` and `model.safetensors`. config.json holds `upsampler` (the settings of
-`operators.upsamplers.learned.NetConfig`) and `backbone` (TRAINED_ON: what made the features it was trained on). Official
-LiFT files (`.pth`) hold weights alone; the rest is taken from the backbone they are used with.
+A checkpoint is a folder at any URL: `config.json` and `model.safetensors`; a training run's folder stands for its best one.
+config.json holds `upsampler` (the settings of `operators.upsamplers.learned.NetConfig`) and `backbone` (TRAINED_ON: what made
+the features it was trained on). Official LiFT files (`.pth`) hold weights alone; the rest is taken from the backbone they are
+used with.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 from operators.backbone import TimmBackbone
 from operators.upsamplers import LearnedUpsampler, NetConfig, UpsamplerError, learned_upsampler
 from pipelines.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
+from storage.checkpoints import read_pointers
 from storage.paths import Folder, has_extension, redact
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,10 @@ def load_upsampler(
 
     Raises `WeightsUnavailable`, and `UpsamplerError` for another method or (unless `force`) another backbone.
     """
+    if not has_extension(url, *WEIGHT_FILES):
+        pointers = read_pointers(Folder(url, storage_options))
+        if pointers:
+            url = f"{url.rstrip('/')}/{pointers.best or pointers.last}"
     shown = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
     if has_extension(url, *WEIGHT_FILES):

@@ -131,7 +131,7 @@ def _index(config: ExtractConfig, folder: Folder, files: list[InputFile], execut
 
 def versions() -> dict[str, str]:
     """Software that made the numbers."""
-    names = ("ray", "torch", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
+    names = ("ray", "torch", "torchvision", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
     found = {name: importlib.metadata.version(name) for name in names}
     root = Path(__file__).resolve().parent.parent
     commit = subprocess.run(

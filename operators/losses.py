@@ -1,0 +1,52 @@
+"""Losses between feature maps, and LiFT's multi-scale self-supervision (eq. 1; specs/lift_vitup.md A7)."""
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def cosine_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """1 - cosine, averaged over cells: `CosineEmbeddingLoss` with target +1, whose eps enters the squared norms."""
+    _require_same_shape(predicted_BCHW, target_BCHW)
+    dot = (predicted_BCHW * target_BCHW).sum(dim=1)
+    norms = (predicted_BCHW.square().sum(dim=1) + 1e-12) * (target_BCHW.square().sum(dim=1) + 1e-12)
+    return (1 - dot / norms.sqrt()).mean()
+
+
+def l1_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Mean absolute difference over all elements, channels included."""
+    _require_same_shape(predicted_BCHW, target_BCHW)
+    return F.l1_loss(predicted_BCHW, target_BCHW)
+
+
+def l2_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Mean squared difference over all elements, channels included."""
+    _require_same_shape(predicted_BCHW, target_BCHW)
+    return F.mse_loss(predicted_BCHW, target_BCHW)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine_loss, "l1": l1_loss, "l2": l2_loss}
+
+
+def lower(images_BCHW: Tensor, factor: int) -> Tensor:
+    """Every `factor`-th pixel from the top left, a view: LiFT's low-resolution images, aliased as its code has them."""
+    return images_BCHW[..., ::factor, ::factor]
+
+
+def multi_scale_loss(net: nn.Module, images_BCHW: Tensor, features: Sequence[Tensor], kind: str = "cosine") -> Tensor:
+    """LiFT's eq. 1: the x2 network's output from the half and the quarter image against the backbone's own, summed.
+
+    `features` are the backbone's maps F1, F2, F4 [B, C, ., .] of the images and of `lower(images, 2)` and `lower(images, 4)`.
+    Two calls of the network, half scale first: in train mode each has batch statistics of its own and updates the running
+    ones. Raises `ValueError` where a map isn't twice the next one.
+    """
+    full, half, quarter = features
+    loss = LOSSES[kind]
+    fine = loss(net(lower(images_BCHW, 2), half), full)
+    return fine + loss(net(lower(images_BCHW, 4), quarter), half)
+
+
+def _require_same_shape(predicted: Tensor, target: Tensor) -> None:
+    if predicted.shape != target.shape:
+        raise ValueError(f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must be of one shape")

@@ -1,0 +1,486 @@
+"""Training a x2 upsampler on a frozen backbone's features: the loop, in one process or in each of Ray Train's workers.
+
+`Trainer` is the loop, which needs no Ray; `train_inline` and `train_on_ray` run it. The only state is the folder `out`
+(storage/checkpoints.py): whoever starts reads its last checkpoint.
+
+Gradients are summed over the images of all micro-batches of all workers, and divided by their number: one all-reduce per
+step. torch's DDP averages over workers instead, which is another mean where they have unequal numbers of images.
+BatchNorm's batch statistics are those of a micro-batch; its running ones are those that worker 0 has seen.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operators.backbone import autocast, load_arrays, normalise, state_arrays
+from operators.losses import lower, multi_scale_loss
+from operators.upsamplers import build_net
+from pipelines.train_config import TrainSetup
+from pipelines.train_watch import EventFile, measure
+from pipelines.training_data import ImageSource, Loaded, MicroBatch, load_inline, load_on_ray
+from storage.checkpoints import Checkpoint, read_last, read_pointers, write_checkpoint
+from storage.paths import Folder, StorageError, filesystem
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_S = 5.0
+"""Seconds between looks at a run's metrics."""
+
+Load = Callable[[ImageSource, Iterator[MicroBatch], int], Iterator[Loaded]]
+
+
+class TrainFailed(RuntimeError):
+    """The run can't go on, and wouldn't if it were started again: diverged, or too many unreadable images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """What became of a run, from its folder."""
+
+    out: str
+    step: int
+    last: str
+    best: str | None
+    metrics: Mapping[str, Any]
+    "the last values of each"
+    failed: Mapping[str, str]
+    "images left out: row and reason"
+
+
+# --- workers that train together --------------------------------------------------------------------------------------
+
+
+class Group(Protocol):
+    """The processes of a run."""
+
+    rank: int
+    world: int
+
+    def sum(self, values: Tensor) -> None:
+        """Replace `values` by the sum over all processes."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gave, in all of them."""
+
+
+class Alone:
+    """One process."""
+
+    rank, world = 0, 1
+
+    def sum(self, values: Tensor) -> None:
+        pass
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class Distributed:
+    """torch.distributed's default group, which Ray Train sets up."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def sum(self, values: Tensor) -> None:
+        torch.distributed.all_reduce(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        out: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(out, value)
+        return out
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """The state of a run in one process: network, optimiser, and how far it is."""
+
+    def __init__(self, setup: TrainSetup, group: Group, device: torch.device):
+        self.setup, self.group, self.device, self.config = setup, group, device, setup.config
+        self.backbone = setup.backbone.build()
+        self.backbone.model.to(device)
+        self.net = build_net(setup.upsampler, setup.config.seed).to(device)
+        self.optimiser = torch.optim.Adam(self.net.parameters(), lr=setup.config.lr)
+        self.step = self.images = 0
+        self.seconds = 0.0
+        "spent on training, over all starts"
+        self.failed: dict[int, str] = {}
+        self.n_failed = 0
+        "images left out, each as often as it was due"
+        self.lines: list[dict[str, Any]] = []
+        self._resume()
+
+    def _resume(self) -> None:
+        checkpoint = read_last(self.setup.folder)
+        if checkpoint is None:
+            return
+        load_arrays(self.net, checkpoint.model)
+        _load_optimiser(self.net, self.optimiser, checkpoint.resume)
+        self.step, progress = checkpoint.step, checkpoint.progress
+        self.images, self.n_failed, self.seconds = progress["images"], progress["n_failed"], progress["seconds"]
+        self.failed = {int(row): reason for row, reason in progress["failed"].items()}
+        self.lines = [
+            line for line in read_metrics(self.setup.folder) if line["step"] <= self.step and "stopped" not in line
+        ]
+        logger.info("going on after step %d of %d", self.step, self.setup.order.steps)
+
+    def run(self, load: Load) -> None:
+        """Train to the end. Raises `TrainFailed`, in every process alike."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        if self.lines and self.group.rank == 0:  # without what an earlier start did after its last checkpoint
+            write_metrics(self.setup.folder, self.lines)
+        try:
+            self._require_budget()
+            with torch.random.fork_rng(devices=devices):
+                self._train(load)
+        except TrainFailed as error:
+            if self.group.rank == 0:
+                self.lines.append({"step": self.step, "stopped": str(error)})
+                write_metrics(self.setup.folder, self.lines)
+            raise
+
+    def _train(self, load: Load) -> None:
+        order, group = self.setup.order, self.group
+        if self.step >= order.steps:
+            return
+        events = EventFile(self.setup.folder, self.step) if group.rank == 0 else None
+        items = order.micro_batches(self.step, group.rank, group.world)
+        stream = load(self.setup.images, items, self.config.loaders)
+        try:
+            self._loop(stream, events)
+        finally:
+            stream.close()
+            if events:
+                events.close()
+
+    def _loop(self, stream: Iterator[Loaded], events: EventFile | None) -> None:
+        steps, upcoming, started = self.setup.order.steps, next(stream, None), time.perf_counter()
+        while self.step < steps:
+            totals, rows = torch.zeros(3, device=self.device), []
+            while upcoming is not None and upcoming.item.step == self.step:
+                totals += self._accumulate(upcoming)
+                rows += upcoming.item.rows
+                upcoming = next(stream, None)
+            loss, images, failed = self._update(totals)
+            elapsed = time.perf_counter() - started
+            self.step, self.images, self.n_failed = self.step + 1, self.images + images, self.n_failed + failed
+            self.seconds += elapsed
+            if not np.isfinite(loss):
+                raise TrainFailed(
+                    f"the loss became {loss} at step {self.step}; lower --lr, or use --net-precision fp32"
+                )
+            self._log(loss, images / elapsed, events)
+            if self.step % self.config.checkpoint_every == 0 or self.step == steps:
+                self._checkpoint(events)
+            if self.setup.on_step:
+                self.setup.on_step(self.step, rows)
+            started = time.perf_counter()
+
+    def _accumulate(self, loaded: Loaded) -> Tensor:
+        """Add a micro-batch's gradients, summed over its images; [sum of losses, images, images left out]."""
+        for row, reason in loaded.failed.items():
+            if row not in self.failed:
+                logger.warning("left out: row %d, %s", row, reason)
+                self.failed[row] = reason
+        count = len(loaded.pixels)
+        total = torch.tensor([0.0, count, len(loaded.failed)], device=self.device)
+        if count:
+            # Dropout, where a network has it, depends on neither interruptions nor the number of processes.
+            seed = np.random.SeedSequence([self.config.seed, loaded.item.step, loaded.item.part]).generate_state(1)
+            torch.manual_seed(int(seed[0]))
+            images = self.pixels(loaded.pixels)
+            loss = multi_scale_loss(self.upsample, images, self.maps(images), self.config.loss) * count
+            loss.backward()
+            total[0] = loss.detach()
+        return total
+
+    def pixels(self, pixels_BHWC: np.ndarray) -> Tensor:
+        """uint8 images to the backbone's normalised input on the device."""
+        expects = self.setup.backbone.expects
+        return normalise(torch.from_numpy(np.array(pixels_BHWC)).to(self.device), expects.mean, expects.std)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Features of the images, their halves and their quarters."""
+        return [self.features(part) for part in (images, lower(images, 2), lower(images, 4))]
+
+    def features(self, images: Tensor) -> Tensor:
+        """The frozen backbone's maps, float32 [B, C, h, w]."""
+        layers = self.setup.backbone.described["layers"]
+        with torch.no_grad(), autocast(self.device, self.config.precision):
+            return self.backbone(images.contiguous(), layers).stacked(layers).float()
+
+    def upsample(self, images: Tensor, maps: Tensor) -> Tensor:
+        """The network's result, float32: the loss is computed in full precision."""
+        with autocast(self.device, self.config.net_precision):
+            return self.net(images, maps).float()
+
+    def _update(self, totals: Tensor) -> tuple[float, int, int]:
+        """One optimiser step on the mean gradient over all images of all processes; (mean loss, images, left out)."""
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        # One message for all of it; the counts are exact in float32 up to 16 million.
+        flat = torch.cat([totals, *(gradient.flatten() for gradient in gradients)])
+        self.group.sum(flat)
+        loss, images, failed = flat[:3].tolist()
+        if images:
+            parts = flat[3:].div_(images).split([p.numel() for p in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+            self.optimiser.step()
+        self.optimiser.zero_grad()
+        return loss / max(images, 1), int(images), int(failed)
+
+    # --- what is kept -------------------------------------------------------------------------------------------------
+
+    def _log(self, loss: float, rate: float, events: EventFile | None) -> None:
+        order = self.setup.order
+        if events is None or not (self.step % self.config.log_every == 0 or self.step in (1, order.steps)):
+            return
+        epoch = (self.step - 1) // order.steps_per_epoch + 1
+        values = {"loss": loss, "images_per_s": round(rate, 2)}
+        self._add(values, events)
+        self.lines[-1] |= {"epoch": epoch, "images": self.images, "failed": self.n_failed}
+        logger.info("step %d of %d, epoch %d: loss %.4f, %.1f images/s", self.step, order.steps, epoch, loss, rate)
+
+    def _add(self, values: Mapping[str, float], events: EventFile) -> None:
+        self.lines.append({"step": self.step, **values})
+        events.add(self.step, values)
+
+    def _checkpoint(self, events: EventFile | None) -> None:
+        """Validate where it's due and save all of it; the checkpoint last, so that what it rests on is there."""
+        for failed in self.group.gather(self.failed):
+            self.failed |= failed
+        if events is not None:
+            loss = None
+            if self.step % self.config.validate_every == 0 or self.step == self.setup.order.steps:
+                loss = self._validate(events)
+            write_metrics(self.setup.folder, self.lines)
+            events.save()
+            write_checkpoint(self.setup.folder, self._state(), loss)
+        self._require_budget()
+
+    def _require_budget(self) -> None:
+        """Raises `TrainFailed` with too many images left out: of an epoch, or early when it's most of them."""
+        due, part = self.images + self.n_failed, self.config.max_failed_fraction
+        if self.n_failed > min(part * max(due, self.setup.order.n_rows), max(part, 0.5) * due):
+            reasons = "\n".join(f"  row {row}, {reason}" for row, reason in itertools.islice(self.failed.items(), 5))
+            raise TrainFailed(
+                f"{self.n_failed} of {due} images could not be read, more than --max-failed-fraction "
+                f"{self.config.max_failed_fraction}:\n{reasons}"
+            )
+
+    def _validate(self, events: EventFile) -> float | None:
+        """The loss on the held-out images; None where none of them can be read."""
+        measured = measure(self, self.setup.held_out, self.setup.held_out_rows)
+        if measured is None:
+            # Worker 0 alone validates: an error here would leave the others waiting.
+            logger.warning("none of the %d held-out images could be read", len(self.setup.held_out_rows))
+            return None
+        values, picture = measured
+        self._add(values, events)
+        self.setup.folder.write(f"pictures/step-{self.step:08d}.png", picture)
+        logger.info(
+            "step %d, held out: loss %.4f (bilinear %.4f); cosine with the double-size image's features %.4f (bilinear %.4f)",
+            self.step, values["val_loss"], values["val_loss_bilinear"], values["val_cosine"], values["val_cosine_bilinear"],
+        )  # fmt: skip
+        return values["val_loss"]
+
+    def _state(self) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            model=state_arrays(self.net),
+            resume=_optimiser_arrays(self.net, self.optimiser),
+            progress={
+                "images": self.images,
+                "n_failed": self.n_failed,
+                "seconds": round(self.seconds, 3),
+                "failed": {str(row): reason for row, reason in sorted(self.failed.items())},
+            },
+            config={
+                "upsampler": asdict(self.setup.upsampler),
+                "backbone": dict(self.setup.backbone.described),
+                "step": self.step,
+                "images": self.images,
+            },
+        )
+
+
+def _optimiser_arrays(net: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    """Adam's moments and step counts, by parameter."""
+    return {
+        f"{name}:{key}": value.detach().cpu().numpy()
+        for name, parameter in net.named_parameters()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimiser(net: torch.nn.Module, optimiser: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
+    names = [name for name, _ in net.named_parameters()]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, array in arrays.items():
+        parameter, _, key = name.rpartition(":")
+        state.setdefault(names.index(parameter), {})[key] = torch.from_numpy(np.array(array))
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def read_metrics(folder: Folder) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none where there is no such file."""
+    try:
+        return [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def write_metrics(folder: Folder, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Replace metrics.jsonl."""
+    folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+def train_inline(setup: TrainSetup) -> TrainSummary:
+    """Train in this process. Raises `TrainFailed`."""
+    device = setup.config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    Trainer(setup, Alone(), torch.device(device)).run(load_inline)
+    return summarise(setup.folder)
+
+
+def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
+    """Train in Ray Train's workers; lost ones are replaced, and all go on from the last checkpoint.
+
+    Needs a connected session. Raises `TrainFailed`, also once --max-failures are used up.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    config, scratch = setup.config, f"{setup.folder.url}/ray_train/{uuid.uuid4().hex}"
+    fs, path = filesystem(scratch, config.options)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"setup": [ray.put(setup)]},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=device == "cuda",
+            resources_per_worker={"CPU": config.worker_cpus, **({"GPU": 1} if device == "cuda" else {})},
+        ),
+        run_config=RunConfig(
+            name="run",
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            **_ray_storage(fs, path),
+        ),
+    )
+    try:
+        with _followed(setup.folder):
+            trainer.fit()
+    except TrainingFailedError as error:
+        reason = textwrap.shorten(str(error), 2000, placeholder=" ...")
+        raise TrainFailed(
+            f"given up after {config.max_failures} restarts (--max-failures); the same command goes on from the last "
+            f"checkpoint. The last failure: {reason}"
+        ) from error
+    finally:
+        _remove_scratch(fs, path)
+    stopped = [line["stopped"] for line in read_metrics(setup.folder) if "stopped" in line]
+    if stopped:
+        raise TrainFailed(stopped[-1])
+    return summarise(setup.folder)
+
+
+@contextlib.contextmanager
+def _followed(folder: Folder) -> Iterator[None]:
+    """Log the metrics as they appear, with each checkpoint: what workers log stays on their nodes."""
+    done = threading.Event()
+
+    def follow() -> None:
+        shown = len(read_metrics(folder))
+        while not done.wait(FOLLOW_S):
+            try:
+                lines = read_metrics(folder)
+            except (OSError, StorageError) as error:  # training goes on without being watched
+                logger.warning("metrics can't be read: %s", error)
+                continue
+            for line in lines[shown:]:
+                logger.info("%s", ", ".join(f"{name} {value}" for name, value in line.items()))
+            shown = len(lines)
+
+    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _ray_storage(fs: Any, path: str) -> dict[str, Any]:
+    """Ray Train's own notes, which every node must be able to reach, lie beside ours; the state isn't in them."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    if isinstance(fs, LocalFileSystem):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        return {"storage_path": path}
+    import pyarrow.fs
+
+    return {"storage_path": path, "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))}
+
+
+def _remove_scratch(fs: Any, path: str) -> None:
+    try:
+        fs.rm(path.rsplit("/", 1)[0], recursive=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # never worth a finished run
+        logger.warning("Ray Train's notes could not be removed: %s", error)
+
+
+def _train_worker(settings: Mapping[str, Any]) -> None:
+    """Ray Train's function: one of the processes."""
+    import ray
+    import ray.train.torch
+
+    setup: TrainSetup = ray.get(settings["setup"][0])
+    torch.set_num_threads(setup.config.worker_cpus)
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL puts gathered objects
+    try:
+        Trainer(setup, Distributed(), device).run(load_on_ray)
+    except TrainFailed as error:
+        # Starting again would end the same way. The driver finds the reason among the metrics.
+        logger.error("%s", error)
+
+
+def summarise(folder: Folder) -> TrainSummary:
+    """What became of the run in `folder`. Raises `TrainFailed` where it has no checkpoint."""
+    pointers, last = read_pointers(folder), read_last(folder)
+    if pointers is None or last is None:
+        raise TrainFailed(f"{folder.shown} has no checkpoint")
+    metrics: dict[str, Any] = {}
+    for line in read_metrics(folder):
+        metrics |= line
+    return TrainSummary(
+        out=folder.shown,
+        step=last.step,
+        last=pointers.last,
+        best=pointers.best,
+        metrics=metrics,
+        failed=last.progress["failed"],
+    )

@@ -1,0 +1,257 @@
+"""Images for training: which, in which order, and decoded ahead of the loop, by threads or by Ray Data.
+
+The order is computed from numbers alone (`TrainOrder`), and so is each image's colour jitter: neither depends on how many
+processes there are or on where a run was interrupted. What crosses Ray's object store are uint8 images. No torch here: the
+decoding tasks start faster without.
+"""
+
+import json
+import logging
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from operators.image import Geometry, decode
+from storage.paths import Folder
+from storage.samples import SampleIndex, read_images
+
+logger = logging.getLogger(__name__)
+
+WINDOW_ITEMS = 2048
+"""Micro-batches of one Ray Dataset; more are several in a row, so that its list of tasks stays short."""
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Images of one forward: part `part` of the batch of step `step`, both from 0."""
+
+    step: int
+    part: int
+    epoch: int
+    rows: tuple[int, ...]
+    "of the index"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOrder:
+    """Which images each step takes: every row once an epoch, in an order drawn from (seed, epoch).
+
+    A batch is cut into micro-batches, and those are shared out: what is averaged, and what BatchNorm sees together, is the
+    same for any number of workers. An epoch's last batch is what is left, as LiFT has it; with few images in it, some
+    workers have none.
+    """
+
+    n_rows: int
+    batch: int
+    micro_batch: int
+    epochs: int
+    seed: int
+    max_steps: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.n_rows // self.batch)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        steps = self.epochs * self.steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Rows of the batch of a step (from 0), int64."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        return self._permutation(epoch)[at * self.batch : (at + 1) * self.batch]
+
+    def micro_batches(self, first_step: int, rank: int = 0, world: int = 1) -> Iterator[MicroBatch]:
+        """What a worker reads from a step on to the end of the run."""
+        permuted, permutation = -1, np.empty(0, np.int64)
+        for step in range(first_step, self.steps):
+            epoch, at = divmod(step, self.steps_per_epoch)
+            if epoch != permuted:
+                permuted, permutation = epoch, self._permutation(epoch)
+            rows = permutation[at * self.batch : (at + 1) * self.batch].tolist()
+            starts = range(0, len(rows), self.micro_batch)
+            for part in np.array_split(np.arange(len(starts)), world)[rank].tolist():
+                chosen = rows[starts[part] : starts[part] + self.micro_batch]
+                yield MicroBatch(step=step, part=part, epoch=epoch, rows=tuple(chosen))
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """Where images come from and how they become arrays; travels to whoever decodes."""
+
+    folder: Folder
+    "holds the index"
+    digest: str
+    "of the index"
+    urls: tuple[str, ...]
+    "the index's sources, with credentials"
+    options: Mapping[str, Any]
+    geometry: Geometry
+    max_image_pixels: int
+    jitter: float
+    seed: int
+
+    def load(self, rows: Sequence[int], epoch: int | None) -> tuple[np.ndarray, dict[int, str]]:
+        """Images of `rows`, uint8 [rows, H, W, 3], jittered for `epoch` (None: not at all); and why some are missing (zeros).
+
+        Faults of the storage are raised: an image that can't be had today is no damaged image.
+        """
+        # Pillow's own guard, which by default only warns up to twice its limit.
+        Image.MAX_IMAGE_PIXELS = self.max_image_pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        table = _index_of(self).take(np.array(rows, np.int64))
+        blobs = read_images(table, self.urls, self.options)
+        pixels = np.zeros((len(rows), self.geometry.height, self.geometry.width, 3), np.uint8)
+        failed: dict[int, str] = {}
+        for i, (row, record) in enumerate(zip(rows, table.to_pylist(), strict=True)):
+            problem = record["problem"] or self._decode(blobs[i] or b"", record["size"], pixels[i])
+            if problem:
+                failed[row] = f"{record['key']}: {problem}"[:500]
+            elif epoch is not None and self.jitter:
+                pixels[i] = colour_jitter(pixels[i], np.random.default_rng([self.seed, epoch, row]), self.jitter)
+        return pixels, failed
+
+    def _decode(self, blob: bytes, size: int, out: np.ndarray) -> str:
+        """Decode into `out` [H, W, 3]; what went wrong, or nothing."""
+        if len(blob) < size:
+            return f"{len(blob)} of {size} bytes: the source is shorter than when indexed"
+        try:
+            out[:] = decode(blob, self.geometry, max_pixels=self.max_image_pixels).pixels
+        except Exception as error:  # noqa: BLE001 - the sample boundary: Pillow raises a dozen types on damaged files
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+
+_indexes: dict[tuple[str, str], SampleIndex] = {}
+_indexes_lock = threading.Lock()
+
+
+def _index_of(source: ImageSource) -> SampleIndex:
+    """The index, opened once in each process: by its digest, for another run may have replaced it."""
+    name = (source.folder.url, source.digest)
+    with _indexes_lock:
+        if name not in _indexes:
+            _indexes[name] = SampleIndex(source.folder)
+        return _indexes[name]
+
+
+def colour_jitter(pixels_HWC: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
+    """torchvision's ColorJitter(amount, amount, amount, amount) on uint8 [H, W, 3], as its Pillow path computes it.
+
+    Four changes in a random order: brightness, contrast and saturation by a factor, hue by a part of the circle.
+    """
+    factors = rng.uniform(1 - amount, 1 + amount, 3)
+    hue = rng.uniform(-amount, amount)
+    image = Image.fromarray(pixels_HWC)
+    for change in rng.permutation(4):
+        if change == 3:
+            image = _shift_hue(image, hue)
+        else:
+            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
+            image = enhance(image).enhance(factors[change])
+    return np.asarray(image)
+
+
+def _shift_hue(image: Image.Image, part: float) -> Image.Image:
+    h, s, v = image.convert("HSV").split()
+    # Hue is a byte that wraps.
+    turned = np.asarray(h) + np.array(int(part * 255) % 256, np.uint8)
+    return Image.merge("HSV", (Image.fromarray(turned), s, v)).convert("RGB")
+
+
+# --- ahead of the loop ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A micro-batch and its images: those that could be read, and why others couldn't."""
+
+    item: MicroBatch
+    pixels: np.ndarray
+    "uint8 [n, H, W, 3]"
+    failed: Mapping[int, str]
+    "by row"
+
+    @classmethod
+    def of(cls, item: MicroBatch, pixels: np.ndarray, failed: Mapping[int, str]) -> "Loaded":
+        keep = [i for i, row in enumerate(item.rows) if row not in failed]
+        return cls(item=item, pixels=pixels if not failed else pixels[keep], failed=failed)
+
+
+def load_inline(source: ImageSource, items: Iterator[MicroBatch], ahead: int) -> Iterator[Loaded]:
+    """Micro-batches in order; up to `ahead` are decoded by threads meanwhile."""
+    pending: deque[tuple[MicroBatch, Future[tuple[np.ndarray, dict[int, str]]]]] = deque()
+    pool = ThreadPoolExecutor(ahead)
+    try:
+        for item in items:
+            pending.append((item, pool.submit(source.load, item.rows, item.epoch)))
+            if len(pending) > ahead:
+                done, future = pending.popleft()
+                yield Loaded.of(done, *future.result())
+        for done, future in pending:
+            yield Loaded.of(done, *future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def load_on_ray(source: ImageSource, items: Iterator[MicroBatch], tasks: int) -> Iterator[Loaded]:
+    """Micro-batches in order; Ray Data decodes them ahead in up to `tasks` tasks, anywhere in the cluster."""
+    while window := [item for _, item in zip(range(WINDOW_ITEMS), items, strict=False)]:
+        yield from _load_window(source, window, tasks)
+
+
+def _load_window(source: ImageSource, items: Sequence[MicroBatch], tasks: int) -> Iterator[Loaded]:
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None  # one micro-batch is one block
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    shared = ray.put(source)
+    rows = [{"position": i, "item": json.dumps(asdict(item))} for i, item in enumerate(items)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _load_batch,
+        fn_kwargs={"source": shared},
+        batch_size=1,
+        batch_format="numpy",
+        # The training processes may hold every CPU of the cluster: tasks that asked for one would never start. Their
+        # number is bounded instead.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=tasks),
+    )
+    for expected, row in enumerate(dataset.iter_rows()):
+        if row["position"] != expected:  # the whole run's order rests on it
+            raise RuntimeError(f"Ray Data gave micro-batch {row['position']} where {expected} was due")
+        failed = {int(number): reason for number, reason in json.loads(row["failed"]).items()}
+        yield Loaded.of(items[expected], row["pixels"], failed)
+
+
+def _load_batch(batch: dict[str, np.ndarray], source: Any) -> dict[str, Any]:
+    """Ray Data's function: one micro-batch."""
+    import ray
+
+    source = ray.get(source) if isinstance(source, ray.ObjectRef) else source
+    item = json.loads(str(batch["item"][0]))
+    pixels, failed = source.load(item["rows"], item["epoch"])
+    return {"position": batch["position"], "pixels": pixels[None], "failed": [json.dumps(failed)]}

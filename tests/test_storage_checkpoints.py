@@ -1,0 +1,131 @@
+"""Checkpoints of a run: whole or not there, the last and the best kept, on disk and on S3."""
+
+import json
+
+import numpy as np
+import pytest
+
+from storage.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    Pointers,
+    read_checkpoint,
+    read_last,
+    read_pointers,
+    read_run,
+    write_checkpoint,
+    write_run,
+)
+from storage.paths import Folder
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def folder(request, tmp_path):
+    if request.param == "s3":
+        s3 = request.getfixturevalue("s3_options")
+        return Folder(f"s3://{s3['bucket']}/runs/one", s3["options"])
+    return Folder(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run")
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(
+        step=step,
+        model={"conv.weight": np.full((2, 3), step, np.float32), "count": np.array(step)},
+        resume={"conv.weight.exp_avg": np.full((2, 3), -step, np.float32)},
+        progress={"images": 4 * step},
+        config={"upsampler": {"method": "lift"}},
+    )
+
+
+def test_the_last_checkpoint_reads_back_as_it_was_written(folder):
+    write_checkpoint(folder, checkpoint(3))
+
+    found = read_last(folder)
+
+    assert (found.step, found.progress, found.config) == (3, {"images": 12}, {"upsampler": {"method": "lift"}})
+    np.testing.assert_array_equal(found.model["conv.weight"], np.full((2, 3), 3, np.float32))
+    assert found.model["count"].shape == ()
+    np.testing.assert_array_equal(found.resume["conv.weight.exp_avg"], np.full((2, 3), -3, np.float32))
+
+
+def test_only_the_last_and_the_best_are_kept(folder):
+    for step, loss in ((1, 0.5), (2, 0.3), (3, None), (4, 0.4)):
+        write_checkpoint(folder, checkpoint(step), loss)
+
+    assert read_pointers(folder) == Pointers(last="steps/00000004", best="steps/00000002", best_loss=0.3)
+    assert read_checkpoint(folder, "steps/00000002").step == 2
+    assert folder.folders("steps") == ["00000002", "00000004"]
+
+
+def test_a_folder_without_checkpoints_has_none(folder):
+    assert read_last(folder) is None
+    assert read_run(folder) is None
+
+
+def test_run_settings_read_back(folder):
+    write_run(folder, {"config": {"batch": 4}})
+
+    assert read_run(folder) == {"config": {"batch": 4}}
+
+
+class Died(Exception):
+    pass
+
+
+class DyingFolder(Folder):
+    """Dies before its n-th write."""
+
+    writes_left = 0
+
+    def write(self, name: str, data: bytes) -> None:
+        if not self.writes_left:
+            raise Died(name)
+        self.writes_left -= 1
+        super().write(name, data)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 4])
+def test_a_writer_that_dies_leaves_the_checkpoint_before(tmp_path, writes):
+    folder = DyingFolder(str(tmp_path / "run"))
+    folder.writes_left = 5 + writes  # four parts and the pointer of the first one
+    write_checkpoint(folder, checkpoint(1), 0.5)
+
+    with pytest.raises(Died):
+        write_checkpoint(folder, checkpoint(2), 0.4)
+
+    assert read_last(Folder(folder.url)).step == 1
+    write_checkpoint(Folder(folder.url), checkpoint(2), 0.4)
+    assert read_last(Folder(folder.url)).step == 2
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "resume.safetensors", "resume.json", "config.json"])
+def test_missing_and_damaged_parts_are_named(tmp_path, part):
+    folder = Folder(str(tmp_path / "run"))
+    write_checkpoint(folder, checkpoint(1))
+    whole = folder.read(f"steps/00000001/{part}")
+
+    folder.write(f"steps/00000001/{part}", whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="steps/00000001 is damaged"):
+        read_last(folder)
+
+    folder.remove([f"steps/00000001/{part}"])
+    with pytest.raises(CheckpointError, match=f"has no {part}"):
+        read_last(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", json.dumps({"latest": "x"}).encode()])
+def test_damaged_pointers_name_the_steps_that_are_there(tmp_path, content):
+    folder = Folder(str(tmp_path / "run"))
+    write_checkpoint(folder, checkpoint(7))
+    folder.write("checkpoints.json", content)
+
+    with pytest.raises(CheckpointError, match="00000007"):
+        read_last(folder)
+
+
+def test_damaged_run_settings_are_an_error(tmp_path):
+    folder = Folder(str(tmp_path / "run"))
+    folder.write("run.json", b"{")
+
+    with pytest.raises(CheckpointError, match="run.json is damaged"):
+        read_run(folder)
