@@ -135,7 +135,7 @@ def _report(config: TrainConfig, summary: TrainSummary) -> None:
     if "val_loss" in metrics:
         print(
             f"held out: loss {metrics['val_loss']:.4f} (bilinear {metrics['val_loss_bilinear']:.4f}); cosine with the "
-            f"double-size image's features {metrics['val_cosine']:.4f} (bilinear {metrics['val_cosine_bilinear']:.4f})"
+            f"twice as large image's features {metrics['val_cosine']:.4f} (bilinear {metrics['val_cosine_bilinear']:.4f})"
         )
     best = f"{summary.out}/{summary.best or summary.last}"
     print(f"best       {best}")

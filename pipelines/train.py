@@ -294,7 +294,7 @@ class Trainer:
         self._add(values, events)
         self.setup.folder.write(f"pictures/step-{self.step:08d}.png", picture)
         logger.info(
-            "step %d, held out: loss %.4f (bilinear %.4f); cosine with the double-size image's features %.4f (bilinear %.4f)",
+            "step %d, held out: loss %.4f (bilinear %.4f); cosine with the twice as large image's features %.4f (bilinear %.4f)",
             self.step, values["val_loss"], values["val_loss_bilinear"], values["val_cosine"], values["val_cosine_bilinear"],
         )  # fmt: skip
         return values["val_loss"]

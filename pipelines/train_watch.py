@@ -49,25 +49,28 @@ class EventFile:
         shutil.rmtree(self._local, ignore_errors=True)
 
 
+METRICS = ("val_loss", "val_cosine", "val_cosine_beyond")
+
+
 @torch.no_grad()
 def measure(trainer: Any, source: ImageSource, rows: Sequence[int]) -> tuple[dict[str, float], bytes] | None:
     """Metrics on held-out images, in eval mode, and a picture of the first ones as PNG; None if none can be read.
 
-    `val_loss` is the training's, at its scales; `val_cosine` is that of the network's x2 map of an image with the backbone's own
-    map of the image decoded at twice the size. Each stands beside bilinear enlargement's.
+    `val_loss` is the training's, at its scales. `val_cosine` is that of the network's x2 map of an image of half the size with
+    the backbone's own map of the image: the largest scale that was trained on, but resized, not sliced. `val_cosine_beyond` is
+    the same one octave up, which was not trained on. Beside each, `..._bilinear` is bilinear enlargement's.
     """
     trainer.net.eval()
     try:
-        sums, shown = np.zeros(5), []
+        sums, shown = np.zeros(1 + 2 * len(METRICS)), []
         step = min(trainer.config.forward_images, 16)
         for start in range(0, len(rows), step):
-            part = _measure_some(trainer, source, rows[start : start + step], shown)
-            sums += part
+            sums += _measure_some(trainer, source, rows[start : start + step], shown)
     finally:
         trainer.net.train()
     if not sums[0]:
         return None
-    names = ("val_loss", "val_loss_bilinear", "val_cosine", "val_cosine_bilinear")
+    names = [f"{name}{suffix}" for name in METRICS for suffix in ("", "_bilinear")]
     values = dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=True))
     return values, _picture(trainer.step, trainer.config.method, values, shown)
 
@@ -75,25 +78,32 @@ def measure(trainer: Any, source: ImageSource, rows: Sequence[int]) -> tuple[dic
 def _measure_some(trainer: Any, source: ImageSource, rows: Sequence[int], shown: list[list[np.ndarray]]) -> np.ndarray:
     """Number of images, and the sums over them of what `measure` gives; adds photos and maps to `shown`."""
     size = trainer.config.size
-    double = replace(source, geometry=replace(source.geometry, height=2 * size, width=2 * size))
-    (pixels, failed), (large, _) = source.load(rows, None), double.load(rows, None)
-    keep = [i for i, row in enumerate(rows) if row not in failed]
+    octaves = [
+        replace(source, geometry=replace(source.geometry, height=side, width=side)).load(rows, None)
+        for side in (size // 2, size, 2 * size)
+    ]
+    keep = [i for i, row in enumerate(rows) if row not in octaves[1][1]]
     if not keep:
-        return np.zeros(5)
-    images = trainer.pixels(pixels[keep])
-    scales, target = trainer.maps(images), trainer.features(trainer.pixels(large[keep]))
-    maps = scales[0]
-    bilinear, ours = _bilinear(images, maps), trainer.upsample(images, maps)
+        return np.zeros(1 + 2 * len(METRICS))
+    half, images, double = (trainer.pixels(pixels[keep]) for pixels, _ in octaves)
+    scales = trainer.maps(images)
+    coarse, maps, target = trainer.features(half), scales[0], trainer.features(double)
+    ours = trainer.upsample(half, coarse)
     shown.extend(
-        [pixels[keep[i]], *(m[i].permute(1, 2, 0).cpu().numpy() for m in (maps, bilinear, ours, target))]
+        [
+            octaves[1][0][keep[i]],
+            *(m[i].permute(1, 2, 0).cpu().numpy() for m in (coarse, _bilinear(half, coarse), ours, maps)),
+        ]
         for i in range(min(len(keep), _SHOWN - len(shown)))
     )
     kind = trainer.config.loss
     means = [
         multi_scale_loss(trainer.upsample, images, scales, kind),
         multi_scale_loss(_bilinear, images, scales, kind),
-        1 - cosine_loss(ours, target),
-        1 - cosine_loss(bilinear, target),
+        1 - cosine_loss(ours, maps),
+        1 - cosine_loss(_bilinear(half, coarse), maps),
+        1 - cosine_loss(trainer.upsample(images, maps), target),
+        1 - cosine_loss(_bilinear(images, maps), target),
     ]
     return len(keep) * np.array([1.0, *(float(mean) for mean in means)])
 
@@ -119,7 +129,7 @@ def _picture(step: int, method: str, values: Mapping[str, float], shown: Sequenc
             f"backbone\n{grid[0]} x {grid[1]}",
             f"bilinear\ncosine {values['val_cosine_bilinear']:.4f}",
             f"{method}\ncosine {values['val_cosine']:.4f}",
-            f"backbone, double size\n{double[0]} x {double[1]}",
+            f"backbone, image twice as large\n{double[0]} x {double[1]}",
         ],
         rows=[""] * len(tiles),
         title=f"step {step}: similarity with the cell in the middle",

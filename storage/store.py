@@ -7,7 +7,6 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 import functools
 import json
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal
@@ -15,12 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import zarr
 from numpy.typing import ArrayLike
-from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from storage.ledger import Ledger, SampleRecord
+from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
@@ -30,18 +27,8 @@ from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardT
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-SIDE_GROUPS = ("index", "ledger", "runs", "views")
-"""Folders of other files; real (empty) Zarr groups, so that listing the store warns about nothing."""
-
-_MULTISCALES = {
-    "schema_url": "https://raw.githubusercontent.com/zarr-conventions/multiscales/refs/tags/v1/schema.json",
-    "spec_url": "https://github.com/zarr-conventions/multiscales/blob/v1/README.md",
-    "uuid": "d35379db-88df-4056-af3a-620245f8e347",
-    "name": "multiscales",
-    "description": "Multiscale layout of zarr datasets",
-}
-
+FORMAT = 2
+"""2: keys in order beside the index, counts among the attributes."""
 
 Selection = str | int | slice | Sequence[str] | Sequence[int] | np.ndarray
 """Rows by key, number, slice, several of them, or a mask."""
@@ -135,7 +122,7 @@ class FeatureStore:
             **provenance,
         }
         store = cls(folder, attributes)
-        files = store._metadata(consolidated=False)
+        files = store._documents(consolidated=False)
         root = files.pop("zarr.json")
         for name, data in files.items():
             folder.write(name, data)
@@ -297,7 +284,8 @@ class FeatureStore:
         elif first["status"] == "failed":
             reason = f"{first['key']!r}, which failed: {first['stage']}: {first['error']}: {first['message']}"
         else:
-            reason = f"{first['key']!r}, though the ledger says ok: shards are missing; run the extraction again"
+            reason = f"{first['key']!r}, though the ledger says ok: shards are missing"
+            reason += "; delete the task's record in ledger/commits and continue the extraction"
         return f"{self.folder.shown}: {many} {rows[0]}, {reason}. `valid` tells which have; missing='nan' reads the others as NaN"
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -312,7 +300,7 @@ class FeatureStore:
         if self.status != "writing":
             self.attributes["status"] = "writing"
             self.attributes.pop("counts")
-            self.folder.write("zarr.json", self._metadata(consolidated=False)["zarr.json"])
+            self.folder.write("zarr.json", self._documents(consolidated=False)["zarr.json"])
 
     def finalize(self) -> dict[str, int]:
         """Merge the ledger, mark the store complete, consolidate metadata; returns row counts by status. Idempotent.
@@ -328,114 +316,16 @@ class FeatureStore:
             )
         counts = self.ledger.merge(self.layout)
         self.attributes |= {"status": "complete", "counts": counts}
-        self.folder.write("zarr.json", self._metadata(consolidated=True)["zarr.json"])
+        self.folder.write("zarr.json", self._documents(consolidated=True)["zarr.json"])
         self.folder.remove_partial()
         return counts
+
+    def _documents(self, *, consolidated: bool) -> dict[str, bytes]:
+        return zarr_documents(self.spec, self.layout, self.attributes, consolidated=consolidated)
 
     def writer(self, task: ShardTask) -> "BlockWriter":
         """The writer of one task's shards."""
         return BlockWriter(self, task)
-
-    def _metadata(self, *, consolidated: bool) -> dict[str, bytes]:
-        """Every metadata document and coordinate chunk, by object name. Made by zarr-python in memory."""
-        store = MemoryStore()
-        root = zarr.create_group(store, attributes=self._root_attributes())
-        for name in SIDE_GROUPS:
-            root.create_group(name)
-        for level in self.spec.levels:
-            self._create_level(root.create_group(level.name), level)
-        if consolidated:
-            with warnings.catch_warnings():
-                # Consolidated metadata is not in the v3 spec yet; every reader we know takes it or ignores it.
-                warnings.simplefilter("ignore")
-                zarr.consolidate_metadata(store, zarr_format=3)
-        return {name: value.to_bytes() for name, value in store._store_dict.items()}
-
-    def _create_level(self, group: zarr.Group, level: Level) -> None:
-        n, rows = self.layout.n_rows, self.layout.shard_rows(level)
-        dims = ["sample", "y", "x", "channel"] if level.grid else ["sample", "channel"]
-        inner = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
-        attributes: dict[str, Any] = {
-            "long_name": f"{'dense' if level.grid else 'pooled'} features of {self.spec.model}",
-            "method": level.method,
-            "layers": list(self.spec.layers),
-        }
-        common: dict[str, Any] = {
-            "dtype": level.dtype,
-            "fill_value": 0 if level.dtype == "int8" else np.nan,
-            "dimension_names": dims,
-            "compressors": None,
-            "filters": None,
-        }
-        if level.dtype == "int8":
-            attributes["scale"] = "features * scale, per row and channel; a row without scale (NaN) holds no features"
-            self._create_vectors(group, "scale", level.channels, "float32", {})
-        if level.grid is None:
-            self._create_vectors(group, "features", level.channels, level.dtype, attributes)
-            return
-        group.create_array(
-            "features",
-            shape=(n, *level.row_shape),
-            chunks=(rows, *level.row_shape),
-            # index_location "start": a suffix range, which "end" needs, fails on Azure.
-            serializer=ShardingCodec(chunk_shape=(1, *level.row_shape), codecs=inner, index_location="start"),
-            attributes=attributes,
-            **common,
-        )
-        assert level.start
-        assert level.step
-        for axis, name in enumerate("yx"):
-            centres = level.start[axis] + np.arange(level.grid[axis]) * level.step[axis]
-            coordinate = group.create_array(
-                name,
-                shape=centres.shape,
-                chunks=centres.shape,
-                dtype="float32",
-                fill_value=np.nan,
-                dimension_names=[name],
-                compressors=None,
-                filters=None,
-                attributes={"units": "px", "long_name": f"cell centres along {name}, in pixels of the model's input"},
-            )
-            coordinate[:] = centres.astype(np.float32)
-
-    def _create_vectors(
-        self, group: zarr.Group, name: str, channels: int, dtype: str, attributes: dict[str, Any]
-    ) -> None:
-        """One chunk per block: a chunk per row would be all overhead."""
-        group.create_array(
-            name,
-            shape=(self.layout.n_rows, channels),
-            chunks=(self.layout.block_rows, channels),
-            dtype=dtype,
-            fill_value=np.nan,
-            dimension_names=["sample", "channel"],
-            compressors=ZstdCodec(level=1, checksum=True),
-            filters=None,
-            attributes=attributes,
-        )
-
-    def _root_attributes(self) -> dict[str, Any]:
-        maps = [level for level in self.spec.levels if level.grid]
-        multiscales: dict[str, Any] = {"layout": [_multiscale(level, maps[0]) for level in maps]} if maps else {}
-        conventions = {"zarr_conventions": [_MULTISCALES], "multiscales": multiscales} if maps else {}
-        return {"raylift": self.attributes, **conventions}
-
-
-def _multiscale(level: Level, first: Level) -> dict[str, Any]:
-    """A `multiscales` entry: placement relative to the first level's cells."""
-    entry: dict[str, Any] = {"asset": f"{level.name}/features", "transform": {"scale": [1.0, 1.0, 1.0, 1.0]}}
-    if level is not first:
-        assert level.step
-        assert level.start
-        assert first.step
-        assert first.start
-        scale = [level.step[i] / first.step[i] for i in (0, 1)]
-        move = [(level.start[i] - first.start[i]) / first.step[i] for i in (0, 1)]
-        entry["derived_from"] = f"{first.name}/features"
-        entry["transform"] = {"scale": [1.0, *scale, 1.0], "translation": [0.0, *move, 0.0]}
-        entry["resampling_method"] = level.method
-    return entry
 
 
 def read_attributes(folder: Folder) -> dict[str, Any] | None:
@@ -450,10 +340,9 @@ def read_attributes(folder: Folder) -> dict[str, Any] | None:
     attributes = document.get("attributes", {}).get("raylift")
     if attributes is None:
         raise StorageError(f"{folder.shown} is a Zarr store, but not one of Raylift's; choose another --out")
-    if attributes["format"] > FORMAT:
-        raise StorageError(
-            f"{folder.shown} has format {attributes['format']}, this version reads up to {FORMAT}; update Raylift"
-        )
+    if attributes["format"] != FORMAT:
+        advice = "update Raylift" if attributes["format"] > FORMAT else "extract it again, with a new --out"
+        raise StorageError(f"{folder.shown} has format {attributes['format']}, this version reads {FORMAT}; {advice}")
     return attributes
 
 

@@ -1,6 +1,7 @@
 """Reading a store: the numbers are zarr-python's, what is missing says why, and nothing damaged or stale is ever a number."""
 
 import functools
+import json
 import multiprocessing
 import os
 import pickle
@@ -490,7 +491,7 @@ def test_lost_shard_of_a_complete_store_is_said_to_be_missing(own, level, name):
     (Path(own.folder.url) / name).unlink()
 
     for rows in (9, [9, 10], slice(8, 16), slice(None)):
-        with pytest.raises(MissingRows, match=r"the ledger says ok: shards are missing; run the extraction again"):
+        with pytest.raises(MissingRows, match=r"the ledger says ok: shards are missing; delete the task.s record"):
             own.read(rows, level)
     assert np.isnan(own.read(slice(8, 16), level, missing="nan")).all()
     assert np.isfinite(own.read([7, 16], level)).all()
@@ -863,3 +864,14 @@ def test_one_row_of_a_million_by_key_takes_few_requests_and_few_bytes(bucket, ap
     assert by_key <= 8, api_calls
     assert len(api_calls) <= 20, api_calls
     assert api_calls.bytes < 2 * 2**20
+
+
+@pytest.mark.parametrize(("version", "advice"), [(1, "extract it again"), (99, "update Raylift")])
+def test_store_of_another_format_is_refused_with_advice(own, version, advice):
+    root = Path(own.folder.url) / "zarr.json"
+    document = json.loads(root.read_text())
+    document["attributes"]["raylift"]["format"] = version
+    root.write_text(json.dumps(document))
+
+    with pytest.raises(StorageError, match=f"has format {version}, this version reads 2; {advice}"):
+        FeatureStore.open(own.folder.url)

@@ -1,0 +1,133 @@
+"""The store's Zarr metadata: groups, arrays, coordinates, and the conventions that other tools read."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from storage.spec import FeatureSpec, Layout, Level
+
+SIDE_GROUPS = ("index", "ledger", "runs", "views")
+"""Folders of other files; real (empty) Zarr groups, so that listing the store warns about nothing."""
+
+_MULTISCALES = {
+    "schema_url": "https://raw.githubusercontent.com/zarr-conventions/multiscales/refs/tags/v1/schema.json",
+    "spec_url": "https://github.com/zarr-conventions/multiscales/blob/v1/README.md",
+    "uuid": "d35379db-88df-4056-af3a-620245f8e347",
+    "name": "multiscales",
+    "description": "Multiscale layout of zarr datasets",
+}
+
+
+def zarr_documents(
+    spec: FeatureSpec, layout: Layout, attributes: Mapping[str, Any], *, consolidated: bool
+) -> dict[str, bytes]:
+    """Every metadata document and coordinate chunk of a store, by object name. Made by zarr-python in memory.
+
+    `attributes` are Raylift's own, at the root.
+    """
+    store = MemoryStore()
+    root = zarr.create_group(store, attributes=_root_attributes(spec, attributes))
+    for name in SIDE_GROUPS:
+        root.create_group(name)
+    for level in spec.levels:
+        _create_level(root.create_group(level.name), level, spec, layout)
+    if consolidated:
+        with warnings.catch_warnings():
+            # Consolidated metadata is not in the v3 spec yet; every reader we know takes it or ignores it.
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(store, zarr_format=3)
+    return {name: value.to_bytes() for name, value in store._store_dict.items()}
+
+
+def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: Layout) -> None:
+    n, rows = layout.n_rows, layout.shard_rows(level)
+    dims = ["sample", "y", "x", "channel"] if level.grid else ["sample", "channel"]
+    inner = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
+    attributes: dict[str, Any] = {
+        "long_name": f"{'dense' if level.grid else 'pooled'} features of {spec.model}",
+        "method": level.method,
+        "layers": list(spec.layers),
+    }
+    common: dict[str, Any] = {
+        "dtype": level.dtype,
+        "fill_value": 0 if level.dtype == "int8" else np.nan,
+        "dimension_names": dims,
+        "compressors": None,
+        "filters": None,
+    }
+    if level.dtype == "int8":
+        attributes["scale"] = "features * scale, per row and channel; a row without scale (NaN) holds no features"
+        _create_vectors(group, "scale", level.channels, "float32", {}, layout)
+    if level.grid is None:
+        _create_vectors(group, "features", level.channels, level.dtype, attributes, layout)
+        return
+    group.create_array(
+        "features",
+        shape=(n, *level.row_shape),
+        chunks=(rows, *level.row_shape),
+        # index_location "start": a suffix range, which "end" needs, fails on Azure.
+        serializer=ShardingCodec(chunk_shape=(1, *level.row_shape), codecs=inner, index_location="start"),
+        attributes=attributes,
+        **common,
+    )
+    assert level.start
+    assert level.step
+    for axis, name in enumerate("yx"):
+        centres = level.start[axis] + np.arange(level.grid[axis]) * level.step[axis]
+        coordinate = group.create_array(
+            name,
+            shape=centres.shape,
+            chunks=centres.shape,
+            dtype="float32",
+            fill_value=np.nan,
+            dimension_names=[name],
+            compressors=None,
+            filters=None,
+            attributes={"units": "px", "long_name": f"cell centres along {name}, in pixels of the model's input"},
+        )
+        coordinate[:] = centres.astype(np.float32)
+
+
+def _create_vectors(
+    group: zarr.Group, name: str, channels: int, dtype: str, attributes: dict[str, Any], layout: Layout
+) -> None:
+    """One chunk per block: a chunk per row would be all overhead."""
+    group.create_array(
+        name,
+        shape=(layout.n_rows, channels),
+        chunks=(layout.block_rows, channels),
+        dtype=dtype,
+        fill_value=np.nan,
+        dimension_names=["sample", "channel"],
+        compressors=ZstdCodec(level=1, checksum=True),
+        filters=None,
+        attributes=attributes,
+    )
+
+
+def _root_attributes(spec: FeatureSpec, own: Mapping[str, Any]) -> dict[str, Any]:
+    maps = [level for level in spec.levels if level.grid]
+    multiscales: dict[str, Any] = {"layout": [_multiscale(level, maps[0]) for level in maps]} if maps else {}
+    conventions = {"zarr_conventions": [_MULTISCALES], "multiscales": multiscales} if maps else {}
+    return {"raylift": dict(own), **conventions}
+
+
+def _multiscale(level: Level, first: Level) -> dict[str, Any]:
+    """A `multiscales` entry: placement relative to the first level's cells."""
+    entry: dict[str, Any] = {"asset": f"{level.name}/features", "transform": {"scale": [1.0, 1.0, 1.0, 1.0]}}
+    if level is not first:
+        assert level.step
+        assert level.start
+        assert first.step
+        assert first.start
+        scale = [level.step[i] / first.step[i] for i in (0, 1)]
+        move = [(level.start[i] - first.start[i]) / first.step[i] for i in (0, 1)]
+        entry["derived_from"] = f"{first.name}/features"
+        entry["transform"] = {"scale": [1.0, *scale, 1.0], "translation": [0.0, *move, 0.0]}
+        entry["resampling_method"] = level.method
+    return entry
