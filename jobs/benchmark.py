@@ -11,7 +11,6 @@ Prints Markdown; --json PATH writes all numbers. Run it while nothing else does.
 """
 
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -35,7 +34,7 @@ from PIL import Image
 from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
 from pipelines.benchmark import measure_extract, measure_index, summarise
-from pipelines.config import ConfigError, ExtractConfig
+from pipelines.config import ConfigError, ExtractConfig, pick_word
 from pipelines.cost_benchmark import COST_PRESETS, CostBenchmark, cost_report, measure_cost, table
 from pipelines.demo import PHOTOS
 from pipelines.executors import InlineExecutor
@@ -454,26 +453,14 @@ COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
 def parse(argv: Sequence[str]) -> tuple[Callable[..., dict[str, Any]], Any]:
     """The command and its settings. Exits with a suggestion on unknown names and flags."""
     args = list(argv)
-    command = _pick(args, COMMANDS, "")
+    command = pick_word(args, COMMANDS)
     if command is None:
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; each with --help")
         raise SystemExit(0 if "--help" in args or "-h" in args else 2)
     presets, run = COMMANDS[command]
-    preset = _pick(args, presets, "default") or "default"
+    preset = pick_word(args, presets) or "default"
     prog = f"python jobs/benchmark.py {command} [{' | '.join(presets)}]"
     return run, tyro.cli(type(presets[preset]), default=presets[preset], args=args, prog=prog)
-
-
-def _pick(args: list[str], names: Sequence[str] | dict[str, Any], default: str) -> str | None:
-    """Take the leading word off `args`; None if there is none. Raises `ConfigError` with the nearest name."""
-    if not args or args[0].startswith("-"):
-        return default or None
-    word = args.pop(0)
-    if word not in names:
-        near = difflib.get_close_matches(word, names, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"nothing is called {word!r}. {hint}There are: {', '.join(names)}")
-    return word
 
 
 def run(argv: Sequence[str]) -> int:

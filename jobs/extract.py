@@ -9,7 +9,6 @@ The same command continues a run that stopped. Exit codes: 0 complete within the
 """
 
 import contextlib
-import difflib
 import json
 import logging
 import sys
@@ -22,7 +21,7 @@ import tyro
 from cluster.session import ClusterError, connect
 from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
-from pipelines.config import ConfigError, ExtractConfig, config_from_run
+from pipelines.config import ConfigError, ExtractConfig, config_from_run, pick_word
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import RunFailed, Summary, run_prepared
@@ -71,11 +70,7 @@ PRESETS: dict[str, ExtractConfig] = {
 def parse(argv: Sequence[str]) -> tuple[str | None, ExtractConfig]:
     """The preset's name, if one is named, and the settings. Exits with a suggestion on unknown names and flags."""
     args = list(argv)
-    name = args.pop(0) if args and not args[0].startswith("-") else None
-    if name is not None and name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"no preset is called {name!r}. {hint}There are: {', '.join(PRESETS)}")
+    name = pick_word(args, PRESETS, "no preset")
     default = PRESETS[name] if name else ExtractConfig()
     if "--from" in args:
         at = args.index("--from")

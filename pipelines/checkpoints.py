@@ -40,12 +40,10 @@ class UpsamplerWeights:
         state = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
         return learned_upsampler(asdict(self.settings), state, precision)
 
-    def digest(self) -> str:
+    def digest(self, built: LearnedUpsampler) -> str:
         """sha256 over the weights and the settings that aren't their defaults: both change the features."""
-        chosen = {f.name: getattr(self.settings, f.name) for f in fields(NetConfig)}
-        chosen = {f.name: chosen[f.name] for f in fields(NetConfig) if chosen[f.name] != f.default}
-        settings = json.dumps(chosen, sort_keys=True)
-        return hashlib.sha256(f"{self.build('fp32').digest} {settings}".encode()).hexdigest()
+        chosen = {f.name: value for f in fields(NetConfig) if (value := getattr(self.settings, f.name)) != f.default}
+        return hashlib.sha256(f"{built.digest} {json.dumps(chosen, sort_keys=True)}".encode()).hexdigest()
 
 
 def load_upsampler(

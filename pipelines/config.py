@@ -142,15 +142,18 @@ class ExtractConfig:
         return json.loads(json.dumps(shown))
 
 
-def pick_word(args: list[str], names: Collection[str]) -> str | None:
-    """Take the leading word, one of `names`, off `args`; None if there is none. Raises `ConfigError` with the nearest name."""
+def pick_word(args: list[str], names: Collection[str], missing: str = "nothing") -> str | None:
+    """Take the leading word, one of `names`, off `args`; None if there is none.
+
+    Raises `ConfigError` with the nearest name; `missing` is what there isn't of another (`no preset`).
+    """
     if not args or args[0].startswith("-"):
         return None
     word = args.pop(0)
     if word not in names:
         near = difflib.get_close_matches(word, names, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"nothing is called {word!r}. {hint}There are: {', '.join(names)}")
+        raise ConfigError(f"{missing} is called {word!r}. {hint}There are: {', '.join(names)}")
     return word
 
 

@@ -18,7 +18,7 @@ from cluster.resources import WorkerPool
 from pipelines.config import ExtractConfig
 from pipelines.prepare import Prepared, default_batch, prepare, resolve, versions
 from pipelines.worker import WorkerSetup
-from storage.ledger import commonest_reasons
+from storage.ledger import REASON_COLUMNS, commonest_reasons
 from storage.paths import StorageError
 from storage.spec import ShardTask
 from storage.store import FeatureStore
@@ -252,7 +252,7 @@ class _Run:
         )
 
     def _reasons(self) -> list[str]:
-        return commonest_reasons(self.store.failures())
+        return commonest_reasons(self.store.failures(REASON_COLUMNS))
 
     def _budget_text(self, what: str) -> str:
         reasons = "\n  ".join(self._reasons())

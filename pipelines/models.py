@@ -106,8 +106,9 @@ def resolve_level(
                 f"--levels {choice.name}={method}: the checkpoint is for maps of {learned.settings.channels} channels; "
                 f"{n_layers} layers of this backbone have {channels}"
             )
-        learned.build("fp32").passes(base, grid)
-        digest = learned.digest()
+        upsampler = learned.build("fp32")
+        upsampler.passes(base, grid)
+        digest = learned.digest(upsampler)
     elif method != "backbone":
         digest = create_upsampler(method).digest
     step = tuple(backbone.stride * b / g for b, g in zip(base, grid, strict=True))

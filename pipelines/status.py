@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cluster.progress import duration, size_text
-from storage.ledger import FailureGroup, group_failures
+from storage.ledger import REASON_COLUMNS, FailureGroup, group_failures
 from storage.spec import Level
 from storage.store import FeatureStore
 
@@ -217,7 +217,7 @@ def failure_lines(groups: Sequence[FailureGroup], rows: int) -> Iterator[str]:
 
 def failures(store: FeatureStore) -> list[FailureGroup]:
     """What failed so far, grouped by reason, the commonest first."""
-    return group_failures(store.failures())
+    return group_failures(store.failures(REASON_COLUMNS))
 
 
 def level_rows(store: FeatureStore, status: StoreStatus) -> list[dict[str, Any]]:

@@ -185,14 +185,16 @@ def _similarities(
     base_query = store.sample(key, [point_xy], base.name)[0]
     if np.isnan(base_query).any():
         raise OutsideImage(f"the crop cut {point_xy} of {key!r} away; choose a point nearer to the middle")
+    base_maps = store.read(rows, base.name)
     columns = []
     for level in levels:
         if level.grid and base.grid and level.grid > base.grid and level.method != "bilinear":
             at = to_cells(base, cell_centres(level)).reshape(-1, 2)
-            finer = np.stack([bilinear(m, at).reshape(*level.grid, -1) for m in store.read(rows, base.name)])
+            finer = np.stack([bilinear(m, at).reshape(*level.grid, -1) for m in base_maps])
             columns.append((f"{base.name} bilinear\n{_grid(level)}", cosine_map(base_query, finer)))
-        query = store.sample(key, [point_xy], level.name)[0]
-        columns.append((_level_title(level), cosine_map(query, store.read(rows, level.name))))
+        query = base_query if level == base else store.sample(key, [point_xy], level.name)[0]
+        maps = base_maps if level == base else store.read(rows, level.name)
+        columns.append((_level_title(level), cosine_map(query, maps)))
     return columns
 
 

@@ -198,10 +198,14 @@ class FailureGroup:
         return f"{self.count:,} x {self.stage}: {self.error}: {self.message} (e.g. {self.keys[0]!r})"
 
 
+REASON_COLUMNS = ("key", "stage", "error", "message")
+"""What `group_failures` needs of a ledger row."""
+
+
 def group_failures(failed: pa.Table) -> list[FailureGroup]:
     """The reasons of failed rows, the commonest first."""
     groups: dict[str, list[dict[str, str]]] = {}
-    for row in failed.select(["key", "stage", "error", "message"]).to_pylist():
+    for row in failed.select(REASON_COLUMNS).to_pylist():
         kind = re.sub(r"\d+|'.*?'|b\".*?\"", "#", f"{row['stage']}: {row['error']}: {row['message']}")
         groups.setdefault(kind, []).append(row)
     return [

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
-from storage.ledger import Ledger, SampleRecord
+from storage.ledger import SCHEMA, Ledger, SampleRecord
 from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
@@ -268,10 +268,10 @@ class FeatureStore:
         statuses = self.records(wanted, ["status"])["status"]
         return pc.fill_null(pc.equal(statuses, "ok"), False).to_numpy(zero_copy_only=False)
 
-    def failures(self) -> pa.Table:
-        """Ledger rows of all that failed so far."""
+    def failures(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+        """Ledger rows of all that failed so far; at least `columns` of them."""
         if self.status == "complete":
-            table = self.ledger.table()
+            table = self.ledger.table(list(dict.fromkeys([*columns, "status"])))
             return table.filter(pc.equal(table["status"], "failed"))
         return self.ledger.failed(sorted(self.ledger.done()))
 
