@@ -19,18 +19,19 @@ import tyro
 
 from cluster.session import ClusterError, connect
 from operators.backbone import BackboneError
-from operators.upsamplers import LEARNED, UpsamplerError
+from operators.upsamplers import UpsamplerError
 from pipelines.config import ConfigError, ExtractConfig, pick_word
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.train import TrainFailed, TrainSummary, train_inline, train_on_ray
 from pipelines.train_config import TrainConfig, prepare_training, resolve_training
+from pipelines.train_x2 import METHODS, X2Config
 from pipelines.weights import WeightsUnavailable
 from storage.paths import StorageError, redact
 
 logger = logging.getLogger("train")
 
-LIFT_S16 = TrainConfig(
+LIFT_S16 = X2Config(
     method="lift",
     model="vit_small_patch16_224.dino",
     size=448,
@@ -48,7 +49,7 @@ LIFT_S16 = TrainConfig(
 PRESETS: dict[str, TrainConfig] = {
     # No network, no Ray: timm's test_vit with random weights on the demo's photos. 2 CPU cores: about 10 seconds, imports
     # included. `python jobs/train.py debug`; what the tests run. A random backbone's features teach nothing.
-    "debug": TrainConfig(
+    "debug": X2Config(
         method="lift",
         data=("demo/photos-{000..001}.tar",),
         out="demo/train-debug",
@@ -76,7 +77,7 @@ PRESETS: dict[str, TrainConfig] = {
     # about 7 minutes, 20 images/s. Held out, its loss falls to 0.71, below bilinear's 0.82, at the sliced scales it is trained
     # on. On images that are resized instead it stays below bilinear (cosine 0.64 against 0.68 after 180 steps).
     # `python jobs/train.py lift-vit-tiny-photos --weights DIR --data 'imagenet-sample-{000000..000005}.tar' --out lift-tiny`
-    "lift-vit-tiny-photos": TrainConfig(
+    "lift-vit-tiny-photos": X2Config(
         method="lift",
         model="vit_tiny_patch16_224.augreg_in21k_ft_in1k",
         size=256,
@@ -92,7 +93,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
 }
 
-NAMES: dict[str, TrainConfig] = {**{name: TrainConfig(method=name) for name in LEARNED}, **PRESETS}
+NAMES: dict[str, TrainConfig] = {**{name: X2Config(method=name) for name in METHODS}, **PRESETS}
 """What the first word may be, and what it stands for."""
 
 
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str]) -> tuple[str, TrainConfig]:
         print(f"{__doc__}\nFirst words: {', '.join(NAMES)}; each with --help")
         raise SystemExit(0 if "--help" in args or "-h" in args else 2)
     config = tyro.cli(
-        Annotated[TrainConfig, tyro.conf.arg(name="")],
+        Annotated[type(NAMES[name]), tyro.conf.arg(name="")],
         default=NAMES[name],
         args=args,
         prog=f"python jobs/train.py {name}",

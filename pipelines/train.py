@@ -12,12 +12,13 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import textwrap
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operators.backbone import autocast, load_arrays, normalise, state_arrays
-from operators.losses import lower, multi_scale_loss
-from operators.upsamplers import build_net
+from operators.backbone import load_arrays, state_arrays
 from pipelines.train_config import TrainSetup
-from pipelines.train_watch import EventFile, measure
+from pipelines.train_watch import EventFile
 from pipelines.training_data import ImageSource, Loaded, MicroBatch, load_inline, load_on_ray
 from storage.checkpoints import Checkpoint, read_last, read_pointers, write_checkpoint
 from storage.paths import Folder, StorageError, filesystem
@@ -103,6 +102,19 @@ class Distributed:
         return out
 
 
+class Objective(Protocol):
+    """What is trained, and how its loss is computed."""
+
+    net: torch.nn.Module
+    "its parameters that need gradients are trained, and its state dict is what a checkpoint holds"
+
+    def accumulate(self, loaded: Loaded) -> Tensor:
+        """Add the gradient of the images' summed loss; gives that sum."""
+
+    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
+        """Metrics on the held-out images, `val_loss` among them, and a picture as PNG; None where no image can be read."""
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -111,10 +123,9 @@ class Trainer:
 
     def __init__(self, setup: TrainSetup, group: Group, device: torch.device):
         self.setup, self.group, self.device, self.config = setup, group, device, setup.config
-        self.backbone = setup.backbone.build()
-        self.backbone.model.to(device)
-        self.net = build_net(setup.upsampler, setup.config.seed).to(device)
-        self.optimiser = torch.optim.Adam(self.net.parameters(), lr=setup.config.lr)
+        self.objective = setup.config.objective(setup, device)
+        self.net = self.objective.net
+        self.optimiser = torch.optim.Adam(_trained(self.net).values(), lr=setup.config.lr)
         self.step = self.images = 0
         self.seconds = 0.0
         "spent on training, over all starts"
@@ -192,45 +203,21 @@ class Trainer:
 
     def _accumulate(self, loaded: Loaded) -> Tensor:
         """Add a micro-batch's gradients, summed over its images; [sum of losses, images, images left out]."""
-        for row, reason in loaded.failed.items():
+        for row, reason in loaded.example.failed.items():
             if row not in self.failed:
                 logger.warning("left out: row %d, %s", row, reason)
                 self.failed[row] = reason
-        count = len(loaded.pixels)
-        total = torch.tensor([0.0, count, len(loaded.failed)], device=self.device)
-        if count:
+        total = torch.tensor([0.0, len(loaded), len(loaded.example.failed)], device=self.device)
+        if len(loaded):
             # Dropout, where a network has it, depends on neither interruptions nor the number of processes.
             seed = np.random.SeedSequence([self.config.seed, loaded.item.step, loaded.item.part]).generate_state(1)
             torch.manual_seed(int(seed[0]))
-            images = self.pixels(loaded.pixels)
-            loss = multi_scale_loss(self.upsample, images, self.maps(images), self.config.loss) * count
-            loss.backward()
-            total[0] = loss.detach()
+            total[0] = self.objective.accumulate(loaded)
         return total
-
-    def pixels(self, pixels_BHWC: np.ndarray) -> Tensor:
-        """uint8 images to the backbone's normalised input on the device."""
-        expects = self.setup.backbone.expects
-        return normalise(torch.from_numpy(np.array(pixels_BHWC)).to(self.device), expects.mean, expects.std)
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Features of the images, their halves and their quarters."""
-        return [self.features(part) for part in (images, lower(images, 2), lower(images, 4))]
-
-    def features(self, images: Tensor) -> Tensor:
-        """The frozen backbone's maps, float32 [B, C, h, w]."""
-        layers = self.setup.backbone.described["layers"]
-        with torch.no_grad(), autocast(self.device, self.config.precision):
-            return self.backbone(images.contiguous(), layers).stacked(layers).float()
-
-    def upsample(self, images: Tensor, maps: Tensor) -> Tensor:
-        """The network's result, float32: the loss is computed in full precision."""
-        with autocast(self.device, self.config.net_precision):
-            return self.net(images, maps).float()
 
     def _update(self, totals: Tensor) -> tuple[float, int, int]:
         """One optimiser step on the mean gradient over all images of all processes; (mean loss, images, left out)."""
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        parameters = list(_trained(self.net).values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         # One message for all of it; the counts are exact in float32 up to 16 million.
         flat = torch.cat([totals, *(gradient.flatten() for gradient in gradients)])
@@ -240,9 +227,18 @@ class Trainer:
             parts = flat[3:].div_(images).split([p.numel() for p in parameters])
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
+            if self.config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+            self.optimiser.param_groups[0]["lr"] = self._learning_rate()
             self.optimiser.step()
         self.optimiser.zero_grad()
         return loss / max(images, 1), int(images), int(failed)
+
+    def _learning_rate(self) -> float:
+        """Of the step that is about to be taken."""
+        config = self.config
+        steps = self.setup.order.steps if config.schedule == "cosine" else None
+        return learning_rate(self.step, config.lr, config.warmup_steps, steps, config.final_lr)
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
@@ -285,7 +281,7 @@ class Trainer:
 
     def _validate(self, events: EventFile) -> float | None:
         """The loss on the held-out images; None where none of them can be read."""
-        measured = measure(self, self.setup.held_out, self.setup.held_out_rows)
+        measured = self.objective.measure(self.step)
         if measured is None:
             # Worker 0 alone validates: an error here would leave the others waiting.
             logger.warning("none of the %d held-out images could be read", len(self.setup.held_out_rows))
@@ -293,10 +289,7 @@ class Trainer:
         values, picture = measured
         self._add(values, events)
         self.setup.folder.write(f"pictures/step-{self.step:08d}.png", picture)
-        logger.info(
-            "step %d, held out: loss %.4f (bilinear %.4f); cosine with the twice as large image's features %.4f (bilinear %.4f)",
-            self.step, values["val_loss"], values["val_loss_bilinear"], values["val_cosine"], values["val_cosine_bilinear"],
-        )  # fmt: skip
+        logger.info("step %d, held out: %s", self.step, ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
         return values["val_loss"]
 
     def _state(self) -> Checkpoint:
@@ -311,7 +304,7 @@ class Trainer:
                 "failed": {str(row): reason for row, reason in sorted(self.failed.items())},
             },
             config={
-                "upsampler": asdict(self.setup.upsampler),
+                "upsampler": dict(self.setup.upsampler),
                 "backbone": dict(self.setup.backbone.described),
                 "step": self.step,
                 "images": self.images,
@@ -319,17 +312,33 @@ class Trainer:
         )
 
 
+def _trained(net: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that the optimiser changes, by name."""
+    return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+
+
+def learning_rate(step: int, peak: float, warmup: int, steps: int | None, final: float) -> float:
+    """Of step `step` (from 0): from a hundredth of `peak` linearly up over `warmup` steps, then constant, or with `steps` in
+    all along a cosine down to `final`."""
+    if step < warmup:
+        return peak * (0.01 + 0.99 * step / warmup)
+    if steps is None:
+        return peak
+    done = (step - warmup) / max(1, steps - warmup)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
 def _optimiser_arrays(net: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, np.ndarray]:
     """Adam's moments and step counts, by parameter."""
     return {
         f"{name}:{key}": value.detach().cpu().numpy()
-        for name, parameter in net.named_parameters()
+        for name, parameter in _trained(net).items()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
 
 
 def _load_optimiser(net: torch.nn.Module, optimiser: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
-    names = [name for name, _ in net.named_parameters()]
+    names = list(_trained(net))
     state: dict[int, dict[str, Tensor]] = {}
     for name, array in arrays.items():
         parameter, _, key = name.rpartition(":")

@@ -1,6 +1,7 @@
 """Settings of a training run, and a run that is ready: the model loaded, the input indexed, the folder begun or continued.
 
-What is wrong with the settings is wrong here, before anything is computed.
+What is wrong with the settings is wrong here, before anything is computed. What is trained on what is said by subclasses of
+`TrainConfig`, each beside its loss (pipelines/train_x2.py).
 """
 
 import json
@@ -21,8 +22,6 @@ from operators.backbone import (
     state_arrays,
     weights_digest,
 )
-from operators.image import Geometry
-from operators.upsamplers import NetConfig
 from pipelines.config import ConfigError, parse_options
 from pipelines.prepare import versions
 from pipelines.training_data import ImageSource, TrainOrder
@@ -36,19 +35,13 @@ from storage.tars import MemberRules
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of one training run: a x2 upsampler learns a frozen backbone's features of larger images (LiFT's eq. 1)."""
+    """Settings that every training run has; what is trained, and on what, is said by its subclasses, one for each loop body.
 
-    method: Literal["lift", "resize_conv", "jbu"] = "lift"
+    A subclass also has `facet`, `layers`, `norm` and `pos_embed`, which make the features that are learned.
+    """
+
+    method: str
     """The network."""
-    image_branch: bool = True
-    """lift: False for the ablation without the image."""
-    wide: bool = False
-    """lift: the larger variant."""
-    kernel: int = 1
-    """resize_conv: of its convolutions."""
-    radius: int = 3
-    """jbu: of its filters, in cells."""
-
     data: tuple[str, ...] = ()
     """WebDataset tars (URLs; braces and globs allowed) or folders of tars or images; labels are not needed."""
     out: str = ""
@@ -64,27 +57,11 @@ class TrainConfig:
     """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
-    size: int = 448
-    """Side of the square input in pixels: a multiple of four patches, since a quarter of it goes through the backbone, too."""
-    geometry: Literal["crop", "squash", "pad"] = "squash"
-    """Aspect not kept (as LiFT), centre crop, or letterbox."""
-    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
-    """Of the photographs to the input's size; LiFT's is bilinear."""
-    layers: tuple[int, ...] = (-1,)
-    """Blocks whose maps are learned, from 0 or negative from the end; several are concatenated along the channels."""
-    facet: Literal["token", "key", "query", "value"] = "key"
-    """What is taken of a block: its output, or a projection of its attention. LiFT takes keys."""
-    norm: bool | None = None
-    """Apply the backbone's final norm to token maps; default: where the model has one."""
-    pos_embed: Literal["timm", "dino"] | None = None
-    """Interpolation of position embeddings; default: timm's."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast of the backbone's forward."""
+    """Autocast of the frozen backbone's forward."""
     net_precision: Literal["bf16", "fp32"] = "fp32"
-    """Autocast of the upsampler's forward; its weights, the loss and the optimiser are always float32."""
+    """Autocast of the network's forward; its weights, the loss and the optimiser are always float32."""
 
-    loss: Literal["cosine", "l1", "l2"] = "cosine"
-    """Distance between feature maps."""
     epochs: int = 5
     """Passes over the training images."""
     max_steps: int | None = None
@@ -94,11 +71,17 @@ class TrainConfig:
     micro_batch: int | None = None
     """Images per forward, which BatchNorm's statistics are of; default: --batch. Workers share a batch's micro-batches."""
     lr: float = 1e-3
-    """Adam's learning rate: constant, without warm-up or weight decay."""
-    jitter: float = 0.2
-    """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
+    """Adam's learning rate, without weight decay."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate after its warm-up; `cosine` falls to --final-lr at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from a hundredth."""
+    final_lr: float = 1e-6
+    """Where the cosine ends."""
+    clip: float | None = None
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     seed: int = 0
-    """Of the network's weights, the order of the images, and their jitter."""
+    """Of the network's weights, the order of the images, and what is drawn for each."""
 
     image_member: str | None = None
     """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif."""
@@ -149,14 +132,14 @@ class TrainConfig:
         for name in ("limit", "max_steps", "micro_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if not self.lr > 0:
-            raise ConfigError(f"--lr {self.lr}: must be above 0")
-        if not 0 <= self.jitter <= 0.5:
-            raise ConfigError(f"--jitter {self.jitter}: must lie between 0 and 0.5")
+        for name in ("lr", "final_lr", "clip"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        for name in ("warmup_steps", "max_failures"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ConfigError(f"--max-failed-fraction {self.max_failed_fraction}: must lie between 0 and 1")
-        if self.max_failures < 0:
-            raise ConfigError(f"--max-failures {self.max_failures}: must be at least 0")
         if self.validate_every % self.checkpoint_every or self.validate_every < 1:
             raise ConfigError(
                 f"--validate-every {self.validate_every} must be a multiple of --checkpoint-every {self.checkpoint_every}: "
@@ -212,7 +195,8 @@ class TrainConfig:
 
 
 _FREE = {
-    "data", "out", "val_data", "weights", "revision", "image_member", "limit", "epochs", "max_steps", "max_failed_fraction",
+    "data", "out", "val_data", "weights", "features", "revision", "image_member", "limit", "epochs", "max_steps",
+    "max_failed_fraction",
     "log_every", "checkpoint_every", "validate_every", "storage_options", "executor", "ray_address", "device", "workers",
     "worker_cpus", "loaders", "max_failures",
 }  # fmt: skip
@@ -223,22 +207,26 @@ def identity(config: TrainConfig, found: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""
     settings = {name: value for name, value in config.public().items() if name not in _FREE}
     settings["micro_batch"] = config.forward_images
+    if config.schedule != "constant":  # the learning rate of every step depends on the last one's number
+        settings |= {"epochs": config.epochs, "max_steps": config.max_steps}
     return {**settings, **json.loads(json.dumps(found))}
 
 
 def require_same(shown: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises `ConfigError` with what differs between a run and its continuation."""
-    differences = [
-        f"  {name:<16} run {before.get(name)!r}   now {now.get(name)!r}"
+    if differences := describe_difference("run", before, now):
+        raise ConfigError(
+            f"{shown} was begun with other settings:\n{differences}\nUse a new --out, or the settings above."
+        )
+
+
+def describe_difference(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between `what` there was before and now, a line each; empty where nothing does."""
+    return "\n".join(
+        f"  {name:<16} {what} {before.get(name)!r}   now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
-    ]
-    if differences:
-        raise ConfigError(
-            f"{shown} was begun with other settings:\n"
-            + "\n".join(differences)
-            + "\nUse a new --out, or the settings above."
-        )
+    )
 
 
 # --- preparing --------------------------------------------------------------------------------------------------------
@@ -252,6 +240,7 @@ class FrozenBackbone:
     described: Mapping[str, Any]
     "what a checkpoint says of it; see pipelines/checkpoints.py"
     pos_embed: Any
+    patch: int
     expects: Preprocessing
 
     def build(self) -> TimmBackbone:
@@ -270,7 +259,8 @@ class TrainSetup:
     config: TrainConfig
     folder: Folder
     backbone: FrozenBackbone
-    upsampler: NetConfig
+    upsampler: Mapping[str, Any]
+    "the network's settings"
     order: TrainOrder
     images: ImageSource
     held_out: ImageSource
@@ -286,7 +276,7 @@ class ResolvedTraining:
     config: TrainConfig
     folder: Folder
     backbone: FrozenBackbone
-    upsampler: NetConfig
+    upsampler: Mapping[str, Any]
     files: tuple[InputFile, ...]
     held_out_files: tuple[InputFile, ...]
 
@@ -303,8 +293,7 @@ def resolve_training(config: TrainConfig) -> ResolvedTraining:
         raise ConfigError(f"{folder.shown} is a feature store; give --out a folder of its own")
     files = expand_inputs(config.data, config.options)
     held_out = expand_inputs(config.val_data, config.options) if config.val_data else []
-    backbone = _load_backbone(config)
-    upsampler = _net_config(config, backbone.wrap(create_model(config.model, (config.size, config.size), None, 0)))
+    backbone, upsampler = _load_backbone(config)
     return ResolvedTraining(
         config=config,
         folder=folder,
@@ -355,10 +344,11 @@ def prepare_training(resolved: ResolvedTraining, executor: Any) -> TrainSetup:
     )
 
 
-def _load_backbone(config: TrainConfig) -> FrozenBackbone:
+def _load_backbone(config: TrainConfig) -> tuple[FrozenBackbone, dict[str, Any]]:
+    """The backbone, and the settings of the network for it."""
     expects = preprocessing(config.model)
-    weights = WeightsChoice.parse(config.weights)
-    model = load_model(config.model, (config.size, config.size), weights, config.revision, config.options)
+    size = (config.backbone_size, config.backbone_size)
+    model = load_model(config.model, size, WeightsChoice.parse(config.weights), config.revision, config.options)
     # Before the backbone touches it: position embeddings are replaced for each grid.
     arrays = {key: value.copy() for key, value in state_arrays(model).items()}
     backbone = TimmBackbone(model, facet=config.facet, norm=config.norm, pos_embed=config.pos_embed)
@@ -368,42 +358,19 @@ def _load_backbone(config: TrainConfig) -> FrozenBackbone:
         "layers": list(backbone.resolve_layers(config.layers)),
         "facet": config.facet,
         "norm": backbone.norm,
-        "size": config.size,
+        "size": config.backbone_size,
         "pos_embed": backbone.pos_embed,
     }
-    return FrozenBackbone(arrays=arrays, described=described, pos_embed=config.pos_embed, expects=expects)
-
-
-def _net_config(config: TrainConfig, backbone: TimmBackbone) -> NetConfig:
-    """The network's settings. Raises `ConfigError` for a size that can't be halved twice."""
-    multiple = 4 * backbone.patch
-    if config.size % multiple:
-        nearest = max(multiple, round(config.size / multiple) * multiple)
-        raise ConfigError(
-            f"--size {config.size}: the image, its half and its quarter go through {config.model}, so that the side must be a "
-            f"multiple of 4 x {backbone.patch} px; the nearest is {nearest}"
-        )
-    own = {"lift": ("image_branch", "wide"), "resize_conv": ("kernel",), "jbu": ("radius",)}
-    given = {name: getattr(config, name) for names in own.values() for name in names}
-    plain = TrainConfig()
-    misplaced = [n for n in given if n not in own[config.method] and given[n] != getattr(plain, n)]
-    if misplaced:
-        raise ConfigError(f"--{misplaced[0].replace('_', '-')} is no setting of {config.method}")
-    cells = config.size // multiple
-    if config.method == "jbu" and 2 * cells <= config.radius:
-        raise ConfigError(f"--radius {config.radius} needs more than the {2 * cells} cells that half of --size has")
-    return NetConfig(
-        method=config.method,
-        channels=backbone.channels * len(config.layers),
-        patch=backbone.patch,
-        **{name: given[name] for name in own[config.method]},
+    frozen = FrozenBackbone(
+        arrays=arrays, described=described, pos_embed=config.pos_embed, patch=backbone.patch, expects=expects
     )
+    return frozen, config.network(backbone)
 
 
 def _image_source(
     resolved: ResolvedTraining, folder: Folder, files: Sequence[InputFile], limit: int | None, executor: Any
 ) -> tuple[ImageSource, SampleIndex]:
-    config, expects = resolved.config, resolved.backbone.expects
+    config = resolved.config
     rules = MemberRules(image=config.image_member)
     index = build_index(
         folder,
@@ -413,24 +380,15 @@ def _image_source(
         rules,
         in_use=read_run(resolved.folder) is not None,
     )
-    geometry = Geometry(
-        mode=config.geometry,
-        height=config.size,
-        width=config.size,
-        interpolation=config.interpolation,
-        mean=expects.mean,
-    )
-    source = ImageSource(
+    plain = ImageSource(
         folder=folder,
         digest=index.digest,
         urls=tuple(file.url for file in files[: len(index.sources)]),
         options=config.options,
-        geometry=geometry,
         max_image_pixels=config.max_image_pixels,
-        jitter=config.jitter,
         seed=config.seed,
     )
-    return source, index
+    return config.source(resolved, plain), index
 
 
 def _begin(folder: Folder, config: TrainConfig, made_of: Mapping[str, Any]) -> None:

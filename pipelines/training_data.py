@@ -1,10 +1,11 @@
 """Images for training: which, in which order, and decoded ahead of the loop, by threads or by Ray Data.
 
-The order is computed from numbers alone (`TrainOrder`), and so is each image's colour jitter: neither depends on how many
-processes there are or on where a run was interrupted. What crosses Ray's object store are uint8 images. No torch here: the
-decoding tasks start faster without.
+The order is computed from numbers alone (`TrainOrder`), and so is what is drawn for each image: neither depends on how many
+processes there are or on where a run was interrupted. What crosses Ray's object store are uint8 images, and features as they
+are stored. No torch here: the decoding tasks start faster without.
 """
 
+import functools
 import json
 import logging
 import threading
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -21,6 +22,7 @@ from PIL import Image, ImageEnhance
 from operators.image import Geometry, decode
 from storage.paths import Folder
 from storage.samples import SampleIndex, read_images
+from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,62 @@ class TrainOrder:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
+class View(Protocol):
+    """What is made of an image file: the arrays of one training example, the same names and shapes for every image."""
+
+    def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:
+        """`rng` draws what is random; without one, nothing is. Raises what Pillow raises on damaged files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JitteredView:
+    """The image at a geometry's size, its colours jittered: `pixels`, uint8 [H, W, 3]."""
+
+    geometry: Geometry
+    jitter: float = 0.0
+
+    def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:
+        pixels = decode(blob, self.geometry, max_pixels=max_pixels).pixels
+        if rng is not None and self.jitter:
+            pixels = colour_jitter(pixels, rng, self.jitter)
+        return {"pixels": pixels}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFeatures:
+    """One level of a feature store, looked up by the keys of the images."""
+
+    url: str
+    options: Mapping[str, Any]
+    level: str
+
+    def read(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
+        """Rows [keys, h, w, C], NaN where there are none; and why there are none, by key."""
+        store = _store_of(self.url, json.dumps(dict(self.options)))
+        numbers = store.index.find(keys)
+        known = [i for i, key in enumerate(keys) if key in numbers]
+        values, there = store.read_present(np.array([numbers[keys[i]] for i in known], np.int64), self.level)
+        out = np.full((len(keys), *values.shape[1:]), np.nan, values.dtype)
+        out[known] = values
+        found = {keys[i] for i, is_there in zip(known, there, strict=True) if is_there}
+        return out, {key: f"no features in {store.folder.shown}" for key in keys if key not in found}
+
+
+@functools.lru_cache(maxsize=4)
+def _store_of(url: str, options: str) -> FeatureStore:
+    return FeatureStore.open(url, json.loads(options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Arrays of several images, stacked, and why some are missing from them."""
+
+    arrays: Mapping[str, np.ndarray]
+    "empty where no image could be read"
+    failed: Mapping[int, str]
+    "by row"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
     """Where images come from and how they become arrays; travels to whoever decodes."""
@@ -104,13 +162,15 @@ class ImageSource:
     urls: tuple[str, ...]
     "the index's sources, with credentials"
     options: Mapping[str, Any]
-    geometry: Geometry
     max_image_pixels: int
-    jitter: float
     seed: int
+    view: View | None = None
+    "None: to be chosen by what is trained"
+    features: StoredFeatures | None = None
+    "adds the array `features` of the images, from a store"
 
-    def load(self, rows: Sequence[int], epoch: int | None) -> tuple[np.ndarray, dict[int, str]]:
-        """Images of `rows`, uint8 [rows, H, W, 3], jittered for `epoch` (None: not at all); and why some are missing (zeros).
+    def load(self, rows: Sequence[int], epoch: int | None) -> Example:
+        """Arrays of `rows`, in their order, as drawn for `epoch` (None: with nothing random).
 
         Faults of the storage are raised: an image that can't be had today is no damaged image.
         """
@@ -119,25 +179,39 @@ class ImageSource:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         table = _index_of(self).take(np.array(rows, np.int64))
         blobs = read_images(table, self.urls, self.options)
-        pixels = np.zeros((len(rows), self.geometry.height, self.geometry.width, 3), np.uint8)
+        records = dict(zip(rows, table.to_pylist(), strict=True))
+        examples: dict[int, dict[str, np.ndarray]] = {}
         failed: dict[int, str] = {}
-        for i, (row, record) in enumerate(zip(rows, table.to_pylist(), strict=True)):
-            problem = record["problem"] or self._decode(blobs[i] or b"", record["size"], pixels[i])
-            if problem:
-                failed[row] = f"{record['key']}: {problem}"[:500]
-            elif epoch is not None and self.jitter:
-                pixels[i] = colour_jitter(pixels[i], np.random.default_rng([self.seed, epoch, row]), self.jitter)
-        return pixels, failed
+        for (row, record), blob in zip(records.items(), blobs, strict=True):
+            rng = None if epoch is None else np.random.default_rng([self.seed, epoch, row])
+            example = record["problem"] or self._view(blob or b"", record["size"], rng)
+            if isinstance(example, str):
+                failed[row] = f"{record['key']}: {example}"[:500]
+            else:
+                examples[row] = example
+        if self.features is not None:
+            self._add_features(examples, failed, {row: records[row]["key"] for row in examples})
+        names = next(iter(examples.values()), {})
+        return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
 
-    def _decode(self, blob: bytes, size: int, out: np.ndarray) -> str:
-        """Decode into `out` [H, W, 3]; what went wrong, or nothing."""
+    def _view(self, blob: bytes, size: int, rng: np.random.Generator | None) -> dict[str, np.ndarray] | str:
+        """The example, or what went wrong."""
         if len(blob) < size:
             return f"{len(blob)} of {size} bytes: the source is shorter than when indexed"
         try:
-            out[:] = decode(blob, self.geometry, max_pixels=self.max_image_pixels).pixels
+            return self.view(blob, rng, self.max_image_pixels)
         except Exception as error:  # noqa: BLE001 - the sample boundary: Pillow raises a dozen types on damaged files
             return f"{type(error).__name__}: {error}"
-        return ""
+
+    def _add_features(self, examples: dict[int, Any], failed: dict[int, str], keys: Mapping[int, str]) -> None:
+        """Put each image's features beside it; an image without any has failed."""
+        values, missing = self.features.read(list(keys.values()))
+        for value, (row, key) in zip(values, keys.items(), strict=True):
+            if key in missing:
+                failed[row] = f"{key}: {missing[key]}"
+                del examples[row]
+            else:
+                examples[row]["features"] = value
 
 
 _indexes: dict[tuple[str, str], SampleIndex] = {}
@@ -182,32 +256,28 @@ def _shift_hue(image: Image.Image, part: float) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A micro-batch and its images: those that could be read, and why others couldn't."""
+    """A micro-batch and what could be read of it."""
 
     item: MicroBatch
-    pixels: np.ndarray
-    "uint8 [n, H, W, 3]"
-    failed: Mapping[int, str]
-    "by row"
+    example: Example
 
-    @classmethod
-    def of(cls, item: MicroBatch, pixels: np.ndarray, failed: Mapping[int, str]) -> "Loaded":
-        keep = [i for i, row in enumerate(item.rows) if row not in failed]
-        return cls(item=item, pixels=pixels if not failed else pixels[keep], failed=failed)
+    def __len__(self) -> int:
+        """Images that could be read."""
+        return len(self.item.rows) - len(self.example.failed)
 
 
 def load_inline(source: ImageSource, items: Iterator[MicroBatch], ahead: int) -> Iterator[Loaded]:
     """Micro-batches in order; up to `ahead` are decoded by threads meanwhile."""
-    pending: deque[tuple[MicroBatch, Future[tuple[np.ndarray, dict[int, str]]]]] = deque()
+    pending: deque[tuple[MicroBatch, Future[Example]]] = deque()
     pool = ThreadPoolExecutor(ahead)
     try:
         for item in items:
             pending.append((item, pool.submit(source.load, item.rows, item.epoch)))
             if len(pending) > ahead:
                 done, future = pending.popleft()
-                yield Loaded.of(done, *future.result())
+                yield Loaded(item=done, example=future.result())
         for done, future in pending:
-            yield Loaded.of(done, *future.result())
+            yield Loaded(item=done, example=future.result())
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -244,7 +314,8 @@ def _load_window(source: ImageSource, items: Sequence[MicroBatch], tasks: int) -
         if row["position"] != expected:  # the whole run's order rests on it
             raise RuntimeError(f"Ray Data gave micro-batch {row['position']} where {expected} was due")
         failed = {int(number): reason for number, reason in json.loads(row["failed"]).items()}
-        yield Loaded.of(items[expected], row["pixels"], failed)
+        arrays = {name: row[name] for name in json.loads(row["names"])}
+        yield Loaded(item=items[expected], example=Example(arrays=arrays, failed=failed))
 
 
 def _load_batch(batch: dict[str, np.ndarray], source: Any) -> dict[str, Any]:
@@ -253,5 +324,10 @@ def _load_batch(batch: dict[str, np.ndarray], source: Any) -> dict[str, Any]:
 
     source = ray.get(source) if isinstance(source, ray.ObjectRef) else source
     item = json.loads(str(batch["item"][0]))
-    pixels, failed = source.load(item["rows"], item["epoch"])
-    return {"position": batch["position"], "pixels": pixels[None], "failed": [json.dumps(failed)]}
+    example = source.load(item["rows"], item["epoch"])
+    return {
+        "position": batch["position"],
+        **{name: array[None] for name, array in example.arrays.items()},
+        "names": [json.dumps(list(example.arrays))],
+        "failed": [json.dumps(dict(example.failed))],
+    }

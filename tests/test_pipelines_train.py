@@ -21,6 +21,7 @@ from pipelines.executors import InlineExecutor
 from pipelines.extract import extract
 from pipelines.train import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
 from pipelines.train_config import TrainConfig, prepare_training, resolve_training
+from pipelines.train_x2 import X2Config
 from pipelines.training_data import TrainOrder, colour_jitter, load_inline
 from storage.checkpoints import read_checkpoint, read_last, read_pointers
 from storage.paths import Folder, InputError
@@ -42,7 +43,7 @@ def small(tmp_path, make_tars):
     """A run of 12 training images in 3 epochs of 3 steps (the last of 2 images), timm's test_vit at 64 px."""
     data = make_tars(count=2, each=7)
 
-    def make(**changes: object) -> TrainConfig:
+    def make(**changes: object) -> X2Config:
         values: dict[str, object] = {
             "method": "resize_conv",
             "data": (data,),
@@ -60,7 +61,7 @@ def small(tmp_path, make_tars):
             "executor": "inline",
             "device": "cpu",
         }
-        return TrainConfig(**{**values, **changes})
+        return X2Config(**{**values, **changes})
 
     return make
 
@@ -139,10 +140,10 @@ def test_jitter_is_that_of_torchvision():
 def test_images_of_an_epoch_are_the_same_whoever_loads_them(small):
     source = prepared(small()).images
 
-    both, _ = source.load([3, 8], 1)
-    alone, _ = source.load([8], 1)
-    later, _ = source.load([8], 2)
-    plain, _ = source.load([8], None)
+    both = source.load([3, 8], 1).arrays["pixels"]
+    alone = source.load([8], 1).arrays["pixels"]
+    later = source.load([8], 2).arrays["pixels"]
+    plain = source.load([8], None).arrays["pixels"]
 
     np.testing.assert_array_equal(both[1], alone[0])
     assert (later[0] != alone[0]).any()
@@ -454,3 +455,49 @@ def test_two_ray_workers_of_which_one_is_killed_take_the_steps_of_one_process(sm
     np.testing.assert_allclose(losses(config.out), losses(str(tmp_path / "one")), rtol=1e-4)
     assert summarise(Folder(config.out)).metrics["images"] == 36
     assert Folder(config.out).folders("ray_train") == []
+
+
+# --- features from a store --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(small, tiny, tmp_path):
+    """A store of the features that `small` trains on, and the settings that go with it."""
+    plain = {"jitter": 0.0, "interpolation": "bicubic"}
+    config = small(**plain)
+
+    def make(**changes: object) -> dict[str, object]:
+        values = {"facet": "key", "geometry": "squash", "levels": ("x1@float32",), "out": str(tmp_path / "stored.zarr")}
+        features = tiny(config.data[0], **{**values, **changes})
+        extract(features, InlineExecutor())
+        return {**plain, "features": features.out}
+
+    return make
+
+
+def test_stored_features_train_as_computed_ones(small, stored, tmp_path):
+    settings = stored()
+    train_inline(prepared(small(**{**settings, "features": ""}, out=str(tmp_path / "computed"))))
+    train_inline(prepared(small(**settings, out=str(tmp_path / "read"))))
+
+    np.testing.assert_allclose(losses(str(tmp_path / "read")), losses(str(tmp_path / "computed")), rtol=1e-5)
+
+
+def test_other_features_than_the_trainings_are_refused(small, stored):
+    settings = stored(facet="query")
+
+    with pytest.raises(ConfigError, match="facet .* store 'query' .* now 'key'"):
+        resolved = small(**settings)
+        prepared(resolved)
+    with pytest.raises(ConfigError, match="--jitter 0"):
+        small(**{**settings, "jitter": 0.2})
+
+
+def test_images_without_stored_features_are_left_out(small, stored, make_tars, tmp_path):
+    settings = stored()
+    more = make_tars(count=2, each=9, folder="more")
+
+    summary = train_inline(prepared(small(**settings, data=(more,), out=str(tmp_path / "more"), max_failed_fraction=0.5)))
+
+    assert summary.failed
+    assert all("no features in" in reason for reason in summary.failed.values())
