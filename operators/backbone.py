@@ -202,7 +202,8 @@ class TimmBackbone:
 
     `stride` below the patch size makes patches overlap. `pos_embed="dino"` interpolates absolute position embeddings as
     DINO's code does (LiFT's features depend on it): bicubic without antialias, sampled at (h + 0.1) / m; "timm" is
-    timm's own antialiased resampling, which its models see at other sizes.
+    timm's own antialiased resampling, which its models see at other sizes. `ragged` allows inputs of any size: pixels beyond
+    the last whole patch aren't seen (plain ViTs; the papers' 56 px at patch 16).
     """
 
     def __init__(
@@ -213,8 +214,10 @@ class TimmBackbone:
         norm: bool | None = None,
         stride: int | None = None,
         pos_embed: Literal["timm", "dino"] | None = None,
+        ragged: bool = False,
     ):
         self.model = model
+        self.ragged = ragged
         self.facet = facet
         self._forward_options = inspect.signature(model.forward_intermediates).parameters
         self.is_hierarchical = "output_dict" not in self._forward_options and not hasattr(model, "pos_drop")
@@ -237,8 +240,8 @@ class TimmBackbone:
         self._grid: tuple[int, int] | None = None
         if facet != "token":
             self._attention(self.n_layers - 1)
-        if self.stride != self.patch:
-            self._overlap_patches()
+        if self.stride != self.patch or ragged:
+            self._free_patches()
 
     def _resolve_norm(self, norm: bool | None) -> bool:
         possible = self.facet == "token" and not self.is_hierarchical and "norm" in self._forward_options
@@ -249,7 +252,8 @@ class TimmBackbone:
             )
         return possible if norm is None else norm
 
-    def _overlap_patches(self) -> None:
+    def _free_patches(self) -> None:
+        """Patches at any stride, and of inputs of any size."""
         patch_embed = getattr(self.model, "patch_embed", None)
         if (
             self.is_hierarchical
@@ -257,12 +261,13 @@ class TimmBackbone:
             or self.patch % self.stride
         ):
             raise BackboneError(
-                f"stride {self.stride} is not possible for {type(self.model).__name__} with patch {self.patch}: plain ViTs only, "
-                f"and the stride must divide the patch"
+                f"stride {self.stride}{', ragged,' * self.ragged} is not possible for {type(self.model).__name__} with patch "
+                f"{self.patch}: plain ViTs only, and the stride must divide the patch"
             )
         if not getattr(self.model, "dynamic_img_size", False):
             raise BackboneError(
-                f"stride override needs a timm model with dynamic_img_size, {type(self.model).__name__} has none"
+                f"{'ragged sizes' if self.ragged else 'stride override'} need a timm model with dynamic_img_size, "
+                f"{type(self.model).__name__} has none"
             )
         patch_embed.proj.stride = (self.stride, self.stride)
         # The check that H and W are multiples of the patch happens in `grid_of`, with the stride.
@@ -289,15 +294,11 @@ class TimmBackbone:
         """(rows, columns) of cells for an input of `size` pixels. Raises `BackboneError` where cells don't fit the input."""
         grid = []
         for side in size:
-            if (
-                side < self.patch
-                or (side - self.patch) % self.stride
-                or (self.stride == self.patch and side % self.patch)
-            ):
+            if side < self.patch or ((side - self.patch) % self.stride and not self.ragged):
                 fits = max(self.patch, round((side - self.patch) / self.stride) * self.stride + self.patch)
                 raise BackboneError(
                     f"input size {size[0]}x{size[1]} px: {side} is not {self.patch} plus a multiple of {self.stride} "
-                    f"(patch {self.patch}, stride {self.stride}); the nearest that is: {fits}"
+                    f"(patch {self.patch}, stride {self.stride}); the nearest that is: {fits}. --ragged takes other sizes"
                 )
             grid.append((side - self.patch) // self.stride + 1)
         return grid[0], grid[1]

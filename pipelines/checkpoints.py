@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +75,8 @@ def load_upsampler(
         logger.warning("%s doesn't say which backbone it was trained on; it is taken to be this one", shown)
     else:
         _require_same_backbone(shown, trained_on, described, force=force)
+    if backbone.ragged and method == "lift":
+        settings = replace(settings, border_crop=True)
     # NumPy has no bfloat16, and what runs is cast anyway.
     plain = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in state.items()}
     return UpsamplerWeights(settings=settings, arrays={name: value.numpy() for name, value in plain.items()})

@@ -34,6 +34,8 @@ class ExtractConfig:
     """Branch, tag or commit of the hub repository."""
     size: str | None = None
     """Input pixels, `SIDE` or `HEIGHTxWIDTH`; default: the model's own."""
+    ragged: bool = False
+    """Allow a --size that patches don't fill: what lies beyond the last whole one isn't seen (LiFT's 56 px at patch 16)."""
     geometry: Literal["crop", "squash", "pad"] = "crop"
     """Centre crop, aspect not kept, or letterbox."""
     crop_pct: float = 1.0
@@ -173,6 +175,7 @@ CONTENT_FIELDS = (
     "weights",
     "revision",
     "size",
+    "ragged",
     "geometry",
     "crop_pct",
     "layers",

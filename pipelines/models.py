@@ -153,7 +153,14 @@ class ModelBundle:
     def build(self, device: str) -> "FeatureModel":
         model = load_arrays(create_model(self.spec.model, self.spec.input_size, None, None), self.arrays)
         spec = self.spec
-        backbone = TimmBackbone(model, facet=spec.facet, norm=spec.norm, stride=spec.stride, pos_embed=spec.pos_embed)
+        backbone = TimmBackbone(
+            model,
+            facet=spec.facet,
+            norm=spec.norm,
+            stride=spec.stride,
+            pos_embed=spec.pos_embed,
+            ragged=any(side % spec.stride for side in spec.input_size),
+        )
         return FeatureModel(spec, backbone, torch.device(device), self.upsamplers)
 
 
@@ -167,6 +174,7 @@ def describe_model(
     norm: bool | None,
     stride: int | None,
     pos_embed: Literal["timm", "dino"] | None,
+    ragged: bool,
     size: tuple[int, int],
     expects: Preprocessing,
     geometry: Literal["crop", "squash", "pad"],
@@ -182,7 +190,7 @@ def describe_model(
     Raises `BackboneError`, `UpsamplerError` or `ConfigError`."""
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(model).items()}
-    backbone = TimmBackbone(model, facet=facet, norm=norm, stride=stride, pos_embed=pos_embed)
+    backbone = TimmBackbone(model, facet=facet, norm=norm, stride=stride, pos_embed=pos_embed, ragged=ragged)
     numbers = backbone.resolve_layers(layers)
     trained_on = {
         "model": name,

@@ -84,6 +84,7 @@ def resolve(config: ExtractConfig) -> Resolved:
         norm=config.norm,
         stride=config.stride,
         pos_embed=config.pos_embed,
+        ragged=config.ragged,
         size=size,
         expects=expects,
         geometry=config.geometry,

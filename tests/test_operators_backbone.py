@@ -394,6 +394,18 @@ def test_size_that_cells_do_not_fit_names_the_nearest_that_they_do(stride, size,
         TimmBackbone(family("dino"), stride=stride)(images(*size), [1])
 
 
+def test_ragged_sizes_see_the_whole_patches_only():
+    inside = images(64, 80)
+    more = torch.cat([torch.cat([inside, images(64, 9)], dim=3), images(3, 89)], dim=2)
+
+    ragged = TimmBackbone(family("dino"), ragged=True)(more, [1])
+
+    assert ragged.grid == (4, 5)
+    torch.testing.assert_close(ragged.layers[1], TimmBackbone(family("dino"))(inside, [1]).layers[1])
+    with pytest.raises(BackboneError, match="ragged"):
+        TimmBackbone(hiera(), ragged=True)
+
+
 @pytest.mark.parametrize("stride", [5, 32])
 def test_stride_that_does_not_divide_the_patch_is_refused(stride):
     with pytest.raises(BackboneError, match=rf"stride {stride} is not possible .* the stride must divide the patch"):
@@ -698,6 +710,7 @@ def described(size: tuple[int, int] = (64, 64), **changes: object) -> tuple[Mode
         "expects": preprocessing(name),
         "geometry": "crop",
         "crop_pct": 1.0,
+        "ragged": False,
         "precision": "fp32",
         "jpeg_draft": False,
         "levels": ("x1",),

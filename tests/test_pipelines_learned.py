@@ -24,7 +24,7 @@ from torch import nn
 
 from jobs.extract import run
 from jobs.show import run as show
-from operators.backbone import TimmBackbone, create_model, normalise, state_arrays, weights_digest
+from operators.backbone import BackboneError, TimmBackbone, create_model, normalise, state_arrays, weights_digest
 from operators.upsamplers import build_net, create_upsampler, learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor, RayExecutor
@@ -123,6 +123,22 @@ def test_official_file_gives_what_the_official_code_gives_on_head_minor_keys(key
     torch.testing.assert_close(read_maps(store, "x2"), head_major(once), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(read_maps(store, "x4"), head_major(twice), rtol=1e-4, atol=1e-4)
     assert (once - net(images, read_maps(store, "x1"))).abs().max() > 0.01
+
+
+def test_56_pixels_at_patch_16_crop_the_borders_of_what_the_convolutions_see(keys, tmp_path):
+    """The papers' smallest column: 3 x 3 cells, and the image branch is given the middle 52 x 52 pixels (specs A6)."""
+    url = official_file(tmp_path / "lift.pth")
+    levels = ("x1", f"x2=lift:{url}")
+
+    extract(keys(size="56", ragged=True, levels=levels, encoding="float32"), InlineExecutor())
+
+    store = FeatureStore.open(str(tmp_path / "out.zarr"))
+    with torch.inference_mode():
+        expected = make_net()(images_of(store)[..., 2:-2, 2:-2], head_minor(read_maps(store, "x1")))
+    assert expected.shape[-2:] == (6, 6)
+    torch.testing.assert_close(read_maps(store, "x2"), head_major(expected), rtol=1e-4, atol=1e-4)
+    with pytest.raises(BackboneError, match="--ragged"):
+        extract(keys(size="56", levels=levels, out=str(tmp_path / "refused.zarr")), InlineExecutor())
 
 
 def test_official_file_for_tokens_keeps_their_channels(keys, tmp_path):
