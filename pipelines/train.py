@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import json
 import logging
-import math
 import textwrap
 import threading
 import time
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from operators.backbone import load_arrays, state_arrays
+from operators.vit_up.objective import learning_rate
 from pipelines.train_config import TrainSetup
 from pipelines.train_watch import EventFile
 from pipelines.training_data import ImageSource, Loaded, MicroBatch, load_inline, load_on_ray
@@ -237,8 +237,10 @@ class Trainer:
     def _learning_rate(self) -> float:
         """Of the step that is about to be taken."""
         config = self.config
-        steps = self.setup.order.steps if config.schedule == "cosine" else None
-        return learning_rate(self.step, config.lr, config.warmup_steps, steps, config.final_lr)
+        if config.schedule == "constant":
+            return config.lr
+        steps = self.setup.order.steps
+        return learning_rate(self.step, steps=steps, warmup=config.warmup_steps, peak=config.lr, floor=config.final_lr)
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
@@ -315,17 +317,6 @@ class Trainer:
 def _trained(net: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters that the optimiser changes, by name."""
     return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
-
-
-def learning_rate(step: int, peak: float, warmup: int, steps: int | None, final: float) -> float:
-    """Of step `step` (from 0): from a hundredth of `peak` linearly up over `warmup` steps, then constant, or with `steps` in
-    all along a cosine down to `final`."""
-    if step < warmup:
-        return peak * (0.01 + 0.99 * step / warmup)
-    if steps is None:
-        return peak
-    done = (step - warmup) / max(1, steps - warmup)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _optimiser_arrays(net: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, np.ndarray]:

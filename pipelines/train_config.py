@@ -73,11 +73,11 @@ class TrainConfig:
     lr: float = 1e-3
     """Adam's learning rate, without weight decay."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Of the learning rate after its warm-up; `cosine` falls to --final-lr at the last step."""
+    """Of the learning rate; `cosine` falls to --final-lr at the last step."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from a hundredth."""
+    """cosine: steps over which the learning rate first rises linearly from a hundredth."""
     final_lr: float = 1e-6
-    """Where the cosine ends."""
+    """cosine: the learning rate at the end."""
     clip: float | None = None
     """Largest norm of the gradient; a larger one is scaled down to it."""
     seed: int = 0
@@ -138,6 +138,8 @@ class TrainConfig:
         for name in ("warmup_steps", "max_failures"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
+        if self.warmup_steps and self.schedule == "constant":
+            raise ConfigError(f"--warmup-steps {self.warmup_steps} needs --schedule cosine")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ConfigError(f"--max-failed-fraction {self.max_failed_fraction}: must lie between 0 and 1")
         if self.validate_every % self.checkpoint_every or self.validate_every < 1:

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from operators.image import Geometry, decode
+from pipelines.augment import colour_jitter
 from storage.paths import Folder
 from storage.samples import SampleIndex, read_images
 from storage.store import FeatureStore
@@ -112,7 +113,7 @@ class JitteredView:
     def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:
         pixels = decode(blob, self.geometry, max_pixels=max_pixels).pixels
         if rng is not None and self.jitter:
-            pixels = colour_jitter(pixels, rng, self.jitter)
+            pixels = np.asarray(colour_jitter(Image.fromarray(pixels), rng, (self.jitter,) * 4))
         return {"pixels": pixels}
 
 
@@ -225,30 +226,6 @@ def _index_of(source: ImageSource) -> SampleIndex:
         if name not in _indexes:
             _indexes[name] = SampleIndex(source.folder)
         return _indexes[name]
-
-
-def colour_jitter(pixels_HWC: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
-    """torchvision's ColorJitter(amount, amount, amount, amount) on uint8 [H, W, 3], as its Pillow path computes it.
-
-    Four changes in a random order: brightness, contrast and saturation by a factor, hue by a part of the circle.
-    """
-    factors = rng.uniform(1 - amount, 1 + amount, 3)
-    hue = rng.uniform(-amount, amount)
-    image = Image.fromarray(pixels_HWC)
-    for change in rng.permutation(4):
-        if change == 3:
-            image = _shift_hue(image, hue)
-        else:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
-            image = enhance(image).enhance(factors[change])
-    return np.asarray(image)
-
-
-def _shift_hue(image: Image.Image, part: float) -> Image.Image:
-    h, s, v = image.convert("HSV").split()
-    # Hue is a byte that wraps.
-    turned = np.asarray(h) + np.array(int(part * 255) % 256, np.uint8)
-    return Image.merge("HSV", (Image.fromarray(turned), s, v)).convert("RGB")
 
 
 # --- ahead of the loop ------------------------------------------------------------------------------------------------

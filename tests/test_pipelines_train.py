@@ -10,10 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from operators.upsamplers import learned_upsampler
 from pipelines.config import ConfigError
@@ -22,7 +20,7 @@ from pipelines.extract import extract
 from pipelines.train import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
 from pipelines.train_config import TrainConfig, prepare_training, resolve_training
 from pipelines.train_x2 import X2Config
-from pipelines.training_data import TrainOrder, colour_jitter, load_inline
+from pipelines.training_data import TrainOrder, load_inline
 from storage.checkpoints import read_checkpoint, read_last, read_pointers
 from storage.paths import Folder, InputError
 from storage.store import FeatureStore
@@ -117,24 +115,6 @@ def test_seeds_and_epochs_have_orders_of_their_own():
     assert order.rows(0).tolist() != order.rows(1).tolist()
     assert order.rows(0).tolist() != replace(order, seed=1).rows(0).tolist()
     assert replace(order, max_steps=1).steps == 1
-
-
-def test_jitter_is_that_of_torchvision():
-    pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
-    rng = np.random.default_rng(7)
-    brightness, contrast, saturation = rng.uniform(0.8, 1.2, 3)
-    hue, order = rng.uniform(-0.2, 0.2), rng.permutation(4)
-    steps = [
-        lambda image: TF.adjust_brightness(image, brightness),
-        lambda image: TF.adjust_contrast(image, contrast),
-        lambda image: TF.adjust_saturation(image, saturation),
-        lambda image: TF.adjust_hue(image, hue),
-    ]
-    expected = Image.fromarray(pixels)
-    for i in order:
-        expected = steps[i](expected)
-
-    np.testing.assert_array_equal(colour_jitter(pixels, np.random.default_rng(7), 0.2), np.asarray(expected))
 
 
 def test_images_of_an_epoch_are_the_same_whoever_loads_them(small):
@@ -487,8 +467,7 @@ def test_other_features_than_the_trainings_are_refused(small, stored):
     settings = stored(facet="query")
 
     with pytest.raises(ConfigError, match="facet .* store 'query' .* now 'key'"):
-        resolved = small(**settings)
-        prepared(resolved)
+        prepared(small(**settings))
     with pytest.raises(ConfigError, match="--jitter 0"):
         small(**{**settings, "jitter": 0.2})
 
@@ -497,7 +476,9 @@ def test_images_without_stored_features_are_left_out(small, stored, make_tars, t
     settings = stored()
     more = make_tars(count=2, each=9, folder="more")
 
-    summary = train_inline(prepared(small(**settings, data=(more,), out=str(tmp_path / "more"), max_failed_fraction=0.5)))
+    summary = train_inline(
+        prepared(small(**settings, data=(more,), out=str(tmp_path / "more"), max_failed_fraction=0.5))
+    )
 
     assert summary.failed
     assert all("no features in" in reason for reason in summary.failed.values())
