@@ -6,42 +6,41 @@
     python jobs/benchmark.py precision --data photos.tar --model vit_tiny_patch16_224.augreg_in21k_ft_in1k
     python jobs/benchmark.py read                         # random rows and whole epochs, from disk and over S3
     python jobs/benchmark.py cost                         # operations, time and memory of upsamplers beside the backbone
+    python jobs/benchmark.py train                        # images per second, beside a plain loop
 
 Prints Markdown; --json PATH writes all numbers. Run it while nothing else does. Exit codes: 0 measured, 1 not, 2 wrong settings.
 """
 
 import contextlib
-import io
 import json
 import logging
 import os
 import platform
 import shutil
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import psutil
 import torch
 import tyro
-from PIL import Image
 
+from cluster.session import connect
 from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
 from pipelines.benchmark import measure_extract, measure_index, summarise
+from pipelines.benchmark_data import write_photos, write_tiny_tars
 from pipelines.config import ConfigError, ExtractConfig, pick_word
 from pipelines.cost_benchmark import COST_PRESETS, CostBenchmark, cost_report, measure_cost, table
-from pipelines.demo import PHOTOS
 from pipelines.executors import InlineExecutor
 from pipelines.models import LevelChoice
 from pipelines.precision import measure_precision
 from pipelines.processes import CORES, BenchmarkFailed
 from pipelines.read_benchmark import BY_ROW, IN_ORDER, ReadBenchmark, measure_read
+from pipelines.train_benchmark import TRAIN_PRESETS, TrainBenchmark, measure_training, train_report
 from pipelines.weights import WeightsUnavailable
 from storage.paths import StorageError
 
@@ -114,61 +113,6 @@ class PrecisionBenchmark:
     """As for jobs/extract.py."""
     json: str = ""
     """Write all numbers to this file."""
-
-
-# --- inputs -----------------------------------------------------------------------------------------------------------
-
-
-def write_photos(folder: Path, images: int) -> str:
-    """Tars of up to 100 photos, one per core at least; returns their pattern. The same bytes every time."""
-    import skimage
-
-    data = Path(skimage.__file__).parent / "data"
-    files = [next(p for p in data.glob(f"{name}.*") if p.suffix in (".png", ".jpg")) for name in PHOTOS]
-    sources = [Image.open(file).convert("RGB") for file in files]
-    folder.mkdir(parents=True)
-    each = min(100, -(-images // CORES))
-    for first in range(0, images, each):
-        with tarfile.open(folder / f"photos-{first // each:06d}.tar", "w") as tar:
-            for i in range(first, min(first + each, images)):
-                jpeg = _photo(sources[i % len(sources)], np.random.default_rng(i))
-                info = tarfile.TarInfo(f"{i:08d}.jpg")
-                info.size = len(jpeg)
-                tar.addfile(info, io.BytesIO(jpeg))
-    return str(folder / "*.tar")
-
-
-def _photo(source: Image.Image, rng: np.random.Generator) -> bytes:
-    """A random half or more of each side, about 500 x 375 pixels."""
-    part = rng.uniform(0.5, 1.0, 2) * source.size
-    x, y = rng.uniform(0, 1, 2) * (source.size - part)
-    size = (round(500 * rng.uniform(0.9, 1.1)), round(375 * rng.uniform(0.9, 1.1)))
-    image = source.resize(size, Image.Resampling.BICUBIC, box=(x, y, x + part[0], y + part[1]))
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=90)
-    return out.getvalue()
-
-
-def write_tiny_tars(folder: Path, samples: int, tars: int) -> str:
-    """Tars of one-pixel JPEGs, written as whole arrays of tar blocks; returns their pattern."""
-    jpeg = io.BytesIO()
-    Image.new("L", (1, 1)).save(jpeg, "JPEG", optimize=True)
-    info = tarfile.TarInfo("000000000.jpg")
-    info.size = len(jpeg.getvalue())
-    member = info.tobuf(tarfile.USTAR_FORMAT) + jpeg.getvalue() + bytes(-info.size % 512)
-    zeros_sum = int(member[148:154], 8)
-    folder.mkdir(parents=True)
-    for t in range(tars):
-        numbers = np.arange(samples * t // tars, samples * (t + 1) // tars)
-        digits = numbers[:, None] // 10 ** np.arange(8, -1, -1) % 10
-        blocks = np.tile(np.frombuffer(member, np.uint8), (len(numbers), 1))
-        blocks[:, :9] += digits.astype(np.uint8)
-        sums = zeros_sum + digits.sum(axis=1)
-        blocks[:, 148:154] = ord("0") + sums[:, None] // 8 ** np.arange(5, -1, -1) % 8
-        (folder / f"tiny-{t:06d}.tar").write_bytes(blocks.tobytes() + bytes(1024))
-    return str(folder / "*.tar")
 
 
 # --- extract ----------------------------------------------------------------------------------------------------------
@@ -384,6 +328,20 @@ def cost(config: CostBenchmark) -> dict[str, Any]:
     return result
 
 
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def train(config: TrainBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    with _folder("", keep=False) as folder:
+        photos = write_photos(folder / "photos", config.images)
+        with connect(None, num_gpus=0) if config.ray else contextlib.nullcontext():
+            found = measure_training(config, folder, photos)
+    result = {"settings": asdict(config), **found, "machine": machine()}
+    print("\n".join(train_report(config, result)))
+    return result
+
+
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -446,6 +404,7 @@ COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
         read,
     ),
     "cost": (COST_PRESETS, cost),
+    "train": (TRAIN_PRESETS, train),
 }
 """By name: presets, and what runs them."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from jobs import benchmark
-from pipelines import cost_benchmark, read_benchmark
+from pipelines import benchmark_data, cost_benchmark, read_benchmark
 from pipelines.benchmark import STAGES, BenchmarkFailed, _steady, run_fresh
 from pipelines.config import ConfigError
 from pipelines.read_benchmark import Place, check
@@ -255,7 +255,7 @@ def test_cost_refuses_settings_that_cannot_be_meant(settings, message):
 
 
 def test_tiny_tars_are_what_tarfile_reads(tmp_path):
-    benchmark.write_tiny_tars(tmp_path / "tars", samples=1003, tars=3)
+    benchmark_data.write_tiny_tars(tmp_path / "tars", samples=1003, tars=3)
 
     names = []
     for path in sorted((tmp_path / "tars").iterdir()):
@@ -267,7 +267,7 @@ def test_tiny_tars_are_what_tarfile_reads(tmp_path):
 
 def test_photos_are_the_same_bytes_every_time(tmp_path):
     for name in ("a", "b"):
-        benchmark.write_photos(tmp_path / name, 14)
+        benchmark_data.write_photos(tmp_path / name, 14)
 
     first, second = (sorted((tmp_path / name).iterdir()) for name in ("a", "b"))
 

@@ -1,0 +1,216 @@
+"""Throughput of training: this loop, inline and on Ray Train, beside the loop that one would write without it.
+
+The plain loop is PyTorch, torchvision and timm alone, in one process: its own dataset over the tars, a DataLoader, a hook for
+the keys, LiFT's loss through `cosine_embedding_loss`. Only the network is the same code (operators/upsamplers/lift.py).
+"""
+
+import io
+import itertools
+import logging
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from operators.upsamplers import build_net
+from pipelines.config import ConfigError
+from pipelines.cost_benchmark import table
+from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.processes import CORES
+from pipelines.train import read_metrics, train_inline, train_on_ray
+from pipelines.train_config import prepare_training, resolve_training
+from pipelines.train_x2 import X2Config
+from storage.paths import Folder
+
+logger = logging.getLogger(__name__)
+
+PLAIN = "plain loop, no DataLoader workers"
+WARM_UP = 2
+"""Steps of each run that aren't counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchmark:
+    """Images per second of LiFT's training, against a plain loop on the same photographs."""
+
+    images: int = 256
+    """Photos to generate, as for `extract`."""
+    model: str = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    """timm name of a plain ViT with absolute position embeddings; its weights are random."""
+    size: int = 256
+    """Side of the square input in pixels."""
+    batch: int = 16
+    """Images per step."""
+    steps: int = 16
+    """Steps of each contender in each round; the first two aren't counted."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Autocast of the backbone's forward, in everything that is compared."""
+    repeat: int = 3
+    """Rounds; each runs every contender once. Rates are the best of them."""
+    ray: bool = True
+    """Run Ray Train, too: one worker per core, one thread each, half of a batch for each of two."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.batch, self.repeat) < 1 or self.steps <= WARM_UP:
+            raise ConfigError(f"--images, --batch and --repeat must be at least 1, --steps more than {WARM_UP}")
+
+
+TRAIN_PRESETS = {
+    # No network. 2 CPU cores: about 5 minutes.
+    "default": TrainBenchmark(),
+    # 2 CPU cores: about 15 seconds; the numbers mean nothing at this size.
+    "debug": TrainBenchmark(images=16, model="test_vit.r160_in1k", size=64, batch=4, steps=4, repeat=1, ray=False),
+}
+
+
+def measure_training(config: TrainBenchmark, folder: Path, photos: str) -> dict[str, Any]:
+    """Images per second of every contender in every round, over the tars that the pattern `photos` names."""
+    rates: dict[str, list[float]] = {}
+    for n in range(config.repeat):
+        for name, rate in _round(config, folder / f"round-{n}", photos):
+            logger.info("round %d of %d: %s, %.2f images/s", n + 1, config.repeat, name, rate)
+            rates.setdefault(name, []).append(rate)
+    best = {name: max(found) for name, found in rates.items()}
+    return {"rates": rates, "best": best, "ratios": {name: rate / best[PLAIN] for name, rate in best.items()}}
+
+
+def _round(config: TrainBenchmark, folder: Path, photos: str) -> Iterator[tuple[str, float]]:
+    yield PLAIN, _plain_loop(config, photos, 0)
+    yield "this loop, inline", _this_loop(config, str(folder / "inline"), photos, 1)
+    yield f"plain loop, {CORES} DataLoader workers", _plain_loop(config, photos, CORES)
+    if config.ray:
+        yield f"this loop on Ray Train, {CORES} workers", _this_loop(config, str(folder / "ray"), photos, CORES)
+
+
+def _this_loop(config: TrainBenchmark, out: str, photos: str, workers: int) -> float:
+    run = X2Config(
+        data=(photos,),
+        out=out,
+        val_rows=1,
+        model=config.model,
+        weights="random",
+        size=config.size,
+        precision=config.precision,
+        batch=config.batch,
+        micro_batch=-(-config.batch // workers),
+        epochs=config.steps,  # more than enough
+        max_steps=config.steps,
+        log_every=1,
+        executor="inline" if workers == 1 else "ray",
+        workers=workers,
+        device="cpu",
+    )
+    setup = prepare_training(resolve_training(run), InlineExecutor() if workers == 1 else RayExecutor())
+    train_inline(setup) if workers == 1 else train_on_ray(setup, "cpu")
+    steps = [line for line in read_metrics(Folder(out)) if "images_per_s" in line][WARM_UP:]
+    images = [b["images"] - a["images"] for a, b in itertools.pairwise(steps)]
+    seconds = [n / line["images_per_s"] for n, line in zip(images, steps[1:], strict=True)]
+    return sum(images) / sum(seconds)
+
+
+def train_report(config: TrainBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    found = result["machine"]
+    yield f"## train: LiFT on {config.model} at {config.size} px, {config.precision}, batches of {config.batch}"
+    yield f"\n{found['cpu']}, {CORES} cores, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    rows = [
+        [name, f"{result['best'][name]:.2f}", f"{result['ratios'][name]:.2f}", " ".join(f"{r:.1f}" for r in rates)]
+        for name, rates in result["rates"].items()
+    ]
+    yield from table(["", "images/s, best", "of the plain loop", "by round"], rows)
+    yield f"""
+- From the {WARM_UP + 1}th step on; waiting for images counts, checkpoints and validation don't (the plain loop has none).
+- Colour jitter and all three scales of the backbone are computed in each."""
+
+
+# --- the plain loop ---------------------------------------------------------------------------------------------------
+
+
+class _Photos(Dataset[Tensor]):
+    """All photographs of some tars, kept as JPEG bytes."""
+
+    def __init__(self, paths: Sequence[Path], config: TrainBenchmark):
+        from torchvision import transforms
+
+        self.jpegs: list[bytes] = []
+        for path in paths:
+            with tarfile.open(path) as tar:
+                self.jpegs += [tar.extractfile(member).read() for member in tar]
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize((config.size, config.size)),
+                transforms.ColorJitter(0.2, 0.2, 0.2, 0.2),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * 3, (0.5,) * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.jpegs)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.transform(Image.open(io.BytesIO(self.jpegs[i])).convert("RGB"))
+
+
+class _Keys(nn.Module):
+    """The keys of a timm ViT's last block, as maps."""
+
+    def __init__(self, config: TrainBenchmark):
+        super().__init__()
+        self.vit = timm.create_model(config.model, dynamic_img_size=True, num_classes=0).eval().requires_grad_(False)
+        self.vit.blocks[-1].attn.qkv.register_forward_hook(self._keep)
+
+    def _keep(self, _: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
+        self.keys = qkv.chunk(3, dim=-1)[1][:, self.vit.num_prefix_tokens :]
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        self.vit.forward_features(images)
+        side = images.shape[-1] // self.vit.patch_embed.patch_size[0]
+        return self.keys.transpose(1, 2).unflatten(2, (side, side)).float()
+
+
+def _plain_loop(config: TrainBenchmark, photos: str, workers: int) -> float:
+    paths = sorted(Path(photos).parent.glob(Path(photos).name))
+    loader = DataLoader(_Photos(paths, config), config.batch, shuffle=True, num_workers=workers, drop_last=True)
+    backbone = _Keys(config)
+    patch = backbone.vit.patch_embed.patch_size[0]
+    net = build_net({"method": "lift", "channels": backbone.vit.num_features, "patch": patch})
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
+    step, counted, begun = 0, 0, 0.0
+    while step < config.steps:
+        for images in loader:
+            if step == WARM_UP:
+                begun, counted = time.perf_counter(), 0
+            if step == config.steps:
+                break
+            _plain_step(backbone, net, optimiser, images, config.precision)
+            step, counted = step + 1, counted + len(images)
+    return counted / (time.perf_counter() - begun)
+
+
+def _plain_step(backbone: nn.Module, net: nn.Module, optimiser: Any, images: Tensor, precision: str) -> None:
+    half, quarter = images[..., ::2, ::2].contiguous(), images[..., ::4, ::4].contiguous()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        full, coarse, coarser = backbone(images), backbone(half), backbone(quarter)
+    loss = _distance(net(half, coarse), full) + _distance(net(quarter, coarser), coarse)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    loss.item()  # as one would log it
+
+
+def _distance(ours: Tensor, target: Tensor) -> Tensor:
+    ours, target = (maps.flatten(2).transpose(1, 2).flatten(0, 1) for maps in (ours, target))
+    return F.cosine_embedding_loss(ours, target, torch.ones(len(ours)))
