@@ -121,7 +121,22 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = Fa
     """Decode image bytes and bring them to the input's size.
 
     `draft` lets JPEG decode at 1/2, 1/4 or 1/8 scale while that stays at least twice the needed size: several times faster
-    on large photos, not the same pixels. Raises `ImageRefused`, or what Pillow raises on damaged data.
+    on large photos, not the same pixels. Raises what `open_rgb` raises.
+    """
+    at_least = (2 * geometry.width, 2 * geometry.height) if draft else None
+    image, (width, height), conversion = open_rgb(data, max_pixels=max_pixels, at_least=at_least)
+    placement = geometry.place(width, height)
+    pixels = _resample(image, placement, geometry)
+    return DecodedImage(pixels=pixels, width=width, height=height, placement=placement, conversion=conversion)
+
+
+def open_rgb(
+    data: bytes, *, max_pixels: int, at_least: tuple[int, int] | None = None
+) -> tuple[Image.Image, tuple[int, int], str]:
+    """Decode image bytes: upright 8-bit RGB, its (width, height), and what was converted, in words.
+
+    With `at_least` = (width, height), a JPEG may come at 1/2, 1/4 or 1/8 of its size while it stays larger than that. Raises
+    `ImageRefused`, or what Pillow raises on damaged data.
     """
     if not data:
         raise ImageRefused("the image has 0 bytes")
@@ -133,9 +148,9 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = Fa
         raise ImageRefused(_too_large(re.sub(r".*\((\d+) pixels\).*", r"\1", str(error)), max_pixels)) from None
     if image.width * image.height > max_pixels:
         raise ImageRefused(_too_large(f"{image.width} x {image.height}", max_pixels))
-    original_w, original_h = image.size
-    if draft and image.format == "JPEG":
-        image.draft("RGB", (2 * geometry.width, 2 * geometry.height))
+    width, height = image.size
+    if at_least and image.format == "JPEG":
+        image.draft("RGB", at_least)
     # Not n_frames, which walks through all of them.
     conversions = ["first-frame"] if getattr(image, "is_animated", False) else []
     turned_by_pillow = image.format == "TIFF" and _orientation(image) in _UPRIGHT
@@ -144,20 +159,11 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = Fa
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
         if orientation >= 5:
-            original_w, original_h = original_h, original_w
+            width, height = height, width
     if orientation in _UPRIGHT or turned_by_pillow:
         conversions.append("exif-rotate")
     rgb, conversion = to_rgb(image)
-    if conversion:
-        conversions.append(conversion)
-    placement = geometry.place(original_w, original_h)
-    return DecodedImage(
-        pixels=_resample(rgb, placement, geometry),
-        width=original_w,
-        height=original_h,
-        placement=placement,
-        conversion=", ".join(conversions),
-    )
+    return rgb, (width, height), ", ".join([*conversions, *([conversion] if conversion else [])])
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,49 +1,105 @@
 """Learned upsamplers from where they are kept, held against the backbone that they are to be used with.
 
 A checkpoint is a folder at any URL: `config.json` and `model.safetensors`; a training run's folder stands for its best one.
-config.json holds `upsampler` (the settings of `operators.upsamplers.learned.NetConfig`) and `backbone` (TRAINED_ON: what made
-the features it was trained on). Official LiFT files (`.pth`) hold weights alone; the rest is taken from the backbone they are
-used with.
+config.json holds `upsampler` (`method`, and the settings of `operators.upsamplers.learned.NetConfig` or
+`operators.vit_up.ViTUpConfig`) and `backbone` (TRAINED_ON: what made the features it was trained on). Official files of LiFT
+(`.pth`) and ViT-Up hold weights alone; the rest is taken from the backbone they are used with.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
-from operators.upsamplers import LearnedUpsampler, NetConfig, UpsamplerError, learned_upsampler
+from operators.upsamplers import LEARNED, LearnedUpsampler, NetConfig, Upsampler, UpsamplerError, learned_upsampler
+from operators.vit_up import ViTUp, ViTUpConfig, read_checkpoint
 from pipelines.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
 from storage.checkpoints import read_pointers
 from storage.paths import Folder, has_extension, redact
 
 logger = logging.getLogger(__name__)
 
+Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
+
 TRAINED_ON = ("model", "weights", "layers", "facet", "norm")
 """What must be the same of the backbone for an upsampler to make sense (LiFT, arXiv 2403.14625, Table 7)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class UpsamplerWeights:
+METHODS = (*LEARNED, "vit_up")
+"""Upsamplers whose weights come from a checkpoint."""
+
+
+class UpsamplerWeights(Protocol):
     """A learned upsampler as it is handed to workers: its settings and its arrays."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def channels(self) -> int:
+        """Of one of the maps it takes."""
+
+    def build(self, precision: Precision, fresh: Callable[[], nn.Module]) -> Upsampler:
+        """Ready to run, on the CPU; `fresh` makes the backbone anew. Raises `UpsamplerError` where weights don't fit."""
+
+    def check(self, fresh: Callable[[], nn.Module], base: tuple[int, int], grid: tuple[int, int]) -> str:
+        """Raises `UpsamplerError` where `base` cells can't be brought to `grid`, or weights don't fit; gives the digest: sha256
+        over the weights and the settings that aren't their defaults, for both change the features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetWeights:
+    """Of a network that enlarges maps."""
 
     settings: NetConfig
     arrays: Mapping[str, np.ndarray]
 
-    def build(self, precision: Literal["bf16", "fp16", "fp32"]) -> LearnedUpsampler:
-        """Ready to run, on the CPU. Raises `UpsamplerError` where weights and settings don't fit."""
-        state = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
-        return learned_upsampler(asdict(self.settings), state, precision)
+    @property
+    def channels(self) -> int:
+        return self.settings.channels
 
-    def digest(self, built: LearnedUpsampler) -> str:
-        """sha256 over the weights and the settings that aren't their defaults: both change the features."""
-        chosen = {f.name: value for f in fields(NetConfig) if (value := getattr(self.settings, f.name)) != f.default}
-        return hashlib.sha256(f"{built.digest} {json.dumps(chosen, sort_keys=True)}".encode()).hexdigest()
+    def build(self, precision: Precision, fresh: Callable[[], nn.Module] | None = None) -> LearnedUpsampler:  # noqa: ARG002
+        return learned_upsampler(asdict(self.settings), _tensors(self.arrays), precision)
+
+    def check(self, fresh: Callable[[], nn.Module], base: tuple[int, int], grid: tuple[int, int]) -> str:
+        built = self.build("fp32", fresh)
+        built.passes(base, grid)
+        return _digest(built.digest, self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTUpWeights:
+    """Of a ViT-Up: its head's and its adapter's arrays, under the names of the published files."""
+
+    settings: ViTUpConfig
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def channels(self) -> int:
+        return self.settings.channels
+
+    def build(self, precision: Precision, fresh: Callable[[], nn.Module]) -> ViTUp:
+        head = {name: tensor for name, tensor in _tensors(self.arrays).items() if not name.startswith("backbone.")}
+        lora = {name: tensor for name, tensor in _tensors(self.arrays).items() if name.startswith("backbone.")}
+        return ViTUp(self.settings, fresh(), head, lora, precision=precision)
+
+    def check(self, fresh: Callable[[], nn.Module], base: tuple[int, int], grid: tuple[int, int]) -> str:  # noqa: ARG002
+        return _digest(self.build("fp32", fresh).digest, self.settings)
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _digest(weights: str, settings: NetConfig | ViTUpConfig) -> str:
+    chosen = {f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != f.default}
+    return hashlib.sha256(f"{weights} {json.dumps(chosen, sort_keys=True)}".encode()).hexdigest()
 
 
 def load_upsampler(
@@ -66,39 +122,64 @@ def load_upsampler(
     shown = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
     if has_extension(url, *WEIGHT_FILES):
-        settings, trained_on = _official_settings(method, state, backbone, shown), None
+        weights, trained_on = _official(method, state, backbone, shown), None
     else:
         settings, trained_on = _read_config(url, storage_options)
-    if settings.method != method:
-        raise UpsamplerError(f"{shown} holds a {settings.method}, not a {method}")
+        if settings.get("method") != method:
+            raise UpsamplerError(f"{shown} holds a {settings.get('method')}, not a {method}")
+        weights = _with_settings(settings, state, backbone)
     if trained_on is None:
         logger.warning("%s doesn't say which backbone it was trained on; it is taken to be this one", shown)
     else:
         _require_same_backbone(shown, trained_on, described, force=force)
-    if backbone.ragged and method == "lift":
-        settings = replace(settings, border_crop=True)
-    # NumPy has no bfloat16, and what runs is cast anyway.
-    plain = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in state.items()}
-    return UpsamplerWeights(settings=settings, arrays={name: value.numpy() for name, value in plain.items()})
+    return weights
 
 
-def _official_settings(method: str, state: Mapping[str, torch.Tensor], backbone: TimmBackbone, shown: str) -> NetConfig:
-    """Settings of a file that holds weights alone: of LiFT, whose facets are head-minor (specs/lift_vitup.md A5)."""
+def _official(method: str, state: Mapping[str, Tensor], backbone: TimmBackbone, shown: str) -> UpsamplerWeights:
+    """Of a file that holds weights alone: ViT-Up's (B9), or LiFT's, whose facets are head-minor (specs/lift_vitup.md A5)."""
+    if method == "vit_up":
+        return _vit_up(state, None, backbone)
     if method != "lift" or "outc.weight" not in state or state["outc.weight"].ndim != 4:
         raise UpsamplerError(
-            f"{shown} holds weights without settings, which is understood of official LiFT files only (x2=lift:...pth); "
-            "give a folder with config.json and model.safetensors"
+            f"{shown} holds weights without settings, which is understood of official files of LiFT (x2=lift:...pth) and "
+            "ViT-Up only; give a folder with config.json and model.safetensors"
         )
     heads = None if backbone.facet == "token" else backbone.heads
-    return NetConfig(method="lift", channels=len(state["outc.weight"]), patch=backbone.patch, heads=heads)
+    settings = {"method": "lift", "channels": len(state["outc.weight"]), "patch": backbone.patch, "heads": heads}
+    return _with_settings(settings, state, backbone)
 
 
-def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[NetConfig, dict[str, Any]]:
+def _with_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor], backbone: TimmBackbone) -> UpsamplerWeights:
+    """Raises `UpsamplerError` where settings are unknown or lacking."""
+    if settings["method"] == "vit_up":
+        return _vit_up(state, {name: value for name, value in settings.items() if name != "method"}, backbone)
+    parsed = NetConfig.parse(settings)
+    if backbone.ragged and parsed.method == "lift":
+        parsed = replace(parsed, border_crop=True)
+    return NetWeights(settings=parsed, arrays=_arrays(state))
+
+
+def _vit_up(
+    state: Mapping[str, Tensor], settings: Mapping[str, Any] | None, backbone: TimmBackbone
+) -> ViTUpWeights:
+    if backbone.facet != "token" or not backbone.norm:
+        raise UpsamplerError("vit_up gives what the model gives after its final norm: use --facet token, and no --norm False")
+    config, head, lora = read_checkpoint(state, settings)
+    return ViTUpWeights(settings=config, arrays=_arrays({**head, **lora}))
+
+
+def _arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    # NumPy has no bfloat16, and what runs is cast anyway.
+    plain = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in state.items()}
+    return {name: value.numpy() for name, value in plain.items()}
+
+
+def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """`upsampler` and `backbone` of a folder's config.json."""
     folder = Folder(url, options)
     try:
         config = json.loads(folder.read("config.json"))
-        return NetConfig.parse({**config["upsampler"]}), {**config["backbone"]}
+        return {**config["upsampler"]}, {**config["backbone"]}
     except FileNotFoundError:
         raise WeightsUnavailable(f"{folder.shown} has weights but no config.json, which says what they are") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -7,13 +7,15 @@ network once per node, and what was hashed is what runs.
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import psutil
 import torch
+from torch import nn
 
 from operators.backbone import (
     Preprocessing,
@@ -26,8 +28,9 @@ from operators.backbone import (
     state_arrays,
     weights_digest,
 )
-from operators.upsamplers import LEARNED, Upsampler, create_upsampler
-from pipelines.checkpoints import UpsamplerWeights, load_upsampler
+from operators.upsamplers import Upsampler, create_upsampler
+from operators.vit_up import ViTUp
+from pipelines.checkpoints import METHODS, UpsamplerWeights, load_upsampler
 from pipelines.config import ConfigError
 from storage.paths import redact
 from storage.spec import FeatureSpec, Level
@@ -64,9 +67,9 @@ class LevelChoice:
             raise ConfigError(f"--levels {redact(text)}: {dtype!r} is no encoding; there are float16, float32, int8")
         if name == "pooled" and dtype == "int8":
             dtype = "float16"
-        if bool(url) != (method in LEARNED):
+        if bool(url) != (method in METHODS):
             raise ConfigError(
-                f"--levels {redact(text)}: learned methods ({', '.join(LEARNED)}) take the URL of a checkpoint, as in "
+                f"--levels {redact(text)}: learned methods ({', '.join(METHODS)}) take the URL of a checkpoint, as in "
                 "x2=lift:s3://bucket/checkpoint; others take none"
             )
         return cls(name=name, method=method, dtype=dtype, url=url)
@@ -78,6 +81,7 @@ def resolve_level(
     size: tuple[int, int],
     n_layers: int,
     learned: UpsamplerWeights | None = None,
+    fresh: Callable[[], nn.Module] | None = None,
 ) -> Level:
     """A `Level` with everything filled in. Raises `ConfigError` or `UpsamplerError` where the grid can't be had."""
     channels = backbone.channels * n_layers
@@ -101,14 +105,12 @@ def resolve_level(
         )
     digest = ""
     if learned:
-        if learned.settings.channels != channels:
+        if learned.channels != channels:
             raise ConfigError(
-                f"--levels {choice.name}={method}: the checkpoint is for maps of {learned.settings.channels} channels; "
+                f"--levels {choice.name}={method}: the checkpoint is for maps of {learned.channels} channels; "
                 f"{n_layers} layers of this backbone have {channels}"
             )
-        upsampler = learned.build("fp32")
-        upsampler.passes(base, grid)
-        digest = learned.digest(upsampler)
+        digest = learned.check(fresh, base, grid)
     elif method != "backbone":
         digest = create_upsampler(method).digest
     step = tuple(backbone.stride * b / g for b, g in zip(base, grid, strict=True))
@@ -151,17 +153,21 @@ class ModelBundle:
     "learned ones, by level"
 
     def build(self, device: str) -> "FeatureModel":
-        model = load_arrays(create_model(self.spec.model, self.spec.input_size, None, None), self.arrays)
-        spec = self.spec
+        spec, fresh = self.spec, partial(_fresh, self.spec.model, self.spec.input_size, self.arrays)
         backbone = TimmBackbone(
-            model,
+            fresh(),
             facet=spec.facet,
             norm=spec.norm,
             stride=spec.stride,
             pos_embed=spec.pos_embed,
             ragged=any(side % spec.stride for side in spec.input_size),
         )
-        return FeatureModel(spec, backbone, torch.device(device), self.upsamplers)
+        return FeatureModel(spec, backbone, torch.device(device), self.upsamplers, fresh)
+
+
+def _fresh(name: str, size: tuple[int, int], arrays: Mapping[str, np.ndarray]) -> nn.Module:
+    """The timm model with its own position embeddings, which a backbone in use has replaced."""
+    return load_arrays(create_model(name, size, None, None), arrays)
 
 
 def describe_model(
@@ -205,7 +211,10 @@ def describe_model(
         for place in dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
     }
     learned = {choice.name: checkpoints[choice.method, choice.url] for choice in levels if choice.url}
-    resolved = tuple(resolve_level(choice, backbone, size, len(numbers), learned.get(choice.name)) for choice in levels)
+    fresh = partial(_fresh, name, size, arrays)
+    resolved = tuple(
+        resolve_level(choice, backbone, size, len(numbers), learned.get(choice.name), fresh) for choice in levels
+    )
     if len({level.name for level in resolved}) != len(resolved) or not resolved:
         raise ConfigError(
             f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
@@ -229,7 +238,7 @@ def describe_model(
         jpeg_draft=jpeg_draft,
         levels=resolved,
     )
-    model_here = FeatureModel(spec, backbone, torch.device("cpu"), learned)
+    model_here = FeatureModel(spec, backbone, torch.device("cpu"), learned, fresh)
     return ModelBundle(spec=spec, arrays=arrays, upsamplers=learned), model_here
 
 
@@ -242,17 +251,19 @@ class FeatureModel:
         backbone: TimmBackbone,
         device: torch.device,
         learned: Mapping[str, UpsamplerWeights],
+        fresh: Callable[[], nn.Module],
     ):
+        """`learned`: weights by level, one object where levels share them; `fresh` makes the backbone's model anew."""
         self.spec, self.backbone, self.device = spec, backbone, device
         cast_matmul_weights(backbone.model, spec.precision)
         backbone.model.to(device)
+        built = {id(weights): weights.build(spec.precision, fresh) for weights in learned.values()}
         self.upsamplers: dict[str, Upsampler] = {
-            level.name: learned[level.name].build(spec.precision)
-            if level.name in learned
-            else create_upsampler(level.method)
+            level.name: built[id(learned[level.name])] if level.name in learned else create_upsampler(level.method)
             for level in spec.levels
             if level.grid and level.method != "backbone"
         }
+        self._remembering = [upsampler for upsampler in built.values() if isinstance(upsampler, ViTUp)]
         extra = {layer for upsampler in self.upsamplers.values() for layer in upsampler.layers}
         self._asked = (*spec.layers, *sorted(extra - set(spec.layers)))
 
@@ -282,6 +293,8 @@ class FeatureModel:
             out[level.name] = (
                 rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous().cpu().numpy()
             )
+        for upsampler in self._remembering:
+            upsampler.forget()
         seconds["forward"] = seconds.get("forward", 0.0) + t1 - t0
         seconds["upsample"] = seconds.get("upsample", 0.0) + time.perf_counter() - t1
         return out, bad

@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from operators.image import Geometry, decode
-from pipelines.augment import colour_jitter
+from operators.image import Geometry, decode, open_rgb
+from pipelines.augment import colour_jitter, training_view
 from storage.paths import Folder
 from storage.samples import SampleIndex, read_images
 from storage.store import FeatureStore
@@ -115,6 +116,23 @@ class JitteredView:
         if rng is not None and self.jitter:
             pixels = np.asarray(colour_jitter(Image.fromarray(pixels), rng, (self.jitter,) * 4))
         return {"pixels": pixels}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasView:
+    """ViT-Up's view (pipelines/augment.py): `teacher` and `canvas`, uint8 [S, S, 3], and `box`, float32 [4].
+
+    Without a generator, nothing is changed in the square, and what must be chosen is drawn from the file's own bytes.
+    """
+
+    size: int
+    strength: float = 1.0
+
+    def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:
+        image, _, _ = open_rgb(blob, max_pixels=max_pixels)
+        strength = 0.0 if rng is None else self.strength
+        rng = np.random.default_rng(zlib.crc32(blob)) if rng is None else rng
+        return asdict(training_view(np.asarray(image), rng, size=self.size, strength=strength))
 
 
 @dataclass(frozen=True, kw_only=True)

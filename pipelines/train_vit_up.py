@@ -1,0 +1,284 @@
+"""Training ViT-Up: a head and an adapter learn, from a small image on a canvas, the frozen model's features of the large one.
+
+arXiv 2606.14024; specs/lift_vitup.md B12 to B15. No sentence or line is taken from its repository, which carries no licence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from operators.backbone import TimmBackbone, autocast, create_model, load_arrays, normalise
+from operators.image import Geometry
+from operators.losses import cosine_loss
+from operators.upsamplers import UpsamplerError
+from operators.vit_up import AdaptedBackbone, Lora, ViTUpConfig, ViTUpHead, grid_coordinates
+from operators.vit_up.objective import LossWeights, Supervision, objective
+from pipelines.config import ConfigError
+from pipelines.train_config import ResolvedTraining, TrainConfig, TrainSetup
+from pipelines.train_watch import similarity_picture
+from pipelines.training_data import CanvasView, ImageSource, JitteredView, Loaded
+
+ENLARGED = 4
+"""Cells of the validation's grid to one of the backbone's, a side."""
+
+MAX_QUERIES = 4096
+"""At work at once in validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTUpTraining(TrainConfig):
+    """Settings of one training run: ViT-Up learns a frozen backbone's features at any coordinates of an image."""
+
+    method: Literal["vit_up"] = "vit_up"
+    """The network."""
+    size: int = 896
+    """Side of the square that the teacher sees and of the canvas that the student sees, in pixels."""
+    teacher_sizes: tuple[int, ...] = (224, 448, 896)
+    """Sides at which the teacher looks at the square; each 2, 4, 8, ... times the one before."""
+    hidden_size: int = 448
+    """Side at which the student's backbone looks at its image: while training, at the canvas."""
+    query_size: int = 3584
+    """Side at which the student's image is embedded for the queries."""
+    hidden_states: tuple[int, ...] = (0, 2, 4, 6, 8, 10, 12)
+    """Hidden states that are read and learned: 0 the patch embedding, n what comes out of n blocks."""
+    window: int | None = None
+    """Tokens a side that a query sees round its nearest one; default: all, as published."""
+    strength: float = 1.0
+    """Of the augmentation; 0 for none."""
+    chunk_blocks: int = 49
+    """Blocks of queries (one for each token of the smallest teacher image) that one forward and backward takes."""
+
+    featx: bool = True
+    """False for the ablation without FeatX."""
+    cross_attention: bool = True
+    """False for the ablation without cross-attention."""
+    lora: bool = True
+    """False for the ablation with the backbone as it is."""
+    rank: int = 16
+    """Of LoRA; its products are scaled by 2."""
+    l2_weight: float = 1.0
+    """Of the standardised squared difference."""
+    cosine_weight: float = 1.0
+    """Of the cosine distance."""
+    relational_weight: float = 1.0
+    """Of the divergence between the tokens' similarities; 0 for the ablation without it."""
+
+    batch: int = 24
+    """Images per optimiser step, over all workers."""
+    epochs: int = 1
+    """Passes over the training images."""
+    lr: float = 2e-4
+    """Adam's learning rate at its peak, without weight decay."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Of the learning rate; `cosine` falls to --final-lr at the last step."""
+    warmup_steps: int = 2669
+    """cosine: steps over which the learning rate first rises linearly from a hundredth."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
+    net_precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast of the student's forward; weights, coordinates, the loss and the optimiser are always float32."""
+
+    # The features that are learned: what the model gives after its final norm.
+    facet: ClassVar[str] = "token"
+    layers: ClassVar[tuple[int, ...]] = (-1,)
+    norm: ClassVar[bool | None] = None
+    pos_embed: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("strength", "l2_weight", "cosine_weight", "relational_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
+        if not self.l2_weight + self.cosine_weight + self.relational_weight:
+            raise ConfigError("--l2-weight, --cosine-weight and --relational-weight: one must be above 0")
+
+    @property
+    def backbone_size(self) -> int:
+        """Side of the image that the student's backbone is given."""
+        return self.hidden_size
+
+    def network(self, backbone: TimmBackbone) -> dict[str, Any]:
+        """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
+        sides = {"--hidden-size": self.hidden_size, "--query-size": self.query_size}
+        sides |= {f"--teacher-sizes {' '.join(map(str, self.teacher_sizes))}": side for side in self.teacher_sizes}
+        for flag, side in sides.items():
+            if side % backbone.patch or side < backbone.patch:
+                raise ConfigError(f"{flag}: {side} is no multiple of {self.model}'s patches of {backbone.patch} px")
+        if self.hidden_states[-1] != backbone.n_layers:
+            raise ConfigError(
+                f"--hidden-states {' '.join(map(str, self.hidden_states))}: the last must be {backbone.n_layers}, what comes "
+                f"out of {self.model}"
+            )
+        try:
+            self.supervision(backbone.patch)
+            config = ViTUpConfig(
+                channels=backbone.channels,
+                heads=backbone.heads,
+                layers=self.hidden_states,
+                window=self.window,
+                query_size=self.query_size,
+                hidden_size=self.hidden_size,
+                featx=self.featx,
+                cross_attention=self.cross_attention,
+                lora=self.lora,
+                rank=self.rank,
+                alpha=2.0 * self.rank,
+            )
+        except (UpsamplerError, ValueError) as error:
+            raise ConfigError(f"{self.model}: {error}") from None
+        return {"method": "vit_up", **asdict(config)}
+
+    def supervision(self, patch: int) -> Supervision:
+        """Where student and teacher are compared. Raises `ValueError` for sizes that are no ladder."""
+        return Supervision(grids=tuple(side // patch for side in self.teacher_sizes), chunk_blocks=self.chunk_blocks)
+
+    def source(self, _: ResolvedTraining, plain: ImageSource) -> ImageSource:
+        """How the training's images are seen."""
+        return replace(plain, view=CanvasView(size=self.size, strength=self.strength))
+
+    def objective(self, setup: TrainSetup, device: torch.device) -> "ViTUpObjective":
+        """What a training process computes."""
+        return ViTUpObjective(self, setup, device)
+
+
+class ViTUpNet(nn.Module):
+    """What is trained, under the names of the published files: the head's, and the adapter's below `backbone`."""
+
+    def __init__(self, head: ViTUpHead, lora: Lora | None):
+        super().__init__()
+        for name, module in head.named_children():
+            self.add_module(name, module)
+        if lora is not None:
+            self.backbone = lora
+
+
+class ViTUpObjective:
+    """Head, adapter, frozen backbone, and the losses of a micro-batch (pipelines/train.py, `Objective`)."""
+
+    def __init__(self, config: ViTUpTraining, setup: TrainSetup, device: torch.device):
+        self.config, self.setup, self.device = config, setup, device
+        settings = {name: value for name, value in setup.upsampler.items() if name != "method"}
+        self.settings = ViTUpConfig.parse(settings)
+        described = setup.backbone.described
+        model = create_model(described["model"], (described["size"],) * 2, None, None)
+        model = load_arrays(model, setup.backbone.arrays)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.head = ViTUpHead(self.settings)
+            lora = Lora(model, rank=config.rank, alpha=self.settings.alpha) if config.lora else None
+        self.backbone = AdaptedBackbone(model, lora).to(device)
+        self.net = ViTUpNet(self.head, lora).to(device)
+        self.supervision = config.supervision(self.backbone.patch)
+        self.weights = LossWeights(
+            l2=config.l2_weight, cosine=config.cosine_weight, relational=config.relational_weight
+        )
+
+    def accumulate(self, loaded: Loaded) -> Tensor:
+        """Adds the gradient of the images' summed loss to the network's; gives that sum.
+
+        One backward for each chunk of queries, as far as what all of them read, then one for that (B13).
+        """
+        targets, cache, boxes = self._seen(loaded.example.arrays)
+        leaves, total = cache.detached(), torch.zeros((), device=self.device)
+        for chunk in self.supervision.chunks:
+            share = self._chunk_loss(targets, leaves, boxes, chunk) * (len(loaded) / len(self.supervision.chunks))
+            share.backward()
+            total += share.detach()
+        cache.backward(leaves)
+        return total
+
+    def _seen(self, arrays: Any) -> tuple[list[list[Tensor]], Any, Tensor]:
+        """The teacher's maps [size][layer], and what of the canvas all queries read."""
+        teacher, canvas = (self._pixels(arrays[name]) for name in ("teacher", "canvas"))
+        targets = [self._teacher(teacher, side, self.settings.layers) for side in self.config.teacher_sizes]
+        return targets, self._prepare(canvas), torch.from_numpy(np.array(arrays["box"])).to(self.device)
+
+    def _teacher(self, images: Tensor, side: int, layers: Sequence[int]) -> list[Tensor]:
+        """The plain model's hidden states, float32 [B, h, w, D]."""
+        with torch.no_grad(), self.backbone.unadapted(), autocast(self.device, self.config.precision):
+            return [state.float() for state in self.backbone.hidden(images, layers, (side, side))]
+
+    def _prepare(self, images: Tensor) -> Any:
+        with autocast(self.device, self.config.net_precision):
+            query_grid = self.backbone.query_grid(images, (self.config.query_size,) * 2)
+            hidden = self.backbone.hidden(images, self.settings.layers, (self.config.hidden_size,) * 2)
+            return self.head.prepare(query_grid, hidden)
+
+    def _chunk_loss(self, targets: Sequence[Sequence[Tensor]], cache: Any, boxes: Tensor, chunk: slice) -> Tensor:
+        with autocast(self.device, self.config.net_precision):
+            found = self.head.query(cache, self.supervision.queries(boxes, chunk))
+        predicted = [self.supervision.predictions(layer.float()) for layer in found]
+        wanted = [self.supervision.targets([m[i] for m in targets], chunk) for i in range(len(found))]
+        return objective(predicted, wanted, self.weights).total
+
+    def _pixels(self, pixels_BHWC: np.ndarray) -> Tensor:
+        """uint8 images to the backbone's normalised input on the device."""
+        expects = self.setup.backbone.expects
+        return normalise(torch.from_numpy(np.array(pixels_BHWC)).to(self.device), expects.mean, expects.std)
+
+    # --- held-out images ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
+        """Metrics on the held-out images, in eval mode, and a picture of the first ones as PNG; None if none can be read.
+
+        `val_loss` is the training's, of views that are drawn once and for all and not augmented. `val_cosine` is that of the
+        network's map of an image of --hidden-size, at four times the backbone's cells a side, with the backbone's own map of
+        the image four times as large. `val_cosine_bilinear` is bilinear enlargement's.
+        """
+        self.net.eval()
+        try:
+            sums, shown = np.zeros(4), []
+            for row in self.setup.held_out_rows:
+                sums += self._measure_one(row, shown)
+        finally:
+            self.net.train()
+        if not sums[0]:
+            return None
+        values = dict(zip(("val_loss", "val_cosine", "val_cosine_bilinear"), (sums[1:] / sums[0]).tolist(), strict=True))
+        grid, fine = shown[0][1].shape[:2], shown[0][4].shape[:2]
+        columns = [
+            "photo",
+            f"backbone\n{grid[0]} x {grid[1]}",
+            f"bilinear\ncosine {values['val_cosine_bilinear']:.4f}",
+            f"vit_up\ncosine {values['val_cosine']:.4f}",
+            f"backbone, image {ENLARGED} times as large\n{fine[0]} x {fine[1]}",
+        ]
+        return values, similarity_picture(step, columns, shown)
+
+    def _measure_one(self, row: int, shown: list[list[np.ndarray]]) -> np.ndarray:
+        """1, the loss and the cosines of one image, or zeros where it can't be read; adds photo and maps to `shown`."""
+        view = self.setup.held_out.load([row], None).arrays
+        small, large = (self._held_out(row, factor * self.config.hidden_size) for factor in (1, ENLARGED))
+        if not view or not len(small):
+            return np.zeros(4)
+        targets, cache, boxes = self._seen(view)
+        losses = [float(self._chunk_loss(targets, cache, boxes, chunk)) for chunk in self.supervision.chunks]
+        last = self.settings.layers[-1:]
+        wanted = self._teacher(self._pixels(large), large.shape[1], last)[0].permute(0, 3, 1, 2)
+        coarse = self._teacher(self._pixels(small), small.shape[1], last)[0].permute(0, 3, 1, 2)
+        plain = F.interpolate(coarse, scale_factor=ENLARGED, mode="bilinear", align_corners=False)
+        ours = self._grid(self._prepare(self._pixels(small)), tuple(wanted.shape[-2:]))
+        shown.append([small[0], *(m[0].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, wanted))])
+        cosines = [1 - float(cosine_loss(found, wanted)) for found in (ours, plain)]
+        return np.array([1.0, float(np.mean(losses)), *cosines])
+
+    def _grid(self, cache: Any, grid: tuple[int, int]) -> Tensor:
+        """The last layer's map [1, D, *grid]."""
+        parts = []
+        for coords in grid_coordinates(grid, device=self.device)[None].split(MAX_QUERIES, dim=1):
+            with autocast(self.device, self.config.net_precision):
+                parts.append(self.head.query(cache, coords, [-1])[0].float())
+        return torch.cat(parts, dim=1).unflatten(1, grid).permute(0, 3, 1, 2)
+
+    def _held_out(self, row: int, side: int) -> np.ndarray:
+        """The centre of a held-out image, uint8 [1, side, side, 3]; none where it can't be read."""
+        expects, source = self.setup.backbone.expects, self.setup.held_out
+        geometry = Geometry(mode="crop", height=side, width=side, interpolation="bilinear", mean=expects.mean)
+        arrays = replace(source, view=JitteredView(geometry=geometry)).load([row], None).arrays
+        return arrays.get("pixels", np.empty((0, side, side, 3), np.uint8))
