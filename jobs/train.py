@@ -96,7 +96,9 @@ PRESETS: dict[str, TrainConfig] = {
     # ViT-Up's published recipe (arXiv 2606.14024; specs/lift_vitup.md B12 to B15): DINOv3 ViT-S+/16, one epoch of ImageNet-1k
     # in batches of 24, 53,381 steps. No published duration; not run here. The official order isn't shuffled, ours is, and the
     # backbone stays in eval mode, where the official code rescales its rotary embeddings at random (B15, "trap").
-    "vit-up-dinov3-splus-imagenet": ViTUpTraining(model="vit_small_plus_patch16_dinov3_qkvb.lvd1689m", max_steps=53_381),
+    "vit-up-dinov3-splus-imagenet": ViTUpTraining(
+        model="vit_small_plus_patch16_dinov3_qkvb.lvd1689m", max_steps=53_381
+    ),
     # The same for ViT-B/16.
     "vit-up-dinov3-b-imagenet": ViTUpTraining(model="vit_base_patch16_dinov3_qkvb.lvd1689m", max_steps=53_381),
     "vit-up-vit-tiny-photos": ViTUpTraining(

@@ -3,7 +3,7 @@
 arXiv 2606.14024; specs/lift_vitup.md B12 to B15. No sentence or line is taken from its repository, which carries no licence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from operators.backbone import TimmBackbone, autocast, create_model, load_arrays
 from operators.image import Geometry
 from operators.losses import cosine_loss
 from operators.upsamplers import UpsamplerError
-from operators.vit_up import AdaptedBackbone, Lora, ViTUpConfig, ViTUpHead, grid_coordinates
+from operators.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
 from operators.vit_up.objective import LossWeights, Supervision, objective
 from pipelines.config import ConfigError
 from pipelines.train_config import ResolvedTraining, TrainConfig, TrainSetup
@@ -115,7 +115,7 @@ class ViTUpTraining(TrainConfig):
                 f"out of {self.model}"
             )
         try:
-            self.supervision(backbone.patch)
+            Supervision(grids=tuple(side // backbone.patch for side in self.teacher_sizes))
             config = ViTUpConfig(
                 channels=backbone.channels,
                 heads=backbone.heads,
@@ -132,10 +132,6 @@ class ViTUpTraining(TrainConfig):
         except (UpsamplerError, ValueError) as error:
             raise ConfigError(f"{self.model}: {error}") from None
         return {"method": "vit_up", **asdict(config)}
-
-    def supervision(self, patch: int) -> Supervision:
-        """Where student and teacher are compared. Raises `ValueError` for sizes that are no ladder."""
-        return Supervision(grids=tuple(side // patch for side in self.teacher_sizes), chunk_blocks=self.chunk_blocks)
 
     def source(self, _: ResolvedTraining, plain: ImageSource) -> ImageSource:
         """How the training's images are seen."""
@@ -157,64 +153,116 @@ class ViTUpNet(nn.Module):
             self.backbone = lora
 
 
+class Distillation:
+    """A student with an adapted backbone, and the plain backbone as its teacher (B13)."""
+
+    def __init__(
+        self,
+        backbone: AdaptedBackbone,
+        head: ViTUpHead,
+        *,
+        teacher_sizes: Sequence[int],
+        chunk_blocks: int,
+        weights: LossWeights,
+        precision: str = "fp32",
+        net_precision: str = "fp32",
+    ):
+        """Raises `ValueError` for teacher sizes that are no ladder (`Supervision`)."""
+        self.backbone, self.head, self.teacher_sizes, self.weights = backbone, head, teacher_sizes, weights
+        self.supervision = Supervision(
+            grids=tuple(side // backbone.patch for side in teacher_sizes), chunk_blocks=chunk_blocks
+        )
+        self.precision, self.net_precision = precision, net_precision
+
+    def backward(self, square_BCHW: Tensor, canvas_BCHW: Tensor, boxes_B4: Tensor) -> Tensor:
+        """The gradient of the images' summed loss is added to the parameters'; gives that sum.
+
+        One backward for each chunk of queries, as far as what all of them read, then one for that.
+        """
+        targets, cache = self._targets(square_BCHW), self.prepare(canvas_BCHW)
+        leaves, total = cache.detached(), boxes_B4.new_zeros(())
+        for chunk in self.supervision.chunks:
+            loss = self._chunk_loss(targets, leaves, boxes_B4, chunk) * len(boxes_B4) / len(self.supervision.chunks)
+            loss.backward()
+            total += loss.detach()
+        cache.backward(leaves)
+        return total
+
+    def loss(self, square_BCHW: Tensor, canvas_BCHW: Tensor, boxes_B4: Tensor) -> Tensor:
+        """The images' mean loss, without gradients."""
+        with torch.no_grad():
+            targets, cache = self._targets(square_BCHW), self.prepare(canvas_BCHW)
+            chunks = self.supervision.chunks
+            return torch.stack([self._chunk_loss(targets, cache, boxes_B4, chunk) for chunk in chunks]).mean()
+
+    def teacher(self, images_BCHW: Tensor, side: int, layers: Sequence[int]) -> list[Tensor]:
+        """The plain model's hidden states of the images at a size, float32 [B, h, w, D]."""
+        with torch.no_grad(), self.backbone.unadapted(), autocast(images_BCHW.device, self.precision):
+            return [state.float() for state in self.backbone.hidden(images_BCHW, layers, (side, side))]
+
+    def prepare(self, images_BCHW: Tensor) -> TokenCache:
+        """What of the student's images all queries read."""
+        config = self.head.config
+        with autocast(images_BCHW.device, self.net_precision):
+            query_grid = self.backbone.query_grid(images_BCHW, (config.query_size,) * 2)
+            hidden = self.backbone.hidden(images_BCHW, config.layers, (config.hidden_size,) * 2)
+            return self.head.prepare(query_grid, hidden)
+
+    def grid(self, cache: TokenCache, grid: tuple[int, int]) -> Tensor:
+        """The student's last layer on a grid over the whole image, float32 [B, D, *grid]."""
+        device, parts = cache.query_grid.device, []
+        coords = grid_coordinates(grid, device=device).expand(len(cache.query_grid), -1, -1)
+        for some in coords.split(MAX_QUERIES, dim=1):
+            with torch.no_grad(), autocast(device, self.net_precision):
+                parts.append(self.head.query(cache, some, [-1])[0].float())
+        return torch.cat(parts, dim=1).unflatten(1, grid).permute(0, 3, 1, 2)
+
+    def _targets(self, square: Tensor) -> list[list[Tensor]]:
+        """The teacher's maps [size][layer]."""
+        return [self.teacher(square, side, self.head.config.layers) for side in self.teacher_sizes]
+
+    def _chunk_loss(
+        self, targets: Sequence[Sequence[Tensor]], cache: TokenCache, boxes: Tensor, chunk: slice
+    ) -> Tensor:
+        with autocast(boxes.device, self.net_precision):
+            found = self.head.query(cache, self.supervision.queries(boxes, chunk))
+        predicted = [self.supervision.predictions(layer.float()) for layer in found]
+        wanted = [self.supervision.targets([maps[i] for maps in targets], chunk) for i in range(len(found))]
+        return objective(predicted, wanted, self.weights).total
+
+
 class ViTUpObjective:
-    """Head, adapter, frozen backbone, and the losses of a micro-batch (pipelines/train.py, `Objective`)."""
+    """Head, adapter and frozen backbone on a run's images (pipelines/train.py, `Objective`)."""
 
     def __init__(self, config: ViTUpTraining, setup: TrainSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device
-        settings = {name: value for name, value in setup.upsampler.items() if name != "method"}
-        self.settings = ViTUpConfig.parse(settings)
+        settings = ViTUpConfig.parse({name: value for name, value in setup.upsampler.items() if name != "method"})
         described = setup.backbone.described
         model = create_model(described["model"], (described["size"],) * 2, None, None)
         model = load_arrays(model, setup.backbone.arrays)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.head = ViTUpHead(self.settings)
-            lora = Lora(model, rank=config.rank, alpha=self.settings.alpha) if config.lora else None
-        self.backbone = AdaptedBackbone(model, lora).to(device)
-        self.net = ViTUpNet(self.head, lora).to(device)
-        self.supervision = config.supervision(self.backbone.patch)
-        self.weights = LossWeights(
-            l2=config.l2_weight, cosine=config.cosine_weight, relational=config.relational_weight
+            head = ViTUpHead(settings)
+            lora = Lora(model, rank=config.rank, alpha=settings.alpha) if config.lora else None
+        self.net = ViTUpNet(head, lora).to(device)
+        self.task = Distillation(
+            AdaptedBackbone(model, lora).to(device),
+            head,
+            teacher_sizes=config.teacher_sizes,
+            chunk_blocks=config.chunk_blocks,
+            weights=LossWeights(l2=config.l2_weight, cosine=config.cosine_weight, relational=config.relational_weight),
+            precision=config.precision,
+            net_precision=config.net_precision,
         )
 
     def accumulate(self, loaded: Loaded) -> Tensor:
-        """Adds the gradient of the images' summed loss to the network's; gives that sum.
+        """Adds the gradient of the images' summed loss to the network's; gives that sum."""
+        return self.task.backward(*self._batch(loaded.example.arrays))
 
-        One backward for each chunk of queries, as far as what all of them read, then one for that (B13).
-        """
-        targets, cache, boxes = self._seen(loaded.example.arrays)
-        leaves, total = cache.detached(), torch.zeros((), device=self.device)
-        for chunk in self.supervision.chunks:
-            share = self._chunk_loss(targets, leaves, boxes, chunk) * (len(loaded) / len(self.supervision.chunks))
-            share.backward()
-            total += share.detach()
-        cache.backward(leaves)
-        return total
-
-    def _seen(self, arrays: Any) -> tuple[list[list[Tensor]], Any, Tensor]:
-        """The teacher's maps [size][layer], and what of the canvas all queries read."""
-        teacher, canvas = (self._pixels(arrays[name]) for name in ("teacher", "canvas"))
-        targets = [self._teacher(teacher, side, self.settings.layers) for side in self.config.teacher_sizes]
-        return targets, self._prepare(canvas), torch.from_numpy(np.array(arrays["box"])).to(self.device)
-
-    def _teacher(self, images: Tensor, side: int, layers: Sequence[int]) -> list[Tensor]:
-        """The plain model's hidden states, float32 [B, h, w, D]."""
-        with torch.no_grad(), self.backbone.unadapted(), autocast(self.device, self.config.precision):
-            return [state.float() for state in self.backbone.hidden(images, layers, (side, side))]
-
-    def _prepare(self, images: Tensor) -> Any:
-        with autocast(self.device, self.config.net_precision):
-            query_grid = self.backbone.query_grid(images, (self.config.query_size,) * 2)
-            hidden = self.backbone.hidden(images, self.settings.layers, (self.config.hidden_size,) * 2)
-            return self.head.prepare(query_grid, hidden)
-
-    def _chunk_loss(self, targets: Sequence[Sequence[Tensor]], cache: Any, boxes: Tensor, chunk: slice) -> Tensor:
-        with autocast(self.device, self.config.net_precision):
-            found = self.head.query(cache, self.supervision.queries(boxes, chunk))
-        predicted = [self.supervision.predictions(layer.float()) for layer in found]
-        wanted = [self.supervision.targets([m[i] for m in targets], chunk) for i in range(len(found))]
-        return objective(predicted, wanted, self.weights).total
+    def _batch(self, arrays: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the teacher and the student see, and the boxes."""
+        boxes = torch.from_numpy(np.array(arrays["box"])).to(self.device)
+        return self._pixels(arrays["teacher"]), self._pixels(arrays["canvas"]), boxes
 
     def _pixels(self, pixels_BHWC: np.ndarray) -> Tensor:
         """uint8 images to the backbone's normalised input on the device."""
@@ -240,7 +288,9 @@ class ViTUpObjective:
             self.net.train()
         if not sums[0]:
             return None
-        values = dict(zip(("val_loss", "val_cosine", "val_cosine_bilinear"), (sums[1:] / sums[0]).tolist(), strict=True))
+        values = dict(
+            zip(("val_loss", "val_cosine", "val_cosine_bilinear"), (sums[1:] / sums[0]).tolist(), strict=True)
+        )
         grid, fine = shown[0][1].shape[:2], shown[0][4].shape[:2]
         columns = [
             "photo",
@@ -257,24 +307,16 @@ class ViTUpObjective:
         small, large = (self._held_out(row, factor * self.config.hidden_size) for factor in (1, ENLARGED))
         if not view or not len(small):
             return np.zeros(4)
-        targets, cache, boxes = self._seen(view)
-        losses = [float(self._chunk_loss(targets, cache, boxes, chunk)) for chunk in self.supervision.chunks]
-        last = self.settings.layers[-1:]
-        wanted = self._teacher(self._pixels(large), large.shape[1], last)[0].permute(0, 3, 1, 2)
-        coarse = self._teacher(self._pixels(small), small.shape[1], last)[0].permute(0, 3, 1, 2)
+        loss, last = float(self.task.loss(*self._batch(view))), self.task.head.config.layers[-1:]
+        wanted, coarse = (
+            self.task.teacher(self._pixels(image), image.shape[1], last)[0].permute(0, 3, 1, 2)
+            for image in (large, small)
+        )
         plain = F.interpolate(coarse, scale_factor=ENLARGED, mode="bilinear", align_corners=False)
-        ours = self._grid(self._prepare(self._pixels(small)), tuple(wanted.shape[-2:]))
+        ours = self.task.grid(self.task.prepare(self._pixels(small)), tuple(wanted.shape[-2:]))
         shown.append([small[0], *(m[0].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, wanted))])
         cosines = [1 - float(cosine_loss(found, wanted)) for found in (ours, plain)]
-        return np.array([1.0, float(np.mean(losses)), *cosines])
-
-    def _grid(self, cache: Any, grid: tuple[int, int]) -> Tensor:
-        """The last layer's map [1, D, *grid]."""
-        parts = []
-        for coords in grid_coordinates(grid, device=self.device)[None].split(MAX_QUERIES, dim=1):
-            with autocast(self.device, self.config.net_precision):
-                parts.append(self.head.query(cache, coords, [-1])[0].float())
-        return torch.cat(parts, dim=1).unflatten(1, grid).permute(0, 3, 1, 2)
+        return np.array([1.0, loss, *cosines])
 
     def _held_out(self, row: int, side: int) -> np.ndarray:
         """The centre of a held-out image, uint8 [1, side, side, 3]; none where it can't be read."""
