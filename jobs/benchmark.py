@@ -6,6 +6,7 @@
     python jobs/benchmark.py precision --data photos.tar --model vit_tiny_patch16_224.augreg_in21k_ft_in1k
     python jobs/benchmark.py read                         # random rows and whole epochs, from disk and over S3
     python jobs/benchmark.py cost                         # operations, time and memory of upsamplers beside the backbone
+    python jobs/benchmark.py cost --vit-up                # ViT-Up for several output grids and chunks of queries
     python jobs/benchmark.py train                        # images per second, beside a plain loop
 
 Prints Markdown; --json PATH writes all numbers. Run it while nothing else does. Exit codes: 0 measured, 1 not, 2 wrong settings.
@@ -41,6 +42,7 @@ from pipelines.precision import measure_precision
 from pipelines.processes import CORES, BenchmarkFailed
 from pipelines.read_benchmark import BY_ROW, IN_ORDER, ReadBenchmark, measure_read
 from pipelines.train_benchmark import TRAIN_PRESETS, TrainBenchmark, measure_training, train_report
+from pipelines.vit_up_benchmark import VIT_UP_PRESETS, ViTUpBenchmark, measure_vit_up, vit_up_report
 from pipelines.weights import WeightsUnavailable
 from storage.paths import StorageError
 
@@ -328,6 +330,13 @@ def cost(config: CostBenchmark) -> dict[str, Any]:
     return result
 
 
+def vit_up(config: ViTUpBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    result = {"settings": asdict(config), **measure_vit_up(config), "machine": machine()}
+    print("\n".join(vit_up_report(config, result)))
+    return result
+
+
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +387,9 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+_VIT_UP = "--vit-up"
+"with `cost`: a command of its own, for its settings have little in common with those of x2"
+
 COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
     "extract": (
         {
@@ -404,6 +416,7 @@ COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
         read,
     ),
     "cost": (COST_PRESETS, cost),
+    f"cost {_VIT_UP}": (VIT_UP_PRESETS, vit_up),
     "train": (TRAIN_PRESETS, train),
 }
 """By name: presets, and what runs them."""
@@ -413,6 +426,9 @@ def parse(argv: Sequence[str]) -> tuple[Callable[..., dict[str, Any]], Any]:
     """The command and its settings. Exits with a suggestion on unknown names and flags."""
     args = list(argv)
     command = pick_word(args, COMMANDS)
+    if command == "cost" and _VIT_UP in args:
+        args.remove(_VIT_UP)
+        command = f"cost {_VIT_UP}"
     if command is None:
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; each with --help")
         raise SystemExit(0 if "--help" in args or "-h" in args else 2)

@@ -1,4 +1,4 @@
-"""Look at a feature store: what became of it, and what its features see. Any URL, also while it is being written.
+"""Look at a feature store: what became of it, what its features see; and at training runs. Any URL, also of one in progress.
 
     python jobs/show.py status feats.zarr                     # counts, rate, what takes the time
     python jobs/show.py failures s3://bucket/feats.zarr       # by reason, with keys
@@ -8,6 +8,7 @@
     python jobs/show.py compare a.zarr b.zarr --level x1      # cosine per row, worst rows
     python jobs/show.py export feats.zarr --out vectors/      # vectors and keys as Parquet
     python jobs/show.py report feats.zarr --out report.html   # all of it in one page that can be sent
+    python jobs/show.py training runs/lift runs/jbu           # training runs side by side: what was measured last
 
 Exit codes: 0 shown, 2 wrong settings or nothing to show.
 """
@@ -30,9 +31,10 @@ from pipelines.config import ConfigError, parse_options, pick_word
 from pipelines.report import write_report
 from pipelines.status import failure_lines, read_status, row_lines, status_lines
 from pipelines.status import failures as read_failures
+from pipelines.train_watch import training_lines
 from pipelines.views import pick_rows, similar_panel, view_panel
 from storage.export import export_vectors
-from storage.paths import StorageError
+from storage.paths import Folder, StorageError
 from storage.store import FeatureStore
 
 
@@ -150,6 +152,16 @@ class Report(Show):
     """Photographs to show."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What training runs measured on their held-out images, side by side."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """The runs' folders, paths or fsspec URLs."""
+    storage_options: str = ""
+    """JSON for the filesystem, as for jobs/extract.py."""
+
+
 def status(config: Status) -> None:
     found = read_status(config.open())
     print(json.dumps(found.to_json(), indent=1) if config.json else "\n".join(status_lines(found)))
@@ -213,6 +225,10 @@ def report(config: Report) -> None:
     print(f"{config.out}: {size / 1e6:.1f} MB, opens without a network")
 
 
+def training(config: Training) -> None:
+    print("\n".join(training_lines([Folder(url, parse_options(config.storage_options)) for url in config.runs])))
+
+
 def _rows(store: FeatureStore, names: Sequence[str], count: int) -> np.ndarray:
     """Row numbers of keys or numbers; a key that looks like a number wins. Without any, `count` rows spread over the store."""
     if not names:
@@ -228,7 +244,7 @@ def _save(picture: Image.Image, out: str) -> None:
     print(out)
 
 
-COMMANDS: dict[str, tuple[type[Show], Callable[..., None]]] = {
+COMMANDS: dict[str, tuple[type[Any], Callable[..., None]]] = {
     "status": (Status, status),
     "failures": (Failures, failures),
     "rows": (Rows, rows),
@@ -237,10 +253,11 @@ COMMANDS: dict[str, tuple[type[Show], Callable[..., None]]] = {
     "compare": (Compare, compare),
     "export": (Export, export),
     "report": (Report, report),
+    "training": (Training, training),
 }
 
 
-def parse(argv: Sequence[str]) -> tuple[Callable[..., None], Show]:
+def parse(argv: Sequence[str]) -> tuple[Callable[..., None], Any]:
     """The command and its settings. Exits with a suggestion on unknown names and flags."""
     args = list(argv)
     command = pick_word(args, COMMANDS)

@@ -197,6 +197,10 @@ def weights_digest(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+class _AllSeen(Exception):
+    """Ends a forward that has gone far enough."""
+
+
 class TimmBackbone:
     """A timm ViT, or a hierarchical model's last stage, behind the `Backbone` protocol.
 
@@ -375,12 +379,16 @@ class TimmBackbone:
 
             def keep(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
                 inputs[layer] = args[0]
+                if len(inputs) == len(layers):
+                    raise _AllSeen
 
             handles.append(self._attention(layer).register_forward_pre_hook(keep))
         try:
-            self.model.forward_intermediates(
-                images, indices=[max(layers)], stop_early=True, output_fmt="NLC", intermediates_only=True
-            )
+            # The last block's own attention and MLP aren't needed.
+            with contextlib.suppress(_AllSeen):
+                self.model.forward_intermediates(
+                    images, indices=[max(layers)], stop_early=True, output_fmt="NLC", intermediates_only=True
+                )
         finally:
             for handle in handles:
                 handle.remove()

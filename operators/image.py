@@ -130,6 +130,11 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = Fa
     return DecodedImage(pixels=pixels, width=width, height=height, placement=placement, conversion=conversion)
 
 
+def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:
+    """An RGB image at the input's size, uint8 [H, W, 3]."""
+    return _resample(image, geometry.place(*image.size), geometry)
+
+
 def open_rgb(
     data: bytes, *, max_pixels: int, at_least: tuple[int, int] | None = None
 ) -> tuple[Image.Image, tuple[int, int], str]:

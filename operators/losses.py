@@ -34,17 +34,28 @@ def lower(images_BCHW: Tensor, factor: int) -> Tensor:
     return images_BCHW[..., ::factor, ::factor]
 
 
-def multi_scale_loss(net: nn.Module, images_BCHW: Tensor, features: Sequence[Tensor], kind: str = "cosine") -> Tensor:
+def averaged(images_BCHW: Tensor, factor: int) -> Tensor:
+    """Means over `factor` x `factor` pixels: low-resolution images without aliasing, as LiFT's text ("resized") may mean."""
+    return images_BCHW if factor == 1 else F.avg_pool2d(images_BCHW, factor)
+
+
+def multi_scale_loss(
+    net: nn.Module,
+    images_BCHW: Tensor,
+    features: Sequence[Tensor],
+    kind: str = "cosine",
+    smaller: Callable[[Tensor, int], Tensor] = lower,
+) -> Tensor:
     """LiFT's eq. 1: the x2 network's output from the half and the quarter image against the backbone's own, summed.
 
-    `features` are the backbone's maps F1, F2, F4 [B, C, ., .] of the images and of `lower(images, 2)` and `lower(images, 4)`.
+    `features` are the backbone's maps F1, F2, F4 [B, C, ., .] of the images and of `smaller(images, 2)` and `smaller(images, 4)`.
     Two calls of the network, half scale first: in train mode each has batch statistics of its own and updates the running
     ones. Raises `ValueError` where a map isn't twice the next one.
     """
     full, half, quarter = features
     loss = LOSSES[kind]
-    fine = loss(net(lower(images_BCHW, 2), half), full)
-    return fine + loss(net(lower(images_BCHW, 4), quarter), half)
+    fine = loss(net(smaller(images_BCHW, 2), half), full)
+    return fine + loss(net(smaller(images_BCHW, 4), quarter), half)
 
 
 def _require_same_shape(predicted: Tensor, target: Tensor) -> None:

@@ -58,6 +58,15 @@ def square_crop(pixels_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels_HWC[y : y + side, x : x + side]
 
 
+def random_part(image: Image.Image, rng: np.random.Generator, smallest: float) -> Image.Image:
+    """A random part of an image's own aspect, its sides `smallest` to 1 of the image's, mirrored in half of the cases."""
+    share = rng.uniform(smallest, 1.0)
+    width, height = (max(1, int(side * share)) for side in image.size)
+    x, y = rng.integers(0, image.width - width, endpoint=True), rng.integers(0, image.height - height, endpoint=True)
+    part = image.crop((int(x), int(y), int(x) + width, int(y) + height))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
+
+
 # --- the student's canvas ---------------------------------------------------------------------------------------------
 
 SCALES = (0.1, 1.0)

@@ -149,7 +149,9 @@ def _official(method: str, state: Mapping[str, Tensor], backbone: TimmBackbone, 
     return _with_settings(settings, state, backbone)
 
 
-def _with_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor], backbone: TimmBackbone) -> UpsamplerWeights:
+def _with_settings(
+    settings: Mapping[str, Any], state: Mapping[str, Tensor], backbone: TimmBackbone
+) -> UpsamplerWeights:
     """Raises `UpsamplerError` where settings are unknown or lacking."""
     if settings["method"] == "vit_up":
         return _vit_up(state, {name: value for name, value in settings.items() if name != "method"}, backbone)
@@ -159,11 +161,11 @@ def _with_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor], bac
     return NetWeights(settings=parsed, arrays=_arrays(state))
 
 
-def _vit_up(
-    state: Mapping[str, Tensor], settings: Mapping[str, Any] | None, backbone: TimmBackbone
-) -> ViTUpWeights:
+def _vit_up(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None, backbone: TimmBackbone) -> ViTUpWeights:
     if backbone.facet != "token" or not backbone.norm:
-        raise UpsamplerError("vit_up gives what the model gives after its final norm: use --facet token, and no --norm False")
+        raise UpsamplerError(
+            "vit_up gives what the model gives after its final norm: use --facet token, and no --norm False"
+        )
     config, head, lora = read_checkpoint(state, settings)
     return ViTUpWeights(settings=config, arrays=_arrays({**head, **lora}))
 

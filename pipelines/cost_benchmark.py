@@ -7,6 +7,7 @@ LiFT: arXiv 2403.14625, Tables 5 and 6; the counting rule was found from their n
 import itertools
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +37,10 @@ BACKBONE = "backbone alone"
 
 @dataclass(frozen=True, kw_only=True)
 class CostBenchmark:
-    """Operations, time and memory of a backbone alone and with each upsampler. Weights are random: they don't matter here."""
+    """Operations, time and memory of a backbone alone and with each upsampler. Weights are random: they don't matter here.
+
+    With --vit-up: ViT-Up instead, with settings of its own.
+    """
 
     model: str = "vit_small_patch16_224.dino"
     """timm name of the backbone that is timed; the counted ones are always the paper's."""
@@ -115,7 +119,7 @@ def _count(published: Published) -> dict[str, Any]:
     """Both counts of one row, for one image; on the meta device, where nothing is computed."""
     size = (published.size, published.size)
     model = create_model(published.model, size, None, None).to("meta")
-    parameters = _parameters(model)  # before the backbone resamples position embeddings
+    parameters = count_parameters(model)  # before the backbone resamples position embeddings
     backbone = TimmBackbone(model, facet="key", stride=published.stride, pos_embed="dino")
     images, layer = torch.empty(1, 3, *size, device="meta"), backbone.n_layers - 1
     with FlopCounterMode(display=False) as backbone_flops:
@@ -134,7 +138,7 @@ def _count(published: Published) -> dict[str, Any]:
     return {
         **asdict(published),
         "tokens": tokens,
-        "parameters": {"backbone": parameters, "lift": _parameters(net)},
+        "parameters": {"backbone": parameters, "lift": count_parameters(net)},
         "paper_count": {"alone": alone, "lift": alone + lift},
         "macs": {"alone": backbone_flops.get_total_flops() // 2, "lift": lift_flops.get_total_flops() // 2},
     }
@@ -167,7 +171,8 @@ def paper_count(net: nn.Module, *given: Tensor) -> int:
     return sum(found)
 
 
-def _parameters(net: nn.Module) -> int:
+def count_parameters(net: nn.Module) -> int:
+    """All of them, trained or frozen."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
@@ -194,9 +199,11 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
         return run
 
     programs = {BACKBONE: program(None)} | {name: program(one) for name, one in upsamplers.items()}
-    peaks = {name: _peak_bytes(run, device) for name, run in programs.items()}
+    peaks = {name: peak_bytes(run, device) for name, run in programs.items()}
     seconds = _interleaved(programs, config.repeat, device)
-    parameters = {BACKBONE: _parameters(backbone.model)} | {name: _parameters(net) for name, net in nets.items()}
+    parameters = {BACKBONE: count_parameters(backbone.model)} | {
+        name: count_parameters(net) for name, net in nets.items()
+    }
     rows = []
     for name in programs:
         # Of the same round: what else the machine did then was much the same for both.
@@ -235,28 +242,49 @@ def _interleaved(programs: dict[str, Callable[[], Any]], repeat: int, device: to
             itertools.cycle(programs), first % len(programs), first % len(programs) + len(programs)
         )
         for name in names:
-            _finish(device)
-            start = time.perf_counter()
-            programs[name]()
-            _finish(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_seconds(programs[name], device))
     return seconds
 
 
-def _finish(device: torch.device) -> None:
+def timed(runs: Sequence[Callable[[], Any]], repeat: int, row_s: float, device: torch.device) -> list[list[float]]:
+    """Seconds of each in rounds of all, `repeat` of them; one that would come beyond `row_s` is left out of further ones."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for number in range(repeat):
+        for run, times in zip(runs, seconds, strict=True):
+            if number == 0 or (len(times) == number and sum(times) * (number + 1) / number <= row_s):
+                times.append(_seconds(run, device))
+    return seconds
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    finish(device)
+    start = time.perf_counter()
+    run()
+    finish(device)
+    return time.perf_counter() - start
+
+
+def median_ratio(times: Sequence[float], of: Sequence[float]) -> float:
+    """Median over the rounds that both ran: what else the machine did then was much the same for both."""
+    return statistics.median(a / b for a, b in zip(times, of, strict=False))
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what an accelerator still computes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+def peak_bytes(run: Callable[[], Any], device: torch.device, *, warm_up: bool = True) -> int:
     """The most memory that torch's allocator holds at once during a call, beyond what it held before: no weights, no input."""
-    run()
+    if warm_up:
+        run()
     if device.type == "cuda":
-        _finish(device)
+        finish(device)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        _finish(device)
+        finish(device)
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines to stderr at every start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:

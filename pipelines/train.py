@@ -10,13 +10,12 @@ BatchNorm's batch statistics are those of a micro-batch; its running ones are th
 
 import contextlib
 import itertools
-import json
 import logging
 import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +29,7 @@ from operators.vit_up.objective import learning_rate
 from pipelines.train_config import TrainSetup
 from pipelines.train_watch import EventFile
 from pipelines.training_data import ImageSource, Loaded, MicroBatch, load_inline, load_on_ray
-from storage.checkpoints import Checkpoint, read_last, read_pointers, write_checkpoint
+from storage.checkpoints import Checkpoint, read_last, read_metrics, read_pointers, write_checkpoint, write_metrics
 from storage.paths import Folder, StorageError, filesystem
 
 logger = logging.getLogger(__name__)
@@ -172,6 +171,8 @@ class Trainer:
         items = order.micro_batches(self.step, group.rank, group.world)
         stream = load(self.setup.images, items, self.config.loaders)
         try:
+            if events and not self.step:
+                self._validate(events)  # what the network does untrained
             self._loop(stream, events)
         finally:
             stream.close()
@@ -335,19 +336,6 @@ def _load_optimiser(net: torch.nn.Module, optimiser: torch.optim.Optimizer, arra
         parameter, _, key = name.rpartition(":")
         state.setdefault(names.index(parameter), {})[key] = torch.from_numpy(np.array(array))
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def read_metrics(folder: Folder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none where there is no such file."""
-    try:
-        return [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
-    except FileNotFoundError:
-        return []
-
-
-def write_metrics(folder: Folder, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Replace metrics.jsonl."""
-    folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 # --- running it -------------------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
-"""Watching a training run: a picture of similarity maps, and events for TensorBoard."""
+"""Watching training runs: a picture of similarity maps, events for TensorBoard, and a table of several runs."""
 
 import io
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from operators.visual import Panel, Tile, cosine_map, heat
+from pipelines.config import ConfigError
+from storage.checkpoints import read_metrics, read_run
 from storage.paths import Folder
 
 _SHOWN = 4
@@ -62,3 +64,32 @@ def similarity_picture(step: int, columns: Sequence[str], shown: Sequence[Sequen
     png = io.BytesIO()
     panel.draw().save(png, "PNG")
     return png.getvalue()
+
+
+def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
+    """Markdown: what each run measured last on its held-out images, and before it began; bilinear enlargement of the same.
+
+    Raises `ConfigError` for a folder without metrics.
+    """
+    rows, names = [], []
+    for folder in folders:
+        run, lines = read_run(folder), [line for line in read_metrics(folder) if "val_loss" in line]
+        if run is None or not lines:
+            raise ConfigError(f"{folder.shown} is no training run, or has not validated yet")
+        first, last = lines[0], lines[-1]
+        ours = [name for name in last if name.startswith("val_") and not name.endswith("_bilinear")]
+        names += [name for name in ours if name not in names]
+        if not rows:
+            plain = {
+                name.removesuffix("_bilinear"): value for name, value in last.items() if name.endswith("_bilinear")
+            }
+            rows.append(["bilinear", "", plain])
+        name = folder.url.rstrip("/").rsplit("/", 1)[-1]
+        if first["step"] == 0:
+            rows.append([f"{name}, untrained", "0", first])
+        rows.append([name, f"{last['step']:,}", last])
+    yield f"| run | steps | {' | '.join(names)} |"
+    yield "|---|---:|" + "---:|" * len(names)
+    for run, steps, values in rows:
+        numbers = [f"{values[name]:.4f}" if name in values else "" for name in names]
+        yield f"| {run} | {steps} | {' | '.join(numbers)} |"

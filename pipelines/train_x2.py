@@ -15,7 +15,7 @@ from torch import Tensor
 
 from operators.backbone import TimmBackbone, autocast, normalise
 from operators.image import Geometry
-from operators.losses import cosine_loss, lower, multi_scale_loss
+from operators.losses import averaged, cosine_loss, lower, multi_scale_loss
 from operators.upsamplers import NetConfig, build_net
 from pipelines.config import ConfigError
 from pipelines.train_config import ResolvedTraining, TrainConfig, TrainSetup, describe_difference
@@ -58,6 +58,11 @@ class X2Config(TrainConfig):
     """Distance between feature maps."""
     jitter: float = 0.2
     """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
+    crop: float = 1.0
+    """Smallest side of a random part of the image, as a part of the image's; below 1, half of the images are mirrored, too.
+    LiFT has 1: none of it; for few images."""
+    lower: Literal["sliced", "resized"] = "sliced"
+    """How the half and the quarter image are made: every second and fourth pixel, as LiFT's code, or averaged, as its text."""
     features: str = ""
     """A store of the images' features at --size, made by jobs/extract.py: read instead of computed. Needs --jitter 0, and
     --interpolation as the store has it."""
@@ -111,7 +116,7 @@ class X2Config(TrainConfig):
             interpolation=self.interpolation,
             mean=resolved.backbone.expects.mean,
         )
-        view = JitteredView(geometry=geometry, jitter=self.jitter)
+        view = JitteredView(geometry=geometry, jitter=self.jitter, crop=self.crop)
         return replace(plain, view=view, features=self._stored(resolved) if self.features else None)
 
     def _stored(self, resolved: ResolvedTraining) -> StoredFeatures:
@@ -161,13 +166,13 @@ class X2Objective:
         """Adds the gradient of the images' summed loss to the network's; gives that sum."""
         arrays = loaded.example.arrays
         images = self._pixels(arrays["pixels"])
-        maps = [self._features(lower(images, factor)) for factor in (2, 4)]
+        maps = [self._features(self._lower(images, factor)) for factor in (2, 4)]
         if "features" in arrays:
             stored = torch.from_numpy(np.array(arrays["features"])).to(self.device)
             target = stored.float().permute(0, 3, 1, 2)
         else:
             target = self._features(images)
-        loss = multi_scale_loss(self._upsample, images, [target, *maps], self.config.loss) * len(loaded)
+        loss = multi_scale_loss(self._upsample, images, [target, *maps], self.config.loss, self._lower) * len(loaded)
         loss.backward()
         return loss.detach()
 
@@ -181,6 +186,10 @@ class X2Objective:
         layers = self.setup.backbone.described["layers"]
         with torch.no_grad(), autocast(self.device, self.config.precision):
             return self.backbone(images.contiguous(), layers).stacked(layers).float()
+
+    def _lower(self, images: Tensor, factor: int) -> Tensor:
+        """The images at a part of their size, as training has them."""
+        return (lower if self.config.lower == "sliced" else averaged)(images, factor)
 
     def _upsample(self, images: Tensor, maps: Tensor) -> Tensor:
         """The network's result, float32: the loss is computed in full precision."""
@@ -224,7 +233,7 @@ class X2Objective:
         if not len(pixels):
             return np.zeros(1 + 2 * len(METRICS))
         quarter, half, images, double = (self._pixels(octave) for octave in octaves)
-        target, small, smaller = (self._features(lower(images, factor)) for factor in (1, 2, 4))
+        target, small, smaller = (self._features(self._lower(images, factor)) for factor in (1, 2, 4))
         tiny, coarse, beyond = (self._features(octave) for octave in (quarter, half, double))
         ours, plain = self._upsample(half, coarse), _bilinear(half, coarse)
         shown.extend(
@@ -233,8 +242,8 @@ class X2Objective:
         )
         scales, kind = [target, small, smaller], self.config.loss
         means = [
-            multi_scale_loss(self._upsample, images, scales, kind),
-            multi_scale_loss(_bilinear, images, scales, kind),
+            multi_scale_loss(self._upsample, images, scales, kind, self._lower),
+            multi_scale_loss(_bilinear, images, scales, kind, self._lower),
             1 - cosine_loss(ours, target),
             1 - cosine_loss(plain, target),
             1 - cosine_loss(self._upsample_twice(quarter, tiny), target),

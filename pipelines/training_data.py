@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from operators.image import Geometry, decode, open_rgb
-from pipelines.augment import colour_jitter, training_view
+from operators.image import Geometry, fit, open_rgb
+from pipelines.augment import colour_jitter, random_part, training_view
 from storage.paths import Folder
 from storage.samples import SampleIndex, read_images
 from storage.store import FeatureStore
@@ -106,13 +106,20 @@ class View(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class JitteredView:
-    """The image at a geometry's size, its colours jittered: `pixels`, uint8 [H, W, 3]."""
+    """The image at a geometry's size, cropped, flipped and its colours jittered: `pixels`, uint8 [H, W, 3].
+
+    `crop`: the smallest side of a random part of the image, of its own aspect; below 1, half of the images are mirrored, too.
+    """
 
     geometry: Geometry
     jitter: float = 0.0
+    crop: float = 1.0
 
     def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:
-        pixels = decode(blob, self.geometry, max_pixels=max_pixels).pixels
+        image, _, _ = open_rgb(blob, max_pixels=max_pixels)
+        if rng is not None and self.crop < 1:
+            image = random_part(image, rng, self.crop)
+        pixels = fit(image, self.geometry)
         if rng is not None and self.jitter:
             pixels = np.asarray(colour_jitter(Image.fromarray(pixels), rng, (self.jitter,) * 4))
         return {"pixels": pixels}

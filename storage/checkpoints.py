@@ -3,6 +3,7 @@
     run.json                        what was asked for; written once
     steps/00000200/                 model.safetensors, resume.safetensors, resume.json, config.json
     checkpoints.json                which step is the last, which the best
+    metrics.jsonl                   what was measured, a JSON object a line with its step
 
 config.json is written last: a step's folder without it doesn't exist. checkpoints.json is replaced as a whole once a step is
 there, and only then are older steps removed; a run that dies at any point leaves a complete checkpoint, if it had one.
@@ -12,7 +13,7 @@ Arrays are NumPy's: this module knows no torch, and nothing is pickled.
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -169,6 +170,19 @@ def read_run(folder: Folder) -> dict[str, Any] | None:
     if not isinstance(run, dict):
         raise CheckpointError(f"{folder.shown}/run.json is no JSON object; use a new --out")
     return run
+
+
+def read_metrics(folder: Folder) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none where there is no such file."""
+    try:
+        return [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def write_metrics(folder: Folder, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Replace metrics.jsonl."""
+    folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> bytes:

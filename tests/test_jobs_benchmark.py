@@ -1,5 +1,6 @@
 """The benchmark runs and its numbers hang together. Nothing here asserts how fast anything is."""
 
+import dataclasses
 import importlib.util
 import json
 import tarfile
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from jobs import benchmark
-from pipelines import benchmark_data, cost_benchmark, read_benchmark
+from operators.vit_up import ViTUpConfig
+from pipelines import benchmark_data, cost_benchmark, read_benchmark, vit_up_benchmark, window_benchmark
 from pipelines.benchmark import STAGES, BenchmarkFailed, _steady, run_fresh
 from pipelines.config import ConfigError
 from pipelines.read_benchmark import Place, check
@@ -252,6 +254,131 @@ def test_cost_refuses_sizes_that_cannot_be_had(arguments, message, capsys):
 def test_cost_refuses_settings_that_cannot_be_meant(settings, message):
     with pytest.raises(ConfigError, match=message):
         cost_benchmark.CostBenchmark(**settings)
+
+
+def test_cost_vit_up_debug_times_and_weighs_every_grid_and_chunk(tmp_path, capfd):
+    path = tmp_path / "numbers.json"
+
+    code = benchmark.run(["cost", "debug", "--vit-up", "--json", str(path)])
+
+    assert code == 0
+    printed = capfd.readouterr().out
+    result = json.loads(path.read_text())
+    grids = {
+        (row["method"], row["grid"], row["queries"]): (row["parameters"], row["call_bytes"], row["declared_bytes"])
+        for row in result["rows"]
+    }
+    assert list(grids) == [
+        ("backbone alone", 4, None),
+        ("bilinear", 8, None),
+        ("lift", 8, None),
+        ("ViT-Up", 8, 64),
+        ("ViT-Up", 8, 16),
+        ("bilinear", 12, None),  # LiFT can't: 12 isn't 4 times a power of two
+        ("ViT-Up", 12, 144),
+        ("ViT-Up", 12, 16),
+    ]
+    for (method, grid, queries), (parameters, of_call, declared) in grids.items():
+        label = f"| {grid} x {grid}: {method}" + (f", {queries} queries at once |" if queries else " |")
+        assert printed.count(label) == 2
+        if method != "backbone alone":
+            assert 4 * 64 * grid**2 <= of_call <= 1.3 * declared
+        if method == "ViT-Up":
+            assert parameters == result["parameters"]["head"] + result["parameters"]["lora"]
+    for row in result["rows"]:
+        assert len(row["seconds"]) == 2
+        assert row["ms"] == pytest.approx(1e3 * np.median(row["seconds"]))
+        assert row["peak_bytes"] >= result["rows"][0]["parameters"] * 4
+    [window] = result["windows"]
+    assert (window["window"], window["channels"], window["tokens"], window["grid"]) == (3, 64, [4, 4], 16)
+    assert (len(window["seconds"]["head"]), len(window["seconds"]["gather"])) == (2, 2)
+    assert 0 < window["largest_difference"] < 1e-4 * window["largest_value"]
+    assert "| gather for each query, then attend |" in printed
+    assert "all queries at once take" in printed
+    assert "Left out" not in printed
+
+
+def test_cost_vit_up_counts_what_the_paper_prints():
+    config = vit_up_benchmark.ViTUpBenchmark(size=32, query_size=32)
+    parameters = vit_up_benchmark._build(config, torch.device("cpu"), "fp32").parameters
+
+    # specs/lift_vitup.md B4, B9; Table 9 has 24.9 M.
+    assert (parameters["head"], parameters["lora"]) == (24_273_792, 608_256)
+    assert parameters["backbone alone"] == 28_692_480
+    # B10, S+ and B at 448 px: M for each query, and G for each image and at 56, 112, 224 and 448 cells a side.
+    for channels, of_query, once, totals in (
+        (384, 26.03, 1.387, (83, 328, 1308, 5226)),
+        (768, 96.59, 5.549, (308, 1217, 4852, 19392)),
+    ):
+        each, fixed = vit_up_benchmark.published_macs(channels, 28 * 28)
+        assert (round(each / 1e6, 2), round(fixed / 1e9, 3)) == (of_query, once)
+        assert [round((each * side**2 + fixed) / 1e9) for side in (56, 112, 224, 448)] == pytest.approx(totals, abs=1)
+
+
+def test_cost_vit_up_counts_what_runs_as_the_formula_but_for_decoders_it_leaves_out():
+    settings = ViTUpConfig(channels=384, heads=6)
+
+    counted = vit_up_benchmark.head_macs(settings, (28, 28), 112**2)
+
+    each, once = vit_up_benchmark.published_macs(384, 28 * 28)
+    assert counted == 112**2 * (each - 6 * 384**2) + once
+
+
+def test_cost_vit_up_leaves_slow_grids_out_on_a_cpu_and_says_so(monkeypatch):
+    debug = vit_up_benchmark.VIT_UP_PRESETS["debug"]
+    config = dataclasses.replace(debug, grids=(), chunks=(0,), repeat=1, windows=(), device="cpu")
+    monkeypatch.setattr(vit_up_benchmark, "CPU_GRIDS", (8,))
+
+    result = vit_up_benchmark.measure_vit_up(config)
+
+    assert result["left_out"] == [56, 112, 224, 448]
+    assert {row["grid"] for row in result["rows"]} == {4, 8}
+    printed = "\n".join(vit_up_benchmark.vit_up_report(config, {**result, "machine": benchmark.machine()}))
+    assert "Left out: 56 x 56, 112 x 112, 224 x 224, 448 x 448 (--grids 56 112 224 448 has all" in printed
+    assert "gather" not in printed
+
+
+def test_cost_gives_slow_rows_fewer_runs(monkeypatch):
+    monkeypatch.setattr(cost_benchmark, "_seconds", lambda run, device: run())
+
+    seconds = cost_benchmark.timed((lambda: 1.0, lambda: 4.0, lambda: 60.0), 5, 10.0, torch.device("cpu"))
+
+    assert seconds == [[1.0] * 5, [4.0] * 2, [60.0]]
+    assert cost_benchmark.median_ratio(seconds[1], seconds[0]) == 4.0
+
+
+def test_windows_that_do_not_give_what_gathering_gives_are_no_result(monkeypatch):
+    gather = window_benchmark.gather_then_attend
+    monkeypatch.setattr(window_benchmark, "gather_then_attend", lambda *args: gather(*args) + 0.01)
+    settings = ViTUpConfig(channels=32, heads=2, layers=(0, 1, 2), window=3)
+
+    with pytest.raises(BenchmarkFailed, match="with a window of 3 the head and gathering differ by 0.01"):
+        window_benchmark.compare_window(settings, (4, 4), 16, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--size", "60"], "the nearest that is: 64"), (["--model", "resnet18"], "resnet18 can't be built")],
+)
+def test_cost_vit_up_refuses_models_and_sizes_that_cannot_be_had(arguments, message, capsys):
+    assert benchmark.run(["cost", "debug", "--vit-up", *arguments]) == 2
+
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grids": (56, 0)}, "--grids, --windows and --window-... must be at least 1"),
+        ({"windows": (0,)}, "--windows and --window-... must be at least 1"),
+        ({"chunks": (-1,)}, "--chunks .at least one. and --repeat must be at least 0"),
+        ({"chunks": ()}, "--chunks .at least one."),
+        ({"row_s": 0.0}, "--row-s above 0"),
+    ],
+)
+def test_cost_vit_up_refuses_settings_that_cannot_be_meant(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        vit_up_benchmark.ViTUpBenchmark(**settings)
 
 
 def test_tiny_tars_are_what_tarfile_reads(tmp_path):

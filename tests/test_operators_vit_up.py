@@ -30,6 +30,7 @@ from operators.vit_up import (
 from operators.vit_up.attention import CrossAttention, Windows, attend
 from operators.vit_up.geometry import Rope, encode_offsets, nearest_tokens, offset_frequencies
 from operators.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, sample
+from pipelines.window_benchmark import gather_then_attend
 
 GOLDEN = Path(__file__).parent / "golden"
 # Of README_lift_vitup.md, with the float32 noise measured there.
@@ -433,42 +434,6 @@ def test_the_published_model_gives_the_official_values_from_image_to_every_layer
 # --- the same equations, written plainly ------------------------------------------------------------------------------
 
 
-def gather_then_attend(
-    head: ViTUpHead, query_grid: Tensor, hidden: list[Tensor], coords: Tensor, window: int | None
-) -> Tensor:
-    """The last layer for coordinates [1, N, 2] of one image: every query gathers keys and values of its own (B5 to B7)."""
-    h, w = hidden[0].shape[1:3]
-    heads, d = head.config.heads, head.config.channels // head.config.heads
-    nearest, offsets = nearest_tokens(coords, (h, w))
-    column, row = nearest[0].unbind(-1)
-    rows, columns = (min(2 * (window // 2) + 1, side) if window else side for side in (h, w))
-    first_row, first_column = ((row - rows // 2).clamp(0, h - rows), (column - columns // 2).clamp(0, w - columns))
-    at = (first_row[:, None] + torch.arange(rows))[:, :, None] * w + (first_column[:, None] + torch.arange(columns))[
-        :, None
-    ]
-    at = at.flatten(1)
-    encoding = encode_offsets(offsets, head.rel_pos_enc.freqs)
-    turn = Rope.of_queries(coords, (h, w), d)
-    turn_tokens = Rope.of_tokens((h, w), d, coords.device)
-    x = sample(query_grid, coords)
-    for block, state in zip(head.vit_up_blocks, hidden[1:], strict=True):
-        tokens = state.flatten(1, 2)
-        x = x + block.transition_mlp(x)
-        attention, normed = block.cross_attention, block.norm_h_global(tokens)
-        q = turn.rotate(attention.q_proj(block.norm_q_global(x)).unflatten(-1, (heads, d)).transpose(1, 2))[0]
-        k = turn_tokens.rotate(attention.k_proj(normed).unflatten(-1, (heads, d)).transpose(1, 2))[0][:, at]
-        v = attention.v_proj(normed).unflatten(-1, (heads, d)).transpose(1, 2)[0][:, at]
-        weights = torch.einsum("hnd,hnkd->hnk", q, k).div(d**0.5).softmax(dim=-1)
-        seen = torch.einsum("hnk,hnkd->nhd", weights, v).flatten(1)[None]
-        x = x + attention.out_proj(seen)
-        gamma, beta = block.featx.gamma_beta_mlp(encoding).chunk(2, dim=-1)
-        token = tokens[:, row * w + column]
-        film = (1 + gamma) * block.featx.norm_input(token) + beta
-        x = x + block.norm_h_local(block.featx.post_mlp(film))
-        x = x + block.mlp(block.norm_post(x))
-    return head.decoder_mlp[-1](x)
-
-
 def vit_up_of(channels: int = 32, heads: int = 2, seed: int = 0, **changes: object) -> ViTUpHead:
     """A head whose FiLM does something, as after training; in eval mode."""
     settings = {"layers": (0, 1, 2, 3), **changes}
@@ -497,7 +462,7 @@ def test_windows_are_those_of_gathering_for_each_query(window, queries):
 
     with torch.no_grad():
         (out,) = head(query_grid, hidden, coords, outputs=[-1])
-        expected = gather_then_attend(head, query_grid, hidden, coords, window)
+        expected = gather_then_attend(head, query_grid, hidden, coords)
 
     torch.testing.assert_close(out, expected, **SAME)
 

@@ -386,3 +386,16 @@ def test_decoding_needs_no_torch():
     code = "import sys, pipelines.augment; assert 'torch' not in sys.modules"
 
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_random_parts_keep_the_aspect_and_mirror_half_of_the_time():
+    image = Image.fromarray(np.arange(40 * 80 * 3, dtype=np.uint8).reshape(40, 80, 3))
+    rng = np.random.default_rng(0)
+
+    parts = [augment.random_part(image, rng, 0.5) for _ in range(400)]
+
+    widths = [part.width for part in parts]
+    assert (min(widths), max(widths)) == pytest.approx((40, 80), abs=2)
+    assert all(part.width == pytest.approx(2 * part.height, abs=2) for part in parts)
+    mirrored = [np.asarray(part)[0, 0].tolist() > np.asarray(part)[0, -1].tolist() for part in parts]
+    assert 0 < sum(mirrored) < 400

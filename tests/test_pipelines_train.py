@@ -156,11 +156,11 @@ def test_every_step_and_validation_is_in_the_metrics_and_has_its_picture(small):
     lines = read_metrics(Folder(config.out))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 10))
     assert [line["images"] for line in lines if "loss" in line] == [5, 10, 12, 17, 22, 24, 29, 34, 36]
-    assert [line["step"] for line in lines if "val_loss" in line] == [4, 8, 9]
-    assert sorted(Folder(config.out).sizes("pictures")) == [f"step-{n:08d}.png" for n in (4, 8, 9)]
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 4, 8, 9]
+    assert sorted(Folder(config.out).sizes("pictures")) == [f"step-{n:08d}.png" for n in (0, 4, 8, 9)]
     assert (summary.step, summary.last, summary.failed) == (9, "steps/00000009", {})
     assert len(Folder(config.out).sizes("tensorboard")) == 1
-    best = min((line for line in lines if "val_loss" in line), key=lambda line: line["val_loss"])
+    best = min((line for line in lines if "val_loss" in line and line["step"]), key=lambda line: line["val_loss"])
     assert read_pointers(Folder(config.out)).best_loss == best["val_loss"]
     run = json.loads(Folder(config.out).read("run.json"))
     assert run["config"]["batch"] == 5
