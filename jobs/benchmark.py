@@ -14,7 +14,6 @@ Prints Markdown; --json PATH writes all numbers. Run it while nothing else does.
 
 import contextlib
 import json
-import logging
 import os
 import platform
 import shutil
@@ -30,21 +29,18 @@ import torch
 import tyro
 
 from cluster.session import connect
-from operators.backbone import BackboneError
-from operators.upsamplers import UpsamplerError
 from pipelines.benchmark import measure_extract, measure_index, summarise
 from pipelines.benchmark_data import write_photos, write_tiny_tars
-from pipelines.config import ConfigError, ExtractConfig, pick_word
+from pipelines.config import ConfigError, ExtractConfig, log_to_stderr, pick_word
 from pipelines.cost_benchmark import COST_PRESETS, CostBenchmark, cost_report, measure_cost, table
 from pipelines.executors import InlineExecutor
 from pipelines.models import LevelChoice
 from pipelines.precision import measure_precision
+from pipelines.prepare import USER_ERRORS
 from pipelines.processes import CORES, BenchmarkFailed
 from pipelines.read_benchmark import BY_ROW, IN_ORDER, ReadBenchmark, measure_read
 from pipelines.train_benchmark import TRAIN_PRESETS, TrainBenchmark, measure_training, train_report
 from pipelines.vit_up_benchmark import VIT_UP_PRESETS, ViTUpBenchmark, measure_vit_up, vit_up_report
-from pipelines.weights import WeightsUnavailable
-from storage.paths import StorageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,13 +436,11 @@ def parse(argv: Sequence[str]) -> tuple[Callable[..., dict[str, Any]], Any]:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
+    log_to_stderr()
     try:
         command, config = parse(argv)
         result = command(config)
-    except (ConfigError, StorageError, BackboneError, UpsamplerError, WeightsUnavailable, OSError) as error:
+    except (*USER_ERRORS, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except BenchmarkFailed as error:

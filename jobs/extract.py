@@ -18,18 +18,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster.session import ClusterError, connect
-from operators.backbone import BackboneError
-from operators.upsamplers import UpsamplerError
-from pipelines.config import ConfigError, ExtractConfig, config_from_run, pick_word
+from cluster.session import connect
+from pipelines.config import ConfigError, ExtractConfig, config_from_run, log_to_stderr, pick_word
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import RunFailed, Summary, run_prepared
 from pipelines.plan import make_plan
-from pipelines.prepare import prepare, resolve
+from pipelines.prepare import USER_ERRORS, prepare, resolve
 from pipelines.views import pick_rows, view_panel
 from pipelines.weights import WeightsUnavailable
-from storage.paths import StorageError, is_memory, redact
+from storage.paths import is_memory, redact
 from storage.store import FeatureStore
 
 logger = logging.getLogger("extract")
@@ -173,9 +171,7 @@ def demo(config: ExtractConfig) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
+    log_to_stderr()
     options: dict[str, Any] = {}
     try:
         name, config = parse(argv)
@@ -183,16 +179,7 @@ def run(argv: Sequence[str]) -> int:
         if name in ("demo", "debug"):
             write_photos("demo")
         (demo if name == "demo" else main)(config)
-    except (
-        ConfigError,
-        StorageError,
-        BackboneError,
-        UpsamplerError,
-        WeightsUnavailable,
-        ClusterError,
-        FileNotFoundError,
-        PermissionError,
-    ) as error:
+    except USER_ERRORS as error:
         print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
         return 2
     except RunFailed as error:

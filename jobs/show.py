@@ -14,7 +14,6 @@ Exit codes: 0 shown, 2 wrong settings or nothing to show.
 """
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from PIL import Image
 
 from pipelines.compare import compare as compare_stores
 from pipelines.compare import comparison_lines
-from pipelines.config import ConfigError, parse_options, pick_word
+from pipelines.config import ConfigError, log_to_stderr, parse_options, pick_word
 from pipelines.report import write_report
 from pipelines.status import failure_lines, read_status, row_lines, status_lines
 from pipelines.status import failures as read_failures
@@ -271,9 +270,7 @@ def parse(argv: Sequence[str]) -> tuple[Callable[..., None], Any]:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, show, and turn errors that a person can act on into one message and an exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
+    log_to_stderr()
     try:
         function, config = parse(argv)
         function(config)

@@ -18,18 +18,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster.session import ClusterError, connect
-from operators.backbone import BackboneError
-from operators.upsamplers import UpsamplerError
-from pipelines.config import ConfigError, ExtractConfig, pick_word
+from cluster.session import connect
+from pipelines.config import ExtractConfig, log_to_stderr, pick_word
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.prepare import USER_ERRORS
 from pipelines.train import TrainFailed, TrainSummary, train_inline, train_on_ray
 from pipelines.train_config import TrainConfig, prepare_training, resolve_training
 from pipelines.train_vit_up import ViTUpTraining
 from pipelines.train_x2 import METHODS, X2Config
-from pipelines.weights import WeightsUnavailable
-from storage.paths import StorageError, redact
+from storage.paths import redact
 
 logger = logging.getLogger("train")
 
@@ -197,9 +195,7 @@ def _same_features(config: TrainConfig) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
+    log_to_stderr()
     options: dict[str, Any] = {}
     try:
         name, config = parse(argv)
@@ -207,16 +203,7 @@ def run(argv: Sequence[str]) -> int:
         if name == "debug":
             write_photos("demo")
         _report(config, main(config))
-    except (
-        ConfigError,
-        StorageError,
-        BackboneError,
-        UpsamplerError,
-        WeightsUnavailable,
-        ClusterError,
-        FileNotFoundError,
-        PermissionError,
-    ) as error:
+    except USER_ERRORS as error:
         print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
         return 2
     except TrainFailed as error:

@@ -4,6 +4,7 @@ import difflib
 import json
 import logging
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -142,6 +143,12 @@ class ExtractConfig:
         for name in ("out", "weights"):
             shown[name] = redact(shown[name], self.options)
         return json.loads(json.dumps(shown))
+
+
+def log_to_stderr() -> None:
+    """What the programs log, with the time."""
+    form = "%(asctime)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", stream=sys.stderr)
 
 
 def pick_word(args: list[str], names: Collection[str], missing: str = "nothing") -> str | None:

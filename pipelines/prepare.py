@@ -7,21 +7,36 @@ import importlib.metadata
 import logging
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from operators.backbone import preprocessing
+from cluster.session import ClusterError
+from operators.backbone import BackboneError, preprocessing
+from operators.upsamplers import UpsamplerError
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
 from pipelines.models import FeatureModel, LevelChoice, ModelBundle, describe_model
-from pipelines.weights import WeightsChoice, load_model
-from storage.paths import Folder, InputFile, expand_inputs
+from pipelines.weights import WeightsChoice, WeightsUnavailable, load_model
+from storage.paths import Folder, InputFile, StorageError, expand_inputs
 from storage.samples import SampleIndex, build_index
 from storage.spec import Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules
 
 logger = logging.getLogger(__name__)
+
+USER_ERRORS = (
+    ConfigError,
+    StorageError,
+    BackboneError,
+    UpsamplerError,
+    WeightsUnavailable,
+    ClusterError,
+    FileNotFoundError,
+    PermissionError,
+)
+"""What a person can act on: a program shows the message alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +116,10 @@ def resolve(config: ExtractConfig) -> Resolved:
 def prepare(resolved: Resolved, executor: Any) -> Prepared:
     """Index the input, or check the index that is there. Raises `InputError`."""
     config, spec = resolved.config, resolved.bundle.spec
-    index = _index(config, Folder(config.out, config.options), list(resolved.files), executor)
+    folder, rules = Folder(config.out, config.options), MemberRules(image=config.image_member, carry=config.carry)
+    # A plan leaves an index without a store; settings may change between it and the run.
+    in_use = read_attributes(folder) is not None
+    index = index_input(folder, resolved.files, rules, config.limit, executor, config.options, in_use=in_use)
     block_rows = config.block_rows or choose_block_rows(index.n_rows, spec)
     return Prepared(
         config=config,
@@ -113,17 +131,21 @@ def prepare(resolved: Resolved, executor: Any) -> Prepared:
     )
 
 
-def _index(config: ExtractConfig, folder: Folder, files: list[InputFile], executor: Any) -> SampleIndex:
-    rules = MemberRules(image=config.image_member, carry=config.carry)
-    index = build_index(
-        folder,
-        files,
-        lambda some: executor.scan(some, rules, config.options),
-        config.limit,
-        rules,
-        # A plan leaves an index without a store; settings may change between it and the run.
-        in_use=read_attributes(folder) is not None,
-    )
+def index_input(
+    folder: Folder,
+    files: Sequence[InputFile],
+    rules: MemberRules,
+    limit: int | None,
+    executor: Any,
+    options: Mapping[str, Any],
+    *,
+    in_use: bool,
+) -> SampleIndex:
+    """Index the input below `folder`, or check the index that is there against it if that is in use. Raises `InputError`.
+
+    `executor` scans tars (pipelines/executors.py).
+    """
+    index = build_index(folder, files, lambda some: executor.scan(some, rules, options), limit, rules, in_use=in_use)
     for source in index.sources:
         if source.problems:
             logger.warning("%s: %s", source.url, source.problems)

@@ -23,12 +23,12 @@ from operators.backbone import (
     weights_digest,
 )
 from pipelines.config import ConfigError, parse_options
-from pipelines.prepare import versions
+from pipelines.prepare import index_input, versions
 from pipelines.training_data import ImageSource, TrainOrder
 from pipelines.weights import WeightsChoice, load_model
 from storage.checkpoints import read_pointers, read_run, write_run
 from storage.paths import Folder, InputFile, expand_inputs, is_memory, public_options, redact
-from storage.samples import SampleIndex, build_index
+from storage.samples import SampleIndex
 from storage.store import read_attributes
 from storage.tars import MemberRules
 
@@ -373,15 +373,8 @@ def _image_source(
     resolved: ResolvedTraining, folder: Folder, files: Sequence[InputFile], limit: int | None, executor: Any
 ) -> tuple[ImageSource, SampleIndex]:
     config = resolved.config
-    rules = MemberRules(image=config.image_member)
-    index = build_index(
-        folder,
-        files,
-        lambda some: executor.scan(some, rules, config.options),
-        limit,
-        rules,
-        in_use=read_run(resolved.folder) is not None,
-    )
+    rules, in_use = MemberRules(image=config.image_member), read_run(resolved.folder) is not None
+    index = index_input(folder, files, rules, limit, executor, config.options, in_use=in_use)
     plain = ImageSource(
         folder=folder,
         digest=index.digest,
