@@ -902,3 +902,25 @@ def test_chunks_bound_what_a_large_grid_takes():
         peaks.append(peak_of(lambda vit_up=vit_up: vit_up(images, maps(1, 64), (2,), grid)))
 
     assert 3 * peaks[0] < peaks[1]
+
+
+@pytest.mark.parametrize("name", ["full_small_gated", "full_small_gelu"])
+def test_twice_the_grid_pooled_stays_close_to_the_grid(name):
+    """The map is sampled, not cells averaged: close, not equal."""
+    backbone, head, tensors, c = small_official(name, fused=True)
+    images, size = tensors["in/pixel_values"], (c["hidden_layer_img_size"],) * 2
+
+    with torch.no_grad():
+        cache = head.prepare(
+            backbone.query_grid(images, (c["query_img_in_size"],) * 2), backbone.hidden(images, c["layer_indices"], size)
+        )
+        coarse, fine = (
+            head.query(cache, grid_coordinates((n, n))[None].expand(len(images), -1, -1), [-1])[0].unflatten(1, (n, n))
+            for n in (12, 24)
+        )
+
+    pooled = fine.unflatten(1, (12, 2)).unflatten(3, (12, 2)).mean(dim=(2, 4))
+    close = F.cosine_similarity(pooled, coarse, dim=-1)
+    other = F.cosine_similarity(pooled, coarse.flip(1), dim=-1)
+    assert close.mean() > 0.95
+    assert 1 - close.mean() < 0.5 * (1 - other.mean())

@@ -36,11 +36,17 @@ def hsic_terms(
     `rescale` maps each Gram matrix to 0..1 by its smallest and largest entry first, as vit_analysis does; that weighs
     batches otherwise. Raises `ValueError` where n differs, is below 4 (unbiased) or 2, or features hold NaN or infinity.
     """
-    count = {len(each) for each in features}
+    return terms_of_grams(batch, [gram(each) for each in features], estimator=estimator, rescale=rescale)
+
+
+def terms_of_grams(
+    batch: int, grams: Sequence[Tensor], *, estimator: Estimator = "unbiased", rescale: bool = False
+) -> HsicTerms:
+    """`hsic_terms` from Gram matrices [n, n] (`gram`), where the features of all sizes would take too much memory at once."""
+    count = {len(each) for each in grams}
     least = 4 if estimator == "unbiased" else 2
     if len(count) != 1 or min(count) < least:
         raise ValueError(f"each size needs the same images, at least {least}, in a batch; got {sorted(count)}")
-    grams = [gram(each) for each in features]
     if rescale:
         grams = [(each - each.min()) / (each.max() - each.min()).clamp(min=1e-300) for each in grams]
     hsic = hsic_unbiased if estimator == "unbiased" else hsic_biased

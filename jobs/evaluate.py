@@ -1,0 +1,179 @@
+"""Are the features any good? Published evaluations on local files or object storage, from a model or from stores.
+
+    python jobs/evaluate.py correspondence lift-spair --data SPair-71k --out eval/spair --levels x1 x2=lift:s3://bucket/lift
+    python jobs/evaluate.py correspondence lift-spair --data SPair-71k --out eval/spair --stores spair-224.zarr --paper
+    python jobs/evaluate.py correspondence debug
+
+The first word is a task, the second one, which may be left out, a preset of it. Every table has the low-resolution row and the
+bilinear row beside the method's. The same command continues an evaluation that stopped. Exit codes: 0 done, 1 too many lost
+workers, 2 wrong settings or data.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Annotated, Any
+
+import tyro
+
+from cluster.session import connect
+from pipelines.config import log_to_stderr, pick_word
+from pipelines.evaluation import cka, correspondence, discovery, similarity, video
+from pipelines.evaluation.cka import CkaConfig
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.correspondence import CorrespondenceConfig
+from pipelines.evaluation.demo import write_demo
+from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.report import write_results
+from pipelines.evaluation.run import WorkersLost, run_pieces
+from pipelines.evaluation.similarity import SimilarityConfig
+from pipelines.evaluation.sources import describe
+from pipelines.evaluation.video import VideoConfig
+from pipelines.prepare import USER_ERRORS
+from storage.paths import redact
+
+logger = logging.getLogger("evaluate")
+
+TASKS: dict[str, ModuleType] = {
+    "correspondence": correspondence,
+    "video": video,
+    "discovery": discovery,
+    "cka": cka,
+    "similarity": similarity,
+}
+
+DINO_S16: dict[str, Any] = {
+    "model": "vit_small_patch16_224.dino",
+    "facet": "key",
+    "pos_embed": "dino",
+    "precision": "fp32",
+    "ragged": True,
+}
+"""What LiFT's tables are of."""
+
+DINOV3_SPLUS: dict[str, Any] = {"model": "vit_small_plus_patch16_dinov3.lvd1689m", "precision": "bf16"}
+"""What ViT-Up's tables are of."""
+
+DEBUG: dict[str, Any] = {
+    "model": "test_vit.r160_in1k",
+    "weights": "random",
+    "precision": "fp32",
+    "executor": "inline",
+    "device": "cpu",
+}
+"""No network, no Ray, no GPU: random weights on drawn images. Seconds on 2 CPU cores; what the tests run."""
+
+PRESETS: dict[str, dict[str, EvaluateConfig]] = {
+    "correspondence": {
+        "debug": CorrespondenceConfig(data="demo/evaluate/SPair-71k", out="demo/eval-spair", sizes=(64,), **DEBUG),
+        # LiFT Table 1, DINO ViT-S/16. PCK@0.1 at 56 / 112 / 224 / 448 px: 2.04 / 12.67 / 24.76 / 28.60 as it is, 3.81 / 13.71 /
+        # 26.72 / 30.48 bilinear, 5.05 / 17.72 / 28.68 / 31.38 with LiFT (x2=lift:CHECKPOINT). Not run here: no SPair-71k.
+        # `python jobs/evaluate.py correspondence lift-spair --data SPair-71k --levels x1 x2=lift:CHECKPOINT --out ... --paper`
+        "lift-spair": CorrespondenceConfig(sizes=(56, 112, 224, 448), **DINO_S16),
+        # ViT-Up Table 2, DINOv3-S+ at 448 px. PCK@0.1 / 0.05 / 0.01: 51.27 / 33.74 / 3.83 bilinear, 55.44 / 39.07 / 7.30 with
+        # ViT-Up (448x448=vit_up:CHECKPOINT). Not run here: neither SPair-71k nor the weights.
+        "vit-up-spair": CorrespondenceConfig(protocol="vit-up", sizes=(448,), **DINOV3_SPLUS),
+    },
+    "video": {
+        "debug": VideoConfig(data="demo/evaluate/DAVIS", out="demo/eval-davis", sizes=(64,), **DEBUG),
+        # LiFT paper, DINO ViT-S/16. J&F at 56 / 112 / 224 / 448 px: 7.4 / 17.5 / 33.0 / 50.9 as it is, 10.8 / 23.7 / 37.0 /
+        # 53.0 bilinear, 13.0 / 28.0 / 44.3 / 61.1 with LiFT (x2=lift:CHECKPOINT). Not run here: one clip of DAVIS-2017 only.
+        "lift-davis": VideoConfig(sizes=(56, 112, 224, 448), **DINO_S16),
+        # DINO's own protocol (arXiv 2104.14294): block output, 480 px, aspect kept. J&F 61.8 for ViT-S/16, from memory; bilinear
+        # rows aren't published. Not run here.
+        "dino-davis": VideoConfig(protocol="dino", sizes=(480,), **{**DINO_S16, "facet": "token"}),
+    },
+    "discovery": {
+        "debug": DiscoveryConfig(data="demo/evaluate/VOC2007", out="demo/eval-voc07", sizes=(64,), **DEBUG),
+        # LiFT paper, DINO ViT-S/16. CorLoc at 56 / 112 / 224 / 448 px: 20.74 / 50.07 / 65.60 / 68.27 as it is, 21.27 / 46.96 /
+        # 64.70 / 68.37 bilinear, 36.54 / 62.02 / 68.79 / 69.65 with LiFT. Not run here: four images of VOC07 only.
+        "lift-voc07": DiscoveryConfig(dataset="voc07", sizes=(56, 112, 224, 448), **DINO_S16),
+        # As it is 23.27 / 55.33 / 69.01 / 71.64, bilinear 23.46 / 52.64 / 68.53 / 71.55, LiFT 40.56 / 66.21 / 70.91 / 71.71.
+        "lift-voc12": DiscoveryConfig(dataset="voc12", sizes=(56, 112, 224, 448), **DINO_S16),
+        # As it is 16.28 / 40.08 / 53.98 / 57.99, bilinear 17.78 / 35.62 / 51.53 / 56.84, LiFT 27.72 / 50.20 / 58.03 / 60.50.
+        "lift-coco20k": DiscoveryConfig(dataset="coco20k", sizes=(56, 112, 224, 448), **DINO_S16),
+        # TokenCut's own protocol: images at their own size. Its paper's numbers aren't in the specs.
+        "tokencut-voc07": DiscoveryConfig(dataset="voc07", protocol="tokencut", **DINO_S16),
+    },
+    "cka": {
+        "debug": CkaConfig(data="demo/evaluate/SPair-71k", out="demo/eval-cka", sizes=(32, 48, 64), **DEBUG),
+        # LiFT Fig. 4 on the 1,800 images of SPair-71k: curves only, no numbers. Not run here.
+        "lift-spair": CkaConfig(sizes=(56, 112, 168, 224, 280, 336, 392, 448), **DINO_S16),
+    },
+    "similarity": {
+        "debug": SimilarityConfig(data="demo/evaluate/SPair-71k", out="demo/eval-similarity", sizes=(64, 128), **DEBUG),
+        # LiFT Fig. 5 and 6; --levels x1 x2=lift:URL x4=lift:URL x8=lift:URL x16=lift:URL shows repeated passes.
+        "lift-figures": SimilarityConfig(sizes=(224, 448), **DINO_S16),
+    },
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[str, str | None, EvaluateConfig]:
+    """Task, preset and settings. Exits with a suggestion on unknown flags; raises `ConfigError` on unknown words."""
+    args = list(argv)
+    task = pick_word(args, TASKS, "no task")
+    if task is None:
+        print(f"{__doc__}\nTasks and presets:")
+        print("\n".join(f"  {name}: {', '.join(presets)}" for name, presets in PRESETS.items()))
+        raise SystemExit(0 if "--help" in args or "-h" in args else 2)
+    preset = pick_word(args, PRESETS[task], f"no preset of {task}")
+    default = PRESETS[task][preset] if preset else type(PRESETS[task]["debug"])()
+    config = tyro.cli(
+        Annotated[type(default), tyro.conf.arg(name="")],
+        default=default,
+        args=args,
+        prog=f"python jobs/evaluate.py {task} [PRESET]",
+        description=f"{type(default).__doc__}\nPresets: {', '.join(PRESETS[task])}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return task, preset, config
+
+
+@contextlib.contextmanager
+def session_for(config: EvaluateConfig) -> Iterator[None]:
+    """A Ray session, where the evaluation wants one."""
+    if config.is_inline:
+        yield
+        return
+    with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None) as address:
+        logger.info("Ray at %s", address)
+        yield
+
+
+def main(task: str, config: EvaluateConfig) -> str:
+    """Evaluate, or go on with it, to the end; returns the tables as Markdown."""
+    module = TASKS[task]
+    evaluation, recipe, folder = module.prepare(config)  # before a cluster is started: most mistakes end here
+    with session_for(config):
+        records = run_pieces(config, evaluation, recipe, folder)
+    findings = module.find(config, evaluation, recipe, records)
+    return write_results(folder, task, config.public(), describe(recipe), findings)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, run, and turn errors that a person can act on into one message and an exit code."""
+    log_to_stderr()
+    options: dict[str, Any] = {}
+    try:
+        task, preset, config = parse(argv)
+        options = config.options
+        if preset == "debug":
+            write_demo("demo/evaluate")
+        print(main(task, config))
+        print(f"written to {redact(config.out, options)}")
+    except USER_ERRORS as error:
+        print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
+        return 2
+    except WorkersLost as error:
+        print(f"WorkersLost: {redact(str(error), options)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""Scale invariance: CKA between features of the same images at a range of sizes (LiFT Fig. 4; specs/evaluation.md section 5).
+
+The paper's code isn't released; sizes, images and batches here are the recommended ones of the specs.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from operators.evaluation.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
+from pipelines.config import ConfigError
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.datasets import DatasetError, ImageFile, digest, load_images
+from pipelines.evaluation.report import Findings, Line, Table
+from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.sources import FeatureSource, Recipe, Squash, resolve_source
+from storage.paths import Folder
+
+LEAST = 4
+"""Images of a batch; the unbiased estimate needs so many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CkaConfig(EvaluateConfig):
+    """How much do features depend on the input's size? CKA between all pairs of sizes, on a folder of images."""
+
+    sizes: tuple[int, ...] = ()
+    """Sides of the model's square input; default with a model: 56 112 168 224 280 336 392 448; with stores: theirs."""
+    batch: int = 64
+    """Images that are compared with each other; part of the measure. A last batch of fewer than 4 is left out."""
+    estimator: Estimator = "unbiased"
+    """torch_cka's, or `biased`, which gives far higher values; the two don't mix."""
+    rescale: bool = False
+    """Map each Gram matrix to 0..1 first, as vit_analysis does; it weighs batches otherwise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch < LEAST:
+            raise ConfigError(f"--batch {self.batch}: must be at least {LEAST}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleInvariance:
+    """Images in fixed batches, and the sizes to compare."""
+
+    images: tuple[ImageFile, ...]
+    sides: tuple[int, ...]
+    batch: int
+    estimator: Estimator
+    rescale: bool
+
+    def pieces(self) -> list[Piece]:
+        starts = range(0, len(self.images), self.batch)
+        batches = [tuple(range(start, min(start + self.batch, len(self.images)))) for start in starts]
+        return [Piece(name=f"{number:05d}", items=items) for number, items in enumerate(batches) if len(items) >= LEAST]
+
+    def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
+        grams: dict[str, list[Tensor]] = {}
+        for side in self.sides:
+            for name, matrix in self._grams(piece, side, source).items():
+                grams.setdefault(name, []).append(matrix)
+        number = int(piece.name)
+        settings: dict[str, Any] = {"estimator": self.estimator, "rescale": self.rescale}
+        return [{"row": name, **asdict(terms_of_grams(number, each, **settings))} for name, each in grams.items()]
+
+    def _grams(self, piece: Piece, side: int, source: FeatureSource) -> dict[str, Tensor]:
+        """Gram matrices of the batch at one size, by row name: only one size's maps are held."""
+        squash = Squash(size=(side, side), interpolation="bicubic")
+        maps: dict[str, list[Tensor]] = {}
+        for number in piece.items:
+            for name, each in source.maps(squash.of(self.images[number])).items():
+                maps.setdefault(name, []).append(each.flatten())
+        # A row at a time, emptied as it is stacked.
+        return {name: gram(_stacked(maps.pop(name))) for name in list(maps)}
+
+
+def _stacked(maps: list[Tensor]) -> Tensor:
+    out = maps[0].new_empty((len(maps), len(maps[0])))
+    for i in reversed(range(len(maps))):
+        out[i] = maps.pop()
+    return out
+
+
+def prepare(config: CkaConfig) -> tuple[ScaleInvariance, Recipe, Folder]:
+    """The images listed, the model loaded, the folder begun: most that can be wrong is wrong here."""
+    images = tuple(load_images(config.required("data"), config.options)[: config.limit])
+    if len(images) < LEAST:
+        raise DatasetError(f"{images[0].folder.shown} has {len(images)} images; at least {LEAST} are compared")
+    sides = config.sizes or (() if config.stores else tuple(range(56, 449, 56)))
+    recipe, sizes = resolve_source(config, [(side, side) for side in sides], "squash")
+    if len(sizes) < 2 or any(h != w for h, w in sizes):
+        raise ConfigError(f"CKA compares at least two square sizes, got {sizes}; use --sizes, or a store for each")
+    rows = [[row.name for row in recipe.rows(size)] for size in sizes]
+    if any(each != rows[0] for each in rows):
+        raise ConfigError(
+            "not all sizes have the same rows; name levels by factor (x2), and give stores the same levels"
+        )
+    task = ScaleInvariance(
+        images=images,
+        sides=tuple(sorted(h for h, _ in sizes)),
+        batch=config.batch,
+        estimator=config.estimator,
+        rescale=config.rescale,
+    )
+    return task, recipe, begin(config, "cka", recipe, digest(images))
+
+
+def scores(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """CKA [S, S] by row."""
+    groups: dict[str, list[HsicTerms]] = {}
+    for record in records:
+        terms = HsicTerms(
+            batch=record["batch"], images=record["images"], terms=tuple(tuple(line) for line in record["terms"])
+        )
+        groups.setdefault(record["row"], []).append(terms)
+    return {name: cka(batches).numpy() for name, batches in groups.items()}
+
+
+def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequence[Record]) -> Findings:
+    """A line per row and size: CKA with every size."""
+    found = scores(records)
+    lines = [
+        Line.of(row, (side, side), [float(value) for value in found[row.name][i]])
+        for row in recipe.rows((task.sides[0],) * 2)
+        for i, side in enumerate(task.sides)
+        for row in [next(each for each in recipe.rows((side, side)) if each.name == row.name)]
+    ]
+    table = Table(
+        title="CKA with the same images' features at other sizes (1: alike)",
+        columns=tuple(f"{side} px" for side in task.sides),
+        lines=tuple(lines),
+    )
+    used = sum(record["images"] for record in records) // len(found)
+    return Findings(
+        tables=(table,),
+        choices={
+            "protocol": "the specs' recommendation; LiFT's Fig. 4 has no published code, sizes or batches",
+            "images": f"{used} of {len(task.images)}, squashed, {_drawn(recipe)}; batches of {config.batch} in sorted order",
+            "estimator": config.estimator,
+            "rescaled Gram matrices": str(config.rescale),
+        },
+        details={"cka": {name: matrix.tolist() for name, matrix in found.items()}, "sizes": list(task.sides)},
+        pictures={"cka.png": plot(found, task.sides)} if config.pictures else {},
+    )
+
+
+def _drawn(recipe: Recipe) -> str:
+    return "bicubic" if recipe.how_drawn == "paper" else "drawn as extract"
+
+
+def plot(found: Mapping[str, np.ndarray], sides: Sequence[int]) -> bytes:
+    """Curves of each row for up to four source sizes, PNG."""
+    chosen = np.unique(np.linspace(0, len(sides) - 1, min(4, len(sides))).round().astype(int))
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(3.1 * len(chosen), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+        for axis, index in zip(axes, chosen, strict=True):
+            for name, matrix in found.items():
+                axis.plot(sides, matrix[index], marker="o", markersize=3, label=name)
+            axis.set_title(f"with {sides[index]} px")
+            axis.set_xticks(sides, [str(side) for side in sides], rotation=45)
+            axis.set_xlabel("input px")
+            axis.grid(alpha=0.25)
+        axes[0].set_ylabel("CKA")
+        axes[0].legend(frameon=False)
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=130)
+    return data.getvalue()

@@ -1,0 +1,320 @@
+"""Key-point correspondence on SPair-71k's layout: LiFT's and ViT-Up's protocols (specs/evaluation.md section 1)."""
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from operators.evaluation.canvas import Canvas, CanvasMode
+from operators.evaluation.correspondence import ALPHAS, LIFT, VIT_UP, PairScore, Pck, Protocol, View, match, score_pair
+from operators.visual import Tile
+from pipelines.config import ConfigError
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.datasets import ImageFile, Pair, digest, load_spair
+from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, percent, with_published
+from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
+from storage.paths import Folder
+
+PROTOCOLS: dict[str, Protocol] = {"lift": LIFT, "vit-up": VIT_UP}
+
+PIECE_PAIRS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrespondenceConfig(EvaluateConfig):
+    """Where do key points of one image lie in another of its category? PCK on SPair-71k, or a data set in its layout."""
+
+    protocol: Literal["lift", "vit-up"] = "lift"
+    """`lift`: LiFT's eval_spair; `vit-up`: ViT-Up's correspondence kit. The settings below default to the protocol's."""
+    sizes: tuple[int, ...] = ()
+    """Sides of the model's square input in pixels; default: the model's own, or the stores'."""
+    split: str = "test"
+    """Folder of PairAnnotation."""
+    pairs_per_category: int | None = None
+    """Drawn at random with replacement; 0: all pairs, each once. Default: 100 for lift, 0 for vit-up."""
+    seed: int = 0
+    """Of the draw, which depends on the category's pairs alone, not on the order in which a disk lists categories."""
+    alphas: tuple[float, ...] = ALPHAS
+    """A prediction is right within alpha times the threshold's length."""
+    threshold: Literal["box", "image"] = "box"
+    """The longer side of the target's bounding box (SPair-71k), or of the target image (PF-PASCAL)."""
+    candidates: Literal["pixels", "cells"] = "pixels"
+    """What is searched: each pixel of the enlarged map, or its cells (the other reading of ViT-Up's bilinear row)."""
+    key_points: Literal["pairs", "images"] | None = None
+    """Of the pairs' files (lift) or of the images' (vit-up)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.alphas or min(self.alphas) <= 0:
+            raise ConfigError(f"--alphas {self.alphas}: must be above 0, at least one")
+        if self.pairs_per_category is not None and self.pairs_per_category < 0:
+            raise ConfigError(f"--pairs-per-category {self.pairs_per_category}: must be at least 0")
+
+    @property
+    def rules(self) -> Protocol:
+        """The protocol with what was changed of it."""
+        return replace(PROTOCOLS[self.protocol], threshold=self.threshold, candidates=self.candidates)
+
+    @property
+    def draws(self) -> int:
+        """`pairs_per_category`, its default resolved."""
+        if self.pairs_per_category is not None:
+            return self.pairs_per_category
+        return 100 if self.protocol == "lift" else 0
+
+    @property
+    def annotation(self) -> Literal["pairs", "images"]:
+        """`key_points`, its default resolved."""
+        return self.key_points or ("pairs" if self.protocol == "lift" else "images")
+
+
+PUBLISHED = {
+    "lift": Published(
+        source="LiFT Table 1, DINO ViT-S/16",
+        values={
+            "backbone": by_size([2.04, 12.67, 24.76, 28.6], [0.51, 3.61, 9.54, 15.33], [0.01, 0.2, 0.54, 1.4]),
+            "bilinear": by_size([3.81, 13.71, 26.72, 30.48], [1.01, 4.23, 11.37, 16.75], [0.02, 0.14, 0.5, 1.64]),
+            "resize_conv": by_size([3.87, 14.02, 26.09, 30.21], [0.94, 4.41, 11.51, 16.76], [0.03, 0.16, 0.51, 1.7]),
+            "jbu": by_size([3.08, 12.26, 24.87, 29.11], [0.82, 3.82, 10.6, 16.01], [0.03, 0.17, 0.47, 1.42]),
+            "lift": by_size([5.05, 17.72, 28.68, 31.38], [1.19, 6.29, 14.72, 18.90], [0.06, 0.29, 0.91, 2.52]),
+        },
+    ),
+    "vit-up": Published(
+        source="ViT-Up Table 2, DINOv3-S+",
+        values={"bilinear": {"448": (51.27, 33.74, 3.83)}, "vit_up": {"448": (55.44, 39.07, 7.30)}},
+    ),
+}
+"""PCK in percent at alpha 0.1, 0.05 and 0.01."""
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def draw_pairs(pairs: Sequence[Pair], per_category: int, seed: int) -> dict[int, int]:
+    """How often each pair counts, by its number: `per_category` draws with replacement, or each pair once for 0."""
+    if not per_category:
+        return dict.fromkeys(range(len(pairs)), 1)
+    by_category: dict[str, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        by_category.setdefault(pair.category, []).append(number)
+    times: Counter[int] = Counter()
+    for category, numbers in by_category.items():
+        random = np.random.default_rng([seed, zlib.crc32(category.encode())])
+        times.update(numbers[i] for i in random.integers(0, len(numbers), per_category))
+    return dict(sorted(times.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correspondence:
+    """The pairs that were drawn, and how they are matched."""
+
+    pairs: tuple[Pair, ...]
+    times: tuple[int, ...]
+    "how often each pair was drawn"
+    sizes: tuple[int, ...]
+    rules: Protocol
+    alphas: tuple[float, ...]
+    shown: frozenset[int]
+    "pairs whose predictions are kept for pictures"
+
+    def pieces(self) -> list[Piece]:
+        """Pairs with common images beside each other."""
+        order = sorted(range(len(self.pairs)), key=lambda i: (self.pairs[i].category, self.pairs[i].name))
+        groups = [tuple(order[i : i + PIECE_PAIRS]) for i in range(0, len(order), PIECE_PAIRS)]
+        return [
+            Piece(name=f"{size}-{number:05d}", items=group)
+            for size in self.sizes
+            for number, group in enumerate(groups)
+        ]
+
+    def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
+        size = int(piece.name.split("-")[0])
+        return [record for number in piece.items for record in self._pair(number, size, source)]
+
+    def _pair(self, number: int, size: int, source: FeatureSource) -> list[Record]:
+        pair, rules = self.pairs[number], self.rules
+        canvases = [rules.place(image.width, image.height, size) for image in (pair.source, pair.target)]
+        images = zip((pair.source, pair.target), canvases, strict=True)
+        maps = [source.maps(picture(image, canvas)) for image, canvas in images]
+        records = []
+        for row in source.rows((size, size)):
+            views = [View(features=each[row.name], canvas=canvas) for each, canvas in zip(maps, canvases, strict=True)]
+            predicted = match(*views, np.array(pair.source_xy), rules)
+            score = score_pair(
+                predicted,
+                np.array(pair.target_xy),
+                canvases[1],
+                pair.box,
+                rules,
+                category=pair.category,
+                alphas=self.alphas,
+            )
+            records.append(
+                {
+                    "pair": pair.name,
+                    "size": size,
+                    "row": row.name,
+                    "times": self.times[number],
+                    "category": score.category,
+                    "points": score.points,
+                    "correct": score.correct,
+                    "nearest": score.nearest,
+                    **({"predicted": predicted.tolist()} if number in self.shown else {}),
+                }
+            )
+        return records
+
+
+def picture(image: ImageFile, canvas: Canvas) -> Picture:
+    """An image as its canvas has it."""
+    return Picture(image=image, size=(canvas.side, canvas.side), draw=canvas.draw, geometry=_geometry(canvas.mode))
+
+
+def _geometry(mode: CanvasMode) -> Geometries:
+    """LiFT's canvas has images where --geometry pad has them, ViT-Up's where no extraction has them."""
+    return "pad" if mode == "fit_then_pad" else None
+
+
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+
+def scores(records: Sequence[Record]) -> dict[tuple[str, int], Pck]:
+    """PCK by row and size."""
+    groups: dict[tuple[str, int], list[PairScore]] = {}
+    for record in records:
+        score = PairScore(
+            category=record["category"],
+            points=record["points"],
+            correct=tuple(record["correct"]),
+            nearest=tuple(record["nearest"]),
+        )
+        groups.setdefault((record["row"], record["size"]), []).extend([score] * record["times"])
+    return {name: Pck.of(each) for name, each in groups.items()}
+
+
+def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folder]:
+    """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
+    folder = Folder(config.required("data"), config.options)
+    geometry = _geometry(config.rules.canvas)
+    recipe, sizes = resolve_source(config, [(side, side) for side in config.sizes], geometry)
+    if any(h != w for h, w in sizes):
+        raise ConfigError(f"correspondence is done on square inputs, not on {sizes}; use --sizes")
+    everything = load_spair(folder, config.split, config.annotation)[: config.limit]
+    times = draw_pairs(everything, config.draws, config.seed)
+    pairs = tuple(everything[number] for number in times)
+    shown = np.unique(np.linspace(0, len(pairs) - 1, min(config.pictures, len(pairs))).round().astype(int))
+    task = Correspondence(
+        pairs=pairs,
+        times=tuple(times.values()),
+        sizes=tuple(h for h, _ in sizes),
+        rules=config.rules,
+        alphas=config.alphas,
+        shown=frozenset(shown.tolist()),
+    )
+    out = begin(config, "correspondence", recipe, digest([*pairs, *times.values()]))
+    return task, recipe, out
+
+
+def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, records: Sequence[Record]) -> Findings:
+    """PCK per row and size, in percent: the mean of the categories, as both papers have it."""
+    found = scores(records)
+    sizes = [(side, side) for side in task.sizes]
+    rows = {row.name: row for size in sizes for row in recipe.rows(size)}
+    lines = [
+        Line.of(row, size, [*percent(found[row.name, size[0]].mean()), sum(task.times)])
+        for size in sizes
+        for row in recipe.rows(size)
+    ]
+    columns = (*(f"PCK@{alpha:g}" for alpha in task.alphas), "pairs")
+    table = Table(title="PCK, %, mean of the categories", columns=columns, lines=tuple(lines))
+    published = PUBLISHED[config.protocol] if config.paper else None
+    return Findings(
+        tables=(with_published(table, rows, published),),
+        choices=_choices(config, recipe),
+        details={f"{name} at {size} px": _details(pck) for (name, size), pck in found.items()},
+        pictures=_pictures(task, records),
+    )
+
+
+def _details(pck: Pck) -> dict[str, Any]:
+    return {
+        "mean_of_categories": percent(pck.mean()),
+        "all_key_points": percent(pck.per_point()),
+        "mean_of_pairs": percent(pck.per_pair()),
+        "pck_plus": percent(pck.plus()),
+        "by_category": {name: percent(shares) for name, shares in pck.by_category().items()},
+        "key_points": {name: counts.points for name, counts in pck.categories.items()},
+        "pairs": {name: counts.pairs for name, counts in pck.categories.items()},
+    }
+
+
+def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
+    rules = config.rules
+    drawn = "all, each once" if not config.draws else f"{config.draws} a category with replacement, seed {config.seed}"
+    return {
+        "protocol": config.protocol,
+        "pairs": f"{drawn}; the published draw depends on how a disk lists categories and can't be had"
+        if config.draws
+        else drawn,
+        "key points": f"of the {config.annotation}' files",
+        "canvas": f"{rules.canvas}, drawn as {recipe.how_drawn}",
+        "features": "enlarged bilinearly, as LiFT's code does; its paper says Lanczos, which the code takes for images",
+        "similarity": "dot product with cells of length 1, not renormalised after enlargement"
+        if rules.normalise == "cells"
+        else "cosine of enlarged features",
+        "candidates": rules.candidates,
+        "threshold": f"error {'<' if rules.strict else '<='} alpha x longer side of the target's {rules.threshold}",
+    }
+
+
+def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) -> dict[str, Image.Image]:
+    """Matches of the shown pairs at the largest size: source beside target, right ones green, wrong ones red."""
+    size = max(task.sizes)
+    kept = [record for record in records if record["size"] == size and "predicted" in record]
+    names = list(dict.fromkeys(record["row"] for record in kept))
+    pairs = {pair.name: pair for pair in task.pairs}
+    lines: dict[str, dict[str, Tile]] = {}
+    for record in kept:
+        lines.setdefault(record["pair"], {})[record["row"]] = _matches(task, pairs[record["pair"]], record, side)
+    if not lines:
+        return {}
+    title = f"matches at {size} px; green: right at alpha {task.alphas[0]:g}; ring: the true place"
+    tiles = [[line[name] for name in names] for line in lines.values()]
+    return {"matches.png": panel(tiles, names, list(lines), title, (2 * side, side))}
+
+
+def _matches(task: Correspondence, pair: Pair, record: Record, side: int) -> Tile:
+    canvases = [task.rules.place(image.width, image.height, side) for image in (pair.source, pair.target)]
+    drawn = np.concatenate(
+        [c.draw(i.pixels()) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1
+    )
+    image = Image.fromarray(drawn)
+    pen = ImageDraw.Draw(image)
+    scored = task.rules.place(pair.target.width, pair.target.height, record["size"])
+    predicted = np.array(record["predicted"]).reshape(-1, 2)
+    truth = scored.compared(np.array(pair.target_xy).reshape(-1, 2))
+    extent = max(pair.box[2] - pair.box[0], pair.box[3] - pair.box[1])
+    limit = task.alphas[0] * scored.length(extent if task.rules.threshold == "box" else scored.long_side)
+    right = np.linalg.norm(predicted - truth, axis=1) < limit
+    starts = _on_canvas(canvases[0], canvases[0].compared(np.array(pair.source_xy).reshape(-1, 2)), side)
+    ends, places = (_on_canvas(scored, points, side) for points in (predicted, truth))
+    ends[:, 0] += side  # the target's picture is right of the source's
+    places[:, 0] += side
+    for start, end, place, ok in zip(starts, ends, places, right, strict=True):
+        colour = (60, 220, 90) if ok else (240, 60, 50)
+        pen.line([*start, *end], fill=colour, width=1)
+        pen.ellipse([*(end - 2), *(end + 2)], fill=colour)
+        pen.ellipse([*(place - 4), *(place + 4)], outline="white")
+    return Tile(pixels=np.array(image), is_photo=True)
+
+
+def _on_canvas(canvas: Canvas, compared: np.ndarray, side: int) -> np.ndarray:
+    """Points of `Canvas.compared` in pixels of a canvas of `side` pixels."""
+    if canvas.mode == "fit_then_pad":
+        return compared * side / canvas.side
+    return (compared + canvas.corner) * side / canvas.long_side

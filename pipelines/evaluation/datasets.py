@@ -1,0 +1,442 @@
+"""Labelled data sets in their official layouts, as lists of small records: SPair-71k, DAVIS-2017, VOC, COCO20k, plain images.
+
+Everything is read through `storage.paths.Folder`, so that a path and any fsspec URL work. What is missing or malformed ends
+in a `DatasetError` that names the file. Nothing is evaluated here. Layouts: specs/evaluation.md sections 1.3, 2.3, 3.2.
+"""
+
+import hashlib
+import io
+import json
+import posixpath
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from storage.paths import IMAGE_EXTENSIONS, Folder, StorageError, expand_inputs
+
+T = TypeVar("T")
+
+
+class DatasetError(StorageError):
+    """A file of a data set is missing, malformed, or contradicts another one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """An image of a data set."""
+
+    folder: Folder
+    name: str
+    "path inside the folder"
+    keys: tuple[str, ...]
+    "what a store may call it, the surest first"
+    width: int = 0
+    "in pixels, as the annotation has it; 0 where none says"
+    height: int = 0
+
+    @property
+    def shown(self) -> str:
+        """Its URL as it may be printed."""
+        return f"{self.folder.shown}/{self.name}"
+
+    def data(self) -> bytes:
+        """Its bytes. Raises `DatasetError`."""
+        return read(self.folder, self.name)
+
+    def pixels(self) -> np.ndarray:
+        """uint8 [height, width, 3], as the official readers have it: Pillow's RGB, not turned by EXIF. Raises `DatasetError`."""
+        pixels = np.array(_decoded(self.data(), self.shown, lambda image: image.convert("RGB")))
+        if self.width and pixels.shape[:2] != (self.height, self.width):
+            raise DatasetError(
+                f"{self.shown} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its annotation says {self.width} x {self.height}"
+            )
+        return pixels
+
+
+def read(folder: Folder, name: str) -> bytes:
+    """An object's bytes. Raises `DatasetError` with its URL where it is missing."""
+    try:
+        return folder.read(name)
+    except (FileNotFoundError, IsADirectoryError):
+        raise DatasetError(f"{folder.shown}/{name} is missing; check --data, and that the data set is whole") from None
+
+
+def read_labels(folder: Folder, name: str) -> np.ndarray:
+    """A label image's indices, uint8 [H, W]; palettes are not turned into colours. Raises `DatasetError`."""
+
+    def indices(image: Image.Image) -> Image.Image:
+        if image.mode not in ("P", "L"):
+            raise DatasetError(
+                f"{folder.shown}/{name} is a {image.mode} image; labels are 8-bit indices, with a palette (P) or grey (L)"
+            )
+        image.load()
+        return image
+
+    return np.array(_decoded(read(folder, name), f"{folder.shown}/{name}", indices))
+
+
+def _decoded(data: bytes, shown: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    try:
+        return convert(Image.open(io.BytesIO(data)))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{shown} can't be read as an image: {type(error).__name__}: {error}") from None
+
+
+def digest(records: Iterable[Any]) -> str:
+    """sha256 of what the records say, wherever they lie."""
+    found = hashlib.sha256()
+    for record in records:
+        found.update(json.dumps(_without_folders(record), sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, ImageFile):
+        return [value.name, value.width, value.height]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: _without_folders(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, tuple | list):
+        return [_without_folders(each) for each in value]
+    return value
+
+
+def _names(folder: Folder, name: str, extensions: Sequence[str]) -> list[str]:
+    """Sorted names of the files of these types in a folder. Raises `DatasetError` if there is none."""
+    names = sorted(each for each in folder.sizes(name) if each.rsplit(".", 1)[-1].lower() in extensions)
+    if not names:
+        raise DatasetError(f"{folder.shown}/{name} is missing, or holds no {' or '.join(extensions)}; check --data")
+    return names
+
+
+def _require_plain(name: str, where: str) -> None:
+    """Raises `DatasetError` for a name that would lead elsewhere as part of a path."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise DatasetError(f"{where} names {name!r}, which is no plain name")
+
+
+def _lines(folder: Folder, name: str) -> list[str]:
+    """First words of a text file's lines."""
+    try:
+        lines = read(folder, name).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{folder.shown}/{name} is no text: {error}") from None
+    found = [line.split()[0] for line in lines if line.strip()]
+    if not found:
+        raise DatasetError(f"{folder.shown}/{name} lists nothing")
+    return found
+
+
+def _parsed(folder: Folder, name: str, data: bytes, parse: Callable[[Any], T]) -> T:
+    """`parse` of a JSON file's content. Raises `DatasetError` with what is wrong with it."""
+    try:
+        return parse(json.loads(data))
+    except KeyError as error:
+        raise DatasetError(f"{folder.shown}/{name} has no field {error}") from None
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise DatasetError(f"{folder.shown}/{name} is malformed: {type(error).__name__}: {error}") from None
+
+
+def _require_images(folder: Folder, images: Iterable[ImageFile]) -> None:
+    """Raises `DatasetError` naming the first image that isn't there; one listing per folder, nothing is read."""
+    listed: dict[str, set[str]] = {}
+    for image in images:
+        parent, name = posixpath.split(image.name)
+        if parent not in listed:
+            listed[parent] = set(folder.sizes(parent))
+        if name not in listed[parent]:
+            raise DatasetError(f"{image.shown} is missing, but an annotation names it")
+
+
+# --- SPair-71k --------------------------------------------------------------------------------------------------------
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two images of a category, and the key points that both have; x, y in pixels of the images."""
+
+    name: str
+    "of its file, without extension, the category after a colon"
+    category: str
+    source: ImageFile
+    target: ImageFile
+    source_xy: tuple[Point, ...]
+    target_xy: tuple[Point, ...]
+    box: tuple[float, float, float, float]
+    "the target's: x1, y1, x2, y2"
+
+
+def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -> list[Pair]:
+    """The pairs of a split, sorted by name, each once.
+
+    File names separate the category by a colon, or by an underscore where colons aren't allowed; where a pair is there in
+    both spellings, it is one. `key_points`: of the `pairs`' own files (LiFT), or of the `images`' (ViT-Up: those that both
+    images have, whatever the pair file says). Raises `DatasetError`.
+    """
+    root = f"PairAnnotation/{split}"
+    names = _names(folder, root, ("json",))
+    files = folder.read_many([f"{root}/{name}" for name in names])
+    found = {}
+    for name, data in zip(names, files, strict=True):
+        pair = _parsed(
+            folder, f"{root}/{name}", data, lambda d, name=name: _pair(folder, name.removesuffix(".json"), d)
+        )
+        found.setdefault(pair.name, pair)
+    pairs = [found[name] for name in sorted(found)]
+    _require_images(folder, (image for pair in pairs for image in (pair.source, pair.target)))
+    return _with_image_points(folder, pairs) if key_points == "images" else pairs
+
+
+def _pair(folder: Folder, stem: str, data: Mapping[str, Any]) -> Pair:
+    category = str(data["category"])
+    canonical = re.sub(rf"[:_]{re.escape(category)}$", f":{category}", stem)
+    source_xy, target_xy = (_points(data[name]) for name in ("src_kps", "trg_kps"))
+    if len(source_xy) != len(target_xy):
+        raise ValueError(f"{len(source_xy)} key points in the source, {len(target_xy)} in the target")
+    return Pair(
+        name=canonical,
+        category=category,
+        source=_spair_image(folder, category, data["src_imname"], data["src_imsize"]),
+        target=_spair_image(folder, category, data["trg_imname"], data["trg_imsize"]),
+        source_xy=source_xy,
+        target_xy=target_xy,
+        box=_box(data["trg_bndbox"]),
+    )
+
+
+def _spair_image(folder: Folder, category: str, name: str, size: Sequence[int]) -> ImageFile:
+    for part in (category, name):
+        _require_plain(part, f"{folder.shown}: a pair")
+    stem = name.rsplit(".", 1)[0]
+    keys = (f"JPEGImages/{category}/{stem}", f"{category}/{stem}", stem)
+    return ImageFile(
+        folder=folder, name=f"JPEGImages/{category}/{name}", keys=keys, width=int(size[0]), height=int(size[1])
+    )
+
+
+def _points(values: Iterable[Sequence[float]]) -> tuple[Point, ...]:
+    points = tuple((float(x), float(y)) for x, y in values)
+    if not np.isfinite(np.array(points)).all():
+        raise ValueError(f"key points hold NaN or infinity: {points}")
+    return points
+
+
+def _box(values: Sequence[float]) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = (float(value) for value in values)
+    if not (x1 < x2 or y1 < y2):
+        raise ValueError(f"the box {list(values)} has no extent")
+    return x1, y1, x2, y2
+
+
+def _with_image_points(folder: Folder, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with the key points and boxes of their images' annotations."""
+    names = sorted({_annotation(image) for pair in pairs for image in (pair.source, pair.target)})
+    try:
+        files = folder.read_many(names)
+    except FileNotFoundError as error:
+        raise DatasetError(f"{error}; the key points of images (ViT-Up) need it, those of pairs don't") from None
+    found = {name: _parsed(folder, name, data, _image_points) for name, data in zip(names, files, strict=True)}
+    out = []
+    for pair in pairs:
+        source, (target, box) = found[_annotation(pair.source)][0], found[_annotation(pair.target)]
+        both = [key for key in source if key in target]
+        points = {"source_xy": tuple(source[key] for key in both), "target_xy": tuple(target[key] for key in both)}
+        out.append(
+            Pair(name=pair.name, category=pair.category, source=pair.source, target=pair.target, box=box, **points)
+        )
+    return out
+
+
+def _annotation(image: ImageFile) -> str:
+    return image.name.replace("JPEGImages/", "ImageAnnotation/", 1).rsplit(".", 1)[0] + ".json"
+
+
+def _image_points(data: Mapping[str, Any]) -> tuple[dict[str, Point], tuple[float, float, float, float]]:
+    """Key points by id, those that the image has, and its box."""
+    there = {key: _points([point])[0] for key, point in data["kps"].items() if point is not None}
+    return there, _box(data["bndbox"])
+
+
+# --- DAVIS ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A video: its frames, and the label image of each."""
+
+    name: str
+    frames: tuple[ImageFile, ...]
+    masks: tuple[str, ...]
+    "paths inside the frames' folder"
+
+
+def load_davis(folder: Folder, split: str = "val", resolution: str = "480p", step: int = 1) -> list[Clip]:
+    """The clips of `ImageSets/2017/<split>.txt`, every `step`-th frame. Raises `DatasetError`, also where a mask is missing."""
+    clips = []
+    for name in dict.fromkeys(_lines(folder, f"ImageSets/2017/{split}.txt")):
+        _require_plain(name, f"{folder.shown}/ImageSets/2017/{split}.txt")
+        frames = _names(folder, f"JPEGImages/{resolution}/{name}", ("jpg", "jpeg"))
+        masks = set(folder.sizes(f"Annotations/{resolution}/{name}"))
+        stems = [frame.rsplit(".", 1)[0] for frame in frames][::step]
+        for stem in stems:
+            if f"{stem}.png" not in masks:
+                raise DatasetError(
+                    f"{folder.shown}/Annotations/{resolution}/{name}/{stem}.png is missing, but its frame is not"
+                )
+        images = tuple(
+            ImageFile(
+                folder=folder,
+                name=f"JPEGImages/{resolution}/{name}/{frame}",
+                keys=tuple(f"{head}{name}/{stem}" for head in (f"JPEGImages/{resolution}/", f"{resolution}/", "")),
+            )
+            for frame, stem in zip(frames[::step], stems, strict=True)
+        )
+        clips.append(
+            Clip(name=name, frames=images, masks=tuple(f"Annotations/{resolution}/{name}/{stem}.png" for stem in stems))
+        )
+    return clips
+
+
+# --- object discovery -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxedImage:
+    """An image with the boxes of its objects: x1, y1, x2, y2 in pixels, x2 and y2 exclusive."""
+
+    image: ImageFile
+    boxes: tuple[tuple[float, float, float, float], ...]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.image.width, self.image.height
+
+
+def load_voc(folder: Folder, year: str, split: str = "trainval") -> list[BoxedImage]:
+    """A VOC detection split. The folder may be the one above VOCdevkit (TokenCut's, with or without VOC<year>/), VOCdevkit
+    itself, or the year's. Difficult and truncated objects count, as in TokenCut's. Raises `DatasetError`."""
+    listed = f"ImageSets/Main/{split}.txt"
+    places = [f"VOC{year}/VOCdevkit/VOC{year}", f"VOCdevkit/VOC{year}", f"VOC{year}", ""]
+    root = next(
+        (f"{place}/" if place else "" for place in places if folder.exists(f"{place}/{listed}".lstrip("/"))), None
+    )
+    if root is None:
+        raise DatasetError(
+            f"{folder.shown} has no VOCdevkit/VOC{year}/{listed}, nor VOC{year}/VOCdevkit/...; check --data"
+        )
+    # Lists of single classes have -1 in a second column; the ids are what is wanted.
+    ids = list(dict.fromkeys(_lines(folder, root + listed)))
+    names = [f"{root}Annotations/{each}.xml" for each in ids]
+    try:
+        files = folder.read_many(names)
+    except FileNotFoundError as error:
+        raise DatasetError(f"{error}, but {listed} lists it") from None
+    found = []
+    for each, name, data in zip(ids, names, files, strict=True):
+        width, height, boxes = _voc_objects(f"{folder.shown}/{name}", data)
+        path, keys = f"{root}JPEGImages/{each}.jpg", (f"{root}JPEGImages/{each}", f"JPEGImages/{each}", each)
+        found.append(
+            BoxedImage(image=ImageFile(folder=folder, name=path, keys=keys, width=width, height=height), boxes=boxes)
+        )
+    _require_images(folder, (each.image for each in found))
+    return found
+
+
+def _voc_objects(shown: str, data: bytes) -> tuple[int, int, tuple[tuple[float, float, float, float], ...]]:
+    """Width, height and boxes of an XML annotation; boxes are 1-based and inclusive there."""
+    try:
+        if b"<!ENTITY" in data:
+            raise DatasetError(f"{shown} declares entities, which annotations have no use for; it is not read")
+        root = ET.fromstring(data)
+        boxes = [_voc_box(each) for each in root.iter("object")]
+        return _number(root, "size/width"), _number(root, "size/height"), tuple(boxes)
+    except (ET.ParseError, ValueError) as error:
+        raise DatasetError(f"{shown} is malformed: {error}") from None
+
+
+def _voc_box(node: ET.Element) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = (_number(node, f"bndbox/{name}") for name in ("xmin", "ymin", "xmax", "ymax"))
+    return x1 - 1.0, y1 - 1.0, float(x2), float(y2)
+
+
+def _number(node: ET.Element, path: str) -> int:
+    text = node.findtext(path)
+    if text is None:
+        raise ValueError(f"<{node.tag}> has no <{path}>")
+    return round(float(text))
+
+
+COCO_ANNOTATIONS = (
+    "instances_train2014_sel20k.json",
+    "annotations/instances_train2014_sel20k.json",
+    "COCO/annotations/instances_train2014.json",
+    "annotations/instances_train2014.json",
+)
+"""Where COCO20k's boxes may be; the first that is there. Images are found by name in any of them, not by position."""
+
+COCO_IMAGES = ("COCO/images/train2014", "images/train2014", "train2014", "COCO/train2014")
+
+
+def load_coco20k(folder: Folder) -> list[BoxedImage]:
+    """The images of coco_20k_filenames.txt, in its order, with their boxes; crowds don't count. Raises `DatasetError`."""
+    wanted = [posixpath.basename(line) for line in _lines(folder, "coco_20k_filenames.txt")]
+    where = next((name for name in COCO_ANNOTATIONS if folder.exists(name)), None)
+    if where is None:
+        raise DatasetError(f"{folder.shown} has none of {', '.join(COCO_ANNOTATIONS)}; check --data")
+    images, boxes = _parsed(folder, where, read(folder, where), _coco_boxes)
+    place = next((name for name in COCO_IMAGES if f"{wanted[0]}" in folder.sizes(name)), None)
+    if place is None:
+        raise DatasetError(f"{folder.shown} has no {wanted[0]} in any of {', '.join(COCO_IMAGES)}; check --data")
+    found = []
+    for name in dict.fromkeys(wanted):
+        if name not in images:
+            raise DatasetError(f"{folder.shown}/{where} has no image {name}, but coco_20k_filenames.txt lists it")
+        number, width, height = images[name]
+        stem = name.rsplit(".", 1)[0]
+        keys = (f"{place}/{stem}", f"train2014/{stem}", stem)
+        image = ImageFile(folder=folder, name=f"{place}/{name}", keys=keys, width=width, height=height)
+        found.append(BoxedImage(image=image, boxes=tuple(boxes.get(number, ()))))
+    _require_images(folder, (each.image for each in found))
+    return found
+
+
+def _coco_boxes(data: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int, int]], dict[int, list[Any]]]:
+    images = {each["file_name"]: (int(each["id"]), int(each["width"]), int(each["height"])) for each in data["images"]}
+    boxes: dict[int, list[Any]] = {}
+    for each in data["annotations"]:
+        if not each.get("iscrowd"):
+            x, y, w, h = each["bbox"]
+            corners = tuple(float(round(value)) for value in (x, y, x + w, y + h))
+            boxes.setdefault(int(each["image_id"]), []).append(corners)
+    return images, boxes
+
+
+# --- plain images -----------------------------------------------------------------------------------------------------
+
+
+def load_images(url: str, options: Mapping[str, Any] | None = None) -> list[ImageFile]:
+    """The images of a folder and those below it, sorted; of a data set in SPair's layout, those in JPEGImages.
+
+    Raises `DatasetError`, `InputError`.
+    """
+    folder = Folder(url, options)
+    if folder.folders("JPEGImages") or folder.sizes("JPEGImages"):
+        folder = Folder(f"{folder.url}/JPEGImages", options)
+    files = expand_inputs([folder.url], options)
+    if not all(file.is_image for file in files):
+        raise DatasetError(f"{folder.shown} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
+    return [_plain_image(folder, file.url[len(file.base) :].lstrip("/")) for file in files]
+
+
+def _plain_image(folder: Folder, name: str) -> ImageFile:
+    stem = name.rsplit(".", 1)[0]
+    return ImageFile(
+        folder=folder, name=name, keys=tuple(dict.fromkeys((f"JPEGImages/{stem}", stem, posixpath.basename(stem))))
+    )

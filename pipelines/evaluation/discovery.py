@@ -1,0 +1,274 @@
+"""Unsupervised discovery of one object per image with TokenCut, on VOC07, VOC12 and COCO20k: CorLoc (specs/evaluation.md
+section 3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from operators.evaluation.discovery import CorLoc, Discovery, TokenCut, discover
+from operators.visual import Tile, heat
+from pipelines.config import ConfigError
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.datasets import BoxedImage, DatasetError, digest, load_coco20k, load_voc
+from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, with_published
+from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.sources import FeatureSource, LiveRecipe, Picture, Recipe, Size, Squash, resolve_source
+from storage.paths import Folder
+
+PIECE_IMAGES = 16
+
+ORIGINAL = "original"
+"""A line's input where images keep their own size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscoveryConfig(EvaluateConfig):
+    """Is there an object, and where? TokenCut without any training; the share of images whose box fits an object (CorLoc)."""
+
+    dataset: Literal["voc07", "voc12", "coco20k"] = "voc07"
+    """Layout of --data: the folder above VOCdevkit, or that of coco_20k_filenames.txt."""
+    protocol: Literal["lift", "tokencut"] = "lift"
+    """`lift`: images squashed to squares of --sizes; `tokencut`: at their own size, padded to whole patches."""
+    sizes: tuple[int, ...] = ()
+    """lift: sides of the model's square input; default: the model's own, or the stores'."""
+    split: str = "trainval"
+    """List of a VOC data set in ImageSets/Main."""
+    tau: float | None = None
+    """Cosines above it are edges. Default: 0.2, and 0.3 for coco20k with lift, as in LiFT's commands."""
+    weighted: bool = False
+    """Edges keep their cosine as weight: TokenCut's ablation."""
+    solver: Literal["official", "fast"] = "official"
+    """`fast`: Lanczos' method instead of LAPACK's dense solver; several times faster on large grids."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol == "tokencut" and self.sizes:
+            raise ConfigError("--sizes are for --protocol lift; tokencut takes images at their own size")
+
+    @property
+    def settings(self) -> TokenCut:
+        """TokenCut's settings, defaults resolved."""
+        default = 0.3 if self.dataset == "coco20k" and self.protocol == "lift" else 0.2
+        return TokenCut(tau=default if self.tau is None else self.tau, weighted=self.weighted, solver=self.solver)
+
+
+_SOURCE = "LiFT paper, DINO ViT-S/16"
+PUBLISHED = {
+    "voc07": Published(
+        source=_SOURCE,
+        values={
+            "backbone": by_size([20.74, 50.07, 65.60, 68.27]),
+            "bilinear": by_size([21.27, 46.96, 64.70, 68.37]),
+            "resize_conv": by_size([28.96, 55.00, 66.85, 68.87]),
+            "jbu": by_size([26.16, 56.60, 66.75, 69.03]),
+            "lift": by_size([36.54, 62.02, 68.79, 69.65]),
+        },
+    ),
+    "voc12": Published(
+        source=_SOURCE,
+        values={
+            "backbone": by_size([23.27, 55.33, 69.01, 71.64]),
+            "bilinear": by_size([23.46, 52.64, 68.53, 71.55]),
+            "resize_conv": by_size([31.63, 59.96, 68.87, 71.47]),
+            "jbu": by_size([28.97, 61.67, 69.13, 71.54]),
+            "lift": by_size([40.56, 66.21, 70.91, 71.71]),
+        },
+    ),
+    "coco20k": Published(
+        source=_SOURCE,
+        values={
+            "backbone": by_size([16.28, 40.08, 53.98, 57.99]),
+            "bilinear": by_size([17.78, 35.62, 51.53, 56.84]),
+            "resize_conv": by_size([22.92, 42.53, 54.52, 58.40]),
+            "jbu": by_size([21.36, 43.87, 55.45, 58.82]),
+            "lift": by_size([27.72, 50.20, 58.03, 60.50]),
+        },
+    ),
+}
+"""CorLoc in percent."""
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadToPatches:
+    """Draws an image at its own size, `size` with what is missing on the right and below to whole patches."""
+
+    size: Size
+    colour: tuple[int, int, int]
+    "the model's mean: zero, once it is normalised"
+
+    def __call__(self, pixels_HW3: np.ndarray) -> np.ndarray:
+        canvas = np.empty((*self.size, 3), np.uint8)
+        canvas[:] = self.colour
+        canvas[: pixels_HW3.shape[0], : pixels_HW3.shape[1]] = pixels_HW3
+        return canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectDiscovery:
+    """Images with objects, and how those are looked for."""
+
+    images: tuple[BoxedImage, ...]
+    sides: tuple[int, ...]
+    "of square inputs; empty: images keep their size"
+    patch: int
+    colour: tuple[int, int, int]
+    settings: TokenCut
+    shown: frozenset[int]
+    "images whose eigenvectors are kept for pictures"
+
+    def pieces(self) -> list[Piece]:
+        starts = range(0, len(self.images), PIECE_IMAGES)
+        return [
+            Piece(name=f"{side}-{start:06d}", items=tuple(range(start, min(start + PIECE_IMAGES, len(self.images)))))
+            for side in self.sides or (0,)
+            for start in starts
+        ]
+
+    def size(self, number: int, side: int) -> Size:
+        """The model's input; `side` 0 stands for the image's own size."""
+        image = self.images[number].image
+        if side:
+            return side, side
+        return -(-image.height // self.patch) * self.patch, -(-image.width // self.patch) * self.patch
+
+    def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
+        side = int(piece.name.split("-")[0])
+        return [record for number in piece.items for record in self._image(number, side, source)]
+
+    def _image(self, number: int, side: int, source: FeatureSource) -> list[Record]:
+        boxed, size = self.images[number], self.size(number, side)
+        picture = Squash(size=size, interpolation="bilinear").of(boxed.image)
+        if not side:
+            pad = PadToPatches(size=size, colour=self.colour)
+            picture = Picture(image=boxed.image, size=size, draw=pad, geometry=None)
+        truth = _scaled(boxed, side)
+        records = []
+        for name, features in source.maps(picture).items():
+            found = discover(features.numpy(), size, self.settings)
+            box = found.box if side else (*found.box[:2], *np.minimum(found.box[2:], boxed.image_size).tolist())
+            hit = CorLoc.of(box, truth)
+            record = {"image": number, "side": side, "row": name, "box": box, "hits": hit.hits, "images": hit.images}
+            records.append({**record, "found": found.found, **(_eigenvector(found) if number in self.shown else {})})
+        return records
+
+
+def _scaled(boxed: BoxedImage, side: int) -> list[tuple[float, ...]]:
+    """The objects' boxes in pixels of the input: LiFT's are truncated to whole ones."""
+    if not side:
+        return list(boxed.boxes)
+    width, height = boxed.image_size
+    return [
+        (int(x1 * side / width), int(y1 * side / height), int(x2 * side / width), int(y2 * side / height))
+        for x1, y1, x2, y2 in boxed.boxes
+    ]
+
+
+def _eigenvector(found: Discovery) -> Record:
+    return {"eigenvector": np.round(found.eigenvector_hw, 6).tolist()}
+
+
+def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
+    """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
+    folder = Folder(config.required("data"), config.options)
+    years = {"voc07": "2007", "voc12": "2012"}
+    loaded = load_voc(folder, years[config.dataset], config.split) if config.dataset in years else load_coco20k(folder)
+    images = tuple(each for each in loaded if each.boxes)[: config.limit]
+    if not images:
+        raise DatasetError(f"{folder.shown}: no image has an object")
+    own_size = config.protocol == "tokencut"
+    recipe, sizes = resolve_source(config, [(side, side) for side in config.sizes], None if own_size else "squash")
+    if any(h != w for h, w in sizes) and not own_size:
+        raise ConfigError(f"discovery is done on square inputs, not on {sizes}; use --sizes")
+    shown = np.unique(np.linspace(0, len(images) - 1, min(config.pictures, len(images))).round().astype(int))
+    red, green, blue = (round(255 * value) for value in recipe.spec(sizes[0]).mean)
+    task = ObjectDiscovery(
+        images=images,
+        sides=() if own_size else tuple(h for h, _ in sizes),
+        patch=recipe.patch if isinstance(recipe, LiveRecipe) else 1,
+        colour=(red, green, blue),
+        settings=config.settings,
+        shown=frozenset(shown.tolist()),
+    )
+    return task, recipe, begin(config, "discovery", recipe, digest(images))
+
+
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+
+def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:
+    """CorLoc by row and side."""
+    found: dict[tuple[str, int], CorLoc] = {}
+    for record in records:
+        name = record["row"], record["side"]
+        found[name] = found.get(name, CorLoc()) + CorLoc(hits=record["hits"], images=record["images"])
+    return found
+
+
+def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records: Sequence[Record]) -> Findings:
+    """CorLoc per row and size, in percent."""
+    found = scores(records)
+    lines, rows = [], {}
+    for side in task.sides or (0,):
+        size = task.size(0, side)
+        for row in recipe.rows(size):
+            rows[row.name] = row
+            corloc = found[row.name, side]
+            line = Line.of(row, size, [100 * corloc.share, corloc.images])
+            lines.append(line if side else line.like(ORIGINAL, f"{line.grid}, ..."))
+    table = Table(title=f"CorLoc on {config.dataset}, %", columns=("CorLoc", "images"), lines=tuple(lines))
+    published = PUBLISHED[config.dataset] if config.paper and task.sides else None
+    return Findings(
+        tables=(with_published(table, rows, published),),
+        choices=_choices(config, task, recipe),
+        details={"without an object's box": sum(not record["found"] for record in records)},
+        pictures=_pictures(task, records),
+    )
+
+
+def _choices(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe) -> dict[str, str]:
+    images = "squashed to squares, bilinear" if task.sides else "own size, padded with the mean colour to whole patches"
+    return {
+        "protocol": config.protocol,
+        "images": images if recipe.how_drawn == "paper" else "squashed, drawn as extract",
+        "tokencut": str(task.settings),
+        "objects": "difficult and truncated ones count; crowds and images without objects don't",
+        "hit": "IoU of at least 0.5 with any object, as in the code; TokenCut's paper says greater than",
+    }
+
+
+def _pictures(task: ObjectDiscovery, records: Sequence[Record], tile: int = 200) -> dict[str, Image.Image]:
+    """Boxes and eigenvectors of the shown images at the largest size."""
+    side = max(task.sides or (0,))
+    kept = [record for record in records if record["side"] == side and "eigenvector" in record]
+    names = list(dict.fromkeys(record["row"] for record in kept))
+    by_image: dict[int, dict[str, Record]] = {}
+    for record in kept:
+        by_image.setdefault(record["image"], {})[record["row"]] = record
+    if not by_image:
+        return {}
+    tiles = [
+        [drawn for name in names for drawn in _tiles(task, by_image[number][name], side, tile)] for number in by_image
+    ]
+    columns = [text for name in names for text in (f"{name}\nboxes", f"{name}\neigenvector")]
+    shown = [task.images[number].image.name.rsplit("/", 1)[-1] for number in by_image]
+    title = "red: what was found; green: objects"
+    return {"boxes.png": panel(tiles, columns, shown, title, (tile, tile))}
+
+
+def _tiles(task: ObjectDiscovery, record: Record, side: int, tile: int) -> tuple[Tile, Tile]:
+    boxed = task.images[record["image"]]
+    photo = Image.fromarray(boxed.image.pixels()).resize((tile, tile))
+    pen = ImageDraw.Draw(photo)
+    width, height = (side, side) if side else boxed.image_size
+    scale = np.array([tile / width, tile / height] * 2)
+    for boxes, colour in ((_scaled(boxed, side), (60, 220, 90)), ([record["box"]], (240, 50, 40))):
+        for box in boxes:
+            pen.rectangle((np.array(box) * scale - [0, 0, 1, 1]).clip(0).tolist(), outline=colour, width=2)
+    vector = np.array(record["eigenvector"])
+    return Tile(pixels=np.array(photo), is_photo=True), Tile(pixels=heat(vector, vector.min(), vector.max()))

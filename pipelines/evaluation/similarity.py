@@ -1,0 +1,103 @@
+"""Panels of self-similarity: how alike all features are to the centre's (LiFT Fig. 5, 6; specs/evaluation.md section 6)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from operators.evaluation.similarity import centre_cell, self_similarity
+from operators.visual import Tile, heat
+from pipelines.config import ConfigError
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.datasets import ImageFile, digest, load_images
+from pipelines.evaluation.report import Findings, Line, Table, panel, shown_size
+from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.sources import FeatureSource, Recipe, Size, Squash, resolve_source
+from storage.paths import Folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityConfig(EvaluateConfig):
+    """What does the centre of an image look like to the features? One line of maps per image of a folder."""
+
+    sizes: tuple[int, ...] = ()
+    """Sides of the model's square input; default: the model's own and twice that, or the stores'. All levels are shown of the
+    smallest size, of others the low-resolution map."""
+    limit: int | None = 6
+    """Only the first N images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfSimilarity:
+    """Images and sizes."""
+
+    images: tuple[ImageFile, ...]
+    sides: tuple[int, ...]
+
+    def pieces(self) -> list[Piece]:
+        return [Piece(name=f"{number:05d}", items=(number,)) for number in range(len(self.images))]
+
+    def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
+        (number,) = piece.items
+        records = []
+        for side in self.sides:
+            squash = Squash(size=(side, side), interpolation="bilinear")
+            maps = source.maps(squash.of(self.images[number]))
+            for name in [row.name for row in source.rows((side, side))][: None if side == self.sides[0] else 1]:
+                similarity = self_similarity(maps[name].numpy())
+                records.append({"image": number, "side": side, "row": name, "map": np.round(similarity, 5).tolist()})
+        return records
+
+
+def prepare(config: SimilarityConfig) -> tuple[SelfSimilarity, Recipe, Folder]:
+    """The images listed, the model loaded, the folder begun: most that can be wrong is wrong here."""
+    images = tuple(load_images(config.required("data"), config.options)[: config.limit])
+    wanted: Sequence[Size] = [(side, side) for side in config.sizes]
+    recipe, sizes = resolve_source(config, wanted, "squash")
+    if any(h != w for h, w in sizes):
+        raise ConfigError(f"self-similarity is shown of square inputs, not of {sizes}; use --sizes")
+    sides = tuple(sorted(h for h, _ in sizes))
+    if not config.sizes and not config.stores:
+        sides = (sides[0], 2 * sides[0])
+    task = SelfSimilarity(images=images, sides=sides)
+    return task, recipe, begin(config, "similarity", recipe, digest([*images, *sides]))
+
+
+def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records: Sequence[Record]) -> Findings:
+    """A panel, and which maps are in it, with the share of cells in the upper half of the map's own scale."""
+    shown: dict[tuple[int, str], dict[int, np.ndarray]] = {}
+    for record in records:
+        shown.setdefault((record["side"], record["row"]), {})[record["image"]] = np.array(record["map"])
+    rows = {(side, row.name): row for side in task.sides for row in recipe.rows((side, side))}
+    lines = []
+    for (side, name), maps in shown.items():
+        share = float(np.mean([(each >= 0.5).mean() for each in maps.values()]))
+        lines.append(Line.of(rows[side, name], (side, side), [100 * share, len(maps)]))
+    table = Table(
+        title="Self-similarity of the centre cell, each map stretched to 0..1",
+        columns=("cells above 0.5, %", "images"),
+        lines=tuple(lines),
+    )
+    return Findings(
+        tables=(table,),
+        choices={
+            "cell": "half the cells a side, as in LiFT's code: right and below of the true centre",
+            "scale": "each map its own, so that values of different maps can't be compared",
+            "images": f"squashed, {'bilinear' if recipe.how_drawn == 'paper' else 'drawn as extract'}",
+        },
+        pictures={"similarity.png": _picture(task, shown)} if config.pictures else {},
+    )
+
+
+def _picture(task: SelfSimilarity, shown: dict[tuple[int, str], dict[int, np.ndarray]], tile: int = 160) -> Image.Image:
+    columns = ["photo", *(f"{name}\n{shown_size((side, side))} px" for side, name in shown)]
+    tiles = []
+    for number, image in enumerate(task.images):
+        row, column = centre_cell(next(iter(shown.values()))[number].shape)
+        cells = next(iter(shown.values()))[number].shape
+        mark = ((column + 0.5) / cells[1], (row + 0.5) / cells[0])
+        photo = Tile(pixels=np.array(Image.fromarray(image.pixels()).resize((tile, tile))), is_photo=True, mark=mark)
+        tiles.append([photo, *(Tile(pixels=heat(maps[number], 0, 1)) for maps in shown.values())])
+    names = [image.name.rsplit("/", 1)[-1] for image in task.images]
+    return panel(tiles, columns, names, "cosine with the ringed cell, blue to yellow", (tile, tile))

@@ -1,0 +1,443 @@
+"""Where an evaluation reads features from: a live model, or stores that were extracted, behind one interface.
+
+Maps are made one image at a time, so that an image's features don't depend on which others are evaluated beside it, nor on
+how many workers there are. The low-resolution row and the bilinear rows are made here, by the same code for both sources.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from operators.backbone import preprocessing
+from operators.image import Geometry, ImageRefused, decode
+from pipelines.config import ConfigError
+from pipelines.evaluation.config import Drawing, EvaluateConfig
+from pipelines.evaluation.datasets import ImageFile
+from pipelines.models import FeatureModel, LevelChoice, ModelBundle, describe_model
+from pipelines.weights import WeightsChoice, load_model
+from storage.paths import StorageError
+from storage.spec import FeatureSpec, Level
+from storage.store import FeatureStore
+
+Size = tuple[int, int]
+"""(height, width) in pixels, or (rows, columns) of cells."""
+
+Geometries = Literal["pad", "squash"] | None
+"""How jobs/extract.py places images just as a protocol does; None: in no way."""
+
+CACHE_BYTES = 2**29
+"""Maps that one worker keeps for images that come again."""
+
+
+class FeaturesMissing(StorageError):
+    """A store lacks an image of the data set, or holds it otherwise placed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a table: a kind of map."""
+
+    name: str
+    "`low-res`, or method and level, as in `lift x2`"
+    method: str
+    "`backbone`, or an upsampler's name"
+    level: str | None
+    "that the map is; None: made of the low-resolution map"
+    grid: Size
+    stride: int
+    "of the backbone, in input pixels"
+    digest: str = ""
+    "of a learned upsampler"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image as a protocol feeds it to the model."""
+
+    image: ImageFile
+    size: Size
+    "of the model's input"
+    draw: Callable[[np.ndarray], np.ndarray]
+    "uint8 [height, width, 3] of the original to uint8 [*size, 3], as the protocol's code does it"
+    geometry: Geometries
+    "of jobs/extract.py, where it places the image just so; None: none does"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squash:
+    """Draws images at `size`, whatever their aspect, by Pillow's interpolation, which is antialiased."""
+
+    size: Size
+    interpolation: Literal["bilinear", "bicubic"]
+
+    def __call__(self, pixels_HW3: np.ndarray) -> np.ndarray:
+        method = Image.Resampling[self.interpolation.upper()]
+        return np.array(Image.fromarray(pixels_HW3).resize((self.size[1], self.size[0]), method))
+
+    def of(self, image: ImageFile) -> Picture:
+        """The image drawn so."""
+        return Picture(image=image, size=self.size, draw=self, geometry="squash")
+
+
+class FeatureSource(Protocol):
+    """Maps of images, from wherever they are."""
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
+
+    def maps(self, picture: Picture) -> dict[str, Tensor]:
+        """Float32 [h, w, C] by row name."""
+
+
+def rows_of(levels: Sequence[Level], stride: int, shown: str) -> tuple[Row, ...]:
+    """The rows for a model's or store's dense levels. Raises `ConfigError` where the low-resolution map isn't among them."""
+    dense = [level for level in levels if level.grid]
+    base = next((level for level in dense if level.method == "backbone"), None)
+    if base is None or base.grid is None:
+        raise ConfigError(f"{shown}: no level is the backbone's own map, which every table shows; add x1 to --levels")
+    low = Row(name="low-res", method="backbone", level=base.name, grid=base.grid, stride=stride)
+    others = [
+        Row(
+            name=f"{level.method} {level.name}",
+            method=level.method,
+            level=level.name,
+            grid=level.grid or base.grid,
+            stride=stride,
+            digest=level.digest,
+        )
+        for level in dense
+        if level is not base
+    ]
+    bilinear = [row for row in others if row.method == "bilinear"]
+    finer = [row for row in others if row.grid[0] * row.grid[1] > base.grid[0] * base.grid[1]]
+    grids = {row.grid: row.name.split(" ")[1] for row in finer if row.method != "bilinear"}
+    if not finer:
+        grids = {(2 * base.grid[0], 2 * base.grid[1]): "x2"}
+    made = [
+        Row(name=f"bilinear {name}", method="bilinear", level=None, grid=grid, stride=stride)
+        for grid, name in grids.items()
+        if grid not in {row.grid for row in bilinear}
+    ]
+    return (low, *bilinear, *made, *(row for row in others if row.method != "bilinear"))
+
+
+def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
+    """Maps by row name: levels as they are, and the low-resolution map enlarged bilinearly."""
+    maps: dict[str, Tensor] = {}
+    for row in rows:
+        if row.level is not None:
+            maps[row.name] = torch.from_numpy(np.asarray(by_level[row.level], np.float32))
+        else:
+            low = maps["low-res"].permute(2, 0, 1)[None]
+            enlarged = F.interpolate(low, size=row.grid, mode="bilinear", align_corners=False)
+            maps[row.name] = enlarged[0].permute(1, 2, 0).contiguous()
+    if not all(each.isfinite().all() for each in maps.values()):
+        raise StorageError(f"{name}: its features hold NaN or infinity")
+    return maps
+
+
+# --- a live model -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveRecipe:
+    """A model as it is sent to workers."""
+
+    bundles: Mapping[bool, ModelBundle]
+    "by whether inputs are ragged (not filled by patches)"
+    patch: int
+    drawing: Drawing
+
+    def open(self, device: str) -> "LiveSource":
+        return LiveSource(self, device)
+
+    @property
+    def how_drawn(self) -> Drawing:
+        return self.drawing
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        """What is evaluated for inputs of `size`."""
+        spec = self.spec(size)
+        return rows_of(spec.levels, spec.stride, spec.model)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the features, as JSON values."""
+        spec = next(iter(self.bundles.values())).spec.to_json()
+        spec["levels"] = [[lv["name"], lv["method"], lv["dtype"], lv["digest"]] for lv in spec["levels"]]
+        for name in ("input_size", "geometry", "crop_pct", "jpeg_draft"):
+            del spec[name]
+        return {"drawing": self.drawing, "model": spec}
+
+    def spec(self, size: Size) -> FeatureSpec:
+        """The spec for inputs of `size`. Raises `ConfigError` where patches don't fill them and none were asked for."""
+        ragged = is_ragged(size, self.patch, next(iter(self.bundles.values())).spec.stride)
+        spec = self.bundles[ragged].spec
+        old, new = (cells(each, self.patch, spec.stride) for each in (spec.input_size, size))
+        return replace(spec, input_size=size, levels=tuple(_at(level, old, new) for level in spec.levels))
+
+
+def _at(level: Level, old: Size, new: Size) -> Level:
+    """A level for a backbone's grid of `new` instead of `old` cells; those that name their grid keep it."""
+    if level.grid is None or (not level.name.startswith("x")):
+        return level
+    grid = tuple(n * cells for n, cells in zip(level.grid, new, strict=True))
+    if any(n % cells for n, cells in zip(grid, old, strict=True)):
+        raise ConfigError(f"--levels {level.name}: {new[0]}x{new[1]} cells times its factor are not whole")
+    return replace(level, grid=tuple(n // cells for n, cells in zip(grid, old, strict=True)))
+
+
+def cells(size: Size, patch: int, stride: int) -> Size:
+    """(rows, columns) of a backbone's map."""
+    return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
+
+
+def is_ragged(size: Size, patch: int, stride: int) -> bool:
+    """Whether pixels are left over beyond the last whole patch."""
+    return any((side - patch) % stride for side in size)
+
+
+class LiveSource:
+    """Runs a model, one for each input size. Not thread-safe."""
+
+    def __init__(self, recipe: LiveRecipe, device: str):
+        self.recipe, self.device = recipe, device
+        self._models: OrderedDict[Size, FeatureModel] = OrderedDict()
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        return self.recipe.rows(size)
+
+    def maps(self, picture: Picture) -> dict[str, Tensor]:
+        spec = self.recipe.spec(picture.size)
+        pixels = _draw(picture, spec, self.recipe.drawing)
+        rows, _ = self._model(picture.size, spec)(pixels[None], {})
+        by_level = {name: each[0] for name, each in rows.items()}
+        return _rows_of_maps(self.rows(picture.size), by_level, picture.image.shown)
+
+    def _model(self, size: Size, spec: FeatureSpec) -> FeatureModel:
+        if size not in self._models:
+            if len(self._models) >= 8:
+                self._models.popitem(last=False)
+            bundle = self.recipe.bundles[is_ragged(size, self.recipe.patch, spec.stride)]
+            try:
+                self._models[size] = replace(bundle, spec=spec).build(self.device)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{spec.model} can't be given inputs of {size[0]}x{size[1]} px as well: {error}; run each size by itself"
+                ) from None
+        self._models.move_to_end(size)
+        return self._models[size]
+
+
+def _draw(picture: Picture, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
+    if drawing == "paper":
+        return picture.draw(picture.image.pixels())
+    if picture.geometry is None:
+        raise ConfigError(
+            "this protocol's images are placed as jobs/extract.py can't: use --drawing paper, and no --stores"
+        )
+    height, width = picture.size
+    geometry = Geometry(
+        mode=picture.geometry, height=height, width=width, interpolation=spec.interpolation, mean=spec.mean
+    )
+    try:
+        return decode(picture.image.data(), geometry, max_pixels=2**40).pixels
+    except (ImageRefused, OSError, SyntaxError) as error:
+        raise StorageError(f"{picture.image.shown} can't be decoded: {error}") from None
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreRecipe:
+    """Open stores, one per input size."""
+
+    stores: Mapping[Size, FeatureStore]
+
+    def open(self, device: str) -> "StoreSource":  # noqa: ARG002 - as a model is opened
+        return StoreSource(self)
+
+    @property
+    def how_drawn(self) -> Drawing:
+        return "extract"
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        """What is evaluated for inputs of `size`."""
+        spec = self.spec(size)
+        return rows_of(spec.levels, spec.stride, self.store(size).folder.shown)
+
+    def identity(self) -> dict[str, Any]:
+        """What made the features, as JSON values."""
+        prints = {f"{h}x{w}": self.stores[h, w].attributes["fingerprint"] for h, w in sorted(self.stores)}
+        return {"drawing": "extract", "stores": prints}
+
+    def spec(self, size: Size) -> FeatureSpec:
+        """The spec of the store of that size. Raises `ConfigError` if there is none."""
+        return self.store(size).spec
+
+    def store(self, size: Size) -> FeatureStore:
+        """Raises `ConfigError` if there is none of that size."""
+        if size not in self.stores:
+            have = ", ".join(f"{h}x{w}" for h, w in self.stores)
+            raise ConfigError(
+                f"--stores: none was extracted at {size[0]}x{size[1]} px, but at {have}; extract with --size {size[0]}x{size[1]}"
+            )
+        return self.stores[size]
+
+
+class StoreSource:
+    """Reads rows of stores."""
+
+    def __init__(self, recipe: StoreRecipe):
+        self.recipe = recipe
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        return self.recipe.rows(size)
+
+    def maps(self, picture: Picture) -> dict[str, Tensor]:
+        store = self.recipe.store(picture.size)
+        row = self._row(store, picture.image)
+        rows = self.rows(picture.size)
+        by_level = {row_of.level: store.read(row, row_of.level) for row_of in rows if row_of.level}
+        return _rows_of_maps(rows, by_level, f"{store.folder.shown}, row {row}")
+
+    def _row(self, store: FeatureStore, image: ImageFile) -> int:
+        found = store.index.find(image.keys)
+        if not found:
+            raise FeaturesMissing(
+                f"{store.folder.shown} has no features of {image.shown}: none of its keys is {' or '.join(image.keys)}"
+            )
+        row = next(found[key] for key in image.keys if key in found)
+        placed = store.pixels(row)
+        if image.width and (placed.width, placed.height) != (image.width, image.height):
+            raise FeaturesMissing(
+                f"{store.folder.shown}: row {row} is of an image of {placed.width} x {placed.height} pixels, but "
+                f"{image.shown} has {image.width} x {image.height}"
+            )
+        return row
+
+
+def _require_geometry(store: FeatureStore, geometry: Geometries) -> None:
+    """Raise `ConfigError` unless the store's images lie in the model's input as the protocol has them."""
+    if geometry is None:
+        raise ConfigError(
+            "no store can serve this protocol: jobs/extract.py doesn't place images so. Leave --stores out"
+        )
+    height, width = store.spec.input_size
+    if store.spec.geometry != geometry:
+        raise ConfigError(
+            f"{store.folder.shown} was extracted with --geometry {store.spec.geometry}; this protocol places images as "
+            f"--geometry {geometry} does. Extract with --geometry {geometry} --size {height}x{width}"
+        )
+
+
+# --- either -----------------------------------------------------------------------------------------------------------
+
+Recipe = LiveRecipe | StoreRecipe
+
+
+class CachedSource:
+    """A source that keeps the maps used last, at most `max_bytes` of them, or of one image."""
+
+    def __init__(self, source: FeatureSource, max_bytes: int = CACHE_BYTES):
+        self.source, self.max_bytes = source, max_bytes
+        self._kept: OrderedDict[tuple[str, Size], dict[str, Tensor]] = OrderedDict()
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        return self.source.rows(size)
+
+    def maps(self, picture: Picture) -> dict[str, Tensor]:
+        name = picture.image.shown, picture.size
+        if name not in self._kept:
+            self._kept[name] = self.source.maps(picture)
+            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > self.max_bytes:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(name)
+        return self._kept[name]
+
+
+def _bytes(maps: Mapping[str, Tensor]) -> int:
+    return sum(each.nbytes for each in maps.values())
+
+
+def resolve_source(
+    config: EvaluateConfig, sizes: Sequence[Size], geometry: Geometries
+) -> tuple[Recipe, tuple[Size, ...]]:
+    """The model loaded, or the stores opened; and the input sizes: `sizes`, else the model's own, else the stores'.
+
+    `geometry`: how jobs/extract.py would place the protocol's images (`Picture.geometry`).
+    Raises `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`, `StorageError`.
+    """
+    if config.stores:
+        return _open_stores(config, sizes, geometry)
+    if config.how_drawn == "extract" and geometry is None:
+        raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
+    expects = preprocessing(config.model)
+    sizes = tuple(dict.fromkeys(sizes)) or (expects.size,)
+    weights = WeightsChoice.parse(config.weights)
+    loaded = load_model(config.model, sizes[0], weights, config.revision, config.options)
+    patch = int(loaded.feature_info[-1]["reduction"])
+    firsts: dict[bool, Size] = {}
+    for size in sizes:
+        firsts.setdefault(is_ragged(size, patch, config.stride or patch), size)
+    if True in firsts and not config.ragged:
+        shown = "x".join(map(str, firsts[True]))
+        raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
+    bundles = {}
+    for ragged, size in firsts.items():
+        if size != sizes[0]:
+            loaded = load_model(config.model, size, weights, config.revision, config.options)
+        bundles[ragged], _ = describe_model(
+            name=config.model,
+            model=loaded,
+            weights_source=weights.source,
+            layers=config.layers,
+            facet=config.facet,
+            norm=config.norm,
+            stride=config.stride,
+            pos_embed=config.pos_embed,
+            ragged=ragged,
+            size=size,
+            expects=expects,
+            geometry="squash",
+            crop_pct=1.0,
+            precision=config.precision,
+            jpeg_draft=False,
+            levels=[LevelChoice.parse(text, config.encoding) for text in config.levels],
+            storage_options=config.options,
+            force_upsampler=config.force_upsampler,
+        )
+    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn)
+    for size in sizes:
+        recipe.rows(size)
+    return recipe, sizes
+
+
+def _open_stores(
+    config: EvaluateConfig, sizes: Sequence[Size], geometry: Geometries
+) -> tuple[StoreRecipe, tuple[Size, ...]]:
+    stores = [FeatureStore.open(url, config.options) for url in config.stores]
+    by_size = {store.spec.input_size: store for store in stores}
+    if len(by_size) < len(stores):
+        raise ConfigError("--stores: two of them have one input size; give one store per size")
+    recipe = StoreRecipe(stores=by_size)
+    sizes = tuple(dict.fromkeys(sizes)) or tuple(sorted(by_size))
+    for size in sizes:
+        recipe.rows(size)
+        _require_geometry(recipe.store(size), geometry)
+    return recipe, sizes
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """What made the features, weights' digests included, for a report."""
+    if isinstance(recipe, LiveRecipe):
+        return json.loads(json.dumps(recipe.identity()))
+    return {**recipe.identity(), "specs": [store.spec.to_json() for store in recipe.stores.values()]}

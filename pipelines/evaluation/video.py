@@ -1,0 +1,308 @@
+"""Video object segmentation on DAVIS-2017: labels of the first frame are carried through a clip by its features.
+
+LiFT's protocol (square inputs) and DINO's (aspect kept); specs/evaluation.md section 2. Predicted label images are written to
+`masks/<side>/<row>/<clip>/`, as the official evaluation takes them.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from operators.evaluation.davis import VOID, ObjectCurves, Summary, score_clip, summarise
+from operators.evaluation.propagation import Propagation, Propagator, label_image, one_hot
+from operators.visual import Tile
+from pipelines.config import ConfigError
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.datasets import Clip, DatasetError, digest, load_davis, read_labels
+from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, percent, with_published
+from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
+from storage.paths import Folder
+
+COLOURS = np.array(
+    [[0, 0, 0], [240, 70, 60], [60, 200, 90], [70, 120, 250], [240, 200, 40], [200, 80, 220], [60, 210, 220]]
+)
+"""Of objects in pictures, used again from the 7th on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig(EvaluateConfig):
+    """Is an object found again in later frames? J, F and J&F of label propagation on DAVIS-2017."""
+
+    protocol: Literal["lift", "dino"] = "lift"
+    """`lift`: frames squashed to squares, bicubic; `dino`: the short side is --sizes, the other one keeps the aspect, rounded
+    down to a multiple of 64, bilinear."""
+    sizes: tuple[int, ...] = ()
+    """Sides of the model's input in pixels; default: the model's own, or the stores'; 480 for dino."""
+    split: str = "val"
+    """List in ImageSets/2017."""
+    resolution: str = "480p"
+    """Folder in JPEGImages and Annotations."""
+    frame_step: int = 1
+    """Only every N-th frame is looked at and scored; the published numbers are of all."""
+    context: int = 7
+    """Latest frames that are looked at, beside the first one."""
+    top_k: int = 5
+    """Affinities that count per cell."""
+    radius: int = 12
+    """Of the window around a cell, in cells; 0 for none. LiFT keeps 12 on its doubled grid, which halves the window."""
+    temperature: float = 0.1
+    """Of the affinities."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frame_step < 1:
+            raise ConfigError(f"--frame-step {self.frame_step}: must be at least 1")
+        try:
+            self.propagation  # noqa: B018 - checks its settings
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def propagation(self) -> Propagation:
+        return Propagation(context=self.context, top_k=self.top_k, radius=self.radius, temperature=self.temperature)
+
+
+PUBLISHED = Published(
+    source="LiFT paper, DINO ViT-S/16",
+    values={
+        "backbone": by_size([7.4, 17.5, 33.0, 50.9], [9.5, 21.9, 37.8, 52.1], [5.2, 13.1, 28.1, 49.7]),
+        "bilinear": by_size([10.8, 23.7, 37.0, 53.0], [13.7, 29.4, 42.8, 54.0], [7.9, 17.9, 31.2, 52.0]),
+        "resize_conv": by_size([11.0, 24.0, 37.4, 53.2], [13.8, 29.6, 43.0, 53.9], [8.2, 18.4, 31.9, 52.5]),
+        "jbu": by_size([11.2, 26.2, 39.0, 54.5], [13.9, 30.6, 42.8, 54.9], [8.6, 21.7, 35.1, 54.1]),
+        "lift": by_size([13.0, 28.0, 44.3, 61.1], [16.27, 33.04, 48.07, 59.43], [9.72, 23.0, 40.56, 62.79]),
+    },
+)
+"""J&F, J and F in percent."""
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def input_size(protocol: str, side: int, height: int, width: int) -> Size:
+    """(height, width) of the model's input for frames of `height` x `width` pixels."""
+    if protocol == "lift":
+        return side, side
+    # DINO's rule; a clip that is nearly square keeps at least the short side's multiple.
+    long = max(64, int(side * max(height, width) / min(height, width) // 64 * 64))
+    return (long, side) if height > width else (side, long)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """Clips, and how labels are carried through them."""
+
+    clips: tuple[Clip, ...]
+    shapes: tuple[Size, ...]
+    "(height, width) of each clip's frames"
+    sides: tuple[int, ...]
+    protocol: Literal["lift", "dino"]
+    propagation: Propagation
+
+    def pieces(self) -> list[Piece]:
+        """A clip at one size each; the longest ones first, so that none is waited for at the end."""
+        order = sorted(range(len(self.clips)), key=lambda i: (-len(self.clips[i].frames), i))
+        return [Piece(name=f"{side}-{i:04d}", items=(i,)) for side in sorted(self.sides, reverse=True) for i in order]
+
+    def size(self, number: int, side: int) -> Size:
+        """The model's input for a clip."""
+        return input_size(self.protocol, side, *self.shapes[number])
+
+    def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
+        side, number = int(piece.name.split("-")[0]), piece.items[0]
+        clip, size = self.clips[number], self.size(number, side)
+        truth = [_labels(clip, t, self.shapes[number]) for t in range(len(clip.masks))]
+        if not truth[0].any():
+            raise DatasetError(f"{clip.frames[0].folder.shown}/{clip.masks[0]} shows no object")
+        records = []
+        for row, predicted in self._predict(clip, size, truth[0], source).items():
+            for name, labels in zip(clip.masks, predicted, strict=True):
+                stem = name.rsplit("/", 1)[-1]
+                folder.write(f"{mask_folder(side, row, clip.name)}/{stem}", label_png(labels))
+            curves = score_clip(clip.name, truth, predicted)
+            records += [{"side": side, "row": row, **asdict(each)} for each in curves]
+        return records
+
+    def _predict(self, clip: Clip, size: Size, first: np.ndarray, source: FeatureSource) -> dict[str, list[np.ndarray]]:
+        """Label images of all frames, by row name; the first one is given."""
+        squash = Squash(size=size, interpolation="bicubic" if self.protocol == "lift" else "bilinear")
+        rows = source.rows(size)
+        predicted: dict[str, list[np.ndarray]] = {row.name: [first] for row in rows}
+        propagators: dict[str, Propagator] = {}
+        for t, frame in enumerate(clip.frames):
+            maps = source.maps(squash.of(frame))
+            for row in rows:
+                if t == 0:
+                    labels = one_hot(first, row.grid)
+                    propagators[row.name] = Propagator(maps[row.name], labels, self.propagation)
+                else:
+                    soft = propagators[row.name].step(maps[row.name])
+                    predicted[row.name].append(label_image(soft, enlargement(row, rows[0]), first.shape))
+        return predicted
+
+
+def enlargement(row: Row, low: Row) -> int:
+    """How often soft labels are enlarged before they harden: the patch, also on LiFT's doubled grid, whose label images are twice
+    as large as the input; on finer grids less, so that those are never larger."""
+    return max(1, 2 * row.stride * low.grid[0] // max(row.grid[0], 2 * low.grid[0]))
+
+
+def _labels(clip: Clip, t: int, shape: Size) -> np.ndarray:
+    """The true label image of a frame, void as background. Raises `DatasetError`."""
+    labels = read_labels(clip.frames[t].folder, clip.masks[t])
+    if labels.shape != shape:
+        raise DatasetError(
+            f"{clip.frames[t].folder.shown}/{clip.masks[t]} has {labels.shape[1]} x {labels.shape[0]} pixels, the clip's first "
+            f"mask {shape[1]} x {shape[0]}"
+        )
+    return np.where(labels == VOID, 0, labels).astype(np.uint8)
+
+
+def mask_folder(side: int, row: str, clip: str) -> str:
+    """Where predicted label images are."""
+    return f"masks/{side}/{row.replace(' ', '-')}/{clip}"
+
+
+def label_png(labels_HW: np.ndarray) -> bytes:
+    """Indices uint8 as a PNG with a palette."""
+    image = Image.fromarray(labels_HW)
+    colours = np.concatenate([COLOURS, np.resize(COLOURS[1:], (256 - len(COLOURS), 3))])
+    image.putpalette(colours.astype(np.uint8).ravel().tolist())
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
+    """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
+    folder = Folder(config.required("data"), config.options)
+    clips = tuple(load_davis(folder, config.split, config.resolution, config.frame_step)[: config.limit])
+    shapes = tuple(read_labels(folder, clip.masks[0]).shape for clip in clips)
+    sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
+    wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]
+    recipe, sizes = resolve_source(config, wanted, "squash")
+    task = Video(
+        clips=clips,
+        shapes=shapes,
+        sides=sides or tuple(dict.fromkeys(min(size) for size in sizes)),
+        protocol=config.protocol,
+        propagation=config.propagation,
+    )
+    for side in task.sides:
+        for number in range(len(clips)):
+            recipe.rows(task.size(number, side))  # a store of just that size, or a model that takes it
+    return task, recipe, begin(config, "video", recipe, digest([*clips, *shapes]))
+
+
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+
+def scores(records: Sequence[Record]) -> dict[tuple[str, int], Summary]:
+    """J and F by row and side: each object counts once."""
+    groups: dict[tuple[str, int], list[ObjectCurves]] = {}
+    for record in records:
+        curves = ObjectCurves(
+            clip=record["clip"], object_id=record["object_id"], j=tuple(record["j"]), f=tuple(record["f"])
+        )
+        groups.setdefault((record["row"], record["side"]), []).append(curves)
+    return {name: summarise(curves) for name, curves in groups.items()}
+
+
+def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Record]) -> Findings:
+    """J&F and its parts, in percent, and each object's own."""
+    found = scores(records)
+    lines, rows = [], {}
+    for side in task.sides:
+        size = task.size(0, side)
+        alike = all(task.size(number, side) == size for number in range(len(task.clips)))
+        for row in recipe.rows(size):
+            rows[row.name] = row
+            line = Line.of(row, size, _values(found[row.name, side]))
+            # Clips of other shapes have other inputs; the first one's are shown.
+            lines.append(line if alike else line.like(f"{line.input_px}, ...", f"{line.grid}, ..."))
+    columns = ("J&F", "J", "F", "J recall", "F recall", "J decay", "F decay", "objects")
+    table = Table(title="DAVIS-2017 semi-supervised, %, mean of the objects", columns=columns, lines=tuple(lines))
+    published = PUBLISHED if config.paper and config.protocol == "lift" else None
+    return Findings(
+        tables=(with_published(table, rows, published),),
+        choices=_choices(config, task, recipe),
+        details={"objects": [_object(record) for record in records]},
+        pictures=_pictures(config, task, recipe),
+    )
+
+
+def _values(summary: Summary) -> list[Any]:
+    j, f = summary.j, summary.f
+    shares = [summary.j_and_f, j.mean, f.mean, j.recall, f.recall, j.decay, f.decay]
+    return [*percent(shares), summary.objects]
+
+
+def _object(record: Record) -> dict[str, Any]:
+    means = {name: 100 * float(np.mean(record[name])) for name in ("j", "f")}
+    return {
+        **{name: record[name] for name in ("clip", "object_id", "row", "side")},
+        **means,
+        "frames": len(record["j"]),
+    }
+
+
+def _choices(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, str]:
+    shape = (
+        "squashed to a square, bicubic"
+        if config.protocol == "lift"
+        else "aspect kept, bilinear (Pillow's, antialiased)"
+    )
+    return {
+        "protocol": config.protocol,
+        "frames": f"{shape if recipe.how_drawn == 'paper' else 'squashed, drawn as extract'}; every {config.frame_step}.",
+        "propagation": str(task.propagation),
+        "first mask": "nearest neighbour to the grid, void as background; an object that vanishes there scores 0",
+        "scored": "all frames but the first and the last; void is background; ids 1 to the first frame's largest",
+    }
+
+
+def _pictures(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, Image.Image | bytes]:
+    """Of the first clips at the largest size: four frames as a panel, and all of them as an animation."""
+    side = max(task.sides)
+    folder = Folder(config.required("out"), config.options)
+    pictures: dict[str, Image.Image | bytes] = {}
+    for number, clip in enumerate(task.clips[: config.pictures]):
+        rows = [row.name for row in recipe.rows(task.size(number, side))]
+        times = np.unique(np.linspace(0, len(clip.frames) - 1, 40).round().astype(int)).tolist()
+        strips = [_strip(folder, clip, t, side, rows) for t in times]
+        pictures[f"{clip.name}.webp"] = _animation(strips)
+        chosen = np.unique(np.linspace(0, len(times) - 1, 4).round().astype(int)).tolist()
+        tiles = [[Tile(pixels=pixels, is_photo=True) for pixels in strips[i]] for i in chosen]
+        height, width = strips[0][0].shape[:2]
+        names = [f"frame {times[i]}" for i in chosen]
+        pictures[f"{clip.name}.png"] = panel(tiles, ["truth", *rows], names, f"{clip.name}, {side} px", (width, height))
+    return pictures
+
+
+def _strip(folder: Folder, clip: Clip, t: int, side: int, rows: Sequence[str], height: int = 160) -> list[np.ndarray]:
+    """A frame with its true labels, and with each row's."""
+    stem = clip.masks[t].rsplit("/", 1)[-1]
+    truth = read_labels(clip.frames[t].folder, clip.masks[t])
+    labels = [np.where(truth == VOID, 0, truth)]
+    labels += [read_labels(folder, f"{mask_folder(side, row, clip.name)}/{stem}") for row in rows]
+    width = max(1, round(height * truth.shape[1] / truth.shape[0]))
+    photo = Image.fromarray(clip.frames[t].pixels()).resize((width, height))
+    return [overlay(np.array(photo), np.array(Image.fromarray(each).resize((width, height), 0))) for each in labels]
+
+
+def overlay(pixels_HW3: np.ndarray, labels_HW: np.ndarray) -> np.ndarray:
+    """The photograph with its objects coloured, uint8 [H, W, 3]."""
+    colours = COLOURS[np.where(labels_HW > 0, 1 + (labels_HW.astype(int) - 1) % (len(COLOURS) - 1), 0)]
+    mixed = 0.45 * pixels_HW3 + 0.55 * colours
+    return np.where(labels_HW[..., None] > 0, mixed, pixels_HW3).astype(np.uint8)
+
+
+def _animation(strips: Sequence[Sequence[np.ndarray]]) -> bytes:
+    frames = [Image.fromarray(np.concatenate(list(strip), axis=1)) for strip in strips]
+    data = io.BytesIO()
+    frames[0].save(data, "WEBP", save_all=True, append_images=frames[1:], duration=120, loop=0, quality=60)
+    return data.getvalue()

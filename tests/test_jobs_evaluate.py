@@ -1,0 +1,79 @@
+"""The command line of evaluations: presets, mistakes, and what is printed and written."""
+
+import json
+
+import pytest
+import torch
+
+from jobs import evaluate
+from pipelines.config import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("task", evaluate.TASKS)
+def test_debug_evaluates_and_goes_on(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    assert evaluate.run([task, "debug"]) == 0
+    printed = capsys.readouterr().out
+    assert "| low-res" in printed
+    assert "| bilinear x2" in printed
+    out = tmp_path / evaluate.PRESETS[task]["debug"].out
+    found = json.loads((out / "results.json").read_text())
+    assert found["task"] == task
+    assert found["config"]["model"] == "test_vit.r160_in1k"
+    assert (out / "results.md").read_text() in printed
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+
+    assert evaluate.run([task, "debug", "--pictures", "0"]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "parts").iterdir()} == before
+    assert evaluate.run([task, "debug", "--facet", "key"]) == 2
+    assert "was begun with other settings" in capsys.readouterr().err
+
+
+def test_mistakes_end_in_one_line(tmp_path, capsys):
+    assert evaluate.run(["video"]) == 2
+    assert "no data: give --data" in capsys.readouterr().err
+    data, out = str(tmp_path / "nothing"), str(tmp_path / "out")
+    settings = ["--model", "test_vit.r160_in1k", "--weights", "random", "--data", data, "--out", out]
+    for task in ("correspondence", "video", "discovery"):
+        assert evaluate.run([task, *settings, "--executor", "inline"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("DatasetError: ")
+        assert data in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_settings():
+    task, preset, config = evaluate.parse(["correspondence", "lift-spair", "--sizes", "224"])
+
+    assert (task, preset, config.sizes, config.facet) == ("correspondence", "lift-spair", (224,), "key")
+    assert (config.draws, config.annotation, config.rules.strict) == (100, "pairs", True)
+    config = evaluate.parse(["correspondence", "vit-up-spair"])[2]
+    assert (config.draws, config.annotation, config.rules.strict) == (0, "images", False)
+    assert evaluate.parse(["video", "dino-davis"])[2].facet == "token"
+    assert evaluate.parse(["discovery", "lift-coco20k"])[2].settings.tau == 0.3
+    assert evaluate.parse(["cka", "--batch", "8"])[2].batch == 8
+
+
+def test_unknown_words_are_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="Did you mean 'video'"):
+        evaluate.parse(["vidio"])
+    with pytest.raises(
+        ConfigError, match="no preset of correspondence is called 'lift-spare'. Did you mean 'lift-spair'"
+    ):
+        evaluate.parse(["correspondence", "lift-spare"])
+
+
+def test_no_word_prints_what_there_is(capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.parse([])
+    assert end.value.code == 2
+    assert "correspondence: debug, lift-spair, vit-up-spair" in capsys.readouterr().out
