@@ -912,7 +912,8 @@ def test_twice_the_grid_pooled_stays_close_to_the_grid(name):
 
     with torch.no_grad():
         cache = head.prepare(
-            backbone.query_grid(images, (c["query_img_in_size"],) * 2), backbone.hidden(images, c["layer_indices"], size)
+            backbone.query_grid(images, (c["query_img_in_size"],) * 2),
+            backbone.hidden(images, c["layer_indices"], size),
         )
         coarse, fine = (
             head.query(cache, grid_coordinates((n, n))[None].expand(len(images), -1, -1), [-1])[0].unflatten(1, (n, n))

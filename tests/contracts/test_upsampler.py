@@ -1,9 +1,12 @@
-"""What every upsampler promises. A new one is covered by being in `UPSAMPLERS` or, with its settings, in `LEARNED`."""
+"""What every upsampler promises. A new one is covered by being in `UPSAMPLERS` or, with its settings, in `LEARNED`; ViT-Up, whose
+maps come from images, keeps the promises that aren't about the maps it is given."""
 
+import copy
 import itertools
 import math
 
 import pytest
+import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,6 +19,7 @@ from operators.upsamplers import (
     create_upsampler,
     learned_upsampler,
 )
+from operators.vit_up import Lora, ViTUp, ViTUpConfig, ViTUpHead
 
 FACTOR = {"average": 0.5, "lift x4": 4, "jbu x4": 4, "jbu stack x4": 4, "resize_conv x4": 4}
 LEARNED = {
@@ -29,17 +33,29 @@ LEARNED = {
     "jbu x4": {"method": "jbu", "radius": 2},
     "jbu stack x4": {"method": "jbu", "stages": 2},
 }
-NAMES = [*UPSAMPLERS, *LEARNED]
+NAMES = [*UPSAMPLERS, *LEARNED, "vit_up"]
 
 
 def make(name: str, channels: int, weights: str = "random") -> Upsampler:
     """The upsampler, learned ones for so many channels, with random weights, or with "plain" ones that add nothing learned."""
     if name in UPSAMPLERS:
         return create_upsampler(name)
+    if name == "vit_up":
+        return vit_up(channels)
     config = {"patch": 16, "channels": channels, **LEARNED[name]}
     state = build_net(config).state_dict()
     plain = {key: value if key.endswith("sigma_spatial") else value * 0 for key, value in state.items()}
     return learned_upsampler(config, plain if weights == "plain" else state)
+
+
+def vit_up(channels: int) -> ViTUp:
+    """A small one of six blocks, of which it reads two."""
+    torch.manual_seed(0)
+    options = {"embed_dim": channels, "depth": 6, "num_heads": 2, "img_size": 64, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **options).eval()
+    config = ViTUpConfig(channels=channels, heads=2, layers=(0, 3, 6), hidden_size=64, query_size=128, rank=2)
+    lora = Lora(copy.deepcopy(model), rank=config.rank)
+    return ViTUp(config, model, ViTUpHead(config).state_dict(), lora.peft_state())
 
 
 def features(batch: int, channels: int, grid: tuple[int, int], seed: int = 0) -> PatchFeatures:
@@ -88,7 +104,7 @@ class TestUpsampler:
         torch.testing.assert_close(together[1:2], upsampler(pictures[1:2], alone, (5,), target), rtol=1e-5, atol=1e-5)
 
     def test_constant_maps_stay_constant(self, name):
-        if name.startswith("lift"):
+        if name.startswith(("lift", "vit_up")):
             pytest.skip("its convolutions see zeros beyond the border; nothing bypasses them")
         flat = PatchFeatures(layers={5: torch.full((1, 4, 6, 6), 2.5)}, prefix={5: torch.zeros(1, 0, 4)}, stride=16)
 
@@ -98,7 +114,7 @@ class TestUpsampler:
 
     def test_cells_tile_the_area_of_the_source(self, name):
         """A map that grows by 1 per cell has, at a cell centre c of any grid, the value c in source cells."""
-        if name == "nearest" or name.startswith("lift"):
+        if name == "nearest" or name.startswith(("lift", "vit_up")):
             pytest.skip("a step function by definition, as is LiFT with plain weights (tests/test_operators_lift.py)")
         ramp = torch.arange(12.0).expand(1, 1, 12, 12)
         source = PatchFeatures(layers={5: ramp}, prefix={5: torch.zeros(1, 0, 1)}, stride=16)
@@ -112,6 +128,8 @@ class TestUpsampler:
         torch.testing.assert_close(out[0, 0, target[0] // 2, inside], centres[inside], rtol=0, atol=0.05)
 
     def test_several_layers_are_stacked_along_the_channels(self, name):
+        if name == "vit_up":
+            pytest.skip("it has a decoder for each layer (tests/test_operators_vit_up.py)")
         two = PatchFeatures(
             layers={2: features(1, 4, (6, 6), seed=2).layers[5], 5: features(1, 4, (6, 6)).layers[5]},
             prefix={2: torch.zeros(1, 0, 4), 5: torch.zeros(1, 0, 4)},
