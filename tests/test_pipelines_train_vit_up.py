@@ -168,9 +168,9 @@ def test_the_loss_falls_on_a_few_images_and_is_measured(small):
     validated = [line["val_loss"] for line in lines if "val_loss" in line]
     assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
     assert all(0 < line["val_cosine_bilinear"] < 1 for line in lines if "val_loss" in line)
-    assert len(validated) == 4
+    assert len(validated) == 2
     assert validated[-1] < validated[0]
-    assert len(Folder(config.out).sizes("pictures")) == 4
+    assert len(Folder(config.out).sizes("pictures")) == 2
 
 
 @pytest.mark.parametrize("part", ["featx", "cross_attention", "lora", "relational_weight"])
