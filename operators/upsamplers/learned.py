@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -64,12 +64,7 @@ class NetConfig:
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> "NetConfig":
         """From a JSON object; absent and null settings take the defaults."""
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(set(settings) - set(names)):
-            raise UpsamplerError(f"no such upsampler settings: {', '.join(unknown)}; there are: {', '.join(names)}")
-        if missing := [name for name in ("method", "channels", "patch") if settings.get(name) is None]:
-            raise UpsamplerError(f"the upsampler's settings lack {', '.join(missing)}: {json.dumps(dict(settings))}")
-        return cls(**{name: value for name, value in settings.items() if value is not None})
+        return cls(**given_settings(cls, settings, ("method", "channels", "patch"), "the upsampler"))
 
     def __post_init__(self) -> None:
         if self.method not in _OPTIONS:
@@ -87,6 +82,21 @@ class NetConfig:
             raise UpsamplerError("lift needs at least 2 channels")
         if self.channels % (self.heads or 1):
             raise UpsamplerError(f"{self.channels} channels don't divide into {self.heads} heads")
+
+
+def given_settings(kind: type, settings: Mapping[str, Any], required: Sequence[str], owner: str) -> dict[str, Any]:
+    """Those of a JSON object's settings that aren't null, for the dataclass `kind`.
+
+    Raises `UpsamplerError` where one is unknown, or a `required` one lacks; whose they are (`owner`) is for the message.
+    """
+    names = [field.name for field in fields(kind)]
+    if unknown := sorted(set(settings) - set(names)):
+        raise UpsamplerError(
+            f"no such {owner.removeprefix('the ')} settings: {', '.join(unknown)}; there are: {', '.join(names)}"
+        )
+    if missing := [name for name in required if settings.get(name) is None]:
+        raise UpsamplerError(f"{owner}'s settings lack {', '.join(missing)}: {json.dumps(dict(settings))}")
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def build_net(config: Mapping[str, Any] | NetConfig, seed: int = 0) -> nn.Module:
@@ -130,19 +140,24 @@ def _fitting_state(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     expected = net.state_dict()
     counters = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
     state = counters | {key.removeprefix("module."): value for key, value in state.items()}
+    require_fitting(expected, state, "the upsampler's settings")
+    return state
+
+
+def require_fitting(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Raise `UpsamplerError` with the first differences where names or shapes aren't those expected of `what`."""
     differences = {
-        "missing": [key for key in expected if key not in state],
-        "unexpected": [key for key in state if key not in expected],
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
         "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in expected.items()
-            if key in state and state[key].shape != value.shape
+            f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
         ],
     }
-    found = [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in differences.items() if keys]
+    found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in differences.items() if names]
     if found:
-        raise UpsamplerError(f"the weights don't fit the upsampler's settings: {'; '.join(found)}")
-    return state
+        raise UpsamplerError(f"the weights don't fit {what}: {'; '.join(found)}")
 
 
 class LearnedUpsampler:

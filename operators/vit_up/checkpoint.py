@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.upsamplers.learned import UpsamplerError
+from operators.upsamplers.learned import UpsamplerError, require_fitting
 from operators.vit_up.head import ViTUpConfig, ViTUpHead
-from operators.vit_up.lora import require_fitting
 
 _HEAD_CHANNELS = 64
 _OUTER = re.compile(r"^(?:(?:vit_up_pl_v2|vit_up_pl|vit_up|module|model|_orig_mod)\.)+")

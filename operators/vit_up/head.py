@@ -8,16 +8,15 @@ Shapes: B images, N queries, h w the token grid, D channels.
 """
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.learned import UpsamplerError
+from operators.upsamplers.learned import UpsamplerError, given_settings
 from operators.vit_up.attention import CrossAttention, Windows
 from operators.vit_up.geometry import ENCODING, Rope, encode_offsets, nearest_tokens, offset_frequencies
 
@@ -56,12 +55,7 @@ class ViTUpConfig:
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> "ViTUpConfig":
         """From a JSON object; absent and null settings take the defaults."""
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(set(settings) - set(names)):
-            raise UpsamplerError(f"no such ViT-Up settings: {', '.join(unknown)}; there are: {', '.join(names)}")
-        if missing := [name for name in ("channels", "heads") if settings.get(name) is None]:
-            raise UpsamplerError(f"ViT-Up's settings lack {', '.join(missing)}: {json.dumps(dict(settings))}")
-        given = {name: value for name, value in settings.items() if value is not None}
+        given = given_settings(cls, settings, ("channels", "heads"), "ViT-Up")
         if isinstance(given.get("layers"), list):
             given["layers"] = tuple(given["layers"])
         return cls(**given)

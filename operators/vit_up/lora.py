@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.learned import UpsamplerError
+from operators.upsamplers.learned import UpsamplerError, require_fitting
 
 _PREFIX = "backbone."
 "of the published files, before the adapters' names"
@@ -137,22 +137,6 @@ def patch_convolution(model: nn.Module) -> nn.Conv2d:
             f"{type(model).__name__} is none"
         )
     return convolution
-
-
-def require_fitting(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Raise `UpsamplerError` with the first differences where names or shapes aren't those expected."""
-    differences = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in differences.items() if names]
-    if found:
-        raise UpsamplerError(f"the weights don't fit {what}: {'; '.join(found)}")
 
 
 def _nest(root: nn.Module, path: str, leaf: nn.Module) -> None:

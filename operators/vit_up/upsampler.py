@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, autocast, cast_matmul_weights, weights_digest
-from operators.upsamplers.learned import UpsamplerError
+from operators.upsamplers.learned import UpsamplerError, require_fitting
 from operators.vit_up.geometry import ENCODING, grid_coordinates
 from operators.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
 from operators.vit_up.hidden import AdaptedBackbone
-from operators.vit_up.lora import Lora, require_fitting
+from operators.vit_up.lora import Lora
 
 
 class ViTUp:
