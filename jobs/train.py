@@ -19,14 +19,15 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.session import connect
+from operators.upsamplers import LEARNED
 from pipelines.config import ExtractConfig, log_to_stderr, pick_word
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.prepare import USER_ERRORS
 from pipelines.train import TrainFailed, TrainSummary, train_inline, train_on_ray
-from pipelines.train_config import TrainConfig, prepare_training, resolve_training
+from pipelines.train_config import TrainConfig
 from pipelines.train_vit_up import ViTUpTraining
-from pipelines.train_x2 import METHODS, X2Config
+from pipelines.train_x2 import X2Config
 from storage.paths import redact
 
 logger = logging.getLogger("train")
@@ -128,7 +129,7 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 NAMES: dict[str, TrainConfig] = {
-    **{name: X2Config(method=name) for name in METHODS},
+    **{name: X2Config(method=name) for name in LEARNED},
     "vit-up": ViTUpTraining(),
     **PRESETS,
 }
@@ -155,13 +156,13 @@ def parse(argv: Sequence[str]) -> tuple[str, TrainConfig]:
 
 def main(config: TrainConfig) -> TrainSummary:
     """Train, or continue, to the end."""
-    resolved = resolve_training(config)  # before a cluster is started: most mistakes end here
+    resolved = config.resolve()  # before a cluster is started: most mistakes end here
     if config.is_inline:
-        return train_inline(prepare_training(resolved, InlineExecutor()))
+        return train_inline(resolved.prepare(InlineExecutor()))
     with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None) as address:
         logger.info("Ray at %s", address)
         executor = RayExecutor()
-        setup = prepare_training(resolved, executor)
+        setup = resolved.prepare(executor)
         pool = executor.pool(config.device, config.workers, config.worker_cpus, None)
         return train_on_ray(setup, pool.device)
 

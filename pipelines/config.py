@@ -7,9 +7,10 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from storage.paths import Folder, public_options, redact
+from storage.paths import Folder, is_memory, public_options, redact
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +110,11 @@ class ExtractConfig:
             raise ConfigError(f"--crop-pct {self.crop_pct}: must be above 0 and at most 1")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ConfigError(f"--max-failed-fraction {self.max_failed_fraction}: must lie between 0 and 1")
-        for name in ("limit", "batch", "block_rows", "actors", "actor_cpus", "stride"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        require_at_least(1, self, "limit", "batch", "block_rows", "actors", "actor_cpus", "stride")
         if self.block_rows is not None and self.block_rows & (self.block_rows - 1):
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
-        if self.executor == "ray" and any("memory://" in url for url in (*self.data, self.out)):
-            raise ConfigError("memory:// can be seen by one process only; use --executor inline, or another URL")
+        if self.executor == "ray":
+            require_shareable(*self.data, self.out)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -135,14 +133,44 @@ class ExtractConfig:
 
     def public(self) -> dict[str, Any]:
         """All settings without credentials, for files and logs."""
-        shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.storage_options:
-            shown["storage_options"] = json.dumps(public_options(self.options))
-        for name in ("data", "levels"):
-            shown[name] = [redact(url, self.options) for url in getattr(self, name)]
-        for name in ("out", "weights"):
-            shown[name] = redact(shown[name], self.options)
-        return json.loads(json.dumps(shown))
+        return public_settings(self, "data", "levels", "out", "weights")
+
+
+def require_at_least(least: float, config: Any, *names: str) -> None:
+    """Raises `ConfigError` for a setting below `least`; None means that it wasn't given."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def require_shareable(*urls: str) -> None:
+    """Raises `ConfigError` for a URL that other processes can't see."""
+    if any(map(is_memory, urls)):
+        raise ConfigError("memory:// can be seen by one process only; use --executor inline, or another URL")
+
+
+def runs_inline(executor: str, *urls: str) -> bool:
+    """Whether this process does the work: where it was told to, or other ones can't see the URLs."""
+    return executor == "inline" or (executor == "auto" and any(map(is_memory, urls)))
+
+
+def absolute(url: str) -> str:
+    """A path so that other processes on this machine, with other working directories, find it, too."""
+    return url if "://" in url else str(Path(url).expanduser().resolve())
+
+
+def public_settings(config: Any, *urls: str) -> dict[str, Any]:
+    """All fields of a config as JSON values, without credentials; `urls` are those that hold a URL, or several."""
+    shown = {f.name: getattr(config, f.name) for f in fields(config)}
+    if config.storage_options:
+        shown["storage_options"] = json.dumps(public_options(config.options))
+    for name in urls:
+        value = shown[name]
+        shown[name] = (
+            redact(value, config.options) if isinstance(value, str) else [redact(u, config.options) for u in value]
+        )
+    return json.loads(json.dumps(shown))
 
 
 def log_to_stderr() -> None:

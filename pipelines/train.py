@@ -1,10 +1,11 @@
-"""Training a x2 upsampler on a frozen backbone's features: the loop, in one process or in each of Ray Train's workers.
+"""Training on a frozen backbone's features: the loop, in one process or in each of Ray Train's workers.
 
 `Trainer` is the loop, which needs no Ray; `train_inline` and `train_on_ray` run it. The only state is the folder `out`
 (storage/checkpoints.py): whoever starts reads its last checkpoint.
 
-Gradients are summed over the images of all micro-batches of all workers, and divided by their number: one all-reduce per
-step. torch's DDP averages over workers instead, which is another mean where they have unequal numbers of images.
+Gradients are summed over all micro-batches of all workers, and divided by what they are the sums of (images, or labelled
+pixels): one all-reduce per step. torch's DDP averages over workers instead, which is another mean where they have unequal
+numbers of images.
 BatchNorm's batch statistics are those of a micro-batch; its running ones are those that worker 0 has seen.
 """
 
@@ -28,7 +29,7 @@ from operators.backbone import load_arrays, state_arrays
 from operators.vit_up.objective import learning_rate
 from pipelines.train_config import TrainSetup
 from pipelines.train_watch import EventFile
-from pipelines.training_data import ImageSource, Loaded, MicroBatch, load_inline, load_on_ray
+from pipelines.training_data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
 from storage.checkpoints import Checkpoint, read_last, read_metrics, read_pointers, write_checkpoint, write_metrics
 from storage.paths import Folder, StorageError, filesystem
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 FOLLOW_S = 5.0
 """Seconds between looks at a run's metrics."""
 
-Load = Callable[[ImageSource, Iterator[MicroBatch], int], Iterator[Loaded]]
+Load = Callable[[ExampleSource, Iterator[MicroBatch], int], Iterator[Loaded]]
 
 
 class TrainFailed(RuntimeError):
@@ -101,19 +102,6 @@ class Distributed:
         return out
 
 
-class Objective(Protocol):
-    """What is trained, and how its loss is computed."""
-
-    net: torch.nn.Module
-    "its parameters that need gradients are trained, and its state dict is what a checkpoint holds"
-
-    def accumulate(self, loaded: Loaded) -> Tensor:
-        """Add the gradient of the images' summed loss; gives that sum."""
-
-    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
-        """Metrics on the held-out images, `val_loss` among them, and a picture as PNG; None where no image can be read."""
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,9 +110,11 @@ class Trainer:
 
     def __init__(self, setup: TrainSetup, group: Group, device: torch.device):
         self.setup, self.group, self.device, self.config = setup, group, device, setup.config
-        self.objective = setup.config.objective(setup, device)
+        self.objective = setup.objective(device)
         self.net = self.objective.net
-        self.optimiser = torch.optim.Adam(_trained(self.net).values(), lr=setup.config.lr)
+        self.optimiser = torch.optim.AdamW(
+            _trained(self.net).values(), lr=setup.config.lr, weight_decay=setup.config.weight_decay
+        )
         self.step = self.images = 0
         self.seconds = 0.0
         "spent on training, over all starts"
@@ -182,7 +172,7 @@ class Trainer:
     def _loop(self, stream: Iterator[Loaded], events: EventFile | None) -> None:
         steps, upcoming, started = self.setup.order.steps, next(stream, None), time.perf_counter()
         while self.step < steps:
-            totals, rows = torch.zeros(3, device=self.device), []
+            totals, rows = torch.zeros(4, device=self.device), []
             while upcoming is not None and upcoming.item.step == self.step:
                 totals += self._accumulate(upcoming)
                 rows += upcoming.item.rows
@@ -203,29 +193,29 @@ class Trainer:
             started = time.perf_counter()
 
     def _accumulate(self, loaded: Loaded) -> Tensor:
-        """Add a micro-batch's gradients, summed over its images; [sum of losses, images, images left out]."""
+        """Add a micro-batch's gradients; [sum of losses, what it is divided by, images, images left out]."""
         for row, reason in loaded.example.failed.items():
             if row not in self.failed:
                 logger.warning("left out: row %d, %s", row, reason)
                 self.failed[row] = reason
-        total = torch.tensor([0.0, len(loaded), len(loaded.example.failed)], device=self.device)
+        total = torch.tensor([0.0, 0.0, len(loaded), len(loaded.example.failed)], device=self.device)
         if len(loaded):
             # Dropout, where a network has it, depends on neither interruptions nor the number of processes.
             seed = np.random.SeedSequence([self.config.seed, loaded.item.step, loaded.item.part]).generate_state(1)
             torch.manual_seed(int(seed[0]))
-            total[0] = self.objective.accumulate(loaded)
+            total[0], total[1] = self.objective.accumulate(loaded)
         return total
 
     def _update(self, totals: Tensor) -> tuple[float, int, int]:
-        """One optimiser step on the mean gradient over all images of all processes; (mean loss, images, left out)."""
+        """One optimiser step on the mean gradient over all processes; (mean loss, images, left out)."""
         parameters = list(_trained(self.net).values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        # One message for all of it; the counts are exact in float32 up to 16 million.
+        # One message for all of it; counts are exact in float32 up to 16 million.
         flat = torch.cat([totals, *(gradient.flatten() for gradient in gradients)])
         self.group.sum(flat)
-        loss, images, failed = flat[:3].tolist()
-        if images:
-            parts = flat[3:].div_(images).split([p.numel() for p in parameters])
+        loss, divisor, images, failed = flat[:4].tolist()
+        if divisor:
+            parts = flat[4:].div_(divisor).split([p.numel() for p in parameters])
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
             if self.config.clip is not None:
@@ -233,7 +223,7 @@ class Trainer:
             self.optimiser.param_groups[0]["lr"] = self._learning_rate()
             self.optimiser.step()
         self.optimiser.zero_grad()
-        return loss / max(images, 1), int(images), int(failed)
+        return (loss / divisor if divisor else 0.0), int(images), int(failed)
 
     def _learning_rate(self) -> float:
         """Of the step that is about to be taken."""
@@ -306,12 +296,7 @@ class Trainer:
                 "seconds": round(self.seconds, 3),
                 "failed": {str(row): reason for row, reason in sorted(self.failed.items())},
             },
-            config={
-                "upsampler": dict(self.setup.upsampler),
-                "backbone": dict(self.setup.backbone.described),
-                "step": self.step,
-                "images": self.images,
-            },
+            config={**self.setup.described, "step": self.step, "images": self.images},
         )
 
 

@@ -27,7 +27,6 @@ from pipelines.cost_benchmark import table
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.processes import CORES
 from pipelines.train import read_metrics, train_inline, train_on_ray
-from pipelines.train_config import prepare_training, resolve_training
 from pipelines.train_x2 import X2Config
 from storage.paths import Folder
 
@@ -111,7 +110,7 @@ def _this_loop(config: TrainBenchmark, out: str, photos: str, workers: int) -> f
         workers=workers,
         device="cpu",
     )
-    setup = prepare_training(resolve_training(run), InlineExecutor() if workers == 1 else RayExecutor())
+    setup = run.resolve().prepare(InlineExecutor() if workers == 1 else RayExecutor())
     train_inline(setup) if workers == 1 else train_on_ray(setup, "cpu")
     steps = [line for line in read_metrics(Folder(out)) if "images_per_s" in line][WARM_UP:]
     images = [b["images"] - a["images"] for a, b in itertools.pairwise(steps)]

@@ -1,55 +1,39 @@
-"""Settings of a training run, and a run that is ready: the model loaded, the input indexed, the folder begun or continued.
+"""Settings of a training run, and what it is when it is ready; and whether a run goes on with the settings it was begun with.
 
-What is wrong with the settings is wrong here, before anything is computed. What is trained on what is said by subclasses of
-`TrainConfig`, each beside its loss (pipelines/train_x2.py).
+What is wrong with the settings is wrong before anything is computed. What is trained on what is said by subclasses of
+`TrainConfig`, each beside its loss (pipelines/train_x2.py, train_vit_up.py, readouts/train.py).
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from operators.backbone import (
-    Preprocessing,
-    TimmBackbone,
-    create_model,
-    load_arrays,
-    preprocessing,
-    state_arrays,
-    weights_digest,
+from pipelines.config import (
+    ConfigError,
+    absolute,
+    parse_options,
+    public_settings,
+    require_at_least,
+    require_shareable,
+    runs_inline,
 )
-from pipelines.config import ConfigError, parse_options
-from pipelines.prepare import index_input, versions
-from pipelines.training_data import ImageSource, TrainOrder
-from pipelines.weights import WeightsChoice, load_model
+from pipelines.prepare import versions
+from pipelines.training_data import ExampleSource, Loaded, TrainOrder
 from storage.checkpoints import read_pointers, read_run, write_run
-from storage.paths import Folder, InputFile, expand_inputs, is_memory, public_options, redact
-from storage.samples import SampleIndex
+from storage.paths import Folder
 from storage.store import read_attributes
-from storage.tars import MemberRules
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings that every training run has; what is trained, and on what, is said by its subclasses, one for each loop body.
+    """Settings that every training run has; what is trained, and on what, is said by its subclasses."""
 
-    A subclass also has `facet`, `layers`, `norm` and `pos_embed`, which make the features that are learned.
-    """
-
-    method: str
-    """The network."""
-    data: tuple[str, ...] = ()
-    """WebDataset tars (URLs; braces and globs allowed) or folders of tars or images; labels are not needed."""
     out: str = ""
-    """The folder to write or continue: a path or fsspec URL. Extraction takes it, or one of its steps/<number>."""
-    val_data: tuple[str, ...] = ()
-    """Held-out images, named as --data."""
-    val_rows: int = 64
-    """Images to validate on: the first of --val-data, or without it the last of --data, which are then not trained on."""
+    """The folder to write or continue: a path or fsspec URL."""
 
     model: str = "vit_small_patch16_224.dino"
     """timm name of the frozen backbone, tag included."""
@@ -71,7 +55,9 @@ class TrainConfig:
     micro_batch: int | None = None
     """Images per forward, which BatchNorm's statistics are of; default: --batch. Workers share a batch's micro-batches."""
     lr: float = 1e-3
-    """Adam's learning rate, without weight decay."""
+    """Adam's learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Of the learning rate; `cosine` falls to --final-lr at the last step."""
     warmup_steps: int = 0
@@ -83,12 +69,6 @@ class TrainConfig:
     seed: int = 0
     """Of the network's weights, the order of the images, and what is drawn for each."""
 
-    image_member: str | None = None
-    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif."""
-    limit: int | None = None
-    """Only the first N samples of --data."""
-    max_image_pixels: int = 89_478_485
-    """Images with more pixels are left out instead of filling the memory; the default is Pillow's."""
     max_failed_fraction: float = 0.01
     """With a larger part of the images left out as unreadable, the run ends with an error."""
 
@@ -116,28 +96,24 @@ class TrainConfig:
     max_failures: int = 3
     """Lost workers or nodes after which the run is given up; each time, it goes on from its last checkpoint."""
 
+    urls: ClassVar[tuple[str, ...]] = ("out", "weights")
+    "fields that hold a URL, or several"
+    free: ClassVar[frozenset[str]] = frozenset(
+        {
+            "out", "weights", "revision", "epochs", "max_steps", "max_failed_fraction", "log_every", "checkpoint_every",
+            "validate_every", "storage_options", "executor", "ray_address", "device", "workers", "worker_cpus", "loaders",
+            "max_failures",
+        }
+    )  # fmt: skip
+    "may change when a run is continued: how it is run and how far, or recorded by what is found there"
+
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "batch",
-            "workers",
-            "worker_cpus",
-            "loaders",
-            "log_every",
-            "checkpoint_every",
-            "val_rows",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("limit", "max_steps", "micro_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "final_lr", "clip"):
+        counts = "epochs", "batch", "workers", "worker_cpus", "loaders", "log_every", "checkpoint_every", "max_steps"
+        require_at_least(1, self, *counts, "micro_batch")
+        require_at_least(0, self, "warmup_steps", "max_failures", "weight_decay", "final_lr")
+        for name in ("lr", "clip"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
-        for name in ("warmup_steps", "max_failures"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
+                raise ConfigError(f"--{name} {getattr(self, name)}: must be above 0")
         if self.warmup_steps and self.schedule == "constant":
             raise ConfigError(f"--warmup-steps {self.warmup_steps} needs --schedule cosine")
         if not 0 <= self.max_failed_fraction <= 1:
@@ -160,8 +136,14 @@ class TrainConfig:
             )
         if self.executor == "inline" and self.workers > 1:
             raise ConfigError(f"--workers {self.workers} needs --executor ray; inline is one process")
-        if self.executor == "ray" and any(is_memory(url) for url in (*self.data, *self.val_data, self.out)):
-            raise ConfigError("memory:// can be seen by one process only; use --executor inline, or another URL")
+        if self.executor == "ray":
+            require_shareable(*self._places)
+
+    @property
+    def _places(self) -> tuple[str, ...]:
+        """The URLs that are read or written while training."""
+        given = [getattr(self, name) for name in self.urls if name != "weights"]
+        return tuple(url for value in given for url in ((value,) if isinstance(value, str) else value))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -176,38 +158,96 @@ class TrainConfig:
     @property
     def is_inline(self) -> bool:
         """Whether this process trains."""
-        urls = (*self.data, *self.val_data, self.out)
-        return self.executor == "inline" or (self.executor == "auto" and any(is_memory(url) for url in urls))
-
-    @property
-    def folder_url(self) -> str:
-        """`out` so that other processes on this machine, with other working directories, find it."""
-        return self.out if "://" in self.out else str(Path(self.out).expanduser().resolve())
+        return runs_inline(self.executor, *self._places)
 
     def public(self) -> dict[str, Any]:
         """All settings without credentials, for files and logs."""
-        shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.storage_options:
-            shown["storage_options"] = json.dumps(public_options(self.options))
-        for name in ("data", "val_data"):
-            shown[name] = [redact(url, self.options) for url in getattr(self, name)]
-        for name in ("out", "weights"):
-            shown[name] = redact(shown[name], self.options)
-        return json.loads(json.dumps(shown))
+        return public_settings(self, *self.urls)
+
+    def begin_folder(self) -> Folder:
+        """The folder of `out`. Raises `ConfigError` where there is none, or it is a feature store."""
+        if not self.out:
+            raise ConfigError("no output: give --out a path or URL for the training run")
+        folder = Folder(absolute(self.out), self.options)
+        if read_attributes(folder) is not None:
+            raise ConfigError(f"{folder.shown} is a feature store; give --out a folder of its own")
+        return folder
+
+    def order(self, n_rows: int) -> TrainOrder:
+        """Which of the rows each step takes."""
+        return TrainOrder(
+            n_rows=n_rows,
+            batch=self.batch,
+            micro_batch=self.forward_images,
+            epochs=self.epochs,
+            seed=self.seed,
+            max_steps=self.max_steps,
+        )
+
+    def resolve(self) -> "Resolved":
+        """Find what the settings name, before any cluster is asked for anything: most that can be wrong is wrong here."""
+        raise NotImplementedError
 
 
-_FREE = {
-    "data", "out", "val_data", "weights", "features", "revision", "image_member", "limit", "epochs", "max_steps",
-    "max_failed_fraction",
-    "log_every", "checkpoint_every", "validate_every", "storage_options", "executor", "ray_address", "device", "workers",
-    "worker_cpus", "loaders", "max_failures",
-}  # fmt: skip
-"""May change when a run is continued: how it is run and how far, or (data, weights) recorded by what is found there."""
+class Resolved(Protocol):
+    """Settings held against what they name."""
+
+    def prepare(self, executor: Any) -> "TrainSetup":
+        """Read what is needed of the data, and begin or continue the folder; `executor` as in pipelines/executors.py."""
+
+
+class Objective(Protocol):
+    """What is trained, and how its loss is computed."""
+
+    net: torch.nn.Module
+    "its parameters that need gradients are trained, and its state dict is what a checkpoint holds"
+
+    def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
+        """Add the gradient of a micro-batch's summed loss; gives that sum, and what it is to be divided by: the number of
+        images, or of pixels. A step's loss is the sum of the sums over that of the divisors."""
+
+    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
+        """Metrics on the held-out images, `val_loss` among them, and a picture as PNG; None where no image can be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSetup:
+    """A run that is ready: everything a training process needs."""
+
+    config: TrainConfig
+    folder: Folder
+    described: Mapping[str, Any]
+    "what a checkpoint's config.json says of the network and the features it was trained on"
+    order: TrainOrder
+    images: ExampleSource
+    held_out_rows: tuple[int, ...]
+    on_step: Callable[[int, list[int]], None] | None = None
+    "called after each step with its number from 1 and the rows that this process read for it: for tests"
+
+    def objective(self, device: torch.device) -> Objective:
+        """What a training process computes."""
+        raise NotImplementedError
+
+
+# --- a run and its continuation ---------------------------------------------------------------------------------------
+
+
+def begin_run(folder: Folder, config: TrainConfig, found: Mapping[str, Any]) -> None:
+    """Write run.json, or hold it against the settings of its continuation; `found`: what is there of model and data.
+
+    Raises `ConfigError`."""
+    made_of, before = identity(config, found), read_run(folder)
+    if before is not None:
+        require_same(folder.shown, before.get("identity", {}), made_of)
+        return
+    if read_pointers(folder) is not None:
+        raise ConfigError(f"{folder.shown} has checkpoints but no run.json; restore it, or use a new --out")
+    write_run(folder, {"identity": made_of, "config": config.public(), "versions": versions()})
 
 
 def identity(config: TrainConfig, found: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""
-    settings = {name: value for name, value in config.public().items() if name not in _FREE}
+    settings = {name: value for name, value in config.public().items() if name not in config.free}
     settings["micro_batch"] = config.forward_images
     if config.schedule != "constant":  # the learning rate of every step depends on the last one's number
         settings |= {"epochs": config.epochs, "max_steps": config.max_steps}
@@ -229,169 +269,3 @@ def describe_difference(what: str, before: Mapping[str, Any], now: Mapping[str, 
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     )
-
-
-# --- preparing --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrozenBackbone:
-    """The backbone whose features are learned; `weights` of `described` is their digest."""
-
-    arrays: Mapping[str, np.ndarray]
-    described: Mapping[str, Any]
-    "what a checkpoint says of it; see pipelines/checkpoints.py"
-    pos_embed: Any
-    patch: int
-    expects: Preprocessing
-
-    def build(self) -> TimmBackbone:
-        size = (self.described["size"], self.described["size"])
-        model = load_arrays(create_model(self.described["model"], size, None, None), self.arrays)
-        return self.wrap(model)
-
-    def wrap(self, model: torch.nn.Module) -> TimmBackbone:
-        return TimmBackbone(model, facet=self.described["facet"], norm=self.described["norm"], pos_embed=self.pos_embed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSetup:
-    """A run that is ready: everything a training process needs."""
-
-    config: TrainConfig
-    folder: Folder
-    backbone: FrozenBackbone
-    upsampler: Mapping[str, Any]
-    "the network's settings"
-    order: TrainOrder
-    images: ImageSource
-    held_out: ImageSource
-    held_out_rows: tuple[int, ...]
-    on_step: Callable[[int, list[int]], None] | None = None
-    "called after each step with its number from 1 and the rows that this process read for it: for tests"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResolvedTraining:
-    """Settings held against the model and the input's files, before any cluster is asked for anything."""
-
-    config: TrainConfig
-    folder: Folder
-    backbone: FrozenBackbone
-    upsampler: Mapping[str, Any]
-    files: tuple[InputFile, ...]
-    held_out_files: tuple[InputFile, ...]
-
-
-def resolve_training(config: TrainConfig) -> ResolvedTraining:
-    """Find the input's files and load the model: most that can be wrong with the settings is wrong here.
-
-    Raises `ConfigError`, `InputError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
-    """
-    if not config.out:
-        raise ConfigError("no output: give --out a path or URL for the training run")
-    folder = Folder(config.folder_url, config.options)
-    if read_attributes(folder) is not None:
-        raise ConfigError(f"{folder.shown} is a feature store; give --out a folder of its own")
-    files = expand_inputs(config.data, config.options)
-    held_out = expand_inputs(config.val_data, config.options) if config.val_data else []
-    backbone, upsampler = _load_backbone(config)
-    return ResolvedTraining(
-        config=config,
-        folder=folder,
-        backbone=backbone,
-        upsampler=upsampler,
-        files=tuple(files),
-        held_out_files=tuple(held_out),
-    )
-
-
-def prepare_training(resolved: ResolvedTraining, executor: Any) -> TrainSetup:
-    """Index the input, and begin or continue the folder; `executor` scans tars (pipelines/executors.py).
-
-    Raises `InputError`, `CheckpointError`, and `ConfigError` where a run was begun with other settings.
-    """
-    config, folder = resolved.config, resolved.folder
-    images, index = _image_source(resolved, folder, resolved.files, config.limit, executor)
-    held_out, rows = images, range(index.n_rows - config.val_rows, index.n_rows)
-    n_rows = rows.start
-    if resolved.held_out_files:
-        below = Folder(f"{folder.url}/validation", config.options)
-        held_out, found = _image_source(resolved, below, resolved.held_out_files, config.val_rows, executor)
-        rows, n_rows = range(found.n_rows), index.n_rows
-    if n_rows < 1:
-        raise ConfigError(
-            f"--val-rows {config.val_rows} leaves none of the {index.n_rows} images of --data to train on; use fewer, or "
-            "give --val-data"
-        )
-    digests = {"images": images.digest, "held_out": held_out.digest}
-    _begin(folder, config, identity(config, {"backbone": resolved.backbone.described, **digests}))
-    order = TrainOrder(
-        n_rows=n_rows,
-        batch=config.batch,
-        micro_batch=config.forward_images,
-        epochs=config.epochs,
-        seed=config.seed,
-        max_steps=config.max_steps,
-    )
-    return TrainSetup(
-        config=config,
-        folder=folder,
-        backbone=resolved.backbone,
-        upsampler=resolved.upsampler,
-        order=order,
-        images=images,
-        held_out=held_out,
-        held_out_rows=tuple(rows),
-    )
-
-
-def _load_backbone(config: TrainConfig) -> tuple[FrozenBackbone, dict[str, Any]]:
-    """The backbone, and the settings of the network for it."""
-    expects = preprocessing(config.model)
-    size = (config.backbone_size, config.backbone_size)
-    model = load_model(config.model, size, WeightsChoice.parse(config.weights), config.revision, config.options)
-    # Before the backbone touches it: position embeddings are replaced for each grid.
-    arrays = {key: value.copy() for key, value in state_arrays(model).items()}
-    backbone = TimmBackbone(model, facet=config.facet, norm=config.norm, pos_embed=config.pos_embed)
-    described = {
-        "model": config.model,
-        "weights": weights_digest(arrays),
-        "layers": list(backbone.resolve_layers(config.layers)),
-        "facet": config.facet,
-        "norm": backbone.norm,
-        "size": config.backbone_size,
-        "pos_embed": backbone.pos_embed,
-    }
-    frozen = FrozenBackbone(
-        arrays=arrays, described=described, pos_embed=config.pos_embed, patch=backbone.patch, expects=expects
-    )
-    return frozen, config.network(backbone)
-
-
-def _image_source(
-    resolved: ResolvedTraining, folder: Folder, files: Sequence[InputFile], limit: int | None, executor: Any
-) -> tuple[ImageSource, SampleIndex]:
-    config = resolved.config
-    rules, in_use = MemberRules(image=config.image_member), read_run(resolved.folder) is not None
-    index = index_input(folder, files, rules, limit, executor, config.options, in_use=in_use)
-    plain = ImageSource(
-        folder=folder,
-        digest=index.digest,
-        urls=tuple(file.url for file in files[: len(index.sources)]),
-        options=config.options,
-        max_image_pixels=config.max_image_pixels,
-        seed=config.seed,
-    )
-    return config.source(resolved, plain), index
-
-
-def _begin(folder: Folder, config: TrainConfig, made_of: Mapping[str, Any]) -> None:
-    """Write run.json, or hold it against the settings of its continuation."""
-    before = read_run(folder)
-    if before is not None:
-        require_same(folder.shown, before.get("identity", {}), made_of)
-        return
-    if read_pointers(folder) is not None:
-        raise ConfigError(f"{folder.shown} has checkpoints but no run.json; restore it, or use a new --out")
-    write_run(folder, {"identity": made_of, "config": config.public(), "versions": versions()})

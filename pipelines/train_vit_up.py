@@ -4,7 +4,7 @@ arXiv 2606.14024; specs/lift_vitup.md B12 to B15. No sentence or line is taken f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.backbone import TimmBackbone, autocast, create_model, load_arrays, normalise
+from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.losses import cosine_loss
 from operators.upsamplers import UpsamplerError
 from operators.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
 from operators.vit_up.objective import LossWeights, Supervision, objective
 from pipelines.config import ConfigError
-from pipelines.train_config import ResolvedTraining, TrainConfig, TrainSetup
+from pipelines.train_images import FrozenBackbone, ImageSetup, ImageTraining
 from pipelines.train_watch import similarity_picture
-from pipelines.training_data import CanvasView, ImageSource, JitteredView, Loaded
+from pipelines.training_data import CanvasView, Loaded
 
 ENLARGED = 4
 """Cells of the validation's grid to one of the backbone's, a side."""
@@ -31,7 +31,7 @@ MAX_QUERIES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTUpTraining(TrainConfig):
+class ViTUpTraining(ImageTraining):
     """Settings of one training run: ViT-Up learns a frozen backbone's features at any coordinates of an image."""
 
     method: Literal["vit_up"] = "vit_up"
@@ -133,11 +133,10 @@ class ViTUpTraining(TrainConfig):
             raise ConfigError(f"{self.model}: {error}") from None
         return {"method": "vit_up", **asdict(config)}
 
-    def source(self, _: ResolvedTraining, plain: ImageSource) -> ImageSource:
-        """How the training's images are seen."""
-        return replace(plain, view=CanvasView(size=self.size, strength=self.strength))
+    def view(self, backbone: FrozenBackbone) -> CanvasView:  # noqa: ARG002
+        return CanvasView(size=self.size, strength=self.strength)
 
-    def objective(self, setup: TrainSetup, device: torch.device) -> "ViTUpObjective":
+    def objective(self, setup: ImageSetup, device: torch.device) -> "ViTUpObjective":
         """What a training process computes."""
         return ViTUpObjective(self, setup, device)
 
@@ -234,12 +233,10 @@ class Distillation:
 class ViTUpObjective:
     """Head, adapter and frozen backbone on a run's images (pipelines/train.py, `Objective`)."""
 
-    def __init__(self, config: ViTUpTraining, setup: TrainSetup, device: torch.device):
+    def __init__(self, config: ViTUpTraining, setup: ImageSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device
         settings = ViTUpConfig.parse({name: value for name, value in setup.upsampler.items() if name != "method"})
-        described = setup.backbone.described
-        model = create_model(described["model"], (described["size"],) * 2, None, None)
-        model = load_arrays(model, setup.backbone.arrays)
+        model = setup.backbone.model()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             head = ViTUpHead(settings)
@@ -255,19 +252,17 @@ class ViTUpObjective:
             net_precision=config.net_precision,
         )
 
-    def accumulate(self, loaded: Loaded) -> Tensor:
-        """Adds the gradient of the images' summed loss to the network's; gives that sum."""
-        return self.task.backward(*self._batch(loaded.example.arrays))
+    def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
+        """Adds the gradient of the images' summed loss to the network's; gives that sum and their number."""
+        return self.task.backward(*self._batch(loaded.example.arrays)), len(loaded)
 
     def _batch(self, arrays: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         """What the teacher and the student see, and the boxes."""
         boxes = torch.from_numpy(np.array(arrays["box"])).to(self.device)
-        return self._pixels(arrays["teacher"]), self._pixels(arrays["canvas"]), boxes
+        return self._input(arrays["teacher"]), self._input(arrays["canvas"]), boxes
 
-    def _pixels(self, pixels_BHWC: np.ndarray) -> Tensor:
-        """uint8 images to the backbone's normalised input on the device."""
-        expects = self.setup.backbone.expects
-        return normalise(torch.from_numpy(np.array(pixels_BHWC)).to(self.device), expects.mean, expects.std)
+    def _input(self, pixels_BHW3: np.ndarray) -> Tensor:
+        return self.setup.backbone.input(pixels_BHW3, self.device)
 
     # --- held-out images ----------------------------------------------------------------------------------------------
 
@@ -304,23 +299,22 @@ class ViTUpObjective:
     def _measure_one(self, row: int, shown: list[list[np.ndarray]]) -> np.ndarray:
         """1, the loss and the cosines of one image, or zeros where it can't be read; adds photo and maps to `shown`."""
         view = self.setup.held_out.load([row], None).arrays
-        small, large = (self._held_out(row, factor * self.config.hidden_size) for factor in (1, ENLARGED))
+        small, large = self._held_out(row)
         if not view or not len(small):
             return np.zeros(4)
         loss, last = float(self.task.loss(*self._batch(view))), self.task.head.config.layers[-1:]
         wanted, coarse = (
-            self.task.teacher(self._pixels(image), image.shape[1], last)[0].permute(0, 3, 1, 2)
+            self.task.teacher(self._input(image), image.shape[1], last)[0].permute(0, 3, 1, 2)
             for image in (large, small)
         )
         plain = F.interpolate(coarse, scale_factor=ENLARGED, mode="bilinear", align_corners=False)
-        ours = self.task.grid(self.task.prepare(self._pixels(small)), tuple(wanted.shape[-2:]))
+        ours = self.task.grid(self.task.prepare(self._input(small)), tuple(wanted.shape[-2:]))
         shown.append([small[0], *(m[0].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, wanted))])
         cosines = [1 - float(cosine_loss(found, wanted)) for found in (ours, plain)]
         return np.array([1.0, loss, *cosines])
 
-    def _held_out(self, row: int, side: int) -> np.ndarray:
-        """The centre of a held-out image, uint8 [1, side, side, 3]; none where it can't be read."""
-        expects, source = self.setup.backbone.expects, self.setup.held_out
-        geometry = Geometry(mode="crop", height=side, width=side, interpolation="bilinear", mean=expects.mean)
-        arrays = replace(source, view=JitteredView(geometry=geometry)).load([row], None).arrays
-        return arrays.get("pixels", np.empty((0, side, side, 3), np.uint8))
+    def _held_out(self, row: int) -> list[np.ndarray]:
+        """The centre of a held-out image at two sizes, uint8 [1, side, side, 3]; none where it can't be read."""
+        side, mean = self.config.hidden_size, self.setup.backbone.expects.mean
+        geometry = Geometry(mode="crop", height=side, width=side, interpolation="bilinear", mean=mean)
+        return list(self.setup.held_out.at_sides([row], geometry, (side, ENLARGED * side)).values())

@@ -5,7 +5,7 @@ specs/lift_vitup.md A7).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,21 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from operators.backbone import TimmBackbone, autocast, normalise
+from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.losses import averaged, cosine_loss, lower, multi_scale_loss
 from operators.upsamplers import NetConfig, build_net
 from pipelines.config import ConfigError
-from pipelines.train_config import ResolvedTraining, TrainConfig, TrainSetup, describe_difference
+from pipelines.train_config import describe_difference
+from pipelines.train_images import FrozenBackbone, ImageSetup, ImageTraining
 from pipelines.train_watch import similarity_picture
-from pipelines.training_data import ImageSource, JitteredView, Loaded, StoredFeatures
+from pipelines.training_data import JitteredView, Loaded, StoredFeatures
 from storage.store import FeatureStore
-
-METHODS = ("lift", "resize_conv", "jbu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class X2Config(TrainConfig):
+class X2Config(ImageTraining):
     """Settings of one training run: a x2 upsampler learns a frozen backbone's features of larger images (LiFT's eq. 1)."""
 
     method: Literal["lift", "resize_conv", "jbu"] = "lift"
@@ -107,25 +106,28 @@ class X2Config(TrainConfig):
         )
         return asdict(config)
 
-    def source(self, resolved: ResolvedTraining, plain: ImageSource) -> ImageSource:
-        """How the training's images are seen. Raises `ConfigError` where stored features are others."""
-        geometry = Geometry(
+    def view(self, backbone: FrozenBackbone) -> JitteredView:
+        return JitteredView(geometry=self.geometry_for(backbone), jitter=self.jitter, crop=self.crop)
+
+    def geometry_for(self, backbone: FrozenBackbone) -> Geometry:
+        """How images become --size."""
+        return Geometry(
             mode=self.geometry,
             height=self.size,
             width=self.size,
             interpolation=self.interpolation,
-            mean=resolved.backbone.expects.mean,
+            mean=backbone.expects.mean,
         )
-        view = JitteredView(geometry=geometry, jitter=self.jitter, crop=self.crop)
-        return replace(plain, view=view, features=self._stored(resolved) if self.features else None)
 
-    def _stored(self, resolved: ResolvedTraining) -> StoredFeatures:
+    def stored_features(self, backbone: FrozenBackbone) -> StoredFeatures | None:
         """The store's level of the backbone's own maps, held against what would be computed."""
+        if not self.features:
+            return None
         store = FeatureStore.open(self.features, self.options)
-        spec, described = store.spec, resolved.backbone.described
+        spec, described = store.spec, backbone.described
         here = {
             **{name: described[name] for name in ("model", "weights", "layers", "facet", "norm", "pos_embed")},
-            "stride": resolved.backbone.patch,
+            "stride": backbone.patch,
             "input_size": [self.size, self.size],
             "geometry": self.geometry,
             "interpolation": self.interpolation,
@@ -145,7 +147,7 @@ class X2Config(TrainConfig):
             )
         return StoredFeatures(url=self.features, options=self.options, level=levels[0].name)
 
-    def objective(self, setup: TrainSetup, device: torch.device) -> "X2Objective":
+    def objective(self, setup: ImageSetup, device: torch.device) -> "X2Objective":
         """What a training process computes."""
         return X2Objective(self, setup, device)
 
@@ -156,16 +158,16 @@ METRICS = ("val_loss", "val_cosine", "val_cosine_twice", "val_cosine_beyond")
 class X2Objective:
     """The network, its frozen backbone, and the loss of a micro-batch (pipelines/train.py, `Objective`)."""
 
-    def __init__(self, config: X2Config, setup: TrainSetup, device: torch.device):
+    def __init__(self, config: X2Config, setup: ImageSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device
         self.backbone = setup.backbone.build()
         self.backbone.model.to(device)
         self.net = build_net(setup.upsampler, config.seed).to(device)
 
-    def accumulate(self, loaded: Loaded) -> Tensor:
-        """Adds the gradient of the images' summed loss to the network's; gives that sum."""
+    def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
+        """Adds the gradient of the images' summed loss to the network's; gives that sum and their number."""
         arrays = loaded.example.arrays
-        images = self._pixels(arrays["pixels"])
+        images = self._input(arrays["pixels"])
         maps = [self._features(self._lower(images, factor)) for factor in (2, 4)]
         if "features" in arrays:
             stored = torch.from_numpy(np.array(arrays["features"])).to(self.device)
@@ -174,12 +176,10 @@ class X2Objective:
             target = self._features(images)
         loss = multi_scale_loss(self._upsample, images, [target, *maps], self.config.loss, self._lower) * len(loaded)
         loss.backward()
-        return loss.detach()
+        return loss.detach(), len(loaded)
 
-    def _pixels(self, pixels_BHWC: np.ndarray) -> Tensor:
-        """uint8 images to the backbone's normalised input on the device."""
-        expects = self.setup.backbone.expects
-        return normalise(torch.from_numpy(np.array(pixels_BHWC)).to(self.device), expects.mean, expects.std)
+    def _input(self, pixels_BHW3: np.ndarray) -> Tensor:
+        return self.setup.backbone.input(pixels_BHW3, self.device)
 
     def _features(self, images: Tensor) -> Tensor:
         """The frozen backbone's maps, float32 [B, C, h, w]."""
@@ -228,11 +228,11 @@ class X2Objective:
 
     def _measure_some(self, rows: Sequence[int], shown: list[list[np.ndarray]]) -> np.ndarray:
         """Number of images, and the sums over them of what `measure` gives; adds photos and maps to `shown`."""
-        octaves = [self._held_out(rows, side) for side in self._sides()]
+        octaves = self._octaves(rows)
         pixels = octaves[2]
         if not len(pixels):
             return np.zeros(1 + 2 * len(METRICS))
-        quarter, half, images, double = (self._pixels(octave) for octave in octaves)
+        quarter, half, images, double = map(self._input, octaves)
         target, small, smaller = (self._features(self._lower(images, factor)) for factor in (1, 2, 4))
         tiny, coarse, beyond = (self._features(octave) for octave in (quarter, half, double))
         ours, plain = self._upsample(half, coarse), _bilinear(half, coarse)
@@ -253,16 +253,11 @@ class X2Objective:
         ]
         return len(pixels) * np.array([1.0, *(float(mean) for mean in means)])
 
-    def _sides(self) -> tuple[int, int, int, int]:
+    def _octaves(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """The images at a quarter of --size, half of it, itself and twice it, uint8 [n, side, side, 3]."""
         size = self.config.size
-        return size // 4, size // 2, size, 2 * size
-
-    def _held_out(self, rows: Sequence[int], side: int) -> np.ndarray:
-        """uint8 images of another size [n, side, side, 3], those that can be read."""
-        source = self.setup.held_out
-        view = replace(source.view, geometry=replace(source.view.geometry, height=side, width=side))
-        example = replace(source, view=view, features=None).load(rows, None)
-        return example.arrays.get("pixels", np.empty((0, side, side, 3), np.uint8))
+        geometry = self.config.geometry_for(self.setup.backbone)
+        return list(self.setup.held_out.at_sides(rows, geometry, (size // 4, size // 2, size, 2 * size)).values())
 
     def _picture(self, step: int, values: Mapping[str, float], shown: Sequence[Sequence[np.ndarray]]) -> bytes:
         grid, double = shown[0][1].shape[:2], shown[0][4].shape[:2]

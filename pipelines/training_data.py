@@ -14,7 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,6 +126,18 @@ class JitteredView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SidesView:
+    """The image as squares of several sides, placed by one geometry: uint8 [side, side, 3], named by the side."""
+
+    geometry: Geometry
+    sides: tuple[int, ...]
+
+    def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:  # noqa: ARG002
+        image, _, _ = open_rgb(blob, max_pixels=max_pixels)
+        return {str(side): fit(image, replace(self.geometry, height=side, width=side)) for side in self.sides}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CanvasView:
     """ViT-Up's view (pipelines/augment.py): `teacher` and `canvas`, uint8 [S, S, 3], and `box`, float32 [4].
 
@@ -177,6 +189,13 @@ class Example:
     "by row"
 
 
+class ExampleSource(Protocol):
+    """Where examples come from; travels to whoever loads them."""
+
+    def load(self, rows: Sequence[int], epoch: int | None) -> Example:
+        """Arrays of `rows`, in their order, as drawn for `epoch` (None: with nothing random)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
     """Where images come from and how they become arrays; travels to whoever decodes."""
@@ -190,8 +209,7 @@ class ImageSource:
     options: Mapping[str, Any]
     max_image_pixels: int
     seed: int
-    view: View | None = None
-    "None: to be chosen by what is trained"
+    view: View
     features: StoredFeatures | None = None
     "adds the array `features` of the images, from a store"
 
@@ -219,6 +237,12 @@ class ImageSource:
             self._add_features(examples, failed, {row: records[row]["key"] for row in examples})
         names = next(iter(examples.values()), {})
         return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
+
+    def at_sides(self, rows: Sequence[int], geometry: Geometry, sides: Sequence[int]) -> dict[int, np.ndarray]:
+        """The images at several sizes, each decoded once: uint8 [n, side, side, 3] by side, of those that can be read."""
+        view = SidesView(geometry=geometry, sides=tuple(sides))
+        arrays = replace(self, view=view, features=None).load(rows, None).arrays
+        return {side: arrays.get(str(side), np.empty((0, side, side, 3), np.uint8)) for side in sides}
 
     def _view(self, blob: bytes, size: int, rng: np.random.Generator | None) -> dict[str, np.ndarray] | str:
         """The example, or what went wrong."""
@@ -268,7 +292,7 @@ class Loaded:
         return len(self.item.rows) - len(self.example.failed)
 
 
-def load_inline(source: ImageSource, items: Iterator[MicroBatch], ahead: int) -> Iterator[Loaded]:
+def load_inline(source: ExampleSource, items: Iterator[MicroBatch], ahead: int) -> Iterator[Loaded]:
     """Micro-batches in order; up to `ahead` are decoded by threads meanwhile."""
     pending: deque[tuple[MicroBatch, Future[Example]]] = deque()
     pool = ThreadPoolExecutor(ahead)
@@ -284,13 +308,13 @@ def load_inline(source: ImageSource, items: Iterator[MicroBatch], ahead: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-def load_on_ray(source: ImageSource, items: Iterator[MicroBatch], tasks: int) -> Iterator[Loaded]:
+def load_on_ray(source: ExampleSource, items: Iterator[MicroBatch], tasks: int) -> Iterator[Loaded]:
     """Micro-batches in order; Ray Data decodes them ahead in up to `tasks` tasks, anywhere in the cluster."""
     while window := [item for _, item in zip(range(WINDOW_ITEMS), items, strict=False)]:
         yield from _load_window(source, window, tasks)
 
 
-def _load_window(source: ImageSource, items: Sequence[MicroBatch], tasks: int) -> Iterator[Loaded]:
+def _load_window(source: ExampleSource, items: Sequence[MicroBatch], tasks: int) -> Iterator[Loaded]:
     import ray
     import ray.data
 

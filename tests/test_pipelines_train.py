@@ -18,7 +18,7 @@ from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extract import extract
 from pipelines.train import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
-from pipelines.train_config import TrainConfig, prepare_training, resolve_training
+from pipelines.train_config import TrainConfig
 from pipelines.train_x2 import X2Config
 from pipelines.training_data import TrainOrder, load_inline
 from storage.checkpoints import read_checkpoint, read_last, read_pointers
@@ -65,7 +65,7 @@ def small(tmp_path, make_tars):
 
 
 def prepared(config: TrainConfig, on_step=None):
-    return replace(prepare_training(resolve_training(config), InlineExecutor()), on_step=on_step)
+    return replace(config.resolve().prepare(InlineExecutor()), on_step=on_step)
 
 
 def losses(out: str) -> list[float]:

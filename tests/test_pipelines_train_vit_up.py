@@ -17,7 +17,6 @@ from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extract import extract
 from pipelines.train import read_metrics, train_inline
-from pipelines.train_config import prepare_training, resolve_training
 from pipelines.train_vit_up import Distillation, ViTUpNet, ViTUpTraining
 from storage.checkpoints import read_checkpoint, read_last
 from storage.paths import Folder
@@ -128,7 +127,7 @@ def small(tmp_path, make_tars):
 
 
 def prepared(config: ViTUpTraining, on_step=None):
-    return replace(prepare_training(resolve_training(config), InlineExecutor()), on_step=on_step)
+    return replace(config.resolve().prepare(InlineExecutor()), on_step=on_step)
 
 
 class Died(Exception):
@@ -206,12 +205,12 @@ def test_another_number_of_steps_is_another_schedule(small):
 )
 def test_wrong_settings_name_the_flag(small, changes, message):
     with pytest.raises(ConfigError, match=message):
-        resolve_training(small(**changes))
+        small(**changes).resolve()
 
 
 def test_hierarchical_models_are_refused(small):
     with pytest.raises((ConfigError, BackboneError), match=r"[Hh]iera|blocks"):
-        resolve_training(small(model="hiera_tiny_224.mae", hidden_size=224))
+        small(model="hiera_tiny_224.mae", hidden_size=224).resolve()
 
 
 # --- the checkpoint in use --------------------------------------------------------------------------------------------

@@ -1,12 +1,17 @@
 """Settings that every evaluation has; what a task needs beyond them is said by its subclass, beside the task."""
 
-import json
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines.config import ConfigError, parse_options
-from storage.paths import is_memory, public_options, redact
+from pipelines.config import (
+    ConfigError,
+    absolute,
+    parse_options,
+    public_settings,
+    require_at_least,
+    require_shareable,
+    runs_inline,
+)
 
 Drawing = Literal["paper", "extract"]
 """How images become the model's input: as the protocol's code does it, or as jobs/extract.py does it (the model's own
@@ -78,12 +83,8 @@ class EvaluateConfig:
     """GPUs of one actor; fractions pack several small models onto one."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "actors", "actor_cpus", "stride"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if self.pictures < 0:
-            raise ConfigError(f"--pictures {self.pictures}: must be at least 0")
+        require_at_least(1, self, "limit", "actors", "actor_cpus", "stride")
+        require_at_least(0, self, "pictures")
         if any(text.endswith("@int8") for text in self.levels):
             raise ConfigError(
                 "--levels ...@int8: a model's maps aren't quantised; evaluate a store of them with --stores"
@@ -92,8 +93,8 @@ class EvaluateConfig:
             raise ConfigError(
                 "--drawing paper needs a model: the images of a store are drawn as jobs/extract.py does it"
             )
-        if self.executor == "ray" and any(is_memory(url) for url in self._urls):
-            raise ConfigError("memory:// can be seen by one process only; use --executor inline, or another URL")
+        if self.executor == "ray":
+            require_shareable(*self._urls)
 
     @property
     def _urls(self) -> tuple[str, ...]:
@@ -107,7 +108,7 @@ class EvaluateConfig:
     @property
     def is_inline(self) -> bool:
         """Whether this process does the work."""
-        return self.executor == "inline" or (self.executor == "auto" and any(map(is_memory, self._urls)))
+        return runs_inline(self.executor, *self._urls)
 
     @property
     def how_drawn(self) -> Drawing:
@@ -120,22 +121,11 @@ class EvaluateConfig:
         if not url:
             what = {"data": "no data: give --data the data set's folder", "out": "no output: give --out a folder"}
             raise ConfigError(what[name])
-        return _absolute(url)
+        return absolute(url)
 
     def public(self) -> dict[str, Any]:
         """All settings without credentials, for files and logs."""
-        shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.storage_options:
-            shown["storage_options"] = json.dumps(public_options(self.options))
-        for name in ("data", "out", "weights"):
-            shown[name] = redact(shown[name], self.options)
-        for name in ("stores", "levels"):
-            shown[name] = [redact(url, self.options) for url in getattr(self, name)]
-        return json.loads(json.dumps(shown))
-
-
-def _absolute(url: str) -> str:
-    return url if "://" in url else str(Path(url).expanduser().resolve())
+        return public_settings(self, "data", "out", "weights", "stores", "levels")
 
 
 _FREE = {

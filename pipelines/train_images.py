@@ -1,0 +1,231 @@
+"""Training on images without labels: the frozen backbone loaded, the images indexed.
+
+What is trained on them is said by subclasses of `ImageTraining` (pipelines/train_x2.py, train_vit_up.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from operators.backbone import (
+    Preprocessing,
+    TimmBackbone,
+    create_model,
+    load_arrays,
+    normalise,
+    preprocessing,
+    state_arrays,
+    weights_digest,
+)
+from pipelines.config import ConfigError, require_at_least
+from pipelines.prepare import index_input
+from pipelines.train_config import Objective, TrainConfig, TrainSetup, begin_run
+from pipelines.training_data import ImageSource, StoredFeatures, View
+from pipelines.weights import WeightsChoice, load_model
+from storage.checkpoints import read_run
+from storage.paths import Folder, InputFile, expand_inputs
+from storage.samples import SampleIndex
+from storage.tars import MemberRules
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTraining(TrainConfig):
+    """Settings of a training run on images without labels. A subclass also has `method`, and `facet`, `layers`, `norm` and
+    `pos_embed`, which make the features that are learned."""
+
+    data: tuple[str, ...] = ()
+    """WebDataset tars (URLs; braces and globs allowed) or folders of tars or images; labels are not needed."""
+    val_data: tuple[str, ...] = ()
+    """Held-out images, named as --data."""
+    val_rows: int = 64
+    """Images to validate on: the first of --val-data, or without it the last of --data, which are then not trained on."""
+    image_member: str | None = None
+    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif."""
+    limit: int | None = None
+    """Only the first N samples of --data."""
+    max_image_pixels: int = 89_478_485
+    """Images with more pixels are left out instead of filling the memory; the default is Pillow's."""
+
+    urls: ClassVar[tuple[str, ...]] = ("data", "val_data", "out", "weights")
+    free: ClassVar[frozenset[str]] = TrainConfig.free | {"data", "val_data", "features", "image_member", "limit"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, self, "val_rows", "limit")
+
+    @property
+    def backbone_size(self) -> int:
+        """Side of the largest image that the backbone is given, in pixels."""
+        raise NotImplementedError
+
+    def network(self, backbone: TimmBackbone) -> dict[str, Any]:
+        """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
+        raise NotImplementedError
+
+    def view(self, backbone: "FrozenBackbone") -> View:
+        """What is made of an image file."""
+        raise NotImplementedError
+
+    def stored_features(self, backbone: "FrozenBackbone") -> StoredFeatures | None:  # noqa: ARG002
+        """Features that are read instead of computed. Raises `ConfigError` where stored ones are others."""
+        return None
+
+    def objective(self, setup: "ImageSetup", device: torch.device) -> Objective:
+        """What a training process computes."""
+        raise NotImplementedError
+
+    def resolve(self) -> "ResolvedImages":
+        """Find the input's files and load the model.
+
+        Raises `ConfigError`, `InputError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
+        """
+        folder = self.begin_folder()
+        files = expand_inputs(self.data, self.options)
+        held_out = expand_inputs(self.val_data, self.options) if self.val_data else []
+        backbone, upsampler = _load_backbone(self)
+        return ResolvedImages(
+            config=self,
+            folder=folder,
+            backbone=backbone,
+            upsampler=upsampler,
+            files=tuple(files),
+            held_out_files=tuple(held_out),
+            features=self.stored_features(backbone),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenBackbone:
+    """The backbone whose features are learned; `weights` of `described` is their digest."""
+
+    arrays: Mapping[str, np.ndarray]
+    described: Mapping[str, Any]
+    "what a checkpoint says of it; see pipelines/checkpoints.py"
+    pos_embed: Any
+    patch: int
+    expects: Preprocessing
+
+    def model(self) -> nn.Module:
+        """timm's model with the weights, at the size it was loaded for."""
+        size = (self.described["size"], self.described["size"])
+        return load_arrays(create_model(self.described["model"], size, None, None), self.arrays)
+
+    def build(self) -> TimmBackbone:
+        """The backbone as it gives the features."""
+        facet, norm = self.described["facet"], self.described["norm"]
+        return TimmBackbone(self.model(), facet=facet, norm=norm, pos_embed=self.pos_embed)
+
+    def input(self, pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
+        """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
+        return normalise(torch.from_numpy(np.array(pixels_BHW3)).to(device), self.expects.mean, self.expects.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSetup(TrainSetup):
+    """A run on images without labels."""
+
+    config: ImageTraining
+    backbone: FrozenBackbone
+    held_out: ImageSource
+
+    @property
+    def upsampler(self) -> Mapping[str, Any]:
+        """The network's settings."""
+        return self.described["upsampler"]
+
+    def objective(self, device: torch.device) -> Objective:
+        return self.config.objective(self, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedImages:
+    """Settings held against the model and the input's files, before any cluster is asked for anything."""
+
+    config: ImageTraining
+    folder: Folder
+    backbone: FrozenBackbone
+    upsampler: Mapping[str, Any]
+    files: tuple[InputFile, ...]
+    held_out_files: tuple[InputFile, ...]
+    features: StoredFeatures | None
+
+    def prepare(self, executor: Any) -> ImageSetup:
+        """Index the input, and begin or continue the folder; `executor` scans tars (pipelines/executors.py).
+
+        Raises `InputError`, `CheckpointError`, and `ConfigError` where a run was begun with other settings.
+        """
+        config, folder = self.config, self.folder
+        images, index = self._images(folder, self.files, config.limit, executor, self.features)
+        held_out, rows = images, range(index.n_rows - config.val_rows, index.n_rows)
+        n_rows = rows.start
+        if self.held_out_files:
+            below = Folder(f"{folder.url}/validation", config.options)
+            held_out, found = self._images(below, self.held_out_files, config.val_rows, executor)
+            rows, n_rows = range(found.n_rows), index.n_rows
+        if n_rows < 1:
+            raise ConfigError(
+                f"--val-rows {config.val_rows} leaves none of the {index.n_rows} images of --data to train on; use fewer, or "
+                "give --val-data"
+            )
+        digests = {"images": images.digest, "held_out": held_out.digest}
+        begin_run(folder, config, {"backbone": self.backbone.described, **digests})
+        return ImageSetup(
+            config=config,
+            folder=folder,
+            backbone=self.backbone,
+            described={"upsampler": dict(self.upsampler), "backbone": dict(self.backbone.described)},
+            order=config.order(n_rows),
+            images=images,
+            held_out=held_out,
+            held_out_rows=tuple(rows),
+        )
+
+    def _images(
+        self,
+        folder: Folder,
+        files: Sequence[InputFile],
+        limit: int | None,
+        executor: Any,
+        features: StoredFeatures | None = None,
+    ) -> tuple[ImageSource, SampleIndex]:
+        config = self.config
+        rules, in_use = MemberRules(image=config.image_member), read_run(self.folder) is not None
+        index = index_input(folder, files, rules, limit, executor, config.options, in_use=in_use)
+        source = ImageSource(
+            folder=folder,
+            digest=index.digest,
+            urls=tuple(file.url for file in files[: len(index.sources)]),
+            options=config.options,
+            max_image_pixels=config.max_image_pixels,
+            seed=config.seed,
+            view=config.view(self.backbone),
+            features=features,
+        )
+        return source, index
+
+
+def _load_backbone(config: ImageTraining) -> tuple[FrozenBackbone, dict[str, Any]]:
+    """The backbone, and the settings of the network for it."""
+    expects = preprocessing(config.model)
+    size = (config.backbone_size, config.backbone_size)
+    model = load_model(config.model, size, WeightsChoice.parse(config.weights), config.revision, config.options)
+    # Before the backbone touches it: position embeddings are replaced for each grid.
+    arrays = {key: value.copy() for key, value in state_arrays(model).items()}
+    backbone = TimmBackbone(model, facet=config.facet, norm=config.norm, pos_embed=config.pos_embed)
+    described = {
+        "model": config.model,
+        "weights": weights_digest(arrays),
+        "layers": list(backbone.resolve_layers(config.layers)),
+        "facet": config.facet,
+        "norm": backbone.norm,
+        "size": config.backbone_size,
+        "pos_embed": backbone.pos_embed,
+    }
+    frozen = FrozenBackbone(
+        arrays=arrays, described=described, pos_embed=config.pos_embed, patch=backbone.patch, expects=expects
+    )
+    return frozen, config.network(backbone)
