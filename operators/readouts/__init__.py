@@ -1,0 +1,228 @@
+"""Readouts: small trained networks from a frozen backbone's map to a dense prediction.
+
+A readout is made of settings (`ReadoutConfig`, `build_readout`); each has a class in a file of its kind and a line in `READOUTS`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+from operators.readouts.baselines import Bicubic, StridedConv, TransposedConv
+from operators.readouts.deap import DeAP
+from operators.readouts.linear import DepthBins, LinearReadout
+from operators.readouts.readout import CODE, Readout, ReadoutError, SplitReadout, decoder_width
+from operators.upsamplers.learned import UpsamplerError, given_settings
+
+__all__ = [
+    "READOUTS",
+    "ParameterCount",
+    "Readout",
+    "ReadoutConfig",
+    "ReadoutError",
+    "SplitReadout",
+    "build_readout",
+    "published_counts",
+]
+
+_OPTIONS: dict[str, tuple[Callable[..., Readout], set[str]]] = {
+    "deap": (
+        DeAP,
+        {"output", "dim", "output_bias", "heads", "mask", "positions", "shared_sigma", "only_mask", "unused_norm"},
+    ),
+    "bicubic": (Bicubic, {"dim", "output_bias"}),
+    "transposed": (TransposedConv, {"output", "grid", "dim", "output_bias"}),
+    "strided": (StridedConv, {"output", "grid", "dim", "output_bias"}),
+    "linear": (LinearReadout, {"resize"}),
+    "depth_bins": (lambda channels, _outputs: DepthBins(channels), set()),
+}
+"""The class of each method, and which settings it takes as they are."""
+
+READOUTS = tuple(_OPTIONS)
+"""Methods."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutConfig:
+    """What a state dict doesn't tell about its readout. The defaults are those of the releases that made the published tables.
+
+    Raises `ReadoutError` where settings are impossible or don't go together.
+    """
+
+    method: Literal["deap", "bicubic", "transposed", "strided", "linear", "depth_bins"]
+    channels: int
+    "of the backbone's maps"
+    outputs: int
+    "channels of the prediction: classes, or 1 for depth"
+    split: tuple[int, ...] = ()
+    "readouts of their own for so many outputs each, joined; CenterNet's are 1 and 2"
+    output: tuple[int, int] = (224, 224)
+    "pixels (height, width) that it is trained for, one number for a square; DeAP asks a query for each 8 x 8"
+    grid: tuple[int, int] = (37, 37)
+    "transposed, strided: cells of the maps that it is trained on, one number for a square"
+    dim: int | None = None
+    "channels of the query map; null: 16 for deap, 48 for the others"
+    width: int | None = None
+    "channels of the convolutions that draw pixels; null: by width_rule. The published COCO-Stuff readout has 32"
+    width_rule: Literal["released", "paper"] = "released"
+    "max(dim / 4, outputs / 2), or the paper's max(dim / 4, outputs), which contradicts its own tables"
+    output_bias: float = 0.0
+    "added to the initial biases of the last convolution and of the skip, so that outputs begin at twice as much; depth has 1"
+    heads: int = 8
+    "deap: of its attention"
+    mask: Literal["released", "paper", "none"] = "released"
+    "deap: Gaussian of the squared distance, of the distance as in eq. 2, or the ablation without masks"
+    positions: Literal["trained", "index"] = "trained"
+    "deap: query positions at other sizes stay on the trained scale, or are cell indices"
+    shared_sigma: bool = False
+    "deap: one mask width for all heads, an ablation"
+    only_mask: bool = False
+    "deap: attention by masks alone, an ablation"
+    unused_norm: bool = True
+    "deap: keep the LayerNorm that is never applied, but counted"
+    resize: Literal["bilinear", "nearest"] = "bilinear"
+    "linear: how logits come to the output's size"
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> "ReadoutConfig":
+        """From a JSON object; absent and null settings take the defaults."""
+        try:
+            given = given_settings(cls, settings, ("method", "channels", "outputs"), "the readout")
+        except UpsamplerError as error:
+            raise ReadoutError(str(error)) from None
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+    def __post_init__(self) -> None:
+        for name in ("output", "grid"):
+            if _is_count(side := getattr(self, name)):
+                object.__setattr__(self, name, (side, side))
+        if self.method not in _OPTIONS:
+            raise ReadoutError(f"no readout is called {self.method!r}; there are: {', '.join(READOUTS)}")
+        for field in fields(self)[1:]:
+            _check_value(field, getattr(self, field.name))
+        self._check_options()
+        self._check_fit()
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Outputs of each readout."""
+        return self.split or (self.outputs,)
+
+    @property
+    def query_channels(self) -> int:
+        """`dim` with its default."""
+        return self.dim or (16 if self.method == "deap" else 48)
+
+    def _check_options(self) -> None:
+        taken = _OPTIONS[self.method][1]
+        allowed = taken | {"split", "output"} | ({"width", "width_rule"} if "dim" in taken else set())
+        for field in fields(self)[3:]:
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in allowed:
+                raise ReadoutError(f"{field.name}={value!r} is no setting of {self.method}")
+
+    def _check_fit(self) -> None:
+        if sum(self.parts) != self.outputs:
+            raise ReadoutError(f"split {self.split} makes {sum(self.split)} outputs, not {self.outputs}")
+        if self.method == "depth_bins" and self.parts != (1,):
+            raise ReadoutError(f"depth_bins has 1 output, not {self.outputs}")
+        divisor = {"deap": self.heads, "strided": 8}.get(self.method, 1)
+        if self.query_channels % divisor or self.query_channels < 4:
+            raise ReadoutError(
+                f"dim must be a multiple of {divisor} for {self.method}, and at least 4; got {self.query_channels}"
+            )
+        if self.method == "strided" and self.channels % 16:
+            raise ReadoutError(f"strided normalises 16 groups of channels; {self.channels} don't divide into them")
+        if self.only_mask and self.mask == "none":
+            raise ReadoutError("only_mask without a mask would see nothing; choose one of the two ablations")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _check_value(field: Field, value: object) -> None:
+    """Raise `ReadoutError` where a value isn't of its field's kind."""
+    default, choices = field.default, get_args(field.type) if isinstance(field.default, str) else ()
+    if isinstance(default, bool):
+        fits, rule = type(value) is bool, "true or false"
+    elif choices:
+        fits, rule = value in choices, f"one of {', '.join(choices)}"
+    elif isinstance(default, float):
+        fits, rule = type(value) in (int, float) and math.isfinite(value), "a finite number"
+    elif isinstance(default, tuple):
+        fits = isinstance(value, tuple) and len(value) in (len(default), len(value) if not default else 2)
+        fits, rule = fits and all(map(_is_count, value)), ("two " if default else "") + "whole numbers of at least 1"
+    else:
+        fits, rule = _is_count(value) or (default is None and value is None), "a whole number of at least 1"
+    if not fits:
+        raise ReadoutError(f"{field.name} must be {rule}, got {value!r}")
+
+
+def build_readout(config: Mapping[str, Any] | ReadoutConfig, seed: int = 0) -> Readout:
+    """A readout with PyTorch's default initialisation from `seed`, in train mode."""
+    config = config if isinstance(config, ReadoutConfig) else ReadoutConfig.parse(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = [_build_part(config, outputs) for outputs in config.parts]
+    return SplitReadout(parts) if config.split else parts[0]
+
+
+def _build_part(config: ReadoutConfig, outputs: int) -> Readout:
+    make, names = _OPTIONS[config.method]
+    options = {name: getattr(config, name) for name in names}
+    if "dim" in names:
+        dim = config.query_channels
+        # StridedConv's convolutions see its position channels, too.
+        drawn = dim + CODE if config.method == "strided" else dim
+        width = config.width or decoder_width(drawn, outputs, config.width_rule)
+        options |= {"dim": dim, "width": width}
+    return make(config.channels, outputs, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """A published parameter count, and ours."""
+
+    backbones: str
+    channels: int
+    task: str
+    published_millions: float
+    ours: int
+
+
+_TASKS: dict[str, dict[str, Any]] = {
+    "instance discrimination": {"outputs": 32},
+    "boundaries": {"outputs": 1},
+    "detection": {"outputs": 3, "split": (1, 2)},
+    "VOC": {"outputs": 21},
+    "COCO-Stuff": {"outputs": 200, "width": 32},
+    "depth": {"outputs": 1},
+}
+
+_PUBLISHED: dict[str, tuple[int, tuple[float, ...]]] = {
+    "ViT-B": (768, (0.053, 0.043, 0.087, 0.047, 0.088, 0.043)),
+    "ViT-L, Aim2, ViTamin": (1024, (0.066, 0.056, 0.112, 0.060, 0.101, 0.056)),
+    "SAM2 B+": (256, (0.028, 0.018, 0.035, 0.022, 0.062, 0.018)),
+    "Hiera B+": (896, (0.060, 0.050, 0.099, 0.054, 0.094, 0.050)),
+    "SigLIP-SO": (1152, (0.073, 0.062, 0.125, 0.066, 0.107, 0.062)),
+}
+"""Channels, and millions of parameters for each of `_TASKS`."""
+
+
+def published_counts() -> list[ParameterCount]:
+    """The 30 counts that the paper prints, beside those of DeAP as built here (specs/evaluation.md 12.2)."""
+    rows = []
+    for backbones, (channels, printed) in _PUBLISHED.items():
+        for (task, settings), millions in zip(_TASKS.items(), printed, strict=True):
+            with torch.device("meta"):
+                readout = build_readout(ReadoutConfig(method="deap", channels=channels, **settings))
+            ours = readout.parameter_count()
+            rows.append(
+                ParameterCount(
+                    backbones=backbones, channels=channels, task=task, published_millions=millions, ours=ours
+                )
+            )
+    return rows

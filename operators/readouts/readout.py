@@ -1,0 +1,147 @@
+"""What all readouts share: the promise they keep, the convolutions that draw pixels, sine codes of grid positions.
+
+Written from specs/evaluation.md 12.1. Shapes: B batch, C backbone channels, D query channels, h w cells of the given map,
+H W pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PIXELS_PER_QUERY = 8
+"""Three doublings (12.1, step 8)."""
+
+CODE = 8
+"""Numbers of a position code."""
+
+
+class ReadoutError(ValueError):
+    """No such readout, or it can't do what was asked."""
+
+
+class Readout(nn.Module):
+    """A frozen backbone's map to a dense prediction; abstract: a readout fills in `_predict`.
+
+    `pooled_BC` is the prefix (CLS) vector, read only where `needs_pooled`.
+    """
+
+    needs_pooled = False
+    resize = "bilinear"
+    "how a prediction is brought to other sizes than it was made in"
+
+    def __init__(self, channels: int, outputs: int):
+        super().__init__()
+        self.channels, self.outputs = channels, outputs
+
+    def forward(self, features_BChw: Tensor, size: tuple[int, int], pooled_BC: Tensor | None = None) -> Tensor:
+        """Float32 [B, outputs, *size] from a map of any float type, under any autocast; `size` is height, width in pixels.
+
+        Raises `ReadoutError` for other channels than it was made for, a missing pooled vector, or an empty size.
+        """
+        self._check(features_BChw, size, pooled_BC)
+        out = self._predict(features_BChw.float(), size, None if pooled_BC is None else pooled_BC.float()).float()
+        return out if out.shape[-2:] == tuple(size) else resized(out, size, self.resize)
+
+    def _predict(self, features_BChw: Tensor, size: tuple[int, int], pooled_BC: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def parameter_count(self) -> int:
+        """All parameters, as the published tables count: DeAP's unused LayerNorm is in.
+
+        So are the query and key layers that the only-mask ablation never reads, which its authors don't call learnable. The
+        classifier behind instance discrimination's 32 channels is no part of a readout, and not in the tables.
+        """
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _check(self, features: Tensor, size: tuple[int, int], pooled: Tensor | None) -> None:
+        if features.ndim != 4 or features.shape[1] != self.channels:
+            raise ReadoutError(
+                f"this readout was made for maps of {self.channels} channels, [B, {self.channels}, h, w]; "
+                f"got {list(features.shape)}"
+            )
+        if min(size) < 1:
+            raise ReadoutError(f"an output of {size[0]}x{size[1]} pixels is empty")
+        if not self.needs_pooled:
+            return
+        expected = [len(features), self.channels]
+        if pooled is None or list(pooled.shape) != expected:
+            got = "none" if pooled is None else list(pooled.shape)
+            raise ReadoutError(f"this readout needs the pooled (CLS) vector {expected}, got {got}")
+
+
+class SplitReadout(Readout):
+    """Readouts that share nothing but the backbone, their outputs joined: CenterNet's have 1 and 2 (12.1, step 10)."""
+
+    def __init__(self, parts: list[Readout]):
+        super().__init__(parts[0].channels, sum(part.outputs for part in parts))
+        self.parts = nn.ModuleList(parts)
+        self.needs_pooled = any(part.needs_pooled for part in parts)
+
+    def _predict(self, features_BChw: Tensor, size: tuple[int, int], pooled_BC: Tensor | None) -> Tensor:
+        return torch.cat([part(features_BChw, size, pooled_BC) for part in self.parts], dim=1)
+
+
+class PixelDecoder(nn.Module):
+    """Query maps [B, D, h, w] to float32 [B, outputs, 8h, 8w]: convolutions that double three times, plus a skip (12.1, step 8).
+
+    `bias` is added to the initial biases of both (12.1, step 11).
+    """
+
+    def __init__(self, dim: int, outputs: int, width: int, bias: float = 0.0):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels in (dim, width, width):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            layers += [nn.ConvTranspose2d(width, width, 2, stride=2), nn.ReLU(inplace=True)]
+        self.cnn = nn.Sequential(*layers, nn.Conv2d(width, outputs, 1))
+        self.skip = nn.Conv2d(dim, outputs, 1)
+        with torch.no_grad():
+            self.cnn[-1].bias += bias
+            self.skip.bias += bias
+
+    def forward(self, queries_BDhw: Tensor) -> Tensor:
+        return self.cnn(queries_BDhw).float() + self.skipped(queries_BDhw)
+
+    def skipped(self, queries_BDhw: Tensor) -> Tensor:
+        """The skip branch [B, outputs, 8h, 8w]. Its 1x1 convolution comes first: they commute, and it is 64 times cheaper."""
+        out = self.skip(queries_BDhw).float()
+        return F.interpolate(out, scale_factor=PIXELS_PER_QUERY, mode="bilinear", align_corners=False)
+
+
+def decoder_width(dim: int, outputs: int, rule: str = "released") -> int:
+    """Channels of the decoder's convolutions. "paper": max(D / 4, outputs), which contradicts its own tables (12.1, step 9)."""
+    return max(dim // 4, outputs if rule == "paper" else outputs // 2)
+
+
+def feed_forward(channels: int, dim: int) -> nn.Sequential:
+    """Expanded by two, then to `dim` and normalised (12.1, step 7)."""
+    return nn.Sequential(
+        nn.Linear(channels, 2 * channels), nn.ReLU(inplace=True), nn.Linear(2 * channels, dim), nn.LayerNorm(dim)
+    )
+
+
+def query_grid(size: tuple[int, int]) -> tuple[int, int]:
+    """Queries per axis for so many pixels, rounded up."""
+    return -(-size[0] // PIXELS_PER_QUERY), -(-size[1] // PIXELS_PER_QUERY)
+
+
+def position_code(
+    grid: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0), device: torch.device | None = None
+) -> Tensor:
+    """Sines and cosines of the cells' (column, row) indices times `scale` (rows, columns): [h * w, 8] (12.1, step 1).
+
+    Float32 whatever the autocast.
+    """
+    frequencies = torch.tensor([1.0, 0.01], device=device)
+    codes = []
+    for cells, factor in zip(grid, scale, strict=True):
+        angles = torch.arange(cells, device=device)[:, None] * factor * frequencies
+        codes.append(torch.cat([angles.sin(), angles.cos()], dim=1))
+    rows, columns = codes
+    return torch.cat([columns.repeat(grid[0], 1), rows.repeat_interleave(grid[1], dim=0)], dim=1)
+
+
+def resized(maps_BDhw: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+    """At other sizes; cells tile the same area."""
+    aligned = {} if mode == "nearest" else {"align_corners": False}
+    return F.interpolate(maps_BDhw, size=tuple(size), mode=mode, **aligned)
