@@ -12,7 +12,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -50,12 +50,33 @@ class ImageFile:
 
     def pixels(self) -> np.ndarray:
         """uint8 [height, width, 3], as the official readers have it: Pillow's RGB, not turned by EXIF. Raises `DatasetError`."""
-        pixels = np.array(_decoded(self.data(), self.shown, lambda image: image.convert("RGB")))
-        if self.width and pixels.shape[:2] != (self.height, self.width):
-            raise DatasetError(
-                f"{self.shown} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its annotation says {self.width} x {self.height}"
-            )
-        return pixels
+        return rgb_pixels(self)
+
+    def told(self) -> Any:
+        """What `digest` counts."""
+        return [self.name, self.width, self.height]
+
+
+class EncodedImage(Protocol):
+    """What is common to images of data sets, wherever their bytes lie."""
+
+    @property
+    def shown(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    def data(self) -> bytes: ...
+
+
+def rgb_pixels(image: EncodedImage) -> np.ndarray:
+    """As `ImageFile.pixels`."""
+    pixels = np.array(decoded(image.data(), image.shown, lambda found: found.convert("RGB")))
+    if image.width and pixels.shape[:2] != (image.height, image.width):
+        raise DatasetError(
+            f"{image.shown} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its annotation says {image.width} x {image.height}"
+        )
+    return pixels
 
 
 def read(folder: Folder, name: str) -> bytes:
@@ -77,10 +98,11 @@ def read_labels(folder: Folder, name: str) -> np.ndarray:
         image.load()
         return image
 
-    return np.array(_decoded(read(folder, name), f"{folder.shown}/{name}", indices))
+    return np.array(decoded(read(folder, name), f"{folder.shown}/{name}", indices))
 
 
-def _decoded(data: bytes, shown: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def decoded(data: bytes, shown: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The image in `data`, converted. Raises `DatasetError` for what is none."""
     try:
         return convert(Image.open(io.BytesIO(data)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -96,8 +118,8 @@ def digest(records: Iterable[Any]) -> str:
 
 
 def _without_folders(value: Any) -> Any:
-    if isinstance(value, ImageFile):
-        return [value.name, value.width, value.height]
+    if hasattr(value, "told"):
+        return _without_folders(value.told())
     if is_dataclass(value) and not isinstance(value, type):
         return {name: _without_folders(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, tuple | list):
@@ -105,7 +127,7 @@ def _without_folders(value: Any) -> Any:
     return value
 
 
-def _names(folder: Folder, name: str, extensions: Sequence[str]) -> list[str]:
+def names_in(folder: Folder, name: str, extensions: Sequence[str]) -> list[str]:
     """Sorted names of the files of these types in a folder. Raises `DatasetError` if there is none."""
     names = sorted(each for each in folder.sizes(name) if each.rsplit(".", 1)[-1].lower() in extensions)
     if not names:
@@ -113,25 +135,25 @@ def _names(folder: Folder, name: str, extensions: Sequence[str]) -> list[str]:
     return names
 
 
-def _require_plain(name: str, where: str) -> None:
+def require_plain(name: str, where: str) -> None:
     """Raises `DatasetError` for a name that would lead elsewhere as part of a path."""
     if name in ("", ".", "..") or "/" in name or "\\" in name:
         raise DatasetError(f"{where} names {name!r}, which is no plain name")
 
 
-def _lines(folder: Folder, name: str) -> list[str]:
+def lines(folder: Folder, name: str) -> list[str]:
     """First words of a text file's lines."""
     try:
-        lines = read(folder, name).decode().splitlines()
+        text = read(folder, name).decode()
     except UnicodeDecodeError as error:
         raise DatasetError(f"{folder.shown}/{name} is no text: {error}") from None
-    found = [line.split()[0] for line in lines if line.strip()]
+    found = [line.split()[0] for line in text.splitlines() if line.strip()]
     if not found:
         raise DatasetError(f"{folder.shown}/{name} lists nothing")
     return found
 
 
-def _parsed(folder: Folder, name: str, data: bytes, parse: Callable[[Any], T]) -> T:
+def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[Any], T]) -> T:
     """`parse` of a JSON file's content. Raises `DatasetError` with what is wrong with it."""
     try:
         return parse(json.loads(data))
@@ -141,15 +163,22 @@ def _parsed(folder: Folder, name: str, data: bytes, parse: Callable[[Any], T]) -
         raise DatasetError(f"{folder.shown}/{name} is malformed: {type(error).__name__}: {error}") from None
 
 
-def _require_images(folder: Folder, images: Iterable[ImageFile]) -> None:
-    """Raises `DatasetError` naming the first image that isn't there; one listing per folder, nothing is read."""
+class _Located(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def shown(self) -> str: ...
+
+
+def require_images(folder: Folder, images: Iterable[_Located], why: str = "but an annotation names it") -> None:
+    """Raises `DatasetError` naming the first file that isn't there; one listing per folder, nothing is read."""
     listed: dict[str, set[str]] = {}
     for image in images:
         parent, name = posixpath.split(image.name)
         if parent not in listed:
             listed[parent] = set(folder.sizes(parent))
         if name not in listed[parent]:
-            raise DatasetError(f"{image.shown} is missing, but an annotation names it")
+            raise DatasetError(f"{image.shown} is missing, {why}")
 
 
 # --- SPair-71k --------------------------------------------------------------------------------------------------------
@@ -180,16 +209,14 @@ def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -
     images have, whatever the pair file says). Raises `DatasetError`.
     """
     root = f"PairAnnotation/{split}"
-    names = _names(folder, root, ("json",))
+    names = names_in(folder, root, ("json",))
     files = folder.read_many([f"{root}/{name}" for name in names])
     found = {}
     for name, data in zip(names, files, strict=True):
-        pair = _parsed(
-            folder, f"{root}/{name}", data, lambda d, name=name: _pair(folder, name.removesuffix(".json"), d)
-        )
+        pair = parsed(folder, f"{root}/{name}", data, lambda d, name=name: _pair(folder, name.removesuffix(".json"), d))
         found.setdefault(pair.name, pair)
     pairs = [found[name] for name in sorted(found)]
-    _require_images(folder, (image for pair in pairs for image in (pair.source, pair.target)))
+    require_images(folder, (image for pair in pairs for image in (pair.source, pair.target)))
     return _with_image_points(folder, pairs) if key_points == "images" else pairs
 
 
@@ -212,7 +239,7 @@ def _pair(folder: Folder, stem: str, data: Mapping[str, Any]) -> Pair:
 
 def _spair_image(folder: Folder, category: str, name: str, size: Sequence[int]) -> ImageFile:
     for part in (category, name):
-        _require_plain(part, f"{folder.shown}: a pair")
+        require_plain(part, f"{folder.shown}: a pair")
     stem = name.rsplit(".", 1)[0]
     keys = (f"JPEGImages/{category}/{stem}", f"{category}/{stem}", stem)
     return ImageFile(
@@ -241,7 +268,7 @@ def _with_image_points(folder: Folder, pairs: Sequence[Pair]) -> list[Pair]:
         files = folder.read_many(names)
     except FileNotFoundError as error:
         raise DatasetError(f"{error}; the key points of images (ViT-Up) need it, those of pairs don't") from None
-    found = {name: _parsed(folder, name, data, _image_points) for name, data in zip(names, files, strict=True)}
+    found = {name: parsed(folder, name, data, _image_points) for name, data in zip(names, files, strict=True)}
     out = []
     for pair in pairs:
         source, (target, box) = found[_annotation(pair.source)][0], found[_annotation(pair.target)]
@@ -279,9 +306,9 @@ class Clip:
 def load_davis(folder: Folder, split: str = "val", resolution: str = "480p", step: int = 1) -> list[Clip]:
     """The clips of `ImageSets/2017/<split>.txt`, every `step`-th frame. Raises `DatasetError`, also where a mask is missing."""
     clips = []
-    for name in dict.fromkeys(_lines(folder, f"ImageSets/2017/{split}.txt")):
-        _require_plain(name, f"{folder.shown}/ImageSets/2017/{split}.txt")
-        frames = _names(folder, f"JPEGImages/{resolution}/{name}", ("jpg", "jpeg"))
+    for name in dict.fromkeys(lines(folder, f"ImageSets/2017/{split}.txt")):
+        require_plain(name, f"{folder.shown}/ImageSets/2017/{split}.txt")
+        frames = names_in(folder, f"JPEGImages/{resolution}/{name}", ("jpg", "jpeg"))
         masks = set(folder.sizes(f"Annotations/{resolution}/{name}"))
         stems = [frame.rsplit(".", 1)[0] for frame in frames][::step]
         for stem in stems:
@@ -323,16 +350,9 @@ def load_voc(folder: Folder, year: str, split: str = "trainval") -> list[BoxedIm
     """A VOC detection split. The folder may be the one above VOCdevkit (TokenCut's, with or without VOC<year>/), VOCdevkit
     itself, or the year's. Difficult and truncated objects count, as in TokenCut's. Raises `DatasetError`."""
     listed = f"ImageSets/Main/{split}.txt"
-    places = [f"VOC{year}/VOCdevkit/VOC{year}", f"VOCdevkit/VOC{year}", f"VOC{year}", ""]
-    root = next(
-        (f"{place}/" if place else "" for place in places if folder.exists(f"{place}/{listed}".lstrip("/"))), None
-    )
-    if root is None:
-        raise DatasetError(
-            f"{folder.shown} has no VOCdevkit/VOC{year}/{listed}, nor VOC{year}/VOCdevkit/...; check --data"
-        )
+    root = voc_root(folder, year, listed)
     # Lists of single classes have -1 in a second column; the ids are what is wanted.
-    ids = list(dict.fromkeys(_lines(folder, root + listed)))
+    ids = list(dict.fromkeys(lines(folder, root + listed)))
     names = [f"{root}Annotations/{each}.xml" for each in ids]
     try:
         files = folder.read_many(names)
@@ -345,8 +365,21 @@ def load_voc(folder: Folder, year: str, split: str = "trainval") -> list[BoxedIm
         found.append(
             BoxedImage(image=ImageFile(folder=folder, name=path, keys=keys, width=width, height=height), boxes=boxes)
         )
-    _require_images(folder, (each.image for each in found))
+    require_images(folder, (each.image for each in found))
     return found
+
+
+def voc_root(folder: Folder, year: str, listed: str) -> str:
+    """Where a VOC year with the file `listed` begins inside the folder: "" or a path that ends in /. Raises `DatasetError`."""
+    places = [f"VOC{year}/VOCdevkit/VOC{year}", f"VOCdevkit/VOC{year}", f"VOC{year}", ""]
+    root = next(
+        (f"{place}/" if place else "" for place in places if folder.exists(f"{place}/{listed}".lstrip("/"))), None
+    )
+    if root is None:
+        raise DatasetError(
+            f"{folder.shown} has no VOCdevkit/VOC{year}/{listed}, nor VOC{year}/VOCdevkit/...; check --data"
+        )
+    return root
 
 
 def _voc_objects(shown: str, data: bytes) -> tuple[int, int, tuple[tuple[float, float, float, float], ...]]:
@@ -386,11 +419,11 @@ COCO_IMAGES = ("COCO/images/train2014", "images/train2014", "train2014", "COCO/t
 
 def load_coco20k(folder: Folder) -> list[BoxedImage]:
     """The images of coco_20k_filenames.txt, in its order, with their boxes; crowds don't count. Raises `DatasetError`."""
-    wanted = [posixpath.basename(line) for line in _lines(folder, "coco_20k_filenames.txt")]
+    wanted = [posixpath.basename(line) for line in lines(folder, "coco_20k_filenames.txt")]
     where = next((name for name in COCO_ANNOTATIONS if folder.exists(name)), None)
     if where is None:
         raise DatasetError(f"{folder.shown} has none of {', '.join(COCO_ANNOTATIONS)}; check --data")
-    images, boxes = _parsed(folder, where, read(folder, where), _coco_boxes)
+    images, boxes = parsed(folder, where, read(folder, where), _coco_boxes)
     place = next((name for name in COCO_IMAGES if f"{wanted[0]}" in folder.sizes(name)), None)
     if place is None:
         raise DatasetError(f"{folder.shown} has no {wanted[0]} in any of {', '.join(COCO_IMAGES)}; check --data")
@@ -403,7 +436,7 @@ def load_coco20k(folder: Folder) -> list[BoxedImage]:
         keys = (f"{place}/{stem}", f"train2014/{stem}", stem)
         image = ImageFile(folder=folder, name=f"{place}/{name}", keys=keys, width=width, height=height)
         found.append(BoxedImage(image=image, boxes=tuple(boxes.get(number, ()))))
-    _require_images(folder, (each.image for each in found))
+    require_images(folder, (each.image for each in found))
     return found
 
 
