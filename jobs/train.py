@@ -1,16 +1,19 @@
-"""Train an upsampler on a frozen backbone's own features: no labels.
+"""Train on a frozen backbone's features: upsamplers on the features themselves, readouts on labels.
 
     python jobs/train.py debug
     python jobs/train.py lift --data 's3://bucket/train-{000000..001281}.tar' --out s3://bucket/lift --weights ...
     python jobs/train.py lift-dino-s16-imagenet --data ... --out ... --workers 4 --micro-batch 64
     python jobs/train.py vit-up-dinov3-splus-imagenet --data ... --out ...
     python jobs/extract.py --levels x1 x2=lift:s3://bucket/lift ...
+    python jobs/train.py deap --task segmentation --dataset voc --data VOC2012 --backbone vit_base_patch16_224.mae --out ...
+    python jobs/train.py probe --dataset ade20k --data ADE20K --store s3://bucket/ade-448.zarr --out ...
 
-The first word is a method (lift, resize_conv, jbu, vit-up) or a preset. The same command continues a run that stopped. Exit
-codes: 0 finished, 1 not (diverged, too many unreadable images, too many lost workers), 2 wrong settings.
+The first word is an upsampler (lift, resize_conv, jbu, vit-up), a readout (deap, bicubic, transposed, strided, linear; probe for
+ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes: 0 finished, 1 not (diverged, too
+many unreadable images, too many lost workers), 2 wrong settings.
 """
 
-import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,18 +22,20 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.session import connect
+from operators.readouts import READOUTS
 from operators.upsamplers import LEARNED
 from pipelines.config import ExtractConfig, log_to_stderr, pick_word
 from pipelines.demo import write_photos
+from pipelines.evaluation.demo import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.prepare import USER_ERRORS
+from pipelines.readouts.train import ReadoutTraining
 from pipelines.train import TrainFailed, TrainSummary, train_inline, train_on_ray
 from pipelines.train_config import TrainConfig
+from pipelines.train_images import ImageTraining
 from pipelines.train_vit_up import ViTUpTraining
 from pipelines.train_x2 import X2Config
 from storage.paths import redact
-
-logger = logging.getLogger("train")
 
 LIFT_S16 = X2Config(
     method="lift",
@@ -46,6 +51,25 @@ LIFT_S16 = X2Config(
     lr=1e-3,
     jitter=0.0,
 )
+
+DINOV3_SPLUS = "vit_small_plus_patch16_dinov3.lvd1689m"
+
+PROBE = ReadoutTraining(
+    method="linear",
+    side=448,
+    size=448,
+    flip=True,
+    batch=4,
+    epochs=20,
+    lr=2e-3,
+    weight_decay=1e-5,
+    schedule="cosine",
+    seed=42,
+)
+"""ViT-Up's linear probes (specs/evaluation.md 7): 448 px, AdamW 2e-3 falling to 0, batches of 4, mirrored at random."""
+
+DEAP = ReadoutTraining(epochs=100_000, model="vit_base_patch14_reg4_dinov2.lvd142m", size=518, log_every=50)
+"""DeAP (specs/evaluation.md 12.3), DINOv2-B at 518 px: AdamW 1e-3, weight decay 0.01, batches of 32, a number of steps."""
 
 PRESETS: dict[str, TrainConfig] = {
     # No network, no Ray: timm's test_vit with random weights on the demo's photos. 2 CPU cores: about 10 seconds, imports
@@ -126,11 +150,66 @@ PRESETS: dict[str, TrainConfig] = {
         validate_every=200,
         executor="inline",
     ),
+    # No network, no Ray: DeAP on six drawn images with timm's test_vit, random weights. 2 CPU cores: about 15 seconds, imports
+    # included. `python jobs/train.py debug-readout`; what the tests run.
+    "debug-readout": ReadoutTraining(
+        data="demo/evaluate/VOC2012",
+        out="demo/train-readout",
+        model="test_vit.r160_in1k",
+        weights="random",
+        size=64,
+        side=64,
+        precision="fp32",
+        batch=3,
+        epochs=10,
+        lr=1e-2,
+        log_every=5,
+        checkpoint_every=10,
+        validate_every=20,
+        executor="inline",
+    ),
+    # DeAP Table 3, DINOv2-B: VOC 2012 at 224 px, cross-entropy 0.1259, IoU 83.4. The paper's duration is its own choice of
+    # steps; under 16 minutes on an RTX 2080. Not run here: five images of VOC's masks only.
+    "deap-voc": replace(DEAP, dataset="voc", placement="squash", max_steps=10_000),
+    # COCO-Stuff, 200 outputs: cross-entropy 1.0468, IoU 42.8. Not run here.
+    "deap-coco-stuff": replace(
+        DEAP, dataset="coco_stuff", outputs=200, width=32, limit=100_000, max_steps=20_000, method="deap"
+    ),
+    # Boundaries on COCO: cross-entropy 0.1297, IoU 32.4. Not run here: 80 images of COCO only.
+    "deap-boundaries": replace(DEAP, task="boundaries", dataset="coco", limit=5_000, max_steps=10_000),
+    # Class-agnostic CenterNet: AP_large 0.2666. Not run here.
+    "deap-detection": replace(DEAP, task="detection", dataset="coco", limit=100_000, max_steps=20_000),
+    # Instance discrimination, about 60,000 classes: ARI 46.8. Steps aren't published. Not run here.
+    "deap-instances": replace(DEAP, task="instances", dataset="coco", limit=8_000, max_steps=20_000),
+    # NYUv2: RMSE 0.449 m. Not run here: two frames only.
+    "deap-depth": replace(DEAP, task="depth", dataset="nyu", placement="squash", limit=42_000, max_steps=3_000),
+    # ViT-Up Table 1, DINOv3-S+: mIoU and accuracy 84.88 / 96.45 of the plain map (bilinear), 87.47 / 97.14 with ViT-Up
+    # (--level 448x448=vit_up:CHECKPOINT). Not run here.
+    "probe-voc": replace(PROBE, dataset="voc", model=DINOV3_SPLUS),
+    # 43.27 / 76.17 and 44.73 / 77.06. Not run here: three images of ADE20K only.
+    "probe-ade20k": replace(PROBE, dataset="ade20k", model=DINOV3_SPLUS),
+    # 61.36 / 93.44 and 65.41 / 94.73. Not run here.
+    "probe-cityscapes": replace(PROBE, dataset="cityscapes", model=DINOV3_SPLUS),
+    # COCO's 27 groups: 63.10 / 81.85 and 64.09 / 82.49; 5 epochs. Not run here.
+    "probe-coco": replace(PROBE, dataset="coco_stuff27", model=DINOV3_SPLUS, epochs=5),
+    # The probe's head and losses for depth, on images that aren't normalised, as its code has them (section 8). Its targets are a
+    # depth model's, which isn't here: this is NYUv2's depth, so its numbers (61.52 / 62.80) are of something else.
+    "probe-depth": replace(
+        PROBE,
+        method="depth_bins",
+        task="depth",
+        dataset="nyu",
+        depth_loss="vit-up",
+        normalise=False,
+        model=DINOV3_SPLUS,
+    ),
 }
 
 NAMES: dict[str, TrainConfig] = {
     **{name: X2Config(method=name) for name in LEARNED},
     "vit-up": ViTUpTraining(),
+    **{name: ReadoutTraining(method=name) for name in READOUTS if name != "depth_bins"},
+    "probe": PROBE,
     **PRESETS,
 }
 """What the first word may be, and what it stands for."""
@@ -143,6 +222,8 @@ def parse(argv: Sequence[str]) -> tuple[str, TrainConfig]:
     if name is None:
         print(f"{__doc__}\nFirst words: {', '.join(NAMES)}; each with --help")
         raise SystemExit(0 if "--help" in args or "-h" in args else 2)
+    # What papers call it.
+    args = [re.sub(r"^--backbone(?=$|=)", "--model", word) for word in args]
     config = tyro.cli(
         Annotated[type(NAMES[name]), tyro.conf.arg(name="")],
         default=NAMES[name],
@@ -159,8 +240,7 @@ def main(config: TrainConfig) -> TrainSummary:
     resolved = config.resolve()  # before a cluster is started: most mistakes end here
     if config.is_inline:
         return train_inline(resolved.prepare(InlineExecutor()))
-    with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None) as address:
-        logger.info("Ray at %s", address)
+    with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None):
         executor = RayExecutor()
         setup = resolved.prepare(executor)
         pool = executor.pool(config.device, config.workers, config.worker_cpus, None)
@@ -177,12 +257,15 @@ def _report(config: TrainConfig, summary: TrainSummary) -> None:
         print(f"held out   {held_out}")
     best = f"{summary.out}/{summary.best or summary.last}"
     print(f"best       {best}")
+    if isinstance(config, ReadoutTraining):
+        print(f"try next   python jobs/evaluate.py probe --readouts {best} --data ... --out ...")
+        return
     print(f"try next   python jobs/extract.py {_same_features(config)} \\")
     level = "x4" if config.method == "vit_up" else "x2"
     print(f"               --levels x1 {level}={config.method}:{best} --data ... --out ...")
 
 
-def _same_features(config: TrainConfig) -> str:
+def _same_features(config: ImageTraining) -> str:
     """Flags of jobs/extract.py for the features that were trained on."""
     plain = ExtractConfig()
     flags = [f"--model {config.model} --size {config.backbone_size}"]
@@ -203,6 +286,8 @@ def run(argv: Sequence[str]) -> int:
         options = config.options
         if name == "debug":
             write_photos("demo")
+        if name == "debug-readout":
+            write_demo("demo/evaluate")
         _report(config, main(config))
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)

@@ -54,13 +54,16 @@ def similarity_picture(step: int, columns: Sequence[str], shown: Sequence[Sequen
         tiles.append(
             [Tile(pixels=photo, is_photo=True, mark=(0.5, 0.5)), *(Tile(pixels=heat(h, low, 1.0)) for h in heights)]
         )
-    panel = Panel(
-        tiles=tiles,
-        columns=list(columns),
-        rows=[""] * len(tiles),
-        title=f"step {step}: similarity with the cell in the middle",
-        tile_size=(192, 192),
-    )
+    return _png(f"step {step}: similarity with the cell in the middle", columns, tiles)
+
+
+def panel_picture(title: str, columns: Sequence[str], shown: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """A PNG of rows of pictures, uint8 [H, W, 3]."""
+    return _png(title, columns, [[Tile(pixels=each, is_photo=True) for each in row] for row in shown])
+
+
+def _png(title: str, columns: Sequence[str], tiles: Sequence[Sequence[Tile]]) -> bytes:
+    panel = Panel(tiles=tiles, columns=list(columns), rows=[""] * len(tiles), title=title, tile_size=(192, 192))
     png = io.BytesIO()
     panel.draw().save(png, "PNG")
     return png.getvalue()

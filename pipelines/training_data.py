@@ -164,7 +164,7 @@ class StoredFeatures:
 
     def read(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
         """Rows [keys, h, w, C], NaN where there are none; and why there are none, by key."""
-        store = _store_of(self.url, json.dumps(dict(self.options)))
+        store = open_store(self.url, self.options)
         numbers = store.index.find(keys)
         known = [i for i, key in enumerate(keys) if key in numbers]
         values, there = store.read_present(np.array([numbers[keys[i]] for i in known], np.int64), self.level)
@@ -174,8 +174,13 @@ class StoredFeatures:
         return out, {key: f"no features in {store.folder.shown}" for key in keys if key not in found}
 
 
+def open_store(url: str, options: Mapping[str, Any]) -> FeatureStore:
+    """The store, opened once in each process."""
+    return _open_store(url, json.dumps(dict(options), sort_keys=True))
+
+
 @functools.lru_cache(maxsize=4)
-def _store_of(url: str, options: str) -> FeatureStore:
+def _open_store(url: str, options: str) -> FeatureStore:
     return FeatureStore.open(url, json.loads(options))
 
 

@@ -24,11 +24,12 @@ def scene(width: int, height: int, boxes: list[tuple[int, int, int, int]], seed:
 
 
 def write_demo(folder: str) -> None:
-    """Write `SPair-71k`, `DAVIS` and `VOC2007` into `folder`; the same bytes every time."""
+    """Write `SPair-71k`, `DAVIS`, `VOC2007`, `VOC2012` and `coco` into `folder`; the same bytes every time."""
     root = Path(folder)
     _write_spair(root / "SPair-71k")
     _write_davis(root / "DAVIS")
     _write_voc(root / "VOC2007")
+    _write_masks(root / "VOC2012", root / "coco")
 
 
 def _write_spair(root: Path) -> None:
@@ -87,6 +88,33 @@ def _write_voc(root: Path) -> None:
         _save(within / f"Annotations/{i:06d}.xml", f"<annotation>{size}{objects}</annotation>".encode())
         _save(within / f"JPEGImages/{i:06d}.jpg", _jpeg(scene(width, height, boxes, 50 + i)))
     _save(within / "ImageSets/Main/trainval.txt", "".join(f"{i:06d}\n" for i in range(len(sizes))).encode())
+
+
+def _write_masks(voc: Path, coco: Path) -> None:
+    """Six images to train on and four others, with rectangles of two classes: as VOC's masks, and as COCO's polygons."""
+    within = voc / "VOCdevkit/VOC2012"
+    for split, numbers in (("train", range(6)), ("val", range(6, 10))):
+        images, notes = [], []
+        for i in numbers:
+            width, height = ((96, 72), (72, 96), (80, 80))[i % 3]
+            boxes = [(6 + 3 * i, 8, 36 + 3 * i, 50), (4, 54, 30, 70)][: 1 + i % 2]
+            labels = np.zeros((height, width), np.uint8)
+            for number, (x1, y1, x2, y2) in enumerate(boxes, 1):
+                labels[y1:y2, x1:x2] = number
+                polygon = [x1, y1, x2, y1, x2, y2, x1, y2]
+                note = {"id": 10 * i + number, "image_id": i, "category_id": number, "iscrowd": 0}
+                note |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "segmentation": [polygon]}
+                notes.append(note)
+            photo = _jpeg(scene(width, height, boxes, 80 + i))
+            _save(within / f"JPEGImages/{i:06d}.jpg", photo)
+            _save(within / f"SegmentationClass/{i:06d}.png", label_png(labels))
+            _save(coco / f"{split}2017/{i:012d}.jpg", photo)
+            images.append({"id": i, "file_name": f"{i:012d}.jpg", "width": width, "height": height})
+        categories = [{"id": number, "name": name} for number, name in ((1, "red"), (2, "blue"))]
+        found = {"images": images, "annotations": notes, "categories": categories}
+        _save(coco / f"annotations/instances_{split}2017.json", json.dumps(found).encode())
+        listed = "".join(f"{i:06d}\n" for i in numbers)
+        _save(within / f"ImageSets/Segmentation/{split}.txt", listed.encode())
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

@@ -30,7 +30,7 @@ from storage.store import FeatureStore
 Size = tuple[int, int]
 """(height, width) in pixels, or (rows, columns) of cells."""
 
-Geometries = Literal["pad", "squash"] | None
+Geometries = Literal["pad", "squash", "crop"] | None
 """How jobs/extract.py places images just as a protocol does; None: in no way."""
 
 CACHE_BYTES = 2**29
@@ -176,6 +176,11 @@ class LiveRecipe:
             del spec[name]
         return {"drawing": self.drawing, "model": spec}
 
+    def bundle(self, size: Size) -> ModelBundle:
+        """What builds the model for inputs of `size`."""
+        spec = self.spec(size)
+        return replace(self.bundles[is_ragged(size, self.patch, spec.stride)], spec=spec)
+
     def spec(self, size: Size) -> FeatureSpec:
         """The spec for inputs of `size`. Raises `ConfigError` where patches don't fill them and none were asked for."""
         ragged = is_ragged(size, self.patch, next(iter(self.bundles.values())).spec.stride)
@@ -216,7 +221,7 @@ class LiveSource:
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         spec = self.recipe.spec(picture.size)
-        pixels = _draw(picture, spec, self.recipe.drawing)
+        pixels = draw(picture, spec, self.recipe.drawing)
         rows, _ = self._model(picture.size, spec)(pixels[None], {})
         by_level = {name: each[0] for name, each in rows.items()}
         return _rows_of_maps(self.rows(picture.size), by_level, picture.image.shown)
@@ -225,9 +230,8 @@ class LiveSource:
         if size not in self._models:
             if len(self._models) >= 8:
                 self._models.popitem(last=False)
-            bundle = self.recipe.bundles[is_ragged(size, self.recipe.patch, spec.stride)]
             try:
-                self._models[size] = replace(bundle, spec=spec).build(self.device)
+                self._models[size] = self.recipe.bundle(size).build(self.device)
             except RuntimeError as error:
                 raise ConfigError(
                     f"{spec.model} can't be given inputs of {size[0]}x{size[1]} px as well: {error}; run each size by itself"
@@ -236,7 +240,8 @@ class LiveSource:
         return self._models[size]
 
 
-def _draw(picture: Picture, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
+def draw(picture: Picture, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
+    """The picture as the model's input, uint8 [*picture.size, 3]. Raises `StorageError` where the image can't be decoded."""
     if drawing == "paper":
         return picture.draw(picture.image.pixels())
     if picture.geometry is None:
@@ -325,16 +330,17 @@ class StoreSource:
         return row
 
 
-def _require_geometry(store: FeatureStore, geometry: Geometries) -> None:
+def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
     """Raise `ConfigError` unless the store's images lie in the model's input as the protocol has them."""
     if geometry is None:
         raise ConfigError(
             "no store can serve this protocol: jobs/extract.py doesn't place images so. Leave --stores out"
         )
     height, width = store.spec.input_size
-    if store.spec.geometry != geometry:
+    if store.spec.geometry != geometry or (geometry == "crop" and store.spec.crop_pct != 1):
         raise ConfigError(
-            f"{store.folder.shown} was extracted with --geometry {store.spec.geometry}; this protocol places images as "
+            f"{store.folder.shown} was extracted with --geometry {store.spec.geometry} --crop-pct {store.spec.crop_pct:g}; this "
+            f"protocol places images as "
             f"--geometry {geometry} does. Extract with --geometry {geometry} --size {height}x{width}"
         )
 
@@ -432,7 +438,7 @@ def _open_stores(
     sizes = tuple(dict.fromkeys(sizes)) or tuple(sorted(by_size))
     for size in sizes:
         recipe.rows(size)
-        _require_geometry(recipe.store(size), geometry)
+        require_geometry(recipe.store(size), geometry)
     return recipe, sizes
 
 

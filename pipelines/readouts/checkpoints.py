@@ -1,0 +1,69 @@
+"""Trained readouts from where they are kept: a folder with `config.json` and `model.safetensors`, or a training run's.
+
+config.json holds `readout` (`operators.readouts.ReadoutConfig`), `task` (pipelines/readouts/tasks.py, with its data set), and
+`features` (what it was trained on).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from operators.backbone import weights_digest
+from operators.readouts import Readout, ReadoutConfig, ReadoutError, build_readout
+from pipelines.readouts.tasks import CLASSIFIER, Task, parse_task
+from pipelines.weights import WeightsUnavailable, read_state_dict
+from storage.checkpoints import read_pointers
+from storage.paths import Folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedReadout:
+    """A readout as it is handed to workers."""
+
+    shown: str
+    "where it was, as it may be printed"
+    config: ReadoutConfig
+    task: Task
+    dataset: str
+    features: Mapping[str, Any]
+    state: Mapping[str, torch.Tensor]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its weights."""
+        return weights_digest({name: value.numpy() for name, value in self.state.items()})
+
+    def build(self) -> Readout:
+        """Ready to run, on the CPU."""
+        readout = build_readout(self.config)
+        readout.load_state_dict(self.state)
+        return readout.eval().requires_grad_(False)
+
+
+def load_readout(url: str, storage_options: Mapping[str, Any] | None = None) -> TrainedReadout:
+    """The readout at `url`; of a training run, its best. Raises `WeightsUnavailable` where there is none, or it doesn't fit."""
+    pointers = read_pointers(Folder(url, storage_options))
+    if pointers:
+        url = f"{url.rstrip('/')}/{pointers.best or pointers.last}"
+    folder = Folder(url, storage_options)
+    state = read_state_dict(url, storage_options)
+    try:
+        described = json.loads(folder.read("config.json"))
+        config, task = ReadoutConfig.parse(described["readout"]), dict(described["task"])
+        trained = TrainedReadout(
+            shown=folder.shown,
+            config=config,
+            dataset=task.pop("dataset"),
+            task=parse_task(task),
+            features=described["features"],
+            state={name: value for name, value in state.items() if not name.startswith(f"{CLASSIFIER}.")},
+        )
+        trained.build()
+    except FileNotFoundError:
+        raise WeightsUnavailable(f"{folder.shown} has weights but no config.json, which says what they are") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, ReadoutError) as error:
+        raise WeightsUnavailable(f"{folder.shown} is no trained readout: {type(error).__name__}: {error}") from None
+    return trained
