@@ -59,6 +59,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`"
         ) from None
     try:
-        yield ray.get_runtime_context().gcs_address
+        found = ray.get_runtime_context().gcs_address
+        logger.info("Ray at %s", found)
+        yield found
     finally:
         ray.shutdown()

@@ -3,6 +3,8 @@
     python jobs/evaluate.py correspondence lift-spair --data SPair-71k --out eval/spair --levels x1 x2=lift:s3://bucket/lift
     python jobs/evaluate.py correspondence lift-spair --data SPair-71k --out eval/spair --stores spair-224.zarr --paper
     python jobs/evaluate.py correspondence debug
+    python jobs/evaluate.py runtime vit-up-table9 --out eval/runtime --paper
+    python jobs/evaluate.py probe --data VOC2012 --readouts runs/deap runs/linear --model vit_base_patch16_224.mae --out eval/voc
 
 The first word is a task, the second one, which may be left out, a preset of it. Every table has the low-resolution row and the
 bilinear row beside the method's. The same command continues an evaluation that stopped. Exit codes: 0 done, 1 too many lost
@@ -10,7 +12,6 @@ workers, 2 wrong settings or data.
 """
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -20,21 +21,21 @@ import tyro
 
 from cluster.session import connect
 from pipelines.config import log_to_stderr, pick_word
-from pipelines.evaluation import cka, correspondence, discovery, similarity, video
+from pipelines.evaluation import cka, correspondence, discovery, probe, runtime, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.demo import write_demo
 from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.probe import ProbeConfig
 from pipelines.evaluation.report import write_results
 from pipelines.evaluation.run import WorkersLost, run_pieces
+from pipelines.evaluation.runtime import RuntimeConfig
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.sources import describe
 from pipelines.evaluation.video import VideoConfig
 from pipelines.prepare import USER_ERRORS
 from storage.paths import redact
-
-logger = logging.getLogger("evaluate")
 
 TASKS: dict[str, ModuleType] = {
     "correspondence": correspondence,
@@ -42,6 +43,8 @@ TASKS: dict[str, ModuleType] = {
     "discovery": discovery,
     "cka": cka,
     "similarity": similarity,
+    "runtime": runtime,
+    "probe": probe,
 }
 
 DINO_S16: dict[str, Any] = {
@@ -81,8 +84,8 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
         # LiFT paper, DINO ViT-S/16. J&F at 56 / 112 / 224 / 448 px: 7.4 / 17.5 / 33.0 / 50.9 as it is, 10.8 / 23.7 / 37.0 /
         # 53.0 bilinear, 13.0 / 28.0 / 44.3 / 61.1 with LiFT (x2=lift:CHECKPOINT). Not run here: one clip of DAVIS-2017 only.
         "lift-davis": VideoConfig(sizes=(56, 112, 224, 448), **DINO_S16),
-        # DINO's own protocol (arXiv 2104.14294): block output, 480 px, aspect kept. J&F 61.8 for ViT-S/16, from memory; bilinear
-        # rows aren't published. Not run here.
+        # DINO's own protocol (arXiv 2104.14294): block output, 480 px, aspect kept. Its paper's numbers aren't in the specs;
+        # bilinear rows aren't published. Not run here.
         "dino-davis": VideoConfig(protocol="dino", sizes=(480,), **{**DINO_S16, "facet": "token"}),
     },
     "discovery": {
@@ -106,6 +109,33 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
         "debug": SimilarityConfig(data="demo/evaluate/SPair-71k", out="demo/eval-similarity", sizes=(64, 128), **DEBUG),
         # LiFT Fig. 5 and 6; --levels x1 x2=lift:URL x4=lift:URL x8=lift:URL x16=lift:URL shows repeated passes.
         "lift-figures": SimilarityConfig(sizes=(224, 448), **DINO_S16),
+    },
+    "runtime": {
+        "debug": RuntimeConfig(
+            out="demo/eval-runtime",
+            size=64,
+            grids=(8, 16),
+            methods=("bilinear", "lift", "resize_conv", "jbu"),
+            warm_up=1,
+            repeat=3,
+            **DEBUG,
+        ),
+        # ViT-Up Table 9, bf16, on a GPU that its paper doesn't name: ms and MiB at 112 / 224 / 448 cells a side. With 112 x 112
+        # queries at once 14.2 / 24.1 / 62.6 and 503.7 / 503.9 / 626.7; with 224 x 224 22.1 / 55.4 and 1069.6 / 1143.6 from 224
+        # on; with 448 x 448 52.0 and 3709.3. JAFAR, AnyUp, UPLiFT and NAF: --paper. Not run on a GPU here; random weights.
+        # `python jobs/evaluate.py runtime vit-up-table9 --out eval/runtime --paper`
+        "vit-up-table9": RuntimeConfig(
+            methods=("bilinear", "lift", "vit_up"), chunks=(112, 224, 448), **{**DINOV3_SPLUS, "weights": "random"}
+        ),
+        # LiFT Table 5, DINO ViT-S/16 at 224 px, 10^9 by its count: 4.34 alone, 5.30 with LiFT; 17.28 and 21.12 with --size 448
+        # --grids 56. LiFT has 1.19 M parameters. About 1 minute on 2 CPU cores.
+        "lift-table5": RuntimeConfig(size=224, grids=(28,), methods=("bilinear", "lift"), **DINO_S16),
+    },
+    "probe": {
+        # Of what `jobs/train.py debug-readout` trained.
+        "debug": ProbeConfig(
+            data="demo/evaluate/VOC2012", out="demo/eval-probe", readouts=("demo/train-readout",), **DEBUG
+        ),
     },
 }
 
@@ -137,8 +167,7 @@ def session_for(config: EvaluateConfig) -> Iterator[None]:
     if config.is_inline:
         yield
         return
-    with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None) as address:
-        logger.info("Ray at %s", address)
+    with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None):
         yield
 
 

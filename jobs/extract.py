@@ -10,7 +10,6 @@ The same command continues a run that stopped. Exit codes: 0 complete within the
 
 import contextlib
 import json
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,8 +28,6 @@ from pipelines.views import pick_rows, view_panel
 from pipelines.weights import WeightsUnavailable
 from storage.paths import is_memory, redact
 from storage.store import FeatureStore
-
-logger = logging.getLogger("extract")
 
 DEMO_OUT = "demo/feats.zarr"
 
@@ -110,8 +107,7 @@ def executor_for(config: ExtractConfig) -> Iterator[Any]:
         yield InlineExecutor()
         return
     gpus = 0 if config.device == "cpu" else None
-    with connect(config.ray_address, num_gpus=gpus) as address:
-        logger.info("Ray at %s", address)
+    with connect(config.ray_address, num_gpus=gpus):
         yield RayExecutor()
 
 

@@ -9,11 +9,13 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -30,6 +32,7 @@ from operators.upsamplers import (
     learned_upsampler,
 )
 from pipelines.config import ConfigError
+from pipelines.processes import peak_rss
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 BACKBONE = "backbone alone"
@@ -82,12 +85,15 @@ COST_PRESETS = {
 def measure_cost(config: CostBenchmark) -> dict[str, Any]:
     """Counts of the paper's models, and times and peak memory of the configured one. Raises `BackboneError`, `ConfigError`."""
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     try:
         measured = [_measure(config, device, precision) for precision in config.precisions]
     except UpsamplerError as error:
         raise ConfigError(f"{config.model} at {config.size} px: {error}") from None
-    return {"device": name, "counts": [_count(published) for published in PUBLISHED], "measured": measured}
+    return {
+        "device": device_name(device),
+        "counts": [_count(published) for published in PUBLISHED],
+        "measured": measured,
+    }
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -112,38 +118,73 @@ PUBLISHED = (
     Published(model="vit_base_patch16_224.dino", size=224, stride=16, alone=17.21, lift=None),
 )
 
+TABLE_9 = {
+    "JAFAR": {112: (41.3, 541.0), 224: (43.5, 1721.6), 448: (52.9, 6448.5)},
+    "AnyUp": {112: (6.8, 485.9), 224: (15.3, 774.1), 448: (59.8, 2760.7)},
+    "UPLiFT": {112: (6.4, 606.6), 224: (7.2, 765.7), 448: (10.1, 1391.5)},
+    "NAF": {112: (29.1, 602.6), 224: (30.7, 602.9), 448: (37.4, 1780.5)},
+    "ViT-Up, 112 x 112 at once": {112: (14.2, 503.7), 224: (24.1, 503.9), 448: (62.6, 626.7)},
+    "ViT-Up, 224 x 224 at once": {224: (22.1, 1069.6), 448: (55.4, 1143.6)},
+    "ViT-Up, 448 x 448 at once": {448: (52.0, 3709.3)},
+}
+"""ViT-Up's, bf16 on a GPU that the paper doesn't name: ms and MiB by method and side of the output grid."""
+
 _COUNTED = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 
 
 def _count(published: Published) -> dict[str, Any]:
-    """Both counts of one row, for one image; on the meta device, where nothing is computed."""
-    size = (published.size, published.size)
-    model = create_model(published.model, size, None, None).to("meta")
-    parameters = count_parameters(model)  # before the backbone resamples position embeddings
-    backbone = TimmBackbone(model, facet="key", stride=published.stride, pos_embed="dino")
-    images, layer = torch.empty(1, 3, *size, device="meta"), backbone.n_layers - 1
-    features = backbone(images, (layer,))
+    """Both counts of one row."""
+    counts = count_operations(published.model, published.size, stride=published.stride, nets=({"method": "lift"},))
+    return {**asdict(published), **counts}
+
+
+def count_operations(
+    name: str,
+    size: int,
+    *,
+    stride: int | None = None,
+    facet: Literal["token", "key", "query", "value"] = "key",
+    pos_embed: Literal["timm", "dino"] | None = "dino",
+    layers: Sequence[int] = (-1,),
+    ragged: bool = False,
+    nets: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Both counts, and parameters, of a backbone and of networks that enlarge its map x2, by method; of one square image.
+
+    `nets`: settings of `NetConfig`, channels and patch by default the backbone's. All is on the meta device, where nothing is
+    computed. The paper's counts are with the backbone's, true ones without.
+    """
+    model = create_model(name, (size, size), None, None).to("meta")
+    parameters = {"backbone": count_parameters(model)}  # before the backbone resamples position embeddings
+    backbone = TimmBackbone(model, facet=facet, stride=stride, pos_embed=pos_embed, ragged=ragged)
+    images, layers = torch.empty(1, 3, size, size, device="meta"), backbone.resolve_layers(layers)
+    features = backbone(images, layers)
     # The whole model, as the paper's extractor runs it; ours stops at the last block's keys, which is 8 % less.
-    with FlopCounterMode(display=False) as backbone_flops:
-        model.forward_features(images)
-    settings = {"method": "lift", "channels": backbone.channels, "patch": backbone.patch}
-    net = build_net(settings)
-    upsampler = learned_upsampler(settings, net.state_dict())
-    with FlopCounterMode(display=False) as lift_flops:
-        upsampler(images, features, (layer,), (2 * features.grid[0], 2 * features.grid[1]))
-    # The paper's extractor runs the whole model, and its hook the last block's qkv a second time.
+    macs = {"alone": counted_macs(lambda: model.forward_features(images))}
     tokens = math.prod(features.grid) + backbone.n_prefix
-    alone = paper_count(model, images) + tokens * 3 * backbone.channels**2
+    # The paper's extractor runs the whole model, and its hook the last block's qkv a second time.
+    again = 0 if facet == "token" else tokens * 3 * backbone.channels**2
+    paper = {"alone": paper_count(model, images) + again}
     # As our LiFT runs it: cells of overlapping patches tile less than the image, which is enlarged to 16 pixels a cell.
-    pixels = [cells * backbone.patch for cells in features.grid]
-    lift = paper_count(net.to("meta").eval(), torch.empty(1, 3, *pixels, device="meta"), features.stacked((layer,)))
-    return {
-        **asdict(published),
-        "tokens": tokens,
-        "parameters": {"backbone": parameters, "lift": count_parameters(net)},
-        "paper_count": {"alone": alone, "lift": alone + lift},
-        "macs": {"alone": backbone_flops.get_total_flops() // 2, "lift": lift_flops.get_total_flops() // 2},
-    }
+    overlap = backbone.stride < backbone.patch
+    pixels = torch.empty(1, 3, *(cells * backbone.patch for cells in features.grid), device="meta") if overlap else images
+    grid = (2 * features.grid[0], 2 * features.grid[1])
+    for given in nets:
+        settings = {"channels": backbone.channels, "patch": backbone.patch, **given}
+        method, net = settings["method"], build_net(settings)
+        upsampler = learned_upsampler(settings, net.state_dict())
+        parameters[method] = count_parameters(net)
+        macs[method] = counted_macs(partial(upsampler, images, features, layers, grid))
+        paper[method] = paper["alone"] + paper_count(net.to("meta").eval(), pixels, features.stacked(layers))
+    return {"tokens": tokens, "parameters": parameters, "paper_count": paper, "macs": macs}
+
+
+@torch.inference_mode()
+def counted_macs(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of matrix products, convolutions and attention in a call, by torch's FlopCounterMode."""
+    with FlopCounterMode(display=False) as flops:
+        run()
+    return flops.get_total_flops() // 2
 
 
 def paper_count(net: nn.Module, *given: Tensor) -> int:
@@ -271,6 +312,11 @@ def median_ratio(times: Sequence[float], of: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, of, strict=False))
 
 
+def device_name(device: torch.device) -> str:
+    """What times hold for."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def finish(device: torch.device) -> None:
     """Wait for what an accelerator still computes."""
     if device.type == "cuda":
@@ -293,6 +339,17 @@ def peak_bytes(run: Callable[[], Any], device: torch.device, *, warm_up: bool = 
         run()
     changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(changes))
+
+
+def held_bytes(run: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
+    """Bytes before a call, weights above all, and at most during it, with those before; None where the system doesn't tell.
+
+    On a GPU what torch's allocator holds, on a CPU this process's resident memory, interpreter and torch included.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        return before, before + peak_bytes(run, device, warm_up=False)
+    return psutil.Process().memory_info().rss, peak_rss(run)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

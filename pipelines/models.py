@@ -153,7 +153,7 @@ class ModelBundle:
     "learned ones, by level"
 
     def build(self, device: str) -> "FeatureModel":
-        spec, fresh = self.spec, partial(_fresh, self.spec.model, self.spec.input_size, self.arrays)
+        spec, fresh = self.spec, partial(fresh_model, self.spec.model, self.spec.input_size, self.arrays)
         backbone = TimmBackbone(
             fresh(),
             facet=spec.facet,
@@ -165,7 +165,7 @@ class ModelBundle:
         return FeatureModel(spec, backbone, torch.device(device), self.upsamplers, fresh)
 
 
-def _fresh(name: str, size: tuple[int, int], arrays: Mapping[str, np.ndarray]) -> nn.Module:
+def fresh_model(name: str, size: tuple[int, int], arrays: Mapping[str, np.ndarray]) -> nn.Module:
     """The timm model with its own position embeddings, which a backbone in use has replaced."""
     return load_arrays(create_model(name, size, None, None), arrays)
 
@@ -211,7 +211,7 @@ def describe_model(
         for place in dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
     }
     learned = {choice.name: checkpoints[choice.method, choice.url] for choice in levels if choice.url}
-    fresh = partial(_fresh, name, size, arrays)
+    fresh = partial(fresh_model, name, size, arrays)
     resolved = tuple(
         resolve_level(choice, backbone, size, len(numbers), learned.get(choice.name), fresh) for choice in levels
     )

@@ -9,11 +9,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, create_model
 from operators.upsamplers import (
@@ -26,15 +26,22 @@ from operators.upsamplers import (
 )
 from operators.vit_up import AdaptedBackbone, Lora, ViTUp, ViTUpConfig, ViTUpHead
 from pipelines.config import ConfigError
-from pipelines.cost_benchmark import BACKBONE, count_parameters, median_ratio, peak_bytes, table, timed
+from pipelines.cost_benchmark import (
+    BACKBONE,
+    TABLE_9,
+    count_parameters,
+    counted_macs,
+    device_name,
+    median_ratio,
+    peak_bytes,
+    table,
+    timed,
+)
 from pipelines.window_benchmark import compare_window, random_head, window_report
 
 ALL_GRIDS = (56, 112, 224, 448)
 CPU_GRIDS = (56, 112)
 VIT_UP = "ViT-Up"
-TABLE_9 = """- The paper's Table 9, bf16 on a GPU that it doesn't name, for 112 x 112, 224 x 224 and 448 x 448:
-  14.2, 24.1 and 62.6 ms and 503.7, 503.9 and 626.7 MiB with 12,544 queries at once; from 224 x 224 on 22.1 and 55.4 ms and
-  1,069.6 and 1,143.6 MiB with 50,176; 52.0 ms and 3,709.3 MiB with 200,704."""
 _HEAD_CHANNELS = 64
 
 
@@ -103,14 +110,13 @@ def measure_vit_up(config: ViTUpBenchmark) -> dict[str, Any]:
     `BenchmarkFailed` where windows don't give what gathering gives."""
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     grids = config.grids or (ALL_GRIDS if on_gpu else CPU_GRIDS)
     precision = config.precision if config.precision != "auto" else ("bf16" if on_gpu else "fp32")
     repeat = config.repeat or (50 if on_gpu else 5)
     rig = _build(config, device, precision)
     tokens = rig.features.grid
     return {
-        "device": name,
+        "device": device_name(device),
         "precision": precision,
         "left_out": [grid for grid in ALL_GRIDS if not config.grids and grid not in grids],
         "parameters": rig.parameters,
@@ -157,7 +163,7 @@ def _build(config: ViTUpBenchmark, device: torch.device, precision: Literal["bf1
     lora = Lora(copy.deepcopy(model))
     parameters = {BACKBONE: count_parameters(model), "lora": count_parameters(lora)}
     backbone = TimmBackbone(model)
-    settings = _settings(backbone.channels, backbone.n_layers, config.size, config.query_size)
+    settings = vit_up_settings(backbone.channels, backbone.n_layers, config.size, config.query_size)
     head = random_head(settings)
     vit_up = ViTUp(settings, model, head.state_dict(), lora.peft_state(), precision=precision)
     of_lift = {"method": "lift", "channels": backbone.channels, "patch": backbone.patch}
@@ -183,7 +189,7 @@ def _build(config: ViTUpBenchmark, device: torch.device, precision: Literal["bf1
     )
 
 
-def _settings(channels: int, depth: int, size: int, query_size: int) -> ViTUpConfig:
+def vit_up_settings(channels: int, depth: int, size: int, query_size: int) -> ViTUpConfig:
     """Every second layer, up to the last, as published; and a head's channels, where the backbone has that many."""
     return ViTUpConfig(
         channels=channels,
@@ -195,7 +201,7 @@ def _settings(channels: int, depth: int, size: int, query_size: int) -> ViTUpCon
 
 
 def _windowed(config: ViTUpBenchmark, window: int) -> ViTUpConfig:
-    settings = _settings(config.window_channels, 12, config.size, config.query_size)
+    settings = vit_up_settings(config.window_channels, 12, config.size, config.query_size)
     return replace(settings, window=window)
 
 
@@ -219,7 +225,7 @@ def head_macs(settings: ViTUpConfig, tokens: tuple[int, int], queries: int) -> i
         query_grid = torch.empty(1, settings.channels, 8, 8)
         hidden = [torch.empty(1, *tokens, settings.channels)] * len(settings.layers)
         coords = torch.empty(1, queries, 2)
-    return _counted(lambda: head(query_grid, hidden, coords, outputs=[-1]))
+    return counted_macs(lambda: head(query_grid, hidden, coords, outputs=[-1]))
 
 
 def _count_once(config: ViTUpBenchmark, rig: Rig) -> dict[str, int]:
@@ -229,8 +235,8 @@ def _count_once(config: ViTUpBenchmark, rig: Rig) -> dict[str, int]:
     images = torch.empty(1, 3, *size, device="meta")
     settings = rig.settings
     return {
-        "backbone": _counted(lambda: backbone.hidden(images, settings.layers)),
-        "query_grid": _counted(lambda: backbone.query_grid(images, (config.query_size, config.query_size))),
+        "backbone": counted_macs(lambda: backbone.hidden(images, settings.layers)),
+        "query_grid": counted_macs(lambda: backbone.query_grid(images, (config.query_size, config.query_size))),
         "keys_values": published_macs(settings.channels, math.prod(rig.features.grid), settings.blocks)[1],
     }
 
@@ -241,14 +247,7 @@ def _lift_macs(rig: Rig, grid: int) -> int:
     lift.net.float()
     maps = {layer: features.float().to("meta") for layer, features in rig.features.layers.items()}
     features = PatchFeatures(layers=maps, prefix={}, stride=rig.features.stride)
-    return _counted(lambda: lift(rig.images.to("meta"), features, rig.layers, (grid, grid)))
-
-
-@torch.inference_mode()
-def _counted(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as flops:
-        run()
-    return flops.get_total_flops() // 2
+    return counted_macs(lambda: lift(rig.images.to("meta"), features, rig.layers, (grid, grid)))
 
 
 # --- time and memory --------------------------------------------------------------------------------------------------
@@ -290,7 +289,7 @@ def _rows(config: ViTUpBenchmark, rig: Rig, grids: Sequence[int]) -> list[Row]:
         parameters=rig.parameters[BACKBONE],
         macs=_count_once(config, rig)["backbone"],
     )
-    of_query, default = _bytes_per_query(rig.vit_up), rig.vit_up.working_bytes
+    of_query, default = bytes_per_query(rig.vit_up), rig.vit_up.working_bytes
     working = [chunk**2 * of_query or default for chunk in config.chunks]
     rows = [whole]
     for grid in grids:
@@ -304,7 +303,7 @@ def _rows(config: ViTUpBenchmark, rig: Rig, grids: Sequence[int]) -> list[Row]:
     return rows
 
 
-def _bytes_per_query(vit_up: ViTUp) -> int:
+def bytes_per_query(vit_up: ViTUp) -> int:
     """As `ViTUp` reckons; exact, for it is far below the square root of what is asked for here."""
     vit_up = copy.copy(vit_up)
     vit_up.working_bytes = 2**40
@@ -339,6 +338,15 @@ def _beside_backbone(rig: Rig, method: str, upsampler: Upsampler, grid: int) -> 
     )
 
 
+def vit_up_pass(
+    vit_up: ViTUp, images: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
+) -> Tensor:
+    """Image to grid with its own backbone, and nothing kept; `features` are only held against its settings."""
+    out = vit_up(images, features, layers, grid)
+    vit_up.forget()
+    return out
+
+
 def _vit_up_row(rig: Rig, grid: int, working_bytes: int) -> Row:
     """ViT-Up with queries at once for so many bytes. Its backbone is adapted, and its own."""
     vit_up, channels, tokens = copy.copy(rig.vit_up), rig.settings.channels, rig.features.grid
@@ -346,11 +354,7 @@ def _vit_up_row(rig: Rig, grid: int, working_bytes: int) -> Row:
     of_query, once = published_macs(channels, math.prod(tokens), rig.settings.blocks)
     weights = rig.weights[BACKBONE] + rig.weights["head"]
 
-    def run() -> Tensor:
-        out = vit_up(rig.images, rig.features, rig.layers, (grid, grid))
-        vit_up.forget()
-        return out
-
+    run = partial(vit_up_pass, vit_up, rig.images, rig.features, rig.layers, (grid, grid))
     return Row(
         method=VIT_UP,
         grid=grid,
@@ -423,11 +427,20 @@ def vit_up_report(config: ViTUpBenchmark, result: dict[str, Any]) -> Iterator[st
 - 10^9 multiply-accumulates of the upsampler. ViT-Up's are the head's, with keys and values ({_giga(macs["keys_values"])}); beside
   it: {once}. By formula: the paper's head, which decodes all layers; counted: what runs, the last one's decoder."""
     if not result["device"].startswith("CPU"):
-        yield TABLE_9
+        yield from _published_report()
     if result["left_out"]:
         sides = ", ".join(f"{side} x {side}" for side in result["left_out"])
         yield f"- Left out: {sides} (--grids {' '.join(map(str, ALL_GRIDS))} has all; on a CPU that takes minutes for each row)."
     yield from window_report(result["windows"])
+
+
+def _published_report() -> Iterator[str]:
+    rows = [
+        [name, *("{:,.1f}, {:,.1f}".format(*values[grid]) if grid in values else "" for grid in (112, 224, 448))]
+        for name, values in TABLE_9.items()
+    ]
+    yield "\nThe paper's Table 9, bf16 on a GPU that it doesn't name, ms and MiB:"
+    yield from table(["", "112 x 112", "224 x 224", "448 x 448"], rows)
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -166,13 +166,12 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
     columns = tuple(next(iter(scores.values())))
     lines = [
-        Line.of(probe.rows[name], probe.size, _cells(probe.readouts[name], values, columns))
-        for name, values in scores.items()
+        Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()
     ]
     named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
     table = Table(
         title=f"{probe.task.name} on {config.dataset or next(iter(probe.readouts.values())).dataset}, {len(probe.images)} images",
-        columns=("readout", "parameters", *columns),
+        columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=tuple(named),
     )
     return Findings(
@@ -187,8 +186,11 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     )
 
 
-def _cells(readout: TrainedReadout, values: Mapping[str, float], columns: Sequence[str]) -> list[Cell]:
-    return [readout.config.method, readout.build().parameter_count(), *(values.get(name) for name in columns)]
+def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequence[str]) -> list[Cell]:
+    """The readout, its size, and its scores: shares in percent, others with four digits."""
+    readout, shares = probe.readouts[name], probe.task.shares
+    shown = [100 * values[each] if each in shares else f"{values[each]:.4f}" for each in columns]
+    return [readout.config.method, readout.build().parameter_count(), *shown]
 
 
 def _pictures(config: ProbeConfig, probe: Probe, tile: int = 200) -> dict[str, Image.Image]:

@@ -75,6 +75,8 @@ class Task:
     "of the arrays that `targets` gives"
     better: ClassVar[str]
     "the score that tables are about"
+    shares: ClassVar[tuple[str, ...]] = ()
+    "scores that tables show in percent"
 
     @classmethod
     def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task":
@@ -149,6 +151,7 @@ class SegmentationTask(Task):
     label: ClassVar[Literal["classes"]] = "classes"
     target_names: ClassVar[tuple[str, ...]] = ("classes",)
     better: ClassVar[str] = "miou"
+    shares: ClassVar[tuple[str, ...]] = ("miou", "pixel_accuracy", "mean_accuracy", "foreground_iou")
 
     @classmethod
     def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "SegmentationTask":  # noqa: ARG003
@@ -219,6 +222,7 @@ class DepthTask(Task):
     judges_label: ClassVar[bool] = True
     target_names: ClassVar[tuple[str, ...]] = ("depth",)
     better: ClassVar[str] = "rmse_pooled"
+    shares: ClassVar[tuple[str, ...]] = ("d1", "d2", "d3")
 
     @classmethod
     def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "DepthTask":  # noqa: ARG003
@@ -287,6 +291,7 @@ class BoundaryTask(_InstanceTask):
     name: ClassVar[str] = "boundaries"
     target_names: ClassVar[tuple[str, ...]] = ("boundary",)
     better: ClassVar[str] = "iou"
+    shares: ClassVar[tuple[str, ...]] = ("iou",)
 
     @property
     def outputs(self) -> int:
