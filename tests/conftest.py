@@ -31,6 +31,17 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order; and on a busy machine, several threads that wait for each other take ten times as long."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def jpeg(seed: int, width: int = 96, height: int = 72) -> bytes:
     """A smooth random photograph-like JPEG."""
     rng = np.random.default_rng(seed)

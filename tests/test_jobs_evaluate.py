@@ -3,21 +3,14 @@
 import json
 
 import pytest
-import torch
 
-from jobs import evaluate
+from jobs import evaluate, train
 from pipelines.config import ConfigError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("task", evaluate.TASKS)
+@pytest.mark.parametrize("task", [task for task in evaluate.TASKS if task != "probe"])
 def test_debug_evaluates_and_goes_on(task, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
@@ -36,6 +29,17 @@ def test_debug_evaluates_and_goes_on(task, tmp_path, monkeypatch, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in (out / "parts").iterdir()} == before
     assert evaluate.run([task, "debug", "--facet", "key"]) == 2
     assert "was begun with other settings" in capsys.readouterr().err
+
+
+def test_debug_probes_what_debug_readout_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    assert evaluate.run(["probe", "debug"]) == 2
+    assert "no weights at" in capsys.readouterr().err
+    assert train.run(["debug-readout"]) == 0
+    assert evaluate.run(["probe", "debug"]) == 0
+    assert "| train-readout on low-res" in capsys.readouterr().out
+    assert (tmp_path / "demo/eval-probe/pictures/predictions.png").exists()
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):

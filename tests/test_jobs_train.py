@@ -4,19 +4,11 @@ import json
 import re
 
 import pytest
-import torch
 
 from jobs import train
 from pipelines.config import ConfigError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On a busy machine, several threads that wait for each other take ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_debug_trains_and_its_checkpoint_extracts(tmp_path, monkeypatch, capsys):

@@ -48,12 +48,7 @@ SIZES = {"cat": ((80, 60), (53, 80), (64, 64), (81, 54)), "tvmonitor": ((80, 60)
 SLOTS = {"cat": 30, "tvmonitor": 16}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save(path: Path, data: object) -> None:

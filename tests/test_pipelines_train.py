@@ -26,14 +26,7 @@ from storage.paths import Folder, InputError
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Sums in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

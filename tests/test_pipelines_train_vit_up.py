@@ -23,14 +23,7 @@ from storage.paths import Folder
 from storage.store import FeatureStore
 from tests.test_operators_vit_up import dinov3, golden, load_hf, under
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Sums in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the official loss ------------------------------------------------------------------------------------------------
