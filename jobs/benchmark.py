@@ -8,6 +8,7 @@
     python jobs/benchmark.py cost                         # operations, time and memory of upsamplers beside the backbone
     python jobs/benchmark.py cost --vit-up                # ViT-Up for several output grids and chunks of queries
     python jobs/benchmark.py train                        # images per second, beside a plain loop
+    python jobs/benchmark.py readout                      # readouts trained from a store, beside the live backbone
 
 Prints Markdown; --json PATH writes all numbers. Run it while nothing else does. Exit codes: 0 measured, 1 not, 2 wrong settings.
 """
@@ -39,6 +40,7 @@ from pipelines.precision import measure_precision
 from pipelines.prepare import USER_ERRORS
 from pipelines.processes import CORES, BenchmarkFailed
 from pipelines.read_benchmark import BY_ROW, IN_ORDER, ReadBenchmark, measure_read
+from pipelines.readouts.benchmark import READOUT_PRESETS, ReadoutBenchmark, measure_readouts, readout_report
 from pipelines.train_benchmark import TRAIN_PRESETS, TrainBenchmark, measure_training, train_report
 from pipelines.vit_up_benchmark import VIT_UP_PRESETS, ViTUpBenchmark, measure_vit_up, vit_up_report
 
@@ -347,6 +349,17 @@ def train(config: TrainBenchmark) -> dict[str, Any]:
     return result
 
 
+# --- readout ----------------------------------------------------------------------------------------------------------
+
+
+def readout(config: ReadoutBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    with _folder("", keep=False) as folder:
+        result = {"settings": asdict(config), **measure_readouts(config, folder), "machine": machine()}
+    print("\n".join(readout_report(config, result)))
+    return result
+
+
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +427,7 @@ COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
     "cost": (COST_PRESETS, cost),
     f"cost {_VIT_UP}": (VIT_UP_PRESETS, vit_up),
     "train": (TRAIN_PRESETS, train),
+    "readout": (READOUT_PRESETS, readout),
 }
 """By name: presets, and what runs them."""
 

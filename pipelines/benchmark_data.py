@@ -11,13 +11,18 @@ from pipelines.demo import PHOTOS
 from pipelines.processes import CORES
 
 
-def write_photos(folder: Path, images: int) -> str:
-    """Tars of up to 100 photos, one per core at least; returns their pattern. The same bytes every time."""
+def _sources() -> list[Image.Image]:
+    """The demo's photographs, which scikit-image brings along."""
     import skimage
 
     data = Path(skimage.__file__).parent / "data"
     files = [next(p for p in data.glob(f"{name}.*") if p.suffix in (".png", ".jpg")) for name in PHOTOS]
-    sources = [Image.open(file).convert("RGB") for file in files]
+    return [Image.open(file).convert("RGB") for file in files]
+
+
+def write_photos(folder: Path, images: int) -> str:
+    """Tars of up to 100 photos, one per core at least; returns their pattern. The same bytes every time."""
+    sources = _sources()
     folder.mkdir(parents=True)
     each = min(100, -(-images // CORES))
     for first in range(0, images, each):
@@ -28,6 +33,27 @@ def write_photos(folder: Path, images: int) -> str:
                 info.size = len(jpeg)
                 tar.addfile(info, io.BytesIO(jpeg))
     return str(folder / "*.tar")
+
+
+def write_masks(folder: Path, images: int) -> str:
+    """Photos with masks of rectangles of 20 classes, in VOC's layout, all for training and the first to judge."""
+    sources, root = _sources(), folder / "VOCdevkit/VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True)
+    for i in range(images):
+        rng = np.random.default_rng(i)
+        jpeg = _photo(sources[i % len(sources)], rng)
+        width, height = Image.open(io.BytesIO(jpeg)).size
+        labels = np.zeros((height, width), np.uint8)
+        for _ in range(3):
+            x, y = rng.integers(0, width // 2), rng.integers(0, height // 2)
+            labels[y : y + height // 3, x : x + width // 3] = rng.integers(1, 21)
+        (root / f"JPEGImages/{i:06d}.jpg").write_bytes(jpeg)
+        Image.fromarray(labels).save(root / f"SegmentationClass/{i:06d}.png")
+    names = [f"{i:06d}\n" for i in range(images)]
+    (root / "ImageSets/Segmentation/train.txt").write_text("".join(names))
+    (root / "ImageSets/Segmentation/val.txt").write_text(names[0])
+    return str(folder)
 
 
 def _photo(source: Image.Image, rng: np.random.Generator) -> bytes:

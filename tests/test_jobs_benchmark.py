@@ -439,3 +439,15 @@ def test_a_folder_with_earlier_stores_is_refused(tmp_path, capsys):
 
     assert code == 2
     assert "give another --out" in capsys.readouterr().err
+
+
+def test_readout_trains_the_same_from_a_store_and_says_how_much_faster(tmp_path, capsys):
+    path = tmp_path / "numbers.json"
+
+    assert benchmark.run(["readout", "debug", "--methods", "linear", "--json", str(path)]) == 0
+    assert "| linear |" in capsys.readouterr().out
+    result = json.loads(path.read_text())
+    assert result["largest difference of losses"] < 1e-6
+    assert all(rate > 0 for rates in result["rates"]["linear"].values() for rate in rates)
+    assert benchmark.run(["readout", "--steps", "2"]) == 2
+    assert "--steps must be more than 2" in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""Readouts trained from a store beside the live backbone: images per second of each, and whether their losses agree."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.benchmark_data import write_masks
+from pipelines.config import ConfigError, ExtractConfig, require_at_least
+from pipelines.cost_benchmark import table
+from pipelines.executors import InlineExecutor
+from pipelines.extract import extract
+from pipelines.processes import CORES
+from pipelines.readouts.train import ReadoutTraining
+from pipelines.train import read_metrics, train_inline
+from storage.paths import Folder
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 2
+"""Steps of each run that aren't counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutBenchmark:
+    """Images per second of training readouts, live and from a store, in this process."""
+
+    images: int = 64
+    """Photos to generate, with masks of rectangles."""
+    model: str = "vit_small_patch16_224.dino"
+    """timm name; its weights are random."""
+    size: int = 224
+    """Side of the model's input in pixels."""
+    side: int = 224
+    """Of outputs and labels."""
+    methods: tuple[Literal["deap", "bicubic", "transposed", "strided", "linear"], ...] = ("deap", "linear")
+    """Readouts."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Autocast of the backbone's forward."""
+    batch: int = 8
+    """Images per step."""
+    steps: int = 16
+    """Of each run; the first two aren't counted."""
+    repeat: int = 2
+    """Rounds; each runs everything once. Rates are the best of them."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "images", "batch", "repeat")
+        if self.steps <= WARM_UP:
+            raise ConfigError(f"--steps must be more than {WARM_UP}")
+
+
+READOUT_PRESETS = {
+    # No network. 2 CPU cores: about 5 minutes.
+    "default": ReadoutBenchmark(),
+    # 2 CPU cores: about 15 seconds; the numbers mean nothing at this size.
+    "debug": ReadoutBenchmark(images=8, model="test_vit.r160_in1k", size=64, side=64, batch=4, steps=4, repeat=1),
+}
+
+
+def measure_readouts(config: ReadoutBenchmark, folder: Path) -> dict[str, Any]:
+    """Images per second by readout and source of features, in every round; and the largest difference of their losses."""
+    data = write_masks(folder / "voc", config.images)
+    store = str(folder / "store.zarr")
+    _extract(config, data, store)
+    rates: dict[str, dict[str, list[float]]] = {name: {"live": [], "store": []} for name in config.methods}
+    apart = 0.0
+    for n, method in itertools.product(range(config.repeat), config.methods):
+        losses = {}
+        for source in ("live", "store"):
+            out = str(folder / f"{n}-{method}-{source}")
+            run = ReadoutTraining(
+                method=method,
+                data=data,
+                out=out,
+                val_limit=1,
+                size=config.size,
+                side=config.side,
+                model=config.model,
+                weights="random",
+                precision=config.precision,
+                drawing="extract",
+                batch=config.batch,
+                epochs=config.steps,  # more than enough
+                max_steps=config.steps,
+                log_every=1,
+                executor="inline",
+                device="cpu",
+            )
+            if source == "store":
+                run = replace(run, store=store)
+            train_inline(run.resolve().prepare(InlineExecutor()))
+            lines = [line for line in read_metrics(Folder(out)) if "images_per_s" in line]
+            losses[source] = [line["loss"] for line in lines]
+            rate = _rate(lines)
+            rates[method][source].append(rate)
+            logger.info("round %d of %d: %s, %s, %.2f images/s", n + 1, config.repeat, method, source, rate)
+        apart = max(apart, *(abs(a - b) for a, b in zip(losses["live"], losses["store"], strict=True)))
+    return {"rates": rates, "largest difference of losses": apart}
+
+
+def _extract(config: ReadoutBenchmark, data: str, store: str) -> None:
+    settings = ExtractConfig(
+        data=(f"{data}/VOCdevkit/VOC2012/JPEGImages",),
+        out=store,
+        model=config.model,
+        weights="random",
+        size=str(config.size),
+        precision=config.precision,
+        levels=("x1",),
+        batch=config.batch,
+        executor="inline",
+        device="cpu",
+    )
+    extract(settings, InlineExecutor())
+
+
+def _rate(lines: list[dict[str, Any]]) -> float:
+    """Images per second after the warm-up."""
+    steps = lines[WARM_UP - 1 :]
+    images = [b["images"] - a["images"] for a, b in itertools.pairwise(steps)]
+    seconds = [n / line["images_per_s"] for n, line in zip(images, steps[1:], strict=True)]
+    return sum(images) / sum(seconds)
+
+
+def readout_report(config: ReadoutBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    found = result["machine"]
+    yield f"## readout: {config.model} at {config.size} px, {config.precision}"
+    yield f"\nOutputs of {config.side} px, batches of {config.batch}."
+    yield f"\n{found['cpu']}, {CORES} cores, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    rows = []
+    for method, by_source in result["rates"].items():
+        live, store = (max(by_source[source]) for source in ("live", "store"))
+        rows.append([method, f"{live:.2f}", f"{store:.2f}", f"{store / live:.1f}"])
+    yield from table(["readout", "live, images/s", "from a store, images/s", "times"], rows)
+    yield f"""
+- After {WARM_UP} steps; reading, decoding and targets count, checkpoints and validation don't.
+- Largest difference between the losses of the two, over all steps: {result["largest difference of losses"]:.2g}."""
