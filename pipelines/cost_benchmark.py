@@ -42,7 +42,7 @@ BACKBONE = "backbone alone"
 class CostBenchmark:
     """Operations, time and memory of a backbone alone and with each upsampler. Weights are random: they don't matter here.
 
-    With --vit-up: ViT-Up instead, with settings of its own.
+    With --vit-up, ViT-Up instead, with --deap, readouts: with settings of their own.
     """
 
     model: str = "vit_small_patch16_224.dino"
@@ -167,7 +167,9 @@ def count_operations(
     paper = {"alone": paper_count(model, images) + again}
     # As our LiFT runs it: cells of overlapping patches tile less than the image, which is enlarged to 16 pixels a cell.
     overlap = backbone.stride < backbone.patch
-    pixels = torch.empty(1, 3, *(cells * backbone.patch for cells in features.grid), device="meta") if overlap else images
+    pixels = (
+        torch.empty(1, 3, *(cells * backbone.patch for cells in features.grid), device="meta") if overlap else images
+    )
     grid = (2 * features.grid[0], 2 * features.grid[1])
     for given in nets:
         settings = {"channels": backbone.channels, "patch": backbone.patch, **given}

@@ -228,7 +228,9 @@ def _load(
         settings = NetConfig(method=method, channels=channels, patch=backbone.patch, border_crop=crops)
         return NetWeights(settings=settings, arrays=state_arrays(build_net(settings)))
     vit_up = vit_up_settings(backbone.channels, backbone.n_layers, config.size, _QUERY_SCALE * config.size)
-    lora = Lora(_fresh(bundle)(), rank=vit_up.rank, alpha=vit_up.alpha, dropout=vit_up.dropout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same digest when it is continued
+        lora = Lora(_fresh(bundle)(), rank=vit_up.rank, alpha=vit_up.alpha, dropout=vit_up.dropout)
     adapter = {name: tensor.numpy() for name, tensor in lora.peft_state().items()}
     return ViTUpWeights(settings=vit_up, arrays={**state_arrays(random_head(vit_up)), **adapter})
 
@@ -426,7 +428,7 @@ def plot(task: Runtime, found: Mapping[str, Record]) -> bytes:
         alone = 1e3 * statistics.mean(found[task.cases[0].name]["seconds"])
         axes.axhline(alone, color="grey", linewidth=0.8, linestyle="--", label="backbone alone")
         axes.set_xticks(sides, [str(side) for side in sides])
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
         data = io.BytesIO()
