@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import s3fs
-import torch
 
 from cluster.resources import WorkerPool
 from jobs import evaluate as job
@@ -35,13 +34,7 @@ from tests.test_pipelines_evaluation import (
 from tests.test_pipelines_faults import ROOT, ended
 from tests.test_pipelines_s3 import tree
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parts(out: object, options: dict | None = None) -> dict[str, bytes]:

@@ -18,13 +18,7 @@ from pipelines.vit_up_benchmark import head_macs
 from tests.test_pipelines_evaluation import TINY, evaluate
 from tests.test_pipelines_learned import checkpoint
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(out, **changes) -> RuntimeConfig:
