@@ -9,6 +9,7 @@
     python jobs/show.py export feats.zarr --out vectors/      # vectors and keys as Parquet
     python jobs/show.py report feats.zarr --out report.html   # all of it in one page that can be sent
     python jobs/show.py training runs/lift runs/jbu           # training runs side by side: what was measured last
+    python jobs/show.py backbones                             # those that DeAP compares: size, grid, channels, normalisation
 
 Exit codes: 0 shown, 2 wrong settings or nothing to show.
 """
@@ -161,6 +162,14 @@ class Training:
     """JSON for the filesystem, as for jobs/extract.py."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Backbones:
+    """The backbones of DeAP's Table 2: timm's names, input, grid, channels, normalisation, parameters."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Only these."""
+
+
 def status(config: Status) -> None:
     found = read_status(config.open())
     print(json.dumps(found.to_json(), indent=1) if config.json else "\n".join(status_lines(found)))
@@ -228,6 +237,12 @@ def training(config: Training) -> None:
     print("\n".join(training_lines([Folder(url, parse_options(config.storage_options)) for url in config.runs])))
 
 
+def backbones(config: Backbones) -> None:
+    from pipelines.readouts.backbones import backbone_lines  # timm, and so torch, which nothing else here needs
+
+    print("\n".join(backbone_lines(config.names)))
+
+
 def _rows(store: FeatureStore, names: Sequence[str], count: int) -> np.ndarray:
     """Row numbers of keys or numbers; a key that looks like a number wins. Without any, `count` rows spread over the store."""
     if not names:
@@ -253,6 +268,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[..., None]]] = {
     "export": (Export, export),
     "report": (Report, report),
     "training": (Training, training),
+    "backbones": (Backbones, backbones),
 }
 
 

@@ -58,7 +58,7 @@ def load_readout(url: str, storage_options: Mapping[str, Any] | None = None) -> 
             config=config,
             dataset=task.pop("dataset"),
             task=parse_task(task),
-            features=described["features"],
+            features=_features(described["features"]),
             state={name: value for name, value in state.items() if not name.startswith(f"{CLASSIFIER}.")},
         )
         trained.build()
@@ -67,3 +67,10 @@ def load_readout(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     except (ValueError, KeyError, TypeError, RuntimeError, ReadoutError) as error:
         raise WeightsUnavailable(f"{folder.shown} is no trained readout: {type(error).__name__}: {error}") from None
     return trained
+
+
+def _features(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What it was trained on, as an evaluation needs it. Raises `KeyError` or `TypeError` where something lacks."""
+    level = {name: found["level"][name] for name in ("name", "method")}
+    needed = {name: found[name] for name in ("input_size", "mean", "std", "drawing")}
+    return {**found, **needed, "level": {**found["level"], **level}}

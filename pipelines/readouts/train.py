@@ -3,6 +3,8 @@
 DeAP: specs/evaluation.md 12; the linear probes of ViT-Up's tables: sections 7 and 8.
 """
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -28,6 +30,8 @@ from pipelines.training_data import Loaded
 from storage.paths import Folder
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 LONG_AFTER = 2**30
 """A step at which no loss is warming up."""
@@ -65,6 +69,8 @@ class ReadoutTraining(TrainConfig):
     jobs/extract.py does it. Default: paper with a model, extract with a store (which can't be otherwise)."""
     flip: bool = False
     """Mirror whole batches, half of them: the linear probes' only augmentation. Not with a store."""
+    ragged: bool = False
+    """Allow a --size that patches don't fill: what lies beyond the last whole one isn't seen (SigLIP-SO at 512 px, patch 14)."""
     normalise: bool = True
     """False: the model is given images from 0 to 1, without its mean and deviation, as ViT-Up's depth probe has it. Not with a
     store."""
@@ -125,8 +131,6 @@ class ReadoutTraining(TrainConfig):
 
     urls: ClassVar[tuple[str, ...]] = ("data", "out", "weights", "store", "val_store", "level")
     free: ClassVar[frozenset[str]] = TrainConfig.free | {"data", "store", "val_store", "val_limit"}
-    # What an evaluation may choose, and a readout may not.
-    ragged: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,9 +162,14 @@ class ReadoutTraining(TrainConfig):
         return self.drawing or ("extract" if self.store else "paper")
 
     @property
+    def level_name(self) -> str:
+        """Of `level`, without what makes it."""
+        return re.split("[=@]", self.level)[0]
+
+    @property
     def levels(self) -> tuple[str, ...]:
         """The levels that are computed, as an evaluation names them."""
-        base = () if self.level.split("=")[0] == "x1" else ("x1",)
+        base = () if self.level_name == "x1" else ("x1",)
         return (*base, self.level, *(("pooled",) if self.method == "depth_bins" else ()))
 
     @property
@@ -205,7 +214,7 @@ class ReadoutTraining(TrainConfig):
         )
         task = self.build_task(train)
         spec, bundle = self._features(task)
-        level = _level(spec, self.level.split("=")[0], self.store)
+        level = _level(spec, self.level_name, self.store)
         pooled = _pooled(spec, self.store) if self.method == "depth_bins" else None
         sources = [
             LabelledSource(
@@ -300,7 +309,8 @@ class ResolvedReadout:
     def prepare(self, executor: Any) -> "ReadoutSetup":  # noqa: ARG002 - nothing is left to be read
         """Begin or continue the folder. Raises `CheckpointError`, and `ConfigError` where it was begun with other settings."""
         config, digests = self.config, {"images": digest(self.train.items), "held_out": digest(self.held_out.items)}
-        begin_run(self.folder, config, {"features": self.features, **digests})
+        # A live model's images may be drawn as a store's aren't.
+        begin_run(self.folder, config, {"features": self.features, "drawing": config.how_drawn, **digests})
         described = {
             "readout": asdict(self.readout),
             "task": {"name": config.task, "dataset": config.dataset, **self.train.task.told()},
@@ -374,15 +384,18 @@ class ReadoutObjective:
 
     @torch.no_grad()
     def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
-        """The task's scores on the held-out images, and `val_loss`; a picture of the first ones. None if none can be read."""
+        """The task's scores on the held-out images, and `val_loss`; a picture of the first ones. None if none can be read,
+        or scored."""
         self.net.eval()
         try:
             records, losses, shown = self._judge()
         finally:
             self.net.train()
-        if not records:
+        try:
+            scores, divisor = self.task.scores(records), sum(weight for _, weight in losses)
+        except ValueError as error:
+            logger.warning("held-out images can't be scored: %s", error)
             return None
-        scores, divisor = self.task.scores(records), sum(weight for _, weight in losses)
         # The best checkpoint is that of the smallest.
         loss = sum(total for total, _ in losses) / divisor if divisor else -scores[self.task.better]
         values = {"val_loss": loss, **{f"val_{name}": value for name, value in scores.items()}}

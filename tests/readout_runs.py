@@ -1,0 +1,105 @@
+"""Small training runs of readouts, for tests of training and of evaluation: drawn data sets, timm's test_vit, no Ray."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines.evaluation.demo import scene, write_demo
+from pipelines.executors import InlineExecutor
+from pipelines.extract import run_prepared
+from pipelines.prepare import prepare, resolve
+from pipelines.readouts.train import ReadoutTraining
+from pipelines.train import TrainSummary, read_metrics, train_inline
+from pipelines.train_config import TrainConfig
+from storage.paths import Folder
+
+TINY = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "executor": "inline", "device": "cpu"}
+
+OF_TASK: dict[str, dict[str, object]] = {
+    "segmentation": {"dataset": "voc", "data": "VOC2012"},
+    "depth": {"dataset": "nyu", "data": "NYU", "placement": "squash"},
+    "boundaries": {"dataset": "coco", "data": "coco"},
+    # Objects are found where boxes are large; the demo's images show one or two.
+    "detection": {"dataset": "coco", "data": "coco", "side": 112},
+    "instances": {"dataset": "coco", "data": "coco", "samples": 256, "large_area": 100.0, "many": 1},
+}
+"""Settings that go with a task; `data` lies in the folder of `write_sets`."""
+
+
+def write_sets(root: Path) -> Path:
+    """The demo's data sets, and two splits of an NYUv2 of PNGs (specs/mini_datasets.md 9)."""
+    write_demo(str(root))
+    sizes = {"train": ((96, 72), (72, 96), (80, 80), (81, 53), (96, 64)), "val": ((640, 480), (80, 60), (64, 81))}
+    for split, of_split in sizes.items():
+        for i, (width, height) in enumerate(of_split):
+            box = (width // 4 + i, height // 5, width // 2 + 3 * i, height // 2 + 2 * i)
+            write_nyu(root / "NYU", split, f"{i:05d}", scene(width, height, [box], i), depth_of(width, height, box))
+    return root
+
+
+def write_nyu(root: Path, split: str, name: str, pixels: np.ndarray, metres: np.ndarray) -> None:
+    """One frame: a JPEG, and a PNG of 16 bits, 5,000 a metre."""
+    for folder in ("images", "depth"):
+        (root / folder / split).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(root / f"images/{split}/{name}.jpg", quality=95)
+    Image.fromarray((metres * 5000).astype(np.uint16)).save(root / f"depth/{split}/{name}.png")
+
+
+def depth_of(width: int, height: int, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Metres [height, width]: a slope from 2 to 5 with a nearer box, a band of none, and a corner beyond the limit of 10."""
+    y, _ = np.mgrid[0:height, 0:width]
+    depth = 5 - 3 * y / height
+    x1, y1, x2, y2 = box
+    depth[y1:y2, x1:x2] = 1.0
+    depth[height // 2 : height // 2 + height // 10] = 0
+    depth[-height // 8 :, : width // 8] = 12
+    return depth
+
+
+def training(sets: Path, out: Path | str, task: str = "segmentation", **changes: object) -> ReadoutTraining:
+    """A run of 6 images (depth: 5) in 3 epochs of 2 steps, at 64 px."""
+    values: dict[str, object] = {
+        **TINY,
+        "task": task,
+        "out": str(out),
+        "side": 64,
+        "size": 64,
+        "batch": 4,
+        "epochs": 3,
+        "lr": 1e-2,
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "validate_every": 4,
+        **OF_TASK[task],
+        **changes,
+    }
+    values["data"] = str(sets / str(values["data"]))
+    return ReadoutTraining(**values)
+
+
+def prepared(config: TrainConfig, on_step=None):
+    return replace(config.resolve().prepare(InlineExecutor()), on_step=on_step)
+
+
+def train(config: TrainConfig, on_step=None) -> TrainSummary:
+    return train_inline(prepared(config, on_step))
+
+
+def losses(out: str) -> list[float]:
+    return [line["loss"] for line in read_metrics(Folder(out)) if "loss" in line]
+
+
+def held_out(out: str) -> dict[str, float]:
+    """The last scores of the held-out images."""
+    lines = [line for line in read_metrics(Folder(out)) if "val_loss" in line]
+    return {name.removeprefix("val_"): value for name, value in lines[-1].items() if name.startswith("val_")}
+
+
+def extract(tiny, url: Path, images: Path, **changes: object) -> str:
+    """A store of a folder of images, one image a forward."""
+    settings = {"size": "64", "geometry": "crop", "crop_pct": 1.0, "levels": ("x1",), "batch": 1, **changes}
+    config = tiny(str(images), out=str(url), **settings)
+    run_prepared(prepare(resolve(config), InlineExecutor()), InlineExecutor())
+    return str(url)

@@ -1,0 +1,424 @@
+"""A grid of readouts: cells are training runs, tables hold what they measured, and what fails ends nothing else."""
+
+import json
+import re
+import statistics
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import grid as job
+from pipelines.config import ConfigError
+from pipelines.readouts import grid
+from pipelines.readouts.backbones import BACKBONES
+from pipelines.readouts.grid import CellResult, GridConfig, plan_cells, run_cell, run_cells
+from pipelines.readouts.grid_report import entries, report, scatter, write_grid
+from pipelines.readouts.published import DEAP_TASKS, PUBLISHED, TABLE_3, find_task, published_values
+from pipelines.readouts.train import ReadoutTraining
+from pipelines.train import read_metrics
+from storage.paths import Folder
+from tests.readout_runs import extract, held_out, losses, write_sets
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VIT = "test_vit.r160_in1k@64"
+SLUG = "test_vit.r160_in1k-64"
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+def tiny_grid(sets: Path, where: Path, **changes: object) -> GridConfig:
+    """Four steps of three images a cell, at 64 px."""
+    values: dict[str, object] = {
+        "out": str(where),
+        "backbones": (VIT,),
+        "tasks": ("voc",),
+        "methods": ("linear",),
+        "data": (f"voc={sets}/VOC2012", f"coco={sets}/coco", f"nyu={sets}/NYU"),
+        "weights": "random",
+        "max_steps": 4,
+        "cell": cells_with(),
+        "speed_reference": "test_vit.r160_in1k",
+        "speed_reference_size": 32,
+        "speed_batch": 1,
+        "speed_batches": 2,
+        "executor": "inline",
+        "device": "cpu",
+        **changes,
+    }
+    return GridConfig(**values)
+
+
+def cells_with(**changes: object) -> ReadoutTraining:
+    settings = {"side": 64, "batch": 3, "lr": 1e-2, "precision": "fp32", "checkpoint_every": 2, "validate_every": 4}
+    return ReadoutTraining(**{**settings, "log_every": 1, **changes})
+
+
+def run(config: GridConfig) -> list[CellResult]:
+    return run_cells(config, plan_cells(config))
+
+
+# --- what cells are ---------------------------------------------------------------------------------------------------
+
+
+def test_published_settings_reach_the_runs(sets, tmp_path):
+    config = tiny_grid(
+        sets,
+        tmp_path,
+        backbones=("siglip-so", "untrained"),
+        tasks=("voc", "coco-stuff", "depth"),
+        methods=("deap-8-dim", "linear"),
+        data=("voc=v", "coco_stuff=c", "nyu=s3://bucket/nyu"),
+        max_steps=None,
+        weights="s3://bucket/{backbone}.safetensors",
+        cell=cells_with(batch=16, epochs=7),
+    )
+
+    cells = {cell.name: cell.training for cell in plan_cells(config)}
+
+    assert len(cells) == 2 * 3 * 2
+    voc = cells["siglip-so-voc-deap-8-dim-0"]
+    assert (voc.model, voc.size, voc.ragged) == ("vit_so400m_patch14_siglip_384.webli", 512, True)
+    assert (voc.placement, voc.max_steps, voc.dim, voc.batch, voc.epochs) == ("squash", 10_000, 8, 16, 7)
+    assert (voc.weights, cells["untrained-voc-linear-0"].weights) == ("s3://bucket/siglip-so.safetensors", "random")
+    stuff = cells["untrained-coco-stuff-deap-8-dim-0"]
+    assert (stuff.outputs, stuff.width, stuff.limit) == (200, 32, 100_000)
+    assert cells["untrained-coco-stuff-linear-0"].width is None
+    assert (cells["untrained-depth-linear-0"].data, voc.data) == ("s3://bucket/nyu", str(Path("v").resolve()))
+
+
+def test_stores_are_named_by_backbone_data_set_and_part(sets, tmp_path):
+    config = tiny_grid(
+        sets, tmp_path, tasks=("probe-voc", "boundaries"), store="s3://bucket/{backbone}-{dataset}-{part}.zarr"
+    )
+
+    voc, coco = (cell.training for cell in plan_cells(config))
+
+    assert (voc.store, voc.val_store) == (f"s3://bucket/{SLUG}-voc-train.zarr", f"s3://bucket/{SLUG}-voc-val.zarr")
+    assert (coco.store, coco.val_store) == tuple(
+        f"s3://bucket/{SLUG}-coco-{part}2017.zarr" for part in ("train", "val")
+    )
+    assert not voc.flip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbones": ()}, "--backbones: give at least one"),
+        ({"backbones": ("sam2",)}, "timm lacks its neck"),
+        ({"seeds": (1, 1)}, "different ones"),
+        ({"methods": ("depe",)}, "--methods depe: there are deap"),
+        ({"tasks": ("vox",)}, "Did you mean voc"),
+        ({"tasks": ("segmentation:imagenet",)}, "no data set is called 'imagenet'"),
+        ({"tasks": ("depth:voc",)}, "--task depth needs depth"),
+        ({"tasks": ("voc",), "methods": ("depth_bins",)}, "depth_bins predicts depth"),
+        ({"tasks": ("coco-stuff",)}, "--data lacks coco_stuff"),
+        ({"data": ("voc",)}, "use DATASET=FOLDER"),
+        ({"out": ""}, "no output"),
+        ({"store": "{backbone}.zarr", "tasks": ("voc", "boundaries")}, "with several datasets"),
+        ({"store": "{model}.zarr"}, "{model} means nothing"),
+        ({"store": "{backbone.zarr"}, "expected '}'"),
+        ({"cell": ReadoutTraining(model="x", max_steps=3)}, "--cell.max-steps, --cell.model: the grid decides it"),
+        ({"cell_gpus": 0.0}, "--cell-gpus 0.0"),
+        ({"executor": "ray", "out": "memory://grid"}, "one process only"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(sets, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan_cells(tiny_grid(sets, tmp_path, **changes))
+
+
+# --- cells in turn ----------------------------------------------------------------------------------------------------
+
+
+def test_every_task_fills_its_columns(sets, tmp_path):
+    config = tiny_grid(
+        sets,
+        tmp_path,
+        tasks=("instances", "boundaries", "detection", "voc", "depth"),
+        max_steps=1,
+        cell=cells_with(side=112, samples=64, large_area=100.0, many=1),
+    )
+
+    found = entries(plan_cells(config), run(config))
+
+    assert [(entry.task.name, len(entry.scores)) for entry in found] == [
+        ("instances", 1), ("boundaries", 2), ("detection", 1), ("voc", 2), ("depth", 1)
+    ]  # fmt: skip
+    assert all(score is not None for entry in found for score in entry.scores)
+
+
+def test_tables_hold_what_the_runs_measured(sets, tmp_path):
+    config = tiny_grid(sets, tmp_path, methods=("deap", "linear"), seeds=(3, 4), weights="random:7")
+    cells = plan_cells(config)
+    results = run_cells(config, cells)
+    speeds = grid.measure_speeds(config, cells, results)
+
+    text = write_grid(config.folder, config, cells, results, speeds)
+
+    runs = [held_out(str(tmp_path / f"{SLUG}-voc-deap-{seed}")) for seed in (3, 4)]
+    shares = [100 * each["miou"] for each in runs]
+    iou = f"{statistics.fmean(shares):.1f} ± {statistics.stdev(shares):.1f}"
+    error = [each["loss"] for each in runs]
+    entropy = f"{statistics.fmean(error):.4f} ± {statistics.stdev(error):.4f}"
+    row = next(line for line in text.splitlines() if line.startswith(f"| {VIT}"))
+    speed = f"{speeds[VIT]['relative']:.2f}"
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [VIT, "64", "4", entropy, iou, "0.012", speed]
+    assert f"## Methods on {VIT}" in text
+    assert re.search(rf"\| {re.escape(VIT)}, deap +\| 12,072 \|", text)
+    saved = json.loads((tmp_path / "grid.json").read_text())
+    assert [cell["metrics"]["val_miou"] for cell in saved["cells"][:2]] == [each["miou"] for each in runs]
+    assert saved["speed"][VIT]["batches"] == 2
+    assert saved["config"]["cell"]["batch"] == 3
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "grid.md").read_text() == text
+
+
+def test_what_is_done_is_not_done_again(sets, tmp_path, monkeypatch):
+    config = tiny_grid(sets, tmp_path, methods=("deap", "linear"))
+    cells, first = plan_cells(config), run(config)
+    speeds = grid.measure_speeds(config, cells, first)
+    monkeypatch.setattr(grid, "train_inline", lambda setup: pytest.fail("trained again"))
+    monkeypatch.setattr(grid, "measure_speed", lambda *args: pytest.fail("measured again"))
+
+    second = run(config)
+
+    assert [each.metrics for each in second] == [each.metrics for each in first]
+    assert grid.measure_speeds(config, cells, second) == speeds
+
+
+def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeypatch):
+    config = tiny_grid(sets, tmp_path / "grid", max_steps=8)
+    (cell,) = plan_cells(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(grid, "train_inline", lambda setup: stop_after(5, setup))
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(cell)
+    written = losses(cell.training.out)
+    assert len(written) == 4
+    (whole,) = run(tiny_grid(sets, tmp_path / "whole", max_steps=8))
+
+    (result,) = run(config)
+
+    assert losses(cell.training.out)[:4] == written
+    assert result.metrics == whole.metrics
+    assert result.steps == 8
+
+
+def stop_after(step: int, setup):
+    from dataclasses import replace
+
+    from pipelines.train import train_inline
+
+    def on_step(number: int, rows: list[int]) -> None:
+        if number == step:
+            raise KeyboardInterrupt
+
+    return train_inline(replace(setup, on_step=on_step))
+
+
+def test_more_steps_go_on_and_other_settings_are_refused(sets, tmp_path):
+    run(tiny_grid(sets, tmp_path))
+
+    (longer,) = run(tiny_grid(sets, tmp_path, max_steps=6))
+    (other,) = run(tiny_grid(sets, tmp_path, cell=cells_with(lr=0.5)))
+
+    assert (longer.steps, len(losses(str(tmp_path / f"{SLUG}-voc-linear-0")))) == (6, 6)
+    assert "was begun with other settings" in other.error
+    assert "lr" in other.error
+
+
+def test_a_cell_that_fails_is_told_and_ends_nothing(sets, tmp_path, monkeypatch, capsys):
+    secret = {"s3": {"secret": "very-secret-value"}}
+    config = tiny_grid(
+        sets,
+        tmp_path,
+        tasks=("boundaries", "voc"),
+        data=(f"coco={tmp_path}/very-secret-value", f"voc={sets}/VOC2012"),
+        storage_options=json.dumps(secret),
+        speed=False,
+    )
+
+    assert job.main(config) is False
+
+    text = (tmp_path / "grid.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith(f"| {VIT}"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[3:5] == ["failed", "failed"]
+    assert float(cells[5]) > 0
+    assert f"- {SLUG}-boundaries-linear-0: DatasetError: " in text
+    assert "very-secret-value" not in text + (tmp_path / "grid.json").read_text() + capsys.readouterr().out
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_stores_are_read_instead_of_the_model(sets, tiny, tmp_path):
+    images = sets / "VOC2012/VOCdevkit/VOC2012/JPEGImages"
+    extract(tiny, tmp_path / f"{SLUG}-voc.zarr", images, geometry="squash")
+    config = tiny_grid(
+        sets,
+        tmp_path / "grid",
+        methods=("deap", "linear"),
+        store=str(tmp_path / "{backbone}-{dataset}.zarr"),
+        weights=str(tmp_path / "no such file"),
+    )
+
+    done = run(config)
+
+    assert [each.error for each in done] == ["", ""]
+    assert [each.grid for each in done] == [(4, 4), (4, 4)]
+
+
+def test_a_store_of_another_backbone_is_refused(sets, tiny, tmp_path):
+    images = sets / "VOC2012/VOCdevkit/VOC2012/JPEGImages"
+    extract(tiny, tmp_path / "other.zarr", images, geometry="squash")
+
+    (result,) = run(
+        tiny_grid(sets, tmp_path / "grid", backbones=("test_vit2.r160_in1k@64",), store=str(tmp_path / "other.zarr"))
+    )
+
+    assert "holds features of test_vit.r160_in1k, not of test_vit2.r160_in1k" in result.error
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_papers_numbers_are_complete():
+    assert set(TABLE_3) == {each.name for each in BACKBONES}
+    for backbone in TABLE_3:
+        for task in DEAP_TASKS:
+            assert len(published_values(backbone, "", "deap", task)) == len(PUBLISHED[task].columns)
+    assert published_values("mae", "", "deap-no-sigma", "voc") == (None, 35.1)
+    assert published_values("siglip-384", "", "deap-only-mask", "depth") == (0.6378,)
+    assert published_values("dino", "", "deap-only-mask", "depth") == ()
+    splus = "vit_small_plus_patch16_dinov3.lvd1689m"
+    assert published_values(splus, splus, "linear", "probe-voc") == (84.88, 96.45)
+
+
+def test_published_rows_stand_below_measured_ones(sets, tmp_path):
+    config = tiny_grid(sets, tmp_path, backbones=("mae",), methods=("deap",), paper=True, seeds=(0, 1))
+    cells = plan_cells(config)
+    given = {"name": "", "backbone": "mae", "task": "voc", "method": "deap"}
+    metrics = {"val_loss": 0.3512345, "val_miou": 0.60449}
+    results = [
+        CellResult(**given, seed=0, metrics=metrics, parameters=47_272, grid=(14, 14), input_size=(224, 224)),
+        CellResult(**given, seed=1, error="lost"),
+    ]
+
+    text = report(config, entries(cells, results), {}, results[1:])
+
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| MAE")]
+    assert rows == [
+        ["MAE", "224", "14", "0.3512 (1 of 2)", "60.4 (1 of 2)", "0.047", ""],
+        ["MAE, published", "224", "14", "0.3471", "60.2", "", ""],
+    ]
+    assert re.search(r"\| mae, published +\| 0.047 M \|", text)
+
+
+def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
+    from matplotlib.axes import Axes
+
+    points, turned = [], []
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **more: points.append((x, y)))
+    monkeypatch.setattr(Axes, "invert_yaxis", lambda self: turned.append(self.get_title()))
+    config = GridConfig(out="x", backbones=("mae", "dino"), tasks=("voc", "depth"), data=("voc=v", "nyu=n"))
+    cells = plan_cells(config)
+    metrics = {"val_loss": 0.5, "val_miou": 0.25, "val_rmse_pooled": 0.75}
+    results = [
+        CellResult(
+            name=c.name, backbone=c.backbone.name, task=c.task.name, method=c.method, seed=c.seed, metrics=metrics
+        )
+        for c in cells
+    ]
+
+    png = scatter(entries(cells, results), {"mae": {"relative": 1.0}, "dino": {"relative": 0.2}})
+
+    assert png.startswith(b"\x89PNG")
+    assert points == [((1.0, 0.2), [25.0, 25.0]), ((1.0, 0.2), [0.75, 0.75])]
+    assert turned == ["depth"]
+
+
+def test_any_task_of_any_data_set_has_its_columns():
+    task = find_task("boundaries:photos_open_instances")
+
+    assert [column.head for column in task.columns] == ["CE", "IoU"]
+    assert task.settings == {}
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def test_debug_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    assert job.run(["debug", "--max-steps", "2", "--cell.lr", "0.001", "--tasks", "voc"]) == 0
+
+    assert "## Methods on test_vit.r160_in1k@128" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("demo/grid").iterdir() if path.is_file()) == [
+        "grid.json", "grid.md", "grid.png", "speed.json"
+    ]  # fmt: skip
+    assert job.run(["debug", "--cell.lr", "0.1", "--tasks", "voc", "--max-steps", "2"]) == 1
+    assert "was begun with other settings" in capsys.readouterr().out
+
+
+def test_published_presets_parse_and_mistakes_end_with_2(capsys):
+    _, table3 = job.parse(["deap-table3", "--out", "x", "--data", "coco=c", "voc=v", "coco_stuff=s", "nyu=n"])
+    assert len(plan_cells(table3)) == 16 * 6
+    _, table5 = job.parse(["deap-table5", "--out", "x", "--data", "coco=c", "voc=v", "nyu=n"])
+    assert len(plan_cells(table5)) == 3 * 3 * 5
+    assert job.run(["deap-table3"]) == 2
+    assert "--data lacks coco, coco_stuff, nyu, voc" in capsys.readouterr().err
+    assert job.run(["deap-table4"]) == 2
+    assert "Did you mean" in capsys.readouterr().err
+
+
+# --- on Ray -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_runs_cells_replaces_lost_workers_and_tells_failures(sets, tmp_path):
+    config = tiny_grid(
+        sets,
+        tmp_path / "ray",
+        tasks=("voc", "boundaries"),
+        data=(f"voc={sets}/VOC2012", f"coco={tmp_path}/nothing"),
+        max_steps=40,
+        executor="ray",
+        actors=1,  # so that the one worker there is trains the first cell
+        cell=cells_with(checkpoint_every=2, validate_every=40),
+    )
+    cells = plan_cells(config)
+    killed, ended = [], threading.Event()
+    sign = Path(cells[0].training.out) / "checkpoints.json"
+    killer = threading.Thread(target=kill_once, args=(sign, killed, ended))
+    killer.start()
+
+    try:
+        done, failed = run_cells(config, cells)
+    finally:
+        ended.set()
+        killer.join()
+
+    (undisturbed,) = run(tiny_grid(sets, tmp_path / "inline", max_steps=40, cell=config.cell))
+    assert len(killed) == 1
+    assert (done.steps, done.metrics) == (40, undisturbed.metrics)
+    steps = [line["step"] for line in read_metrics(Folder(cells[0].training.out)) if "loss" in line]
+    assert steps == list(range(1, 41))
+    assert failed.error.startswith("DatasetError: ")
+    assert grid.measure_speeds(config, cells, [done, failed])[VIT]["relative"] > 0
+
+
+def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:
+    """SIGKILL of the worker that trains the first cell, once it has a checkpoint."""
+    while not (killed or ended.wait(0.02)):
+        if sign.exists():
+            training = [
+                each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::_ray_cell")
+            ]
+            for process in training[:1]:
+                process.kill()
+                killed.append(process.pid)
