@@ -9,7 +9,7 @@ config.json holds `upsampler` (`method`, and the settings of `operators.upsample
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from operators.backbone import TimmBackbone
+from operators.backbone import TimmBackbone, weights_digest
 from operators.upsamplers import LEARNED, LearnedUpsampler, NetConfig, Upsampler, UpsamplerError, learned_upsampler
 from operators.vit_up import ViTUp, ViTUpConfig, read_checkpoint
 from pipelines.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
@@ -30,6 +30,15 @@ Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 
 TRAINED_ON = ("model", "weights", "layers", "facet", "norm")
 """What must be the same of the backbone for an upsampler to make sense (LiFT, arXiv 2403.14625, Table 7)."""
+
+
+def trained_on(
+    model: str, arrays: Mapping[str, np.ndarray], backbone: TimmBackbone, layers: Sequence[int]
+) -> dict[str, Any]:
+    """The values of TRAINED_ON, JSON values, for a timm name and its weights as `state_arrays` gives them before the
+    backbone touches them. Raises `BackboneError` for layers that the backbone hasn't."""
+    values = (model, weights_digest(arrays), list(backbone.resolve_layers(layers)), backbone.facet, backbone.norm)
+    return dict(zip(TRAINED_ON, values, strict=True))
 
 
 METHODS = (*LEARNED, "vit_up")
@@ -49,8 +58,9 @@ class UpsamplerWeights(Protocol):
         """Ready to run, on the CPU; `fresh` makes the backbone anew. Raises `UpsamplerError` where weights don't fit."""
 
     def check(self, fresh: Callable[[], nn.Module], base: tuple[int, int], grid: tuple[int, int]) -> str:
-        """Raises `UpsamplerError` where `base` cells can't be brought to `grid`, or weights don't fit; gives the digest: sha256
-        over the weights and the settings that aren't their defaults, for both change the features."""
+        """Raises `UpsamplerError` where `base` cells can't be brought to `grid`, or weights don't fit the settings; whether
+        they fit the backbone, `build` tells. Gives the digest: sha256 over the weights and the settings that aren't their
+        defaults, for both change the features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +95,13 @@ class ViTUpWeights:
         return self.settings.channels
 
     def build(self, precision: Precision, fresh: Callable[[], nn.Module]) -> ViTUp:
-        head = {name: tensor for name, tensor in _tensors(self.arrays).items() if not name.startswith("backbone.")}
-        lora = {name: tensor for name, tensor in _tensors(self.arrays).items() if name.startswith("backbone.")}
-        return ViTUp(self.settings, fresh(), head, lora, precision=precision)
+        tensors = _tensors(self.arrays)
+        lora = {name: tensors.pop(name) for name in list(tensors) if name.startswith("backbone.")}
+        return ViTUp(self.settings, fresh(), tensors, lora, precision=precision)
 
     def check(self, fresh: Callable[[], nn.Module], base: tuple[int, int], grid: tuple[int, int]) -> str:  # noqa: ARG002
-        return _digest(self.build("fp32", fresh).digest, self.settings)
+        # Any grid can be had, and what was read with `read_checkpoint` fits its settings: nothing needs to be built.
+        return _digest(weights_digest(self.arrays), self.settings)
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -111,7 +122,7 @@ def load_upsampler(
     storage_options: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> UpsamplerWeights:
-    """The upsampler at `url` for `backbone`; `described` are the values of TRAINED_ON here.
+    """The upsampler at `url` for `backbone`; `described` is what `trained_on` gives here.
 
     Raises `WeightsUnavailable`, and `UpsamplerError` for another method or (unless `force`) another backbone.
     """
@@ -122,16 +133,16 @@ def load_upsampler(
     shown = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
     if has_extension(url, *WEIGHT_FILES):
-        weights, trained_on = _official(method, state, backbone, shown), None
+        weights, made_for = _official(method, state, backbone, shown), None
     else:
-        settings, trained_on = _read_config(url, storage_options)
+        settings, made_for = _read_config(url, storage_options)
         if settings.get("method") != method:
             raise UpsamplerError(f"{shown} holds a {settings.get('method')}, not a {method}")
         weights = _with_settings(settings, state, backbone)
-    if trained_on is None:
+    if made_for is None:
         logger.warning("%s doesn't say which backbone it was trained on; it is taken to be this one", shown)
     else:
-        _require_same_backbone(shown, trained_on, described, force=force)
+        _require_same_backbone(shown, made_for, described, force=force)
     return weights
 
 
@@ -190,11 +201,11 @@ def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[dict[str,
         ) from None
 
 
-def _require_same_backbone(shown: str, trained_on: Mapping[str, Any], here: Mapping[str, Any], *, force: bool) -> None:
+def _require_same_backbone(shown: str, made_for: Mapping[str, Any], here: Mapping[str, Any], *, force: bool) -> None:
     differences = [
-        f"  {name:<8} trained on {trained_on.get(name)}, used with {here[name]}"
+        f"  {name:<8} trained on {made_for.get(name)}, used with {here[name]}"
         for name in TRAINED_ON
-        if trained_on.get(name) != here[name]
+        if made_for.get(name) != here[name]
     ]
     if not differences:
         return

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import psutil
@@ -25,13 +25,14 @@ from operators.backbone import (
     create_model,
     load_arrays,
     normalise,
+    preprocessing,
     state_arrays,
-    weights_digest,
 )
 from operators.upsamplers import Upsampler, create_upsampler
 from operators.vit_up import ViTUp
-from pipelines.checkpoints import METHODS, UpsamplerWeights, load_upsampler
+from pipelines.checkpoints import METHODS, UpsamplerWeights, load_upsampler, trained_on
 from pipelines.config import ConfigError
+from pipelines.weights import WeightsChoice, load_model
 from storage.paths import redact
 from storage.spec import FeatureSpec, Level
 
@@ -170,6 +171,67 @@ def fresh_model(name: str, size: tuple[int, int], arrays: Mapping[str, np.ndarra
     return load_arrays(create_model(name, size, None, None), arrays)
 
 
+class ModelSettings(Protocol):
+    """What settings that name a model have in common: `ExtractConfig`'s and `EvaluateConfig`'s, documented there."""
+
+    model: str
+    weights: str
+    revision: str | None
+    layers: tuple[int, ...]
+    facet: Literal["token", "key", "query", "value"]
+    norm: bool | None
+    stride: int | None
+    pos_embed: Literal["timm", "dino"] | None
+    precision: Literal["bf16", "fp16", "fp32"]
+    levels: tuple[str, ...]
+    encoding: str
+    force_upsampler: bool
+
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+
+def load_described(
+    settings: ModelSettings,
+    size: tuple[int, int],
+    *,
+    ragged: bool = False,
+    geometry: Literal["crop", "squash", "pad"] = "squash",
+    crop_pct: float = 1.0,
+    jpeg_draft: bool = False,
+    loaded: nn.Module | None = None,
+) -> tuple[ModelBundle, "FeatureModel"]:
+    """The model of some settings for inputs of `size`, as `describe_model` gives it.
+
+    `loaded`: the model for that size with its weights, where the caller has it already; it is taken over.
+    Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or `ConfigError`.
+    """
+    levels = [LevelChoice.parse(text, settings.encoding) for text in settings.levels]
+    weights = WeightsChoice.parse(settings.weights)
+    if loaded is None:
+        loaded = load_model(settings.model, size, weights, settings.revision, settings.options)
+    return describe_model(
+        name=settings.model,
+        model=loaded,
+        weights_source=weights.source,
+        layers=settings.layers,
+        facet=settings.facet,
+        norm=settings.norm,
+        stride=settings.stride,
+        pos_embed=settings.pos_embed,
+        ragged=ragged,
+        size=size,
+        expects=preprocessing(settings.model),
+        geometry=geometry,
+        crop_pct=crop_pct,
+        precision=settings.precision,
+        jpeg_draft=jpeg_draft,
+        levels=levels,
+        storage_options=settings.options,
+        force_upsampler=settings.force_upsampler,
+    )
+
+
 def describe_model(
     *,
     name: str,
@@ -197,17 +259,11 @@ def describe_model(
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(model).items()}
     backbone = TimmBackbone(model, facet=facet, norm=norm, stride=stride, pos_embed=pos_embed, ragged=ragged)
-    numbers = backbone.resolve_layers(layers)
-    trained_on = {
-        "model": name,
-        "weights": weights_digest(arrays),
-        "layers": list(numbers),
-        "facet": facet,
-        "norm": backbone.norm,
-    }
+    described = trained_on(name, arrays, backbone, layers)
+    numbers = tuple(described["layers"])
     options = {"storage_options": storage_options, "force": force_upsampler}
     checkpoints = {
-        place: load_upsampler(*place, backbone, trained_on, **options)
+        place: load_upsampler(*place, backbone, described, **options)
         for place in dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
     }
     learned = {choice.name: checkpoints[choice.method, choice.url] for choice in levels if choice.url}
@@ -221,7 +277,7 @@ def describe_model(
         )
     spec = FeatureSpec(
         model=name,
-        weights=trained_on["weights"],
+        weights=described["weights"],
         weights_source=weights_source,
         layers=numbers,
         facet=facet,

@@ -16,8 +16,8 @@ from cluster.session import ClusterError
 from operators.backbone import BackboneError, preprocessing
 from operators.upsamplers import UpsamplerError
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
-from pipelines.models import FeatureModel, LevelChoice, ModelBundle, describe_model
-from pipelines.weights import WeightsChoice, WeightsUnavailable, load_model
+from pipelines.models import FeatureModel, ModelBundle, load_described
+from pipelines.weights import WeightsUnavailable
 from storage.paths import Folder, InputFile, StorageError, expand_inputs
 from storage.samples import SampleIndex, build_index
 from storage.spec import Layout, choose_block_rows
@@ -82,33 +82,17 @@ def resolve(config: ExtractConfig) -> Resolved:
     """
     if not config.out:
         raise ConfigError("no output: give --out a path or URL for the Zarr store")
-    expects = preprocessing(config.model)
-    size = config.input_size or expects.size
-    levels = [LevelChoice.parse(text, config.encoding) for text in config.levels]
-    weights = WeightsChoice.parse(config.weights)
+    size = config.input_size or preprocessing(config.model).size
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options)
-    loaded = load_model(config.model, size, weights, config.revision, config.options)
-    bundle, model = describe_model(
-        name=config.model,
-        model=loaded,
-        weights_source=weights.source,
-        layers=config.layers,
-        facet=config.facet,
-        norm=config.norm,
-        stride=config.stride,
-        pos_embed=config.pos_embed,
+    bundle, model = load_described(
+        config,
+        size,
         ragged=config.ragged,
-        size=size,
-        expects=expects,
         geometry=config.geometry,
         crop_pct=config.crop_pct if config.geometry == "crop" else 1.0,
-        precision=config.precision,
         jpeg_draft=config.jpeg_draft,
-        levels=levels,
-        storage_options=config.options,
-        force_upsampler=config.force_upsampler,
     )
     return Resolved(config=config, bundle=bundle, model=model, files=tuple(files))
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cluster.progress import duration, size_text
+from operators.visual import spread
 from storage.ledger import REASON_COLUMNS, FailureGroup, group_failures
 from storage.spec import Level
 from storage.store import FeatureStore
@@ -89,7 +90,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
     """The state of `store`, in a few requests and at most MAX_RECORDS small ones."""
     done = sorted(store.ledger.done())
     layout = store.layout
-    picked = [done[i] for i in _spread(len(done), MAX_RECORDS)]
+    picked = [done[i] for i in spread(len(done), MAX_RECORDS)]
     stored, objects, failed, rows = dict.fromkeys(store.levels, 0), 0, 0, 0
     for _, table in store.ledger.records(picked):
         rows += len(table)
@@ -113,13 +114,6 @@ def read_status(store: FeatureStore) -> StoreStatus:
         is_sampled=len(picked) < len(done),
         runs=[_read_run(store, run_id) for run_id in store.folder.folders("runs")],
     )
-
-
-def _spread(count: int, at_most: int) -> Sequence[int]:
-    """Positions of at most `at_most` of `count` items, evenly spread."""
-    if count <= at_most:
-        return range(count)
-    return np.linspace(0, count - 1, at_most).round().astype(int).tolist()
 
 
 def _read_run(store: FeatureStore, run_id: str) -> RunStatus:

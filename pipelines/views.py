@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from operators.visual import Panel, RgbProjection, Tile, cosine_map, heat
+from operators.visual import Panel, RgbProjection, Tile, cosine_map, heat, spread
 from pipelines.photos import read_photos
 from storage.paths import StorageError
 from storage.pixels import bilinear, cell_centres, to_cells
@@ -30,7 +30,7 @@ TILE_PX = 224
 def pick_rows(store: FeatureStore, count: int) -> np.ndarray:
     """At most `count` rows that have features, spread over the tasks that are done; the same for the same tasks."""
     done = sorted(store.ledger.done())
-    blocks = [done[i] for i in np.unique(np.linspace(0, len(done) - 1, min(count, len(done))).round().astype(int))]
+    blocks = [done[i] for i in spread(len(done), count)]
     rows: list[int] = []
     for _, table in store.ledger.records(blocks):
         rows += [
@@ -40,8 +40,7 @@ def pick_rows(store: FeatureStore, count: int) -> np.ndarray:
         ]
     if not rows:
         raise StorageError(f"{store.folder.shown} has no features to show yet: {len(done)} of its tasks are done")
-    spread = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
-    return np.array(rows)[spread]
+    return np.array(rows)[spread(len(rows), count)]
 
 
 def dense_levels(store: FeatureStore, names: Sequence[str] = ()) -> list[Level]:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.evaluation.canvas import Canvas
 from operators.evaluation.cka import cka, gram, hsic_terms
@@ -16,27 +14,10 @@ from operators.evaluation.correspondence import LIFT, VIT_UP, PairScore, Pck, Vi
 from operators.evaluation.discovery import CorLoc, TokenCut, box_iou, discover
 from operators.evaluation.matching import best_pixels, pixel_features
 from operators.evaluation.similarity import centre_cell, self_similarity
+from tests.goldens import Allocations
+from tests.goldens import evaluation_golden as golden
 
-GOLDEN = Path(__file__).parent / "golden"
 SIZES = [((5, 7), (13, 18)), ((4, 4), (16, 16)), ((1, 1), (4, 3)), ((3, 1), (9, 2)), ((6, 5), (6, 5)), ((8, 8), (5, 3))]
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"eval_{name}.npz", allow_pickle=False) as file:
-        return dict(file)
-
-
-class Allocations(TorchDispatchMode):
-    """The largest tensor that an operation gave, in bytes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return out
 
 
 def enlarged(features_hwC: torch.Tensor, size: tuple[int, int], normalise: str) -> torch.Tensor:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.evaluation.davis import (
     ObjectCurves,
@@ -21,14 +19,8 @@ from operators.evaluation.davis import (
     tolerance_pixels,
 )
 from operators.evaluation.propagation import Propagation, Propagator, label_image, nearest, one_hot
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"eval_{name}.npz", allow_pickle=False) as file:
-        return dict(file)
-
+from tests.goldens import Allocations
+from tests.goldens import evaluation_golden as golden
 
 DAVIS = golden("davis_jf")
 MASKS = sorted(key.removesuffix("_J") for key in DAVIS if key[0] == "s" and key[1].isdigit() and key.endswith("_J"))
@@ -237,19 +229,6 @@ def test_labels_stay_with_their_objects():
 
     for t in range(1, 5):
         assert torch.equal(propagator.step(maps[t]).argmax(dim=0), frames[t])
-
-
-class Allocations(TorchDispatchMode):
-    """The largest tensor that an operation gave, in bytes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return out
 
 
 def test_propagation_makes_nothing_larger_than_its_budget():

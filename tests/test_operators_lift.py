@@ -1,7 +1,6 @@
 """LiFT and resize-convolution: the official code's numbers, at its sizes and beyond; what runs is what was loaded."""
 
 import json
-from pathlib import Path
 
 import pytest
 import safetensors
@@ -13,8 +12,8 @@ from operators.backbone import PatchFeatures, state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError, build_net, learned_upsampler
 from operators.upsamplers.lift import LiftNet
 from operators.upsamplers.resize_conv import ResizeConvNet
+from tests.goldens import GOLDEN, hash_tensor
 
-GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # LiFT's, of README_lift_vitup.md: float32 noise is 4e-6
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -55,24 +54,6 @@ def trained(config: dict[str, object], seed: int = 0) -> torch.nn.Module:
             elif key.endswith("running_var"):
                 value.copy_(0.5 + random_like(*value.shape, seed=i).abs())
     return net
-
-
-def hash_tensor(key: str, position: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The goldens' rule for weights at published sizes (README_lift_vitup.md, "Hash weights")."""
-    if not shape:
-        return torch.tensor(7)
-    wrap = 2**32 - 1
-    x = 2654435761 * torch.arange(torch.Size(shape).numel()) + 40503 * position + 12345 & wrap
-    x = (x ^ x >> 16) * 2246822519 & wrap
-    x = (x ^ x >> 13) * 3266489917 & wrap
-    u = (x ^ x >> 16).double() / 2**32 - 0.5
-    if len(shape) > 1:
-        values = u * (12 / torch.Size(shape[1:]).numel()) ** 0.5
-    elif key.endswith(("running_mean", "bias")):
-        values = 0.4 * u
-    else:
-        values = 1 + (0.8 if key.endswith("running_var") else 0.4) * u
-    return values.float().reshape(shape)
 
 
 # --- LiFT's numbers ---------------------------------------------------------------------------------------------------

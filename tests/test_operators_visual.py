@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from operators.visual import BACKGROUND, Foreground, Panel, RgbProjection, Tile, cosine_map, heat
+from operators.visual import BACKGROUND, Foreground, Panel, RgbProjection, Tile, cosine_map, heat, spread
 
 
 def maps(seed: int = 0, count: int = 4) -> list[np.ndarray]:
@@ -117,3 +117,12 @@ def test_panel_places_tiles_under_their_titles():
     assert pixels((255, 0, 0)) == 2 * 50 * 40
     assert pixels((0, 0, 255)) == 50 * 40
     assert pixels(BACKGROUND) >= 50 * 40  # the titles' smoothed letters have some of this grey, too
+
+
+def test_numbers_are_spread_evenly_from_the_first_to_the_last():
+    assert spread(5, 9) == spread(5, 5) == [0, 1, 2, 3, 4]
+    assert spread(9, 3) == [0, 4, 8]
+    assert spread(100, 1) == spread(1, 6) == [0]
+    assert spread(0, 6) == spread(6, 0) == []
+    gaps = np.diff(spread(1000, 64))
+    assert (len(gaps), spread(1000, 64)[-1], gaps.max() - gaps.min()) == (63, 999, 1)

@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import re
-from pathlib import Path
 
 import pytest
 import safetensors
@@ -31,8 +30,8 @@ from operators.vit_up.attention import CrossAttention, Windows, attend
 from operators.vit_up.geometry import Rope, encode_offsets, nearest_tokens, offset_frequencies
 from operators.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, sample
 from pipelines.window_benchmark import gather_then_attend
+from tests.goldens import GOLDEN, hash_tensor
 
-GOLDEN = Path(__file__).parent / "golden"
 # Of README_lift_vitup.md, with the float32 noise measured there.
 SUBMODULE = {"rtol": 1e-4, "atol": 1e-4}  # 4e-6
 SMALL = {"rtol": 3e-4, "atol": 3e-4}  # 2.5e-5
@@ -66,19 +65,8 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 
 def hash_state(shapes: dict[str, tuple[int, ...]], k0: int) -> dict[str, Tensor]:
     """Weights at published sizes by the goldens' rule (README_lift_vitup.md, "Hash weights")."""
-    state = {key: _hash_tensor(key, k0 + k, shapes[key]) for k, key in enumerate(sorted(shapes))}
+    state = {key: hash_tensor(key, k0 + k, shapes[key]) for k, key in enumerate(sorted(shapes))}
     return state | ({"rel_pos_enc.freqs": offset_frequencies()} if "rel_pos_enc.freqs" in shapes else {})
-
-
-def _hash_tensor(key: str, position: int, shape: tuple[int, ...]) -> Tensor:
-    wrap = 2**32 - 1
-    x = 2654435761 * torch.arange(torch.Size(shape).numel()) + 40503 * position + 12345 & wrap
-    x = (x ^ x >> 16) * 2246822519 & wrap
-    x = (x ^ x >> 13) * 3266489917 & wrap
-    u = (x ^ x >> 16).double() / 2**32 - 0.5
-    if len(shape) > 1:
-        return (u * (12 / torch.Size(shape[1:]).numel()) ** 0.5).float().reshape(shape)
-    return (0.4 * u if key.endswith("bias") else 1 + 0.4 * u).float()
 
 
 def dinov3(channels: int, depth: int, heads: int, patch: int, mlp: int, gated: bool, fused: bool = True) -> Eva:

@@ -119,21 +119,36 @@ def score_pair(
     predicted, truth = _points(predicted_K2), canvas.compared(_points(truth_xy))
     if len(predicted) != len(truth):
         raise ValueError(f"{len(predicted)} predictions for {len(truth)} key points")
-    extent = max(box[2] - box[0], box[3] - box[1]) if protocol.threshold == "box" else canvas.long_side
-    if not extent > 0:
-        raise ValueError(f"the target's bounding box {list(box)} has no extent")
+    _extent(canvas, box, protocol)  # raises where there is none
     if not len(truth):
         return PairScore(category=category, points=0, correct=(0,) * len(alphas), nearest=(0,) * len(alphas))
     distances = np.linalg.norm(predicted[:, None] - truth[None], axis=2)
     own, own_is_nearest = distances.diagonal(), distances.argmin(axis=1) == np.arange(len(truth))
-    limits = [alpha * canvas.length(extent) for alpha in alphas]
-    right = [own < limit if protocol.strict else own <= limit for limit in limits]
+    right = [are_right(own, alpha, canvas, box, protocol) for alpha in alphas]
     return PairScore(
         category=category,
         points=len(truth),
         correct=tuple(int(hits.sum()) for hits in right),
         nearest=tuple(int((hits & own_is_nearest).sum()) for hits in right),
     )
+
+
+def are_right(
+    distances_K: np.ndarray, alpha: float, canvas: Canvas, box: Sequence[float], protocol: Protocol
+) -> np.ndarray:
+    """Which predictions are near enough, bool [K]: `distances_K` are in the target's `Canvas.compared` coordinates.
+
+    Raises `ValueError` for a box without extent (of `threshold="box"`).
+    """
+    limit = alpha * canvas.length(_extent(canvas, box, protocol))
+    return distances_K < limit if protocol.strict else distances_K <= limit
+
+
+def _extent(canvas: Canvas, box: Sequence[float], protocol: Protocol) -> float:
+    extent = max(box[2] - box[0], box[3] - box[1]) if protocol.threshold == "box" else canvas.long_side
+    if not extent > 0:
+        raise ValueError(f"the target's bounding box {list(box)} has no extent")
+    return extent
 
 
 @dataclass(frozen=True, kw_only=True)

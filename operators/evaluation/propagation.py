@@ -1,10 +1,12 @@
 """Label propagation over a clip's feature maps: the protocol of DINO, which LiFT shares (specs/evaluation.md section 2.1).
 
 Each cell of a frame takes the labels of the cells most like it among the first frame and the latest few. Affinities are
-computed tile by tile, each tile with the part of the context that its window reaches, so that memory is bounded and cells
-outside of the window cost nothing. Only the largest affinities are exponentiated.
+computed tile by tile, each tile with the rows and columns of the context that its windows reach, so that memory is bounded
+and most cells outside of them cost nothing. The k largest lie at the k places whose largest affinity over all frames is
+largest; so all but one pass work on one map instead of the whole context. Only the largest affinities are exponentiated.
 
-Shapes: C channels, h w cells of a map, O objects with the background as number 0, T context frames, N cells of a tile.
+Shapes: C channels, h w cells of a map, N of them in all, O objects with the background as number 0; for a tile M cells, P
+places that it reaches, S sources: those places in each context frame.
 """
 
 import math
@@ -16,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+TILE_CELLS = 100
+"""About so many cells make a tile, in whole rows. Few enough that its affinities stay in a core's cache, enough for fast matrix
+products: the best of several sizes on 28 x 28 and 56 x 56 cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,19 @@ class Propagation:
             raise ValueError(f"impossible settings: {self}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tile:
+    """Cells that follow each other in one block of columns, and the places that their windows reach."""
+
+    cells: slice
+    places_P: Tensor
+    "numbers of the places' cells, block by block"
+    rows: slice
+    blocks: range
+    window: tuple[Tensor, Tensor]
+    "0 for rows [., M] and columns [., M] that a cell sees, -inf for others"
+
+
 class Propagator:
     """Carries labels from frame to frame. Holds `context` + 1 maps of unit features and soft labels, float32."""
 
@@ -43,125 +62,135 @@ class Propagator:
     ) -> None:
         """Begin with the first frame's map and its labels (`one_hot`). What a tile needs stays at about `max_bytes`, or it
         is a single cell. Raises `ValueError` for maps of other cells than the labels', NaN or infinity."""
-        self.settings, self.max_bytes = settings, max_bytes
+        self.settings = settings
         if labels_Ohw.ndim != 3 or not len(labels_Ohw) or labels_Ohw.shape[1:] != features_hwC.shape[:2]:
             raise ValueError(f"labels {tuple(labels_Ohw.shape)} don't fit a map {tuple(features_hwC.shape)}")
         self._shape, self._steps = features_hwC.shape, 0
-        unit = self._unit(features_hwC)
+        (h, w, channels), device = self._shape, features_hwC.device
+        # Blocks of columns, each by itself in memory: products read the rows that a tile reaches without a copy. On narrow
+        # maps most cells see most columns, and there is one block. Here, cells are numbered block by block.
+        self._width = settings.radius if settings.radius and w > 3 * settings.radius else w
+        numbers = torch.arange(h * w, device=device).view(h, w)
+        self._order = torch.cat([block.flatten() for block in numbers.split(self._width, dim=1)])
         # The first frame, and a ring of the latest ones.
-        self._features = unit.new_empty((settings.context + 1, *unit.shape))
-        self._labels = unit.new_empty((settings.context + 1, *labels_Ohw.shape))
-        self._features[0], self._labels[0] = unit, labels_Ohw
+        maps = settings.context + 1
+        self._features = [
+            torch.empty(maps, h, min(self._width, w - x), channels, device=device) for x in range(0, w, self._width)
+        ]
+        self._labels = torch.empty(maps, h * w, len(labels_Ohw), device=device)
+        self._keep(0, self._unit(features_hwC), labels_Ohw.flatten(1).t()[self._order])
+        cells = max(1, round(TILE_CELLS / self._width)) * self._width
+        while cells > 1 and 4 * self._affinities(cells) > max_bytes:
+            cells //= 2
+        self._scratch = torch.empty(self._affinities(cells), device=device)
+        self._tiles = list(self._cut(cells))
 
     def step(self, features_hwC: Tensor) -> Tensor:
         """Soft labels float32 [O, h, w] of the next frame; they sum to 1 per cell if the first frame's do."""
         target = self._unit(features_hwC)
+        target_CN = target.t().contiguous()
         frames = 1 + min(self._steps, self.settings.context)
         soft = torch.empty_like(self._labels[0])
-        for rows, columns in self._tiles(frames):
-            soft[:, rows, columns] = self._tile(target, self._features[:frames], self._labels[:frames], rows, columns)
+        for tile in self._tiles:
+            soft[tile.cells] = self._carried(tile, target_CN[:, tile.cells].contiguous(), frames)
         if self.settings.context:
-            slot = 1 + self._steps % self.settings.context
-            self._features[slot], self._labels[slot] = target, soft
+            self._keep(1 + self._steps % self.settings.context, target, soft)
         self._steps += 1
-        return soft
+        return torch.empty_like(soft).index_copy_(0, self._order, soft).t().reshape(-1, *self._shape[:2])
 
     def _unit(self, features: Tensor) -> Tensor:
+        """Unit features [N, C], float32."""
         if features.shape != self._shape:
             raise ValueError(f"a map {tuple(features.shape)} follows one of {tuple(self._shape)}")
-        if not features.isfinite().all():
+        # Not isfinite() of all, which takes longer than the rest.
+        if not all(extreme.isfinite() for extreme in features.aminmax()):
             raise ValueError("a frame's features hold NaN or infinity; frames that failed in a store are NaN")
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(features.detach().float().flatten(0, 1)[self._order], dim=-1)
 
-    def _tiles(self, frames: int) -> Iterator[tuple[slice, slice]]:
-        h, w, _ = self._shape
-        side = self._tile_side(frames)
-        for y in range(0, h, side):
-            for x in range(0, w, side):
-                yield slice(y, min(y + side, h)), slice(x, min(x + side, w))
+    def _keep(self, slot: int, unit_NC: Tensor, labels_NO: Tensor) -> None:
+        blocks = unit_NC.split([block[slot].shape[:2].numel() for block in self._features])
+        for block, unit in zip(self._features, blocks, strict=True):
+            block[slot] = unit.view(block[slot].shape)
+        self._labels[slot] = labels_NO
 
-    def _tile_side(self, frames: int) -> int:
-        h, w, _ = self._shape
-        # Smaller tiles waste less of their window, larger ones make for faster products; on small maps all cells see most.
-        side = max(8, self.settings.radius)
-        if not self.settings.radius or max(h, w) <= 3 * self.settings.radius:
-            side = max(h, w)
-        while side > 1 and self._tile_bytes(side, frames) > self.max_bytes:
-            side -= 1
-        return side
+    def _affinities(self, cells: int) -> int:
+        """How many a tile of so many cells has at most."""
+        (h, w, _), radius = self._shape, self.settings.radius
+        rows = min(h, 2 * radius + (cells - 1) // self._width + 2) if radius else h
+        return len(self._labels) * rows * min(w, 3 * self._width) * cells
 
-    def _tile_bytes(self, side: int, frames: int) -> int:
-        h, w, channels = self._shape
-        reach = 2 * self.settings.radius + side if self.settings.radius else max(h, w)
-        sources = frames * min(reach, h) * min(reach, w)
-        # Affinities, which cells see which (bytes and floats, for one frame), and the context's features in one piece.
-        cells = min(side, h) * min(side, w)
-        return 4 * sources * (cells + channels) + 6 * sources // frames * cells
+    def _cut(self, count: int) -> Iterator[_Tile]:
+        """Tiles of at most `count` cells."""
+        (h, w, _), radius = self._shape, self.settings.radius or max(self._shape[:2])
+        numbers, start = self._order.argsort().view(h, w), 0
+        for block in range(len(self._features)):
+            blocks = range(max(0, block - 1), min(len(self._features), block + 2))
+            first = blocks.start * self._width
+            seen = numbers[:, first : blocks.stop * self._width]
+            columns = torch.arange(first, first + seen.shape[1], device=seen.device)
+            for cells in self._order[start : start + self._features[block][0, ..., 0].numel()].split(count):
+                y, x = cells // w, cells % w
+                rows = range(max(0, int(y[0]) - radius), min(h, int(y[-1]) + radius + 1))
+                places = [part.flatten() for part in seen[rows.start : rows.stop].split(self._width, dim=1)]
+                down = torch.arange(rows.start, rows.stop, device=seen.device)
+                yield _Tile(
+                    cells=slice(start, start + len(cells)),
+                    places_P=torch.cat(places),
+                    rows=slice(rows.start, rows.stop),
+                    blocks=blocks,
+                    window=(_window(down[:, None] - y, radius), _window(columns[:, None] - x, radius)),
+                )
+                start += len(cells)
 
-    def _tile(self, target: Tensor, features: Tensor, labels: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Soft labels [O, rows, columns]."""
-        around = (slice(None), *(self._reach(part, n) for part, n in zip((rows, columns), self._shape, strict=False)))
-        sources = features[around]
-        cells = target[rows, columns]
-        affinity = cells.flatten(0, 1) @ sources.flatten(0, 2).t()
+    def _carried(self, tile: _Tile, cells_CM: Tensor, frames: int) -> Tensor:
+        """Soft labels [M, O] of a tile's cells."""
+        affinity, best = self._compared(tile, cells_CM, frames)
+        k, labels = self.settings.top_k, self._labels.flatten(0, 1)
+        # The largest affinities lie where the largest of all frames do.
+        peaks, places = best.topk(min(k + 1, len(best)), dim=0)
+        frame = torch.arange(frames, device=places.device)[:, None, None] * len(self._order)
+        # The lesser of an affinity and its place's largest: itself, or -inf outside of the window.
+        candidates = torch.minimum(affinity.gather(1, places.expand(frames, -1, -1)), peaks)
+        numbers = (tile.places_P[places] + frame).flatten(0, 1).t()
+        values, index = candidates.flatten(0, 1).t().topk(min(k + 1, frames * len(places)), dim=1)
+        weights = self._softmax(values[:, :k])
+        soft = F.embedding_bag(numbers.gather(1, index[:, :k]), labels, per_sample_weights=weights, mode="sum")
+        if values.shape[1] > k:
+            tied = (values[:, k] == values[:, k - 1]) & values[:, k].isfinite()
+            if tied.any():
+                counted = torch.minimum(affinity[:, :, tied], best[:, tied])
+                counted.masked_fill_(counted < values[tied, k], -math.inf)
+                known = labels[(tile.places_P + frame[:, 0]).flatten()]
+                soft[tied] = self._softmax(counted.flatten(0, 1).t()) @ known
+        return soft
+
+    def _compared(self, tile: _Tile, cells_CM: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        """Affinities [T, P, M] of a tile's cells with the places that it reaches in each frame; and the largest of all
+        frames [P, M], -inf outside of a cell's window, which is the same in each frame."""
+        count = cells_CM.shape[1]
+        shape = (frames, len(tile.places_P), count)
+        affinity = self._scratch[: math.prod(shape)].view(shape)
+        start = 0
+        for block in tile.blocks:
+            sources = self._features[block][:frames, tile.rows].flatten(1, 2)
+            part = affinity[:, start : start + sources.shape[1]]
+            torch.bmm(sources, cells_CM.expand(frames, -1, -1), out=part)
+            start += sources.shape[1]
+        best = affinity.amax(dim=0)
         if self.settings.radius:
-            far = self._far(rows, around[1], affinity.device), self._far(columns, around[2], affinity.device)
-            # [rows, columns] of the tile x [rows, columns] of the sources, the same for each frame.
-            outside = far[0][:, None, :, None] | far[1][None, :, None, :]
-            barred = torch.zeros_like(outside, dtype=affinity.dtype).masked_fill_(outside, -math.inf)
-            affinity.view(len(affinity), len(sources), -1).add_(barred.view(len(affinity), 1, -1))
-        known = labels[:, :, around[1], around[2]].permute(0, 2, 3, 1).flatten(0, 2)
-        soft = _weighted(affinity, known, self.settings)
-        return soft.t().unflatten(1, cells.shape[:2])
+            rows, columns = tile.window[0], tile.window[1].split(self._width)
+            parts = best.split([len(rows) * len(each) for each in columns])
+            for part, each in zip(parts, columns, strict=True):
+                part.view(len(rows), *each.shape).add_(rows[:, None]).add_(each)
+        return affinity, best
 
-    def _reach(self, part: slice, cells: int) -> slice:
-        radius = self.settings.radius or cells
-        return slice(max(0, part.start - radius), min(cells, part.stop + radius))
-
-    def _far(self, part: slice, window: slice, device: torch.device) -> Tensor:
-        """Which of a tile's rows (or columns) see which of the sources' not."""
-        here = torch.arange(part.start, part.stop, device=device)
-        there = torch.arange(window.start, window.stop, device=device)
-        return (here[:, None] - there).abs() > self.settings.radius
+    def _softmax(self, affinity: Tensor) -> Tensor:
+        # Without subtracting the largest value first the exponential would overflow for temperatures below 0.012.
+        return (affinity / self.settings.temperature).softmax(dim=1)
 
 
-def _weighted(affinity_NS: Tensor, labels_SO: Tensor, settings: Propagation) -> Tensor:
-    """Labels [N, O] of N cells: those of their most similar sources, weighted by exp(similarity / temperature)."""
-    k = settings.top_k
-    if affinity_NS.shape[1] <= k:
-        return _softmax(affinity_NS, settings) @ labels_SO
-    values, index = _largest(affinity_NS, k + 1)
-    weights = _softmax(values[:, :k], settings)
-    soft = torch.einsum("nk,nko->no", weights, labels_SO[index[:, :k]])
-    tied = (values[:, k] == values[:, k - 1]) & values[:, k].isfinite()
-    if tied.any():
-        counted = affinity_NS[tied]
-        counted.masked_fill_(counted < values[tied, k - 1 : k], -math.inf)
-        soft[tied] = _softmax(counted, settings) @ labels_SO
-    return soft
-
-
-def _softmax(affinity: Tensor, settings: Propagation) -> Tensor:
-    # Without subtracting the largest value first the exponential would overflow for temperatures below 0.012.
-    return (affinity / settings.temperature).softmax(dim=1)
-
-
-def _largest(values_NS: Tensor, k: int, group: int = 32) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row and their indices, in falling order.
-
-    They lie in the k groups of columns with the largest maxima; taking maxima is much faster than sorting.
-    """
-    n, width = values_NS.shape
-    groups = width // group
-    if groups <= k:
-        return values_NS.topk(k, dim=1)
-    head = values_NS[:, : groups * group].unflatten(1, (groups, group))
-    chosen = head.amax(dim=2).topk(k, dim=1, sorted=False).indices
-    inside = torch.arange(group, device=values_NS.device)
-    tail = torch.arange(groups * group, width, device=values_NS.device)
-    index = torch.cat([(chosen[:, :, None] * group + inside).flatten(1), tail.expand(n, -1)], dim=1)
-    best = values_NS.gather(1, index).topk(k, dim=1)
-    return best.values, index.gather(1, best.indices)
+def _window(distance: Tensor, radius: int) -> Tensor:
+    return torch.zeros(distance.shape, device=distance.device).masked_fill_(distance.abs() > radius, -math.inf)
 
 
 def one_hot(labels_HW: np.ndarray, grid: tuple[int, int]) -> Tensor:
@@ -184,9 +213,11 @@ def label_image(soft_Ohw: Tensor, factor: int, size: tuple[int, int]) -> np.ndar
 
     These are enlarged `factor` times (the patch size, with LiFT's doubled grid, too), each object's map is stretched to
     0..1, the largest object wins, and the image is brought to `size` by nearest neighbour. In the official code a map
-    that is constant and positive becomes NaN, and wins everywhere; here it does, too, as infinity.
+    that is constant and positive becomes NaN, and wins everywhere; here it does, too, as infinity. Of objects that are equal
+    the first wins; float64, for in float32 rounding decides between maps that are multiples of each other.
     """
-    enlarged = F.interpolate(soft_Ohw[None], scale_factor=factor, mode="bilinear", align_corners=False)[0]
+    soft = soft_Ohw[None].double()
+    enlarged = F.interpolate(soft, scale_factor=factor, mode="bilinear", align_corners=False)[0]
     low, high = enlarged.amin(dim=(1, 2), keepdim=True), enlarged.amax(dim=(1, 2), keepdim=True)
     stretched = torch.where(high > 0, (enlarged - low) / (high - low), enlarged).nan_to_num(nan=math.inf)
     return nearest(stretched.argmax(dim=0).to(torch.uint8).cpu().numpy(), size)

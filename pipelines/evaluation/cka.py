@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from operators.evaluation.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
+from operators.visual import spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.datasets import DatasetError, ImageFile, digest, load_images
@@ -156,7 +157,7 @@ def _drawn(recipe: Recipe) -> str:
 
 def plot(found: Mapping[str, np.ndarray], sides: Sequence[int]) -> bytes:
     """Curves of each row for up to four source sizes, PNG."""
-    chosen = np.unique(np.linspace(0, len(sides) - 1, min(4, len(sides))).round().astype(int))
+    chosen = spread(len(sides), 4)
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(3.1 * len(chosen), 3.2), layout="constrained")
         axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]

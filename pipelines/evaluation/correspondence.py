@@ -10,8 +10,19 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from operators.evaluation.canvas import Canvas, CanvasMode
-from operators.evaluation.correspondence import ALPHAS, LIFT, VIT_UP, PairScore, Pck, Protocol, View, match, score_pair
-from operators.visual import Tile
+from operators.evaluation.correspondence import (
+    ALPHAS,
+    LIFT,
+    VIT_UP,
+    PairScore,
+    Pck,
+    Protocol,
+    View,
+    are_right,
+    match,
+    score_pair,
+)
+from operators.visual import Tile, spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.datasets import ImageFile, Pair, digest, load_spair
@@ -127,14 +138,13 @@ class Correspondence:
         order = sorted(range(len(self.pairs)), key=lambda i: (self.pairs[i].category, self.pairs[i].name))
         groups = [tuple(order[i : i + PIECE_PAIRS]) for i in range(0, len(order), PIECE_PAIRS)]
         return [
-            Piece(name=f"{size}-{number:05d}", items=group)
+            Piece(name=f"{size}-{number:05d}", items=group, side=size)
             for size in self.sizes
             for number, group in enumerate(groups)
         ]
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
-        size = int(piece.name.split("-")[0])
-        return [record for number in piece.items for record in self._pair(number, size, source)]
+        return [record for number in piece.items for record in self._pair(number, piece.side, source)]
 
     def _pair(self, number: int, size: int, source: FeatureSource) -> list[Record]:
         pair, rules = self.pairs[number], self.rules
@@ -207,14 +217,13 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
     everything = load_spair(folder, config.split, config.annotation)[: config.limit]
     times = draw_pairs(everything, config.draws, config.seed)
     pairs = tuple(everything[number] for number in times)
-    shown = np.unique(np.linspace(0, len(pairs) - 1, min(config.pictures, len(pairs))).round().astype(int))
     task = Correspondence(
         pairs=pairs,
         times=tuple(times.values()),
         sizes=tuple(h for h, _ in sizes),
         rules=config.rules,
         alphas=config.alphas,
-        shown=frozenset(shown.tolist()),
+        shown=frozenset(spread(len(pairs), config.pictures)),
     )
     out = begin(config, "correspondence", recipe, digest([*pairs, *times.values()]))
     return task, recipe, out
@@ -298,9 +307,7 @@ def _matches(task: Correspondence, pair: Pair, record: Record, side: int) -> Til
     scored = task.rules.place(pair.target.width, pair.target.height, record["size"])
     predicted = np.array(record["predicted"]).reshape(-1, 2)
     truth = scored.compared(np.array(pair.target_xy).reshape(-1, 2))
-    extent = max(pair.box[2] - pair.box[0], pair.box[3] - pair.box[1])
-    limit = task.alphas[0] * scored.length(extent if task.rules.threshold == "box" else scored.long_side)
-    right = np.linalg.norm(predicted - truth, axis=1) < limit
+    right = are_right(np.linalg.norm(predicted - truth, axis=1), task.alphas[0], scored, pair.box, task.rules)
     starts = _on_canvas(canvases[0], canvases[0].compared(np.array(pair.source_xy).reshape(-1, 2)), side)
     ends, places = (_on_canvas(scored, points, side) for points in (predicted, truth))
     ends[:, 0] += side  # the target's picture is right of the source's

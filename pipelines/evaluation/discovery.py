@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from operators.evaluation.discovery import CorLoc, Discovery, TokenCut, discover
-from operators.visual import Tile, heat
+from operators.visual import Tile, heat, spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.datasets import BoxedImage, DatasetError, digest, load_coco20k, load_voc
@@ -123,11 +123,11 @@ class ObjectDiscovery:
     "images whose eigenvectors are kept for pictures"
 
     def pieces(self) -> list[Piece]:
-        starts = range(0, len(self.images), PIECE_IMAGES)
+        numbers = range(len(self.images))
         return [
-            Piece(name=f"{side}-{start:06d}", items=tuple(range(start, min(start + PIECE_IMAGES, len(self.images)))))
+            Piece(name=f"{side}-{start:06d}", items=tuple(numbers[start : start + PIECE_IMAGES]), side=side)
             for side in self.sides or (0,)
-            for start in starts
+            for start in numbers[::PIECE_IMAGES]
         ]
 
     def size(self, number: int, side: int) -> Size:
@@ -138,8 +138,7 @@ class ObjectDiscovery:
         return -(-image.height // self.patch) * self.patch, -(-image.width // self.patch) * self.patch
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
-        side = int(piece.name.split("-")[0])
-        return [record for number in piece.items for record in self._image(number, side, source)]
+        return [record for number in piece.items for record in self._image(number, piece.side, source)]
 
     def _image(self, number: int, side: int, source: FeatureSource) -> list[Record]:
         boxed, size = self.images[number], self.size(number, side)
@@ -185,7 +184,6 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
     recipe, sizes = resolve_source(config, [(side, side) for side in config.sizes], None if own_size else "squash")
     if any(h != w for h, w in sizes) and not own_size:
         raise ConfigError(f"discovery is done on square inputs, not on {sizes}; use --sizes")
-    shown = np.unique(np.linspace(0, len(images) - 1, min(config.pictures, len(images))).round().astype(int))
     red, green, blue = (round(255 * value) for value in recipe.spec(sizes[0]).mean)
     task = ObjectDiscovery(
         images=images,
@@ -193,7 +191,7 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
         patch=recipe.patch if isinstance(recipe, LiveRecipe) else 1,
         colour=(red, green, blue),
         settings=config.settings,
-        shown=frozenset(shown.tolist()),
+        shown=frozenset(spread(len(images), config.pictures)),
     )
     return task, recipe, begin(config, "discovery", recipe, digest(images))
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from operators.evaluation.davis import VOID, ObjectCurves, Summary, score_clip, summarise
 from operators.evaluation.propagation import Propagation, Propagator, label_image, one_hot
-from operators.visual import Tile
+from operators.visual import Tile, spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.datasets import Clip, DatasetError, digest, load_davis, read_labels
@@ -106,14 +106,15 @@ class Video:
     def pieces(self) -> list[Piece]:
         """A clip at one size each; the longest ones first, so that none is waited for at the end."""
         order = sorted(range(len(self.clips)), key=lambda i: (-len(self.clips[i].frames), i))
-        return [Piece(name=f"{side}-{i:04d}", items=(i,)) for side in sorted(self.sides, reverse=True) for i in order]
+        sides = sorted(self.sides, reverse=True)
+        return [Piece(name=f"{side}-{i:04d}", items=(i,), side=side) for side in sides for i in order]
 
     def size(self, number: int, side: int) -> Size:
         """The model's input for a clip."""
         return input_size(self.protocol, side, *self.shapes[number])
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
-        side, number = int(piece.name.split("-")[0]), piece.items[0]
+        side, number = piece.side, piece.items[0]
         clip, size = self.clips[number], self.size(number, side)
         truth = [_labels(clip, t, self.shapes[number]) for t in range(len(clip.masks))]
         if not truth[0].any():
@@ -272,10 +273,10 @@ def _pictures(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, Ima
     pictures: dict[str, Image.Image | bytes] = {}
     for number, clip in enumerate(task.clips[: config.pictures]):
         rows = [row.name for row in recipe.rows(task.size(number, side))]
-        times = np.unique(np.linspace(0, len(clip.frames) - 1, 40).round().astype(int)).tolist()
+        times = spread(len(clip.frames), 40)
         strips = [_strip(folder, clip, t, side, rows) for t in times]
         pictures[f"{clip.name}.webp"] = _animation(strips)
-        chosen = np.unique(np.linspace(0, len(times) - 1, 4).round().astype(int)).tolist()
+        chosen = spread(len(times), 4)
         tiles = [[Tile(pixels=pixels, is_photo=True) for pixels in strips[i]] for i in chosen]
         height, width = strips[0][0].shape[:2]
         names = [f"frame {times[i]}" for i in chosen]

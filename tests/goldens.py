@@ -1,0 +1,46 @@
+"""What several tests need of golden files (tests/golden/README.md) and of memory."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def evaluation_golden(name: str) -> dict[str, np.ndarray]:
+    """The arrays of `eval_<name>.npz`."""
+    with np.load(GOLDEN / f"eval_{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def hash_tensor(key: str, position: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The goldens' rule for weights at published sizes (README_lift_vitup.md, "Hash weights")."""
+    if not shape:
+        return torch.tensor(7)
+    wrap = 2**32 - 1
+    x = 2654435761 * torch.arange(torch.Size(shape).numel()) + 40503 * position + 12345 & wrap
+    x = (x ^ x >> 16) * 2246822519 & wrap
+    x = (x ^ x >> 13) * 3266489917 & wrap
+    u = (x ^ x >> 16).double() / 2**32 - 0.5
+    if len(shape) > 1:
+        values = u * (12 / torch.Size(shape[1:]).numel()) ** 0.5
+    elif key.endswith(("running_mean", "bias")):
+        values = 0.4 * u
+    else:
+        values = 1 + (0.8 if key.endswith("running_var") else 0.4) * u
+    return values.float().reshape(shape)
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that an operation gave, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
