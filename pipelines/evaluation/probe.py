@@ -12,12 +12,20 @@ import numpy as np
 from PIL import Image
 
 from operators.visual import Tile, spread
-from pipelines.config import ConfigError, absolute, require_at_least
+from pipelines.config import ConfigError, absolute, public_settings, require_at_least
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.datasets import digest
+from pipelines.evaluation.datasets import DatasetError, digest
 from pipelines.evaluation.report import Cell, Findings, Line, Table, panel
 from pipelines.evaluation.run import Piece, Record, begin
-from pipelines.evaluation.sources import FeatureSource, Recipe, Row, Size, resolve_source
+from pipelines.evaluation.sources import (
+    FeatureSource,
+    LiveRecipe,
+    Recipe,
+    Row,
+    Size,
+    pooled_level,
+    resolve_source,
+)
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.datasets import DATASETS, load_labelled
 from pipelines.readouts.labels import LabelledImage
@@ -28,6 +36,9 @@ from pipelines.train_config import describe_difference
 from storage.paths import Folder, redact
 
 PIECE_IMAGES = 32
+
+TRUTH = "truth"
+"""The folder of labels' pictures, beside those of readouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,9 @@ class ProbeConfig(EvaluateConfig):
         super().__post_init__()
         require_at_least(1, self, "side")
 
+    def public(self) -> dict[str, Any]:
+        return public_settings(self, "data", "out", "weights", "stores", "levels", "readouts")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
@@ -59,6 +73,8 @@ class Probe:
     rows: Mapping[str, Row]
     "the map that each reads"
     task: Task
+    drawn: Task
+    "the task as it was trained: images are drawn at its side, whatever the outputs' is"
     size: Size
     "of the model's input"
     shown: frozenset[int]
@@ -78,11 +94,14 @@ class Probe:
     def _image(self, number: int, built: Mapping[str, Any], source: FeatureSource, folder: Folder) -> list[Record]:
         item = self.images[number]
         label = item.label.read()
-        targets, maps = self.task.targets(label, number), source.maps(picture_of(item.image, self.task, self.size))
+        targets, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
+        maps, pooled = source.maps(picture), None
+        if any(readout.needs_pooled for readout in built.values()):
+            pooled = source.pooled(picture)[None]
         records = []
         for name, readout in built.items():
-            features = maps[self.rows[name].name].permute(2, 0, 1)[None]
-            output = readout(features, (self.task.side, self.task.side))[0]
+            features = maps[self.rows[name].name][None].permute(0, 3, 1, 2)
+            output = readout(features, (self.task.side, self.task.side), pooled)[0]
             judged = self.task.judge(output, targets, label)
             records.append({"image": number, "readout": name, "judged": judged})
             if number in self.shown:
@@ -90,7 +109,7 @@ class Probe:
         return records
 
     def _draw(self, folder: Folder, number: int, name: str, prediction: np.ndarray, truth: np.ndarray) -> None:
-        for what, pixels in ((name, prediction), ("truth", truth)):
+        for what, pixels in ((name, prediction), (TRUTH, truth)):
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG")
             folder.write(_prediction(number, what), png.getvalue())
@@ -102,26 +121,17 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
         raise ConfigError("no readouts: give --readouts the folders of training runs, or checkpoints")
     readouts = {name: load_readout(absolute(url), config.options) for name, url in _names(config.readouts).items()}
     first = next(iter(readouts.values()))
-    for each in readouts.values():
-        if replace(each.task, side=first.task.side) != first.task:
-            raise ConfigError(
-                f"{each.shown} was trained for {each.task}, {first.shown} for {first.task}; evaluate each alone"
-            )
-    dataset = config.dataset or first.dataset
-    if dataset not in DATASETS:
-        raise ConfigError(f"--dataset {dataset}: there are {', '.join(DATASETS)}")
-    split = config.split or DATASETS[dataset].splits[1]
-    images = tuple(load_labelled(dataset, config.required("data"), split, config.options, config.limit))
-    task = replace(first.task, side=config.side or first.task.side)
-    images = tuple(task.judged(images))
-    trained_at = tuple(first.features["input_size"])
-    recipe, (size,) = resolve_source(config, (trained_at,), task.placement)
+    recipe, size = _features(config, readouts)
     rows = {name: _row_of(each, recipe, size) for name, each in readouts.items()}
+    _require_one_task(readouts, recipe)
+    task = replace(first.task, side=config.side or first.task.side)
+    images = tuple(task.judged(_images(config, first)))
     probe = Probe(
         images=images,
         readouts=readouts,
         rows=rows,
         task=task,
+        drawn=first.task,
         size=size,
         shown=frozenset(spread(len(images), config.pictures)),
     )
@@ -133,16 +143,51 @@ def _names(urls: Sequence[str]) -> dict[str, str]:
     """Short names of folders: the last part that isn't a step's, made different where two are the same."""
     names: dict[str, str] = {}
     for url in urls:
-        parts = [part for part in redact(url).rstrip("/").split("/") if part]
+        parts = [part for part in redact(absolute(url)).rstrip("/").split("/") if part]
         name = parts[-3] if len(parts) > 2 and parts[-2] == "steps" else parts[-1]
-        while name in names:
+        while name in (*names, TRUTH):
             name += "'"
         names[name] = url
     return names
 
 
+def _images(config: ProbeConfig, readout: TrainedReadout) -> list[LabelledImage]:
+    """Those of the data set. Raises `ConfigError` where its labels aren't what the readout was trained for."""
+    dataset, task = config.dataset or readout.dataset, readout.task
+    if dataset not in DATASETS:
+        raise ConfigError(f"--dataset {dataset}: there are {', '.join(DATASETS)}")
+    kind, classes = DATASETS[dataset], getattr(task, "classes", None)
+    if (kind.label, kind.classes) != (task.label, classes):
+        raise ConfigError(
+            f"--dataset {dataset} has {_labels(kind.label, kind.classes)}, but {readout.shown} was trained for "
+            f"{_labels(task.label, classes)}, on {readout.dataset}"
+        )
+    return load_labelled(dataset, config.required("data"), config.split or kind.splits[1], config.options, config.limit)
+
+
+def _labels(label: str, classes: int | None) -> str:
+    return label if classes is None else f"{classes} {label}"
+
+
+def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tuple[Recipe, Size]:
+    """Features as the first readout was trained on them, wherever that isn't said by settings."""
+    first = next(iter(readouts.values()))
+    if not config.stores:
+        wants_pooled = any(each.config.method == "depth_bins" for each in readouts.values())
+        pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in config.levels} else ()
+        drawing = config.drawing or first.features["drawing"]
+        config = replace(config, levels=(*config.levels, *pooled), drawing=drawing)
+    recipe, (size,) = resolve_source(config, (tuple(first.features["input_size"]),), first.task.placement)
+    if isinstance(recipe, LiveRecipe):
+        # Readouts may have been trained without the model's normalisation.
+        given = {name: tuple(first.features[name]) for name in ("mean", "std")}
+        bundles = {ragged: replace(each, spec=replace(each.spec, **given)) for ragged, each in recipe.bundles.items()}
+        recipe = replace(recipe, bundles=bundles)
+    return recipe, size
+
+
 def _row_of(readout: TrainedReadout, recipe: Recipe, size: Size) -> Row:
-    """The map that a readout was trained on. Raises `ConfigError` where it isn't there."""
+    """The map that a readout was trained on. Raises `ConfigError` where it, or the CLS vector, isn't there."""
     spec, trained = recipe.spec(size), dict(readout.features)
     level = trained.pop("level")
     trained.pop("drawing")
@@ -152,7 +197,26 @@ def _row_of(readout: TrainedReadout, recipe: Recipe, size: Size) -> Row:
     here = features_of(spec, found)
     if differences := describe_difference("trained on", {**trained, "level": level}, here):
         raise ConfigError(f"{readout.shown} was trained on other features:\n{differences}")
+    if readout.config.method == "depth_bins" and pooled_level(spec.levels) is None:
+        raise ConfigError(
+            f"{readout.shown} reads the CLS vector, too, which isn't there; extract with --levels pooled=cls"
+        )
     return next(row for row in recipe.rows(size) if row.level == found.name)
+
+
+def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) -> None:
+    """Raises `ConfigError` unless one label, and one drawing of the image, serve all readouts."""
+    first = next(iter(readouts.values()))
+    for each in readouts.values():
+        if replace(each.task, side=first.task.side) != first.task:
+            raise ConfigError(
+                f"{each.shown} was trained for {each.task}, {first.shown} for {first.task}; evaluate each alone"
+            )
+        if recipe.how_drawn == "paper" and each.task.side != first.task.side:
+            raise ConfigError(
+                f"{each.shown} was trained on images drawn at {each.task.side} px, {first.shown} at {first.task.side} px; "
+                "evaluate each alone, or with --drawing extract"
+            )
 
 
 # --- what was found ---------------------------------------------------------------------------------------------------
@@ -163,7 +227,10 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     by_readout: dict[str, list[Record]] = {name: [] for name in probe.readouts}
     for record in records:
         by_readout[record["readout"]].append(record["judged"])
-    scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
+    try:
+        scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
+    except ValueError as error:
+        raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
     columns = tuple(next(iter(scores.values())))
     lines = [
         Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()
@@ -178,12 +245,20 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         tables=(table,),
         choices={
             "task": str(probe.task),
-            "images": "as the paper's code draws them" if recipe.how_drawn == "paper" else "drawn as extract",
+            "images": _drawing(probe, recipe),
             "scores": "counts and sums of all images, divided once",
         },
         details={"scores": scores, "trained on": {name: dict(r.features) for name, r in probe.readouts.items()}},
         pictures=_pictures(config, probe),
     )
+
+
+def _drawing(probe: Probe, recipe: Recipe) -> str:
+    """How images became the model's input, here and in training where that was otherwise."""
+    words = {"paper": "as the paper's code draws them", "extract": "drawn as jobs/extract.py does it"}
+    others = [n for n, each in probe.readouts.items() if each.features["drawing"] != recipe.how_drawn]
+    trained = f"; {', '.join(others)} trained on images drawn otherwise" if others else ""
+    return words[recipe.how_drawn] + trained
 
 
 def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequence[str]) -> list[Cell]:
@@ -194,19 +269,26 @@ def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequen
 
 
 def _pictures(config: ProbeConfig, probe: Probe, tile: int = 200) -> dict[str, Image.Image]:
-    if not probe.shown:
+    """Those that were drawn: an evaluation may have been begun with fewer --pictures."""
+    folder, names = Folder(config.required("out"), config.options), [*probe.readouts, TRUTH]
+    there = {name: folder.sizes(f"predictions/{name}") for name in names}
+    drawn = [n for n in sorted(probe.shown) if all(_file(n) in there[name] for name in names)]
+    if not drawn:
         return {}
-    folder, names = Folder(config.required("out"), config.options), list(probe.readouts)
     tiles = []
-    for number in sorted(probe.shown):
+    for number in drawn:
         photo = probe.task.photo(probe.images[number].image.pixels())
-        files = [folder.read(_prediction(number, what)) for what in (*names, "truth")]
-        drawn = [photo, *(np.array(Image.open(io.BytesIO(data))) for data in files)]
-        tiles.append([Tile(pixels=each, is_photo=True) for each in drawn])
-    rows = [probe.images[number].image.keys[-1] for number in sorted(probe.shown)]
+        files = folder.read_many([_prediction(number, name) for name in names])
+        pixels = [photo, *(np.array(Image.open(io.BytesIO(data))) for data in files)]
+        tiles.append([Tile(pixels=each, is_photo=True) for each in pixels])
+    rows = [probe.images[number].image.keys[-1] for number in drawn]
     title = f"{probe.task.name}, {probe.task.side} px"
-    return {"predictions.png": panel(tiles, ["photo", *names, "truth"], rows, title, (tile, tile))}
+    return {"predictions.png": panel(tiles, ["photo", *names], rows, title, (tile, tile))}
 
 
 def _prediction(number: int, what: str) -> str:
-    return f"predictions/{what}/{number:07d}.png"
+    return f"predictions/{what}/{_file(number)}"
+
+
+def _file(number: int) -> str:
+    return f"{number:07d}.png"

@@ -6,7 +6,7 @@ how many workers there are. The low-resolution row and the bilinear rows are mad
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -21,7 +21,7 @@ from operators.image import Geometry, ImageRefused, decode
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import Drawing, EvaluateConfig
 from pipelines.evaluation.datasets import ImageFile
-from pipelines.models import FeatureModel, LevelChoice, ModelBundle, describe_model
+from pipelines.models import FeatureModel, ModelBundle, load_described
 from pipelines.weights import WeightsChoice, load_model
 from storage.paths import StorageError
 from storage.spec import FeatureSpec, Level
@@ -88,13 +88,21 @@ class Squash:
 
 
 class FeatureSource(Protocol):
-    """Maps of images, from wherever they are."""
+    """Features of images, from wherever they are."""
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         """Float32 [h, w, C] by row name."""
+
+    def pooled(self, picture: Picture) -> Tensor | None:
+        """The CLS vector, float32 [C]; None where no level is one. Cheap right after `maps` of the same picture."""
+
+
+def pooled_level(levels: Sequence[Level]) -> str | None:
+    """The level that is the CLS vector."""
+    return next((level.name for level in levels if level.grid is None and level.method == "cls"), None)
 
 
 def rows_of(levels: Sequence[Level], stride: int, shown: str) -> tuple[Row, ...]:
@@ -139,9 +147,19 @@ def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, np.ndarray], name:
             low = maps["low-res"].permute(2, 0, 1)[None]
             enlarged = F.interpolate(low, size=row.grid, mode="bilinear", align_corners=False)
             maps[row.name] = enlarged[0].permute(1, 2, 0).contiguous()
-    if not all(each.isfinite().all() for each in maps.values()):
-        raise StorageError(f"{name}: its features hold NaN or infinity")
+    _require_finite(maps.values(), name)
     return maps
+
+
+def _vector(values: np.ndarray, name: str) -> Tensor:
+    vector = torch.from_numpy(np.asarray(values, np.float32))
+    _require_finite([vector], name)
+    return vector
+
+
+def _require_finite(features: Iterable[Tensor], name: str) -> None:
+    if not all(each.isfinite().all() for each in features):
+        raise StorageError(f"{name}: its features hold NaN or infinity")
 
 
 # --- a live model -----------------------------------------------------------------------------------------------------
@@ -215,6 +233,8 @@ class LiveSource:
     def __init__(self, recipe: LiveRecipe, device: str):
         self.recipe, self.device = recipe, device
         self._models: OrderedDict[Size, FeatureModel] = OrderedDict()
+        self._vector: tuple[Picture | None, Tensor | None] = (None, None)
+        "of the last picture"
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
@@ -224,7 +244,14 @@ class LiveSource:
         pixels = draw(picture, spec, self.recipe.drawing)
         rows, _ = self._model(picture.size, spec)(pixels[None], {})
         by_level = {name: each[0] for name, each in rows.items()}
+        pooled = pooled_level(spec.levels)
+        self._vector = picture, _vector(by_level[pooled], picture.image.shown) if pooled else None
         return _rows_of_maps(self.rows(picture.size), by_level, picture.image.shown)
+
+    def pooled(self, picture: Picture) -> Tensor | None:
+        if self._vector[0] != picture:
+            self.maps(picture)
+        return self._vector[1]
 
     def _model(self, size: Size, spec: FeatureSpec) -> FeatureModel:
         if size not in self._models:
@@ -314,6 +341,11 @@ class StoreSource:
         by_level = {row_of.level: store.read(row, row_of.level) for row_of in rows if row_of.level}
         return _rows_of_maps(rows, by_level, f"{store.folder.shown}, row {row}")
 
+    def pooled(self, picture: Picture) -> Tensor | None:
+        store = self.recipe.store(picture.size)
+        level, row = pooled_level(store.spec.levels), self._row(store, picture.image)
+        return _vector(store.read(row, level), f"{store.folder.shown}, row {row}") if level else None
+
     def _row(self, store: FeatureStore, image: ImageFile) -> int:
         found = store.index.find(image.keys)
         if not found:
@@ -369,6 +401,9 @@ class CachedSource:
         self._kept.move_to_end(name)
         return self._kept[name]
 
+    def pooled(self, picture: Picture) -> Tensor | None:
+        return self.source.pooled(picture)
+
 
 def _bytes(maps: Mapping[str, Tensor]) -> int:
     return sum(each.nbytes for each in maps.values())
@@ -386,8 +421,7 @@ def resolve_source(
         return _open_stores(config, sizes, geometry)
     if config.how_drawn == "extract" and geometry is None:
         raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
-    expects = preprocessing(config.model)
-    sizes = tuple(dict.fromkeys(sizes)) or (expects.size,)
+    sizes = tuple(dict.fromkeys(sizes)) or (preprocessing(config.model).size,)
     weights = WeightsChoice.parse(config.weights)
     loaded = load_model(config.model, sizes[0], weights, config.revision, config.options)
     patch = int(loaded.feature_info[-1]["reduction"])
@@ -399,28 +433,7 @@ def resolve_source(
         raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
     bundles = {}
     for ragged, size in firsts.items():
-        if size != sizes[0]:
-            loaded = load_model(config.model, size, weights, config.revision, config.options)
-        bundles[ragged], _ = describe_model(
-            name=config.model,
-            model=loaded,
-            weights_source=weights.source,
-            layers=config.layers,
-            facet=config.facet,
-            norm=config.norm,
-            stride=config.stride,
-            pos_embed=config.pos_embed,
-            ragged=ragged,
-            size=size,
-            expects=expects,
-            geometry="squash",
-            crop_pct=1.0,
-            precision=config.precision,
-            jpeg_draft=False,
-            levels=[LevelChoice.parse(text, config.encoding) for text in config.levels],
-            storage_options=config.options,
-            force_upsampler=config.force_upsampler,
-        )
+        bundles[ragged], _ = load_described(config, size, ragged=ragged, loaded=loaded if size == sizes[0] else None)
     recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn)
     for size in sizes:
         recipe.rows(size)
