@@ -21,7 +21,7 @@ from cluster.session import connect
 from pipelines.config import ConfigError, ExtractConfig, config_from_run, log_to_stderr, pick_word
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.extract import RunFailed, Summary, run_prepared
+from pipelines.extract import RunFailed, Summary, pool_for, run_prepared
 from pipelines.plan import make_plan
 from pipelines.prepare import USER_ERRORS, prepare, resolve
 from pipelines.views import pick_rows, view_panel
@@ -115,9 +115,9 @@ def main(config: ExtractConfig) -> Summary | None:
     """Plan or run the extraction; returns None after --plan."""
     resolved = resolve(config)  # before a cluster is started: most mistakes end here
     with executor_for(config) as executor:
+        pool = pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
         prepared = prepare(resolved, executor)
         if config.plan:
-            pool = executor.pool(config.device, config.actors, config.actor_cpus, config.actor_gpus)
             plan = make_plan(prepared, device=pool.device, actors=pool.size, threads=pool.cpus)
             if config.json:
                 print(json.dumps(plan.to_json(), indent=1))

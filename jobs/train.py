@@ -242,9 +242,16 @@ def main(config: TrainConfig) -> TrainSummary:
         return train_inline(resolved.prepare(InlineExecutor()))
     with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None):
         executor = RayExecutor()
-        setup = resolved.prepare(executor)
-        pool = executor.pool(config.device, config.workers, config.worker_cpus, None)
-        return train_on_ray(setup, pool.device)
+        pool = executor.pool(
+            config.device,
+            config.workers,
+            config.worker_cpus,
+            None,
+            accelerator=config.accelerator,
+            all_at_once=True,
+            called="worker",
+        )
+        return train_on_ray(resolved.prepare(executor), pool.device)
 
 
 def _report(config: TrainConfig, summary: TrainSummary) -> None:

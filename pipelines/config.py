@@ -93,6 +93,8 @@ class ExtractConfig:
     """CPUs and threads of one actor; default: 1 on CPU, the node's share per GPU otherwise."""
     actor_gpus: float | None = None
     """GPUs of one actor; fractions pack several small models onto one."""
+    accelerator: str | None = None
+    """Only GPUs of this kind, as Ray calls it: L4, A10G, A100, H100. For clusters with several kinds."""
     decode_on: Literal["actor", "cluster"] = "actor"
     """`cluster` decodes in separate tasks on any CPU, for GPU nodes whose own CPUs can't keep up."""
     batch: int | None = None
@@ -113,6 +115,7 @@ class ExtractConfig:
         require_at_least(1, self, "limit", "batch", "block_rows", "actors", "actor_cpus", "stride")
         if self.block_rows is not None and self.block_rows & (self.block_rows - 1):
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
+        require_gpus(self, self.actor_gpus, "--actor-gpus")
         if self.executor == "ray":
             require_shareable(*self.data, self.out)
 
@@ -142,6 +145,20 @@ def require_at_least(least: float, config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def require_gpus(config: Any, gpus: float | None = None, flag: str = "") -> None:
+    """Raises `ConfigError` for GPUs of one worker that Ray can't give, and for a kind of GPU where none is used.
+
+    `config` has `device`, `executor` and `accelerator`."""
+    if gpus is not None and not (0 < gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
+        raise ConfigError(f"{flag} {gpus:g}: must be a part of one GPU, or a whole number of them")
+    if config.accelerator is None:
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.accelerator):
+        raise ConfigError(f"--accelerator {config.accelerator!r}: give one kind of GPU as Ray calls it, for example L4")
+    if config.device == "cpu" or config.executor == "inline":
+        raise ConfigError(f"--accelerator {config.accelerator} chooses among a Ray cluster's GPUs; leave it out on CPU")
 
 
 def require_shareable(*urls: str) -> None:

@@ -48,7 +48,7 @@ class InlineExecutor:
             for start in range(0, len(files), 16):
                 yield from pool.map(lambda file: scan_source(file, rules, options), files[start : start + 16])
 
-    def pool(self, device: str, actors: int | None, cpus: int | None, gpus: float | None) -> WorkerPool:
+    def pool(self, device: str, actors: int | None, cpus: int | None, gpus: float | None, **how: Any) -> WorkerPool:
         import torch
 
         if device == "auto":
@@ -91,10 +91,10 @@ class RayExecutor:
             if len(futures) < len(groups):
                 futures.append(scan.remote(groups[len(futures)], rules, options))
 
-    def pool(self, device: str, actors: int | None, cpus: int | None, gpus: float | None) -> WorkerPool:
+    def pool(self, device: str, actors: int | None, cpus: int | None, gpus: float | None, **how: Any) -> WorkerPool:
         from cluster.resources import choose_pool
 
-        return choose_pool(device, actors, cpus, gpus)
+        return choose_pool(device, actors, cpus, gpus, **how)
 
     def run(
         self,
@@ -141,8 +141,7 @@ class RayExecutor:
             batch_size=1,
             batch_format="numpy",
             fn_constructor_kwargs={"factory": factory},
-            num_cpus=pool.cpus,
-            **({"num_gpus": pool.gpus} if pool.gpus else {}),
+            **pool.placement,
             # Two calls overlap in an actor, with a lock round the model: one reads and writes while the other computes.
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,

@@ -55,10 +55,24 @@ class Summary:
 def extract(config: ExtractConfig, executor: Any) -> Summary:
     """Run the extraction that `config` describes, from where an earlier run stopped.
 
-    Raises what `resolve` and `prepare` raise, `FingerprintMismatch`, and `RunFailed` when tasks stay unfinished or the
-    failure budget is spent.
+    Raises what `resolve` and `prepare` raise, `ClusterError`, `FingerprintMismatch`, and `RunFailed` when tasks stay
+    unfinished or the failure budget is spent.
     """
-    return run_prepared(prepare(resolve(config), executor), executor)
+    resolved = resolve(config)
+    pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
+    return run_prepared(prepare(resolved, executor), executor)
+
+
+def pool_for(config: ExtractConfig, executor: Any) -> WorkerPool:
+    """The actors that `config` asks for. Raises `ClusterError` for what the cluster can't meet."""
+    return executor.pool(
+        config.device,
+        config.actors,
+        config.actor_cpus,
+        config.actor_gpus,
+        accelerator=config.accelerator,
+        spare_cpu=config.decode_on == "cluster",
+    )
 
 
 def run_prepared(prepared: Prepared, executor: Any) -> Summary:
@@ -66,7 +80,7 @@ def run_prepared(prepared: Prepared, executor: Any) -> Summary:
     config = prepared.config
     store = prepared.create_store()
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    pool = executor.pool(config.device, config.actors, config.actor_cpus, config.actor_gpus)
+    pool = pool_for(config, executor)
     batch = default_batch(config, store.layout, pool.device)
     _write_run_json(store, run_id, config, pool, batch)
     done = _check_done(store)

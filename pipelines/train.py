@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.resources import accelerator_selector
 from operators.backbone import load_arrays, state_arrays
 from operators.vit_up.objective import learning_rate
 from pipelines.train_config import TrainSetup
@@ -353,6 +354,7 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
             num_workers=config.workers,
             use_gpu=device == "cuda",
             resources_per_worker={"CPU": config.worker_cpus, **({"GPU": 1} if device == "cuda" else {})},
+            label_selector=accelerator_selector(config.accelerator) if config.accelerator else None,
         ),
         run_config=RunConfig(
             name="run",

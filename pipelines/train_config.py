@@ -18,6 +18,7 @@ from pipelines.config import (
     parse_options,
     public_settings,
     require_at_least,
+    require_gpus,
     require_shareable,
     runs_inline,
 )
@@ -91,6 +92,8 @@ class TrainConfig:
     """Training processes, one per GPU; at most the number of micro-batches in a batch."""
     worker_cpus: int = 1
     """CPUs and threads of one training process on Ray."""
+    accelerator: str | None = None
+    """Only GPUs of this kind, as for jobs/extract.py."""
     loaders: int = 2
     """Micro-batches that are decoded at once, for each training process: tasks anywhere in the cluster, or threads inline."""
     max_failures: int = 3
@@ -102,7 +105,7 @@ class TrainConfig:
         {
             "out", "weights", "revision", "epochs", "max_steps", "max_failed_fraction", "log_every", "checkpoint_every",
             "validate_every", "storage_options", "executor", "ray_address", "device", "workers", "worker_cpus", "loaders",
-            "max_failures",
+            "max_failures", "accelerator",
         }
     )  # fmt: skip
     "may change when a run is continued: how it is run and how far, or recorded by what is found there"
@@ -123,6 +126,7 @@ class TrainConfig:
                 f"--validate-every {self.validate_every} must be a multiple of --checkpoint-every {self.checkpoint_every}: "
                 "the best checkpoint is one that was validated"
             )
+        require_gpus(self)
         self._check_workers()
 
     def _check_workers(self) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 
+from cluster.autoscaling import AutoscalingCluster
 from cluster.metrics import WorkerMetrics
-from cluster.resources import choose_pool
+from cluster.resources import Growth, Nodes, WorkerRequest, size_pool
 from cluster.validate import LaunchFileError, node_types, validate, validate_kuberay, validate_launcher
 from jobs.extract import parse
 
@@ -296,7 +296,11 @@ GUIDE = (CLUSTER / "GUIDE.md").read_text()
 ENTRY_POINT = load("kuberay/rayjob.yaml")["spec"]["entrypoint"]
 
 
-@pytest.mark.parametrize("args", [*commands(GUIDE), *commands(ENTRY_POINT)], ids=" ".join)
+FLEET = GUIDE.split("\n## 8. ")[0]
+"""Without the section on one machine."""
+
+
+@pytest.mark.parametrize("args", [*commands(FLEET), *commands(ENTRY_POINT)], ids=" ".join)
 def test_entry_points_parse(args):
     name, config = parse(args)
 
@@ -306,10 +310,22 @@ def test_entry_points_parse(args):
 
 
 def test_there_are_entry_points_and_misspelt_flags_would_be_seen():
-    assert len(commands(GUIDE)) == 3
+    assert len(commands(FLEET)) == 3
     assert len(commands(ENTRY_POINT)) == 1
     with pytest.raises(SystemExit):
         parse(commands(ENTRY_POINT.replace("--actor-cpus", "--actor-cpu-s"))[0])
+
+
+def test_the_guide_uses_all_nodes_of_the_cluster_on_one_machine():
+    cluster = AutoscalingCluster()
+    (args,) = commands(GUIDE.removeprefix(FLEET))
+    _, config = parse(args)
+
+    assert config.ray_address == cluster.address
+    assert config.actors * config.actor_cpus == cluster.nodes * cluster.cpus
+    assert config.limit is None
+    assert config.block_rows * config.actors <= 12  # the photographs: every actor gets some
+    assert cluster.launch_file()["idle_timeout_minutes"] * 60 == 15 < 40  # as the guide waits
 
 
 def test_entry_point_is_where_the_image_has_it():
@@ -360,16 +376,21 @@ def test_job_has_the_cluster_of_the_cluster_file():
 
 
 @pytest.mark.parametrize("name", AUTOSCALED)
-def test_what_workers_ask_for_fits_a_node(name, monkeypatch):
+def test_what_workers_ask_for_fits_a_node(name):
     types = node_types(CLUSTER / name)
     assert {resource for node in types.values() for resource in node} <= {"CPU", "GPU", "memory"}
     assert sum("GPU" in node for node in types.values()) >= 2
     # A cluster of one head and no worker, as it is when the first job comes; and what the guide asks it for.
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 1e9})
+    head = Nodes(count=1, cpus=0, head=True)
+    kinds = [Nodes(count=1, cpus=node["CPU"], gpus=node.get("GPU", 0)) for node in types.values()]
+    grows = Growth(nodes=(head, *kinds), most_workers=len(kinds))
     asked = [parse(args)[1] for args in commands(GUIDE) if "--device" in args]
 
     for config in asked if "kuberay" not in name else [asked[-1], parse(commands(ENTRY_POINT)[0])[1]]:
-        pool = choose_pool(config.device, config.actors, config.actor_cpus, config.actor_gpus)
+        request = WorkerRequest(
+            device=config.device, actors=config.actors, cpus=config.actor_cpus, gpus=config.actor_gpus
+        )
+        pool = size_pool(request, [head], lambda: grows)
         assert any(node["CPU"] >= pool.cpus and node.get("GPU", 0) >= pool.gpus > 0 for node in types.values())
     assert any(node["CPU"] >= 1 and "GPU" not in node for node in types.values())
 

@@ -9,6 +9,7 @@ from pipelines.config import (
     parse_options,
     public_settings,
     require_at_least,
+    require_gpus,
     require_shareable,
     runs_inline,
 )
@@ -81,10 +82,13 @@ class EvaluateConfig:
     """CPUs and threads of one actor; default: 1 on CPU, the node's share per GPU otherwise."""
     actor_gpus: float | None = None
     """GPUs of one actor; fractions pack several small models onto one."""
+    accelerator: str | None = None
+    """Only GPUs of this kind, as for jobs/extract.py."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "limit", "actors", "actor_cpus", "stride")
         require_at_least(0, self, "pictures")
+        require_gpus(self, self.actor_gpus, "--actor-gpus")
         if any(text.endswith("@int8") for text in self.levels):
             raise ConfigError(
                 "--levels ...@int8: a model's maps aren't quantised; evaluate a store of them with --stores"
@@ -131,7 +135,7 @@ class EvaluateConfig:
 _FREE = {
     "data", "out", "stores", "model", "weights", "revision", "layers", "facet", "norm", "stride", "ragged", "pos_embed",
     "precision", "levels", "force_upsampler", "encoding", "drawing", "pictures", "paper", "storage_options",
-    "executor", "ray_address", "device", "actors", "actor_cpus", "actor_gpus",
+    "executor", "ray_address", "device", "actors", "actor_cpus", "actor_gpus", "accelerator",
 }  # fmt: skip
 """May change when an evaluation is continued: how it is run, or recorded by what is found there (features, data)."""
 

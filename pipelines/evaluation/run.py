@@ -44,6 +44,8 @@ class Piece:
     "of its file in parts/"
     items: tuple[int, ...]
     "numbers of what it is made of, in the evaluation's own order"
+    side: int = 0
+    "of the model's input in pixels, where pieces have one each; 0: as the evaluation has it"
 
 
 class Evaluation(Protocol):
@@ -151,12 +153,10 @@ def _run_on_ray(
     """Names of pieces as they finish. A lost actor is started again, and its piece done again; errors end the evaluation."""
     import ray
 
-    pool = choose_pool(config.device, config.actors, config.actor_cpus, config.actor_gpus)
+    pool = choose_pool(config.device, config.actors, config.actor_cpus, config.actor_gpus, config.accelerator)
     # The model crosses the network once per node.
     work = ray.put(_work(evaluation, recipe, folder, pool))
-    actor = ray.remote(
-        num_cpus=pool.cpus, **({"num_gpus": pool.gpus} if pool.gpus else {}), max_restarts=3, max_task_retries=3
-    )(Worker)
+    actor = ray.remote(**pool.placement, max_restarts=3, max_task_retries=3)(Worker)
     actors = [actor.remote(work) for _ in range(min(pool.size, len(pending)))]
     waiting = list(reversed(pending))
     # An actor gets work once it is up: one that the cluster has no room for keeps nobody waiting.
