@@ -7,8 +7,13 @@
     python jobs/benchmark.py read                         # random rows and whole epochs, from disk and over S3
     python jobs/benchmark.py cost                         # operations, time and memory of upsamplers beside the backbone
     python jobs/benchmark.py cost --vit-up                # ViT-Up for several output grids and chunks of queries
+    python jobs/benchmark.py cost --deap                  # DeAP's published parameter counts, and readouts' operations
     python jobs/benchmark.py train                        # images per second, beside a plain loop
+    python jobs/benchmark.py scale                        # what one driver feeds: tens of actors that sleep
+    python jobs/benchmark.py chaos                        # 15 minutes of machines that die: is anything lost?
+    python jobs/benchmark.py autoscale                    # nodes that come and go, with Ray's own autoscaler
     python jobs/benchmark.py readout                      # readouts trained from a store, beside the live backbone
+    python jobs/benchmark.py evaluate                     # matching and label propagation beside the plainest code
 
 Prints Markdown; --json PATH writes all numbers. Run it while nothing else does. Exit codes: 0 measured, 1 not, 2 wrong settings.
 """
@@ -30,10 +35,19 @@ import torch
 import tyro
 
 from cluster.session import connect
+from pipelines.autoscale_benchmark import (
+    AUTOSCALE_PRESETS,
+    AutoscaleBenchmark,
+    autoscale_report,
+    draw,
+    measure_autoscaling,
+)
 from pipelines.benchmark import measure_extract, measure_index, summarise
 from pipelines.benchmark_data import write_photos, write_tiny_tars
+from pipelines.chaos import CHAOS_PRESETS, ChaosBenchmark, chaos_report, measure_chaos, require_nothing_lost
 from pipelines.config import ConfigError, ExtractConfig, log_to_stderr, pick_word
 from pipelines.cost_benchmark import COST_PRESETS, CostBenchmark, cost_report, measure_cost, table
+from pipelines.evaluation_benchmark import EVALUATE_PRESETS, EvaluateBenchmark, evaluate_report, measure_evaluate
 from pipelines.executors import InlineExecutor
 from pipelines.models import LevelChoice
 from pipelines.precision import measure_precision
@@ -41,6 +55,8 @@ from pipelines.prepare import USER_ERRORS
 from pipelines.processes import CORES, BenchmarkFailed
 from pipelines.read_benchmark import BY_ROW, IN_ORDER, ReadBenchmark, measure_read
 from pipelines.readouts.benchmark import READOUT_PRESETS, ReadoutBenchmark, measure_readouts, readout_report
+from pipelines.readouts.cost import DEAP_PRESETS, DeapCost, deap_report, measure_deap
+from pipelines.scale_benchmark import SCALE_PRESETS, ScaleBenchmark, measure_scale, scale_report
 from pipelines.train_benchmark import TRAIN_PRESETS, TrainBenchmark, measure_training, train_report
 from pipelines.vit_up_benchmark import VIT_UP_PRESETS, ViTUpBenchmark, measure_vit_up, vit_up_report
 
@@ -335,6 +351,13 @@ def vit_up(config: ViTUpBenchmark) -> dict[str, Any]:
     return result
 
 
+def deap(config: DeapCost) -> dict[str, Any]:
+    """Count, print, and return all numbers."""
+    result = {"settings": asdict(config), **measure_deap(config)}
+    print("\n".join(deap_report(config, result)))
+    return result
+
+
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +381,55 @@ def readout(config: ReadoutBenchmark) -> dict[str, Any]:
         result = {"settings": asdict(config), **measure_readouts(config, folder), "machine": machine()}
     print("\n".join(readout_report(config, result)))
     return result
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(config: EvaluateBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    result = {"settings": asdict(config), **measure_evaluate(config), "machine": machine()}
+    print("\n".join(evaluate_report(config, result)))
+    return result
+
+
+# --- scale ------------------------------------------------------------------------------------------------------------
+
+
+def scale(config: ScaleBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers."""
+    with _folder(config.out, keep=False) as folder:
+        result = {"settings": asdict(config), **measure_scale(config, folder), "machine": machine()}
+    print("\n".join(scale_report(config, result)))
+    return result
+
+
+# --- chaos ------------------------------------------------------------------------------------------------------------
+
+
+def chaos(config: ChaosBenchmark) -> dict[str, Any]:
+    """Measure, print, and return all numbers. Raises `BenchmarkFailed` where anything was lost, once they're written."""
+    with _folder("", keep=False) as folder:
+        found = measure_chaos(config, folder)
+    result = {"settings": asdict(config), **found, "machine": machine()}
+    print("\n".join(chaos_report(config, result)))
+    if config.json:
+        Path(config.json).write_text(json.dumps(result, indent=1))
+    require_nothing_lost(result)
+    return result
+
+
+# --- autoscale --------------------------------------------------------------------------------------------------------
+
+
+def autoscale(config: AutoscaleBenchmark) -> dict[str, Any]:
+    """Measure, print, draw, and return all numbers."""
+    with _folder(config.out, keep=bool(config.out)) as folder:
+        result = {"settings": asdict(config), **measure_autoscaling(config, folder), "machine": machine()}
+    if config.picture:
+        draw(config, result["samples"], config.picture)
+    print("\n".join(autoscale_report(config, result)))
+    return {**result, "samples": [asdict(sample) for sample in result["samples"]]}
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -396,8 +468,8 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-_VIT_UP = "--vit-up"
-"with `cost`: a command of its own, for its settings have little in common with those of x2"
+_VIT_UP, _DEAP = "--vit-up", "--deap"
+"with `cost`: commands of their own, for their settings have little in common with those of x2"
 
 COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
     "extract": (
@@ -426,8 +498,13 @@ COMMANDS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
     ),
     "cost": (COST_PRESETS, cost),
     f"cost {_VIT_UP}": (VIT_UP_PRESETS, vit_up),
+    f"cost {_DEAP}": (DEAP_PRESETS, deap),
     "train": (TRAIN_PRESETS, train),
+    "chaos": (CHAOS_PRESETS, chaos),
     "readout": (READOUT_PRESETS, readout),
+    "scale": (SCALE_PRESETS, scale),
+    "autoscale": (AUTOSCALE_PRESETS, autoscale),
+    "evaluate": (EVALUATE_PRESETS, evaluate),
 }
 """By name: presets, and what runs them."""
 
@@ -436,9 +513,10 @@ def parse(argv: Sequence[str]) -> tuple[Callable[..., dict[str, Any]], Any]:
     """The command and its settings. Exits with a suggestion on unknown names and flags."""
     args = list(argv)
     command = pick_word(args, COMMANDS)
-    if command == "cost" and _VIT_UP in args:
-        args.remove(_VIT_UP)
-        command = f"cost {_VIT_UP}"
+    for other in (_VIT_UP, _DEAP):
+        if command == "cost" and other in args:
+            args.remove(other)
+            command = f"cost {other}"
     if command is None:
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; each with --help")
         raise SystemExit(0 if "--help" in args or "-h" in args else 2)

@@ -7,9 +7,10 @@ exactly one counts. Records hold nothing that depends on when or where a task ra
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -111,20 +112,25 @@ class Ledger:
 
     def records(self, blocks: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
         """Commit records of `blocks`, read concurrently: (block, table)."""
+        return self._each(blocks, self._read_commit)
+
+    @staticmethod
+    def _each(blocks: Sequence[int], ask: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
+        """What `ask` says of every block, many at once, in order."""
         with ThreadPoolExecutor(16) as pool:
             for start in range(0, len(blocks), 256):
                 window = blocks[start : start + 256]
-                yield from zip(window, pool.map(self._read_commit, window), strict=True)
+                yield from zip(window, pool.map(ask, window), strict=True)
 
     def _read_commit(self, block: int) -> pa.Table:
         return pq.read_table(pa.BufferReader(self.folder.read(self.commit_name(block))))
 
     def torn(self, blocks: Sequence[int]) -> list[int]:
         """Blocks of which a shard is missing or has another size than was committed."""
-        return [block for block, table in self.records(blocks) if not self._intact(table)]
+        return [block for block, intact in self._each(blocks, self._is_intact) if not intact]
 
-    def _intact(self, table: pa.Table) -> bool:
-        objects = json.loads((table.schema.metadata or {})[b"objects"])
+    def _is_intact(self, block: int) -> bool:
+        objects = json.loads((self._read_commit(block).schema.metadata or {})[b"objects"])
         return all(self.folder.size(name) == size for name, size in objects.items())
 
     def merge(self, layout: Layout) -> dict[str, int]:

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,8 +23,10 @@ from pipelines.status import BOTTLENECKS, MAX_RECORDS, read_status, status_lines
 from pipelines.views import colours_for, pick_rows, similar_panel, view_panel
 from pipelines.worker import ShardWorker
 from storage.paths import StorageError
-from storage.store import FeatureStore, MissingRows, OutsideImage
+from storage.store import FeatureStore, MissingRows, NotAStore, OutsideImage
 from tests.conftest import jpeg, write_tar
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -519,6 +522,36 @@ def test_everything_works_on_s3(make_tars, tiny, s3_options, tmp_path, capsys):
     shown = capsys.readouterr().out + (tmp_path / "r.html").read_text()
     assert "test-secret-value" not in shown
     assert "20 ok" in shown
+
+
+def test_status_tells_of_a_run_that_another_process_writes_to_s3(make_tars, s3_options, capsys):
+    url, options = f"s3://{s3_options['bucket']}/f.zarr", s3_options["options"]
+    settings = f"--out {url} --model test_vit.r160_in1k --weights random --size 64 --precision fp32 --executor inline"
+    command = [sys.executable, "jobs/extract.py", "--data", make_tars(count=4), "--block-rows", "1", *settings.split()]
+    writer = subprocess.Popen([*command, "--storage-options", json.dumps(options)], cwd=ROOT)
+    try:
+        while not _tasks_done(url, options):
+            assert writer.poll() is None
+        writer.send_signal(signal.SIGSTOP)  # so that it is still at it, however slow this one is
+        show("status", url, "--storage-options", json.dumps(options))
+        writer.send_signal(signal.SIGCONT)
+        assert writer.wait() == 0
+    finally:
+        writer.kill()
+        writer.wait()
+    shown = capsys.readouterr().out
+
+    assert "being written by run" in shown
+    assert "0 pending" not in shown
+    assert "of 40 done" in shown
+    assert read_status(FeatureStore.open(url, options)).status == "complete"
+
+
+def _tasks_done(url: str, options: dict[str, object]) -> int:
+    try:
+        return read_status(FeatureStore.open(url, options)).tasks_done
+    except NotAStore:
+        return 0
 
 
 def test_it_runs_without_torch_and_ray(store, tmp_path):

@@ -1,0 +1,98 @@
+"""One attempt at a task, but for the computing: its marker, its ledger rows, its shards and commit. Needs no torch."""
+
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from storage.ledger import SampleRecord
+from storage.paths import Folder
+from storage.samples import SampleIndex
+from storage.spec import ShardTask
+from storage.store import BlockWriter
+
+
+@dataclass
+class Loaded:
+    """A task's images: `pixels` uint8 [rows, H, W, 3], zero where `records` say `failed`."""
+
+    pixels: np.ndarray
+    records: list[SampleRecord]
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+
+    def notes(self) -> dict[str, Any]:
+        """All but the pixels, as JSON values."""
+        return {
+            "records": [asdict(record) for record in self.records],
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+        }
+
+    @classmethod
+    def from_notes(cls, pixels: np.ndarray, notes: Mapping[str, Any]) -> "Loaded":
+        records = [SampleRecord(**record) for record in notes["records"]]
+        return cls(pixels, records, dict(notes["seconds"]), notes["bytes_read"])
+
+
+@contextmanager
+def attempt(folder: Folder, run_id: str, task: ShardTask) -> Iterator[int]:
+    """Leave a marker while the task runs; yields how many starts of it ended without removing theirs, this one included.
+
+    Markers belong to one run: a killed driver's tasks start afresh in the next one.
+    """
+    markers = f"runs/{run_id}/attempts/{task.block:08d}"
+    name = f"{markers}/{uuid.uuid4().hex}"
+    folder.write(name, b"")
+    try:
+        yield len(folder.sizes(markers))
+    finally:
+        folder.remove([name])
+
+
+def ledger_records(index: SampleIndex, task: ShardTask, rows: Sequence[Mapping[str, Any]]) -> list[SampleRecord]:
+    """Ledger rows of a task before its images are read; those without a readable image already failed."""
+    records = []
+    for number, row in enumerate(rows, task.first):
+        source = index.sources[row["source"]].url
+        record = SampleRecord(
+            row=number, key=row["key"], source=source, member=row["member"], offset=row["offset"], size=row["size"]
+        )
+        records.append(failed(record, "index", "Unreadable", row["problem"]) if row["problem"] else record)
+    return records
+
+
+def failed(record: SampleRecord, stage: str, error: str, message: str) -> SampleRecord:
+    """The record of a sample that failed."""
+    return SampleRecord(
+        **{**asdict(record), "status": "failed", "stage": stage, "error": error, "message": message[:500]}
+    )
+
+
+def write_and_commit(task: ShardTask, writer: BlockWriter, loaded: Loaded) -> dict[str, Any]:
+    """Write a task's shards whole and declare it done; returns its report."""
+    t0 = time.perf_counter()
+    records = [
+        SampleRecord(**{**asdict(record), "clipped": int(writer.clipped[i])}) if writer.clipped[i] else record
+        for i, record in enumerate(loaded.records)
+    ]
+    objects = writer.write()
+    first = writer.commit(records, objects)
+    loaded.seconds["write"] = time.perf_counter() - t0
+    unlucky = [record for record in records if record.status == "failed"]
+    return {
+        "block": task.block,
+        "ok": len(records) - len(unlucky),
+        "failed": len(unlucky),
+        "reasons": [[r.stage, r.error, r.message, r.key] for r in unlucky[:20]],
+        "seconds": loaded.seconds,
+        "bytes_read": loaded.bytes_read,
+        "bytes_written": sum(objects.values()),
+        "repeated": not first,
+        "node": socket.gethostname(),
+    }

@@ -1,0 +1,229 @@
+"""Matching and label propagation beside the plainest way to the same results (specs/evaluation.md sections 1 and 2.1).
+
+`measure_evaluate` times both on random maps in one process and checks that they agree; `evaluate_report` is its Markdown.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from operators.evaluation.matching import Normalise, best_pixels
+from operators.evaluation.propagation import Propagation, Propagator
+from pipelines.config import ConfigError
+from pipelines.cost_benchmark import device_name, median_ratio, peak_bytes, table, timed
+from pipelines.processes import BenchmarkFailed
+
+_TOLERANCE = 1e-4
+"largest difference of similarities and of soft labels, which are at most 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBenchmark:
+    """Where key points lie, and labels carried through a clip, beside the plainest code: all similarities at once."""
+
+    grids: tuple[int, ...] = (28, 56)
+    """Sides of the maps in cells."""
+    channels: int = 384
+    """Of the maps."""
+    pixels: int = 448
+    """Side of the image that maps are enlarged to for matching."""
+    points: int = 12
+    """Key points that are matched at once; SPair-71k's pairs have about as many."""
+    frames: int = 24
+    """Of a clip. DAVIS' validation clips have 69 on average; the context is full from the 8th on."""
+    objects: int = 3
+    """Labels of a clip, the background included."""
+    repeat: int = 3
+    """Rounds; each runs everything once. Times and ratios are medians over them."""
+    threads: int = 0
+    """Of torch, on a CPU; 0: as many as it takes by itself. jobs/evaluate.py has one per worker."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is a GPU where there is one."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if not self.grids or min(*self.grids, self.channels, self.points, self.objects, self.repeat) < 1:
+            raise ConfigError("--grids, --channels, --points, --objects and --repeat must be at least 1")
+        if self.frames < 2 or self.threads < 0 or self.pixels < max(self.grids):
+            raise ConfigError(
+                "--frames must be at least 2, --threads at least 0, --pixels at least the largest of --grids"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch finds no GPU here; use cpu")
+
+
+EVALUATE_PRESETS = {
+    # No network. 2 CPU cores: about 4 minutes and 3 GB, nearly all for the plain propagation on 56 x 56 cells.
+    "default": EvaluateBenchmark(),
+    # 2 CPU cores: a second; the times mean nothing at this size.
+    "debug": EvaluateBenchmark(grids=(4, 9), channels=8, pixels=36, points=3, frames=11, repeat=2),
+}
+
+
+def measure_evaluate(config: EvaluateBenchmark) -> dict[str, Any]:
+    """Times and peak memory of both ways. Raises `BenchmarkFailed` where their results differ."""
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or before)
+    try:
+        with torch.inference_mode():
+            matching = [
+                _compare_matching(config, grid, normalise, device)
+                for grid in config.grids
+                for normalise in ("cells", "pixels")
+            ]
+            propagation = [_compare_propagation(config, grid, device) for grid in config.grids]
+        return {"device": device_name(device), "matching": matching, "propagation": propagation}
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+
+def _compare_matching(
+    config: EvaluateBenchmark, grid: int, normalise: Normalise, device: torch.device
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    map_hwC = _clip(1, grid, config.channels, generator)[0].to(device)
+    near = map_hwC.flatten(0, 1)[torch.randint(grid * grid, (config.points,), generator=generator).to(device)]
+    queries = near + 0.5 * torch.randn(near.shape, generator=generator).to(device)
+    size = (config.pixels, config.pixels)
+    found: dict[str, Tensor] = {}
+
+    def ours() -> None:
+        found["ours"] = best_pixels(queries, map_hwC, size, normalise=normalise).xy_K2
+
+    def plain() -> None:
+        found["plain"] = enlarge_then_match(queries, map_hwC, size, normalise)
+
+    compared = _compare(config, ours, plain, device)
+    similarity = similarities(queries, map_hwC, size, normalise).flatten(1)
+    # Float32 may prefer a neighbour that is as similar up to rounding.
+    scores = [similarity.gather(1, (xy[:, 1:] * size[1] + xy[:, :1])) for xy in (found["ours"], found["plain"])]
+    difference = (scores[0] - scores[1]).abs().max().item() / similarity.abs().max().item()
+    _require_equal(f"the pixels found in {grid} x {grid} cells", difference)
+    return {"grid": grid, "normalise": normalise, **compared, "largest_difference": difference}
+
+
+def enlarge_then_match(queries_KC: Tensor, map_hwC: Tensor, size: tuple[int, int], normalise: Normalise) -> Tensor:
+    """Pixels [K, 2] (column, row) most similar to the queries, in the map enlarged to `size` (H, W)."""
+    best = similarities(queries_KC, map_hwC, size, normalise).flatten(1).argmax(dim=1)
+    return torch.stack([best % size[1], best // size[1]], dim=1)
+
+
+def similarities(queries_KC: Tensor, map_hwC: Tensor, size: tuple[int, int], normalise: Normalise) -> Tensor:
+    """Of the queries with all pixels of the enlarged map, [K, H, W]."""
+    if normalise == "cells":
+        map_hwC = F.normalize(map_hwC, dim=-1)
+    enlarged = F.interpolate(map_hwC.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=False)[0]
+    if normalise == "pixels":
+        enlarged, queries_KC = F.normalize(enlarged, dim=0), F.normalize(queries_KC, dim=1)
+    return (queries_KC @ enlarged.flatten(1)).unflatten(1, size)
+
+
+# --- propagation ------------------------------------------------------------------------------------------------------
+
+
+def _compare_propagation(config: EvaluateBenchmark, grid: int, device: torch.device) -> dict[str, Any]:
+    generator, settings = torch.Generator().manual_seed(0), Propagation()
+    maps = _clip(config.frames, grid, config.channels, generator).to(device)
+    cells = torch.arange(grid * grid).view(grid, grid)
+    labels = F.one_hot(cells * config.objects // cells.numel(), config.objects).permute(2, 0, 1).float().to(device)
+    found: dict[str, Tensor] = {}
+
+    def ours() -> None:
+        propagator = Propagator(maps[0], labels, settings)
+        found["ours"] = torch.stack([propagator.step(each) for each in maps[1:]])
+
+    def plain() -> None:
+        found["plain"] = propagate_with_all_affinities(maps, labels, settings)
+
+    compared = _compare(config, ours, plain, device)
+    difference = (found["ours"] - found["plain"]).abs().max().item()
+    _require_equal(f"the soft labels of {grid} x {grid} cells", difference)
+    return {"grid": grid, "frames": config.frames, **compared, "largest_difference": difference}
+
+
+def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, settings: Propagation) -> Tensor:
+    """Soft labels [T - 1, O, h, w] of all frames but the first, step by step as the official code gets them: all
+    affinities of a frame with its context are exponentiated, windowed by a product, cut at the k-th and normalised."""
+    _, h, w, _ = maps_ThwC.shape
+    unit = F.normalize(maps_ThwC, dim=-1).flatten(1, 2)
+    cells = torch.arange(h * w, device=unit.device)
+    y, x = cells // w, cells % w
+    near = ((y[:, None] - y).abs() <= settings.radius) & ((x[:, None] - x).abs() <= settings.radius)
+    window = near.float() if settings.radius else torch.ones_like(near, dtype=torch.float32)
+    first, latest, soft = (unit[0], labels_Ohw.flatten(1)), [], []
+    for target in unit[1:]:
+        context = [first, *latest]
+        sources = torch.stack([source for source, _ in context])
+        affinity = torch.exp(target @ sources.transpose(1, 2) / settings.temperature) * window
+        affinity = affinity.transpose(1, 2).reshape(-1, h * w)
+        kth = affinity.topk(min(settings.top_k, len(affinity)), dim=0).values[-1]
+        affinity[affinity < kth] = 0
+        affinity = affinity / affinity.sum(dim=0)
+        soft.append(torch.cat([known for _, known in context], dim=1) @ affinity)
+        latest = [*latest, (target, soft[-1])][-settings.context :] if settings.context else []
+    return torch.stack(soft).unflatten(2, (h, w))
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def _clip(frames: int, grid: int, channels: int, generator: torch.Generator) -> Tensor:
+    """Random maps [frames, grid, grid, channels] that are smooth from cell to cell, and alike from frame to frame."""
+    coarse = torch.randn(1, channels, -(-grid // 4), -(-grid // 4), generator=generator)
+    smooth = F.interpolate(coarse, size=(grid, grid), mode="bicubic")[0].permute(1, 2, 0)
+    return smooth + 0.7 * torch.randn(frames, grid, grid, channels, generator=generator)
+
+
+def _compare(
+    config: EvaluateBenchmark, ours: Callable[[], None], plain: Callable[[], None], device: torch.device
+) -> dict[str, Any]:
+    peaks = [peak_bytes(run, device, warm_up=False) for run in (ours, plain)]  # and so they are warm
+    of_ours, of_plain = timed((ours, plain), config.repeat, math.inf, device)
+    return {
+        "seconds": {"ours": of_ours, "plain": of_plain},
+        "peak_bytes": dict(zip(("ours", "plain"), peaks, strict=True)),
+        "ratio": median_ratio(of_plain, of_ours),
+    }
+
+
+def _require_equal(what: str, difference: float) -> None:
+    if not difference <= _TOLERANCE:
+        raise BenchmarkFailed(f"{what} differ by {difference:.2g} between the two ways")
+
+
+def evaluate_report(config: EvaluateBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    found = result["machine"]
+    yield f"## evaluate: matching and propagation beside plain code, {config.channels} channels, float32"
+    yield f"\n{found['cpu']}, {result['device']}, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    head = ["ms", "plain, ms", "times faster", "peak MB", "plain, MB", "largest difference"]
+    size = f"{config.points} points in {config.pixels} x {config.pixels} pixels, similarity"
+    lines = [[f"{_cells(one)}, {one['normalise']}", *_numbers(one)] for one in result["matching"]]
+    yield from table([f"matching: {size}", *head], lines)
+    lines = [[_cells(one), *_numbers(one)] for one in result["propagation"]]
+    yield from table([f"propagation: clip of {config.frames} frames", *head], lines)
+    yield f"""
+- Medians of {config.repeat} rounds, in which everything runs once; "times faster": the median of each round's ratio.
+- Plain matching enlarges the map and takes all dot products; plain propagation has all affinities of a frame at once.
+- Peak: what torch's allocator holds at once beyond the input, with the result."""
+
+
+def _cells(one: dict[str, Any]) -> str:
+    return f"{one['grid']} x {one['grid']} cells"
+
+
+def _numbers(one: dict[str, Any]) -> list[str]:
+    milliseconds = [f"{1e3 * statistics.median(one['seconds'][name]):,.1f}" for name in ("ours", "plain")]
+    megabytes = [f"{one['peak_bytes'][name] / 2**20:,.1f}" for name in ("ours", "plain")]
+    return [*milliseconds, f"{one['ratio']:.2f}", *megabytes, f"{one['largest_difference']:.1e}"]

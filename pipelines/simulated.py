@@ -1,0 +1,112 @@
+"""Workers that sleep where a model would compute, in the real pipeline: index, Ray Data, markers, commits, merge.
+
+Needs no torch: a worker process takes 150 MB and 2 s of CPU time, so that tens of them fit on a few cores.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from cluster.resources import WorkerPool
+from pipelines.attempts import Loaded, attempt, ledger_records, write_and_commit
+from pipelines.executors import RayExecutor
+from storage.paths import InputFile
+from storage.spec import ShardTask
+from storage.store import FeatureStore
+from storage.tars import MemberRules, SourceScan
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedSetup:
+    """What every simulated worker of a run gets. Holds no model, so that workers load no torch."""
+
+    out: str
+    options: Mapping[str, Any]
+    run_id: str
+    forward_s: float
+
+    def __call__(self, **_: bool) -> "SimulatedWorker":
+        return SimulatedWorker(self)
+
+
+class SimulatedWorker:
+    """Does tasks as `pipelines.worker.ShardWorker` does, but sleeps instead of computing and writes zeros."""
+
+    def __init__(self, setup: SimulatedSetup):
+        self.setup = setup
+        self.store = FeatureStore.open(setup.out, setup.options)
+        self._index_lock, self._device_lock = threading.Lock(), threading.Lock()
+
+    def load(self, task: ShardTask) -> Loaded:
+        """What is known of the task's images, without their pixels."""
+        with self._index_lock:
+            rows = self.store.index.read(task.first, task.last).to_pylist()
+        return Loaded(np.empty(0, np.uint8), ledger_records(self.store.index, task, rows))
+
+    def run(self, task: ShardTask, _: None = None) -> dict[str, Any]:
+        """Do one task to its commit record; the report says which process did it and when the model was busy."""
+        with attempt(self.store.folder, self.setup.run_id, task):
+            found = self.load(task)
+            with self._device_lock:
+                begun = time.monotonic()
+                time.sleep(self.setup.forward_s)
+                ended = time.monotonic()
+            found.seconds["forward"] = ended - begun
+            writer = self.store.writer(task)
+            for level in self.store.spec.levels:
+                zeros = np.zeros(level.row_shape, np.float32)
+                for i in range(task.n_rows):
+                    writer.put(level, i, zeros)
+            report = write_and_commit(task, writer, found)
+        return report | {"process": os.getpid(), "begun": begun, "ended": ended}
+
+
+class SimulatedExecutor:
+    """`RayExecutor` with simulated workers in place of those it is given; keeps when each report came."""
+
+    def __init__(self, forward_s: float):
+        self.forward_s = forward_s
+        self.reports: list[dict[str, Any]] = []
+        self.marks: dict[str, dict[str, float]] = {}
+        "wall time, CPU time and memory of the driver so far, when a part of the run begins or ends"
+        self._ray = RayExecutor()
+
+    def scan(self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]) -> Iterator[SourceScan]:
+        return self._ray.scan(files, rules, options)
+
+    def pool(self, *asked: Any, **how: Any) -> WorkerPool:
+        return self._ray.pool(*asked, **how)
+
+    def run(
+        self, make_worker: Any, tasks: Sequence[ShardTask], pool: WorkerPool, **how: Any
+    ) -> Iterator[dict[str, Any]]:
+        setup = SimulatedSetup(
+            out=make_worker.out, options=make_worker.options, run_id=make_worker.run_id, forward_s=self.forward_s
+        )
+        self.marks["ready"] = driver_use()
+        for report in self._ray.run(setup, tasks, pool, **how):
+            if not self.reports:
+                self.marks["first task"] = driver_use()
+            self.reports.append({**report, "arrived": time.monotonic()})
+            yield report
+        self.marks["last task"] = driver_use()
+
+
+def driver_use() -> dict[str, float]:
+    """What this process has used so far."""
+    memory = Path("/proc/self/status")
+    lines = memory.read_text().splitlines() if memory.exists() else []
+    peak = next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+    return {
+        "wall_s": time.monotonic(),
+        "cpu_s": time.process_time(),
+        "rss_bytes": psutil.Process().memory_info().rss,
+        "peak_bytes": peak,
+    }
