@@ -231,7 +231,7 @@ def _listed(nodes: Sequence[Nodes]) -> str:
         if kind.cpus or kind.gpus:
             key = replace(kind, count=1, head=False)
             merged[key] = merged.get(key, 0) + kind.count
-    kinds = sorted(merged, key=lambda kind: (kind.gpus, kind.cpus), reverse=True)
+    kinds = sorted(merged, key=lambda kind: (-kind.gpus, -kind.cpus, kind.accelerator or ""))
     listed = "; ".join(str(replace(kind, count=merged[kind])) for kind in kinds[:8])
     return (listed + ("; and smaller ones" if len(kinds) > 8 else "")) or "no node that takes work"
 

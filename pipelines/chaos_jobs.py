@@ -60,13 +60,15 @@ def _program(name: str, data: str, out: str, address: str, *flags: str) -> list[
 
 
 class ExtractJob:
-    """An extraction of `rows` photographs by timm's test_vit, `block_rows` a task."""
+    """An extraction of `rows` photographs by timm's test_vit, `block_rows` a task, on `actors` workers."""
 
     unit = "rows"
 
-    def __init__(self, data: str, rows: int, block_rows: int, size: int):
+    def __init__(self, data: str, rows: int, block_rows: int, size: int, actors: int):
         self._data, self._rows = data, rows
-        self._flags = ["--block-rows", str(block_rows), "--size", str(size), "--levels", "x1", "x2", "pooled"]
+        # Without their number, a driver that starts while nodes are missing would do without those for good, or refuse.
+        self._flags = ["--actors", str(actors), "--levels", "x1", "x2", "pooled"]
+        self._flags += ["--block-rows", str(block_rows), "--size", str(size)]
         self._reference: dict[str, str] = {}
 
     def command(self, out: str, address: str) -> list[str]:

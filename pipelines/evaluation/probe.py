@@ -4,6 +4,7 @@ The readouts are trained by jobs/train.py, which judges its held-out images by t
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -231,7 +232,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
     except ValueError as error:
         raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
-    columns = tuple(next(iter(scores.values())))
+    columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
     lines = [
         Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()
     ]
@@ -264,7 +265,9 @@ def _drawing(probe: Probe, recipe: Recipe) -> str:
 def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequence[str]) -> list[Cell]:
     """The readout, its size, and its scores: shares in percent, others with four digits."""
     readout, shares = probe.readouts[name], probe.task.shares
-    shown = [100 * values[each] if each in shares else f"{values[each]:.4f}" for each in columns]
+    # One readout may have no such score: without foreground, there is none to be right about.
+    known = [values.get(each, math.nan) for each in columns]
+    shown = [100 * value if each in shares else f"{value:.4f}" for each, value in zip(columns, known, strict=True)]
     return [readout.config.method, readout.build().parameter_count(), *shown]
 
 
