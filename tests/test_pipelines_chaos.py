@@ -198,6 +198,7 @@ def nothing_left(folder: Path) -> bool:
     return not left
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_while_nodes_and_the_driver_are_killed(short_folder, tmp_path):
     path = tmp_path / "chaos.json"
@@ -219,6 +220,7 @@ def test_nothing_is_lost_while_nodes_and_the_driver_are_killed(short_folder, tmp
     assert list(short_folder.iterdir()) == []
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_job_leaves_nothing_running(short_folder, how):

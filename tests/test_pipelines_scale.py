@@ -85,6 +85,7 @@ def test_contradictory_scale_settings_are_refused(setting):
         ScaleBenchmark(**setting)
 
 
+@pytest.mark.soak
 def test_nodes_come_for_an_extraction_and_go_when_idle(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
