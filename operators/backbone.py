@@ -84,9 +84,10 @@ class Preprocessing:
 
 def preprocessing(name: str) -> Preprocessing:
     """The timm config of `name`. Raises `BackboneError` with near names if timm has no such model."""
-    config = timm.get_pretrained_cfg(name) if _known(name) else None
+    _require_known(name)
+    config = timm.get_pretrained_cfg(name)
     if config is None:
-        raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
+        raise BackboneError(f"timm {timm.__version__} says nothing of the input that {name!r} expects")
     return Preprocessing(
         size=(config.input_size[1], config.input_size[2]),
         mean=tuple(config.mean),
@@ -94,6 +95,11 @@ def preprocessing(name: str) -> Preprocessing:
         interpolation=config.interpolation if config.interpolation in ("bicubic", "bilinear", "lanczos") else "bicubic",
         crop_pct=config.crop_pct or 1.0,
     )
+
+
+def _require_known(name: str) -> None:
+    if not _known(name):
+        raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
 
 
 def _near(name: str) -> list[str]:
@@ -118,8 +124,10 @@ def create_model(
     """A timm model without its classifier, in eval mode, for inputs of `size`.
 
     Weights: a checkpoint in any form that timm converts for this model (strict), or random from `seed`; with neither,
-    whatever the constructor leaves, to be filled by `load_arrays`. Raises `BackboneError` where the weights don't fit.
+    whatever the constructor leaves, to be filled by `load_arrays`. Raises `BackboneError` where timm has no such model or
+    the weights don't fit.
     """
+    _require_known(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         try:
