@@ -403,9 +403,8 @@ def _run_on_ray(config: GridConfig, cells: Sequence[Cell]) -> Iterator[CellResul
     import ray
     from ray.exceptions import RayError
 
-    pool = RayExecutor().pool(config.device, config.actors, config.cell_cpus, config.cell_gpus)
-    gpus = {"num_gpus": pool.gpus} if pool.gpus else {}
-    remote = ray.remote(num_cpus=pool.cpus, max_retries=config.max_failures, **gpus)(_ray_cell)
+    pool = RayExecutor().pool(config.device, config.actors, config.cell_cpus, config.cell_gpus, called="cell")
+    remote = ray.remote(max_retries=config.max_failures, **pool.placement)(_ray_cell)
     waiting, running = list(cells), {}
     while waiting or running:
         while waiting and len(running) < (config.actors or len(cells)):
@@ -469,9 +468,8 @@ def _speeds(config: GridConfig, missing: Mapping[str, Sequence[Any]], device: st
 def _speeds_on_ray(config: GridConfig, missing: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     import ray
 
-    pool = RayExecutor().pool(config.device, config.actors, config.cell_cpus, None)  # a whole GPU
-    gpus = {"num_gpus": 1} if pool.device == "cuda" else {}
-    remote = ray.remote(num_cpus=pool.cpus, max_retries=config.max_failures, **gpus)(_ray_speeds)
+    pool = RayExecutor().pool(config.device, 1, config.cell_cpus, None, called="cell")  # a whole GPU
+    remote = ray.remote(max_retries=config.max_failures, **pool.placement)(_ray_speeds)
     return ray.get(remote.remote(config, missing, pool.device, pool.cpus))
 
 
