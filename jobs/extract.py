@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.session import connect
-from pipelines.config import ConfigError, ExtractConfig, config_from_run, log_to_stderr, pick_word
+from pipelines.config import ConfigError, ExtractConfig, config_from_run, log_to_stderr, pick_word, runs_inline
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import RunFailed, Summary, pool_for, run_prepared
@@ -26,7 +26,7 @@ from pipelines.plan import make_plan
 from pipelines.prepare import USER_ERRORS, prepare, resolve
 from pipelines.views import pick_rows, view_panel
 from pipelines.weights import WeightsUnavailable
-from storage.paths import is_memory, redact
+from storage.paths import redact
 from storage.store import FeatureStore
 
 DEMO_OUT = "demo/feats.zarr"
@@ -100,10 +100,7 @@ def _options_in(args: Sequence[str]) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def executor_for(config: ExtractConfig) -> Iterator[Any]:
     """The executor that `config` asks for, with a Ray session round it where it needs one."""
-    inline = config.executor == "inline" or (
-        config.executor == "auto" and any(is_memory(url) for url in (*config.data, config.out))
-    )
-    if inline:
+    if runs_inline(config.executor, *config.data, config.out):
         yield InlineExecutor()
         return
     gpus = 0 if config.device == "cpu" else None

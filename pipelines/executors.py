@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cluster.resources import WorkerPool
-from storage.paths import InputFile
+from storage.inputs import InputFile
 from storage.spec import ShardTask
 from storage.tars import MemberRules, SourceScan, scan_source
 

@@ -18,7 +18,8 @@ from operators.upsamplers import UpsamplerError
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
 from pipelines.models import FeatureModel, ModelBundle, load_described
 from pipelines.weights import WeightsUnavailable
-from storage.paths import Folder, InputFile, StorageError, expand_inputs
+from storage.inputs import InputFile, expand_inputs
+from storage.paths import Folder, StorageError
 from storage.samples import SampleIndex, build_index
 from storage.spec import Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes

@@ -17,7 +17,7 @@ import psutil
 from cluster.resources import WorkerPool
 from pipelines.attempts import Loaded, attempt, ledger_records, write_and_commit
 from pipelines.executors import RayExecutor
-from storage.paths import InputFile
+from storage.inputs import InputFile
 from storage.spec import ShardTask
 from storage.store import FeatureStore
 from storage.tars import MemberRules, SourceScan

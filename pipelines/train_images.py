@@ -27,7 +27,8 @@ from pipelines.train_config import Objective, TrainConfig, TrainSetup, begin_run
 from pipelines.training_data import ImageSource, StoredFeatures, View
 from pipelines.weights import WeightsChoice, load_model
 from storage.checkpoints import read_run
-from storage.paths import Folder, InputFile, expand_inputs
+from storage.inputs import InputFile, expand_inputs
+from storage.paths import Folder
 from storage.samples import SampleIndex
 from storage.tars import MemberRules
 

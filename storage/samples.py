@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.paths import Folder, InputError, InputFile, UnknownName, query_free, read_ranges
+from storage.inputs import InputFile
+from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from storage.paths import IMAGE_EXTENSIONS, InputError, InputFile, open_sequential, query_free
+from storage.inputs import IMAGE_EXTENSIONS, InputFile, open_sequential
+from storage.paths import InputError, query_free
 
 SCHEMA = pa.schema(
     [

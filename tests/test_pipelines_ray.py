@@ -39,7 +39,7 @@ def test_ray_writes_the_bytes_of_the_inline_run(make_tars, tiny, tmp_path, decod
 
 @pytest.mark.usefixtures("ray_session")
 def test_scan_on_ray_keeps_the_order_of_the_sources(make_tars):
-    from storage.paths import expand_inputs
+    from storage.inputs import expand_inputs
 
     files = expand_inputs([make_tars(count=9, each=3)])
 

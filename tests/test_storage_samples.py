@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from storage import samples
-from storage.paths import Folder, InputError, StorageError, expand_inputs, public_options, query_free, redact
+from storage.inputs import expand_inputs
+from storage.paths import Folder, InputError, StorageError, public_options, query_free, redact
 from storage.samples import DuplicateKeys, SampleIndex, build_index, collect_index, read_images, write_index
 from storage.tars import MemberRules, scan_source, split_name
 from tests.conftest import write_tar

@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from storage.paths import IMAGE_EXTENSIONS, Folder, StorageError, expand_inputs
+from storage.inputs import IMAGE_EXTENSIONS, expand_inputs
+from storage.paths import Folder, StorageError
 
 T = TypeVar("T")
 

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from pipelines.evaluation.datasets import DatasetError, ImageFile, rgb_pixels
-from storage.paths import Folder, InputError, InputFile
+from storage.inputs import InputFile
+from storage.paths import Folder, InputError
 from storage.tars import MemberRules, scan_source
 
 T = TypeVar("T")
