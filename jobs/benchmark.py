@@ -35,30 +35,30 @@ import torch
 import tyro
 
 from cluster.session import connect
-from pipelines.autoscale_benchmark import (
+from pipelines.benchmarks.autoscale import (
     AUTOSCALE_PRESETS,
     AutoscaleBenchmark,
     autoscale_report,
     draw,
     measure_autoscaling,
 )
-from pipelines.benchmark import measure_extract, measure_index, summarise
-from pipelines.benchmark_data import write_photos, write_tiny_tars
-from pipelines.chaos import CHAOS_PRESETS, ChaosBenchmark, chaos_report, measure_chaos, require_nothing_lost
+from pipelines.benchmarks.chaos import CHAOS_PRESETS, ChaosBenchmark, chaos_report, measure_chaos, require_nothing_lost
+from pipelines.benchmarks.cost import COST_PRESETS, CostBenchmark, cost_report, measure_cost, table
+from pipelines.benchmarks.data import write_photos, write_tiny_tars
+from pipelines.benchmarks.evaluation import EVALUATE_PRESETS, EvaluateBenchmark, evaluate_report, measure_evaluate
+from pipelines.benchmarks.extract import measure_extract, measure_index, summarise
+from pipelines.benchmarks.precision import measure_precision
+from pipelines.benchmarks.processes import CORES, BenchmarkFailed
+from pipelines.benchmarks.read import BY_ROW, IN_ORDER, ReadBenchmark, measure_read
+from pipelines.benchmarks.readout import READOUT_PRESETS, ReadoutBenchmark, measure_readouts, readout_report
+from pipelines.benchmarks.scale import SCALE_PRESETS, ScaleBenchmark, measure_scale, scale_report
+from pipelines.benchmarks.train import TRAIN_PRESETS, TrainBenchmark, measure_training, train_report
+from pipelines.benchmarks.vit_up import VIT_UP_PRESETS, ViTUpBenchmark, measure_vit_up, vit_up_report
 from pipelines.config import ConfigError, ExtractConfig, log_to_stderr, pick_word
-from pipelines.cost_benchmark import COST_PRESETS, CostBenchmark, cost_report, measure_cost, table
-from pipelines.evaluation_benchmark import EVALUATE_PRESETS, EvaluateBenchmark, evaluate_report, measure_evaluate
 from pipelines.executors import InlineExecutor
 from pipelines.models import LevelChoice
-from pipelines.precision import measure_precision
 from pipelines.prepare import USER_ERRORS
-from pipelines.processes import CORES, BenchmarkFailed
-from pipelines.read_benchmark import BY_ROW, IN_ORDER, ReadBenchmark, measure_read
-from pipelines.readouts.benchmark import READOUT_PRESETS, ReadoutBenchmark, measure_readouts, readout_report
 from pipelines.readouts.cost import DEAP_PRESETS, DeapCost, deap_report, measure_deap
-from pipelines.scale_benchmark import SCALE_PRESETS, ScaleBenchmark, measure_scale, scale_report
-from pipelines.train_benchmark import TRAIN_PRESETS, TrainBenchmark, measure_training, train_report
-from pipelines.vit_up_benchmark import VIT_UP_PRESETS, ViTUpBenchmark, measure_vit_up, vit_up_report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from pipelines.config import ConfigError, log_to_stderr, parse_options, pick_wor
 from pipelines.report import write_report
 from pipelines.status import failure_lines, read_status, row_lines, status_lines
 from pipelines.status import failures as read_failures
-from pipelines.train_watch import training_lines
+from pipelines.training.watch import training_lines
 from pipelines.views import pick_rows, similar_panel, view_panel
 from storage.export import export_vectors
 from storage.paths import Folder, StorageError

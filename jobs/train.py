@@ -30,11 +30,11 @@ from pipelines.evaluation.demo import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.prepare import USER_ERRORS
 from pipelines.readouts.train import ReadoutTraining
-from pipelines.train import TrainFailed, TrainSummary, train_inline, train_on_ray
-from pipelines.train_config import TrainConfig
-from pipelines.train_images import ImageTraining
-from pipelines.train_vit_up import ViTUpTraining
-from pipelines.train_x2 import X2Config
+from pipelines.training.config import TrainConfig
+from pipelines.training.images import ImageTraining
+from pipelines.training.loop import TrainFailed, TrainSummary, train_inline, train_on_ray
+from pipelines.training.vit_up import ViTUpTraining
+from pipelines.training.x2 import X2Config
 from storage.paths import redact
 
 LIFT_S16 = X2Config(

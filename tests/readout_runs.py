@@ -11,8 +11,8 @@ from pipelines.executors import InlineExecutor
 from pipelines.extract import run_prepared
 from pipelines.prepare import prepare, resolve
 from pipelines.readouts.train import ReadoutTraining
-from pipelines.train import TrainSummary, read_metrics, train_inline
-from pipelines.train_config import TrainConfig
+from pipelines.training.config import TrainConfig
+from pipelines.training.loop import TrainSummary, read_metrics, train_inline
 from storage.paths import Folder
 
 TINY = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "executor": "inline", "device": "cpu"}

@@ -22,7 +22,7 @@ from cluster.resources import (
 from cluster.session import ClusterError
 from pipelines.config import ConfigError, ExtractConfig
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.train_config import TrainConfig
+from pipelines.training.config import TrainConfig
 
 FIXED = Growth()
 HEAD = Nodes(count=1, cpus=0, head=True)

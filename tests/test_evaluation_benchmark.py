@@ -7,9 +7,9 @@ import torch
 
 from jobs import benchmark
 from operators.evaluation.propagation import Propagator
-from pipelines import evaluation_benchmark
+from pipelines.benchmarks import evaluation as evaluation_benchmark
+from pipelines.benchmarks.evaluation import EvaluateBenchmark, enlarge_then_match, similarities
 from pipelines.config import ConfigError
-from pipelines.evaluation_benchmark import EvaluateBenchmark, enlarge_then_match, similarities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

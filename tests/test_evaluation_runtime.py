@@ -9,12 +9,12 @@ import torch
 
 from operators.upsamplers import build_net
 from operators.vit_up import ViTUpConfig
+from pipelines.benchmarks.cost import TABLE_9, held_bytes
+from pipelines.benchmarks.vit_up import head_macs
 from pipelines.config import ConfigError
-from pipelines.cost_benchmark import TABLE_9, held_bytes
 from pipelines.evaluation import runtime
 from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.runtime import RuntimeConfig
-from pipelines.vit_up_benchmark import head_macs
 from tests.test_pipelines_evaluation import TINY, evaluate
 from tests.test_pipelines_learned import checkpoint
 

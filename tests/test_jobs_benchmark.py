@@ -14,10 +14,14 @@ from torch import nn
 
 from jobs import benchmark
 from operators.vit_up import ViTUpConfig
-from pipelines import benchmark_data, cost_benchmark, read_benchmark, vit_up_benchmark, window_benchmark
-from pipelines.benchmark import STAGES, BenchmarkFailed, _steady, run_fresh
+from pipelines.benchmarks import cost as cost_benchmark
+from pipelines.benchmarks import data as benchmark_data
+from pipelines.benchmarks import read as read_benchmark
+from pipelines.benchmarks import vit_up as vit_up_benchmark
+from pipelines.benchmarks import windows as window_benchmark
+from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, run_fresh
+from pipelines.benchmarks.read import Place, check
 from pipelines.config import ConfigError
-from pipelines.read_benchmark import Place, check
 
 
 def test_extract_measures_all_four_side_by_side_and_their_features_agree(tmp_path, capsys):

@@ -29,7 +29,7 @@ from operators.vit_up import (
 from operators.vit_up.attention import CrossAttention, Windows, attend
 from operators.vit_up.geometry import Rope, encode_offsets, nearest_tokens, offset_frequencies
 from operators.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, sample
-from pipelines.window_benchmark import gather_then_attend
+from pipelines.benchmarks.windows import gather_then_attend
 from tests.goldens import GOLDEN, hash_tensor
 
 # Of README_lift_vitup.md, with the float32 noise measured there.

@@ -11,8 +11,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
-from pipelines import augment
-from pipelines.augment import (
+from pipelines.training import augment
+from pipelines.training.augment import (
     CHANGES,
     colour_jitter,
     gaussian_blur,
@@ -383,7 +383,7 @@ def test_other_arrays_are_refused(pixels):
 
 
 def test_decoding_needs_no_torch():
-    code = "import sys, pipelines.augment; assert 'torch' not in sys.modules"
+    code = "import sys, pipelines.training.augment; assert 'torch' not in sys.modules"
 
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 

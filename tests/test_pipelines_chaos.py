@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.nodes import processes_in
-from pipelines.chaos import CHAOS_PRESETS, ChaosBenchmark, chaos_report, deal, require_nothing_lost
-from pipelines.chaos_jobs import ExtractJob, TrainJob
+from pipelines.benchmarks.chaos import CHAOS_PRESETS, ChaosBenchmark, chaos_report, deal, require_nothing_lost
+from pipelines.benchmarks.chaos_jobs import ExtractJob, TrainJob
+from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extract import extract
-from pipelines.processes import BenchmarkFailed
 from storage.checkpoints import Checkpoint, write_checkpoint, write_metrics
 from storage.paths import Folder
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.autoscale_benchmark import AUTOSCALE_PRESETS, Sample, autoscale_report, draw, measure_autoscaling
+from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, Sample, autoscale_report, draw, measure_autoscaling
+from pipelines.benchmarks.scale import ScaleBenchmark, _steady, measure_run, measure_scale, scale_report
+from pipelines.benchmarks.simulated import SimulatedSetup
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extract import run_prepared
 from pipelines.prepare import prepare, resolve
-from pipelines.scale_benchmark import ScaleBenchmark, _steady, measure_run, measure_scale, scale_report
-from pipelines.simulated import SimulatedSetup
 from storage.store import FeatureStore
 
 MACHINE = {"cpu": "a CPU", "load": 0.5}
@@ -55,7 +55,7 @@ def test_scale_measures_every_number_of_actors_and_two_runs_more(tmp_path, monke
         asked.append((rows, actors, forward_s))
         return {"actors": actors, "tasks": 1, "fed_per_s": 1.0}
 
-    monkeypatch.setattr("pipelines.scale_benchmark.measure_run", record)
+    monkeypatch.setattr("pipelines.benchmarks.scale.measure_run", record)
     config = ScaleBenchmark(actors=(1, 3), tasks_each=2, block_rows=4, feed_tasks=5, feed_actors=2, rows=50)
     measure_scale(config, tmp_path)
 

@@ -17,10 +17,10 @@ from operators.upsamplers import learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extract import extract
-from pipelines.train import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
-from pipelines.train_config import TrainConfig
-from pipelines.train_x2 import X2Config
-from pipelines.training_data import TrainOrder, load_inline
+from pipelines.training.config import TrainConfig
+from pipelines.training.data import TrainOrder, load_inline
+from pipelines.training.loop import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
+from pipelines.training.x2 import X2Config
 from storage.checkpoints import read_checkpoint, read_last, read_pointers
 from storage.paths import Folder, InputError
 from storage.store import FeatureStore

@@ -16,8 +16,8 @@ from operators.vit_up.objective import LossWeights
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extract import extract
-from pipelines.train import read_metrics, train_inline
-from pipelines.train_vit_up import Distillation, ViTUpNet, ViTUpTraining
+from pipelines.training.loop import read_metrics, train_inline
+from pipelines.training.vit_up import Distillation, ViTUpNet, ViTUpTraining
 from storage.checkpoints import read_checkpoint, read_last
 from storage.paths import Folder
 from storage.store import FeatureStore

@@ -17,7 +17,7 @@ from pipelines.readouts.grid import CellResult, GridConfig, plan_cells, run_cell
 from pipelines.readouts.grid_report import entries, report, scatter, write_grid
 from pipelines.readouts.published import DEAP_TASKS, PUBLISHED, TABLE_3, find_task, published_values
 from pipelines.readouts.train import ReadoutTraining
-from pipelines.train import read_metrics
+from pipelines.training.loop import read_metrics
 from storage.paths import Folder
 from tests.readout_runs import extract, held_out, losses, write_sets
 
@@ -213,7 +213,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeyp
 def stop_after(step: int, setup):
     from dataclasses import replace
 
-    from pipelines.train import train_inline
+    from pipelines.training.loop import train_inline
 
     def on_step(number: int, rows: list[int]) -> None:
         if number == step:

@@ -17,7 +17,7 @@ from pipelines.evaluation.sources import FeaturesMissing
 from pipelines.readouts.checkpoints import load_readout
 from pipelines.readouts.source import picture_of
 from pipelines.readouts.tasks import CLASSIFIER
-from pipelines.train import TrainFailed, read_metrics, train_on_ray
+from pipelines.training.loop import TrainFailed, read_metrics, train_on_ray
 from pipelines.weights import WeightsUnavailable
 from storage.checkpoints import read_last
 from storage.paths import Folder

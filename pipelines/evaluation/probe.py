@@ -33,7 +33,7 @@ from pipelines.readouts.labels import LabelledImage
 from pipelines.readouts.source import picture_of
 from pipelines.readouts.tasks import Task
 from pipelines.readouts.train import features_of
-from pipelines.train_config import describe_difference
+from pipelines.training.config import describe_difference
 from storage.paths import Folder, redact
 
 PIECE_IMAGES = 32

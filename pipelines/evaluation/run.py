@@ -20,7 +20,7 @@ from pipelines.evaluation.config import EvaluateConfig, protocol_settings
 from pipelines.evaluation.sources import CachedSource, FeatureSource, Recipe
 from pipelines.executors import InlineExecutor
 from pipelines.prepare import versions
-from pipelines.train_config import require_same
+from pipelines.training.config import require_same
 from storage.checkpoints import read_run, write_run
 from storage.paths import Folder, StorageError
 from storage.store import read_attributes

@@ -2,7 +2,7 @@
 Tables 5 and 6 have them, too (specs/evaluation.md sections 10, 11).
 
 What it takes to bring one random image to a grid of features, backbone included. Weights are random unless a method names a
-checkpoint: the numbers don't depend on them. How things are timed and counted is said in pipelines/cost_benchmark.py.
+checkpoint: the numbers don't depend on them. How things are timed and counted is said in pipelines/benchmarks/cost.py.
 """
 
 import io
@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, state_arrays
 from operators.upsamplers import UPSAMPLERS, NetConfig, Upsampler, UpsamplerError, build_net, create_upsampler
 from operators.vit_up import Lora, ViTUp, ViTUpHead
-from pipelines.checkpoints import METHODS, TRAINED_ON, NetWeights, UpsamplerWeights, ViTUpWeights, load_upsampler
-from pipelines.config import ConfigError, public_settings, require_at_least
-from pipelines.cost_benchmark import (
+from pipelines.benchmarks.cost import (
     PUBLISHED,
     TABLE_9,
     count_operations,
@@ -32,14 +30,16 @@ from pipelines.cost_benchmark import (
     held_bytes,
     timed,
 )
+from pipelines.benchmarks.vit_up import bytes_per_query, vit_up_pass, vit_up_settings
+from pipelines.benchmarks.windows import random_head
+from pipelines.checkpoints import METHODS, TRAINED_ON, NetWeights, UpsamplerWeights, ViTUpWeights, load_upsampler
+from pipelines.config import ConfigError, public_settings, require_at_least
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.datasets import digest
 from pipelines.evaluation.report import Findings, Line, Published, Table, shown_size, with_published
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.evaluation.sources import CachedSource, LiveRecipe, LiveSource, Row, resolve_source
 from pipelines.models import ModelBundle, fresh_model
-from pipelines.vit_up_benchmark import bytes_per_query, vit_up_pass, vit_up_settings
-from pipelines.window_benchmark import random_head
 from storage.paths import Folder
 
 _QUERY_SCALE = 8

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from operators.readouts import ReadoutConfig, build_readout, published_counts
+from pipelines.benchmarks.cost import counted_macs, table
 from pipelines.config import ConfigError, require_at_least
-from pipelines.cost_benchmark import counted_macs, table
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "deap": {"method": "deap"},

@@ -1,7 +1,7 @@
 """A grid of readouts: backbones x tasks x methods x seeds; each cell is a training run, side by side on a cluster or in turn.
 
-A cell's state is its run's folder (pipelines/train.py) and `cell.json`, written last: whoever starts the grid again does what
-isn't there. What fails is told in the tables, and ends nothing else. Tables: pipelines/readouts/grid_report.py.
+A cell's state is its run's folder (pipelines/training/loop.py) and `cell.json`, written last: whoever starts the grid again
+does what isn't there. What fails is told in the tables, and ends nothing else. Tables: pipelines/readouts/grid_report.py.
 """
 
 import json
@@ -32,8 +32,8 @@ from pipelines.readouts.datasets import DATASETS
 from pipelines.readouts.published import PublishedTask, find_task
 from pipelines.readouts.speed import SpeedProtocol, measure_speed
 from pipelines.readouts.train import ReadoutTraining
-from pipelines.train import train_inline
-from pipelines.train_config import identity
+from pipelines.training.config import identity
+from pipelines.training.loop import train_inline
 from storage.paths import Folder, public_options, redact
 
 logger = logging.getLogger(__name__)

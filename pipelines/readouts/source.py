@@ -16,7 +16,7 @@ from pipelines.evaluation.datasets import DatasetError
 from pipelines.evaluation.sources import FeaturesMissing, Picture, Size, draw
 from pipelines.readouts.labels import LabelledImage
 from pipelines.readouts.tasks import Placement, Task
-from pipelines.training_data import Example, open_store
+from pipelines.training.data import Example, open_store
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 
@@ -79,7 +79,7 @@ class StoredMaps:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSource:
-    """A data set's images for a task; travels to whoever loads them (pipelines/training_data.py, `ExampleSource`)."""
+    """A data set's images for a task; travels to whoever loads them (pipelines/training/data.py, `ExampleSource`)."""
 
     items: tuple[LabelledImage, ...]
     task: Task

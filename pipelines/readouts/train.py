@@ -24,9 +24,9 @@ from pipelines.readouts.datasets import DATASETS, load_labelled
 from pipelines.readouts.labels import LabelledImage
 from pipelines.readouts.source import PIXELS, LabelledSource, StoredMaps
 from pipelines.readouts.tasks import TASKS, Record, Task
-from pipelines.train_config import Objective, TrainConfig, TrainSetup, begin_run
-from pipelines.train_watch import panel_picture
-from pipelines.training_data import Loaded
+from pipelines.training.config import Objective, TrainConfig, TrainSetup, begin_run
+from pipelines.training.data import Loaded
+from pipelines.training.watch import panel_picture
 from storage.paths import Folder
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
@@ -349,7 +349,7 @@ class ReadoutSetup(TrainSetup):
 
 
 class ReadoutObjective:
-    """A readout, its features, and the loss of a micro-batch (pipelines/train_config.py, `Objective`)."""
+    """A readout, its features, and the loss of a micro-batch (pipelines/training/config.py, `Objective`)."""
 
     def __init__(self, setup: ReadoutSetup, device: torch.device):
         self.setup, self.config, self.device, self.task = setup, setup.config, device, setup.images.task

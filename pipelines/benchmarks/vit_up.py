@@ -1,4 +1,4 @@
-"""What ViT-Up costs beside bilinear and LiFT (its Table 9); its windows, too, through pipelines/window_benchmark.py.
+"""What ViT-Up costs beside bilinear and LiFT (its Table 9); its windows, too, through pipelines/benchmarks/windows.py.
 
 `measure_vit_up` returns plain data, `vit_up_report` its Markdown. All weights are random: nothing here depends on them.
 ViT-Up: arXiv 2606.14024, Table 9; operations: specs/lift_vitup.md B10; how it was timed: specs/evaluation.md section 10.
@@ -25,8 +25,7 @@ from operators.upsamplers import (
     learned_upsampler,
 )
 from operators.vit_up import AdaptedBackbone, Lora, ViTUp, ViTUpConfig, ViTUpHead
-from pipelines.config import ConfigError
-from pipelines.cost_benchmark import (
+from pipelines.benchmarks.cost import (
     BACKBONE,
     TABLE_9,
     count_parameters,
@@ -37,7 +36,8 @@ from pipelines.cost_benchmark import (
     table,
     timed,
 )
-from pipelines.window_benchmark import compare_window, random_head, window_report
+from pipelines.benchmarks.windows import compare_window, random_head, window_report
+from pipelines.config import ConfigError
 
 ALL_GRIDS = (56, 112, 224, 448)
 CPU_GRIDS = (56, 112)

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from cluster.session import connect
-from pipelines.benchmark_data import write_tiny_tars
+from pipelines.benchmarks.cost import table
+from pipelines.benchmarks.data import write_tiny_tars
+from pipelines.benchmarks.processes import CORES, BenchmarkFailed, run_fresh
+from pipelines.benchmarks.simulated import SimulatedExecutor, driver_use
 from pipelines.config import ConfigError, ExtractConfig
-from pipelines.cost_benchmark import table
 from pipelines.executors import WINDOW_TASKS
 from pipelines.extract import run_prepared
 from pipelines.prepare import prepare, resolve
-from pipelines.processes import CORES, BenchmarkFailed, run_fresh
-from pipelines.simulated import SimulatedExecutor, driver_use
 
 logger = logging.getLogger(__name__)
 

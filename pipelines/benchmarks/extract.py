@@ -16,12 +16,12 @@ import numpy as np
 import zarr
 
 from cluster.session import connect
-from pipelines.baselines import STAGES, BaselineJob, bare_stages, user_loop
+from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
+from pipelines.benchmarks.processes import CORES, SPAWN, BenchmarkFailed, Usage, run_fresh
 from pipelines.config import ConfigError, ExtractConfig
 from pipelines.executors import RayExecutor
 from pipelines.extract import run_prepared
 from pipelines.prepare import prepare, resolve
-from pipelines.processes import CORES, SPAWN, BenchmarkFailed, Usage, run_fresh
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)

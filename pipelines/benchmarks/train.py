@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from operators.upsamplers import build_net
+from pipelines.benchmarks.cost import table
+from pipelines.benchmarks.processes import CORES
 from pipelines.config import ConfigError
-from pipelines.cost_benchmark import table
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.processes import CORES
-from pipelines.train import read_metrics, train_inline, train_on_ray
-from pipelines.train_x2 import X2Config
+from pipelines.training.loop import read_metrics, train_inline, train_on_ray
+from pipelines.training.x2 import X2Config
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from operators.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates
 from operators.vit_up.geometry import Rope, encode_offsets, nearest_tokens
 from operators.vit_up.head import sample
-from pipelines.cost_benchmark import median_ratio, table, timed
-from pipelines.processes import BenchmarkFailed
+from pipelines.benchmarks.cost import median_ratio, table, timed
+from pipelines.benchmarks.processes import BenchmarkFailed
 
 QUERIES = 3136
 """At once, in both: the official code's default (specs/lift_vitup.md B11)."""

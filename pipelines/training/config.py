@@ -1,7 +1,7 @@
 """Settings of a training run, and what it is when it is ready; and whether a run goes on with the settings it was begun with.
 
 What is wrong with the settings is wrong before anything is computed. What is trained on what is said by subclasses of
-`TrainConfig`, each beside its loss (pipelines/train_x2.py, train_vit_up.py, readouts/train.py).
+`TrainConfig`, each beside its loss (pipelines/training/x2.py, train_vit_up.py, readouts/train.py).
 """
 
 import json
@@ -23,7 +23,7 @@ from pipelines.config import (
     runs_inline,
 )
 from pipelines.prepare import versions
-from pipelines.training_data import ExampleSource, Loaded, TrainOrder
+from pipelines.training.data import ExampleSource, Loaded, TrainOrder
 from storage.checkpoints import read_pointers, read_run, write_run
 from storage.paths import Folder
 from storage.store import read_attributes

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from operators.evaluation.matching import Normalise, best_pixels
 from operators.evaluation.propagation import Propagation, Propagator
+from pipelines.benchmarks.cost import device_name, median_ratio, peak_bytes, table, timed
+from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.config import ConfigError
-from pipelines.cost_benchmark import device_name, median_ratio, peak_bytes, table, timed
-from pipelines.processes import BenchmarkFailed
 
 _TOLERANCE = 1e-4
 "largest difference of similarities and of soft labels, which are at most 1"

@@ -19,9 +19,9 @@ from operators.upsamplers import UpsamplerError
 from operators.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
 from operators.vit_up.objective import LossWeights, Supervision, objective
 from pipelines.config import ConfigError
-from pipelines.train_images import FrozenBackbone, ImageSetup, ImageTraining
-from pipelines.train_watch import similarity_picture
-from pipelines.training_data import CanvasView, Loaded
+from pipelines.training.data import CanvasView, Loaded
+from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining
+from pipelines.training.watch import similarity_picture
 
 ENLARGED = 4
 """Cells of the validation's grid to one of the backbone's, a side."""
@@ -231,7 +231,7 @@ class Distillation:
 
 
 class ViTUpObjective:
-    """Head, adapter and frozen backbone on a run's images (pipelines/train.py, `Objective`)."""
+    """Head, adapter and frozen backbone on a run's images (pipelines/training/loop.py, `Objective`)."""
 
     def __init__(self, config: ViTUpTraining, setup: ImageSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device

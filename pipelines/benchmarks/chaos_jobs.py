@@ -17,7 +17,7 @@ from storage.checkpoints import read_last, read_metrics
 from storage.ledger import Ledger
 from storage.paths import Folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", "test_vit.r160_in1k", "--weights", "random", "--precision", "fp32", "--device", "cpu")
 
 

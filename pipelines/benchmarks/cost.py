@@ -31,8 +31,8 @@ from operators.upsamplers import (
     create_upsampler,
     learned_upsampler,
 )
+from pipelines.benchmarks.processes import peak_rss
 from pipelines.config import ConfigError
-from pipelines.processes import peak_rss
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 BACKBONE = "backbone alone"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines.benchmarks.processes import CORES
 from pipelines.demo import PHOTOS
-from pipelines.processes import CORES
 
 
 def _sources() -> list[Image.Image]:

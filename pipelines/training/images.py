@@ -1,6 +1,6 @@
 """Training on images without labels: the frozen backbone loaded, the images indexed.
 
-What is trained on them is said by subclasses of `ImageTraining` (pipelines/train_x2.py, train_vit_up.py).
+What is trained on them is said by subclasses of `ImageTraining` (pipelines/training/x2.py, train_vit_up.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ from operators.backbone import (
 )
 from pipelines.config import ConfigError, require_at_least
 from pipelines.prepare import index_input
-from pipelines.train_config import Objective, TrainConfig, TrainSetup, begin_run
-from pipelines.training_data import ImageSource, StoredFeatures, View
+from pipelines.training.config import Objective, TrainConfig, TrainSetup, begin_run
+from pipelines.training.data import ImageSource, StoredFeatures, View
 from pipelines.weights import WeightsChoice, load_model
 from storage.checkpoints import read_run
 from storage.inputs import InputFile, expand_inputs

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from operators.image import Geometry, fit, open_rgb
-from pipelines.augment import colour_jitter, random_part, training_view
+from pipelines.training.augment import colour_jitter, random_part, training_view
 from storage.paths import Folder
 from storage.samples import SampleIndex, read_images
 from storage.store import FeatureStore
@@ -139,7 +139,7 @@ class SidesView:
 
 @dataclass(frozen=True, kw_only=True)
 class CanvasView:
-    """ViT-Up's view (pipelines/augment.py): `teacher` and `canvas`, uint8 [S, S, 3], and `box`, float32 [4].
+    """ViT-Up's view (pipelines/training/augment.py): `teacher` and `canvas`, uint8 [S, S, 3], and `box`, float32 [4].
 
     Without a generator, nothing is changed in the square, and what must be chosen is drawn from the file's own bytes.
     """

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.benchmark_data import write_masks
+from pipelines.benchmarks.cost import table
+from pipelines.benchmarks.data import write_masks
+from pipelines.benchmarks.processes import CORES
 from pipelines.config import ConfigError, ExtractConfig, require_at_least
-from pipelines.cost_benchmark import table
 from pipelines.executors import InlineExecutor
 from pipelines.extract import extract
-from pipelines.processes import CORES
 from pipelines.readouts.train import ReadoutTraining
-from pipelines.train import read_metrics, train_inline
+from pipelines.training.loop import read_metrics, train_inline
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)

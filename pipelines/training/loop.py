@@ -28,9 +28,9 @@ from torch import Tensor
 from cluster.resources import accelerator_selector
 from operators.backbone import load_arrays, state_arrays
 from operators.vit_up.objective import learning_rate
-from pipelines.train_config import TrainSetup
-from pipelines.train_watch import EventFile
-from pipelines.training_data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
+from pipelines.training.config import TrainSetup
+from pipelines.training.data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
+from pipelines.training.watch import EventFile
 from storage.checkpoints import Checkpoint, read_last, read_metrics, read_pointers, write_checkpoint, write_metrics
 from storage.paths import Folder, StorageError, filesystem
 

@@ -1,8 +1,8 @@
 """Machines that die, on purpose: a job is run again and again on a cluster whose nodes are killed, and must lose nothing.
 
-Faults come at random times that a seed decides. What is run is in pipelines/chaos_jobs.py, what is killed in cluster/nodes.py.
-Ray's head keeps its state in memory (there is no Redis here): when its machine dies, so does its cluster, and the same command
-goes on on a new one.
+Faults come at random times that a seed decides. What is run is in pipelines/benchmarks/chaos_jobs.py, what is killed in
+cluster/nodes.py. Ray's head keeps its state in memory (there is no Redis here): when its machine dies, so does its cluster,
+and the same command goes on on a new one.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cluster.nodes import LocalCluster, LocalNode, local_ray
-from pipelines.benchmark_data import write_photos
-from pipelines.chaos_jobs import ExtractJob, Found, Job, TrainJob
+from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
+from pipelines.benchmarks.cost import table
+from pipelines.benchmarks.data import write_photos
+from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.config import ConfigError
-from pipelines.cost_benchmark import table
 from pipelines.executors import NO_PROGRESS_S
-from pipelines.processes import BenchmarkFailed
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +292,7 @@ class _Runner:
         self.helpers.append(
             subprocess.Popen(
                 [sys.executable, "-c", code, *arguments],
-                cwd=Path(__file__).resolve().parent.parent,
+                cwd=Path(__file__).resolve().parents[2],
                 env=self.environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -18,10 +18,10 @@ from operators.image import Geometry
 from operators.losses import averaged, cosine_loss, lower, multi_scale_loss
 from operators.upsamplers import NetConfig, build_net
 from pipelines.config import ConfigError
-from pipelines.train_config import describe_difference
-from pipelines.train_images import FrozenBackbone, ImageSetup, ImageTraining
-from pipelines.train_watch import similarity_picture
-from pipelines.training_data import JitteredView, Loaded, StoredFeatures
+from pipelines.training.config import describe_difference
+from pipelines.training.data import JitteredView, Loaded, StoredFeatures
+from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining
+from pipelines.training.watch import similarity_picture
 from storage.store import FeatureStore
 
 
@@ -156,7 +156,7 @@ METRICS = ("val_loss", "val_cosine", "val_cosine_twice", "val_cosine_beyond")
 
 
 class X2Objective:
-    """The network, its frozen backbone, and the loss of a micro-batch (pipelines/train.py, `Objective`)."""
+    """The network, its frozen backbone, and the loss of a micro-batch (pipelines/training/loop.py, `Objective`)."""
 
     def __init__(self, config: X2Config, setup: ImageSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device
