@@ -9,7 +9,8 @@ import torch
 
 from operators.upsamplers import build_net
 from operators.vit_up import ViTUpConfig
-from pipelines.benchmarks.cost import TABLE_9, held_bytes
+from pipelines.benchmarks.cost import TABLE_9
+from pipelines.benchmarks.measure import held_bytes
 from pipelines.benchmarks.vit_up import head_macs
 from pipelines.config import ConfigError
 from pipelines.evaluation import runtime

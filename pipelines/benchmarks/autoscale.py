@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 from cluster.autoscaling import AutoscalingCluster
-from pipelines.benchmarks.cost import table
 from pipelines.benchmarks.data import write_photos
+from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import CORES, BenchmarkFailed
 from pipelines.config import ConfigError
 from storage.store import FeatureStore
@@ -77,7 +77,7 @@ class Sample:
 
 
 def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> dict[str, Any]:
-    """Start a head, extract on it from a process of its own, and wait until its nodes are gone."""
+    """Start a head, extract on it from a process of its own, wait until its nodes are gone, and draw it."""
     photos = write_photos(folder / "photos", config.images)
     store = folder / "feats.zarr"
     with _head(config, folder) as cluster:
@@ -99,6 +99,8 @@ def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> dict[str, A
         ended = watch.samples[-1].seconds
         watch.until(lambda: watch.samples[-1].nodes == 0, config.idle_s + WAIT_S)
         watch.until(lambda: watch.samples[-1].seconds > ended + config.idle_s + 2, config.idle_s + WAIT_S)
+    if config.picture:
+        draw(config, watch.samples, config.picture)
     counts = FeatureStore.open(str(store)).attributes["counts"]
     return {"started": started, "ended": ended, "counts": counts, "samples": watch.samples}
 

@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeAlias
 
 from cluster.nodes import LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
-from pipelines.benchmarks.cost import table
 from pipelines.benchmarks.data import write_photos
+from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.config import ConfigError
 from pipelines.executors import NO_PROGRESS_S

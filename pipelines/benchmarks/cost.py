@@ -6,19 +6,14 @@ LiFT: arXiv 2403.14625, Tables 5 and 6; the counting rule was found from their n
 
 import itertools
 import math
-import os
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from operators.backbone import TimmBackbone, autocast, cast_matmul_weights, create_model
@@ -31,7 +26,7 @@ from operators.upsamplers import (
     create_upsampler,
     learned_upsampler,
 )
-from pipelines.benchmarks.processes import peak_rss
+from pipelines.benchmarks.measure import device_name, peak_bytes, seconds_of, table
 from pipelines.config import ConfigError
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
@@ -287,83 +282,11 @@ def _interleaved(programs: dict[str, Callable[[], Any]], repeat: int, device: to
             itertools.cycle(programs), first % len(programs), first % len(programs) + len(programs)
         )
         for name in names:
-            seconds[name].append(_seconds(programs[name], device))
+            seconds[name].append(seconds_of(programs[name], device))
     return seconds
-
-
-def timed(runs: Sequence[Callable[[], Any]], repeat: int, row_s: float, device: torch.device) -> list[list[float]]:
-    """Seconds of each in rounds of all, `repeat` of them; one that would come beyond `row_s` is left out of further ones."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for number in range(repeat):
-        for run, times in zip(runs, seconds, strict=True):
-            if number == 0 or (len(times) == number and sum(times) * (number + 1) / number <= row_s):
-                times.append(_seconds(run, device))
-    return seconds
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    finish(device)
-    start = time.perf_counter()
-    run()
-    finish(device)
-    return time.perf_counter() - start
-
-
-def median_ratio(times: Sequence[float], of: Sequence[float]) -> float:
-    """Median over the rounds that both ran: what else the machine did then was much the same for both."""
-    return statistics.median(a / b for a, b in zip(times, of, strict=False))
-
-
-def device_name(device: torch.device) -> str:
-    """What times hold for."""
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def finish(device: torch.device) -> None:
-    """Wait for what an accelerator still computes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_bytes(run: Callable[[], Any], device: torch.device, *, warm_up: bool = True) -> int:
-    """The most memory that torch's allocator holds at once during a call, beyond what it held before: no weights, no input."""
-    if warm_up:
-        run()
-    if device.type == "cuda":
-        finish(device)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        finish(device)
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines to stderr at every start and stop
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(changes))
-
-
-def held_bytes(run: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
-    """Bytes before a call, weights above all, and at most during it, with those before; None where the system doesn't tell.
-
-    On a GPU what torch's allocator holds, on a CPU this process's resident memory, interpreter and torch included.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        return before, before + peak_bytes(run, device, warm_up=False)
-    return psutil.Process().memory_info().rss, peak_rss(run)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table, line by line, its first column to the left and the others to the right."""
-    yield ""
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" + "---:|" * (len(head) - 1)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 def cost_report(config: CostBenchmark, result: dict[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from operators.evaluation.matching import Normalise, best_pixels
 from operators.evaluation.propagation import Propagation, Propagator
-from pipelines.benchmarks.cost import device_name, median_ratio, peak_bytes, table, timed
+from pipelines.benchmarks.measure import device_name, median_ratio, peak_bytes, table, timed
 from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.config import ConfigError
 

@@ -1,7 +1,6 @@
 """Speed and memory of extraction, beside the parts it's made of and the loop a competent user would write instead.
 
-`measure_extract` and `measure_index` return plain data; jobs/benchmark.py makes the input and prints. What is measured runs
-in fresh processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
+What is measured runs in fresh processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
 """
 
 import logging
@@ -10,21 +9,67 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
 
 from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
-from pipelines.benchmarks.processes import CORES, SPAWN, BenchmarkFailed, Usage, run_fresh
+from pipelines.benchmarks.data import write_photos
+from pipelines.benchmarks.measure import table
+from pipelines.benchmarks.processes import CORES, SPAWN, BenchmarkFailed, Usage, durations, run_fresh
 from pipelines.config import ConfigError, ExtractConfig
 from pipelines.executors import RayExecutor
 from pipelines.extract import run_prepared
+from pipelines.models import LevelChoice
 from pipelines.prepare import prepare, resolve
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractBenchmark:
+    """This pipeline, the loop a competent user would write, the bare forward, and the bound of the bare stages."""
+
+    images: int = 1000
+    """Photos to generate: crops of scikit-image's photographs, about 500 x 375 pixels, JPEG quality 90."""
+    data: tuple[str, ...] = ()
+    """Local WebDataset tars (braces and globs allowed) to use instead, with all their samples."""
+    model: str = "vit_small_patch16_224.dino"
+    """timm name of a plain ViT."""
+    weights: str = "random"
+    """As for jobs/extract.py."""
+    size: int = 224
+    """Side of the square input in pixels."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast of the forward, in everything that is compared."""
+    levels: tuple[str, ...] = ("x1", "pooled")
+    """As for jobs/extract.py, without learned methods and int8."""
+    loop_batch: int = 64
+    """Images per forward of the user's loop; the pipeline takes its own default."""
+    repeat: int = 1
+    """Rounds of pipeline, loop and bare stages, one after another; the best of each and all are reported."""
+    stage_s: float = 10.0
+    """Seconds for which each bare stage is measured."""
+    out: str = ""
+    """Folder that keeps the photos and the last round's stores; default: a temporary one that is deleted."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.loop_batch, self.repeat) < 1:
+            raise ConfigError("--images, --loop-batch and --repeat must be at least 1")
+        if any(LevelChoice.parse(level, "float16").dtype == "int8" for level in self.levels):
+            raise ConfigError("int8 levels have no counterpart in the user's loop; use @float16 or @float32")
+
+
+EXTRACT_PRESETS = {
+    "default": ExtractBenchmark(),
+    # No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
+    "debug": ExtractBenchmark(images=32, model="test_vit.r160_in1k", size=64, precision="fp32", stage_s=0.2),
+}
 
 MIN_STEADY_TASKS = 8
 """Below this the steady window opens when the first task begins, since little would be left of it."""
@@ -112,13 +157,28 @@ def _steady(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def measure_extract(
-    config: ExtractConfig, folder: Path, *, loop_batch: int, repeat: int, stage_s: float
-) -> list[dict[str, Any]]:
-    """`repeat` rounds of pipeline, loop and bare stages over `config.data`, with their stores in `folder`.
+def measure_extract(config: ExtractBenchmark, folder: Path) -> dict[str, Any]:
+    """Rounds of pipeline, loop and bare stages, with their stores in `folder`; the best of each.
 
     Raises `BenchmarkFailed` if one fails, or if the loop's features differ from the pipeline's, and what `resolve` raises.
     """
+    run = ExtractConfig(
+        data=config.data or (write_photos(folder / "photos", config.images),),
+        model=config.model,
+        weights=config.weights,
+        size=str(config.size),
+        precision=config.precision,
+        levels=config.levels,
+        executor="ray",
+        device="cpu",
+    )
+    rounds = _rounds(run, folder, loop_batch=config.loop_batch, repeat=config.repeat, stage_s=config.stage_s)
+    return {**_summarise(rounds), "rounds": rounds}
+
+
+def _rounds(
+    config: ExtractConfig, folder: Path, *, loop_batch: int, repeat: int, stage_s: float
+) -> list[dict[str, Any]]:
     _refuse_unfit(config, folder)
     rounds = []
     for n in range(repeat):
@@ -182,14 +242,9 @@ def _from_start(result: dict[str, Any], usage: Usage) -> dict[str, Any]:
         "seconds": done - usage.started,
         "images_per_s": result["images"] / (done - usage.started),
         "start_up_s": max(marks.values()) - usage.started,
-        "start_up_parts_s": _durations(usage.started, marks),
+        "start_up_parts_s": durations(usage.started, marks),
         "memory": usage.peak,
     }
-
-
-def _durations(started: float, marks: Mapping[str, float]) -> dict[str, float]:
-    """Seconds from each mark to the one before it."""
-    return {name: b - a for (name, b), a in zip(marks.items(), [started, *marks.values()], strict=False)}
 
 
 def _measure_bare(job: BaselineJob) -> dict[str, Any]:
@@ -227,7 +282,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The best of each over all rounds, the ratios that have targets, and what lies between the bound and the rate."""
     pipeline, loop = (
         max((r[name] for r in rounds), key=lambda m: m["steady_images_per_s"]) for name in ("pipeline", "loop")
@@ -272,32 +327,89 @@ def _gap(pipeline: Mapping[str, Any], bare_ms: Mapping[str, float]) -> dict[str,
     return {"stages": stages, "outside": cpu, "bare": sum(bare_ms.values()), "total": total}
 
 
-# --- the index --------------------------------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------------------------------
 
 
-def measure_index(config: ExtractConfig) -> dict[str, Any]:
-    """Index the input, list the tasks, and validate the index again, on a local Ray; no features are computed."""
-    [result], usage = run_fresh(_index, (config,))
-    sizes = [path.stat().st_size for path in (Path(config.out) / "index").rglob("*.parquet")]
-    seconds = _durations(usage.started, result.pop("marks"))
-    return result | {"seconds": seconds, "parquet_bytes": sum(sizes), "memory": usage.peak}
+def extract_report(config: ExtractBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    best, found = result["best"], result["machine"]
+    pipeline, loop, bare = best["pipeline"], best["loop"], best["bare"]
+    yield f"## extract: {pipeline['images']:,} images, {config.model} at {config.size} px, {config.precision}"
+    yield (
+        f"\n{found['cpu']}, {CORES} cores, torch {found['torch']}; levels {' '.join(config.levels)}; best of {config.repeat}."
+        f" Load average when it ended: {found['load']:.1f}."
+    )
+    if config.precision == "bf16" and not found["native_bf16"]:
+        yield "\n**This CPU has no bf16 instructions: bf16 is emulated here, and slow; --precision fp32 is likely faster.**"
+    bound = bare["bound_images_per_s"]
+    yield from table(
+        ["", "images/s", "of the bound"],
+        [
+            [name, f"{rate:.2f}", f"{rate / bound:.2f}"]
+            for name, rate in (
+                ("(a) this pipeline, steady", pipeline["steady_images_per_s"]),
+                ("(a) this pipeline, whole run", pipeline["images_per_s"]),
+                (f"(b) bare forward, {CORES} processes of 1 thread", bare["forward_processes_images_per_s"]),
+                (f"(b) bare forward, 1 process of {CORES} threads", bare["forward_threads_images_per_s"]),
+                ("(c) bound: cores / sum of bare stages", bound),
+                ("(d) the user's loop, steady", loop["steady_images_per_s"]),
+                ("(d) the user's loop, whole run", loop["images_per_s"]),
+            )
+        ],
+    )
+    rows = []
+    for name, r in result["ratios"].items():
+        target = f"{r['target']:.2f}" if r["target"] else ""
+        rows.append([name, target, f"{r['best']:.2f}", " ".join(f"{x:.2f}" for x in r["all"])])
+    yield from table(["ratio", "target", "best", "by round"], rows)
+    yield from _gap_report(result["gap"])
+    yield from _process_report(pipeline, loop)
+    yield from _notes(pipeline, loop, bare)
 
 
-def _index(config: ExtractConfig) -> dict[str, Any]:
-    marks = {"imports": time.monotonic()}
-    resolved = resolve(config)
-    marks["input list and model"] = time.monotonic()
-    with connect("local", num_cpus=CORES, num_gpus=0):
-        marks["ray"] = time.monotonic()
-        prepared = prepare(resolved, RayExecutor())
-        marks["index"] = time.monotonic()
-        tasks = prepared.layout.tasks()
-        marks["tasks"] = time.monotonic()
-        prepare(resolved, RayExecutor())
-        marks["index again"] = time.monotonic()
-    return {
-        "rows": prepared.index.n_rows,
-        "sources": len(prepared.index.sources),
-        "tasks": len(tasks),
-        "marks": marks,
-    }
+def _gap_report(gap: dict[str, Any]) -> Iterator[str]:
+    """Where the time between the bound and the steady rate goes."""
+    rows = [
+        [s["stage"], f"{s['bare']:.2f}", f"{s['clock']:.2f}", f"{s['cpu']:.2f}", f"{s['gap']:+.2f}"]
+        for s in gap["stages"]
+    ]
+    rows += [[name, "", "", f"{value:.2f}", f"{value:+.2f}"] for name, value in gap["outside"].items()]
+    rows += [["all", f"{gap['bare']:.2f}", "", f"{gap['total']:.2f}", f"{gap['total'] - gap['bare']:+.2f}"]]
+    yield "\nWhere it goes, in core milliseconds per image (largest gap first within the stages):"
+    yield from table(["", "bare", "stage clock", "in the run", "gap"], rows)
+
+
+def _process_report(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[str]:
+    def megabytes(value: float) -> str:
+        return f"{value / 2**20:,.0f} MB" if value else "-"
+
+    rows = [
+        ["start-up", f"{pipeline['start_up_s']:.1f} s", f"{loop['start_up_s']:.1f} s"],
+        ["whole run", f"{pipeline['seconds']:.1f} s", f"{loop['seconds']:.1f} s"],
+    ]
+    names = {"pss": "peak memory (PSS)", "rss": "peak memory (RSS)", "driver": "of it the main process"}
+    names |= {"workers": "of it workers", "largest_worker": "largest worker", "ray": "of it Ray's daemons"}
+    for name, title in names.items():
+        rows.append([title, megabytes(pipeline["memory"][name]), megabytes(loop["memory"][name])])
+    yield from table(["", "pipeline", "user's loop"], rows)
+
+
+def _notes(pipeline: dict[str, Any], loop: dict[str, Any], bare: dict[str, Any]) -> Iterator[str]:
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in pipeline["start_up_parts_s"].items())
+    waits = ", ".join(f"{name} {ms:.1f}" for name, ms in loop["stage_ms"].items())
+    cosines = ", ".join(f"{name} {value:.6f}" for name, value in loop["cosine"].items())
+    samples = [str(run["memory"]["pss_samples"]) for run in (pipeline, loop)]
+    opens = "first finished task's end" if pipeline["steady_from"] == "end" else "first task's beginning (few tasks)"
+    yield f"""
+- Whole run: from the process's start (interpreter and imports included) to the finished store; Ray's shutdown is left out.
+- (a) start-up, seconds: {parts}; after the last task {pipeline["wrap_up_s"]:.1f}. Tasks: {pipeline["tasks"]}.
+- (a) steady: {pipeline["steady_s"]:.1f} s from the {opens} to the last one's end; tasks under way when that opens
+  count by the part of their stage time that lies in it.
+- (d) steady: all images, from the first batch's arrival at the model to the end. ms per image in its main process:
+  {waits}.
+- (b), (c): {CORES} single-threaded processes at once, batches of {bare["batch"]}. Writes without fsync (the pipeline syncs).
+- "stage clock" is workers' wall time; two tasks share a worker, so clocks overlap. "in the run" shares the workers' CPU time
+  out by it. "idle" includes waiting for the disk; "other" is the machine's other programs.
+- PSS counts shared pages once; sampled {" and ".join(samples)} times, as often as takes 1 % of a core.
+- RSS counts them in every process; sampled every 0.5 s.
+- Smallest cosine between (a)'s and (d)'s features, a few rows: {cosines}."""

@@ -4,13 +4,16 @@ Everything is compared with float32 features of fully decoded images, on the ima
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from operators.image import decode
+from pipelines.benchmarks.measure import table
 from pipelines.config import ExtractConfig
+from pipelines.executors import InlineExecutor
 from pipelines.photos import geometry_of
 from pipelines.prepare import Resolved, prepare, resolve
 from storage.samples import read_images
@@ -19,14 +22,47 @@ from storage.shards import compress, encode_row
 BATCH = 16
 
 
-def measure_precision(config: ExtractConfig, executor: Any) -> list[dict[str, Any]]:
-    """One row per choice: relative L2 error, mean and worst 1 - cosine over cells, bytes a value (encodings only).
+@dataclass(frozen=True, kw_only=True)
+class PrecisionBenchmark:
+    """What encodings, autocast and reduced-scale JPEG decoding cost in accuracy, against float32."""
 
-    Uses the first dense level of `config`, stored as float32 for the reference.
-    """
-    config = replace(config, precision="fp32", jpeg_draft=False, levels=("x1",), encoding="float32")
+    data: tuple[str, ...] = ("demo/photos-{000..001}.tar",)
+    """As for jobs/extract.py; at most the first 1,024 images are used."""
+    model: str = "vit_small_patch16_224.dino"
+    """timm name."""
+    weights: str = "pretrained"
+    """As for jobs/extract.py. Random weights have none of the outlier channels that make int8 hard."""
+    size: str | None = None
+    """As for jobs/extract.py."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+
+PRECISION_PRESETS = {
+    "default": PrecisionBenchmark(),
+    "debug": PrecisionBenchmark(model="test_vit.r160_in1k", weights="random", size="64"),
+}
+
+
+def measure_precision(config: PrecisionBenchmark, folder: Path) -> dict[str, Any]:
+    """One row per choice: relative L2 error, mean and worst 1 - cosine over cells, bytes a value (encodings only)."""
+    run = ExtractConfig(
+        data=config.data,
+        out=str(folder / "feats.zarr"),
+        model=config.model,
+        weights=config.weights,
+        size=config.size,
+        precision="fp32",
+        levels=("x1",),
+        encoding="float32",
+        executor="inline",
+    )
+    return {"rows": _rows(run)}
+
+
+def _rows(config: ExtractConfig) -> list[dict[str, Any]]:
     resolved = resolve(config)
-    prepared = prepare(resolved, executor)
+    prepared = prepare(resolved, InlineExecutor())
     rows = prepared.index.read(0, min(prepared.index.n_rows, 1024))
     blobs = [blob for blob in read_images(rows, prepared.urls, config.options) if blob]
     exact = _pixels(blobs, config, resolved)
@@ -73,3 +109,15 @@ def _error(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
         "mean_1_minus_cosine": float((1 - cosine).mean()),
         "worst_1_minus_cosine": float((1 - cosine).max()),
     }
+
+
+def precision_report(config: PrecisionBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    yield f"## precision: {config.model}, weights {config.weights}"
+    head = ["choice", "bytes a value", "relative L2", "1 - cosine, mean", "1 - cosine, worst cell"]
+    names = ("bytes_per_value", "relative_l2", "mean_1_minus_cosine", "worst_1_minus_cosine")
+    rows = [
+        [f"{row['kind']} {row['name']}", *(f"{row[name]:.2g}" if name in row else "" for name in names)]
+        for row in result["rows"]
+    ]
+    yield from table(head, rows)

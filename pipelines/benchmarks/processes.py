@@ -6,7 +6,7 @@ import multiprocessing.connection
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +148,8 @@ def run_fresh(function: Callable[..., Any], *calls: tuple[Any, ...]) -> tuple[li
 
 def _send(pipe: Any, function: Callable[..., Any], call: tuple[Any, ...]) -> None:
     pipe.send(function(*call))
+
+
+def durations(started: float, marks: Mapping[str, float]) -> dict[str, float]:
+    """Seconds from each mark to the one before it."""
+    return {name: b - a for (name, b), a in zip(marks.items(), [started, *marks.values()], strict=False)}

@@ -1,6 +1,6 @@
 """Speed of reading features back, at random and whole epochs, beside zarr-python, a memmap, and whole shards in order.
 
-`measure_read` returns plain data; jobs/benchmark.py prints it. The stores are made here, through the real writer. Each place
+The stores are made here, through the real writer. Each place
 (a local disk, an S3 server) is measured in a fresh process, one contender after another, each with objects of its own.
 """
 
@@ -91,6 +91,13 @@ class ReadBenchmark:
         """All settings without credentials."""
         options = parse_options(self.storage_options)
         return asdict(self) | {"s3": redact(self.s3, options), "storage_options": public_options(options)}
+
+
+READ_PRESETS = {
+    "default": ReadBenchmark(),
+    # No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
+    "debug": ReadBenchmark(rows=96, grid=(4, 4), channels=64, s3_rows=48, reads=100, repeat=1, big_rows=2000),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,7 +439,7 @@ def moto_server() -> Iterator[tuple[dict[str, Any], int]]:
 # --- the whole of it --------------------------------------------------------------------------------------------------
 
 
-def measure_read(folder: Path, config: ReadBenchmark) -> dict[str, Any]:
+def measure_read(config: ReadBenchmark, folder: Path) -> dict[str, Any]:
     """All of it, in `folder`. Raises `BenchmarkFailed` if a contender gives wrong features, or an epoch not every row once."""
     _refuse_unfit(folder, config)
     npy = str(folder / "rows.npy")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.benchmarks.cost import table
 from pipelines.benchmarks.data import write_masks
+from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import CORES
 from pipelines.config import ConfigError, ExtractConfig, require_at_least
 from pipelines.executors import InlineExecutor

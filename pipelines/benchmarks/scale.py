@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cluster.session import connect
-from pipelines.benchmarks.cost import table
 from pipelines.benchmarks.data import write_tiny_tars
+from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import CORES, BenchmarkFailed, run_fresh
 from pipelines.benchmarks.simulated import SimulatedExecutor, driver_use
 from pipelines.config import ConfigError, ExtractConfig

@@ -4,11 +4,13 @@ The plain loop is PyTorch, torchvision and timm alone, in one process: its own d
 the keys, LiFT's loss through `cosine_embedding_loss`. Only the network is the same code (operators/upsamplers/lift.py).
 """
 
+import contextlib
 import io
 import itertools
 import logging
 import tarfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from cluster.session import connect
 from operators.upsamplers import build_net
-from pipelines.benchmarks.cost import table
+from pipelines.benchmarks.data import write_photos
+from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import CORES
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor, RayExecutor
@@ -73,13 +77,14 @@ TRAIN_PRESETS = {
 }
 
 
-def measure_training(config: TrainBenchmark, folder: Path, photos: str) -> dict[str, Any]:
-    """Images per second of every contender in every round, over the tars that the pattern `photos` names."""
-    rates: dict[str, list[float]] = {}
-    for n in range(config.repeat):
-        for name, rate in _round(config, folder / f"round-{n}", photos):
-            logger.info("round %d of %d: %s, %.2f images/s", n + 1, config.repeat, name, rate)
-            rates.setdefault(name, []).append(rate)
+def measure_training(config: TrainBenchmark, folder: Path) -> dict[str, Any]:
+    """Images per second of every contender in every round."""
+    photos, rates = write_photos(folder / "photos", config.images), defaultdict(list)
+    with connect(None, num_gpus=0) if config.ray else contextlib.nullcontext():
+        for n in range(config.repeat):
+            for name, rate in _round(config, folder / f"round-{n}", photos):
+                logger.info("round %d of %d: %s, %.2f images/s", n + 1, config.repeat, name, rate)
+                rates[name].append(rate)
     best = {name: max(found) for name, found in rates.items()}
     return {"rates": rates, "best": best, "ratios": {name: rate / best[PLAIN] for name, rate in best.items()}}
 

@@ -25,17 +25,8 @@ from operators.upsamplers import (
     learned_upsampler,
 )
 from operators.vit_up import AdaptedBackbone, Lora, ViTUp, ViTUpConfig, ViTUpHead
-from pipelines.benchmarks.cost import (
-    BACKBONE,
-    TABLE_9,
-    count_parameters,
-    counted_macs,
-    device_name,
-    median_ratio,
-    peak_bytes,
-    table,
-    timed,
-)
+from pipelines.benchmarks.cost import BACKBONE, TABLE_9, count_parameters, counted_macs
+from pipelines.benchmarks.measure import device_name, median_ratio, peak_bytes, table, timed
 from pipelines.benchmarks.windows import compare_window, random_head, window_report
 from pipelines.config import ConfigError
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from operators.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates
 from operators.vit_up.geometry import Rope, encode_offsets, nearest_tokens
 from operators.vit_up.head import sample
-from pipelines.benchmarks.cost import median_ratio, table, timed
+from pipelines.benchmarks.measure import median_ratio, table, timed
 from pipelines.benchmarks.processes import BenchmarkFailed
 
 QUERIES = 3136

@@ -20,16 +20,8 @@ from torch import Tensor, nn
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, state_arrays
 from operators.upsamplers import UPSAMPLERS, NetConfig, Upsampler, UpsamplerError, build_net, create_upsampler
 from operators.vit_up import Lora, ViTUp, ViTUpHead
-from pipelines.benchmarks.cost import (
-    PUBLISHED,
-    TABLE_9,
-    count_operations,
-    count_parameters,
-    counted_macs,
-    device_name,
-    held_bytes,
-    timed,
-)
+from pipelines.benchmarks.cost import PUBLISHED, TABLE_9, count_operations, count_parameters, counted_macs
+from pipelines.benchmarks.measure import device_name, held_bytes, timed
 from pipelines.benchmarks.vit_up import bytes_per_query, vit_up_pass, vit_up_settings
 from pipelines.benchmarks.windows import random_head
 from pipelines.checkpoints import METHODS, TRAINED_ON, NetWeights, UpsamplerWeights, ViTUpWeights, load_upsampler

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from operators.readouts import ReadoutConfig, build_readout, published_counts
-from pipelines.benchmarks.cost import counted_macs, table
+from pipelines.benchmarks.cost import counted_macs
+from pipelines.benchmarks.measure import table
 from pipelines.config import ConfigError, require_at_least
 
 METHODS: Mapping[str, Mapping[str, Any]] = {

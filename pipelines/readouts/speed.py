@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from operators.backbone import TimmBackbone, autocast, cast_matmul_weights, create_model
-from pipelines.benchmarks.cost import device_name, median_ratio, timed
+from pipelines.benchmarks.measure import device_name, median_ratio, timed
 
 logger = logging.getLogger(__name__)
 

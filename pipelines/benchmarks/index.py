@@ -1,0 +1,81 @@
+"""Time and memory of indexing many samples that hold almost nothing: what is done before the first feature."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.session import connect
+from pipelines.benchmarks.data import write_tiny_tars
+from pipelines.benchmarks.measure import table
+from pipelines.benchmarks.processes import CORES, durations, run_fresh
+from pipelines.config import ConfigError, ExtractConfig
+from pipelines.executors import RayExecutor
+from pipelines.prepare import prepare, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexBenchmark:
+    """Index and task list of many samples that hold almost nothing."""
+
+    samples: int = 1_000_000
+    """Samples, one tiny JPEG each."""
+    tars: int = 1000
+    """Tars that they are spread over."""
+    out: str = ""
+    """Folder in which a temporary one is made (1 KB a sample) and deleted; default: the system's."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tars <= self.samples <= 10**9:
+            raise ConfigError("--tars must be at least 1 and at most --samples, and those at most 10^9")
+
+
+INDEX_PRESETS = {"default": IndexBenchmark(), "debug": IndexBenchmark(samples=2000, tars=4)}
+
+
+def measure_index(config: IndexBenchmark, folder: Path) -> dict[str, Any]:
+    """Index the input, list the tasks, and validate the index again, on a local Ray; no features are computed."""
+    pattern = write_tiny_tars(folder / "tars", config.samples, config.tars)
+    run = ExtractConfig(data=(pattern,), out=str(folder / "feats.zarr"), weights="random", executor="ray")
+    [result], usage = run_fresh(_index, (run,))
+    sizes = [path.stat().st_size for path in (Path(run.out) / "index").rglob("*.parquet")]
+    seconds = durations(usage.started, result.pop("marks"))
+    return result | {"seconds": seconds, "parquet_bytes": sum(sizes), "memory": usage.peak}
+
+
+def _index(config: ExtractConfig) -> dict[str, Any]:
+    marks = {"imports": time.monotonic()}
+    resolved = resolve(config)
+    marks["input list and model"] = time.monotonic()
+    with connect("local", num_cpus=CORES, num_gpus=0):
+        marks["ray"] = time.monotonic()
+        prepared = prepare(resolved, RayExecutor())
+        marks["index"] = time.monotonic()
+        tasks = prepared.layout.tasks()
+        marks["tasks"] = time.monotonic()
+        prepare(resolved, RayExecutor())
+        marks["index again"] = time.monotonic()
+    return {
+        "rows": prepared.index.n_rows,
+        "sources": len(prepared.index.sources),
+        "tasks": len(tasks),
+        "marks": marks,
+    }
+
+
+def index_report(_config: IndexBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    memory, seconds = result["memory"], result["seconds"]
+    yield f"## index: {result['rows']:,} samples in {result['sources']:,} tars, {CORES} cores, {result['tasks']:,} tasks"
+    rows = [[f"{name}, s", f"{value:.1f}"] for name, value in seconds.items()]
+    rows += [["index and tasks, s", f"{seconds['index'] + seconds['tasks']:.1f}"]]
+    rows += [
+        [f"peak RSS of {name.replace('_', ' ')}, MB", f"{memory[name] / 2**20:,.0f}"]
+        for name in ("driver", "workers", "largest_worker", "ray")
+    ]
+    rows += [["peak PSS of all, MB", f"{memory['pss'] / 2**20:,.0f}"]]
+    rows += [["Parquet, MB", f"{result['parquet_bytes'] / 1e6:.1f}"]]
+    yield from table(["", ""], rows)
