@@ -16,6 +16,7 @@ from jobs import benchmark
 from operators.vit_up import ViTUpConfig
 from pipelines.benchmarks import cost as cost_benchmark
 from pipelines.benchmarks import data as benchmark_data
+from pipelines.benchmarks import measure
 from pipelines.benchmarks import read as read_benchmark
 from pipelines.benchmarks import vit_up as vit_up_benchmark
 from pipelines.benchmarks import windows as window_benchmark
@@ -343,12 +344,12 @@ def test_cost_vit_up_leaves_slow_grids_out_on_a_cpu_and_says_so(monkeypatch):
 
 
 def test_cost_gives_slow_rows_fewer_runs(monkeypatch):
-    monkeypatch.setattr(cost_benchmark, "_seconds", lambda run, device: run())
+    monkeypatch.setattr(measure, "seconds_of", lambda run, device: run())
 
-    seconds = cost_benchmark.timed((lambda: 1.0, lambda: 4.0, lambda: 60.0), 5, 10.0, torch.device("cpu"))
+    seconds = measure.timed((lambda: 1.0, lambda: 4.0, lambda: 60.0), 5, 10.0, torch.device("cpu"))
 
     assert seconds == [[1.0] * 5, [4.0] * 2, [60.0]]
-    assert cost_benchmark.median_ratio(seconds[1], seconds[0]) == 4.0
+    assert measure.median_ratio(seconds[1], seconds[0]) == 4.0
 
 
 def test_windows_that_do_not_give_what_gathering_gives_are_no_result(monkeypatch):
