@@ -153,19 +153,20 @@ def _compare_propagation(config: EvaluateBenchmark, grid: int, device: torch.dev
 
 
 def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, settings: Propagation) -> Tensor:
-    """Soft labels [T - 1, O, h, w] of all frames but the first, step by step as the official code gets them: all
-    affinities of a frame with its context are exponentiated, windowed by a product, cut at the k-th and normalised."""
+    """Soft labels [T - 1, O, h, w] of all frames but the first, step by step as the official code gets them: a frame and its
+    context are normalised, all their affinities exponentiated, windowed by a product, cut at the k-th and normalised."""
     _, h, w, _ = maps_ThwC.shape
-    unit = F.normalize(maps_ThwC, dim=-1).flatten(1, 2)
-    cells = torch.arange(h * w, device=unit.device)
+    features = maps_ThwC.flatten(1, 2)
+    cells = torch.arange(h * w, device=features.device)
     y, x = cells // w, cells % w
     near = ((y[:, None] - y).abs() <= settings.radius) & ((x[:, None] - x).abs() <= settings.radius)
     window = near.float() if settings.radius else torch.ones_like(near, dtype=torch.float32)
-    first, latest, soft = (unit[0], labels_Ohw.flatten(1)), [], []
-    for target in unit[1:]:
+    first, latest, soft = (features[0], labels_Ohw.flatten(1)), [], []
+    for target in features[1:]:
         context = [first, *latest]
-        sources = torch.stack([source for source, _ in context])
-        affinity = torch.exp(target @ sources.transpose(1, 2) / settings.temperature) * window
+        sources = F.normalize(torch.stack([source for source, _ in context]), dim=-1)
+        similarity = F.normalize(target, dim=-1) @ sources.transpose(1, 2)
+        affinity = torch.exp(similarity / settings.temperature) * window
         affinity = affinity.transpose(1, 2).reshape(-1, h * w)
         kth = affinity.topk(min(settings.top_k, len(affinity)), dim=0).values[-1]
         affinity[affinity < kth] = 0
