@@ -25,11 +25,11 @@ from tests.conftest import jpeg, write_tar
 from tests.test_pipelines_s3 import tree
 
 ROOT = Path(__file__).resolve().parent.parent
-N_IMAGES = 96
+N_IMAGES = 64
 MODEL = ["--model", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "--weights", "random", "--precision", "fp32"]
 
 
-def launch(data: str, out: str, options: dict | None, log: Path) -> subprocess.Popen:
+def launch(data: str, out: str, options: dict | None, log: Path, *where: str) -> subprocess.Popen:
     command = [
         sys.executable,
         "jobs/extract.py",
@@ -43,7 +43,7 @@ def launch(data: str, out: str, options: dict | None, log: Path) -> subprocess.P
         "x2",
         "pooled",
     ]
-    command += ["--block-rows", "4", "--executor", "ray", "--ray-address", "local"]
+    command += ["--block-rows", "4", *(where or ("--executor", "ray", "--ray-address", "local"))]
     if options:
         command += ["--storage-options", json.dumps(options)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
@@ -142,7 +142,7 @@ def images(tmp_path) -> str:
 
 
 def uninterrupted(data: str, out: str, options: dict | None, log: Path) -> dict[str, str]:
-    process = launch(data, out, options, log)
+    process = launch(data, out, options, log, "--executor", "inline", "--actor-cpus", "1")
     with ended(process):
         assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
     return digest(tree(Folder(out, options)))

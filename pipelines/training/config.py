@@ -95,7 +95,7 @@ class TrainConfig:
     accelerator: str | None = None
     """Only GPUs of this kind, as for jobs/extract.py."""
     loaders: int = 2
-    """Micro-batches that are decoded at once, for each training process: tasks anywhere in the cluster, or threads inline."""
+    """Micro-batches that are decoded at once, for each training process: actors anywhere in the cluster, or threads inline."""
     max_failures: int = 3
     """Lost workers or nodes after which the run is given up; each time, it goes on from its last checkpoint."""
 

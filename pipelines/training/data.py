@@ -2,7 +2,7 @@
 
 The order is computed from numbers alone (`TrainOrder`), and so is what is drawn for each image: neither depends on how many
 processes there are or on where a run was interrupted. What crosses Ray's object store are uint8 images, and features as they
-are stored. No torch here: the decoding tasks start faster without.
+are stored. No torch here: the decoding processes start faster without.
 """
 
 import functools
@@ -313,13 +313,13 @@ def load_inline(source: ExampleSource, items: Iterator[MicroBatch], ahead: int) 
         pool.shutdown(cancel_futures=True)
 
 
-def load_on_ray(source: ExampleSource, items: Iterator[MicroBatch], tasks: int) -> Iterator[Loaded]:
-    """Micro-batches in order; Ray Data decodes them ahead in up to `tasks` tasks, anywhere in the cluster."""
+def load_on_ray(source: ExampleSource, items: Iterator[MicroBatch], actors: int) -> Iterator[Loaded]:
+    """Micro-batches in order; Ray Data decodes them ahead in so many actors, anywhere in the cluster."""
     while window := [item for _, item in zip(range(WINDOW_ITEMS), items, strict=False)]:
-        yield from _load_window(source, window, tasks)
+        yield from _load_window(source, window, actors)
 
 
-def _load_window(source: ExampleSource, items: Sequence[MicroBatch], tasks: int) -> Iterator[Loaded]:
+def _load_window(source: ExampleSource, items: Sequence[MicroBatch], actors: int) -> Iterator[Loaded]:
     import ray
     import ray.data
 
@@ -329,17 +329,16 @@ def _load_window(source: ExampleSource, items: Sequence[MicroBatch], tasks: int)
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    shared = ray.put(source)
     rows = [{"position": i, "item": json.dumps(asdict(item))} for i, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _load_batch,
-        fn_kwargs={"source": shared},
+        _Loader,
+        fn_constructor_kwargs={"source": ray.put(source)},
         batch_size=1,
         batch_format="numpy",
-        # The training processes may hold every CPU of the cluster: tasks that asked for one would never start. Their
-        # number is bounded instead.
+        # The training processes may hold every CPU of the cluster: what asked for one would never start. Actors and not tasks,
+        # since on a node whose CPUs are all held Ray ends idle processes at once, and each task would start one anew.
         num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=tasks),
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
     )
     for expected, row in enumerate(dataset.iter_rows()):
         if row["position"] != expected:  # the whole run's order rests on it
@@ -349,16 +348,20 @@ def _load_window(source: ExampleSource, items: Sequence[MicroBatch], tasks: int)
         yield Loaded(item=items[expected], example=Example(arrays=arrays, failed=failed))
 
 
-def _load_batch(batch: dict[str, np.ndarray], source: Any) -> dict[str, Any]:
-    """Ray Data's function: one micro-batch."""
-    import ray
+class _Loader:
+    """What Ray Data calls: one micro-batch at a time."""
 
-    source = ray.get(source) if isinstance(source, ray.ObjectRef) else source
-    item = json.loads(str(batch["item"][0]))
-    example = source.load(item["rows"], item["epoch"])
-    return {
-        "position": batch["position"],
-        **{name: array[None] for name, array in example.arrays.items()},
-        "names": [json.dumps(list(example.arrays))],
-        "failed": [json.dumps(dict(example.failed))],
-    }
+    def __init__(self, source: Any):
+        import ray
+
+        self._source: ExampleSource = ray.get(source) if isinstance(source, ray.ObjectRef) else source
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        item = json.loads(str(batch["item"][0]))
+        example = self._source.load(item["rows"], item["epoch"])
+        return {
+            "position": batch["position"],
+            **{name: array[None] for name, array in example.arrays.items()},
+            "names": [json.dumps(list(example.arrays))],
+            "failed": [json.dumps(dict(example.failed))],
+        }
