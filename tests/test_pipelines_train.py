@@ -420,7 +420,7 @@ def test_two_ray_workers_of_which_one_is_killed_take_the_steps_of_one_process(sm
             open(marker, "w").close()
             os._exit(1)
 
-    config = small(out=str(tmp_path / "two"), micro_batch=2, workers=2, executor="ray", max_failures=2)
+    config = small(out=str(tmp_path / "two"), micro_batch=2, workers=2, executor="ray", max_failures=2, loaders=1)
     summary = train_on_ray(prepared(config, die_once), "cpu")
 
     assert os.path.exists(marker)

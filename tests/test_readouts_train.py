@@ -298,7 +298,7 @@ def test_two_ray_workers_take_the_steps_of_one_process(sets, tmp_path):
     data = str(void_most(sets, tmp_path / "void"))
     train(training(sets, tmp_path / "one", data=data, micro_batch=2))
 
-    two = training(sets, tmp_path / "two", data=data, micro_batch=2, workers=2, executor="ray")
+    two = training(sets, tmp_path / "two", data=data, micro_batch=2, workers=2, executor="ray", loaders=1)
     summary = train_on_ray(prepared(two), "cpu")
 
     assert summary.step == 6
