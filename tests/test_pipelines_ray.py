@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -63,11 +66,13 @@ def free_port() -> int:
 
 @pytest.fixture
 def head(tmp_path):
-    """`ray start --head` on loopback; yields the address of its job server."""
-    port, dashboard = free_port(), free_port()
+    """`ray start --head` on loopback; yields the addresses of its job server and of its metrics."""
+    port, dashboard, metrics = free_port(), free_port(), free_port()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["RAY_metrics_report_interval_ms"] = "200"
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
                "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--disable-usage-stats",
+               f"--metrics-export-port={metrics}",
                # The default port may be taken by another Ray on this machine, such as that of `ray_session`.
                f"--dashboard-agent-listen-port={free_port()}",
                "--dashboard-host=127.0.0.1", "--object-store-memory=300000000"]  # fmt: skip
@@ -85,7 +90,7 @@ def head(tmp_path):
             time.sleep(1)
         else:
             pytest.fail(f"no job server after 120 s: {(tmp_path / 'head.log').read_text()[-2000:]}")
-        yield address
+        yield address, f"http://127.0.0.1:{metrics}/metrics"
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(process.pid).children(recursive=True)
@@ -96,25 +101,55 @@ def head(tmp_path):
         log.close()
 
 
-def test_submitted_job_extracts_on_the_cluster(head, make_tars, tmp_path):
+@contextlib.contextmanager
+def scraped(url: str) -> Iterator[dict[str, float]]:
+    """What of our metrics is seen at `url` meanwhile, as Prometheus would: the latest value by name and own labels."""
+    seen: dict[str, float] = {}
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.wait(0.2):
+            with contextlib.suppress(OSError):
+                text = urllib.request.urlopen(url, timeout=2).read().decode()
+                for name, labels, value in re.findall(r"^(ray_raylift_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+                    own = re.findall(r'\b(?:status|direction|stage|outcome)="(\w+)"', labels)
+                    seen[" ".join([name, *own])] = float(value)
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_submitted_job_extracts_on_the_cluster_and_its_counters_reach_prometheus(head, make_tars, tmp_path):
+    head, metrics = head
     data, out = make_tars(count=2, each=10), tmp_path / "job.zarr"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", head, "--working-dir", ".", "--",
                "python", "jobs/extract.py", "--data", data, "--out", str(out), "--model", "test_vit.r160_in1k",
                "--weights", "random", "--size", "64", "--precision", "fp32"]  # fmt: skip
 
-    for _ in range(12):
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        if "No available agent" not in result.stderr + result.stdout:
-            break
-        time.sleep(5)  # the head answers before its job agent does
+    with scraped(metrics) as counters:
+        for _ in range(12):
+            result = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+            if "No available agent" not in result.stderr + result.stdout:
+                break
+            time.sleep(5)  # the head answers before its job agent does
 
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     assert "20 images ok, 0 failed" in result.stdout
     assert FeatureStore.open(str(out)).status == "complete"
     assert pq.read_table(out / "ledger/samples/part-00000.parquet").num_rows == 20
+    # Of each of two workers, the latest; one may have ended before it told its last.
+    assert counters["ray_raylift_tasks_total done"] >= 1
+    assert 1 <= counters["ray_raylift_rows_total ok"] <= 20
+    assert counters["ray_raylift_bytes_total written"] > 0
+    assert counters["ray_raylift_stage_seconds_total forward"] > 0
 
 
 def test_working_dir_that_travels_is_small():
