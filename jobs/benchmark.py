@@ -145,6 +145,9 @@ def run(argv: Sequence[str]) -> int:
     except BenchmarkFailed as error:
         print(f"BenchmarkFailed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was measured", file=sys.stderr)
+        return 130
     return 0
 
 
