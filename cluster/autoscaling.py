@@ -15,6 +15,8 @@ from typing import Any
 import tyro
 import yaml
 
+from cluster.session import LOOPBACK
+
 HOST = "127.0.0.1"
 HEAD_ID = "f" * 51 + "00000"
 """Ray's own id of the head with this node provider."""
@@ -75,9 +77,8 @@ class AutoscalingCluster:
         }
 
     def environment(self) -> dict[str, str]:
-        """What programs on this machine need to use the cluster: loopback only, without a token (cluster/session.py)."""
-        own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
-        return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | own
+        """What programs on this machine need to use the cluster."""
+        return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | LOOPBACK
 
     def head_environment(self) -> dict[str, str]:
         """What the head's Ray reads when it starts, and the nodes inherit."""

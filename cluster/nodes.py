@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.session import ClusterError
+from cluster.session import LOOPBACK, ClusterError
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,7 @@ def local_ray(folder: Path) -> Iterator[dict[str, str]]:
     `folder` holds Ray's sockets and logs: its path must be short.
     """
     own = {
-        # Loopback only, without a token (cluster/session.py).
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "disabled",
+        **LOOPBACK,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_TMPDIR": str(folder),
@@ -85,7 +83,7 @@ class LocalCluster:
 
     def __init__(self, folder: Path, *, cpus: int = 1, store_bytes: int = 100_000_000):
         self._folder, self._cpus, self._store_bytes = folder, cpus, store_bytes
-        self._port, self._started = _free_port(), 0
+        self._port, self._started = free_port(), 0
         self.head: LocalNode | None = None
         self.workers: list[LocalNode] = []
         "worker nodes that weren't killed, the oldest first"
@@ -217,7 +215,8 @@ def fill_stores(address: str, size: float, seconds: float) -> None:
     ray.wait(held, num_returns=len(held), timeout=10 * seconds)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody has now."""
     with socket.socket() as s:
         s.bind((HOST, 0))
         return s.getsockname()[1]
@@ -228,10 +227,8 @@ def run_node(name: str, head: bool, port: int, cpus: int, store_bytes: int) -> N
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
-    folder, where = (
-        Path(os.environ["RAY_TMPDIR"]),
-        {"gcs_server_port": port} if head else {"gcs_address": f"{HOST}:{port}"},
-    )
+    folder = Path(os.environ["RAY_TMPDIR"])
+    where = {"gcs_server_port": port} if head else {"gcs_address": f"{HOST}:{port}"}
     settings = RayParams(
         **where,
         node_name=name,

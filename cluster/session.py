@@ -20,6 +20,16 @@ class ClusterError(RuntimeError):
     """The cluster can't be reached or can't run what was asked."""
 
 
+LOOPBACK = {
+    # Ray has this switch for other systems; it decides which address all its processes bind to.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Without the setting, Ray writes a token file into the home folder that then keeps `ray job submit` from reaching other
+    # clusters.
+    "RAY_AUTH_MODE": "disabled",
+}
+"""The environment of a cluster that is this machine's own, and gone with who started it."""
+
+
 @contextmanager
 def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[str]:
     """A Ray session for the length of a with-block; yields its address.
@@ -29,13 +39,9 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        # Loopback only. Ray has this switch for other systems; it decides which address all its processes bind to.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # Gone with this process. Without the setting, Ray writes a token file into the home folder that then keeps
-        # `ray job submit` from reaching other clusters.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # Ray logs at error level that actor arguments lie in the object store (ray #53727); the driver pins ours.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        for name, value in {**LOOPBACK, "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
+            os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.evaluation.depth import (
     DepthMetrics,
@@ -32,6 +31,7 @@ from operators.readouts.losses import (
     sig_loss,
     vit_up_depth_loss,
 )
+from tests.goldens import Allocations
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -443,19 +443,6 @@ def test_deap_leaves_out_depths_up_to_a_millimetre_and_vit_up_does_not():
 
 
 # --- the loss of instances --------------------------------------------------------------------------------------------
-
-
-class Allocations(TorchDispatchMode):
-    """The largest tensor that an operation gave, in bytes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return out
 
 
 def instance_batch(classes: int) -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.nodes import free_port
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import extract
 from storage.paths import Folder
@@ -56,12 +56,6 @@ def test_memory_urls_are_refused_on_ray(tiny):
 
     with pytest.raises(ConfigError, match="one process only"):
         tiny("memory://in/a.tar", executor="ray")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture

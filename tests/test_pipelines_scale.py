@@ -1,12 +1,12 @@
 """Simulated actors in the real pipeline, and a cluster whose nodes come and go."""
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster.nodes import free_port
 from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, Sample, autoscale_report, draw, measure_autoscaling
 from pipelines.benchmarks.scale import ScaleBenchmark, _steady, measure_run, measure_scale, scale_report
 from pipelines.benchmarks.simulated import SimulatedSetup
@@ -87,9 +87,7 @@ def test_contradictory_scale_settings_are_refused(setting):
 
 @pytest.mark.soak
 def test_nodes_come_for_an_extraction_and_go_when_idle(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        config = replace(AUTOSCALE_PRESETS["debug"], port=free.getsockname()[1])
+    config = replace(AUTOSCALE_PRESETS["debug"], port=free_port())
 
     result = measure_autoscaling(config, tmp_path)
 

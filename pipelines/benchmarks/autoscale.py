@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 
 from cluster.autoscaling import AutoscalingCluster
+from cluster.nodes import ROOT
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import CORES, BenchmarkFailed
 from pipelines.config import ConfigError
 from storage.store import FeatureStore
 
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_S = 0.5
 WAIT_S = 240.0
 """How long the head may take to start, and nodes to go away beyond their idle time, on a machine that has much to do."""

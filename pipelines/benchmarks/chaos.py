@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from cluster.nodes import LocalCluster, LocalNode, local_ray
+from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.measure import table
@@ -292,7 +292,7 @@ class _Runner:
         self.helpers.append(
             subprocess.Popen(
                 [sys.executable, "-c", code, *arguments],
-                cwd=Path(__file__).resolve().parents[2],
+                cwd=ROOT,
                 env=self.environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

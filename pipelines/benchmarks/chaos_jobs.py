@@ -8,16 +8,15 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from cluster.nodes import ROOT
 from storage.checkpoints import read_last, read_metrics
 from storage.ledger import Ledger
 from storage.paths import Folder
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", "test_vit.r160_in1k", "--weights", "random", "--precision", "fp32", "--device", "cpu")
 
 

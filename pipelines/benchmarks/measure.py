@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipelines.benchmarks.processes import CORES, peak_rss
+
+WARM_UP = 2
+"""Steps of each training that aren't counted."""
+
+
+def steady_rate(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Images per second after the warm-up, of a training that logged every step."""
+    steps = lines[WARM_UP - 1 :]
+    images = [b["images"] - a["images"] for a, b in itertools.pairwise(steps)]
+    seconds = [n / line["images_per_s"] for n, line in zip(images, steps[1:], strict=True)]
+    return sum(images) / sum(seconds)
 
 
 def timed(runs: Sequence[Callable[[], Any]], repeat: int, row_s: float, device: torch.device) -> list[list[float]]:

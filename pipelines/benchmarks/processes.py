@@ -115,8 +115,15 @@ def peak_rss(run: Callable[[], Any]) -> int | None:
     except OSError:
         return None
     run()
-    marks = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    return next((1024 * int(words[1]) for words in marks if words[0] == "VmHWM:"), None)
+    return high_water()
+
+
+def high_water() -> int | None:
+    """The most resident memory of this process since its start, or since the mark was reset; None where there is no mark."""
+    with contextlib.suppress(OSError):
+        marks = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+        return next((1024 * int(words[1]) for words in marks if words[0] == "VmHWM:"), None)
+    return None
 
 
 def run_fresh(function: Callable[..., Any], *calls: tuple[Any, ...]) -> tuple[list[Any], Usage]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.benchmarks.data import write_masks
-from pipelines.benchmarks.measure import table
+from pipelines.benchmarks.measure import WARM_UP, steady_rate, table
 from pipelines.benchmarks.processes import CORES
 from pipelines.config import ConfigError, ExtractConfig, require_at_least
 from pipelines.executors import InlineExecutor
@@ -18,9 +18,6 @@ from pipelines.training.loop import read_metrics, train_inline
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)
-
-WARM_UP = 2
-"""Steps of each run that aren't counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,7 @@ def measure_readouts(config: ReadoutBenchmark, folder: Path) -> dict[str, Any]:
             train_inline(run.resolve().prepare(InlineExecutor()))
             lines = [line for line in read_metrics(Folder(out)) if "images_per_s" in line]
             losses[source] = [line["loss"] for line in lines]
-            rate = _rate(lines)
+            rate = steady_rate(lines)
             rates[method][source].append(rate)
             logger.info("round %d of %d: %s, %s, %.2f images/s", n + 1, config.repeat, method, source, rate)
         apart = max(apart, *(abs(a - b) for a, b in zip(losses["live"], losses["store"], strict=True)))
@@ -117,14 +114,6 @@ def _extract(config: ReadoutBenchmark, data: str, store: str) -> None:
         device="cpu",
     )
     extract(settings, InlineExecutor())
-
-
-def _rate(lines: list[dict[str, Any]]) -> float:
-    """Images per second after the warm-up."""
-    steps = lines[WARM_UP - 1 :]
-    images = [b["images"] - a["images"] for a, b in itertools.pairwise(steps)]
-    seconds = [n / line["images_per_s"] for n, line in zip(images, steps[1:], strict=True)]
-    return sum(images) / sum(seconds)
 
 
 def readout_report(config: ReadoutBenchmark, result: dict[str, Any]) -> Iterator[str]:

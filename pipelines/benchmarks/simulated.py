@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import psutil
 
 from cluster.resources import WorkerPool
 from pipelines.attempts import Loaded, attempt, ledger_records, write_and_commit
+from pipelines.benchmarks.processes import high_water
 from pipelines.executors import RayExecutor
 from storage.inputs import InputFile
 from storage.spec import ShardTask
@@ -101,12 +101,9 @@ class SimulatedExecutor:
 
 def driver_use() -> dict[str, float]:
     """What this process has used so far."""
-    memory = Path("/proc/self/status")
-    lines = memory.read_text().splitlines() if memory.exists() else []
-    peak = next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
     return {
         "wall_s": time.monotonic(),
         "cpu_s": time.process_time(),
         "rss_bytes": psutil.Process().memory_info().rss,
-        "peak_bytes": peak,
+        "peak_bytes": high_water() or 0,
     }

@@ -6,7 +6,6 @@ the keys, LiFT's loss through `cosine_embedding_loss`. Only the network is the s
 
 import contextlib
 import io
-import itertools
 import logging
 import tarfile
 import time
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from cluster.session import connect
 from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.measure import table
+from pipelines.benchmarks.measure import WARM_UP, steady_rate, table
 from pipelines.benchmarks.processes import CORES
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor, RayExecutor
@@ -37,8 +36,6 @@ from storage.paths import Folder
 logger = logging.getLogger(__name__)
 
 PLAIN = "plain loop, no DataLoader workers"
-WARM_UP = 2
-"""Steps of each run that aren't counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +114,7 @@ def _this_loop(config: TrainBenchmark, out: str, photos: str, workers: int) -> f
     )
     setup = run.resolve().prepare(InlineExecutor() if workers == 1 else RayExecutor())
     train_inline(setup) if workers == 1 else train_on_ray(setup, "cpu")
-    steps = [line for line in read_metrics(Folder(out)) if "images_per_s" in line][WARM_UP:]
-    images = [b["images"] - a["images"] for a, b in itertools.pairwise(steps)]
-    seconds = [n / line["images_per_s"] for n, line in zip(images, steps[1:], strict=True)]
-    return sum(images) / sum(seconds)
+    return steady_rate([line for line in read_metrics(Folder(out)) if "images_per_s" in line])
 
 
 def train_report(config: TrainBenchmark, result: dict[str, Any]) -> Iterator[str]:

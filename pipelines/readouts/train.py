@@ -18,7 +18,7 @@ from operators.readouts import ReadoutConfig, ReadoutError, build_readout
 from pipelines.config import ConfigError, absolute, require_at_least
 from pipelines.evaluation.config import Drawing
 from pipelines.evaluation.datasets import digest
-from pipelines.evaluation.sources import require_geometry, resolve_source
+from pipelines.evaluation.sources import pooled_level, require_geometry, resolve_source
 from pipelines.models import ModelBundle
 from pipelines.readouts.datasets import DATASETS, load_labelled
 from pipelines.readouts.labels import LabelledImage
@@ -222,7 +222,7 @@ class ReadoutTraining(TrainConfig):
                 task=task,
                 spec=spec,
                 drawing=self.how_drawn,
-                stored=self._stored(items, store, spec, [each.name for each in (level, pooled) if each]),
+                stored=self._stored(items, store, spec, [name for name in (level.name, pooled) if name]),
             )
             for items, store in ((train, self.store), (task.judged(held_out), self.val_store or self.store))
         ]
@@ -232,7 +232,7 @@ class ReadoutTraining(TrainConfig):
             readout=self.readout(task, level),
             features=features_of(spec, level),
             level=level.name,
-            pooled=pooled and pooled.name,
+            pooled=pooled,
             bundle=bundle,
             train=sources[0],
             held_out=sources[1],
@@ -272,8 +272,8 @@ def _level(spec: FeatureSpec, name: str, store: str) -> Level:
     return found
 
 
-def _pooled(spec: FeatureSpec, store: str) -> Level:
-    found = next((level for level in spec.levels if level.grid is None and level.method == "cls"), None)
+def _pooled(spec: FeatureSpec, store: str) -> str:
+    found = pooled_level(spec.levels)
     if found is None:
         raise ConfigError(f"--method depth_bins reads the CLS vector, which {store or spec.model} doesn't have")
     return found
@@ -281,15 +281,14 @@ def _pooled(spec: FeatureSpec, store: str) -> Level:
 
 def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, Any]:
     """What a readout's features are, as JSON values: it makes sense on the same ones only."""
-    found = {
-        name: getattr(spec, name)
-        for name in ("model", "weights", "layers", "facet", "norm", "stride", "pos_embed", "input_size", "mean", "std")
-    }
-    if level is not None:
-        found["level"] = {name: getattr(level, name) for name in ("name", "method", "grid", "digest")}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()} | (
-        {"level": found["level"] | {"grid": list(level.grid or ())}} if level is not None else {}
-    )
+    names = ("model", "weights", "layers", "facet", "norm", "stride", "pos_embed", "input_size", "mean", "std")
+    found = _as_json(spec, *names)
+    return found if level is None else found | {"level": _as_json(level, "name", "method", "grid", "digest")}
+
+
+def _as_json(described: Any, *names: str) -> dict[str, Any]:
+    values = {name: getattr(described, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Settings of a training run, and what it is when it is ready; and whether a run goes on with the settings it was begun with.
 
 What is wrong with the settings is wrong before anything is computed. What is trained on what is said by subclasses of
-`TrainConfig`, each beside its loss (pipelines/training/x2.py, train_vit_up.py, readouts/train.py).
+`TrainConfig`, each beside its loss (x2.py, vit_up.py, pipelines/readouts/train.py).
 """
 
 import json

@@ -1,6 +1,6 @@
 """Training on images without labels: the frozen backbone loaded, the images indexed.
 
-What is trained on them is said by subclasses of `ImageTraining` (pipelines/training/x2.py, train_vit_up.py).
+What is trained on them is said by subclasses of `ImageTraining` (x2.py, vit_up.py).
 """
 
 from collections.abc import Mapping, Sequence
