@@ -76,7 +76,9 @@ class ExtractConfig:
     max_failed_fraction: float = 0.01
     """The failure budget: with a larger part of the images failed, the run ends with an error."""
     retry_failed: bool = False
-    """Run tasks with failed rows again."""
+    """Run tasks with failed rows again, also where their images were repaired since."""
+    replace_changed: bool = False
+    """Run tasks again whose images aren't those that were extracted any more; without it, changed input is refused."""
 
     storage_options: str | None = None
     """JSON for the filesystem, for example '{"endpoint_url": "http://host:9000"}', or one object per scheme. Better for

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
 from pipelines.config import ExtractConfig
-from pipelines.prepare import Prepared, default_batch, prepare, resolve, versions
+from pipelines.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve, versions
 from pipelines.worker import WorkerSetup
 from storage.ledger import REASON_COLUMNS, commonest_reasons
 from storage.paths import StorageError
@@ -105,6 +105,11 @@ def run_prepared(prepared: Prepared, executor: Any) -> Summary:
     )
     run = _Run(config, store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
     run.execute(pending)
+    if pending and not run.errors and (changes := changed_meanwhile(prepared, store, executor)):
+        raise RunFailed(
+            f"{store.folder.shown}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
+            "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
+        )
     return run.finish()
 
 

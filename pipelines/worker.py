@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from operators.image import decode
 from pipelines.attempts import Loaded, attempt, failed, ledger_records, write_and_commit
 from pipelines.models import ModelBundle
 from pipelines.photos import geometry_of
-from storage.ledger import SampleRecord
+from storage.ledger import SampleRecord, image_digest
 from storage.paths import redact
 from storage.samples import read_images
 from storage.spec import ShardTask
@@ -136,6 +136,7 @@ class ShardWorker:
                 "ShortRead",
                 f"{len(blob)} of {record.size} bytes: the source is shorter than when indexed",
             )
+        record = replace(record, digest=image_digest(blob))
         try:
             image = decode(
                 blob, self.geometry, max_pixels=self.setup.max_image_pixels, draft=self.store.spec.jpeg_draft

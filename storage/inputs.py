@@ -27,7 +27,7 @@ class InputFile:
     size: int
     "bytes"
     etag: str
-    "the store's ETag, or `mtime:<ns>` for files that have none; empty where neither is known"
+    "the store's ETag, or `mtime:<ns>,ctime:<ns>` for files, which have none; empty where neither is known"
     base: str = ""
     "for a file of a plain folder: the folder's URL; keys are relative to it"
 
@@ -109,6 +109,8 @@ def _input_file(fs: fsspec.AbstractFileSystem, info: Mapping[str, Any], base: st
     etag = info.get("ETag") or info.get("etag") or ""
     if not etag and info.get("mtime"):
         etag = f"mtime:{int(info['mtime'] * 1e9)}"
+        # The other time can't be set: it tells a file that was replaced under its old time.
+        etag += f",ctime:{int(info['created'] * 1e9)}" if "created" in info else ""
     return InputFile(
         url=_full_url(fs, info["name"]),
         size=int(info["size"]),

@@ -5,6 +5,7 @@ exactly one counts. Records hold nothing that depends on when or where a task ra
 `merge` joins them into `ledger/samples/part-*.parquet`, sorted by row, which is what people read.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.paths import Folder, StorageError
-from storage.samples import PART_ROWS, RowTable, part_name, table_bytes
+from storage.samples import PART_ROWS, RowTable, SampleIndex, part_name, table_bytes
 from storage.spec import Layout, ShardTask
 
 SCHEMA = pa.schema(
@@ -41,6 +42,7 @@ SCHEMA = pa.schema(
         ("y_offset", pa.float64()),
         ("conversion", pa.string()),
         ("clipped", pa.int64()),
+        ("digest", pa.string()),
     ]
 )
 
@@ -76,6 +78,13 @@ class SampleRecord:
     "what was done to the image beyond decoding, for example `exif-rotate, grey->rgb`"
     clipped: int = 0
     "feature values beyond float16's range, clamped"
+    digest: str | None = None
+    "`image_digest` of the image's bytes as they were read; None where none were"
+
+
+def image_digest(data: bytes) -> str:
+    """The first 32 hex digits of the sha256 of an image's bytes: which file a row was made from."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 class Ledger:
@@ -123,7 +132,10 @@ class Ledger:
                 yield from zip(window, pool.map(ask, window), strict=True)
 
     def _read_commit(self, block: int) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self.folder.read(self.commit_name(block))))
+        table = pq.read_table(pa.BufferReader(self.folder.read(self.commit_name(block))))
+        for name in SCHEMA.names[len(table.column_names) :]:  # that earlier versions didn't have
+            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
+        return table
 
     def torn(self, blocks: Sequence[int]) -> list[int]:
         """Blocks of which a shard is missing or has another size than was committed."""
@@ -133,9 +145,10 @@ class Ledger:
         objects = json.loads((self._read_commit(block).schema.metadata or {})[b"objects"])
         return all(self.folder.size(name) == size for name, size in objects.items())
 
-    def merge(self, layout: Layout) -> dict[str, int]:
+    def merge(self, layout: Layout, index: SampleIndex) -> dict[str, int]:
         """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
 
+        Where the images lie is taken from the index: a source may have moved, or been repaired, since a task was done.
         Raises `StorageError` unless every row of the layout has exactly one record.
         """
         counts: dict[str, int] = {}
@@ -148,6 +161,7 @@ class Ledger:
                 raise StorageError(
                     f"{self.folder.shown}: the ledger's rows don't add up in part {part}; keep the store, report this"
                 )
+            table = _placed_by(index, table, expected)
             for item in pc.value_counts(table["status"]).to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
             self.folder.write(part_name("ledger/samples", part), table_bytes(table))
@@ -186,6 +200,16 @@ class Ledger:
         tables = [table.filter(pc.equal(table["status"], "failed")) for _, table in self.records(blocks)]
         tables = [table.replace_schema_metadata(None) for table in tables]
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def _placed_by(index: SampleIndex, table: pa.Table, rows: range) -> pa.Table:
+    """Ledger rows with the sources, offsets and sizes of the index."""
+    places = index.read(rows.start, rows.stop)
+    urls = pa.array([source.url for source in index.sources], pa.string())
+    columns = {name: places[name] for name in ("member", "offset", "size")} | {"source": urls.take(places["source"])}
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), SCHEMA.field(name), values)
+    return table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -22,7 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.inputs import InputFile
-from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
+from storage.paths import Folder, InputError, StorageError, UnknownName, query_free, read_ranges
+from storage.sources import Source, describe_change, pair
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
 logger = logging.getLogger(__name__)
@@ -30,32 +30,31 @@ logger = logging.getLogger(__name__)
 PART_ROWS = 2**20
 """Rows of one Parquet file of the index; a multiple of every block size, so that no task spans two parts."""
 
+INDEX = "index"
+"""Folder of an index below the output."""
+
 ROW_GROUP_ROWS = 2**13
 """Rows of one Parquet row group: what a worker reads to learn about its task."""
+
+
+RESTORE = "Use a new --out, or restore what changed."
+"""What to do about input that isn't what something was made from."""
 
 
 class DuplicateKeys(InputError):
     """Two samples of the input have the same key."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One input file as the index knows it."""
-
-    url: str
-    "without credentials"
-    size: int
-    etag: str
-    digest: str
-    "sha256 of its rows"
-    problems: str = ""
+class ForeignPart(StorageError):
+    """A part of an index was written for another input than the rest."""
 
 
 class RowTable:
     """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for."""
 
-    def __init__(self, folder: Folder, prefix: str):
-        self._parts = _Parts(folder, prefix)
+    def __init__(self, folder: Folder, prefix: str, index: str | None = None):
+        """`index`: the digest that each part must name."""
+        self._parts = _Parts(folder, prefix, index)
 
     def read(self, first: int, last: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows `first` to `last` (exclusive), in order; they must lie within one part."""
@@ -85,8 +84,8 @@ class _Parts:
     One thread reads at a time: two in one ParquetFile end in errors or a crash.
     """
 
-    def __init__(self, folder: Folder, prefix: str):
-        self.folder, self.prefix = folder, prefix
+    def __init__(self, folder: Folder, prefix: str, index: str | None = None):
+        self.folder, self.prefix, self.index = folder, prefix, index
         self._open: dict[tuple[int, int], pq.ParquetFile] = {}
         self._locks: dict[int, threading.Lock] = {}
 
@@ -102,25 +101,39 @@ class _Parts:
     def _file(self, part: int) -> pq.ParquetFile:
         name = (os.getpid(), part)
         if name not in self._open:
-            file = self.folder.open(part_name(self.prefix, part))
-            self._open[name] = pq.ParquetFile(file, pre_buffer=True)
+            file = pq.ParquetFile(self.folder.open(part_name(self.prefix, part)), pre_buffer=True)
+            self._require_own(part, file)
+            self._open[name] = file
         return self._open[name]
+
+    def _require_own(self, part: int, file: pq.ParquetFile) -> None:
+        """Two runs may have written an index here: a part of another one would put other images on the rows."""
+        found = (file.schema_arrow.metadata or {}).get(b"index", b"").decode()
+        if self.index is not None and found != self.index:
+            raise ForeignPart(
+                f"{self.folder.shown}/{part_name(self.prefix, part)} belongs to another index of the input; run the command "
+                "that made this folder again: it writes the index anew"
+            )
 
 
 class SampleIndex:
     """The rows of an input, saved under `<out>/index/`: `samples/part-*.parquet`, `keys/part-*.parquet` (keys in order, with
     their rows) and `sources.parquet`.
 
-    Row numbers are positions: sources in the order given, samples in the order of the archive.
+    Row numbers are positions: sources in the order in which they were first given, samples in the order of the archive.
+    Input that was repaired keeps the rows it has, and its index lies in a folder of its own (`prefix`); samples that came
+    with the repair are the last ones.
     """
 
-    def __init__(self, folder: Folder):
-        self.folder = folder
-        table = _read_table(folder, "index/sources.parquet")
+    def __init__(self, folder: Folder, prefix: str = INDEX):
+        self.folder, self.prefix = folder, prefix
+        table = _read_table(folder, f"{prefix}/sources.parquet")
         meta = table.schema.metadata or {}
         self.sources = [Source(**row) for row in table.to_pylist()]
         self.n_rows = int(meta[b"n_rows"])
         self.digest = meta[b"digest"].decode()
+        self.order = meta.get(b"order", b"").decode()
+        "of the rows, where they aren't in the order of the sources; see `index_digest`"
         self.n_unreadable = int(meta[b"n_unreadable"])
         "rows whose `problem` is not null"
         self.is_cut = meta[b"is_cut"] == b"True"
@@ -129,12 +142,47 @@ class SampleIndex:
         self.carried: list[str] = json.loads(meta[b"carried"])
         "columns that `--carry` took from the samples' text members"
         self.first_keys: list[str] = json.loads(meta[b"first_keys"])
-        self._table = RowTable(folder, "index/samples")
-        self._keys = _Parts(folder, "index/keys")
+        named = self.digest if b"order" in meta else None  # earlier versions didn't name the index in its parts
+        self._table = RowTable(folder, f"{prefix}/samples", named)
+        self._keys = _Parts(folder, f"{prefix}/keys", named)
 
     @staticmethod
-    def exists(folder: Folder) -> bool:
-        return folder.exists("index/sources.parquet")
+    def exists(folder: Folder, prefix: str = INDEX) -> bool:
+        return folder.exists(f"{prefix}/sources.parquet")
+
+    def is_whole(self) -> bool:
+        """Whether every part is there and belongs to this index: a killed run, or another one, may have left a mixture."""
+        try:
+            for part in range(-(-self.n_rows // PART_ROWS)):
+                self.read(part * PART_ROWS, part * PART_ROWS + 1)
+                self._keys.metadata(part)
+        except (FileNotFoundError, ForeignPart):
+            return False
+        return True
+
+    def urls(self, files: Sequence[InputFile]) -> tuple[str, ...]:
+        """URLs to read the sources from, in the order of the sources: with credentials, as `files` have them.
+
+        Raises `InputError` for sources that aren't among the files.
+        """
+        paired, _ = pair(self.sources, files)
+        gone = [
+            f"{source.url} is gone from the input"
+            for source, file in zip(self.sources, paired, strict=True)
+            if not file
+        ]
+        if gone:
+            raise other_input(self, gone)
+        return tuple(file.url for file in paired if file)
+
+    def rows_of(self, sources: Sequence[int]) -> pa.Table:
+        """All rows of some sources (positions), in order, with their numbers in the column `row`."""
+        wanted, tables = pa.array(sources, pa.int32()), []
+        for first in range(0, self.n_rows, PART_ROWS):
+            table = self.read(first, min(first + PART_ROWS, self.n_rows))
+            table = table.append_column("row", pa.array(np.arange(first, first + len(table))))
+            tables.append(table.filter(pc.is_in(table["source"], wanted)))
+        return pa.concat_tables(tables)
 
     def read(self, first: int, last: int) -> pa.Table:
         """Rows `first` to `last` (exclusive); they must lie within one part."""
@@ -170,20 +218,63 @@ class SampleIndex:
         table = table.filter(pc.is_in(table["key"], pa.array(keys, table["key"].type)))
         return dict(zip(table["key"].to_pylist(), table["row"].to_pylist(), strict=True))
 
-    def changed(self, files: Sequence[InputFile]) -> list[str]:
-        """In words, how `files` differ from the ones that were indexed (name, size, ETag); empty if they don't."""
-        known = {source.url: source for source in self.sources}
-        now = {query_free(file.url): file for file in files}
-        out = [f"{url} is gone from the input" for url in known.keys() - now.keys()]
-        out += [f"{url} is new" for url in now.keys() - known.keys()]
-        for url in known.keys() & now.keys():
-            if known[url].size != now[url].size:
-                out.append(f"{url}: {known[url].size} bytes when indexed, {now[url].size} now")
-            elif known[url].etag and now[url].etag and known[url].etag != now[url].etag:
-                out.append(
-                    f"{url}: changed since it was indexed (ETag or time {known[url].etag} then, {now[url].etag} now)"
-                )
-        return sorted(out)
+
+def other_input(index: SampleIndex, lines: Sequence[str], advice: str = RESTORE) -> InputError:
+    """The error for input that isn't what something was made from; `lines` say what differs."""
+    listed = "\n  ".join([*lines[:10], *([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])])
+    return InputError(f"{index.folder.shown} was made from other input:\n  {listed}\n{advice}")
+
+
+def changes_of(
+    index: SampleIndex, files: Sequence[InputFile], limit: int | None, rules: MemberRules | None
+) -> list[str]:
+    """In words, how files and settings differ from those that were indexed (URL, size, stamp); empty if they don't.
+
+    What lies behind a limit that cut the index doesn't count.
+    """
+    paired, new = pair(index.sources, files)
+    changes = [
+        f"{source.url} is gone from the input" for source, file in zip(index.sources, paired, strict=True) if not file
+    ]
+    changes += [] if index.is_cut else [f"{query_free(file.url)} is new" for file in new]
+    changes += [
+        text
+        for source, file in zip(index.sources, paired, strict=True)
+        if file is not None and (text := describe_change(source, file))
+    ]
+    return sorted(changes) + settings_changes(index, limit, rules)
+
+
+def settings_changes(index: SampleIndex, limit: int | None, rules: MemberRules | None) -> list[str]:
+    """In words, how the settings of an index differ from these."""
+    changes = limit_changes(index, limit)
+    if index.rules != _rules_text(rules):
+        changes.append(f"it was indexed with {index.rules}, this run has {_rules_text(rules)}")
+    return changes
+
+
+def limit_changes(index: SampleIndex, limit: int | None) -> list[str]:
+    """In words, how the limit that an index was made with differs from this one."""
+    if index.n_rows > (limit or index.n_rows):
+        return [f"its index holds {index.n_rows} samples, this run asks for --limit {limit}"]
+    if index.is_cut and limit != index.n_rows:
+        return [f"its index holds the first {index.n_rows} samples only (--limit)"]
+    return []
+
+
+def is_of_input(index: SampleIndex, files: Sequence[InputFile], limit: int | None, rules: MemberRules | None) -> bool:
+    """Whether an index is whole, and what would be made of these files now."""
+    as_given = [source.url for source in index.sources] == [query_free(f.url) for f in files[: len(index.sources)]]
+    return as_given and not changes_of(index, files, limit, rules) and index.is_whole()
+
+
+def in_order(index: SampleIndex, files: Sequence[InputFile], limit: int | None) -> list[InputFile]:
+    """The files in the order of the index's sources; new ones take the places of those that are gone, or come last."""
+    paired, new = pair(index.sources, files)
+    left = iter(new)
+    ordered = [file or next(left, None) for file in paired]
+    behind = [] if index.is_cut and limit == index.n_rows else list(left)
+    return [file for file in ordered if file is not None] + behind
 
 
 def _may_hold(column: pq.ColumnChunkMetaData, keys: Sequence[str]) -> bool:
@@ -269,16 +360,60 @@ def write_index(
     *,
     rules: MemberRules | None = None,
     limit: int | None = None,
+    order: str = "",
+    prefix: str = INDEX,
 ) -> SampleIndex:
-    """Save the index under `folder`; the sources file goes last and makes it exist."""
+    """Save the index under `folder`; the sources file goes last and makes it exist. `order`: see `index_digest`."""
+    meta = {"index": index_digest(len(table), sources, order)}
     for part, start in enumerate(range(0, len(table), PART_ROWS)):
-        folder.write(part_name("index/samples", part), table_bytes(table.slice(start, PART_ROWS)))
-    first_keys = _write_keys(folder, table["key"])
-    folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys))
-    return SampleIndex(folder)
+        folder.write(part_name(f"{prefix}/samples", part), table_bytes(table.slice(start, PART_ROWS), meta))
+    first_keys = _write_keys(folder, f"{prefix}/keys", table["key"], meta)
+    described = {
+        "n_rows": str(len(table)),
+        "n_unreadable": str(len(table) - table["problem"].null_count),
+        "digest": meta["index"],
+        "order": order,
+        "is_cut": str(len(table) == limit),
+        "rules": _rules_text(rules),
+        "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
+        "first_keys": json.dumps(first_keys),
+    }
+    folder.write(f"{prefix}/sources.parquet", _sources_bytes(sources, described))
+    return SampleIndex(folder, prefix)
 
 
-def _write_keys(folder: Folder, keys: pa.ChunkedArray) -> list[str]:
+def move_index(index: SampleIndex, folder: Folder) -> SampleIndex:
+    """Write an index to another folder, the sources file last, and drop the original."""
+    names = _object_names(index.prefix, index.n_rows)
+    for name in names:
+        folder.write(name, index.folder.read(name))
+    index.folder.remove(names)
+    return SampleIndex(folder, index.prefix)
+
+
+def remove_indexes(folder: Folder, but: str) -> None:
+    """Drop the indexes of a folder other than the one at prefix `but`."""
+    generations = [f"{INDEX}/{name}" for name in folder.folders(INDEX) if name not in ("samples", "keys")]
+    for prefix in {INDEX, *generations} - {but}:
+        if SampleIndex.exists(folder, prefix):
+            folder.remove(reversed(_object_names(prefix, SampleIndex(folder, prefix).n_rows)))
+
+
+def _object_names(prefix: str, n_rows: int) -> list[str]:
+    """The objects of an index, in the order in which they are written."""
+    parts = [part_name(f"{prefix}/{name}", i) for name in ("samples", "keys") for i in range(-(-n_rows // PART_ROWS))]
+    return [*parts, f"{prefix}/sources.parquet"]
+
+
+def update_sources(index: SampleIndex, sources: Sequence[Source]) -> SampleIndex:
+    """Save how the sources are named and stamped now; the rows stay as they are."""
+    name = f"{index.prefix}/sources.parquet"
+    meta = _read_table(index.folder, name).schema.metadata or {}
+    index.folder.write(name, _sources_bytes(sources, {key.decode(): value.decode() for key, value in meta.items()}))
+    return SampleIndex(index.folder, index.prefix)
+
+
+def _write_keys(folder: Folder, prefix: str, keys: pa.ChunkedArray, meta: Mapping[str, str]) -> list[str]:
     """Save keys in order, each with its row, so that one is found without reading all; returns each part's first."""
     keys = pa.chunked_array(keys, pa.string()).cast(pa.large_string()).combine_chunks()
     order = pc.sort_indices(keys)
@@ -286,34 +421,22 @@ def _write_keys(folder: Folder, keys: pa.ChunkedArray) -> list[str]:
     for part, start in enumerate(range(0, len(order), PART_ROWS)):
         rows = order.slice(start, PART_ROWS).cast(pa.int64())
         table = pa.table({"key": keys.take(rows).cast(pa.string()), "row": rows})
-        folder.write(part_name("index/keys", part), table_bytes(table))
+        folder.write(part_name(prefix, part), table_bytes(table, meta))
         first_keys.append(table["key"][0].as_py())
     return first_keys
 
 
-def index_digest(n_rows: int, sources: Sequence[Source]) -> str:
-    """sha256 of what the rows are: independent of where the sources lie."""
-    return hashlib.sha256("\n".join([str(n_rows), *(source.digest for source in sources)]).encode()).hexdigest()
+def index_digest(n_rows: int, sources: Sequence[Source], order: str = "") -> str:
+    """sha256 of what the rows are: independent of where the sources lie.
+
+    `order` is a digest of which sample is on which row, empty where rows are in the order of the sources.
+    """
+    text = [str(n_rows), *(source.digest for source in sources), *([order] if order else [])]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
 
 
-def _sources_bytes(
-    table: pa.Table,
-    sources: Sequence[Source],
-    rules: MemberRules | None,
-    limit: int | None,
-    first_keys: Sequence[str],
-) -> bytes:
-    rows = pa.Table.from_pylist([vars(source) for source in sources])
-    meta = {
-        "n_rows": str(len(table)),
-        "n_unreadable": str(len(table) - table["problem"].null_count),
-        "digest": index_digest(len(table), sources),
-        "is_cut": str(len(table) == limit),
-        "rules": _rules_text(rules),
-        "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
-        "first_keys": json.dumps(first_keys),
-    }
-    return table_bytes(rows, meta)
+def _sources_bytes(sources: Sequence[Source], meta: Mapping[str, str]) -> bytes:
+    return table_bytes(pa.Table.from_pylist([vars(source) for source in sources]), meta)
 
 
 def _rules_text(rules: MemberRules | None) -> str:
@@ -332,39 +455,36 @@ def build_index(
 ) -> SampleIndex:
     """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
 
-    Where the sources (by size or ETag) or the settings changed since, it scans again; the index stands if its rows are
-    still the same. If they aren't, it's replaced, or, where features rest on it (`in_use`), `InputError` is raised.
+    Where the sources (by URL, size or stamp) or the settings changed since, or a killed run left a part of it, it scans
+    again. Where something rests on the index (`in_use`), sources may have moved, or been touched while they hold the same
+    samples; anything else is an `InputError`.
     """
     if not SampleIndex.exists(folder):
-        table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-        return write_index(folder, table, sources, rules=rules, limit=limit)
+        return _scan_and_write(folder, files, scan_many, limit, rules)
     index = SampleIndex(folder)
-    if in_use and limit is not None and limit < index.n_rows:
-        raise InputError(f"{folder.shown} has {index.n_rows} rows, this run asks for --limit {limit}; use a new --out")
-    if limit == index.n_rows:
-        files = files[: len(index.sources)]
-    changes = index.changed(files)
-    if index.n_rows > (limit or index.n_rows):
-        changes.append(f"its index holds {index.n_rows} samples, this run asks for --limit {limit}")
-    if index.is_cut and limit != index.n_rows:
-        changes.append(f"its index holds the first {index.n_rows} samples only (--limit)")
-    if index.rules != _rules_text(rules):
-        changes.append(f"it was indexed with {index.rules}, this run has {_rules_text(rules)}")
+    if not in_use:
+        stands = is_of_input(index, files, limit, rules)
+        return index if stands else _scan_and_write(folder, files, scan_many, limit, rules)
+    changes = changes_of(index, files, limit, rules)
     if changes:
         logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
+        files = in_order(index, files, limit)
         table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-        if not in_use:
-            return write_index(folder, table, sources, rules=rules, limit=limit)
         if index_digest(len(table), sources) != index.digest:
-            raise InputError(
-                f"{folder.shown} was made from other input:\n  "
-                + "\n  ".join(changes[:10])
-                + "\nUse a new --out, or restore what changed."
-            )
-        first_keys = index.first_keys
-        folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys))
-        index = SampleIndex(folder)
+            raise other_input(index, changes)
+        index = update_sources(index, sources)
     return index
+
+
+def _scan_and_write(
+    folder: Folder,
+    files: Sequence[InputFile],
+    scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
+    limit: int | None,
+    rules: MemberRules | None,
+) -> SampleIndex:
+    table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
+    return write_index(folder, table, sources, rules=rules, limit=limit)
 
 
 def read_images(

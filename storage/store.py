@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
-from storage.samples import SampleIndex
+from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.shards import compress, encode_row, encode_shard
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
 
@@ -147,7 +147,22 @@ class FeatureStore:
 
     @functools.cached_property
     def index(self) -> SampleIndex:
-        return SampleIndex(self.folder)
+        """The rows' names and places. Raises `StorageError` where it's missing, or belongs to another input."""
+        if not self.has_index():
+            raise StorageError(
+                f"{self.folder.shown} lacks the index of its input, or has a part of another one; run the extraction again"
+            )
+        return SampleIndex(self.folder, self._index_prefix)
+
+    def has_index(self) -> bool:
+        """Whether the index is there and is the one that the features were made by."""
+        if not SampleIndex.exists(self.folder, self._index_prefix):
+            return False
+        return SampleIndex(self.folder, self._index_prefix).digest == self.layout.index
+
+    @property
+    def _index_prefix(self) -> str:
+        return self.attributes.get("index", INDEX)
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -295,6 +310,30 @@ class FeatureStore:
         done = self.ledger.done()
         return [task for task in self.layout.tasks() if task.block not in done]
 
+    def input_rows(self, rows: np.ndarray) -> pa.Table:
+        """`row`, `status` and `digest` of row numbers, from the commit records; null where nothing is committed."""
+        return self.ledger.take_committed(rows, self.layout, ["row", "status", "digest"])
+
+    def adopt_index(self, index: SampleIndex) -> None:
+        """Go on with an index of repaired input, which is written: the root names it. Driver only.
+
+        Rows that changed must be pending by now. Further rows make the arrays longer.
+        """
+        self.layout = replace(self.layout, n_rows=index.n_rows, index=index.digest)
+        self.attributes |= {
+            "status": "writing",
+            "layout": asdict(self.layout),
+            "fingerprint": fingerprint(self.spec, self.layout),
+            "index": index.prefix,
+        }
+        self.attributes.pop("counts", None)
+        self.__dict__.pop("index", None)  # the cached one
+        documents = self._documents(consolidated=False)
+        root = documents.pop("zarr.json")
+        for name, data in documents.items():
+            self.folder.write(name, data)
+        self.folder.write("zarr.json", root)
+
     def set_writing(self) -> None:
         """Mark the store as being written (again). Driver only."""
         if self.status != "writing":
@@ -314,9 +353,10 @@ class FeatureStore:
             raise StorageError(
                 f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
-        counts = self.ledger.merge(self.layout)
+        counts = self.ledger.merge(self.layout, self.index)
         self.attributes |= {"status": "complete", "counts": counts}
         self.folder.write("zarr.json", self._documents(consolidated=True)["zarr.json"])
+        remove_indexes(self.folder, self._index_prefix)
         self.folder.remove_partial()
         return counts
 
