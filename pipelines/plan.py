@@ -21,7 +21,7 @@ from storage.paths import Folder, redact
 from storage.samples import read_images
 from storage.shards import compress, encode_row
 from storage.spec import Layout, Level
-from storage.store import FeatureStore, read_attributes
+from storage.store import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +150,7 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
     """Count and time. `threads` is what one worker will have."""
     config, spec, layout = prepared.config, prepared.bundle.spec, prepared.layout
     folder = Folder(config.out, config.options)
-    existing = read_attributes(folder)
-    if existing is not None:
-        store = FeatureStore(folder, existing)
-        store.require(spec, layout)
-        pending = len(store.pending())
-        state = f"{layout.n_blocks - pending:,} of {layout.n_blocks:,} tasks done"
-    else:
-        pending, state = layout.n_blocks, "new"
+    pending, state = _state(prepared, folder)
     on_gpu = device == "cuda" and torch.cuda.is_available()
     model = prepared.bundle.build("cuda") if on_gpu else prepared.model
     batch = default_batch(config, layout, device)
@@ -191,6 +184,17 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         timed_images=timed,
         stage_seconds=seconds,
     )
+
+
+def _state(prepared: Prepared, folder: Folder) -> tuple[int, str]:
+    """How many tasks are to be done, and what there is already, in words."""
+    update, n_blocks = prepared.update, prepared.layout.n_blocks
+    if update is None:
+        return n_blocks, "new"
+    done = FeatureStore.open(folder.url, folder.options).ledger.done()
+    again = len(done & update.redo)
+    words = f", {again:,} run again for changed images" if again else ""
+    return n_blocks - len(done - update.redo), f"{len(done):,} of {n_blocks:,} tasks done{words}"
 
 
 def _level_cost(level: Level, layout: Layout) -> LevelCost:

@@ -85,6 +85,9 @@ class InputUpdate:
             store.ledger.revoke(sorted(done))
             logger.info("%d tasks hold images that changed, and run again", len(done))
         if self.state.table is not None:
+            logger.info(
+                "the index is written anew: sources hold their samples at other places, or with other text, than before"
+            )
             store.adopt_index(move_index(self.index, store.folder))
         elif list(self.state.sources) != self.index.sources:
             update_sources(self.index, self.state.sources)

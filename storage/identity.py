@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.paths import query_free
-from storage.samples import SampleIndex, other_input, read_images
+from storage.samples import SampleIndex, other_input, read_images, refuse_duplicates
 from storage.sources import Source, describe_change, is_unchanged, pair
 from storage.tars import SourceScan
 
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 CHECK_ROWS = 64
 """Images that are read at once to compare them with the ledger; a few such windows are under way."""
+
+SAMPLE_IMAGES = 256
+"""Images whose bytes stand for those of a whole input."""
 
 LEDGER_ROWS = 2**13
 """Rows whose ledger entries are read at once."""
@@ -103,6 +106,11 @@ def input_state(
     scans = {i: moved[i] for i in wanted if i in moved}
     others = [i for i in wanted if i not in moved]
     scans |= dict(zip(others, scan([now[i] for i in others]), strict=True)) if others else {}
+    if doubtful:
+        shown = "; ".join(describe_change(index.sources[i], now[i]) or index.sources[i].url for i in doubtful[:3])
+        logger.warning(
+            "%d sources may have changed since they were indexed; their images are read again: %s", len(doubtful), shown
+        )
     if scans:
         _Comparison(index, state, scans, set(doubtful), ledger, options).run()
     return state
@@ -202,20 +210,19 @@ class _Comparison:
         return found.take(pa.array(place, pa.int64())).append_column("row", before["row"])
 
     def _add(self, url: str, rows: pa.Table) -> None:
-        keys = rows["key"].to_pylist()
-        if known := self.index.find(keys):
-            line = f"{url}: its sample {next(iter(known))!r} has the key of another one"
-            raise other_input(self.index, [line])
         self._added.append(rows)
         self.state.added += len(rows)
-        self.state.changes.append(f"{url}: {len(rows)} samples more than when it was indexed, for example {keys[0]!r}")
+        first = rows["key"][0].as_py()
+        self.state.changes.append(f"{url}: {len(rows)} samples more than when it was indexed, for example {first!r}")
 
     def _rebuild(self, found: pa.Table) -> None:
         """The whole table, every sample on its row."""
         kept = self.index.rows_of([i for i in range(len(self.index.sources)) if i not in self.scans])
         table = pa.concat_tables([kept, found.select(kept.column_names)])
         table = table.take(pc.sort_indices(table["row"])).drop_columns("row")
-        self.state.table = pa.concat_tables([table, *(rows.select(table.column_names) for rows in self._added)])
+        table = pa.concat_tables([table, *(rows.select(table.column_names) for rows in self._added)])
+        refuse_duplicates(table, self.state.sources)
+        self.state.table = table
 
     # --- whether a row's image is the one that it was -----------------------------------------------------------------
 
@@ -272,6 +279,16 @@ class _Comparison:
         if source in self._without_digest:
             what += "; an earlier version extracted it and kept no digests to compare with"
         return f"{what}: {len(keys)} of its images differ, for example {keys[0]!r}"
+
+
+def content_sample(index: SampleIndex, urls: Sequence[str], options: Mapping[str, Any] | None = None) -> str:
+    """sha256 over the bytes of up to `SAMPLE_IMAGES` images, spread evenly: tells other images under the same names and sizes
+    where there is no ledger to tell it of each."""
+    rows = np.unique(np.linspace(0, index.n_rows - 1, min(SAMPLE_IMAGES, index.n_rows)).astype(np.int64))
+    digest = hashlib.sha256()
+    for blob in read_images(index.take(rows), urls, options):
+        digest.update(image_digest(blob or b"").encode())
+    return digest.hexdigest()
 
 
 def order_digest(table: pa.Table) -> str:

@@ -332,11 +332,12 @@ def collect_index(
     table = pa.concat_tables(tables)
     if limit is not None:
         table = table.slice(0, limit)
-    _refuse_duplicates(table, sources)
+    refuse_duplicates(table, sources)
     return table, sources
 
 
-def _refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
+def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
+    """Raise `DuplicateKeys` where two rows of an index have one key."""
     counts = pc.value_counts(table["key"])
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if not len(repeated):

@@ -22,6 +22,8 @@ from jobs.extract import run
 from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
 from pipelines.extract import RunFailed, extract
+from pipelines.plan import make_plan
+from pipelines.prepare import prepare, resolve
 from pipelines.worker import ShardWorker
 from storage.paths import Folder, InputError
 from storage.store import FeatureStore
@@ -406,6 +408,19 @@ def test_the_program_refuses_with_2_and_says_what_to_do(tmp_path, capfd):
     assert run([*arguments, "--replace-changed"]) == 0
 
 
+def test_plan_says_what_would_run_again_and_changes_nothing(tmp_path):
+    tars = write_tars(tmp_path, {"a": [0, 1, 2, 3, 4]})
+    extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
+    write_tars(tmp_path, {"a": [0, 1, 2, 3, 20]})
+    before = {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*") if path.is_file()}
+    config = config_of(tars, tmp_path / "out.zarr", replace_changed=True)
+
+    plan = make_plan(prepare(resolve(config), InlineExecutor()), device="cpu", actors=1, threads=1)
+
+    assert (plan.pending, plan.state) == (1, "2 of 2 tasks done, 1 run again for changed images")
+    assert {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*") if path.is_file()} == before
+
+
 # --- any history ------------------------------------------------------------------------------------------------------
 
 
@@ -456,7 +471,9 @@ class History:
                 tar, lambda m: m.__setitem__(slice(None), [(k, d) for (k, _), (_, d) in zip(m, m[::-1], strict=True)])
             )
         elif kind == "rename":
-            self.rewrite(tar, lambda m: m.__setitem__(0, (f"{Path(tar).stem}-new.bmp", m[0][1])))
+            # Sometimes to the name that a sample of another tar has.
+            name = self.draw.choice([f"{Path(tar).stem}-new", *self.samples()])
+            self.rewrite(tar, lambda m: m.__setitem__(0, (f"{name}.bmp", m[0][1])))
         elif kind == "grow":
             self.rewrite(
                 tar, lambda m: m.append((f"{Path(tar).stem}-more{len(m)}.bmp", IMAGES[self.draw.randrange(POOL)]))

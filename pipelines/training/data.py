@@ -201,6 +201,10 @@ class ExampleSource(Protocol):
         """Arrays of `rows`, in their order, as drawn for `epoch` (None: with nothing random)."""
 
 
+_indexes: dict[tuple[str, str], SampleIndex] = {}
+_indexes_lock = threading.Lock()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
     """Where images come from and how they become arrays; travels to whoever decodes."""
@@ -226,7 +230,7 @@ class ImageSource:
         # Pillow's own guard, which by default only warns up to twice its limit.
         Image.MAX_IMAGE_PIXELS = self.max_image_pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        table = _index_of(self).take(np.array(rows, np.int64))
+        table = self.index.take(np.array(rows, np.int64))
         blobs = read_images(table, self.urls, self.options)
         records = dict(zip(rows, table.to_pylist(), strict=True))
         examples: dict[int, dict[str, np.ndarray]] = {}
@@ -242,6 +246,15 @@ class ImageSource:
             self._add_features(examples, failed, {row: records[row]["key"] for row in examples})
         names = next(iter(examples.values()), {})
         return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
+
+    @property
+    def index(self) -> SampleIndex:
+        """Opened once in each process: by its digest, for another run may have replaced it."""
+        name = (self.folder.url, self.digest)
+        with _indexes_lock:
+            if name not in _indexes:
+                _indexes[name] = SampleIndex(self.folder)
+            return _indexes[name]
 
     def at_sides(self, rows: Sequence[int], geometry: Geometry, sides: Sequence[int]) -> dict[int, np.ndarray]:
         """The images at several sizes, each decoded once: uint8 [n, side, side, 3] by side, of those that can be read."""
@@ -267,19 +280,6 @@ class ImageSource:
                 del examples[row]
             else:
                 examples[row]["features"] = value
-
-
-_indexes: dict[tuple[str, str], SampleIndex] = {}
-_indexes_lock = threading.Lock()
-
-
-def _index_of(source: ImageSource) -> SampleIndex:
-    """The index, opened once in each process: by its digest, for another run may have replaced it."""
-    name = (source.folder.url, source.digest)
-    with _indexes_lock:
-        if name not in _indexes:
-            _indexes[name] = SampleIndex(source.folder)
-        return _indexes[name]
 
 
 # --- ahead of the loop ------------------------------------------------------------------------------------------------

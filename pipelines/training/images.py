@@ -27,6 +27,7 @@ from pipelines.training.config import Objective, TrainConfig, TrainSetup, begin_
 from pipelines.training.data import ImageSource, StoredFeatures, View
 from pipelines.weights import WeightsChoice, load_model
 from storage.checkpoints import read_run
+from storage.identity import content_sample
 from storage.inputs import InputFile, expand_inputs
 from storage.paths import Folder
 from storage.samples import SampleIndex
@@ -173,6 +174,9 @@ class ResolvedImages:
                 "give --val-data"
             )
         digests = {"images": images.digest, "held_out": held_out.digest}
+        for name, source in (("images", images), ("held_out", held_out)):
+            # The index knows names and sizes; other pixels under them would be learned on without a word.
+            digests[f"{name}_content"] = content_sample(source.index, source.urls, config.options)
         begin_run(folder, config, {"backbone": self.backbone.described, **digests})
         return ImageSetup(
             config=config,
@@ -199,7 +203,7 @@ class ResolvedImages:
         source = ImageSource(
             folder=folder,
             digest=index.digest,
-            urls=tuple(file.url for file in files[: len(index.sources)]),
+            urls=index.urls(files),
             options=config.options,
             max_image_pixels=config.max_image_pixels,
             seed=config.seed,
