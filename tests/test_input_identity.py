@@ -22,6 +22,7 @@ from jobs.extract import run
 from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
 from pipelines.extract import RunFailed, extract
+from pipelines.photos import read_photos
 from pipelines.plan import make_plan
 from pipelines.prepare import prepare, resolve
 from pipelines.worker import ShardWorker
@@ -419,6 +420,18 @@ def test_plan_says_what_would_run_again_and_changes_nothing(tmp_path):
 
     assert (plan.pending, plan.state) == (1, "2 of 2 tasks done, 1 run again for changed images")
     assert {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*") if path.is_file()} == before
+
+
+def test_photograph_that_was_replaced_is_not_shown_beside_the_features_of_the_old_one(tmp_path, caplog):
+    tars = write_tars(tmp_path, {"a": [0, 1, 2]})
+    extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
+    write_tars(tmp_path, {"a": [0, 20, 2]})
+
+    photos = read_photos(FeatureStore.open(str(tmp_path / "out.zarr")), np.arange(3))
+
+    assert [photo is None for photo in photos] == [False, True, False]
+    assert "no photograph for row 1" in caplog.text
+    assert "holds another image" in caplog.text
 
 
 # --- any history ------------------------------------------------------------------------------------------------------
