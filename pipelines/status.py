@@ -14,7 +14,7 @@ import numpy as np
 
 from cluster.progress import duration, size_text
 from operators.visual import spread
-from storage.ledger import REASON_COLUMNS, FailureGroup, group_failures
+from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
 from storage.spec import Level
 from storage.store import FeatureStore
 
@@ -95,7 +95,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
     for _, table in store.ledger.records(picked):
         rows += len(table)
         failed += table["status"].to_pylist().count("failed")
-        written = json.loads((table.schema.metadata or {})[b"objects"])
+        written = committed_objects(table)
         objects += len(written)
         for name, size in written.items():
             stored[name.split("/", 1)[0]] += size

@@ -21,17 +21,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from storage.documents import Document, decode, require_columns, rows_as, with_columns
 from storage.inputs import InputFile
 from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
+from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
 logger = logging.getLogger(__name__)
 
-PART_ROWS = 2**20
+PART_ROWS = MAX_BLOCK_ROWS
 """Rows of one Parquet file of the index; a multiple of every block size, so that no task spans two parts."""
 
 ROW_GROUP_ROWS = 2**13
 """Rows of one Parquet row group: what a worker reads to learn about its task."""
+
+
+KEYS_SCHEMA = pa.schema([("key", pa.string()), ("row", pa.int64())])
+"""Keys in order, each with its row."""
 
 
 class DuplicateKeys(InputError):
@@ -52,10 +58,18 @@ class Source:
 
 
 class RowTable:
-    """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for."""
+    """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for.
 
-    def __init__(self, folder: Folder, prefix: str):
-        self._parts = _Parts(folder, prefix)
+    Reading raises `DamagedObject` where a part isn't of `n_rows` rows in all, and of the columns of `schema`; those of
+    `optional` are null where it lacks them.
+    """
+
+    def __init__(self, folder: Folder, prefix: str, n_rows: int, schema: pa.Schema, optional: Sequence[str] = ()):
+        self._parts = _Parts(folder, prefix, n_rows, schema, optional)
+
+    def part(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a part."""
+        return self._parts.read(part, None, columns)
 
     def read(self, first: int, last: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows `first` to `last` (exclusive), in order; they must lie within one part."""
@@ -85,26 +99,54 @@ class _Parts:
     One thread reads at a time: two in one ParquetFile end in errors or a crash.
     """
 
-    def __init__(self, folder: Folder, prefix: str):
-        self.folder, self.prefix = folder, prefix
+    def __init__(self, folder: Folder, prefix: str, n_rows: int, schema: pa.Schema, optional: Sequence[str] = ()):
+        self.folder, self.prefix, self.n_rows = folder, prefix, n_rows
+        self.schema, self.optional = schema, optional
         self._open: dict[tuple[int, int], pq.ParquetFile] = {}
         self._locks: dict[int, threading.Lock] = {}
 
-    def read(self, part: int, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
-        """Some row groups of a part."""
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
-            return self._file(part).read_row_groups(list(groups), columns=columns)
+    def read(self, part: int, groups: Sequence[int] | None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Some row groups of a part, or all. Raises `UnknownName` for columns that the table hasn't."""
+        wanted = self.schema if columns is None else pa.schema([self._field(name) for name in columns])
+        with self._locks.setdefault(os.getpid(), threading.Lock()), self._document(part).parsing():
+            file = self._file(part)
+            there = [name for name in wanted.names if name in file.schema_arrow.names]
+            groups = range(file.num_row_groups) if groups is None else groups
+            return with_columns(file.read_row_groups(list(groups), columns=there), wanted)
+
+    def _field(self, name: str) -> pa.Field:
+        if name not in self.schema.names:
+            raise UnknownName(
+                f"{self._document(0).shown} has no column {name!r}; it has {', '.join(self.schema.names)}"
+            )
+        return self.schema.field(name)
 
     def metadata(self, part: int) -> pq.FileMetaData:
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
+        with self._locks.setdefault(os.getpid(), threading.Lock()), self._document(part).parsing():
             return self._file(part).metadata
+
+    def _document(self, part: int) -> Document:
+        return Document(self.folder, part_name(self.prefix, part))
 
     def _file(self, part: int) -> pq.ParquetFile:
         name = (os.getpid(), part)
         if name not in self._open:
-            file = self.folder.open(part_name(self.prefix, part))
-            self._open[name] = pq.ParquetFile(file, pre_buffer=True)
+            try:
+                source = self.folder.open(part_name(self.prefix, part))
+            except FileNotFoundError:
+                raise self._document(part).missing() from None
+            file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
+            self._require_whole(file, part)
+            self._open[name] = file
         return self._open[name]
+
+    def _require_whole(self, file: pq.ParquetFile, part: int) -> None:
+        """Raise `ValueError` unless the file has the part's columns and rows, in groups where they are looked for."""
+        require_columns(file.schema_arrow, self.schema, self.optional)
+        rows = min(PART_ROWS, self.n_rows - part * PART_ROWS)
+        groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        if groups != [min(ROW_GROUP_ROWS, rows - start) for start in range(0, rows, ROW_GROUP_ROWS)]:
+            raise ValueError(f"it has {sum(groups)} rows in {len(groups)} groups; {rows} were expected")
 
 
 class SampleIndex:
@@ -116,9 +158,18 @@ class SampleIndex:
 
     def __init__(self, folder: Folder):
         self.folder = folder
-        table = _read_table(folder, "index/sources.parquet")
+        document = Document(folder, "index/sources.parquet")
+        data = document.bytes()
+        with document.parsing():
+            self._parse(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
+        schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried)])
+        self._table = RowTable(folder, "index/samples", self.n_rows, schema)
+        self._keys = _Parts(folder, "index/keys", self.n_rows, KEYS_SCHEMA)
+
+    def _parse(self, table: pa.Table) -> None:
+        """Take what index/sources.parquet says. Raises one of what `Document.parsing` knows where that can't be."""
         meta = table.schema.metadata or {}
-        self.sources = [Source(**row) for row in table.to_pylist()]
+        self.sources = rows_as(Source, table)
         self.n_rows = int(meta[b"n_rows"])
         self.digest = meta[b"digest"].decode()
         self.n_unreadable = int(meta[b"n_unreadable"])
@@ -126,11 +177,13 @@ class SampleIndex:
         self.is_cut = meta[b"is_cut"] == b"True"
         "by a limit: the sources may hold more samples"
         self.rules = meta[b"rules"].decode()
-        self.carried: list[str] = json.loads(meta[b"carried"])
+        self.carried: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"carried"]), "carried"))
         "columns that `--carry` took from the samples' text members"
-        self.first_keys: list[str] = json.loads(meta[b"first_keys"])
-        self._table = RowTable(folder, "index/samples")
-        self._keys = _Parts(folder, "index/keys")
+        self.first_keys: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"first_keys"]), "first_keys"))
+        if self.digest != index_digest(self.n_rows, self.sources):
+            raise ValueError("its digest isn't that of the sources it lists")
+        if not 0 <= self.n_unreadable <= self.n_rows or len(self.first_keys) != -(-self.n_rows // PART_ROWS):
+            raise ValueError(f"its counts don't fit {self.n_rows} rows")
 
     @staticmethod
     def exists(folder: Folder) -> bool:
@@ -138,11 +191,24 @@ class SampleIndex:
 
     def read(self, first: int, last: int) -> pa.Table:
         """Rows `first` to `last` (exclusive); they must lie within one part."""
-        return self._table.read(first, last)
+        return self._within(self._table.read(first, last))
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows whose numbers are in `rows`, in that order."""
-        return self._table.take(rows, columns)
+        return self._within(self._table.take(rows, columns))
+
+    def _within(self, table: pa.Table) -> pa.Table:
+        """`table`, whose rows lie in sources that there are. Raises `DamagedObject` otherwise."""
+        for name, end in (("source", len(self.sources)), ("offset", 2**63), ("size", 2**63)):
+            if name in table.column_names and len(table):
+                bounds = pc.min_max(table[name])
+                if table[name].null_count or bounds["min"].as_py() < 0 or bounds["max"].as_py() >= end:
+                    raise Document(self.folder, "index/samples").damaged(f"has rows whose {name} can't be")
+        return table
+
+    def keys(self, first: int, last: int) -> pa.ChunkedArray:
+        """Keys of rows `first` to `last` (exclusive); they must lie within one part."""
+        return self._table.read(first, last, ["key"])["key"]
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers (int64) of `keys`, in that order. Raises `UnknownName` with the first that there is none of."""
@@ -168,7 +234,10 @@ class SampleIndex:
             return {}
         table = self._keys.read(part, groups)
         table = table.filter(pc.is_in(table["key"], pa.array(keys, table["key"].type)))
-        return dict(zip(table["key"].to_pylist(), table["row"].to_pylist(), strict=True))
+        rows = table["row"].to_pylist()
+        if rows and not 0 <= min(rows) <= max(rows) < self.n_rows:
+            raise Document(self.folder, part_name("index/keys", part)).damaged("names rows that there aren't")
+        return dict(zip(table["key"].to_pylist(), rows, strict=True))
 
     def changed(self, files: Sequence[InputFile]) -> list[str]:
         """In words, how `files` differ from the ones that were indexed (name, size, ETag); empty if they don't."""
@@ -200,16 +269,13 @@ def part_name(prefix: str, part: int) -> str:
     return f"{prefix}/part-{part:05d}.parquet"
 
 
-def _read_table(folder: Folder, name: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(folder.read(name)))
-
-
 def table_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> bytes:
     """`table` as one Parquet file; the same table gives the same bytes."""
     if metadata is not None:
         table = table.replace_schema_metadata(metadata)
     sink = BytesIO()
-    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+    # With checksums, so that a flipped bit is an error, not another row.
+    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
