@@ -34,6 +34,7 @@ class Document:
     folder: Folder
     name: str
     advice: str = "restore it from a copy"
+    error: type[DamagedObject] = DamagedObject
 
     @property
     def shown(self) -> str:
@@ -42,7 +43,7 @@ class Document:
 
     def damaged(self, what: str) -> DamagedObject:
         """The error that says `what` is wrong with it."""
-        return DamagedObject(f"{self.shown} {what}; {self.advice}")
+        return self.error(f"{self.shown} {what}; {self.advice}")
 
     def missing(self) -> MissingObject:
         """The error that says that it isn't there."""
@@ -55,7 +56,7 @@ class Document:
             yield
         except DamagedObject:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise self._unreadable(error) from None
         except (pa.ArrowException, pa.lib.ArrowMemoryError) as error:
             raise self._unreadable(error) from None
@@ -77,11 +78,11 @@ class Document:
         except IsADirectoryError:
             raise self.damaged("is a folder where a file must be") from None
 
-    def json(self) -> dict[str, Any]:
+    def json(self, *, nan: bool = True) -> dict[str, Any]:
         """The JSON object in it. Raises `MissingObject` and `DamagedObject`."""
         data = self.bytes()
         with self.parsing():
-            return parse_json(data)
+            return parse_json(data, nan=nan)
 
     def table(self, schema: pa.Schema, optional: Sequence[str] = ()) -> pa.Table:
         """The Parquet table in it, with exactly the columns of `schema`; those of `optional` are null where it lacks them.
@@ -95,9 +96,9 @@ class Document:
             return with_columns(table, schema)
 
 
-def parse_json(data: bytes | str) -> dict[str, Any]:
-    """A JSON object without NaN or infinity, which JSON hasn't. Raises `ValueError`."""
-    found = json.loads(data, parse_constant=_refuse_constant)
+def parse_json(data: bytes | str, *, nan: bool = True) -> dict[str, Any]:
+    """A JSON object; NaN and infinity, which measured values may be, only with `nan`. Raises `ValueError`."""
+    found = json.loads(data, parse_constant=None if nan else _refuse_constant)
     if not isinstance(found, dict):
         raise ValueError(f"a JSON object was expected, not {_short(found)}")
     return found
@@ -133,6 +134,13 @@ def decode(kind: Any, value: object, where: str = "") -> Any:
     wanted = (int, float) if kind is float else kind
     _require(isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)), kind.__name__, value, where)
     return value
+
+
+def decode_known(kind: type[T], value: object, where: str = "") -> T:
+    """`decode` of the names that the dataclass `kind` has; others are left out."""
+    _require(isinstance(value, dict), "an object", value, where)
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    return decode(kind, {name: each for name, each in value.items() if name in names}, where)
 
 
 def _decode_fields(kind: Any, value: object, where: str) -> Any:

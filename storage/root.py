@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from storage.documents import Document, MissingObject, decode
+from storage.documents import Document, MissingObject, decode, decode_known
 from storage.paths import Folder, StorageError
 from storage.spec import FeatureSpec, Layout, fingerprint_of
 
@@ -44,7 +44,7 @@ def read_attributes(folder: Folder) -> dict[str, Any] | None:
     """
     document = Document(folder, ROOT, "restore it from a copy, or use a new --out")
     try:
-        found = document.json()
+        found = document.json(nan=False)
     except MissingObject:
         return None
     with document.parsing():
@@ -58,7 +58,7 @@ def read_attributes(folder: Folder) -> dict[str, Any] | None:
         readable = " and ".join(map(str, READABLE))
         raise StorageError(f"{folder.shown} has format {number}, this version reads {readable}; {advice}")
     with document.parsing():
-        _check(decode(_Attributes, {name: own[name] for name in own if name in _Attributes.__annotations__}))
+        _check(decode_known(_Attributes, own))
     if own["fingerprint"] != fingerprint_of(own["spec"], own["layout"]):
         raise document.damaged("was edited or damaged: its fingerprint doesn't match its spec and layout")
     return own
