@@ -8,8 +8,9 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from storage.documents import Document, decode
 from storage.paths import Folder, is_memory, public_options, redact
 
 logger = logging.getLogger(__name__)
@@ -258,15 +259,19 @@ def config_from_run(url: str, options: Mapping[str, Any] | None = None) -> Extra
         runs = folder.folders("runs")
         if not runs:
             raise ConfigError(f"{folder.shown} has no runs; give a store or a run.json")
-        data = folder.read(f"runs/{runs[-1]}/run.json")
+        document = Document(folder, f"runs/{runs[-1]}/run.json", "name another run's run.json")
     else:
         base, _, name = url.rpartition("/")
-        data = Folder(base or ".", options).read(name)
-    saved = json.loads(data)["config"]
+        document = Document(Folder(base or ".", options), name, "name another run's run.json")
+    found = document.json()
+    with document.parsing():
+        saved = decode(Mapping[str, Any], found["config"], "config")
     unknown = set(saved) - {f.name for f in fields(ExtractConfig)}
     if unknown:
         raise ConfigError(f"{redact(url)} has settings that this version does not know: {', '.join(sorted(unknown))}")
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    hints = get_type_hints(ExtractConfig)
+    with document.parsing():
+        settings = {name: decode(hints[name], value, f"config.{name}") for name, value in saved.items()}
     if "***" in str(settings.get("storage_options")):
         logger.warning("credentials were not saved in %s; give --storage-options again", redact(url))
         settings["storage_options"] = None

@@ -20,6 +20,7 @@ from pipelines.prepare import Prepared, changed_meanwhile, default_batch, prepar
 from pipelines.worker import WorkerSetup
 from storage.ledger import REASON_COLUMNS, commonest_reasons
 from storage.paths import StorageError
+from storage.root import StoreReplaced
 from storage.spec import ShardTask
 from storage.store import FeatureStore
 
@@ -77,6 +78,13 @@ def pool_for(config: ExtractConfig, executor: Any) -> WorkerPool:
 
 def run_prepared(prepared: Prepared, executor: Any) -> Summary:
     """`extract` for an input that is already indexed and a model that is loaded."""
+    try:
+        return _run_prepared(prepared, executor)
+    except StoreReplaced as error:
+        raise RunFailed(str(error)) from None
+
+
+def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
     config = prepared.config
     store = prepared.create_store()
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
@@ -94,6 +102,7 @@ def run_prepared(prepared: Prepared, executor: Any) -> Summary:
     setup = WorkerSetup(
         bundle=prepared.bundle,
         out=config.out,
+        fingerprint=store.attributes["fingerprint"],
         options=config.options,
         urls=prepared.urls,
         run_id=run_id,
@@ -129,13 +138,16 @@ def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, poo
 
 
 def _check_done(store: FeatureStore) -> set[int]:
-    """Blocks that are done. Of an unfinished store each shard's size is compared with its commit: a full disk or a power
-    cut can leave a file short, and the run that wrote it can't tell."""
+    """Blocks that are done. Of an unfinished store each record is read, and each shard's size compared with it: a full disk
+    or a power cut can leave a file short, and the run that wrote it can't tell."""
     done = store.ledger.done()
+    if strangers := store.ledger.strangers():
+        logger.warning("ledger/commits holds what is no record of this store; it is left alone: %s", strangers[:10])
     if store.status == "writing" and done:
         torn = store.ledger.torn(sorted(done))
         if torn:
-            logger.warning("%d finished tasks lack shards or have short ones; they run again", len(torn))
+            reasons = "\n  ".join(list(torn.values())[:5])
+            logger.warning("%d finished tasks are damaged; they run again:\n  %s", len(torn), reasons)
             store.ledger.revoke(torn)
             done -= set(torn)
     return done
@@ -167,6 +179,8 @@ class _Run:
         self.config, self.store, self.setup, self.executor, self.pool = config, store, setup, executor, pool
         self.progress = Progress(total=store.layout.n_rows, done=rows_done)
         self.errors: list[str] = []
+        self.replaced = ""
+        "how the heartbeat found the store gone or replaced"
         self.bytes_written = 0
         self.start_up_s = 0.0
         self.finished_tasks = 0
@@ -176,18 +190,27 @@ class _Run:
         if not pending:
             return
         with self.progress, self._heartbeat():
-            aside = self._drain(pending, solo=False)
-            if aside:
-                logger.warning("%d tasks whose workers kept dying run again, one at a time", len(aside))
-                stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
-                self.errors += [f"task {block}: set aside twice" for block in stuck]
+            try:
+                self._execute(pending)
+            except Exception:
+                self.store.require_in_place()  # if it isn't, that is the reason
+                raise
         self._save_progress()
+
+    def _execute(self, pending: Sequence[ShardTask]) -> None:
+        aside = self._drain(pending, solo=False)
+        if aside:
+            logger.warning("%d tasks whose workers kept dying run again, one at a time", len(aside))
+            stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
+            self.errors += [f"task {block}: set aside twice" for block in stuck]
 
     def _drain(self, tasks: Sequence[ShardTask], *, solo: bool) -> list[int]:
         setup = replace(self.setup, solo=solo)
         aside: list[int] = []
         decode_on = "actor" if solo else self.config.decode_on
         for report in self.executor.run(setup, tasks, self.pool, decode_on=decode_on, solo=solo):
+            if self.replaced or report.get("replaced"):
+                raise StoreReplaced(self.replaced or report["error"])
             if "set_aside" in report:
                 aside.append(report["block"])
             elif "error" in report:
@@ -218,6 +241,9 @@ class _Run:
             while not stop.wait(SAVE_INTERVAL_S):
                 try:
                     self._save_progress()
+                except StoreReplaced as error:
+                    self.replaced = str(error)
+                    return
                 except (OSError, StorageError) as error:
                     logger.warning("progress was not saved: %s", error)
 
@@ -230,7 +256,8 @@ class _Run:
             thread.join()
 
     def _save_progress(self) -> None:
-        """Rates and stage times where `show` finds them, also from another machine."""
+        """Rates and stage times where `show` finds them, also from another machine. Raises `StoreReplaced`."""
+        self.store.require_in_place()
         p = self.progress
         document = {
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),

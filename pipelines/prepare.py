@@ -28,14 +28,11 @@ from storage.samples import (
     build_index,
     collect_index,
     index_digest,
-    is_of_input,
-    limit_changes,
     move_index,
-    other_input,
-    settings_changes,
     update_sources,
     write_index,
 )
+from storage.sources import is_of_input, limit_changes, other_input, settings_changes
 from storage.spec import FeatureSpec, Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules

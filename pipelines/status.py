@@ -3,10 +3,10 @@
 Text and plain data for `jobs/show.py` and the report; pictures are in pipelines/views.py.
 """
 
-import json
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from cluster.progress import duration, size_text
 from operators.visual import spread
-from storage.ledger import REASON_COLUMNS, FailureGroup, group_failures
+from storage.documents import Document, MissingObject, decode_known
+from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
 from storage.spec import Level
 from storage.store import FeatureStore
 
@@ -23,6 +24,8 @@ MAX_RECORDS = 1024
 
 SILENT_AFTER_S = 120.0
 """A run that has said nothing for longer is taken for dead or stuck; it saves its progress every 10 s."""
+
+_NOTES = "remove it: it holds notes on a run, nothing rests on it"
 
 BOTTLENECKS = {
     "read": "fetching images: run nearer to the data, or with more actors",
@@ -95,7 +98,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
     for _, table in store.ledger.records(picked):
         rows += len(table)
         failed += table["status"].to_pylist().count("failed")
-        written = json.loads((table.schema.metadata or {})[b"objects"])
+        written = committed_objects(table)
         objects += len(written)
         for name, size in written.items():
             stored[name.split("/", 1)[0]] += size
@@ -112,31 +115,66 @@ def read_status(store: FeatureStore) -> StoreStatus:
         stored_bytes={name: round(size * scale) for name, size in stored.items()},
         objects=round(objects * scale),
         is_sampled=len(picked) < len(done),
-        runs=[_read_run(store, run_id) for run_id in store.folder.folders("runs")],
+        runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
     )
 
 
-def _read_run(store: FeatureStore, run_id: str) -> RunStatus:
-    settings = json.loads(store.folder.read(f"runs/{run_id}/run.json"))
+@dataclass(frozen=True, kw_only=True)
+class _Workers:
+    size: int
+    device: str
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """What is read of run.json."""
+
+    started: str
+    host: str
+    workers: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Progress:
+    """What is read of progress.json; a run that has not come to write it has none."""
+
+    updated: str | None = None
+    ok: int = 0
+    failed: int = 0
+    rows_before: int = 0
+    images_per_s: float = 0.0
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes_written: int = 0
+    errors: tuple[str, ...] = ()
+
+
+def _read_run(store: FeatureStore, run_id: str) -> RunStatus | None:
+    """A run's own files; None for what isn't a run's folder. Raises `DamagedObject`."""
+    begun = Document(store.folder, f"runs/{run_id}/run.json", _NOTES)
     try:
-        progress = json.loads(store.folder.read(f"runs/{run_id}/progress.json"))
-    except FileNotFoundError:
-        progress = {}
-    last = progress.get("updated") or settings["started"]
+        settings = begun.json()
+    except MissingObject:
+        return None
+    with begun.parsing():
+        run = decode_known(_Begun, settings)
+        decode_known(_Workers, run.workers, "workers")
+        silent_since = _seconds(run.started)
+    document, progress = Document(store.folder, f"runs/{run_id}/progress.json", _NOTES), _Progress()
+    with contextlib.suppress(MissingObject), document.parsing():
+        progress = decode_known(_Progress, document.json())
+        silent_since = _seconds(progress.updated or run.started)
     return RunStatus(
         run_id=run_id,
-        started=settings["started"],
-        updated=progress.get("updated"),
-        silent_s=max(0.0, time.time() - datetime.fromisoformat(last).timestamp()),
-        ok=progress.get("ok", 0),
-        failed=progress.get("failed", 0),
-        rows_before=progress.get("rows_before", 0),
-        images_per_s=progress.get("images_per_s", 0.0),
-        stage_seconds=progress.get("stage_seconds", {}),
-        bytes_written=progress.get("bytes_written", 0),
-        errors=progress.get("errors", []),
+        started=run.started,
+        silent_s=max(0.0, time.time() - silent_since),
         settings=settings,
+        **{f.name: getattr(progress, f.name) for f in fields(progress)},
     )
+
+
+def _seconds(iso: str) -> float:
+    return datetime.fromisoformat(iso).timestamp()
 
 
 def status_lines(status: StoreStatus) -> Iterator[str]:

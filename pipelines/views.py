@@ -13,6 +13,7 @@ import numpy as np
 
 from operators.visual import Panel, RgbProjection, Tile, cosine_map, heat, spread
 from pipelines.photos import read_photos
+from storage.documents import Document, MissingObject
 from storage.paths import StorageError
 from storage.pixels import bilinear, cell_centres, to_cells
 from storage.spec import Level
@@ -75,9 +76,10 @@ def colours_for(
     home = colours_from or store
     name = f"views/rgb-{level.channels}{'-foreground' if foreground else ''}.json"
     if not refit:
+        saved = Document(home.folder, name, "remove it, or have the colours fitted anew")
         try:
-            return RgbProjection.from_json(json.loads(home.folder.read(name)))
-        except FileNotFoundError:
+            return _parse_colours(saved, level)
+        except MissingObject:
             if colours_from:
                 raise StorageError(
                     f"{home.folder.shown} has no saved colours for {level.channels} channels; view it first"
@@ -94,6 +96,16 @@ def colours_for(
     except (OSError, StorageError) as error:
         logger.warning("colours were not saved in %s (%s); they may differ next time", store.folder.shown, error)
     return projection
+
+
+def _parse_colours(document: Document, level: Level) -> RgbProjection:
+    """Raises `MissingObject` and `DamagedObject`."""
+    found = document.json()
+    with document.parsing():
+        colours = RgbProjection.from_json(found)
+        if colours.mean.shape != (level.channels,) or colours.components.shape != (3, level.channels):
+            raise ValueError(f"they are of {colours.components.shape[-1]} channels, not {level.channels}")
+    return colours
 
 
 def view_panel(

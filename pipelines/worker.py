@@ -22,7 +22,8 @@ from pipelines.attempts import Loaded, attempt, failed, ledger_records, write_an
 from pipelines.models import ModelBundle
 from pipelines.photos import geometry_of
 from storage.ledger import SampleRecord, image_digest
-from storage.paths import redact
+from storage.paths import Folder, redact
+from storage.root import StoreReplaced, require_same_store
 from storage.samples import read_images
 from storage.spec import ShardTask
 from storage.store import FeatureStore
@@ -42,6 +43,8 @@ class WorkerSetup:
 
     bundle: ModelBundle
     out: str
+    fingerprint: str
+    "of the store that the driver continues"
     options: Mapping[str, Any]
     urls: tuple[str, ...]
     run_id: str
@@ -62,6 +65,7 @@ class ShardWorker:
 
     def __init__(self, setup: WorkerSetup, *, model: bool = True):
         self.setup = setup
+        require_same_store(Folder(setup.out, setup.options), setup.fingerprint)
         self.store = FeatureStore.open(setup.out, setup.options)
         self.index = self.store.index
         self.geometry = geometry_of(self.store.spec)
@@ -81,12 +85,15 @@ class ShardWorker:
         """Do one task to its commit record, from its images or from what a separate stage `loaded`; returns a report.
 
         A fault of the infrastructure (storage that stays unreachable after its own retries, say) makes the report carry
-        `error` and leaves the task pending; so does a bug, and the driver stops when such reports mount up.
+        `error` and leaves the task pending; so does a bug, and the driver stops when such reports mount up. `replaced` says
+        that the store is gone, or another's: the driver stops at once.
         """
         try:
             with attempt(self.store.folder, self.setup.run_id, task) as starts:
                 given_up = self._give_up(task, starts)
                 return given_up or self.compute(task, Loaded.from_notes(*loaded) if loaded else self.load(task))
+        except StoreReplaced as error:
+            return {"block": task.block, "error": str(error), "replaced": True}
         except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
             message = redact(f"{type(error).__name__}: {error}", self.setup.options)
             logger.warning("task %d did not finish: %s", task.block, message, exc_info=not isinstance(error, OSError))

@@ -3,16 +3,18 @@
     run.json                        what was asked for; written once
     steps/00000200/                 model.safetensors, resume.safetensors, resume.json, config.json
     checkpoints.json                which step is the last, which the best
-    metrics.jsonl                   what was measured, a JSON object a line with its step
+    metrics.jsonl                   what was measured, time included: a JSON object a line with its step
 
 config.json is written last: a step's folder without it doesn't exist. checkpoints.json is replaced as a whole once a step is
 there, and only then are older steps removed; a run that dies at any point leaves a complete checkpoint, if it had one.
+Nothing but metrics.jsonl depends on when, where, or in how many parts a run was done.
 Arrays are NumPy's: this module knows no torch, and nothing is pickled.
 """
 
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +23,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from storage.paths import Folder, StorageError, filesystem
+from storage.documents import DamagedObject, Document, decode, parse_json
+from storage.paths import Folder, filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ _PARTS = ("config.json", "resume.json", "resume.safetensors", "model.safetensors
 """In the order in which they are removed: without config.json, the step is gone."""
 
 
-class CheckpointError(StorageError):
+class CheckpointError(DamagedObject):
     """A checkpoint, or what points to it, is damaged or incomplete."""
 
 
@@ -92,6 +95,13 @@ def _write_parts(folder: Folder, checkpoint: Checkpoint) -> None:
     folder.write(f"{name}/config.json", _json(checkpoint.config))
 
 
+def tidy(folder: Folder) -> None:
+    """Remove what a killed writer left: files half written, steps that it had begun to remove. For when nobody writes."""
+    folder.remove_partial()
+    if pointers := read_pointers(folder):
+        _prune(folder, pointers)
+
+
 def _prune(folder: Folder, pointers: Pointers) -> None:
     kept = {pointers.last, pointers.best}
     for number in folder.folders("steps"):
@@ -111,10 +121,16 @@ def _remove_empty(folder: Folder, name: str) -> None:
 def read_pointers(folder: Folder) -> Pointers | None:
     """Which checkpoints there are; None before the first. Raises `CheckpointError` where the file is damaged."""
     try:
-        return Pointers(**json.loads(folder.read(POINTERS)))
+        data = folder.read(POINTERS)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    try:
+        pointers = decode(Pointers, parse_json(data))
+        for name in (pointers.last, pointers.best):
+            if name is not None and not re.fullmatch(r"steps/\d{8,}", name):
+                raise ValueError(f"{name!r} is no step")
+        return pointers
+    except ValueError as error:
         steps = ", ".join(folder.folders("steps")) or "none"
         raise CheckpointError(
             f"{folder.shown}/{POINTERS} is damaged ({error}); steps that are there: {steps}. Restore it as "
@@ -124,28 +140,43 @@ def read_pointers(folder: Folder) -> Pointers | None:
 
 def read_checkpoint(folder: Folder, name: str) -> Checkpoint:
     """The checkpoint `name` (`steps/...`). Raises `CheckpointError` where a part is missing or damaged."""
-    shown = f"{folder.shown}/{name}"
-    parts = {}
-    for part in _PARTS:
-        try:
-            parts[part] = folder.read(f"{name}/{part}")
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{shown} has no {part}: it is incomplete. Point {POINTERS} at another step, or use a new --out"
-            ) from None
+    progress, config = _read_json(folder, name, "resume.json"), _read_json(folder, name, "config.json")
+    model, resume = (_read_arrays(folder, name, part) for part in ("model.safetensors", "resume.safetensors"))
+    step = progress.pop("step", None)
+    if type(step) is not int or step_name(step) != name:
+        raise _damaged(folder, name, "resume.json", f"its step is {step!r}")
+    return Checkpoint(step=step, model=model, resume=resume, progress=progress, config=config)
+
+
+def _read_json(folder: Folder, name: str, part: str) -> dict[str, Any]:
+    data = _read_part(folder, name, part)
     try:
-        progress = json.loads(parts["resume.json"])
-        return Checkpoint(
-            step=int(progress.pop("step")),
-            model=safetensors.numpy.load(parts["model.safetensors"]),
-            resume=safetensors.numpy.load(parts["resume.safetensors"]),
-            progress=progress,
-            config=json.loads(parts["config.json"]),
-        )
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, name, part, f"{type(error).__name__}: {error}") from None
+
+
+def _read_arrays(folder: Folder, name: str, part: str) -> dict[str, np.ndarray]:
+    data = _read_part(folder, name, part)
+    try:
+        return safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _damaged(folder, name, part, f"{type(error).__name__}: {error}") from None
+
+
+def _read_part(folder: Folder, name: str, part: str) -> bytes:
+    try:
+        return folder.read(f"{name}/{part}")
+    except FileNotFoundError:
         raise CheckpointError(
-            f"{shown} is damaged ({type(error).__name__}: {error}). Point {POINTERS} at another step, or use a new --out"
+            f"{folder.shown}/{name} has no {part}: it is incomplete. Point {POINTERS} at another step, or use a new --out"
         ) from None
+
+
+def _damaged(folder: Folder, name: str, part: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder.shown}/{name} is damaged: {part}: {what}. Point {POINTERS} at another step, or use a new --out"
+    )
 
 
 def read_last(folder: Folder) -> Checkpoint | None:
@@ -161,23 +192,30 @@ def write_run(folder: Folder, run: Mapping[str, Any]) -> None:
 
 def read_run(folder: Folder) -> dict[str, Any] | None:
     """What the run in this folder was asked for; None where there is none. Raises `CheckpointError`."""
+    document = Document(folder, "run.json", "restore it, or use a new --out", CheckpointError)
     try:
-        run = json.loads(folder.read("run.json"))
+        run = document.json()
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise CheckpointError(f"{folder.shown}/run.json is damaged ({error}); use a new --out") from None
-    if not isinstance(run, dict):
-        raise CheckpointError(f"{folder.shown}/run.json is no JSON object; use a new --out")
+    with document.parsing():
+        decode(Mapping[str, Any], run.get("identity", {}), "identity")
     return run
 
 
 def read_metrics(folder: Folder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none where there is no such file."""
+    """The lines of metrics.jsonl; none where there is no such file. Raises `CheckpointError`."""
+    document = Document(
+        folder, "metrics.jsonl", "remove its damaged lines; nothing but curves rests on them", CheckpointError
+    )
     try:
-        return [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
+        data = document.bytes()
     except FileNotFoundError:
         return []
+    with document.parsing():
+        lines = [parse_json(line) for line in data.splitlines()]
+        for line in lines:
+            decode(int, line["step"], "step")
+    return lines
 
 
 def write_metrics(folder: Folder, lines: Sequence[Mapping[str, Any]]) -> None:

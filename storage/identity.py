@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.paths import query_free
-from storage.samples import SampleIndex, other_input, read_images, refuse_duplicates
-from storage.sources import Source, describe_change, is_unchanged, pair
+from storage.samples import SampleIndex, read_images, refuse_duplicates
+from storage.sources import Source, describe_change, is_unchanged, other_input, pair
 from storage.tars import SourceScan
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from storage.documents import DamagedObject, Document, decode, parse_json
 from storage.paths import Folder, StorageError
 from storage.samples import PART_ROWS, RowTable, SampleIndex, part_name, table_bytes
-from storage.spec import Layout, ShardTask
+from storage.sources import Source
+from storage.spec import Layout, Level, ShardTask
 
 SCHEMA = pa.schema(
     [
@@ -45,6 +46,9 @@ SCHEMA = pa.schema(
         ("digest", pa.string()),
     ]
 )
+
+_LATER = ("digest",)
+"""Columns that format 2 hasn't."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,27 +83,34 @@ class SampleRecord:
     clipped: int = 0
     "feature values beyond float16's range, clamped"
     digest: str | None = None
-    "`image_digest` of the image's bytes as they were read; None where none were"
+    "`image_digest` of the bytes that were read; None where none were"
 
 
 def image_digest(data: bytes) -> str:
-    """The first 32 hex digits of the sha256 of an image's bytes: which file a row was made from."""
+    """What identifies an image's bytes: the first 32 hex digits of their sha256."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 class Ledger:
-    """The records of one store."""
+    """The records of one store: of its layout and levels, under its fingerprint.
 
-    def __init__(self, folder: Folder):
-        self.folder = folder
-        self._merged = RowTable(folder, "ledger/samples")
+    `unmarked`: records without a fingerprint count too, which format 2 wrote. What is read is checked; what isn't as it must
+    be raises `DamagedObject`, which names it.
+    """
+
+    def __init__(
+        self, folder: Folder, layout: Layout, levels: Sequence[Level], fingerprint: str, *, unmarked: bool = False
+    ):
+        self.folder, self.layout, self.levels = folder, layout, levels
+        self.fingerprint, self.unmarked = fingerprint, unmarked
+        self._merged = RowTable(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
 
     @staticmethod
     def commit_name(block: int) -> str:
         return f"ledger/commits/{block:08d}.parquet"
 
     def commit(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bool:
-        """Declare `task` done; False if another worker did so before.
+        """Declare `task` done; False if there is a record of it, which another worker wrote.
 
         `objects` are the names and sizes in bytes of the shards written for it, in the store's folder.
         """
@@ -107,13 +118,36 @@ class Ledger:
             raise StorageError(
                 f"task {task.block} must commit rows {task.first} to {task.last}, each once and in order"
             )
+        return self.folder.write_new(self.commit_name(task.block), self._record_bytes(task, records, objects))
+
+    def replace(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> None:
+        """Put `task`'s record over one that isn't this store's."""
+        self.folder.write(self.commit_name(task.block), self._record_bytes(task, records, objects))
+
+    def _record_bytes(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bytes:
         table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
-        metadata = {"task": json.dumps(asdict(task)), "objects": json.dumps(dict(sorted(objects.items())))}
-        return self.folder.write_new(self.commit_name(task.block), table_bytes(table, metadata))
+        metadata = {
+            "task": json.dumps(asdict(task)),
+            "objects": json.dumps(dict(sorted(objects.items()))),
+            "fingerprint": self.fingerprint,
+        }
+        return table_bytes(table, metadata)
 
     def done(self) -> set[int]:
         """Blocks whose commit record exists."""
-        return {int(name.split(".")[0]) for name in self.folder.sizes("ledger/commits")}
+        return {block for name in self.folder.sizes("ledger/commits") if (block := self._block_of(name)) is not None}
+
+    def strangers(self) -> list[str]:
+        """Names in ledger/commits that are no record of this store: copies, notes of file managers. Nothing reads them."""
+        return sorted(name for name in self.folder.sizes("ledger/commits") if name and self._block_of(name) is None)
+
+    def _block_of(self, name: str) -> int | None:
+        """The block whose record is called `name`."""
+        match = re.fullmatch(r"(\d{8,18})\.parquet", name)
+        block = int(match[1]) if match else -1
+        if not 0 <= block < self.layout.n_blocks or self.commit_name(block) != f"ledger/commits/{name}":
+            return None
+        return block
 
     def revoke(self, blocks: Iterable[int]) -> None:
         """Make tasks pending again, to retry their failed rows."""
@@ -121,7 +155,7 @@ class Ledger:
 
     def records(self, blocks: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
         """Commit records of `blocks`, read concurrently: (block, table)."""
-        return self._each(blocks, self._read_commit)
+        return self._each(blocks, self.record)
 
     @staticmethod
     def _each(blocks: Sequence[int], ask: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
@@ -131,27 +165,52 @@ class Ledger:
                 window = blocks[start : start + 256]
                 yield from zip(window, pool.map(ask, window), strict=True)
 
-    def _read_commit(self, block: int) -> pa.Table:
-        table = pq.read_table(pa.BufferReader(self.folder.read(self.commit_name(block))))
-        for name in SCHEMA.names[len(table.column_names) :]:  # that earlier versions didn't have
-            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
+    def record(self, block: int) -> pa.Table:
+        """The commit record of a block: `SCHEMA`, and the objects among its metadata. Raises `DamagedObject`."""
+        document = Document(
+            self.folder, self.commit_name(block), "remove it, and the same extraction does its task again"
+        )
+        table = document.table(SCHEMA, optional=_LATER if self.unmarked else ())
+        with document.parsing():
+            self._require_own(block, table)
         return table
 
-    def torn(self, blocks: Sequence[int]) -> list[int]:
-        """Blocks of which a shard is missing or has another size than was committed."""
-        return [block for block, intact in self._each(blocks, self._is_intact) if not intact]
+    def _require_own(self, block: int, table: pa.Table) -> None:
+        """Raise `ValueError` unless `table` is this store's record of `block`."""
+        metadata, task = table.schema.metadata or {}, self.layout.task(block)
+        made_by = metadata.get(b"fingerprint", b"").decode()
+        if made_by != self.fingerprint and (made_by or not self.unmarked):
+            raise ValueError(f"it belongs to another store, of fingerprint {made_by or 'unknown'}")
+        if parse_json(metadata[b"task"]) != asdict(task) or table["row"].to_pylist() != list(
+            range(task.first, task.last)
+        ):
+            raise ValueError(f"it isn't of rows {task.first} to {task.last}")
+        require_rows(table)
+        objects = decode(Mapping[str, int], parse_json(metadata[b"objects"]), "objects")
+        if set(objects) != set(self.layout.object_names(self.levels, block)):
+            raise ValueError("the objects it lists aren't its task's")
 
-    def _is_intact(self, block: int) -> bool:
-        objects = json.loads((self._read_commit(block).schema.metadata or {})[b"objects"])
-        return all(self.folder.size(name) == size for name, size in objects.items())
+    def torn(self, blocks: Sequence[int]) -> dict[int, str]:
+        """Blocks that aren't done for all that their records say, and why: a record that is damaged or another store's, a shard
+        that is missing or has another size than was committed."""
+        return {block: why for block, why in self._each(blocks, self._why_torn) if why}
 
-    def merge(self, layout: Layout, index: SampleIndex) -> dict[str, int]:
+    def _why_torn(self, block: int) -> str:
+        try:
+            objects = committed_objects(self.record(block))
+        except DamagedObject as error:
+            return str(error)
+        short = next((name for name, size in objects.items() if self.folder.size(name) != size), None)
+        return f"{self.folder.shown}/{short} is missing, or shorter or longer than was committed" if short else ""
+
+    def merge(self, index: SampleIndex) -> dict[str, int]:
         """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
 
         Where the images lie is taken from the index: a source may have moved, or been repaired, since a task was done.
-        Raises `StorageError` unless every row of the layout has exactly one record.
+        Raises `StorageError` unless every row of the layout has exactly one record, of its key in the index.
         """
         counts: dict[str, int] = {}
+        layout = self.layout
         blocks_per_part = PART_ROWS // layout.block_rows
         for part, first in enumerate(range(0, layout.n_blocks, blocks_per_part)):
             blocks = list(range(first, min(first + blocks_per_part, layout.n_blocks)))
@@ -161,26 +220,37 @@ class Ledger:
                 raise StorageError(
                     f"{self.folder.shown}: the ledger's rows don't add up in part {part}; keep the store, report this"
                 )
-            table = _placed_by(index, table, expected)
+            places = index.read(expected.start, expected.stop)
+            self._require_keys(table, places["key"])
+            table = _placed(table, places, index.sources)
             for item in pc.value_counts(table["status"]).to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
             self.folder.write(part_name("ledger/samples", part), table_bytes(table))
         return counts
 
+    def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:
+        other = pc.index(pc.not_equal(table["key"], keys), True).as_py()
+        if other >= 0:
+            row = table["row"][other].as_py()
+            name = self.commit_name(row // self.layout.block_rows)
+            raise Document(self.folder, name, "remove it, and the same extraction does its task again").damaged(
+                f"calls row {row} {table['key'][other].as_py()!r}, which the index calls {keys[other].as_py()!r}"
+            )
+
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The merged ledger. Raises `FileNotFoundError` before the first run has finished."""
-        names = sorted(name for name in self.folder.sizes("ledger/samples") if name.endswith(".parquet"))
-        if not names:
+        parts = range(-(-self.layout.n_rows // PART_ROWS))
+        if not self.folder.exists(part_name("ledger/samples", 0)):
             raise FileNotFoundError(f"{self.folder.shown} has no merged ledger yet: its first run has not finished")
-        data = self.folder.read_many([f"ledger/samples/{name}" for name in names])
-        return pa.concat_tables([pq.read_table(pa.BufferReader(d), columns=columns) for d in data])
+        return pa.concat_tables([self._merged.part(part, columns) for part in parts])
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of the merged ledger by their numbers, in that order; reads only the row groups that hold them."""
         return self._merged.take(rows, columns)
 
-    def take_committed(self, rows: np.ndarray, layout: Layout, columns: Sequence[str] | None = None) -> pa.Table:
+    def take_committed(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """The same from the commit records, for a store that is being written: null but for `row` where there is none yet."""
+        layout = self.layout
         blocks, at = np.unique(rows // layout.block_rows, return_inverse=True)
         done = self.done()
         known = dict(self.records([int(b) for b in blocks if int(b) in done]))
@@ -202,10 +272,20 @@ class Ledger:
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
-def _placed_by(index: SampleIndex, table: pa.Table, rows: range) -> pa.Table:
-    """Ledger rows with the sources, offsets and sizes of the index."""
-    places = index.read(rows.start, rows.stop)
-    urls = pa.array([source.url for source in index.sources], pa.string())
+def committed_objects(record: pa.Table) -> dict[str, int]:
+    """Names and sizes in bytes of the objects that a commit record lists."""
+    return json.loads(record.schema.metadata[b"objects"])
+
+
+def require_rows(table: pa.Table) -> None:
+    """Raise `ValueError` for ledger rows without key or status, or with a status that there isn't."""
+    if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
+        raise ValueError("it has rows without a key, or of a status other than ok and failed")
+
+
+def _placed(table: pa.Table, places: pa.Table, sources: Sequence[Source]) -> pa.Table:
+    """Ledger rows with the sources, offsets and sizes of the same rows of an index."""
+    urls = pa.array([source.url for source in sources], pa.string())
     columns = {name: places[name] for name in ("member", "offset", "size")} | {"source": urls.take(places["source"])}
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), values)

@@ -9,10 +9,7 @@ import zarr
 from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from storage.spec import FeatureSpec, Layout, Level
-
-SIDE_GROUPS = ("index", "ledger", "runs", "views")
-"""Folders of other files; real (empty) Zarr groups, so that listing the store warns about nothing."""
+from storage.spec import SIDE_GROUPS, FeatureSpec, Layout, Level
 
 _MULTISCALES = {
     "schema_url": "https://raw.githubusercontent.com/zarr-conventions/multiscales/refs/tags/v1/schema.json",
@@ -32,7 +29,7 @@ def zarr_documents(
     """
     store = MemoryStore()
     root = zarr.create_group(store, attributes=_root_attributes(spec, attributes))
-    for name in SIDE_GROUPS:
+    for name in SIDE_GROUPS:  # real (empty) groups, so that listing the store warns about nothing
         root.create_group(name)
     for level in spec.levels:
         _create_level(root.create_group(level.name), level, spec, layout)

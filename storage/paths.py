@@ -211,7 +211,8 @@ class Folder:
 
     @_guarded
     def write(self, name: str, data: bytes) -> None:
-        """Put the whole object, replacing an older one."""
+        """Put the whole object, replacing an older one. Raises `StorageError` for names that lead out of the folder."""
+        self._require_inside(name)
         fs, root = self._fs()
         if isinstance(fs, LocalFileSystem):
             with _partial_file(root, data) as partial:
@@ -223,6 +224,7 @@ class Folder:
     @_guarded
     def write_new(self, name: str, data: bytes) -> bool:
         """Put the object only if none of that name exists; False if one does. Atomic between writers."""
+        self._require_inside(name)
         fs, root = self._fs()
         if isinstance(fs, LocalFileSystem):
             with _partial_file(root, data) as partial:
@@ -242,8 +244,16 @@ class Folder:
             raise
         return True
 
-    def check_create_only(self, name: str) -> None:
-        """Raise `StorageError` unless this storage refuses to overwrite in `write_new`; the commit protocol rests on it."""
+    def _require_inside(self, name: str) -> None:
+        if not name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise StorageError(f"{name!r} is no name of an object in {self.shown}")
+
+    def check_create_only(self, prefix: str) -> None:
+        """Raise `StorageError` unless this storage refuses to overwrite in `write_new`; the commit protocol rests on it.
+
+        What is tried is called `<prefix>-<random>`: one that a killed process left must not look like this one's own.
+        """
+        name = f"{prefix}-{uuid.uuid4().hex}"
         try:
             first, second = self.write_new(name, b"1"), self.write_new(name, b"2")
         finally:
@@ -296,6 +306,7 @@ class Folder:
         """Delete objects; those that are already gone are fine."""
         fs, root = self._fs()
         for name in names:
+            self._require_inside(name)
             try:
                 fs.rm_file(f"{root}/{name}")
             except FileNotFoundError:

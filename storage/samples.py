@@ -20,14 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from storage.documents import DamagedObject, Document, decode, require_columns, rows_as, with_columns
 from storage.inputs import InputFile
-from storage.paths import Folder, InputError, StorageError, UnknownName, query_free, read_ranges
-from storage.sources import Source, describe_change, pair
+from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
+from storage.sources import Source, changes_of, in_order, is_of_input, other_input, pair, rules_text
+from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
 logger = logging.getLogger(__name__)
 
-PART_ROWS = 2**20
+PART_ROWS = MAX_BLOCK_ROWS
 """Rows of one Parquet file of the index; a multiple of every block size, so that no task spans two parts."""
 
 INDEX = "index"
@@ -37,24 +39,35 @@ ROW_GROUP_ROWS = 2**13
 """Rows of one Parquet row group: what a worker reads to learn about its task."""
 
 
-RESTORE = "Use a new --out, or restore what changed."
-"""What to do about input that isn't what something was made from."""
+KEYS_SCHEMA = pa.schema([("key", pa.string()), ("row", pa.int64())])
+"""Keys in order, each with its row."""
 
 
 class DuplicateKeys(InputError):
     """Two samples of the input have the same key."""
 
 
-class ForeignPart(StorageError):
-    """A part of an index was written for another input than the rest."""
-
-
 class RowTable:
-    """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for."""
+    """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for.
 
-    def __init__(self, folder: Folder, prefix: str, index: str | None = None):
-        """`index`: the digest that each part must name."""
-        self._parts = _Parts(folder, prefix, index)
+    Reading raises `DamagedObject` where a part isn't of `n_rows` rows in all, and of the columns of `schema`; those of
+    `optional` are null where it lacks them. Each part names the `index` that it belongs to, where one is given.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        prefix: str,
+        n_rows: int,
+        schema: pa.Schema,
+        optional: Sequence[str] = (),
+        index: str | None = None,
+    ):
+        self._parts = _Parts(folder, prefix, n_rows, schema, optional, index)
+
+    def part(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a part."""
+        return self._parts.read(part, None, columns)
 
     def read(self, first: int, last: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows `first` to `last` (exclusive), in order; they must lie within one part."""
@@ -84,36 +97,65 @@ class _Parts:
     One thread reads at a time: two in one ParquetFile end in errors or a crash.
     """
 
-    def __init__(self, folder: Folder, prefix: str, index: str | None = None):
-        self.folder, self.prefix, self.index = folder, prefix, index
+    def __init__(
+        self,
+        folder: Folder,
+        prefix: str,
+        n_rows: int,
+        schema: pa.Schema,
+        optional: Sequence[str] = (),
+        index: str | None = None,
+    ):
+        self.folder, self.prefix, self.n_rows = folder, prefix, n_rows
+        self.schema, self.optional, self.index = schema, optional, index
         self._open: dict[tuple[int, int], pq.ParquetFile] = {}
         self._locks: dict[int, threading.Lock] = {}
 
-    def read(self, part: int, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
-        """Some row groups of a part."""
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
-            return self._file(part).read_row_groups(list(groups), columns=columns)
+    def read(self, part: int, groups: Sequence[int] | None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Some row groups of a part, or all. Raises `UnknownName` for columns that the table hasn't."""
+        wanted = self.schema if columns is None else pa.schema([self._field(name) for name in columns])
+        with self._locks.setdefault(os.getpid(), threading.Lock()), self._document(part).parsing():
+            file = self._file(part)
+            there = [name for name in wanted.names if name in file.schema_arrow.names]
+            groups = range(file.num_row_groups) if groups is None else groups
+            return with_columns(file.read_row_groups(list(groups), columns=there), wanted)
+
+    def _field(self, name: str) -> pa.Field:
+        if name not in self.schema.names:
+            raise UnknownName(
+                f"{self._document(0).shown} has no column {name!r}; it has {', '.join(self.schema.names)}"
+            )
+        return self.schema.field(name)
 
     def metadata(self, part: int) -> pq.FileMetaData:
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
+        with self._locks.setdefault(os.getpid(), threading.Lock()), self._document(part).parsing():
             return self._file(part).metadata
+
+    def _document(self, part: int) -> Document:
+        return Document(self.folder, part_name(self.prefix, part))
 
     def _file(self, part: int) -> pq.ParquetFile:
         name = (os.getpid(), part)
         if name not in self._open:
-            file = pq.ParquetFile(self.folder.open(part_name(self.prefix, part)), pre_buffer=True)
-            self._require_own(part, file)
+            try:
+                source = self.folder.open(part_name(self.prefix, part))
+            except FileNotFoundError:
+                raise self._document(part).missing() from None
+            file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
+            self._require_whole(file, part)
             self._open[name] = file
         return self._open[name]
 
-    def _require_own(self, part: int, file: pq.ParquetFile) -> None:
-        """Two runs may have written an index here: a part of another one would put other images on the rows."""
-        found = (file.schema_arrow.metadata or {}).get(b"index", b"").decode()
-        if self.index is not None and found != self.index:
-            raise ForeignPart(
-                f"{self.folder.shown}/{part_name(self.prefix, part)} belongs to another index of the input; run the command "
-                "that made this folder again: it writes the index anew"
-            )
+    def _require_whole(self, file: pq.ParquetFile, part: int) -> None:
+        """Raise `ValueError` unless the file has the part's columns and rows, in groups where they are looked for."""
+        require_columns(file.schema_arrow, self.schema, self.optional)
+        # Two runs may have written an index here: a part of another one would put other images on the rows.
+        if self.index is not None and (file.schema_arrow.metadata or {}).get(b"index", b"").decode() != self.index:
+            raise ValueError("it is a part of another index")
+        rows = min(PART_ROWS, self.n_rows - part * PART_ROWS)
+        groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        if groups != [min(ROW_GROUP_ROWS, rows - start) for start in range(0, rows, ROW_GROUP_ROWS)]:
+            raise ValueError(f"it has {sum(groups)} rows in {len(groups)} groups; {rows} were expected")
 
 
 class SampleIndex:
@@ -127,24 +169,36 @@ class SampleIndex:
 
     def __init__(self, folder: Folder, prefix: str = INDEX):
         self.folder, self.prefix = folder, prefix
-        table = _read_table(folder, f"{prefix}/sources.parquet")
+        document = Document(folder, f"{prefix}/sources.parquet")
+        data = document.bytes()
+        with document.parsing():
+            self._parse(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
+        schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried)])
+        # Earlier versions didn't name the index in its parts.
+        named = None if self.order is None else self.digest
+        self._table = RowTable(folder, f"{prefix}/samples", self.n_rows, schema, index=named)
+        self._keys = _Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
+
+    def _parse(self, table: pa.Table) -> None:
+        """Take what index/sources.parquet says. Raises one of what `Document.parsing` knows where that can't be."""
         meta = table.schema.metadata or {}
-        self.sources = [Source(**row) for row in table.to_pylist()]
+        self.sources = rows_as(Source, table)
         self.n_rows = int(meta[b"n_rows"])
         self.digest = meta[b"digest"].decode()
-        self.order = meta.get(b"order", b"").decode()
-        "of the rows, where they aren't in the order of the sources; see `index_digest`"
+        self.order = meta[b"order"].decode() if b"order" in meta else None
+        "of the rows, empty where they are in the order of the sources; see `index_digest`"
         self.n_unreadable = int(meta[b"n_unreadable"])
         "rows whose `problem` is not null"
         self.is_cut = meta[b"is_cut"] == b"True"
         "by a limit: the sources may hold more samples"
         self.rules = meta[b"rules"].decode()
-        self.carried: list[str] = json.loads(meta[b"carried"])
+        self.carried: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"carried"]), "carried"))
         "columns that `--carry` took from the samples' text members"
-        self.first_keys: list[str] = json.loads(meta[b"first_keys"])
-        named = self.digest if b"order" in meta else None  # earlier versions didn't name the index in its parts
-        self._table = RowTable(folder, f"{prefix}/samples", named)
-        self._keys = _Parts(folder, f"{prefix}/keys", named)
+        self.first_keys: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"first_keys"]), "first_keys"))
+        if self.digest != index_digest(self.n_rows, self.sources, self.order or ""):
+            raise ValueError("its digest isn't that of the sources it lists")
+        if not 0 <= self.n_unreadable <= self.n_rows or len(self.first_keys) != -(-self.n_rows // PART_ROWS):
+            raise ValueError(f"its counts don't fit {self.n_rows} rows")
 
     @staticmethod
     def exists(folder: Folder, prefix: str = INDEX) -> bool:
@@ -156,7 +210,7 @@ class SampleIndex:
             for part in range(-(-self.n_rows // PART_ROWS)):
                 self.read(part * PART_ROWS, part * PART_ROWS + 1)
                 self._keys.metadata(part)
-        except (FileNotFoundError, ForeignPart):
+        except DamagedObject:
             return False
         return True
 
@@ -186,11 +240,24 @@ class SampleIndex:
 
     def read(self, first: int, last: int) -> pa.Table:
         """Rows `first` to `last` (exclusive); they must lie within one part."""
-        return self._table.read(first, last)
+        return self._within(self._table.read(first, last))
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows whose numbers are in `rows`, in that order."""
-        return self._table.take(rows, columns)
+        return self._within(self._table.take(rows, columns))
+
+    def _within(self, table: pa.Table) -> pa.Table:
+        """`table`, whose rows lie in sources that there are. Raises `DamagedObject` otherwise."""
+        for name, end in (("source", len(self.sources)), ("offset", 2**63), ("size", 2**63)):
+            if name in table.column_names and len(table):
+                bounds = pc.min_max(table[name])
+                if table[name].null_count or bounds["min"].as_py() < 0 or bounds["max"].as_py() >= end:
+                    raise Document(self.folder, f"{self.prefix}/samples").damaged(f"has rows whose {name} can't be")
+        return table
+
+    def keys(self, first: int, last: int) -> pa.ChunkedArray:
+        """Keys of rows `first` to `last` (exclusive); they must lie within one part."""
+        return self._table.read(first, last, ["key"])["key"]
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers (int64) of `keys`, in that order. Raises `UnknownName` with the first that there is none of."""
@@ -216,65 +283,10 @@ class SampleIndex:
             return {}
         table = self._keys.read(part, groups)
         table = table.filter(pc.is_in(table["key"], pa.array(keys, table["key"].type)))
-        return dict(zip(table["key"].to_pylist(), table["row"].to_pylist(), strict=True))
-
-
-def other_input(index: SampleIndex, lines: Sequence[str], advice: str = RESTORE) -> InputError:
-    """The error for input that isn't what something was made from; `lines` say what differs."""
-    listed = "\n  ".join([*lines[:10], *([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])])
-    return InputError(f"{index.folder.shown} was made from other input:\n  {listed}\n{advice}")
-
-
-def changes_of(
-    index: SampleIndex, files: Sequence[InputFile], limit: int | None, rules: MemberRules | None
-) -> list[str]:
-    """In words, how files and settings differ from those that were indexed (URL, size, stamp); empty if they don't.
-
-    What lies behind a limit that cut the index doesn't count.
-    """
-    paired, new = pair(index.sources, files)
-    changes = [
-        f"{source.url} is gone from the input" for source, file in zip(index.sources, paired, strict=True) if not file
-    ]
-    changes += [] if index.is_cut else [f"{query_free(file.url)} is new" for file in new]
-    changes += [
-        text
-        for source, file in zip(index.sources, paired, strict=True)
-        if file is not None and (text := describe_change(source, file))
-    ]
-    return sorted(changes) + settings_changes(index, limit, rules)
-
-
-def settings_changes(index: SampleIndex, limit: int | None, rules: MemberRules | None) -> list[str]:
-    """In words, how the settings of an index differ from these."""
-    changes = limit_changes(index, limit)
-    if index.rules != _rules_text(rules):
-        changes.append(f"it was indexed with {index.rules}, this run has {_rules_text(rules)}")
-    return changes
-
-
-def limit_changes(index: SampleIndex, limit: int | None) -> list[str]:
-    """In words, how the limit that an index was made with differs from this one."""
-    if index.n_rows > (limit or index.n_rows):
-        return [f"its index holds {index.n_rows} samples, this run asks for --limit {limit}"]
-    if index.is_cut and limit != index.n_rows:
-        return [f"its index holds the first {index.n_rows} samples only (--limit)"]
-    return []
-
-
-def is_of_input(index: SampleIndex, files: Sequence[InputFile], limit: int | None, rules: MemberRules | None) -> bool:
-    """Whether an index is whole, and what would be made of these files now."""
-    as_given = [source.url for source in index.sources] == [query_free(f.url) for f in files[: len(index.sources)]]
-    return as_given and not changes_of(index, files, limit, rules) and index.is_whole()
-
-
-def in_order(index: SampleIndex, files: Sequence[InputFile], limit: int | None) -> list[InputFile]:
-    """The files in the order of the index's sources; new ones take the places of those that are gone, or come last."""
-    paired, new = pair(index.sources, files)
-    left = iter(new)
-    ordered = [file or next(left, None) for file in paired]
-    behind = [] if index.is_cut and limit == index.n_rows else list(left)
-    return [file for file in ordered if file is not None] + behind
+        rows = table["row"].to_pylist()
+        if rows and not 0 <= min(rows) <= max(rows) < self.n_rows:
+            raise Document(self.folder, part_name(f"{self.prefix}/keys", part)).damaged("names rows that there aren't")
+        return dict(zip(table["key"].to_pylist(), rows, strict=True))
 
 
 def _may_hold(column: pq.ColumnChunkMetaData, keys: Sequence[str]) -> bool:
@@ -291,16 +303,13 @@ def part_name(prefix: str, part: int) -> str:
     return f"{prefix}/part-{part:05d}.parquet"
 
 
-def _read_table(folder: Folder, name: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(folder.read(name)))
-
-
 def table_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> bytes:
     """`table` as one Parquet file; the same table gives the same bytes."""
     if metadata is not None:
         table = table.replace_schema_metadata(metadata)
     sink = BytesIO()
-    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+    # With checksums, so that a flipped bit is an error, not another row.
+    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -375,7 +384,7 @@ def write_index(
         "digest": meta["index"],
         "order": order,
         "is_cut": str(len(table) == limit),
-        "rules": _rules_text(rules),
+        "rules": rules_text(rules),
         "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
         "first_keys": json.dumps(first_keys),
     }
@@ -409,7 +418,7 @@ def _object_names(prefix: str, n_rows: int) -> list[str]:
 def update_sources(index: SampleIndex, sources: Sequence[Source]) -> SampleIndex:
     """Save how the sources are named and stamped now; the rows stay as they are."""
     name = f"{index.prefix}/sources.parquet"
-    meta = _read_table(index.folder, name).schema.metadata or {}
+    meta = pq.read_table(pa.BufferReader(index.folder.read(name))).schema.metadata or {}
     index.folder.write(name, _sources_bytes(sources, {key.decode(): value.decode() for key, value in meta.items()}))
     return SampleIndex(index.folder, index.prefix)
 
@@ -438,11 +447,6 @@ def index_digest(n_rows: int, sources: Sequence[Source], order: str = "") -> str
 
 def _sources_bytes(sources: Sequence[Source], meta: Mapping[str, str]) -> bytes:
     return table_bytes(pa.Table.from_pylist([vars(source) for source in sources]), meta)
-
-
-def _rules_text(rules: MemberRules | None) -> str:
-    rules = rules or MemberRules()
-    return f"--image-member {rules.image or 'not given'} and --carry {' '.join(rules.carry) or 'not given'}"
 
 
 def build_index(

@@ -7,10 +7,12 @@ under another one. Everything here is plain data with a JSON round trip.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from storage.documents import decode
 from storage.paths import StorageError
 
 Dtype = Literal["float16", "float32", "int8"]
@@ -20,6 +22,22 @@ MAX_SHARD_BYTES = 96 * 2**20
 
 MAX_BLOCK_BYTES = 256 * 2**20
 """Raw bytes of one task over all levels: what a worker may hold twice, since two tasks overlap in it."""
+
+
+MAX_ROW_BYTES = 0x7E000000
+"""Raw bytes of one row of one level, which are one chunk: more than this (2.1 GB) zstd's encoder here doesn't take."""
+
+MAX_BLOCK_ROWS = 2**20
+"""Rows of one task at most, and of one Parquet part of the index and the ledger, so that no task spans two parts."""
+
+MAX_ROWS = 2**40
+
+SIDE_GROUPS = ("index", "ledger", "runs", "views")
+"""Folders beside the levels."""
+
+
+class InvalidSpec(StorageError, ValueError):
+    """A spec, level or layout that no store can have."""
 
 
 class FingerprintMismatch(StorageError):
@@ -44,6 +62,23 @@ class Level:
     step: tuple[float, float] | None = None
     digest: str = ""
     "sha256 of the upsampler's weights; empty for parameter-free methods"
+
+    def __post_init__(self) -> None:
+        # Its name is a folder's: one that leads elsewhere would be written there.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", self.name) or self.name in (*SIDE_GROUPS, "zarr.json"):
+            raise InvalidSpec(
+                f"a level can't be called {self.name!r}: letters, digits and . _ + - are allowed, "
+                f"{', '.join(SIDE_GROUPS)} are taken"
+            )
+        if self.dtype not in get_args(Dtype):
+            raise InvalidSpec(f"level {self.name}: stored as {self.dtype!r}, which isn't one of {get_args(Dtype)}")
+        if any(size < 1 for size in self.row_shape) or self.row_bytes > MAX_ROW_BYTES:
+            raise InvalidSpec(f"level {self.name}: rows of shape {self.row_shape} can't be stored")
+        placed = [each for each in (self.start, self.step) if each is not None]
+        if any(len(each) != 2 or not all(map(math.isfinite, each)) for each in placed):
+            raise InvalidSpec(f"level {self.name}: start {self.start} and step {self.step} must be two numbers each")
+        if self.grid and (len(self.grid) != 2 or len(placed) != 2 or any(size <= 0 for size in self.step or ())):
+            raise InvalidSpec(f"level {self.name}: a grid {self.grid} needs a start and a step above 0 per axis")
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -86,22 +121,25 @@ class FeatureSpec:
     jpeg_draft: bool
     levels: tuple[Level, ...]
 
+    def __post_init__(self) -> None:
+        names = [level.name for level in self.levels]
+        if not names or len(set(names)) != len(names):
+            raise InvalidSpec(f"levels must be different ones, at least one; got {' '.join(names) or 'none'}")
+        if len(self.input_size) != 2 or any(size < 1 for size in self.input_size):
+            raise InvalidSpec(f"the model's input can't be of {self.input_size} pixels")
+
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "FeatureSpec":
-        levels = tuple(Level(**{name: _tuples(value) for name, value in level.items()}) for level in data["levels"])
-        return cls(**{**{name: _tuples(value) for name, value in data.items()}, "levels": levels})
+        """Raises `ValueError` for what `to_json` can't have given."""
+        return decode(cls, data, "spec")
 
     @property
     def row_bytes(self) -> int:
         """Raw bytes of one row over all levels."""
         return sum(level.row_bytes for level in self.levels)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +151,12 @@ class Layout:
     "a power of two"
     index: str
     "sha256 of the sample index"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_rows <= MAX_ROWS:
+            raise InvalidSpec(f"a store can't have {self.n_rows} rows")
+        if not 1 <= self.block_rows <= MAX_BLOCK_ROWS or self.block_rows & (self.block_rows - 1):
+            raise InvalidSpec(f"{self.block_rows} rows a task: must be a power of two, at most {MAX_BLOCK_ROWS}")
 
     @property
     def n_blocks(self) -> int:
@@ -129,6 +173,21 @@ class Layout:
         """Rows of one shard of `level`: the largest power of two within a block whose raw bytes fit MAX_SHARD_BYTES."""
         fit = max(1, MAX_SHARD_BYTES // level.row_bytes)
         return min(self.block_rows, 2 ** int(math.log2(fit)))
+
+    def shard_names(self, level: Level, block: int) -> list[str]:
+        """Names of a task's objects of `level`, below the store, in the order of their rows; scales of int8 come last."""
+        if level.grid is None:
+            names = [f"{level.name}/features/c/{block}/0"]
+        else:
+            each, task = self.shard_rows(level), self.task(block)
+            shards = range(task.first // each, -(-task.last // each))
+            names = [f"{level.name}/features/c/{shard}/0/0/0" for shard in shards]
+        return [*names, f"{level.name}/scale/c/{block}/0"] if level.dtype == "int8" else names
+
+    def object_names(self, levels: Sequence[Level], block: int) -> Iterator[str]:
+        """Names of all objects that a task's commit record lists."""
+        for level in levels:
+            yield from self.shard_names(level, block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +215,12 @@ def choose_block_rows(n_rows: int, spec: FeatureSpec) -> int:
 
 def fingerprint(spec: FeatureSpec, layout: Layout) -> str:
     """sha256 of everything that decides the bytes of a store."""
-    data = {"spec": spec.to_json(), "layout": asdict(layout)}
+    return fingerprint_of(spec.to_json(), asdict(layout))
+
+
+def fingerprint_of(spec: Mapping[str, Any], layout: Mapping[str, Any]) -> str:
+    """`fingerprint` of a spec and a layout as a store's attributes hold them."""
+    data = {"spec": spec, "layout": layout}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -5,9 +5,8 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 """
 
 import functools
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
@@ -16,19 +15,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
+from storage.documents import DamagedObject, Document
 from storage.ledger import SCHEMA, Ledger, SampleRecord
 from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
+from storage.root import FORMAT, ROOT, StoreReplaced, read_attributes, require_same_store
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.shards import compress, encode_row, encode_shard
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""2: keys in order beside the index, counts among the attributes."""
+_PROBE = "runs/.probe"
+"""How objects begin that a new store tries create-only writes with."""
 
 Selection = str | int | slice | Sequence[str] | Sequence[int] | np.ndarray
 """Rows by key, number, slice, several of them, or a mask."""
@@ -64,7 +65,9 @@ class FeatureStore:
         self.attributes = dict(attributes)
         self.spec = FeatureSpec.from_json(attributes["spec"])
         self.layout = Layout(**attributes["layout"])
-        self.ledger = Ledger(folder)
+        unmarked = attributes["format"] < 3 or "upgraded_from" in attributes
+        origin = attributes.get("origin", attributes["fingerprint"])
+        self.ledger = Ledger(folder, self.layout, self.spec.levels, origin, unmarked=unmarked)
         self._readers: dict[str, LevelReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,12 +110,15 @@ class FeatureStore:
         line per differing field, and `StorageError` on storage without create-only writes.
         """
         folder = Folder(url, storage_options)
-        existing = read_attributes(folder)
-        if existing is not None:
-            store = cls(folder, existing)
-            store.require(spec, layout)
-            return store
-        folder.check_create_only("runs/.probe")
+        store = cls(folder, read_attributes(folder) or cls._begin(folder, spec, layout, provenance))
+        store.require(spec, layout)
+        store._restore_documents()
+        return store
+
+    @classmethod
+    def _begin(cls, folder: Folder, spec: FeatureSpec, layout: Layout, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the root of a new store, create-only; returns its attributes, or those of a store that was quicker."""
+        folder.check_create_only(_PROBE)
         attributes = {
             "format": FORMAT,
             "status": "writing",
@@ -121,14 +127,22 @@ class FeatureStore:
             "layout": asdict(layout),
             **provenance,
         }
-        store = cls(folder, attributes)
-        files = store._documents(consolidated=False)
-        root = files.pop("zarr.json")
-        for name, data in files.items():
-            folder.write(name, data)
-        # Last: a store exists once its root does.
-        folder.write("zarr.json", root)
-        return store
+        # First, since of several makers the root has one, and only that one writes the other documents.
+        if folder.write_new(ROOT, zarr_documents(spec, layout, attributes, consolidated=False)[ROOT]):
+            return attributes
+        found = read_attributes(folder)
+        if found is None:
+            raise StoreReplaced(f"{folder.shown} was begun by another run, and removed; run the same command again")
+        return found
+
+    def _restore_documents(self) -> None:
+        """Write the levels' metadata where it isn't what spec and layout give: not yet, damaged, or another maker's."""
+        files = self._documents(consolidated=False)
+        files.pop(ROOT)
+        there = self.folder.read_ranges([(name, 0, len(data) + 1) for name, data in files.items()])
+        for (name, data), found in zip(files.items(), there, strict=True):
+            if found != data:
+                self.folder.write(name, data)
 
     def require(self, spec: FeatureSpec, layout: Layout) -> None:
         """Raise `FingerprintMismatch` unless this store holds exactly what `spec` and `layout` describe."""
@@ -147,18 +161,21 @@ class FeatureStore:
 
     @functools.cached_property
     def index(self) -> SampleIndex:
-        """The rows' names and places. Raises `StorageError` where it's missing, or belongs to another input."""
-        if not self.has_index():
-            raise StorageError(
-                f"{self.folder.shown} lacks the index of its input, or has a part of another one; run the extraction again"
+        """The samples. Raises `DamagedObject` where they aren't those that the store was made of."""
+        index = SampleIndex(self.folder, self._index_prefix)
+        if (index.n_rows, index.digest) != (self.layout.n_rows, self.layout.index):
+            raise Document(self.folder, f"{self._index_prefix}/sources.parquet").damaged(
+                f"is another index's: {index.n_rows} rows, digest {index.digest[:12]}, where the store has "
+                f"{self.layout.n_rows} rows, digest {self.layout.index[:12]}"
             )
-        return SampleIndex(self.folder, self._index_prefix)
+        return index
 
     def has_index(self) -> bool:
-        """Whether the index is there and is the one that the features were made by."""
-        if not SampleIndex.exists(self.folder, self._index_prefix):
+        """Whether the whole index is there, and is the one that the store was made of."""
+        try:
+            return self.index.is_whole()
+        except DamagedObject:
             return False
-        return SampleIndex(self.folder, self._index_prefix).digest == self.layout.index
 
     @property
     def _index_prefix(self) -> str:
@@ -269,11 +286,20 @@ class FeatureStore:
         return PixelMap(**record)
 
     def records(self, rows: Selection, columns: Sequence[str] | None = None) -> pa.Table:
-        """Ledger rows (`storage.ledger.SCHEMA`), in the order asked; all null but `row` where a row isn't written yet."""
-        wanted = self.rows(rows)
-        if self.status == "complete":
-            return self.ledger.take(wanted, columns)
-        return self.ledger.take_committed(wanted, self.layout, columns)
+        """Ledger rows (`storage.ledger.SCHEMA`), in the order asked; all null but `row` where a row isn't written yet.
+
+        `columns`: of the ledger, or carried ones (`index.carried`). Raises `UnknownName` for others.
+        """
+        wanted, columns = self.rows(rows), list(SCHEMA.names if columns is None else columns)
+        carried = [name for name in columns if name not in SCHEMA.names]
+        if unknown := [name for name in carried if name not in self.index.carried]:
+            known = ", ".join([*SCHEMA.names, *self.index.carried])
+            raise UnknownName(f"{self.folder.shown} has no column {unknown[0]!r}; it has {known}")
+        own = [name for name in columns if name in SCHEMA.names]
+        take = self.ledger.take if self.status == "complete" else self.ledger.take_committed
+        table = take(wanted, own or ["row"])
+        more = self.index.take(wanted, carried) if carried else table
+        return pa.table({name: (more if name in carried else table)[name] for name in columns})
 
     def valid(self, rows: Selection = slice(None)) -> np.ndarray:
         """Which rows have features, bool [n]: those whose ledger row says `ok`."""
@@ -312,53 +338,72 @@ class FeatureStore:
 
     def input_rows(self, rows: np.ndarray) -> pa.Table:
         """`row`, `status` and `digest` of row numbers, from the commit records; null where nothing is committed."""
-        return self.ledger.take_committed(rows, self.layout, ["row", "status", "digest"])
+        return self.ledger.take_committed(rows, ["row", "status", "digest"])
+
+    def require_in_place(self) -> None:
+        """Raise `StoreReplaced` unless this store still lies where it was opened."""
+        require_same_store(self.folder, self.attributes["fingerprint"])
 
     def adopt_index(self, index: SampleIndex) -> None:
-        """Go on with an index of repaired input, which is written: the root names it. Driver only.
+        """Go on with an index of repaired input, which is written: the root names it. Driver only. Raises `StoreReplaced`.
 
-        Rows that changed must be pending by now. Further rows make the arrays longer.
+        Rows that changed must be pending by now. Further rows make the arrays longer. Commit records keep the fingerprint
+        that the store began with.
         """
-        self.layout = replace(self.layout, n_rows=index.n_rows, index=index.digest)
-        self.attributes |= {
+        layout = replace(self.layout, n_rows=index.n_rows, index=index.digest)
+        kept = {name: value for name, value in self.attributes.items() if name != "counts"}
+        own = {
             "status": "writing",
-            "layout": asdict(self.layout),
-            "fingerprint": fingerprint(self.spec, self.layout),
+            "layout": asdict(layout),
+            "fingerprint": fingerprint(self.spec, layout),
             "index": index.prefix,
+            "origin": self.attributes.get("origin", self.attributes["fingerprint"]),
         }
-        self.attributes.pop("counts", None)
+        self._write_root({**kept, **own}, consolidated=False)
         self.__dict__.pop("index", None)  # the cached one
-        documents = self._documents(consolidated=False)
-        root = documents.pop("zarr.json")
-        for name, data in documents.items():
-            self.folder.write(name, data)
-        self.folder.write("zarr.json", root)
+        self.__setstate__(self.__getstate__())
+        self._restore_documents()
 
     def set_writing(self) -> None:
-        """Mark the store as being written (again). Driver only."""
-        if self.status != "writing":
-            self.attributes["status"] = "writing"
-            self.attributes.pop("counts")
-            self.folder.write("zarr.json", self._documents(consolidated=False)["zarr.json"])
+        """Mark the store as being written (again), in today's format. Driver only. Raises `StoreReplaced`."""
+        if self.status != "writing" or self.attributes["format"] != FORMAT:
+            kept = {name: value for name, value in self.attributes.items() if name != "counts"}
+            self._write_root({**kept, "status": "writing"}, consolidated=False)
 
     def finalize(self) -> dict[str, int]:
         """Merge the ledger, mark the store complete, consolidate metadata; returns row counts by status. Idempotent.
 
-        Driver only, once no task is pending (`StorageError` otherwise).
+        Driver only, once no task is pending (`StorageError` otherwise). Raises `StoreReplaced`, and `DamagedObject` for a
+        commit record that isn't what a worker wrote.
         """
-        if self.status == "complete":
-            return self.attributes["counts"]
+        if self.status != "complete":
+            self._complete()
+        self._sweep()
+        return self.attributes["counts"]
+
+    def _complete(self) -> None:
         missing = self.pending()
         if missing:
             raise StorageError(
                 f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
-        counts = self.ledger.merge(self.layout, self.index)
-        self.attributes |= {"status": "complete", "counts": counts}
-        self.folder.write("zarr.json", self._documents(consolidated=True)["zarr.json"])
-        remove_indexes(self.folder, self._index_prefix)
+        self.require_in_place()
+        self._restore_documents()
+        counts = self.ledger.merge(self.index)
+        self._write_root({**self.attributes, "status": "complete", "counts": counts}, consolidated=True)
+
+    def _write_root(self, attributes: Mapping[str, Any], *, consolidated: bool) -> None:
+        older = {} if attributes["format"] == FORMAT else {"format": FORMAT, "upgraded_from": attributes["format"]}
+        self.require_in_place()
+        self.attributes = {**attributes, **older}
+        self.folder.write(ROOT, self._documents(consolidated=consolidated)[ROOT])
+
+    def _sweep(self) -> None:
+        """Remove what killed runs left beside the store's objects: files half written, probes."""
         self.folder.remove_partial()
-        return counts
+        remove_indexes(self.folder, self._index_prefix)
+        probes = [name for name in self.folder.sizes("runs") if f"runs/{name}".startswith(_PROBE)]
+        self.folder.remove(f"runs/{name}" for name in probes)
 
     def _documents(self, *, consolidated: bool) -> dict[str, bytes]:
         return zarr_documents(self.spec, self.layout, self.attributes, consolidated=consolidated)
@@ -366,24 +411,6 @@ class FeatureStore:
     def writer(self, task: ShardTask) -> "BlockWriter":
         """The writer of one task's shards."""
         return BlockWriter(self, task)
-
-
-def read_attributes(folder: Folder) -> dict[str, Any] | None:
-    """The `raylift` attributes of the store in `folder`; None if there is no store.
-
-    Raises `StorageError` if something else is there, or a newer format.
-    """
-    try:
-        document = json.loads(folder.read("zarr.json"))
-    except FileNotFoundError:
-        return None
-    attributes = document.get("attributes", {}).get("raylift")
-    if attributes is None:
-        raise StorageError(f"{folder.shown} is a Zarr store, but not one of Raylift's; choose another --out")
-    if attributes["format"] != FORMAT:
-        advice = "update Raylift" if attributes["format"] > FORMAT else "extract it again, with a new --out"
-        raise StorageError(f"{folder.shown} has format {attributes['format']}, this version reads {FORMAT}; {advice}")
-    return attributes
 
 
 class BlockWriter:
@@ -419,25 +446,49 @@ class BlockWriter:
             self._vectors[f"{level.name}/scale"][position] = scale
 
     def write(self) -> dict[str, int]:
-        """Write every shard of the task whole; returns object names and sizes in bytes for the commit."""
+        """Write every shard of the task whole; returns object names and sizes in bytes for the commit.
+
+        Raises `StoreReplaced`.
+        """
+        self.store.require_in_place()
         written: dict[str, int] = {}
         for level in self.store.spec.levels:
-            if level.grid:
-                rows = self.store.layout.shard_rows(level)
-                chunks = self._chunks[level.name]
-                for start in range(0, len(chunks), rows):
-                    shard = chunks[start : start + rows]
-                    shard += [None] * (rows - len(shard))
-                    name = f"{level.name}/features/c/{(self.task.first + start) // rows}/0/0/0"
-                    self._write(name, encode_shard(shard), written)
-        for name, values in self._vectors.items():
-            self._write(f"{name}/c/{self.task.block}/0", compress(values), written)
+            for name, data in zip(
+                self.store.layout.shard_names(level, self.task.block), self._objects(level), strict=True
+            ):
+                self._write(name, data)
+                written[name] = len(data)
         return written
 
-    def _write(self, name: str, data: bytes, written: dict[str, int]) -> None:
-        self.store.folder.write(name, data)
-        written[name] = len(data)
+    def _objects(self, level: Level) -> Iterator[bytes]:
+        """The bytes of the level's objects, in the order of their names."""
+        if level.grid:
+            rows, chunks = self.store.layout.shard_rows(level), self._chunks[level.name]
+            for start in range(0, len(chunks), rows):
+                shard = chunks[start : start + rows]
+                yield encode_shard(shard + [None] * (rows - len(shard)))
+        else:
+            yield compress(self._vectors[f"{level.name}/features"])
+        if level.dtype == "int8":
+            yield compress(self._vectors[f"{level.name}/scale"])
+
+    def _write(self, name: str, data: bytes) -> None:
+        folder = self.store.folder
+        # What is there may be a killed worker's, or by now another store's, whose shard must not be lost.
+        if not folder.write_new(name, data) and folder.read_ranges([(name, 0, len(data) + 1)])[0] != data:
+            self.store.require_in_place()
+            folder.write(name, data)
 
     def commit(self, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bool:
-        """Declare the task done; False if another worker did before."""
-        return self.store.ledger.commit(self.task, records, objects)
+        """Declare the task done; False if another worker did before. Raises `StoreReplaced`."""
+        self.store.require_in_place()
+        ledger = self.store.ledger
+        if ledger.commit(self.task, records, objects):
+            return True
+        try:
+            ledger.record(self.task.block)
+        except DamagedObject:  # no worker of this store wrote it
+            self.store.require_in_place()
+            ledger.replace(self.task, records, objects)
+            return True
+        return False

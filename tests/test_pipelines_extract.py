@@ -181,19 +181,19 @@ def test_limit_takes_the_first_samples(make_tars, tiny):
 
 def test_task_that_storage_fails_stays_pending_and_the_same_command_continues(make_tars, tiny, monkeypatch):
     config = tiny(make_tars())
-    original = Folder.write
+    original = Folder.write_new
 
     def full_disk(self, name, data):
         if name == "x1/features/c/2/0/0/0":
             raise OSError(28, "No space left on device")
         return original(self, name, data)
 
-    monkeypatch.setattr(Folder, "write", full_disk)
+    monkeypatch.setattr(Folder, "write_new", full_disk)
     with pytest.raises(
         RunFailed, match=r"1 tasks did not finish:\n.*task 2: OSError: .*No space left(.|\n)*run the same command"
     ):
         extract(config, InlineExecutor())
-    monkeypatch.setattr(Folder, "write", original)
+    monkeypatch.setattr(Folder, "write_new", original)
 
     summary = extract(config, InlineExecutor())
 

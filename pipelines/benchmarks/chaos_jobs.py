@@ -14,8 +14,8 @@ import numpy as np
 
 from cluster.nodes import ROOT
 from storage.checkpoints import read_last, read_metrics
-from storage.ledger import Ledger
 from storage.paths import Folder
+from storage.store import FeatureStore, NotAStore
 
 MODEL = ("--model", "test_vit.r160_in1k", "--weights", "random", "--precision", "fp32", "--device", "cpu")
 
@@ -74,7 +74,10 @@ class ExtractJob:
         return _program("extract.py", self._data, out, address, *self._flags)
 
     def progress(self, out: str) -> int:
-        return len(Ledger(Folder(out)).done())
+        try:
+            return len(FeatureStore.open(out).ledger.done())
+        except NotAStore:
+            return 0
 
     def keep(self, out: str) -> None:
         self._reference = store_digests(Folder(out))
@@ -83,7 +86,7 @@ class ExtractJob:
         """Every row once in the merged ledger, as `ok`; every object the bytes of the reference's."""
         digests = store_digests(Folder(out))
         try:
-            ledger = Ledger(Folder(out)).table(["row", "status"]).to_pylist()
+            ledger = FeatureStore.open(out).ledger.table(["row", "status"]).to_pylist()
         except FileNotFoundError:
             ledger = []
         rows = [record["row"] for record in ledger]

@@ -31,7 +31,16 @@ from operators.vit_up.objective import learning_rate
 from pipelines.training.config import TrainSetup
 from pipelines.training.data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
 from pipelines.training.watch import EventFile
-from storage.checkpoints import Checkpoint, read_last, read_metrics, read_pointers, write_checkpoint, write_metrics
+from storage.checkpoints import (
+    Checkpoint,
+    read_last,
+    read_metrics,
+    read_pointers,
+    tidy,
+    write_checkpoint,
+    write_metrics,
+)
+from storage.documents import Document
 from storage.paths import Folder, StorageError, filesystem
 
 logger = logging.getLogger(__name__)
@@ -129,19 +138,27 @@ class Trainer:
         checkpoint = read_last(self.setup.folder)
         if checkpoint is None:
             return
-        load_arrays(self.net, checkpoint.model)
-        _load_optimiser(self.net, self.optimiser, checkpoint.resume)
         self.step, progress = checkpoint.step, checkpoint.progress
-        self.images, self.n_failed, self.seconds = progress["images"], progress["n_failed"], progress["seconds"]
-        self.failed = {int(row): reason for row, reason in progress["failed"].items()}
+        advice = "point checkpoints.json at another step, or use a new --out"
+        with Document(self.setup.folder, checkpoint.name, advice).parsing():
+            load_arrays(self.net, checkpoint.model)
+            _load_optimiser(self.net, self.optimiser, checkpoint.resume)
+            self.images, self.n_failed = int(progress["images"]), int(progress["n_failed"])
+            self.failed = {int(row): reason for row, reason in progress["failed"].items()}
         self.lines = [
             line for line in read_metrics(self.setup.folder) if line["step"] <= self.step and "stopped" not in line
         ]
+        # Time is among what was measured, since a checkpoint is the same bytes however long it took; once it was in there.
+        self.seconds = max(
+            [progress.get("seconds", 0.0), *(line["seconds"] for line in self.lines if "seconds" in line)]
+        )
         logger.info("going on after step %d of %d", self.step, self.setup.order.steps)
 
     def run(self, load: Load) -> None:
         """Train to the end. Raises `TrainFailed`, in every process alike."""
         devices = [self.device] if self.device.type == "cuda" else []
+        if self.group.rank == 0:
+            tidy(self.setup.folder)
         if self.lines and self.group.rank == 0:  # without what an earlier start did after its last checkpoint
             write_metrics(self.setup.folder, self.lines)
         try:
@@ -258,6 +275,7 @@ class Trainer:
             loss = None
             if self.step % self.config.validate_every == 0 or self.step == self.setup.order.steps:
                 loss = self._validate(events)
+            self.lines.append({"step": self.step, "seconds": round(self.seconds, 3)})
             write_metrics(self.setup.folder, self.lines)
             events.save()
             write_checkpoint(self.setup.folder, self._state(), loss)
@@ -294,7 +312,6 @@ class Trainer:
             progress={
                 "images": self.images,
                 "n_failed": self.n_failed,
-                "seconds": round(self.seconds, 3),
                 "failed": {str(row): reason for row, reason in sorted(self.failed.items())},
             },
             config={**self.setup.described, "step": self.step, "images": self.images},

@@ -1,0 +1,214 @@
+"""JSON and Parquet objects as they are read back: what isn't as it was written is refused by its name.
+
+An object may be cut short by a full disk, edited by hand, or put there by another program. Everything that is read back,
+except chunks of features (storage/reader.py), comes through here, so that the message always says which object is wrong.
+"""
+
+import contextlib
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.paths import Folder, StorageError
+
+T = TypeVar("T")
+
+
+class DamagedObject(StorageError):
+    """An object is not what was written under its name; the message names it and says what to do."""
+
+
+class MissingObject(DamagedObject, FileNotFoundError):
+    """An object that must be there isn't."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """An object that is to be read, and what to do where it's damaged, in words that follow a semicolon."""
+
+    folder: Folder
+    name: str
+    advice: str = "restore it from a copy"
+    error: type[DamagedObject] = DamagedObject
+
+    @property
+    def shown(self) -> str:
+        """Its URL as it may be printed."""
+        return f"{self.folder.shown}/{self.name}"
+
+    def damaged(self, what: str) -> DamagedObject:
+        """The error that says `what` is wrong with it."""
+        return self.error(f"{self.shown} {what}; {self.advice}")
+
+    def missing(self) -> MissingObject:
+        """The error that says that it isn't there."""
+        return MissingObject(f"{self.shown} is missing; {self.advice}")
+
+    @contextlib.contextmanager
+    def parsing(self) -> Iterator[None]:
+        """Turn whatever parsers and checks raise into a `DamagedObject`. What the disk or the network raises passes."""
+        try:
+            yield
+        except DamagedObject:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise self._unreadable(error) from None
+        except (pa.ArrowException, pa.lib.ArrowMemoryError) as error:
+            raise self._unreadable(error) from None
+        except OSError as error:
+            # Arrow's reader has this type for what it can't parse; the operating system's errors have a number.
+            if error.errno is not None or type(error) is not OSError:
+                raise
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> DamagedObject:
+        return self.damaged(f"is damaged or was edited ({type(error).__name__}: {str(error).strip()[:300]})")
+
+    def bytes(self) -> bytes:
+        """Raises `MissingObject`."""
+        try:
+            return self.folder.read(self.name)
+        except FileNotFoundError:
+            raise self.missing() from None
+        except IsADirectoryError:
+            raise self.damaged("is a folder where a file must be") from None
+
+    def json(self, *, nan: bool = True) -> dict[str, Any]:
+        """The JSON object in it. Raises `MissingObject` and `DamagedObject`."""
+        data = self.bytes()
+        with self.parsing():
+            return parse_json(data, nan=nan)
+
+    def table(self, schema: pa.Schema, optional: Sequence[str] = ()) -> pa.Table:
+        """The Parquet table in it, with exactly the columns of `schema`; those of `optional` are null where it lacks them.
+
+        Raises `MissingObject` and `DamagedObject`.
+        """
+        data = self.bytes()
+        with self.parsing():
+            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            require_columns(table.schema, schema, optional)
+            return with_columns(table, schema)
+
+
+def parse_json(data: bytes | str, *, nan: bool = True) -> dict[str, Any]:
+    """A JSON object; NaN and infinity, which measured values may be, only with `nan`. Raises `ValueError`."""
+    found = json.loads(data, parse_constant=None if nan else _refuse_constant)
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON object was expected, not {_short(found)}")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+# --- typed values -----------------------------------------------------------------------------------------------------
+
+
+def decode(kind: Any, value: object, where: str = "") -> Any:
+    """`value`, as JSON has it, as `kind`: a dataclass, or a type as its fields are annotated. Lists become tuples.
+
+    Raises `ValueError` that says where what isn't as it must be: names that are missing or unknown, wrong types.
+    """
+    if is_dataclass(kind):
+        return _decode_fields(kind, value, where)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _decode_union(parts, value, where)
+    if origin is Literal:
+        _require(any(value is part or value == part for part in parts), " or ".join(map(repr, parts)), value, where)
+        return value
+    if origin is tuple:
+        return _decode_tuple(parts, value, where)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _require(isinstance(value, dict), "an object", value, where)
+        return {name: decode(parts[1], each, f"{where}.{name}".lstrip(".")) for name, each in value.items()}
+    if kind in (Any, object):
+        return value
+    wanted = (int, float) if kind is float else kind
+    _require(isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)), kind.__name__, value, where)
+    return value
+
+
+def decode_known(kind: type[T], value: object, where: str = "") -> T:
+    """`decode` of the names that the dataclass `kind` has; others are left out."""
+    _require(isinstance(value, dict), "an object", value, where)
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    return decode(kind, {name: each for name, each in value.items() if name in names}, where)
+
+
+def _decode_fields(kind: Any, value: object, where: str) -> Any:
+    _require(isinstance(value, dict), "an object", value, where)
+    hints = get_type_hints(kind)
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    names = {f.name for f in fields(kind)}
+    if missing := sorted(needed - value.keys()):
+        raise ValueError(f"{where or 'it'} lacks {', '.join(missing)}")
+    if unknown := sorted(value.keys() - names):
+        raise ValueError(f"{where or 'it'} has {', '.join(unknown)}, which this version doesn't know")
+    return kind(**{name: decode(hints[name], each, f"{where}.{name}".lstrip(".")) for name, each in value.items()})
+
+
+def _decode_union(parts: Sequence[Any], value: object, where: str) -> Any:
+    if value is None and types.NoneType in parts:
+        return None
+    kinds = [part for part in parts if part is not types.NoneType]
+    for kind in kinds[:-1]:
+        with contextlib.suppress(ValueError):
+            return decode(kind, value, where)
+    return decode(kinds[-1], value, where)
+
+
+def _decode_tuple(parts: Sequence[Any], value: object, where: str) -> tuple[Any, ...]:
+    _require(isinstance(value, list), "a list", value, where)
+    if parts[-1] is Ellipsis:
+        parts = [parts[0]] * len(value)
+    _require(len(parts) == len(value), f"a list of {len(parts)}", value, where)
+    return tuple(decode(part, each, f"{where}[{i}]") for i, (part, each) in enumerate(zip(parts, value, strict=True)))
+
+
+def _require(fits: bool, wanted: str, value: object, where: str) -> None:
+    if not fits:
+        raise ValueError(f"{where or 'it'} must be {wanted}, not {_short(value)}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def require_columns(found: pa.Schema, wanted: pa.Schema, optional: Sequence[str] = ()) -> None:
+    """Raise `ValueError` unless `found` has the columns of `wanted`, in their types, and no others."""
+    if len(set(found.names)) != len(found.names):
+        raise ValueError("it has several columns of one name")
+    for name in wanted.names:
+        if name not in found.names:
+            if name in optional:
+                continue
+            raise ValueError(f"it has no column {name}")
+        if found.field(name).type != wanted.field(name).type:
+            raise ValueError(f"its column {name} is {found.field(name).type}, not {wanted.field(name).type}")
+    if unknown := [name for name in found.names if name not in wanted.names]:
+        raise ValueError(f"it has columns that don't belong there: {', '.join(unknown)}")
+
+
+def with_columns(table: pa.Table, wanted: pa.Schema) -> pa.Table:
+    """`table` with the columns of `wanted` in their order, null where it lacks one; its metadata stays."""
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type) for field in wanted
+    ]
+    return pa.table(columns, schema=wanted.with_metadata(table.schema.metadata))
+
+
+def rows_as(kind: type[T], table: pa.Table) -> list[T]:
+    """Rows of a table as dataclasses. Raises `ValueError` for names, types and nulls that don't fit."""
+    return [decode(kind, row, f"row {number}") for number, row in enumerate(table.to_pylist())]

@@ -1,0 +1,93 @@
+"""A store's root document, `zarr.json`: the one object whose existence is the store's, with the fingerprint of what it holds."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from storage.documents import Document, MissingObject, decode, decode_known
+from storage.paths import Folder, StorageError
+from storage.spec import FeatureSpec, Layout, fingerprint_of
+
+ROOT = "zarr.json"
+
+FORMAT = 3
+"""3: every commit record has the store's fingerprint; ledger rows have the digest of the image's bytes."""
+
+READABLE = (2, 3)
+"""2: keys in order beside the index, counts among the attributes. Whoever continues such a store makes it 3."""
+
+
+class StoreReplaced(StorageError):
+    """The store that is being written is gone, or another one lies in its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Attributes:
+    """What every store's attributes hold, as they must be."""
+
+    format: int
+    status: Literal["writing", "complete"]
+    fingerprint: str
+    spec: FeatureSpec
+    layout: Layout
+    counts: Mapping[str, int] | None = None
+    upgraded_from: int | None = None
+    index: str | None = None
+    "the index's folder, where it isn't the first one: input was repaired"
+    origin: str | None = None
+    "the fingerprint that the store began with, and that its commit records have, where input was repaired since"
+    versions: Mapping[str, str] | None = None
+    config: Mapping[str, Any] | None = None
+
+
+def read_attributes(folder: Folder) -> dict[str, Any] | None:
+    """The `raylift` attributes of the store in `folder`; None if there is no store.
+
+    Raises `StorageError` if something else is there, or a format that this version doesn't read, and `DamagedObject` where
+    the document is damaged or was edited: the fingerprint is computed anew from spec and layout.
+    """
+    document = Document(folder, ROOT, "restore it from a copy, or use a new --out")
+    try:
+        found = document.json(nan=False)
+    except MissingObject:
+        return None
+    with document.parsing():
+        own = found.get("attributes", {}).get("raylift")
+    if own is None:
+        raise StorageError(f"{folder.shown} is a Zarr store, but not one of Raylift's; choose another --out")
+    with document.parsing():
+        number = decode(int, own["format"], "format")
+    if number not in READABLE:
+        advice = "update Raylift" if number > FORMAT else "extract it again, with a new --out"
+        readable = " and ".join(map(str, READABLE))
+        raise StorageError(f"{folder.shown} has format {number}, this version reads {readable}; {advice}")
+    with document.parsing():
+        _check(decode_known(_Attributes, own))
+    if own["fingerprint"] != fingerprint_of(own["spec"], own["layout"]):
+        raise document.damaged("was edited or damaged: its fingerprint doesn't match its spec and layout")
+    return own
+
+
+def _check(found: _Attributes) -> None:
+    """Raise `ValueError` where the numbers don't go together."""
+    if found.index is not None and not re.fullmatch(r"index(/[0-9a-f]{12})?", found.index):
+        raise ValueError(f"{found.index!r} is no place of an index")
+    counts = found.counts or {}
+    if set(counts) - {"ok", "failed"} or any(count < 0 for count in counts.values()):
+        raise ValueError(f"counts can't be {dict(counts)}")
+    if found.status == "complete" and sum(counts.values()) != found.layout.n_rows:
+        raise ValueError(f"counts {dict(counts)} don't add up to {found.layout.n_rows} rows")
+
+
+def require_same_store(folder: Folder, fingerprint: str) -> dict[str, Any]:
+    """The attributes of the store of this fingerprint, read again. Raises `StoreReplaced` where it isn't there any more."""
+    attributes = read_attributes(folder)
+    if attributes is None:
+        raise StoreReplaced(f"{folder.shown} is gone: it was removed while this run wrote it; nothing more is written")
+    if attributes["fingerprint"] != fingerprint:
+        raise StoreReplaced(
+            f"{folder.shown} is another store now: it was removed and begun anew with other settings while this run wrote "
+            "it; nothing more is written"
+        )
+    return attributes
