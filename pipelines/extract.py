@@ -19,6 +19,7 @@ from pipelines.config import ExtractConfig
 from pipelines.prepare import Prepared, default_batch, prepare, resolve, versions
 from pipelines.worker import WorkerSetup
 from storage.ledger import REASON_COLUMNS, commonest_reasons
+from storage.left_out import LeftOut
 from storage.paths import StorageError
 from storage.spec import ShardTask
 from storage.store import FeatureStore
@@ -50,6 +51,8 @@ class Summary:
     stage_seconds: Mapping[str, float]
     reasons: Sequence[str]
     bytes_written: int
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no row, by reason"
 
 
 def extract(config: ExtractConfig, executor: Any) -> Summary:
@@ -105,7 +108,7 @@ def run_prepared(prepared: Prepared, executor: Any) -> Summary:
     )
     run = _Run(config, store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
     run.execute(pending)
-    return run.finish()
+    return run.finish(prepared.left_out)
 
 
 def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
@@ -240,7 +243,7 @@ class _Run:
         }
         self.store.folder.write(f"runs/{self.setup.run_id}/progress.json", json.dumps(document, indent=1).encode())
 
-    def finish(self) -> Summary:
+    def finish(self, left_out: Mapping[str, LeftOut]) -> Summary:
         """Merge the ledger and check that everything adds up. Raises `RunFailed`."""
         if self.errors:
             raise RunFailed(self._errors_text(f"{len(self.errors)} tasks did not finish"))
@@ -263,6 +266,7 @@ class _Run:
             stage_seconds=dict(self.progress.seconds),
             reasons=self._reasons() if failed else [],
             bytes_written=self.bytes_written,
+            left_out=left_out,
         )
 
     def _reasons(self) -> list[str]:

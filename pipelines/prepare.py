@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from operators.upsamplers import UpsamplerError
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
 from pipelines.models import FeatureModel, ModelBundle, load_described
 from pipelines.weights import WeightsUnavailable
-from storage.inputs import InputFile, expand_inputs
+from storage.inputs import Listing, expand_inputs
+from storage.left_out import LeftOut, log_left_out, merge_left_out
 from storage.paths import Folder, StorageError
-from storage.samples import SampleIndex, build_index
+from storage.samples import SampleIndex, build_index, sources_left_out
 from storage.spec import Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules
@@ -48,7 +49,7 @@ class Resolved:
     bundle: ModelBundle
     model: FeatureModel
     "the same model in this process, on the CPU"
-    files: tuple[InputFile, ...]
+    files: Listing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class Prepared:
     index: SampleIndex
     urls: tuple[str, ...]
     "the index's sources with credentials, as this run reads them"
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no row, by reason"
 
     def create_store(self) -> FeatureStore:
         """Create or continue the output. Raises `FingerprintMismatch`."""
@@ -86,7 +89,7 @@ def resolve(config: ExtractConfig) -> Resolved:
     size = config.input_size or preprocessing(config.model).size
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
-    files = expand_inputs(config.data, config.options)
+    files = expand_inputs(config.data, config.options, config.image_member)
     bundle, model = load_described(
         config,
         size,
@@ -95,7 +98,7 @@ def resolve(config: ExtractConfig) -> Resolved:
         crop_pct=config.crop_pct if config.geometry == "crop" else 1.0,
         jpeg_draft=config.jpeg_draft,
     )
-    return Resolved(config=config, bundle=bundle, model=model, files=tuple(files))
+    return Resolved(config=config, bundle=bundle, model=model, files=files)
 
 
 def prepare(resolved: Resolved, executor: Any) -> Prepared:
@@ -113,12 +116,13 @@ def prepare(resolved: Resolved, executor: Any) -> Prepared:
         layout=Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest),
         index=index,
         urls=tuple(file.url for file in resolved.files[: len(index.sources)]),
+        left_out=merge_left_out(resolved.files.left_out, sources_left_out(index.sources)),
     )
 
 
 def index_input(
     folder: Folder,
-    files: Sequence[InputFile],
+    files: Listing,
     rules: MemberRules,
     limit: int | None,
     executor: Any,
@@ -130,10 +134,12 @@ def index_input(
 
     `executor` scans tars (pipelines/executors.py).
     """
-    index = build_index(folder, files, lambda some: executor.scan(some, rules, options), limit, rules, in_use=in_use)
+    scan = lambda some: executor.scan(some, rules, options)  # noqa: E731
+    index = build_index(folder, files, scan, limit, rules, in_use=in_use, left_out=files.left_out)
     for source in index.sources:
         if source.problems:
             logger.warning("%s: %s", source.url, source.problems)
+    log_left_out(merge_left_out(files.left_out, sources_left_out(index.sources)))
     return index
 
 

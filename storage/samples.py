@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.inputs import InputFile
+from storage.left_out import LeftOut, left_out_json, left_out_lines, merge_left_out, parse_left_out
 from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
@@ -49,6 +50,8 @@ class Source:
     digest: str
     "sha256 of its rows"
     problems: str = ""
+    left_out: str = ""
+    "what is in it and in no row, as JSON (storage/left_out.py)"
 
 
 class RowTable:
@@ -129,6 +132,8 @@ class SampleIndex:
         self.carried: list[str] = json.loads(meta[b"carried"])
         "columns that `--carry` took from the samples' text members"
         self.first_keys: list[str] = json.loads(meta[b"first_keys"])
+        self.left_out: dict[str, LeftOut] = parse_left_out(meta.get(b"left_out", b"").decode())
+        "what the input held that is no row, when it was indexed; empty in indexes that did not count it"
         self._table = RowTable(folder, "index/samples")
         self._keys = _Parts(folder, "index/keys")
 
@@ -225,14 +230,17 @@ def collect_index(
         url = query_free(file.url)
         readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
         if not readable:
-            found = scan.rows["problem"][0].as_py() if len(scan.rows) else "it has no samples"
+            found = scan.rows["problem"][0].as_py() if len(scan.rows) else _nothing_in(scan)
             raise InputError(
                 f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
             )
         problems = "; ".join(scan.problems)
         ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
         tables.append(scan.rows.set_column(1, "source", ordinal))
-        sources.append(Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems))
+        left_out = left_out_json(scan.left_out)
+        sources.append(
+            Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
+        )
         count += len(scan.rows)
         if limit is not None and count >= limit:
             break
@@ -243,6 +251,15 @@ def collect_index(
         table = table.slice(0, limit)
     _refuse_duplicates(table, sources)
     return table, sources
+
+
+def _nothing_in(scan: SourceScan) -> str:
+    return ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
+
+
+def sources_left_out(sources: Sequence[Source]) -> dict[str, LeftOut]:
+    """What is in the sources and in no row."""
+    return merge_left_out(*(parse_left_out(source.left_out) for source in sources if source.left_out))
 
 
 def _refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
@@ -269,12 +286,16 @@ def write_index(
     *,
     rules: MemberRules | None = None,
     limit: int | None = None,
+    left_out: Mapping[str, LeftOut] | None = None,
 ) -> SampleIndex:
-    """Save the index under `folder`; the sources file goes last and makes it exist."""
+    """Save the index under `folder`; the sources file goes last and makes it exist.
+
+    `left_out` is what lay beside the sources.
+    """
     for part, start in enumerate(range(0, len(table), PART_ROWS)):
         folder.write(part_name("index/samples", part), table_bytes(table.slice(start, PART_ROWS)))
     first_keys = _write_keys(folder, table["key"])
-    folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys))
+    folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys, left_out))
     return SampleIndex(folder)
 
 
@@ -302,6 +323,7 @@ def _sources_bytes(
     rules: MemberRules | None,
     limit: int | None,
     first_keys: Sequence[str],
+    left_out: Mapping[str, LeftOut] | None,
 ) -> bytes:
     rows = pa.Table.from_pylist([vars(source) for source in sources])
     meta = {
@@ -312,6 +334,7 @@ def _sources_bytes(
         "rules": _rules_text(rules),
         "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
         "first_keys": json.dumps(first_keys),
+        "left_out": left_out_json(merge_left_out(left_out or {}, sources_left_out(sources))),
     }
     return table_bytes(rows, meta)
 
@@ -329,15 +352,17 @@ def build_index(
     rules: MemberRules | None = None,
     *,
     in_use: bool = True,
+    left_out: Mapping[str, LeftOut] | None = None,
 ) -> SampleIndex:
     """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
 
     Where the sources (by size or ETag) or the settings changed since, it scans again; the index stands if its rows are
     still the same. If they aren't, it's replaced, or, where features rest on it (`in_use`), `InputError` is raised.
+    `left_out` is what lay beside the files.
     """
     if not SampleIndex.exists(folder):
         table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-        return write_index(folder, table, sources, rules=rules, limit=limit)
+        return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
     index = SampleIndex(folder)
     if in_use and limit is not None and limit < index.n_rows:
         raise InputError(f"{folder.shown} has {index.n_rows} rows, this run asks for --limit {limit}; use a new --out")
@@ -354,7 +379,7 @@ def build_index(
         logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
         table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
         if not in_use:
-            return write_index(folder, table, sources, rules=rules, limit=limit)
+            return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
         if index_digest(len(table), sources) != index.digest:
             raise InputError(
                 f"{folder.shown} was made from other input:\n  "
@@ -362,7 +387,7 @@ def build_index(
                 + "\nUse a new --out, or restore what changed."
             )
         first_keys = index.first_keys
-        folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys))
+        folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys, left_out))
         index = SampleIndex(folder)
     return index
 
