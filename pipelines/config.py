@@ -67,7 +67,7 @@ class ExtractConfig:
     """How features are stored, unless a level says otherwise."""
 
     image_member: str | None = None
-    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif."""
+    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif, gif, avif and so on."""
     carry: tuple[str, ...] = ()
     """Text members that become columns of the index, for example `cls json`."""
     limit: int | None = None

@@ -19,6 +19,7 @@ from pipelines.config import ExtractConfig
 from pipelines.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve, versions
 from pipelines.worker import WorkerSetup
 from storage.ledger import REASON_COLUMNS, commonest_reasons
+from storage.left_out import LeftOut
 from storage.paths import StorageError
 from storage.root import StoreReplaced
 from storage.spec import ShardTask
@@ -51,6 +52,8 @@ class Summary:
     stage_seconds: Mapping[str, float]
     reasons: Sequence[str]
     bytes_written: int
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no row, by reason"
 
 
 def extract(config: ExtractConfig, executor: Any) -> Summary:
@@ -119,7 +122,7 @@ def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
             f"{store.folder.shown}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
             "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
         )
-    return run.finish()
+    return run.finish(prepared.left_out)
 
 
 def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
@@ -272,7 +275,7 @@ class _Run:
         }
         self.store.folder.write(f"runs/{self.setup.run_id}/progress.json", json.dumps(document, indent=1).encode())
 
-    def finish(self) -> Summary:
+    def finish(self, left_out: Mapping[str, LeftOut]) -> Summary:
         """Merge the ledger and check that everything adds up. Raises `RunFailed`."""
         if self.errors:
             raise RunFailed(self._errors_text(f"{len(self.errors)} tasks did not finish"))
@@ -295,6 +298,7 @@ class _Run:
             stage_seconds=dict(self.progress.seconds),
             reasons=self._reasons() if failed else [],
             bytes_written=self.bytes_written,
+            left_out=left_out,
         )
 
     def _reasons(self) -> list[str]:

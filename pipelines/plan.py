@@ -17,6 +17,7 @@ from operators.image import decode
 from pipelines.config import ConfigError
 from pipelines.photos import geometry_of
 from pipelines.prepare import Prepared, default_batch
+from storage.left_out import LeftOut, left_out_lines
 from storage.paths import Folder, redact
 from storage.samples import read_images
 from storage.shards import compress, encode_row
@@ -42,6 +43,8 @@ class Plan:
     unreadable: int
     "samples that the index already knows to have no readable image"
     sources: int
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no image of these, by reason"
     model: str
     weights: str
     input_size: tuple[int, int]
@@ -96,6 +99,7 @@ class Plan:
                 "model", f"timm {self.model}", f"{self.input_size[0]} x {self.input_size[1]} px, weights {self.weights}"
             ),
         ]
+        lines[1:1] = [_line("left out", line, "") for line in left_out_lines(self.left_out)]
         for i, cost in enumerate(self.levels):
             level = cost.level
             shape = " x ".join(str(n) for n in level.row_shape)
@@ -166,6 +170,7 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         images=layout.n_rows,
         unreadable=prepared.index.n_unreadable,
         sources=len(prepared.index.sources),
+        left_out=dict(prepared.left_out),
         model=spec.model,
         weights=f"{spec.weights_source}, sha256 {spec.weights[:8]}…",
         input_size=spec.input_size,

@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
 from pipelines.models import FeatureModel, ModelBundle, load_described
 from pipelines.weights import WeightsUnavailable
 from storage.identity import InputState, Scan, input_state, order_digest
-from storage.inputs import InputFile, expand_inputs
+from storage.inputs import Listing, expand_inputs
+from storage.left_out import LeftOut, log_left_out, merge_left_out
 from storage.paths import Folder, InputError, StorageError, is_memory
 from storage.samples import (
     INDEX,
@@ -32,7 +33,7 @@ from storage.samples import (
     update_sources,
     write_index,
 )
-from storage.sources import is_of_input, limit_changes, other_input, settings_changes
+from storage.sources import is_of_input, limit_changes, other_input, settings_changes, sources_left_out
 from storage.spec import FeatureSpec, Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules
@@ -60,7 +61,7 @@ class Resolved:
     bundle: ModelBundle
     model: FeatureModel
     "the same model in this process, on the CPU"
-    files: tuple[InputFile, ...]
+    files: Listing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,8 @@ class Prepared:
     "below the output, or in memory until there is a store"
     urls: tuple[str, ...]
     "the index's sources with credentials, as this run reads them"
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no row, by reason"
     update: InputUpdate | None = None
     "of a store that exists"
 
@@ -139,7 +142,7 @@ def resolve(config: ExtractConfig) -> Resolved:
     size = config.input_size or preprocessing(config.model).size
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
-    files = expand_inputs(config.data, config.options)
+    files = expand_inputs(config.data, config.options, config.image_member)
     bundle, model = load_described(
         config,
         size,
@@ -148,7 +151,7 @@ def resolve(config: ExtractConfig) -> Resolved:
         crop_pct=config.crop_pct if config.geometry == "crop" else 1.0,
         jpeg_draft=config.jpeg_draft,
     )
-    return Resolved(config=config, bundle=bundle, model=model, files=tuple(files))
+    return Resolved(config=config, bundle=bundle, model=model, files=files)
 
 
 def prepare(resolved: Resolved, executor: Any) -> Prepared:
@@ -171,9 +174,7 @@ def prepare(resolved: Resolved, executor: Any) -> Prepared:
         update = _input_update(store, resolved.files, scan, config)
         index, urls = update.index, update.state.urls
         layout = replace(store.layout, n_rows=index.n_rows, index=index.digest)
-    for source in index.sources:
-        if source.problems:
-            logger.warning("%s: %s", source.url, source.problems)
+    left_out = _say(index, resolved.files)
     return Prepared(
         config=config,
         bundle=resolved.bundle,
@@ -181,6 +182,7 @@ def prepare(resolved: Resolved, executor: Any) -> Prepared:
         layout=layout,
         index=index,
         urls=urls,
+        left_out=left_out,
         update=update,
     )
 
@@ -197,17 +199,17 @@ def _scanner(config: ExtractConfig, executor: Any) -> Scan:
     return lambda files: executor.scan(files, _rules(config), config.options)
 
 
-def _new_index(folder: Folder, files: Sequence[InputFile], scan: Scan, config: ExtractConfig) -> SampleIndex:
+def _new_index(folder: Folder, files: Listing, scan: Scan, config: ExtractConfig) -> SampleIndex:
     """The index that a plan left, where it is of this input; else a new one, in memory until there is a store."""
     if SampleIndex.exists(folder):
         kept = SampleIndex(folder)
         if is_of_input(kept, files, config.limit, _rules(config)):
             return kept
     table, sources = collect_index(zip(files, scan(files), strict=False), config.limit)
-    return write_index(_draft(), table, sources, rules=_rules(config), limit=config.limit)
+    return write_index(_draft(), table, sources, rules=_rules(config), limit=config.limit, left_out=files.left_out)
 
 
-def _restore_index(store: FeatureStore, files: Sequence[InputFile], scan: Scan, config: ExtractConfig) -> None:
+def _restore_index(store: FeatureStore, files: Listing, scan: Scan, config: ExtractConfig) -> None:
     """Write the index of a store whose run was killed before it had one. Raises `InputError` where the input is another one."""
     table, sources = collect_index(zip(files, scan(files), strict=False), config.limit)
     if index_digest(len(table), sources) != store.layout.index:
@@ -215,10 +217,10 @@ def _restore_index(store: FeatureStore, files: Sequence[InputFile], scan: Scan, 
             f"{store.folder.shown} has no index of its input, and was begun with other input than this: give --data in the "
             "same order as then, or use a new --out"
         )
-    write_index(store.folder, table, sources, rules=_rules(config), limit=config.limit)
+    write_index(store.folder, table, sources, rules=_rules(config), limit=config.limit, left_out=files.left_out)
 
 
-def _input_update(store: FeatureStore, files: Sequence[InputFile], scan: Scan, config: ExtractConfig) -> InputUpdate:
+def _input_update(store: FeatureStore, files: Listing, scan: Scan, config: ExtractConfig) -> InputUpdate:
     """What the store needs for the input as it is now. Raises `InputError` for changes that weren't allowed for."""
     index, rules = store.index, _rules(config)
     if limits := limit_changes(index, config.limit):
@@ -232,10 +234,14 @@ def _input_update(store: FeatureStore, files: Sequence[InputFile], scan: Scan, c
     if state.added and index.n_rows % store.layout.block_rows:
         rows = rows | {index.n_rows - 1}  # the last block wasn't full, and takes the first of the new rows
     redo = frozenset(row // store.layout.block_rows for row in rows)
-    return InputUpdate(state=state, index=_index_now(index, state, rules), before=store.layout, redo=redo)
+    return InputUpdate(
+        state=state, index=_index_now(index, state, rules, files.left_out), before=store.layout, redo=redo
+    )
 
 
-def _index_now(index: SampleIndex, state: InputState, rules: MemberRules) -> SampleIndex:
+def _index_now(
+    index: SampleIndex, state: InputState, rules: MemberRules, left_out: Mapping[str, LeftOut]
+) -> SampleIndex:
     """The index of the input as it is now: the store's own where its rows still hold, else a new one in memory."""
     if state.table is None:
         return index
@@ -243,7 +249,14 @@ def _index_now(index: SampleIndex, state: InputState, rules: MemberRules) -> Sam
     digest = index_digest(len(state.table), state.sources, order)
     limit = index.n_rows if index.is_cut else None
     return write_index(
-        _draft(), state.table, state.sources, rules=rules, limit=limit, order=order, prefix=f"{INDEX}/{digest[:12]}"
+        _draft(),
+        state.table,
+        state.sources,
+        rules=rules,
+        limit=limit,
+        left_out=left_out,
+        order=order,
+        prefix=f"{INDEX}/{digest[:12]}",
     )
 
 
@@ -269,7 +282,7 @@ def changed_meanwhile(prepared: Prepared, store: FeatureStore, executor: Any) ->
     """
     config, index = prepared.config, store.index
     try:
-        files = expand_inputs(config.data, config.options)
+        files = expand_inputs(config.data, config.options, config.image_member)
     except InputError as error:
         logger.warning("whether the input changed while it was read can't be told any more: %s", error)
         return []
@@ -286,7 +299,7 @@ def changed_meanwhile(prepared: Prepared, store: FeatureStore, executor: Any) ->
 
 def index_input(
     folder: Folder,
-    files: Sequence[InputFile],
+    files: Listing,
     rules: MemberRules,
     limit: int | None,
     executor: Any,
@@ -298,11 +311,20 @@ def index_input(
 
     `executor` scans tars (pipelines/executors.py).
     """
-    index = build_index(folder, files, lambda some: executor.scan(some, rules, options), limit, rules, in_use=in_use)
+    scan = lambda some: executor.scan(some, rules, options)  # noqa: E731
+    index = build_index(folder, files, scan, limit, rules, in_use=in_use, left_out=files.left_out)
+    _say(index, files)
+    return index
+
+
+def _say(index: SampleIndex, files: Listing) -> dict[str, LeftOut]:
+    """Log what is wrong with the sources, and what the input holds that is no row; returns that, by reason."""
     for source in index.sources:
         if source.problems:
             logger.warning("%s: %s", source.url, source.problems)
-    return index
+    left_out = merge_left_out(files.left_out, sources_left_out(index.sources))
+    log_left_out(left_out)
+    return left_out
 
 
 def versions() -> dict[str, str]:

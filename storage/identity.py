@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from storage.inputs import InputFile
 from storage.ledger import image_digest
+from storage.left_out import left_out_json
 from storage.paths import query_free
 from storage.samples import SampleIndex, read_images, refuse_duplicates
 from storage.sources import Source, describe_change, is_unchanged, other_input, pair
@@ -178,7 +179,10 @@ class _Comparison:
             restructured |= not same
             now.append(before if same else self._placed(source, before, scanned))
             self.state.sources[source] = replace(
-                self.state.sources[source], digest=scanned.digest, problems="; ".join(scanned.problems)
+                self.state.sources[source],
+                digest=scanned.digest,
+                problems="; ".join(scanned.problems),
+                left_out=left_out_json(scanned.left_out),
             )
         found = pa.concat_tables(rows.select(old.column_names) for rows in now)
         self._judge(old, found)

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 from storage.documents import DamagedObject, Document, decode, require_columns, rows_as, with_columns
 from storage.inputs import InputFile
+from storage.left_out import LeftOut, left_out_json, left_out_lines, merge_left_out, parse_left_out
 from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
-from storage.sources import Source, changes_of, in_order, is_of_input, other_input, pair, rules_text
+from storage.sources import Source, changes_of, in_order, is_of_input, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
@@ -195,6 +196,8 @@ class SampleIndex:
         self.carried: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"carried"]), "carried"))
         "columns that `--carry` took from the samples' text members"
         self.first_keys: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"first_keys"]), "first_keys"))
+        self.left_out: dict[str, LeftOut] = parse_left_out(meta.get(b"left_out", b"").decode())
+        "what the input held that is no row, when it was indexed; empty in indexes that did not count it"
         if self.digest != index_digest(self.n_rows, self.sources, self.order or ""):
             raise ValueError("its digest isn't that of the sources it lists")
         if not 0 <= self.n_unreadable <= self.n_rows or len(self.first_keys) != -(-self.n_rows // PART_ROWS):
@@ -325,14 +328,17 @@ def collect_index(
         url = query_free(file.url)
         readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
         if not readable:
-            found = scan.rows["problem"][0].as_py() if len(scan.rows) else "it has no samples"
+            found = scan.rows["problem"][0].as_py() if len(scan.rows) else _nothing_in(scan)
             raise InputError(
                 f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
             )
         problems = "; ".join(scan.problems)
         ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
         tables.append(scan.rows.set_column(1, "source", ordinal))
-        sources.append(Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems))
+        left_out = left_out_json(scan.left_out)
+        sources.append(
+            Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
+        )
         count += len(scan.rows)
         if limit is not None and count >= limit:
             break
@@ -343,6 +349,10 @@ def collect_index(
         table = table.slice(0, limit)
     refuse_duplicates(table, sources)
     return table, sources
+
+
+def _nothing_in(scan: SourceScan) -> str:
+    return ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
 
 
 def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
@@ -370,10 +380,14 @@ def write_index(
     *,
     rules: MemberRules | None = None,
     limit: int | None = None,
+    left_out: Mapping[str, LeftOut] | None = None,
     order: str = "",
     prefix: str = INDEX,
 ) -> SampleIndex:
-    """Save the index under `folder`; the sources file goes last and makes it exist. `order`: see `index_digest`."""
+    """Save the index under `folder`; the sources file goes last and makes it exist.
+
+    `left_out` is what lay beside the sources. `order`: see `index_digest`.
+    """
     meta = {"index": index_digest(len(table), sources, order)}
     for part, start in enumerate(range(0, len(table), PART_ROWS)):
         folder.write(part_name(f"{prefix}/samples", part), table_bytes(table.slice(start, PART_ROWS), meta))
@@ -387,6 +401,7 @@ def write_index(
         "rules": rules_text(rules),
         "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
         "first_keys": json.dumps(first_keys),
+        "left_out": left_out_json(merge_left_out(left_out or {}, sources_left_out(sources))),
     }
     folder.write(f"{prefix}/sources.parquet", _sources_bytes(sources, described))
     return SampleIndex(folder, prefix)
@@ -457,19 +472,20 @@ def build_index(
     rules: MemberRules | None = None,
     *,
     in_use: bool = True,
+    left_out: Mapping[str, LeftOut] | None = None,
 ) -> SampleIndex:
     """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
 
     Where the sources (by URL, size or stamp) or the settings changed since, or a killed run left a part of it, it scans
     again. Where something rests on the index (`in_use`), sources may have moved, or been touched while they hold the same
-    samples; anything else is an `InputError`.
+    samples; anything else is an `InputError`. `left_out` is what lay beside the files.
     """
     if not SampleIndex.exists(folder):
-        return _scan_and_write(folder, files, scan_many, limit, rules)
+        return _scan_and_write(folder, files, scan_many, limit, rules, left_out)
     index = SampleIndex(folder)
     if not in_use:
         stands = is_of_input(index, files, limit, rules)
-        return index if stands else _scan_and_write(folder, files, scan_many, limit, rules)
+        return index if stands else _scan_and_write(folder, files, scan_many, limit, rules, left_out)
     changes = changes_of(index, files, limit, rules)
     if changes:
         logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
@@ -487,9 +503,10 @@ def _scan_and_write(
     scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
     limit: int | None,
     rules: MemberRules | None,
+    left_out: Mapping[str, LeftOut] | None,
 ) -> SampleIndex:
     table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-    return write_index(folder, table, sources, rules=rules, limit=limit)
+    return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
 
 
 def read_images(

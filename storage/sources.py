@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from storage.inputs import InputFile
+from storage.left_out import LeftOut, merge_left_out, parse_left_out
 from storage.paths import InputError, query_free
 from storage.tars import MemberRules
 
@@ -31,6 +32,13 @@ class Source:
     digest: str
     "sha256 of its rows"
     problems: str = ""
+    left_out: str = ""
+    "what is in it and in no row, as JSON (storage/left_out.py)"
+
+
+def sources_left_out(sources: Sequence[Source]) -> dict[str, LeftOut]:
+    """What is in the sources and in no row."""
+    return merge_left_out(*(parse_left_out(source.left_out) for source in sources if source.left_out))
 
 
 def same_stamp(before: str, now: str) -> bool | None:

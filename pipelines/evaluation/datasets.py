@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from storage.inputs import IMAGE_EXTENSIONS, expand_inputs
+from storage.left_out import log_left_out
 from storage.paths import Folder, StorageError
 
 T = TypeVar("T")
@@ -464,6 +465,7 @@ def load_images(url: str, options: Mapping[str, Any] | None = None) -> list[Imag
     if folder.folders("JPEGImages") or folder.sizes("JPEGImages"):
         folder = Folder(f"{folder.url}/JPEGImages", options)
     files = expand_inputs([folder.url], options)
+    log_left_out(files.left_out)
     if not all(file.is_image for file in files):
         raise DatasetError(f"{folder.shown} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
     return [_plain_image(folder, file.url[len(file.base) :].lstrip("/")) for file in files]

@@ -3,7 +3,7 @@
 What is trained on them is said by subclasses of `ImageTraining` (x2.py, vit_up.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from pipelines.training.data import ImageSource, StoredFeatures, View
 from pipelines.weights import WeightsChoice, load_model
 from storage.checkpoints import read_run
 from storage.identity import content_sample
-from storage.inputs import InputFile, expand_inputs
+from storage.inputs import Listing, expand_inputs
 from storage.paths import Folder
 from storage.samples import SampleIndex
 from storage.tars import MemberRules
@@ -46,7 +46,7 @@ class ImageTraining(TrainConfig):
     val_rows: int = 64
     """Images to validate on: the first of --val-data, or without it the last of --data, which are then not trained on."""
     image_member: str | None = None
-    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif."""
+    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif, gif, avif and so on."""
     limit: int | None = None
     """Only the first N samples of --data."""
     max_image_pixels: int = 89_478_485
@@ -86,16 +86,16 @@ class ImageTraining(TrainConfig):
         Raises `ConfigError`, `InputError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
         """
         folder = self.begin_folder()
-        files = expand_inputs(self.data, self.options)
-        held_out = expand_inputs(self.val_data, self.options) if self.val_data else []
+        files = expand_inputs(self.data, self.options, self.image_member)
+        held_out = expand_inputs(self.val_data, self.options, self.image_member) if self.val_data else Listing()
         backbone, upsampler = _load_backbone(self)
         return ResolvedImages(
             config=self,
             folder=folder,
             backbone=backbone,
             upsampler=upsampler,
-            files=tuple(files),
-            held_out_files=tuple(held_out),
+            files=files,
+            held_out_files=held_out,
             features=self.stored_features(backbone),
         )
 
@@ -151,8 +151,8 @@ class ResolvedImages:
     folder: Folder
     backbone: FrozenBackbone
     upsampler: Mapping[str, Any]
-    files: tuple[InputFile, ...]
-    held_out_files: tuple[InputFile, ...]
+    files: Listing
+    held_out_files: Listing
     features: StoredFeatures | None
 
     def prepare(self, executor: Any) -> ImageSetup:
@@ -192,7 +192,7 @@ class ResolvedImages:
     def _images(
         self,
         folder: Folder,
-        files: Sequence[InputFile],
+        files: Listing,
         limit: int | None,
         executor: Any,
         features: StoredFeatures | None = None,
