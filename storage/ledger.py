@@ -263,7 +263,7 @@ class Ledger:
                 tables.append(pa.Table.from_pylist([{"row": row} for row in mine.tolist()], schema=SCHEMA))
         order = np.argsort(np.argsort(at, kind="stable"), kind="stable")
         table = pa.concat_tables(tables).take(order) if tables else SCHEMA.empty_table()
-        return table.select(columns) if columns else table
+        return table if columns is None else table.select(columns)
 
     def failed(self, blocks: Sequence[int]) -> pa.Table:
         """Failed rows of committed `blocks`, from their records."""

@@ -288,17 +288,26 @@ class FeatureStore:
     def records(self, rows: Selection, columns: Sequence[str] | None = None) -> pa.Table:
         """Ledger rows (`storage.ledger.SCHEMA`), in the order asked; all null but `row` where a row isn't written yet.
 
-        `columns`: of the ledger, or carried ones (`index.carried`). Raises `UnknownName` for others.
+        `columns`: of the ledger, or carried ones (`index.carried`), which the index knows before a row is written. Raises
+        `UnknownName` for others.
         """
         wanted, columns = self.rows(rows), list(SCHEMA.names if columns is None else columns)
-        carried = [name for name in columns if name not in SCHEMA.names]
-        if unknown := [name for name in carried if name not in self.index.carried]:
-            known = ", ".join([*SCHEMA.names, *self.index.carried])
-            raise UnknownName(f"{self.folder.shown} has no column {unknown[0]!r}; it has {known}")
-        own = [name for name in columns if name in SCHEMA.names]
+        own = self._ledger_columns(columns)
         take = self.ledger.take if self.status == "complete" else self.ledger.take_committed
-        table = take(wanted, own or ["row"])
-        more = self.index.take(wanted, carried) if carried else table
+        return self._with_carried(take(wanted, own), wanted, columns)
+
+    def _ledger_columns(self, columns: Sequence[str]) -> list[str]:
+        """Those of `columns` that the ledger has, and `row`. Raises `UnknownName` for what neither it nor the index carries."""
+        known = [*SCHEMA.names, *self.index.carried]
+        unknown = [name for name in columns if name not in known]
+        if unknown:
+            raise UnknownName(f"{self.folder.shown} has no column {unknown[0]!r}; it has {', '.join(known)}")
+        return [name for name in dict.fromkeys(["row", *columns]) if name in SCHEMA.names]
+
+    def _with_carried(self, table: pa.Table, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """`columns` of `table`, ledger rows of numbers `rows`, and of the index what the ledger hasn't."""
+        carried = [name for name in columns if name not in SCHEMA.names]
+        more = self.index.take(rows, carried) if carried else table
         return pa.table({name: (more if name in carried else table)[name] for name in columns})
 
     def valid(self, rows: Selection = slice(None)) -> np.ndarray:
@@ -310,11 +319,14 @@ class FeatureStore:
         return pc.fill_null(pc.equal(statuses, "ok"), False).to_numpy(zero_copy_only=False)
 
     def failures(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
-        """Ledger rows of all that failed so far; at least `columns` of them."""
+        """Ledger rows of all that failed so far: `columns` of the ledger, or carried ones. Raises `UnknownName` for others."""
+        own = self._ledger_columns([*columns, "status"])
         if self.status == "complete":
-            table = self.ledger.table(list(dict.fromkeys([*columns, "status"])))
-            return table.filter(pc.equal(table["status"], "failed"))
-        return self.ledger.failed(sorted(self.ledger.done()))
+            table = self.ledger.table(own)
+            table = table.filter(pc.equal(table["status"], "failed"))
+        else:
+            table = self.ledger.failed(sorted(self.ledger.done()))
+        return self._with_carried(table, table["row"].to_numpy(), columns)
 
     def _why_missing(self, rows: np.ndarray) -> str:
         columns = ["row", "key", "status", "stage", "error", "message"]
