@@ -10,22 +10,14 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import scipy.io
 from scipy.io.matlab import MatReadError
 
-from pipelines.evaluation.datasets import (
-    DatasetError,
-    ImageFile,
-    lines,
-    names_in,
-    parsed,
-    read,
-    require_images,
-    require_plain,
-    voc_root,
-)
+from pipelines.evaluation.coco import CocoImage, read_coco
+from pipelines.evaluation.datasets import lines, names_in, require_images, require_plain, voc_root
+from pipelines.evaluation.images import DatasetError, ImageFile, read
 from pipelines.readouts.images import AnyImage, H5Array, H5Image, TarImage, TarMember, require_h5py, tar_members
 from pipelines.readouts.labels import ClassMask, DepthMap, DepthPng, Instances, LabelledImage
 from storage.paths import Folder
@@ -277,15 +269,6 @@ def _mat_numbers(folder: Folder, split: str, count: int) -> list[int]:
 # --- instances --------------------------------------------------------------------------------------------------------
 
 
-class _Annotated(NamedTuple):
-    """An image of COCO's annotations, and its objects in the file's order."""
-
-    file_name: str
-    width: int
-    height: int
-    objects: list[Mapping[str, Any]]
-
-
 def load_coco_instances(folder: Folder, split: str, limit: int | None = None) -> list[LabelledImage]:
     """COCO's images of `annotations/instances_<split>.json` by id, those without objects included, and crowds.
 
@@ -296,7 +279,7 @@ def load_coco_instances(folder: Folder, split: str, limit: int | None = None) ->
     root = _place(folder, ("", "coco"), listed)
     place = _place(folder, [_join(root, inside, split) for inside in ("", "images")])
     where, found = _join(root, listed), []
-    for each in _annotated(folder, where)[:limit]:
+    for each in read_coco(folder, where)[:limit]:
         require_plain(each.file_name, f"{folder.shown}/{where}")
         image = _image(folder, f"{place}/{each.file_name}", each.width, each.height)
         found.append(LabelledImage(image=image, label=_instances(folder, where, each)))
@@ -304,26 +287,7 @@ def load_coco_instances(folder: Folder, split: str, limit: int | None = None) ->
     return found
 
 
-def _annotated(folder: Folder, where: str) -> list[_Annotated]:
-    """A COCO file's images, by id. Raises `DatasetError`."""
-
-    def parse(data: Mapping[str, Any]) -> list[_Annotated]:
-        by_id = {
-            int(each["id"]): _Annotated(str(each["file_name"]), int(each["width"]), int(each["height"]), [])
-            for each in data["images"]
-        }
-        for note in data["annotations"]:
-            if note["image_id"] not in by_id:
-                raise ValueError(
-                    f"annotation {note['id']} is of image {note['image_id']}, which isn't among the images"
-                )
-            by_id[note["image_id"]].objects.append(note)
-        return [by_id[number] for number in sorted(by_id)]
-
-    return parsed(folder, where, read(folder, where), parse)
-
-
-def _instances(folder: Folder, where: str, image: _Annotated) -> Instances:
+def _instances(folder: Folder, where: str, image: CocoImage) -> Instances:
     shown = f"{folder.shown}/{where}: {image.file_name}"
     try:
         return Instances.pack(image.objects, shown, image.width, image.height)
@@ -360,7 +324,7 @@ def load_photos_open(
         return [
             LabelledImage(image=_in_tar(folder, each), label=mask) for each, mask in zip(chosen, masks, strict=True)
         ]
-    notes = {keys_of(each.file_name)[0]: each for each in _annotated(folder, "instances.json")}
+    notes = {keys_of(each.file_name)[0]: each for each in read_coco(folder, "instances.json")}
     found = []
     for member in _photos_with(folder, photos, notes, "instances.json", tars[PHOTOS_SPLITS[split]])[:limit]:
         note = notes[member.key]

@@ -419,7 +419,7 @@ class ReadoutObjective:
                 losses.append((float(total), divisor))
             for position, row in enumerate(there):
                 targets = {name: example.arrays[name][position] for name in self.task.target_names}
-                label = source.items[row].label.read() if self.task.judges_label else None
+                label = source.label(row) if self.task.judges_label else None
                 records.append(self.task.judge(outputs[position], targets, label))
                 if len(shown) < 4:
                     shown.append([source.photo(row), *self.task.pictures(outputs[position], targets)])
