@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from storage.left_out import log_left_out
 
 from operators.orientation import Orientation
 from pipelines.evaluation.coco import CocoImage, coco_corners, read_coco
@@ -420,7 +419,6 @@ def load_images(url: str, options: Mapping[str, Any] | None = None) -> list[Imag
     if folder.folders("JPEGImages") or folder.sizes("JPEGImages"):
         folder = Folder(f"{folder.url}/JPEGImages", options)
     files = expand_inputs([folder.url], options)
-    log_left_out(files.left_out)
     if not all(file.is_image for file in files):
         raise DatasetError(f"{folder.shown} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
     return [_plain_image(folder, file.url[len(file.base) :].lstrip("/")) for file in files]

@@ -29,7 +29,7 @@ from pipelines.evaluation.sources import (
     resolve_source,
 )
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
-from pipelines.readouts.datasets import DATASETS, load_labelled
+from pipelines.readouts.datasets import DATASETS, LabelReading, load_labelled, require_depth
 from pipelines.readouts.labels import LabelledImage
 from pipelines.readouts.source import picture_of
 from pipelines.readouts.tasks import Task
@@ -55,6 +55,8 @@ class ProbeConfig(LabelledConfig):
     """Its part; default: the one for validation."""
     side: int | None = None
     """Of the outputs and the labels, in pixels; default: as trained. DeAP answers 448 with twice the queries a side."""
+    depth_scale: float | None = None
+    """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
     levels: tuple[str, ...] = ("x1",)
     """The maps that the readouts were trained on, named as for jobs/extract.py: x1 x2=lift:s3://bucket/ckpt."""
 
@@ -164,7 +166,10 @@ def _images(config: ProbeConfig, readout: TrainedReadout) -> list[LabelledImage]
             f"--dataset {dataset} has {_labels(kind.label, kind.classes)}, but {readout.shown} was trained for "
             f"{_labels(task.label, classes)}, on {readout.dataset}"
         )
-    return load_labelled(dataset, config.required("data"), config.split or kind.splits[1], config.options, config.limit)
+    require_depth(dataset, config.depth_scale)
+    reading = LabelReading(frame=config.label_frame, depth_scale=config.depth_scale)
+    split = config.split or kind.splits[1]
+    return load_labelled(dataset, config.required("data"), split, config.options, config.limit, reading)
 
 
 def _labels(label: str, classes: int | None) -> str:

@@ -7,19 +7,22 @@ Layouts: specs/evaluation.md sections 7, 12.3, 13; specs/mini_datasets.md sectio
 
 import difflib
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import scipy.io
 from scipy.io.matlab import MatReadError
 
+from pipelines.config import ConfigError
 from pipelines.evaluation.coco import CocoImage, read_coco
 from pipelines.evaluation.datasets import lines, names_in, require_images, require_plain, voc_root
-from pipelines.evaluation.images import DatasetError, ImageFile, read
+from pipelines.evaluation.images import DatasetError, ImageFile, LabelFrame, read
+from pipelines.readouts.depth import DepthMap, DepthPng, require_plausible
 from pipelines.readouts.images import AnyImage, H5Array, H5Image, TarImage, TarMember, require_h5py, tar_members
-from pipelines.readouts.labels import ClassMask, DepthMap, DepthPng, Instances, LabelledImage
+from pipelines.readouts.labels import ClassMask, Instances, LabelledImage
 from storage.paths import Folder
 from storage.tars import split_name
 
@@ -404,14 +407,51 @@ DATASETS: Mapping[str, DatasetKind] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabelReading:
+    """What a person says of labels that their files don't tell."""
+
+    frame: LabelFrame | None = None
+    "which pixels they are of, where an image's EXIF turns it and sizes don't tell"
+    depth_scale: float | None = None
+    "values per metre; None: the layout's, if that is plausible"
+
+
 def load_labelled(
-    name: str, url: str, split: str, options: Mapping[str, Any] | None = None, limit: int | None = None
+    name: str,
+    url: str,
+    split: str,
+    options: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    reading: LabelReading = LabelReading(),
 ) -> list[LabelledImage]:
-    """The images of a data set's split, the first `limit` of them. `options`: of the storage. Raises `DatasetError`."""
+    """The images of a data set's split, the first `limit` of them. `options`: of the storage. Raises `DatasetError`, also where
+    a sample of depth maps isn't plausible."""
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(DATASETS)}"
         raise DatasetError(f"no data set {name!r}; {hint}")
     if limit is not None and limit < 1:
         raise DatasetError(f"a limit of {limit} leaves no image; give 1 or more, or none")
-    return DATASETS[name].load(Folder(url, options), split, limit)
+    found = DATASETS[name].load(Folder(url, options), split, limit)
+    if DATASETS[name].label == "depth":
+        found = _scaled(found, reading.depth_scale)
+    return [replace(each, frame=reading.frame) for each in found]
+
+
+def _scaled(images: list[LabelledImage], per_metre: float | None) -> list[LabelledImage]:
+    """Images with depth read by that scale, or by the layout's once it is found plausible."""
+    if per_metre is not None:
+        return [replace(each, label=each.label.scaled(per_metre)) for each in images]
+    require_plausible([each.label for each in images])
+    return images
+
+
+def require_depth(dataset: str, depth_scale: float | None) -> None:
+    """Raises `ConfigError` for a scale that is no scale, or where the data set's labels have none."""
+    if depth_scale is None:
+        return
+    if not (depth_scale > 0 and math.isfinite(depth_scale)):
+        raise ConfigError(f"--depth-scale {depth_scale}: must be above 0, the number of values that are a metre")
+    if dataset in DATASETS and DATASETS[dataset].label != "depth":
+        raise ConfigError(f"--depth-scale: {dataset} has {DATASETS[dataset].label}, no depth; leave it out")

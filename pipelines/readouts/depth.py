@@ -79,8 +79,8 @@ class DepthMap:
     def scaled(self, per_metre: float) -> "DepthMap":
         """The same map, its values read otherwise."""
         if isinstance(self.source, DepthPng):
-            return replace(self, source=replace(self.source, per_metre=per_metre))
-        return replace(self, array_per_metre=per_metre)
+            return replace(self, source=replace(self.source, per_metre=float(per_metre)))
+        return replace(self, array_per_metre=float(per_metre))
 
     def told(self) -> Any:
         """What `digest` counts."""
@@ -113,14 +113,14 @@ def require_plausible(maps: Sequence[DepthMap]) -> None:
     """Hold a sample of NYUv2's maps, all read by one scale, against what rooms and its sensor have.
 
     Raises `DatasetError`, with the medians that other scales would give, where the median is nearer to a room's by another of
-    NYUv2's scales, or where PNGs have a median below 0.8 m or more than 5% above the sensor's 10 m; and where no map of the
-    sample can be read.
+    NYUv2's scales, or where PNGs have a median below 0.8 m, or more than 5% below 0.5 m or above the sensor's 10 m; and where no
+    map of the sample can be read.
     """
     chosen = [maps[i] for i in spread(len(maps), SAMPLE)]
     low, median, high = np.percentile(_sampled(chosen), (5, 50, 95))
     scale = chosen[0].per_metre
     likeliest = min(RIVALS, key=lambda each: abs(math.log(median / each / TYPICAL_M)))
-    of_sensor = scale == 1 or (median / scale >= 0.8 and high / scale <= 10.5)
+    of_sensor = scale == 1 or (low / scale >= 0.5 and median / scale >= 0.8 and high / scale <= 10.5)
     if of_sensor and likeliest == (scale if scale in RIVALS else likeliest):
         return
     others = ", ".join(f"{name} (value / {each:g}) {median / each:.3g} m" for each, name in CONVENTIONS.items())
