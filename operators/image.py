@@ -7,12 +7,13 @@ rest raises, with a reason, and costs no more memory than `max_pixels` allows.
 import io
 import math
 import re
-import struct
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from PIL import Image
+
+from operators.orientation import EXIF_ROTATE, TURNS, exif_orientation
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -23,17 +24,6 @@ _RESAMPLING = {
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 """What Pillow may open. It knows more, and starts Ghostscript on the program that an EPS file is."""
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""By EXIF orientation."""
 
 
 class ImageRefused(ValueError):
@@ -158,26 +148,17 @@ def open_rgb(
         image.draft("RGB", at_least)
     # Not n_frames, which walks through all of them.
     conversions = ["first-frame"] if getattr(image, "is_animated", False) else []
-    turned_by_pillow = image.format == "TIFF" and _orientation(image) in _UPRIGHT
+    turned_by_pillow = image.format == "TIFF" and exif_orientation(image) in TURNS
     image.load()
-    orientation = _orientation(image)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-        if orientation >= 5:
+    turn = TURNS.get(exif_orientation(image))
+    if turn:
+        image = image.transpose(turn.pillow)
+        if turn.exchanges:
             width, height = height, width
-    if orientation in _UPRIGHT or turned_by_pillow:
-        conversions.append("exif-rotate")
+    if turn or turned_by_pillow:
+        conversions.append(EXIF_ROTATE)
     rgb, conversion = to_rgb(image)
     return rgb, (width, height), ", ".join([*conversions, *([conversion] if conversion else [])])
-
-
-def _orientation(image: Image.Image) -> int:
-    """As EXIF has it; 1 where there is no EXIF, or none that can be read (browsers show such images, too)."""
-    try:
-        value = image.getexif().get(0x0112)
-    except (SyntaxError, ValueError, OSError, struct.error):
-        return 1
-    return value if isinstance(value, int) else 1
 
 
 def _too_large(size: str, limit: int) -> str:

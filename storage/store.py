@@ -298,10 +298,10 @@ class FeatureStore:
 
     def _ledger_columns(self, columns: Sequence[str]) -> list[str]:
         """Those of `columns` that the ledger has, and `row`. Raises `UnknownName` for what neither it nor the index carries."""
-        known = [*SCHEMA.names, *self.index.carried]
-        unknown = [name for name in columns if name not in known]
-        if unknown:
-            raise UnknownName(f"{self.folder.shown} has no column {unknown[0]!r}; it has {', '.join(known)}")
+        further = [name for name in columns if name not in SCHEMA.names]
+        if further and (unknown := [name for name in further if name not in self.index.carried]):
+            known = ", ".join([*SCHEMA.names, *self.index.carried])
+            raise UnknownName(f"{self.folder.shown} has no column {unknown[0]!r}; it has {known}")
         return [name for name in dict.fromkeys(["row", *columns]) if name in SCHEMA.names]
 
     def _with_carried(self, table: pa.Table, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
