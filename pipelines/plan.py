@@ -20,7 +20,7 @@ from pipelines.prepare import Prepared, default_batch
 from storage.paths import Folder, redact
 from storage.samples import read_images
 from storage.shards import compress, encode_row
-from storage.spec import Layout, Level
+from storage.spec import FeatureSpec, Layout, Level
 from storage.store import FeatureStore, read_attributes
 
 
@@ -45,6 +45,10 @@ class Plan:
     model: str
     weights: str
     input_size: tuple[int, int]
+    statistics: str
+    "what the input is normalised with, and resized by, where weights of a file or folder may say so"
+    notes: tuple[str, ...]
+    "what is no mistake, and should be known"
     out: str
     state: str
     "`new`, or how many of its tasks are done"
@@ -96,6 +100,8 @@ class Plan:
                 "model", f"timm {self.model}", f"{self.input_size[0]} x {self.input_size[1]} px, weights {self.weights}"
             ),
         ]
+        if self.statistics:
+            lines.append(_line("", self.statistics, ""))
         for i, cost in enumerate(self.levels):
             level = cost.level
             shape = " x ".join(str(n) for n in level.row_shape)
@@ -106,6 +112,7 @@ class Plan:
                     f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}",
                 )
             )
+        lines += [_line("note", note, "") for note in self.notes]
         lines += [
             _line(
                 "store",
@@ -176,6 +183,8 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         model=spec.model,
         weights=f"{spec.weights_source}, sha256 {spec.weights[:8]}…",
         input_size=spec.input_size,
+        statistics=_statistics(spec) if spec.weights_source == "file" else "",
+        notes=prepared.notes,
         out=folder.shown,
         state=state,
         tasks=layout.n_blocks,
@@ -191,6 +200,12 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         timed_images=timed,
         stage_seconds=seconds,
     )
+
+
+def _statistics(spec: FeatureSpec) -> str:
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    args = "".join(f", {name} {value}" for name, value in spec.model_args.items())
+    return f"mean {mean}, std {std}, {spec.interpolation}{args}"
 
 
 def _level_cost(level: Level, layout: Layout) -> LevelCost:

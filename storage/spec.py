@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from storage.paths import StorageError
@@ -85,9 +85,14 @@ class FeatureSpec:
     precision: Literal["bf16", "fp16", "fp32"]
     jpeg_draft: bool
     levels: tuple[Level, ...]
+    model_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    "timm's arguments, JSON values, where the network isn't built as its name alone says"
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        data = json.loads(json.dumps(asdict(self)))
+        if not self.model_args:  # stores from before there were any keep their fingerprint
+            del data["model_args"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "FeatureSpec":
