@@ -86,8 +86,8 @@ class Preprocessing:
         """As timm describes it."""
         return cls(
             size=(config.input_size[1], config.input_size[2]),
-            mean=tuple(config.mean),
-            std=tuple(config.std),
+            mean=tuple(map(float, config.mean)),
+            std=tuple(map(float, config.std)),
             interpolation=config.interpolation,
         )
 

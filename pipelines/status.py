@@ -73,6 +73,8 @@ class StoreStatus:
     objects: int
     is_sampled: bool
     runs: Sequence[RunStatus]
+    notes: Sequence[str] = ()
+    "what was said when it was begun: no mistake, but worth knowing"
 
     @property
     def ok(self) -> int:
@@ -113,6 +115,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
         objects=round(objects * scale),
         is_sampled=len(picked) < len(done),
         runs=[_read_run(store, run_id) for run_id in store.folder.folders("runs")],
+        notes=store.attributes.get("notes", ()),
     )
 
 
@@ -146,6 +149,8 @@ def status_lines(status: StoreStatus) -> Iterator[str]:
     yield f"images   {status.ok:,} ok, {about}{status.failed:,} failed, {status.pending:,} pending, {status.rows:,} in all"
     yield f"tasks    {status.tasks_done:,} of {status.tasks:,} done"
     yield f"stored   {about}{size_text(sum(status.stored_bytes.values()))} in {about}{status.objects:,} objects"
+    for note in status.notes:
+        yield f"note     {note}"
     if status.runs:
         yield from _run_lines(status, status.runs[-1])
 
