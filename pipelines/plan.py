@@ -21,7 +21,7 @@ from storage.left_out import LeftOut, left_out_lines
 from storage.paths import Folder, redact
 from storage.samples import read_images
 from storage.shards import compress, encode_row
-from storage.spec import Layout, Level
+from storage.spec import FeatureSpec, Layout, Level
 from storage.store import FeatureStore
 
 
@@ -48,6 +48,10 @@ class Plan:
     model: str
     weights: str
     input_size: tuple[int, int]
+    statistics: str
+    "what the input is normalised with, and resized by, where weights of a file or folder may say so"
+    notes: tuple[str, ...]
+    "what is no mistake, and should be known"
     out: str
     state: str
     "`new`, or how many of its tasks are done"
@@ -100,6 +104,8 @@ class Plan:
             ),
         ]
         lines[1:1] = [_line("left out", line, "") for line in left_out_lines(self.left_out)]
+        if self.statistics:
+            lines.append(_line("", self.statistics, ""))
         for i, cost in enumerate(self.levels):
             level = cost.level
             shape = " x ".join(str(n) for n in level.row_shape)
@@ -110,6 +116,7 @@ class Plan:
                     f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}",
                 )
             )
+        lines += [_line("note", note, "") for note in self.notes]
         lines += [
             _line(
                 "store",
@@ -174,6 +181,8 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         model=spec.model,
         weights=f"{spec.weights_source}, sha256 {spec.weights[:8]}…",
         input_size=spec.input_size,
+        statistics=_statistics(spec) if spec.weights_source == "file" else "",
+        notes=prepared.notes,
         out=folder.shown,
         state=state,
         tasks=layout.n_blocks,
@@ -200,6 +209,12 @@ def _state(prepared: Prepared, folder: Folder) -> tuple[int, str]:
     again = len(done & update.redo)
     words = f", {again:,} run again for changed images" if again else ""
     return n_blocks - len(done - update.redo), f"{len(done):,} of {n_blocks:,} tasks done{words}"
+
+
+def _statistics(spec: FeatureSpec) -> str:
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    args = "".join(f", {name} {value}" for name, value in spec.model_args.items())
+    return f"mean {mean}, std {std}, {spec.interpolation}{args}"
 
 
 def _level_cost(level: Level, layout: Layout) -> LevelCost:

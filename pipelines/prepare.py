@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.session import ClusterError
-from operators.backbone import BackboneError, preprocessing
+from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
 from pipelines.models import FeatureModel, ModelBundle, load_described
@@ -108,10 +108,17 @@ class Prepared:
     update: InputUpdate | None = None
     "of a store that exists"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is no mistake, and who reads the features should know; kept in the store's attributes."""
+        return tuple(self.bundle.unfamiliar(self.bundle.spec, self.model.backbone.patch))
+
     def create_store(self) -> FeatureStore:
         """Create or continue the output. Raises `FingerprintMismatch`."""
         public = self.config.public()
         provenance = {"versions": versions(), "config": {name: public[name] for name in CONTENT_FIELDS}}
+        if self.notes:
+            provenance["notes"] = list(self.notes)
         store = FeatureStore.create(
             self.config.out,
             self.bundle.spec,
@@ -139,18 +146,19 @@ def resolve(config: ExtractConfig) -> Resolved:
     """
     if not config.out:
         raise ConfigError("no output: give --out a path or URL for the Zarr store")
-    size = config.input_size or preprocessing(config.model).size
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options, config.image_member)
     bundle, model = load_described(
         config,
-        size,
+        config.input_size,
         ragged=config.ragged,
         geometry=config.geometry,
         crop_pct=config.crop_pct if config.geometry == "crop" else 1.0,
         jpeg_draft=config.jpeg_draft,
     )
+    for note in bundle.unfamiliar(bundle.spec, model.backbone.patch):
+        logger.warning("%s", note)
     return Resolved(config=config, bundle=bundle, model=model, files=files)
 
 

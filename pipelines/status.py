@@ -79,6 +79,8 @@ class StoreStatus:
     left_out: Mapping[str, LeftOut]
     "what the input held that is no row, by reason"
     runs: Sequence[RunStatus]
+    notes: Sequence[str] = ()
+    "what was said when it was begun: no mistake, but worth knowing"
 
     @property
     def ok(self) -> int:
@@ -120,6 +122,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
         is_sampled=len(picked) < len(done),
         left_out=store.index.left_out,
         runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
+        notes=store.attributes.get("notes", ()),
     )
 
 
@@ -190,6 +193,8 @@ def status_lines(status: StoreStatus) -> Iterator[str]:
         yield f"left out {line}"
     yield f"tasks    {status.tasks_done:,} of {status.tasks:,} done"
     yield f"stored   {about}{size_text(sum(status.stored_bytes.values()))} in {about}{status.objects:,} objects"
+    for note in status.notes:
+        yield f"note     {note}"
     if status.runs:
         yield from _run_lines(status, status.runs[-1])
 

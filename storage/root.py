@@ -39,6 +39,7 @@ class _Attributes:
     "the fingerprint that the store began with, and that its commit records have, where input was repaired since"
     versions: Mapping[str, str] | None = None
     config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] | None = None
 
 
 def read_attributes(folder: Folder) -> dict[str, Any] | None:

@@ -5,10 +5,11 @@ how many workers there are. The low-resolution row and the bilinear rows are mad
 """
 
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from operators.backbone import preprocessing
 from operators.image import Geometry, decode
 from operators.orientation import EXIF_ROTATE, Orientation
 from pipelines.config import ConfigError
@@ -31,11 +31,13 @@ from pipelines.evaluation.images import (
     upright_pixels,
 )
 from pipelines.evaluation.rows import Row, Size, pooled_level, rows_of
-from pipelines.models import FeatureModel, ModelBundle, load_described
-from pipelines.weights import WeightsChoice, load_model
+from pipelines.models import FeatureModel, ModelBundle, cells, load_described
+from pipelines.weights import WeightsChoice, load_model, read_description
 from storage.paths import StorageError
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 Geometries = Literal["pad", "squash", "crop"] | None
 """How jobs/extract.py places images just as a protocol does; None: in no way."""
@@ -130,6 +132,8 @@ class LiveRecipe:
     "by whether inputs are ragged (not filled by patches)"
     patch: int
     drawing: Drawing
+    sizes: tuple[Size, ...] = ()
+    "of the inputs, as far as they are known beforehand"
 
     def open(self, device: str) -> "LiveSource":
         return LiveSource(self, device)
@@ -142,6 +146,10 @@ class LiveRecipe:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
         return rows_of(spec.levels, spec.stride, spec.model)
+
+    def notes(self) -> list[str]:
+        """What is no mistake, and who reads the scores should know."""
+        return [note for size in self.sizes for note in self.bundle(size).unfamiliar(self.spec(size), self.patch)]
 
     def identity(self) -> dict[str, Any]:
         """What makes the features, as JSON values."""
@@ -172,11 +180,6 @@ def _at(level: Level, old: Size, new: Size) -> Level:
     if any(n % cells for n, cells in zip(grid, old, strict=True)):
         raise ConfigError(f"--levels {level.name}: {new[0]}x{new[1]} cells times its factor are not whole")
     return replace(level, grid=tuple(n // cells for n, cells in zip(grid, old, strict=True)))
-
-
-def cells(size: Size, patch: int, stride: int) -> Size:
-    """(rows, columns) of a backbone's map."""
-    return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
 
 
 def is_ragged(size: Size, patch: int, stride: int) -> bool:
@@ -274,6 +277,10 @@ class StoreRecipe:
         spec = self.spec(size)
         return rows_of(spec.levels, spec.stride, self.store(size).folder.shown)
 
+    def notes(self) -> list[str]:
+        """What was said when the features were extracted."""
+        return [note for store in self.stores.values() for note in store.attributes.get("notes", ())]
+
     def identity(self) -> dict[str, Any]:
         """What made the features, as JSON values."""
         prints = {f"{h}x{w}": self.stores[h, w].attributes["fingerprint"] for h, w in sorted(self.stores)}
@@ -370,6 +377,7 @@ def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
 # --- either -----------------------------------------------------------------------------------------------------------
 
 Recipe = LiveRecipe | StoreRecipe
+AnyRecipe = TypeVar("AnyRecipe", LiveRecipe, StoreRecipe)
 
 
 class CachedSource:
@@ -418,9 +426,10 @@ def resolve_source(
         return _open_stores(config, sizes, geometry)
     if config.how_drawn == "extract" and geometry is None:
         raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
-    sizes = tuple(dict.fromkeys(sizes)) or (preprocessing(config.model).size,)
     weights = WeightsChoice.parse(config.weights)
-    loaded = load_model(config.model, sizes[0], weights, config.revision, config.options)
+    described = read_description(config.model, weights, config.options)
+    sizes = tuple(dict.fromkeys(sizes)) or (described.expects.size,)
+    loaded = load_model(config.model, sizes[0], weights, config.revision, config.options, described)
     patch = int(loaded.feature_info[-1]["reduction"])
     firsts: dict[bool, Size] = {}
     for size in sizes:
@@ -430,11 +439,12 @@ def resolve_source(
         raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
     bundles = {}
     for ragged, size in firsts.items():
-        bundles[ragged], _ = load_described(config, size, ragged=ragged, loaded=loaded if size == sizes[0] else None)
-    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn)
+        here = loaded if size == sizes[0] else None
+        bundles[ragged], _ = load_described(config, size, ragged=ragged, described=described, loaded=here)
+    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn, sizes=sizes)
     for size in sizes:
         recipe.rows(size)
-    return recipe, sizes
+    return _told(recipe), sizes
 
 
 def _open_stores(
@@ -449,7 +459,13 @@ def _open_stores(
     for size in sizes:
         recipe.rows(size)
         require_geometry(recipe.store(size), geometry)
-    return recipe, sizes
+    return _told(recipe), sizes
+
+
+def _told(recipe: AnyRecipe) -> AnyRecipe:
+    for note in recipe.notes():
+        logger.warning("%s", note)
+    return recipe
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -292,6 +292,8 @@ def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, Any]:
     """What a readout's features are, as JSON values: it makes sense on the same ones only."""
     names = ("model", "weights", "layers", "facet", "norm", "stride", "pos_embed", "input_size", "mean", "std")
     found = _as_json(spec, *names)
+    if spec.model_args:
+        found["model_args"] = dict(spec.model_args)
     return found if level is None else found | {"level": _as_json(level, "name", "method", "grid", "digest")}
 
 

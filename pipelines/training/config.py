@@ -39,7 +39,8 @@ class TrainConfig:
     model: str = "vit_small_patch16_224.dino"
     """timm name of the frozen backbone, tag included."""
     weights: str = "pretrained"
-    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`."""
+    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`. What timm's config.json
+    there says of the input and the network is used."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from operators.backbone import (
     Preprocessing,
     TimmBackbone,
-    create_model,
-    load_arrays,
     normalise,
     preprocessing,
     state_arrays,
-    weights_digest,
 )
+from pipelines.checkpoints import trained_on
 from pipelines.config import ConfigError, require_at_least
+from pipelines.models import fresh_model
 from pipelines.prepare import index_input
 from pipelines.training.config import Objective, TrainConfig, TrainSetup, begin_run
 from pipelines.training.data import ImageSource, StoredFeatures, View
-from pipelines.weights import WeightsChoice, load_model
+from pipelines.weights import WeightsChoice, load_model, read_description
 from storage.checkpoints import read_run
 from storage.identity import content_sample
 from storage.inputs import Listing, expand_inputs
@@ -111,10 +110,18 @@ class FrozenBackbone:
     patch: int
     expects: Preprocessing
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes a run's features what they are. Runs from before the weights' own config.json was read go on where that
+        says nothing else than timm does of the name."""
+        plain = preprocessing(self.described["model"])
+        usual = {"stride": self.patch, "model_args": {}, "mean": list(plain.mean), "std": list(plain.std)}
+        return {name: value for name, value in self.described.items() if name not in usual or usual[name] != value}
+
     def model(self) -> nn.Module:
         """timm's model with the weights, at the size it was loaded for."""
         size = (self.described["size"], self.described["size"])
-        return load_arrays(create_model(self.described["model"], size, None, None), self.arrays)
+        return fresh_model(self.described["model"], size, self.arrays, self.described["model_args"])
 
     def build(self) -> TimmBackbone:
         """The backbone as it gives the features."""
@@ -177,7 +184,7 @@ class ResolvedImages:
         for name, source in (("images", images), ("held_out", held_out)):
             # The index knows names and sizes; other pixels under them would be learned on without a word.
             digests[f"{name}_content"] = content_sample(source.index, source.urls, config.options)
-        begin_run(folder, config, {"backbone": self.backbone.described, **digests})
+        begin_run(folder, config, {"backbone": self.backbone.identity, **digests})
         return ImageSetup(
             config=config,
             folder=folder,
@@ -215,22 +222,22 @@ class ResolvedImages:
 
 def _load_backbone(config: ImageTraining) -> tuple[FrozenBackbone, dict[str, Any]]:
     """The backbone, and the settings of the network for it."""
-    expects = preprocessing(config.model)
-    size = (config.backbone_size, config.backbone_size)
-    model = load_model(config.model, size, WeightsChoice.parse(config.weights), config.revision, config.options)
+    size, weights = (config.backbone_size, config.backbone_size), WeightsChoice.parse(config.weights)
+    found = read_description(config.model, weights, config.options)
+    model = load_model(config.model, size, weights, config.revision, config.options, found)
     # Before the backbone touches it: position embeddings are replaced for each grid.
     arrays = {key: value.copy() for key, value in state_arrays(model).items()}
     backbone = TimmBackbone(model, facet=config.facet, norm=config.norm, pos_embed=config.pos_embed)
     described = {
-        "model": config.model,
-        "weights": weights_digest(arrays),
-        "layers": list(backbone.resolve_layers(config.layers)),
-        "facet": config.facet,
-        "norm": backbone.norm,
+        **trained_on(config.model, arrays, backbone, config.layers),
         "size": config.backbone_size,
+        "stride": backbone.stride,
         "pos_embed": backbone.pos_embed,
+        "model_args": dict(found.model_args),
+        "mean": list(found.expects.mean),
+        "std": list(found.expects.std),
     }
     frozen = FrozenBackbone(
-        arrays=arrays, described=described, pos_embed=config.pos_embed, patch=backbone.patch, expects=expects
+        arrays=arrays, described=described, pos_embed=config.pos_embed, patch=backbone.patch, expects=found.expects
     )
     return frozen, config.network(backbone)
