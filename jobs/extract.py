@@ -116,8 +116,8 @@ def main(config: ExtractConfig) -> Summary | None:
         pool = pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
         prepared = prepare(resolved, executor)
         if config.plan:
-            prepared.keep_index()
             plan = make_plan(prepared, device=pool.device, actors=pool.size, threads=pool.cpus)
+            prepared.keep_index()
             if config.json:
                 print(json.dumps(plan.to_json(), indent=1))
             else:

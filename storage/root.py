@@ -74,6 +74,8 @@ def _check(found: _Attributes) -> None:
     """Raise `ValueError` where the numbers don't go together."""
     if found.index is not None and not re.fullmatch(r"index(/[0-9a-f]{12})?", found.index):
         raise ValueError(f"{found.index!r} is no place of an index")
+    if not found.spec.levels:
+        raise ValueError("a store without levels holds nothing")
     counts = found.counts or {}
     if set(counts) - {"ok", "failed"} or any(count < 0 for count in counts.values()):
         raise ValueError(f"counts can't be {dict(counts)}")

@@ -125,8 +125,8 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]
-        if not names or len(set(names)) != len(names):
-            raise InvalidSpec(f"levels must be different ones, at least one; got {' '.join(names) or 'none'}")
+        if len(set(names)) != len(names):
+            raise InvalidSpec(f"levels must be different ones; got {' '.join(names)}")
         if len(self.input_size) != 2 or any(size < 1 for size in self.input_size):
             raise InvalidSpec(f"the model's input can't be of {self.input_size} pixels")
 
