@@ -202,11 +202,11 @@ class Ledger:
         short = next((name for name, size in objects.items() if self.folder.size(name) != size), None)
         return f"{self.folder.shown}/{short} is missing, or shorter or longer than was committed" if short else ""
 
-    def merge(self, keys: Callable[[int, int], pa.ChunkedArray]) -> dict[str, int]:
+    def merge(self, keys: Callable[[int, int], pa.ChunkedArray], put: Callable[[str, bytes], None]) -> dict[str, int]:
         """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
 
-        `keys` gives the index's keys of rows from the first to the last (exclusive). Raises `StorageError` unless every row
-        of the layout has exactly one record, of its key.
+        `put` writes an object of the store; `keys` gives the index's keys of rows from the first to the last (exclusive).
+        Raises `StorageError` unless every row of the layout has exactly one record, of its key.
         """
         counts: dict[str, int] = {}
         layout = self.layout
@@ -222,7 +222,7 @@ class Ledger:
             self._require_keys(table, keys(expected.start, expected.stop))
             for item in pc.value_counts(table["status"]).to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
-            self.folder.write(part_name("ledger/samples", part), table_bytes(table))
+            put(part_name("ledger/samples", part), table_bytes(table))
         return counts
 
     def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:

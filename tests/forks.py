@@ -31,7 +31,7 @@ class Fork:
     place: str
     "a folder, or s3://"
     log: str
-    "what it prints; `<log>.operations` is how many there were, `<log>.held` says that it's held until `<log>.go` is there"
+    "what it prints; `<log>.operations` is how many there were, `<log>.held` what it's held before until `<log>.go` is there"
     number: int = -1
     held: bool = False
     "held instead of killed"
@@ -136,17 +136,19 @@ class _Counter:
     def __init__(self, fork: Fork):
         self.fork, self.count = fork, 0
 
-    def __call__(self) -> None:
+    def __call__(self, what: str) -> None:
         if self.count == self.fork.number:
             if not self.fork.held:
                 os.kill(os.getpid(), signal.SIGKILL)
-            Path(f"{self.fork.log}.held").touch()
+            partial = Path(f"{self.fork.log}.holding")
+            partial.write_text(what)
+            partial.rename(f"{self.fork.log}.held")
             while not Path(f"{self.fork.log}.go").exists():
                 time.sleep(0.002)
         self.count += 1
 
 
-def _watch_disk(place: str, count: Callable[[], None]) -> None:
+def _watch_disk(place: str, count: Callable[[str], None]) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event != "open" and event not in CHANGES:
             return
@@ -159,19 +161,19 @@ def _watch_disk(place: str, count: Callable[[], None]) -> None:
             # A removal of what isn't there, and a folder that is, change nothing.
             changes = os.path.lexists(paths[0]) != (event == "os.mkdir")
         if changes:
-            count()
+            count(f"{event} {paths[-1]}")
 
     sys.addaudithook(hook)
 
 
-def _watch_s3(_: str, count: Callable[[], None]) -> None:
+def _watch_s3(_: str, count: Callable[[str], None]) -> None:
     import s3fs
 
     original = s3fs.S3FileSystem._call_s3
 
     async def call(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         if not method.startswith(("get_", "head_", "list_")):
-            count()
+            count(f"{method} {kwargs.get('Key', '')}")
         return await original(self, method, *args, **kwargs)
 
     s3fs.S3FileSystem._call_s3 = call

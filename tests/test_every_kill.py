@@ -5,6 +5,7 @@ By default a few points of each kind of run, spread over it; `make soak` takes a
 
 import json
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -23,58 +24,14 @@ from tests.conftest import jpeg, write_tar
 from tests.forks import Fork, Forks, forks, operations
 from tests.test_pipelines_s3 import tree
 
-EXTRACT = [
-    "--model",
-    "test_vit.r160_in1k",
-    "--weights",
-    "random",
-    "--size",
-    "64",
-    "--levels",
-    "x1",
-    "pooled",
-    "--precision",
-    "fp32",
-    "--executor",
-    "inline",
-    "--device",
-    "cpu",
-    "--actor-cpus",
-    "1",
-    "--block-rows",
-    "2",
-    "--max-failed-fraction",
-    "0.5",
-]
-TRAIN = [
-    "resize_conv",
-    "--model",
-    "test_vit.r160_in1k",
-    "--weights",
-    "random",
-    "--size",
-    "64",
-    "--val-rows",
-    "1",
-    "--precision",
-    "fp32",
-    "--batch",
-    "2",
-    "--epochs",
-    "2",
-    "--log-every",
-    "1",
-    "--checkpoint-every",
-    "2",
-    "--validate-every",
-    "4",
-    "--executor",
-    "inline",
-    "--device",
-    "cpu",
-    "--max-failed-fraction",
-    "0.5",
-]
+EXTRACT = shlex.split(
+    "--model test_vit.r160_in1k --weights random --size 64 --levels x1 pooled --precision fp32 --executor inline --device cpu "
+    "--actor-cpus 1 --block-rows 2 --max-failed-fraction 0.5"
+)
+TRAIN = shlex.split(
+    "resize_conv --model test_vit.r160_in1k --weights random --size 64 --val-rows 1 --precision fp32 --batch 2 --epochs 2 "
+    "--log-every 1 --checkpoint-every 2 --validate-every 4 --executor inline --device cpu --max-failed-fraction 0.5"
+)
 
 MEASURED = ("images_per_s", "seconds")
 """What lines of metrics.jsonl say of time: the only thing that two equal runs may differ in."""
