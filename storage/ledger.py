@@ -203,10 +203,10 @@ class Ledger:
         short = next((name for name, size in objects.items() if self.folder.size(name) != size), None)
         return f"{self.folder.shown}/{short} is missing, or shorter or longer than was committed" if short else ""
 
-    def merge(self, index: SampleIndex) -> dict[str, int]:
+    def merge(self, index: SampleIndex, put: Callable[[str, bytes], None]) -> dict[str, int]:
         """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
 
-        Where the images lie is taken from the index: a source may have moved, or been repaired, since a task was done.
+        `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been repaired, since a task was done.
         Raises `StorageError` unless every row of the layout has exactly one record, of its key in the index.
         """
         counts: dict[str, int] = {}
@@ -225,7 +225,7 @@ class Ledger:
             table = _placed(table, places, index.sources)
             for item in pc.value_counts(table["status"]).to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
-            self.folder.write(part_name("ledger/samples", part), table_bytes(table))
+            put(part_name("ledger/samples", part), table_bytes(table))
         return counts
 
     def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:

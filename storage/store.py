@@ -142,7 +142,7 @@ class FeatureStore:
         there = self.folder.read_ranges([(name, 0, len(data) + 1) for name, data in files.items()])
         for (name, data), found in zip(files.items(), there, strict=True):
             if found != data:
-                self.folder.write(name, data)
+                self.put(name, data)
 
     def require(self, spec: FeatureSpec, layout: Layout) -> None:
         """Raise `FingerprintMismatch` unless this store holds exactly what `spec` and `layout` describe."""
@@ -376,6 +376,16 @@ class FeatureStore:
         self.__setstate__(self.__getstate__())
         self._restore_documents()
 
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object of this store: one request where there is none of that name. Raises `StoreReplaced`.
+
+        Between a look at the root and a write, this store may have been removed and another begun: what that one has
+        written by then must not be lost, so an object that is there is replaced only after another look.
+        """
+        if not self.folder.write_new(name, data) and self.folder.read_ranges([(name, 0, len(data) + 1)])[0] != data:
+            self.require_in_place()
+            self.folder.write(name, data)
+
     def set_writing(self) -> None:
         """Mark the store as being written (again), in today's format. Driver only. Raises `StoreReplaced`."""
         if self.status != "writing" or self.attributes["format"] != FORMAT:
@@ -401,7 +411,7 @@ class FeatureStore:
             )
         self.require_in_place()
         self._restore_documents()
-        counts = self.ledger.merge(self.index)
+        counts = self.ledger.merge(self.index, self.put)
         self._write_root({**self.attributes, "status": "complete", "counts": counts}, consolidated=True)
 
     def _write_root(self, attributes: Mapping[str, Any], *, consolidated: bool) -> None:
@@ -468,7 +478,7 @@ class BlockWriter:
             for name, data in zip(
                 self.store.layout.shard_names(level, self.task.block), self._objects(level), strict=True
             ):
-                self._write(name, data)
+                self.store.put(name, data)
                 written[name] = len(data)
         return written
 
@@ -483,13 +493,6 @@ class BlockWriter:
             yield compress(self._vectors[f"{level.name}/features"])
         if level.dtype == "int8":
             yield compress(self._vectors[f"{level.name}/scale"])
-
-    def _write(self, name: str, data: bytes) -> None:
-        folder = self.store.folder
-        # What is there may be a killed worker's, or by now another store's, whose shard must not be lost.
-        if not folder.write_new(name, data) and folder.read_ranges([(name, 0, len(data) + 1)])[0] != data:
-            self.store.require_in_place()
-            folder.write(name, data)
 
     def commit(self, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bool:
         """Declare the task done; False if another worker did before. Raises `StoreReplaced`."""
