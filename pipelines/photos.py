@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from operators.image import Geometry, decode
+from operators.image import Geometry, ImageRefused, decode
 from storage.paths import StorageError
 from storage.samples import read_images
 from storage.spec import FeatureSpec
@@ -39,7 +39,7 @@ def read_photos(
             blob = read_images(table.slice(i, 1), urls, storage_options)[0]
             # The ledger says whether it was accepted once; the limit on pixels was that run's.
             photos.append(decode(blob or b"", geometry, max_pixels=2**40).pixels)
-        except (OSError, ValueError, StorageError) as error:
+        except (OSError, ImageRefused, StorageError) as error:
             logger.warning("no photograph for row %d: %s: %s", row, type(error).__name__, error)
             photos.append(None)
     return photos

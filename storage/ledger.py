@@ -5,6 +5,7 @@ exactly one counts. Records hold nothing that depends on when or where a task ra
 `merge` joins them into `ledger/samples/part-*.parquet`, sorted by row, which is what people read.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ SCHEMA = pa.schema(
         ("y_offset", pa.float64()),
         ("conversion", pa.string()),
         ("clipped", pa.int64()),
+        ("digest", pa.string()),
     ]
 )
 
@@ -76,6 +78,13 @@ class SampleRecord:
     "what was done to the image beyond decoding, for example `exif-rotate, grey->rgb`"
     clipped: int = 0
     "feature values beyond float16's range, clamped"
+    digest: str | None = None
+    "`image_digest` of the bytes that were read; None where none were"
+
+
+def image_digest(data: bytes) -> str:
+    """What identifies an image's bytes: the first 32 hex digits of their sha256."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 class Ledger:

@@ -281,7 +281,7 @@ def draw(picture: Picture, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
     )
     try:
         return decode(picture.image.data(), geometry, max_pixels=2**40).pixels
-    except (ImageRefused, OSError, SyntaxError) as error:
+    except ImageRefused as error:
         raise StorageError(f"{picture.image.shown} can't be decoded: {error}") from None
 
 
