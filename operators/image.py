@@ -8,6 +8,7 @@ import io
 import math
 import re
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -149,6 +150,12 @@ def decode(
             pixels = _resample(image, placement, geometry)
     conversion = ", ".join([*conversions, *_warnings(warned, opened)])
     return DecodedImage(pixels=pixels, width=width, height=height, placement=placement, conversion=conversion)
+
+
+def limit_pillow(max_pixels: int) -> None:
+    """Set this process's own guard of Pillow, which by default only warns up to twice its limit."""
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:

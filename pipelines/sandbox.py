@@ -21,7 +21,7 @@ import psutil
 
 from operators.codecs.memory import DecodeMemory
 from operators.codecs.refusal import ImageDamaged, ImageRefused
-from operators.image import DecodedImage, Geometry, Placement, decode
+from operators.image import DecodedImage, Geometry, Placement, decode, limit_pillow
 
 DECODE_SECONDS = 60.0
 """No image takes so long: what is above the limits of pixels and scans is refused before it's decoded."""
@@ -141,6 +141,7 @@ def serve() -> None:
     """The process's part: lengths and bytes of images from standard input, answers to standard output."""
     settings = json.loads(sys.argv[1])
     geometry = Geometry(**{**settings["geometry"], "mean": tuple(settings["geometry"]["mean"])})
+    limit_pillow(settings["max_pixels"])
     memory = DecodeMemory(settings["max_pixels"])
     most = psutil.Process().memory_info().vms + memory.capacity + _SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

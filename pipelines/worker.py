@@ -7,7 +7,6 @@ import logging
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from operators.codecs.memory import DecodeMemory
-from operators.image import DecodedImage, decode
+from operators.image import DecodedImage, decode, limit_pillow
 from pipelines.attempts import Loaded, attempt, failed, ledger_records, write_and_commit
 from pipelines.decoding import DecodeStuck, DecodeThreads
 from pipelines.models import ModelBundle
@@ -78,9 +76,7 @@ class ShardWorker:
         self._pool = ThreadPoolExecutor(setup.threads)
         self._decoders = DecodeThreads(setup.threads)
         self._memory = DecodeMemory(setup.max_image_pixels)
-        # Pillow's own guard, which by default only warns up to twice its limit.
-        Image.MAX_IMAGE_PIXELS = setup.max_image_pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        limit_pillow(setup.max_image_pixels)
         if model:
             torch.set_num_threads(setup.threads)
             self.model = setup.bundle.build(setup.device)

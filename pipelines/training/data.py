@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import threading
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from operators.image import Geometry, ImageRefused, fit, open_rgb
+from operators.image import Geometry, ImageRefused, fit, limit_pillow, open_rgb
 from pipelines.training.augment import colour_jitter, random_part, training_view
 from storage.paths import Folder
 from storage.samples import SampleIndex, read_images
@@ -223,9 +222,7 @@ class ImageSource:
 
         Faults of the storage are raised: an image that can't be had today is no damaged image.
         """
-        # Pillow's own guard, which by default only warns up to twice its limit.
-        Image.MAX_IMAGE_PIXELS = self.max_image_pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        limit_pillow(self.max_image_pixels)
         table = _index_of(self).take(np.array(rows, np.int64))
         blobs = read_images(table, self.urls, self.options)
         records = dict(zip(rows, table.to_pylist(), strict=True))
