@@ -75,6 +75,8 @@ class ExtractConfig:
     """Only the first N samples."""
     max_image_pixels: int = 89_478_485
     """Images with more pixels fail instead of filling the memory; the default is Pillow's."""
+    max_image_bytes: int = 2**29
+    """Images in larger files fail before they are read."""
     max_failed_fraction: float = 0.01
     """The failure budget: with a larger part of the images failed, the run ends with an error."""
     retry_failed: bool = False
@@ -116,7 +118,7 @@ class ExtractConfig:
             raise ConfigError(f"--crop-pct {self.crop_pct}: must be above 0 and at most 1")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ConfigError(f"--max-failed-fraction {self.max_failed_fraction}: must lie between 0 and 1")
-        require_at_least(1, self, "limit", "batch", "block_rows", "actors", "actor_cpus", "stride")
+        require_at_least(1, self, "limit", "batch", "block_rows", "actors", "actor_cpus", "stride", "max_image_bytes")
         if self.block_rows is not None and self.block_rows & (self.block_rows - 1):
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
         require_gpus(self, self.actor_gpus, "--actor-gpus")
@@ -248,6 +250,7 @@ CONTENT_FIELDS = (
     "carry",
     "limit",
     "max_image_pixels",
+    "max_image_bytes",
     "block_rows",
 )
 """Settings that decide what is in a store, as opposed to where and how it is made; these go into its attributes."""

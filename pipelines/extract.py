@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
+from pipelines.attempts import suspects
 from pipelines.config import ExtractConfig
 from pipelines.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve, versions
 from pipelines.worker import WorkerSetup
@@ -114,6 +115,8 @@ def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
         batch=batch,
         batch_is_fixed=config.batch is not None,
         max_image_pixels=config.max_image_pixels,
+        max_image_bytes=config.max_image_bytes,
+        suspects=suspects(store.folder, {task.block for task in pending}),
     )
     run = _Run(config, store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
     run.execute(pending)
@@ -189,7 +192,7 @@ class _Run:
         self.finished_tasks = 0
 
     def execute(self, pending: Sequence[ShardTask]) -> None:
-        """Run `pending`; tasks whose workers kept dying run again, alone."""
+        """Run `pending`; tasks whose workers died, hung or ran out of memory run again, alone."""
         if not pending:
             return
         with self.progress, self._heartbeat():
@@ -203,7 +206,7 @@ class _Run:
     def _execute(self, pending: Sequence[ShardTask]) -> None:
         aside = self._drain(pending, solo=False)
         if aside:
-            logger.warning("%d tasks whose workers kept dying run again, one at a time", len(aside))
+            logger.warning("%d tasks run again, one at a time: their workers died, hung, or had no memory", len(aside))
             stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
             self.errors += [f"task {block}: set aside twice" for block in stuck]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from operators.image import Geometry, decode
+from operators.image import Geometry, ImageRefused, decode
 from storage.ledger import image_digest
 from storage.paths import StorageError
 from storage.samples import read_images
@@ -44,7 +44,7 @@ def read_photos(
                 raise StorageError("its source holds another image than the one that was extracted")
             # The ledger says whether it was accepted once; the limit on pixels was that run's.
             photos.append(decode(blob or b"", geometry, max_pixels=2**40).pixels)
-        except (OSError, ValueError, StorageError) as error:
+        except (OSError, ImageRefused, StorageError) as error:
             logger.warning("no photograph for row %d: %s: %s", row, type(error).__name__, error)
             photos.append(None)
     return photos

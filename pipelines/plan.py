@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from cluster.progress import size_text
-from operators.image import decode
+from operators.codecs.memory import DecodeMemory
+from operators.image import ImageRefused, decode
 from pipelines.config import ConfigError
 from pipelines.photos import geometry_of
 from pipelines.prepare import Prepared, default_batch
@@ -64,7 +65,9 @@ class Plan:
     batch: int
     device_bytes: int
     host_bytes: int
-    "of one actor"
+    "of one actor, beside the interpreter and its libraries"
+    decode_bytes: int
+    "of them, what images may take while they are decoded"
     timed_images: int
     stage_seconds: Mapping[str, float]
     "per image on one worker of this machine"
@@ -127,7 +130,8 @@ class Plan:
             _line(
                 "memory",
                 f"{self.device} {size_text(self.device_bytes)} for batches of {self.batch}",
-                f"host {size_text(self.host_bytes)} per actor",
+                f"host {size_text(self.host_bytes - self.decode_bytes)} per actor, and up to {size_text(self.decode_bytes)} "
+                "to decode large images",
             ),
             _line(
                 "time",
@@ -169,6 +173,9 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
     timed, seconds = _time_microbatch(prepared, model, min(batch, 16), threads)
     block_bytes = spec.row_bytes * layout.block_rows
     image_bytes = layout.block_rows * spec.input_size[0] * spec.input_size[1] * 3
+    # What is read at a time, and the images cut out of it.
+    input_bytes = 2 * prepared.index.largest_block_bytes(layout.block_rows, config.max_image_bytes)
+    decode_bytes = DecodeMemory(config.max_image_pixels).capacity
     bundle = prepared.bundle
     networks = (bundle.arrays, *(upsampler.arrays for upsampler in bundle.upsamplers.values()))
     weights_bytes = sum(array.nbytes for arrays in networks for array in arrays.values())
@@ -194,7 +201,8 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         batch=batch,
         device_bytes=model.peak_bytes(batch),
         # Two tasks overlap in an actor: their images and encoded rows, next to the weights.
-        host_bytes=2 * (block_bytes + image_bytes) + weights_bytes,
+        host_bytes=2 * (block_bytes + image_bytes + input_bytes) + weights_bytes + decode_bytes,
+        decode_bytes=decode_bytes,
         timed_images=timed,
         stage_seconds=seconds,
     )
@@ -247,7 +255,7 @@ def _time_microbatch(prepared: Prepared, model: Any, n: int, threads: int) -> tu
                         blob or b"", geometry, max_pixels=prepared.config.max_image_pixels, draft=spec.jpeg_draft
                     ).pixels
                 )
-            except (OSError, ValueError, SyntaxError):
+            except ImageRefused:
                 continue  # the run itself will say why; here it only leaves the sample
         t2 = time.perf_counter()
         if not images:

@@ -206,8 +206,9 @@ class Ledger:
     def merge(self, index: SampleIndex, put: Callable[[str, bytes], None]) -> dict[str, int]:
         """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
 
-        `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been repaired, since a task was done.
-        Raises `StorageError` unless every row of the layout has exactly one record, of its key in the index.
+        `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been
+        repaired, since a task was done. Raises `StorageError` unless every row of the layout has exactly one record, of
+        its key in the index.
         """
         counts: dict[str, int] = {}
         layout = self.layout

@@ -262,6 +262,16 @@ class SampleIndex:
         """Keys of rows `first` to `last` (exclusive); they must lie within one part."""
         return self._table.read(first, last, ["key"])["key"]
 
+    def largest_block_bytes(self, block_rows: int, largest_image: int) -> int:
+        """Bytes of the images of that block of `block_rows` rows which has most; images above `largest_image` don't count."""
+        most = 0
+        for first in range(0, self.n_rows, PART_ROWS):
+            last = min(first + PART_ROWS, self.n_rows)
+            sizes = self._table.read(first, last, ["size"])["size"].to_numpy()
+            sizes = np.where(sizes <= largest_image, sizes, 0)
+            most = max(most, int(np.add.reduceat(sizes, np.arange(0, len(sizes), block_rows)).max()))
+        return most
+
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers (int64) of `keys`, in that order. Raises `UnknownName` with the first that there is none of."""
         found = self.find(keys)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from operators.image import open_rgb
+from operators.image import ImageRefused, open_rgb
 from operators.orientation import Orientation
 from storage.paths import Folder, StorageError
 
@@ -27,8 +27,8 @@ Box = tuple[float, float, float, float]
 LabelFrame = Literal["stored", "upright"]
 """The pixels that a label is of: the file's, or those that are seen."""
 
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-"""What Pillow, and this project's decoding, raise where bytes are no image that is accepted."""
+_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises where bytes are no image."""
 
 MAX_PIXELS = 2**40
 """Of a data set's image: Pillow's own limit holds."""
@@ -92,7 +92,7 @@ def orientation_of(data: bytes, shown: str) -> Orientation:
     """How the image file in `data` is turned until it is upright. Raises `DatasetError`."""
     try:
         return Orientation.of(Image.open(io.BytesIO(data)))
-    except UNREADABLE as error:
+    except _UNREADABLE as error:
         raise unreadable(shown, error) from None
 
 
@@ -102,7 +102,7 @@ def upright_pixels(image: EncodedImage, data: bytes) -> np.ndarray:
         require_size(image.shown, orientation_of(data, image.shown), (image.width, image.height))
     try:
         pixels, _, _ = open_rgb(data, max_pixels=MAX_PIXELS)
-    except UNREADABLE as error:
+    except ImageRefused as error:
         raise unreadable(image.shown, error) from None
     return np.array(pixels)
 
@@ -138,7 +138,7 @@ def decoded(data: bytes, shown: str, convert: Callable[[Image.Image], Image.Imag
     """The image in `data`, converted. Raises `DatasetError` for what is none."""
     try:
         return convert(Image.open(io.BytesIO(data)))
-    except UNREADABLE as error:
+    except _UNREADABLE as error:
         raise unreadable(shown, error) from None
 
 

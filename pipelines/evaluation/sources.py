@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from operators.image import Geometry, decode
+from operators.image import Geometry, ImageRefused, decode
 from operators.orientation import EXIF_ROTATE, Orientation
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import Drawing, EvaluateConfig
 from pipelines.evaluation.images import (
     MAX_PIXELS,
-    UNREADABLE,
     EncodedImage,
     OrientedImage,
     orientation_of,
@@ -252,7 +251,7 @@ def draw(picture: Picture, data: bytes, spec: FeatureSpec, drawing: Drawing) -> 
     )
     try:
         return decode(data, geometry, max_pixels=MAX_PIXELS).pixels
-    except UNREADABLE as error:
+    except ImageRefused as error:
         raise unreadable(picture.image.shown, error) from None
 
 

@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import threading
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from operators.image import Geometry, fit, open_rgb
+from operators.image import Geometry, ImageRefused, fit, limit_pillow, open_rgb
 from pipelines.training.augment import colour_jitter, random_part, training_view
 from storage.paths import Folder
 from storage.samples import SampleIndex, read_images
@@ -101,7 +100,7 @@ class View(Protocol):
     """What is made of an image file: the arrays of one training example, the same names and shapes for every image."""
 
     def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:
-        """`rng` draws what is random; without one, nothing is. Raises what Pillow raises on damaged files."""
+        """`rng` draws what is random; without one, nothing is. Raises `ImageRefused`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,9 +226,7 @@ class ImageSource:
 
         Faults of the storage are raised: an image that can't be had today is no damaged image.
         """
-        # Pillow's own guard, which by default only warns up to twice its limit.
-        Image.MAX_IMAGE_PIXELS = self.max_image_pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        limit_pillow(self.max_image_pixels)
         table = self.index.take(np.array(rows, np.int64))
         blobs = read_images(table, self.urls, self.options)
         records = dict(zip(rows, table.to_pylist(), strict=True))
@@ -268,7 +265,7 @@ class ImageSource:
             return f"{len(blob)} of {size} bytes: the source is shorter than when indexed"
         try:
             return self.view(blob, rng, self.max_image_pixels)
-        except Exception as error:  # noqa: BLE001 - the sample boundary: Pillow raises a dozen types on damaged files
+        except ImageRefused as error:
             return f"{type(error).__name__}: {error}"
 
     def _add_features(self, examples: dict[int, Any], failed: dict[int, str], keys: Mapping[int, str]) -> None:
