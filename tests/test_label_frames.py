@@ -176,7 +176,7 @@ def test_labels_of_the_upright_image_are_known_by_their_size(tmp_path, tiny):
 def test_what_no_size_tells_is_left_out_and_counted(tmp_path, tiny, from_store):
     """Image 2 is turned by half: the pairs 1-2 and 2-3 are left out, two are scored."""
     data = make_spair(tmp_path / "t", (1, 6, 3, 1))
-    changes: dict[str, object] = {"drawing": "extract"}
+    changes: dict[str, object] = {"drawing": "extract", "sizes": (48, 64)}
     if from_store:
         store = extract(tiny, tmp_path / "t.zarr", data / "JPEGImages", geometry="pad", levels=("x1", "x2"))
         changes = {"sizes": (), "stores": (store,)}

@@ -82,7 +82,7 @@ def _give_objects(
     """Adds annotations to their images; ids and categories are held against each other where the file has them."""
     seen: dict[Any, str] = {}
     for note in notes:
-        image = images.get(note["image_id"])
+        image = images.get(int(note["image_id"]))
         if image is None:
             raise ValueError(
                 f"annotation {note.get('id', '')} is of image {note['image_id']}, which isn't among the images"

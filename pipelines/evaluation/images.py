@@ -171,9 +171,6 @@ class FrameUnknown(DatasetError):
         super().__init__(f"{shown}: {CANNOT_TELL}")
         self.shown = shown
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FrameUnknown, (self.shown,)
-
 
 class OrientedImage(NamedTuple):
     """An image as its pixels, or its features, were had: in words for messages, and how it was turned."""

@@ -111,7 +111,7 @@ def with_published(table: Table, rows: Mapping[str, Row], published: Published |
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """Items that no score is of, for one reason."""
+    """Items of the data set (pairs, clips, images) that no score is of, for one reason."""
 
     reason: str
     count: int

@@ -70,18 +70,21 @@ def records_of(items: Sequence[int], do: Callable[[int], list[Record]]) -> list[
         try:
             records += do(number)
         except FrameUnknown as error:
-            records.append({LEFT_OUT: CANNOT_TELL, "image": error.shown})
+            records.append({LEFT_OUT: CANNOT_TELL, "item": number, "image": error.shown})
     return records
 
 
 def split_left_out(records: Sequence[Record]) -> tuple[list[Record], tuple[LeftOut, ...]]:
-    """The records of what was scored, and what was left out, by reason. Raises `DatasetError` where nothing was scored."""
+    """The records of what was scored, and what was left out, by reason: each item once, whatever sizes it was tried at.
+
+    Raises `DatasetError` where nothing was scored.
+    """
     scored = [record for record in records if LEFT_OUT not in record]
-    images: dict[str, list[str]] = {}
+    images: dict[str, dict[int, str]] = {}
     for record in records:
         if LEFT_OUT in record:
-            images.setdefault(record[LEFT_OUT], []).append(record["image"])
-    found = tuple(LeftOut(reason=reason, count=len(of), first=of[0]) for reason, of in images.items())
+            images.setdefault(record[LEFT_OUT], {})[record["item"]] = record["image"]
+    found = tuple(LeftOut(reason=reason, count=len(items), first=items[min(items)]) for reason, items in images.items())
     if found and not scored:
         raise DatasetError(f"nothing is left to be scored: {'; '.join(map(str, found))}")
     return scored, found

@@ -117,8 +117,10 @@ def require_plausible(maps: Sequence[DepthMap]) -> None:
     map of the sample can be read.
     """
     chosen = [maps[i] for i in spread(len(maps), SAMPLE)]
-    low, median, high = np.percentile(_sampled(chosen), (5, 50, 95))
-    scale = chosen[0].per_metre
+    scale, values = chosen[0].per_metre, _sampled(chosen)
+    if not len(values):
+        return
+    low, median, high = np.percentile(values, (5, 50, 95))
     likeliest = min(RIVALS, key=lambda each: abs(math.log(median / each / TYPICAL_M)))
     of_sensor = scale == 1 or (low / scale >= 0.5 and median / scale >= 0.8 and high / scale <= 10.5)
     if of_sensor and likeliest == (scale if scale in RIVALS else likeliest):
