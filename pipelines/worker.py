@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from operators.codecs.memory import DecodeMemory
@@ -149,7 +150,13 @@ class ShardWorker:
             table = self.index.read(task.first, task.last)
         records = [self._within_limit(record) for record in ledger_records(self.index, task, table.to_pylist())]
         readable = [i for i, record in enumerate(records) if record.status == "ok"]
-        blobs = dict(zip(readable, read_images(table.take(readable), self.setup.urls, self.setup.options), strict=True))
+        blobs = dict(
+            zip(
+                readable,
+                read_images(table.take(pa.array(readable, pa.int64())), self.setup.urls, self.setup.options),
+                strict=True,
+            )
+        )
         t1 = time.perf_counter()
         h, w = self.store.spec.input_size
         pixels = np.zeros((task.n_rows, h, w, 3), np.uint8)

@@ -427,11 +427,11 @@ def move_index(index: SampleIndex, folder: Folder) -> SampleIndex:
 
 
 def remove_indexes(folder: Folder, but: str) -> None:
-    """Drop the indexes of a folder other than the one at prefix `but`."""
+    """Drop the indexes of a folder other than the one at prefix `but`, also what a killed run left of them."""
     generations = [f"{INDEX}/{name}" for name in folder.folders(INDEX) if name not in ("samples", "keys")]
     for prefix in {INDEX, *generations} - {but}:
-        if SampleIndex.exists(folder, prefix):
-            folder.remove(reversed(_object_names(prefix, SampleIndex(folder, prefix).n_rows)))
+        parts = [f"{prefix}/{kind}/{name}" for kind in ("samples", "keys") for name in folder.sizes(f"{prefix}/{kind}")]
+        folder.remove([*(name for name in parts if name.endswith(".parquet")), f"{prefix}/sources.parquet"])
 
 
 def _object_names(prefix: str, n_rows: int) -> list[str]:
