@@ -22,7 +22,7 @@ from pipelines.attempts import Loaded, attempt, failed, ledger_records, write_an
 from pipelines.models import ModelBundle
 from pipelines.photos import geometry_of
 from storage.ledger import SampleRecord
-from storage.paths import Folder, redact
+from storage.paths import Folder, StorageError, redact
 from storage.root import StoreReplaced, require_same_store
 from storage.samples import read_images
 from storage.spec import ShardTask
@@ -96,7 +96,12 @@ class ShardWorker:
             return {"block": task.block, "error": str(error), "replaced": True}
         except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
             message = redact(f"{type(error).__name__}: {error}", self.setup.options)
-            logger.warning("task %d did not finish: %s", task.block, message, exc_info=not isinstance(error, OSError))
+            logger.warning(
+                "task %d did not finish: %s",
+                task.block,
+                message,
+                exc_info=not isinstance(error, OSError | StorageError),
+            )
             return {"block": task.block, "error": message, "node": socket.gethostname()}
 
     # --- attempts -----------------------------------------------------------------------------------------------------
