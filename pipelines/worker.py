@@ -96,12 +96,8 @@ class ShardWorker:
             return {"block": task.block, "error": str(error), "replaced": True}
         except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
             message = redact(f"{type(error).__name__}: {error}", self.setup.options)
-            logger.warning(
-                "task %d did not finish: %s",
-                task.block,
-                message,
-                exc_info=not isinstance(error, OSError | StorageError),
-            )
+            is_known = isinstance(error, OSError | StorageError)
+            logger.warning("task %d did not finish: %s", task.block, message, exc_info=not is_known)
             return {"block": task.block, "error": message, "node": socket.gethostname()}
 
     # --- attempts -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from jobs.extract import run
 from pipelines.config import ConfigError, config_from_run
@@ -80,7 +81,7 @@ def look(store: FeatureStore) -> str:
         *list(status_lines(status))[:4],
     ]
     colours_for(store, store.level("x1"))
-    config_from_run(store.folder.url)
+    config_from_run(store.folder.url, store.folder.options)
     return "\n".join(line.partition(" has been silent")[0] for line in lines).replace(store.folder.shown, "")
 
 
@@ -201,6 +202,26 @@ def test_what_file_managers_and_other_tools_leave_is_no_part_of_the_store(pair, 
     )
 
 
+def test_folder_markers_on_s3_are_no_part_of_the_store(pair, tmp_path, s3_options):
+    """Empty objects that consoles and Hadoop make for folders."""
+    fs, base = s3fs.S3FileSystem(**s3_options["options"]), f"{s3_options['bucket']}/copy.zarr"
+    for name in objects(pair.half):
+        fs.pipe_file(f"{base}/{name}", (pair.half / name).read_bytes())
+    for path in [pair.half, *(path for path in pair.half.rglob("*") if path.is_dir())]:
+        name = str(path.relative_to(pair.half)).strip(".")
+        for marker in (f"{base}/{name}/".replace("//", "/"), f"{base}/{name}_$folder$"):
+            fs.call_s3("put_object", Bucket=marker.partition("/")[0], Key=marker.partition("/")[2], Body=b"")
+    options = {"s3": s3_options["options"]}
+
+    store = FeatureStore.open(f"s3://{base}", options)
+
+    assert store.ledger.done() == {0, 2}
+    assert same(everything(store), everything(FeatureStore.open(str(pair.half))))
+    assert look(store) == look(FeatureStore.open(str(pair.half)))
+    assert run([*pair.argv, "--out", f"s3://{base}", "--storage-options", json.dumps(options)]) == 0
+    assert FeatureStore.open(f"s3://{base}", options).status == "complete"
+
+
 # --- the root ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,8 +238,8 @@ def edited(store: Path, change: Callable[[dict[str, Any]], Any], *, consistent: 
 
 
 @pytest.fixture
-def copied(pair, tmp_path) -> Iterator[Path]:
-    yield shutil.copytree(pair.finished, tmp_path / "parent/copy.zarr")
+def copied(pair, tmp_path) -> Path:
+    return shutil.copytree(pair.finished, tmp_path / "parent/copy.zarr")
 
 
 @pytest.mark.parametrize(
