@@ -356,12 +356,12 @@ class FeatureStore:
         return self.attributes["counts"]
 
     def _complete(self) -> None:
+        self.require_in_place()
         missing = self.pending()
         if missing:
             raise StorageError(
                 f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
-        self.require_in_place()
         self._restore_documents()
         counts = self.ledger.merge(self.index.keys, self.put)
         self._write_root({**self.attributes, "status": "complete", "counts": counts}, consolidated=True)
