@@ -6,7 +6,7 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal
 
@@ -343,6 +343,11 @@ class FeatureStore:
         if self.status != "writing" or self.attributes["format"] != FORMAT:
             kept = {name: value for name, value in self.attributes.items() if name != "counts"}
             self._write_root({**kept, "status": "writing"}, consolidated=False)
+
+    def revoke(self, blocks: Iterable[int]) -> None:
+        """Make tasks pending again. Driver only. Raises `StoreReplaced`: another store's records are not to be removed."""
+        self.require_in_place()
+        self.ledger.revoke(blocks)
 
     def finalize(self) -> dict[str, int]:
         """Merge the ledger, mark the store complete, consolidate metadata; returns row counts by status. Idempotent.
