@@ -2,8 +2,9 @@
 
     python -m cluster.autoscaling --port 6380 --nodes 3
 
-It stays in the foreground, Ctrl-C or SIGTERM ends all of it. `ray.cluster_utils.AutoscalingCluster` does the same, but needs a
-file that Ray 2.60's wheel lacks, and ends every other Ray on the machine first.
+RAY_AUTH_TOKEN must be set, to a secret that programs which use the cluster have, too. It stays in the foreground, Ctrl-C or
+SIGTERM ends all of it. `ray.cluster_utils.AutoscalingCluster` does the same, but needs a file that Ray 2.60's wheel lacks,
+and ends every other Ray on the machine first.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import tyro
 import yaml
 
-from cluster.session import LOOPBACK
+from cluster.session import LOOPBACK, private_folder
 
 HOST = "127.0.0.1"
 HEAD_ID = "f" * 51 + "00000"
@@ -35,7 +36,7 @@ class AutoscalingCluster:
     idle_s: float = 15.0
     """Seconds after which a node that does nothing is taken away."""
     folder: str = "/tmp/raylift-autoscaling"
-    """Sockets and logs; the path must be short."""
+    """Sockets and logs; the path must be short, and nobody else may enter it."""
 
     @property
     def address(self) -> str:
@@ -77,7 +78,7 @@ class AutoscalingCluster:
         }
 
     def environment(self) -> dict[str, str]:
-        """What programs on this machine need to use the cluster."""
+        """What programs on this machine need to use the cluster, beside the RAY_AUTH_TOKEN that it was started with."""
         return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | LOOPBACK
 
     def head_environment(self) -> dict[str, str]:
@@ -117,8 +118,7 @@ class AutoscalingCluster:
 
     def become(self) -> None:
         """Turn this process into the head."""
-        launch_file = Path(self.folder) / "autoscaling.yaml"
-        launch_file.parent.mkdir(parents=True, exist_ok=True)
+        launch_file = private_folder(Path(self.folder)) / "autoscaling.yaml"
         launch_file.write_text(yaml.safe_dump(self.launch_file()))
         command = self.command(launch_file)
         os.execve(command[0], command, self.head_environment())

@@ -15,13 +15,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from cluster.session import LOOPBACK, ClusterError
+from cluster.session import ClusterError, own_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -31,31 +32,19 @@ START_S = 180.0
 """Seconds in which a new cluster's nodes must be there; about 10 on two cores that do nothing else."""
 
 
-@contextlib.contextmanager
-def local_ray(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment of a cluster of this machine's own, set here, too; yields it for the programs that use the cluster.
+def local_ray(folder: Path) -> AbstractContextManager[dict[str, str]]:
+    """`own_cluster` with what many nodes on one machine need besides; it gives programs that use the cluster their environment.
 
-    `folder` holds Ray's sockets and logs: its path must be short.
+    `folder` holds Ray's sockets and logs: its path must be short, and nobody else may enter it.
     """
-    own = {
-        **LOOPBACK,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",
-        "RAY_TMPDIR": str(folder),
+    return own_cluster(
+        folder,
+        RAY_USAGE_STATS_ENABLED="0",
         # A node that starts on a busy machine isn't a dead one.
-        "RAY_raylet_start_wait_time_s": str(round(START_S)),
+        RAY_raylet_start_wait_time_s=str(round(START_S)),
         # Ray's default is 15, at which workers hardly ever start beside other programs.
-        "RAY_worker_niceness": "0",
-    }
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        yield {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    finally:
-        for name, value in before.items():
-            del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
+        RAY_worker_niceness="0",
+    )
 
 
 @dataclass(eq=False)

@@ -36,7 +36,7 @@ class Progress:
         self._console = Console(file=sys.stderr)
         self._live: Live | None = None
         self._stop = threading.Event()
-        self._first: tuple[float, int] | None = None  # when the first task was finished, and its rows
+        self._begun: float | None = None  # when the first task to be finished was begun
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -57,8 +57,8 @@ class Progress:
 
     def add(self, ok: int, failed: int, seconds: Mapping[str, float]) -> None:
         """Count one finished task."""
-        if self._first is None:
-            self._first = (time.monotonic(), ok + failed)
+        if self._begun is None:
+            self._begun = max(self.started, time.monotonic() - sum(seconds.values()))
             self.note = "running"
         self.ok += ok
         self.failed += failed
@@ -67,11 +67,10 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Rows per second since the first task was finished; start-up included until there is a second one."""
-        rows = self.ok + self.failed
-        if self._first and rows > self._first[1]:
-            return (rows - self._first[1]) / max(time.monotonic() - self._first[0], 1e-9)
-        return rows / max(time.monotonic() - self.started, 1e-9)
+        """Rows per second since the first task was begun: without the workers' start, and with what all of them did
+        before the first ones were finished, which they are at about the same time."""
+        begun = self.started if self._begun is None else self._begun
+        return (self.ok + self.failed) / max(time.monotonic() - begun, 1e-9)
 
     @property
     def eta_s(self) -> float | None:

@@ -3,10 +3,16 @@
 Ray reads some of its environment when it's imported, so it's imported only once that is settled, in `connect`.
 """
 
+import functools
 import logging
 import os
-from collections.abc import Iterator
+import secrets
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 # `uv run` as a driver would make every worker resolve the project again (ray #50961).
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -23,11 +29,109 @@ class ClusterError(RuntimeError):
 LOOPBACK = {
     # Ray has this switch for other systems; it decides which address all its processes bind to.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Without the setting, Ray writes a token file into the home folder that then keeps `ray job submit` from reaching other
-    # clusters.
-    "RAY_AUTH_MODE": "disabled",
+    # The loopback is open to every user of the machine, and Ray runs whatever is sent to its ports.
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_K8S_TOKEN_AUTH": "0",
 }
-"""The environment of a cluster that is this machine's own, and gone with who started it."""
+"""The environment of a cluster that is this machine's own, and gone with who started it; a token comes with it."""
+
+KEPT = (*LOOPBACK, "RAY_AUTH_TOKEN")
+"""What Ray reads once in a process, and keeps."""
+
+SOCKET = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""Ray's longest path below its folder."""
+
+LONGEST_SOCKET = 107
+"""Bytes that the path of a Unix socket may have."""
+
+
+@functools.cache
+def _token() -> str:
+    """One for all clusters that this process starts: Ray keeps one in a process, which may use several of them."""
+    return secrets.token_hex(32)
+
+
+def own_environment(folder: Path | None = None) -> dict[str, str]:
+    """What all processes of a cluster of this machine's own have in their environment, and programs that use it, too.
+
+    With the token in it: never to be written to a file, a log or a command line, which other users can read. `folder` is for
+    Ray's sockets, logs and spilled objects; it's made if it isn't there. Raises `ClusterError` if others may enter it.
+    """
+    return {
+        **LOOPBACK,
+        "RAY_AUTH_TOKEN": _token(),
+        "RAY_TMPDIR": str(private_folder(folder or _folder_of_this_user())),
+        # Ray logs at error level that actor arguments lie in the object store (ray #53727); the driver pins ours.
+        "RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal"),
+    }
+
+
+def private_folder(folder: Path) -> Path:
+    """`folder`, made if it isn't there. Raises `ClusterError` unless it's this user's, and nobody else may enter it.
+
+    Ray gives everyone the right to write to what it makes below: to exchange its sockets, or the code that workers load.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_private(folder):
+        raise ClusterError(
+            f"Ray's sockets can't be in {folder}, since other users may enter it or it isn't this user's own folder; "
+            f"`chmod 700 {folder}` if it is, or set RAY_TMPDIR to another one"
+        )
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
+def _folder_of_this_user() -> Path:
+    """Where Ray's files of local sessions are: in Ray's usual place, but below a folder that only this user can enter."""
+    usual = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
+    folder = usual if _is_private(usual) else usual / f"ray-{os.geteuid()}"
+    if len(os.fsencode(folder / SOCKET)) > LONGEST_SOCKET:
+        folder = Path("/tmp", f"ray-{os.geteuid()}")
+        logger.info("the path of %s is too long for Ray's sockets; its files are in %s", usual, folder)
+    return folder
+
+
+@contextmanager
+def own_cluster(folder: Path | None = None, **settings: str) -> Iterator[dict[str, str]]:
+    """Within it, this process starts and uses clusters of this machine's own; yields the environment for other programs.
+
+    Sets `own_environment(folder)` and `settings` in `os.environ`, whatever was there, and puts that back at the end, so that
+    other clusters can be used afterwards. A session that is open already isn't disturbed.
+    """
+    new = own_environment(folder) | settings
+    before = {name: os.environ.get(name) for name in new}
+    _set_environment(new)
+    try:
+        yield {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    """Set environment variables, or remove those that are None, and have Ray read again what it keeps of them."""
+    before = [os.environ.get(name) for name in KEPT]
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if "ray" in sys.modules and before != [os.environ.get(name) for name in KEPT]:
+        from ray._private import ray_constants
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(
+            ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not ray_constants.IS_WINDOWS_OR_OSX
+        )
+        # In this order: a thread of a session that is ending aborts the process if it wants a token and finds none.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager
@@ -35,38 +139,54 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     """A Ray session for the length of a with-block; yields its address.
 
     `address`: a cluster's (`auto`, `host:port`, `ray://...`), `local` for a new one on this machine, or None: the job's
-    cluster under `ray job submit` (RAY_ADDRESS is set there), else a new local one. Raises `ClusterError`.
+    cluster under `ray job submit` (RAY_ADDRESS is set there), else a new local one. A local one always asks for a token that only
+    its own processes know, also where RAY_AUTH_MODE says otherwise. Raises `ClusterError`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        # Ray logs at error level that actor arguments lie in the object store (ray #53727); the driver pins ours.
-        for name, value in {**LOOPBACK, "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
-            os.environ.setdefault(name, value)
+    if _is_connected():
+        yield _gcs_address()
+    elif address == "local":
+        logger.info("starting a local Ray (about 8 s)")
+        with own_cluster(), _session(address, num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False):
+            yield _gcs_address()
+    else:
+        with _session(address):
+            yield _gcs_address()
+
+
+def _is_connected() -> bool:
+    if "ray" not in sys.modules:
+        return False
     import ray
 
-    if ray.is_initialized():
-        yield ray.get_runtime_context().gcs_address
-        return
+    return ray.is_initialized()
+
+
+def _gcs_address() -> str:
+    import ray
+
+    return ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _session(address: str, **settings: bool | int | None) -> Iterator[None]:
+    import ray
+    from ray.exceptions import AuthenticationError
+
     try:
-        if address == "local":
-            logger.info("starting a local Ray (about 8 s)")
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **settings)
+    except AuthenticationError:
+        raise ClusterError(
+            f"the Ray cluster at {address!r} doesn't take this program's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the cluster's"
+        ) from None
     except (ConnectionError, ValueError) as error:
         raise ClusterError(
-            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`"
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, or set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN where it asks for a token"
         ) from None
     try:
-        found = ray.get_runtime_context().gcs_address
-        logger.info("Ray at %s", found)
-        yield found
+        logger.info("Ray at %s", _gcs_address())
+        yield
     finally:
         ray.shutdown()

@@ -14,6 +14,7 @@ workers, 2 wrong settings or data.
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -178,6 +179,8 @@ def main(task: str, config: EvaluateConfig) -> str:
     with session_for(config):
         records = run_pieces(config, evaluation, recipe, folder)
     findings = module.find(config, evaluation, recipe, records)
+    if notes := recipe.notes():
+        findings = replace(findings, choices={**findings.choices, "upsamplers": "; ".join(notes)})
     return write_results(folder, task, config.public(), describe(recipe), findings)
 
 

@@ -26,6 +26,7 @@ from pipelines.plan import make_plan
 from pipelines.prepare import USER_ERRORS, prepare, resolve
 from pipelines.views import pick_rows, view_panel
 from pipelines.weights import WeightsUnavailable
+from storage.left_out import left_out_lines
 from storage.paths import redact
 from storage.store import FeatureStore
 
@@ -116,6 +117,7 @@ def main(config: ExtractConfig) -> Summary | None:
         prepared = prepare(resolved, executor)
         if config.plan:
             plan = make_plan(prepared, device=pool.device, actors=pool.size, threads=pool.cpus)
+            prepared.keep_index()
             if config.json:
                 print(json.dumps(plan.to_json(), indent=1))
             else:
@@ -135,6 +137,8 @@ def _report(summary: Summary) -> None:
     print(f"{summary.out}: {summary.ok:,} images ok, {summary.failed:,} failed")
     for reason in summary.reasons:
         print(f"  {reason}")
+    for line in left_out_lines(summary.left_out):
+        print(f"  left out of the input: {line}")
     if summary.this_run:
         print(
             f"this run: {summary.this_run:,} images in {summary.seconds:.1f} s (first task after {summary.start_up_s:.1f} s), "

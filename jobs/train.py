@@ -256,7 +256,9 @@ def main(config: TrainConfig) -> TrainSummary:
 
 def _report(config: TrainConfig, summary: TrainSummary) -> None:
     metrics = summary.metrics
-    print(f"{summary.out}: {summary.step:,} steps, {metrics.get('images', 0):,} images, {len(summary.failed)} left out")
+    rate = f", {metrics['run_images_per_s']:.1f} images/s" if "run_images_per_s" in metrics else ""
+    images = f"{metrics.get('images', 0):,} images, {len(summary.failed)} left out{rate}"
+    print(f"{summary.out}: {summary.step:,} steps, {images}")
     for row, reason in list(summary.failed.items())[:5]:
         print(f"  row {row}, {reason}")
     held_out = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val_"))

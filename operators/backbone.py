@@ -20,6 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 Facet = Literal["token", "key", "query", "value"]
@@ -79,7 +80,16 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
-    crop_pct: float
+
+    @classmethod
+    def of(cls, config: PretrainedCfg) -> "Preprocessing":
+        """As timm describes it."""
+        return cls(
+            size=(config.input_size[1], config.input_size[2]),
+            mean=tuple(map(float, config.mean)),
+            std=tuple(map(float, config.std)),
+            interpolation=config.interpolation,
+        )
 
 
 def preprocessing(name: str) -> Preprocessing:
@@ -88,16 +98,12 @@ def preprocessing(name: str) -> Preprocessing:
     config = timm.get_pretrained_cfg(name)
     if config is None:
         raise BackboneError(f"timm {timm.__version__} says nothing of the input that {name!r} expects")
-    return Preprocessing(
-        size=(config.input_size[1], config.input_size[2]),
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        interpolation=config.interpolation if config.interpolation in ("bicubic", "bilinear", "lanczos") else "bicubic",
-        crop_pct=config.crop_pct or 1.0,
-    )
+    return Preprocessing.of(config)
 
 
 def _require_known(name: str) -> None:
+    if ":" in name or "/" in name:
+        raise BackboneError(f"{name!r} is a place; name the architecture, and give --weights the file or folder there")
     if not _known(name):
         raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
 
@@ -113,37 +119,44 @@ def _near(name: str) -> list[str]:
 
 def _known(name: str) -> bool:
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        return False
-    return not tag or name in timm.list_pretrained(f"{architecture}.*")
+    return timm.is_model(architecture) and (not tag or name in timm.list_pretrained(f"{architecture}.*"))
 
 
 def create_model(
-    name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor] | None, seed: int | None
+    name: str,
+    size: tuple[int, int],
+    state_dict: Mapping[str, Tensor] | None,
+    seed: int | None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A timm model without its classifier, in eval mode, for inputs of `size`.
 
     Weights: a checkpoint in any form that timm converts for this model (strict), or random from `seed`; with neither,
-    whatever the constructor leaves, to be filled by `load_arrays`. Raises `BackboneError` where timm has no such model or
-    the weights don't fit.
+    whatever the constructor leaves, to be filled by `load_arrays`. `model_args`: timm's, where the network isn't built as its
+    name alone says. Raises `BackboneError` where timm has no such model, or weights or arguments don't fit it.
     """
+    given = dict(model_args or {})
     _require_known(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         try:
             if state_dict is None:
-                model = _create_any_size(name, size, {"num_classes": 0})
+                model = _create_any_size(name, size, {**given, "num_classes": 0})
             else:
-                model = _create_strictly(name, size, state_dict)
+                model = _create_strictly(name, size, state_dict, given)
+        except BackboneError:
+            raise
         # timm converts foreign checkpoints by key and shape: what it doesn't expect raises any of these.
-        except (RuntimeError, LookupError, AttributeError, AssertionError) as error:
+        except (RuntimeError, LookupError, AttributeError, AssertionError, ValueError) as error:
             # torch lists every key of a wrong checkpoint; the first ones tell.
             reason = textwrap.shorten(str(error), 600, placeholder=" ...")
             raise BackboneError(f"the weights don't fit {name} at {size[0]}x{size[1]} px: {reason}") from None
     return model.eval().requires_grad_(False)
 
 
-def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor]) -> nn.Module:
+def _create_strictly(
+    name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> nn.Module:
     """Every tensor of the model comes from `state_dict`, and all of that but the classifier is used.
 
     timm loads without checking either where it drops a classifier, so that another model's weights would pass as random
@@ -156,7 +169,9 @@ def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, 
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     body = {key: value for key, value in state_dict.items() if key.rpartition(".")[0] not in heads}
     overlay: dict[str, Any] = {"state_dict": body, "classifier": None}
-    kwargs = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    if "img_size" in given:  # what the grid of position embeddings in the checkpoint is told by
+        overlay["input_size"] = (3, *given["img_size"])
+    kwargs = {**given, "pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
         return _create_any_size(name, size, {**kwargs, "num_classes": 0})
     except RuntimeError as error:
@@ -175,11 +190,11 @@ def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, 
 def _create_any_size(name: str, size: tuple[int, int], kwargs: Mapping[str, Any]) -> nn.Module:
     """Position embeddings that follow the input where the family can, else those of `size`."""
     try:
-        return timm.create_model(name, dynamic_img_size=True, **kwargs)
+        return timm.create_model(name, **{**kwargs, "dynamic_img_size": True})
     except TypeError:
         pass
     try:
-        return timm.create_model(name, img_size=size, **kwargs)
+        return timm.create_model(name, **{**kwargs, "img_size": size})
     except (TypeError, AssertionError, ValueError) as error:
         raise BackboneError(f"{name} can't be built for inputs of {size[0]}x{size[1]} px: {error}") from None
 

@@ -1,18 +1,30 @@
 """Image bytes to the uint8 array a backbone takes, and the exact map from original pixels to that array.
 
 An image is data from a stranger: whatever Pillow can decode becomes upright 8-bit RGB with every conversion stated; the
-rest raises, with a reason, and costs no more memory than `max_pixels` allows.
+rest raises, with a reason, and costs no more memory than `max_pixels` allows. What is particular to a format is in `codecs/`.
 """
 
 import io
 import math
 import re
-import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from operators.codecs import jpeg, jpeg2000, tiff
+from operators.codecs.memory import DecodeMemory
+from operators.codecs.refusal import ImageDamaged, ImageRefused
+from operators.codecs.rgb import stored_bits, to_rgb
+from operators.codecs.samples import Samples
+from operators.codecs.warned import decoder_warnings
+from operators.orientation import EXIF_ROTATE, TURNS, exif_orientation
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -24,21 +36,9 @@ _RESAMPLING = {
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 """What Pillow may open. It knows more, and starts Ghostscript on the program that an EPS file is."""
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""By EXIF orientation."""
 
-
-class ImageRefused(ValueError):
-    """The bytes hold no image, or one that is not accepted."""
-
+MAX_RLE_PIXELS = 2**24
+"""Of a run-length encoded BMP, which Pillow decodes in Python: a few bytes can mean a second for each million pixels."""
 
 MAX_RESIZED_PIXELS = 2**24
 """Above this, only the visible part of a resized image is computed: a 3 x 4000 image never becomes 224 x 298,667."""
@@ -117,17 +117,34 @@ class DecodedImage:
     "what was done beyond decoding, or empty"
 
 
-def decode(data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = False) -> DecodedImage:
+def decode(
+    data: bytes,
+    geometry: Geometry,
+    *,
+    max_pixels: int,
+    draft: bool = False,
+    memory: DecodeMemory | None = None,
+) -> DecodedImage:
     """Decode image bytes and bring them to the input's size.
 
     `draft` lets JPEG decode at 1/2, 1/4 or 1/8 scale while that stays at least twice the needed size: several times faster
-    on large photos, not the same pixels. Raises what `open_rgb` raises.
+    on large photos, not the same pixels. `memory` is waited for. Raises what `open_rgb` raises.
     """
     at_least = (2 * geometry.width, 2 * geometry.height) if draft else None
-    image, (width, height), conversion = open_rgb(data, max_pixels=max_pixels, at_least=at_least)
-    placement = geometry.place(width, height)
-    pixels = _resample(image, placement, geometry)
+    with decoder_warnings() as warned:
+        opened = _open(data, max_pixels)
+        with memory.hold(opened) if memory else nullcontext():
+            image, (width, height), conversions = _load_rgb(opened, data, at_least)
+            placement = geometry.place(width, height)
+            pixels = _resample(image, placement, geometry)
+    conversion = ", ".join([*conversions, *_warnings(warned, opened)])
     return DecodedImage(pixels=pixels, width=width, height=height, placement=placement, conversion=conversion)
+
+
+def limit_pillow(max_pixels: int) -> None:
+    """Set this process's own guard of Pillow, which by default only warns up to twice its limit."""
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:
@@ -141,65 +158,101 @@ def open_rgb(
     """Decode image bytes: upright 8-bit RGB, its (width, height), and what was converted, in words.
 
     With `at_least` = (width, height), a JPEG may come at 1/2, 1/4 or 1/8 of its size while it stays larger than that. Raises
-    `ImageRefused`, or what Pillow raises on damaged data.
+    `ImageRefused` for whatever is wrong with the bytes, and `MemoryError`, which says nothing about them.
     """
+    with decoder_warnings() as warned:
+        opened = _open(data, max_pixels)
+        rgb, size, conversions = _load_rgb(opened, data, at_least)
+    return rgb, size, ", ".join([*conversions, *_warnings(warned, opened)])
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Pillow raises a dozen types on damaged files; out of here comes one."""
+    try:
+        yield
+    except (ImageRefused, MemoryError):
+        raise
+    except Exception as error:  # what plugins raise on damaged headers isn't limited
+        raise ImageDamaged(str(error) or type(error).__name__) from error
+
+
+@_refusing()
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The image, not loaded yet, its header held against what may be decoded."""
     if not data:
         raise ImageRefused("the image has 0 bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
-        raise ImageRefused(f"not an image that Pillow knows (the first bytes are {data[:12]!r})") from None
+        kind = "a TIFF" if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") else "an image"
+        raise ImageRefused(f"not {kind} that Pillow can read (the first bytes are {data[:12]!r})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageRefused(_too_large(re.sub(r".*\((\d+) pixels\).*", r"\1", str(error)), max_pixels)) from None
+    _check_size(image, max_pixels)
+    if isinstance(image, JpegImageFile):
+        jpeg.check_scans(data, *image.size)
+    elif isinstance(image, TiffImageFile):
+        tiff.check(image, data, max_pixels)
+    elif image.format == "JPEG2000":
+        jpeg2000.check(image, jpeg2000.read_header(data))
+    return image
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise ImageRefused(_too_large(f"{image.width} x {image.height}", max_pixels))
-    width, height = image.size
-    if at_least and image.format == "JPEG":
-        image.draft("RGB", at_least)
+    if any(tile.codec_name == "bmp_rle" for tile in image.tile) and image.width * image.height > MAX_RLE_PIXELS:
+        raise ImageRefused(f"a run-length encoded BMP of {image.width} x {image.height} pixels; convert it to PNG")
+
+
+@_refusing()
+def _load_rgb(
+    opened: Image.Image, data: bytes, at_least: tuple[int, int] | None
+) -> tuple[Image.Image, tuple[int, int], list[str]]:
+    """Upright 8-bit RGB of an opened image, its (width, height), and the conversions in words."""
+    width, height = opened.size
+    if at_least and opened.format == "JPEG":
+        opened.draft("RGB", at_least)
     # Not n_frames, which walks through all of them.
-    conversions = ["first-frame"] if getattr(image, "is_animated", False) else []
-    turned_by_pillow = image.format == "TIFF" and _orientation(image) in _UPRIGHT
-    image.load()
-    orientation = _orientation(image)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-        if orientation >= 5:
+    conversions = ["first-frame"] if getattr(opened, "is_animated", False) else []
+    turned_by_pillow = opened.format == "TIFF" and exif_orientation(opened) in TURNS
+    image, samples, said = _load(opened, data)
+    turn = TURNS.get(exif_orientation(opened))
+    if turn:
+        image = image.transpose(turn.pillow)
+        if turn.exchanges:
             width, height = height, width
-    if orientation in _UPRIGHT or turned_by_pillow:
-        conversions.append("exif-rotate")
-    rgb, conversion = to_rgb(image)
-    return rgb, (width, height), ", ".join([*conversions, *([conversion] if conversion else [])])
+    if turn or turned_by_pillow:
+        conversions.append(EXIF_ROTATE)
+    rgb, conversion = to_rgb(image, samples)
+    return rgb, (width, height), [*conversions, *([conversion] if conversion else []), *said]
 
 
-def _orientation(image: Image.Image) -> int:
-    """As EXIF has it; 1 where there is no EXIF, or none that can be read (browsers show such images, too)."""
-    try:
-        value = image.getexif().get(0x0112)
-    except (SyntaxError, ValueError, OSError, struct.error):
-        return 1
-    return value if isinstance(value, int) else 1
+def _load(opened: Image.Image, data: bytes) -> tuple[Image.Image, Samples, list[str]]:
+    """The decoded image, what its values mean, and what is to be said of it."""
+    if isinstance(opened, JpegImageFile):
+        image, warned = jpeg.load(opened, data)
+        return image, Samples(), [f"warned: {text}" for text in warned]
+    if isinstance(opened, TiffImageFile):
+        samples, said = tiff.samples(opened), tiff.mend(opened)
+        opened.load()
+        return opened, samples, said
+    # Pillow brings the values of a PGM to 16 bits by the file's own maximum.
+    samples = Samples(bits=stored_bits(opened), told=opened.format in ("JPEG2000", "PPM"))
+    opened.load()
+    if opened.format == "JPEG2000":
+        return jpeg2000.widened(opened, jpeg2000.read_header(data)), samples, []
+    return opened, samples, []
+
+
+def _warnings(texts: Sequence[str], image: Image.Image) -> list[str]:
+    """Pillow's warnings as conversions. Those of EXIF say nothing about pixels, but in a TIFF, whose tags are like EXIF."""
+    return [f"warned: {text}" for text in texts if image.format == "TIFF" or "EXIF" not in text]
 
 
 def _too_large(size: str, limit: int) -> str:
     return f"{size} pixels are more than max_image_pixels = {limit}; raise --max-image-pixels if that is no attack"
-
-
-def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
-    """8-bit RGB, and the conversion in words (empty for none). Transparency goes onto white; 16 bit keep the high byte."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image, ""
-    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
-        values = np.asarray(image).astype(np.int64)
-        grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB"), "grey16->rgb"
-    if image.mode == "F":
-        raise ImageRefused("a 32-bit float image has no defined range; convert it to 8 or 16 bit")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB"), f"{image.mode.lower()}+alpha->rgb on white"
-    names = {"L": "grey", "P": "palette", "1": "bilevel"}
-    return image.convert("RGB"), f"{names.get(image.mode, image.mode.lower())}->rgb"
 
 
 def _resample(image: Image.Image, placement: Placement, geometry: Geometry) -> np.ndarray:

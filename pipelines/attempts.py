@@ -3,7 +3,7 @@
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +25,8 @@ class Loaded:
     records: list[SampleRecord]
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
+    aside: bool = False
+    "nothing was loaded: the task is to run again, alone"
 
     def notes(self) -> dict[str, Any]:
         """All but the pixels, as JSON values."""
@@ -32,12 +34,17 @@ class Loaded:
             "records": [asdict(record) for record in self.records],
             "seconds": self.seconds,
             "bytes_read": self.bytes_read,
+            "aside": self.aside,
         }
+
+    @classmethod
+    def set_aside(cls) -> "Loaded":
+        return cls(np.empty(0, np.uint8), [], aside=True)
 
     @classmethod
     def from_notes(cls, pixels: np.ndarray, notes: Mapping[str, Any]) -> "Loaded":
         records = [SampleRecord(**record) for record in notes["records"]]
-        return cls(pixels, records, dict(notes["seconds"]), notes["bytes_read"])
+        return cls(pixels, records, dict(notes["seconds"]), notes["bytes_read"], notes["aside"])
 
 
 @contextmanager
@@ -53,6 +60,22 @@ def attempt(folder: Folder, run_id: str, task: ShardTask) -> Iterator[int]:
         yield len(folder.sizes(markers))
     finally:
         folder.remove([name])
+
+
+EARLIER_RUNS = 3
+"""Runs before this one whose markers are looked at."""
+
+
+def suspects(folder: Folder, pending: Collection[int]) -> frozenset[int]:
+    """Blocks among `pending` that were under way when an earlier run died.
+
+    That condemns none of them, since whoever killed that run did so to all; but one may hold the image that did it.
+    """
+    found = set()
+    for run in folder.folders("runs")[-EARLIER_RUNS:]:
+        blocks = {int(name) for name in folder.folders(f"runs/{run}/attempts") if name.isdecimal()}
+        found |= {block for block in blocks.intersection(pending) if folder.sizes(f"runs/{run}/attempts/{block:08d}")}
+    return frozenset(found)
 
 
 def ledger_records(index: SampleIndex, task: ShardTask, rows: Sequence[Mapping[str, Any]]) -> list[SampleRecord]:

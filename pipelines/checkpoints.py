@@ -2,8 +2,11 @@
 
 A checkpoint is a folder at any URL: `config.json` and `model.safetensors`; a training run's folder stands for its best one.
 config.json holds `upsampler` (`method`, and the settings of `operators.upsamplers.learned.NetConfig` or
-`operators.vit_up.ViTUpConfig`) and `backbone` (TRAINED_ON: what made the features it was trained on). Official files of LiFT
-(`.pth`) and ViT-Up hold weights alone; the rest is taken from the backbone they are used with.
+`operators.vit_up.ViTUpConfig`) and `backbone` (TRAINED_ON, SAID_SINCE: what made the features it was trained on). Official
+files of LiFT (`.pth`) and ViT-Up hold weights alone; the rest is taken from the backbone they are used with.
+
+`backbone` of a training run says `size` as well, the side of its images in pixels. Maps of another size are no mistake, since
+the papers have them, too; but how good they are nobody knows, so it is said (`unfamiliar_size`).
 """
 
 import hashlib
@@ -23,6 +26,7 @@ from operators.vit_up import ViTUp, ViTUpConfig, read_checkpoint
 from pipelines.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
 from storage.checkpoints import read_pointers
 from storage.paths import Folder, has_extension, redact
+from storage.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,9 @@ Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 
 TRAINED_ON = ("model", "weights", "layers", "facet", "norm")
 """What must be the same of the backbone for an upsampler to make sense (LiFT, arXiv 2403.14625, Table 7)."""
+
+SAID_SINCE = ("stride", "pos_embed", "model_args", "mean", "std")
+"""What must be the same as well, and older checkpoints don't say."""
 
 
 def trained_on(
@@ -41,6 +48,12 @@ def trained_on(
     return dict(zip(TRAINED_ON, values, strict=True))
 
 
+def described_by(spec: FeatureSpec) -> dict[str, Any]:
+    """The values of TRAINED_ON and SAID_SINCE, JSON values, of features that are made so."""
+    values = {name: getattr(spec, name) for name in (*TRAINED_ON, *SAID_SINCE)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
 METHODS = (*LEARNED, "vit_up")
 """Upsamplers whose weights come from a checkpoint."""
 
@@ -49,6 +62,7 @@ class UpsamplerWeights(Protocol):
     """A learned upsampler as it is handed to workers: its settings and its arrays."""
 
     arrays: Mapping[str, np.ndarray]
+    trained_sides: tuple[int, ...]
 
     @property
     def channels(self) -> int:
@@ -69,6 +83,8 @@ class NetWeights:
 
     settings: NetConfig
     arrays: Mapping[str, np.ndarray]
+    trained_sides: tuple[int, ...] = ()
+    "of the images that it knows from training, in pixels; empty where the checkpoint doesn't say"
 
     @property
     def channels(self) -> int:
@@ -89,6 +105,8 @@ class ViTUpWeights:
 
     settings: ViTUpConfig
     arrays: Mapping[str, np.ndarray]
+    trained_sides: tuple[int, ...] = ()
+    "see `NetWeights`"
 
     @property
     def channels(self) -> int:
@@ -140,10 +158,32 @@ def load_upsampler(
             raise UpsamplerError(f"{shown} holds a {settings.get('method')}, not a {method}")
         weights = _with_settings(settings, state, backbone)
     if made_for is None:
-        logger.warning("%s doesn't say which backbone it was trained on; it is taken to be this one", shown)
-    else:
-        _require_same_backbone(shown, made_for, described, force=force)
-    return weights
+        logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", shown)
+        return weights
+    _require_same_backbone(shown, made_for, described, force=force)
+    return replace(weights, trained_sides=_trained_sides(method, made_for.get("size")))
+
+
+def _trained_sides(method: str, size: Any) -> tuple[int, ...]:
+    """x2 networks learn the maps of images from those of their halves, and those from the quarters' (LiFT's eq. 1)."""
+    if type(size) is not int or size < 1:
+        return ()
+    return (size,) if method == "vit_up" else (size, size // 2, size // 4)
+
+
+def unfamiliar_size(
+    level: str, weights: UpsamplerWeights, size: tuple[int, int], base: tuple[int, int], patch: int
+) -> str:
+    """A sentence where `weights` are given maps of `base` cells, of inputs of `size` pixels, that they weren't trained on; else
+    empty. `patch` is the backbone's, in pixels: in training, patches don't overlap."""
+    known = {side: side // patch for side in weights.trained_sides}
+    if not known or base in {(n, n) for n in known.values()}:
+        return ""
+    trained = ", ".join(f"{side} x {side} px ({n} x {n} cells)" for side, n in known.items())
+    return (
+        f"{level}: its upsampler was trained on images of {trained}; here it is given {size[0]} x {size[1]} px ({base[0]} x "
+        f"{base[1]} cells), where it may be worse than bilinear enlargement"
+    )
 
 
 def _official(method: str, state: Mapping[str, Tensor], backbone: TimmBackbone, shown: str) -> UpsamplerWeights:
@@ -202,10 +242,14 @@ def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[dict[str,
 
 
 def _require_same_backbone(shown: str, made_for: Mapping[str, Any], here: Mapping[str, Any], *, force: bool) -> None:
+    # Until weights' own config.json was read, networks were built as their name says.
+    made_for = {"model_args": {}, **made_for}
+    if unsaid := [name for name in SAID_SINCE if name not in made_for]:
+        logger.warning("%s doesn't say %s of what it was trained on; taken to be as here", shown, ", ".join(unsaid))
     differences = [
-        f"  {name:<8} trained on {made_for.get(name)}, used with {here[name]}"
-        for name in TRAINED_ON
-        if made_for.get(name) != here[name]
+        f"  {name:<10} trained on {made_for.get(name)}, used with {here[name]}"
+        for name in (*TRAINED_ON, *SAID_SINCE)
+        if name not in unsaid and made_for.get(name) != here[name]
     ]
     if not differences:
         return

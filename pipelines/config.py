@@ -32,7 +32,8 @@ class ExtractConfig:
     model: str = "vit_small_patch16_224.dino"
     """timm name of the backbone, tag included."""
     weights: str = "pretrained"
-    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`."""
+    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`. What timm's config.json
+    there says of the input and the network is used."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     size: str | None = None
@@ -67,17 +68,21 @@ class ExtractConfig:
     """How features are stored, unless a level says otherwise."""
 
     image_member: str | None = None
-    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif."""
+    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif, gif, avif and so on."""
     carry: tuple[str, ...] = ()
     """Text members that become columns of the index, for example `cls json`."""
     limit: int | None = None
     """Only the first N samples."""
     max_image_pixels: int = 89_478_485
     """Images with more pixels fail instead of filling the memory; the default is Pillow's."""
+    max_image_bytes: int = 2**29
+    """Images in larger files fail before they are read."""
     max_failed_fraction: float = 0.01
     """The failure budget: with a larger part of the images failed, the run ends with an error."""
     retry_failed: bool = False
-    """Run tasks with failed rows again."""
+    """Run tasks with failed rows again, also where their images were repaired since."""
+    replace_changed: bool = False
+    """Run tasks again whose images aren't those that were extracted any more; without it, changed input is refused."""
 
     storage_options: str | None = None
     """JSON for the filesystem, for example '{"endpoint_url": "http://host:9000"}', or one object per scheme. Better for
@@ -113,7 +118,7 @@ class ExtractConfig:
             raise ConfigError(f"--crop-pct {self.crop_pct}: must be above 0 and at most 1")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ConfigError(f"--max-failed-fraction {self.max_failed_fraction}: must lie between 0 and 1")
-        require_at_least(1, self, "limit", "batch", "block_rows", "actors", "actor_cpus", "stride")
+        require_at_least(1, self, "limit", "batch", "block_rows", "actors", "actor_cpus", "stride", "max_image_bytes")
         if self.block_rows is not None and self.block_rows & (self.block_rows - 1):
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
         require_gpus(self, self.actor_gpus, "--actor-gpus")
@@ -245,6 +250,7 @@ CONTENT_FIELDS = (
     "carry",
     "limit",
     "max_image_pixels",
+    "max_image_bytes",
     "block_rows",
 )
 """Settings that decide what is in a store, as opposed to where and how it is made; these go into its attributes."""

@@ -15,10 +15,12 @@ from typing import Any
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
+from pipelines.attempts import suspects
 from pipelines.config import ExtractConfig
-from pipelines.prepare import Prepared, default_batch, prepare, resolve, versions
+from pipelines.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve, versions
 from pipelines.worker import WorkerSetup
 from storage.ledger import REASON_COLUMNS, commonest_reasons
+from storage.left_out import LeftOut
 from storage.paths import StorageError
 from storage.root import StoreReplaced
 from storage.spec import ShardTask
@@ -51,6 +53,8 @@ class Summary:
     stage_seconds: Mapping[str, float]
     reasons: Sequence[str]
     bytes_written: int
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no row, by reason"
 
 
 def extract(config: ExtractConfig, executor: Any) -> Summary:
@@ -111,10 +115,17 @@ def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
         batch=batch,
         batch_is_fixed=config.batch is not None,
         max_image_pixels=config.max_image_pixels,
+        max_image_bytes=config.max_image_bytes,
+        suspects=suspects(store.folder, {task.block for task in pending}),
     )
     run = _Run(config, store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
     run.execute(pending)
-    return run.finish()
+    if pending and not run.errors and (changes := changed_meanwhile(prepared, store, executor)):
+        raise RunFailed(
+            f"{store.folder.shown}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
+            "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
+        )
+    return run.finish(prepared.left_out)
 
 
 def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
@@ -181,7 +192,7 @@ class _Run:
         self.finished_tasks = 0
 
     def execute(self, pending: Sequence[ShardTask]) -> None:
-        """Run `pending`; tasks whose workers kept dying run again, alone."""
+        """Run `pending`; tasks whose workers died, hung or ran out of memory run again, alone."""
         if not pending:
             return
         with self.progress, self._heartbeat():
@@ -195,7 +206,7 @@ class _Run:
     def _execute(self, pending: Sequence[ShardTask]) -> None:
         aside = self._drain(pending, solo=False)
         if aside:
-            logger.warning("%d tasks whose workers kept dying run again, one at a time", len(aside))
+            logger.warning("%d tasks run again, one at a time: their workers died, hung, or had no memory", len(aside))
             stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
             self.errors += [f"task {block}: set aside twice" for block in stuck]
 
@@ -267,7 +278,7 @@ class _Run:
         }
         self.store.folder.write(f"runs/{self.setup.run_id}/progress.json", json.dumps(document, indent=1).encode())
 
-    def finish(self) -> Summary:
+    def finish(self, left_out: Mapping[str, LeftOut]) -> Summary:
         """Merge the ledger and check that everything adds up. Raises `RunFailed`."""
         if self.errors:
             raise RunFailed(self._errors_text(f"{len(self.errors)} tasks did not finish"))
@@ -290,6 +301,7 @@ class _Run:
             stage_seconds=dict(self.progress.seconds),
             reasons=self._reasons() if failed else [],
             bytes_written=self.bytes_written,
+            left_out=left_out,
         )
 
     def _reasons(self) -> list[str]:

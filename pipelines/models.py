@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -25,14 +25,21 @@ from operators.backbone import (
     create_model,
     load_arrays,
     normalise,
-    preprocessing,
     state_arrays,
 )
 from operators.upsamplers import Upsampler, create_upsampler
 from operators.vit_up import ViTUp
-from pipelines.checkpoints import METHODS, UpsamplerWeights, load_upsampler, trained_on
+from pipelines.checkpoints import (
+    METHODS,
+    UpsamplerWeights,
+    described_by,
+    load_upsampler,
+    trained_on,
+    unfamiliar_size,
+)
 from pipelines.config import ConfigError
-from pipelines.weights import WeightsChoice, load_model
+from pipelines.descriptions import ModelDescription
+from pipelines.weights import WeightsChoice, load_model, read_description
 from storage.paths import redact
 from storage.spec import FeatureSpec, Level
 
@@ -154,21 +161,40 @@ class ModelBundle:
     "learned ones, by level"
 
     def build(self, device: str) -> "FeatureModel":
-        spec, fresh = self.spec, partial(fresh_model, self.spec.model, self.spec.input_size, self.arrays)
+        spec = self.spec
         backbone = TimmBackbone(
-            fresh(),
+            self.fresh(),
             facet=spec.facet,
             norm=spec.norm,
             stride=spec.stride,
             pos_embed=spec.pos_embed,
             ragged=any(side % spec.stride for side in spec.input_size),
         )
-        return FeatureModel(spec, backbone, torch.device(device), self.upsamplers, fresh)
+        return FeatureModel(spec, backbone, torch.device(device), self.upsamplers, self.fresh)
+
+    def fresh(self) -> nn.Module:
+        """The timm model with its own position embeddings, which a backbone in use has replaced."""
+        return fresh_model(self.spec.model, self.spec.input_size, self.arrays, self.spec.model_args)
+
+    def unfamiliar(self, spec: FeatureSpec, patch: int) -> list[str]:
+        """Sentences, one for each learned level of `spec` (this one's, or of other input) whose maps are of a size that its
+        upsampler wasn't trained on; `patch` is the backbone's, in pixels."""
+        base = cells(spec.input_size, patch, spec.stride)
+        told = {lv.name: self.upsamplers[lv.name] for lv in spec.levels if lv.name in self.upsamplers}
+        notes = [unfamiliar_size(name, weights, spec.input_size, base, patch) for name, weights in told.items()]
+        return [note for note in notes if note]
 
 
-def fresh_model(name: str, size: tuple[int, int], arrays: Mapping[str, np.ndarray]) -> nn.Module:
-    """The timm model with its own position embeddings, which a backbone in use has replaced."""
-    return load_arrays(create_model(name, size, None, None), arrays)
+def fresh_model(
+    name: str, size: tuple[int, int], arrays: Mapping[str, np.ndarray], model_args: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """timm's model with the arrays of its weights, whatever a backbone has made of another one of them."""
+    return load_arrays(create_model(name, size, None, None, model_args), arrays)
+
+
+def cells(size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
+    """(rows, columns) of a backbone's map."""
+    return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
 
 
 class ModelSettings(Protocol):
@@ -193,23 +219,27 @@ class ModelSettings(Protocol):
 
 def load_described(
     settings: ModelSettings,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     *,
     ragged: bool = False,
     geometry: Literal["crop", "squash", "pad"] = "squash",
     crop_pct: float = 1.0,
     jpeg_draft: bool = False,
+    described: ModelDescription | None = None,
     loaded: nn.Module | None = None,
 ) -> tuple[ModelBundle, "FeatureModel"]:
-    """The model of some settings for inputs of `size`, as `describe_model` gives it.
+    """The model of some settings for inputs of `size` (None: its own), as `describe_model` gives it.
 
-    `loaded`: the model for that size with its weights, where the caller has it already; it is taken over.
+    `described`, `loaded`: what its weights say, and the model for that size with them, where the caller has them already;
+    the model is taken over.
     Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or `ConfigError`.
     """
     levels = [LevelChoice.parse(text, settings.encoding) for text in settings.levels]
     weights = WeightsChoice.parse(settings.weights)
+    described = described or read_description(settings.model, weights, settings.options)
+    size = size or described.expects.size
     if loaded is None:
-        loaded = load_model(settings.model, size, weights, settings.revision, settings.options)
+        loaded = load_model(settings.model, size, weights, settings.revision, settings.options, described)
     return describe_model(
         name=settings.model,
         model=loaded,
@@ -221,7 +251,8 @@ def load_described(
         pos_embed=settings.pos_embed,
         ragged=ragged,
         size=size,
-        expects=preprocessing(settings.model),
+        expects=described.expects,
+        model_args=described.model_args,
         geometry=geometry,
         crop_pct=crop_pct,
         precision=settings.precision,
@@ -252,6 +283,7 @@ def describe_model(
     levels: Sequence[LevelChoice],
     storage_options: Mapping[str, Any] | None = None,
     force_upsampler: bool = False,
+    model_args: Mapping[str, Any] | None = None,
 ) -> tuple[ModelBundle, "FeatureModel"]:
     """Resolve every default against the loaded model; returns what workers get, and the model ready on the CPU.
 
@@ -259,27 +291,12 @@ def describe_model(
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(model).items()}
     backbone = TimmBackbone(model, facet=facet, norm=norm, stride=stride, pos_embed=pos_embed, ragged=ragged)
-    described = trained_on(name, arrays, backbone, layers)
-    numbers = tuple(described["layers"])
-    options = {"storage_options": storage_options, "force": force_upsampler}
-    checkpoints = {
-        place: load_upsampler(*place, backbone, described, **options)
-        for place in dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
-    }
-    learned = {choice.name: checkpoints[choice.method, choice.url] for choice in levels if choice.url}
-    fresh = partial(fresh_model, name, size, arrays)
-    resolved = tuple(
-        resolve_level(choice, backbone, size, len(numbers), learned.get(choice.name), fresh) for choice in levels
-    )
-    if len({level.name for level in resolved}) != len(resolved) or not resolved:
-        raise ConfigError(
-            f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
-        )
+    found = trained_on(name, arrays, backbone, layers)
     spec = FeatureSpec(
         model=name,
-        weights=described["weights"],
+        weights=found["weights"],
         weights_source=weights_source,
-        layers=numbers,
+        layers=tuple(found["layers"]),
         facet=facet,
         norm=backbone.norm,
         stride=backbone.stride,
@@ -292,10 +309,37 @@ def describe_model(
         std=expects.std,
         precision=precision,
         jpeg_draft=jpeg_draft,
-        levels=resolved,
+        levels=(),
+        model_args=dict(model_args or {}),
     )
-    model_here = FeatureModel(spec, backbone, torch.device("cpu"), learned, fresh)
-    return ModelBundle(spec=spec, arrays=arrays, upsamplers=learned), model_here
+    learned = _load_upsamplers(levels, backbone, spec, storage_options, force=force_upsampler)
+    fresh = partial(fresh_model, name, size, arrays, spec.model_args)
+    resolved = tuple(
+        resolve_level(choice, backbone, size, len(spec.layers), learned.get(choice.name), fresh) for choice in levels
+    )
+    if len({level.name for level in resolved}) != len(resolved) or not resolved:
+        raise ConfigError(
+            f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
+        )
+    bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
+    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, fresh)
+
+
+def _load_upsamplers(
+    levels: Sequence[LevelChoice],
+    backbone: TimmBackbone,
+    spec: FeatureSpec,
+    options: Mapping[str, Any] | None,
+    *,
+    force: bool,
+) -> dict[str, UpsamplerWeights]:
+    """By level; levels of one method and URL share theirs."""
+    here = described_by(spec)
+    checkpoints = {
+        place: load_upsampler(*place, backbone, here, storage_options=options, force=force)
+        for place in dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
+    }
+    return {choice.name: checkpoints[choice.method, choice.url] for choice in levels if choice.url}
 
 
 class FeatureModel:

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 
 from cluster.progress import size_text
-from operators.image import decode
+from operators.codecs.memory import DecodeMemory
+from operators.image import ImageRefused, decode
 from pipelines.config import ConfigError
 from pipelines.photos import geometry_of
 from pipelines.prepare import Prepared, default_batch
+from storage.left_out import LeftOut, left_out_lines
 from storage.paths import Folder, redact
 from storage.samples import read_images
 from storage.shards import compress, encode_row
-from storage.spec import Layout, Level
-from storage.store import FeatureStore, read_attributes
+from storage.spec import FeatureSpec, Layout, Level
+from storage.store import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,15 @@ class Plan:
     unreadable: int
     "samples that the index already knows to have no readable image"
     sources: int
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no image of these, by reason"
     model: str
     weights: str
     input_size: tuple[int, int]
+    statistics: str
+    "what the input is normalised with, and resized by, where weights of a file or folder may say so"
+    notes: tuple[str, ...]
+    "what is no mistake, and should be known"
     out: str
     state: str
     "`new`, or how many of its tasks are done"
@@ -57,7 +65,9 @@ class Plan:
     batch: int
     device_bytes: int
     host_bytes: int
-    "of one actor"
+    "of one actor, beside the interpreter and its libraries"
+    decode_bytes: int
+    "of them, what images may take while they are decoded"
     timed_images: int
     stage_seconds: Mapping[str, float]
     "per image on one worker of this machine"
@@ -96,6 +106,9 @@ class Plan:
                 "model", f"timm {self.model}", f"{self.input_size[0]} x {self.input_size[1]} px, weights {self.weights}"
             ),
         ]
+        lines[1:1] = [_line("left out", line, "") for line in left_out_lines(self.left_out)]
+        if self.statistics:
+            lines.append(_line("", self.statistics, ""))
         for i, cost in enumerate(self.levels):
             level = cost.level
             shape = " x ".join(str(n) for n in level.row_shape)
@@ -106,6 +119,7 @@ class Plan:
                     f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}",
                 )
             )
+        lines += [_line("note", note, "") for note in self.notes]
         lines += [
             _line(
                 "store",
@@ -116,7 +130,8 @@ class Plan:
             _line(
                 "memory",
                 f"{self.device} {size_text(self.device_bytes)} for batches of {self.batch}",
-                f"host {size_text(self.host_bytes)} per actor",
+                f"host {size_text(self.host_bytes - self.decode_bytes)} per actor, and up to {size_text(self.decode_bytes)} "
+                "to decode large images",
             ),
             _line(
                 "time",
@@ -150,14 +165,7 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
     """Count and time. `threads` is what one worker will have."""
     config, spec, layout = prepared.config, prepared.bundle.spec, prepared.layout
     folder = Folder(config.out, config.options)
-    existing = read_attributes(folder)
-    if existing is not None:
-        store = FeatureStore(folder, existing)
-        store.require(spec, layout)
-        pending = len(store.pending())
-        state = f"{layout.n_blocks - pending:,} of {layout.n_blocks:,} tasks done"
-    else:
-        pending, state = layout.n_blocks, "new"
+    pending, state = _state(prepared, folder)
     on_gpu = device == "cuda" and torch.cuda.is_available()
     model = prepared.bundle.build("cuda") if on_gpu else prepared.model
     batch = default_batch(config, layout, device)
@@ -165,6 +173,9 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
     timed, seconds = _time_microbatch(prepared, model, min(batch, 16), threads)
     block_bytes = spec.row_bytes * layout.block_rows
     image_bytes = layout.block_rows * spec.input_size[0] * spec.input_size[1] * 3
+    # What is read at a time, and the images cut out of it.
+    input_bytes = 2 * prepared.index.largest_block_bytes(layout.block_rows, config.max_image_bytes)
+    decode_bytes = DecodeMemory(config.max_image_pixels).capacity
     bundle = prepared.bundle
     networks = (bundle.arrays, *(upsampler.arrays for upsampler in bundle.upsamplers.values()))
     weights_bytes = sum(array.nbytes for arrays in networks for array in arrays.values())
@@ -173,9 +184,12 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         images=layout.n_rows,
         unreadable=prepared.index.n_unreadable,
         sources=len(prepared.index.sources),
+        left_out=dict(prepared.left_out),
         model=spec.model,
         weights=f"{spec.weights_source}, sha256 {spec.weights[:8]}…",
         input_size=spec.input_size,
+        statistics=_statistics(spec) if spec.weights_source == "file" else "",
+        notes=prepared.notes,
         out=folder.shown,
         state=state,
         tasks=layout.n_blocks,
@@ -187,10 +201,28 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         batch=batch,
         device_bytes=model.peak_bytes(batch),
         # Two tasks overlap in an actor: their images and encoded rows, next to the weights.
-        host_bytes=2 * (block_bytes + image_bytes) + weights_bytes,
+        host_bytes=2 * (block_bytes + image_bytes + input_bytes) + weights_bytes + decode_bytes,
+        decode_bytes=decode_bytes,
         timed_images=timed,
         stage_seconds=seconds,
     )
+
+
+def _state(prepared: Prepared, folder: Folder) -> tuple[int, str]:
+    """How many tasks are to be done, and what there is already, in words."""
+    update, n_blocks = prepared.update, prepared.layout.n_blocks
+    if update is None:
+        return n_blocks, "new"
+    done = FeatureStore.open(folder.url, folder.options).ledger.done()
+    again = len(done & update.redo)
+    words = f", {again:,} run again for changed images" if again else ""
+    return n_blocks - len(done - update.redo), f"{len(done):,} of {n_blocks:,} tasks done{words}"
+
+
+def _statistics(spec: FeatureSpec) -> str:
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    args = "".join(f", {name} {value}" for name, value in spec.model_args.items())
+    return f"mean {mean}, std {std}, {spec.interpolation}{args}"
 
 
 def _level_cost(level: Level, layout: Layout) -> LevelCost:
@@ -223,7 +255,7 @@ def _time_microbatch(prepared: Prepared, model: Any, n: int, threads: int) -> tu
                         blob or b"", geometry, max_pixels=prepared.config.max_image_pixels, draft=spec.jpeg_draft
                     ).pixels
                 )
-            except (OSError, ValueError, SyntaxError):
+            except ImageRefused:
                 continue  # the run itself will say why; here it only leaves the sample
         t2 = time.perf_counter()
         if not images:

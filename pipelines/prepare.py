@@ -7,21 +7,34 @@ import importlib.metadata
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.session import ClusterError
-from operators.backbone import BackboneError, preprocessing
+from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
 from pipelines.models import FeatureModel, ModelBundle, load_described
 from pipelines.weights import WeightsUnavailable
-from storage.inputs import InputFile, expand_inputs
-from storage.paths import Folder, StorageError
-from storage.samples import SampleIndex, build_index
-from storage.spec import Layout, choose_block_rows
+from storage.identity import InputState, Scan, input_state, order_digest
+from storage.inputs import Listing, expand_inputs
+from storage.left_out import LeftOut, log_left_out, merge_left_out
+from storage.paths import Folder, InputError, StorageError, is_memory
+from storage.samples import (
+    INDEX,
+    SampleIndex,
+    build_index,
+    collect_index,
+    index_digest,
+    move_index,
+    update_sources,
+    write_index,
+)
+from storage.sources import is_of_input, limit_changes, other_input, settings_changes, sources_left_out
+from storage.spec import FeatureSpec, Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules
 
@@ -48,7 +61,34 @@ class Resolved:
     bundle: ModelBundle
     model: FeatureModel
     "the same model in this process, on the CPU"
-    files: tuple[InputFile, ...]
+    files: Listing
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputUpdate:
+    """What a store that exists needs before it goes on with the input as it is now; decided, but not done."""
+
+    state: InputState
+    index: SampleIndex
+    "of the input as it is now; in memory where it isn't the store's"
+    before: Layout
+    redo: frozenset[int]
+    "blocks with rows whose image is another one now"
+
+    def apply(self, store: FeatureStore) -> None:
+        """Make blocks pending first, then take over the index: a kill in between leaves a store that is asked again."""
+        done = self.redo & store.ledger.done()
+        if done:
+            store.set_writing()
+            store.ledger.revoke(sorted(done))
+            logger.info("%d tasks hold images that changed, and run again", len(done))
+        if self.state.table is not None:
+            logger.info(
+                "the index is written anew: sources hold their samples at other places, or with other text, than before"
+            )
+            store.adopt_index(move_index(self.index, store.folder))
+        elif list(self.state.sources) != self.index.sources:
+            update_sources(self.index, self.state.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +100,43 @@ class Prepared:
     model: FeatureModel
     layout: Layout
     index: SampleIndex
+    "below the output, or in memory until there is a store"
     urls: tuple[str, ...]
     "the index's sources with credentials, as this run reads them"
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no row, by reason"
+    update: InputUpdate | None = None
+    "of a store that exists"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is no mistake, and who reads the features should know; kept in the store's attributes."""
+        return tuple(self.bundle.unfamiliar(self.bundle.spec, self.model.backbone.patch))
 
     def create_store(self) -> FeatureStore:
         """Create or continue the output. Raises `FingerprintMismatch`."""
         public = self.config.public()
         provenance = {"versions": versions(), "config": {name: public[name] for name in CONTENT_FIELDS}}
-        return FeatureStore.create(
+        if self.notes:
+            provenance["notes"] = list(self.notes)
+        store = FeatureStore.create(
             self.config.out,
             self.bundle.spec,
-            self.layout,
+            self.update.before if self.update else self.layout,
             provenance=provenance,
             storage_options=self.config.options,
         )
+        if self.update:
+            self.update.apply(store)
+        else:
+            # After the store: of two runs that begin at once, the one whose store it isn't writes nothing.
+            self.keep_index()
+        return store
+
+    def keep_index(self) -> None:
+        """Save a new index with the output; a plan does so, too, for the run that follows it."""
+        if self.update is None and is_memory(self.index.folder.url):
+            move_index(self.index, Folder(self.config.out, self.config.options))
 
 
 def resolve(config: ExtractConfig) -> Resolved:
@@ -83,42 +146,168 @@ def resolve(config: ExtractConfig) -> Resolved:
     """
     if not config.out:
         raise ConfigError("no output: give --out a path or URL for the Zarr store")
-    size = config.input_size or preprocessing(config.model).size
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
-    files = expand_inputs(config.data, config.options)
+    files = expand_inputs(config.data, config.options, config.image_member)
     bundle, model = load_described(
         config,
-        size,
+        config.input_size,
         ragged=config.ragged,
         geometry=config.geometry,
         crop_pct=config.crop_pct if config.geometry == "crop" else 1.0,
         jpeg_draft=config.jpeg_draft,
     )
-    return Resolved(config=config, bundle=bundle, model=model, files=tuple(files))
+    for note in bundle.unfamiliar(bundle.spec, model.backbone.patch):
+        logger.warning("%s", note)
+    return Resolved(config=config, bundle=bundle, model=model, files=files)
 
 
 def prepare(resolved: Resolved, executor: Any) -> Prepared:
-    """Index the input, or check the index that is there. Raises `InputError`."""
+    """Index the input, or hold it against the store that is there. Nothing is written. Raises `InputError`."""
     config, spec = resolved.config, resolved.bundle.spec
-    folder, rules = Folder(config.out, config.options), MemberRules(image=config.image_member, carry=config.carry)
-    # A plan leaves an index without a store; settings may change between it and the run.
-    in_use = read_attributes(folder) is not None
-    index = index_input(folder, resolved.files, rules, config.limit, executor, config.options, in_use=in_use)
-    block_rows = config.block_rows or choose_block_rows(index.n_rows, spec)
+    folder = Folder(config.out, config.options)
+    scan = _scanner(config, executor)
+    attributes = read_attributes(folder)
+    update = None
+    if attributes is None:
+        index = _new_index(folder, resolved.files, scan, config)
+        layout = Layout(n_rows=index.n_rows, block_rows=_block_rows(config, index.n_rows, spec), index=index.digest)
+        urls = index.urls(resolved.files)
+    else:
+        store = FeatureStore(folder, attributes)
+        n_rows = store.layout.n_rows
+        store.require(spec, replace(store.layout, block_rows=_block_rows(config, n_rows, spec)))
+        if not store.has_index():
+            _restore_index(store, resolved.files, scan, config)
+        update = _input_update(store, resolved.files, scan, config)
+        index, urls = update.index, update.state.urls
+        layout = replace(store.layout, n_rows=index.n_rows, index=index.digest)
+    left_out = _say(index, resolved.files)
     return Prepared(
         config=config,
         bundle=resolved.bundle,
         model=resolved.model,
-        layout=Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest),
+        layout=layout,
         index=index,
-        urls=tuple(file.url for file in resolved.files[: len(index.sources)]),
+        urls=urls,
+        left_out=left_out,
+        update=update,
     )
+
+
+def _block_rows(config: ExtractConfig, n_rows: int, spec: FeatureSpec) -> int:
+    return config.block_rows or choose_block_rows(n_rows, spec)
+
+
+def _rules(config: ExtractConfig) -> MemberRules:
+    return MemberRules(image=config.image_member, carry=config.carry)
+
+
+def _scanner(config: ExtractConfig, executor: Any) -> Scan:
+    return lambda files: executor.scan(files, _rules(config), config.options)
+
+
+def _new_index(folder: Folder, files: Listing, scan: Scan, config: ExtractConfig) -> SampleIndex:
+    """The index that a plan left, where it is of this input; else a new one, in memory until there is a store."""
+    if SampleIndex.exists(folder):
+        kept = SampleIndex(folder)
+        if is_of_input(kept, files, config.limit, _rules(config)):
+            return kept
+    table, sources = collect_index(zip(files, scan(files), strict=False), config.limit)
+    return write_index(_draft(), table, sources, rules=_rules(config), limit=config.limit, left_out=files.left_out)
+
+
+def _restore_index(store: FeatureStore, files: Listing, scan: Scan, config: ExtractConfig) -> None:
+    """Write the index of a store whose run was killed before it had one. Raises `InputError` where the input is another one."""
+    table, sources = collect_index(zip(files, scan(files), strict=False), config.limit)
+    if index_digest(len(table), sources) != store.layout.index:
+        raise InputError(
+            f"{store.folder.shown} has no index of its input, and was begun with other input than this: give --data in the "
+            "same order as then, or use a new --out"
+        )
+    write_index(store.folder, table, sources, rules=_rules(config), limit=config.limit, left_out=files.left_out)
+
+
+def _input_update(store: FeatureStore, files: Listing, scan: Scan, config: ExtractConfig) -> InputUpdate:
+    """What the store needs for the input as it is now. Raises `InputError` for changes that weren't allowed for."""
+    index, rules = store.index, _rules(config)
+    if limits := limit_changes(index, config.limit):
+        raise other_input(index, limits)
+    settings = settings_changes(index, config.limit, rules)
+    state = input_state(index, files, scan, store.input_rows, config.options, rescan=bool(settings))
+    if settings and not state.stands:
+        raise other_input(index, [*settings, *state.changes])
+    _require_allowed(index, state, config)
+    rows = state.redo | state.repaired
+    if state.added and index.n_rows % store.layout.block_rows:
+        rows = rows | {index.n_rows - 1}  # the last block wasn't full, and takes the first of the new rows
+    redo = frozenset(row // store.layout.block_rows for row in rows)
+    return InputUpdate(
+        state=state, index=_index_now(index, state, rules, files.left_out), before=store.layout, redo=redo
+    )
+
+
+def _index_now(
+    index: SampleIndex, state: InputState, rules: MemberRules, left_out: Mapping[str, LeftOut]
+) -> SampleIndex:
+    """The index of the input as it is now: the store's own where its rows still hold, else a new one in memory."""
+    if state.table is None:
+        return index
+    order = order_digest(state.table) if index.order or state.reordered else ""
+    digest = index_digest(len(state.table), state.sources, order)
+    limit = index.n_rows if index.is_cut else None
+    return write_index(
+        _draft(),
+        state.table,
+        state.sources,
+        rules=rules,
+        limit=limit,
+        left_out=left_out,
+        order=order,
+        prefix=f"{INDEX}/{digest[:12]}",
+    )
+
+
+def _draft() -> Folder:
+    """For an index that isn't to be written yet."""
+    return Folder(f"memory://raylift-index-{uuid.uuid4().hex}")
+
+
+def _require_allowed(index: SampleIndex, state: InputState, config: ExtractConfig) -> None:
+    """Raise `InputError` for images that changed, unless the settings say that they are to be extracted again."""
+    if state.redo and not config.replace_changed:
+        advice = "Use --replace-changed to extract what differs again, a new --out, or restore what changed."
+        raise other_input(index, state.changes, advice)
+    if (state.repaired or state.added) and not (config.retry_failed or config.replace_changed):
+        advice = "Only images that had failed differ: use --retry-failed to extract them, a new --out, or restore what changed."
+        raise other_input(index, state.changes, advice)
+
+
+def changed_meanwhile(prepared: Prepared, store: FeatureStore, executor: Any) -> list[str]:
+    """Hold the input against the finished rows once more: what differs, in words, where files were replaced while they were read.
+
+    Sources that are gone by now were needed no more. Repaired images of failed rows are logged only.
+    """
+    config, index = prepared.config, store.index
+    try:
+        files = expand_inputs(config.data, config.options, config.image_member)
+    except InputError as error:
+        logger.warning("whether the input changed while it was read can't be told any more: %s", error)
+        return []
+    scan = _scanner(config, executor)
+    state = input_state(index, files, scan, store.input_rows, config.options, gone_is_unchanged=True)
+    if state.redo:
+        return state.changes
+    for change in state.changes:
+        logger.warning("%s; --retry-failed extracts them", change)
+    if state.table is None and list(state.sources) != index.sources:
+        update_sources(index, state.sources)
+    return []
 
 
 def index_input(
     folder: Folder,
-    files: Sequence[InputFile],
+    files: Listing,
     rules: MemberRules,
     limit: int | None,
     executor: Any,
@@ -130,11 +319,20 @@ def index_input(
 
     `executor` scans tars (pipelines/executors.py).
     """
-    index = build_index(folder, files, lambda some: executor.scan(some, rules, options), limit, rules, in_use=in_use)
+    scan = lambda some: executor.scan(some, rules, options)  # noqa: E731
+    index = build_index(folder, files, scan, limit, rules, in_use=in_use, left_out=files.left_out)
+    _say(index, files)
+    return index
+
+
+def _say(index: SampleIndex, files: Listing) -> dict[str, LeftOut]:
+    """Log what is wrong with the sources, and what the input holds that is no row; returns that, by reason."""
     for source in index.sources:
         if source.problems:
             logger.warning("%s: %s", source.url, source.problems)
-    return index
+    left_out = merge_left_out(files.left_out, sources_left_out(index.sources))
+    log_left_out(left_out)
+    return left_out
 
 
 def versions() -> dict[str, str]:

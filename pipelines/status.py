@@ -16,6 +16,7 @@ from cluster.progress import duration, size_text
 from operators.visual import spread
 from storage.documents import Document, MissingObject, decode_known
 from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
+from storage.left_out import LeftOut, left_out_lines
 from storage.spec import Level
 from storage.store import FeatureStore
 
@@ -75,7 +76,11 @@ class StoreStatus:
     "by level, for the tasks that are done"
     objects: int
     is_sampled: bool
+    left_out: Mapping[str, LeftOut]
+    "what the input held that is no row, by reason"
     runs: Sequence[RunStatus]
+    notes: Sequence[str] = ()
+    "what was said when it was begun: no mistake, but worth knowing"
 
     @property
     def ok(self) -> int:
@@ -115,7 +120,9 @@ def read_status(store: FeatureStore) -> StoreStatus:
         stored_bytes={name: round(size * scale) for name, size in stored.items()},
         objects=round(objects * scale),
         is_sampled=len(picked) < len(done),
+        left_out=store.index.left_out,
         runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
+        notes=store.attributes.get("notes", ()),
     )
 
 
@@ -182,8 +189,12 @@ def status_lines(status: StoreStatus) -> Iterator[str]:
     about = "about " if status.is_sampled else ""
     yield f"{status.out}: {state_in_words(status)}"
     yield f"images   {status.ok:,} ok, {about}{status.failed:,} failed, {status.pending:,} pending, {status.rows:,} in all"
+    for line in left_out_lines(status.left_out):
+        yield f"left out {line}"
     yield f"tasks    {status.tasks_done:,} of {status.tasks:,} done"
     yield f"stored   {about}{size_text(sum(status.stored_bytes.values()))} in {about}{status.objects:,} objects"
+    for note in status.notes:
+        yield f"note     {note}"
     if status.runs:
         yield from _run_lines(status, status.runs[-1])
 

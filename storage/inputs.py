@@ -1,21 +1,35 @@
 """The files of the input: what a user's `--data` matches, and reading one from its start to its end."""
 
 import contextlib
+import errno
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
 
 import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from storage.folders import files_below, matches, without_repeats
+from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
 from storage.paths import InputError, filesystem, is_memory, query_free, reaching, redact
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
-"""Members that are taken for the image of a sample; of several, the first in this order."""
+_COMMON = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+
+IMAGE_EXTENSIONS = (
+    *_COMMON,
+    *("jfif", "jpe", "jif", "avif", "avifs", "jp2", "j2k", "jpx", "jpf", "j2c", "jpc"),
+    *("ppm", "pnm", "pgm", "pbm", "tga", "icb", "vda", "vst", "dib", "apng", "ico"),
+)
+"""Members that are taken for the image of a sample; of several, the first in this order, which has those first that are
+seldom a mask beside a photograph. All that operators/image.py opens but .pfm, which is float data without a range."""
+
+_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tlz|tzst|tz|tar\.(gz|bz2?|xz|zstd?|lz4?|lzma|z|br|sz))$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,94 +41,205 @@ class InputFile:
     size: int
     "bytes"
     etag: str
-    "the store's ETag, or `mtime:<ns>` for files that have none; empty where neither is known"
+    "the store's ETag, or `mtime:<ns>,ctime:<ns>` for files, which have none; empty where neither is known"
     base: str = ""
     "for a file of a plain folder: the folder's URL; keys are relative to it"
 
     @property
+    def name(self) -> str:
+        """The path below `base`, or without that the file's name; a signed URL's query is no part of it."""
+        url = query_free(self.url) if self.url.startswith(("http://", "https://")) else self.url
+        return url[len(self.base) :].lstrip("/") if self.base else url.rsplit("/", 1)[-1]
+
+    @property
     def is_image(self) -> bool:
-        return self.url.rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS
+        return _is_image(self.name)
 
 
-def expand_inputs(patterns: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[InputFile]:
+@dataclass(frozen=True)
+class Listing(Sequence[InputFile]):
+    """The files of an input in order, and what was found beside them and not taken."""
+
+    files: tuple[InputFile, ...] = ()
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+
+    @overload
+    def __getitem__(self, index: int) -> InputFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[InputFile, ...]: ...
+    def __getitem__(self, index: int | slice) -> InputFile | tuple[InputFile, ...]:
+        return self.files[index]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _joined(listings: Iterable[Listing]) -> Listing:
+    listings = list(listings)
+    files = tuple(file for listing in listings for file in listing.files)
+    return Listing(files, merge_left_out(*(listing.left_out for listing in listings)))
+
+
+def expand_inputs(
+    patterns: Sequence[str], storage_options: Mapping[str, Any] | None = None, image: str | None = None
+) -> Listing:
     """List what `patterns` match: tar files, or the images of plain folders, in the order given, globs sorted.
 
     A pattern is a URL with braces (`{000..127}`) and globs; a folder stands for its tars, or, where it has none, for
-    the images below it. Raises `InputError` if a pattern matches nothing or names a file that does not exist.
+    the images below it. Symlinks are followed. Of images with one key in a folder, the one with the extension `image` is
+    taken. Raises `InputError` if a pattern matches nothing or names a file that does not exist.
     """
     if not patterns:
         raise InputError(
             "no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images"
         )
-    files: list[InputFile] = []
-    for pattern in patterns:
-        files += _expand_pattern(pattern, storage_options)
-    return files
+    return _joined(_expand_pattern(pattern, storage_options, image) for pattern in patterns)
 
 
-def _expand_pattern(pattern: str, options: Mapping[str, Any] | None) -> list[InputFile]:
+def _expand_pattern(pattern: str, options: Mapping[str, Any] | None, image: str | None) -> Listing:
     try:
         urls = list(braceexpand.braceexpand(pattern))
     except braceexpand.UnbalancedBracesError:
         raise InputError(f"{redact(pattern, options)}: unbalanced braces") from None
     with ThreadPoolExecutor(min(16, len(urls))) as pool:
-        found = list(pool.map(lambda url: _expand_url(url, options), urls))
+        found = list(pool.map(lambda url: _expand_url(url, options, image), urls))
     missing = [url for url, files in zip(urls, found, strict=True) if files is None]
     if missing:
         listed = ", ".join(redact(url, options) for url in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise InputError(f"{redact(pattern, options)}: {len(missing)} of {len(urls)} do not exist: {listed}")
-    files = [file for group in found for file in group or []]
-    if not files:
+    listing = _joined(each for each in found if each is not None)
+    if not listing:
+        left_out = "".join(f"\n  left out: {line}" for line in left_out_lines(listing.left_out))
         raise InputError(
             f"{redact(pattern, options)} matches no tar and no image ({', '.join(IMAGE_EXTENSIONS)}); check the path"
+            + redact(left_out, options)
         )
-    return files
+    return listing
 
 
-def _expand_url(url: str, options: Mapping[str, Any] | None) -> list[InputFile] | None:
+def _expand_url(url: str, options: Mapping[str, Any] | None, image: str | None) -> Listing | None:
     """The files of one URL without braces; None if it names nothing that exists."""
     with reaching(redact(url, options)):
-        return _list_url(url, options)
+        fs, path = filesystem(url, options)
+        if not url.startswith(("http://", "https://")) and any(c in path for c in "*?["):
+            return _list_glob(fs, path, image)
+        try:
+            info = fs.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None
+            raise
+        if info["type"] == "directory":
+            return _list_folder(fs, path, url, image)
+    if info["type"] == "other":
+        raise InputError(f"{redact(url, options)} is neither a file nor a folder")
+    if info.get("size") is None:
+        raise InputError(f"{redact(url, options)}: the server does not tell the file's size, which ranged reads need")
+    return Listing((_input_file(fs, info),))
 
 
-def _list_url(url: str, options: Mapping[str, Any] | None) -> list[InputFile] | None:
-    fs, path = filesystem(url, options)
-    http = url.startswith(("http://", "https://"))
-    if not http and any(c in path for c in "*?["):
-        entries = fs.glob(path, detail=True)
-        return [_input_file(fs, entries[name]) for name in sorted(entries) if entries[name]["type"] == "file"]
-    try:
-        info = fs.info(path)
-    except FileNotFoundError:
-        return None
-    if info["type"] != "directory":
-        if info.get("size") is None:
-            raise InputError(
-                f"{redact(url, options)}: the server does not tell the file's size, which ranged reads need"
-            )
-        return [_input_file(fs, info)]
-    entries = [e for e in fs.find(path, detail=True).values() if not _is_hidden(e["name"], path)]
+def _list_glob(fs: fsspec.AbstractFileSystem, pattern: str, image: str | None) -> Listing:
+    """What a glob matches: tars and images by name; where there are none, every file is taken for a tar."""
+    below = matches(fs, pattern)
+    files = [entry for entry in below.entries if entry["type"] == "file"]
+    taken = [entry for entry in files if _is_tar(entry["name"]) or _is_image(entry["name"])] or files
+    names = {entry["name"] for entry in taken}
+    for entry in below.entries:
+        if entry["type"] == "directory":
+            leave_out(below.left_out, "folder that a glob matches (name the folder itself)", entry["name"])
+        elif entry["name"] not in names:
+            leave_out(below.left_out, _why_not(entry["name"]), entry["name"])
+    taken = without_repeats(taken, below, lambda entry: _key(entry["name"]))
+    return _chosen([_input_file(fs, entry) for entry in taken], image, below.left_out)
+
+
+def _list_folder(fs: fsspec.AbstractFileSystem, path: str, url: str, image: str | None) -> Listing:
+    """The tars directly inside a folder, or else the images below it."""
+    below = files_below(fs, path)
     depth = path.rstrip("/").count("/") + 1
-    tars = [e for e in entries if e["name"].endswith(".tar") and e["name"].count("/") == depth]
-    images = [e for e in entries if e["name"].rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS]
-    files = [_input_file(fs, e, base="" if tars else url) for e in tars or images]
-    return sorted(files, key=lambda file: file.url)
+    tars = [e for e in below.entries if _is_tar(e["name"]) and e["name"].count("/") == depth]
+    taken = tars or [e for e in below.entries if _is_image(e["name"])]
+    names = {entry["name"] for entry in taken}
+    for entry in below.entries:
+        if entry["name"] not in names:
+            leave_out(below.left_out, _why_not(entry["name"], beside_tars=bool(tars)), entry["name"])
+    if tars:
+        taken = without_repeats(tars, below, lambda entry: _key(entry["name"]))
+    files = [_input_file(fs, entry, base="" if tars else url) for entry in taken]
+    return _chosen(sorted(files, key=lambda file: file.url), image, below.left_out)
 
 
-def _is_hidden(name: str, folder: str) -> bool:
-    return any(part.startswith(".") for part in name[len(folder) :].split("/"))
+def _is_tar(name: str) -> bool:
+    return _extension(name) == "tar"
+
+
+def _is_image(name: str) -> bool:
+    return _extension(name) in IMAGE_EXTENSIONS
+
+
+def _extension(name: str) -> str:
+    """Behind the last dot of a file's name, in lower case; empty where there is none."""
+    return name.rsplit("/", 1)[-1].rpartition(".")[2].lower() if "." in name.rsplit("/", 1)[-1] else ""
+
+
+def _key(path: str) -> str:
+    """The part of a file's name that is the key of its sample; empty for a tar, whose name is none."""
+    name = path.rsplit("/", 1)[-1]
+    return "" if _is_tar(name) else name.split(".", 1)[0] or name
+
+
+def _why_not(name: str, *, beside_tars: bool = False) -> str:
+    """Why a file of a listing isn't taken."""
+    if _is_tar(name):
+        return "tar in a subfolder (name that folder, too)"
+    if _COMPRESSED.search(name):
+        return "compressed tar (decompress it)"
+    if _is_image(name) and beside_tars:
+        return "image beside tars"
+    extension = _extension(name)
+    return f"neither tar nor image (.{extension})" if extension else "file without an extension"
+
+
+def _chosen(files: Sequence[InputFile], image: str | None, left_out: dict[str, LeftOut]) -> Listing:
+    """Of several images with one key, the one that `image` names, or the only one of a common format, if there is one.
+
+    Others stay, and are refused as two samples of one key.
+    """
+    by_key: dict[str, list[InputFile]] = {}
+    for file in files:
+        if file.is_image:
+            by_key.setdefault(f"{file.url.rpartition('/')[0]}/{_key(file.name)}", []).append(file)
+    dropped: set[str] = set()
+    for same in by_key.values():
+        named = [file for file in same if image and file.name.lower().endswith(f".{image.lower().lstrip('.')}")]
+        common = [file for file in same if _extension(file.name) in _COMMON]
+        one = next((each[0] for each in (named, common) if len(each) == 1), None)
+        if one is not None and len(same) > 1:
+            dropped |= {file.url for file in same if file is not one}
+    for file in files:
+        if file.url in dropped:
+            leave_out(left_out, "further image of one key", query_free(file.url))
+    return Listing(tuple(file for file in files if file.url not in dropped), left_out)
 
 
 def _input_file(fs: fsspec.AbstractFileSystem, info: Mapping[str, Any], base: str = "") -> InputFile:
-    etag = info.get("ETag") or info.get("etag") or ""
-    if not etag and info.get("mtime"):
-        etag = f"mtime:{int(info['mtime'] * 1e9)}"
     return InputFile(
         url=_full_url(fs, info["name"]),
         size=int(info["size"]),
-        etag=str(etag).strip('"'),
+        etag=_stamp(fs, info),
         base=base and _full_url(fs, base),
     )
+
+
+def _stamp(fs: fsspec.AbstractFileSystem, info: Mapping[str, Any]) -> str:
+    """See `InputFile.etag`."""
+    if isinstance(fs, LocalFileSystem):
+        found = Path(info["name"]).stat()  # of what a link points to
+        # The second time can't be set: it tells a file that was replaced under its old time.
+        return f"mtime:{int(found.st_mtime * 1e9)},ctime:{int(found.st_ctime * 1e9)}"
+    return str(info.get("ETag") or info.get("etag") or "").strip('"')
 
 
 def _full_url(fs: fsspec.AbstractFileSystem, name: str) -> str:

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 
 from storage.documents import DamagedObject, Document, decode, parse_json
 from storage.paths import Folder, StorageError
-from storage.samples import PART_ROWS, RowTable, part_name, table_bytes
+from storage.samples import PART_ROWS, RowTable, SampleIndex, part_name, table_bytes
+from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
 
 SCHEMA = pa.schema(
@@ -202,11 +203,12 @@ class Ledger:
         short = next((name for name, size in objects.items() if self.folder.size(name) != size), None)
         return f"{self.folder.shown}/{short} is missing, or shorter or longer than was committed" if short else ""
 
-    def merge(self, keys: Callable[[int, int], pa.ChunkedArray], put: Callable[[str, bytes], None]) -> dict[str, int]:
+    def merge(self, index: SampleIndex, put: Callable[[str, bytes], None]) -> dict[str, int]:
         """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
 
-        `put` writes an object of the store; `keys` gives the index's keys of rows from the first to the last (exclusive).
-        Raises `StorageError` unless every row of the layout has exactly one record, of its key.
+        `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been
+        repaired, since a task was done. Raises `StorageError` unless every row of the layout has exactly one record, of
+        its key in the index.
         """
         counts: dict[str, int] = {}
         layout = self.layout
@@ -219,7 +221,9 @@ class Ledger:
                 raise StorageError(
                     f"{self.folder.shown}: the ledger's rows don't add up in part {part}; keep the store, report this"
                 )
-            self._require_keys(table, keys(expected.start, expected.stop))
+            places = index.read(expected.start, expected.stop)
+            self._require_keys(table, places["key"])
+            table = _placed(table, places, index.sources)
             for item in pc.value_counts(table["status"]).to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
             put(part_name("ledger/samples", part), table_bytes(table))
@@ -260,7 +264,7 @@ class Ledger:
                 tables.append(pa.Table.from_pylist([{"row": row} for row in mine.tolist()], schema=SCHEMA))
         order = np.argsort(np.argsort(at, kind="stable"), kind="stable")
         table = pa.concat_tables(tables).take(order) if tables else SCHEMA.empty_table()
-        return table.select(columns) if columns else table
+        return table if columns is None else table.select(columns)
 
     def failed(self, blocks: Sequence[int]) -> pa.Table:
         """Failed rows of committed `blocks`, from their records."""
@@ -278,6 +282,15 @@ def require_rows(table: pa.Table) -> None:
     """Raise `ValueError` for ledger rows without key or status, or with a status that there isn't."""
     if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
         raise ValueError("it has rows without a key, or of a status other than ok and failed")
+
+
+def _placed(table: pa.Table, places: pa.Table, sources: Sequence[Source]) -> pa.Table:
+    """Ledger rows with the sources, offsets and sizes of the same rows of an index."""
+    urls = pa.array([source.url for source in sources], pa.string())
+    columns = {name: places[name] for name in ("member", "offset", "size")} | {"source": urls.take(places["source"])}
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), SCHEMA.field(name), values)
+    return table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A store's root document, `zarr.json`: the one object whose existence is the store's, with the fingerprint of what it holds."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,8 +33,13 @@ class _Attributes:
     layout: Layout
     counts: Mapping[str, int] | None = None
     upgraded_from: int | None = None
+    index: str | None = None
+    "the index's folder, where it isn't the first one: input was repaired"
+    origin: str | None = None
+    "the fingerprint that the store began with, and that its commit records have, where input was repaired since"
     versions: Mapping[str, str] | None = None
     config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] | None = None
 
 
 def read_attributes(folder: Folder) -> dict[str, Any] | None:
@@ -66,6 +72,10 @@ def read_attributes(folder: Folder) -> dict[str, Any] | None:
 
 def _check(found: _Attributes) -> None:
     """Raise `ValueError` where the numbers don't go together."""
+    if found.index is not None and not re.fullmatch(r"index(/[0-9a-f]{12})?", found.index):
+        raise ValueError(f"{found.index!r} is no place of an index")
+    if not found.spec.levels:
+        raise ValueError("a store without levels holds nothing")
     counts = found.counts or {}
     if set(counts) - {"ok", "failed"} or any(count < 0 for count in counts.values()):
         raise ValueError(f"counts can't be {dict(counts)}")

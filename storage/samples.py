@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -21,9 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.documents import Document, decode, require_columns, rows_as, with_columns
+from storage.documents import DamagedObject, Document, decode, require_columns, rows_as, with_columns
 from storage.inputs import InputFile
+from storage.left_out import LeftOut, left_out_json, left_out_lines, merge_left_out, parse_left_out
 from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
+from storage.sources import Source, changes_of, in_order, is_of_input, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 PART_ROWS = MAX_BLOCK_ROWS
 """Rows of one Parquet file of the index; a multiple of every block size, so that no task spans two parts."""
+
+INDEX = "index"
+"""Folder of an index below the output."""
 
 ROW_GROUP_ROWS = 2**13
 """Rows of one Parquet row group: what a worker reads to learn about its task."""
@@ -44,28 +48,23 @@ class DuplicateKeys(InputError):
     """Two samples of the input have the same key."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One input file as the index knows it."""
-
-    url: str
-    "without credentials"
-    size: int
-    etag: str
-    digest: str
-    "sha256 of its rows"
-    problems: str = ""
-
-
 class RowTable:
     """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for.
 
     Reading raises `DamagedObject` where a part isn't of `n_rows` rows in all, and of the columns of `schema`; those of
-    `optional` are null where it lacks them.
+    `optional` are null where it lacks them. Each part names the `index` that it belongs to, where one is given.
     """
 
-    def __init__(self, folder: Folder, prefix: str, n_rows: int, schema: pa.Schema, optional: Sequence[str] = ()):
-        self._parts = _Parts(folder, prefix, n_rows, schema, optional)
+    def __init__(
+        self,
+        folder: Folder,
+        prefix: str,
+        n_rows: int,
+        schema: pa.Schema,
+        optional: Sequence[str] = (),
+        index: str | None = None,
+    ):
+        self._parts = _Parts(folder, prefix, n_rows, schema, optional, index)
 
     def part(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a part."""
@@ -99,9 +98,17 @@ class _Parts:
     One thread reads at a time: two in one ParquetFile end in errors or a crash.
     """
 
-    def __init__(self, folder: Folder, prefix: str, n_rows: int, schema: pa.Schema, optional: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder: Folder,
+        prefix: str,
+        n_rows: int,
+        schema: pa.Schema,
+        optional: Sequence[str] = (),
+        index: str | None = None,
+    ):
         self.folder, self.prefix, self.n_rows = folder, prefix, n_rows
-        self.schema, self.optional = schema, optional
+        self.schema, self.optional, self.index = schema, optional, index
         self._open: dict[tuple[int, int], pq.ParquetFile] = {}
         self._locks: dict[int, threading.Lock] = {}
 
@@ -145,6 +152,9 @@ class _Parts:
     def _require_whole(self, file: pq.ParquetFile, part: int) -> None:
         """Raise `ValueError` unless the file has the part's columns and rows, in groups where they are looked for."""
         require_columns(file.schema_arrow, self.schema, self.optional)
+        # Two runs may have written an index here: a part of another one would put other images on the rows.
+        if self.index is not None and (file.schema_arrow.metadata or {}).get(b"index", b"").decode() != self.index:
+            raise ValueError("it is a part of another index")
         rows = min(PART_ROWS, self.n_rows - part * PART_ROWS)
         groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         if groups != [min(ROW_GROUP_ROWS, rows - start) for start in range(0, rows, ROW_GROUP_ROWS)]:
@@ -155,18 +165,22 @@ class SampleIndex:
     """The rows of an input, saved under `<out>/index/`: `samples/part-*.parquet`, `keys/part-*.parquet` (keys in order, with
     their rows) and `sources.parquet`.
 
-    Row numbers are positions: sources in the order given, samples in the order of the archive.
+    Row numbers are positions: sources in the order in which they were first given, samples in the order of the archive.
+    Input that was repaired keeps the rows it has, and its index lies in a folder of its own (`prefix`); samples that came
+    with the repair are the last ones.
     """
 
-    def __init__(self, folder: Folder):
-        self.folder = folder
-        document = Document(folder, "index/sources.parquet")
+    def __init__(self, folder: Folder, prefix: str = INDEX):
+        self.folder, self.prefix = folder, prefix
+        document = Document(folder, f"{prefix}/sources.parquet")
         data = document.bytes()
         with document.parsing():
             self._parse(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
         schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried)])
-        self._table = RowTable(folder, "index/samples", self.n_rows, schema)
-        self._keys = _Parts(folder, "index/keys", self.n_rows, KEYS_SCHEMA)
+        # Earlier versions didn't name the index in its parts.
+        named = None if self.order is None else self.digest
+        self._table = RowTable(folder, f"{prefix}/samples", self.n_rows, schema, index=named)
+        self._keys = _Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
 
     def _parse(self, table: pa.Table) -> None:
         """Take what index/sources.parquet says. Raises one of what `Document.parsing` knows where that can't be."""
@@ -174,6 +188,8 @@ class SampleIndex:
         self.sources = rows_as(Source, table)
         self.n_rows = int(meta[b"n_rows"])
         self.digest = meta[b"digest"].decode()
+        self.order = meta[b"order"].decode() if b"order" in meta else None
+        "of the rows, empty where they are in the order of the sources; see `index_digest`"
         self.n_unreadable = int(meta[b"n_unreadable"])
         "rows whose `problem` is not null"
         self.is_cut = meta[b"is_cut"] == b"True"
@@ -182,14 +198,50 @@ class SampleIndex:
         self.carried: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"carried"]), "carried"))
         "columns that `--carry` took from the samples' text members"
         self.first_keys: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"first_keys"]), "first_keys"))
-        if self.digest != index_digest(self.n_rows, self.sources):
+        self.left_out: dict[str, LeftOut] = parse_left_out(meta.get(b"left_out", b"").decode())
+        "what the input held that is no row, when it was indexed; empty in indexes that did not count it"
+        if self.digest != index_digest(self.n_rows, self.sources, self.order or ""):
             raise ValueError("its digest isn't that of the sources it lists")
         if not 0 <= self.n_unreadable <= self.n_rows or len(self.first_keys) != -(-self.n_rows // PART_ROWS):
             raise ValueError(f"its counts don't fit {self.n_rows} rows")
 
     @staticmethod
-    def exists(folder: Folder) -> bool:
-        return folder.exists("index/sources.parquet")
+    def exists(folder: Folder, prefix: str = INDEX) -> bool:
+        return folder.exists(f"{prefix}/sources.parquet")
+
+    def is_whole(self) -> bool:
+        """Whether every part is there and belongs to this index: a killed run, or another one, may have left a mixture."""
+        try:
+            for part in range(-(-self.n_rows // PART_ROWS)):
+                self.read(part * PART_ROWS, part * PART_ROWS + 1)
+                self._keys.metadata(part)
+        except DamagedObject:
+            return False
+        return True
+
+    def urls(self, files: Sequence[InputFile]) -> tuple[str, ...]:
+        """URLs to read the sources from, in the order of the sources: with credentials, as `files` have them.
+
+        Raises `InputError` for sources that aren't among the files.
+        """
+        paired, _ = pair(self.sources, files)
+        gone = [
+            f"{source.url} is gone from the input"
+            for source, file in zip(self.sources, paired, strict=True)
+            if not file
+        ]
+        if gone:
+            raise other_input(self, gone)
+        return tuple(file.url for file in paired if file)
+
+    def rows_of(self, sources: Sequence[int]) -> pa.Table:
+        """All rows of some sources (positions), in order, with their numbers in the column `row`."""
+        wanted, tables = pa.array(sources, pa.int32()), []
+        for first in range(0, self.n_rows, PART_ROWS):
+            table = self.read(first, min(first + PART_ROWS, self.n_rows))
+            table = table.append_column("row", pa.array(np.arange(first, first + len(table))))
+            tables.append(table.filter(pc.is_in(table["source"], wanted)))
+        return pa.concat_tables(tables)
 
     def read(self, first: int, last: int) -> pa.Table:
         """Rows `first` to `last` (exclusive); they must lie within one part."""
@@ -205,12 +257,22 @@ class SampleIndex:
             if name in table.column_names and len(table):
                 bounds = pc.min_max(table[name])
                 if table[name].null_count or bounds["min"].as_py() < 0 or bounds["max"].as_py() >= end:
-                    raise Document(self.folder, "index/samples").damaged(f"has rows whose {name} can't be")
+                    raise Document(self.folder, f"{self.prefix}/samples").damaged(f"has rows whose {name} can't be")
         return table
 
     def keys(self, first: int, last: int) -> pa.ChunkedArray:
         """Keys of rows `first` to `last` (exclusive); they must lie within one part."""
         return self._table.read(first, last, ["key"])["key"]
+
+    def largest_block_bytes(self, block_rows: int, largest_image: int) -> int:
+        """Bytes of the images of that block of `block_rows` rows which has most; images above `largest_image` don't count."""
+        most = 0
+        for first in range(0, self.n_rows, PART_ROWS):
+            last = min(first + PART_ROWS, self.n_rows)
+            sizes = self._table.read(first, last, ["size"])["size"].to_numpy()
+            sizes = np.where(sizes <= largest_image, sizes, 0)
+            most = max(most, int(np.add.reduceat(sizes, np.arange(0, len(sizes), block_rows)).max()))
+        return most
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers (int64) of `keys`, in that order. Raises `UnknownName` with the first that there is none of."""
@@ -238,23 +300,8 @@ class SampleIndex:
         table = table.filter(pc.is_in(table["key"], pa.array(keys, table["key"].type)))
         rows = table["row"].to_pylist()
         if rows and not 0 <= min(rows) <= max(rows) < self.n_rows:
-            raise Document(self.folder, part_name("index/keys", part)).damaged("names rows that there aren't")
+            raise Document(self.folder, part_name(f"{self.prefix}/keys", part)).damaged("names rows that there aren't")
         return dict(zip(table["key"].to_pylist(), rows, strict=True))
-
-    def changed(self, files: Sequence[InputFile]) -> list[str]:
-        """In words, how `files` differ from the ones that were indexed (name, size, ETag); empty if they don't."""
-        known = {source.url: source for source in self.sources}
-        now = {query_free(file.url): file for file in files}
-        out = [f"{url} is gone from the input" for url in known.keys() - now.keys()]
-        out += [f"{url} is new" for url in now.keys() - known.keys()]
-        for url in known.keys() & now.keys():
-            if known[url].size != now[url].size:
-                out.append(f"{url}: {known[url].size} bytes when indexed, {now[url].size} now")
-            elif known[url].etag and now[url].etag and known[url].etag != now[url].etag:
-                out.append(
-                    f"{url}: changed since it was indexed (ETag or time {known[url].etag} then, {now[url].etag} now)"
-                )
-        return sorted(out)
 
 
 def _may_hold(column: pq.ColumnChunkMetaData, keys: Sequence[str]) -> bool:
@@ -293,14 +340,17 @@ def collect_index(
         url = query_free(file.url)
         readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
         if not readable:
-            found = scan.rows["problem"][0].as_py() if len(scan.rows) else "it has no samples"
+            found = scan.rows["problem"][0].as_py() if len(scan.rows) else _nothing_in(scan)
             raise InputError(
                 f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
             )
         problems = "; ".join(scan.problems)
         ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
         tables.append(scan.rows.set_column(1, "source", ordinal))
-        sources.append(Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems))
+        left_out = left_out_json(scan.left_out)
+        sources.append(
+            Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
+        )
         count += len(scan.rows)
         if limit is not None and count >= limit:
             break
@@ -309,11 +359,16 @@ def collect_index(
     table = pa.concat_tables(tables)
     if limit is not None:
         table = table.slice(0, limit)
-    _refuse_duplicates(table, sources)
+    refuse_duplicates(table, sources)
     return table, sources
 
 
-def _refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
+def _nothing_in(scan: SourceScan) -> str:
+    return ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
+
+
+def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
+    """Raise `DuplicateKeys` where two rows of an index have one key."""
     counts = pc.value_counts(table["key"])
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if not len(repeated):
@@ -337,16 +392,65 @@ def write_index(
     *,
     rules: MemberRules | None = None,
     limit: int | None = None,
+    left_out: Mapping[str, LeftOut] | None = None,
+    order: str = "",
+    prefix: str = INDEX,
 ) -> SampleIndex:
-    """Save the index under `folder`; the sources file goes last and makes it exist."""
+    """Save the index under `folder`; the sources file goes last and makes it exist.
+
+    `left_out` is what lay beside the sources. `order`: see `index_digest`.
+    """
+    meta = {"index": index_digest(len(table), sources, order)}
     for part, start in enumerate(range(0, len(table), PART_ROWS)):
-        folder.write(part_name("index/samples", part), table_bytes(table.slice(start, PART_ROWS)))
-    first_keys = _write_keys(folder, table["key"])
-    folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys))
-    return SampleIndex(folder)
+        folder.write(part_name(f"{prefix}/samples", part), table_bytes(table.slice(start, PART_ROWS), meta))
+    first_keys = _write_keys(folder, f"{prefix}/keys", table["key"], meta)
+    described = {
+        "n_rows": str(len(table)),
+        "n_unreadable": str(len(table) - table["problem"].null_count),
+        "digest": meta["index"],
+        "order": order,
+        "is_cut": str(len(table) == limit),
+        "rules": rules_text(rules),
+        "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
+        "first_keys": json.dumps(first_keys),
+        "left_out": left_out_json(merge_left_out(left_out or {}, sources_left_out(sources))),
+    }
+    folder.write(f"{prefix}/sources.parquet", _sources_bytes(sources, described))
+    return SampleIndex(folder, prefix)
 
 
-def _write_keys(folder: Folder, keys: pa.ChunkedArray) -> list[str]:
+def move_index(index: SampleIndex, folder: Folder) -> SampleIndex:
+    """Write an index to another folder, the sources file last, and drop the original."""
+    names = _object_names(index.prefix, index.n_rows)
+    for name in names:
+        folder.write(name, index.folder.read(name))
+    index.folder.remove(names)
+    return SampleIndex(folder, index.prefix)
+
+
+def remove_indexes(folder: Folder, but: str) -> None:
+    """Drop the indexes of a folder other than the one at prefix `but`, also what a killed run left of them."""
+    generations = [f"{INDEX}/{name}" for name in folder.folders(INDEX) if name not in ("samples", "keys")]
+    for prefix in {INDEX, *generations} - {but}:
+        parts = [f"{prefix}/{kind}/{name}" for kind in ("samples", "keys") for name in folder.sizes(f"{prefix}/{kind}")]
+        folder.remove([*(name for name in parts if name.endswith(".parquet")), f"{prefix}/sources.parquet"])
+
+
+def _object_names(prefix: str, n_rows: int) -> list[str]:
+    """The objects of an index, in the order in which they are written."""
+    parts = [part_name(f"{prefix}/{name}", i) for name in ("samples", "keys") for i in range(-(-n_rows // PART_ROWS))]
+    return [*parts, f"{prefix}/sources.parquet"]
+
+
+def update_sources(index: SampleIndex, sources: Sequence[Source]) -> SampleIndex:
+    """Save how the sources are named and stamped now; the rows stay as they are."""
+    name = f"{index.prefix}/sources.parquet"
+    meta = pq.read_table(pa.BufferReader(index.folder.read(name))).schema.metadata or {}
+    index.folder.write(name, _sources_bytes(sources, {key.decode(): value.decode() for key, value in meta.items()}))
+    return SampleIndex(index.folder, index.prefix)
+
+
+def _write_keys(folder: Folder, prefix: str, keys: pa.ChunkedArray, meta: Mapping[str, str]) -> list[str]:
     """Save keys in order, each with its row, so that one is found without reading all; returns each part's first."""
     keys = pa.chunked_array(keys, pa.string()).cast(pa.large_string()).combine_chunks()
     order = pc.sort_indices(keys)
@@ -354,39 +458,22 @@ def _write_keys(folder: Folder, keys: pa.ChunkedArray) -> list[str]:
     for part, start in enumerate(range(0, len(order), PART_ROWS)):
         rows = order.slice(start, PART_ROWS).cast(pa.int64())
         table = pa.table({"key": keys.take(rows).cast(pa.string()), "row": rows})
-        folder.write(part_name("index/keys", part), table_bytes(table))
+        folder.write(part_name(prefix, part), table_bytes(table, meta))
         first_keys.append(table["key"][0].as_py())
     return first_keys
 
 
-def index_digest(n_rows: int, sources: Sequence[Source]) -> str:
-    """sha256 of what the rows are: independent of where the sources lie."""
-    return hashlib.sha256("\n".join([str(n_rows), *(source.digest for source in sources)]).encode()).hexdigest()
+def index_digest(n_rows: int, sources: Sequence[Source], order: str = "") -> str:
+    """sha256 of what the rows are: independent of where the sources lie.
+
+    `order` is a digest of which sample is on which row, empty where rows are in the order of the sources.
+    """
+    text = [str(n_rows), *(source.digest for source in sources), *([order] if order else [])]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
 
 
-def _sources_bytes(
-    table: pa.Table,
-    sources: Sequence[Source],
-    rules: MemberRules | None,
-    limit: int | None,
-    first_keys: Sequence[str],
-) -> bytes:
-    rows = pa.Table.from_pylist([vars(source) for source in sources])
-    meta = {
-        "n_rows": str(len(table)),
-        "n_unreadable": str(len(table) - table["problem"].null_count),
-        "digest": index_digest(len(table), sources),
-        "is_cut": str(len(table) == limit),
-        "rules": _rules_text(rules),
-        "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
-        "first_keys": json.dumps(first_keys),
-    }
-    return table_bytes(rows, meta)
-
-
-def _rules_text(rules: MemberRules | None) -> str:
-    rules = rules or MemberRules()
-    return f"--image-member {rules.image or 'not given'} and --carry {' '.join(rules.carry) or 'not given'}"
+def _sources_bytes(sources: Sequence[Source], meta: Mapping[str, str]) -> bytes:
+    return table_bytes(pa.Table.from_pylist([vars(source) for source in sources]), meta)
 
 
 def build_index(
@@ -397,42 +484,41 @@ def build_index(
     rules: MemberRules | None = None,
     *,
     in_use: bool = True,
+    left_out: Mapping[str, LeftOut] | None = None,
 ) -> SampleIndex:
     """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
 
-    Where the sources (by size or ETag) or the settings changed since, it scans again; the index stands if its rows are
-    still the same. If they aren't, it's replaced, or, where features rest on it (`in_use`), `InputError` is raised.
+    Where the sources (by URL, size or stamp) or the settings changed since, or a killed run left a part of it, it scans
+    again. Where something rests on the index (`in_use`), sources may have moved, or been touched while they hold the same
+    samples; anything else is an `InputError`. `left_out` is what lay beside the files.
     """
     if not SampleIndex.exists(folder):
-        table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-        return write_index(folder, table, sources, rules=rules, limit=limit)
+        return _scan_and_write(folder, files, scan_many, limit, rules, left_out)
     index = SampleIndex(folder)
-    if in_use and limit is not None and limit < index.n_rows:
-        raise InputError(f"{folder.shown} has {index.n_rows} rows, this run asks for --limit {limit}; use a new --out")
-    if limit == index.n_rows:
-        files = files[: len(index.sources)]
-    changes = index.changed(files)
-    if index.n_rows > (limit or index.n_rows):
-        changes.append(f"its index holds {index.n_rows} samples, this run asks for --limit {limit}")
-    if index.is_cut and limit != index.n_rows:
-        changes.append(f"its index holds the first {index.n_rows} samples only (--limit)")
-    if index.rules != _rules_text(rules):
-        changes.append(f"it was indexed with {index.rules}, this run has {_rules_text(rules)}")
+    if not in_use:
+        stands = is_of_input(index, files, limit, rules)
+        return index if stands else _scan_and_write(folder, files, scan_many, limit, rules, left_out)
+    changes = changes_of(index, files, limit, rules)
     if changes:
         logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
+        files = in_order(index, files, limit)
         table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-        if not in_use:
-            return write_index(folder, table, sources, rules=rules, limit=limit)
         if index_digest(len(table), sources) != index.digest:
-            raise InputError(
-                f"{folder.shown} was made from other input:\n  "
-                + "\n  ".join(changes[:10])
-                + "\nUse a new --out, or restore what changed."
-            )
-        first_keys = index.first_keys
-        folder.write("index/sources.parquet", _sources_bytes(table, sources, rules, limit, first_keys))
-        index = SampleIndex(folder)
+            raise other_input(index, changes)
+        index = update_sources(index, sources)
     return index
+
+
+def _scan_and_write(
+    folder: Folder,
+    files: Sequence[InputFile],
+    scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
+    limit: int | None,
+    rules: MemberRules | None,
+    left_out: Mapping[str, LeftOut] | None,
+) -> SampleIndex:
+    table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
+    return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
 
 
 def read_images(

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from storage.documents import decode
@@ -124,16 +124,21 @@ class FeatureSpec:
     precision: Literal["bf16", "fp16", "fp32"]
     jpeg_draft: bool
     levels: tuple[Level, ...]
+    model_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    "timm's arguments, JSON values, where the network isn't built as its name alone says"
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]
-        if not names or len(set(names)) != len(names):
-            raise InvalidSpec(f"levels must be different ones, at least one; got {' '.join(names) or 'none'}")
+        if len(set(names)) != len(names):
+            raise InvalidSpec(f"levels must be different ones; got {' '.join(names)}")
         if len(self.input_size) != 2 or any(size < 1 for size in self.input_size):
             raise InvalidSpec(f"the model's input can't be of {self.input_size} pixels")
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        data = json.loads(json.dumps(asdict(self)))
+        if not self.model_args:  # stores from before there were any keep their fingerprint
+            del data["model_args"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "FeatureSpec":

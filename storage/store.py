@@ -7,7 +7,7 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from storage.paths import Folder, StorageError, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
 from storage.root import FORMAT, ROOT, StoreReplaced, read_attributes, require_same_store
-from storage.samples import SampleIndex
+from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.shards import compress, encode_row, encode_shard
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
 
@@ -66,7 +66,8 @@ class FeatureStore:
         self.spec = FeatureSpec.from_json(attributes["spec"])
         self.layout = Layout(**attributes["layout"])
         unmarked = attributes["format"] < 3 or "upgraded_from" in attributes
-        self.ledger = Ledger(folder, self.layout, self.spec.levels, attributes["fingerprint"], unmarked=unmarked)
+        origin = attributes.get("origin", attributes["fingerprint"])
+        self.ledger = Ledger(folder, self.layout, self.spec.levels, origin, unmarked=unmarked)
         self._readers: dict[str, LevelReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +112,8 @@ class FeatureStore:
         folder = Folder(url, storage_options)
         store = cls(folder, read_attributes(folder) or cls._begin(folder, spec, layout, provenance))
         store.require(spec, layout)
-        store._restore_documents()
+        if store.status == "writing":
+            store._restore_documents()
         return store
 
     @classmethod
@@ -161,13 +163,24 @@ class FeatureStore:
     @functools.cached_property
     def index(self) -> SampleIndex:
         """The samples. Raises `DamagedObject` where they aren't those that the store was made of."""
-        index = SampleIndex(self.folder)
+        index = SampleIndex(self.folder, self._index_prefix)
         if (index.n_rows, index.digest) != (self.layout.n_rows, self.layout.index):
-            raise Document(self.folder, "index/sources.parquet").damaged(
+            raise Document(self.folder, f"{self._index_prefix}/sources.parquet").damaged(
                 f"is another index's: {index.n_rows} rows, digest {index.digest[:12]}, where the store has "
                 f"{self.layout.n_rows} rows, digest {self.layout.index[:12]}"
             )
         return index
+
+    def has_index(self) -> bool:
+        """Whether the whole index is there, and is the one that the store was made of."""
+        try:
+            return self.index.is_whole()
+        except DamagedObject:
+            return False
+
+    @property
+    def _index_prefix(self) -> str:
+        return self.attributes.get("index", INDEX)
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -276,17 +289,26 @@ class FeatureStore:
     def records(self, rows: Selection, columns: Sequence[str] | None = None) -> pa.Table:
         """Ledger rows (`storage.ledger.SCHEMA`), in the order asked; all null but `row` where a row isn't written yet.
 
-        `columns`: of the ledger, or carried ones (`index.carried`). Raises `UnknownName` for others.
+        `columns`: of the ledger, or carried ones (`index.carried`), which the index knows before a row is written. Raises
+        `UnknownName` for others.
         """
         wanted, columns = self.rows(rows), list(SCHEMA.names if columns is None else columns)
-        carried = [name for name in columns if name not in SCHEMA.names]
-        if unknown := [name for name in carried if name not in self.index.carried]:
+        own = self._ledger_columns(columns)
+        take = self.ledger.take if self.status == "complete" else self.ledger.take_committed
+        return self._with_carried(take(wanted, own), wanted, columns)
+
+    def _ledger_columns(self, columns: Sequence[str]) -> list[str]:
+        """Those of `columns` that the ledger has, and `row`. Raises `UnknownName` for what neither it nor the index carries."""
+        further = [name for name in columns if name not in SCHEMA.names]
+        if further and (unknown := [name for name in further if name not in self.index.carried]):
             known = ", ".join([*SCHEMA.names, *self.index.carried])
             raise UnknownName(f"{self.folder.shown} has no column {unknown[0]!r}; it has {known}")
-        own = [name for name in columns if name in SCHEMA.names]
-        take = self.ledger.take if self.status == "complete" else self.ledger.take_committed
-        table = take(wanted, own or ["row"])
-        more = self.index.take(wanted, carried) if carried else table
+        return [name for name in dict.fromkeys(["row", *columns]) if name in SCHEMA.names]
+
+    def _with_carried(self, table: pa.Table, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """`columns` of `table`, ledger rows of numbers `rows`, and of the index what the ledger hasn't."""
+        carried = [name for name in columns if name not in SCHEMA.names]
+        more = self.index.take(rows, carried) if carried else table
         return pa.table({name: (more if name in carried else table)[name] for name in columns})
 
     def valid(self, rows: Selection = slice(None)) -> np.ndarray:
@@ -298,11 +320,14 @@ class FeatureStore:
         return pc.fill_null(pc.equal(statuses, "ok"), False).to_numpy(zero_copy_only=False)
 
     def failures(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
-        """Ledger rows of all that failed so far; at least `columns` of them."""
+        """Ledger rows of all that failed so far: `columns` of the ledger, or carried ones. Raises `UnknownName` for others."""
+        own = self._ledger_columns([*columns, "status"])
         if self.status == "complete":
-            table = self.ledger.table(list(dict.fromkeys([*columns, "status"])))
-            return table.filter(pc.equal(table["status"], "failed"))
-        return self.ledger.failed(sorted(self.ledger.done()))
+            table = self.ledger.table(own)
+            table = table.filter(pc.equal(table["status"], "failed"))
+        else:
+            table = self.ledger.failed(sorted(self.ledger.done()))
+        return self._with_carried(table, table["row"].to_numpy(), columns)
 
     def _why_missing(self, rows: np.ndarray) -> str:
         columns = ["row", "key", "status", "stage", "error", "message"]
@@ -324,9 +349,33 @@ class FeatureStore:
         done = self.ledger.done()
         return [task for task in self.layout.tasks() if task.block not in done]
 
+    def input_rows(self, rows: np.ndarray) -> pa.Table:
+        """`row`, `status` and `digest` of row numbers, from the commit records; null where nothing is committed."""
+        return self.ledger.take_committed(rows, ["row", "status", "digest"])
+
     def require_in_place(self) -> None:
         """Raise `StoreReplaced` unless this store still lies where it was opened."""
         require_same_store(self.folder, self.attributes["fingerprint"])
+
+    def adopt_index(self, index: SampleIndex) -> None:
+        """Go on with an index of repaired input, which is written: the root names it. Driver only. Raises `StoreReplaced`.
+
+        Rows that changed must be pending by now. Further rows make the arrays longer. Commit records keep the fingerprint
+        that the store began with.
+        """
+        layout = replace(self.layout, n_rows=index.n_rows, index=index.digest)
+        kept = {name: value for name, value in self.attributes.items() if name != "counts"}
+        own = {
+            "status": "writing",
+            "layout": asdict(layout),
+            "fingerprint": fingerprint(self.spec, layout),
+            "index": index.prefix,
+            "origin": self.attributes.get("origin", self.attributes["fingerprint"]),
+        }
+        self._write_root({**kept, **own}, consolidated=False)
+        self.__dict__.pop("index", None)  # the cached one
+        self.__setstate__(self.__getstate__())
+        self._restore_documents()
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object of this store: one request where there is none of that name. Raises `StoreReplaced`.
@@ -368,7 +417,7 @@ class FeatureStore:
                 f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
         self._restore_documents()
-        counts = self.ledger.merge(self.index.keys, self.put)
+        counts = self.ledger.merge(self.index, self.put)
         self._write_root({**self.attributes, "status": "complete", "counts": counts}, consolidated=True)
 
     def _write_root(self, attributes: Mapping[str, Any], *, consolidated: bool) -> None:
@@ -380,6 +429,7 @@ class FeatureStore:
     def _sweep(self) -> None:
         """Remove what killed runs left beside the store's objects: files half written, probes."""
         self.folder.remove_partial()
+        remove_indexes(self.folder, self._index_prefix)
         probes = [name for name in self.folder.sizes("runs") if f"runs/{name}".startswith(_PROBE)]
         self.folder.remove(f"runs/{name}" for name in probes)
 

@@ -1,20 +1,22 @@
-"""What is in a tar: its samples by WebDataset's rules, where their images lie, and what is damaged.
+"""What is in a tar: its samples by WebDataset's rules, where their images lie, what is damaged, and what is no sample.
 
-Reads headers, and the text members that a user wants carried along. Nothing of an archive becomes a path or is
-unpickled: member names are labels.
+Reads headers (storage/tar_members.py), and the text members that a user wants carried along. Nothing of an archive
+becomes a path or is unpickled: member names and what links lead to are labels within the archive.
 """
 
 import hashlib
+import posixpath
 import re
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from storage.inputs import IMAGE_EXTENSIONS, InputFile, open_sequential
+from storage.left_out import LeftOut, leave_out
 from storage.paths import InputError, query_free
+from storage.tar_members import MAX_TEXT_BYTES, Aside, Gap, Member, TarWalk
 
 SCHEMA = pa.schema(
     [
@@ -29,13 +31,8 @@ SCHEMA = pa.schema(
 """One row per sample. `source` is the position in `SampleIndex.sources`; `offset` and `size` (bytes) locate the image
 inside the source; `problem` says why the sample has no readable image, or is null."""
 
-MAX_CARRIED_BYTES = 2**20
-
-_EXTENSIONS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
-"""Headers that say something about the next one."""
-
-_NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
-"""Members whose size field, as for `tarfile`, says nothing about what follows."""
+_SIDE_FILE = re.compile(r"(^|/)(\._[^/]*|\.DS_Store)$|(^|/)__MACOSX/")
+"""What macOS puts into archives beside the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +61,6 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 @dataclass
-class _Member:
-    name: str
-    offset: int
-    size: int
-
-
-@dataclass
-class _Gap:
-    """A stretch of a tar that is not read."""
-
-    first: int
-    last: int
-    why: str
-
-    def __str__(self) -> str:
-        return f"bytes {self.first} to {self.last} {self.why}"
-
-
-@dataclass
 class SourceScan:
     """What one source holds."""
 
@@ -90,24 +68,31 @@ class SourceScan:
     digest: str
     "sha256 over the rows"
     problems: list[str] = field(default_factory=list)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    "what is in the source and in no row, by reason"
 
 
 def scan_source(file: InputFile, rules: MemberRules, storage_options: Mapping[str, Any] | None = None) -> SourceScan:
     """List the samples of one tar (or the one sample of an image file). Raises `InputError` if it's no tar."""
     if file.is_image:
         return _scan_image_file(file, rules)
-    problems: list[str] = []
     with open_sequential(file, storage_options) as stream:
-        rows = list(_samples(_members(stream, file, problems), stream, file, rules))
-    return _scan_result(rows, rules, problems)
+        walk = TarWalk(stream, file)
+        samples = _Samples(stream, file, rules)
+        for part in walk:
+            samples.add(part)
+        rows = samples.finish()
+    return _scan_result(rows, rules, walk.problems, samples.left_out)
 
 
-def _scan_result(rows: list[dict[str, Any]], rules: MemberRules, problems: list[str]) -> SourceScan:
+def _scan_result(
+    rows: list[dict[str, Any]], rules: MemberRules, problems: list[str], left_out: dict[str, LeftOut]
+) -> SourceScan:
     table = pa.Table.from_pylist(rows, schema=index_schema(rules))
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr([row.get(name) for name in table.column_names if name != "source"]).encode())
-    return SourceScan(table, digest.hexdigest(), problems)
+    return SourceScan(table, digest.hexdigest(), problems, left_out)
 
 
 def index_schema(rules: MemberRules) -> pa.Schema:
@@ -116,171 +101,189 @@ def index_schema(rules: MemberRules) -> pa.Schema:
 
 
 def _scan_image_file(file: InputFile, rules: MemberRules) -> SourceScan:
-    name = file.url[len(file.base) :].lstrip("/") if file.base else file.url.rsplit("/", 1)[-1]
-    key, extension = split_name(name) or (name, "")
+    key, extension = split_name(file.name) or (file.name, "")
     row = {"key": key, "source": 0, "member": extension, "offset": 0, "size": file.size, "problem": None}
-    return _scan_result([row], rules, [])
+    return _scan_result([row], rules, [], {})
 
 
-def _members(stream: BinaryIO, file: InputFile, problems: list[str]) -> Iterator[_Member | _Gap]:
-    """Regular members of a tar in order, and the stretches between them that can't be read.
+@dataclass
+class _Group:
+    """Adjacent members of one key, by extension."""
 
-    Unlike `tarfile`, which ends quietly at a damaged or cut header, this verifies each header's checksum, goes on at
-    the next valid one, and reports what lies between.
-    """
-    position, long_name, pax = 0, None, {}
-    bad_from: int | None = None
-    zeros_from: int | None = None  # within a damaged stretch
-    while True:
-        stream.seek(position)
-        block = stream.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE:
-            if position == 0 and block:
-                raise InputError(_not_a_tar(file, block))
-            if bad_from is not None and zeros_from is not None and not block:
-                yield _Gap(bad_from, zeros_from, "hold no valid tar header")
-                return
-            if bad_from is not None or block:
-                yield _Gap(position if bad_from is None else bad_from, file.size, "are not a whole tar header")
-            problems.append("no end-of-archive marker: the tar may have been cut short")
-            return
-        try:
-            info = _header(block, pax)
-        except tarfile.EOFHeaderError:
-            if bad_from is None:
-                return
-            # Zeros may be data of the image whose header is lost; only up to the file's end are they the end marker.
-            zeros_from = position if zeros_from is None else zeros_from
-            position += tarfile.BLOCKSIZE
-            continue
-        except tarfile.HeaderError:
-            if position == 0:
-                raise InputError(_not_a_tar(file, block)) from None
-            bad_from = position if bad_from is None else bad_from
-            position += tarfile.BLOCKSIZE
-            long_name, pax, zeros_from = None, {}, None
-            continue
-        if bad_from is not None:
-            yield _Gap(bad_from, position, "hold no valid tar header")
-            bad_from = zeros_from = None
-        start, data, size = position, position + tarfile.BLOCKSIZE, info.size
-        position = data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if info.type in _EXTENSIONS:
-            payload = stream.read(size) if size <= MAX_CARRIED_BYTES else b""
-            if info.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            else:
-                pax = _parse_pax(payload)
-            continue
-        name = pax.get("path") or long_name or info.name
-        # Names in other encodings stay apart: caf\xe9 and caf\xe8 are two keys.
-        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            yield _Gap(start, position, f"are no plain file: {name} is stored sparse; repack without --sparse")
-        elif info.isreg():
-            yield _Member(name, data, size)
-        long_name, pax = None, {}
-
-
-def _header(block: bytes, pax: Mapping[str, str]) -> tarfile.TarInfo:
-    """A header whose checksum is right and whose size can be one. Raises `tarfile.HeaderError`."""
-    info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    if info.type not in _EXTENSIONS and "size" in pax:
-        if not re.fullmatch(r"\d{1,19}", pax["size"]):
-            raise tarfile.InvalidHeaderError("size is no number")
-        info.size = int(pax["size"])
-    if not 0 <= info.size < 2**62:
-        raise tarfile.InvalidHeaderError("size out of range")
-    if info.type in _NO_DATA:
-        info.size = 0
-    return info
-
-
-def _not_a_tar(file: InputFile, block: bytes) -> str:
-    shown = query_free(file.url)
-    if block.startswith(b"\x1f\x8b"):
-        return f"{shown} is gzip-compressed: images can't be read from it by range. Decompress it first (gunzip)"
-    return f"{shown} is not a tar archive (its first 512 bytes are no tar header)"
-
-
-def _parse_pax(payload: bytes) -> dict[str, str]:
-    """Records `<length> <name>=<value>\\n` of a pax extended header."""
-    records: dict[str, str] = {}
-    while match := re.match(rb"(\d+) ([^=]+)=", payload):
-        length = int(match.group(1))
-        if length <= match.end():
-            break
-        value = payload[match.end() : length - 1]
-        records[match.group(2).decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        payload = payload[length:]
-    return records
-
-
-def _samples(
-    members: Iterable[_Member | _Gap], stream: BinaryIO, file: InputFile, rules: MemberRules
-) -> Iterator[dict[str, Any]]:
-    """Group adjacent members of one key, as WebDataset does, and make an index row of each group and each gap."""
-    key: str | None = None
-    group: dict[str, _Member] = {}
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
     problem: str | None = None
-    gaps: list[dict[str, Any]] = []
-    for member in members:
-        if isinstance(member, _Gap):
+
+    @property
+    def has_links(self) -> bool:
+        return any(member.target is not None for member in self.members.values())
+
+
+class _Samples:
+    """Groups adjacent members of one key, as WebDataset does, and makes an index row of each group and each gap."""
+
+    def __init__(self, stream: BinaryIO, file: InputFile, rules: MemberRules):
+        self.stream, self.file, self.rules = stream, file, rules
+        self.shown = query_free(file.url).rsplit("/", 1)[-1]
+        self.left_out: dict[str, LeftOut] = {}
+        self._rows: list[dict[str, Any] | _Group] = []
+        self._group: _Group | None = None
+        self._gaps: list[dict[str, Any]] = []
+        self._links: list[Member] = []
+
+    def add(self, part: Member | Gap | Aside) -> None:
+        if isinstance(part, Aside):
+            self._leave_out(part.reason, part.what, is_usual=part.is_usual)
+        elif isinstance(part, Gap):
             # Nobody knows which sample was lost here; the position stands in for its key. Its row comes after that of
             # the sample before it, whose members may go on behind the gap.
-            name = f"{query_free(file.url).rsplit('/', 1)[-1]}@{member.first}-{member.last}"
-            gaps.append(
-                {"key": name, "source": 0, "member": "", "offset": 0, "size": 0, "problem": f"damaged tar: {member}"}
-            )
-            continue
-        if re.match(r"__[^/]*__($|/)", member.name):
-            continue
+            row = _empty_row(f"{self.shown}@{part.first}-{part.last}", f"damaged tar: {part}")
+            self._gaps.append(row)
+        else:
+            self._add_member(part)
+
+    def _add_member(self, member: Member) -> None:
+        if member.target is not None:
+            self._links.append(member)
         split = split_name(member.name)
-        if split is None:
-            continue
-        if split[0] != key:
-            if key is not None:
-                yield _row(key, group, problem, stream, file, rules)
-            yield from gaps
-            key, group, problem, gaps = split[0], {}, None, []
-        if split[1] in group:
-            problem = f"the sample has two members named .{split[1]}"
-        group[split[1]] = member
-    if key is not None:
-        yield _row(key, group, problem, stream, file, rules)
-    yield from gaps
+        if re.match(r"__[^/]*__($|/)", member.name):
+            self._leave_out("member named __...__, which is no sample", member.name, is_usual=True)
+        elif _SIDE_FILE.search(member.name):
+            self._leave_out("side file of macOS", member.name)
+        elif split is None:
+            self._leave_out("member without an extension", member.name)
+        else:
+            self._add_to_group(*split, member)
+
+    def _add_to_group(self, key: str, extension: str, member: Member) -> None:
+        if self._group is None or key != self._group.key:
+            self._close_group()
+            self._group = _Group(key)
+        if extension in self._group.members:
+            self._group.problem = f"the sample has two members named .{extension}"
+        self._group.members[extension] = member
+
+    def _close_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            # A link may lead to a member that is still to come.
+            self._rows.append(group if group.has_links else self._row(group))
+        self._rows += self._gaps
+        self._gaps = []
+
+    def finish(self) -> list[dict[str, Any]]:
+        """All rows, in the order of the archive."""
+        self._close_group()
+        links = _Links(self.stream, self.file, self._links)
+        rows = [self._linked_row(row, links) if isinstance(row, _Group) else row for row in self._rows]
+        return [row for row in rows if row is not None]
+
+    def _leave_out(self, reason: str, what: str, *, is_usual: bool = False) -> None:
+        leave_out(self.left_out, reason, f"{self.shown}: {what}", is_usual=is_usual)
+
+    def _linked_row(self, group: _Group, links: "_Links") -> dict[str, Any] | None:
+        """The row of a sample of which members are links; None where they all lead nowhere, so that nothing is there."""
+        broken = {}
+        for extension, member in group.members.items():
+            if member.target is None:
+                continue
+            found = links.follow(member)
+            if found is None:
+                kind = "symlink" if member.is_symlink else "hard link"
+                broken[extension] = f".{extension} is a {kind} to {member.target!r}, which is no member of this tar"
+                self._leave_out(f"{kind} to no member of this tar", f"{member.name} -> {member.target}")
+            else:
+                group.members[extension] = replace(found, name=member.name)
+        if len(broken) == len(group.members):
+            return None
+        return self._row(group, broken)
+
+    def _row(self, group: _Group, broken: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """`broken` says by extension why a member has no data."""
+        broken, members = broken or {}, group.members
+        wanted = (self.rules.image.lower().lstrip("."),) if self.rules.image else IMAGE_EXTENSIONS
+        image = next((name for name in wanted if name in members), "")
+        row = _empty_row(group.key, group.problem)
+        if not image:
+            row["problem"] = (
+                group.problem or f"no image member (has {', '.join('.' + name for name in sorted(members))})"
+            )
+        elif image in broken:
+            row["problem"] = group.problem or f"no image: {broken[image]}"
+        else:
+            row |= {"member": image, "offset": members[image].offset, "size": members[image].size}
+            row["problem"] = group.problem or _cut_short(members[image], "the image", self.file)
+        for name in self.rules.carry:
+            row[name] = None
+            if name in members and name not in broken:
+                cut = _cut_short(members[name], f".{name}", self.file)
+                row["problem"] = row["problem"] or cut
+                row[name] = None if cut else _text(self.stream, members[name], self.file)
+        self._leave_out_others(group, image, broken)
+        return row
+
+    def _leave_out_others(self, group: _Group, image: str, broken: Mapping[str, str]) -> None:
+        """Members of a sample that are neither its image nor carried."""
+        for extension, member in group.members.items():
+            if extension == image or extension in self.rules.carry or extension in broken:
+                continue
+            last = extension.rsplit(".", 1)[-1]
+            kind = "further image" if extension in IMAGE_EXTENSIONS else "other member"
+            self._leave_out(f"{kind} of a sample (.{last})", member.name, is_usual=True)
 
 
-def _row(
-    key: str, group: dict[str, _Member], problem: str | None, stream: BinaryIO, file: InputFile, rules: MemberRules
-) -> dict[str, Any]:
-    wanted = (rules.image.lower().lstrip("."),) if rules.image else IMAGE_EXTENSIONS
-    extension = next((name for name in wanted if name in group), "")
-    row: dict[str, Any] = {"key": key, "source": 0, "member": extension, "offset": 0, "size": 0, "problem": problem}
-    if not extension:
-        row["problem"] = problem or f"no image member (has {', '.join('.' + name for name in sorted(group))})"
-    else:
-        member = group[extension]
-        row |= {"offset": member.offset, "size": member.size}
-        row["problem"] = problem or _cut_short(member, "the image", file)
-    for name in rules.carry:
-        row[name] = None
-        if name in group:
-            cut = _cut_short(group[name], f".{name}", file)
-            row["problem"] = row["problem"] or cut
-            row[name] = None if cut else _text(stream, group[name], file)
-    return row
+def _empty_row(key: str, problem: str | None) -> dict[str, Any]:
+    return {"key": key, "source": 0, "member": "", "offset": 0, "size": 0, "problem": problem}
 
 
-def _cut_short(member: _Member, what: str, file: InputFile) -> str | None:
+class _Links:
+    """What the links of a tar lead to. Names are compared within the archive and never looked up on a disk."""
+
+    def __init__(self, stream: BinaryIO, file: InputFile, links: list[Member]):
+        self._found: dict[str, list[Member]] = {_target(link): [] for link in links}
+        if not links:
+            return
+        # Headers are read once more, so that a tar without links costs no memory for the names of its members.
+        for part in TarWalk(stream, file):
+            if isinstance(part, Member) and (path := posixpath.normpath(part.name)) in self._found:
+                self._found[path].append(part)
+
+    def follow(self, link: Member) -> Member | None:
+        """The member with the data, also over several links; None where there is none, or links lead in a circle."""
+        member, seen = link, set()
+        while member.target is not None:
+            path = _target(member)
+            if path in seen:
+                return _own_data(link)
+            seen.add(path)
+            found = self._found[path]
+            if not found:
+                return _own_data(link)
+            # As `tar` would do it: a hard link is made of what is there by then, a symlink is followed at the end.
+            before = [each for each in found if each.offset < member.offset]
+            member = found[-1] if member.is_symlink or not before else before[-1]
+        return member
+
+
+def _own_data(link: Member) -> Member | None:
+    return link if link.size else None
+
+
+def _target(link: Member) -> str:
+    """A hard link names a member, a symlink a place as seen from its own folder."""
+    folder = posixpath.dirname(link.name) if link.is_symlink else ""
+    return posixpath.normpath(posixpath.join(folder, link.target or ""))
+
+
+def _cut_short(member: Member, what: str, file: InputFile) -> str | None:
     missing = member.offset + member.size - file.size
     if missing <= 0:
         return None
     return f"the tar is cut short: the last {missing} of {member.size} bytes of {what} are missing"
 
 
-def _text(stream: BinaryIO, member: _Member, file: InputFile) -> str:
-    if member.size > MAX_CARRIED_BYTES:
+def _text(stream: BinaryIO, member: Member, file: InputFile) -> str:
+    if member.size > MAX_TEXT_BYTES:
         raise InputError(
             f"{query_free(file.url)}: {member.name} has {member.size} bytes; carried members are at most 1 MiB"
         )

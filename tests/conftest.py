@@ -6,9 +6,8 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before anything imports ray: loopback only, no token file, short socket paths.
+# Before anything imports ray: loopback only.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"

@@ -19,7 +19,7 @@ from cluster.resources import (
     node_types_of,
     size_pool,
 )
-from cluster.session import ClusterError
+from cluster.session import ClusterError, own_environment
 from pipelines.config import ConfigError, ExtractConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.training.config import TrainConfig
@@ -255,7 +255,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             cwd=ROOT,
             env={
                 **environment,
-                "RAY_TMPDIR": folder,
+                **own_environment(Path(folder)),
                 "RAY_USAGE_STATS_ENABLED": "0",
                 "RAY_FAKE_CLUSTER": "1",
                 "RAY_raylet_start_wait_time_s": "120",

@@ -164,6 +164,14 @@ def test_int8_level_in_xarray_is_one_product_away(store, url):
     assert (level["features"].dtype, level["scale"].dims) == (np.int8, ("sample", "channel"))
     values = product.transpose("sample", "y", "x", "channel").values
     np.testing.assert_array_equal(values, everything(store, "x0.5"))
+    # The numbers alone aren't features, and say so where other tools show what they are.
+    assert (
+        level["features"]
+        .attrs["long_name"]
+        .startswith("int8 codes of dense features of test_vit.r160_in1k: multiply by scale")
+    )
+    floats = xarray.open_zarr(url, group="x1", chunks=None)["features"]
+    assert floats.attrs["long_name"] == "dense features of test_vit.r160_in1k"
 
 
 def test_coordinates_are_cell_centres_in_pixels_of_the_models_input(store, url):

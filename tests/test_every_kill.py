@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ TRAIN = shlex.split(
     "--log-every 1 --checkpoint-every 2 --validate-every 4 --executor inline --device cpu --max-failed-fraction 0.5"
 )
 
-MEASURED = ("images_per_s", "seconds")
+MEASURED = ("images_per_s", "run_images_per_s", "seconds")
 """What lines of metrics.jsonl say of time: the only thing that two equal runs may differ in."""
 
 
@@ -126,17 +127,44 @@ def extraction(parent: Forks, images: str, tmp_path: Path) -> Sweep:
     return Sweep(parent, "extract", ["--data", images, *EXTRACT], place, stored, tmp_path)
 
 
-def retry(parent: Forks, images: str, tmp_path: Path) -> Sweep:
-    first = replace(extraction(parent, images, tmp_path), logs=tmp_path).fork(10**6, -1)
+def again(parent: Forks, images: str, tmp_path: Path, *flags: str) -> Sweep:
+    """A finished extraction, run again with further flags."""
+    first = extraction(parent, images, tmp_path).fork(10**6, -1)
     assert parent.run(first) == 0, Path(first.log).read_text()
 
     def place(number: int) -> Folder:
-        out = tmp_path / f"retry-{number}.zarr"
+        out = tmp_path / f"again-{number}.zarr"
         if not out.exists():
             shutil.copytree(Sweep.folder(first).url, out)
         return Folder(str(out))
 
-    return Sweep(parent, "extract", ["--data", images, *EXTRACT, "--retry-failed"], place, stored, tmp_path)
+    return Sweep(parent, "extract", ["--data", images, *EXTRACT, *flags], place, stored, tmp_path)
+
+
+def retry(parent: Forks, images: str, tmp_path: Path) -> Sweep:
+    return again(parent, images, tmp_path, "--retry-failed")
+
+
+def repair(parent: Forks, images: str, tmp_path: Path) -> Sweep:
+    """The tar was cut behind its third sample, and is whole now: a row is repaired, and there is one more."""
+    whole = Path(images).read_bytes()
+    with tarfile.open(images) as tar:
+        third = tar.getmembers()[2]
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole[: third.offset_data + 3])
+    sweep = again(parent, str(cut), tmp_path, "--retry-failed")
+    cut.write_bytes(whole)
+    return sweep
+
+
+def replacement(parent: Forks, images: str, tmp_path: Path) -> Sweep:
+    """The first image is another one, of another size."""
+    data = shutil.copy(images, tmp_path / "a.tar")
+    sweep = again(parent, str(data), tmp_path, "--replace-changed")
+    with tarfile.open(images) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()]
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(9, 64, 40)), *members[1:]])
+    return sweep
 
 
 def training(parent: Forks, images: str, tmp_path: Path) -> Sweep:
@@ -146,14 +174,16 @@ def training(parent: Forks, images: str, tmp_path: Path) -> Sweep:
     return Sweep(parent, "train", [*TRAIN, "--data", images], place, trained, tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "points"), [(extraction, 9), (retry, 5), (training, 5)])
+@pytest.mark.parametrize(
+    ("kind", "points"), [(extraction, 9), (retry, 5), (repair, 7), (replacement, 5), (training, 5)]
+)
 def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind, points):
     assert kind(parent, images, tmp_path).run(points) == points
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", [extraction, retry, training])
+@pytest.mark.parametrize("kind", [extraction, retry, repair, replacement, training])
 def test_killed_before_every_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind):
     assert kind(parent, images, tmp_path).run() >= 30
 

@@ -15,6 +15,7 @@ from operators.evaluation.cka import cka, hsic_terms
 from operators.evaluation.correspondence import LIFT, VIT_UP, Pck
 from operators.evaluation.discovery import CorLoc
 from operators.evaluation.propagation import nearest
+from operators.orientation import Orientation
 from pipelines.config import ConfigError
 from pipelines.evaluation import cka as cka_job
 from pipelines.evaluation import correspondence, discovery, run, similarity, video
@@ -33,6 +34,7 @@ from pipelines.evaluation.datasets import (
 )
 from pipelines.evaluation.demo import scene, write_demo
 from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.images import OrientedImage
 from pipelines.evaluation.report import write_results
 from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
@@ -422,7 +424,16 @@ def test_coco_files_that_are_missing_or_malformed_are_named(tmp_path, name, cont
 # --- correspondence ---------------------------------------------------------------------------------------------------
 
 
-class Coded:
+class Upright:
+    """What sources of tests share: images that no EXIF turns."""
+
+    def oriented(self, image, size):
+        if not image.width:
+            return OrientedImage(image.shown, image.orientation())
+        return OrientedImage(image.shown, Orientation(width=image.width, height=image.height))
+
+
+class Coded(Upright):
     """A source whose cells say where they are relative to the object; `shift` cells further in targets."""
 
     def __init__(self, shift: int):
@@ -649,7 +660,7 @@ def test_settings_that_contradict_each_other():
 # --- video ------------------------------------------------------------------------------------------------------------
 
 
-class OneHot:
+class OneHot(Upright):
     """A source whose cells say which object is there, by the frame's own truth."""
 
     def __init__(self, root: Path):
@@ -794,7 +805,7 @@ def discovery_config(data: object, out: Path, **changes: object) -> DiscoveryCon
     return DiscoveryConfig(**{"data": str(data), "out": str(out), "sizes": (64,), **TINY, **changes})
 
 
-class Inside:
+class Inside(Upright):
     """A source whose cells say whether they are inside of the first object, on 12 x 12 cells."""
 
     def __init__(self, task):

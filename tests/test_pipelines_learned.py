@@ -22,11 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from jobs.evaluate import main
 from jobs.extract import run
 from jobs.show import run as show
 from operators.backbone import BackboneError, TimmBackbone, create_model, normalise, state_arrays, weights_digest
 from operators.upsamplers import build_net, create_upsampler, learned_upsampler
 from pipelines.config import ConfigError
+from pipelines.evaluation.correspondence import CorrespondenceConfig
+from pipelines.evaluation.demo import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import extract
 from pipelines.models import LevelChoice
@@ -399,6 +402,11 @@ def test_ray_writes_the_bytes_of_the_inline_run(keys, tmp_path):
         ("layers", [2], "[5]"),
         ("facet", "token", "key"),
         ("norm", True, "False"),
+        ("stride", 8, "16"),
+        ("pos_embed", "dino", "timm"),
+        ("model_args", {"num_heads": 4}, "{}"),
+        ("mean", [0.0, 0.0, 0.0], "[0.5, 0.5, 0.5]"),
+        ("std", [1.0, 1.0, 1.0], "[0.5, 0.5, 0.5]"),
     ],
 )
 def test_checkpoint_of_another_backbone_is_refused_unless_forced(keys, tmp_path, capfd, caplog, field, other, here):
@@ -418,6 +426,70 @@ def test_checkpoint_of_another_backbone_is_refused_unless_forced(keys, tmp_path,
         assert run([*args, "--force-upsampler"]) == 0
     assert f"trained on {other}, used with {here}" in caplog.text
     assert len(FeatureStore.open(str(tmp_path / "out.zarr"))) == 6
+
+
+def test_what_an_older_checkpoint_does_not_say_is_said(keys, tmp_path, caplog):
+    url = checkpoint(tmp_path / "ckpt", backbone=trained_on(stride=16, mean=[0.5, 0.5, 0.5]))
+
+    with caplog.at_level(logging.WARNING):
+        assert run(arguments(keys().data, tmp_path / "out.zarr", "--levels", "x1", f"x2=lift:{url}")) == 0
+
+    assert f"{url} doesn't say pos_embed, std of what it was trained on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("size", "used", "known"),
+    [
+        (128, 64, True),  # its halves are what is enlarged
+        (64, 64, True),
+        (256, 64, True),
+        (128, 96, False),
+        (32, 64, False),
+        (128, 192, False),
+        (None, 96, True),  # nothing is said
+    ],
+)
+def test_a_size_that_the_upsampler_was_not_trained_on_is_said_everywhere(
+    keys, tmp_path, capsys, caplog, size, used, known
+):
+    url = checkpoint(tmp_path / "ckpt", backbone=trained_on(**({} if size is None else {"size": size})))
+    args = [*arguments(keys().data, tmp_path / "out.zarr", "--levels", "x1", f"x2=lift:{url}"), "--size", str(used)]
+    here = f"here it is given {used} x {used} px ({used // 16} x {used // 16} cells)"
+
+    with caplog.at_level(logging.WARNING):
+        assert run([*args, "--plan"]) == run(args) == 0
+
+    plan = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    notes = FeatureStore.open(str(tmp_path / "out.zarr")).attributes.get("notes", [])
+    assert show(["status", str(tmp_path / "out.zarr")]) == 0
+    status = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert len(plan) == len(notes) == len(status) == (not known)
+    if known:
+        assert "was trained on images of" not in caplog.text
+    else:
+        trained = f"x2: its upsampler was trained on images of {size} x {size} px ({size // 16} x {size // 16} cells)"
+        assert all(trained in text and here in text for text in (*plan, *notes, *status, caplog.text))
+
+
+def test_an_evaluation_says_it_of_each_size_live_and_from_a_store(tiny, tmp_path):
+    write_demo(tmp_path / "sets")
+    url = checkpoint(tmp_path / "ckpt", backbone=trained_on(size=64))
+    settings = {"data": str(tmp_path / "sets/SPair-71k"), "limit": 1, "pictures": 0, "executor": "inline"}
+    model = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "facet": "key"}
+    live = CorrespondenceConfig(
+        **settings, **model, sizes=(32, 64, 96), levels=("x1", f"x2=lift:{url}"), out=str(tmp_path / "live")
+    )
+    images = tiny(f"{settings['data']}/JPEGImages", size="96", geometry="pad", facet="key", levels=live.levels)
+    extract(images, InlineExecutor())
+    assert len(FeatureStore.open(images.out).attributes["notes"]) == 1
+    stored = CorrespondenceConfig(**settings, stores=(images.out,), sizes=(96,), out=str(tmp_path / "stored"))
+
+    for config in (live, stored):
+        main("correspondence", config)
+        choices = json.loads((Path(config.out) / "results.json").read_text())["choices"]
+        assert "here it is given 96 x 96 px (6 x 6 cells)" in choices["upsamplers"]
+        assert "given 64 x 64" not in choices["upsamplers"]
+        assert "given 32 x 32" not in choices["upsamplers"]
 
 
 def test_all_differences_are_named_at_once(keys, tmp_path, capfd):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.nodes import free_port
+from cluster.session import own_environment
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import extract
 from storage.paths import Folder
@@ -60,9 +61,10 @@ def test_memory_urls_are_refused_on_ray(tiny):
 
 @pytest.fixture
 def head(tmp_path):
-    """`ray start --head` on loopback; yields the addresses of its job server and of its metrics."""
+    """`ray start --head` on loopback; yields the addresses of its job server and of its metrics, and its users' environment."""
     port, dashboard, metrics = free_port(), free_port(), free_port()
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    users = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | own_environment()
+    environment = {**users, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment["RAY_metrics_report_interval_ms"] = "200"
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
                "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--disable-usage-stats",
@@ -74,17 +76,17 @@ def head(tmp_path):
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
     children: list[psutil.Process] = []
     try:
-        address = f"http://127.0.0.1:{dashboard}"
+        address, token = f"http://127.0.0.1:{dashboard}", {"Authorization": f"Bearer {users['RAY_AUTH_TOKEN']}"}
         for _ in range(120):
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/api/version", timeout=2)
+                urllib.request.urlopen(urllib.request.Request(f"{address}/api/version", headers=token), timeout=2)
                 break
             if process.poll() is not None:
                 pytest.fail((tmp_path / "head.log").read_text()[-2000:])
             time.sleep(1)
         else:
             pytest.fail(f"no job server after 120 s: {(tmp_path / 'head.log').read_text()[-2000:]}")
-        yield address, f"http://127.0.0.1:{metrics}/metrics"
+        yield address, f"http://127.0.0.1:{metrics}/metrics", users
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(process.pid).children(recursive=True)
@@ -119,9 +121,8 @@ def scraped(url: str) -> Iterator[dict[str, float]]:
 
 
 def test_submitted_job_extracts_on_the_cluster_and_its_counters_reach_prometheus(head, make_tars, tmp_path):
-    head, metrics = head
+    head, metrics, environment = head
     data, out = make_tars(count=2, each=10), tmp_path / "job.zarr"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", head, "--working-dir", ".", "--",
                "python", "jobs/extract.py", "--data", data, "--out", str(out), "--model", "test_vit.r160_in1k",
                "--weights", "random", "--size", "64", "--precision", "fp32"]  # fmt: skip

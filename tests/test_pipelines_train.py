@@ -172,6 +172,43 @@ def dies_after(step: int):
     return on_step
 
 
+def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, caplog):
+    """Twelve images in nine steps; a clock that goes on by itself while images are waited for, and in every validation."""
+    clock = [100.0]
+    monkeypatch.setattr("pipelines.training.loop.time.perf_counter", lambda: clock[0])
+    waits = iter([7.0, 0.5, 40.0, 0.5, 0.5, 30.0, 0.5, 0.5, 2.5])  # as bursts from a loader are
+
+    def load(source, items, loaders):
+        for loaded in load_inline(source, items, loaders):
+            clock[0] += next(waits)
+            yield loaded
+
+    trainer = Trainer(prepared(small(log_every=4)), Alone(), torch.device("cpu"))
+    measure = trainer.objective.measure
+    validations = []
+
+    def slow(step):
+        validations.append(step)
+        clock[0] += 20.0 if step else 1000.0  # before the first step: not training
+        return measure(step)
+
+    trainer.objective.measure = slow
+    with caplog.at_level("INFO"):
+        trainer.run(load)
+
+    lines = [line for line in read_metrics(Folder(trainer.config.out)) if "images_per_s" in line]
+    assert [(line["step"], line["images"]) for line in lines] == [(1, 5), (4, 17), (8, 34), (9, 36)]
+    # The next step's images are waited for within a step: 7 + 0.5; 40 + 0.5 + 0.5; 20 + 30 + 0.5 + 0.5 + 2.5; 20.
+    seconds = [7.5, 41.0, 53.5, 20.0]
+    assert [line["images_per_s"] for line in lines] == [
+        pytest.approx(n / s, abs=0.006) for n, s in zip((5, 12, 17, 2), seconds, strict=True)
+    ]
+    assert lines[-1]["run_images_per_s"] == pytest.approx(36 / sum(seconds), abs=0.006)
+    assert validations == [0, 4, 8, 9]
+    assert "step 9 of 9, epoch 3: loss" in caplog.text
+    assert "0.1 images/s, 0.3 over the run" in caplog.text
+
+
 @pytest.mark.parametrize("method", ["lift", "jbu"])
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path, method):
     changes = {"radius": 1} if method == "jbu" else {}

@@ -1,5 +1,6 @@
 """Reading a store: the numbers are zarr-python's, what is missing says why, and nothing damaged or stale is ever a number."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -27,7 +28,7 @@ from pipelines.extract import extract
 from pipelines.worker import ShardWorker
 from storage.ledger import SCHEMA as LEDGER_SCHEMA
 from storage.ledger import Ledger, SampleRecord
-from storage.paths import Folder, StorageError
+from storage.paths import Folder, StorageError, UnknownName
 from storage.samples import PART_ROWS, Source, part_name, table_bytes, write_index
 from storage.spec import FeatureSpec, Layout, Level
 from storage.store import FeatureStore, MissingRows, NotAStore
@@ -435,6 +436,50 @@ def test_corrupt_photograph_raises_with_key_stage_and_reason(tmp_path, tiny):
     with pytest.raises(MissingRows, match="'2', which failed: decode"):
         store.coords("x1", "2")
     assert store.valid().tolist() == [True, True, False, True, True]
+
+
+@pytest.fixture(params=["writing", "complete"])
+def labelled(request, tiny, tmp_path, monkeypatch) -> FeatureStore:
+    """Nine images with their class carried along, the second unreadable; while it is written, the last task is missing."""
+    members = [
+        (f"{n}.{kind}", data)
+        for n in range(9)
+        for kind, data in (("jpg", b"junk" if n == 1 else jpeg(n)), ("cls", f"class {n}".encode()))
+    ]
+    data = str(write_tar(tmp_path / "labelled.tar", members))
+    config = tiny(data, levels=("pooled",), carry=("cls",), max_failed_fraction=0.5)
+    original = ShardWorker.compute
+    if request.param == "writing":
+        monkeypatch.setattr(
+            ShardWorker,
+            "compute",
+            lambda self, task, loaded: pytest.fail("stop") if task.block == 2 else original(self, task, loaded),
+        )
+    with pytest.raises(BaseException, match="stop") if request.param == "writing" else contextlib.nullcontext():
+        extract(config, InlineExecutor())
+    store = FeatureStore.open(config.out)
+    assert store.status == request.param
+    return store
+
+
+def test_a_column_asked_for_by_name_is_given(labelled):
+    row_2 = {"cls": "class 2", "status": "ok", "row": 2, "width": 96}
+    records = labelled.records(["8", "2", "8"], list(row_2))
+
+    assert records.column_names == list(row_2)
+    assert records.to_pylist()[1] == row_2
+    last = {"status": "ok", "width": 96} if labelled.status == "complete" else {"status": None, "width": None}
+    assert records.to_pylist()[0] == records.to_pylist()[2] == {"cls": "class 8", "row": 8, **last}
+    assert labelled.records([2, 0], ["cls"]).to_pydict() == {"cls": ["class 2", "class 0"]}
+    assert labelled.records([]).column_names == labelled.records([0]).column_names == LEDGER_SCHEMA.names
+    assert labelled.failures(["cls", "key", "stage"]).to_pylist() == [{"cls": "class 1", "key": "1", "stage": "decode"}]
+    assert labelled.failures().to_pylist() == labelled.records([1]).to_pylist()
+
+
+def test_a_column_that_there_isnt_is_an_error_that_names_those_there_are(labelled):
+    for ask in (lambda names: labelled.records([0], names), labelled.failures):
+        with pytest.raises(UnknownName, match=r"out\.zarr has no column 'label'; it has row, key, .*, cls$"):
+            ask(["cls", "label", "status"])
 
 
 def test_open_reader_of_a_growing_store_sees_rows_as_they_are_written(make_tars, tiny, monkeypatch):

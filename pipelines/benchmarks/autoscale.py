@@ -16,6 +16,7 @@ import psutil
 
 from cluster.autoscaling import AutoscalingCluster
 from cluster.nodes import ROOT
+from cluster.session import own_cluster
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import CORES, BenchmarkFailed
@@ -118,7 +119,10 @@ def _head(config: AutoscaleBenchmark, folder: Path) -> Iterator[AutoscalingClust
     """A head-only cluster, up; all of it is ended at the end."""
     log = folder / "head.log"
     # Not within `folder`: sockets' paths must be short.
-    with tempfile.TemporaryDirectory(prefix="raylift-", ignore_cleanup_errors=True) as own:
+    with (
+        tempfile.TemporaryDirectory(prefix="raylift-", ignore_cleanup_errors=True) as own,
+        own_cluster(Path(own)),
+    ):
         cluster = AutoscalingCluster(port=config.port, nodes=config.nodes, idle_s=config.idle_s, folder=own)
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(cluster).items()]
         command = [sys.executable, "-m", "cluster.autoscaling", *flags]

@@ -115,7 +115,6 @@ def measure_chaos(config: ChaosBenchmark, folder: Path) -> dict[str, Any]:
     job: Job = ExtractJob(data, config.images, config.block_rows, config.size, actors=config.nodes)
     if config.train:
         job = TrainJob(data, config.steps, checkpoint_every=20)
-    (folder / "ray").mkdir()
     with (
         _stopped_politely(),
         local_ray(folder / "ray") as environment,

@@ -13,6 +13,7 @@ from pipelines.config import (
     require_shareable,
     runs_inline,
 )
+from pipelines.evaluation.images import LabelFrame
 
 Drawing = Literal["paper", "extract"]
 """How images become the model's input: as the protocol's code does it, or as jobs/extract.py does it (the model's own
@@ -33,7 +34,8 @@ class EvaluateConfig:
     model: str = "vit_small_patch16_224.dino"
     """timm name of the backbone, tag included."""
     weights: str = "pretrained"
-    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`."""
+    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`. What timm's config.json
+    there says of the input and the network is used."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     layers: tuple[int, ...] = (-1,)
@@ -130,6 +132,21 @@ class EvaluateConfig:
     def public(self) -> dict[str, Any]:
         """All settings without credentials, for files and logs."""
         return public_settings(self, "data", "out", "weights", "stores", "levels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledConfig(EvaluateConfig):
+    """Settings of an evaluation that holds features against labels."""
+
+    label_frame: LabelFrame | None = None
+    """Of images that their EXIF mirrors or turns by half, and of square ones that it turns: whether labels are of the `stored`
+    pixels or of the `upright` image. Default: such images are left out, and counted. Where sizes tell, they decide."""
+
+    @property
+    def turned_photographs(self) -> str:
+        """What is done with them, for `choices`."""
+        otherwise = f"else {self.label_frame}" if self.label_frame else "where it can't tell, the image is left out"
+        return f"upright with their labels, which are of the stored or of the upright pixels by their size; {otherwise}"
 
 
 _FREE = {

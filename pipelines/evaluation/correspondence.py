@@ -24,10 +24,11 @@ from operators.evaluation.correspondence import (
 )
 from operators.visual import Tile, spread
 from pipelines.config import ConfigError
-from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.datasets import ImageFile, Pair, digest, load_spair
+from pipelines.evaluation.config import LabelledConfig
+from pipelines.evaluation.datasets import Pair, digest, load_spair
+from pipelines.evaluation.images import ImageFile, LabelFrame, OrientedImage, label_turn
 from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, percent, with_published
-from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.evaluation.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
 from storage.paths import Folder
 
@@ -37,7 +38,7 @@ PIECE_PAIRS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorrespondenceConfig(EvaluateConfig):
+class CorrespondenceConfig(LabelledConfig):
     """Where do key points of one image lie in another of its category? PCK on SPair-71k, or a data set in its layout."""
 
     protocol: Literal["lift", "vit-up"] = "lift"
@@ -132,6 +133,8 @@ class Correspondence:
     alphas: tuple[float, ...]
     shown: frozenset[int]
     "pairs whose predictions are kept for pictures"
+    frame: LabelFrame | None = None
+    "of labels, where their size doesn't tell"
 
     def pieces(self) -> list[Piece]:
         """Pairs with common images beside each other."""
@@ -144,10 +147,17 @@ class Correspondence:
         ]
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
-        return [record for number in piece.items for record in self._pair(number, piece.side, source)]
+        return records_of(piece.items, lambda number: self._pair(number, piece.side, source))
+
+    def upright(self, pair: Pair, source: OrientedImage, target: OrientedImage) -> Pair:
+        """The pair with its labels on the upright images. Raises what `label_turn` raises."""
+        of_source = label_turn(source, (pair.source.width, pair.source.height), self.frame)
+        of_target = label_turn(target, (pair.target.width, pair.target.height), self.frame)
+        return pair.turned(of_source, of_target)
 
     def _pair(self, number: int, size: int, source: FeatureSource) -> list[Record]:
-        pair, rules = self.pairs[number], self.rules
+        rules, noted = self.rules, self.pairs[number]
+        pair = self.upright(noted, *(source.oriented(image, (size, size)) for image in (noted.source, noted.target)))
         canvases = [rules.place(image.width, image.height, size) for image in (pair.source, pair.target)]
         images = zip((pair.source, pair.target), canvases, strict=True)
         maps = [source.maps(picture(image, canvas)) for image, canvas in images]
@@ -224,6 +234,7 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
         rules=config.rules,
         alphas=config.alphas,
         shown=frozenset(spread(len(pairs), config.pictures)),
+        frame=config.label_frame,
     )
     out = begin(config, "correspondence", recipe, digest([*pairs, *times.values()]))
     return task, recipe, out
@@ -231,11 +242,12 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
 
 def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """PCK per row and size, in percent: the mean of the categories, as both papers have it."""
+    records, left_out = split_left_out(records)
     found = scores(records)
     sizes = [(side, side) for side in task.sizes]
     rows = {row.name: row for size in sizes for row in recipe.rows(size)}
     lines = [
-        Line.of(row, size, [*percent(found[row.name, size[0]].mean()), sum(task.times)])
+        Line.of(row, size, [*percent(found[row.name, size[0]].mean()), _pairs(found[row.name, size[0]])])
         for size in sizes
         for row in recipe.rows(size)
     ]
@@ -247,7 +259,12 @@ def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, rec
         choices=_choices(config, recipe),
         details={f"{name} at {size} px": _details(pck) for (name, size), pck in found.items()},
         pictures=_pictures(task, records),
+        left_out=left_out,
     )
+
+
+def _pairs(pck: Pck) -> int:
+    return sum(counts.pairs for counts in pck.categories.values())
 
 
 def _details(pck: Pck) -> dict[str, Any]:
@@ -276,6 +293,7 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
         "similarity": "dot product with cells of length 1, not renormalised after enlargement"
         if rules.normalise == "cells"
         else "cosine of enlarged features",
+        "turned photographs": config.turned_photographs,
         "candidates": rules.candidates,
         "threshold": f"error {'<' if rules.strict else '<='} alpha x longer side of the target's {rules.threshold}",
     }
@@ -298,6 +316,8 @@ def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) 
 
 
 def _matches(task: Correspondence, pair: Pair, record: Record, side: int) -> Tile:
+    images = (OrientedImage(image.shown, image.orientation()) for image in (pair.source, pair.target))
+    pair = task.upright(pair, *images)
     canvases = [task.rules.place(image.width, image.height, side) for image in (pair.source, pair.target)]
     drawn = np.concatenate(
         [c.draw(i.pixels()) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1

@@ -5,87 +5,23 @@ in a `DatasetError` that names the file. Nothing is evaluated here. Layouts: spe
 """
 
 import hashlib
-import io
 import json
 import posixpath
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from operators.orientation import Orientation
+from pipelines.evaluation.coco import CocoImage, coco_corners, read_coco
+from pipelines.evaluation.images import Box, DatasetError, ImageFile, Point, decoded, parsed, read, require_inside
 from storage.inputs import IMAGE_EXTENSIONS, expand_inputs
-from storage.paths import Folder, StorageError
-
-T = TypeVar("T")
-
-
-class DatasetError(StorageError):
-    """A file of a data set is missing, malformed, or contradicts another one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFile:
-    """An image of a data set."""
-
-    folder: Folder
-    name: str
-    "path inside the folder"
-    keys: tuple[str, ...]
-    "what a store may call it, the surest first"
-    width: int = 0
-    "in pixels, as the annotation has it; 0 where none says"
-    height: int = 0
-
-    @property
-    def shown(self) -> str:
-        """Its URL as it may be printed."""
-        return f"{self.folder.shown}/{self.name}"
-
-    def data(self) -> bytes:
-        """Its bytes. Raises `DatasetError`."""
-        return read(self.folder, self.name)
-
-    def pixels(self) -> np.ndarray:
-        """uint8 [height, width, 3], as the official readers have it: Pillow's RGB, not turned by EXIF. Raises `DatasetError`."""
-        return rgb_pixels(self)
-
-    def told(self) -> Any:
-        """What `digest` counts."""
-        return [self.name, self.width, self.height]
-
-
-class EncodedImage(Protocol):
-    """What is common to images of data sets, wherever their bytes lie."""
-
-    @property
-    def shown(self) -> str: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def height(self) -> int: ...
-    def data(self) -> bytes: ...
-
-
-def rgb_pixels(image: EncodedImage) -> np.ndarray:
-    """As `ImageFile.pixels`."""
-    pixels = np.array(decoded(image.data(), image.shown, lambda found: found.convert("RGB")))
-    if image.width and pixels.shape[:2] != (image.height, image.width):
-        raise DatasetError(
-            f"{image.shown} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its annotation says {image.width} x {image.height}"
-        )
-    return pixels
-
-
-def read(folder: Folder, name: str) -> bytes:
-    """An object's bytes. Raises `DatasetError` with its URL where it is missing."""
-    try:
-        return folder.read(name)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DatasetError(f"{folder.shown}/{name} is missing; check --data, and that the data set is whole") from None
+from storage.left_out import log_left_out
+from storage.paths import Folder
 
 
 def read_labels(folder: Folder, name: str) -> np.ndarray:
@@ -102,14 +38,6 @@ def read_labels(folder: Folder, name: str) -> np.ndarray:
     return np.array(decoded(read(folder, name), f"{folder.shown}/{name}", indices))
 
 
-def decoded(data: bytes, shown: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The image in `data`, converted. Raises `DatasetError` for what is none."""
-    try:
-        return convert(Image.open(io.BytesIO(data)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{shown} can't be read as an image: {type(error).__name__}: {error}") from None
-
-
 def digest(records: Iterable[Any]) -> str:
     """sha256 of what the records say, wherever they lie."""
     found = hashlib.sha256()
@@ -123,6 +51,8 @@ def _without_folders(value: Any) -> Any:
         return _without_folders(value.told())
     if is_dataclass(value) and not isinstance(value, type):
         return {name: _without_folders(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {name: _without_folders(each) for name, each in value.items()}
     if isinstance(value, tuple | list):
         return [_without_folders(each) for each in value]
     return value
@@ -154,16 +84,6 @@ def lines(folder: Folder, name: str) -> list[str]:
     return found
 
 
-def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[Any], T]) -> T:
-    """`parse` of a JSON file's content. Raises `DatasetError` with what is wrong with it."""
-    try:
-        return parse(json.loads(data))
-    except KeyError as error:
-        raise DatasetError(f"{folder.shown}/{name} has no field {error}") from None
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise DatasetError(f"{folder.shown}/{name} is malformed: {type(error).__name__}: {error}") from None
-
-
 class _Located(Protocol):
     @property
     def name(self) -> str: ...
@@ -184,8 +104,6 @@ def require_images(folder: Folder, images: Iterable[_Located], why: str = "but a
 
 # --- SPair-71k --------------------------------------------------------------------------------------------------------
 
-Point = tuple[float, float]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
@@ -198,8 +116,23 @@ class Pair:
     target: ImageFile
     source_xy: tuple[Point, ...]
     target_xy: tuple[Point, ...]
-    box: tuple[float, float, float, float]
+    box: Box
     "the target's: x1, y1, x2, y2"
+
+    def turned(self, source: Orientation, target: Orientation) -> "Pair":
+        """The pair of upright images; what is given turns the labels of each."""
+        return replace(
+            self,
+            source=_of_size(self.source, source.upright_size),
+            target=_of_size(self.target, target.upright_size),
+            source_xy=_points(source.points(np.array(self.source_xy).reshape(-1, 2))),
+            target_xy=_points(target.points(np.array(self.target_xy).reshape(-1, 2))),
+            box=tuple(target.boxes(np.array([self.box]))[0].tolist()),
+        )
+
+
+def _of_size(image: ImageFile, size: tuple[int, int]) -> ImageFile:
+    return replace(image, width=size[0], height=size[1])
 
 
 def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -> list[Pair]:
@@ -227,14 +160,19 @@ def _pair(folder: Folder, stem: str, data: Mapping[str, Any]) -> Pair:
     source_xy, target_xy = (_points(data[name]) for name in ("src_kps", "trg_kps"))
     if len(source_xy) != len(target_xy):
         raise ValueError(f"{len(source_xy)} key points in the source, {len(target_xy)} in the target")
+    source, target = (
+        _spair_image(folder, category, data[f"{side}_imname"], data[f"{side}_imsize"]) for side in ("src", "trg")
+    )
+    require_inside(source_xy, source.width, source.height, f"a key point of {source.name}")
+    require_inside(target_xy, target.width, target.height, f"a key point of {target.name}")
     return Pair(
         name=canonical,
         category=category,
-        source=_spair_image(folder, category, data["src_imname"], data["src_imsize"]),
-        target=_spair_image(folder, category, data["trg_imname"], data["trg_imsize"]),
+        source=source,
+        target=target,
         source_xy=source_xy,
         target_xy=target_xy,
-        box=_box(data["trg_bndbox"]),
+        box=_box(data["trg_bndbox"], target.width, target.height),
     )
 
 
@@ -255,10 +193,16 @@ def _points(values: Iterable[Sequence[float]]) -> tuple[Point, ...]:
     return points
 
 
-def _box(values: Sequence[float]) -> tuple[float, float, float, float]:
+def _box(values: Sequence[float], width: int, height: int) -> Box:
+    """x1, y1, x2, y2, as VOC and SPair-71k have them. Raises `ValueError` for what can't be the corners of a box."""
     x1, y1, x2, y2 = (float(value) for value in values)
-    if not (x1 < x2 or y1 < y2):
+    if x1 > x2 or y1 > y2:
+        raise ValueError(
+            f"the box {list(values)} ends before it begins; it should be x1, y1, x2, y2, not a width and a height"
+        )
+    if x1 == x2 and y1 == y2:
         raise ValueError(f"the box {list(values)} has no extent")
+    require_inside([(x1, y1), (x2, y2)], width, height, f"the box {list(values)}")
     return x1, y1, x2, y2
 
 
@@ -269,7 +213,11 @@ def _with_image_points(folder: Folder, pairs: Sequence[Pair]) -> list[Pair]:
         files = folder.read_many(names)
     except FileNotFoundError as error:
         raise DatasetError(f"{error}; the key points of images (ViT-Up) need it, those of pairs don't") from None
-    found = {name: parsed(folder, name, data, _image_points) for name, data in zip(names, files, strict=True)}
+    sizes = {_annotation(image): (image.width, image.height) for pair in pairs for image in (pair.source, pair.target)}
+    found = {
+        name: parsed(folder, name, data, lambda d, name=name: _image_points(d, *sizes[name]))
+        for name, data in zip(names, files, strict=True)
+    }
     out = []
     for pair in pairs:
         source, (target, box) = found[_annotation(pair.source)][0], found[_annotation(pair.target)]
@@ -285,10 +233,14 @@ def _annotation(image: ImageFile) -> str:
     return image.name.replace("JPEGImages/", "ImageAnnotation/", 1).rsplit(".", 1)[0] + ".json"
 
 
-def _image_points(data: Mapping[str, Any]) -> tuple[dict[str, Point], tuple[float, float, float, float]]:
-    """Key points by id, those that the image has, and its box."""
+def _image_points(data: Mapping[str, Any], width: int, height: int) -> tuple[dict[str, Point], Box]:
+    """Key points by id, those that the image has, and its box; `width` and `height` are what pairs say of the image."""
+    says = data.get("image_width", width), data.get("image_height", height)
+    if says != (width, height):
+        raise ValueError(f"the image is {says[0]} x {says[1]} here, and {width} x {height} in its pairs")
     there = {key: _points([point])[0] for key, point in data["kps"].items() if point is not None}
-    return there, _box(data["bndbox"])
+    require_inside(there.values(), width, height, "a key point")
+    return there, _box(data["bndbox"], width, height)
 
 
 # --- DAVIS ------------------------------------------------------------------------------------------------------------
@@ -339,7 +291,12 @@ class BoxedImage:
     """An image with the boxes of its objects: x1, y1, x2, y2 in pixels, x2 and y2 exclusive."""
 
     image: ImageFile
-    boxes: tuple[tuple[float, float, float, float], ...]
+    boxes: tuple[Box, ...]
+
+    def turned(self, by: Orientation) -> "BoxedImage":
+        """The upright image with its boxes."""
+        boxes = by.boxes(np.array(self.boxes).reshape(-1, 4)).tolist()
+        return BoxedImage(image=_of_size(self.image, by.upright_size), boxes=tuple(tuple(box) for box in boxes))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -383,21 +340,22 @@ def voc_root(folder: Folder, year: str, listed: str) -> str:
     return root
 
 
-def _voc_objects(shown: str, data: bytes) -> tuple[int, int, tuple[tuple[float, float, float, float], ...]]:
+def _voc_objects(shown: str, data: bytes) -> tuple[int, int, tuple[Box, ...]]:
     """Width, height and boxes of an XML annotation; boxes are 1-based and inclusive there."""
     try:
         if b"<!ENTITY" in data:
             raise DatasetError(f"{shown} declares entities, which annotations have no use for; it is not read")
         root = ET.fromstring(data)
-        boxes = [_voc_box(each) for each in root.iter("object")]
-        return _number(root, "size/width"), _number(root, "size/height"), tuple(boxes)
+        width, height = _number(root, "size/width"), _number(root, "size/height")
+        return width, height, tuple(_voc_box(each, width, height) for each in root.iter("object"))
     except (ET.ParseError, ValueError) as error:
         raise DatasetError(f"{shown} is malformed: {error}") from None
 
 
-def _voc_box(node: ET.Element) -> tuple[float, float, float, float]:
-    x1, y1, x2, y2 = (_number(node, f"bndbox/{name}") for name in ("xmin", "ymin", "xmax", "ymax"))
-    return x1 - 1.0, y1 - 1.0, float(x2), float(y2)
+def _voc_box(node: ET.Element, width: int, height: int) -> Box:
+    names = ("xmin", "ymin", "xmax", "ymax")
+    x1, y1, x2, y2 = (_number(node, f"bndbox/{name}") for name in names)
+    return _box((x1 - 1, y1 - 1, x2, y2), width, height)
 
 
 def _number(node: ET.Element, path: str) -> int:
@@ -424,7 +382,7 @@ def load_coco20k(folder: Folder) -> list[BoxedImage]:
     where = next((name for name in COCO_ANNOTATIONS if folder.exists(name)), None)
     if where is None:
         raise DatasetError(f"{folder.shown} has none of {', '.join(COCO_ANNOTATIONS)}; check --data")
-    images, boxes = parsed(folder, where, read(folder, where), _coco_boxes)
+    images = {each.file_name: each for each in read_coco(folder, where)}
     place = next((name for name in COCO_IMAGES if f"{wanted[0]}" in folder.sizes(name)), None)
     if place is None:
         raise DatasetError(f"{folder.shown} has no {wanted[0]} in any of {', '.join(COCO_IMAGES)}; check --data")
@@ -432,24 +390,22 @@ def load_coco20k(folder: Folder) -> list[BoxedImage]:
     for name in dict.fromkeys(wanted):
         if name not in images:
             raise DatasetError(f"{folder.shown}/{where} has no image {name}, but coco_20k_filenames.txt lists it")
-        number, width, height = images[name]
-        stem = name.rsplit(".", 1)[0]
+        noted, stem = images[name], name.rsplit(".", 1)[0]
         keys = (f"{place}/{stem}", f"train2014/{stem}", stem)
-        image = ImageFile(folder=folder, name=f"{place}/{name}", keys=keys, width=width, height=height)
-        found.append(BoxedImage(image=image, boxes=tuple(boxes.get(number, ()))))
+        image = ImageFile(folder=folder, name=f"{place}/{name}", keys=keys, width=noted.width, height=noted.height)
+        found.append(BoxedImage(image=image, boxes=_rounded_boxes(f"{folder.shown}/{where}: {name}", noted)))
     require_images(folder, (each.image for each in found))
     return found
 
 
-def _coco_boxes(data: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int, int]], dict[int, list[Any]]]:
-    images = {each["file_name"]: (int(each["id"]), int(each["width"]), int(each["height"])) for each in data["images"]}
-    boxes: dict[int, list[Any]] = {}
-    for each in data["annotations"]:
-        if not each.get("iscrowd"):
-            x, y, w, h = each["bbox"]
-            corners = tuple(float(round(value)) for value in (x, y, x + w, y + h))
-            boxes.setdefault(int(each["image_id"]), []).append(corners)
-    return images, boxes
+def _rounded_boxes(shown: str, image: CocoImage) -> tuple[Box, ...]:
+    """Corners on whole pixels, as TokenCut has them."""
+    objects = [each for each in image.objects if not each.get("iscrowd")]
+    try:
+        boxes = [coco_corners(each, image.width, image.height) for each in objects]
+    except (KeyError, ValueError, TypeError) as error:
+        raise DatasetError(f"{shown}: an annotation is malformed: {error}") from None
+    return tuple(tuple(float(round(value)) for value in box) for box in boxes)
 
 
 # --- plain images -----------------------------------------------------------------------------------------------------
@@ -464,6 +420,7 @@ def load_images(url: str, options: Mapping[str, Any] | None = None) -> list[Imag
     if folder.folders("JPEGImages") or folder.sizes("JPEGImages"):
         folder = Folder(f"{folder.url}/JPEGImages", options)
     files = expand_inputs([folder.url], options)
+    log_left_out(files.left_out)
     if not all(file.is_image for file in files):
         raise DatasetError(f"{folder.shown} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
     return [_plain_image(folder, file.url[len(file.base) :].lstrip("/")) for file in files]

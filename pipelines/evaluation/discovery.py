@@ -11,10 +11,11 @@ from PIL import Image, ImageDraw
 from operators.evaluation.discovery import CorLoc, Discovery, TokenCut, discover
 from operators.visual import Tile, heat, spread
 from pipelines.config import ConfigError
-from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.datasets import BoxedImage, DatasetError, digest, load_coco20k, load_voc
+from pipelines.evaluation.config import LabelledConfig
+from pipelines.evaluation.datasets import BoxedImage, digest, load_coco20k, load_voc
+from pipelines.evaluation.images import DatasetError, LabelFrame, OrientedImage, label_turn
 from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, with_published
-from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.evaluation.sources import FeatureSource, LiveRecipe, Picture, Recipe, Size, Squash, resolve_source
 from storage.paths import Folder
 
@@ -25,7 +26,7 @@ ORIGINAL = "original"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscoveryConfig(EvaluateConfig):
+class DiscoveryConfig(LabelledConfig):
     """Is there an object, and where? TokenCut without any training; the share of images whose box fits an object (CorLoc)."""
 
     dataset: Literal["voc07", "voc12", "coco20k"] = "voc07"
@@ -121,6 +122,8 @@ class ObjectDiscovery:
     settings: TokenCut
     shown: frozenset[int]
     "images whose eigenvectors are kept for pictures"
+    frame: LabelFrame | None = None
+    "of boxes, where their image's size doesn't tell"
 
     def pieces(self) -> list[Piece]:
         numbers = range(len(self.images))
@@ -131,17 +134,26 @@ class ObjectDiscovery:
         ]
 
     def size(self, number: int, side: int) -> Size:
-        """The model's input; `side` 0 stands for the image's own size."""
-        image = self.images[number].image
+        """The model's input, of the image as annotated; `side` 0 stands for the image's own size."""
+        return self._size(self.images[number], side)
+
+    def _size(self, boxed: BoxedImage, side: int) -> Size:
         if side:
             return side, side
-        return -(-image.height // self.patch) * self.patch, -(-image.width // self.patch) * self.patch
+        width, height = boxed.image_size
+        return -(-height // self.patch) * self.patch, -(-width // self.patch) * self.patch
+
+    def upright(self, boxed: BoxedImage, image: OrientedImage) -> BoxedImage:
+        """The image with its boxes upright. Raises what `label_turn` raises."""
+        return boxed.turned(label_turn(image, boxed.image_size, self.frame))
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
-        return [record for number in piece.items for record in self._image(number, piece.side, source)]
+        return records_of(piece.items, lambda number: self._image(number, piece.side, source))
 
     def _image(self, number: int, side: int, source: FeatureSource) -> list[Record]:
-        boxed, size = self.images[number], self.size(number, side)
+        noted = self.images[number]
+        boxed = self.upright(noted, source.oriented(noted.image, self.size(number, side)))
+        size = self._size(boxed, side)
         picture = Squash(size=size, interpolation="bilinear").of(boxed.image)
         if not side:
             pad = PadToPatches(size=size, colour=self.colour)
@@ -192,6 +204,7 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
         colour=(red, green, blue),
         settings=config.settings,
         shown=frozenset(spread(len(images), config.pictures)),
+        frame=config.label_frame,
     )
     return task, recipe, begin(config, "discovery", recipe, digest(images))
 
@@ -210,6 +223,7 @@ def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:
 
 def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """CorLoc per row and size, in percent."""
+    records, left_out = split_left_out(records)
     found = scores(records)
     lines, rows = [], {}
     for side in task.sides or (0,):
@@ -226,6 +240,7 @@ def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records
         choices=_choices(config, task, recipe),
         details={"without an object's box": sum(not record["found"] for record in records)},
         pictures=_pictures(task, records),
+        left_out=left_out,
     )
 
 
@@ -234,6 +249,7 @@ def _choices(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe) -> 
     return {
         "protocol": config.protocol,
         "images": images if recipe.how_drawn == "paper" else "squashed, drawn as extract",
+        "turned photographs": config.turned_photographs,
         "tokencut": str(task.settings),
         "objects": "difficult and truncated ones count; crowds and images without objects don't",
         "hit": "IoU of at least 0.5 with any object, as in the code; TokenCut's paper says greater than",
@@ -260,7 +276,8 @@ def _pictures(task: ObjectDiscovery, records: Sequence[Record], tile: int = 200)
 
 
 def _tiles(task: ObjectDiscovery, record: Record, side: int, tile: int) -> tuple[Tile, Tile]:
-    boxed = task.images[record["image"]]
+    noted = task.images[record["image"]]
+    boxed = task.upright(noted, OrientedImage(noted.image.shown, noted.image.orientation()))
     photo = Image.fromarray(boxed.image.pixels()).resize((tile, tile))
     pen = ImageDraw.Draw(photo)
     width, height = (side, side) if side else boxed.image_size

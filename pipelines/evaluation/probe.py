@@ -14,10 +14,11 @@ from PIL import Image
 
 from operators.visual import Tile, spread
 from pipelines.config import ConfigError, absolute, public_settings, require_at_least
-from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.datasets import DatasetError, digest
+from pipelines.evaluation.config import LabelledConfig
+from pipelines.evaluation.datasets import digest
+from pipelines.evaluation.images import DatasetError
 from pipelines.evaluation.report import Cell, Findings, Line, Table, panel
-from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.evaluation.sources import (
     FeatureSource,
     LiveRecipe,
@@ -28,7 +29,7 @@ from pipelines.evaluation.sources import (
     resolve_source,
 )
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
-from pipelines.readouts.datasets import DATASETS, load_labelled
+from pipelines.readouts.datasets import DATASETS, LabelReading, load_labelled, require_depth
 from pipelines.readouts.labels import LabelledImage
 from pipelines.readouts.source import picture_of
 from pipelines.readouts.tasks import Task
@@ -43,7 +44,7 @@ TRUTH = "truth"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig(EvaluateConfig):
+class ProbeConfig(LabelledConfig):
     """What can be read out of the features? Trained readouts (jobs/train.py) judged on a data set's validation part."""
 
     readouts: tuple[str, ...] = ()
@@ -54,6 +55,8 @@ class ProbeConfig(EvaluateConfig):
     """Its part; default: the one for validation."""
     side: int | None = None
     """Of the outputs and the labels, in pixels; default: as trained. DeAP answers 448 with twice the queries a side."""
+    depth_scale: float | None = None
+    """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
     levels: tuple[str, ...] = ("x1",)
     """The maps that the readouts were trained on, named as for jobs/extract.py: x1 x2=lift:s3://bucket/ckpt."""
 
@@ -90,11 +93,11 @@ class Probe:
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
         built = {name: readout.build() for name, readout in self.readouts.items()}
-        return [record for number in piece.items for record in self._image(number, built, source, folder)]
+        return records_of(piece.items, lambda number: self._image(number, built, source, folder))
 
     def _image(self, number: int, built: Mapping[str, Any], source: FeatureSource, folder: Folder) -> list[Record]:
         item = self.images[number]
-        label = item.label.read()
+        label = item.upright_label(source.oriented(item.image, self.size))
         targets, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
         maps, pooled = source.maps(picture), None
         if any(readout.needs_pooled for readout in built.values()):
@@ -163,7 +166,10 @@ def _images(config: ProbeConfig, readout: TrainedReadout) -> list[LabelledImage]
             f"--dataset {dataset} has {_labels(kind.label, kind.classes)}, but {readout.shown} was trained for "
             f"{_labels(task.label, classes)}, on {readout.dataset}"
         )
-    return load_labelled(dataset, config.required("data"), config.split or kind.splits[1], config.options, config.limit)
+    require_depth(dataset, config.depth_scale)
+    reading = LabelReading(frame=config.label_frame, depth_scale=config.depth_scale)
+    split = config.split or kind.splits[1]
+    return load_labelled(dataset, config.required("data"), split, config.options, config.limit, reading)
 
 
 def _labels(label: str, classes: int | None) -> str:
@@ -225,6 +231,7 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
 
 def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Scores of each readout, from all images at once."""
+    records, left_out = split_left_out(records)
     by_readout: dict[str, list[Record]] = {name: [] for name in probe.readouts}
     for record in records:
         by_readout[record["readout"]].append(record["judged"])
@@ -237,8 +244,9 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()
     ]
     named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
+    first = next(iter(probe.readouts))
     table = Table(
-        title=f"{probe.task.name} on {config.dataset or next(iter(probe.readouts.values())).dataset}, {len(probe.images)} images",
+        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(by_readout[first])} images",
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=tuple(named),
     )
@@ -247,10 +255,12 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         choices={
             "task": str(probe.task),
             "images": _drawing(probe, recipe),
+            "turned photographs": config.turned_photographs,
             "scores": "counts and sums of all images, divided once",
         },
         details={"scores": scores, "trained on": {name: dict(r.features) for name, r in probe.readouts.items()}},
         pictures=_pictures(config, probe),
+        left_out=left_out,
     )
 
 

@@ -110,6 +110,19 @@ def with_published(table: Table, rows: Mapping[str, Row], published: Published |
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Items of the data set (pairs, clips, images) that no score is of, for one reason."""
+
+    reason: str
+    count: int
+    first: str
+    "the image of the first of them"
+
+    def __str__(self) -> str:
+        return f"{self.count:,} left out: {self.reason} (the first: {self.first})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """All that an evaluation found. `details` are further numbers as JSON values; pictures are by file name."""
 
@@ -118,6 +131,7 @@ class Findings:
     "what was chosen where paper and code, or papers, differ"
     details: Mapping[str, Any] = field(default_factory=dict)
     pictures: Mapping[str, Image.Image | bytes] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def write_results(
@@ -129,6 +143,7 @@ def write_results(
     document = {
         "task": task,
         "tables": [asdict(table) for table in findings.tables],
+        "left_out": [asdict(each) for each in findings.left_out],
         "choices": dict(findings.choices),
         "details": dict(findings.details),
         "features": dict(features),
@@ -144,6 +159,7 @@ def write_results(
 def _markdown(task: str, findings: Findings) -> str:
     parts = [f"# {task}", *(table.markdown() for table in findings.tables)]
     parts.append("\n".join(f"- {name}: {value}" for name, value in findings.choices.items()))
+    parts += [f"**{each}**" for each in findings.left_out]
     parts += [f"![{name}](pictures/{name})" for name in findings.pictures]
     return "\n\n".join(parts) + "\n"
 

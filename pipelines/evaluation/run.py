@@ -8,7 +8,7 @@ order in which they finish.
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ import torch
 from cluster.resources import WorkerPool, choose_pool
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig, protocol_settings
+from pipelines.evaluation.images import CANNOT_TELL, DatasetError, FrameUnknown
+from pipelines.evaluation.report import LeftOut
 from pipelines.evaluation.sources import CachedSource, FeatureSource, Recipe
 from pipelines.executors import InlineExecutor
 from pipelines.prepare import versions
@@ -34,6 +36,9 @@ class WorkersLost(RuntimeError):
 
 Record = dict[str, Any]
 """What one item gave, as JSON values."""
+
+LEFT_OUT = "left_out"
+"""Of a record: why its item isn't scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,33 @@ class Evaluation(Protocol):
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
         """Do a piece. Larger results (label images) are written below `folder`, each name once."""
+
+
+def records_of(items: Sequence[int], do: Callable[[int], list[Record]]) -> list[Record]:
+    """What `do` gives of each item; of one whose labels can't be placed, a record that says why it was left out."""
+    records: list[Record] = []
+    for number in items:
+        try:
+            records += do(number)
+        except FrameUnknown as error:
+            records.append({LEFT_OUT: CANNOT_TELL, "item": number, "image": error.shown})
+    return records
+
+
+def split_left_out(records: Sequence[Record]) -> tuple[list[Record], tuple[LeftOut, ...]]:
+    """The records of what was scored, and what was left out, by reason: each item once, whatever sizes it was tried at.
+
+    Raises `DatasetError` where nothing was scored.
+    """
+    scored = [record for record in records if LEFT_OUT not in record]
+    images: dict[str, dict[int, str]] = {}
+    for record in records:
+        if LEFT_OUT in record:
+            images.setdefault(record[LEFT_OUT], {})[record["item"]] = record["image"]
+    found = tuple(LeftOut(reason=reason, count=len(items), first=items[min(items)]) for reason, items in images.items())
+    if found and not scored:
+        raise DatasetError(f"nothing is left to be scored: {'; '.join(map(str, found))}")
+    return scored, found
 
 
 @dataclass(frozen=True, kw_only=True)

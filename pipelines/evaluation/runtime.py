@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, state_arrays
 from operators.upsamplers import UPSAMPLERS, NetConfig, Upsampler, UpsamplerError, build_net, create_upsampler
@@ -24,14 +24,14 @@ from pipelines.benchmarks.cost import PUBLISHED, TABLE_9, count_operations, coun
 from pipelines.benchmarks.measure import device_name, held_bytes, timed
 from pipelines.benchmarks.vit_up import bytes_per_query, vit_up_pass, vit_up_settings
 from pipelines.benchmarks.windows import random_head
-from pipelines.checkpoints import METHODS, TRAINED_ON, NetWeights, UpsamplerWeights, ViTUpWeights, load_upsampler
+from pipelines.checkpoints import METHODS, NetWeights, UpsamplerWeights, ViTUpWeights, described_by, load_upsampler
 from pipelines.config import ConfigError, public_settings, require_at_least
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.datasets import digest
 from pipelines.evaluation.report import Findings, Line, Published, Table, shown_size, with_published
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.evaluation.sources import CachedSource, LiveRecipe, LiveSource, Row, resolve_source
-from pipelines.models import ModelBundle, fresh_model
+from pipelines.models import ModelBundle
 from storage.paths import Folder
 
 _QUERY_SCALE = 8
@@ -170,14 +170,10 @@ class Runtime:
             return None
         if method not in self.learned:
             return create_upsampler(method)
-        upsampler = self.learned[method].build(bundle.spec.precision, _fresh(bundle))
+        upsampler = self.learned[method].build(bundle.spec.precision, bundle.fresh)
         if isinstance(upsampler, ViTUp) and case.chunk:
             upsampler.working_bytes = case.chunk**2 * bytes_per_query(upsampler)
         return upsampler
-
-
-def _fresh(bundle: ModelBundle) -> Callable[[], nn.Module]:
-    return partial(fresh_model, bundle.spec.model, bundle.spec.input_size, bundle.arrays)
 
 
 # --- what there is to time --------------------------------------------------------------------------------------------
@@ -211,9 +207,8 @@ def _load(
     config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone
 ) -> UpsamplerWeights:
     if url:
-        described = {name: getattr(bundle.spec, name) for name in TRAINED_ON} | {"layers": list(bundle.spec.layers)}
         options = {"storage_options": config.options, "force": config.force_upsampler}
-        return load_upsampler(method, url, backbone, described, **options)
+        return load_upsampler(method, url, backbone, described_by(bundle.spec), **options)
     channels = backbone.channels * len(bundle.spec.layers)
     if method != "vit_up":
         crops = backbone.ragged and method == "lift"
@@ -222,7 +217,7 @@ def _load(
     vit_up = vit_up_settings(backbone.channels, backbone.n_layers, config.size, _QUERY_SCALE * config.size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same digest when it is continued
-        lora = Lora(_fresh(bundle)(), rank=vit_up.rank, alpha=vit_up.alpha, dropout=vit_up.dropout)
+        lora = Lora(bundle.fresh(), rank=vit_up.rank, alpha=vit_up.alpha, dropout=vit_up.dropout)
     adapter = {name: tensor.numpy() for name, tensor in lora.peft_state().items()}
     return ViTUpWeights(settings=vit_up, arrays={**state_arrays(random_head(vit_up)), **adapter})
 
@@ -237,7 +232,7 @@ def _cases(
         for method in names:
             try:
                 if method in learned and (method not in digests or isinstance(learned[method], NetWeights)):
-                    digests[method] = learned[method].check(_fresh(bundle), low.grid, grid)
+                    digests[method] = learned[method].check(bundle.fresh, low.grid, grid)
             except UpsamplerError as error:
                 left_out.append(f"{method} at {shown_size(grid)} ({error})")
                 continue

@@ -5,10 +5,11 @@ how many workers there are. The low-resolution row and the bilinear rows are mad
 """
 
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,19 +17,26 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from operators.backbone import preprocessing
 from operators.image import Geometry, ImageRefused, decode
+from operators.orientation import EXIF_ROTATE, Orientation
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import Drawing, EvaluateConfig
-from pipelines.evaluation.datasets import ImageFile
-from pipelines.models import FeatureModel, ModelBundle, load_described
-from pipelines.weights import WeightsChoice, load_model
+from pipelines.evaluation.images import (
+    MAX_PIXELS,
+    EncodedImage,
+    OrientedImage,
+    orientation_of,
+    unreadable,
+    upright_pixels,
+)
+from pipelines.evaluation.rows import Row, Size, pooled_level, rows_of
+from pipelines.models import FeatureModel, ModelBundle, cells, load_described
+from pipelines.weights import WeightsChoice, load_model, read_description
 from storage.paths import StorageError
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
 
-Size = tuple[int, int]
-"""(height, width) in pixels, or (rows, columns) of cells."""
+logger = logging.getLogger(__name__)
 
 Geometries = Literal["pad", "squash", "crop"] | None
 """How jobs/extract.py places images just as a protocol does; None: in no way."""
@@ -42,31 +50,14 @@ class FeaturesMissing(StorageError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of a table: a kind of map."""
-
-    name: str
-    "`low-res`, or method and level, as in `lift x2`"
-    method: str
-    "`backbone`, or an upsampler's name"
-    level: str | None
-    "that the map is; None: made of the low-resolution map"
-    grid: Size
-    stride: int
-    "of the backbone, in input pixels"
-    digest: str = ""
-    "of a learned upsampler"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Picture:
     """An image as a protocol feeds it to the model."""
 
-    image: ImageFile
+    image: EncodedImage
     size: Size
     "of the model's input"
     draw: Callable[[np.ndarray], np.ndarray]
-    "uint8 [height, width, 3] of the original to uint8 [*size, 3], as the protocol's code does it"
+    "uint8 [height, width, 3] of the upright original to uint8 [*size, 3], as the protocol's code does it"
     geometry: Geometries
     "of jobs/extract.py, where it places the image just so; None: none does"
 
@@ -82,7 +73,7 @@ class Squash:
         method = Image.Resampling[self.interpolation.upper()]
         return np.array(Image.fromarray(pixels_HW3).resize((self.size[1], self.size[0]), method))
 
-    def of(self, image: ImageFile) -> Picture:
+    def of(self, image: EncodedImage) -> Picture:
         """The image drawn so."""
         return Picture(image=image, size=self.size, draw=self, geometry="squash")
 
@@ -93,48 +84,15 @@ class FeatureSource(Protocol):
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
 
+    def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
+        """How the image was turned for the maps of inputs of `size`: what `label_turn` needs. Raises `DatasetError`,
+        `StorageError`."""
+
     def maps(self, picture: Picture) -> dict[str, Tensor]:
-        """Float32 [h, w, C] by row name."""
+        """Float32 [h, w, C] by row name, of the upright image."""
 
     def pooled(self, picture: Picture) -> Tensor | None:
         """The CLS vector, float32 [C]; None where no level is one. Cheap right after `maps` of the same picture."""
-
-
-def pooled_level(levels: Sequence[Level]) -> str | None:
-    """The level that is the CLS vector."""
-    return next((level.name for level in levels if level.grid is None and level.method == "cls"), None)
-
-
-def rows_of(levels: Sequence[Level], stride: int, shown: str) -> tuple[Row, ...]:
-    """The rows for a model's or store's dense levels. Raises `ConfigError` where the low-resolution map isn't among them."""
-    dense = [level for level in levels if level.grid]
-    base = next((level for level in dense if level.method == "backbone"), None)
-    if base is None or base.grid is None:
-        raise ConfigError(f"{shown}: no level is the backbone's own map, which every table shows; add x1 to --levels")
-    low = Row(name="low-res", method="backbone", level=base.name, grid=base.grid, stride=stride)
-    others = [
-        Row(
-            name=f"{level.method} {level.name}",
-            method=level.method,
-            level=level.name,
-            grid=level.grid or base.grid,
-            stride=stride,
-            digest=level.digest,
-        )
-        for level in dense
-        if level is not base
-    ]
-    bilinear = [row for row in others if row.method == "bilinear"]
-    finer = [row for row in others if row.grid[0] * row.grid[1] > base.grid[0] * base.grid[1]]
-    grids = {row.grid: row.name.split(" ")[1] for row in finer if row.method != "bilinear"}
-    if not finer:
-        grids = {(2 * base.grid[0], 2 * base.grid[1]): "x2"}
-    made = [
-        Row(name=f"bilinear {name}", method="bilinear", level=None, grid=grid, stride=stride)
-        for grid, name in grids.items()
-        if grid not in {row.grid for row in bilinear}
-    ]
-    return (low, *bilinear, *made, *(row for row in others if row.method != "bilinear"))
 
 
 def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
@@ -173,6 +131,8 @@ class LiveRecipe:
     "by whether inputs are ragged (not filled by patches)"
     patch: int
     drawing: Drawing
+    sizes: tuple[Size, ...] = ()
+    "of the inputs, as far as they are known beforehand"
 
     def open(self, device: str) -> "LiveSource":
         return LiveSource(self, device)
@@ -185,6 +145,10 @@ class LiveRecipe:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
         return rows_of(spec.levels, spec.stride, spec.model)
+
+    def notes(self) -> list[str]:
+        """What is no mistake, and who reads the scores should know."""
+        return [note for size in self.sizes for note in self.bundle(size).unfamiliar(self.spec(size), self.patch)]
 
     def identity(self) -> dict[str, Any]:
         """What makes the features, as JSON values."""
@@ -217,11 +181,6 @@ def _at(level: Level, old: Size, new: Size) -> Level:
     return replace(level, grid=tuple(n // cells for n, cells in zip(grid, old, strict=True)))
 
 
-def cells(size: Size, patch: int, stride: int) -> Size:
-    """(rows, columns) of a backbone's map."""
-    return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
-
-
 def is_ragged(size: Size, patch: int, stride: int) -> bool:
     """Whether pixels are left over beyond the last whole patch."""
     return any((side - patch) % stride for side in size)
@@ -235,13 +194,21 @@ class LiveSource:
         self._models: OrderedDict[Size, FeatureModel] = OrderedDict()
         self._vector: tuple[Picture | None, Tensor | None] = (None, None)
         "of the last picture"
+        self._data: tuple[str, bytes] = ("", b"")
+        "of the last image: a label asks how it is turned before its maps are asked for"
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
 
+    def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:  # noqa: ARG002
+        self._data = image.shown, image.data()
+        return OrientedImage(image.shown, orientation_of(self._data[1], image.shown))
+
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         spec = self.recipe.spec(picture.size)
-        pixels = draw(picture, spec, self.recipe.drawing)
+        shown, data = self._data
+        data = data if shown == picture.image.shown else picture.image.data()
+        pixels = draw(picture, data, spec, self.recipe.drawing)
         rows, _ = self._model(picture.size, spec)(pixels[None], {})
         by_level = {name: each[0] for name, each in rows.items()}
         pooled = pooled_level(spec.levels)
@@ -267,10 +234,13 @@ class LiveSource:
         return self._models[size]
 
 
-def draw(picture: Picture, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
-    """The picture as the model's input, uint8 [*picture.size, 3]. Raises `StorageError` where the image can't be decoded."""
+def draw(picture: Picture, data: bytes, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
+    """The upright picture as the model's input, uint8 [*picture.size, 3]; `data`: the image's bytes.
+
+    Raises `DatasetError` where the image can't be decoded.
+    """
     if drawing == "paper":
-        return picture.draw(picture.image.pixels())
+        return picture.draw(upright_pixels(picture.image, data))
     if picture.geometry is None:
         raise ConfigError(
             "this protocol's images are placed as jobs/extract.py can't: use --drawing paper, and no --stores"
@@ -280,9 +250,9 @@ def draw(picture: Picture, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
         mode=picture.geometry, height=height, width=width, interpolation=spec.interpolation, mean=spec.mean
     )
     try:
-        return decode(picture.image.data(), geometry, max_pixels=2**40).pixels
-    except (ImageRefused, OSError, SyntaxError) as error:
-        raise StorageError(f"{picture.image.shown} can't be decoded: {error}") from None
+        return decode(data, geometry, max_pixels=MAX_PIXELS).pixels
+    except ImageRefused as error:
+        raise unreadable(picture.image.shown, error) from None
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------
@@ -305,6 +275,10 @@ class StoreRecipe:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
         return rows_of(spec.levels, spec.stride, self.store(size).folder.shown)
+
+    def notes(self) -> list[str]:
+        """What was said when the features were extracted."""
+        return [note for store in self.stores.values() for note in store.attributes.get("notes", ())]
 
     def identity(self) -> dict[str, Any]:
         """What made the features, as JSON values."""
@@ -334,6 +308,14 @@ class StoreSource:
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
 
+    def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
+        store = self.recipe.store(size)
+        row = self._row(store, image)
+        record = store.records([row], PLACED_COLUMNS).to_pylist()[0]
+        if record["width"] is None:
+            store.pixels(row)  # raises with the reason
+        return orientation_in_store(store, record, image)
+
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         store = self.recipe.store(picture.size)
         row = self._row(store, picture.image)
@@ -346,20 +328,34 @@ class StoreSource:
         level, row = pooled_level(store.spec.levels), self._row(store, picture.image)
         return _vector(store.read(row, level), f"{store.folder.shown}, row {row}") if level else None
 
-    def _row(self, store: FeatureStore, image: ImageFile) -> int:
+    def _row(self, store: FeatureStore, image: EncodedImage) -> int:
         found = store.index.find(image.keys)
         if not found:
             raise FeaturesMissing(
                 f"{store.folder.shown} has no features of {image.shown}: none of its keys is {' or '.join(image.keys)}"
             )
-        row = next(found[key] for key in image.keys if key in found)
-        placed = store.pixels(row)
-        if image.width and (placed.width, placed.height) != (image.width, image.height):
-            raise FeaturesMissing(
-                f"{store.folder.shown}: row {row} is of an image of {placed.width} x {placed.height} pixels, but "
-                f"{image.shown} has {image.width} x {image.height}"
-            )
-        return row
+        return next(found[key] for key in image.keys if key in found)
+
+
+PLACED_COLUMNS = ("row", "width", "height", "conversion")
+"""Of the ledger: what `orientation_in_store` needs."""
+
+
+def orientation_in_store(store: FeatureStore, record: Mapping[str, Any], image: EncodedImage) -> OrientedImage:
+    """How the image of a ledger row was turned when it was extracted. A store keeps upright sizes, and whether an image was
+    turned, not how: then the image is read. Raises `FeaturesMissing` where it isn't the one that was extracted."""
+    size = record["width"], record["height"]
+    shown = f"{image.shown} (row {record['row']} of {store.folder.shown})"
+    if EXIF_ROTATE not in (record["conversion"] or ""):
+        return OrientedImage(shown, Orientation(width=size[0], height=size[1]))
+    found = image.orientation()
+    if found.exif == 1 or found.upright_size != size:
+        raise FeaturesMissing(
+            f"{store.folder.shown}: row {record['row']} was made of an image that its EXIF turned to {size[0]} x {size[1]} "
+            f"pixels; {image.shown} has the orientation {found.exif} and {found.upright_size[0]} x {found.upright_size[1]}. "
+            "Extract the images again"
+        )
+    return OrientedImage(shown, found)
 
 
 def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
@@ -380,6 +376,7 @@ def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
 # --- either -----------------------------------------------------------------------------------------------------------
 
 Recipe = LiveRecipe | StoreRecipe
+AnyRecipe = TypeVar("AnyRecipe", LiveRecipe, StoreRecipe)
 
 
 class CachedSource:
@@ -388,9 +385,16 @@ class CachedSource:
     def __init__(self, source: FeatureSource, max_bytes: int = CACHE_BYTES):
         self.source, self.max_bytes = source, max_bytes
         self._kept: OrderedDict[tuple[str, Size], dict[str, Tensor]] = OrderedDict()
+        self._oriented: dict[tuple[str, Size], OrientedImage] = {}
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.source.rows(size)
+
+    def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
+        name = image.shown, size
+        if name not in self._oriented:
+            self._oriented[name] = self.source.oriented(image, size)
+        return self._oriented[name]
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         name = picture.image.shown, picture.size
@@ -421,9 +425,10 @@ def resolve_source(
         return _open_stores(config, sizes, geometry)
     if config.how_drawn == "extract" and geometry is None:
         raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
-    sizes = tuple(dict.fromkeys(sizes)) or (preprocessing(config.model).size,)
     weights = WeightsChoice.parse(config.weights)
-    loaded = load_model(config.model, sizes[0], weights, config.revision, config.options)
+    described = read_description(config.model, weights, config.options)
+    sizes = tuple(dict.fromkeys(sizes)) or (described.expects.size,)
+    loaded = load_model(config.model, sizes[0], weights, config.revision, config.options, described)
     patch = int(loaded.feature_info[-1]["reduction"])
     firsts: dict[bool, Size] = {}
     for size in sizes:
@@ -433,11 +438,12 @@ def resolve_source(
         raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
     bundles = {}
     for ragged, size in firsts.items():
-        bundles[ragged], _ = load_described(config, size, ragged=ragged, loaded=loaded if size == sizes[0] else None)
-    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn)
+        here = loaded if size == sizes[0] else None
+        bundles[ragged], _ = load_described(config, size, ragged=ragged, described=described, loaded=here)
+    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn, sizes=sizes)
     for size in sizes:
         recipe.rows(size)
-    return recipe, sizes
+    return _told(recipe), sizes
 
 
 def _open_stores(
@@ -452,7 +458,13 @@ def _open_stores(
     for size in sizes:
         recipe.rows(size)
         require_geometry(recipe.store(size), geometry)
-    return recipe, sizes
+    return _told(recipe), sizes
+
+
+def _told(recipe: AnyRecipe) -> AnyRecipe:
+    for note in recipe.notes():
+        logger.warning("%s", note)
+    return recipe
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -5,7 +5,7 @@ LiFT's protocol (square inputs) and DINO's (aspect kept); specs/evaluation.md se
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,12 +14,14 @@ from PIL import Image
 
 from operators.evaluation.davis import VOID, ObjectCurves, Summary, score_clip, summarise
 from operators.evaluation.propagation import Propagation, Propagator, label_image, one_hot
+from operators.orientation import Orientation
 from operators.visual import Tile, spread
 from pipelines.config import ConfigError
-from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.datasets import Clip, DatasetError, digest, load_davis, read_labels
+from pipelines.evaluation.config import LabelledConfig
+from pipelines.evaluation.datasets import Clip, digest, load_davis, read_labels
+from pipelines.evaluation.images import DatasetError, LabelFrame, OrientedImage, label_turn, require_size
 from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, percent, with_published
-from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.evaluation.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
 from storage.paths import Folder
 
@@ -30,7 +32,7 @@ COLOURS = np.array(
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoConfig(EvaluateConfig):
+class VideoConfig(LabelledConfig):
     """Is an object found again in later frames? J, F and J&F of label propagation on DAVIS-2017."""
 
     protocol: Literal["lift", "dino"] = "lift"
@@ -98,10 +100,12 @@ class Video:
 
     clips: tuple[Clip, ...]
     shapes: tuple[Size, ...]
-    "(height, width) of each clip's frames"
+    "(height, width) of each clip's frames, upright"
     sides: tuple[int, ...]
     protocol: Literal["lift", "dino"]
     propagation: Propagation
+    frame: LabelFrame | None = None
+    "of label images, where their size doesn't tell"
 
     def pieces(self) -> list[Piece]:
         """A clip at one size each; the longest ones first, so that none is waited for at the end."""
@@ -114,16 +118,21 @@ class Video:
         return input_size(self.protocol, side, *self.shapes[number])
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
-        side, number = piece.side, piece.items[0]
+        return records_of(piece.items, lambda number: self._clip(number, piece.side, source, folder))
+
+    def _clip(self, number: int, side: int, source: FeatureSource, folder: Folder) -> list[Record]:
         clip, size = self.clips[number], self.size(number, side)
-        truth = [_labels(clip, t, self.shapes[number]) for t in range(len(clip.masks))]
-        if not truth[0].any():
-            raise DatasetError(f"{clip.frames[0].folder.shown}/{clip.masks[0]} shows no object")
+        frames = [source.oriented(frame, size) for frame in clip.frames]
+        shape = self.shapes[number]
+        found = [upright_labels(clip, t, shape, frame, self.frame) for t, frame in enumerate(frames)]
+        truth, turns = [labels for labels, _ in found], [turn for _, turn in found]
+        _require_objects(clip, truth[0])
         records = []
         for row, predicted in self._predict(clip, size, truth[0], source).items():
-            for name, labels in zip(clip.masks, predicted, strict=True):
+            for name, labels, turn in zip(clip.masks, predicted, turns, strict=True):
                 stem = name.rsplit("/", 1)[-1]
-                folder.write(f"{mask_folder(side, row, clip.name)}/{stem}", label_png(labels))
+                # As the data set has its own, for the official evaluation.
+                folder.write(f"{mask_folder(side, row, clip.name)}/{stem}", label_png(turn.undone(labels)))
             curves = score_clip(clip.name, truth, predicted)
             records += [{"side": side, "row": row, **asdict(each)} for each in curves]
         return records
@@ -152,15 +161,40 @@ def enlargement(row: Row, low: Row) -> int:
     return max(1, 2 * row.stride * low.grid[0] // max(row.grid[0], 2 * low.grid[0]))
 
 
-def _labels(clip: Clip, t: int, shape: Size) -> np.ndarray:
-    """The true label image of a frame, void as background. Raises `DatasetError`."""
-    labels = read_labels(clip.frames[t].folder, clip.masks[t])
-    if labels.shape != shape:
+MOST_OBJECTS = 64
+"""Of a clip; DAVIS-2017 has at most 10. Larger numbers are grey levels or colours, not objects."""
+
+
+def upright_labels(
+    clip: Clip, t: int, shape: Size, image: OrientedImage, frame: LabelFrame | None
+) -> tuple[np.ndarray, Orientation]:
+    """The true label image of a frame, void as background, on the upright frame, `shape`; and how it was turned.
+
+    Raises `DatasetError`, also where it has another size than the clip or its frame, and `FrameUnknown`.
+    """
+    folder = clip.frames[t].folder
+    labels = read_labels(folder, clip.masks[t])
+    height, width = labels.shape
+    turn = Orientation(width=width, height=height)
+    if sorted(labels.shape) == sorted(shape):
+        turn = label_turn(image, (width, height), frame, f"but its label {folder.shown}/{clip.masks[t]} has")
+    if turn.upright_size != (shape[1], shape[0]):
         raise DatasetError(
-            f"{clip.frames[t].folder.shown}/{clip.masks[t]} has {labels.shape[1]} x {labels.shape[0]} pixels, the clip's first "
-            f"mask {shape[1]} x {shape[0]}"
+            f"{folder.shown}/{clip.masks[t]} has {width} x {height} pixels, the clip's first mask {shape[1]} x {shape[0]}"
         )
-    return np.where(labels == VOID, 0, labels).astype(np.uint8)
+    return turn.array(np.where(labels == VOID, 0, labels).astype(np.uint8)), turn
+
+
+def _require_objects(clip: Clip, first: np.ndarray) -> None:
+    """Raises `DatasetError` unless a clip's first label image shows objects by their numbers."""
+    shown, largest = f"{clip.frames[0].folder.shown}/{clip.masks[0]}", int(first.max())
+    if not largest:
+        raise DatasetError(f"{shown} shows no object")
+    if largest > MOST_OBJECTS:
+        raise DatasetError(
+            f"{shown} has the value {largest}; values are numbers of objects from 1, not grey levels or colours; use the data "
+            "set's own label images"
+        )
 
 
 def mask_folder(side: int, row: str, clip: str) -> str:
@@ -182,7 +216,7 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
     clips = tuple(load_davis(folder, config.split, config.resolution, config.frame_step)[: config.limit])
-    shapes = tuple(read_labels(folder, clip.masks[0]).shape for clip in clips)
+    shapes = tuple(_upright_shape(clip) for clip in clips)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
     wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]
     recipe, sizes = resolve_source(config, wanted, "squash")
@@ -192,11 +226,22 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
         sides=sides or tuple(dict.fromkeys(min(size) for size in sizes)),
         protocol=config.protocol,
         propagation=config.propagation,
+        frame=config.label_frame,
     )
     for side in task.sides:
         for number in range(len(clips)):
             recipe.rows(task.size(number, side))  # a store of just that size, or a model that takes it
     return task, recipe, begin(config, "video", recipe, digest([*clips, *shapes]))
+
+
+def _upright_shape(clip: Clip) -> Size:
+    """(height, width) of a clip's first frame. Raises `DatasetError` where its label image isn't of its size."""
+    frame, labels = clip.frames[0], read_labels(clip.frames[0].folder, clip.masks[0])
+    says = f"but its label {frame.folder.shown}/{clip.masks[0]} has"
+    orientation = frame.orientation()
+    require_size(frame.shown, orientation, (labels.shape[1], labels.shape[0]), says)
+    width, height = orientation.upright_size
+    return height, width
 
 
 # --- what was found ---------------------------------------------------------------------------------------------------
@@ -215,6 +260,7 @@ def scores(records: Sequence[Record]) -> dict[tuple[str, int], Summary]:
 
 def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """J&F and its parts, in percent, and each object's own."""
+    records, left_out = split_left_out(records)
     found = scores(records)
     lines, rows = [], {}
     for side in task.sides:
@@ -232,7 +278,8 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
         tables=(with_published(table, rows, published),),
         choices=_choices(config, task, recipe),
         details={"objects": [_object(record) for record in records]},
-        pictures=_pictures(config, task, recipe),
+        pictures=_pictures(config, task, recipe, {record["clip"] for record in records}),
+        left_out=left_out,
     )
 
 
@@ -260,21 +307,26 @@ def _choices(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, str]
     return {
         "protocol": config.protocol,
         "frames": f"{shape if recipe.how_drawn == 'paper' else 'squashed, drawn as extract'}; every {config.frame_step}.",
+        "turned photographs": config.turned_photographs,
         "propagation": str(task.propagation),
         "first mask": "nearest neighbour to the grid, void as background; an object that vanishes there scores 0",
         "scored": "all frames but the first and the last; void is background; ids 1 to the first frame's largest",
     }
 
 
-def _pictures(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, Image.Image | bytes]:
-    """Of the first clips at the largest size: four frames as a panel, and all of them as an animation."""
+def _pictures(
+    config: VideoConfig, task: Video, recipe: Recipe, scored: Collection[str]
+) -> dict[str, Image.Image | bytes]:
+    """Of the first clips that were scored at the largest size: four frames as a panel, and all of them as an animation."""
     side = max(task.sides)
     folder = Folder(config.required("out"), config.options)
     pictures: dict[str, Image.Image | bytes] = {}
-    for number, clip in enumerate(task.clips[: config.pictures]):
+    numbers = [number for number, clip in enumerate(task.clips) if clip.name in scored]
+    for number in numbers[: config.pictures]:
+        clip = task.clips[number]
         rows = [row.name for row in recipe.rows(task.size(number, side))]
         times = spread(len(clip.frames), 40)
-        strips = [_strip(folder, clip, t, side, rows) for t in times]
+        strips = [_strip(task, number, t, folder, [mask_folder(side, row, clip.name) for row in rows]) for t in times]
         pictures[f"{clip.name}.webp"] = _animation(strips)
         chosen = spread(len(times), 4)
         tiles = [[Tile(pixels=pixels, is_photo=True) for pixels in strips[i]] for i in chosen]
@@ -284,12 +336,15 @@ def _pictures(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, Ima
     return pictures
 
 
-def _strip(folder: Folder, clip: Clip, t: int, side: int, rows: Sequence[str], height: int = 160) -> list[np.ndarray]:
-    """A frame with its true labels, and with each row's."""
+def _strip(
+    task: Video, number: int, t: int, folder: Folder, places: Sequence[str], height: int = 160
+) -> list[np.ndarray]:
+    """A frame of a clip with its true labels, and with those in each of the places."""
+    clip = task.clips[number]
     stem = clip.masks[t].rsplit("/", 1)[-1]
-    truth = read_labels(clip.frames[t].folder, clip.masks[t])
-    labels = [np.where(truth == VOID, 0, truth)]
-    labels += [read_labels(folder, f"{mask_folder(side, row, clip.name)}/{stem}") for row in rows]
+    image = OrientedImage(clip.frames[t].shown, clip.frames[t].orientation())
+    truth, turn = upright_labels(clip, t, task.shapes[number], image, task.frame)
+    labels = [truth, *(turn.array(read_labels(folder, f"{place}/{stem}")) for place in places)]
     width = max(1, round(height * truth.shape[1] / truth.shape[0]))
     photo = Image.fromarray(clip.frames[t].pixels()).resize((width, height))
     return [overlay(np.array(photo), np.array(Image.fromarray(each).resize((width, height), 0))) for each in labels]

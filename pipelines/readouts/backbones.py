@@ -7,12 +7,13 @@ the final norm, without prefix tokens (specs/evaluation.md 12.7).
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from operators.backbone import preprocessing
 from pipelines.config import ConfigError
-from pipelines.weights import WeightsChoice
+from pipelines.weights import WeightsChoice, read_description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +139,8 @@ BACKBONES: tuple[PaperBackbone, ...] = (
 BY_NAME = {each.name: each for each in BACKBONES}
 
 
-def find_backbone(word: str, weights: str = "pretrained") -> PaperBackbone:
-    """One of the table's, or `TIMM_NAME[@PIXELS]`; `weights` as for jobs/train.py.
+def find_backbone(word: str, weights: str = "pretrained", options: Mapping[str, Any] | None = None) -> PaperBackbone:
+    """One of the table's, or `TIMM_NAME[@PIXELS]`, by default at the size that its `weights` (as for jobs/train.py) expect.
 
     Raises `ConfigError` for what timm lacks, and `BackboneError` for names that it hasn't.
     """
@@ -154,8 +155,8 @@ def find_backbone(word: str, weights: str = "pretrained") -> PaperBackbone:
         near = difflib.get_close_matches(word, BY_NAME, 1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise ConfigError(f"--backbones {word}: {hint}There are {', '.join(BY_NAME)}, and timm's own names")
-    own = preprocessing(model).size
-    return PaperBackbone(name=word, label=word, model=model, size=int(size) if size else own[0])
+    side = int(size) if size else read_description(model, WeightsChoice.parse(weights), options).expects.size[0]
+    return PaperBackbone(name=word, label=word, model=model, size=side)
 
 
 def backbone_lines(names: Sequence[str] = ()) -> Iterator[str]:

@@ -7,27 +7,22 @@ Layouts: specs/evaluation.md sections 7, 12.3, 13; specs/mini_datasets.md sectio
 
 import difflib
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import scipy.io
 from scipy.io.matlab import MatReadError
 
-from pipelines.evaluation.datasets import (
-    DatasetError,
-    ImageFile,
-    lines,
-    names_in,
-    parsed,
-    read,
-    require_images,
-    require_plain,
-    voc_root,
-)
+from pipelines.config import ConfigError
+from pipelines.evaluation.coco import CocoImage, read_coco
+from pipelines.evaluation.datasets import lines, names_in, require_images, require_plain, voc_root
+from pipelines.evaluation.images import DatasetError, ImageFile, LabelFrame, read
+from pipelines.readouts.depth import DepthMap, DepthPng, require_plausible
 from pipelines.readouts.images import AnyImage, H5Array, H5Image, TarImage, TarMember, require_h5py, tar_members
-from pipelines.readouts.labels import ClassMask, DepthMap, DepthPng, Instances, LabelledImage
+from pipelines.readouts.labels import ClassMask, Instances, LabelledImage
 from storage.paths import Folder
 from storage.tars import split_name
 
@@ -277,15 +272,6 @@ def _mat_numbers(folder: Folder, split: str, count: int) -> list[int]:
 # --- instances --------------------------------------------------------------------------------------------------------
 
 
-class _Annotated(NamedTuple):
-    """An image of COCO's annotations, and its objects in the file's order."""
-
-    file_name: str
-    width: int
-    height: int
-    objects: list[Mapping[str, Any]]
-
-
 def load_coco_instances(folder: Folder, split: str, limit: int | None = None) -> list[LabelledImage]:
     """COCO's images of `annotations/instances_<split>.json` by id, those without objects included, and crowds.
 
@@ -296,7 +282,7 @@ def load_coco_instances(folder: Folder, split: str, limit: int | None = None) ->
     root = _place(folder, ("", "coco"), listed)
     place = _place(folder, [_join(root, inside, split) for inside in ("", "images")])
     where, found = _join(root, listed), []
-    for each in _annotated(folder, where)[:limit]:
+    for each in read_coco(folder, where)[:limit]:
         require_plain(each.file_name, f"{folder.shown}/{where}")
         image = _image(folder, f"{place}/{each.file_name}", each.width, each.height)
         found.append(LabelledImage(image=image, label=_instances(folder, where, each)))
@@ -304,26 +290,7 @@ def load_coco_instances(folder: Folder, split: str, limit: int | None = None) ->
     return found
 
 
-def _annotated(folder: Folder, where: str) -> list[_Annotated]:
-    """A COCO file's images, by id. Raises `DatasetError`."""
-
-    def parse(data: Mapping[str, Any]) -> list[_Annotated]:
-        by_id = {
-            int(each["id"]): _Annotated(str(each["file_name"]), int(each["width"]), int(each["height"]), [])
-            for each in data["images"]
-        }
-        for note in data["annotations"]:
-            if note["image_id"] not in by_id:
-                raise ValueError(
-                    f"annotation {note['id']} is of image {note['image_id']}, which isn't among the images"
-                )
-            by_id[note["image_id"]].objects.append(note)
-        return [by_id[number] for number in sorted(by_id)]
-
-    return parsed(folder, where, read(folder, where), parse)
-
-
-def _instances(folder: Folder, where: str, image: _Annotated) -> Instances:
+def _instances(folder: Folder, where: str, image: CocoImage) -> Instances:
     shown = f"{folder.shown}/{where}: {image.file_name}"
     try:
         return Instances.pack(image.objects, shown, image.width, image.height)
@@ -360,7 +327,7 @@ def load_photos_open(
         return [
             LabelledImage(image=_in_tar(folder, each), label=mask) for each, mask in zip(chosen, masks, strict=True)
         ]
-    notes = {keys_of(each.file_name)[0]: each for each in _annotated(folder, "instances.json")}
+    notes = {keys_of(each.file_name)[0]: each for each in read_coco(folder, "instances.json")}
     found = []
     for member in _photos_with(folder, photos, notes, "instances.json", tars[PHOTOS_SPLITS[split]])[:limit]:
         note = notes[member.key]
@@ -440,14 +407,51 @@ DATASETS: Mapping[str, DatasetKind] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabelReading:
+    """What a person says of labels that their files don't tell."""
+
+    frame: LabelFrame | None = None
+    "which pixels they are of, where an image's EXIF turns it and sizes don't tell"
+    depth_scale: float | None = None
+    "values per metre; None: the layout's, if that is plausible"
+
+
 def load_labelled(
-    name: str, url: str, split: str, options: Mapping[str, Any] | None = None, limit: int | None = None
+    name: str,
+    url: str,
+    split: str,
+    options: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    reading: LabelReading = LabelReading(),
 ) -> list[LabelledImage]:
-    """The images of a data set's split, the first `limit` of them. `options`: of the storage. Raises `DatasetError`."""
+    """The images of a data set's split, the first `limit` of them. `options`: of the storage. Raises `DatasetError`, also where
+    a sample of depth maps isn't plausible."""
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(DATASETS)}"
         raise DatasetError(f"no data set {name!r}; {hint}")
     if limit is not None and limit < 1:
         raise DatasetError(f"a limit of {limit} leaves no image; give 1 or more, or none")
-    return DATASETS[name].load(Folder(url, options), split, limit)
+    found = DATASETS[name].load(Folder(url, options), split, limit)
+    if DATASETS[name].label == "depth":
+        found = _scaled(found, reading.depth_scale)
+    return [replace(each, frame=reading.frame) for each in found]
+
+
+def _scaled(images: list[LabelledImage], per_metre: float | None) -> list[LabelledImage]:
+    """Images with depth read by that scale, or by the layout's once it is found plausible."""
+    if per_metre is not None:
+        return [replace(each, label=each.label.scaled(per_metre)) for each in images]
+    require_plausible([each.label for each in images])
+    return images
+
+
+def require_depth(dataset: str, depth_scale: float | None) -> None:
+    """Raises `ConfigError` for a scale that is no scale, or where the data set's labels have none."""
+    if depth_scale is None:
+        return
+    if not (depth_scale > 0 and math.isfinite(depth_scale)):
+        raise ConfigError(f"--depth-scale {depth_scale}: must be above 0, the number of values that are a metre")
+    if dataset in DATASETS and DATASETS[dataset].label != "depth":
+        raise ConfigError(f"--depth-scale: {dataset} has {DATASETS[dataset].label}, no depth; leave it out")

@@ -237,7 +237,10 @@ def plan_cells(config: GridConfig) -> list[Cell]:
     for name in ("backbones", "tasks", "methods", "seeds"):
         if not getattr(config, name):
             raise ConfigError(f"--{name}: give at least one")
-    backbones = [find_backbone(word, config.weights) for word in config.backbones]
+    backbones = [
+        find_backbone(word, config.weights.replace("{backbone}", slug(word)), config.options)
+        for word in config.backbones
+    ]
     tasks = [find_task(word) for word in config.tasks]
     if lacking := sorted({task.dataset for task in tasks} - config.folders.keys()):
         raise ConfigError(f"--data lacks {', '.join(lacking)}: give {lacking[0]}=FOLDER")

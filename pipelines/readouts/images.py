@@ -1,6 +1,6 @@
 """Images of data sets that are no files of their own: members of tars, entries of HDF5 arrays.
 
-They have what `pipelines.evaluation.datasets.ImageFile` has, so that whoever takes one takes the others. Labels that lie in
+They have what `pipelines.evaluation.images.ImageFile` has, so that whoever takes one takes the others. Labels that lie in
 HDF5 are read here, too. Nothing is decoded when a data set is listed.
 """
 
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from pipelines.evaluation.datasets import DatasetError, ImageFile, rgb_pixels
+from operators.orientation import Orientation
+from pipelines.evaluation.images import DatasetError, ImageFile, orientation_of, upright_pixels
 from storage.inputs import InputFile
 from storage.paths import Folder, InputError
 from storage.tars import MemberRules, scan_source
@@ -62,9 +63,13 @@ class TarImage:
         """Its bytes. Raises `DatasetError`."""
         return read_span(self.folder, self.member.tar, self.member.span)
 
+    def orientation(self) -> Orientation:
+        """As `ImageFile.orientation`. Raises `DatasetError`."""
+        return orientation_of(self.data(), self.shown)
+
     def pixels(self) -> np.ndarray:
         """uint8 [height, width, 3], as `ImageFile.pixels`. Raises `DatasetError`."""
-        return rgb_pixels(self)
+        return upright_pixels(self, self.data())
 
     def told(self) -> Any:
         """What `digest` counts: the member's name and the image's size, not where the tar has it."""
@@ -192,8 +197,13 @@ class H5Image:
     def data(self) -> bytes:
         """The image as a PNG. Raises `DatasetError`."""
         out = io.BytesIO()
-        Image.fromarray(self.pixels()).save(out, "PNG")
+        Image.fromarray(self.pixels()).save(out, "PNG", compress_level=1)
         return out.getvalue()
+
+    def orientation(self) -> Orientation:
+        """Upright: HDF5 has no EXIF. Raises `DatasetError`."""
+        height, width = self.pixels().shape[:2]
+        return Orientation(width=width, height=height)
 
     def pixels(self) -> np.ndarray:
         """uint8 [height, width, 3]. Raises `DatasetError`."""

@@ -8,16 +8,19 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
-from PIL import Image
 
 from operators.evaluation.segmentation import COARSE_OF_FINE, VOID
-from pipelines.evaluation.datasets import DatasetError, decoded, read, read_labels
-from pipelines.readouts.images import AnyImage, H5Array
+from operators.orientation import Orientation
+from pipelines.evaluation.coco import coco_corners
+from pipelines.evaluation.datasets import read_labels
+from pipelines.evaluation.images import DatasetError, LabelFrame, OrientedImage, label_turn
+from pipelines.readouts.depth import DepthMap
+from pipelines.readouts.images import AnyImage
 from storage.paths import Folder
 
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -56,6 +59,11 @@ TABLES: Mapping[str, np.ndarray] = {
 }
 """What a PNG's values are: int16 [256] of class, 255 = void, or -1 where the data set has no such value."""
 
+_NOT_IN_COCO = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+NEVER: Mapping[str, tuple[int, ...]] = {"coco_stuff": _NOT_IN_COCO, "coco_stuff27": _NOT_IN_COCO}
+"""Values that have a class, and that no label file has (COCO numbers a street sign, a hat, a shoe, ... and annotates none):
+masks with one of them are of other ids, COCO-Stuff's 171 without gaps or its ids from 1 on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMask:
@@ -76,9 +84,10 @@ class ClassMask:
         """Class of each pixel, uint8 [H, W], 255 = void. Raises `DatasetError`, also for a value that the table hasn't."""
         values = read_labels(self.folder, self.name)
         classes = TABLES[self.table][values]
-        if (classes < 0).any():
+        wrong = (classes < 0) | np.isin(values, NEVER.get(self.table, ()))
+        if wrong.any():
             raise DatasetError(
-                f"{self.shown} holds the value {values[classes < 0][0]}, which labels of {self.table} don't have; "
+                f"{self.shown} holds the value {values[wrong][0]}, which labels of {self.table} don't have; "
                 "check that it is this data set's label file"
             )
         return classes.astype(np.uint8)
@@ -86,61 +95,6 @@ class ClassMask:
     def told(self) -> Any:
         """What `digest` counts."""
         return [self.name, self.table]
-
-
-# --- depth ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthPng:
-    """A grey PNG of 16 bits."""
-
-    folder: Folder
-    name: str
-    per_metre: float
-    "values per metre"
-
-    @property
-    def shown(self) -> str:
-        """Its URL as it may be printed."""
-        return f"{self.folder.shown}/{self.name}"
-
-    def read(self) -> np.ndarray:
-        """Metres, float64 [H, W]. Raises `DatasetError`."""
-
-        def deep(image: Image.Image) -> Image.Image:
-            if image.mode != "I" and not image.mode.startswith("I;16"):
-                raise DatasetError(f"{self.shown} is a {image.mode} image; depth is 16-bit grey")
-            image.load()
-            return image
-
-        return np.array(decoded(read(self.folder, self.name), self.shown, deep)) / self.per_metre
-
-    def told(self) -> Any:
-        """What `digest` counts."""
-        return [self.name, self.per_metre]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthMap:
-    """Depth in metres, wherever it lies."""
-
-    source: DepthPng | H5Array
-
-    @property
-    def shown(self) -> str:
-        """Its place as it may be printed."""
-        return self.source.shown
-
-    def read(self) -> np.ndarray:
-        """Metres, float32 [H, W]; 0 where nothing was measured (stored as 0, NaN or infinity). Raises `DatasetError`."""
-        depth = self.source.read()
-        if depth.ndim != 2:
-            raise DatasetError(f"{self.shown} has the shape {depth.shape}; a depth map has rows and columns only")
-        depth = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
-        if (depth < 0).any():
-            raise DatasetError(f"{self.shown} holds {depth.min():g} m; depth can't be negative, and 0 stands for none")
-        return depth
 
 
 # --- instances --------------------------------------------------------------------------------------------------------
@@ -176,7 +130,7 @@ class Instances:
     @classmethod
     def pack(cls, objects: Sequence[Mapping[str, Any]], shown: str, width: int, height: int) -> "Instances":
         """Raises `KeyError`, `ValueError` or `TypeError` where a field lacks or isn't what it should be."""
-        kept = [_kept(each) for each in objects]
+        kept = [_kept(each, width, height) for each in objects]
         packed = zlib.compress(json.dumps(kept, separators=(",", ":")).encode(), level=1)
         return cls(shown=shown, width=width, height=height, packed=packed)
 
@@ -197,6 +151,7 @@ class Instances:
         for mask, each in zip(masks, objects, strict=True):
             try:
                 mask[:] = decode_mask(each["segmentation"], self.height, self.width)
+                _require_box_of(mask, each["bbox"])
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise DatasetError(
                     f"{self.shown}, annotation {each['id']}: its segmentation is malformed: {error}"
@@ -214,13 +169,28 @@ class Instances:
         return self.objects()
 
 
-def _kept(note: Mapping[str, Any]) -> dict[str, Any]:
+def _kept(note: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
     """What of an annotation is used; its numbers are checked, its segmentation isn't yet."""
+    coco_corners(note, width, height)
     box, area = [float(value) for value in note["bbox"]], float(note["area"])
-    if len(box) != 4 or not all(map(math.isfinite, (*box, area))):
-        raise ValueError(f"annotation {note['id']} has the box {note['bbox']} and the area {note['area']}")
+    if not math.isfinite(area):
+        raise ValueError(f"annotation {note['id']} has the area {note['area']}")
     kept = {"id": int(note["id"]), "category_id": int(note["category_id"]), "bbox": box, "area": area}
     return kept | {"iscrowd": int(note.get("iscrowd", 0)), "segmentation": note["segmentation"]}
+
+
+def _require_box_of(mask_HW: np.ndarray, box: Sequence[float]) -> None:
+    """Raises `ValueError` where x, y, width, height are not, roughly, those of the mask; an empty mask says nothing."""
+    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+    if not len(rows):
+        return
+    x1, y1, x2, y2 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    x, y, width, height = box
+    far = np.abs(np.subtract([x, y, x + width, y + height], [x1, y1, x2, y2])).max()
+    if far > 4 + max(x2 - x1, y2 - y1) / 4:
+        raise ValueError(
+            f"it reaches from x, y = {x1}, {y1} to {x2}, {y2}, which its box {list(box)} doesn't fit as x, y, width, height"
+        )
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -296,14 +266,30 @@ class LabelledImage:
 
     image: AnyImage
     label: Label
+    frame: LabelFrame | None = None
+    "which pixels the label is of, where its size doesn't tell"
 
     def read(self) -> tuple[np.ndarray, np.ndarray | InstanceArrays]:
-        """The image's pixels (uint8 [H, W, 3]) and its label. Raises `DatasetError`, also where they differ in size."""
-        pixels, label = self.image.pixels(), self.label.read()
+        """The image's pixels (uint8 [H, W, 3]) and its label, both upright. Raises `DatasetError`, also where they differ in
+        size, and `FrameUnknown`."""
+        pixels = self.image.pixels()
+        return pixels, self.upright_label(OrientedImage(self.image.shown, self.image.orientation()))
+
+    def upright_label(self, image: OrientedImage) -> np.ndarray | InstanceArrays:
+        """The label turned onto the image, which is upright then. Raises as `read`."""
+        label = self.label.read()
         height, width = (label.masks.shape[1:] if isinstance(label, InstanceArrays) else label.shape)[:2]
-        if pixels.shape[:2] != (height, width):
-            raise DatasetError(
-                f"{self.image.shown} has {pixels.shape[1]} x {pixels.shape[0]} pixels, but its label {self.label.shown} "
-                f"has {width} x {height}; check that they are of one data set"
-            )
-        return pixels, label
+        says = f"but its label {self.label.shown} has"
+        return turned(label, label_turn(image, (width, height), self.frame, says))
+
+    def told(self) -> Any:
+        """What `digest` counts."""
+        return {"image": self.image, "label": self.label} | ({"frame": self.frame} if self.frame else {})
+
+
+def turned(label: np.ndarray | InstanceArrays, by: Orientation) -> np.ndarray | InstanceArrays:
+    """A label [H, W], or one of instances, on the upright image."""
+    if not isinstance(label, InstanceArrays):
+        return by.array(label)
+    boxes = by.boxes(label.boxes).astype(np.float32)
+    return replace(label, masks=by.array(label.masks, axis=1), boxes=boxes)

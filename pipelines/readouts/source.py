@@ -12,9 +12,10 @@ from PIL import Image
 
 from operators.image import Geometry, fit
 from pipelines.evaluation.config import Drawing
-from pipelines.evaluation.datasets import DatasetError
-from pipelines.evaluation.sources import FeaturesMissing, Picture, Size, draw
-from pipelines.readouts.labels import LabelledImage
+from pipelines.evaluation.images import DatasetError, OrientedImage, orientation_of
+from pipelines.evaluation.rows import Size
+from pipelines.evaluation.sources import PLACED_COLUMNS, FeaturesMissing, Picture, draw, orientation_in_store
+from pipelines.readouts.labels import InstanceArrays, LabelledImage
 from pipelines.readouts.tasks import Placement, Task
 from pipelines.training.data import Example, open_store
 from storage.spec import FeatureSpec
@@ -22,6 +23,9 @@ from storage.store import FeatureStore
 
 PIXELS = "pixels"
 """The example's image, uint8 [H, W, 3]; other names of inputs are levels of features."""
+
+
+NOT_THERE = "its features in the store are not there, or not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,8 @@ class StoredMaps:
     levels: tuple[str, ...]
     rows: tuple[int, ...]
     "of the items, in their order"
+    placed: tuple[Mapping[str, Any], ...]
+    "the rows' sizes and conversions, as in the ledger"
 
     @classmethod
     def of(cls, store: FeatureStore, url: str, levels: Sequence[str], items: Sequence[LabelledImage]) -> "StoredMaps":
@@ -65,7 +71,15 @@ class StoredMaps:
                 f"{store.folder.shown} has no features of {len(lacking)} of {len(items)} images, the first is "
                 f"{lacking[0].shown}: none of its keys is {' or '.join(lacking[0].keys)}"
             )
-        return cls(url=url, options=store.folder.options, levels=tuple(levels), rows=tuple(rows))
+        placed = store.records(np.array(rows, np.int64), PLACED_COLUMNS).to_pylist()
+        return cls(url=url, options=store.folder.options, levels=tuple(levels), rows=tuple(rows), placed=tuple(placed))
+
+    def oriented(self, number: int, item: LabelledImage) -> OrientedImage:
+        """How the image of an item was turned when it was extracted. Raises `DatasetError` for one that wasn't."""
+        record = self.placed[number]
+        if record["width"] is None:
+            raise DatasetError(f"{item.image.shown}: {NOT_THERE}")
+        return orientation_in_store(open_store(self.url, self.options), record, item.image)
 
     def read(self, items: Sequence[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Maps [items, h, w, C] by level, and which of the items have them."""
@@ -94,7 +108,7 @@ class LabelledSource:
         for row in rows:
             try:
                 examples[row] = self._example(row)
-            except DatasetError as error:
+            except (DatasetError, FeaturesMissing) as error:
                 failed[row] = str(error)[:500]
         if self.stored is not None and examples:
             maps, there = self.stored.read(list(examples))
@@ -103,22 +117,26 @@ class LabelledSource:
                     examples[row] |= {level: values[position] for level, values in maps.items()}
                 else:
                     del examples[row]
-                    failed[row] = (
-                        f"{self.items[row].image.shown}: its features in the store are not there, or not finite"
-                    )
+                    failed[row] = f"{self.items[row].image.shown}: {NOT_THERE}"
         names = next(iter(examples.values()), {})
         return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
 
     def _example(self, row: int) -> dict[str, np.ndarray]:
+        if self.stored is not None:
+            return self.task.targets(self.label(row), row)
+        item = self.items[row]
+        data = item.image.data()
+        picture = picture_of(item.image, self.task, self.spec.input_size)
+        pixels = draw(picture, data, self.spec, self.drawing)
+        label = item.upright_label(OrientedImage(item.image.shown, orientation_of(data, item.image.shown)))
+        return {PIXELS: pixels, **self.task.targets(label, row)}
+
+    def label(self, row: int) -> np.ndarray | InstanceArrays:
+        """A row's label, upright. Raises `DatasetError`."""
         item = self.items[row]
         if self.stored is not None:
-            return self.task.targets(item.label.read(), row)
-        pixels, label = item.read()
-        return {PIXELS: self._drawn(pixels, item), **self.task.targets(label, row)}
-
-    def _drawn(self, pixels_HW3: np.ndarray, item: LabelledImage) -> np.ndarray:
-        picture = picture_of(item.image, self.task, self.spec.input_size)
-        return draw(picture, self.spec, self.drawing) if self.drawing == "extract" else picture.draw(pixels_HW3)
+            return item.upright_label(self.stored.oriented(row, item))
+        return item.upright_label(OrientedImage(item.image.shown, item.image.orientation()))
 
     def photo(self, row: int) -> np.ndarray:
         """The image as the task places it, for people: uint8 [side, side, 3]."""

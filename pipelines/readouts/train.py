@@ -18,9 +18,10 @@ from operators.readouts import ReadoutConfig, ReadoutError, build_readout
 from pipelines.config import ConfigError, absolute, require_at_least
 from pipelines.evaluation.config import Drawing
 from pipelines.evaluation.datasets import digest
+from pipelines.evaluation.images import LabelFrame
 from pipelines.evaluation.sources import pooled_level, require_geometry, resolve_source
 from pipelines.models import ModelBundle
-from pipelines.readouts.datasets import DATASETS, load_labelled
+from pipelines.readouts.datasets import DATASETS, LabelReading, load_labelled, require_depth
 from pipelines.readouts.labels import LabelledImage
 from pipelines.readouts.source import PIXELS, LabelledSource, StoredMaps
 from pipelines.readouts.tasks import TASKS, Record, Task
@@ -57,6 +58,12 @@ class ReadoutTraining(TrainConfig):
     """Only the first N images of --split."""
     val_limit: int | None = None
     """Only the first N images of --val-split."""
+
+    label_frame: LabelFrame | None = None
+    """Of images that their EXIF mirrors or turns by half, and of square ones that it turns: whether labels are of the `stored`
+    pixels or of the `upright` image. Default: such images are left out, and counted. Where sizes tell, they decide."""
+    depth_scale: float | None = None
+    """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
 
     placement: Literal["crop", "squash"] = "crop"
     """How images and labels become square: the centre, or with other proportions."""
@@ -143,6 +150,7 @@ class ReadoutTraining(TrainConfig):
             raise ConfigError(
                 f"--task {self.task} needs {wanted}; --dataset {self.dataset} has {has}. Use {', '.join(fitting)}"
             )
+        require_depth(self.dataset, self.depth_scale)
         if self.store and self.flip:
             raise ConfigError("--flip: features of a store aren't those of the mirrored image; leave it out")
         if self.store and not self.normalise:
@@ -205,8 +213,9 @@ class ReadoutTraining(TrainConfig):
         folder, kind = self.begin_folder(), DATASETS[self.dataset]
         if not self.data:
             raise ConfigError("no data: give --data the data set's folder")
+        reading = LabelReading(frame=self.label_frame, depth_scale=self.depth_scale)
         train, held_out = (
-            load_labelled(self.dataset, absolute(self.data), split, self.options, limit)
+            load_labelled(self.dataset, absolute(self.data), split, self.options, limit, reading)
             for split, limit in (
                 (self.split or kind.splits[0], self.limit),
                 (self.val_split or kind.splits[1], self.val_limit),
@@ -283,6 +292,8 @@ def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, Any]:
     """What a readout's features are, as JSON values: it makes sense on the same ones only."""
     names = ("model", "weights", "layers", "facet", "norm", "stride", "pos_embed", "input_size", "mean", "std")
     found = _as_json(spec, *names)
+    if spec.model_args:
+        found["model_args"] = dict(spec.model_args)
     return found if level is None else found | {"level": _as_json(level, "name", "method", "grid", "digest")}
 
 
@@ -406,10 +417,12 @@ class ReadoutObjective:
         records: list[Record] = []
         losses: list[tuple[float, float]] = []
         shown: list[list[np.ndarray]] = []
+        failed: dict[int, str] = {}
         at_once = min(self.config.forward_images, 16)
         for start in range(0, len(rows), at_once):
             asked = rows[start : start + at_once]
             example = source.load(asked, None)
+            failed |= example.failed
             there = [row for row in asked if row not in example.failed]
             if not there:
                 continue
@@ -419,8 +432,11 @@ class ReadoutObjective:
                 losses.append((float(total), divisor))
             for position, row in enumerate(there):
                 targets = {name: example.arrays[name][position] for name in self.task.target_names}
-                label = source.items[row].label.read() if self.task.judges_label else None
+                label = source.label(row) if self.task.judges_label else None
                 records.append(self.task.judge(outputs[position], targets, label))
                 if len(shown) < 4:
                     shown.append([source.photo(row), *self.task.pictures(outputs[position], targets)])
+        if failed:
+            first = next(iter(failed.values()))
+            logger.warning("%d of %d held-out images are left out, the first: %s", len(failed), len(rows), first)
         return records, losses, shown

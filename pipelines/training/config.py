@@ -39,7 +39,8 @@ class TrainConfig:
     model: str = "vit_small_patch16_224.dino"
     """timm name of the frozen backbone, tag included."""
     weights: str = "pretrained"
-    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`."""
+    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`. What timm's config.json
+    there says of the input and the network is used."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -242,7 +243,9 @@ def begin_run(folder: Folder, config: TrainConfig, found: Mapping[str, Any]) -> 
     Raises `ConfigError`."""
     made_of, before = identity(config, found), read_run(folder)
     if before is not None:
-        require_same(folder.shown, before.get("identity", {}), made_of)
+        # Runs of earlier versions didn't look at the images' bytes.
+        unknown = {name: made_of[name] for name in made_of if name.endswith("_content")}
+        require_same(folder.shown, {**unknown, **before.get("identity", {})}, made_of)
         return
     if read_pointers(folder) is not None:
         raise ConfigError(f"{folder.shown} has checkpoints but no run.json; restore it, or use a new --out")

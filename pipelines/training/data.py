@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import threading
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from operators.image import Geometry, fit, open_rgb
+from operators.image import Geometry, ImageRefused, fit, limit_pillow, open_rgb
 from pipelines.training.augment import colour_jitter, random_part, training_view
 from storage.paths import Folder
 from storage.samples import SampleIndex, read_images
@@ -101,7 +100,7 @@ class View(Protocol):
     """What is made of an image file: the arrays of one training example, the same names and shapes for every image."""
 
     def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:
-        """`rng` draws what is random; without one, nothing is. Raises what Pillow raises on damaged files."""
+        """`rng` draws what is random; without one, nothing is. Raises `ImageRefused`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +200,10 @@ class ExampleSource(Protocol):
         """Arrays of `rows`, in their order, as drawn for `epoch` (None: with nothing random)."""
 
 
+_indexes: dict[tuple[str, str], SampleIndex] = {}
+_indexes_lock = threading.Lock()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
     """Where images come from and how they become arrays; travels to whoever decodes."""
@@ -223,10 +226,8 @@ class ImageSource:
 
         Faults of the storage are raised: an image that can't be had today is no damaged image.
         """
-        # Pillow's own guard, which by default only warns up to twice its limit.
-        Image.MAX_IMAGE_PIXELS = self.max_image_pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        table = _index_of(self).take(np.array(rows, np.int64))
+        limit_pillow(self.max_image_pixels)
+        table = self.index.take(np.array(rows, np.int64))
         blobs = read_images(table, self.urls, self.options)
         records = dict(zip(rows, table.to_pylist(), strict=True))
         examples: dict[int, dict[str, np.ndarray]] = {}
@@ -243,6 +244,15 @@ class ImageSource:
         names = next(iter(examples.values()), {})
         return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
 
+    @property
+    def index(self) -> SampleIndex:
+        """Opened once in each process: by its digest, for another run may have replaced it."""
+        name = (self.folder.url, self.digest)
+        with _indexes_lock:
+            if name not in _indexes:
+                _indexes[name] = SampleIndex(self.folder)
+            return _indexes[name]
+
     def at_sides(self, rows: Sequence[int], geometry: Geometry, sides: Sequence[int]) -> dict[int, np.ndarray]:
         """The images at several sizes, each decoded once: uint8 [n, side, side, 3] by side, of those that can be read."""
         view = SidesView(geometry=geometry, sides=tuple(sides))
@@ -255,7 +265,7 @@ class ImageSource:
             return f"{len(blob)} of {size} bytes: the source is shorter than when indexed"
         try:
             return self.view(blob, rng, self.max_image_pixels)
-        except Exception as error:  # noqa: BLE001 - the sample boundary: Pillow raises a dozen types on damaged files
+        except ImageRefused as error:
             return f"{type(error).__name__}: {error}"
 
     def _add_features(self, examples: dict[int, Any], failed: dict[int, str], keys: Mapping[int, str]) -> None:
@@ -267,19 +277,6 @@ class ImageSource:
                 del examples[row]
             else:
                 examples[row]["features"] = value
-
-
-_indexes: dict[tuple[str, str], SampleIndex] = {}
-_indexes_lock = threading.Lock()
-
-
-def _index_of(source: ImageSource) -> SampleIndex:
-    """The index, opened once in each process: by its digest, for another run may have replaced it."""
-    name = (source.folder.url, source.digest)
-    with _indexes_lock:
-        if name not in _indexes:
-            _indexes[name] = SampleIndex(source.folder)
-        return _indexes[name]
 
 
 # --- ahead of the loop ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 What is trained on them is said by subclasses of `ImageTraining` (x2.py, vit_up.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from operators.backbone import (
     Preprocessing,
     TimmBackbone,
-    create_model,
-    load_arrays,
     normalise,
     preprocessing,
     state_arrays,
-    weights_digest,
 )
+from pipelines.checkpoints import trained_on
 from pipelines.config import ConfigError, require_at_least
+from pipelines.models import fresh_model
 from pipelines.prepare import index_input
 from pipelines.training.config import Objective, TrainConfig, TrainSetup, begin_run
 from pipelines.training.data import ImageSource, StoredFeatures, View
-from pipelines.weights import WeightsChoice, load_model
+from pipelines.weights import WeightsChoice, load_model, read_description
 from storage.checkpoints import read_run
-from storage.inputs import InputFile, expand_inputs
+from storage.identity import content_sample
+from storage.inputs import Listing, expand_inputs
 from storage.paths import Folder
 from storage.samples import SampleIndex
 from storage.tars import MemberRules
@@ -45,7 +45,7 @@ class ImageTraining(TrainConfig):
     val_rows: int = 64
     """Images to validate on: the first of --val-data, or without it the last of --data, which are then not trained on."""
     image_member: str | None = None
-    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif."""
+    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif, gif, avif and so on."""
     limit: int | None = None
     """Only the first N samples of --data."""
     max_image_pixels: int = 89_478_485
@@ -85,16 +85,16 @@ class ImageTraining(TrainConfig):
         Raises `ConfigError`, `InputError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
         """
         folder = self.begin_folder()
-        files = expand_inputs(self.data, self.options)
-        held_out = expand_inputs(self.val_data, self.options) if self.val_data else []
+        files = expand_inputs(self.data, self.options, self.image_member)
+        held_out = expand_inputs(self.val_data, self.options, self.image_member) if self.val_data else Listing()
         backbone, upsampler = _load_backbone(self)
         return ResolvedImages(
             config=self,
             folder=folder,
             backbone=backbone,
             upsampler=upsampler,
-            files=tuple(files),
-            held_out_files=tuple(held_out),
+            files=files,
+            held_out_files=held_out,
             features=self.stored_features(backbone),
         )
 
@@ -110,10 +110,18 @@ class FrozenBackbone:
     patch: int
     expects: Preprocessing
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes a run's features what they are. Runs from before the weights' own config.json was read go on where that
+        says nothing else than timm does of the name."""
+        plain = preprocessing(self.described["model"])
+        usual = {"stride": self.patch, "model_args": {}, "mean": list(plain.mean), "std": list(plain.std)}
+        return {name: value for name, value in self.described.items() if name not in usual or usual[name] != value}
+
     def model(self) -> nn.Module:
         """timm's model with the weights, at the size it was loaded for."""
         size = (self.described["size"], self.described["size"])
-        return load_arrays(create_model(self.described["model"], size, None, None), self.arrays)
+        return fresh_model(self.described["model"], size, self.arrays, self.described["model_args"])
 
     def build(self) -> TimmBackbone:
         """The backbone as it gives the features."""
@@ -150,8 +158,8 @@ class ResolvedImages:
     folder: Folder
     backbone: FrozenBackbone
     upsampler: Mapping[str, Any]
-    files: tuple[InputFile, ...]
-    held_out_files: tuple[InputFile, ...]
+    files: Listing
+    held_out_files: Listing
     features: StoredFeatures | None
 
     def prepare(self, executor: Any) -> ImageSetup:
@@ -173,7 +181,10 @@ class ResolvedImages:
                 "give --val-data"
             )
         digests = {"images": images.digest, "held_out": held_out.digest}
-        begin_run(folder, config, {"backbone": self.backbone.described, **digests})
+        for name, source in (("images", images), ("held_out", held_out)):
+            # The index knows names and sizes; other pixels under them would be learned on without a word.
+            digests[f"{name}_content"] = content_sample(source.index, source.urls, config.options)
+        begin_run(folder, config, {"backbone": self.backbone.identity, **digests})
         return ImageSetup(
             config=config,
             folder=folder,
@@ -188,7 +199,7 @@ class ResolvedImages:
     def _images(
         self,
         folder: Folder,
-        files: Sequence[InputFile],
+        files: Listing,
         limit: int | None,
         executor: Any,
         features: StoredFeatures | None = None,
@@ -199,7 +210,7 @@ class ResolvedImages:
         source = ImageSource(
             folder=folder,
             digest=index.digest,
-            urls=tuple(file.url for file in files[: len(index.sources)]),
+            urls=index.urls(files),
             options=config.options,
             max_image_pixels=config.max_image_pixels,
             seed=config.seed,
@@ -211,22 +222,22 @@ class ResolvedImages:
 
 def _load_backbone(config: ImageTraining) -> tuple[FrozenBackbone, dict[str, Any]]:
     """The backbone, and the settings of the network for it."""
-    expects = preprocessing(config.model)
-    size = (config.backbone_size, config.backbone_size)
-    model = load_model(config.model, size, WeightsChoice.parse(config.weights), config.revision, config.options)
+    size, weights = (config.backbone_size, config.backbone_size), WeightsChoice.parse(config.weights)
+    found = read_description(config.model, weights, config.options)
+    model = load_model(config.model, size, weights, config.revision, config.options, found)
     # Before the backbone touches it: position embeddings are replaced for each grid.
     arrays = {key: value.copy() for key, value in state_arrays(model).items()}
     backbone = TimmBackbone(model, facet=config.facet, norm=config.norm, pos_embed=config.pos_embed)
     described = {
-        "model": config.model,
-        "weights": weights_digest(arrays),
-        "layers": list(backbone.resolve_layers(config.layers)),
-        "facet": config.facet,
-        "norm": backbone.norm,
+        **trained_on(config.model, arrays, backbone, config.layers),
         "size": config.backbone_size,
+        "stride": backbone.stride,
         "pos_embed": backbone.pos_embed,
+        "model_args": dict(found.model_args),
+        "mean": list(found.expects.mean),
+        "std": list(found.expects.std),
     }
     frozen = FrozenBackbone(
-        arrays=arrays, described=described, pos_embed=config.pos_embed, patch=backbone.patch, expects=expects
+        arrays=arrays, described=described, pos_embed=config.pos_embed, patch=backbone.patch, expects=found.expects
     )
     return frozen, config.network(backbone)

@@ -127,12 +127,14 @@ class Trainer:
         )
         self.step = self.images = 0
         self.seconds = 0.0
-        "spent on training, over all starts"
+        "of training, over all starts, by the clock: waiting for images, validation and checkpoints count"
         self.failed: dict[int, str] = {}
         self.n_failed = 0
         "images left out, each as often as it was due"
         self.lines: list[dict[str, Any]] = []
         self._resume()
+        self._started = self._logged = self.images, self.seconds
+        "when this process took over; at the last line of metrics"
 
     def _resume(self) -> None:
         checkpoint = read_last(self.setup.folder)
@@ -188,7 +190,8 @@ class Trainer:
                 events.close()
 
     def _loop(self, stream: Iterator[Loaded], events: EventFile | None) -> None:
-        steps, upcoming, started = self.setup.order.steps, next(stream, None), time.perf_counter()
+        steps, before, started = self.setup.order.steps, self.seconds, time.perf_counter()
+        upcoming = next(stream, None)
         while self.step < steps:
             totals, rows = torch.zeros(4, device=self.device), []
             while upcoming is not None and upcoming.item.step == self.step:
@@ -196,19 +199,17 @@ class Trainer:
                 rows += upcoming.item.rows
                 upcoming = next(stream, None)
             loss, images, failed = self._update(totals)
-            elapsed = time.perf_counter() - started
+            self.seconds = before + time.perf_counter() - started
             self.step, self.images, self.n_failed = self.step + 1, self.images + images, self.n_failed + failed
-            self.seconds += elapsed
             if not np.isfinite(loss):
                 raise TrainFailed(
                     f"the loss became {loss} at step {self.step}; lower --lr, or use --net-precision fp32"
                 )
-            self._log(loss, images / elapsed, events)
+            self._log(loss, events)
             if self.step % self.config.checkpoint_every == 0 or self.step == steps:
                 self._checkpoint(events)
             if self.setup.on_step:
                 self.setup.on_step(self.step, rows)
-            started = time.perf_counter()
 
     def _accumulate(self, loaded: Loaded) -> Tensor:
         """Add a micro-batch's gradients; [sum of losses, what it is divided by, images, images left out]."""
@@ -253,15 +254,21 @@ class Trainer:
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
-    def _log(self, loss: float, rate: float, events: EventFile | None) -> None:
+    def _log(self, loss: float, events: EventFile | None) -> None:
+        """`images_per_s` is since the line before, of all processes; `run_images_per_s` since the run was started, or went on."""
         order = self.setup.order
         if events is None or not (self.step % self.config.log_every == 0 or self.step in (1, order.steps)):
             return
+        rate, overall = self._rate_since(self._logged), self._rate_since(self._started)
+        self._logged = self.images, self.seconds
         epoch = (self.step - 1) // order.steps_per_epoch + 1
-        values = {"loss": loss, "images_per_s": round(rate, 2)}
-        self._add(values, events)
+        self._add({"loss": loss, "images_per_s": round(rate, 2), "run_images_per_s": round(overall, 2)}, events)
         self.lines[-1] |= {"epoch": epoch, "images": self.images, "failed": self.n_failed}
-        logger.info("step %d of %d, epoch %d: loss %.4f, %.1f images/s", self.step, order.steps, epoch, loss, rate)
+        place = f"step {self.step} of {order.steps}, epoch {epoch}"
+        logger.info("%s: loss %.4f, %.1f images/s, %.1f over the run", place, loss, rate, overall)
+
+    def _rate_since(self, then: tuple[int, float]) -> float:
+        return (self.images - then[0]) / max(self.seconds - then[1], 1e-9)
 
     def _add(self, values: Mapping[str, float], events: EventFile) -> None:
         self.lines.append({"step": self.step, **values})

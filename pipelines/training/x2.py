@@ -17,6 +17,7 @@ from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.losses import averaged, cosine_loss, lower, multi_scale_loss
 from operators.upsamplers import NetConfig, build_net
+from pipelines.checkpoints import SAID_SINCE, TRAINED_ON, described_by
 from pipelines.config import ConfigError
 from pipelines.training.config import describe_difference
 from pipelines.training.data import JitteredView, Loaded, StoredFeatures
@@ -126,15 +127,14 @@ class X2Config(ImageTraining):
         store = FeatureStore.open(self.features, self.options)
         spec, described = store.spec, backbone.described
         here = {
-            **{name: described[name] for name in ("model", "weights", "layers", "facet", "norm", "pos_embed")},
-            "stride": backbone.patch,
+            **{name: described[name] for name in (*TRAINED_ON, *SAID_SINCE)},
             "input_size": [self.size, self.size],
             "geometry": self.geometry,
             "interpolation": self.interpolation,
             "precision": self.precision,
         }
-        there = {name: getattr(spec, name) for name in here}
-        there |= {name: list(there[name]) for name in ("layers", "input_size")}
+        there = {**{name: getattr(spec, name) for name in here}, **described_by(spec)}
+        there["input_size"] = list(spec.input_size)
         if differences := describe_difference("store", there, here):
             raise ConfigError(
                 f"--features {store.folder.shown} holds other features than the training's:\n{differences}"

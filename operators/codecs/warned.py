@@ -1,0 +1,68 @@
+"""What Pillow warns of while one image is decoded, kept apart for each thread.
+
+Filters of Python's warnings belong to the whole process, so that `warnings.catch_warnings` in several threads at once leaves
+them in any state. Here the first decode installs one hook for Pillow's modules, which puts a warning into the list of the
+thread that caused it, and the last one takes the hook away.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+_lock = threading.Lock()
+_users = 0
+_saved = warnings.catch_warnings()
+_here = threading.local()
+
+
+@contextmanager
+def decoder_warnings() -> Iterator[list[str]]:
+    """Collects the texts of Pillow's warnings in this thread, in order, each once. They are not shown.
+
+    Not `DecompressionBombWarning`, which says nothing about the pixels that come.
+    """
+    texts: list[str] = []
+    _enter()
+    _here.texts = texts
+    try:
+        yield texts
+    finally:
+        _here.texts = None
+        _leave()
+
+
+def _enter() -> None:
+    global _users, _saved
+    with _lock:
+        if not _users:
+            _saved = warnings.catch_warnings()
+            _saved.__enter__()
+            warnings.filterwarnings("always", category=UserWarning, module=r"PIL\.")
+            show = warnings.showwarning
+
+            def keep(
+                message: Warning | str,
+                category: type[Warning],
+                filename: str,
+                lineno: int,
+                file: TextIO | None = None,
+                line: str | None = None,
+            ) -> None:
+                texts: list[str] | None = getattr(_here, "texts", None)
+                if texts is None:
+                    show(message, category, filename, lineno, file, line)
+                elif str(message) not in texts:
+                    texts.append(str(message))
+
+            warnings.showwarning = keep
+        _users += 1
+
+
+def _leave() -> None:
+    global _users
+    with _lock:
+        _users -= 1
+        if not _users:
+            _saved.__exit__(None, None, None)

@@ -1,0 +1,240 @@
+"""What weights say of themselves: the config.json that timm writes beside them, held against the model that is asked for.
+
+timm's own loading of such a folder (`local-dir:`) is followed: its statistics, and its arguments of the network. What
+contradicts the name, or isn't timm's, is refused, since features of other statistics look right and are wrong.
+"""
+
+import inspect
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import timm
+import torch
+from timm.models import PretrainedCfg
+
+from operators.backbone import BackboneError, Preprocessing, preprocessing
+from storage.paths import Folder, StorageError
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
+"""That images can be brought to a size by (operators/image.py)."""
+
+_WITHOUT_EFFECT = {
+    "num_classes", "in_chans", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "pretrained", "weight_init",
+    "fix_init", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
+}  # fmt: skip
+"""Arguments that a frozen network's features don't depend on, or that the run decides: its classifier and its input's size."""
+
+_NOT_THE_NETWORKS = {*inspect.signature(timm.create_model).parameters, "features_only", "out_indices", "feature_cls"}
+"""Arguments of timm's factory that read other files, or wrap the network in something else."""
+
+
+class Unreadable(BackboneError):
+    """A file beside the weights says nothing that could be used; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A timm model, and the input that its weights expect."""
+
+    name: str
+    expects: Preprocessing
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    "timm's, JSON values, where the network isn't built as the name alone says"
+    source: str = ""
+    "the config.json that says so, as it may be printed; empty: timm's own of that name"
+
+
+def describe_weights(name: str, folder: Folder, *, is_file: bool) -> ModelDescription:
+    """What the files in `folder` say of the weights there, for the timm model `name`; what timm says where there are none.
+
+    `is_file`: the user named a file, whose folder may hold anything: what can't be used of it is a warning, not an error.
+    Raises `BackboneError` for another architecture than `name`'s, statistics or arguments that can't be honoured, files that
+    contradict each other, and (`Unreadable`) a config.json that is damaged or not timm's.
+    """
+    own = ModelDescription(name=name, expects=preprocessing(name))
+    try:
+        config = _read(folder, CONFIG)
+        described = own if config is None else _described(name, config, f"{folder.shown}/{CONFIG}")
+        _require_agreement(described, folder)
+    except Unreadable as error:
+        if not is_file:
+            raise Unreadable(
+                f"{error}. Put timm's config.json there (timm.models.save_for_hf writes one), or give --weights the file "
+                f"itself: then the input is {name}'s own"
+            ) from None
+        logger.warning("%s; the input is %s's own", error, name)
+        return own
+    if described.expects != own.expects:
+        logger.info("%s says what the input is: %s", described.source, described.expects)
+    return described
+
+
+def _read(folder: Folder, name: str) -> Any:
+    """The JSON value of a file; None where there is none. Raises `Unreadable`."""
+    try:
+        return json.loads(folder.read(name))
+    except FileNotFoundError:
+        return None
+    except (PermissionError, StorageError) as error:
+        # Object stores answer so for what isn't there, too, where folders may not be listed.
+        logger.warning("%s/%s can't be read, and is taken for absent: %s", folder.shown, name, error)
+        return None
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{folder.shown}/{name} is damaged: {error}") from None
+
+
+def _described(name: str, config: Any, shown: str) -> ModelDescription:
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise Unreadable(f"{shown} isn't timm's: {_whose(config)}")
+    wanted, found = name.partition(".")[0], config["architecture"].partition(".")[0]
+    if found != wanted:
+        raise BackboneError(f"{shown} says that the weights are of {found}; --model is {name}. Use --model {found}")
+    input_config, given = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    if not isinstance(input_config, dict) or not isinstance(given, dict):
+        raise Unreadable(f"{shown} is damaged: pretrained_cfg and model_args must be objects")
+    timms = _pretrained_config(input_config, given, shown)
+    return ModelDescription(
+        name=name, expects=Preprocessing.of(timms), model_args=_model_args(wanted, timms, given, shown), source=shown
+    )
+
+
+def _whose(config: Any) -> str:
+    """In words, for a config.json without an architecture."""
+    if not isinstance(config, dict):
+        return f"it holds a {type(config).__name__}"
+    if "model_type" in config:
+        return f"it is of a transformers model (model_type {config['model_type']!r}), whose weights have other names"
+    kind = next((kind for kind in ("upsampler", "readout") if kind in config), None)
+    return f"it is of a trained {kind}" if kind else "it names no architecture"
+
+
+# --- timm's config.json -----------------------------------------------------------------------------------------------
+
+
+def _pretrained_config(config: Mapping[str, Any], given: Mapping[str, Any], shown: str) -> PretrainedCfg:
+    """The statistics and the input's size, timm's defaults for what isn't there. Raises `BackboneError`."""
+    names = ("input_size", "fixed_input_size", "interpolation", "mean", "std")
+    defaults = {each.name: each.default for each in fields(PretrainedCfg)}
+    values = {name: defaults[name] if config.get(name) is None else config[name] for name in names}
+    rules: dict[str, Callable[[Any], bool]] = {
+        "mean": _are_three,
+        "std": lambda std: _are_three(std) and min(std) > 0,
+        "interpolation": INTERPOLATIONS.__contains__,
+        "input_size": lambda size: len(size) == 3 and size[0] == 3 and _side(size[1]) and _side(size[2]),
+    }
+    for name, holds in rules.items():
+        if not _holds(holds, values[name]):
+            raise BackboneError(
+                f"{shown}: {name} {values[name]!r} can't be used; there are RGB inputs [3, height, width], means and "
+                f"deviations of three channels, and {', '.join(INTERPOLATIONS)}"
+            )
+    # As timm has it: a network that may be given any size has a nominal one.
+    fixed = bool(values["fixed_input_size"]) and not given.get("dynamic_img_size")
+    fixed = fixed and given.get("strict_img_size") is not False
+    if fixed and given.get("img_size") is not None:
+        values["input_size"] = (3, *_image_size(given["img_size"], shown))
+    return PretrainedCfg(**{**values, "fixed_input_size": fixed})
+
+
+def _model_args(architecture: str, config: PretrainedCfg, given: Mapping[str, Any], shown: str) -> dict[str, Any]:
+    """The arguments without which the network would be another one. Raises `BackboneError`."""
+    if given.get("in_chans") not in (None, 3):
+        raise BackboneError(f"{shown}: the network takes {given['in_chans']} channels; images have 3")
+    kept = {name: value for name, value in given.items() if value is not None and name not in _WITHOUT_EFFECT}
+    if foreign := sorted(_NOT_THE_NETWORKS & set(kept)):
+        raise BackboneError(f"{shown}: model_args {', '.join(foreign)} can't be honoured; save the network without")
+    size = kept.pop("img_size", config.input_size[1:] if config.fixed_input_size else None)
+    plain = timm.get_pretrained_cfg(architecture)
+    if size is not None and not (plain.fixed_input_size and tuple(plain.input_size[1:]) == _image_size(size, shown)):
+        kept["img_size"] = list(_image_size(size, shown))
+    return _other_than_default(architecture, kept)
+
+
+def _other_than_default(architecture: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what the architecture has anyway (timm writes down the pooling of every network)."""
+    if not set(given) - {"img_size"}:
+        return dict(given)
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    return {name: value for name, value in given.items() if not _is_same(getattr(model, name, None), value)}
+
+
+def _is_same(default: Any, value: Any) -> bool:
+    return type(default) is type(value) and default == value
+
+
+def _image_size(size: Any, shown: str) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or not all(map(_side, sides)):
+        raise BackboneError(f"{shown}: img_size {size!r} is no height and width in pixels")
+    return sides
+
+
+def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return rule(value)
+    except (TypeError, LookupError):
+        return False
+
+
+def _side(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_three(values: Any) -> bool:
+    return len(values) == 3 and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
+# --- other files that say what the input is ---------------------------------------------------------------------------
+
+
+def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of transformers' image processors."""
+    found = {"mean": config.get("image_mean"), "std": config.get("image_std")}
+    if config.get("do_normalize") is False:
+        found = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    numbers = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's
+    return {**found, "interpolation": numbers.get(config.get("resample"))}
+
+
+def _open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
+    preprocess = config.get("preprocess_cfg")
+    names = ("mean", "std", "interpolation")
+    return {name: preprocess.get(name) for name in names} if isinstance(preprocess, dict) else {}
+
+
+_OTHERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "preprocessor_config.json": _transformers,
+    "open_clip_config.json": _open_clip,
+}
+
+
+def _require_agreement(described: ModelDescription, folder: Folder) -> None:
+    """Raises `Unreadable` where another file beside the weights says another mean or deviation; warns of another
+    interpolation, in which such files often differ from what the weights were trained with."""
+    for file, read in _OTHERS.items():
+        config = _read(folder, file)
+        said = read(config) if isinstance(config, dict) else {}
+        for name, value in said.items():
+            ours = getattr(described.expects, name)
+            if value is None or value == ours or (name != "interpolation" and _are_close(ours, value)):
+                continue
+            text = (
+                f"{folder.shown}/{file} says {name} {value}, but {described.source or f'timm, of {described.name},'} says "
+                f"{ours if name == 'interpolation' else list(ours)}"
+            )
+            if name != "interpolation":
+                raise Unreadable(f"{text}: remove what isn't about these weights")
+            logger.warning("%s, which is used", text)
+
+
+def _are_close(ours: tuple[float, ...], value: Any) -> bool:
+    return _holds(_are_three, value) and all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(ours, value, strict=True))

@@ -1,0 +1,304 @@
+"""Whether the input still is what a store was made from.
+
+A source is known by its URL. Where its size and its stamp (ETag, or times) are as they were indexed, it is taken for unchanged.
+The headers of any other are scanned again, and the bytes of its samples are held against the digests in the ledger: a copy, a
+move or a touch costs one reading, and what really changed is known sample by sample.
+"""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage.inputs import InputFile
+from storage.ledger import image_digest
+from storage.left_out import left_out_json
+from storage.paths import query_free
+from storage.samples import SampleIndex, read_images, refuse_duplicates
+from storage.sources import Source, describe_change, is_unchanged, other_input, pair
+from storage.tars import SourceScan
+
+logger = logging.getLogger(__name__)
+
+CHECK_ROWS = 64
+"""Images that are read at once to compare them with the ledger; a few such windows are under way."""
+
+SAMPLE_IMAGES = 256
+"""Images whose bytes stand for those of a whole input."""
+
+LEDGER_ROWS = 2**13
+"""Rows whose ledger entries are read at once."""
+
+Scan = Callable[[Sequence[InputFile]], Iterable[SourceScan]]
+"""Scans sources, in order."""
+
+LedgerRows = Callable[[np.ndarray], pa.Table]
+"""`row`, `status` and `digest` of row numbers, in that order; status is null where nothing is committed yet."""
+
+
+@dataclass(kw_only=True)
+class InputState:
+    """The input of a store as it is now, beside what the store's index says. Nothing is changed by making one."""
+
+    files: list[InputFile]
+    "by source of the index"
+    sources: list[Source]
+    "as they are now"
+    table: pa.Table | None = None
+    "all rows as they are now; None where those of the index still hold"
+    redo: set[int] = field(default_factory=set)
+    "rows whose image is another one now, or can't be told to be the same; they weren't failed"
+    repaired: set[int] = field(default_factory=set)
+    "failed rows whose image is another one now"
+    added: int = 0
+    "samples that a source holds now and didn't before; their rows come after all others"
+    reordered: bool = False
+    "samples took rows of others, or new ones: rows aren't in the order of the sources any more"
+    changes: list[str] = field(default_factory=list)
+    "what differs, in words, a source each"
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The sources' URLs with credentials, as this run reads them."""
+        return tuple(file.url for file in self.files)
+
+    @property
+    def stands(self) -> bool:
+        """No image differs."""
+        return not (self.redo or self.repaired or self.added) and self.table is None
+
+
+def input_state(
+    index: SampleIndex,
+    files: Sequence[InputFile],
+    scan: Scan,
+    ledger: LedgerRows,
+    options: Mapping[str, Any] | None = None,
+    *,
+    rescan: bool = False,
+    gone_is_unchanged: bool = False,
+) -> InputState:
+    """Hold `files` against the index of a store. `rescan`: the headers of all sources are read, not of changed ones only.
+    `gone_is_unchanged`: at the end of a run, which doesn't need its input any more, nor what is new.
+
+    Raises `InputError` where sources are gone or new, or where samples with features aren't in the input any more.
+    """
+    paired, new = pair(index.sources, files)
+    if gone_is_unchanged:
+        paired = [file or _as_indexed(source) for source, file in zip(index.sources, paired, strict=True)]
+        new = []
+    moved = _moved(index, paired, new, scan)
+    if index.is_cut:  # what lies behind the limit was never looked at
+        new = []
+    _refuse_other_sources(index, paired, new)
+    now = [file for file in paired if file is not None]
+    doubtful = [i for i, file in enumerate(now) if not is_unchanged(index.sources[i], file)]
+    state = InputState(
+        files=now, sources=[_source(source, file) for source, file in zip(index.sources, now, strict=True)]
+    )
+    wanted = list(range(len(now))) if rescan else doubtful
+    scans = {i: moved[i] for i in wanted if i in moved}
+    others = [i for i in wanted if i not in moved]
+    scans |= dict(zip(others, scan([now[i] for i in others]), strict=True)) if others else {}
+    if doubtful:
+        shown = "; ".join(describe_change(index.sources[i], now[i]) or index.sources[i].url for i in doubtful[:3])
+        logger.warning(
+            "%d sources may have changed since they were indexed; their images are read again: %s", len(doubtful), shown
+        )
+    if scans:
+        _Comparison(index, state, scans, set(doubtful), ledger, options).run()
+    return state
+
+
+def _as_indexed(source: Source) -> InputFile:
+    return InputFile(url=source.url, size=source.size, etag=source.etag)
+
+
+def _source(source: Source, file: InputFile) -> Source:
+    return replace(source, url=query_free(file.url), size=file.size, etag=file.etag)
+
+
+def _moved(
+    index: SampleIndex, paired: list[InputFile | None], new: list[InputFile], scan: Scan
+) -> dict[int, SourceScan]:
+    """Pair sources that are gone with new files whose samples are the same; returns their scans, takes them from `new`."""
+    gone = {index.sources[i].digest: i for i, file in enumerate(paired) if file is None}
+    found: dict[int, SourceScan] = {}
+    for file, scanned in zip(list(new), scan(new), strict=True) if gone and new else ():
+        i = gone.pop(scanned.digest, None)
+        if i is not None:
+            paired[i], found[i] = file, scanned
+            new.remove(file)
+    return found
+
+
+def _refuse_other_sources(index: SampleIndex, paired: Sequence[InputFile | None], new: Sequence[InputFile]) -> None:
+    lines = [
+        f"{source.url} is gone from the input" for source, file in zip(index.sources, paired, strict=True) if not file
+    ]
+    lines += [f"{query_free(file.url)} is new" for file in new]
+    if lines:
+        raise other_input(index, lines)
+
+
+class _Comparison:
+    """Rows of rescanned sources beside those of the index and the ledger; the findings go into an `InputState`."""
+
+    def __init__(
+        self,
+        index: SampleIndex,
+        state: InputState,
+        scans: Mapping[int, SourceScan],
+        doubtful: set[int],
+        ledger: LedgerRows,
+        options: Mapping[str, Any] | None,
+    ):
+        self.index, self.state, self.scans, self.doubtful = index, state, scans, doubtful
+        self.ledger, self.options = ledger, options
+        self._added: list[pa.Table] = []
+        self._differing: dict[int, list[str]] = defaultdict(list)
+        "keys by source"
+        self._without_digest: set[int] = set()
+
+    def run(self) -> None:
+        old = self.index.rows_of(list(self.scans))
+        old = old.take(pc.sort_indices(old, [("source", "ascending"), ("row", "ascending")]))
+        bounds = np.searchsorted(old["source"].to_numpy(), [*sorted(self.scans), len(self.index.sources)])
+        now: list[pa.Table] = []
+        restructured = False
+        for source, first, last in zip(sorted(self.scans), bounds[:-1], bounds[1:], strict=True):
+            before, scanned = old.slice(first, last - first), self.scans[source]
+            same = scanned.digest == self.index.sources[source].digest
+            restructured |= not same
+            now.append(before if same else self._placed(source, before, scanned))
+            self.state.sources[source] = replace(
+                self.state.sources[source],
+                digest=scanned.digest,
+                problems="; ".join(scanned.problems),
+                left_out=left_out_json(scanned.left_out),
+            )
+        found = pa.concat_tables(rows.select(old.column_names) for rows in now)
+        self._judge(old, found)
+        if restructured:
+            self._rebuild(found)
+
+    # --- which sample belongs to which row ----------------------------------------------------------------------------
+
+    def _placed(self, source: int, before: pa.Table, scanned: SourceScan) -> pa.Table:
+        """The samples of a source on the rows that they had. One that wasn't there takes the row of a lost one, or a new row."""
+        found = scanned.rows.set_column(1, "source", pa.array([source] * len(scanned.rows), pa.int32()))
+        keys = {key: i for i, key in enumerate(found["key"].to_pylist())}
+        place: list[int | None] = [keys.pop(key, None) for key in before["key"].to_pylist()]
+        if self.index.is_cut and source == len(self.index.sources) - 1:
+            keys = {}  # beyond the limit
+        spare = iter(list(keys.values()))
+        self.state.reordered |= bool(keys)
+        place = [next(spare, None) if at is None else at for at in place]
+        lost = [key for key, at in zip(before["key"].to_pylist(), place, strict=True) if at is None]
+        url = self.index.sources[source].url
+        if lost:
+            line = f"{url}: {len(lost)} samples are gone from it, for example {lost[0]!r}"
+            raise other_input(self.index, [line])
+        more = found.take(pa.array(list(spare), pa.int64()))
+        if len(more) and self.index.is_cut:
+            logger.warning("%s: %d samples more than before are left out (--limit)", url, len(more))
+        elif len(more):
+            self._add(url, more)
+        return found.take(pa.array(place, pa.int64())).append_column("row", before["row"])
+
+    def _add(self, url: str, rows: pa.Table) -> None:
+        self._added.append(rows)
+        self.state.added += len(rows)
+        first = rows["key"][0].as_py()
+        self.state.changes.append(f"{url}: {len(rows)} samples more than when it was indexed, for example {first!r}")
+
+    def _rebuild(self, found: pa.Table) -> None:
+        """The whole table, every sample on its row."""
+        kept = self.index.rows_of([i for i in range(len(self.index.sources)) if i not in self.scans])
+        table = pa.concat_tables([kept, found.select(kept.column_names)])
+        table = table.take(pc.sort_indices(table["row"])).drop_columns("row")
+        table = pa.concat_tables([table, *(rows.select(table.column_names) for rows in self._added)])
+        refuse_duplicates(table, self.state.sources)
+        self.state.table = table
+
+    # --- whether a row's image is the one that it was -----------------------------------------------------------------
+
+    def _judge(self, before: pa.Table, now: pa.Table) -> None:
+        """Find the rows whose image isn't what it was; `before` and `now` hold the same rows in the same order."""
+        order = pc.sort_indices(before["row"])  # commit records are of neighbouring rows
+        before, now = before.take(order), now.take(order)
+        for start in range(0, len(before), LEDGER_ROWS):
+            self._judge_some(before.slice(start, LEDGER_ROWS), now.slice(start, LEDGER_ROWS))
+        for source, keys in self._differing.items():
+            self.state.changes.append(self._words(source, keys))
+
+    def _judge_some(self, before: pa.Table, now: pa.Table) -> None:
+        ledger = self.ledger(before["row"].to_numpy())
+        statuses, digests = ledger["status"].to_pylist(), ledger["digest"].to_pylist()
+        old, new = before.to_pylist(), now.to_pylist()
+        again = [i for i, digest in enumerate(digests) if digest and self._may_be_same(old[i], new[i])]
+        there = dict(zip(again, self._digests(now, again), strict=True))
+        for i, (was, is_now, status) in enumerate(zip(old, new, statuses, strict=True)):
+            source = was["source"]
+            if source not in self.doubtful and was == is_now:
+                continue
+            if status == "ok" and not digests[i]:
+                self._without_digest.add(source)
+            if status is None:
+                same = all(was[name] == is_now[name] for name in ("key", "size", "problem"))
+            elif i in there:
+                same = there[i] == digests[i]
+            else:  # only what couldn't be read then, and can't now for the same reason, is the same
+                same = status == "failed" and was["problem"] is not None and was["problem"] == is_now["problem"]
+            if not same:
+                had_failed = status == "failed" or (status is None and was["problem"] is not None)
+                (self.state.repaired if had_failed else self.state.redo).add(was["row"])
+                self._differing[source].append(was["key"])
+
+    def _may_be_same(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+        return now["problem"] is None and was["key"] == now["key"] and was["size"] == now["size"]
+
+    def _digests(self, rows: pa.Table, positions: Sequence[int]) -> Iterator[str]:
+        """Of the images of some rows as they are now."""
+        windows = [positions[i : i + CHECK_ROWS] for i in range(0, len(positions), CHECK_ROWS)]
+
+        def digests(window: Sequence[int]) -> list[str]:
+            blobs = read_images(rows.take(pa.array(window, pa.int64())), self.state.urls, self.options)
+            return [image_digest(blob or b"") for blob in blobs]
+
+        with ThreadPoolExecutor(4) as pool:
+            for found in pool.map(digests, windows):
+                yield from found
+
+    def _words(self, source: int, keys: Sequence[str]) -> str:
+        was, now = self.index.sources[source], self.state.files[source]
+        what = describe_change(was, now) or f"{was.url}: changed since it was indexed"
+        if source in self._without_digest:
+            what += "; an earlier version extracted it and kept no digests to compare with"
+        return f"{what}: {len(keys)} of its images differ, for example {keys[0]!r}"
+
+
+def content_sample(index: SampleIndex, urls: Sequence[str], options: Mapping[str, Any] | None = None) -> str:
+    """sha256 over the bytes of up to `SAMPLE_IMAGES` images, spread evenly: tells other images under the same names and sizes
+    where there is no ledger to tell it of each."""
+    rows = np.unique(np.linspace(0, index.n_rows - 1, min(SAMPLE_IMAGES, index.n_rows)).astype(np.int64))
+    digest = hashlib.sha256()
+    for blob in read_images(index.take(rows), urls, options):
+        digest.update(image_digest(blob or b"").encode())
+    return digest.hexdigest()
+
+
+def order_digest(table: pa.Table) -> str:
+    """sha256 of which sample is on which row, for an index whose rows aren't in the order of its sources any more."""
+    digest = hashlib.sha256()
+    for batch in table.select(["source", "key"]).to_batches():
+        for source, key in zip(batch["source"].to_pylist(), batch["key"].to_pylist(), strict=True):
+            digest.update(f"{source} {key}\n".encode())
+    return digest.hexdigest()
