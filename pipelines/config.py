@@ -272,7 +272,9 @@ def config_from_run(url: str, options: Mapping[str, Any] | None = None) -> Extra
         saved = decode(Mapping[str, Any], found["config"], "config")
     unknown = set(saved) - {f.name for f in fields(ExtractConfig)}
     if unknown:
-        raise ConfigError(f"{redact(url)} has settings that this version does not know: {', '.join(sorted(unknown))}")
+        raise ConfigError(
+            f"{document.shown} has settings that this version does not know: {', '.join(sorted(unknown))}"
+        )
     hints = get_type_hints(ExtractConfig)
     with document.parsing():
         settings = {name: decode(hints[name], value, f"config.{name}") for name, value in saved.items()}

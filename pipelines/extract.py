@@ -154,7 +154,7 @@ def _check_done(store: FeatureStore) -> set[int]:
         if torn:
             reasons = "\n  ".join(list(torn.values())[:5])
             logger.warning("%d finished tasks are damaged; they run again:\n  %s", len(torn), reasons)
-            store.ledger.revoke(torn)
+            store.revoke(torn)
             done -= set(torn)
     return done
 
@@ -165,7 +165,7 @@ def _revoke_failed(store: FeatureStore, done: set[int]) -> set[int]:
     if blocks:
         # First, so that a crash in between leaves a store that says it's unfinished.
         store.set_writing()
-        store.ledger.revoke(sorted(blocks))
+        store.revoke(sorted(blocks))
         logger.info("%d tasks have failed rows and run again", len(blocks))
     return blocks
 

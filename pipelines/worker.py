@@ -24,7 +24,7 @@ from pipelines.models import ModelBundle
 from pipelines.photos import geometry_of
 from pipelines.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
 from storage.ledger import SampleRecord, image_digest
-from storage.paths import Folder, redact
+from storage.paths import Folder, StorageError, redact
 from storage.root import StoreReplaced, require_same_store
 from storage.samples import read_images
 from storage.spec import ShardTask
@@ -106,7 +106,8 @@ class ShardWorker:
             return {"block": task.block, "error": str(error), "replaced": True}
         except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
             message = redact(f"{type(error).__name__}: {error}", self.setup.options)
-            logger.warning("task %d did not finish: %s", task.block, message, exc_info=not isinstance(error, OSError))
+            is_known = isinstance(error, OSError | StorageError)
+            logger.warning("task %d did not finish: %s", task.block, message, exc_info=not is_known)
             return {"block": task.block, "error": message, "node": socket.gethostname()}
 
     # --- attempts -----------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def read_pointers(folder: Folder) -> Pointers | None:
             if name is not None and not re.fullmatch(r"steps/\d{8,}", name):
                 raise ValueError(f"{name!r} is no step")
         return pointers
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         steps = ", ".join(folder.folders("steps")) or "none"
         raise CheckpointError(
             f"{folder.shown}/{POINTERS} is damaged ({error}); steps that are there: {steps}. Restore it as "

@@ -150,7 +150,7 @@ class Ledger:
         return block
 
     def revoke(self, blocks: Iterable[int]) -> None:
-        """Make tasks pending again, to retry their failed rows."""
+        """Remove the records of tasks, which makes them pending again."""
         self.folder.remove(self.commit_name(block) for block in blocks)
 
     def records(self, blocks: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:

@@ -332,6 +332,8 @@ def _read_local(path: str, bounds: tuple[int, int]) -> bytes | None:
             return os.pread(file.fileno(), bounds[1] - bounds[0], bounds[0])
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError:
+        raise StorageError(f"{path} is a folder where a file must be") from None
 
 
 def _range_or_none(data: Any, size: int) -> bytes | None:

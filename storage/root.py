@@ -62,7 +62,7 @@ def read_attributes(folder: Folder) -> dict[str, Any] | None:
     if number not in READABLE:
         advice = "update Raylift" if number > FORMAT else "extract it again, with a new --out"
         readable = " and ".join(map(str, READABLE))
-        raise StorageError(f"{folder.shown} has format {number}, this version reads {readable}; {advice}")
+        raise StorageError(f"{document.shown} has format {number}, this version reads {readable}; {advice}")
     with document.parsing():
         _check(decode_known(_Attributes, own))
     if own["fingerprint"] != fingerprint_of(own["spec"], own["layout"]):

@@ -142,6 +142,8 @@ class _Parts:
                 source = self.folder.open(part_name(self.prefix, part))
             except FileNotFoundError:
                 raise self._document(part).missing() from None
+            except IsADirectoryError:
+                raise self._document(part).damaged("is a folder where a file must be") from None
             file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
             self._require_whole(file, part)
             self._open[name] = file

@@ -77,8 +77,12 @@ class Level:
         placed = [each for each in (self.start, self.step) if each is not None]
         if any(len(each) != 2 or not all(map(math.isfinite, each)) for each in placed):
             raise InvalidSpec(f"level {self.name}: start {self.start} and step {self.step} must be two numbers each")
-        if self.grid and (len(self.grid) != 2 or len(placed) != 2 or any(size <= 0 for size in self.step or ())):
-            raise InvalidSpec(f"level {self.name}: a grid {self.grid} needs a start and a step above 0 per axis")
+        axes = 0 if self.grid is None else len(self.grid)
+        if axes != len(placed) or any(size <= 0 for size in self.step or ()):
+            raise InvalidSpec(
+                f"level {self.name}: a grid of two axes has a start and a step above 0 for each, a vector has none; got "
+                f"{self.grid}, {self.start} and {self.step}"
+            )
 
     @property
     def row_shape(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
@@ -112,7 +112,8 @@ class FeatureStore:
         folder = Folder(url, storage_options)
         store = cls(folder, read_attributes(folder) or cls._begin(folder, spec, layout, provenance))
         store.require(spec, layout)
-        store._restore_documents()
+        if store.status == "writing":
+            store._restore_documents()
         return store
 
     @classmethod
@@ -392,6 +393,11 @@ class FeatureStore:
             kept = {name: value for name, value in self.attributes.items() if name != "counts"}
             self._write_root({**kept, "status": "writing"}, consolidated=False)
 
+    def revoke(self, blocks: Iterable[int]) -> None:
+        """Make tasks pending again. Driver only. Raises `StoreReplaced`: another store's records are not to be removed."""
+        self.require_in_place()
+        self.ledger.revoke(blocks)
+
     def finalize(self) -> dict[str, int]:
         """Merge the ledger, mark the store complete, consolidate metadata; returns row counts by status. Idempotent.
 
@@ -404,12 +410,12 @@ class FeatureStore:
         return self.attributes["counts"]
 
     def _complete(self) -> None:
+        self.require_in_place()
         missing = self.pending()
         if missing:
             raise StorageError(
                 f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
-        self.require_in_place()
         self._restore_documents()
         counts = self.ledger.merge(self.index, self.put)
         self._write_root({**self.attributes, "status": "complete", "counts": counts}, consolidated=True)

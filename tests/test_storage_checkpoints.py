@@ -11,9 +11,12 @@ from storage.checkpoints import (
     Pointers,
     read_checkpoint,
     read_last,
+    read_metrics,
     read_pointers,
     read_run,
+    tidy,
     write_checkpoint,
+    write_metrics,
     write_run,
 )
 from storage.paths import Folder
@@ -121,6 +124,52 @@ def test_damaged_pointers_name_the_steps_that_are_there(tmp_path, content):
 
     with pytest.raises(CheckpointError, match="00000007"):
         read_last(folder)
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "resume.safetensors", "resume.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe{}", b"{" * 10_000, b"\xff" * 100, b'{"step": "1"}'])
+def test_parts_that_hold_something_else_are_named(tmp_path, part, content):
+    folder = Folder(str(tmp_path / "run"))
+    write_checkpoint(folder, checkpoint(1))
+    folder.write(f"steps/00000001/{part}", content)
+    if part == "config.json" and content.startswith(b'{"'):
+        assert read_last(folder).step == 1  # any object may describe a model; who uses it says what lacks
+        return
+
+    with pytest.raises(CheckpointError, match=f"steps/00000001 is damaged: {part}: "):
+        read_last(folder)
+
+
+@pytest.mark.parametrize("last", ["../../elsewhere", "steps/../..", "/steps/00000001", "steps/one", 1])
+def test_pointers_lead_to_steps_of_the_run_only(tmp_path, last):
+    folder = Folder(str(tmp_path / "run"))
+    write_checkpoint(folder, checkpoint(1))
+    folder.write("checkpoints.json", json.dumps({"last": last}).encode())
+
+    with pytest.raises(CheckpointError, match="checkpoints.json is damaged"):
+        read_last(folder)
+
+
+def test_metrics_may_be_no_number_but_must_be_of_a_step(tmp_path):
+    folder = Folder(str(tmp_path / "run"))
+    write_metrics(folder, [{"step": 1, "loss": float("nan")}])
+    assert np.isnan(read_metrics(folder)[0]["loss"])
+
+    for content in (b"[1]\n", b'{"loss": 1}\n', b'{"step": 1'):
+        folder.write("metrics.jsonl", content)
+        with pytest.raises(CheckpointError, match="metrics.jsonl is damaged"):
+            read_metrics(folder)
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(folder):
+    for step, loss in ((1, 0.1), (2, None)):
+        write_checkpoint(folder, checkpoint(step), loss)
+    folder.write("steps/00000003/model.safetensors", b"of a step that was being removed")
+
+    tidy(folder)
+
+    assert folder.folders("steps") == ["00000001", "00000002"]
+    assert read_last(folder).step == 2
 
 
 def test_damaged_run_settings_are_an_error(tmp_path):
