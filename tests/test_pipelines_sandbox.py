@@ -1,6 +1,7 @@
 """One image that takes everything: it's found, recorded as failed with the reason, and its neighbours are done."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pipelines.extract import extract
 from pipelines.plan import make_plan
 from pipelines.prepare import prepare, resolve
 from pipelines.sandbox import DecoderDied, Sandbox
+from pipelines.worker import ShardWorker
 from storage.ledger import image_digest
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
@@ -193,6 +195,28 @@ def test_memory_that_stays_short_sends_the_task_to_run_alone(config, monkeypatch
     monkeypatch.setattr(worker_module, "decode", short)
 
     assert extract(config({}), InlineExecutor()).ok == 16
+
+
+def test_stage_that_only_loads_hands_on_that_a_task_is_to_run_alone(config, monkeypatch):
+    made, seen = config({}), []
+    original = ShardWorker.run
+
+    def apart(self, task, loaded=None):
+        if not self.setup.solo:
+            there = self.load(task)
+            loaded = (there.pixels, json.loads(json.dumps(there.notes())))
+        report = original(self, task, loaded)
+        seen.append("set_aside" in report)
+        return report
+
+    def short(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(ShardWorker, "run", apart)
+    monkeypatch.setattr(worker_module, "decode", short)
+
+    assert extract(made, InlineExecutor()).ok == 16
+    assert seen == [True, False]
 
 
 def test_large_files_fail_before_they_are_read(config, monkeypatch):
