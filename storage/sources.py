@@ -6,6 +6,7 @@ A source is known by its URL, and its content by size and stamp: the ETag of an 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from storage.inputs import InputFile
@@ -49,9 +50,13 @@ def same_stamp(before: str, now: str) -> bool | None:
     if not before or not now:
         return None
     if before.startswith("mtime:") and now.startswith("mtime:"):
-        old, new = (dict(part.split(":", 1) for part in stamp.split(",")) for stamp in (before, now))
+        old, new = _times(before), _times(now)
         return all(old[name] == new[name] for name in old.keys() & new.keys())
     return before == now
+
+
+def _times(stamp: str) -> dict[str, str]:
+    return dict(part.split(":", 1) for part in stamp.split(","))
 
 
 def is_unchanged(source: Source, file: InputFile) -> bool:
@@ -84,8 +89,19 @@ def describe_change(source: Source, file: InputFile) -> str | None:
     if source.size != file.size:
         return f"{source.url}: {source.size} bytes when indexed, {file.size} now"
     if same_stamp(source.etag, file.etag) is False:
-        return f"{source.url}: changed since it was indexed (ETag or time {source.etag} then, {file.etag} now)"
+        return f"{source.url}: changed since it was indexed ({_describe_stamps(source.etag, file.etag)})"
     return None
+
+
+def _describe_stamps(before: str, now: str) -> str:
+    if not (before.startswith("mtime:") and now.startswith("mtime:")):
+        return f"ETag {before} then, {now} now"
+    old, new = _times(before), _times(now)
+    name = (
+        "mtime" if old["mtime"] != new["mtime"] else "ctime"
+    )  # the second differs alone where a file keeps its old time
+    then, today = (f"{datetime.fromtimestamp(int(each[name]) / 1e9, UTC):%Y-%m-%d %H:%M:%S.%f}" for each in (old, new))
+    return f"{name} {then} then, {today} now"
 
 
 def other_input(index: "SampleIndex", lines: Sequence[str], advice: str = RESTORE) -> InputError:
