@@ -71,7 +71,10 @@ def private_folder(folder: Path) -> Path:
 
     Ray gives everyone the right to write to what it makes below: to exchange its sockets, or the code that workers load.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(f"no folder for Ray's files: {error}; set RAY_TMPDIR to another one") from None
     if not _is_private(folder):
         raise ClusterError(
             f"Ray's sockets can't be in {folder}, since other users may enter it or it isn't this user's own folder; "

@@ -21,6 +21,7 @@ from pipelines.models import FeatureModel, ModelBundle, load_described
 from pipelines.weights import WeightsUnavailable
 from storage.identity import InputState, Scan, input_state, order_digest
 from storage.inputs import Listing, expand_inputs
+from storage.ledger import SCHEMA
 from storage.left_out import LeftOut, log_left_out, merge_left_out
 from storage.paths import Folder, InputError, StorageError, is_memory
 from storage.samples import (
@@ -146,6 +147,7 @@ def resolve(config: ExtractConfig) -> Resolved:
     """
     if not config.out:
         raise ConfigError("no output: give --out a path or URL for the Zarr store")
+    _rules(config)  # raises for columns that can't be carried
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options, config.image_member)
@@ -200,7 +202,10 @@ def _block_rows(config: ExtractConfig, n_rows: int, spec: FeatureSpec) -> int:
 
 
 def _rules(config: ExtractConfig) -> MemberRules:
-    return MemberRules(image=config.image_member, carry=config.carry)
+    rules = MemberRules(image=config.image_member, carry=config.carry)
+    if taken := [name for name in rules.carry if name in SCHEMA.names]:
+        raise ConfigError(f"--carry {taken[0]}: the ledger has a column of that name; rename the members, or drop it")
+    return rules
 
 
 def _scanner(config: ExtractConfig, executor: Any) -> Scan:

@@ -113,7 +113,8 @@ class _Walk:
 
     def _all(self) -> Iterator[Entry]:
         if self.fs.async_impl:
-            yield from self.fs.find(self.root, detail=True).values()
+            found = self.fs.find(self.root, detail=True).values()
+            yield from (entry for entry in found if not entry["name"].endswith("/"))  # those are marks of empty folders
             return
         todo = [self.root]
         while todo:

@@ -201,15 +201,16 @@ class TarWalk:
 
     def _stretch(self, first: int, block: bytes) -> _Stretch:
         """Look for the next header behind `first`, in steps that grow, so that small damage costs little."""
-        if first == 0 and block.strip(b"\0"):
+        if first == 0 and not _is_zero(block):
             raise InputError(_not_a_tar(self.file, block))
         position, step = first, _FIRST_STEP
         zeros_to, data_to = None, first
         while True:
             chunk = self._read(position, step + BLOCK - 1)
-            found = _find_header(chunk, 1 if position == first else 0, step)
-            bare = chunk[: step if found is None else found].rstrip(b"\0")
-            if bare:
+            found = None if _is_zero(chunk) else _find_header(chunk, 1 if position == first else 0, step)
+            body = chunk[: step if found is None else found]
+            if not _is_zero(body):
+                bare = body.rstrip(b"\0")
                 data_to = position + len(bare)
                 zeros_to = data_to - len(bare.lstrip(b"\0")) if zeros_to is None else zeros_to
             if found is not None or len(chunk) <= step:
@@ -223,19 +224,28 @@ class TarWalk:
         if stretch.data_to > first:
             if stretch.is_last and first == 0:
                 raise InputError(_not_a_tar(self.file, self._read(0, BLOCK)))
-            ends_before = stretch.zeros_to - first >= 2 * BLOCK
-            if stretch.is_last and ends_before and last - stretch.data_to < BLOCK:
-                yield self._bytes(BEHIND, stretch.zeros_to, last)
-                return
             zeros = first + _padded(stretch.data_to - first)
-            gap_to = zeros if stretch.is_last and last - zeros >= BLOCK else last
-            is_cut_header = stretch.is_last and last - first < BLOCK
-            yield Gap(first, gap_to, "are not a whole tar header" if is_cut_header else "hold no valid tar header")
-            first = gap_to
+            data_to = zeros if stretch.is_last and last - zeros >= BLOCK else last
+            if self._ends_before_data(stretch):
+                yield self._bytes(BEHIND, stretch.zeros_to, data_to)
+                self._archive = data_to
+                if stretch.is_last and data_to == last:
+                    return
+            else:
+                is_cut_header = stretch.is_last and last - first < BLOCK
+                why = "are not a whole tar header" if is_cut_header else "hold no valid tar header"
+                yield Gap(first, data_to, why)
+            first = data_to
         if stretch.is_last:
             yield from self._end(first, last)
         elif first < last:
             yield from self._inner_zeros(first, last)
+
+    def _ends_before_data(self, stretch: _Stretch) -> bool:
+        """Whether the zeros at the beginning are an archive's end, and no header that was lost together with its image."""
+        first, data = stretch.first, stretch.zeros_to
+        is_open = stretch.is_last and stretch.last - stretch.data_to < BLOCK  # no end marker behind the data
+        return data - first >= 2 * BLOCK and (is_open or self._is_padding(first, data))
 
     def _end(self, first: int, last: int) -> Iterator[Aside]:
         """The zeros before the file's end."""
@@ -246,7 +256,7 @@ class TarWalk:
 
     def _inner_zeros(self, first: int, last: int) -> Iterator[Aside]:
         """Zeros with a header behind them."""
-        is_end = last - first == 2 * BLOCK or (last - first > 2 * BLOCK and self._is_padding(first, last))
+        is_end = first > 0 and (last - first == 2 * BLOCK or self._is_padding(first, last))
         yield self._bytes(JOINED if is_end else ZEROS, first, last, is_usual=is_end)
         if last - first >= 2 * BLOCK:
             self._archive = last
@@ -254,10 +264,15 @@ class TarWalk:
     def _is_padding(self, first: int, last: int) -> bool:
         """Whether an archive that was padded to records of a usual size ends in such zeros."""
         size = last - self._archive
-        return any(size % record == 0 and last - first < record + 2 * BLOCK for record in _RECORDS)
+        zeros = last - first
+        return zeros >= 2 * BLOCK and any(size % record == 0 and zeros < record + 2 * BLOCK for record in _RECORDS)
 
     def _bytes(self, reason: str, first: int, last: int, *, is_usual: bool = False) -> Aside:
         return Aside(reason, f"bytes {first} to {last}", is_usual)
+
+
+def _is_zero(data: bytes) -> bool:
+    return data == bytes(len(data))
 
 
 def _padded(size: int) -> int:
@@ -271,7 +286,7 @@ def _text(name: str) -> str:
 
 def _may_follow(block: bytes) -> bool:
     """Whether a member may be followed by this: a header, zeros, or the file's end."""
-    return not block.strip(b"\0") or _header(block, {}) is not None
+    return _is_zero(block) or _header(block, {}) is not None
 
 
 def _header(block: bytes, pax: Mapping[str, str]) -> tarfile.TarInfo | None:
@@ -292,8 +307,6 @@ def _find_header(chunk: bytes, first: int, last: int) -> int | None:
 
     At whole blocks, and, since bytes may have been lost or inserted, wherever a header's magic word stands.
     """
-    if not chunk.strip(b"\0"):
-        return None
     blocks = np.frombuffer(chunk, np.uint8, len(chunk) // BLOCK * BLOCK).reshape(-1, BLOCK)
     checksums = blocks[:, 148:156]
     maybe = _IS_OCTAL[checksums].all(axis=1) & _IS_DIGIT[checksums].any(axis=1)

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,9 @@ def speaks_grpc(port: int) -> bool:
 class Session:
     """A local session in a process of its own."""
 
-    def __init__(self, home: Path):
-        # What a user may have in his shell.
-        environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "disabled"}
+    def __init__(self, home: Path, folder: str):
+        # A mode that a user may have in his shell; and a folder in which no other session is the latest.
+        environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SESSION],
             cwd=ROOT,
@@ -183,11 +184,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session(home: Path) -> Iterator[Session]:
-    """A session that these tests attack; the last of them ends it."""
-    found = Session(home)
-    yield found
-    found.process.kill()
-    found.process.communicate()
+    """A session that these tests attack; the one that tests its end ends it."""
+    with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short path
+        found = Session(home, folder)
+        yield found
+        found.process.kill()
+        found.process.communicate()
 
 
 def test_no_port_takes_a_request_without_the_token(session):
@@ -259,7 +261,7 @@ def test_a_process_uses_local_sessions_and_a_cluster_of_another_token(session):
 
 
 def test_after_all_that_the_session_ends_well_and_gives_the_environment_back(session):
-    assert session.end() == ["ran", "disabled None"]
+    assert session.end() == ["ran", f"disabled {os.environ.get('RAY_AUTH_TOKEN')}"]
 
 
 # --- its folder and environment
@@ -289,12 +291,14 @@ def test_tokens_differ_between_processes_only():
     assert len({*others, own_environment()["RAY_AUTH_TOKEN"], own_environment()["RAY_AUTH_TOKEN"]}) == 3
 
 
-@pytest.mark.parametrize("kind", ["open to all", "of the group", "a link", "another user's"])
+@pytest.mark.parametrize("kind", ["open to all", "of the group", "a link", "another user's", "a file"])
 def test_a_folder_that_others_may_enter_is_refused(tmp_path, kind):
     folder = tmp_path / "ray"
     if kind == "a link":
         (tmp_path / "real").mkdir(mode=0o700)
         folder.symlink_to(tmp_path / "real")
+    elif kind == "a file":
+        folder.touch()
     else:
         folder.mkdir(mode=0o700)
         folder.chmod({"open to all": 0o777, "of the group": 0o750}.get(kind, 0o700))

@@ -1,5 +1,6 @@
 """Pixels by the files' own tags: files written by hand, or by other programs; damage that decoders pass over."""
 
+import contextlib
 import io
 import struct
 import sys
@@ -389,10 +390,8 @@ def test_every_flipped_byte_ends_in_pixels_or_in_a_refusal():
             broken = bytearray(data)
             for at in rng.integers(0, len(data), 3):
                 broken[at] = rng.integers(256)
-            try:
-                rgb(bytes(broken))
-            except ImageRefused as error:
-                assert str(error), kind
+            with contextlib.suppress(ImageRefused):
+                assert rgb(bytes(broken))[0].dtype == np.uint8, kind
 
 
 # --- warnings -------------------------------------------------------------------------------------------------------------
@@ -435,11 +434,13 @@ def test_warnings_are_kept_apart_by_thread_and_others_stay_as_they_were():
 
 
 def test_warnings_of_threads_that_decode_nothing_are_shown():
-    other = threading.Thread(target=lambda: warn_as_pillow("mine"))
-
-    with decoder_warnings() as texts, pytest.warns(UserWarning, match="mine"):
+    def elsewhere() -> None:
+        other = threading.Thread(target=lambda: warn_as_pillow("mine"))
         other.start()
         other.join()
+
+    with decoder_warnings() as texts, pytest.warns(UserWarning, match="mine"):
+        elsewhere()
 
     assert texts == []
 

@@ -1,6 +1,10 @@
 """One image that takes everything: it's found, recorded as failed with the reason, and its neighbours are done."""
 
 import io
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +26,12 @@ from pipelines.extract import extract
 from pipelines.plan import make_plan
 from pipelines.prepare import prepare, resolve
 from pipelines.sandbox import DecoderDied, Sandbox
+from pipelines.worker import ShardWorker
 from storage.ledger import image_digest
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
 
+ROOT = Path(__file__).resolve().parent.parent
 SQUARE = Geometry(mode="crop", height=32, width=32)
 
 POISONED = """
@@ -191,6 +197,28 @@ def test_memory_that_stays_short_sends_the_task_to_run_alone(config, monkeypatch
     assert extract(config({}), InlineExecutor()).ok == 16
 
 
+def test_stage_that_only_loads_hands_on_that_a_task_is_to_run_alone(config, monkeypatch):
+    made, seen = config({}), []
+    original = ShardWorker.run
+
+    def apart(self, task, loaded=None):
+        if not self.setup.solo:
+            there = self.load(task)
+            loaded = (there.pixels, json.loads(json.dumps(there.notes())))
+        report = original(self, task, loaded)
+        seen.append("set_aside" in report)
+        return report
+
+    def short(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(ShardWorker, "run", apart)
+    monkeypatch.setattr(worker_module, "decode", short)
+
+    assert extract(made, InlineExecutor()).ok == 16
+    assert seen == [True, False]
+
+
 def test_large_files_fail_before_they_are_read(config, monkeypatch):
     read = []
     original = worker_module.read_images
@@ -215,6 +243,58 @@ def test_records_hold_the_digest_of_what_was_read(config):
 
     expected = [image_digest(jpeg(n) + (b"more" if n == 2 else b"")) if n != 9 else None for n in range(16)]
     assert [row["digest"] for row in records(made)] == expected
+
+
+POISON_EVERYWHERE = """
+import os, PIL.Image
+original = PIL.Image.open
+def poisoned(file, *args, **options):
+    if file.getvalue().endswith(b"kills"):
+        os.kill(os.getpid(), 11)
+    return original(file, *args, **options)
+PIL.Image.open = poisoned
+"""
+"""What Python runs first in any process that has it on its path: the driver, Ray's workers, the decoding process."""
+
+
+def run_job(config: ExtractConfig, poison: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    poison.mkdir(exist_ok=True)
+    (poison / "sitecustomize.py").write_text(POISON_EVERYWHERE)
+    path = os.pathsep.join([str(poison), str(ROOT)])
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": path}
+    command = [
+        sys.executable,
+        "jobs/extract.py",
+        "--data",
+        config.data[0],
+        "--out",
+        config.out,
+        "--model",
+        config.model,
+    ]
+    command += ["--weights", "random", "--size", "64", "--precision", "fp32", "--block-rows", "16"]
+    command += ["--max-failed-fraction", "0.5", *more]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_image_that_kills_the_driver_is_found_by_the_next_run(config, tmp_path):
+    made = config({5: b"kills"})
+
+    first, second = (run_job(made, tmp_path / "poison", "--executor", "inline") for _ in range(2))
+
+    assert first.returncode == -11
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert [row["row"] for row in records(made) if row["status"] == "failed"] == [5]
+
+
+def test_images_that_kill_workers_on_ray_are_found_in_one_run(config, tmp_path):
+    made = config({5: b"kills", 6: b"kills"})
+
+    ended = run_job(made, tmp_path / "poison", "--executor", "ray", "--ray-address", "local", "--actors", "1")
+
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = {row["row"]: row["error"] for row in records(made) if row["status"] == "failed"}
+    assert found == {5: "WorkerDied", 6: "WorkerDied"}
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------

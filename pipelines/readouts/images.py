@@ -16,6 +16,7 @@ from PIL import Image
 from operators.orientation import Orientation
 from pipelines.evaluation.images import DatasetError, ImageFile, orientation_of, upright_pixels
 from storage.inputs import InputFile
+from storage.left_out import log_left_out
 from storage.paths import Folder, InputError
 from storage.tars import MemberRules, scan_source
 
@@ -88,14 +89,17 @@ def tar_members(folder: Folder, tars: Iterable[str], extension: str | None = Non
             raise DatasetError(f"{folder.shown}/{tar} is missing; check --data, and that the data set is whole")
         file = InputFile(url=f"{folder.url}/{tar}", size=size, etag="")
         try:
-            rows = scan_source(file, MemberRules(image=extension), folder.options).rows.to_pylist()
+            scan = scan_source(file, MemberRules(image=extension), folder.options)
         except InputError as error:
             raise DatasetError(str(error)) from None
-        for row in rows:
+        for row in scan.rows.to_pylist():
             if row["problem"]:
                 raise DatasetError(f"{folder.shown}/{tar}, {row['key']}: {row['problem']}; fetch the tar again")
             span = Span(offset=row["offset"], size=row["size"])
             found.append(TarMember(tar=tar, key=row["key"], extension=row["member"], span=span))
+        if scan.problems:
+            raise DatasetError(f"{folder.shown}/{tar}: {'; '.join(scan.problems)}; fetch the tar again")
+        log_left_out(scan.left_out)
     return found
 
 
