@@ -16,6 +16,7 @@ import s3fs
 
 from jobs.extract import run
 from pipelines.config import ConfigError, config_from_run
+from pipelines.evaluation.run import Piece, _records
 from pipelines.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.views import colours_for
 from storage.documents import DamagedObject, decode
@@ -439,6 +440,15 @@ def test_what_a_continued_run_cannot_do_again_it_names(pair, tmp_path, capfd, na
     assert f"copy.zarr/{name}" in said
     assert "Traceback" not in said
     assert FeatureStore.open(str(store)).status == "writing"
+
+
+@pytest.mark.parametrize("content", [b"[1]\n", b'{"a": 1}\n{"b', b"\xff\n"])
+def test_damaged_part_of_an_evaluation_is_named(tmp_path, content):
+    folder = Folder(str(tmp_path))
+    folder.write("parts/first.jsonl", content)
+
+    with pytest.raises(DamagedObject, match=r"parts/first.jsonl is damaged .*; delete it and run the same command"):
+        _records(folder, [Piece(name="first", items=(0,))])
 
 
 # --- typed values -------------------------------------------------------------------------------------------------------
