@@ -14,7 +14,7 @@ from storage.ledger import SampleRecord
 from storage.paths import Folder
 from storage.samples import SampleIndex
 from storage.spec import ShardTask
-from storage.store import BlockWriter
+from storage.writer import BlockWriter
 
 
 @dataclass

@@ -6,7 +6,7 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
@@ -16,15 +16,15 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
 from storage.documents import DamagedObject, Document
-from storage.ledger import SCHEMA, Ledger, SampleRecord
+from storage.ledger import SCHEMA, Ledger
 from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
 from storage.root import FORMAT, ROOT, StoreReplaced, read_attributes, require_same_store
 from storage.samples import INDEX, SampleIndex, remove_indexes
-from storage.shards import compress, encode_row, encode_shard
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
+from storage.writer import BlockWriter
 
 logger = logging.getLogger(__name__)
 
@@ -436,80 +436,6 @@ class FeatureStore:
     def _documents(self, *, consolidated: bool) -> dict[str, bytes]:
         return zarr_documents(self.spec, self.layout, self.attributes, consolidated=consolidated)
 
-    def writer(self, task: ShardTask) -> "BlockWriter":
+    def writer(self, task: ShardTask) -> BlockWriter:
         """The writer of one task's shards."""
         return BlockWriter(self, task)
-
-
-class BlockWriter:
-    """Collects one task's rows as encoded bytes, then writes whole shards. Memory: about the compressed block."""
-
-    def __init__(self, store: FeatureStore, task: ShardTask):
-        self.store, self.task = store, task
-        self.clipped = np.zeros(task.n_rows, np.int64)
-        self._chunks: dict[str, list[bytes | None]] = {}
-        self._vectors: dict[str, np.ndarray] = {}
-        for level in store.spec.levels:
-            if level.grid:
-                self._chunks[level.name] = [None] * task.n_rows
-            else:
-                self._vectors[f"{level.name}/features"] = self._empty(level.channels, level.dtype)
-            if level.dtype == "int8":
-                self._vectors[f"{level.name}/scale"] = self._empty(level.channels, "float32")
-
-    def _empty(self, channels: int, dtype: str) -> np.ndarray:
-        return np.full((self.store.layout.block_rows, channels), np.nan, dtype)
-
-    def put(self, level: Level, position: int, values: np.ndarray) -> None:
-        """Encode one row's features (`level.row_shape`, float) at `position` in the task. Rows never put stay NaN."""
-        if values.shape != level.row_shape:
-            raise StorageError(f"level {level.name} takes rows of shape {level.row_shape}, got {values.shape}")
-        stored, scale, clipped = encode_row(values, level.dtype)
-        self.clipped[position] += clipped
-        if level.grid:
-            self._chunks[level.name][position] = compress(stored)
-        else:
-            self._vectors[f"{level.name}/features"][position] = stored
-        if scale is not None:
-            self._vectors[f"{level.name}/scale"][position] = scale
-
-    def write(self) -> dict[str, int]:
-        """Write every shard of the task whole; returns object names and sizes in bytes for the commit.
-
-        Raises `StoreReplaced`.
-        """
-        self.store.require_in_place()
-        written: dict[str, int] = {}
-        for level in self.store.spec.levels:
-            for name, data in zip(
-                self.store.layout.shard_names(level, self.task.block), self._objects(level), strict=True
-            ):
-                self.store.put(name, data)
-                written[name] = len(data)
-        return written
-
-    def _objects(self, level: Level) -> Iterator[bytes]:
-        """The bytes of the level's objects, in the order of their names."""
-        if level.grid:
-            rows, chunks = self.store.layout.shard_rows(level), self._chunks[level.name]
-            for start in range(0, len(chunks), rows):
-                shard = chunks[start : start + rows]
-                yield encode_shard(shard + [None] * (rows - len(shard)))
-        else:
-            yield compress(self._vectors[f"{level.name}/features"])
-        if level.dtype == "int8":
-            yield compress(self._vectors[f"{level.name}/scale"])
-
-    def commit(self, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bool:
-        """Declare the task done; False if another worker did before. Raises `StoreReplaced`."""
-        self.store.require_in_place()
-        ledger = self.store.ledger
-        if ledger.commit(self.task, records, objects):
-            return True
-        try:
-            ledger.record(self.task.block)
-        except DamagedObject:  # no worker of this store wrote it
-            self.store.require_in_place()
-            ledger.replace(self.task, records, objects)
-            return True
-        return False

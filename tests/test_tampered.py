@@ -16,6 +16,7 @@ import s3fs
 
 from jobs.extract import run
 from pipelines.config import ConfigError, config_from_run
+from pipelines.evaluation.run import Piece, _records
 from pipelines.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.views import colours_for
 from storage.documents import DamagedObject, decode
@@ -400,6 +401,10 @@ REPAIRED: dict[str, Callable[[Path], Any]] = {
     "level's metadata edited": _damage("x1/features/zarr.json", lambda data: data.replace(b"float16", b"float32")),
     "level's metadata gone": lambda store: (store / "x2/scale/zarr.json").unlink(),
     "coordinates edited": _damage("x1/y/c/0", garbage),
+    "list of sources cut": _damage("index/sources.parquet", cut),
+    "index cut": _damage("index/samples/part-00000.parquet", cut),
+    "index of another table": _damage("index/samples/part-00000.parquet", another_table),
+    "keys in order cut": _damage("index/keys/part-00000.parquet", cut),
     "notes on a run": lambda store: next(store.glob("runs/*/run.json")).write_bytes(b"{"),
     "colours": _damage("views/rgb-64.json", cut),
 }
@@ -419,12 +424,6 @@ def test_what_a_continued_run_can_do_again_it_does(pair, tmp_path, capfd, change
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "list of sources": ("index/sources.parquet", _damage("index/sources.parquet", cut)),
-    "index": ("index/samples/part-00000.parquet", _damage("index/samples/part-00000.parquet", cut)),
-    "index without rows": (
-        "index/samples/part-00000.parquet",
-        _damage("index/samples/part-00000.parquet", another_table),
-    ),
     "record of other keys": (RECORD, lambda store: _record(store, lambda t: _with(t, "key", ["0", "7"]))),
 }
 
@@ -441,6 +440,15 @@ def test_what_a_continued_run_cannot_do_again_it_names(pair, tmp_path, capfd, na
     assert f"copy.zarr/{name}" in said
     assert "Traceback" not in said
     assert FeatureStore.open(str(store)).status == "writing"
+
+
+@pytest.mark.parametrize("content", [b"[1]\n", b'{"a": 1}\n{"b', b"\xff\n"])
+def test_damaged_part_of_an_evaluation_is_named(tmp_path, content):
+    folder = Folder(str(tmp_path))
+    folder.write("parts/first.jsonl", content)
+
+    with pytest.raises(DamagedObject, match=r"parts/first.jsonl is damaged .*; delete it and run the same command"):
+        _records(folder, [Piece(name="first", items=(0,))])
 
 
 # --- typed values -------------------------------------------------------------------------------------------------------

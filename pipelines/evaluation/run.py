@@ -24,7 +24,8 @@ from pipelines.executors import InlineExecutor
 from pipelines.prepare import versions
 from pipelines.training.config import require_same
 from storage.checkpoints import read_run, write_run
-from storage.paths import Folder, StorageError
+from storage.documents import Document, parse_json
+from storage.paths import Folder
 from storage.store import read_attributes
 
 logger = logging.getLogger(__name__)
@@ -153,12 +154,8 @@ def _records(folder: Folder, pieces: Sequence[Piece]) -> list[Record]:
     records = []
     names = [_part(piece.name) for piece in pieces]
     for name, data in zip(names, folder.read_many(names), strict=True):
-        try:
-            records += [json.loads(line) for line in data.decode().splitlines()]
-        except ValueError as error:
-            raise StorageError(
-                f"{folder.shown}/{name} is damaged ({error}); delete it and run the same command"
-            ) from None
+        with Document(folder, name, "delete it and run the same command").parsing():
+            records += [parse_json(line) for line in data.decode().splitlines()]
     return records
 
 
