@@ -185,7 +185,7 @@ def _refusing() -> Iterator[None]:
     except (ImageRefused, MemoryError):
         raise
     except Exception as error:  # what plugins raise on damaged headers isn't limited
-        raise ImageDamaged(str(error) or type(error).__name__) from error
+        raise ImageDamaged.by(error) from error
 
 
 @_refusing()

@@ -84,13 +84,19 @@ def test_pixels_placement_and_words_are_those_of_decoding_here(sandbox):
 
 
 def test_refusals_are_those_of_decoding_here(sandbox):
-    for data, kind in ((b"junk", ImageRefused), (jpeg(1)[:900], ImageDamaged)):
+    cut, closed = jpeg(1)[:900], jpeg(1)[:900] + b"\xff\xd9"
+    for data, kind, name in (
+        (b"junk", ImageRefused, "ImageRefused"),
+        (cut, ImageDamaged, "OSError"),
+        (closed, ImageDamaged, "ImageDamaged"),
+    ):
         with pytest.raises(ImageRefused) as here:
             decode(data, SQUARE, max_pixels=10**6)
         with pytest.raises(ImageRefused) as there:
             sandbox.decode(data)
 
-        assert (type(there.value), str(there.value)) == (kind, str(here.value))
+        assert (type(there.value), str(there.value), there.value.kind) == (kind, str(here.value), name)
+        assert here.value.kind == name
 
 
 def test_crashes_hangs_and_greed_end_their_image_alone(sandbox):
