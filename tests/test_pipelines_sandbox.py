@@ -358,6 +358,36 @@ def test_image_without_room_ever_is_refused():
         pass
 
 
+MEASURED = """
+import io, resource
+from PIL import Image
+from operators.codecs.memory import DecodeMemory
+from operators.image import Geometry, decode, limit_pillow
+from pipelines.decoding import DecodeThreads
+out = io.BytesIO()
+Image.new("RGB", (5000, 5000), (1, 2, 3)).save(out, "PNG")
+limit_pillow(25_000_000)
+memory, small = DecodeMemory(25_000_000), Geometry(mode="crop", height=32, width=32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+work = lambda data: decode(data, small, max_pixels=25_000_000, memory=memory).width
+assert DecodeThreads(8).map(work, [out.getvalue()] * 8, 100) == [5000] * 8
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, memory.capacity)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+def test_large_images_in_many_threads_take_no_more_than_the_bound():
+    """Eight at once would take 800 MB."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", MEASURED], env=environment, capture_output=True, text=True, check=True
+    )
+
+    taken, bound = map(int, ended.stdout.split())
+
+    assert 0 < taken < bound == 400_000_000
+
+
 def test_plan_counts_input_and_decoding(config):
     made = config({4: bytes(3_000_000)})
     plain = make_plan(prepare(resolve(made), InlineExecutor()), device="cpu", actors=1, threads=1)
