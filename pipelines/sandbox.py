@@ -153,6 +153,8 @@ def serve() -> None:
     sink.flush()
     while length := sys.stdin.buffer.read(8):
         data = sys.stdin.buffer.read(int.from_bytes(length, "big"))
+        # Who would end it may have died: the system does then, whatever native code is at.
+        signal.alarm(int(2 * DECODE_SECONDS))
         try:
             image = decode(data, geometry, max_pixels=settings["max_pixels"], draft=settings["draft"], memory=memory)
         except ImageRefused as error:
@@ -162,6 +164,7 @@ def serve() -> None:
         else:
             answer = {name: value for name, value in asdict(image).items() if name != "pixels"}
             pixels = image.pixels.tobytes()
+        signal.alarm(0)
         text = json.dumps(answer).encode()
         sink.write(len(text).to_bytes(4, "big") + text + pixels)
         sink.flush()
