@@ -98,7 +98,9 @@ class Sandbox:
         process.stdin.flush()
         answer = json.loads(_exactly(process.stdout, int.from_bytes(_exactly(process.stdout, 4), "big")))
         if "refused" in answer:
-            raise _REFUSALS[answer["type"]](str(answer["refused"]))
+            refusal = _REFUSALS[answer["type"]](str(answer["refused"]))
+            refusal.kind = str(answer["kind"])
+            raise refusal
         if "memory" in answer:
             raise MemoryError(str(answer["memory"]))
         pixels = np.frombuffer(_exactly(process.stdout, int(np.prod(self._shape))), np.uint8).reshape(self._shape)
@@ -151,15 +153,18 @@ def serve() -> None:
     sink.flush()
     while length := sys.stdin.buffer.read(8):
         data = sys.stdin.buffer.read(int.from_bytes(length, "big"))
+        # Who would end it may have died: the system does then, whatever native code is at.
+        signal.alarm(int(2 * DECODE_SECONDS))
         try:
             image = decode(data, geometry, max_pixels=settings["max_pixels"], draft=settings["draft"], memory=memory)
         except ImageRefused as error:
-            answer, pixels = {"refused": str(error), "type": type(error).__name__}, b""
+            answer, pixels = {"refused": str(error), "type": type(error).__name__, "kind": error.kind}, b""
         except MemoryError as error:
             answer, pixels = {"memory": str(error)}, b""
         else:
             answer = {name: value for name, value in asdict(image).items() if name != "pixels"}
             pixels = image.pixels.tobytes()
+        signal.alarm(0)
         text = json.dumps(answer).encode()
         sink.write(len(text).to_bytes(4, "big") + text + pixels)
         sink.flush()

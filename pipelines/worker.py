@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from operators.codecs.memory import DecodeMemory
-from operators.image import DecodedImage, decode, limit_pillow
+from operators.image import DecodedImage, ImageRefused, decode, limit_pillow
 from pipelines.attempts import Loaded, attempt, failed, ledger_records, write_and_commit
 from pipelines.decoding import DecodeStuck, DecodeThreads
 from pipelines.models import ModelBundle
@@ -275,6 +275,8 @@ def _decoded(
         raise
     except DecoderDied as error:
         return failed(record, "worker", "WorkerDied", str(error))
+    except ImageRefused as error:
+        return failed(record, "decode", error.kind, str(error))
     except Exception as error:  # noqa: BLE001 - the sample boundary: a bug in a decoder costs its image
         return failed(record, "decode", type(error).__name__, str(error))
     out[:] = image.pixels

@@ -84,13 +84,19 @@ def test_pixels_placement_and_words_are_those_of_decoding_here(sandbox):
 
 
 def test_refusals_are_those_of_decoding_here(sandbox):
-    for data, kind in ((b"junk", ImageRefused), (jpeg(1)[:900], ImageDamaged)):
+    cut, closed = jpeg(1)[:900], jpeg(1)[:900] + b"\xff\xd9"
+    for data, kind, name in (
+        (b"junk", ImageRefused, "ImageRefused"),
+        (cut, ImageDamaged, "OSError"),
+        (closed, ImageDamaged, "ImageDamaged"),
+    ):
         with pytest.raises(ImageRefused) as here:
             decode(data, SQUARE, max_pixels=10**6)
         with pytest.raises(ImageRefused) as there:
             sandbox.decode(data)
 
-        assert (type(there.value), str(there.value)) == (kind, str(here.value))
+        assert (type(there.value), str(there.value), there.value.kind) == (kind, str(here.value), name)
+        assert here.value.kind == name
 
 
 def test_crashes_hangs_and_greed_end_their_image_alone(sandbox):
@@ -350,6 +356,37 @@ def test_image_without_room_ever_is_refused():
     )
     with refused, DecodeMemory(100 * 100).hold(opened(200)):
         pass
+
+
+MEASURED = """
+import io
+from PIL import Image
+from operators.codecs.memory import DecodeMemory
+from operators.image import Geometry, decode, limit_pillow
+from pipelines.benchmarks.processes import high_water
+from pipelines.decoding import DecodeThreads
+out = io.BytesIO()
+Image.new("RGB", (5000, 5000), (1, 2, 3)).save(out, "PNG")
+limit_pillow(25_000_000)
+memory, small = DecodeMemory(25_000_000), Geometry(mode="crop", height=32, width=32)
+before = high_water()
+work = lambda data: decode(data, small, max_pixels=25_000_000, memory=memory).width
+assert DecodeThreads(8).map(work, [out.getvalue()] * 8, 100) == [5000] * 8
+print(high_water() - before, memory.capacity)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no high-water mark of memory here")
+def test_large_images_in_many_threads_take_no_more_than_the_bound():
+    """Eight at once would take 800 MB."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", MEASURED], env=environment, capture_output=True, text=True, check=True
+    )
+
+    taken, bound = map(int, ended.stdout.split())
+
+    assert 0 < taken < bound == 400_000_000
 
 
 def test_plan_counts_input_and_decoding(config):

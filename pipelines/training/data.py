@@ -266,7 +266,7 @@ class ImageSource:
         try:
             return self.view(blob, rng, self.max_image_pixels)
         except ImageRefused as error:
-            return f"{type(error).__name__}: {error}"
+            return f"{error.kind}: {error}"
 
     def _add_features(self, examples: dict[int, Any], failed: dict[int, str], keys: Mapping[int, str]) -> None:
         """Put each image's features beside it; an image without any has failed."""
