@@ -94,6 +94,8 @@ def input_state(
     if gone_is_unchanged:
         paired = [file or _as_indexed(source) for source, file in zip(index.sources, paired, strict=True)]
         new = []
+    if index.order is None:  # an earlier version, which took no other images
+        new = [file for file in new if file.is_common]
     moved = _moved(index, paired, new, scan)
     if index.is_cut:  # what lies behind the limit was never looked at
         new = []

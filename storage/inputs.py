@@ -19,10 +19,11 @@ from storage.folders import files_below, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
 from storage.paths import InputError, filesystem, is_memory, query_free, reaching, redact
 
-_COMMON = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+COMMON_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+"""What is mostly a photograph; format 2's stores took no others."""
 
 IMAGE_EXTENSIONS = (
-    *_COMMON,
+    *COMMON_EXTENSIONS,
     *("jfif", "jpe", "jif", "avif", "avifs", "jp2", "j2k", "jpx", "jpf", "j2c", "jpc"),
     *("ppm", "pnm", "pgm", "pbm", "tga", "icb", "vda", "vst", "dib", "apng", "ico"),
 )
@@ -54,6 +55,11 @@ class InputFile:
     @property
     def is_image(self) -> bool:
         return _is_image(self.name)
+
+    @property
+    def is_common(self) -> bool:
+        """A tar, or an image of one of `COMMON_EXTENSIONS`."""
+        return not self.is_image or _extension(self.name) in COMMON_EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,7 @@ def _chosen(files: Sequence[InputFile], image: str | None, left_out: dict[str, L
     dropped: set[str] = set()
     for same in by_key.values():
         named = [file for file in same if image and file.name.lower().endswith(f".{image.lower().lstrip('.')}")]
-        common = [file for file in same if _extension(file.name) in _COMMON]
+        common = [file for file in same if _extension(file.name) in COMMON_EXTENSIONS]
         one = next((each[0] for each in (named, common) if len(each) == 1), None)
         if one is not None and len(same) > 1:
             dropped |= {file.url for file in same if file is not one}
