@@ -223,7 +223,7 @@ def on_s3(sweep: Sweep, options: dict[str, str]) -> Sweep:
     return replace(sweep, place=lambda number: Folder(f"{base}/{sweep.program}-{number}", options))
 
 
-@pytest.mark.parametrize(("kind", "points"), [(extraction, 4), (training, 2)])
+@pytest.mark.parametrize(("kind", "points"), [(extraction, 3), (training, 2)])
 def test_the_same_on_s3(parent, images, tmp_path, s3_process, kind, points):
     assert on_s3(kind(parent, images, tmp_path), s3_process).run(points) == points
 
