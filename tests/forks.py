@@ -43,7 +43,8 @@ class Forks:
     """The parent of forks, itself a process of its own: pytest's has threads by now, which forks don't survive."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        # Without git: the checkout's commit, which a store's root names, may change while the forks run.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GIT_DIR": os.devnull}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"],
             cwd=ROOT,

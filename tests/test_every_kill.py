@@ -175,7 +175,7 @@ def training(parent: Forks, images: str, tmp_path: Path) -> Sweep:
 
 
 @pytest.mark.parametrize(
-    ("kind", "points"), [(extraction, 9), (retry, 5), (repair, 7), (replacement, 5), (training, 5)]
+    ("kind", "points"), [(extraction, 7), (retry, 5), (repair, 7), (replacement, 5), (training, 5)]
 )
 def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind, points):
     assert kind(parent, images, tmp_path).run(points) == points
@@ -223,7 +223,7 @@ def on_s3(sweep: Sweep, options: dict[str, str]) -> Sweep:
     return replace(sweep, place=lambda number: Folder(f"{base}/{sweep.program}-{number}", options))
 
 
-@pytest.mark.parametrize(("kind", "points"), [(extraction, 4), (training, 2)])
+@pytest.mark.parametrize(("kind", "points"), [(extraction, 3), (training, 2)])
 def test_the_same_on_s3(parent, images, tmp_path, s3_process, kind, points):
     assert on_s3(kind(parent, images, tmp_path), s3_process).run(points) == points
 
