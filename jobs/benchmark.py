@@ -30,6 +30,7 @@ from typing import Any, TypeAlias
 
 import tyro
 
+from jobs.program import pick_word, run_program
 from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, autoscale_report, measure_autoscaling
 from pipelines.benchmarks.chaos import CHAOS_PRESETS, chaos_report, measure_chaos, require_nothing_lost
 from pipelines.benchmarks.cost import COST_PRESETS, cost_report, measure_cost
@@ -45,7 +46,6 @@ from pipelines.benchmarks.readout import READOUT_PRESETS, measure_readouts, read
 from pipelines.benchmarks.scale import SCALE_PRESETS, measure_scale, scale_report
 from pipelines.benchmarks.train import TRAIN_PRESETS, measure_training, train_report
 from pipelines.benchmarks.vit_up import VIT_UP_PRESETS, measure_vit_up, vit_up_report
-from pipelines.config import log_to_stderr, pick_word
 from pipelines.prepare import USER_ERRORS
 from pipelines.readouts.cost import DEAP_PRESETS, deap_report, measure_deap
 
@@ -135,20 +135,9 @@ def _folder(out: str, *, keep: bool) -> Iterator[Path]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    log_to_stderr()
-    try:
-        main(*parse(argv))
-    except (*USER_ERRORS, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except BenchmarkFailed as error:
-        print(f"BenchmarkFailed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was measured", file=sys.stderr)
-        return 130
-    return 0
+    """The exit code of a command line."""
+    wrong, stopped = (*USER_ERRORS, OSError), "stopped; nothing was measured"
+    return run_program(argv, parse, main, wrong=wrong, failed=(BenchmarkFailed,), stopped=stopped)
 
 
 if __name__ == "__main__":

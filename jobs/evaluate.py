@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.session import connect
-from pipelines.config import log_to_stderr, pick_word
+from jobs.program import pick_word, run_program
 from pipelines.evaluation import cka, correspondence, discovery, probe, runtime, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.config import EvaluateConfig
@@ -184,27 +184,18 @@ def main(task: str, config: EvaluateConfig) -> str:
     return write_results(folder, task, config.public(), describe(recipe), findings)
 
 
+def execute(task: str, preset: str | None, config: EvaluateConfig) -> None:
+    """Evaluate, and show the tables; the debug presets' data is drawn first."""
+    if preset == "debug":
+        write_demo("demo/evaluate")
+    print(main(task, config))
+    print(f"written to {redact(config.out, config.options)}")
+
+
 def run(argv: Sequence[str]) -> int:
-    """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    log_to_stderr()
-    options: dict[str, Any] = {}
-    try:
-        task, preset, config = parse(argv)
-        options = config.options
-        if preset == "debug":
-            write_demo("demo/evaluate")
-        print(main(task, config))
-        print(f"written to {redact(config.out, options)}")
-    except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
-        return 2
-    except WorkersLost as error:
-        print(f"WorkersLost: {redact(str(error), options)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; what is done is kept, the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    """The exit code of a command line."""
+    stopped = "stopped; what is done is kept, the same command continues"
+    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(WorkersLost,), stopped=stopped)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.session import connect
-from pipelines.config import ConfigError, ExtractConfig, config_from_run, log_to_stderr, pick_word, runs_inline
+from jobs.program import pick_word, run_program
+from pipelines.config import ConfigError, ExtractConfig, config_from_run, runs_inline
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extract import RunFailed, Summary, pool_for, run_prepared
@@ -27,7 +28,6 @@ from pipelines.prepare import USER_ERRORS, prepare, resolve
 from pipelines.views import pick_rows, view_panel
 from pipelines.weights import WeightsUnavailable
 from storage.left_out import left_out_lines
-from storage.paths import redact
 from storage.store import FeatureStore
 
 DEMO_OUT = "demo/feats.zarr"
@@ -166,26 +166,17 @@ def demo(config: ExtractConfig) -> None:
     print("           python jobs/extract.py --data <folder of images or tars> --out feats.zarr --plan")
 
 
+def execute(name: str | None, config: ExtractConfig) -> None:
+    """What was parsed; the demos' photographs are made first."""
+    if name in ("demo", "debug"):
+        write_photos("demo")
+    (demo if name == "demo" else main)(config)
+
+
 def run(argv: Sequence[str]) -> int:
-    """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    log_to_stderr()
-    options: dict[str, Any] = {}
-    try:
-        name, config = parse(argv)
-        options = config.options
-        if name in ("demo", "debug"):
-            write_photos("demo")
-        (demo if name == "demo" else main)(config)
-    except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(f"RunFailed: {redact(str(error), options)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; finished tasks are kept, the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    """The exit code of a command line."""
+    stopped = "stopped; finished tasks are kept, the same command continues"
+    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(RunFailed,), stopped=stopped)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import tyro
 
 from cluster.session import connect
-from pipelines.config import log_to_stderr, pick_word
+from jobs.program import pick_word, run_program
 from pipelines.evaluation.demo import write_demo
 from pipelines.prepare import USER_ERRORS
 from pipelines.readouts.backbones import BACKBONES
@@ -26,7 +26,6 @@ from pipelines.readouts.grid import GridConfig, measure_speeds, plan_cells, run_
 from pipelines.readouts.grid_report import write_grid
 from pipelines.readouts.published import DEAP_TASKS
 from pipelines.readouts.train import ReadoutTraining
-from storage.paths import redact
 
 PRESETS: dict[str, GridConfig] = {
     # No network, no Ray: timm's test_vit at two sizes, random weights, on drawn images. 2 CPU cores: about 30 seconds; random
@@ -102,22 +101,17 @@ def main(config: GridConfig) -> bool:
     return not any(result.error for result in results)
 
 
+def execute(name: str, config: GridConfig) -> int:
+    """Run the grid; 1 where a cell failed. The debug preset's data is drawn first."""
+    if name == "debug":
+        write_demo("demo/evaluate")
+    return 0 if main(config) else 1
+
+
 def run(argv: Sequence[str]) -> int:
-    """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    log_to_stderr()
-    options = {}
-    try:
-        name, config = parse(argv)
-        options = config.options
-        if name == "debug":
-            write_demo("demo/evaluate")
-        return 0 if main(config) else 1
-    except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is done", file=sys.stderr)
-        return 130
+    """The exit code of a command line."""
+    stopped = "stopped; the same command goes on from what is done"
+    return run_program(argv, parse, execute, wrong=USER_ERRORS, stopped=stopped)
 
 
 if __name__ == "__main__":

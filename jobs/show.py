@@ -25,9 +25,10 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from jobs.program import pick_word, run_program
 from pipelines.compare import compare as compare_stores
 from pipelines.compare import comparison_lines
-from pipelines.config import ConfigError, log_to_stderr, parse_options, pick_word
+from pipelines.config import ConfigError, parse_options
 from pipelines.report import write_report
 from pipelines.status import failure_lines, read_status, row_lines, status_lines
 from pipelines.status import failures as read_failures
@@ -284,16 +285,14 @@ def parse(argv: Sequence[str]) -> tuple[Callable[..., None], Any]:
     return function, config
 
 
+def execute(function: Callable[..., None], config: Any) -> None:
+    """Show what was asked for."""
+    function(config)
+
+
 def run(argv: Sequence[str]) -> int:
-    """Parse, show, and turn errors that a person can act on into one message and an exit code."""
-    log_to_stderr()
-    try:
-        function, config = parse(argv)
-        function(config)
-    except (ConfigError, StorageError, FileNotFoundError, PermissionError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The exit code of a command line."""
+    return run_program(argv, parse, execute, wrong=(ConfigError, StorageError, FileNotFoundError, PermissionError))
 
 
 if __name__ == "__main__":

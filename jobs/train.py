@@ -17,14 +17,15 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from cluster.session import connect
+from jobs.program import pick_word, run_program
 from operators.readouts import READOUTS
 from operators.upsamplers import LEARNED
-from pipelines.config import ExtractConfig, log_to_stderr, pick_word
+from pipelines.config import ExtractConfig
 from pipelines.demo import write_photos
 from pipelines.evaluation.demo import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
@@ -286,28 +287,19 @@ def _same_features(config: ImageTraining) -> str:
     return redact(" ".join(flags), config.options)
 
 
+def execute(name: str, config: TrainConfig) -> None:
+    """Train, and say what came of it; the debug presets' data is made first."""
+    if name == "debug":
+        write_photos("demo")
+    if name == "debug-readout":
+        write_demo("demo/evaluate")
+    _report(config, main(config))
+
+
 def run(argv: Sequence[str]) -> int:
-    """Parse, run, and turn errors that a person can act on into one message and an exit code."""
-    log_to_stderr()
-    options: dict[str, Any] = {}
-    try:
-        name, config = parse(argv)
-        options = config.options
-        if name == "debug":
-            write_photos("demo")
-        if name == "debug-readout":
-            write_demo("demo/evaluate")
-        _report(config, main(config))
-    except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
-        return 2
-    except TrainFailed as error:
-        print(f"TrainFailed: {redact(str(error), options)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    """The exit code of a command line."""
+    stopped = "stopped; the same command goes on from the last checkpoint"
+    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(TrainFailed,), stopped=stopped)
 
 
 if __name__ == "__main__":

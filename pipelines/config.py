@@ -1,11 +1,9 @@
 """Settings of an extraction: what a user can say, checked for contradictions, and without secrets where it is shown."""
 
-import difflib
 import json
 import logging
 import re
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -194,27 +192,6 @@ def public_settings(config: Any, *urls: str) -> dict[str, Any]:
             redact(value, config.options) if isinstance(value, str) else [redact(u, config.options) for u in value]
         )
     return json.loads(json.dumps(shown))
-
-
-def log_to_stderr() -> None:
-    """What the programs log, with the time."""
-    form = "%(asctime)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", stream=sys.stderr)
-
-
-def pick_word(args: list[str], names: Collection[str], missing: str = "nothing") -> str | None:
-    """Take the leading word, one of `names`, off `args`; None if there is none.
-
-    Raises `ConfigError` with the nearest name; `missing` is what there isn't of another (`no preset`).
-    """
-    if not args or args[0].startswith("-"):
-        return None
-    word = args.pop(0)
-    if word not in names:
-        near = difflib.get_close_matches(word, names, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"{missing} is called {word!r}. {hint}There are: {', '.join(names)}")
-    return word
 
 
 def parse_options(text: str | None) -> dict[str, Any]:

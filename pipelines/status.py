@@ -120,7 +120,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
         stored_bytes={name: round(size * scale) for name, size in stored.items()},
         objects=round(objects * scale),
         is_sampled=len(picked) < len(done),
-        left_out=store.index.left_out,
+        left_out=_left_out(store),
         runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
         notes=store.attributes.get("notes", ()),
     )
@@ -154,6 +154,13 @@ class _Progress:
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     bytes_written: int = 0
     errors: tuple[str, ...] = ()
+
+
+def _left_out(store: FeatureStore) -> Mapping[str, LeftOut]:
+    try:
+        return store.index.left_out
+    except MissingObject:  # the store was begun a moment ago
+        return {}
 
 
 def _read_run(store: FeatureStore, run_id: str) -> RunStatus | None:

@@ -172,7 +172,9 @@ class SampleIndex:
 
     def __init__(self, folder: Folder, prefix: str = INDEX):
         self.folder, self.prefix = folder, prefix
-        document = Document(folder, f"{prefix}/sources.parquet")
+        document = Document(
+            folder, f"{prefix}/sources.parquet", "the same extraction writes it, where its input is as it was"
+        )
         data = document.bytes()
         with document.parsing():
             self._parse(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))

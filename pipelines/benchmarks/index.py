@@ -53,6 +53,7 @@ def _index(config: ExtractConfig) -> dict[str, Any]:
     with connect("local", num_cpus=CORES, num_gpus=0):
         marks["ray"] = time.monotonic()
         prepared = prepare(resolved, RayExecutor())
+        prepared.keep_index()
         marks["index"] = time.monotonic()
         tasks = prepared.layout.tasks()
         marks["tasks"] = time.monotonic()
