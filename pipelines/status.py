@@ -120,10 +120,19 @@ def read_status(store: FeatureStore) -> StoreStatus:
         stored_bytes={name: round(size * scale) for name, size in stored.items()},
         objects=round(objects * scale),
         is_sampled=len(picked) < len(done),
-        left_out=store.index.left_out,
+        left_out=_left_out(store),
         runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
         notes=store.attributes.get("notes", ()),
     )
+
+
+def _left_out(store: FeatureStore) -> Mapping[str, LeftOut]:
+    try:
+        return store.index.left_out
+    except MissingObject:
+        if store.status == "complete":
+            raise
+        return {}  # a run that has just begun: the index follows the root
 
 
 @dataclass(frozen=True, kw_only=True)
