@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class InputUpdate:
             logger.info(
                 "the index is written anew: sources hold their samples at other places, or with other text, than before"
             )
-            store.adopt_index(move_index(self.index, store.folder))
+            store.adopt_index(move_index(self.index, store.folder, store.put))
         elif list(self.state.sources) != self.index.sources:
             update_sources(self.index, self.state.sources)
 
@@ -131,13 +131,13 @@ class Prepared:
             self.update.apply(store)
         else:
             # After the store: of two runs that begin at once, the one whose store it isn't writes nothing.
-            self.keep_index()
+            self.keep_index(store.put)
         return store
 
-    def keep_index(self) -> None:
+    def keep_index(self, put: Callable[[str, bytes], None] | None = None) -> None:
         """Save a new index with the output; a plan does so, too, for the run that follows it."""
         if self.update is None and is_memory(self.index.folder.url):
-            move_index(self.index, Folder(self.config.out, self.config.options))
+            move_index(self.index, Folder(self.config.out, self.config.options), put)
 
 
 def resolve(config: ExtractConfig) -> Resolved:

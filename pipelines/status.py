@@ -126,6 +126,15 @@ def read_status(store: FeatureStore) -> StoreStatus:
     )
 
 
+def _left_out(store: FeatureStore) -> Mapping[str, LeftOut]:
+    try:
+        return store.index.left_out
+    except MissingObject:
+        if store.status == "complete":
+            raise
+        return {}  # a run that has just begun: the index follows the root
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Workers:
     size: int

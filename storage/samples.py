@@ -421,12 +421,16 @@ def write_index(
     return SampleIndex(folder, prefix)
 
 
-def move_index(index: SampleIndex, folder: Folder) -> SampleIndex:
-    """Write an index to another folder, the sources file last, and drop the original."""
-    names = _object_names(index.prefix, index.n_rows)
-    for name in names:
-        folder.write(name, index.folder.read(name))
-    index.folder.remove(names)
+def move_index(index: SampleIndex, folder: Folder, put: Callable[[str, bytes], None] | None = None) -> SampleIndex:
+    """Write an index to another folder, the sources file last, and drop the original; `put` writes where it's a store's.
+
+    Nothing is done where it was moved before.
+    """
+    if SampleIndex.exists(index.folder, index.prefix):
+        names = _object_names(index.prefix, index.n_rows)
+        for name in names:
+            (put or folder.write)(name, index.folder.read(name))
+        index.folder.remove(names)
     return SampleIndex(folder, index.prefix)
 
 
