@@ -165,13 +165,6 @@ class _Progress:
     errors: tuple[str, ...] = ()
 
 
-def _left_out(store: FeatureStore) -> Mapping[str, LeftOut]:
-    try:
-        return store.index.left_out
-    except MissingObject:  # the store was begun a moment ago
-        return {}
-
-
 def _read_run(store: FeatureStore, run_id: str) -> RunStatus | None:
     """A run's own files; None for what isn't a run's folder. Raises `DamagedObject`."""
     begun = Document(store.folder, f"runs/{run_id}/run.json", _NOTES)
