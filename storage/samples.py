@@ -172,6 +172,8 @@ class SampleIndex:
 
     def __init__(self, folder: Folder, prefix: str = INDEX):
         self.folder, self.prefix = folder, prefix
+        self.shown = folder.shown
+        "what messages call that which was made from it"
         document = Document(folder, f"{prefix}/sources.parquet")
         data = document.bytes()
         with document.parsing():
