@@ -26,16 +26,17 @@ from storage.inputs import Listing, expand_inputs
 from storage.ledger import SCHEMA
 from storage.left_out import LeftOut, log_left_out, merge_left_out
 from storage.paths import Folder, InputError, StorageError, is_memory
+from storage.root import StoreReplaced
 from storage.samples import (
     INDEX,
     SampleIndex,
     build_index,
-    collect_index,
     index_digest,
     move_index,
     update_sources,
     write_index,
 )
+from storage.scans import collect_index
 from storage.sources import (
     is_of_input,
     limit_changes,
@@ -44,7 +45,7 @@ from storage.sources import (
     sources_digest,
     sources_left_out,
 )
-from storage.spec import Layout, choose_block_rows
+from storage.spec import FeatureSpec, FingerprintMismatch, Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules
 
@@ -133,19 +134,25 @@ class Prepared:
         return tuple(self.bundle.unfamiliar(self.bundle.spec, self.model.backbone.patch))
 
     def create_store(self) -> FeatureStore:
-        """Create or continue the output. Raises `FingerprintMismatch`."""
+        """Create or continue the output. Raises `FingerprintMismatch`, `InputError` and `StoreReplaced` for another run's."""
         public = self.config.public()
         settings = {name: public[name] for name in CONTENT_FIELDS}
         provenance = {"versions": versions(), "config": settings, "input": self.input_digest}
         if self.notes:
             provenance["notes"] = list(self.notes)
-        store = FeatureStore.create(
-            self.config.out,
-            self.bundle.spec,
-            self.update.before if self.update else self.layout,
-            provenance=provenance,
-            storage_options=self.config.options,
-        )
+        try:
+            store = FeatureStore.create(
+                self.config.out,
+                self.bundle.spec,
+                self.update.before if self.update else self.layout,
+                provenance=provenance,
+                storage_options=self.config.options,
+            )
+        except FingerprintMismatch:
+            if self.update is None:
+                raise
+            shown = Folder(self.config.out, self.config.options).shown
+            raise StoreReplaced(f"{shown} was changed by another run just now; run the same command again") from None
         if self.update:
             self.update.apply(store)
         else:
@@ -211,13 +218,9 @@ def prepare(resolved: Resolved, executor: Any) -> Prepared:
         layout = Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest)
         urls = index.urls(resolved.files)
     else:
-        store = FeatureStore(folder, attributes)
-        # What was repaired may hold more rows by now, of which there would be larger blocks.
-        store.require(spec, replace(store.layout, block_rows=config.block_rows or store.layout.block_rows))
-        kept = store.index if store.has_index() else _restored_index(store, resolved.files, scan, config)
-        update = _input_update(store, kept, resolved.files, scan, config)
+        update = _continued(FeatureStore(folder, attributes), spec, resolved.files, scan, config)
         index, urls = update.index, update.state.urls
-        layout = replace(store.layout, n_rows=index.n_rows, index=index.digest)
+        layout = replace(update.before, n_rows=index.n_rows, index=index.digest)
     left_out = _say(index, resolved.files)
     return Prepared(
         config=config,
@@ -250,6 +253,23 @@ def _new_index(folder: Folder, files: Listing, scan: Scan, config: ExtractConfig
             return kept
     table, sources = collect_index(zip(files, scan(files), strict=False), config.limit)
     return write_index(_draft(), table, sources, rules=_rules(config), limit=config.limit, left_out=files.left_out)
+
+
+def _continued(
+    store: FeatureStore, spec: FeatureSpec, files: Listing, scan: Scan, config: ExtractConfig
+) -> InputUpdate:
+    """What a store needs to go on. Raises `FingerprintMismatch`, and `InputError` for changes that weren't allowed for."""
+    # What was repaired may hold more rows by now, of which there would be larger blocks.
+    store.require(spec, replace(store.layout, block_rows=config.block_rows or store.layout.block_rows))
+    try:
+        index = store.index if store.has_index() else _restored_index(store, files, scan, config)
+        return _input_update(store, index, files, scan, config)
+    except (InputError, DamagedObject):
+        now = read_attributes(store.folder)
+        if now is None or now["fingerprint"] == store.attributes["fingerprint"]:
+            raise
+    # Another run took over changed input meanwhile.
+    return _continued(FeatureStore(store.folder, now), spec, files, scan, config)
 
 
 def _restored_index(store: FeatureStore, files: Listing, scan: Scan, config: ExtractConfig) -> SampleIndex:

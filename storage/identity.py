@@ -21,7 +21,8 @@ from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
 from storage.paths import query_free
-from storage.samples import SampleIndex, read_images, refuse_duplicates
+from storage.samples import SampleIndex, read_images
+from storage.scans import refuse_duplicates
 from storage.sources import Source, describe_change, is_unchanged, other_input, pair
 from storage.tars import SourceScan
 

@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 
 from storage.documents import DamagedObject, Document, decode, require_columns, rows_as, with_columns
 from storage.inputs import InputFile
-from storage.left_out import LeftOut, left_out_json, left_out_lines, merge_left_out, parse_left_out
-from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
+from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
+from storage.paths import Folder, UnknownName, read_ranges
+from storage.scans import DuplicateKeys as DuplicateKeys
+from storage.scans import collect_index
 from storage.sources import Source, changes_of, in_order, is_of_input, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules, SourceScan
@@ -39,13 +41,8 @@ INDEX = "index"
 ROW_GROUP_ROWS = 2**13
 """Rows of one Parquet row group: what a worker reads to learn about its task."""
 
-
 KEYS_SCHEMA = pa.schema([("key", pa.string()), ("row", pa.int64())])
 """Keys in order, each with its row."""
-
-
-class DuplicateKeys(InputError):
-    """Two samples of the input have the same key."""
 
 
 class RowTable:
@@ -328,63 +325,6 @@ def table_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> b
     # With checksums, so that a flipped bit is an error, not another row.
     pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
-
-
-def collect_index(
-    scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None
-) -> tuple[pa.Table, list[Source]]:
-    """Join scans, in the order of the sources, into one table; stops once `limit` rows are there.
-
-    Raises `DuplicateKeys`, and `InputError` for a tar without images or an input without rows.
-    """
-    tables, sources, count = [], [], 0
-    for file, scan in scans:
-        url = query_free(file.url)
-        readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
-        if not readable:
-            found = scan.rows["problem"][0].as_py() if len(scan.rows) else _nothing_in(scan)
-            raise InputError(
-                f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
-            )
-        problems = "; ".join(scan.problems)
-        ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
-        tables.append(scan.rows.set_column(1, "source", ordinal))
-        left_out = left_out_json(scan.left_out)
-        sources.append(
-            Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
-        )
-        count += len(scan.rows)
-        if limit is not None and count >= limit:
-            break
-    if not count:
-        raise InputError("the input holds no samples")
-    table = pa.concat_tables(tables)
-    if limit is not None:
-        table = table.slice(0, limit)
-    refuse_duplicates(table, sources)
-    return table, sources
-
-
-def _nothing_in(scan: SourceScan) -> str:
-    return ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
-
-
-def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
-    """Raise `DuplicateKeys` where two rows of an index have one key."""
-    counts = pc.value_counts(table["key"])
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if not len(repeated):
-        return
-    lines = []
-    for key in repeated.field("values").slice(0, 5).to_pylist():
-        rows = table.filter(pc.equal(table["key"], key)).slice(0, 4).to_pylist()
-        places = ", ".join(f"{sources[r['source']].url} .{r['member']} at byte {r['offset']}" for r in rows)
-        lines.append(f"  {key!r}: {places}")
-    raise DuplicateKeys(
-        f"{len(repeated)} keys belong to more than one sample (members of a sample must follow each other in the tar):\n"
-        + "\n".join(lines)
-        + "\nRename them, drop one source, or name the image with --image-member where one key has two images."
-    )
 
 
 def write_index(

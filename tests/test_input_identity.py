@@ -580,6 +580,30 @@ def test_driver_whose_store_is_continued_with_other_images_of_equal_names_stops(
     assert_holds(out, all_samples(second), features)
 
 
+def test_store_that_another_run_takes_over_with_repaired_input_is_prepared_anew(tmp_path, features, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", bmps("a", *range(7)))
+    whole = cut_behind(tar, 5)
+    config = config_of([str(tar)], tmp_path / "out.zarr", retry_failed=True)
+    assert extract(config, InlineExecutor()).failed == 1
+    tar.write_bytes(whole)
+    late = prepare(resolve(config), InlineExecutor())
+    original, calls = InlineExecutor.scan, []
+
+    def scan(*arguments):
+        """The other run, as long as this one scans the input."""
+        calls.append(arguments)
+        if len(calls) == 1:
+            extract(config, InlineExecutor())
+        return original(*arguments)
+
+    monkeypatch.setattr(InlineExecutor, "scan", scan)
+    assert extract(config, InlineExecutor()).this_run == 0
+    with pytest.raises(RunFailed, match="changed by another run just now; run the same command again"):
+        run_prepared(late, InlineExecutor())
+
+    assert_holds(config.out, samples_of(whole), features)
+
+
 # --- any history ------------------------------------------------------------------------------------------------------
 
 
