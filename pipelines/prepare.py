@@ -3,7 +3,6 @@
 `resolve` needs no cluster and finds most mistakes; `prepare` scans the input with an executor's help.
 """
 
-import contextlib
 import importlib.metadata
 import logging
 import platform
@@ -32,6 +31,7 @@ from storage.samples import (
     SampleIndex,
     build_index,
     index_digest,
+    kept_index,
     move_index,
     update_sources,
     write_index,
@@ -247,10 +247,9 @@ def _scanner(config: ExtractConfig, executor: Any) -> Scan:
 
 def _new_index(folder: Folder, files: Listing, scan: Scan, config: ExtractConfig) -> SampleIndex:
     """The index that a plan left, where it is of this input; else a new one, in memory until there is a store."""
-    with contextlib.suppress(DamagedObject):  # nothing rests on it
-        kept = SampleIndex(folder)
-        if is_of_input(kept, files, config.limit, _rules(config)):
-            return kept
+    kept = kept_index(folder)
+    if kept is not None and is_of_input(kept, files, config.limit, _rules(config)):
+        return kept
     table, sources = collect_index(zip(files, scan(files), strict=False), config.limit)
     return write_index(_draft(), table, sources, rules=_rules(config), limit=config.limit, left_out=files.left_out)
 

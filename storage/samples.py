@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.documents import DamagedObject, Document, decode, require_columns, rows_as, with_columns
+from storage.documents import DamagedObject, Document, MissingObject, decode, require_columns, rows_as, with_columns
 from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, UnknownName, read_ranges
@@ -430,16 +430,15 @@ def build_index(
 ) -> SampleIndex:
     """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
 
-    Where the sources (by URL, size or stamp) or the settings changed since, or a killed run left a part of it, it scans
+    Where the sources (by URL, size or stamp) or the settings changed since, or a part of it is missing or damaged, it scans
     again. Where something rests on the index (`in_use`), sources may have moved, or been touched while they hold the same
-    samples; anything else is an `InputError`. `left_out` is what lay beside the files.
+    samples; anything else is an `InputError`. What rests on one that had to be made anew holds it against its `digest`.
+    `left_out` is what lay beside the files.
     """
-    if not SampleIndex.exists(folder):
-        return _scan_and_write(folder, files, scan_many, limit, rules, left_out)
-    index = SampleIndex(folder)
-    if not in_use:
-        stands = is_of_input(index, files, limit, rules)
-        return index if stands else _scan_and_write(folder, files, scan_many, limit, rules, left_out)
+    index = kept_index(folder)
+    if index is None or not (in_use or is_of_input(index, files, limit, rules)):
+        table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
+        return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
     changes = changes_of(index, files, limit, rules)
     if changes:
         logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
@@ -451,16 +450,16 @@ def build_index(
     return index
 
 
-def _scan_and_write(
-    folder: Folder,
-    files: Sequence[InputFile],
-    scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
-    limit: int | None,
-    rules: MemberRules | None,
-    left_out: Mapping[str, LeftOut] | None,
-) -> SampleIndex:
-    table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-    return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
+def kept_index(folder: Folder) -> SampleIndex | None:
+    """The index below `folder`; None where there is none, or what there is of it is damaged."""
+    try:
+        index = SampleIndex(folder)
+    except MissingObject:
+        return None
+    except DamagedObject as error:
+        logger.warning("the input is scanned again: %s", error)
+        return None
+    return index if index.is_whole() else None
 
 
 def read_images(

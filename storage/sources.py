@@ -154,9 +154,9 @@ def limit_changes(index: "SampleIndex", limit: int | None) -> list[str]:
 
 
 def is_of_input(index: "SampleIndex", files: Sequence[InputFile], limit: int | None, rules: MemberRules | None) -> bool:
-    """Whether an index is whole, and what would be made of these files now."""
+    """Whether an index is what would be made of these files now."""
     as_given = [source.url for source in index.sources] == [query_free(f.url) for f in files[: len(index.sources)]]
-    return as_given and not changes_of(index, files, limit, rules) and index.is_whole()
+    return as_given and not changes_of(index, files, limit, rules)
 
 
 def in_order(index: "SampleIndex", files: Sequence[InputFile], limit: int | None) -> list[InputFile]:
