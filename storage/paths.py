@@ -344,7 +344,8 @@ def _range_or_none(data: Any, size: int) -> bytes | None:
 
 
 def _put_local(root: str, name: str, data: bytes, put: Callable[[Path, Path], object]) -> None:
-    """`put` a file with `data` under its name, in one step. Raises `FileExistsError` where `put` does."""
+    """`put` a file with `data` under its name, in one step. Raises `FileExistsError` where `put` does, and `StorageError`
+    where a folder has the name."""
     for tries_left in (2, 1, 0):
         try:
             with _partial_file(root, data) as partial:
@@ -355,6 +356,8 @@ def _put_local(root: str, name: str, data: bytes, put: Callable[[Path, Path], ob
             # Another run that finished may have removed it. Where all is gone, nothing is to be begun anew.
             if not tries_left or not Path(root).exists():
                 raise
+        except IsADirectoryError:
+            raise StorageError(f"{root}/{name} is a folder where a file must be; remove it") from None
 
 
 class _partial_file:

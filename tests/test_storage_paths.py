@@ -308,3 +308,10 @@ def test_folder_that_is_removed_while_a_file_is_written_is_not_begun_anew(tmp_pa
         folder.write("a/b", b"data")
 
     assert not (tmp_path / "out").exists()
+
+
+def test_folder_where_a_file_must_be_is_named(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+
+    with pytest.raises(StorageError, match="a/b is a folder where a file must be; remove it"):
+        Folder(str(tmp_path)).write("a/b", b"data")
