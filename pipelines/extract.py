@@ -97,16 +97,17 @@ def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
     _write_run_json(store, run_id, config, pool, batch)
     done = _check_done(store)
     if config.retry_failed:
-        done -= _revoke_failed(store, done)
+        done -= _revoke_failed(store, done, prepared.input_digest)
     pending = [task for task in store.layout.tasks() if task.block not in done]
     if pending:
-        store.set_writing()
+        store.set_writing(prepared.input_digest)
     elif store.status == "complete":
         logger.info("%s is complete; nothing to do", store.folder.shown)
     setup = WorkerSetup(
         bundle=prepared.bundle,
         out=config.out,
         fingerprint=store.attributes["fingerprint"],
+        input_digest=prepared.input_digest,
         options=config.options,
         urls=prepared.urls,
         run_id=run_id,
@@ -159,12 +160,12 @@ def _check_done(store: FeatureStore) -> set[int]:
     return done
 
 
-def _revoke_failed(store: FeatureStore, done: set[int]) -> set[int]:
+def _revoke_failed(store: FeatureStore, done: set[int], input_digest: str) -> set[int]:
     """Make tasks with failed rows pending again; returns their blocks."""
     blocks = {block for block, table in store.ledger.records(sorted(done)) if "failed" in table["status"].to_pylist()}
     if blocks:
         # First, so that a crash in between leaves a store that says it's unfinished.
-        store.set_writing()
+        store.set_writing(input_digest)
         store.revoke(sorted(blocks))
         logger.info("%d tasks have failed rows and run again", len(blocks))
     return blocks

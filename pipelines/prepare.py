@@ -19,23 +19,33 @@ from operators.upsamplers import UpsamplerError
 from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
 from pipelines.models import FeatureModel, ModelBundle, load_described
 from pipelines.weights import WeightsUnavailable
+from storage.documents import DamagedObject
 from storage.identity import InputState, Scan, input_state, order_digest
 from storage.inputs import Listing, expand_inputs
 from storage.ledger import SCHEMA
 from storage.left_out import LeftOut, log_left_out, merge_left_out
 from storage.paths import Folder, InputError, StorageError, is_memory
+from storage.root import StoreReplaced
 from storage.samples import (
     INDEX,
     SampleIndex,
     build_index,
-    collect_index,
     index_digest,
+    kept_index,
     move_index,
     update_sources,
     write_index,
 )
-from storage.sources import is_of_input, limit_changes, other_input, settings_changes, sources_left_out
-from storage.spec import FeatureSpec, Layout, choose_block_rows
+from storage.scans import collect_index
+from storage.sources import (
+    is_of_input,
+    limit_changes,
+    other_input,
+    settings_changes,
+    sources_digest,
+    sources_left_out,
+)
+from storage.spec import FeatureSpec, FingerprintMismatch, Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules
 
@@ -75,21 +85,30 @@ class InputUpdate:
     before: Layout
     redo: frozenset[int]
     "blocks with rows whose image is another one now"
+    done: frozenset[int]
+    "blocks that were done when the input was compared with them"
 
     def apply(self, store: FeatureStore) -> None:
         """Make blocks pending first, then take over the index: a kill in between leaves a store that is asked again."""
-        done = self.redo & store.ledger.done()
-        if done:
-            store.set_writing()
-            store.ledger.revoke(sorted(done))
-            logger.info("%d tasks hold images that changed, and run again", len(done))
+        digest, is_known = sources_digest(self.state.sources), list(self.state.sources) == self.index.sources
+        if not is_known and store.status == "writing":
+            store.set_writing(digest)  # a driver that reads other files stops here
+        done = store.ledger.done()
+        again = done & self.redo if is_known else done & self.redo | done - self.done
+        if again:
+            store.set_writing(digest)
+            store.ledger.revoke(sorted(again))
+            logger.info("%d tasks hold images that changed, and run again", len(again))
         if self.state.table is not None:
             logger.info(
                 "the index is written anew: sources hold their samples at other places, or with other text, than before"
             )
             store.adopt_index(move_index(self.index, store.folder, store.put))
-        elif list(self.state.sources) != self.index.sources:
-            update_sources(self.index, self.state.sources)
+            return
+        # One in memory stands for one that was lost.
+        index = move_index(self.index, store.folder, store.put) if is_memory(self.index.folder.url) else self.index
+        if not is_known:
+            update_sources(index, self.state.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,24 +134,46 @@ class Prepared:
         return tuple(self.bundle.unfamiliar(self.bundle.spec, self.model.backbone.patch))
 
     def create_store(self) -> FeatureStore:
-        """Create or continue the output. Raises `FingerprintMismatch`."""
+        """Create or continue the output. Raises `FingerprintMismatch`, `InputError` and `StoreReplaced` for another run's."""
         public = self.config.public()
-        provenance = {"versions": versions(), "config": {name: public[name] for name in CONTENT_FIELDS}}
+        settings = {name: public[name] for name in CONTENT_FIELDS}
+        provenance = {"versions": versions(), "config": settings, "input": self.input_digest}
         if self.notes:
             provenance["notes"] = list(self.notes)
-        store = FeatureStore.create(
-            self.config.out,
-            self.bundle.spec,
-            self.update.before if self.update else self.layout,
-            provenance=provenance,
-            storage_options=self.config.options,
-        )
+        try:
+            store = FeatureStore.create(
+                self.config.out,
+                self.bundle.spec,
+                self.update.before if self.update else self.layout,
+                provenance=provenance,
+                storage_options=self.config.options,
+            )
+        except FingerprintMismatch:
+            if self.update is None:
+                raise
+            shown = Folder(self.config.out, self.config.options).shown
+            raise StoreReplaced(f"{shown} was changed by another run just now; run the same command again") from None
         if self.update:
             self.update.apply(store)
         else:
             # After the store: of two runs that begin at once, the one whose store it isn't writes nothing.
+            self._require_begun_with_this(store)
             self.keep_index(store.put)
         return store
+
+    @property
+    def input_digest(self) -> str:
+        """`sources_digest` of the input as this run reads it."""
+        return sources_digest(self.update.state.sources if self.update else self.index.sources)
+
+    def _require_begun_with_this(self, store: FeatureStore) -> None:
+        """Raise `InputError` where another run was quicker and reads other files, which may have the same names and sizes."""
+        begun_with = store.attributes.get("input") or sources_digest(store.index.sources)
+        if begun_with != self.input_digest:
+            raise InputError(
+                f"{store.folder.shown} was begun by another run just now, with other files than those of this --data; run the "
+                "same command again, which compares them, or use another --out"
+            )
 
     def keep_index(self, put: Callable[[str, bytes], None] | None = None) -> None:
         """Save a new index with the output; a plan does so, too, for the run that follows it."""
@@ -173,17 +214,13 @@ def prepare(resolved: Resolved, executor: Any) -> Prepared:
     update = None
     if attributes is None:
         index = _new_index(folder, resolved.files, scan, config)
-        layout = Layout(n_rows=index.n_rows, block_rows=_block_rows(config, index.n_rows, spec), index=index.digest)
+        block_rows = config.block_rows or choose_block_rows(index.n_rows, spec)
+        layout = Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest)
         urls = index.urls(resolved.files)
     else:
-        store = FeatureStore(folder, attributes)
-        n_rows = store.layout.n_rows
-        store.require(spec, replace(store.layout, block_rows=_block_rows(config, n_rows, spec)))
-        if not store.has_index():
-            _restore_index(store, resolved.files, scan, config)
-        update = _input_update(store, resolved.files, scan, config)
+        update = _continued(FeatureStore(folder, attributes), spec, resolved.files, scan, config)
         index, urls = update.index, update.state.urls
-        layout = replace(store.layout, n_rows=index.n_rows, index=index.digest)
+        layout = replace(update.before, n_rows=index.n_rows, index=index.digest)
     left_out = _say(index, resolved.files)
     return Prepared(
         config=config,
@@ -195,10 +232,6 @@ def prepare(resolved: Resolved, executor: Any) -> Prepared:
         left_out=left_out,
         update=update,
     )
-
-
-def _block_rows(config: ExtractConfig, n_rows: int, spec: FeatureSpec) -> int:
-    return config.block_rows or choose_block_rows(n_rows, spec)
 
 
 def _rules(config: ExtractConfig) -> MemberRules:
@@ -214,32 +247,64 @@ def _scanner(config: ExtractConfig, executor: Any) -> Scan:
 
 def _new_index(folder: Folder, files: Listing, scan: Scan, config: ExtractConfig) -> SampleIndex:
     """The index that a plan left, where it is of this input; else a new one, in memory until there is a store."""
-    if SampleIndex.exists(folder):
-        kept = SampleIndex(folder)
-        if is_of_input(kept, files, config.limit, _rules(config)):
-            return kept
+    kept = kept_index(folder)
+    if kept is not None and is_of_input(kept, files, config.limit, _rules(config)):
+        return kept
     table, sources = collect_index(zip(files, scan(files), strict=False), config.limit)
     return write_index(_draft(), table, sources, rules=_rules(config), limit=config.limit, left_out=files.left_out)
 
 
-def _restore_index(store: FeatureStore, files: Listing, scan: Scan, config: ExtractConfig) -> None:
-    """Write the index of a store whose run was killed before it had one. Raises `InputError` where the input is another one."""
+def _continued(
+    store: FeatureStore, spec: FeatureSpec, files: Listing, scan: Scan, config: ExtractConfig
+) -> InputUpdate:
+    """What a store needs to go on. Raises `FingerprintMismatch`, and `InputError` for changes that weren't allowed for."""
+    # What was repaired may hold more rows by now, of which there would be larger blocks.
+    store.require(spec, replace(store.layout, block_rows=config.block_rows or store.layout.block_rows))
+    try:
+        index = store.index if store.has_index() else _restored_index(store, files, scan, config)
+        return _input_update(store, index, files, scan, config)
+    except (InputError, DamagedObject):
+        now = read_attributes(store.folder)
+        if now is None or now["fingerprint"] == store.attributes["fingerprint"]:
+            raise
+    # Another run took over changed input meanwhile.
+    return _continued(FeatureStore(store.folder, now), spec, files, scan, config)
+
+
+def _restored_index(store: FeatureStore, files: Listing, scan: Scan, config: ExtractConfig) -> SampleIndex:
+    """The index, in memory, of a store that lost it, or whose run was killed before it had one. Raises `InputError` where the
+    input is another one."""
     table, sources = collect_index(zip(files, scan(files), strict=False), config.limit)
     if index_digest(len(table), sources) != store.layout.index:
         raise InputError(
             f"{store.folder.shown} has no index of its input, and was begun with other input than this: give --data in the "
-            "same order as then, or use a new --out"
+            "same order as then, restore its index from a copy, or use a new --out"
         )
-    write_index(store.folder, table, sources, rules=_rules(config), limit=config.limit, left_out=files.left_out)
+    if sources_digest(sources) != store.attributes.get("input"):
+        # Samples of equal names and sizes may be other ones: without a stamp, they are held against the ledger.
+        sources = [replace(source, etag="") for source in sources]
+    index = write_index(
+        _draft(),
+        table,
+        sources,
+        rules=_rules(config),
+        limit=config.limit,
+        left_out=files.left_out,
+        prefix=store.index_prefix,
+    )
+    index.shown = store.folder.shown
+    return index
 
 
-def _input_update(store: FeatureStore, files: Listing, scan: Scan, config: ExtractConfig) -> InputUpdate:
+def _input_update(
+    store: FeatureStore, index: SampleIndex, files: Listing, scan: Scan, config: ExtractConfig
+) -> InputUpdate:
     """What the store needs for the input as it is now. Raises `InputError` for changes that weren't allowed for."""
-    index, rules = store.index, _rules(config)
-    if limits := limit_changes(index, config.limit):
-        raise other_input(index, limits)
+    rules, done = _rules(config), store.ledger.done()
     settings = settings_changes(index, config.limit, rules)
-    state = input_state(index, files, scan, store.input_rows, config.options, rescan=bool(settings))
+    if limit_changes(index, config.limit) or index.carried != list(rules.carry):
+        raise other_input(index, settings)
+    state = input_state(index, files, scan, store.input_rows, config.options, limit=config.limit, rescan=bool(settings))
     if settings and not state.stands:
         raise other_input(index, [*settings, *state.changes])
     _require_allowed(index, state, config)
@@ -248,25 +313,28 @@ def _input_update(store: FeatureStore, files: Listing, scan: Scan, config: Extra
         rows = rows | {index.n_rows - 1}  # the last block wasn't full, and takes the first of the new rows
     redo = frozenset(row // store.layout.block_rows for row in rows)
     return InputUpdate(
-        state=state, index=_index_now(index, state, rules, files.left_out), before=store.layout, redo=redo
+        state=state,
+        index=_index_now(index, state, config, files.left_out),
+        before=store.layout,
+        redo=redo,
+        done=frozenset(done),
     )
 
 
 def _index_now(
-    index: SampleIndex, state: InputState, rules: MemberRules, left_out: Mapping[str, LeftOut]
+    index: SampleIndex, state: InputState, config: ExtractConfig, left_out: Mapping[str, LeftOut]
 ) -> SampleIndex:
     """The index of the input as it is now: the store's own where its rows still hold, else a new one in memory."""
     if state.table is None:
         return index
     order = order_digest(state.table) if index.order or state.reordered else ""
     digest = index_digest(len(state.table), state.sources, order)
-    limit = index.n_rows if index.is_cut else None
     return write_index(
         _draft(),
         state.table,
         state.sources,
-        rules=rules,
-        limit=limit,
+        rules=_rules(config),
+        limit=config.limit,
         left_out=left_out,
         order=order,
         prefix=f"{INDEX}/{digest[:12]}",
@@ -300,7 +368,9 @@ def changed_meanwhile(prepared: Prepared, store: FeatureStore, executor: Any) ->
         logger.warning("whether the input changed while it was read can't be told any more: %s", error)
         return []
     scan = _scanner(config, executor)
-    state = input_state(index, files, scan, store.input_rows, config.options, gone_is_unchanged=True)
+    state = input_state(
+        index, files, scan, store.input_rows, config.options, limit=config.limit, gone_is_unchanged=True
+    )
     if state.redo:
         return state.changes
     for change in state.changes:

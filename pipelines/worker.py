@@ -47,6 +47,8 @@ class WorkerSetup:
     out: str
     fingerprint: str
     "of the store that the driver continues"
+    input_digest: str
+    "of the sources as the driver reads them; see `storage.sources.sources_digest`"
     options: Mapping[str, Any]
     urls: tuple[str, ...]
     run_id: str
@@ -71,8 +73,8 @@ class ShardWorker:
 
     def __init__(self, setup: WorkerSetup, *, model: bool = True):
         self.setup = setup
-        require_same_store(Folder(setup.out, setup.options), setup.fingerprint)
-        self.store = FeatureStore.open(setup.out, setup.options)
+        folder = Folder(setup.out, setup.options)
+        self.store = FeatureStore(folder, require_same_store(folder, setup.fingerprint, setup.input_digest))
         self.index = self.store.index
         self.geometry = geometry_of(self.store.spec)
         self.batch = setup.batch

@@ -21,7 +21,8 @@ from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
 from storage.paths import query_free
-from storage.samples import SampleIndex, read_images, refuse_duplicates
+from storage.samples import SampleIndex, read_images
+from storage.scans import refuse_duplicates
 from storage.sources import Source, describe_change, is_unchanged, other_input, pair
 from storage.tars import SourceScan
 
@@ -54,7 +55,7 @@ class InputState:
     table: pa.Table | None = None
     "all rows as they are now; None where those of the index still hold"
     redo: set[int] = field(default_factory=set)
-    "rows whose image is another one now, or can't be told to be the same; they weren't failed"
+    "rows with features whose image is another one now, or can't be told to be the same"
     repaired: set[int] = field(default_factory=set)
     "failed rows whose image is another one now"
     added: int = 0
@@ -82,11 +83,13 @@ def input_state(
     ledger: LedgerRows,
     options: Mapping[str, Any] | None = None,
     *,
+    limit: int | None = None,
     rescan: bool = False,
     gone_is_unchanged: bool = False,
 ) -> InputState:
-    """Hold `files` against the index of a store. `rescan`: the headers of all sources are read, not of changed ones only.
-    `gone_is_unchanged`: at the end of a run, which doesn't need its input any more, nor what is new.
+    """Hold `files` against the index of a store. `limit`: samples that are taken at most. `rescan`: the headers of all sources
+    are read, not of changed ones only. `gone_is_unchanged`: at the end of a run, which doesn't need its input any more, nor
+    what is new.
 
     Raises `InputError` where sources are gone or new, or where samples with features aren't in the input any more.
     """
@@ -115,7 +118,7 @@ def input_state(
             "%d sources may have changed since they were indexed; their images are read again: %s", len(doubtful), shown
         )
     if scans:
-        _Comparison(index, state, scans, set(doubtful), ledger, options).run()
+        _Comparison(index, state, scans, set(doubtful), ledger, options, limit).run()
     return state
 
 
@@ -161,9 +164,11 @@ class _Comparison:
         doubtful: set[int],
         ledger: LedgerRows,
         options: Mapping[str, Any] | None,
+        limit: int | None,
     ):
         self.index, self.state, self.scans, self.doubtful = index, state, scans, doubtful
         self.ledger, self.options = ledger, options
+        self.limit = index.n_rows if index.is_cut else limit
         self._added: list[pa.Table] = []
         self._differing: dict[int, list[str]] = defaultdict(list)
         "keys by source"
@@ -208,14 +213,17 @@ class _Comparison:
         if lost:
             line = f"{url}: {len(lost)} samples are gone from it, for example {lost[0]!r}"
             raise other_input(self.index, [line])
-        more = found.take(pa.array(list(spare), pa.int64()))
-        if len(more) and self.index.is_cut:
-            logger.warning("%s: %d samples more than before are left out (--limit)", url, len(more))
-        elif len(more):
-            self._add(url, more)
+        self._add(url, found.take(pa.array(list(spare), pa.int64())))
         return found.take(pa.array(place, pa.int64())).append_column("row", before["row"])
 
     def _add(self, url: str, rows: pa.Table) -> None:
+        """Take samples that a source didn't hold before, up to the limit."""
+        room = len(rows) if self.limit is None else max(0, self.limit - self.index.n_rows - self.state.added)
+        if len(rows) > room:
+            logger.warning("%s: %d samples more than before are left out (--limit)", url, len(rows) - room)
+        rows = rows.slice(0, room)
+        if not len(rows):
+            return
         self._added.append(rows)
         self.state.added += len(rows)
         first = rows["key"][0].as_py()
@@ -245,27 +253,22 @@ class _Comparison:
         ledger = self.ledger(before["row"].to_numpy())
         statuses, digests = ledger["status"].to_pylist(), ledger["digest"].to_pylist()
         old, new = before.to_pylist(), now.to_pylist()
-        again = [i for i, digest in enumerate(digests) if digest and self._may_be_same(old[i], new[i])]
+        # What isn't committed has nothing of another image.
+        asked = [
+            i for i, status in enumerate(statuses) if status and (old[i]["source"] in self.doubtful or old[i] != new[i])
+        ]
+        alike = {i for i in asked if all(old[i][name] == new[i][name] for name in ("key", "size", "problem"))}
+        again = [i for i in asked if i in alike and digests[i]]
         there = dict(zip(again, self._digests(now, again), strict=True))
-        for i, (was, is_now, status) in enumerate(zip(old, new, statuses, strict=True)):
-            source = was["source"]
-            if source not in self.doubtful and was == is_now:
-                continue
-            if status == "ok" and not digests[i]:
-                self._without_digest.add(source)
-            if status is None:
-                same = all(was[name] == is_now[name] for name in ("key", "size", "problem"))
-            elif i in there:
-                same = there[i] == digests[i]
-            else:  # only what couldn't be read then, and can't now for the same reason, is the same
-                same = status == "failed" and was["problem"] is not None and was["problem"] == is_now["problem"]
+        for i in asked:
+            was, failed = old[i], statuses[i] == "failed"
+            if not failed and not digests[i]:
+                self._without_digest.add(was["source"])
+            # A failed row without a digest is of an image that wasn't read.
+            same = there[i] == digests[i] if i in there else failed and i in alike and not digests[i]
             if not same:
-                had_failed = status == "failed" or (status is None and was["problem"] is not None)
-                (self.state.repaired if had_failed else self.state.redo).add(was["row"])
-                self._differing[source].append(was["key"])
-
-    def _may_be_same(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-        return now["problem"] is None and was["key"] == now["key"] and was["size"] == now["size"]
+                (self.state.repaired if failed else self.state.redo).add(was["row"])
+                self._differing[was["source"]].append(was["key"])
 
     def _digests(self, rows: pa.Table, positions: Sequence[int]) -> Iterator[str]:
         """Of the images of some rows as they are now."""

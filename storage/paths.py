@@ -215,9 +215,7 @@ class Folder:
         self._require_inside(name)
         fs, root = self._fs()
         if isinstance(fs, LocalFileSystem):
-            with _partial_file(root, data) as partial:
-                target = _ensure_parent(root, name)
-                partial.replace(target)
+            _put_local(root, name, data, Path.replace)
         else:
             fs.pipe_file(f"{root}/{name}", data)
 
@@ -227,11 +225,10 @@ class Folder:
         self._require_inside(name)
         fs, root = self._fs()
         if isinstance(fs, LocalFileSystem):
-            with _partial_file(root, data) as partial:
-                try:
-                    os.link(partial, _ensure_parent(root, name))
-                except FileExistsError:
-                    return False
+            try:
+                _put_local(root, name, data, os.link)
+            except FileExistsError:
+                return False
             return True
         try:
             fs.pipe_file(f"{root}/{name}", data, mode="create")
@@ -313,7 +310,7 @@ class Folder:
                 continue
 
     def remove_partial(self) -> None:
-        """Drop what killed writers left behind. Only for when nobody writes."""
+        """Drop what killed writers left behind. Whoever writes still writes that object once more."""
         fs, root = self._fs()
         if isinstance(fs, LocalFileSystem):
             shutil.rmtree(Path(root) / ".partial", ignore_errors=True)
@@ -344,6 +341,23 @@ def _range_or_none(data: Any, size: int) -> bytes | None:
     if isinstance(data, BaseException):
         raise data
     return data[:size]
+
+
+def _put_local(root: str, name: str, data: bytes, put: Callable[[Path, Path], object]) -> None:
+    """`put` a file with `data` under its name, in one step. Raises `FileExistsError` where `put` does, and `StorageError`
+    where a folder has the name."""
+    for tries_left in (2, 1, 0):
+        try:
+            with _partial_file(root, data) as partial:
+                partial.stat()  # before a folder is made for it
+                put(partial, _ensure_parent(root, name))
+            return
+        except FileNotFoundError:
+            # Another run that finished may have removed it. Where all is gone, nothing is to be begun anew.
+            if not tries_left or not Path(root).exists():
+                raise
+        except IsADirectoryError:
+            raise StorageError(f"{root}/{name} is a folder where a file must be; remove it") from None
 
 
 class _partial_file:

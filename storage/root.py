@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from storage.documents import Document, MissingObject, decode, decode_known
 from storage.paths import Folder, StorageError
+from storage.samples import INDEX, SampleIndex
+from storage.sources import sources_digest
 from storage.spec import FeatureSpec, Layout, fingerprint_of
 
 ROOT = "zarr.json"
@@ -37,6 +39,8 @@ class _Attributes:
     "the index's folder, where it isn't the first one: input was repaired"
     origin: str | None = None
     "the fingerprint that the store began with, and that its commit records have, where input was repaired since"
+    input: str | None = None
+    "`sources_digest` of the input as the run reads it that writes the store; complete stores have none"
     versions: Mapping[str, str] | None = None
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] | None = None
@@ -83,8 +87,9 @@ def _check(found: _Attributes) -> None:
         raise ValueError(f"counts {dict(counts)} don't add up to {found.layout.n_rows} rows")
 
 
-def require_same_store(folder: Folder, fingerprint: str) -> dict[str, Any]:
-    """The attributes of the store of this fingerprint, read again. Raises `StoreReplaced` where it isn't there any more."""
+def require_same_store(folder: Folder, fingerprint: str, input_digest: str | None = None) -> dict[str, Any]:
+    """The attributes of the store of this fingerprint, read again. Raises `StoreReplaced` where it isn't there any more, or
+    where another run goes on with it from files that aren't those of `input_digest`."""
     attributes = read_attributes(folder)
     if attributes is None:
         raise StoreReplaced(f"{folder.shown} is gone: it was removed while this run wrote it; nothing more is written")
@@ -93,4 +98,16 @@ def require_same_store(folder: Folder, fingerprint: str) -> dict[str, Any]:
             f"{folder.shown} is another store now: it was removed and begun anew with other settings while this run wrote "
             "it; nothing more is written"
         )
+    if input_digest is not None and _input_of(folder, attributes) not in (None, input_digest):
+        raise StoreReplaced(
+            f"{folder.shown} is continued by another run, with input that lies elsewhere, or was changed; this run writes "
+            "nothing more"
+        )
     return attributes
+
+
+def _input_of(folder: Folder, attributes: Mapping[str, Any]) -> str | None:
+    """`sources_digest` of what a store is, or was, made from; None where an earlier version is writing it."""
+    if attributes["status"] == "writing":
+        return attributes.get("input")
+    return sources_digest(SampleIndex(folder, attributes.get("index", INDEX)).sources)

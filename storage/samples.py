@@ -20,10 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.documents import DamagedObject, Document, decode, require_columns, rows_as, with_columns
+from storage.documents import DamagedObject, Document, MissingObject, decode, require_columns, rows_as, with_columns
 from storage.inputs import InputFile
-from storage.left_out import LeftOut, left_out_json, left_out_lines, merge_left_out, parse_left_out
-from storage.paths import Folder, InputError, UnknownName, query_free, read_ranges
+from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
+from storage.paths import Folder, UnknownName, read_ranges
+from storage.scans import DuplicateKeys as DuplicateKeys
+from storage.scans import collect_index
 from storage.sources import Source, changes_of, in_order, is_of_input, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules, SourceScan
@@ -39,13 +41,8 @@ INDEX = "index"
 ROW_GROUP_ROWS = 2**13
 """Rows of one Parquet row group: what a worker reads to learn about its task."""
 
-
 KEYS_SCHEMA = pa.schema([("key", pa.string()), ("row", pa.int64())])
 """Keys in order, each with its row."""
-
-
-class DuplicateKeys(InputError):
-    """Two samples of the input have the same key."""
 
 
 class RowTable:
@@ -172,6 +169,8 @@ class SampleIndex:
 
     def __init__(self, folder: Folder, prefix: str = INDEX):
         self.folder, self.prefix = folder, prefix
+        self.shown = folder.shown
+        "what messages call that which was made from it"
         document = Document(
             folder, f"{prefix}/sources.parquet", "the same extraction writes it, where its input is as it was"
         )
@@ -330,63 +329,6 @@ def table_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> b
     return sink.getvalue()
 
 
-def collect_index(
-    scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None
-) -> tuple[pa.Table, list[Source]]:
-    """Join scans, in the order of the sources, into one table; stops once `limit` rows are there.
-
-    Raises `DuplicateKeys`, and `InputError` for a tar without images or an input without rows.
-    """
-    tables, sources, count = [], [], 0
-    for file, scan in scans:
-        url = query_free(file.url)
-        readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
-        if not readable:
-            found = scan.rows["problem"][0].as_py() if len(scan.rows) else _nothing_in(scan)
-            raise InputError(
-                f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
-            )
-        problems = "; ".join(scan.problems)
-        ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
-        tables.append(scan.rows.set_column(1, "source", ordinal))
-        left_out = left_out_json(scan.left_out)
-        sources.append(
-            Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
-        )
-        count += len(scan.rows)
-        if limit is not None and count >= limit:
-            break
-    if not count:
-        raise InputError("the input holds no samples")
-    table = pa.concat_tables(tables)
-    if limit is not None:
-        table = table.slice(0, limit)
-    refuse_duplicates(table, sources)
-    return table, sources
-
-
-def _nothing_in(scan: SourceScan) -> str:
-    return ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
-
-
-def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
-    """Raise `DuplicateKeys` where two rows of an index have one key."""
-    counts = pc.value_counts(table["key"])
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if not len(repeated):
-        return
-    lines = []
-    for key in repeated.field("values").slice(0, 5).to_pylist():
-        rows = table.filter(pc.equal(table["key"], key)).slice(0, 4).to_pylist()
-        places = ", ".join(f"{sources[r['source']].url} .{r['member']} at byte {r['offset']}" for r in rows)
-        lines.append(f"  {key!r}: {places}")
-    raise DuplicateKeys(
-        f"{len(repeated)} keys belong to more than one sample (members of a sample must follow each other in the tar):\n"
-        + "\n".join(lines)
-        + "\nRename them, drop one source, or name the image with --image-member where one key has two images."
-    )
-
-
 def write_index(
     folder: Folder,
     table: pa.Table,
@@ -494,16 +436,15 @@ def build_index(
 ) -> SampleIndex:
     """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
 
-    Where the sources (by URL, size or stamp) or the settings changed since, or a killed run left a part of it, it scans
+    Where the sources (by URL, size or stamp) or the settings changed since, or a part of it is missing or damaged, it scans
     again. Where something rests on the index (`in_use`), sources may have moved, or been touched while they hold the same
-    samples; anything else is an `InputError`. `left_out` is what lay beside the files.
+    samples; anything else is an `InputError`. What rests on one that had to be made anew holds it against its `digest`.
+    `left_out` is what lay beside the files.
     """
-    if not SampleIndex.exists(folder):
-        return _scan_and_write(folder, files, scan_many, limit, rules, left_out)
-    index = SampleIndex(folder)
-    if not in_use:
-        stands = is_of_input(index, files, limit, rules)
-        return index if stands else _scan_and_write(folder, files, scan_many, limit, rules, left_out)
+    index = kept_index(folder)
+    if index is None or not (in_use or is_of_input(index, files, limit, rules)):
+        table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
+        return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
     changes = changes_of(index, files, limit, rules)
     if changes:
         logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
@@ -515,16 +456,16 @@ def build_index(
     return index
 
 
-def _scan_and_write(
-    folder: Folder,
-    files: Sequence[InputFile],
-    scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
-    limit: int | None,
-    rules: MemberRules | None,
-    left_out: Mapping[str, LeftOut] | None,
-) -> SampleIndex:
-    table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-    return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
+def kept_index(folder: Folder) -> SampleIndex | None:
+    """The index below `folder`; None where there is none, or what there is of it is damaged."""
+    try:
+        index = SampleIndex(folder)
+    except MissingObject:
+        return None
+    except DamagedObject as error:
+        logger.warning("the input is scanned again: %s", error)
+        return None
+    return index if index.is_whole() else None
 
 
 def read_images(

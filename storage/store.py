@@ -23,6 +23,7 @@ from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
 from storage.root import FORMAT, ROOT, StoreReplaced, read_attributes, require_same_store
 from storage.samples import INDEX, SampleIndex, remove_indexes
+from storage.sources import sources_digest
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
 from storage.writer import BlockWriter
 
@@ -106,7 +107,7 @@ class FeatureStore:
     ) -> "FeatureStore":
         """Create the store's metadata, or continue a store of the same fingerprint.
 
-        `provenance` (software versions, resolved config) is kept from the first run. Raises `FingerprintMismatch` with a
+        `provenance` (software versions, resolved config, `input`) is kept from the first run. Raises `FingerprintMismatch` with a
         line per differing field, and `StorageError` on storage without create-only writes.
         """
         folder = Folder(url, storage_options)
@@ -163,9 +164,9 @@ class FeatureStore:
     @functools.cached_property
     def index(self) -> SampleIndex:
         """The samples. Raises `DamagedObject` where they aren't those that the store was made of."""
-        index = SampleIndex(self.folder, self._index_prefix)
+        index = SampleIndex(self.folder, self.index_prefix)
         if (index.n_rows, index.digest) != (self.layout.n_rows, self.layout.index):
-            raise Document(self.folder, f"{self._index_prefix}/sources.parquet").damaged(
+            raise Document(self.folder, f"{self.index_prefix}/sources.parquet").damaged(
                 f"is another index's: {index.n_rows} rows, digest {index.digest[:12]}, where the store has "
                 f"{self.layout.n_rows} rows, digest {self.layout.index[:12]}"
             )
@@ -179,7 +180,8 @@ class FeatureStore:
             return False
 
     @property
-    def _index_prefix(self) -> str:
+    def index_prefix(self) -> str:
+        """Where the index lies below the store."""
         return self.attributes.get("index", INDEX)
 
     @property
@@ -355,24 +357,24 @@ class FeatureStore:
 
     def require_in_place(self) -> None:
         """Raise `StoreReplaced` unless this store still lies where it was opened."""
-        require_same_store(self.folder, self.attributes["fingerprint"])
+        require_same_store(self.folder, self.attributes["fingerprint"], self.attributes.get("input"))
 
     def adopt_index(self, index: SampleIndex) -> None:
-        """Go on with an index of repaired input, which is written: the root names it. Driver only. Raises `StoreReplaced`.
+        """Go on with an index of changed input, which is written: the root names it. Driver only. Raises `StoreReplaced`.
 
         Rows that changed must be pending by now. Further rows make the arrays longer. Commit records keep the fingerprint
         that the store began with.
         """
         layout = replace(self.layout, n_rows=index.n_rows, index=index.digest)
-        kept = {name: value for name, value in self.attributes.items() if name != "counts"}
         own = {
             "status": "writing",
             "layout": asdict(layout),
             "fingerprint": fingerprint(self.spec, layout),
             "index": index.prefix,
+            "input": sources_digest(index.sources),
             "origin": self.attributes.get("origin", self.attributes["fingerprint"]),
         }
-        self._write_root({**kept, **own}, consolidated=False)
+        self._write_root({**self._kept(), **own}, consolidated=False)
         self.__dict__.pop("index", None)  # the cached one
         self.__setstate__(self.__getstate__())
         self._restore_documents()
@@ -387,11 +389,18 @@ class FeatureStore:
             self.require_in_place()
             self.folder.write(name, data)
 
-    def set_writing(self) -> None:
-        """Mark the store as being written (again), in today's format. Driver only. Raises `StoreReplaced`."""
-        if self.status != "writing" or self.attributes["format"] != FORMAT:
-            kept = {name: value for name, value in self.attributes.items() if name != "counts"}
-            self._write_root({**kept, "status": "writing"}, consolidated=False)
+    def set_writing(self, input_digest: str | None = None) -> None:
+        """Mark the store as being written (again), in today's format. Driver only. Raises `StoreReplaced`.
+
+        `input_digest`: `sources_digest` of the files as this run reads them. Drivers that read others stop.
+        """
+        wanted = {"status": "writing"} | ({} if input_digest is None else {"input": input_digest})
+        if self.attributes["format"] != FORMAT or not wanted.items() <= self.attributes.items():
+            self._write_root({**self._kept(), **wanted}, consolidated=False)
+
+    def _kept(self) -> dict[str, Any]:
+        """The attributes that say no more than what was begun."""
+        return {name: value for name, value in self.attributes.items() if name not in ("counts", "input")}
 
     def revoke(self, blocks: Iterable[int]) -> None:
         """Make tasks pending again. Driver only. Raises `StoreReplaced`: another store's records are not to be removed."""
@@ -418,18 +427,19 @@ class FeatureStore:
             )
         self._restore_documents()
         counts = self.ledger.merge(self.index, self.put)
-        self._write_root({**self.attributes, "status": "complete", "counts": counts}, consolidated=True)
+        self.require_in_place()
+        self._write_root({**self._kept(), "status": "complete", "counts": counts}, consolidated=True)
 
     def _write_root(self, attributes: Mapping[str, Any], *, consolidated: bool) -> None:
         older = {} if attributes["format"] == FORMAT else {"format": FORMAT, "upgraded_from": attributes["format"]}
-        self.require_in_place()
+        require_same_store(self.folder, self.attributes["fingerprint"])
         self.attributes = {**attributes, **older}
         self.folder.write(ROOT, self._documents(consolidated=consolidated)[ROOT])
 
     def _sweep(self) -> None:
         """Remove what killed runs left beside the store's objects: files half written, probes."""
         self.folder.remove_partial()
-        remove_indexes(self.folder, self._index_prefix)
+        remove_indexes(self.folder, self.index_prefix)
         probes = [name for name in self.folder.sizes("runs") if f"runs/{name}".startswith(_PROBE)]
         self.folder.remove(f"runs/{name}" for name in probes)
 

@@ -4,6 +4,7 @@ Images are bitmaps of one size, so that files can be exchanged without a change 
 out by code of this test: the bytes of each sample, and the features that a run over these bytes alone gives.
 """
 
+import contextlib
 import io
 import os
 import random
@@ -21,7 +22,7 @@ from PIL import Image
 from jobs.extract import run
 from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
-from pipelines.extract import RunFailed, extract
+from pipelines.extract import RunFailed, extract, run_prepared
 from pipelines.photos import read_photos
 from pipelines.plan import make_plan
 from pipelines.prepare import prepare, resolve
@@ -432,6 +433,175 @@ def test_photograph_that_was_replaced_is_not_shown_beside_the_features_of_the_ol
     assert [photo is None for photo in photos] == [False, True, False]
     assert "no photograph for row 1" in caplog.text
     assert "holds another image" in caplog.text
+
+
+def test_image_that_was_too_large_to_be_read_is_no_change_when_its_tar_is_touched(tmp_path, features):
+    large = io.BytesIO()
+    Image.open(io.BytesIO(IMAGES[0])).resize((200, 200)).save(large, "BMP")
+    tar = write_tar(tmp_path / "a.tar", [*bmps("a", 0, 1), ("a-2.bmp", large.getvalue())])
+    config = config_of([str(tar)], tmp_path / "out.zarr", max_image_bytes=10_000)
+    assert extract(config, InlineExecutor()).failed == 1
+    os.utime(tar, (1, 1))
+
+    assert extract(config, InlineExecutor()).this_run == 0
+
+
+def test_other_carried_members_are_refused_by_name(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [*bmps("a", 0), ("a-0.cls", b"1"), ("a-0.txt", b"x")])
+    extract(config_of([str(tar)], tmp_path / "out.zarr", carry=("cls",)), InlineExecutor())
+
+    for other in ((), ("txt",), ("cls", "txt")):
+        with pytest.raises(InputError, match="indexed with .* --carry cls, this run has"):
+            extract(config_of([str(tar)], tmp_path / "out.zarr", carry=other), InlineExecutor())
+
+
+def test_image_members_that_give_the_same_rows_cost_no_reading(tmp_path, monkeypatch):
+    tars = write_tars(tmp_path, {"a": [0, 1, 2]})
+    extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
+    read = []
+    monkeypatch.setattr("storage.identity.read_images", lambda rows, *_: read.extend(rows["key"].to_pylist()) or [])
+
+    assert extract(config_of(tars, tmp_path / "out.zarr", image_member="bmp"), InlineExecutor()).this_run == 0
+
+    assert read == []
+
+
+def test_retry_of_a_repaired_image_that_is_killed_before_the_index_is_taken_over_goes_on(
+    tmp_path, features, monkeypatch
+):
+    tar = tmp_path / "a.tar"
+    write_tar(tar, [*bmps("a", 0, 1), ("a-2.bmp", IMAGES[2][:900]), *bmps("a", 0, 1, 2, 3, 4)[3:]])
+    config = config_of([str(tar)], tmp_path / "out.zarr", retry_failed=True)
+    assert extract(config, InlineExecutor()).failed == 1
+    write_tar(tar, bmps("a", 0, 1, 2, 3, 4))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.prepare.move_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extract(config, InlineExecutor())
+    extract(config, InlineExecutor())
+
+    assert_holds(config.out, samples_of(tar), features)
+
+
+def test_store_that_lost_its_index_is_held_against_its_ledger(tmp_path, features):
+    tars = write_tars(tmp_path, {"a": [0, 1, 2, 3, 4]})
+    out = tmp_path / "out.zarr"
+    extract(config_of(tars, out), InlineExecutor())
+    whole = (out / "index/sources.parquet").read_bytes()
+    (out / "index/sources.parquet").unlink()
+
+    make_plan(prepare(resolve(config_of(tars, out)), InlineExecutor()), device="cpu", actors=1, threads=1)
+    assert not (out / "index/sources.parquet").exists()
+    assert extract(config_of(tars, out), InlineExecutor()).this_run == 0
+    assert (out / "index/sources.parquet").read_bytes() == whole
+
+    (out / "index/sources.parquet").unlink()
+    write_tars(tmp_path, {"a": [0, 9, 2, 3, 4]})
+    with pytest.raises(InputError, match=r"out\.zarr was made from other input:\n.*1 of its images differ"):
+        extract(config_of(tars, out), InlineExecutor())
+    extract(config_of(tars, out, replace_changed=True), InlineExecutor())
+    assert_holds(out, all_samples(tars), features)
+
+
+def test_damaged_index_that_a_plan_left_is_made_anew(tmp_path, features):
+    tars = write_tars(tmp_path, {"a": [0, 1, 2]})
+    prepare(resolve(config_of(tars, tmp_path / "out.zarr")), InlineExecutor()).keep_index()
+    sources = tmp_path / "out.zarr/index/sources.parquet"
+    sources.write_bytes(sources.read_bytes()[:100])
+
+    extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
+
+    assert_holds(tmp_path / "out.zarr", all_samples(tars), features)
+
+
+def cut_behind(tar: Path, samples: int) -> bytes:
+    """Cut a tar of bitmaps in the middle of the image behind so many samples; returns the whole one."""
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: samples * 512 * (2 + len(IMAGES[0]) // 512) + 700])
+    return whole
+
+
+def test_repaired_store_keeps_its_block_size_and_its_limit(tmp_path, features, monkeypatch):
+    monkeypatch.setattr("pipelines.prepare.choose_block_rows", lambda n_rows, spec: 2 if n_rows < 8 else 4)
+    tar = write_tar(tmp_path / "a.tar", bmps("a", *range(12)))
+    config = config_of([str(tar)], tmp_path / "out.zarr", block_rows=None, limit=9, retry_failed=True)
+    whole = cut_behind(tar, 5)
+    assert extract(config, InlineExecutor()).failed == 1
+    tar.write_bytes(whole)
+
+    assert extract(config, InlineExecutor()).failed == 0
+
+    assert extract(config, InlineExecutor()).this_run == 0
+    first = dict(list(samples_of(whole).items())[:9])
+    assert_holds(config.out, first, features)
+    assert FeatureStore.open(config.out).layout.block_rows == 2
+
+
+# --- two drivers with other images of the same names and sizes --------------------------------------------------------
+
+
+def test_of_two_drivers_that_begin_at_once_with_other_images_of_equal_names_one_is_refused(tmp_path, features):
+    first, second = (write_tars(tmp_path / name, {"a": numbers}) for name, numbers in (("x", [0, 1]), ("y", [2, 3])))
+    out = tmp_path / "out.zarr"
+    prepared = [prepare(resolve(config_of(data, out)), InlineExecutor()) for data in (first, second)]
+    run_prepared(prepared[0], InlineExecutor())
+
+    with pytest.raises(InputError, match="begun by another run just now, with other files"):
+        run_prepared(prepared[1], InlineExecutor())
+    with pytest.raises(InputError, match="2 of its images differ"):
+        extract(config_of(second, out), InlineExecutor())
+
+    assert_holds(out, all_samples(first), features)
+
+
+@pytest.mark.parametrize("ends", ["finished", "killed"])
+def test_driver_whose_store_is_continued_with_other_images_of_equal_names_stops(tmp_path, features, monkeypatch, ends):
+    first, second = (write_tars(tmp_path / name, {"a": [*range(n, n + 8)]}) for name, n in (("x", 0), ("y", 10)))
+    out, original, tasks = tmp_path / "out.zarr", ShardWorker.compute, []
+
+    def compute(self, task, loaded):
+        tasks.append(task.block)
+        if len(tasks) == 1:  # nothing is committed yet
+            with contextlib.suppress(KeyboardInterrupt):
+                extract(config_of(second, out), InlineExecutor())
+        elif len(tasks) == 3 and ends == "killed":
+            raise KeyboardInterrupt
+        return original(self, task, loaded)
+
+    monkeypatch.setattr(ShardWorker, "compute", compute)
+    with pytest.raises(RunFailed, match="continued by another run, with input that lies elsewhere, or was changed"):
+        extract(config_of(first, out), InlineExecutor())
+    extract(config_of(second, out), InlineExecutor())
+
+    assert_holds(out, all_samples(second), features)
+
+
+def test_store_that_another_run_takes_over_with_repaired_input_is_prepared_anew(tmp_path, features, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", bmps("a", *range(7)))
+    whole = cut_behind(tar, 5)
+    config = config_of([str(tar)], tmp_path / "out.zarr", retry_failed=True)
+    assert extract(config, InlineExecutor()).failed == 1
+    tar.write_bytes(whole)
+    late = prepare(resolve(config), InlineExecutor())
+    original, calls = InlineExecutor.scan, []
+
+    def scan(*arguments):
+        """The other run, as long as this one scans the input."""
+        calls.append(arguments)
+        if len(calls) == 1:
+            extract(config, InlineExecutor())
+        return original(*arguments)
+
+    monkeypatch.setattr(InlineExecutor, "scan", scan)
+    assert extract(config, InlineExecutor()).this_run == 0
+    with pytest.raises(RunFailed, match="changed by another run just now; run the same command again"):
+        run_prepared(late, InlineExecutor())
+
+    assert_holds(config.out, samples_of(whole), features)
 
 
 # --- any history ------------------------------------------------------------------------------------------------------

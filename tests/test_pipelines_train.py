@@ -5,6 +5,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from storage.checkpoints import read_checkpoint, read_last, read_pointers
 from storage.paths import Folder, InputError
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
+from tests.test_input_identity import bitmap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -425,6 +427,22 @@ def test_a_run_is_not_continued_with_other_settings(small, make_tars):
     with pytest.raises(InputError, match="other input"):
         prepared(small(data=(make_tars(count=1, each=14, folder="other"),)))
     assert train_inline(prepared(small(epochs=2))).step == 6
+
+
+def test_a_run_whose_images_were_replaced_says_so_and_one_with_a_damaged_index_goes_on(small, tmp_path):
+    """Bitmaps, so that other images have the same names and sizes."""
+    write_tar(tmp_path / "b.tar", [(f"{n}.bmp", bitmap(n)) for n in range(6)])
+    config = small(data=(str(tmp_path / "b.tar"),), val_rows=2)
+    prepared(config)
+    sources = Path(config.out) / "index/sources.parquet"
+    before = sources.read_bytes()
+
+    sources.write_bytes(before[:100])
+    prepared(config)
+    assert sources.read_bytes() == before
+    write_tar(tmp_path / "b.tar", [(f"{n}.bmp", bitmap(n + 10)) for n in range(6)])
+    with pytest.raises(ConfigError, match=r"other images under the same names and sizes \(images, held_out\)"):
+        prepared(config)
 
 
 def test_a_finished_run_is_left_as_it_is(small):

@@ -1,6 +1,8 @@
 """Whole objects below a URL: atomic, create-only where asked, the same on every kind of storage."""
 
+import os
 import pickle
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -279,3 +281,37 @@ def test_folder_is_shown_without_credentials():
 
     assert repr(folder) == "Folder('s3://***@bucket/x')"
     assert folder.shown == "s3://***@bucket/x"
+
+
+@pytest.mark.parametrize("write", ["write", "write_new"])
+def test_file_that_another_run_swept_away_half_written_is_written_again(tmp_path, monkeypatch, write):
+    folder, original, swept = Folder(str(tmp_path / "out")), os.fsync, []
+
+    def fsync(file: int) -> None:
+        original(file)
+        if not swept:
+            swept.append(file)
+            folder.remove_partial()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    getattr(folder, write)("a/b", b"data")
+
+    assert swept
+    assert folder.read("a/b") == b"data"
+
+
+def test_folder_that_is_removed_while_a_file_is_written_is_not_begun_anew(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path / "out"))
+    monkeypatch.setattr(os, "fsync", lambda file: shutil.rmtree(tmp_path / "out"))
+
+    with pytest.raises(FileNotFoundError):
+        folder.write("a/b", b"data")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_where_a_file_must_be_is_named(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+
+    with pytest.raises(StorageError, match="a/b is a folder where a file must be; remove it"):
+        Folder(str(tmp_path)).write("a/b", b"data")

@@ -244,8 +244,14 @@ def begin_run(folder: Folder, config: TrainConfig, found: Mapping[str, Any]) -> 
     made_of, before = identity(config, found), read_run(folder)
     if before is not None:
         # Runs of earlier versions didn't look at the images' bytes.
-        unknown = {name: made_of[name] for name in made_of if name.endswith("_content")}
-        require_same(folder.shown, {**unknown, **before.get("identity", {})}, made_of)
+        content = {name: made_of[name] for name in made_of if name.endswith("_content")}
+        known = {**content, **before.get("identity", {})}
+        require_same(folder.shown, {**known, **content}, made_of)
+        if changed := [name.removesuffix("_content") for name in content if known[name] != made_of[name]]:
+            raise ConfigError(
+                f"{folder.shown} was begun with other images under the same names and sizes ({', '.join(changed)}): the files "
+                "of --data or --val-data were replaced since. Restore them, or use a new --out."
+            )
         return
     if read_pointers(folder) is not None:
         raise ConfigError(f"{folder.shown} has checkpoints but no run.json; restore it, or use a new --out")

@@ -1,0 +1,73 @@
+"""Scans of sources joined into the rows of one input, each of a key of its own."""
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage.inputs import InputFile
+from storage.left_out import left_out_json, left_out_lines
+from storage.paths import InputError, query_free
+from storage.sources import Source
+from storage.tars import SourceScan
+
+
+class DuplicateKeys(InputError):
+    """Two samples of the input have the same key."""
+
+
+def collect_index(
+    scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None
+) -> tuple[pa.Table, list[Source]]:
+    """Join scans, in the order of the sources, into one table; stops once `limit` rows are there.
+
+    Raises `DuplicateKeys`, and `InputError` for a tar without images or an input without rows.
+    """
+    tables, sources, count = [], [], 0
+    for file, scan in scans:
+        url = query_free(file.url)
+        readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
+        if not readable:
+            found = scan.rows["problem"][0].as_py() if len(scan.rows) else _nothing_in(scan)
+            raise InputError(
+                f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
+            )
+        problems = "; ".join(scan.problems)
+        ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
+        tables.append(scan.rows.set_column(1, "source", ordinal))
+        left_out = left_out_json(scan.left_out)
+        sources.append(
+            Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
+        )
+        count += len(scan.rows)
+        if limit is not None and count >= limit:
+            break
+    if not count:
+        raise InputError("the input holds no samples")
+    table = pa.concat_tables(tables)
+    if limit is not None:
+        table = table.slice(0, limit)
+    refuse_duplicates(table, sources)
+    return table, sources
+
+
+def _nothing_in(scan: SourceScan) -> str:
+    return ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
+
+
+def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
+    """Raise `DuplicateKeys` where two rows of an index have one key."""
+    counts = pc.value_counts(table["key"])
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if not len(repeated):
+        return
+    lines = []
+    for key in repeated.field("values").slice(0, 5).to_pylist():
+        rows = table.filter(pc.equal(table["key"], key)).slice(0, 4).to_pylist()
+        places = ", ".join(f"{sources[r['source']].url} .{r['member']} at byte {r['offset']}" for r in rows)
+        lines.append(f"  {key!r}: {places}")
+    raise DuplicateKeys(
+        f"{len(repeated)} keys belong to more than one sample (members of a sample must follow each other in the tar):\n"
+        + "\n".join(lines)
+        + "\nRename them, drop one source, or name the image with --image-member where one key has two images."
+    )
