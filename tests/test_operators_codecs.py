@@ -369,6 +369,20 @@ def test_damaged_parts_of_compressed_tiffs_are_refused(compression):
         rgb(bytes(data))
 
 
+def test_png_with_other_data_than_its_checksum_says_is_refused():
+    """A row too many: the image is full before zlib compares its own checksum, and Pillow compares none."""
+    data = encoded("PNG", Image.fromarray(RGB))
+    at = data.index(b"IDAT")
+    rows = zlib.decompress(data[at + 4 : -16])
+    longer = zlib.compress(rows[:-100] + bytes(100 + 1 + 3 * 64))
+    broken = data[: at - 4] + len(longer).to_bytes(4, "big") + b"IDAT" + longer + data[-16:]
+    assert (np.asarray(Image.open(io.BytesIO(broken)))[:-1] == RGB[:-1]).all()
+
+    np.testing.assert_array_equal(rgb(data)[0], RGB)
+    with pytest.raises(ImageDamaged, match="checksum"):
+        rgb(broken)
+
+
 def test_deflate_with_reversed_bits_is_checked_as_it_is_read():
     """FillOrder 2, by which libtiff turns each byte of a strip."""
     data = bytearray(encoded("TIFF", Image.fromarray(RGB), compression="tiff_adobe_deflate", tiffinfo={266: 2}))
