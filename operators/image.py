@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from operators.codecs import jpeg, jpeg2000, tiff
+from operators.codecs import jpeg, jpeg2000, png, tiff
 from operators.codecs.memory import DecodeMemory
 from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.codecs.rgb import stored_bits, to_rgb
@@ -196,6 +196,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         jpeg.check_scans(data, *image.size)
     elif isinstance(image, TiffImageFile):
         tiff.check(image, data, max_pixels)
+    elif image.format == "PNG":
+        png.check(data)
     elif image.format == "JPEG2000":
         jpeg2000.check(image, jpeg2000.read_header(data))
     return image

@@ -25,6 +25,7 @@ NO_END = "no end-of-archive marker: the tar may have been cut short"
 JOINED = "end of an archive inside a tar, where archives were joined"
 ZEROS = "stretch of zeros that no end of an archive explains (a hole, or an unfinished download)"
 BEHIND = "stretch of bytes behind a tar's end"
+NOTHING = "tar of zeros alone (an empty one, or a download that never began)"
 
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _NO_DATA = (tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
@@ -249,7 +250,9 @@ class TarWalk:
 
     def _end(self, first: int, last: int) -> Iterator[Aside]:
         """The zeros before the file's end."""
-        if last - first < BLOCK:
+        if first == 0:
+            yield self._bytes(NOTHING, first, last)
+        elif last - first < BLOCK:
             self.problems.append(NO_END)
         elif last - first > _RECORDS[0] + BLOCK and not self._is_padding(first, last):
             yield self._bytes(ZEROS, first, last)
@@ -295,6 +298,9 @@ def _header(block: bytes, pax: Mapping[str, str]) -> tarfile.TarInfo | None:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return None
+    if block[257:265] == tarfile.GNU_MAGIC:
+        # Old GNU tars have times where POSIX has the first part of the name, which `tarfile` takes them for.
+        info.name = block[:100].split(b"\0")[0].decode("utf-8", "surrogateescape")
     if info.type not in _EXTENSIONS and "size" in pax:
         if not re.fullmatch(r"\d{1,19}", pax["size"]):
             return None

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 from fsspec.implementations.local import LocalFileSystem
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from jobs.extract import run
@@ -116,6 +118,26 @@ def test_folder_of_images_says_what_lies_between_them(tmp_path):
         "hidden folder": 1,
         "hidden file": 1,
     }
+
+
+_PATHS = [
+    f"{folder}{name}"
+    for folder in ("", "d/", "d/e.x/", ".h/", "d/__MACOSX/")
+    for name in ("a.jpg", "a.png", "a.mask.png", "b.JPEG", "c.avif", "c", "._d.jpg", "x.tar", "y.TGZ", "z.txt")
+]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=st.sets(st.sampled_from(_PATHS)))
+def test_every_file_that_find_lists_is_taken_or_counted(tmp_path, names):
+    shutil.rmtree(tmp_path)
+    put(tmp_path, "sure.jpg", *names)
+    find = f"find {tmp_path} -mindepth 1 -name .h -prune -print -o -name __MACOSX -prune -print -o -type f -print"
+    found = subprocess.run(find.split(), check=True, capture_output=True, text=True).stdout.split()
+
+    listing = expand_inputs([str(tmp_path)])
+
+    assert len(listing) + sum(counts(listing).values()) == len(found)
 
 
 def test_nothing_taken_is_an_error_that_says_what_there_is(tmp_path):

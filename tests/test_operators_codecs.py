@@ -337,6 +337,16 @@ def test_harmless_warnings_are_conversions_and_keep_the_pixels():
         assert word in conversion
 
 
+def test_jpeg_that_cannot_be_checked_for_damage_says_so():
+    """Luma as 2 x 2 beside three planes of 1 x 1: TurboJPEG has no name for that."""
+    data = encoded(image=PHOTO.convert("CMYK"), subsampling=2)
+
+    found, conversion = rgb(data)
+
+    np.testing.assert_array_equal(found, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert conversion == "cmyk->rgb, warned: chroma subsampled in a way of which damage can't be seen"
+
+
 def test_damage_is_found_behind_a_harmless_warning():
     data = encoded().replace(b"JFIF\0\x01", b"JFIF\0\x05")
 
@@ -356,6 +366,33 @@ def test_damaged_parts_of_compressed_tiffs_are_refused(compression):
         data[offset + size // 2] ^= 0x10
 
     with pytest.raises(ImageDamaged, match="part 1 of a TIFF|decoder error"):
+        rgb(bytes(data))
+
+
+def test_png_with_other_data_than_its_checksum_says_is_refused():
+    """A row too many: the image is full before zlib compares its own checksum, and Pillow compares none."""
+    data = encoded("PNG", Image.fromarray(RGB))
+    at = data.index(b"IDAT")
+    rows = zlib.decompress(data[at + 4 : -16])
+    longer = zlib.compress(rows[:-100] + bytes(100 + 1 + 3 * 64))
+    broken = data[: at - 4] + len(longer).to_bytes(4, "big") + b"IDAT" + longer + data[-16:]
+    assert (np.asarray(Image.open(io.BytesIO(broken)))[:-1] == RGB[:-1]).all()
+
+    np.testing.assert_array_equal(rgb(data)[0], RGB)
+    with pytest.raises(ImageDamaged, match="checksum"):
+        rgb(broken)
+
+
+def test_deflate_with_reversed_bits_is_checked_as_it_is_read():
+    """FillOrder 2, by which libtiff turns each byte of a strip."""
+    data = bytearray(encoded("TIFF", Image.fromarray(RGB), compression="tiff_adobe_deflate", tiffinfo={266: 2}))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        offset, size = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
+    assert data[offset] == 0b00011110  # of 0x78, zlib's first byte
+
+    np.testing.assert_array_equal(rgb(bytes(data))[0], RGB)
+    data[offset + size // 2] ^= 0x10
+    with pytest.raises(ImageDamaged):
         rgb(bytes(data))
 
 

@@ -262,6 +262,15 @@ def test_one_block_of_zeros_ends_a_tar(save):
     assert (scanned.problems, scanned.left_out) == ([], {})
 
 
+@pytest.mark.parametrize("size", [512, 1024, 10_240, 2**20, 2**20 + 512])
+def test_tar_of_zeros_alone_is_named(save, size):
+    """Among others it would be a shard without images, and without a word."""
+    scanned = scan(save(bytes(size)))
+
+    assert rows(scanned) == []
+    assert loud(scanned) == {"tar of zeros alone (an empty one, or a download that never began)": 1}
+
+
 def test_end_marker_cut_short_is_said(save):
     scanned = scan(save(A[: 6144 + 100]))
 
@@ -425,6 +434,48 @@ def test_images_of_all_formats_are_members_and_photographs_go_before_masks(tmp_p
 
     assert images(path) == {"1": b"photo", "2": b"avif", "3": b"jp2", "4": b"jfif"}
     assert "further image of a sample (.pgm)" in scan(path).left_out
+
+
+def test_names_in_incremental_dumps_are_those_that_tar_lists(tmp_path):
+    """Their headers hold times where others have the first part of a long name."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.jpg").write_bytes(b"A" * 700)
+    (tmp_path / "d/b.jpg").hardlink_to(tmp_path / "d/a.jpg")
+    subprocess.run(["tar", "-g", "snapshot", "-cf", "x.tar", "d"], cwd=tmp_path, check=True)
+    listed = subprocess.run(["tar", "-tf", "x.tar"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    assert sorted(f"{key}.jpg" for key in images(tmp_path / "x.tar")) == sorted(listed.split()[1:])
+    assert set(images(tmp_path / "x.tar").values()) == {b"A" * 700}
+    assert loud(scan(tmp_path / "x.tar")) == {"dump folder of GNU tar": 1}
+
+
+_KINDS = [tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CONTTYPE]
+_NAMES = [
+    f"{folder}{name}" for folder in ("", "d/", "__m__/") for name in ("a.jpg", "a.cls", "a.x.png", "b", "._c.png")
+]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    members=st.lists(
+        st.tuples(st.sampled_from(_NAMES), st.sampled_from(_KINDS), st.sampled_from(_NAMES)), unique_by=lambda m: m[0]
+    )
+)
+def test_every_member_is_the_image_of_a_row_or_is_counted(tmp_path, members):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, kind, target in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.linkname = kind, 5 * (kind in tarfile.REGULAR_TYPES), target
+            tar.addfile(info, io.BytesIO(b"12345"))
+    (tmp_path / "x.tar").write_bytes(out.getvalue() if members else A)
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        listed = len(tar.getnames())
+
+    scanned = scan(tmp_path / "x.tar")
+
+    with_image = sum(row["member"] != "" for row in scanned.rows.to_pylist())
+    assert with_image + sum(each.count for each in scanned.left_out.values()) == listed
 
 
 @pytest.mark.parametrize("dialect", ["oldgnu", "pax"])

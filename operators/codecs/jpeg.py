@@ -21,6 +21,11 @@ _DAMAGE = re.compile(
 )
 """Warnings that mean wrong pixels. Others are of bytes between the parts, or of what is written in headers."""
 
+_UNKNOWN_SAMPLING = "Could not determine subsampling level"
+"""What TurboJPEG says of chroma in other proportions than the usual ones, which it doesn't decode, but Pillow does."""
+
+UNCHECKED = "chroma subsampled in a way of which damage can't be seen"
+
 _NEXT_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 """Behind entropy-coded data, whose own 0xff is followed by 0, and which holds restart markers."""
 
@@ -86,6 +91,8 @@ def load(image: Image.Image, jpeg: bytes) -> tuple[Image.Image, list[str]]:
 
 def _load_with_warning(image: Image.Image, jpeg: bytes, warning: str) -> tuple[Image.Image, list[str]]:
     image.load()
+    if _UNKNOWN_SAMPLING in warning:
+        return image, [UNCHECKED]
     if not _DAMAGE.match(warning):
         # libjpeg gives its first warning only: this one may stand before another.
         warning = damage(jpeg) or warning

@@ -9,7 +9,7 @@ from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.codecs.samples import Samples
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
-_STRIPS, _ROWS_PER_STRIP, _STRIP_BYTES = 273, 278, 279
+_FILL_ORDER, _STRIPS, _ROWS_PER_STRIP, _STRIP_BYTES = 266, 273, 278, 279
 _MAX_VALUE, _PLANAR, _COLORMAP, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 281, 284, 320, 322, 323, 324, 325
 _SAMPLE_FORMAT, _LOW, _HIGH, _JPEG_TABLES = 339, 340, 341, 347
 
@@ -25,6 +25,10 @@ _NATIVE = {
 _KINDS = {1: "uint", 2: "int", 3: "float", 4: "uint"}
 _GREY = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _OLD_JPEG, _JPEG, _DEFLATE = 6, 7, (8, 32946)
+
+_LOWEST_FIRST = 2
+_REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
+"""Bytes with their bits in the other order, by FillOrder."""
 
 TiffImage = TiffImagePlugin.TiffImageFile
 
@@ -84,7 +88,11 @@ def _damage(image: TiffImage, part: bytes, width: int, height: int) -> str:
     if compression == _JPEG:
         jpeg.check_scans(part, width, height)
         return jpeg.damage(tables[:-2] + part[2:] if tables else part)
-    return _deflate_damage(part, 16 * width * height) if compression in _DEFLATE else ""
+    if compression not in _DEFLATE:
+        return ""
+    if image.tag_v2.get(_FILL_ORDER, 1) == _LOWEST_FIRST:
+        part = part.translate(_REVERSED)
+    return _deflate_damage(part, 16 * width * height)
 
 
 def _deflate_damage(part: bytes, limit: int) -> str:
