@@ -192,6 +192,22 @@ def test_what_is_done_is_not_done_again(sets, tmp_path, monkeypatch):
     assert grid.measure_speeds(config, cells, second) == speeds
 
 
+def test_what_an_earlier_version_did_counts(sets, tmp_path, monkeypatch):
+    config = tiny_grid(sets, tmp_path)
+    (cell,) = plan_cells(config)
+    (first,) = run(config)
+    path = Path(cell.training.out) / "cell.json"
+    written = json.loads(path.read_text())
+    for name in ("label_frame", "depth_scale"):  # which it didn't have
+        del written["settings"][name]
+    path.write_text(json.dumps(written))
+    monkeypatch.setattr(grid, "_train", lambda cell: pytest.fail("entered again"))
+
+    (second,) = run(config)
+
+    assert (second.metrics, second.error) == (first.metrics, "")
+
+
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeypatch):
     config = tiny_grid(sets, tmp_path / "grid", max_steps=8)
     (cell,) = plan_cells(config)

@@ -32,7 +32,7 @@ from pipelines.readouts.datasets import DATASETS
 from pipelines.readouts.published import PublishedTask, find_task
 from pipelines.readouts.speed import SpeedProtocol, measure_speed
 from pipelines.readouts.train import ReadoutTraining
-from pipelines.training.config import identity
+from pipelines.training.config import describe_difference, identity
 from pipelines.training.loop import train_inline
 from storage.paths import Folder, public_options, redact
 
@@ -355,10 +355,11 @@ def _read_result(cell: Cell) -> CellResult | None:
     """Of a cell that is done, with these settings. A damaged file counts as none: the run itself knows how far it is."""
     try:
         found = json.loads(Folder(cell.training.out, cell.training.options).read(RESULT))
-        if found["settings"] != _settings(cell):
+        # As for runs: a setting that didn't exist yet counts as its default, None.
+        if describe_difference("cell", found["settings"], _settings(cell)):
             return None
         result = CellResult(**found["result"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     sizes = {name: tuple(getattr(result, name)) for name in ("grid", "input_size")}
     return replace(result, **sizes, train_seconds=None)
