@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from operators.upsamplers import build_net
@@ -153,6 +154,17 @@ def test_checkpoints_are_timed_as_they_are(tmp_path):
     random = runtime.prepare(dataclasses.replace(settings, methods=("lift",), out=str(tmp_path / "random")))[0]
     assert task.cases[2].row.digest != random.cases[2].row.digest
     assert findings.choices["weights"] == f"backbone random, lift {url}"
+
+
+def test_the_network_that_weights_describe_is_counted(tmp_path):
+    network = timm.create_model("test_vit", patch_size=8, depth=2, num_classes=0)
+    timm.models.save_for_hf(network, str(tmp_path / "weights"), safe_serialization=True)
+
+    _, findings = found_by(config(tmp_path / "out", weights=str(tmp_path / "weights"), grids=(16,)))
+
+    timed, counted = (table.lines[0] for table in findings.tables)
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    assert (timed.grid, timed.values[4], counted.values[0]) == ("8x8", pytest.approx(millions), pytest.approx(millions))
 
 
 def test_inputs_that_patches_do_not_fill(tmp_path):

@@ -170,6 +170,15 @@ def test_what_contradicts_itself_in_coco_is_refused_by_both_readers(tmp_path, lo
         LOADERS[loader](write_coco(tmp_path / "wrong", data))
 
 
+@pytest.mark.parametrize("area", [-1, 80 * 60 * 2, float("nan"), float("inf")])
+def test_areas_that_no_object_of_the_image_has_are_refused(tmp_path, area):
+    data = notes()
+    data["annotations"][1]["area"] = area
+
+    with pytest.raises(DatasetError, match=r"annotation 2 has the area .*, of an image of 80 x 60 pixels"):
+        load_coco_instances(write_coco(tmp_path, data), "val2017")
+
+
 def test_corners_that_stay_inside_the_image_are_told_by_the_mask(tmp_path):
     data = notes()
     data["annotations"][1]["bbox"] = [5, 30, 25, 29]

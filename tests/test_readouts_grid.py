@@ -8,10 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import timm
 
 from jobs import grid as job
+from operators.backbone import TimmBackbone
 from pipelines.config import ConfigError
-from pipelines.readouts import grid
+from pipelines.readouts import grid, speed
 from pipelines.readouts.backbones import BACKBONES
 from pipelines.readouts.grid import CellResult, GridConfig, plan_cells, run_cell, run_cells
 from pipelines.readouts.grid_report import entries, report, scatter, write_grid
@@ -190,6 +192,38 @@ def test_what_is_done_is_not_done_again(sets, tmp_path, monkeypatch):
 
     assert [each.metrics for each in second] == [each.metrics for each in first]
     assert grid.measure_speeds(config, cells, second) == speeds
+
+
+def test_what_an_earlier_version_did_counts(sets, tmp_path, monkeypatch):
+    config = tiny_grid(sets, tmp_path)
+    (cell,) = plan_cells(config)
+    (first,) = run(config)
+    path = Path(cell.training.out) / "cell.json"
+    written = json.loads(path.read_text())
+    for name in ("label_frame", "depth_scale"):  # which it didn't have
+        del written["settings"][name]
+    path.write_text(json.dumps(written))
+    monkeypatch.setattr(grid, "_train", lambda cell: pytest.fail("entered again"))
+
+    (second,) = run(config)
+
+    assert (second.metrics, second.error) == (first.metrics, "")
+
+
+def test_a_network_that_its_weights_describe_is_the_one_that_is_timed(sets, tmp_path, monkeypatch):
+    network = timm.create_model("test_vit", patch_size=8)
+    timm.models.save_for_hf(network, str(tmp_path / "weights"), safe_serialization=True)
+    config = tiny_grid(sets, tmp_path / "grid", weights=str(tmp_path / "weights"))
+    results, patches = run(config), []
+    monkeypatch.setattr(
+        speed, "TimmBackbone", lambda model, **_: patches.append(model.patch_embed.patch_size[0]) or TimmBackbone(model)
+    )
+
+    speeds = grid.measure_speeds(config, plan_cells(config), run(config))
+
+    assert [each.grid for each in results] == [(8, 8)]
+    assert patches == [8, 16]
+    assert speeds[VIT]["of"] == ["test_vit.r160_in1k", 64, {"patch_size": 8}]
 
 
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeypatch):

@@ -142,14 +142,16 @@ def count_operations(
     pos_embed: Literal["timm", "dino"] | None = "dino",
     layers: Sequence[int] = (-1,),
     ragged: bool = False,
+    model_args: Mapping[str, Any] | None = None,
     nets: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Both counts, and parameters, of a backbone and of networks that enlarge its map x2, by method; of one square image.
 
-    `nets`: settings of `NetConfig`, channels and patch by default the backbone's. All is on the meta device, where nothing is
-    computed. The paper's counts are with the backbone's, true ones without.
+    `model_args`: of a network that the name alone doesn't build. `nets`: settings of `NetConfig`, channels and patch by default
+    the backbone's. All is on the meta device, where nothing is computed. The paper's counts are with the backbone's, true ones
+    without.
     """
-    model = create_model(name, (size, size), None, None).to("meta")
+    model = create_model(name, (size, size), None, None, model_args).to("meta")
     parameters = {"backbone": count_parameters(model)}  # before the backbone resamples position embeddings
     backbone = TimmBackbone(model, facet=facet, stride=stride, pos_embed=pos_embed, ragged=ragged)
     images, layers = torch.empty(1, 3, size, size, device="meta"), backbone.resolve_layers(layers)

@@ -292,6 +292,7 @@ def _counts(task: Runtime, bundle: ModelBundle) -> dict[str, Any]:
         pos_embed=spec.pos_embed,
         layers=spec.layers,
         ragged=bool(task.size % spec.stride),
+        model_args=spec.model_args,
         nets=nets,
     )
     for method, weights in task.learned.items():

@@ -32,7 +32,7 @@ from pipelines.readouts.datasets import DATASETS
 from pipelines.readouts.published import PublishedTask, find_task
 from pipelines.readouts.speed import SpeedProtocol, measure_speed
 from pipelines.readouts.train import ReadoutTraining
-from pipelines.training.config import identity
+from pipelines.training.config import describe_difference, identity
 from pipelines.training.loop import train_inline
 from storage.paths import Folder, public_options, redact
 
@@ -222,6 +222,8 @@ class CellResult:
     "cells of the map"
     input_size: tuple[int, int] | None = None
     "in pixels"
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    "of a network that the backbone's name alone doesn't build"
     steps: int | None = None
     train_seconds: float | None = None
     "of this start; nothing where it was done before"
@@ -355,10 +357,11 @@ def _read_result(cell: Cell) -> CellResult | None:
     """Of a cell that is done, with these settings. A damaged file counts as none: the run itself knows how far it is."""
     try:
         found = json.loads(Folder(cell.training.out, cell.training.options).read(RESULT))
-        if found["settings"] != _settings(cell):
+        # As for runs: a setting that didn't exist yet counts as its default, None.
+        if describe_difference("cell", found["settings"], _settings(cell)):
             return None
         result = CellResult(**found["result"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     sizes = {name: tuple(getattr(result, name)) for name in ("grid", "input_size")}
     return replace(result, **sizes, train_seconds=None)
@@ -380,6 +383,7 @@ def _train(cell: Cell) -> CellResult:
         parameters=build_readout(setup.readout).parameter_count(),
         grid=tuple(resolved.features["level"]["grid"]),
         input_size=tuple(resolved.features["input_size"]),
+        model_args=resolved.features.get("model_args", {}),
         steps=summary.step,
         train_seconds=round(time.monotonic() - started, 3),
     )
@@ -438,9 +442,13 @@ def measure_speeds(config: GridConfig, cells: Sequence[Cell], results: Sequence[
 
     On Ray, a session must be connected, and the grid's own cells must be done. Raises `BackboneError`.
     """
-    done = {result.backbone: result.input_size for result in results if not result.error}
     models = {cell.backbone.name: cell.backbone.model for cell in cells}
-    wanted = {name: [models[name], size[0]] for name, size in done.items() if size and size[0] == size[1]}
+    done = [result for result in results if not result.error and result.input_size]
+    wanted = {
+        each.backbone: [models[each.backbone], each.input_size[0], *([each.model_args] if each.model_args else [])]
+        for each in done
+        if each.input_size[0] == each.input_size[1]
+    }
     protocol, before = asdict(config.speeds), _read_speeds(config.folder)
     known = before.get("found", {}) if before.get("protocol") == protocol else {}
     found = {name: known[name] for name in wanted if name in known and known[name]["of"] == wanted[name]}
@@ -463,9 +471,7 @@ def _read_speeds(folder: Folder) -> dict[str, Any]:
 
 def _speeds(config: GridConfig, missing: Mapping[str, Sequence[Any]], device: str = "") -> dict[str, Any]:
     device = device or InlineExecutor().pool(config.device, None, None, None).device
-    return {
-        name: measure_speed(config.speeds, model, size, torch.device(device)) for name, (model, size) in missing.items()
-    }
+    return {name: measure_speed(config.speeds, torch.device(device), *of) for name, of in missing.items()}
 
 
 def _speeds_on_ray(config: GridConfig, missing: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ sections 7, 8, 12.3 and 13.
 """
 
 import json
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -173,8 +172,8 @@ def _kept(note: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
     """What of an annotation is used; its numbers are checked, its segmentation isn't yet."""
     coco_corners(note, width, height)
     box, area = [float(value) for value in note["bbox"]], float(note["area"])
-    if not math.isfinite(area):
-        raise ValueError(f"annotation {note['id']} has the area {note['area']}")
+    if not 0 <= area <= 1.1 * width * height:  # not of NaN, either
+        raise ValueError(f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels")
     kept = {"id": int(note["id"]), "category_id": int(note["category_id"]), "bbox": box, "area": area}
     return kept | {"iscrowd": int(note.get("iscrowd", 0)), "segmentation": note["segmentation"]}
 

@@ -5,7 +5,7 @@ what else the machine did then was much the same for both.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,14 +34,16 @@ class SpeedProtocol:
 
 
 @torch.inference_mode()
-def measure_speed(protocol: SpeedProtocol, model: str, size: int, device: torch.device) -> dict[str, Any]:
+def measure_speed(
+    protocol: SpeedProtocol, device: torch.device, model: str, size: int, model_args: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Images per second of a backbone, and of the reference in its time; `relative` is above 1 for faster ones.
 
-    Raises `BackboneError`.
+    `model_args`: of a network that the name alone doesn't build. Raises `BackboneError`.
     """
     runs = [
-        _program(protocol, name, side, device)
-        for name, side in ((model, size), (protocol.reference, protocol.reference_size))
+        _program(protocol, device, model, size, model_args),
+        _program(protocol, device, protocol.reference, protocol.reference_size),
     ]
     for run in runs:
         run()
@@ -57,8 +59,10 @@ def measure_speed(protocol: SpeedProtocol, model: str, size: int, device: torch.
     return found
 
 
-def _program(protocol: SpeedProtocol, name: str, size: int, device: torch.device) -> Callable[[], Any]:
-    model = create_model(name, (size, size), None, 0)
+def _program(
+    protocol: SpeedProtocol, device: torch.device, name: str, size: int, model_args: Mapping[str, Any] | None = None
+) -> Callable[[], Any]:
+    model = create_model(name, (size, size), None, 0, model_args)
     ragged = size % int(model.feature_info[-1]["reduction"]) > 0
     backbone = TimmBackbone(model, ragged=ragged)
     cast_matmul_weights(model, protocol.precision)
