@@ -97,7 +97,7 @@ class InputUpdate:
         again = done & self.redo if is_known else done & self.redo | done - self.done
         if again:
             store.set_writing(digest)
-            store.ledger.revoke(sorted(again))
+            store.revoke(sorted(again))
             logger.info("%d tasks hold images that changed, and run again", len(again))
         if self.state.table is not None:
             logger.info(
