@@ -3,6 +3,7 @@
 `resolve` needs no cluster and finds most mistakes; `prepare` scans the input with an executor's help.
 """
 
+import functools
 import importlib.metadata
 import logging
 import platform
@@ -87,14 +88,18 @@ class InputUpdate:
     "blocks with rows whose image is another one now"
     done: frozenset[int]
     "blocks that were done when the input was compared with them"
+    is_known: bool
+    "the files are those that the store's index names"
 
     def apply(self, store: FeatureStore) -> None:
         """Make blocks pending first, then take over the index: a kill in between leaves a store that is asked again."""
-        digest, is_known = sources_digest(self.state.sources), list(self.state.sources) == self.index.sources
-        if not is_known and store.status == "writing":
+        digest = sources_digest(self.state.sources)
+        if not self.is_known and store.status == "writing":
             store.set_writing(digest)  # a driver that reads other files stops here
         done = store.ledger.done()
-        again = done & self.redo if is_known else done & self.redo | done - self.done
+        again = done & self.redo
+        if not self.is_known:
+            again |= done - self.done  # such a driver may have done those
         if again:
             store.set_writing(digest)
             store.revoke(sorted(again))
@@ -107,7 +112,7 @@ class InputUpdate:
             return
         # One in memory stands for one that was lost.
         index = move_index(self.index, store.folder, store.put) if is_memory(self.index.folder.url) else self.index
-        if not is_known:
+        if not self.is_known:
             update_sources(index, self.state.sources)
 
 
@@ -161,7 +166,7 @@ class Prepared:
             self.keep_index(store.put)
         return store
 
-    @property
+    @functools.cached_property
     def input_digest(self) -> str:
         """`sources_digest` of the input as this run reads it."""
         return sources_digest(self.update.state.sources if self.update else self.index.sources)
@@ -318,6 +323,7 @@ def _input_update(
         before=store.layout,
         redo=redo,
         done=frozenset(done),
+        is_known=list(state.sources) == index.sources,
     )
 
 
