@@ -173,7 +173,9 @@ def _kept(note: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
     coco_corners(note, width, height)
     box, area = [float(value) for value in note["bbox"]], float(note["area"])
     if not 0 <= area <= 1.1 * width * height:  # not of NaN, either
-        raise ValueError(f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels")
+        raise ValueError(
+            f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels"
+        )
     kept = {"id": int(note["id"]), "category_id": int(note["category_id"]), "bbox": box, "area": area}
     return kept | {"iscrowd": int(note.get("iscrowd", 0)), "segmentation": note["segmentation"]}
 
