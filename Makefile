@@ -41,6 +41,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 # Without URLs or hashes, so that any index can serve it.
 lock: setup
@@ -48,4 +49,4 @@ lock: setup
 	    --output-file requirements.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) demo *.egg-info build .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) demo *.egg-info build .ruff_cache .pytest_cache .import_linter_cache .mypy_cache
