@@ -166,7 +166,7 @@ def _decode_union(parts: Sequence[Any], value: object, where: str) -> Any:
 
 
 def _decode_tuple(parts: Sequence[Any], value: object, where: str) -> tuple[Any, ...]:
-    _require(isinstance(value, list), "a list", value, where)
+    _require(isinstance(value, list | tuple), "a list", value, where)
     if parts[-1] is Ellipsis:
         parts = [parts[0]] * len(value)
     _require(len(parts) == len(value), f"a list of {len(parts)}", value, where)
@@ -187,7 +187,7 @@ def _short(value: object) -> str:
 
 
 def require_columns(found: pa.Schema, wanted: pa.Schema, optional: Sequence[str] = ()) -> None:
-    """Raise `ValueError` unless `found` has the columns of `wanted`, in their types, and no others."""
+    """Raise `ValueError` unless `found` has the columns of `wanted`, in types of their kinds, and no others."""
     if len(set(found.names)) != len(found.names):
         raise ValueError("it has several columns of one name")
     for name in wanted.names:
@@ -195,16 +195,24 @@ def require_columns(found: pa.Schema, wanted: pa.Schema, optional: Sequence[str]
             if name in optional:
                 continue
             raise ValueError(f"it has no column {name}")
-        if found.field(name).type != wanted.field(name).type:
+        if not _fits(found.field(name).type, wanted.field(name).type):
             raise ValueError(f"its column {name} is {found.field(name).type}, not {wanted.field(name).type}")
     if unknown := [name for name in found.names if name not in wanted.names]:
         raise ValueError(f"it has columns that don't belong there: {', '.join(unknown)}")
 
 
+def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether values of one type can be of the other: tools that rewrite a table without its schema choose other widths, and
+    none for a column without values."""
+    kinds = (pa.types.is_integer, pa.types.is_floating)
+    return found in (wanted, pa.null()) or any(kind(found) and kind(wanted) for kind in kinds)
+
+
 def with_columns(table: pa.Table, wanted: pa.Schema) -> pa.Table:
     """`table` with the columns of `wanted` in their order, null where it lacks one; its metadata stays."""
     columns = [
-        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type) for field in wanted
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in wanted
     ]
     return pa.table(columns, schema=wanted.with_metadata(table.schema.metadata))
 
