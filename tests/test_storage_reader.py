@@ -428,9 +428,7 @@ def test_corrupt_photograph_raises_with_key_stage_and_reason(tmp_path, tiny):
     store = FeatureStore.open(config.out)
 
     for level in ("x1", "x2", "pooled"):
-        with pytest.raises(
-            MissingRows, match=r"row 2, '2', which failed: decode: OSError: image file is truncated"
-        ):
+        with pytest.raises(MissingRows, match=r"row 2, '2', which failed: decode: OSError: image file is truncated"):
             store.read("2", level)
         assert np.isnan(store.read(slice(None), level, missing="nan")[2]).all()
     with pytest.raises(MissingRows, match="'2', which failed: decode"):
