@@ -210,14 +210,25 @@ class Folder:
         return fs.open(f"{root}/{name}", "rb", **options)
 
     @_guarded
-    def write(self, name: str, data: bytes) -> None:
-        """Put the whole object, replacing an older one. Raises `StorageError` for names that lead out of the folder."""
+    def write(self, name: str, data: bytes, *, look: Callable[[], object] | None = None) -> None:
+        """Put the whole object, replacing an older one. Raises `StorageError` for names that lead out of the folder.
+
+        `look` is called as late as can be, and raises where the object isn't to be put any more.
+        """
         self._require_inside(name)
         fs, root = self._fs()
+
+        def put(partial: Path, target: Path) -> None:
+            if look is not None:
+                look()
+            partial.replace(target)
+
         if isinstance(fs, LocalFileSystem):
-            _put_local(root, name, data, Path.replace)
-        else:
-            fs.pipe_file(f"{root}/{name}", data)
+            _put_local(root, name, data, put)
+            return
+        if look is not None:
+            look()
+        fs.pipe_file(f"{root}/{name}", data)
 
     @_guarded
     def write_new(self, name: str, data: bytes) -> bool:

@@ -432,9 +432,10 @@ class FeatureStore:
 
     def _write_root(self, attributes: Mapping[str, Any], *, consolidated: bool) -> None:
         older = {} if attributes["format"] == FORMAT else {"format": FORMAT, "upgraded_from": attributes["format"]}
-        require_same_store(self.folder, self.attributes["fingerprint"])
+        look = functools.partial(require_same_store, self.folder, self.attributes["fingerprint"])
+        look()
         self.attributes = {**attributes, **older}
-        self.folder.write(ROOT, self._documents(consolidated=consolidated)[ROOT])
+        self.folder.write(ROOT, self._documents(consolidated=consolidated)[ROOT], look=look)
 
     def _sweep(self) -> None:
         """Remove what killed runs left beside the store's objects: files half written, probes."""
