@@ -23,7 +23,7 @@ from storage.left_out import left_out_json
 from storage.paths import query_free
 from storage.samples import SampleIndex, read_images
 from storage.scans import refuse_duplicates
-from storage.sources import Source, describe_change, is_unchanged, other_input, pair
+from storage.sources import Source, describe_change, gone_and_new, is_unchanged, other_input, pair
 from storage.tars import SourceScan
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def input_state(
     moved = _moved(index, paired, new, scan)
     if index.is_cut:  # what lies behind the limit was never looked at
         new = []
-    _refuse_other_sources(index, paired, new)
+    if lines := gone_and_new(index.sources, paired, new):
+        raise other_input(index, lines)
     now = [file for file in paired if file is not None]
     doubtful = [i for i, file in enumerate(now) if not is_unchanged(index.sources[i], file)]
     state = InputState(
@@ -142,15 +143,6 @@ def _moved(
             paired[i], found[i] = file, scanned
             new.remove(file)
     return found
-
-
-def _refuse_other_sources(index: SampleIndex, paired: Sequence[InputFile | None], new: Sequence[InputFile]) -> None:
-    lines = [
-        f"{source.url} is gone from the input" for source, file in zip(index.sources, paired, strict=True) if not file
-    ]
-    lines += [f"{query_free(file.url)} is new" for file in new]
-    if lines:
-        raise other_input(index, lines)
 
 
 class _Comparison:

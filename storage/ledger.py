@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from storage.documents import DamagedObject, Document, decode, parse_json
 from storage.paths import Folder, StorageError
-from storage.samples import PART_ROWS, RowTable, SampleIndex, part_name, table_bytes
+from storage.samples import PART_ROWS, Parts, RowTable, SampleIndex, part_name, table_bytes
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
 
@@ -103,7 +103,7 @@ class Ledger:
     ):
         self.folder, self.layout, self.levels = folder, layout, levels
         self.fingerprint, self.unmarked = fingerprint, unmarked
-        self._merged = RowTable(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
+        self._merged = RowTable(Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER))
 
     @staticmethod
     def commit_name(block: int) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -26,7 +27,17 @@ from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_
 from storage.paths import Folder, UnknownName, read_ranges
 from storage.scans import DuplicateKeys as DuplicateKeys
 from storage.scans import collect_index
-from storage.sources import Source, changes_of, in_order, is_of_input, other_input, pair, rules_text, sources_left_out
+from storage.sources import (
+    Source,
+    changes_of,
+    gone_and_new,
+    in_order,
+    is_of_input,
+    other_input,
+    pair,
+    rules_text,
+    sources_left_out,
+)
 from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules, SourceScan
 
@@ -46,22 +57,10 @@ KEYS_SCHEMA = pa.schema([("key", pa.string()), ("row", pa.int64())])
 
 
 class RowTable:
-    """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for.
+    """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for."""
 
-    Reading raises `DamagedObject` where a part isn't of `n_rows` rows in all, and of the columns of `schema`; those of
-    `optional` are null where it lacks them. Each part names the `index` that it belongs to, where one is given.
-    """
-
-    def __init__(
-        self,
-        folder: Folder,
-        prefix: str,
-        n_rows: int,
-        schema: pa.Schema,
-        optional: Sequence[str] = (),
-        index: str | None = None,
-    ):
-        self._parts = _Parts(folder, prefix, n_rows, schema, optional, index)
+    def __init__(self, parts: "Parts"):
+        self._parts = parts
 
     def part(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a part."""
@@ -89,25 +88,23 @@ class RowTable:
         return pa.concat_tables(tables).take(positions)
 
 
-class _Parts:
+@dataclass
+class Parts:
     """Parquet parts of one table, opened once in each process: a file that was inherited shares its position.
 
+    Reading raises `DamagedObject` where a part isn't of `n_rows` rows in all, and of the columns of `schema`; those of
+    `optional` are null where it lacks them. Each part names the `index` that it belongs to, where one is given.
     One thread reads at a time: two in one ParquetFile end in errors or a crash.
     """
 
-    def __init__(
-        self,
-        folder: Folder,
-        prefix: str,
-        n_rows: int,
-        schema: pa.Schema,
-        optional: Sequence[str] = (),
-        index: str | None = None,
-    ):
-        self.folder, self.prefix, self.n_rows = folder, prefix, n_rows
-        self.schema, self.optional, self.index = schema, optional, index
-        self._open: dict[tuple[int, int], pq.ParquetFile] = {}
-        self._locks: dict[int, threading.Lock] = {}
+    folder: Folder
+    prefix: str
+    n_rows: int
+    schema: pa.Schema
+    optional: Sequence[str] = ()
+    index: str | None = None
+    _open: dict[tuple[int, int], pq.ParquetFile] = field(default_factory=dict, init=False)
+    _locks: dict[int, threading.Lock] = field(default_factory=dict, init=False)
 
     def read(self, part: int, groups: Sequence[int] | None, columns: Sequence[str] | None = None) -> pa.Table:
         """Some row groups of a part, or all. Raises `UnknownName` for columns that the table hasn't."""
@@ -180,8 +177,8 @@ class SampleIndex:
         schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried)])
         # Earlier versions didn't name the index in its parts.
         named = None if self.order is None else self.digest
-        self._table = RowTable(folder, f"{prefix}/samples", self.n_rows, schema, index=named)
-        self._keys = _Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
+        self._table = RowTable(Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named))
+        self._keys = Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
 
     def _parse(self, table: pa.Table) -> None:
         """Take what index/sources.parquet says. Raises one of what `Document.parsing` knows where that can't be."""
@@ -226,11 +223,7 @@ class SampleIndex:
         Raises `InputError` for sources that aren't among the files.
         """
         paired, _ = pair(self.sources, files)
-        gone = [
-            f"{source.url} is gone from the input"
-            for source, file in zip(self.sources, paired, strict=True)
-            if not file
-        ]
+        gone = gone_and_new(self.sources, paired)
         if gone:
             raise other_input(self, gone)
         return tuple(file.url for file in paired if file)

@@ -110,6 +110,16 @@ def _describe_stamps(before: str, now: str) -> str:
     return f"{name} {then} then, {today} now"
 
 
+def gone_and_new(
+    sources: Sequence[Source], paired: Sequence[InputFile | None], new: Sequence[InputFile] = ()
+) -> list[str]:
+    """In words, the sources that no file is `paired` with, and the files that are no source."""
+    gone = [
+        f"{source.url} is gone from the input" for source, file in zip(sources, paired, strict=True) if file is None
+    ]
+    return gone + [f"{query_free(file.url)} is new" for file in new]
+
+
 def other_input(index: "SampleIndex", lines: Sequence[str], advice: str = RESTORE) -> InputError:
     """The error for input that isn't what something was made from; `lines` say what differs."""
     listed = "\n  ".join([*lines[:10], *([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])])
@@ -124,10 +134,7 @@ def changes_of(
     What lies behind a limit that cut the index doesn't count.
     """
     paired, new = pair(index.sources, files)
-    changes = [
-        f"{source.url} is gone from the input" for source, file in zip(index.sources, paired, strict=True) if not file
-    ]
-    changes += [] if index.is_cut else [f"{query_free(file.url)} is new" for file in new]
+    changes = gone_and_new(index.sources, paired, () if index.is_cut else new)
     changes += [
         text
         for source, file in zip(index.sources, paired, strict=True)

@@ -5,6 +5,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports ray: loopback only.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -17,6 +18,9 @@ import pytest
 from PIL import Image
 
 from pipelines.config import ExtractConfig
+
+if TYPE_CHECKING:
+    from tests.forks import Forks
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -128,3 +132,12 @@ def ray_session() -> Iterator[None]:
 
     with connect("local", num_cpus=2, num_gpus=0):
         yield
+
+
+@pytest.fixture(scope="session")
+def parent() -> Iterator["Forks"]:
+    """A process that has imported everything, and whose forks run programs until they are killed."""
+    from tests.forks import forks
+
+    with forks() as started:
+        yield started

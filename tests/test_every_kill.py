@@ -22,7 +22,7 @@ import s3fs
 
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
-from tests.forks import Fork, Forks, forks, operations
+from tests.forks import Fork, Forks, operations
 from tests.test_pipelines_s3 import tree
 
 EXTRACT = shlex.split(
@@ -36,12 +36,6 @@ TRAIN = shlex.split(
 
 MEASURED = ("images_per_s", "run_images_per_s", "seconds")
 """What lines of metrics.jsonl say of time: the only thing that two equal runs may differ in."""
-
-
-@pytest.fixture(scope="module")
-def parent() -> Iterator[Forks]:
-    with forks() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import random
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from storage.paths import Folder
 from storage.root import StoreReplaced
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
-from tests.forks import Fork, Forks, forks, operations
+from tests.forks import Fork, Forks, operations
 from tests.test_every_kill import EXTRACT, stored
 
 MAKERS = {
@@ -26,12 +25,6 @@ MAKERS = {
     "other": ["--weights", "random:2", "--levels", "x1@int8", "x2", "pooled"],
 }
 """Settings of two makers, whose objects have the same names in part."""
-
-
-@pytest.fixture(scope="module")
-def parent() -> Iterator[Forks]:
-    with forks() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ here; its labels are turned with it, unless they are of the upright image alread
 import io
 import json
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -39,17 +40,40 @@ class DatasetError(StorageError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFile:
-    """An image of a data set."""
+class FolderImage(ABC):
+    """An image of a data set whose bytes lie in a folder, in a file of their own or in a tar."""
 
     folder: Folder
-    name: str
-    "path inside the folder"
     keys: tuple[str, ...]
     "what a store may call it, the surest first"
     width: int = 0
     "in pixels, as the annotation has it; 0 where none says"
     height: int = 0
+
+    @property
+    @abstractmethod
+    def shown(self) -> str:
+        """Its place as it may be printed."""
+
+    @abstractmethod
+    def data(self) -> bytes:
+        """Its bytes. Raises `DatasetError`."""
+
+    def orientation(self) -> Orientation:
+        """How the image is turned until it is upright. Raises `DatasetError`."""
+        return orientation_of(self.data(), self.shown)
+
+    def pixels(self) -> np.ndarray:
+        """uint8 [height, width, 3], upright, as extraction has it. Raises `DatasetError`."""
+        return upright_pixels(self, self.data())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile(FolderImage):
+    """An image of a data set, a file by itself."""
+
+    name: str
+    "path inside the folder"
 
     @property
     def shown(self) -> str:
@@ -59,14 +83,6 @@ class ImageFile:
     def data(self) -> bytes:
         """Its bytes. Raises `DatasetError`."""
         return read(self.folder, self.name)
-
-    def orientation(self) -> Orientation:
-        """How the file is turned until it is upright. Raises `DatasetError`."""
-        return orientation_of(self.data(), self.shown)
-
-    def pixels(self) -> np.ndarray:
-        """uint8 [height, width, 3], upright, as extraction has it. Raises `DatasetError`."""
-        return upright_pixels(self, self.data())
 
     def told(self) -> Any:
         """What `digest` counts."""

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from operators.orientation import Orientation
-from pipelines.evaluation.images import DatasetError, ImageFile, orientation_of, upright_pixels
+from pipelines.evaluation.images import DatasetError, FolderImage, ImageFile
 from storage.inputs import InputFile
 from storage.left_out import log_left_out
 from storage.paths import Folder, InputError
@@ -44,16 +44,10 @@ class TarMember:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TarImage:
+class TarImage(FolderImage):
     """An image in a tar."""
 
-    folder: Folder
     member: TarMember
-    keys: tuple[str, ...]
-    "what a store may call it, the surest first"
-    width: int = 0
-    "in pixels, as the annotation has it; 0 where none says"
-    height: int = 0
 
     @property
     def shown(self) -> str:
@@ -63,14 +57,6 @@ class TarImage:
     def data(self) -> bytes:
         """Its bytes. Raises `DatasetError`."""
         return read_span(self.folder, self.member.tar, self.member.span)
-
-    def orientation(self) -> Orientation:
-        """As `ImageFile.orientation`. Raises `DatasetError`."""
-        return orientation_of(self.data(), self.shown)
-
-    def pixels(self) -> np.ndarray:
-        """uint8 [height, width, 3], as `ImageFile.pixels`. Raises `DatasetError`."""
-        return upright_pixels(self, self.data())
 
     def told(self) -> Any:
         """What `digest` counts: the member's name and the image's size, not where the tar has it."""
