@@ -22,20 +22,22 @@ import tyro
 
 from cluster.session import connect
 from jobs.program import pick_word, run_program
-from pipelines.evaluation import cka, correspondence, discovery, probe, runtime, similarity, video
+from pipelines.costs import runtime
+from pipelines.costs.runtime import RuntimeConfig
+from pipelines.demo_datasets import write_demo
+from pipelines.evaluation import cka, correspondence, discovery, similarity, video
+from pipelines.evaluation import readouts as probe
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
-from pipelines.evaluation.demo import write_demo
 from pipelines.evaluation.discovery import DiscoveryConfig
-from pipelines.evaluation.probe import ProbeConfig
-from pipelines.evaluation.report import write_results
+from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import WorkersLost, run_pieces
-from pipelines.evaluation.runtime import RuntimeConfig
 from pipelines.evaluation.similarity import SimilarityConfig
-from pipelines.evaluation.sources import describe
 from pipelines.evaluation.video import VideoConfig
-from pipelines.prepare import USER_ERRORS
+from pipelines.extraction.prepare import USER_ERRORS
+from pipelines.features.sources import describe
+from pipelines.results import write_results
 from storage.paths import redact
 
 TASKS: dict[str, ModuleType] = {

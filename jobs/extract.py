@@ -22,11 +22,11 @@ from jobs.program import pick_word, run_program
 from pipelines.config import ConfigError, ExtractConfig, config_from_run, runs_inline
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.extract import RunFailed, Summary, pool_for, run_prepared
-from pipelines.plan import make_plan
-from pipelines.prepare import USER_ERRORS, prepare, resolve
-from pipelines.views import pick_rows, view_panel
-from pipelines.weights import WeightsUnavailable
+from pipelines.extraction.plan import make_plan
+from pipelines.extraction.prepare import USER_ERRORS, prepare, resolve
+from pipelines.extraction.run import RunFailed, Summary, pool_for, run_prepared
+from pipelines.features.weights import WeightsUnavailable
+from pipelines.showing.views import pick_rows, view_panel
 from storage.left_out import left_out_lines
 from storage.store import FeatureStore
 

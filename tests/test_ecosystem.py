@@ -15,7 +15,7 @@ import xarray
 import zarr
 
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from storage.paths import Folder
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar

@@ -7,7 +7,7 @@ import pytest
 import safetensors
 import torch
 
-from operators.vit_up.objective import (
+from operators.objectives.vit_up import (
     LossWeights,
     Supervision,
     cosine,

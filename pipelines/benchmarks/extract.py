@@ -17,13 +17,13 @@ import zarr
 from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import CORES, SPAWN, BenchmarkFailed, Usage, durations, run_fresh
 from pipelines.config import ConfigError, ExtractConfig
+from pipelines.costs.clocks import table
 from pipelines.executors import RayExecutor
-from pipelines.extract import run_prepared
-from pipelines.models import LevelChoice
-from pipelines.prepare import prepare, resolve
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import run_prepared
+from pipelines.features.model import LevelChoice
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)

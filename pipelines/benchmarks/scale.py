@@ -15,13 +15,13 @@ import numpy as np
 
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
-from pipelines.benchmarks.measure import table
 from pipelines.benchmarks.processes import CORES, BenchmarkFailed, run_fresh
 from pipelines.benchmarks.simulated import SimulatedExecutor, driver_use
 from pipelines.config import ConfigError, ExtractConfig
+from pipelines.costs.clocks import table
 from pipelines.executors import WINDOW_TASKS
-from pipelines.extract import run_prepared
-from pipelines.prepare import prepare, resolve
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import run_prepared
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pipelines.config import (
     require_shareable,
     runs_inline,
 )
-from pipelines.evaluation.images import LabelFrame
+from storage.datasets.pictures import LabelFrame
 
 Drawing = Literal["paper", "extract"]
 """How images become the model's input: as the protocol's code does it, or as jobs/extract.py does it (the model's own

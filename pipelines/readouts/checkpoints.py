@@ -13,10 +13,10 @@ import torch
 
 from operators.backbone import weights_digest
 from operators.readouts import Readout, ReadoutConfig, ReadoutError, build_readout
+from pipelines.features.weights import WeightsUnavailable, read_state_dict
 from pipelines.readouts.tasks import CLASSIFIER, Task, parse_task
-from pipelines.weights import WeightsUnavailable, read_state_dict
-from storage.checkpoints import read_pointers
 from storage.paths import Folder
+from storage.runs import read_pointers
 
 
 @dataclass(frozen=True, kw_only=True)

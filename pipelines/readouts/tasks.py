@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from operators.evaluation.boundaries import BoundarySums, boundary_sums, merge
-from operators.evaluation.depth import (
+from operators.image import Geometry, fit
+from operators.metrics.boundaries import BoundarySums, boundary_sums, merge
+from operators.metrics.depth import (
     NYU_SIZE,
     DepthMetrics,
     SquaredError,
@@ -26,13 +27,10 @@ from operators.evaluation.depth import (
     pooled_rmse,
     score_depth,
 )
-from operators.evaluation.detection import DEAP, ImageDetections, ImageTruth, coco_scores
-from operators.evaluation.instances import cluster_pixels, instance_ari
-from operators.evaluation.segmentation import VOID, Segmentation, confusion
-from operators.image import Geometry, fit
-from operators.readouts import Readout
-from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
-from operators.readouts.losses import (
+from operators.metrics.detection import DEAP, ImageDetections, ImageTruth, coco_scores
+from operators.metrics.instances import cluster_pixels, instance_ari
+from operators.metrics.segmentation import VOID, Segmentation, confusion
+from operators.objectives.dense import (
     WARM_UP_CALLS,
     GradientForm,
     LossSum,
@@ -42,11 +40,13 @@ from operators.readouts.losses import (
     instance_loss,
     vit_up_depth_loss,
 )
-from operators.readouts.targets import boundary_target, instance_ids
+from operators.objectives.targets import boundary_target, instance_ids
+from operators.readouts import Readout
+from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from operators.visual import heat
 from pipelines.config import ConfigError
-from pipelines.readouts.datasets import DatasetKind
-from pipelines.readouts.labels import InstanceArrays, LabelledImage
+from storage.datasets.labels import InstanceArrays, LabelledImage
+from storage.datasets.registry import DatasetKind
 
 Record: TypeAlias = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Settings of a training run, and what it is when it is ready; and whether a run goes on with the settings it was begun with.
 
 What is wrong with the settings is wrong before anything is computed. What is trained on what is said by subclasses of
-`TrainConfig`, each beside its loss (x2.py, vit_up.py, pipelines/readouts/train.py).
+`TrainConfig`, each beside its loss (x2.py, vit_up.py, pipelines/training/readout.py).
 """
 
 import json
@@ -22,10 +22,10 @@ from pipelines.config import (
     require_shareable,
     runs_inline,
 )
-from pipelines.prepare import versions
+from pipelines.extraction.prepare import versions
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
-from storage.checkpoints import read_pointers, read_run, write_run
 from storage.paths import Folder
+from storage.runs import read_pointers, read_run, write_run
 from storage.store import read_attributes
 
 
