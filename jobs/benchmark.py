@@ -36,13 +36,12 @@ from pipelines.benchmarks.chaos import CHAOS_PRESETS, chaos_report, measure_chao
 from pipelines.benchmarks.evaluation import EVALUATE_PRESETS, evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract import EXTRACT_PRESETS, extract_report, measure_extract
 from pipelines.benchmarks.index import INDEX_PRESETS, index_report, measure_index
-from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.benchmarks.read import READ_PRESETS, measure_read
 from pipelines.benchmarks.read_report import read_report
 from pipelines.benchmarks.readout import READOUT_PRESETS, measure_readouts, readout_report
 from pipelines.benchmarks.scale import SCALE_PRESETS, measure_scale, scale_report
 from pipelines.benchmarks.train import TRAIN_PRESETS, measure_training, train_report
-from pipelines.costs.clocks import machine
+from pipelines.costs.clocks import BenchmarkFailed, machine
 from pipelines.costs.precision import PRECISION_PRESETS, measure_precision, precision_report
 from pipelines.costs.readouts import DEAP_PRESETS, deap_report, measure_deap
 from pipelines.costs.upsamplers import COST_PRESETS, cost_report, measure_cost

@@ -19,9 +19,10 @@ import tyro
 
 from cluster.session import connect
 from jobs.program import pick_word, run_program
-from pipelines.config import ConfigError, ExtractConfig, config_from_run, runs_inline
+from pipelines.config import ConfigError, runs_inline
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.extraction.config import ExtractConfig, config_from_run
 from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import USER_ERRORS, prepare, resolve
 from pipelines.extraction.run import RunFailed, Summary, pool_for, run_prepared

@@ -25,10 +25,10 @@ from cluster.session import connect
 from jobs.program import pick_word, run_program
 from operators.readouts import READOUTS
 from operators.upsamplers import LEARNED
-from pipelines.config import ExtractConfig
 from pipelines.demo import write_photos
 from pipelines.demo_datasets import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import USER_ERRORS
 from pipelines.training.config import TrainConfig
 from pipelines.training.images import ImageTraining

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image, ImageFont
 
 from operators.visual import Panel
-from pipelines.extraction.prepare import versions
 from pipelines.features.sources import Row, Size
+from pipelines.provenance import versions
 from storage.paths import Folder
 
 Cell = str | float | int | None

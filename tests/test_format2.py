@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.train import main as train
-from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
 from pipelines.showing.status import read_status, status_lines
 from pipelines.training.lift import X2Config

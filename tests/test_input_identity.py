@@ -20,8 +20,8 @@ import s3fs
 from PIL import Image
 
 from jobs.extract import run
-from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import RunFailed, extract, run_prepared

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
 from pipelines.feature_datasets import FeatureDataset, FeatureStream, StateMismatch, StreamOrder, read_rows
 from storage.paths import Folder, StorageError

@@ -17,9 +17,9 @@ from timm.models import save_for_hf
 
 from jobs.extract import run
 from operators.backbone import BackboneError
-from pipelines.config import ExtractConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.executors import InlineExecutor
+from pipelines.extraction.config import ExtractConfig
 from pipelines.features.model import load_described
 from pipelines.features.sources import resolve_source
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_description

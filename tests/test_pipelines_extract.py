@@ -157,7 +157,7 @@ def test_retry_failed_runs_only_tasks_with_failed_rows(tmp_path, tiny, monkeypat
 
 
 def test_run_json_repeats_the_run_and_holds_no_secret(make_tars, tiny):
-    from pipelines.config import config_from_run
+    from pipelines.extraction.config import config_from_run
 
     config = tiny(make_tars(), storage_options='{"s3": {"key": "AKIDEXAMPLE", "secret": "hunter2hunter2"}}')
     summary = extract(config, InlineExecutor())

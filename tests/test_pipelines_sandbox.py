@@ -17,10 +17,10 @@ from PIL import Image
 from operators.codecs.memory import BYTES_PER_PIXEL, DecodeMemory, decode_bytes
 from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.image import Geometry, decode
-from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
 from pipelines.extraction import sandbox as sandbox_module
 from pipelines.extraction import worker as worker_module
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
 from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import prepare, resolve

@@ -15,8 +15,9 @@ import pytest
 import s3fs
 
 from jobs.extract import run
-from pipelines.config import ConfigError, config_from_run
+from pipelines.config import ConfigError
 from pipelines.evaluation.run import Piece, _records
+from pipelines.extraction.config import config_from_run
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.showing.views import colours_for
 from storage.documents import DamagedObject, decode

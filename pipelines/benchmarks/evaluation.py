@@ -15,9 +15,8 @@ from torch import Tensor
 
 from operators.metrics.matching import Normalise, best_pixels
 from operators.metrics.propagation import Propagation, Propagator
-from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import device_name, median_ratio, peak_bytes, table, timed
+from pipelines.costs.clocks import BenchmarkFailed, device_name, median_ratio, peak_bytes, table, timed
 
 _TOLERANCE = 1e-4
 "largest difference of similarities and of soft labels, which are at most 1"

@@ -17,10 +17,11 @@ import zarr
 from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.processes import CORES, SPAWN, BenchmarkFailed, Usage, durations, run_fresh
-from pipelines.config import ConfigError, ExtractConfig
-from pipelines.costs.clocks import table
+from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
+from pipelines.config import ConfigError
+from pipelines.costs.clocks import CORES, BenchmarkFailed, table
 from pipelines.executors import RayExecutor
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.model import LevelChoice

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from cluster.resources import WorkerPool
-from pipelines.benchmarks.processes import high_water
+from pipelines.costs.clocks import high_water
 from pipelines.executors import RayExecutor
 from pipelines.extraction.attempts import Loaded, attempt, ledger_records, write_and_commit
 from storage.inputs import InputFile

@@ -1,5 +1,6 @@
 """What measurements are made of: clocks, memory, the machine they hold for, and tables."""
 
+import contextlib
 import itertools
 import os
 import platform
@@ -12,8 +13,6 @@ from typing import Any
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from pipelines.benchmarks.processes import CORES, peak_rss
 
 WARM_UP = 2
 """Steps of each training that aren't counted."""
@@ -118,3 +117,31 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield "|" + "---|" + "---:|" * (len(head) - 1)
     for row in rows:
         yield f"| {' | '.join(row)} |"
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BenchmarkFailed(RuntimeError):
+    """A measured process died, or results that must agree don't."""
+
+
+def peak_rss(run: Callable[[], Any]) -> int | None:
+    """The most resident memory of this process during a call, in bytes, all that was there before included.
+
+    By Linux's own high-water mark, which is reset first; None where there is none, or it can't be reset.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    run()
+    return high_water()
+
+
+def high_water() -> int | None:
+    """The most resident memory of this process since its start, or since the mark was reset; None where there is no mark."""
+    with contextlib.suppress(OSError):
+        marks = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+        return next((1024 * int(words[1]) for words in marks if words[0] == "VmHWM:"), None)
+    return None

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from operators.image import decode
-from pipelines.config import ExtractConfig
 from pipelines.costs.clocks import table
 from pipelines.executors import InlineExecutor
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import Resolved, prepare, resolve
 from pipelines.features.photos import geometry_of
 from storage.samples import read_images

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates
 from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
 from operators.upsamplers.vit_up.head import sample
-from pipelines.benchmarks.processes import BenchmarkFailed
-from pipelines.costs.clocks import median_ratio, table, timed
+from pipelines.costs.clocks import BenchmarkFailed, median_ratio, table, timed
 
 QUERIES = 3136
 """At once, in both: the official code's default (specs/lift_vitup.md B11)."""

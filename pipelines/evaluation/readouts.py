@@ -25,10 +25,10 @@ from pipelines.features.sources import (
     pooled_level,
     resolve_source,
 )
+from pipelines.provenance import describe_difference
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.tasks import Task
 from pipelines.results import Cell, Findings, Line, Table, panel
-from pipelines.training.config import describe_difference
 from pipelines.training.labelled import picture_of
 from pipelines.training.readout import features_of
 from storage.datasets.files import digest

@@ -18,10 +18,9 @@ from cluster.resources import WorkerPool, choose_pool
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig, protocol_settings
 from pipelines.executors import InlineExecutor
-from pipelines.extraction.prepare import versions
 from pipelines.features.sources import CachedSource, FeatureSource, Recipe
+from pipelines.provenance import require_same, versions
 from pipelines.results import LeftOut
-from pipelines.training.config import require_same
 from storage.datasets.pictures import CANNOT_TELL, DatasetError, FrameUnknown
 from storage.documents import Document, parse_json
 from storage.paths import Folder

@@ -4,22 +4,20 @@
 """
 
 import functools
-import importlib.metadata
 import logging
-import platform
-import subprocess
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cluster.session import ClusterError
 from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
-from pipelines.config import CONTENT_FIELDS, ConfigError, ExtractConfig
+from pipelines.config import ConfigError
+from pipelines.extraction.config import CONTENT_FIELDS, ExtractConfig
 from pipelines.features.model import FeatureModel, ModelBundle, load_described
 from pipelines.features.weights import WeightsUnavailable
+from pipelines.provenance import versions
 from storage.documents import DamagedObject
 from storage.identity import InputState, Scan, input_state, order_digest
 from storage.inputs import Listing, expand_inputs
@@ -414,17 +412,6 @@ def _say(index: SampleIndex, files: Listing) -> dict[str, LeftOut]:
     left_out = merge_left_out(files.left_out, sources_left_out(index.sources))
     log_left_out(left_out)
     return left_out
-
-
-def versions() -> dict[str, str]:
-    """Software that made the numbers."""
-    names = ("ray", "torch", "torchvision", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
-    found = {name: importlib.metadata.version(name) for name in names}
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
 
 
 def default_batch(config: ExtractConfig, layout: Layout, device: str) -> int:

@@ -15,10 +15,11 @@ from typing import Any
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
-from pipelines.config import ExtractConfig
 from pipelines.extraction.attempts import suspects
-from pipelines.extraction.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve, versions
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve
 from pipelines.extraction.worker import WorkerSetup
+from pipelines.provenance import versions
 from storage.ledger import REASON_COLUMNS, commonest_reasons
 from storage.left_out import LeftOut
 from storage.paths import StorageError

@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pipelines.config import ConfigError
 from storage.spec import Level
 
 Size = tuple[int, int]
 """(height, width) in pixels, or (rows, columns) of cells."""
+
+
+Drawing = Literal["paper", "extract"]
+"""How images become the model's input: as the protocol's code does it, or as jobs/extract.py does it (the model's own
+interpolation, and its mean colour around a padded image), which is what a store holds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder at any URL: `config.json` and `model.safetensors`; a training run's folder stands for its best one.
 config.json holds `upsampler` (`method`, and the settings of `operators.upsamplers.recursive.NetConfig` or
-`operators.upsamplers.vit_up.ViTUpConfig`) and `backbone` (TRAINED_ON, SAID_SINCE: what made the features it was trained on). Official
-files of LiFT (`.pth`) and ViT-Up hold weights alone; the rest is taken from the backbone they are used with.
+`operators.upsamplers.vit_up.ViTUpConfig`) and `backbone` (TRAINED_ON, SAID_SINCE: what made the features it was trained
+on). Official files of LiFT (`.pth`) and ViT-Up hold weights alone; the rest is taken from the backbone they are used with.
 
 `backbone` of a training run says `size` as well, the side of its images in pixels. Maps of another size are no mistake, since
 the papers have them, too; but how good they are nobody knows, so it is said (`unfamiliar_size`).

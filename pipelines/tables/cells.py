@@ -28,9 +28,9 @@ from pipelines.config import (
 from pipelines.costs.readouts import METHODS as COUNTED
 from pipelines.costs.speed import SpeedProtocol, measure_speed
 from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.provenance import describe_difference
 from pipelines.tables.backbones import PaperBackbone, find_backbone
 from pipelines.tables.tasks import PublishedTask, find_task
-from pipelines.training.config import describe_difference, identity
 from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
@@ -350,7 +350,7 @@ def _settings(cell: Cell) -> dict[str, Any]:
     training = cell.training
     more = {name: getattr(training, name) for name in ("epochs", "max_steps", "val_limit")}
     more |= {"weights": redact(training.weights, training.options), "drawing": training.how_drawn}
-    return {**identity(training, {}), **more}
+    return {**training.identity({}), **more}
 
 
 def _read_result(cell: Cell) -> CellResult | None:

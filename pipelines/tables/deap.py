@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from operators.readouts import published_counts
-from pipelines.extraction.prepare import versions
+from pipelines.provenance import versions
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from pipelines.tables.cells import Cell, CellResult, GridConfig
 from pipelines.tables.tasks import Column, PublishedTask, published_values

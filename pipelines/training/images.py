@@ -23,7 +23,8 @@ from pipelines.extraction.prepare import index_input
 from pipelines.features.model import fresh_model
 from pipelines.features.upsamplers import trained_on
 from pipelines.features.weights import WeightsChoice, load_model, read_description
-from pipelines.training.config import Objective, TrainConfig, TrainSetup, begin_run
+from pipelines.provenance import begin_run
+from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
 from storage.identity import content_sample
 from storage.inputs import Listing, expand_inputs
@@ -184,7 +185,7 @@ class ResolvedImages:
         for name, source in (("images", images), ("held_out", held_out)):
             # The index knows names and sizes; other pixels under them would be learned on without a word.
             digests[f"{name}_content"] = content_sample(source.index, source.urls, config.options)
-        begin_run(folder, config, {"backbone": self.backbone.identity, **digests})
+        begin_run(folder, config.identity({"backbone": self.backbone.identity, **digests}), config.public())
         return ImageSetup(
             config=config,
             folder=folder,

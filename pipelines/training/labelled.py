@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from operators.image import Geometry, fit
-from pipelines.evaluation.config import Drawing
 from pipelines.features.rows import Size
-from pipelines.features.sources import PLACED_COLUMNS, FeaturesMissing, Picture, draw, orientation_in_store
+from pipelines.features.sources import PLACED_COLUMNS, Drawing, FeaturesMissing, Picture, draw, orientation_in_store
 from pipelines.readouts.tasks import Placement, Task
 from pipelines.training.data import Example, open_store
 from storage.datasets.labels import InstanceArrays, LabelledImage

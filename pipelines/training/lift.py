@@ -19,7 +19,7 @@ from operators.objectives.lift import averaged, cosine_loss, lower, multi_scale_
 from operators.upsamplers import NetConfig, build_net
 from pipelines.config import ConfigError
 from pipelines.features.upsamplers import SAID_SINCE, TRAINED_ON, described_by
-from pipelines.training.config import describe_difference
+from pipelines.provenance import describe_difference
 from pipelines.training.data import JitteredView, Loaded, StoredFeatures
 from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining
 from pipelines.training.watch import similarity_picture

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cluster.resources import accelerator_selector
 from operators.backbone import load_arrays, state_arrays
-from operators.objectives.vit_up import learning_rate
+from operators.objectives.schedule import learning_rate
 from pipelines.training.config import TrainSetup
 from pipelines.training.data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
 from pipelines.training.watch import EventFile

@@ -16,11 +16,11 @@ from torch import Tensor
 from operators.backbone import autocast
 from operators.readouts import ReadoutConfig, ReadoutError, build_readout
 from pipelines.config import ConfigError, absolute, require_at_least
-from pipelines.evaluation.config import Drawing
 from pipelines.features.model import ModelBundle
-from pipelines.features.sources import pooled_level, require_geometry, resolve_source
+from pipelines.features.sources import Drawing, pooled_level, require_geometry, resolve_source
+from pipelines.provenance import begin_run
 from pipelines.readouts.tasks import TASKS, Record, Task
-from pipelines.training.config import Objective, TrainConfig, TrainSetup, begin_run
+from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import Loaded
 from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps
 from pipelines.training.watch import panel_picture
@@ -320,7 +320,8 @@ class ResolvedReadout:
         """Begin or continue the folder. Raises `CheckpointError`, and `ConfigError` where it was begun with other settings."""
         config, digests = self.config, {"images": digest(self.train.items), "held_out": digest(self.held_out.items)}
         # A live model's images may be drawn as a store's aren't.
-        begin_run(self.folder, config, {"features": self.features, "drawing": config.how_drawn, **digests})
+        found = {"features": self.features, "drawing": config.how_drawn, **digests}
+        begin_run(self.folder, config.identity(found), config.public())
         described = {
             "readout": asdict(self.readout),
             "task": {"name": config.task, "dataset": config.dataset, **self.train.task.told()},
