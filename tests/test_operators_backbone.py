@@ -31,7 +31,9 @@ from operators.backbone import (
     state_arrays,
     weights_digest,
 )
-from pipelines.features.model import FeatureModel, LevelChoice, ModelBundle, describe_model
+from pipelines.features.bundle import ModelBundle, describe_model
+from pipelines.features.levels import LevelChoice
+from pipelines.features.model import FeatureModel
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,7 +14,7 @@ from operators.upsamplers import UpsamplerError
 from operators.upsamplers.vit_up import Lora, ViTUpConfig
 from pipelines.costs.windows import random_head
 from pipelines.extraction.config import ExtractConfig
-from pipelines.features.model import fresh_model, load_described
+from pipelines.features.bundle import fresh_model, load_described
 from pipelines.features.upsamplers import TRAINED_ON, ViTUpWeights, trained_on
 from storage.paths import Folder
 

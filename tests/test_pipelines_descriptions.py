@@ -20,7 +20,7 @@ from operators.backbone import BackboneError
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
-from pipelines.features.model import load_described
+from pipelines.features.bundle import load_described
 from pipelines.features.sources import resolve_source
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_description
 from pipelines.training.lift import X2Config

@@ -33,7 +33,7 @@ from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.run import extract
 from pipelines.extraction.worker import ShardWorker
-from pipelines.features.model import LevelChoice
+from pipelines.features.levels import LevelChoice
 from pipelines.features.photos import read_photos
 from storage.paths import Folder
 from storage.spec import FingerprintMismatch

@@ -24,7 +24,7 @@ from pipelines.executors import RayExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
-from pipelines.features.model import LevelChoice
+from pipelines.features.levels import LevelChoice
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)

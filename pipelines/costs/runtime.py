@@ -27,7 +27,7 @@ from pipelines.costs.vit_up import bytes_per_query, vit_up_pass, vit_up_settings
 from pipelines.costs.windows import random_head
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
-from pipelines.features.model import ModelBundle
+from pipelines.features.bundle import ModelBundle
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, Row, resolve_source
 from pipelines.features.upsamplers import (
     METHODS,

@@ -15,7 +15,8 @@ from operators.backbone import BackboneError
 from operators.upsamplers import UpsamplerError
 from pipelines.config import ConfigError
 from pipelines.extraction.config import CONTENT_FIELDS, ExtractConfig
-from pipelines.features.model import FeatureModel, ModelBundle, load_described
+from pipelines.features.bundle import ModelBundle, load_described
+from pipelines.features.model import FeatureModel
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.provenance import versions
 from storage.documents import DamagedObject

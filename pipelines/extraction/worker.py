@@ -21,7 +21,7 @@ from operators.image import DecodedImage, ImageRefused, decode, limit_pillow
 from pipelines.extraction.attempts import Loaded, attempt, failed, ledger_records, write_and_commit
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
 from pipelines.extraction.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
-from pipelines.features.model import ModelBundle
+from pipelines.features.bundle import ModelBundle
 from pipelines.features.photos import geometry_of
 from storage.ledger import SampleRecord, image_digest
 from storage.paths import Folder, StorageError, redact

@@ -20,7 +20,8 @@ from torch import Tensor
 from operators.image import Geometry, ImageRefused, decode
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.features.model import FeatureModel, ModelBundle, cells, load_described
+from pipelines.features.bundle import ModelBundle, cells, load_described
+from pipelines.features.model import FeatureModel
 from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
 from pipelines.features.weights import WeightsChoice, load_model, read_description
 from storage.datasets.pictures import (

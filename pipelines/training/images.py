@@ -20,7 +20,7 @@ from operators.backbone import (
 )
 from pipelines.config import ConfigError, require_at_least
 from pipelines.extraction.prepare import index_input
-from pipelines.features.model import fresh_model
+from pipelines.features.bundle import fresh_model
 from pipelines.features.upsamplers import trained_on
 from pipelines.features.weights import WeightsChoice, load_model, read_description
 from pipelines.provenance import begin_run

@@ -16,7 +16,7 @@ from torch import Tensor
 from operators.backbone import autocast
 from operators.readouts import ReadoutConfig, ReadoutError, build_readout
 from pipelines.config import ConfigError, absolute, require_at_least
-from pipelines.features.model import ModelBundle
+from pipelines.features.bundle import ModelBundle
 from pipelines.features.sources import Drawing, pooled_level, require_geometry, resolve_source
 from pipelines.provenance import begin_run
 from pipelines.readouts.tasks import TASKS, Record, Task
