@@ -23,6 +23,8 @@ import botocore.exceptions
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from storage.errors import RayliftError
+
 logger = logging.getLogger(__name__)
 
 SECRET_WORDS = ("key", "secret", "token", "pass", "sig", "credential", "sas", "auth", "cookie", "connection_string")
@@ -38,7 +40,7 @@ _S3_CONFIG = {
 }
 
 
-class StorageError(Exception):
+class StorageError(RayliftError):
     """Base of what this package raises on purpose."""
 
 
