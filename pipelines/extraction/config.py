@@ -13,6 +13,7 @@ from pipelines.config import (
     require_at_least,
     require_gpus,
     require_shareable,
+    runs_inline,
 )
 from storage.documents import Document, decode
 from storage.paths import Folder, redact
@@ -140,6 +141,11 @@ class ExtractConfig:
             raise ConfigError(f"--size {self.size}: use SIDE or HEIGHTxWIDTH in pixels, for example 448 or 384x512")
         return int(match.group(1)), int(match.group(2) or match.group(1))
 
+    @property
+    def is_inline(self) -> bool:
+        """Whether this process does the work."""
+        return runs_inline(self.executor, *self.data, self.out)
+
     def public(self) -> dict[str, Any]:
         """All settings without credentials, for files and logs."""
         return public_settings(self, "data", "levels", "out", "weights")
@@ -199,3 +205,17 @@ def config_from_run(url: str, options: Mapping[str, Any] | None = None) -> Extra
         logger.warning("credentials were not saved in %s; give --storage-options again", redact(url))
         settings["storage_options"] = None
     return replace(ExtractConfig(), **settings)
+
+
+def start_from_run(args: list[str], default: ExtractConfig) -> ExtractConfig:
+    """The settings of the earlier run that `--from RUN` names, which is taken off `args`; without it, `default`."""
+    if "--from" not in args:
+        return default
+    at = args.index("--from")
+    if at + 1 == len(args):
+        raise ConfigError("--from needs a run.json or a store")
+    url = args[at + 1]
+    del args[at : at + 2]
+    # They may be needed to read the run.json.
+    words = args[args.index("--storage-options") + 1 :] if "--storage-options" in args else []
+    return config_from_run(url, parse_options(words[0]) if words else None)
