@@ -110,7 +110,9 @@ class Program:
         """What `argv` asks for. Exits with a suggestion on unknown flags; raises `ConfigError` on unknown words."""
         args = [self._named(word) for word in argv]
         word, command = self._command(args)
-        preset = pick_word(args, command.presets, f"no preset of {word}" if word else "no preset") or ""
+        preset = ""
+        if command.presets:
+            preset = pick_word(args, command.presets, f"no preset of {word}" if word else "no preset") or ""
         named = command.presets.get(preset, command.default)
         if named is None:
             self._end_with_usage(args)

@@ -297,10 +297,8 @@ ENTRY_POINT = load("kuberay/rayjob.yaml")["spec"]["entrypoint"]
 
 
 def parse(args):
-    """The settings of a command of `jobs/extract.py` without a preset."""
-    call = extract.program.parse(args)
-    assert not call.preset
-    return call.config
+    """The settings of a command line of `jobs/extract.py`."""
+    return extract.program.parse(args).config
 
 
 FLEET = GUIDE.split("\n## 8. ")[0]
@@ -309,8 +307,10 @@ FLEET = GUIDE.split("\n## 8. ")[0]
 
 @pytest.mark.parametrize("args", [*commands(FLEET), *commands(ENTRY_POINT)], ids=" ".join)
 def test_entry_points_parse(args):
-    config = parse(args)
+    call = extract.program.parse(args)
+    config = call.config
 
+    assert not call.preset
     assert config.data == ("s3://bucket/train-{000000..001281}.tar",)
     assert config.out == "s3://bucket/feats.zarr"
 
