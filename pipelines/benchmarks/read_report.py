@@ -1,7 +1,6 @@
 """The tables of `jobs/benchmark.py read`."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from pipelines.benchmarks.read import BY_ROW, IN_ORDER, ReadBenchmark
 from pipelines.costs.clocks import CORES, table
