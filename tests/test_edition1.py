@@ -20,6 +20,9 @@ import zarr
 
 ARCHIVE = Path(__file__).parent / "data/edition1/written.tar.gz"
 
+PROGRAMS = {"extract": "extract", "train": "train", "evaluate": "evaluate", "grid": "grid"}
+"""What the jobs that wrote it are called now."""
+
 MEASURED = {"images_per_s", "run_images_per_s", "seconds", "train_seconds"}
 """What documents say of the time that something took."""
 
@@ -53,7 +56,7 @@ def run(capsys) -> Run:
 def again(old: Path, out: str, *more: str) -> tuple[str, list[str]]:
     """The program and the command line that wrote `out`, with more flags."""
     (found,) = [each for each in json.loads((old / "commands.json").read_text()) if each["out"] == out]
-    return found["program"], [*shlex.split(found["line"]), "--out", out, *more]
+    return PROGRAMS[found["program"]], [*shlex.split(found["line"]), "--out", out, *more]
 
 
 def objects(folder: Path) -> dict[str, bytes]:
