@@ -33,21 +33,19 @@ import tyro
 from jobs.program import pick_word, run_program
 from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, autoscale_report, measure_autoscaling
 from pipelines.benchmarks.chaos import CHAOS_PRESETS, chaos_report, measure_chaos, require_nothing_lost
-from pipelines.benchmarks.cost import COST_PRESETS, cost_report, measure_cost
 from pipelines.benchmarks.evaluation import EVALUATE_PRESETS, evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract import EXTRACT_PRESETS, extract_report, measure_extract
 from pipelines.benchmarks.index import INDEX_PRESETS, index_report, measure_index
-from pipelines.benchmarks.measure import machine
-from pipelines.benchmarks.precision import PRECISION_PRESETS, measure_precision, precision_report
-from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.benchmarks.read import READ_PRESETS, measure_read
 from pipelines.benchmarks.read_report import read_report
 from pipelines.benchmarks.readout import READOUT_PRESETS, measure_readouts, readout_report
 from pipelines.benchmarks.scale import SCALE_PRESETS, measure_scale, scale_report
 from pipelines.benchmarks.train import TRAIN_PRESETS, measure_training, train_report
-from pipelines.benchmarks.vit_up import VIT_UP_PRESETS, measure_vit_up, vit_up_report
-from pipelines.prepare import USER_ERRORS
-from pipelines.readouts.cost import DEAP_PRESETS, deap_report, measure_deap
+from pipelines.costs.clocks import machine
+from pipelines.costs.precision import PRECISION_PRESETS, measure_precision, precision_report
+from pipelines.costs.readouts import DEAP_PRESETS, deap_report, measure_deap
+from pipelines.costs.upsamplers import COST_PRESETS, cost_report, measure_cost
+from pipelines.costs.vit_up import VIT_UP_PRESETS, measure_vit_up, vit_up_report
 
 Result: TypeAlias = dict[str, Any]
 
@@ -136,8 +134,8 @@ def _folder(out: str, *, keep: bool) -> Iterator[Path]:
 
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
-    wrong, stopped = (*USER_ERRORS, OSError), "stopped; nothing was measured"
-    return run_program(argv, parse, main, wrong=wrong, failed=(BenchmarkFailed,), stopped=stopped)
+    stopped = "stopped; nothing was measured"
+    return run_program(argv, parse, main, stopped=stopped)
 
 
 if __name__ == "__main__":

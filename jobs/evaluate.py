@@ -22,20 +22,21 @@ import tyro
 
 from cluster.session import connect
 from jobs.program import pick_word, run_program
-from pipelines.evaluation import cka, correspondence, discovery, probe, runtime, similarity, video
+from pipelines.costs import runtime
+from pipelines.costs.runtime import RuntimeConfig
+from pipelines.demo_datasets import write_demo
+from pipelines.evaluation import cka, correspondence, discovery, similarity, video
+from pipelines.evaluation import readouts as probe
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
-from pipelines.evaluation.demo import write_demo
 from pipelines.evaluation.discovery import DiscoveryConfig
-from pipelines.evaluation.probe import ProbeConfig
-from pipelines.evaluation.report import write_results
-from pipelines.evaluation.run import WorkersLost, run_pieces
-from pipelines.evaluation.runtime import RuntimeConfig
+from pipelines.evaluation.readouts import ProbeConfig
+from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
-from pipelines.evaluation.sources import describe
 from pipelines.evaluation.video import VideoConfig
-from pipelines.prepare import USER_ERRORS
+from pipelines.features.sources import describe
+from pipelines.results import write_results
 from storage.paths import redact
 
 TASKS: dict[str, ModuleType] = {
@@ -195,7 +196,7 @@ def execute(task: str, preset: str | None, config: EvaluateConfig) -> None:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; what is done is kept, the same command continues"
-    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(WorkersLost,), stopped=stopped)
+    return run_program(argv, parse, execute, stopped=stopped)
 
 
 if __name__ == "__main__":

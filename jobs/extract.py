@@ -19,14 +19,15 @@ import tyro
 
 from cluster.session import connect
 from jobs.program import pick_word, run_program
-from pipelines.config import ConfigError, ExtractConfig, config_from_run, runs_inline
+from pipelines.config import ConfigError, runs_inline
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.extract import RunFailed, Summary, pool_for, run_prepared
-from pipelines.plan import make_plan
-from pipelines.prepare import USER_ERRORS, prepare, resolve
-from pipelines.views import pick_rows, view_panel
-from pipelines.weights import WeightsUnavailable
+from pipelines.extraction.config import ExtractConfig, config_from_run
+from pipelines.extraction.plan import make_plan
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import Summary, pool_for, run_prepared
+from pipelines.features.weights import WeightsUnavailable
+from pipelines.showing.views import pick_rows, view_panel
 from storage.left_out import left_out_lines
 from storage.store import FeatureStore
 
@@ -176,7 +177,7 @@ def execute(name: str | None, config: ExtractConfig) -> None:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; finished tasks are kept, the same command continues"
-    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(RunFailed,), stopped=stopped)
+    return run_program(argv, parse, execute, stopped=stopped)
 
 
 if __name__ == "__main__":

@@ -26,16 +26,16 @@ import tyro
 from PIL import Image
 
 from jobs.program import pick_word, run_program
-from pipelines.compare import compare as compare_stores
-from pipelines.compare import comparison_lines
-from pipelines.config import ConfigError, parse_options
-from pipelines.report import write_report
-from pipelines.status import failure_lines, read_status, row_lines, status_lines
-from pipelines.status import failures as read_failures
+from pipelines.config import parse_options
+from pipelines.showing.compare import compare as compare_stores
+from pipelines.showing.compare import comparison_lines
+from pipelines.showing.report import write_report
+from pipelines.showing.status import failure_lines, read_status, row_lines, status_lines
+from pipelines.showing.status import failures as read_failures
+from pipelines.showing.views import pick_rows, similar_panel, view_panel
 from pipelines.training.watch import training_lines
-from pipelines.views import pick_rows, similar_panel, view_panel
 from storage.export import export_vectors
-from storage.paths import Folder, StorageError
+from storage.paths import Folder
 from storage.store import FeatureStore
 
 
@@ -239,7 +239,7 @@ def training(config: Training) -> None:
 
 
 def backbones(config: Backbones) -> None:
-    from pipelines.readouts.backbones import backbone_lines  # timm, and so torch, which nothing else here needs
+    from pipelines.tables.backbones import backbone_lines  # timm, and so torch, which nothing else here needs
 
     print("\n".join(backbone_lines(config.names)))
 
@@ -292,7 +292,7 @@ def execute(function: Callable[..., None], config: Any) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
-    return run_program(argv, parse, execute, wrong=(ConfigError, StorageError, FileNotFoundError, PermissionError))
+    return run_program(argv, parse, execute)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.codecs.rgb import stored_bits, to_rgb
 from operators.codecs.samples import Samples
 from operators.codecs.warned import decoder_warnings
-from operators.orientation import EXIF_ROTATE, TURNS, exif_orientation
+from storage.orientation import EXIF_ROTATE, TURNS, exif_orientation
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,

@@ -9,7 +9,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,16 @@ import pyarrow.parquet as pq
 from storage.paths import Folder, StorageError
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    JsonValue: TypeAlias = bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"] | None
+    """What a JSON document holds; dataclasses with fields of it are read and written as they are."""
+else:
+    # Recursive aliases can't be resolved in other modules' annotations: `decode`, which reads those, takes any value here.
+    JsonValue = object
+
+JsonObject: TypeAlias = Mapping[str, JsonValue]
+"""A JSON object whose names aren't all known: settings, attributes, lines of measurements."""
 
 
 class DamagedObject(StorageError):

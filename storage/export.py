@@ -1,13 +1,12 @@
 """Vectors and keys as plain Parquet, for vector indexes and viewers that know nothing of this store."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from storage.paths import Folder, StorageError
+from storage.paths import Folder, StorageError, StorageOptions
 from storage.samples import part_name, table_bytes
 from storage.store import FeatureStore
 
@@ -25,7 +24,7 @@ class Export:
 
 
 def export_vectors(
-    store: FeatureStore, level: str, target: str, storage_options: Mapping[str, Any] | None = None
+    store: FeatureStore, level: str, target: str, storage_options: StorageOptions | None = None
 ) -> Export:
     """Write one vector per image to `<target>/part-*.parquet`; maps are averaged over their cells.
 

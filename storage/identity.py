@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
-from storage.paths import query_free
+from storage.paths import StorageOptions, query_free
 from storage.samples import SampleIndex, read_images
 from storage.scans import refuse_duplicates
 from storage.sources import Source, describe_change, gone_and_new, is_unchanged, other_input, pair
@@ -81,7 +80,7 @@ def input_state(
     files: Sequence[InputFile],
     scan: Scan,
     ledger: LedgerRows,
-    options: Mapping[str, Any] | None = None,
+    options: StorageOptions | None = None,
     *,
     limit: int | None = None,
     rescan: bool = False,
@@ -155,7 +154,7 @@ class _Comparison:
         scans: Mapping[int, SourceScan],
         doubtful: set[int],
         ledger: LedgerRows,
-        options: Mapping[str, Any] | None,
+        options: StorageOptions | None,
         limit: int | None,
     ):
         self.index, self.state, self.scans, self.doubtful = index, state, scans, doubtful
@@ -282,7 +281,7 @@ class _Comparison:
         return f"{what}: {len(keys)} of its images differ, for example {keys[0]!r}"
 
 
-def content_sample(index: SampleIndex, urls: Sequence[str], options: Mapping[str, Any] | None = None) -> str:
+def content_sample(index: SampleIndex, urls: Sequence[str], options: StorageOptions | None = None) -> str:
     """sha256 over the bytes of up to `SAMPLE_IMAGES` images, spread evenly: tells other images under the same names and sizes
     where there is no ledger to tell it of each."""
     rows = np.unique(np.linspace(0, index.n_rows - 1, min(SAMPLE_IMAGES, index.n_rows)).astype(np.int64))

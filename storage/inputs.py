@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.folders import files_below, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
-from storage.paths import InputError, filesystem, is_memory, query_free, reaching, redact
+from storage.paths import InputError, StorageOptions, filesystem, is_memory, query_free, reaching, redact
 
 COMMON_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 """What is mostly a photograph; format 2's stores took no others."""
@@ -87,7 +87,7 @@ def _joined(listings: Iterable[Listing]) -> Listing:
 
 
 def expand_inputs(
-    patterns: Sequence[str], storage_options: Mapping[str, Any] | None = None, image: str | None = None
+    patterns: Sequence[str], storage_options: StorageOptions | None = None, image: str | None = None
 ) -> Listing:
     """List what `patterns` match: tar files, or the images of plain folders, in the order given, globs sorted.
 
@@ -102,7 +102,7 @@ def expand_inputs(
     return _joined(_expand_pattern(pattern, storage_options, image) for pattern in patterns)
 
 
-def _expand_pattern(pattern: str, options: Mapping[str, Any] | None, image: str | None) -> Listing:
+def _expand_pattern(pattern: str, options: StorageOptions | None, image: str | None) -> Listing:
     try:
         urls = list(braceexpand.braceexpand(pattern))
     except braceexpand.UnbalancedBracesError:
@@ -123,7 +123,7 @@ def _expand_pattern(pattern: str, options: Mapping[str, Any] | None, image: str 
     return listing
 
 
-def _expand_url(url: str, options: Mapping[str, Any] | None, image: str | None) -> Listing | None:
+def _expand_url(url: str, options: StorageOptions | None, image: str | None) -> Listing | None:
     """The files of one URL without braces; None if it names nothing that exists."""
     with reaching(redact(url, options)):
         fs, path = filesystem(url, options)
@@ -256,7 +256,7 @@ def _full_url(fs: fsspec.AbstractFileSystem, name: str) -> str:
 
 
 @contextlib.contextmanager
-def open_sequential(file: InputFile, storage_options: Mapping[str, Any] | None) -> Iterator[Any]:
+def open_sequential(file: InputFile, storage_options: StorageOptions | None) -> Iterator[Any]:
     """A binary file that is cheap to read and skip forward: 8 MiB read-ahead on object storage."""
     fs, path = filesystem(file.url, storage_options)
     ahead = {} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"}

@@ -23,7 +23,12 @@ import botocore.exceptions
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from storage.errors import RayliftError
+
 logger = logging.getLogger(__name__)
+
+StorageOptions = Mapping[str, object]
+"""fsspec's options for opening a URL, or such options by scheme (`{"s3": {...}, "https": {...}}`)."""
 
 SECRET_WORDS = ("key", "secret", "token", "pass", "sig", "credential", "sas", "auth", "cookie", "connection_string")
 """Names (of options, headers, URL parameters) that hold one of these words have their values blanked."""
@@ -38,7 +43,7 @@ _S3_CONFIG = {
 }
 
 
-class StorageError(Exception):
+class StorageError(RayliftError):
     """Base of what this package raises on purpose."""
 
 
@@ -52,7 +57,7 @@ class UnknownName(StorageError, KeyError):
     __str__ = Exception.__str__  # KeyError's puts the message in quotes
 
 
-def redact(text: str, storage_options: Mapping[str, Any] | None = None) -> str:
+def redact(text: str, storage_options: StorageOptions | None = None) -> str:
     """Blank credentials in `text`: user info and signed parameters of URLs, and every secret of `storage_options`."""
     text = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
     words = "|".join(SECRET_WORDS)
@@ -62,7 +67,7 @@ def redact(text: str, storage_options: Mapping[str, Any] | None = None) -> str:
     return text
 
 
-def public_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def public_options(options: StorageOptions) -> dict[str, Any]:
     """`options` with the value of every secret replaced by `***`, for files and logs."""
     shown: dict[str, Any] = {}
     for name, value in options.items():
@@ -77,7 +82,7 @@ def _is_secret(name: str) -> bool:
     return any(word in name.lower() for word in SECRET_WORDS)
 
 
-def _secret_values(options: Mapping[str, Any]) -> Iterable[str]:
+def _secret_values(options: StorageOptions) -> Iterable[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _secret_values(value)
@@ -86,7 +91,7 @@ def _secret_values(options: Mapping[str, Any]) -> Iterable[str]:
             yield from (text for text in values if isinstance(text, str) and len(text) >= 4)
 
 
-def filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
+def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
     """Open the filesystem of `url`; returns it and the path inside it.
 
     Raises `InputError` for an unknown scheme.
@@ -108,7 +113,7 @@ def filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> tu
     return fs, path
 
 
-def _options_for(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _options_for(url: str, options: StorageOptions) -> dict[str, Any]:
     """The options for `url`: those under its scheme where the keys are schemes, else all of them unless it is local."""
     scheme = url.split("://", 1)[0] if "://" in url else "file"
     if options and set(options) <= set(fsspec.available_protocols()):
@@ -145,7 +150,7 @@ class Folder:
     Pickles to URL and options; a filesystem is opened on first use in each process.
     """
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None):
+    def __init__(self, url: str, storage_options: StorageOptions | None = None):
         self.url = url.rstrip("/")
         self.options = dict(storage_options or {})
         self._open: tuple[int, fsspec.AbstractFileSystem, str] | None = None
@@ -409,7 +414,7 @@ def _ensure_parent(root: str, name: str) -> Path:
 
 def read_ranges(
     ranges: Sequence[tuple[str, int, int]],
-    storage_options: Mapping[str, Any] | None,
+    storage_options: StorageOptions | None,
     *,
     max_gap: int = 2**18,
     max_bytes: int = 2**25,
@@ -449,7 +454,7 @@ def merge_ranges(
     return merged
 
 
-def _read_range(url: str, start: int, end: int, options: Mapping[str, Any] | None) -> bytes:
+def _read_range(url: str, start: int, end: int, options: StorageOptions | None) -> bytes:
     if start == end:
         return b""
     fs, path = filesystem(url, options)
@@ -459,7 +464,7 @@ def _read_range(url: str, start: int, end: int, options: Mapping[str, Any] | Non
     return data[start:end] if len(data) > end - start else data
 
 
-def read_file(url: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
+def read_file(url: str, storage_options: StorageOptions | None = None) -> bytes:
     """All bytes of one file at any URL. Raises `FileNotFoundError`."""
     path, mark, query = url.partition("?") if "://" in url else (url, "", "")
     folder, slash, name = path.rpartition("/")

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 from storage.documents import DamagedObject, Document, MissingObject, decode, require_columns, rows_as, with_columns
 from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
-from storage.paths import Folder, UnknownName, read_ranges
+from storage.paths import Folder, StorageOptions, UnknownName, read_ranges
 from storage.scans import DuplicateKeys as DuplicateKeys
 from storage.scans import collect_index
 from storage.sources import (
@@ -462,7 +461,7 @@ def kept_index(folder: Folder) -> SampleIndex | None:
 
 
 def read_images(
-    rows: pa.Table, urls: Sequence[str], storage_options: Mapping[str, Any] | None = None
+    rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None
 ) -> list[bytes | None]:
     """The image bytes of index rows, in order; None where the index says that there is no image.
 

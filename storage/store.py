@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from storage.documents import DamagedObject, Document
 from storage.ledger import SCHEMA, Ledger
 from storage.metadata import zarr_documents
-from storage.paths import Folder, StorageError, UnknownName
+from storage.paths import Folder, StorageError, StorageOptions, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
 from storage.root import FORMAT, ROOT, StoreReplaced, read_attributes, require_same_store
@@ -85,7 +85,7 @@ class FeatureStore:
         return f"FeatureStore({self.folder.shown!r}, {len(self):,} rows, {self.status}: {levels})"
 
     @classmethod
-    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> "FeatureStore":
+    def open(cls, url: str, storage_options: StorageOptions | None = None) -> "FeatureStore":
         """Open an existing store. Raises `NotAStore`."""
         folder = Folder(url, storage_options)
         attributes = read_attributes(folder)
@@ -103,7 +103,7 @@ class FeatureStore:
         layout: Layout,
         *,
         provenance: Mapping[str, Any],
-        storage_options: Mapping[str, Any] | None = None,
+        storage_options: StorageOptions | None = None,
     ) -> "FeatureStore":
         """Create the store's metadata, or continue a store of the same fingerprint.
 

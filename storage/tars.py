@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from storage.inputs import IMAGE_EXTENSIONS, InputFile, open_sequential
 from storage.left_out import LeftOut, leave_out
-from storage.paths import InputError, query_free
+from storage.paths import InputError, StorageOptions, query_free
 from storage.tar_members import MAX_TEXT_BYTES, Aside, Gap, Member, TarWalk
 
 SCHEMA = pa.schema(
@@ -72,7 +72,7 @@ class SourceScan:
     "what is in the source and in no row, by reason"
 
 
-def scan_source(file: InputFile, rules: MemberRules, storage_options: Mapping[str, Any] | None = None) -> SourceScan:
+def scan_source(file: InputFile, rules: MemberRules, storage_options: StorageOptions | None = None) -> SourceScan:
     """List the samples of one tar (or the one sample of an image file). Raises `InputError` if it's no tar."""
     if file.is_image:
         return _scan_image_file(file, rules)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.config import ExtractConfig
+from pipelines.extraction.config import ExtractConfig
 
 if TYPE_CHECKING:
     from tests.forks import Forks

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.evaluation.demo import scene, write_demo
+from pipelines.demo_datasets import scene, write_demo
 from pipelines.executors import InlineExecutor
-from pipelines.extract import run_prepared
-from pipelines.prepare import prepare, resolve
-from pipelines.readouts.train import ReadoutTraining
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import run_prepared
 from pipelines.training.config import TrainConfig
 from pipelines.training.loop import TrainSummary, read_metrics, train_inline
+from pipelines.training.readout import ReadoutTraining
 from storage.paths import Folder
 
 TINY = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "executor": "inline", "device": "cpu"}

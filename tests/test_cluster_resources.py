@@ -20,8 +20,9 @@ from cluster.resources import (
     size_pool,
 )
 from cluster.session import ClusterError, own_environment
-from pipelines.config import ConfigError, ExtractConfig
+from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
+from pipelines.extraction.config import ExtractConfig
 from pipelines.training.config import TrainConfig
 
 FIXED = Growth()

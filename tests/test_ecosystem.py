@@ -15,7 +15,7 @@ import xarray
 import zarr
 
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from storage.paths import Folder
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
@@ -31,7 +31,7 @@ MAPS = ["x1", "x2", "x0.5", "5x3"]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> FeatureStore:
     """Seven images at 64 x 96 pixels in shards of four, the fourth unreadable."""
-    from pipelines.config import ExtractConfig
+    from pipelines.extraction.config import ExtractConfig
 
     folder = tmp_path_factory.mktemp("ecosystem")
     members = [(f"{n}.jpg", b"junk" if n == FAILED else jpeg(n, 80 + n, 60)) for n in range(7)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jobs import benchmark
-from operators.evaluation.propagation import Propagator
+from operators.metrics.propagation import Propagator
 from pipelines.benchmarks import evaluation as evaluation_benchmark
 from pipelines.benchmarks.evaluation import EvaluateBenchmark, enlarge_then_match, similarities
 from pipelines.config import ConfigError

@@ -18,8 +18,8 @@ from cluster.resources import WorkerPool
 from jobs import evaluate as job
 from pipelines.evaluation import correspondence, discovery, run, video
 from pipelines.evaluation.run import Piece, Record, run_pieces
-from pipelines.evaluation.sources import FeatureSource
 from pipelines.executors import InlineExecutor
+from pipelines.features.sources import FeatureSource
 from storage.paths import Folder
 from tests.test_pipelines_evaluation import (
     discovery_config,

@@ -12,17 +12,18 @@ from PIL import Image
 from jobs import evaluate as evaluate_job
 from jobs import train as train_job
 from pipelines.config import ConfigError
-from pipelines.evaluation import probe, run
-from pipelines.evaluation.datasets import DatasetError
-from pipelines.evaluation.probe import ProbeConfig
-from pipelines.evaluation.report import write_results
+from pipelines.evaluation import readouts as probe
+from pipelines.evaluation import run
+from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
-from pipelines.evaluation.sources import CachedSource, FeaturesMissing, LiveSource, describe
-from pipelines.models import FeatureModel
-from pipelines.readouts.source import picture_of
-from pipelines.weights import WeightsUnavailable
-from storage.checkpoints import read_pointers
+from pipelines.features.model import FeatureModel
+from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource, describe
+from pipelines.features.weights import WeightsUnavailable
+from pipelines.readouts.drawing import picture_of
+from pipelines.results import write_results
+from storage.datasets.files import DatasetError
 from storage.paths import Folder
+from storage.runs import read_pointers
 from tests.readout_runs import OF_TASK, TINY, extract, held_out, train, training, write_sets
 
 pytestmark = pytest.mark.usefixtures("one_thread")

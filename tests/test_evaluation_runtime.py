@@ -9,14 +9,14 @@ import timm
 import torch
 
 from operators.upsamplers import build_net
-from operators.vit_up import ViTUpConfig
-from pipelines.benchmarks.cost import TABLE_9
-from pipelines.benchmarks.measure import held_bytes
-from pipelines.benchmarks.vit_up import head_macs
+from operators.upsamplers.vit_up import ViTUpConfig
 from pipelines.config import ConfigError
-from pipelines.evaluation import runtime
+from pipelines.costs import runtime
+from pipelines.costs.clocks import held_bytes
+from pipelines.costs.runtime import RuntimeConfig
+from pipelines.costs.upsamplers import TABLE_9
+from pipelines.costs.vit_up import head_macs
 from pipelines.evaluation.run import run_pieces
-from pipelines.evaluation.runtime import RuntimeConfig
 from tests.test_pipelines_evaluation import TINY, evaluate
 from tests.test_pipelines_learned import checkpoint
 

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.train import main as train
-from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
-from pipelines.status import read_status, status_lines
-from pipelines.training.x2 import X2Config
-from storage.checkpoints import read_last, read_pointers
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.run import extract
+from pipelines.showing.status import read_status, status_lines
+from pipelines.training.lift import X2Config
 from storage.documents import DamagedObject
 from storage.paths import Folder
+from storage.runs import read_last, read_pointers
 from storage.store import FeatureStore
 from tests.test_pipelines_s3 import tree
 

@@ -20,13 +20,13 @@ import s3fs
 from PIL import Image
 
 from jobs.extract import run
-from pipelines.config import ExtractConfig
 from pipelines.executors import InlineExecutor
-from pipelines.extract import RunFailed, extract, run_prepared
-from pipelines.photos import read_photos
-from pipelines.plan import make_plan
-from pipelines.prepare import prepare, resolve
-from pipelines.worker import ShardWorker
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.plan import make_plan
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import RunFailed, extract, run_prepared
+from pipelines.extraction.worker import ShardWorker
+from pipelines.features.photos import read_photos
 from storage.paths import Folder, InputError
 from storage.store import FeatureStore
 from tests.conftest import write_tar
@@ -479,7 +479,7 @@ def test_retry_of_a_repaired_image_that_is_killed_before_the_index_is_taken_over
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.prepare.move_index", killed)
+        patch.setattr("pipelines.extraction.prepare.move_index", killed)
         with pytest.raises(KeyboardInterrupt):
             extract(config, InlineExecutor())
     extract(config, InlineExecutor())
@@ -526,7 +526,7 @@ def cut_behind(tar: Path, samples: int) -> bytes:
 
 
 def test_repaired_store_keeps_its_block_size_and_its_limit(tmp_path, features, monkeypatch):
-    monkeypatch.setattr("pipelines.prepare.choose_block_rows", lambda n_rows, spec: 2 if n_rows < 8 else 4)
+    monkeypatch.setattr("pipelines.extraction.prepare.choose_block_rows", lambda n_rows, spec: 2 if n_rows < 8 else 4)
     tar = write_tar(tmp_path / "a.tar", bmps("a", *range(12)))
     config = config_of([str(tar)], tmp_path / "out.zarr", block_rows=None, limit=9, retry_failed=True)
     whole = cut_behind(tar, 5)

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from jobs import benchmark
-from operators.vit_up import ViTUpConfig
-from pipelines.benchmarks import cost as cost_benchmark
+from operators.upsamplers.vit_up import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
-from pipelines.benchmarks import measure
 from pipelines.benchmarks import read as read_benchmark
-from pipelines.benchmarks import vit_up as vit_up_benchmark
-from pipelines.benchmarks import windows as window_benchmark
 from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, run_fresh
 from pipelines.benchmarks.read import Place, check
 from pipelines.config import ConfigError
+from pipelines.costs import clocks as measure
+from pipelines.costs import upsamplers as cost_benchmark
+from pipelines.costs import vit_up as vit_up_benchmark
+from pipelines.costs import windows as window_benchmark
 
 
 def test_extract_measures_all_four_side_by_side_and_their_features_agree(tmp_path, capsys):

@@ -17,11 +17,11 @@ from PIL import Image
 
 from jobs.show import run
 from pipelines.executors import InlineExecutor
-from pipelines.extract import RunFailed, extract
-from pipelines.report import render_report
-from pipelines.status import BOTTLENECKS, MAX_RECORDS, read_status, status_lines
-from pipelines.views import colours_for, pick_rows, similar_panel, view_panel
-from pipelines.worker import ShardWorker
+from pipelines.extraction.run import RunFailed, extract
+from pipelines.extraction.worker import ShardWorker
+from pipelines.showing.report import render_report
+from pipelines.showing.status import BOTTLENECKS, MAX_RECORDS, read_status, status_lines
+from pipelines.showing.views import colours_for, pick_rows, similar_panel, view_panel
 from storage.paths import StorageError
 from storage.store import FeatureStore, MissingRows, NotAStore, OutsideImage
 from tests.conftest import jpeg, write_tar
@@ -98,7 +98,7 @@ def test_stored_bytes_are_those_of_the_objects(store):
 
 def test_status_scales_up_from_a_sample_of_tasks(store, monkeypatch):
     exact = read_status(store)
-    monkeypatch.setattr("pipelines.status.MAX_RECORDS", 2)
+    monkeypatch.setattr("pipelines.showing.status.MAX_RECORDS", 2)
 
     status = read_status(store)
 

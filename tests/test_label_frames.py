@@ -14,18 +14,19 @@ import pytest
 from PIL import Image, ImageOps
 
 from operators.image import open_rgb
-from operators.orientation import Orientation
 from pipelines.config import ConfigError
-from pipelines.evaluation import correspondence, discovery, probe, video
+from pipelines.demo_datasets import scene, write_demo
+from pipelines.evaluation import correspondence, discovery, video
+from pipelines.evaluation import readouts as probe
 from pipelines.evaluation.correspondence import CorrespondenceConfig
-from pipelines.evaluation.datasets import DatasetError
-from pipelines.evaluation.demo import scene, write_demo
 from pipelines.evaluation.discovery import DiscoveryConfig
-from pipelines.evaluation.probe import ProbeConfig
-from pipelines.evaluation.report import write_results
+from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
-from pipelines.evaluation.sources import FeaturesMissing, describe
 from pipelines.evaluation.video import VideoConfig, label_png
+from pipelines.features.sources import FeaturesMissing, describe
+from pipelines.results import write_results
+from storage.datasets.files import DatasetError
+from storage.orientation import Orientation
 from tests.readout_runs import TINY, extract, prepared, train, training, write_nyu
 
 pytestmark = pytest.mark.usefixtures("one_thread")

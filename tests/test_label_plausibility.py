@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from pipelines.config import ConfigError
-from pipelines.evaluation.datasets import DatasetError, digest, load_coco20k, load_spair, load_voc
-from pipelines.evaluation.demo import scene, write_demo
+from pipelines.demo_datasets import scene, write_demo
 from pipelines.evaluation.video import VideoConfig, prepare
-from pipelines.readouts.datasets import LabelReading, load_coco_instances, load_labelled
-from pipelines.readouts.labels import ClassMask
-from pipelines.readouts.train import ReadoutTraining
+from pipelines.training.readout import ReadoutTraining
+from storage.datasets.files import DatasetError, digest, load_coco20k, load_spair, load_voc
+from storage.datasets.labels import ClassMask
+from storage.datasets.registry import LabelReading, load_coco_instances, load_labelled
 from storage.paths import Folder
 from tests.readout_runs import TINY
 

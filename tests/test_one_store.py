@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipelines.executors import InlineExecutor
-from pipelines.extract import RunFailed, extract
-from pipelines.worker import ShardWorker
+from pipelines.extraction.run import RunFailed, extract
+from pipelines.extraction.worker import ShardWorker
 from storage.ledger import SampleRecord, committed_objects
 from storage.paths import Folder
 from storage.root import StoreReplaced
@@ -178,7 +178,7 @@ def test_worker_of_a_store_that_is_gone_says_so_and_the_driver_stops_at_once(mak
 def test_heartbeat_of_a_driver_whose_store_was_replaced_writes_nothing(make_tars, tiny, monkeypatch):
     """While a task takes long, or workers write nothing more."""
     config = tiny(make_tars(count=1, each=8))
-    monkeypatch.setattr("pipelines.extract.SAVE_INTERVAL_S", 0.02)
+    monkeypatch.setattr("pipelines.extraction.run.SAVE_INTERVAL_S", 0.02)
 
     def slow(self, task, loaded):
         shutil.rmtree(config.out)

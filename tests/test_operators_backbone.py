@@ -31,8 +31,10 @@ from operators.backbone import (
     state_arrays,
     weights_digest,
 )
-from pipelines.models import FeatureModel, LevelChoice, ModelBundle, describe_model
-from pipelines.weights import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
+from pipelines.features.bundle import ModelBundle, describe_model
+from pipelines.features.levels import LevelChoice
+from pipelines.features.model import FeatureModel
+from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = "test_vit.r160_in1k"

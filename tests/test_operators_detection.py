@@ -11,8 +11,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.ops import nms
 
-from operators.evaluation.boundaries import boundary_sums, merge
-from operators.evaluation.detection import COCO, DEAP, ApProtocol, ImageDetections, ImageTruth, coco_scores
+from operators.metrics.boundaries import boundary_sums, merge
+from operators.metrics.detection import COCO, DEAP, ApProtocol, ImageDetections, ImageTruth, coco_scores
+from operators.objectives.targets import boundary_target, instance_ids
 from operators.readouts.centernet import (
     centernet_boxes,
     centernet_loss,
@@ -24,7 +25,6 @@ from operators.readouts.centernet import (
     points_loss,
     points_targets,
 )
-from operators.readouts.targets import boundary_target, instance_ids
 
 GOLDEN = Path(__file__).parent / "golden"
 

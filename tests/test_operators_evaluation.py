@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from operators.evaluation.canvas import Canvas
-from operators.evaluation.cka import cka, gram, hsic_terms
-from operators.evaluation.correspondence import LIFT, VIT_UP, PairScore, Pck, View, match, score_pair
-from operators.evaluation.discovery import CorLoc, TokenCut, box_iou, discover
-from operators.evaluation.matching import best_pixels, pixel_features
-from operators.evaluation.similarity import centre_cell, self_similarity
+from operators.metrics.canvas import Canvas
+from operators.metrics.cka import cka, gram, hsic_terms
+from operators.metrics.correspondence import LIFT, VIT_UP, PairScore, Pck, View, match, score_pair
+from operators.metrics.discovery import CorLoc, TokenCut, box_iou, discover
+from operators.metrics.matching import best_pixels, pixel_features
+from operators.metrics.similarity import centre_cell, self_similarity
 from tests.goldens import Allocations
 from tests.goldens import evaluation_golden as golden
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from operators.evaluation.davis import (
+from operators.metrics.davis import (
     ObjectCurves,
     Statistics,
     boundary,
@@ -18,7 +18,7 @@ from operators.evaluation.davis import (
     summarise,
     tolerance_pixels,
 )
-from operators.evaluation.propagation import Propagation, Propagator, label_image, nearest, one_hot
+from operators.metrics.propagation import Propagation, Propagator, label_image, nearest, one_hot
 from tests.goldens import Allocations
 from tests.goldens import evaluation_golden as golden
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.learned import UpsamplerError
-from operators.vit_up.lora import Lora
+from operators.upsamplers.recursive import UpsamplerError
+from operators.upsamplers.vit_up.lora import Lora
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 EXACT = {"rtol": 0, "atol": 0}

@@ -7,7 +7,7 @@ import pytest
 import safetensors
 import torch
 
-from operators.losses import LOSSES, cosine_loss, lower, multi_scale_loss
+from operators.objectives.lift import LOSSES, cosine_loss, lower, multi_scale_loss
 from operators.upsamplers import build_net
 
 GOLDEN = Path(__file__).parent / "golden"

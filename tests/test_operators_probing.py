@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from operators.evaluation.depth import (
+from operators.metrics.depth import (
     DepthMetrics,
     SquaredError,
     average,
@@ -19,9 +19,9 @@ from operators.evaluation.depth import (
     scale_and_shift,
     score_depth,
 )
-from operators.evaluation.instances import cluster_pixels, foreground_ari, instance_ari
-from operators.evaluation.segmentation import COARSE_OF_FINE, Segmentation, coarse_labels, confusion
-from operators.readouts.losses import (
+from operators.metrics.instances import cluster_pixels, foreground_ari, instance_ari
+from operators.metrics.segmentation import COARSE_OF_FINE, Segmentation, coarse_labels, confusion
+from operators.objectives.dense import (
     LossSum,
     boundary_loss,
     cross_entropy,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from operators.backbone import PatchFeatures
-from operators.upsamplers.learned import UpsamplerError
-from operators.vit_up import (
+from operators.upsamplers.recursive import UpsamplerError
+from operators.upsamplers.vit_up import (
     AdaptedBackbone,
     Lora,
     ViTUp,
@@ -26,10 +26,10 @@ from operators.vit_up import (
     grid_coordinates,
     read_checkpoint,
 )
-from operators.vit_up.attention import CrossAttention, Windows, attend
-from operators.vit_up.geometry import Rope, encode_offsets, nearest_tokens, offset_frequencies
-from operators.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, sample
-from pipelines.benchmarks.windows import gather_then_attend
+from operators.upsamplers.vit_up.attention import CrossAttention, Windows, attend
+from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens, offset_frequencies
+from operators.upsamplers.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, sample
+from pipelines.costs.windows import gather_then_attend
 from tests.goldens import GOLDEN, hash_tensor
 
 # Of README_lift_vitup.md, with the float32 noise measured there.

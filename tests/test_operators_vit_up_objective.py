@@ -7,11 +7,11 @@ import pytest
 import safetensors
 import torch
 
-from operators.vit_up.objective import (
+from operators.objectives.schedule import learning_rate
+from operators.objectives.vit_up import (
     LossWeights,
     Supervision,
     cosine,
-    learning_rate,
     objective,
     relational_kl,
     standardised_l2,

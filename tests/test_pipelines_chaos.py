@@ -19,12 +19,12 @@ import pytest
 from cluster.nodes import processes_in
 from pipelines.benchmarks.chaos import CHAOS_PRESETS, ChaosBenchmark, chaos_report, deal, require_nothing_lost
 from pipelines.benchmarks.chaos_jobs import ExtractJob, TrainJob
-from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.config import ConfigError
+from pipelines.costs.clocks import BenchmarkFailed
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
-from storage.checkpoints import Checkpoint, write_checkpoint, write_metrics
+from pipelines.extraction.run import extract
 from storage.paths import Folder
+from storage.runs import Checkpoint, write_checkpoint, write_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

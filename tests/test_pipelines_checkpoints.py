@@ -11,11 +11,11 @@ import torch
 
 from operators.backbone import TimmBackbone, create_model, state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError
-from operators.vit_up import Lora, ViTUpConfig
-from pipelines.benchmarks.windows import random_head
-from pipelines.checkpoints import TRAINED_ON, ViTUpWeights, trained_on
-from pipelines.config import ExtractConfig
-from pipelines.models import fresh_model, load_described
+from operators.upsamplers.vit_up import Lora, ViTUpConfig
+from pipelines.costs.windows import random_head
+from pipelines.extraction.config import ExtractConfig
+from pipelines.features.bundle import fresh_model, load_described
+from pipelines.features.upsamplers import TRAINED_ON, ViTUpWeights, trained_on
 from storage.paths import Folder
 
 NAME, SIZE = "test_vit.r160_in1k", (64, 64)

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from pipelines.config import ExtractConfig
-from pipelines.datasets import FeatureDataset, FeatureStream, StateMismatch, StreamOrder, read_rows
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.run import extract
+from pipelines.feature_datasets import FeatureDataset, FeatureStream, StateMismatch, StreamOrder, read_rows
 from storage.paths import Folder, StorageError
 from storage.store import FeatureStore, MissingRows
 from tests.conftest import jpeg, write_tar
@@ -549,7 +549,7 @@ def test_state_of_another_stream_is_refused_with_what_differs(store, changes, na
 def test_state_loaded_before_workers_are_forked_is_refused_by_them(store, monkeypatch):
     stream = FeatureStream(store, ["pooled"])
     stream.load_state_dict(stream.state_dict())
-    monkeypatch.setattr("pipelines.datasets.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
+    monkeypatch.setattr("pipelines.feature_datasets.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
 
     with pytest.raises(StateMismatch, match="workers 1 in the state, 2 here"):
         list(stream)

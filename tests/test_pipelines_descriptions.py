@@ -17,15 +17,15 @@ from timm.models import save_for_hf
 
 from jobs.extract import run
 from operators.backbone import BackboneError
-from pipelines.config import ExtractConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
-from pipelines.evaluation.sources import resolve_source
 from pipelines.executors import InlineExecutor
-from pipelines.models import load_described
-from pipelines.training.x2 import X2Config
-from pipelines.weights import WeightsChoice, WeightsUnavailable, load_model, read_description
-from storage.checkpoints import read_run
+from pipelines.extraction.config import ExtractConfig
+from pipelines.features.bundle import load_described
+from pipelines.features.sources import resolve_source
+from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_description
+from pipelines.training.lift import X2Config
 from storage.paths import Folder
+from storage.runs import read_run
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 from tests.conftest import write_tar

@@ -11,17 +11,26 @@ import pytest
 import torch
 from PIL import Image
 
-from operators.evaluation.cka import cka, hsic_terms
-from operators.evaluation.correspondence import LIFT, VIT_UP, Pck
-from operators.evaluation.discovery import CorLoc
-from operators.evaluation.propagation import nearest
-from operators.orientation import Orientation
+from operators.metrics.cka import cka, hsic_terms
+from operators.metrics.correspondence import LIFT, VIT_UP, Pck
+from operators.metrics.discovery import CorLoc
+from operators.metrics.propagation import nearest
 from pipelines.config import ConfigError
+from pipelines.demo_datasets import scene, write_demo
 from pipelines.evaluation import cka as cka_job
 from pipelines.evaluation import correspondence, discovery, run, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.correspondence import Correspondence, CorrespondenceConfig
-from pipelines.evaluation.datasets import (
+from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.run import run_pieces
+from pipelines.evaluation.similarity import SimilarityConfig
+from pipelines.evaluation.video import VideoConfig, label_png
+from pipelines.executors import InlineExecutor
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import run_prepared
+from pipelines.features.sources import FeaturesMissing, Row, Squash, describe, resolve_source
+from pipelines.results import write_results
+from storage.datasets.files import (
     DatasetError,
     ImageFile,
     Pair,
@@ -32,17 +41,8 @@ from pipelines.evaluation.datasets import (
     load_voc,
     read_labels,
 )
-from pipelines.evaluation.demo import scene, write_demo
-from pipelines.evaluation.discovery import DiscoveryConfig
-from pipelines.evaluation.images import OrientedImage
-from pipelines.evaluation.report import write_results
-from pipelines.evaluation.run import run_pieces
-from pipelines.evaluation.similarity import SimilarityConfig
-from pipelines.evaluation.sources import FeaturesMissing, Row, Squash, describe, resolve_source
-from pipelines.evaluation.video import VideoConfig, label_png
-from pipelines.executors import InlineExecutor
-from pipelines.extract import run_prepared
-from pipelines.prepare import prepare, resolve
+from storage.datasets.pictures import OrientedImage
+from storage.orientation import Orientation
 from storage.paths import Folder
 
 TINY = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "executor": "inline", "device": "cpu"}

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from pipelines import worker as worker_module
 from pipelines.executors import InlineExecutor
-from pipelines.extract import RunFailed, extract
-from pipelines.worker import ShardWorker
+from pipelines.extraction import worker as worker_module
+from pipelines.extraction.run import RunFailed, extract
+from pipelines.extraction.worker import ShardWorker
 from storage.paths import Folder
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
@@ -157,7 +157,7 @@ def test_retry_failed_runs_only_tasks_with_failed_rows(tmp_path, tiny, monkeypat
 
 
 def test_run_json_repeats_the_run_and_holds_no_secret(make_tars, tiny):
-    from pipelines.config import config_from_run
+    from pipelines.extraction.config import config_from_run
 
     config = tiny(make_tars(), storage_options='{"s3": {"key": "AKIDEXAMPLE", "secret": "hunter2hunter2"}}')
     summary = extract(config, InlineExecutor())
@@ -201,7 +201,7 @@ def test_task_that_storage_fails_stays_pending_and_the_same_command_continues(ma
 
 
 def test_index_that_a_plan_left_is_replaced_when_settings_change(make_tars, tiny):
-    from pipelines.prepare import prepare, resolve
+    from pipelines.extraction.prepare import prepare, resolve
 
     data = make_tars()
     prepare(resolve(tiny(data, limit=8)), InlineExecutor())

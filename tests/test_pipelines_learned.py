@@ -28,13 +28,13 @@ from jobs.show import run as show
 from operators.backbone import BackboneError, TimmBackbone, create_model, normalise, state_arrays, weights_digest
 from operators.upsamplers import build_net, create_upsampler, learned_upsampler
 from pipelines.config import ConfigError
+from pipelines.demo_datasets import write_demo
 from pipelines.evaluation.correspondence import CorrespondenceConfig
-from pipelines.evaluation.demo import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.extract import extract
-from pipelines.models import LevelChoice
-from pipelines.photos import read_photos
-from pipelines.worker import ShardWorker
+from pipelines.extraction.run import extract
+from pipelines.extraction.worker import ShardWorker
+from pipelines.features.levels import LevelChoice
+from pipelines.features.photos import read_photos
 from storage.paths import Folder
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
@@ -691,7 +691,7 @@ def test_store_with_a_learned_level_is_shown_beside_the_bilinear_map(keys, tmp_p
 
 
 def test_similar_panel_names_every_level_and_adds_the_bilinear_map(keys, tmp_path):
-    from pipelines.views import similar_panel
+    from pipelines.showing.views import similar_panel
 
     url = official_file(tmp_path / "lift.pth")
     config = keys(levels=("x1", f"x2=lift:{url}"))

@@ -18,7 +18,7 @@ import pytest
 from cluster.nodes import free_port
 from cluster.session import own_environment
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from storage.paths import Folder
 from storage.store import FeatureStore
 from storage.tars import MemberRules, scan_source

@@ -8,7 +8,7 @@ import s3fs
 
 from jobs.extract import run
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from storage.paths import Folder
 from tests.test_pipelines_s3 import same_but_sources, tree, upload
 
@@ -51,7 +51,7 @@ def test_of_sixteen_writers_exactly_one_creates(gateway, bucket):
 def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(
     gateway, bucket, make_tars, tiny, tmp_path, monkeypatch
 ):
-    from pipelines.worker import ShardWorker
+    from pipelines.extraction.worker import ShardWorker
 
     local = tiny(make_tars(count=2, each=10))
     upload(tmp_path / "in", bucket, gateway)

@@ -13,7 +13,7 @@ import pytest
 import s3fs
 
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from storage.paths import Folder
 
 

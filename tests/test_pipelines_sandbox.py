@@ -17,16 +17,16 @@ from PIL import Image
 from operators.codecs.memory import BYTES_PER_PIXEL, DecodeMemory, decode_bytes
 from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.image import Geometry, decode
-from pipelines import sandbox as sandbox_module
-from pipelines import worker as worker_module
-from pipelines.config import ExtractConfig
-from pipelines.decoding import DecodeStuck, DecodeThreads
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
-from pipelines.plan import make_plan
-from pipelines.prepare import prepare, resolve
-from pipelines.sandbox import DecoderDied, Sandbox
-from pipelines.worker import ShardWorker
+from pipelines.extraction import sandbox as sandbox_module
+from pipelines.extraction import worker as worker_module
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
+from pipelines.extraction.plan import make_plan
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import extract
+from pipelines.extraction.sandbox import DecoderDied, Sandbox
+from pipelines.extraction.worker import ShardWorker
 from storage.ledger import image_digest
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SQUARE = Geometry(mode="crop", height=32, width=32)
 
 POISONED = """
-import os, pipelines.sandbox as sandbox, time
+import os, pipelines.extraction.sandbox as sandbox, time
 decode = sandbox.decode
 def poisoned(data, *args, **options):
     if data.endswith(b"kills"):
@@ -357,7 +357,7 @@ from PIL import Image
 from operators.codecs.memory import DecodeMemory
 from operators.image import Geometry, decode, limit_pillow
 from pipelines.benchmarks.processes import high_water
-from pipelines.decoding import DecodeThreads
+from pipelines.extraction.decoding import DecodeThreads
 out = io.BytesIO()
 Image.new("RGB", (5000, 5000), (1, 2, 3)).save(out, "PNG")
 limit_pillow(25_000_000)

@@ -12,8 +12,8 @@ from pipelines.benchmarks.scale import ScaleBenchmark, _steady, measure_run, mea
 from pipelines.benchmarks.simulated import SimulatedSetup
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
-from pipelines.extract import run_prepared
-from pipelines.prepare import prepare, resolve
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import run_prepared
 from storage.store import FeatureStore
 
 MACHINE = {"cpu": "a CPU", "load": 0.5}

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from operators.upsamplers import learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import TrainOrder, load_inline
+from pipelines.training.lift import X2Config
 from pipelines.training.loop import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
-from pipelines.training.x2 import X2Config
-from storage.checkpoints import read_checkpoint, read_last, read_pointers
 from storage.paths import Folder, InputError
+from storage.runs import read_checkpoint, read_last, read_pointers
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
 from tests.test_input_identity import bitmap

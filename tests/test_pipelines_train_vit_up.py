@@ -10,16 +10,16 @@ import safetensors.torch
 import torch
 
 from operators.backbone import BackboneError
+from operators.objectives.vit_up import LossWeights
 from operators.upsamplers import UpsamplerError
-from operators.vit_up import AdaptedBackbone, Lora, ViTUpConfig, ViTUpHead
-from operators.vit_up.objective import LossWeights
+from operators.upsamplers.vit_up import AdaptedBackbone, Lora, ViTUpConfig, ViTUpHead
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from pipelines.training.loop import read_metrics, train_inline
 from pipelines.training.vit_up import Distillation, ViTUpNet, ViTUpTraining
-from storage.checkpoints import read_checkpoint, read_last
 from storage.paths import Folder
+from storage.runs import read_checkpoint, read_last
 from storage.store import FeatureStore
 from tests.test_operators_vit_up import dinov3, golden, load_hf, under
 

@@ -7,7 +7,7 @@ import torch
 from jobs import show
 from operators.backbone import BackboneError, TimmBackbone, create_model
 from pipelines.config import ConfigError
-from pipelines.readouts.backbones import BACKBONES, BY_NAME, find_backbone
+from pipelines.tables.backbones import BACKBONES, BY_NAME, find_backbone
 
 RUNNABLE = [each for each in BACKBONES if not each.absent]
 

@@ -6,7 +6,7 @@ import pytest
 
 from jobs import benchmark
 from pipelines.config import ConfigError
-from pipelines.readouts.cost import DeapCost, measure_deap
+from pipelines.costs.readouts import DeapCost, measure_deap
 
 
 @pytest.mark.usefixtures("one_thread")

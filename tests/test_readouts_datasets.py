@@ -14,9 +14,11 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from pipelines.evaluation.datasets import DatasetError, digest
-from pipelines.evaluation.demo import scene
-from pipelines.readouts.datasets import (
+from pipelines.demo_datasets import scene
+from storage.datasets.files import DatasetError, digest
+from storage.datasets.images import TarImage, tar_members
+from storage.datasets.labels import TABLES, ClassMask, InstanceArrays, decode_mask
+from storage.datasets.registry import (
     DATASETS,
     load_ade20k,
     load_cityscapes,
@@ -27,8 +29,6 @@ from pipelines.readouts.datasets import (
     load_photos_open,
     load_voc_seg,
 )
-from pipelines.readouts.images import TarImage, tar_members
-from pipelines.readouts.labels import TABLES, ClassMask, InstanceArrays, decode_mask
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
 

@@ -10,16 +10,17 @@ import psutil
 import pytest
 import timm
 
-from jobs import grid as job
+from jobs import tables as job
 from operators.backbone import TimmBackbone
 from pipelines.config import ConfigError
-from pipelines.readouts import grid, speed
-from pipelines.readouts.backbones import BACKBONES
-from pipelines.readouts.grid import CellResult, GridConfig, plan_cells, run_cell, run_cells
-from pipelines.readouts.grid_report import entries, report, scatter, write_grid
-from pipelines.readouts.published import DEAP_TASKS, PUBLISHED, TABLE_3, find_task, published_values
-from pipelines.readouts.train import ReadoutTraining
+from pipelines.costs import speed
+from pipelines.tables import cells as grid
+from pipelines.tables.backbones import BACKBONES
+from pipelines.tables.cells import CellResult, GridConfig, plan_cells, run_cell, run_cells
+from pipelines.tables.deap import entries, report, scatter, write_grid
+from pipelines.tables.tasks import DEAP_TASKS, PUBLISHED, TABLE_3, find_task, published_values
 from pipelines.training.loop import read_metrics
+from pipelines.training.readout import ReadoutTraining
 from storage.paths import Folder
 from tests.readout_runs import extract, held_out, losses, write_sets
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from storage.checkpoints import (
+from storage.paths import Folder
+from storage.runs import (
     Checkpoint,
     CheckpointError,
     Pointers,
@@ -19,7 +20,6 @@ from storage.checkpoints import (
     write_metrics,
     write_run,
 )
-from storage.paths import Folder
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

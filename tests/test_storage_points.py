@@ -15,7 +15,7 @@ from PIL import Image
 
 from operators.backbone import PatchFeatures, TimmBackbone
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from storage.ledger import SampleRecord
 from storage.paths import Folder
 from storage.samples import write_index

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 import storage.spec
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
-from pipelines.worker import ShardWorker
+from pipelines.extraction.run import extract
+from pipelines.extraction.worker import ShardWorker
 from storage.ledger import SCHEMA as LEDGER_SCHEMA
 from storage.ledger import Ledger, SampleRecord
 from storage.paths import Folder, StorageError, UnknownName

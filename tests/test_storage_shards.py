@@ -16,7 +16,7 @@ from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
+from pipelines.extraction.run import extract
 from storage.shards import compress, encode_row, encode_shard
 from storage.spec import FeatureSpec, Layout, Level, choose_block_rows, fingerprint
 from tests.conftest import jpeg, write_tar

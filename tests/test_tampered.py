@@ -15,10 +15,11 @@ import pytest
 import s3fs
 
 from jobs.extract import run
-from pipelines.config import ConfigError, config_from_run
+from pipelines.config import ConfigError
 from pipelines.evaluation.run import Piece, _records
-from pipelines.status import failure_lines, failures, read_status, row_lines, status_lines
-from pipelines.views import colours_for
+from pipelines.extraction.config import config_from_run
+from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
+from pipelines.showing.views import colours_for
 from storage.documents import DamagedObject, decode
 from storage.paths import Folder, StorageError
 from storage.spec import FeatureSpec, Layout, Level, fingerprint_of

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms, sigmoid_focal_loss
 
-from operators.readouts.losses import LossSum
+from operators.objectives.dense import LossSum
 
 SIGMA = 0.12
 """Of DeAP's Gaussians, for an object that fills an image of 224 px."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from operators.backbone import PatchFeatures
 from operators.upsamplers.interpolate import AveragePool, Interpolate
-from operators.upsamplers.learned import (
+from operators.upsamplers.recursive import (
     LEARNED,
     LearnedUpsampler,
     NetConfig,

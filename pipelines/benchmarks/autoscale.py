@@ -18,9 +18,8 @@ from cluster.autoscaling import AutoscalingCluster
 from cluster.nodes import ROOT
 from cluster.session import own_cluster
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.measure import table
-from pipelines.benchmarks.processes import CORES, BenchmarkFailed
 from pipelines.config import ConfigError
+from pipelines.costs.clocks import CORES, BenchmarkFailed, table
 from storage.store import FeatureStore
 
 SAMPLE_S = 0.5

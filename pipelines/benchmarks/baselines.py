@@ -23,9 +23,9 @@ from zarr.codecs import ZstdCodec
 
 from operators.backbone import autocast, cast_matmul_weights, normalise
 from operators.image import Geometry
-from pipelines.benchmarks.processes import CORES
-from pipelines.photos import geometry_of
-from pipelines.weights import WeightsChoice, load_model
+from pipelines.costs.clocks import CORES
+from pipelines.features.photos import geometry_of
+from pipelines.features.weights import WeightsChoice, load_model
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 

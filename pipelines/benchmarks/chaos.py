@@ -23,9 +23,8 @@ from typing import Any, Literal, TypeAlias
 from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.measure import table
-from pipelines.benchmarks.processes import BenchmarkFailed
 from pipelines.config import ConfigError
+from pipelines.costs.clocks import BenchmarkFailed, table
 from pipelines.executors import NO_PROGRESS_S
 
 logger = logging.getLogger(__name__)

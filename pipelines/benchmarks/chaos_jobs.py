@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from cluster.nodes import ROOT
-from storage.checkpoints import read_last, read_metrics
 from storage.paths import Folder
+from storage.runs import read_last, read_metrics
 from storage.store import FeatureStore, NotAStore
 
 MODEL = ("--model", "test_vit.r160_in1k", "--weights", "random", "--precision", "fp32", "--device", "cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.benchmarks.processes import CORES
+from pipelines.costs.clocks import CORES
 from pipelines.demo import PHOTOS
 
 

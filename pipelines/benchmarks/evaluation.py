@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from operators.evaluation.matching import Normalise, best_pixels
-from operators.evaluation.propagation import Propagation, Propagator
-from pipelines.benchmarks.measure import device_name, median_ratio, peak_bytes, table, timed
-from pipelines.benchmarks.processes import BenchmarkFailed
+from operators.metrics.matching import Normalise, best_pixels
+from operators.metrics.propagation import Propagation, Propagator
 from pipelines.config import ConfigError
+from pipelines.costs.clocks import BenchmarkFailed, device_name, median_ratio, peak_bytes, table, timed
 
 _TOLERANCE = 1e-4
 "largest difference of similarities and of soft labels, which are at most 1"

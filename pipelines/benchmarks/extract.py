@@ -17,13 +17,14 @@ import zarr
 from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.measure import table
-from pipelines.benchmarks.processes import CORES, SPAWN, BenchmarkFailed, Usage, durations, run_fresh
-from pipelines.config import ConfigError, ExtractConfig
+from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
+from pipelines.config import ConfigError
+from pipelines.costs.clocks import CORES, BenchmarkFailed, table
 from pipelines.executors import RayExecutor
-from pipelines.extract import run_prepared
-from pipelines.models import LevelChoice
-from pipelines.prepare import prepare, resolve
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import run_prepared
+from pipelines.features.levels import LevelChoice
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)

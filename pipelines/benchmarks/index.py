@@ -8,11 +8,12 @@ from typing import Any
 
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
-from pipelines.benchmarks.measure import table
-from pipelines.benchmarks.processes import CORES, durations, run_fresh
-from pipelines.config import ConfigError, ExtractConfig
+from pipelines.benchmarks.processes import durations, run_fresh
+from pipelines.config import ConfigError
+from pipelines.costs.clocks import CORES, table
 from pipelines.executors import RayExecutor
-from pipelines.prepare import prepare, resolve
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.prepare import prepare, resolve
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import multiprocessing.connection
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,14 +12,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from pipelines.costs.clocks import BenchmarkFailed
+
 SPAWN = multiprocessing.get_context("spawn")
 GROUPS = ("driver", "workers", "ray")
 """The measured program; its worker processes (Ray's, or the DataLoader's); Ray's own daemons."""
-
-
-class BenchmarkFailed(RuntimeError):
-    """A measured process died, or results that must agree don't."""
 
 
 class Usage:
@@ -103,27 +99,6 @@ def _pss(pid: int) -> int:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def peak_rss(run: Callable[[], Any]) -> int | None:
-    """The most resident memory of this process during a call, in bytes, all that was there before included.
-
-    By Linux's own high-water mark, which is reset first; None where there is none, or it can't be reset.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    run()
-    return high_water()
-
-
-def high_water() -> int | None:
-    """The most resident memory of this process since its start, or since the mark was reset; None where there is no mark."""
-    with contextlib.suppress(OSError):
-        marks = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-        return next((1024 * int(words[1]) for words in marks if words[0] == "VmHWM:"), None)
-    return None
 
 
 def run_fresh(function: Callable[..., Any], *calls: tuple[Any, ...]) -> tuple[list[Any], Usage]:

@@ -29,9 +29,10 @@ import pyarrow as pa
 import zarr
 from torch.utils.data import DataLoader
 
-from pipelines.benchmarks.processes import BenchmarkFailed, run_fresh
+from pipelines.benchmarks.processes import run_fresh
 from pipelines.config import ConfigError, parse_options
-from pipelines.datasets import FeatureDataset, FeatureStream
+from pipelines.costs.clocks import BenchmarkFailed
+from pipelines.feature_datasets import FeatureDataset, FeatureStream
 from storage.ledger import SCHEMA as LEDGER_SCHEMA
 from storage.ledger import SampleRecord
 from storage.paths import Folder, filesystem, public_options, redact

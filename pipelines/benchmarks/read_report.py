@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.benchmarks.measure import table
-from pipelines.benchmarks.processes import CORES
 from pipelines.benchmarks.read import BY_ROW, IN_ORDER, ReadBenchmark
+from pipelines.costs.clocks import CORES, table
 
 
 def read_report(config: ReadBenchmark, result: dict[str, Any]) -> Iterator[str]:

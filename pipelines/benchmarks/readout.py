@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.benchmarks.data import write_masks
-from pipelines.benchmarks.measure import WARM_UP, steady_rate, table
-from pipelines.benchmarks.processes import CORES
-from pipelines.config import ConfigError, ExtractConfig, require_at_least
+from pipelines.config import ConfigError, require_at_least
+from pipelines.costs.clocks import CORES, WARM_UP, steady_rate, table
 from pipelines.executors import InlineExecutor
-from pipelines.extract import extract
-from pipelines.readouts.train import ReadoutTraining
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.run import extract
 from pipelines.training.loop import read_metrics, train_inline
+from pipelines.training.readout import ReadoutTraining
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,14 @@ import numpy as np
 
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
-from pipelines.benchmarks.measure import table
-from pipelines.benchmarks.processes import CORES, BenchmarkFailed, run_fresh
+from pipelines.benchmarks.processes import run_fresh
 from pipelines.benchmarks.simulated import SimulatedExecutor, driver_use
-from pipelines.config import ConfigError, ExtractConfig
+from pipelines.config import ConfigError
+from pipelines.costs.clocks import CORES, BenchmarkFailed, table
 from pipelines.executors import WINDOW_TASKS
-from pipelines.extract import run_prepared
-from pipelines.prepare import prepare, resolve
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import run_prepared
 
 logger = logging.getLogger(__name__)
 

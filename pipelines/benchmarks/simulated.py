@@ -14,9 +14,9 @@ import numpy as np
 import psutil
 
 from cluster.resources import WorkerPool
-from pipelines.attempts import Loaded, attempt, ledger_records, write_and_commit
-from pipelines.benchmarks.processes import high_water
+from pipelines.costs.clocks import high_water
 from pipelines.executors import RayExecutor
+from pipelines.extraction.attempts import Loaded, attempt, ledger_records, write_and_commit
 from storage.inputs import InputFile
 from storage.spec import ShardTask
 from storage.store import FeatureStore
@@ -37,7 +37,7 @@ class SimulatedSetup:
 
 
 class SimulatedWorker:
-    """Does tasks as `pipelines.worker.ShardWorker` does, but sleeps instead of computing and writes zeros."""
+    """Does tasks as `pipelines.extraction.worker.ShardWorker` does, but sleeps instead of computing and writes zeros."""
 
     def __init__(self, setup: SimulatedSetup):
         self.setup = setup

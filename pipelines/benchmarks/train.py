@@ -25,12 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from cluster.session import connect
 from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.measure import WARM_UP, steady_rate, table
-from pipelines.benchmarks.processes import CORES
 from pipelines.config import ConfigError
+from pipelines.costs.clocks import CORES, WARM_UP, steady_rate, table
 from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.training.lift import X2Config
 from pipelines.training.loop import read_metrics, train_inline, train_on_ray
-from pipelines.training.x2 import X2Config
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from operators.evaluation.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
+from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
 from operators.visual import spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.datasets import DatasetError, ImageFile, digest, load_images
-from pipelines.evaluation.report import Findings, Line, Table
 from pipelines.evaluation.run import Piece, Record, begin
-from pipelines.evaluation.sources import FeatureSource, Recipe, Squash, resolve_source
+from pipelines.features.sources import FeatureSource, Recipe, Squash, resolve_source
+from pipelines.results import Findings, Line, Table
+from storage.datasets.files import DatasetError, ImageFile, digest, load_images
 from storage.paths import Folder
 
 LEAST = 4

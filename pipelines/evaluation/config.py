@@ -13,11 +13,8 @@ from pipelines.config import (
     require_shareable,
     runs_inline,
 )
-from pipelines.evaluation.images import LabelFrame
-
-Drawing = Literal["paper", "extract"]
-"""How images become the model's input: as the protocol's code does it, or as jobs/extract.py does it (the model's own
-interpolation, and its mean colour around a padded image), which is what a store holds."""
+from pipelines.features.rows import Drawing
+from storage.datasets.pictures import LabelFrame
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from operators.evaluation.canvas import Canvas, CanvasMode
-from operators.evaluation.correspondence import (
+from operators.metrics.canvas import Canvas, CanvasMode
+from operators.metrics.correspondence import (
     ALPHAS,
     LIFT,
     VIT_UP,
@@ -25,11 +25,11 @@ from operators.evaluation.correspondence import (
 from operators.visual import Tile, spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.datasets import Pair, digest, load_spair
-from pipelines.evaluation.images import ImageFile, LabelFrame, OrientedImage, label_turn
-from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, percent, with_published
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
-from pipelines.evaluation.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
+from pipelines.features.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
+from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
+from storage.datasets.files import Pair, digest, load_spair
+from storage.datasets.pictures import ImageFile, LabelFrame, OrientedImage, label_turn
 from storage.paths import Folder
 
 PROTOCOLS: dict[str, Protocol] = {"lift": LIFT, "vit-up": VIT_UP}

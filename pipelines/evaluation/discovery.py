@@ -8,15 +8,15 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from operators.evaluation.discovery import CorLoc, Discovery, TokenCut, discover
+from operators.metrics.discovery import CorLoc, Discovery, TokenCut, discover
 from operators.visual import Tile, heat, spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.datasets import BoxedImage, digest, load_coco20k, load_voc
-from pipelines.evaluation.images import DatasetError, LabelFrame, OrientedImage, label_turn
-from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, with_published
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
-from pipelines.evaluation.sources import FeatureSource, LiveRecipe, Picture, Recipe, Size, Squash, resolve_source
+from pipelines.features.sources import FeatureSource, LiveRecipe, Picture, Recipe, Size, Squash, resolve_source
+from pipelines.results import Findings, Line, Published, Table, by_size, panel, with_published
+from storage.datasets.files import BoxedImage, digest, load_coco20k, load_voc
+from storage.datasets.pictures import DatasetError, LabelFrame, OrientedImage, label_turn
 from storage.paths import Folder
 
 PIECE_IMAGES = 16

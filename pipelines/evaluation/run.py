@@ -17,22 +17,24 @@ import torch
 from cluster.resources import WorkerPool, choose_pool
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig, protocol_settings
-from pipelines.evaluation.images import CANNOT_TELL, DatasetError, FrameUnknown
-from pipelines.evaluation.report import LeftOut
-from pipelines.evaluation.sources import CachedSource, FeatureSource, Recipe
 from pipelines.executors import InlineExecutor
-from pipelines.prepare import versions
-from pipelines.training.config import require_same
-from storage.checkpoints import read_run, write_run
+from pipelines.features.sources import CachedSource, FeatureSource, Recipe
+from pipelines.provenance import require_same, versions
+from pipelines.results import LeftOut
+from storage.datasets.pictures import CANNOT_TELL, DatasetError, FrameUnknown
 from storage.documents import Document, parse_json
+from storage.errors import RayliftError
 from storage.paths import Folder
+from storage.runs import read_run, write_run
 from storage.store import read_attributes
 
 logger = logging.getLogger(__name__)
 
 
-class WorkersLost(RuntimeError):
+class WorkersLost(RayliftError):
     """Workers were lost again and again."""
+
+    exit_code = 1
 
 
 Record = dict[str, Any]

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from operators.evaluation.similarity import centre_cell, self_similarity
+from operators.metrics.similarity import centre_cell, self_similarity
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.datasets import ImageFile, digest, load_images
-from pipelines.evaluation.report import Findings, Line, Table, panel, shown_size
 from pipelines.evaluation.run import Piece, Record, begin
-from pipelines.evaluation.sources import FeatureSource, Recipe, Size, Squash, resolve_source
+from pipelines.features.sources import FeatureSource, Recipe, Size, Squash, resolve_source
+from pipelines.results import Findings, Line, Table, panel, shown_size
+from storage.datasets.files import ImageFile, digest, load_images
 from storage.paths import Folder
 
 

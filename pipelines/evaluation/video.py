@@ -12,17 +12,17 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from operators.evaluation.davis import VOID, ObjectCurves, Summary, score_clip, summarise
-from operators.evaluation.propagation import Propagation, Propagator, label_image, one_hot
-from operators.orientation import Orientation
+from operators.metrics.davis import VOID, ObjectCurves, Summary, score_clip, summarise
+from operators.metrics.propagation import Propagation, Propagator, label_image, one_hot
 from operators.visual import Tile, spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.datasets import Clip, digest, load_davis, read_labels
-from pipelines.evaluation.images import DatasetError, LabelFrame, OrientedImage, label_turn, require_size
-from pipelines.evaluation.report import Findings, Line, Published, Table, by_size, panel, percent, with_published
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
-from pipelines.evaluation.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
+from pipelines.features.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
+from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
+from storage.datasets.files import Clip, digest, load_davis, read_labels
+from storage.datasets.pictures import DatasetError, LabelFrame, OrientedImage, label_turn, require_size
+from storage.orientation import Orientation
 from storage.paths import Folder
 
 COLOURS = np.array(

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from operators.visual import spread
-from pipelines.evaluation.images import DatasetError, decoded, read
-from pipelines.readouts.images import H5Array
+from storage.datasets.images import H5Array
+from storage.datasets.pictures import DatasetError, decoded, read
 from storage.paths import Folder
 
 

@@ -1,7 +1,7 @@
-"""Settings of a training run, and what it is when it is ready; and whether a run goes on with the settings it was begun with.
+"""Settings of a training run, and what it is when it is ready.
 
 What is wrong with the settings is wrong before anything is computed. What is trained on what is said by subclasses of
-`TrainConfig`, each beside its loss (x2.py, vit_up.py, pipelines/readouts/train.py).
+`TrainConfig`, each beside its loss (lift.py, vit_up.py, readout.py).
 """
 
 import json
@@ -22,9 +22,7 @@ from pipelines.config import (
     require_shareable,
     runs_inline,
 )
-from pipelines.prepare import versions
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
-from storage.checkpoints import read_pointers, read_run, write_run
 from storage.paths import Folder
 from storage.store import read_attributes
 
@@ -189,6 +187,14 @@ class TrainConfig:
             max_steps=self.max_steps,
         )
 
+    def identity(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""
+        settings = {name: value for name, value in self.public().items() if name not in self.free}
+        settings["micro_batch"] = self.forward_images
+        if self.schedule != "constant":  # the learning rate of every step depends on the last one's number
+            settings |= {"epochs": self.epochs, "max_steps": self.max_steps}
+        return {**settings, **json.loads(json.dumps(found))}
+
     def resolve(self) -> "Resolved":
         """Find what the settings name, before any cluster is asked for anything: most that can be wrong is wrong here."""
         raise NotImplementedError
@@ -232,53 +238,3 @@ class TrainSetup:
     def objective(self, device: torch.device) -> Objective:
         """What a training process computes."""
         raise NotImplementedError
-
-
-# --- a run and its continuation ---------------------------------------------------------------------------------------
-
-
-def begin_run(folder: Folder, config: TrainConfig, found: Mapping[str, Any]) -> None:
-    """Write run.json, or hold it against the settings of its continuation; `found`: what is there of model and data.
-
-    Raises `ConfigError`."""
-    made_of, before = identity(config, found), read_run(folder)
-    if before is not None:
-        # Runs of earlier versions didn't look at the images' bytes.
-        content = {name: made_of[name] for name in made_of if name.endswith("_content")}
-        known = {**content, **before.get("identity", {})}
-        require_same(folder.shown, {**known, **content}, made_of)
-        if changed := [name.removesuffix("_content") for name in content if known[name] != made_of[name]]:
-            raise ConfigError(
-                f"{folder.shown} was begun with other images under the same names and sizes ({', '.join(changed)}): the files "
-                "of --data or --val-data were replaced since. Restore them, or use a new --out."
-            )
-        return
-    if read_pointers(folder) is not None:
-        raise ConfigError(f"{folder.shown} has checkpoints but no run.json; restore it, or use a new --out")
-    write_run(folder, {"identity": made_of, "config": config.public(), "versions": versions()})
-
-
-def identity(config: TrainConfig, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""
-    settings = {name: value for name, value in config.public().items() if name not in config.free}
-    settings["micro_batch"] = config.forward_images
-    if config.schedule != "constant":  # the learning rate of every step depends on the last one's number
-        settings |= {"epochs": config.epochs, "max_steps": config.max_steps}
-    return {**settings, **json.loads(json.dumps(found))}
-
-
-def require_same(shown: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` with what differs between a run and its continuation."""
-    if differences := describe_difference("run", before, now):
-        raise ConfigError(
-            f"{shown} was begun with other settings:\n{differences}\nUse a new --out, or the settings above."
-        )
-
-
-def describe_difference(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between `what` there was before and now, a line each; empty where nothing does."""
-    return "\n".join(
-        f"  {name:<16} {what} {before.get(name)!r}   now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    )

@@ -18,17 +18,18 @@ from operators.backbone import (
     preprocessing,
     state_arrays,
 )
-from pipelines.checkpoints import trained_on
 from pipelines.config import ConfigError, require_at_least
-from pipelines.models import fresh_model
-from pipelines.prepare import index_input
-from pipelines.training.config import Objective, TrainConfig, TrainSetup, begin_run
+from pipelines.extraction.prepare import index_input
+from pipelines.features.bundle import fresh_model
+from pipelines.features.upsamplers import trained_on
+from pipelines.features.weights import WeightsChoice, load_model, read_description
+from pipelines.provenance import begin_run
+from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
-from pipelines.weights import WeightsChoice, load_model, read_description
-from storage.checkpoints import read_run
 from storage.identity import content_sample
 from storage.inputs import Listing, expand_inputs
 from storage.paths import Folder
+from storage.runs import read_run
 from storage.samples import SampleIndex
 from storage.tars import MemberRules
 
@@ -105,7 +106,7 @@ class FrozenBackbone:
 
     arrays: Mapping[str, np.ndarray]
     described: Mapping[str, Any]
-    "what a checkpoint says of it; see pipelines/checkpoints.py"
+    "what a checkpoint says of it; see pipelines/features/upsamplers.py"
     pos_embed: Any
     patch: int
     expects: Preprocessing
@@ -184,7 +185,7 @@ class ResolvedImages:
         for name, source in (("images", images), ("held_out", held_out)):
             # The index knows names and sizes; other pixels under them would be learned on without a word.
             digests[f"{name}_content"] = content_sample(source.index, source.urls, config.options)
-        begin_run(folder, config, {"backbone": self.backbone.identity, **digests})
+        begin_run(folder, config.identity({"backbone": self.backbone.identity, **digests}), config.public())
         return ImageSetup(
             config=config,
             folder=folder,

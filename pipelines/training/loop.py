@@ -1,7 +1,7 @@
 """Training on a frozen backbone's features: the loop, in one process or in each of Ray Train's workers.
 
 `Trainer` is the loop, which needs no Ray; `train_inline` and `train_on_ray` run it. The only state is the folder `out`
-(storage/checkpoints.py): whoever starts reads its last checkpoint.
+(storage/runs.py): whoever starts reads its last checkpoint.
 
 Gradients are summed over all micro-batches of all workers, and divided by what they are the sums of (images, or labelled
 pixels): one all-reduce per step. torch's DDP averages over workers instead, which is another mean where they have unequal
@@ -27,11 +27,14 @@ from torch import Tensor
 
 from cluster.resources import accelerator_selector
 from operators.backbone import load_arrays, state_arrays
-from operators.vit_up.objective import learning_rate
+from operators.objectives.schedule import learning_rate
 from pipelines.training.config import TrainSetup
 from pipelines.training.data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
 from pipelines.training.watch import EventFile
-from storage.checkpoints import (
+from storage.documents import Document
+from storage.errors import RayliftError
+from storage.paths import Folder, StorageError, filesystem
+from storage.runs import (
     Checkpoint,
     read_last,
     read_metrics,
@@ -40,8 +43,6 @@ from storage.checkpoints import (
     write_checkpoint,
     write_metrics,
 )
-from storage.documents import Document
-from storage.paths import Folder, StorageError, filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,10 @@ FOLLOW_S = 5.0
 Load = Callable[[ExampleSource, Iterator[MicroBatch], int], Iterator[Loaded]]
 
 
-class TrainFailed(RuntimeError):
+class TrainFailed(RayliftError):
     """The run can't go on, and wouldn't if it were started again: diverged, or too many unreadable images."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
-from operators.losses import cosine_loss
+from operators.objectives.lift import cosine_loss
+from operators.objectives.vit_up import LossWeights, Supervision, objective
 from operators.upsamplers import UpsamplerError
-from operators.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
-from operators.vit_up.objective import LossWeights, Supervision, objective
+from operators.upsamplers.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
 from pipelines.config import ConfigError
 from pipelines.training.data import CanvasView, Loaded
 from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining

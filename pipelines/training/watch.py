@@ -10,8 +10,8 @@ import numpy as np
 
 from operators.visual import Panel, Tile, cosine_map, heat
 from pipelines.config import ConfigError
-from storage.checkpoints import read_metrics, read_run
 from storage.paths import Folder
+from storage.runs import read_metrics, read_run
 
 _SHOWN = 4
 """Held-out images in a picture."""

@@ -19,7 +19,7 @@ from operators.upsamplers import (
     create_upsampler,
     learned_upsampler,
 )
-from operators.vit_up import Lora, ViTUp, ViTUpConfig, ViTUpHead
+from operators.upsamplers.vit_up import Lora, ViTUp, ViTUpConfig, ViTUpHead
 
 FACTOR = {"average": 0.5, "lift x4": 4, "jbu x4": 4, "jbu stack x4": 4, "resize_conv x4": 4}
 LEARNED = {
@@ -146,7 +146,7 @@ class TestUpsampler:
     @pytest.mark.parametrize("together", [True, False])
     def test_memory_stays_under_peak_bytes(self, name, together, monkeypatch):
         if not together:
-            monkeypatch.setattr("operators.upsamplers.learned.LearnedUpsampler.working_bytes", 1)
+            monkeypatch.setattr("operators.upsamplers.recursive.LearnedUpsampler.working_bytes", 1)
         grid = (16, 16)
         upsampler, target = make(name, 64), self.target(name, grid)
         source, pictures = features(4, 64, grid), images(4, grid)

@@ -1,0 +1,117 @@
+"""Train readouts for several backbones, tasks, methods and seeds, and write the papers' tables.
+
+    python jobs/tables.py debug
+    python jobs/tables.py --backbones dinov2-b mae vit_tiny_patch16_224.augreg_in21k_ft_in1k@224 --tasks voc boundaries \\
+        --data voc=VOC2012 coco=COCO --seeds 0 1 2 --out grid --paper
+    python jobs/tables.py deap-table3 --data voc=... coco=... coco_stuff=... nyu=... --out s3://bucket/table3
+    python jobs/tables.py --store 's3://bucket/{backbone}-{dataset}-{part}.zarr' ...
+
+The first word is a preset, and may be left out. `python jobs/show.py backbones` lists backbones. The same command continues a
+grid that stopped: what is done isn't done again. Exit codes: 0 all cells done, 1 some failed (the tables say which and why), 2
+wrong settings.
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from cluster.session import connect
+from jobs.program import pick_word, run_program
+from pipelines.demo_datasets import write_demo
+from pipelines.tables.backbones import BACKBONES
+from pipelines.tables.cells import GridConfig, measure_speeds, plan_cells, run_cells
+from pipelines.tables.deap import write_grid
+from pipelines.tables.tasks import DEAP_TASKS
+from pipelines.training.readout import ReadoutTraining
+
+PRESETS: dict[str, GridConfig] = {
+    # No network, no Ray: timm's test_vit at two sizes, random weights, on drawn images. 2 CPU cores: about 30 seconds; random
+    # features of ten images say nothing. `python jobs/tables.py debug`; what the tests run.
+    "debug": GridConfig(
+        out="demo/grid",
+        backbones=("test_vit.r160_in1k@64", "test_vit.r160_in1k@128"),
+        tasks=("voc", "boundaries"),
+        methods=("deap", "linear"),
+        data=("voc=demo/evaluate/VOC2012", "coco=demo/evaluate/coco"),
+        weights="random",
+        max_steps=10,
+        cell=ReadoutTraining(side=64, batch=3, lr=1e-2, precision="fp32", checkpoint_every=10, validate_every=20),
+        speed_reference="test_vit.r160_in1k",
+        speed_reference_size=64,
+        speed_batches=3,
+        executor="inline",
+        device="cpu",
+    ),
+    # DeAP Table 3: 16 of its 18 backbones (timm lacks SAM2's neck and MoCo v3's weights), six tasks; the numbers are printed by
+    # --paper. 96 runs, 64,000 to 73,000 steps of 32 images a backbone; the paper has VOC's at under 16 minutes on an RTX 2080.
+    # Not run here: it needs COCO, VOC 2012, NYUv2, the weights and GPUs.
+    "deap-table3": GridConfig(backbones=tuple(each.name for each in BACKBONES if not each.absent), tasks=DEAP_TASKS),
+    # DeAP Table 5, the ablations. Not run here.
+    "deap-table5": GridConfig(
+        backbones=("dinov2-b", "siglip-384", "mae"),
+        tasks=("detection", "voc", "depth"),
+        methods=("deap", "deap-8-dim", "deap-no-sigma", "deap-no-indiv-sigma", "deap-only-mask"),
+    ),
+    # DeAP Fig. 4, which has no numbers: DeAP against what it replaces. Not run here.
+    "deap-fig4": GridConfig(
+        backbones=("dinov2-b",), tasks=DEAP_TASKS, methods=("deap", "bicubic", "transposed", "linear")
+    ),
+    # ViT-Up Table 1's first row: linear probes of the plain map. Not run here.
+    "vit-up-table1": GridConfig(
+        backbones=("vit_small_plus_patch16_dinov3.lvd1689m@448",),
+        tasks=("probe-coco", "probe-voc", "probe-ade20k", "probe-cityscapes"),
+        methods=("linear",),
+        seeds=(42,),
+    ),
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[str, GridConfig]:
+    """The preset's name, and the settings. Exits with a suggestion on unknown flags; raises `ConfigError` on unknown words."""
+    args = list(argv)
+    name = pick_word(args, PRESETS, missing="no preset") or ""
+    if not name and not args:
+        print(f"{__doc__}\nPresets: {', '.join(PRESETS)}; all settings: --help")
+        raise SystemExit(2)
+    config = tyro.cli(
+        GridConfig,
+        default=PRESETS.get(name, GridConfig()),
+        args=args,
+        prog="python jobs/tables.py",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return name, config
+
+
+def main(config: GridConfig) -> bool:
+    """Run all cells, then measure speeds, and print and write what was found; whether all cells are done."""
+    cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
+    session = connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None)
+    with contextlib.nullcontext() if config.is_inline else session:
+        results = run_cells(config, cells)
+        text = write_grid(folder, config, cells, results, {})
+        if config.speed and not all(result.error for result in results):
+            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results))
+    print(text)
+    print(f"{folder.shown}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own")
+    return not any(result.error for result in results)
+
+
+def execute(name: str, config: GridConfig) -> int:
+    """Run the grid; 1 where a cell failed. The debug preset's data is drawn first."""
+    if name == "debug":
+        write_demo("demo/evaluate")
+    return 0 if main(config) else 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """The exit code of a command line."""
+    stopped = "stopped; the same command goes on from what is done"
+    return run_program(argv, parse, execute, stopped=stopped)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

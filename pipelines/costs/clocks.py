@@ -1,0 +1,151 @@
+"""What measurements are made of: clocks, memory, the machine they hold for, and tables."""
+
+import contextlib
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from storage.errors import RayliftError
+
+WARM_UP = 2
+"""Steps of each training that aren't counted."""
+
+
+def steady_rate(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Images per second after the warm-up, of a training that logged every step."""
+    steps = lines[WARM_UP - 1 :]
+    images = [b["images"] - a["images"] for a, b in itertools.pairwise(steps)]
+    seconds = [n / line["images_per_s"] for n, line in zip(images, steps[1:], strict=True)]
+    return sum(images) / sum(seconds)
+
+
+def timed(runs: Sequence[Callable[[], Any]], repeat: int, row_s: float, device: torch.device) -> list[list[float]]:
+    """Seconds of each in rounds of all, `repeat` of them; one that would come beyond `row_s` is left out of further ones."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for number in range(repeat):
+        for run, times in zip(runs, seconds, strict=True):
+            if number == 0 or (len(times) == number and sum(times) * (number + 1) / number <= row_s):
+                times.append(seconds_of(run, device))
+    return seconds
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Of one call, until the device is done with it."""
+    finish(device)
+    start = time.perf_counter()
+    run()
+    finish(device)
+    return time.perf_counter() - start
+
+
+def median_ratio(times: Sequence[float], of: Sequence[float]) -> float:
+    """Median over the rounds that both ran: what else the machine did then was much the same for both."""
+    return statistics.median(a / b for a, b in zip(times, of, strict=False))
+
+
+def device_name(device: torch.device) -> str:
+    """What times hold for."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what an accelerator still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device, *, warm_up: bool = True) -> int:
+    """The most memory that torch's allocator holds at once during a call, beyond what it held before: no weights, no input."""
+    if warm_up:
+        run()
+    if device.type == "cuda":
+        finish(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        finish(device)
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines to stderr at every start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def held_bytes(run: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
+    """Bytes before a call, weights above all, and at most during it, with those before; None where the system doesn't tell.
+
+    On a GPU what torch's allocator holds, on a CPU this process's resident memory, interpreter and torch included.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        return before, before + peak_bytes(run, device, warm_up=False)
+    return psutil.Process().memory_info().rss, peak_rss(run)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers hold for."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    name = next((line for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    return {
+        "cpu": name.split(":")[-1].strip() or platform.machine(),
+        "cores": CORES,
+        "memory_bytes": psutil.virtual_memory().total,
+        "torch": torch.__version__,
+        # oneDNN's own check is true for emulation, too.
+        "native_bf16": any(value for flag, value in capabilities.items() if "bf16" in flag),
+        "load": os.getloadavg()[0],
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table, line by line, its first column to the left and the others to the right."""
+    yield ""
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" + "---:|" * (len(head) - 1)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BenchmarkFailed(RayliftError):
+    """A measured process died, or results that must agree don't."""
+
+    exit_code = 1
+
+
+def peak_rss(run: Callable[[], Any]) -> int | None:
+    """The most resident memory of this process during a call, in bytes, all that was there before included.
+
+    By Linux's own high-water mark, which is reset first; None where there is none, or it can't be reset.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    run()
+    return high_water()
+
+
+def high_water() -> int | None:
+    """The most resident memory of this process since its start, or since the mark was reset; None where there is no mark."""
+    with contextlib.suppress(OSError):
+        marks = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+        return next((1024 * int(words[1]) for words in marks if words[0] == "VmHWM:"), None)
+    return None

@@ -1,0 +1,123 @@
+"""What each choice of speed or size costs in accuracy: encodings, autocast, reduced-scale JPEG decoding.
+
+Everything is compared with float32 features of fully decoded images, on the images and the model that the user names.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from operators.image import decode
+from pipelines.costs.clocks import table
+from pipelines.executors import InlineExecutor
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.prepare import Resolved, prepare, resolve
+from pipelines.features.photos import geometry_of
+from storage.samples import read_images
+from storage.shards import compress, encode_row
+
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionBenchmark:
+    """What encodings, autocast and reduced-scale JPEG decoding cost in accuracy, against float32."""
+
+    data: tuple[str, ...] = ("demo/photos-{000..001}.tar",)
+    """As for jobs/extract.py; at most the first 1,024 images are used."""
+    model: str = "vit_small_patch16_224.dino"
+    """timm name."""
+    weights: str = "pretrained"
+    """As for jobs/extract.py. Random weights have none of the outlier channels that make int8 hard."""
+    size: str | None = None
+    """As for jobs/extract.py."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+
+PRECISION_PRESETS = {
+    "default": PrecisionBenchmark(),
+    "debug": PrecisionBenchmark(model="test_vit.r160_in1k", weights="random", size="64"),
+}
+
+
+def measure_precision(config: PrecisionBenchmark, folder: Path) -> dict[str, Any]:
+    """One row per choice: relative L2 error, mean and worst 1 - cosine over cells, bytes a value (encodings only)."""
+    run = ExtractConfig(
+        data=config.data,
+        out=str(folder / "feats.zarr"),
+        model=config.model,
+        weights=config.weights,
+        size=config.size,
+        precision="fp32",
+        levels=("x1",),
+        encoding="float32",
+        executor="inline",
+    )
+    return {"rows": _rows(run)}
+
+
+def _rows(config: ExtractConfig) -> list[dict[str, Any]]:
+    resolved = resolve(config)
+    prepared = prepare(resolved, InlineExecutor())
+    rows = prepared.index.read(0, min(prepared.index.n_rows, 1024))
+    blobs = [blob for blob in read_images(rows, prepared.urls, config.options) if blob]
+    exact = _pixels(blobs, config, resolved)
+    reference = np.concatenate(list(_features(resolved, exact)))
+    out = [
+        {"kind": "encoding", "name": name, **_encoding_error(reference, name)}
+        for name in ("float32", "float16", "int8")
+    ]
+    for precision in ("bf16", "fp16"):
+        cast = resolve(replace(config, precision=precision))
+        features = np.concatenate(list(_features(cast, exact)))
+        out.append({"kind": "precision", "name": precision, **_error(reference, features)})
+    draft = _pixels(blobs, config, resolved, draft=True)
+    drafted = np.concatenate(list(_features(resolved, draft)))
+    out.append({"kind": "decode", "name": "jpeg_draft", **_error(reference, drafted)})
+    return out
+
+
+def _pixels(blobs: list[bytes], config: ExtractConfig, resolved: Resolved, *, draft: bool = False) -> np.ndarray:
+    geometry = geometry_of(resolved.bundle.spec)
+    return np.stack([decode(blob, geometry, max_pixels=config.max_image_pixels, draft=draft).pixels for blob in blobs])
+
+
+def _features(resolved: Resolved, pixels: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(pixels), BATCH):
+        levels, _ = resolved.model(pixels[start : start + BATCH], {})
+        yield levels["x1"]
+
+
+def _encoding_error(reference: np.ndarray, dtype: str) -> dict[str, float]:
+    decoded, stored = np.empty_like(reference), 0
+    for i, row in enumerate(reference):
+        values, scale, _ = encode_row(row, dtype)
+        stored += len(compress(values)) + (scale.nbytes if scale is not None else 0)
+        decoded[i] = values.astype(np.float32) * (1 if scale is None else scale)
+    return {**_error(reference, decoded), "bytes_per_value": stored / reference.size}
+
+
+def _error(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (reference, other))
+    cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return {
+        "relative_l2": float(np.linalg.norm(a - b) / np.linalg.norm(a)),
+        "mean_1_minus_cosine": float((1 - cosine).mean()),
+        "worst_1_minus_cosine": float((1 - cosine).max()),
+    }
+
+
+def precision_report(config: PrecisionBenchmark, result: dict[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    yield f"## precision: {config.model}, weights {config.weights}"
+    head = ["choice", "bytes a value", "relative L2", "1 - cosine, mean", "1 - cosine, worst cell"]
+    names = ("bytes_per_value", "relative_l2", "mean_1_minus_cosine", "worst_1_minus_cosine")
+    rows = [
+        [f"{row['kind']} {row['name']}", *(f"{row[name]:.2g}" if name in row else "" for name in names)]
+        for row in result["rows"]
+    ]
+    yield from table(head, rows)

@@ -1,0 +1,103 @@
+"""What dense readouts cost: DeAP's published parameter counts beside ours, and operations of DeAP and of what it is held against.
+
+`measure_deap` returns plain data, `deap_report` its Markdown. Nothing is timed; each readout runs once, on zeros.
+DeAP: specs/evaluation.md 12.2, 12.4, 12.5.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from operators.readouts import ReadoutConfig, build_readout, published_counts
+from pipelines.config import ConfigError, require_at_least
+from pipelines.costs.clocks import table
+from pipelines.costs.upsamplers import counted_macs
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "deap": {"method": "deap"},
+    "deap-8-dim": {"method": "deap", "dim": 8},
+    "deap-no-sigma": {"method": "deap", "mask": "none"},
+    "deap-no-indiv-sigma": {"method": "deap", "shared_sigma": True},
+    "deap-only-mask": {"method": "deap", "only_mask": True},
+    "bicubic": {"method": "bicubic"},
+    "transposed": {"method": "transposed"},
+    "strided": {"method": "strided"},
+    "linear": {"method": "linear"},
+}
+"""DeAP, its ablations (Table 5), what it is held against (Fig. 4; `strided` is the release's transposed convolution), and the
+linear probe: settings of `ReadoutConfig`, and of jobs/train.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeapCost:
+    """Parameters of DeAP as published and as built here; parameters and operations of all readouts for one map."""
+
+    channels: int = 768
+    """Of the map; ViT-B has 768."""
+    grid: int = 37
+    """Cells of the map a side; DINOv2's is 37 at 518 px."""
+    outputs: int = 21
+    """Channels of the prediction; VOC has 21."""
+    side: int = 224
+    """Of the prediction, in pixels; DeAP asks a query for each 8 x 8."""
+    json: str = ""
+    """Write all numbers to this file."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "channels", "grid", "outputs", "side")
+        if self.channels % 16:
+            raise ConfigError(f"--channels {self.channels}: must be a multiple of 16, the release's groups of channels")
+
+
+DEAP_PRESETS = {
+    # No network, no timing: seconds, most of them for imports.
+    "default": DeapCost(),
+    "debug": DeapCost(channels=64, grid=4, side=32),
+}
+
+
+def measure_deap(config: DeapCost) -> dict[str, Any]:
+    """Published counts beside ours, and each readout's parameters and multiply-accumulates."""
+    published = [{**asdict(row), "ours_millions": row.ours / 1e6} for row in published_counts()]
+    return {"published": published, "readouts": [_measure(config, name) for name in METHODS]}
+
+
+def _measure(config: DeapCost, name: str) -> dict[str, Any]:
+    size, method = (config.side, config.side), METHODS[name]["method"]
+    taken = {"grid": (config.grid, config.grid)} if method in ("transposed", "strided") else {}
+    settings = ReadoutConfig(channels=config.channels, outputs=config.outputs, output=size, **taken, **METHODS[name])
+    readout = build_readout(settings).eval()
+    macs = counted_macs(partial(readout, torch.zeros(1, config.channels, config.grid, config.grid), size))
+    return {"name": name, "parameters": readout.parameter_count(), "macs": macs}
+
+
+def deap_report(config: DeapCost, result: Mapping[str, Any]) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    yield "## cost: DeAP, and what it is held against"
+    yield "\nDeAP's learnable parameters, published (10^6) and as built here:"
+    rows = result["published"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    body = []
+    for backbones in dict.fromkeys(row["backbones"] for row in rows):
+        of = {row["task"]: row for row in rows if row["backbones"] == backbones}
+        cells = [f"{of[task]['published_millions']:.3f} / {of[task]['ours']:,}" for task in tasks]
+        body.append([backbones, str(of[tasks[0]]["channels"]), *cells])
+    yield from table(["backbones", "channels", *tasks], body)
+    equal = sum(round(row["ours"] / 1e6, 3) == row["published_millions"] for row in rows)
+    yield f"\n{equal} of {len(rows)} round to what is published."
+    yield (
+        f"\nFor a map of {config.grid} x {config.grid} x {config.channels}, {config.outputs} outputs, {config.side} px, one "
+        "image, without the backbone:"
+    )
+    first = result["readouts"][0]["macs"]
+    body = [
+        [one["name"], f"{one['parameters']:,}", f"{one['macs'] / 1e6:,.1f}", f"{one['macs'] / first:.2f}"]
+        for one in result["readouts"]
+    ]
+    yield from table(["readout", "parameters", "multiply-accumulates, 10^6", "of DeAP's"], body)
+    yield """
+- Multiply-accumulates of matrix products and convolutions, by torch's FlopCounterMode; masks and softmax have none.
+- DeAP's counts include a LayerNorm that its code makes and never applies; only-mask's, queries and keys that it doesn't read."""

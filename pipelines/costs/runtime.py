@@ -1,0 +1,431 @@
+"""Time and peak memory of each method and output grid, in the layout of ViT-Up's Table 9; operations and parameters, as LiFT's
+Tables 5 and 6 have them, too (specs/evaluation.md sections 10, 11).
+
+What it takes to bring one random image to a grid of features, backbone included. Weights are random unless a method names a
+checkpoint: the numbers don't depend on them. How things are timed and counted is said in pipelines/costs/upsamplers.py.
+"""
+
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from operators.backbone import PatchFeatures, TimmBackbone, autocast, state_arrays
+from operators.upsamplers import UPSAMPLERS, NetConfig, Upsampler, UpsamplerError, build_net, create_upsampler
+from operators.upsamplers.vit_up import Lora, ViTUp, ViTUpHead
+from pipelines.config import ConfigError, public_settings, require_at_least
+from pipelines.costs.clocks import device_name, held_bytes, timed
+from pipelines.costs.upsamplers import PUBLISHED, TABLE_9, count_operations, count_parameters, counted_macs
+from pipelines.costs.vit_up import bytes_per_query, vit_up_pass, vit_up_settings
+from pipelines.costs.windows import random_head
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.features.bundle import ModelBundle
+from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, Row, resolve_source
+from pipelines.features.upsamplers import (
+    METHODS,
+    NetWeights,
+    UpsamplerWeights,
+    ViTUpWeights,
+    described_by,
+    load_upsampler,
+)
+from pipelines.results import Findings, Line, Published, Table, shown_size, with_published
+from storage.datasets.files import digest
+from storage.paths import Folder
+
+_QUERY_SCALE = 8
+"""ViT-Up's query grid is sampled from an image enlarged so much: 3584 px for 448."""
+
+_UNUSED = ("data", "stores", "levels", "drawing", "limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig(EvaluateConfig):
+    """How long does each method take from an image to a grid, and how much memory? One random image, nothing to download."""
+
+    weights: str = "random"
+    """Of the backbone, as elsewhere; times don't depend on them."""
+    levels: tuple[str, ...] = ("x1",)
+    """Not for this task: --methods and --grids say what is timed."""
+    methods: tuple[str, ...] = ("bilinear", "lift")
+    """Upsamplers: bilinear (always there), bicubic, nearest; lift, resize_conv, jbu, vit_up with random weights, or with a
+    checkpoint's, as in vit_up:s3://bucket/checkpoint."""
+    size: int = 448
+    """Side of the square input in pixels."""
+    grids: tuple[int, ...] = (56, 112, 224, 448)
+    """Sides of the output grids. Those that a method can't give (LiFT: 2, 4, 8, ... times the backbone's) are left out."""
+    chunks: tuple[int, ...] = (0,)
+    """ViT-Up's queries at once, as the side of their square; 0 is what extraction takes. None larger than the grid."""
+    warm_up: int = 10
+    """Passes before timing, for each line of the table."""
+    repeat: int = 50
+    """Timed passes of each line."""
+    row_s: float = 60.0
+    """No further pass that would bring a line's warm-up, or its timing, beyond so many seconds; each has one at least."""
+    actors: int | None = 1
+    """One: what runs beside a timing spoils it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stores:
+            raise ConfigError("--stores: a store holds finished maps, which leaves nothing to time; leave it out")
+        if changed := [name for name in _UNUSED if getattr(self, name) != getattr(type(self), name)]:
+            raise ConfigError(
+                f"--{changed[0]} is not for runtime, which times one random image; see --methods, --grids"
+            )
+        if self.actors != 1:
+            raise ConfigError(f"--actors {self.actors}: timings beside each other spoil each other; leave it at 1")
+        require_at_least(1, self, "size", "warm_up", "repeat")
+        if not self.grids or min(self.grids) < 1 or not self.chunks or min(self.chunks) < 0 or self.row_s <= 0:
+            raise ConfigError("--grids must be at least 1, --chunks at least 0, one of each, and --row-s above 0")
+        known = [*(name for name in UPSAMPLERS if name != "average"), *METHODS]
+        for name, _, url in (text.partition(":") for text in self.methods):
+            if name not in known or (url and name not in METHODS):
+                raise ConfigError(
+                    f"--methods {name}{':...' if url else ''}: there are {', '.join(known)}; "
+                    f"{', '.join(METHODS)} may have a checkpoint's URL, as in lift:URL"
+                )
+        names = [text.partition(":")[0] for text in self.methods]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"--methods {' '.join(names)}: give each once")
+
+    def public(self) -> dict[str, Any]:
+        """All settings without credentials, for files and logs."""
+        return {**super().public(), "methods": public_settings(self, "methods")["methods"]}
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A line of the table."""
+
+    row: Row
+    chunk: int = 0
+    "side of the square of ViT-Up's queries at once; 0: its default"
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name}, {self.chunk} x {self.chunk} at once" if self.chunk else self.row.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What is timed, and how."""
+
+    cases: tuple[Case, ...]
+    learned: Mapping[str, UpsamplerWeights]
+    "by method"
+    size: int
+    warm_up: int
+    repeat: int
+    row_s: float
+    left_out: tuple[str, ...]
+    "method and grid of what can't be had, with the reason"
+
+    def pieces(self) -> list[Piece]:
+        return [Piece(name=f"{number:03d}", items=(number,)) for number in range(len(self.cases))]
+
+    def run(self, piece: Piece, source: CachedSource, folder: Folder) -> list[Record]:  # noqa: ARG002
+        (number,) = piece.items
+        case = self.cases[number]
+        live: LiveSource = source.source  # past the cache: what is timed is done anew
+        device = torch.device(live.device)
+        run = self._program(case, live.recipe, device)
+        macs = counted_macs(run)  # the first pass, in which what is done once is done
+        timed([run], self.warm_up - 1, self.row_s, device)
+        (seconds,) = timed([run], self.repeat, self.row_s, device)
+        before, peak = held_bytes(run, device)
+        measured = {"seconds": seconds, "macs": macs, "bytes_before": before, "peak_bytes": peak}
+        return [{"case": case.name, "device": device_name(device), **measured}]
+
+    def _program(self, case: Case, recipe: LiveRecipe, device: torch.device) -> Callable[[], Any]:
+        """From an image on the device to the grid. Only what this needs is on the device: ViT-Up has a backbone of its own."""
+        bundle = recipe.bundle((self.size, self.size))
+        model = bundle.build("cpu")
+        spec, backbone = bundle.spec, model.backbone
+        images = torch.randn(1, 3, *spec.input_size, generator=torch.Generator().manual_seed(0)).to(device)
+        upsampler = self._upsampler(case, bundle)
+        if isinstance(upsampler, ViTUp):
+            maps = {
+                layer: torch.empty(1, backbone.channels, *recipe.rows(spec.input_size)[0].grid) for layer in spec.layers
+            }
+            features = PatchFeatures(layers=maps, prefix={}, stride=spec.stride)
+            return torch.inference_mode()(partial(vit_up_pass, upsampler, images, features, spec.layers, case.row.grid))
+        backbone.model.to(device)
+
+        @torch.inference_mode()
+        def run() -> PatchFeatures | Tensor:
+            with autocast(device, spec.precision):
+                features = backbone(images, spec.layers)
+            return upsampler(images, features, spec.layers, case.row.grid) if upsampler else features
+
+        return run
+
+    def _upsampler(self, case: Case, bundle: ModelBundle) -> Upsampler | None:
+        method = case.row.method
+        if method == "backbone":
+            return None
+        if method not in self.learned:
+            return create_upsampler(method)
+        upsampler = self.learned[method].build(bundle.spec.precision, bundle.fresh)
+        if isinstance(upsampler, ViTUp) and case.chunk:
+            upsampler.working_bytes = case.chunk**2 * bytes_per_query(upsampler)
+        return upsampler
+
+
+# --- what there is to time --------------------------------------------------------------------------------------------
+
+
+def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
+    """The model made, checkpoints loaded, the folder begun: most that can be wrong is wrong here."""
+    recipe, ((side, _),) = resolve_source(config, [(config.size, config.size)], "squash")
+    bundle = recipe.bundle((side, side))
+    backbone = bundle.build("cpu").backbone
+    learned = {
+        method: _load(config, method, url, bundle, backbone)
+        for method, _, url in (text.partition(":") for text in config.methods)
+        if method in METHODS
+    }
+    cases, left_out = _cases(config, recipe.rows((side, side))[0], learned, bundle)
+    task = Runtime(
+        cases=cases,
+        learned=learned,
+        size=side,
+        warm_up=config.warm_up,
+        repeat=config.repeat,
+        row_s=config.row_s,
+        left_out=left_out,
+    )
+    digests = [case.row.digest for case in cases]
+    return task, recipe, begin(config, "runtime", recipe, digest(digests))
+
+
+def _load(
+    config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone
+) -> UpsamplerWeights:
+    if url:
+        options = {"storage_options": config.options, "force": config.force_upsampler}
+        return load_upsampler(method, url, backbone, described_by(bundle.spec), **options)
+    channels = backbone.channels * len(bundle.spec.layers)
+    if method != "vit_up":
+        crops = backbone.ragged and method == "lift"
+        settings = NetConfig(method=method, channels=channels, patch=backbone.patch, border_crop=crops)
+        return NetWeights(settings=settings, arrays=state_arrays(build_net(settings)))
+    vit_up = vit_up_settings(backbone.channels, backbone.n_layers, config.size, _QUERY_SCALE * config.size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same digest when it is continued
+        lora = Lora(bundle.fresh(), rank=vit_up.rank, alpha=vit_up.alpha, dropout=vit_up.dropout)
+    adapter = {name: tensor.numpy() for name, tensor in lora.peft_state().items()}
+    return ViTUpWeights(settings=vit_up, arrays={**state_arrays(random_head(vit_up)), **adapter})
+
+
+def _cases(
+    config: RuntimeConfig, low: Row, learned: Mapping[str, UpsamplerWeights], bundle: ModelBundle
+) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    """The backbone alone, then grid by grid bilinear and the methods; and what can't be had."""
+    names = dict.fromkeys(["bilinear", *(text.partition(":")[0] for text in config.methods)])
+    cases, left_out, digests = [Case(row=low)], [], {}
+    for grid in dict.fromkeys((side, side) for side in config.grids):
+        for method in names:
+            try:
+                if method in learned and (method not in digests or isinstance(learned[method], NetWeights)):
+                    digests[method] = learned[method].check(bundle.fresh, low.grid, grid)
+            except UpsamplerError as error:
+                left_out.append(f"{method} at {shown_size(grid)} ({error})")
+                continue
+            row = Row(
+                name=f"{method} {_level_name(grid, low.grid)}",
+                method=method,
+                level=None,
+                grid=grid,
+                stride=low.stride,
+                digest=digests.get(method, ""),
+            )
+            chunks = [chunk for chunk in config.chunks if chunk <= grid[0]] if method == "vit_up" else [0]
+            cases += [Case(row=row, chunk=chunk) for chunk in chunks]
+    return tuple(cases), tuple(left_out)
+
+
+def _level_name(grid: tuple[int, int], base: tuple[int, int]) -> str:
+    factor = grid[0] // base[0]
+    return f"x{factor}" if grid == (factor * base[0], factor * base[1]) else f"{grid[0]}x{grid[1]}"
+
+
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+
+def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequence[Record]) -> Findings:
+    """Time and memory of each case, and operations of the backbone and of networks that enlarge x2."""
+    devices = list(dict.fromkeys(record["device"] for record in records))
+    if len(devices) > 1:
+        raise ConfigError(f"{config.out} has timings of {' and of '.join(devices)}; give --out a new folder")
+    on_gpu = not devices[0].startswith("CPU")
+    found, counts = {record["case"]: record for record in records}, _counts(task, recipe.bundle((task.size, task.size)))
+    lines = [_line(case, task.size, found[case.name], counts["parameters"]) for case in task.cases]
+    if config.paper and on_gpu:
+        lines = _with_table_9(lines, task)
+    memory = "peak MiB" if on_gpu else "peak RSS, MiB"
+    times = Table(
+        title=f"One image, from pixels to the grid: {devices[0]}, {config.precision}",
+        columns=("ms", "median ms", "passes", memory, "parameters, M", "10^9 MACs"),
+        lines=tuple(lines),
+    )
+    return Findings(
+        tables=(times, _operations(config, task, counts)),
+        choices=_choices(config, task, on_gpu=on_gpu),
+        details={"timings": list(records), "counts": counts, "digests": _digests(task)},
+        pictures={"runtime.png": plot(task, found)} if config.pictures else {},
+    )
+
+
+def _counts(task: Runtime, bundle: ModelBundle) -> dict[str, Any]:
+    nets = [asdict(weights.settings) for weights in task.learned.values() if isinstance(weights, NetWeights)]
+    spec = bundle.spec
+    counts = count_operations(
+        spec.model,
+        task.size,
+        stride=spec.stride,
+        facet=spec.facet,
+        pos_embed=spec.pos_embed,
+        layers=spec.layers,
+        ragged=bool(task.size % spec.stride),
+        model_args=spec.model_args,
+        nets=nets,
+    )
+    for method, weights in task.learned.items():
+        if isinstance(weights, ViTUpWeights):
+            with torch.device("meta"):
+                head = count_parameters(ViTUpHead(weights.settings))
+            adapter = sum(array.size for name, array in weights.arrays.items() if name.startswith("backbone."))
+            counts["parameters"][method] = head + adapter
+    return counts
+
+
+def _line(case: Case, size: int, record: Record, parameters: Mapping[str, int]) -> Line:
+    times, peak = record["seconds"], record["peak_bytes"]
+    values = [
+        1e3 * statistics.mean(times),
+        1e3 * statistics.median(times),
+        len(times),
+        None if peak is None else peak / 2**20,
+        parameters.get(case.row.method, 0) / 1e6,
+        record["macs"] / 1e9,
+    ]
+    return replace(Line.of(case.row, (size, size), values), features=case.name)
+
+
+def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
+    """Below each of ViT-Up's lines the paper's, and at the end its other methods at the grids that were timed."""
+    out: list[Line] = []
+    for case, line in zip(task.cases, lines, strict=True):
+        side = case.row.grid[0]
+        values = TABLE_9.get(f"ViT-Up, {case.chunk} x {case.chunk} at once", {}) if case.chunk else {}
+        out += [line, *([_published(line, line.features, values[side])] if side in values else [])]
+    others = {name: values for name, values in TABLE_9.items() if not name.startswith("ViT-Up")}
+    by_side = {case.row.grid[0]: line for case, line in zip(task.cases[1:], lines[1:], strict=True)}
+    for side, line in by_side.items():
+        out += [_published(line, name, values[side]) for name, values in others.items() if side in values]
+    return out
+
+
+def _published(line: Line, name: str, values: tuple[float, float]) -> Line:
+    cells = (values[0], None, None, values[1], None, None)
+    return replace(line, features=f"ViT-Up Table 9: {name}", stride=None, values=cells, published=True)
+
+
+def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any]) -> Table:
+    """The layout of LiFT's Table 5. Counted for x2 whatever grids were timed."""
+    size, low = (task.size, task.size), task.cases[0].row
+    rows = {low.name: low} | {
+        f"{method} x2": replace(low, name=f"{method} x2", method=method, grid=(2 * low.grid[0], 2 * low.grid[1]))
+        for method in counts["paper_count"]
+        if method != "alone"
+    }
+    lines = []
+    for row in rows.values():
+        name = "alone" if row is low else row.method
+        macs = counts["macs"]["alone"] + (0 if row is low else counts["macs"][name])
+        values = [counts["parameters"][row.method] / 1e6, counts["paper_count"][name] / 1e9, macs / 1e9]
+        lines.append(Line.of(row, size, values))
+    table = Table(
+        title="Operations of one image: as LiFT's paper counts them, and multiply-accumulates of the whole model",
+        columns=("parameters, M", "10^9, LiFT's count", "10^9 MACs"),
+        lines=tuple(lines),
+    )
+    return with_published(table, rows, _lift_published(config, low) if config.paper else None)
+
+
+def _lift_published(config: RuntimeConfig, low: Row) -> Published:
+    """LiFT's Table 5 where it has this model, size and stride."""
+    values = {
+        method: {str(config.size): (None, operations)}
+        for one in PUBLISHED
+        if (one.model, one.size, one.stride) == (config.model, config.size, low.stride)
+        for method, operations in (("backbone", one.alone), ("lift", one.lift))
+        if operations is not None
+    }
+    return Published(source="LiFT Table 5", values=values)
+
+
+def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:
+    choices = {
+        "protocol": f"one random image, {config.precision} weights and autocast, inference mode; {task.warm_up} passes to warm "
+        f"up and {task.repeat} timed, fewer where they would take more than {task.row_s:g} s; one line at a time",
+        "time": "mean, as published, and median; the backbone's pass included. ViT-Up with its own adapted backbone, and "
+        "without the plain one",
+        "memory": "the most that torch's allocator holds, weights of that line included"
+        if on_gpu
+        else "the process's resident memory at its highest in one pass, interpreter and torch included: not Table 9's measure",
+        "weights": ", ".join([f"backbone {config.public()['weights']}", *_weights(config)]),
+        "parameters": "of the backbone in the first line, of what is added to it in the others",
+        "operations": "MACs by torch's FlopCounterMode: of what ran, in the first table; LiFT's count leaves attention products "
+        "out, charges transposed convolutions fourfold and, for facets, the last block's qkv twice",
+    }
+    if config.paper and not on_gpu:
+        choices["published"] = "Table 9 is of a GPU: not shown beside times of a CPU"
+    if task.left_out:
+        choices["left out"] = "; ".join(task.left_out)
+    return choices
+
+
+def _weights(config: RuntimeConfig) -> list[str]:
+    named = [text.partition(":")[::2] for text in config.public()["methods"]]
+    return [f"{method} {url or 'random'}" for method, url in named if method in METHODS]
+
+
+def _digests(task: Runtime) -> dict[str, str]:
+    return {case.row.method: case.row.digest for case in task.cases if case.row.digest}
+
+
+def plot(task: Runtime, found: Mapping[str, Record]) -> bytes:
+    """Time against the grid's side, a curve for each method, PNG."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for case in task.cases[1:]:
+        name = case.name.replace(case.row.name, case.row.method)
+        curves.setdefault(name, []).append((case.row.grid[0], 1e3 * statistics.mean(found[case.name]["seconds"])))
+    sides = sorted({side for curve in curves.values() for side, _ in curve})
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set(xscale="log", yscale="log", xlabel="side of the grid", ylabel="ms for one image, backbone included")
+        for name, curve in curves.items():
+            axes.plot(*zip(*sorted(curve), strict=True), marker="o", markersize=3, label=name)
+        alone = 1e3 * statistics.mean(found[task.cases[0].name]["seconds"])
+        axes.axhline(alone, color="grey", linewidth=0.8, linestyle="--", label="backbone alone")
+        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=130)
+    return data.getvalue()

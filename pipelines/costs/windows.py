@@ -1,0 +1,155 @@
+"""ViT-Up's windowed attention beside the plainest way to the same numbers: keys and values gathered for each query.
+
+`compare_window` times both on one image and checks that they agree; `window_report` is its Markdown.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates
+from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
+from operators.upsamplers.vit_up.head import sample
+from pipelines.costs.clocks import BenchmarkFailed, median_ratio, table, timed
+
+QUERIES = 3136
+"""At once, in both: the official code's default (specs/lift_vitup.md B11)."""
+_TOLERANCE = 1e-4
+"largest difference of the two, of the largest value"
+
+
+def compare_window(
+    settings: ViTUpConfig, tokens: tuple[int, int], grid: int, repeat: int, device: torch.device
+) -> dict[str, Any]:
+    """The head of `settings`, and `gather_then_attend`, from `tokens` to a square `grid` of one image, in float32.
+
+    Weights, hidden states and query grid are random. Raises `BenchmarkFailed` where the two disagree.
+    """
+    head, generator = random_head(settings).to(device), torch.Generator().manual_seed(0)
+    shape = (1, *tokens, settings.channels)
+    hidden = [torch.randn(shape, generator=generator).to(device) for _ in settings.layers]
+    query_grid = torch.randn(1, settings.channels, 8 * tokens[0], 8 * tokens[1], generator=generator).to(device)
+    coords = grid_coordinates((grid, grid), device=device)[None]
+    outputs: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def run_head(coords: Tensor = coords) -> None:
+        (outputs["head"],) = head(query_grid, hidden, coords, outputs=[-1], query_chunk=QUERIES)
+
+    @torch.inference_mode()
+    def run_gather(coords: Tensor = coords) -> None:
+        outputs["gather"] = gather_then_attend(head, query_grid, hidden, coords, QUERIES)
+
+    for run in (run_head, run_gather):
+        run(coords[:, :QUERIES])  # to warm up
+    of_head, of_gather = timed((run_head, run_gather), repeat, math.inf, device)
+    difference = (outputs["head"] - outputs["gather"]).abs().max().item()
+    largest = outputs["gather"].abs().max().item()
+    if not difference <= _TOLERANCE * largest:
+        raise BenchmarkFailed(
+            f"with a window of {settings.window} the head and gathering differ by {difference:.2g}, of values up to {largest:.2g}"
+        )
+    return {
+        "window": settings.window,
+        "channels": settings.channels,
+        "blocks": settings.blocks,
+        "tokens": list(tokens),
+        "grid": grid,
+        "queries": QUERIES,
+        "seconds": {"head": of_head, "gather": of_gather},
+        "ratio": median_ratio(of_gather, of_head),
+        "largest_difference": difference,
+        "largest_value": largest,
+    }
+
+
+def random_head(settings: ViTUpConfig) -> ViTUpHead:
+    """A head from a fixed seed whose FiLM does something, as after training; in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = ViTUpHead(settings).eval().requires_grad_(False)
+        for block in head.vit_up_blocks:
+            nn.init.normal_(block.featx.gamma_beta_mlp.mlp[-1].weight, std=settings.channels**-0.5)
+    return head
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What all queries read of one hidden state: tokens [1, S, D], turned keys and values [heads, S, d]."""
+
+    tokens: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def gather_then_attend(
+    head: ViTUpHead, query_grid: Tensor, hidden: Sequence[Tensor], coords: Tensor, query_chunk: int | None = None
+) -> Tensor:
+    """The last layer for coordinates [1, N, 2] of one image: every query gathers keys and values of its own (B5 to B7).
+
+    The equations of `ViTUpHead`, written plainly; its results are the same up to rounding.
+    """
+    grid, heads = (hidden[0].shape[1], hidden[0].shape[2]), head.config.heads
+    turn = Rope.of_tokens(grid, head.config.channels // heads, coords.device)
+    states = []
+    for block, state in zip(head.vit_up_blocks, hidden[1:], strict=True):
+        normed, attention = block.norm_h_global(state.flatten(1, 2)), block.cross_attention
+        keys = turn.rotate(_by_head(attention.k_proj(normed), heads))[0]
+        values = _by_head(attention.v_proj(normed), heads)[0]
+        states.append(_State(tokens=state.flatten(1, 2), keys=keys, values=values))
+    chunks = coords.split(query_chunk or coords.shape[1], dim=1)
+    return torch.cat([_refined(head, sample(query_grid, chunk), chunk, states, grid) for chunk in chunks], dim=1)
+
+
+def _refined(head: ViTUpHead, x: Tensor, coords: Tensor, states: Sequence[_State], grid: tuple[int, int]) -> Tensor:
+    heads, d = head.config.heads, head.config.channels // head.config.heads
+    nearest, offsets = nearest_tokens(coords, grid)
+    own, at = nearest[0, :, 1] * grid[1] + nearest[0, :, 0], _tokens_seen(nearest[0], head.config.window, grid)
+    encoding, turn = encode_offsets(offsets, head.rel_pos_enc.freqs), Rope.of_queries(coords, grid, d)
+    for block, state in zip(head.vit_up_blocks, states, strict=True):
+        x = x + block.transition_mlp(x)
+        queries = turn.rotate(_by_head(block.cross_attention.q_proj(block.norm_q_global(x)), heads))[0]
+        weights = torch.einsum("hnd,hnkd->hnk", queries, state.keys[:, at]).div(d**0.5).softmax(dim=-1)
+        seen = torch.einsum("hnk,hnkd->nhd", weights, state.values[:, at]).flatten(1)[None]
+        x = x + block.cross_attention.out_proj(seen)
+        gamma, beta = block.featx.gamma_beta_mlp(encoding).chunk(2, dim=-1)
+        film = (1 + gamma) * block.featx.norm_input(state.tokens[:, own]) + beta
+        x = x + block.norm_h_local(block.featx.post_mlp(film))
+        x = x + block.mlp(block.norm_post(x))
+    return head.decoder_mlp[-1](x)
+
+
+def _tokens_seen(nearest_N2: Tensor, window: int | None, grid: tuple[int, int]) -> Tensor:
+    """Raster numbers of the tokens round the nearest one (column, row) of each query, [N, K * K]; all without a window."""
+    sides = [min(2 * (window // 2) + 1, side) if window else side for side in grid]
+    rows, columns = (
+        (nearest_N2[:, axis, None] - side // 2).clamp(0, tokens - side) + torch.arange(side, device=nearest_N2.device)
+        for axis, side, tokens in ((1, sides[0], grid[0]), (0, sides[1], grid[1]))
+    )
+    return (rows[:, :, None] * grid[1] + columns[:, None]).flatten(1)
+
+
+def _by_head(x_BND: Tensor, heads: int) -> Tensor:
+    return x_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def window_report(windows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The comparisons as Markdown, line by line."""
+    for one in windows:
+        grid, (h, w) = one["grid"], one["tokens"]
+        what = f"{one['channels']} channels, {one['blocks']} blocks, {h} x {w} tokens to {grid} x {grid}, fp32"
+        yield f"\nThe head alone with a window of {one['window']}, {what}, {one['queries']:,} queries at once:"
+        lines = [
+            [name, f"{statistics.median(one['seconds'][key]):.2f}", f"{len(one['seconds'][key])}", ratio]
+            for key, name, ratio in (
+                ("head", "as here", "1.00"),
+                ("gather", "gather for each query, then attend", f"{one['ratio']:.2f}"),
+            )
+        ]
+        yield from table(["", "s", "runs", "of as here"], lines)
+        yield f"\nLargest difference of the two: {one['largest_difference']:.1e}, of values up to {one['largest_value']:.1f}."

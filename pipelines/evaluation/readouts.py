@@ -1,0 +1,307 @@
+"""Trained readouts on a data set: segmentation, depth, boundaries, detection, instances (specs/evaluation.md 7, 8, 12).
+
+The readouts are trained by jobs/train.py, which judges its held-out images by the same code (pipelines/readouts/tasks.py).
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from operators.visual import Tile, spread
+from pipelines.config import ConfigError, absolute, public_settings, require_at_least
+from pipelines.evaluation.config import LabelledConfig
+from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.sources import (
+    FeatureSource,
+    LiveRecipe,
+    Recipe,
+    Row,
+    Size,
+    pooled_level,
+    resolve_source,
+)
+from pipelines.provenance import describe_difference
+from pipelines.readouts.checkpoints import TrainedReadout, load_readout
+from pipelines.readouts.drawing import picture_of
+from pipelines.readouts.task import Task
+from pipelines.results import Cell, Findings, Line, Table, panel
+from pipelines.training.readout import features_of
+from storage.datasets.files import digest
+from storage.datasets.labels import LabelledImage
+from storage.datasets.pictures import DatasetError
+from storage.datasets.registry import DATASETS, LabelReading, load_labelled, require_depth
+from storage.paths import Folder, redact
+
+PIECE_IMAGES = 32
+
+TRUTH = "truth"
+"""The folder of labels' pictures, beside those of readouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(LabelledConfig):
+    """What can be read out of the features? Trained readouts (jobs/train.py) judged on a data set's validation part."""
+
+    readouts: tuple[str, ...] = ()
+    """Trained readouts, each a row: folders of training runs, or checkpoints. All of one task."""
+    dataset: str | None = None
+    """The data set; default: the one that they were trained on."""
+    split: str | None = None
+    """Its part; default: the one for validation."""
+    side: int | None = None
+    """Of the outputs and the labels, in pixels; default: as trained. DeAP answers 448 with twice the queries a side."""
+    depth_scale: float | None = None
+    """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
+    levels: tuple[str, ...] = ("x1",)
+    """The maps that the readouts were trained on, named as for jobs/extract.py: x1 x2=lift:s3://bucket/ckpt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, self, "side")
+
+    def public(self) -> dict[str, Any]:
+        return public_settings(self, "data", "out", "weights", "stores", "levels", "readouts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Images with labels, and readouts."""
+
+    images: tuple[LabelledImage, ...]
+    readouts: Mapping[str, TrainedReadout]
+    rows: Mapping[str, Row]
+    "the map that each reads"
+    task: Task
+    drawn: Task
+    "the task as it was trained: images are drawn at its side, whatever the outputs' is"
+    size: Size
+    "of the model's input"
+    shown: frozenset[int]
+    "images whose predictions are drawn"
+
+    def pieces(self) -> list[Piece]:
+        starts = range(0, len(self.images), PIECE_IMAGES)
+        return [
+            Piece(name=f"{start:07d}", items=tuple(range(start, min(start + PIECE_IMAGES, len(self.images)))))
+            for start in starts
+        ]
+
+    def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
+        built = {name: readout.build() for name, readout in self.readouts.items()}
+        return records_of(piece.items, lambda number: self._image(number, built, source, folder))
+
+    def _image(self, number: int, built: Mapping[str, Any], source: FeatureSource, folder: Folder) -> list[Record]:
+        item = self.images[number]
+        label = item.upright_label(source.oriented(item.image, self.size))
+        targets, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
+        maps, pooled = source.maps(picture), None
+        if any(readout.needs_pooled for readout in built.values()):
+            pooled = source.pooled(picture)[None]
+        records = []
+        for name, readout in built.items():
+            features = maps[self.rows[name].name][None].permute(0, 3, 1, 2)
+            output = readout(features, (self.task.side, self.task.side), pooled)[0]
+            judged = self.task.judge(output, targets, label)
+            records.append({"image": number, "readout": name, "judged": judged})
+            if number in self.shown:
+                self._draw(folder, number, name, *self.task.pictures(output, targets))
+        return records
+
+    def _draw(self, folder: Folder, number: int, name: str, prediction: np.ndarray, truth: np.ndarray) -> None:
+        for what, pixels in ((name, prediction), (TRUTH, truth)):
+            png = io.BytesIO()
+            Image.fromarray(pixels).save(png, "PNG")
+            folder.write(_prediction(number, what), png.getvalue())
+
+
+def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
+    """The readouts and the data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
+    if not config.readouts:
+        raise ConfigError("no readouts: give --readouts the folders of training runs, or checkpoints")
+    readouts = {name: load_readout(absolute(url), config.options) for name, url in _names(config.readouts).items()}
+    first = next(iter(readouts.values()))
+    recipe, size = _features(config, readouts)
+    rows = {name: _row_of(each, recipe, size) for name, each in readouts.items()}
+    _require_one_task(readouts, recipe)
+    task = replace(first.task, side=config.side or first.task.side)
+    images = tuple(task.judged(_images(config, first)))
+    probe = Probe(
+        images=images,
+        readouts=readouts,
+        rows=rows,
+        task=task,
+        drawn=first.task,
+        size=size,
+        shown=frozenset(spread(len(images), config.pictures)),
+    )
+    told = {name: [each.features, each.task.told(), each.digest] for name, each in readouts.items()}
+    return probe, recipe, begin(config, "probe", recipe, digest([*images, tuple(sorted(map(str, told.items())))]))
+
+
+def _names(urls: Sequence[str]) -> dict[str, str]:
+    """Short names of folders: the last part that isn't a step's, made different where two are the same."""
+    names: dict[str, str] = {}
+    for url in urls:
+        parts = [part for part in redact(absolute(url)).rstrip("/").split("/") if part]
+        name = parts[-3] if len(parts) > 2 and parts[-2] == "steps" else parts[-1]
+        while name in (*names, TRUTH):
+            name += "'"
+        names[name] = url
+    return names
+
+
+def _images(config: ProbeConfig, readout: TrainedReadout) -> list[LabelledImage]:
+    """Those of the data set. Raises `ConfigError` where its labels aren't what the readout was trained for."""
+    dataset, task = config.dataset or readout.dataset, readout.task
+    if dataset not in DATASETS:
+        raise ConfigError(f"--dataset {dataset}: there are {', '.join(DATASETS)}")
+    kind, classes = DATASETS[dataset], getattr(task, "classes", None)
+    if (kind.label, kind.classes) != (task.label, classes):
+        raise ConfigError(
+            f"--dataset {dataset} has {_labels(kind.label, kind.classes)}, but {readout.shown} was trained for "
+            f"{_labels(task.label, classes)}, on {readout.dataset}"
+        )
+    require_depth(dataset, config.depth_scale)
+    reading = LabelReading(frame=config.label_frame, depth_scale=config.depth_scale)
+    split = config.split or kind.splits[1]
+    return load_labelled(dataset, config.required("data"), split, config.options, config.limit, reading)
+
+
+def _labels(label: str, classes: int | None) -> str:
+    return label if classes is None else f"{classes} {label}"
+
+
+def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tuple[Recipe, Size]:
+    """Features as the first readout was trained on them, wherever that isn't said by settings."""
+    first = next(iter(readouts.values()))
+    if not config.stores:
+        wants_pooled = any(each.config.method == "depth_bins" for each in readouts.values())
+        pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in config.levels} else ()
+        drawing = config.drawing or first.features["drawing"]
+        config = replace(config, levels=(*config.levels, *pooled), drawing=drawing)
+    recipe, (size,) = resolve_source(config, (tuple(first.features["input_size"]),), first.task.placement)
+    if isinstance(recipe, LiveRecipe):
+        # Readouts may have been trained without the model's normalisation.
+        given = {name: tuple(first.features[name]) for name in ("mean", "std")}
+        bundles = {ragged: replace(each, spec=replace(each.spec, **given)) for ragged, each in recipe.bundles.items()}
+        recipe = replace(recipe, bundles=bundles)
+    return recipe, size
+
+
+def _row_of(readout: TrainedReadout, recipe: Recipe, size: Size) -> Row:
+    """The map that a readout was trained on. Raises `ConfigError` where it, or the CLS vector, isn't there."""
+    spec, trained = recipe.spec(size), dict(readout.features)
+    level = trained.pop("level")
+    trained.pop("drawing")
+    found = next((each for each in spec.levels if each.name == level["name"]), None)
+    if found is None:
+        raise ConfigError(f"{readout.shown} reads {level['name']} ({level['method']}), which isn't among --levels")
+    here = features_of(spec, found)
+    if differences := describe_difference("trained on", {**trained, "level": level}, here):
+        raise ConfigError(f"{readout.shown} was trained on other features:\n{differences}")
+    if readout.config.method == "depth_bins" and pooled_level(spec.levels) is None:
+        raise ConfigError(
+            f"{readout.shown} reads the CLS vector, too, which isn't there; extract with --levels pooled=cls"
+        )
+    return next(row for row in recipe.rows(size) if row.level == found.name)
+
+
+def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) -> None:
+    """Raises `ConfigError` unless one label, and one drawing of the image, serve all readouts."""
+    first = next(iter(readouts.values()))
+    for each in readouts.values():
+        if replace(each.task, side=first.task.side) != first.task:
+            raise ConfigError(
+                f"{each.shown} was trained for {each.task}, {first.shown} for {first.task}; evaluate each alone"
+            )
+        if recipe.how_drawn == "paper" and each.task.side != first.task.side:
+            raise ConfigError(
+                f"{each.shown} was trained on images drawn at {each.task.side} px, {first.shown} at {first.task.side} px; "
+                "evaluate each alone, or with --drawing extract"
+            )
+
+
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+
+def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
+    """Scores of each readout, from all images at once."""
+    records, left_out = split_left_out(records)
+    by_readout: dict[str, list[Record]] = {name: [] for name in probe.readouts}
+    for record in records:
+        by_readout[record["readout"]].append(record["judged"])
+    try:
+        scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
+    except ValueError as error:
+        raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
+    columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
+    lines = [
+        Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()
+    ]
+    named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
+    first = next(iter(probe.readouts))
+    table = Table(
+        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(by_readout[first])} images",
+        columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
+        lines=tuple(named),
+    )
+    return Findings(
+        tables=(table,),
+        choices={
+            "task": str(probe.task),
+            "images": _drawing(probe, recipe),
+            "turned photographs": config.turned_photographs,
+            "scores": "counts and sums of all images, divided once",
+        },
+        details={"scores": scores, "trained on": {name: dict(r.features) for name, r in probe.readouts.items()}},
+        pictures=_pictures(config, probe),
+        left_out=left_out,
+    )
+
+
+def _drawing(probe: Probe, recipe: Recipe) -> str:
+    """How images became the model's input, here and in training where that was otherwise."""
+    words = {"paper": "as the paper's code draws them", "extract": "drawn as jobs/extract.py does it"}
+    others = [n for n, each in probe.readouts.items() if each.features["drawing"] != recipe.how_drawn]
+    trained = f"; {', '.join(others)} trained on images drawn otherwise" if others else ""
+    return words[recipe.how_drawn] + trained
+
+
+def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequence[str]) -> list[Cell]:
+    """The readout, its size, and its scores: shares in percent, others with four digits."""
+    readout, shares = probe.readouts[name], probe.task.shares
+    # One readout may have no such score: without foreground, there is none to be right about.
+    known = [values.get(each, math.nan) for each in columns]
+    shown = [100 * value if each in shares else f"{value:.4f}" for each, value in zip(columns, known, strict=True)]
+    return [readout.config.method, readout.build().parameter_count(), *shown]
+
+
+def _pictures(config: ProbeConfig, probe: Probe, tile: int = 200) -> dict[str, Image.Image]:
+    """Those that were drawn: an evaluation may have been begun with fewer --pictures."""
+    folder, names = Folder(config.required("out"), config.options), [*probe.readouts, TRUTH]
+    there = {name: folder.sizes(f"predictions/{name}") for name in names}
+    drawn = [n for n in sorted(probe.shown) if all(_file(n) in there[name] for name in names)]
+    if not drawn:
+        return {}
+    tiles = []
+    for number in drawn:
+        photo = probe.task.photo(probe.images[number].image.pixels())
+        files = folder.read_many([_prediction(number, name) for name in names])
+        pixels = [photo, *(np.array(Image.open(io.BytesIO(data))) for data in files)]
+        tiles.append([Tile(pixels=each, is_photo=True) for each in pixels])
+    rows = [probe.images[number].image.keys[-1] for number in drawn]
+    title = f"{probe.task.name}, {probe.task.side} px"
+    return {"predictions.png": panel(tiles, ["photo", *names], rows, title, (tile, tile))}
+
+
+def _prediction(number: int, what: str) -> str:
+    return f"predictions/{what}/{_file(number)}"
+
+
+def _file(number: int) -> str:
+    return f"{number:07d}.png"

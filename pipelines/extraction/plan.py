@@ -1,0 +1,284 @@
+"""The promise before the run: how many tasks, bytes, objects, how much memory and time.
+
+Nothing here computes features, except the micro-batch that the time is extrapolated from.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.progress import size_text
+from operators.codecs.memory import DecodeMemory
+from operators.image import ImageRefused, decode
+from pipelines.config import ConfigError
+from pipelines.extraction.prepare import Prepared, default_batch
+from pipelines.features.photos import geometry_of
+from storage.left_out import LeftOut, left_out_lines
+from storage.paths import Folder, redact
+from storage.samples import read_images
+from storage.shards import compress, encode_row
+from storage.spec import FeatureSpec, Layout, Level
+from storage.store import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelCost:
+    level: Level
+    raw_bytes: int
+    objects: int
+    shard_bytes: int
+    "raw bytes of the largest object"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do and cost. All sizes in bytes, all times in seconds."""
+
+    inputs: tuple[str, ...]
+    images: int
+    unreadable: int
+    "samples that the index already knows to have no readable image"
+    sources: int
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no image of these, by reason"
+    model: str
+    weights: str
+    input_size: tuple[int, int]
+    statistics: str
+    "what the input is normalised with, and resized by, where weights of a file or folder may say so"
+    notes: tuple[str, ...]
+    "what is no mistake, and should be known"
+    out: str
+    state: str
+    "`new`, or how many of its tasks are done"
+    tasks: int
+    pending: int
+    block_rows: int
+    levels: tuple[LevelCost, ...]
+    device: str
+    actors: int
+    batch: int
+    device_bytes: int
+    host_bytes: int
+    "of one actor, beside the interpreter and its libraries"
+    decode_bytes: int
+    "of them, what images may take while they are decoded"
+    timed_images: int
+    stage_seconds: Mapping[str, float]
+    "per image on one worker of this machine"
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(cost.raw_bytes for cost in self.levels)
+
+    @property
+    def total_objects(self) -> int:
+        return sum(cost.objects for cost in self.levels) + self.tasks
+
+    @property
+    def seconds_per_image(self) -> float:
+        return sum(self.stage_seconds.values())
+
+    @property
+    def estimate_s(self) -> float:
+        """Time for the pending tasks on `actors` workers like the timed one."""
+        return self.pending * self.block_rows * self.seconds_per_image / max(self.actors, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data |= {"total_bytes": self.total_bytes, "total_objects": self.total_objects, "estimate_s": self.estimate_s}
+        return json.loads(json.dumps(data))
+
+    def describe(self) -> str:
+        """The plan as text for people."""
+        lines = [
+            _line(
+                "input",
+                " ".join(self.inputs),
+                f"{self.images:,} images (index of {self.sources:,} sources, {self.unreadable} unreadable)",
+            ),
+            _line(
+                "model", f"timm {self.model}", f"{self.input_size[0]} x {self.input_size[1]} px, weights {self.weights}"
+            ),
+        ]
+        lines[1:1] = [_line("left out", line, "") for line in left_out_lines(self.left_out)]
+        if self.statistics:
+            lines.append(_line("", self.statistics, ""))
+        for i, cost in enumerate(self.levels):
+            level = cost.level
+            shape = " x ".join(str(n) for n in level.row_shape)
+            lines.append(
+                _line(
+                    "levels" if i == 0 else "",
+                    f"{level.name:<6} {shape:<18} {level.dtype:<8} {level.method}",
+                    f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}",
+                )
+            )
+        lines += [_line("note", note, "") for note in self.notes]
+        lines += [
+            _line(
+                "store",
+                f"{self.out}  ({self.state})",
+                f"{size_text(self.total_bytes)}, {self.tasks:,} tasks of {self.block_rows} images, "
+                f"{self.total_objects:,} objects",
+            ),
+            _line(
+                "memory",
+                f"{self.device} {size_text(self.device_bytes)} for batches of {self.batch}",
+                f"host {size_text(self.host_bytes - self.decode_bytes)} per actor, and up to {size_text(self.decode_bytes)} "
+                "to decode large images",
+            ),
+            _line(
+                "time",
+                f"timed on {self.timed_images} images: {1 / self.seconds_per_image:.1f} images/s per worker",
+                f"{_hours(self.estimate_s)} on {self.actors} {self.device} workers for {self.pending:,} pending tasks",
+            ),
+            _line(
+                "",
+                "per image: " + ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in self.stage_seconds.items()),
+                "",
+            ),
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _line(head: str, left: str, right: str) -> str:
+    return f"{head:<10} {left:<58} {right}"
+
+
+def _hours(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> Plan:
+    """Count and time. `threads` is what one worker will have."""
+    config, spec, layout = prepared.config, prepared.bundle.spec, prepared.layout
+    folder = Folder(config.out, config.options)
+    pending, state = _state(prepared, folder)
+    on_gpu = device == "cuda" and torch.cuda.is_available()
+    model = prepared.bundle.build("cuda") if on_gpu else prepared.model
+    batch = default_batch(config, layout, device)
+    batch = batch if config.batch else model.fit_batch(batch)
+    timed, seconds = _time_microbatch(prepared, model, min(batch, 16), threads)
+    block_bytes = spec.row_bytes * layout.block_rows
+    image_bytes = layout.block_rows * spec.input_size[0] * spec.input_size[1] * 3
+    # What is read at a time, and the images cut out of it.
+    input_bytes = 2 * prepared.index.largest_block_bytes(layout.block_rows, config.max_image_bytes)
+    decode_bytes = DecodeMemory(config.max_image_pixels).capacity
+    bundle = prepared.bundle
+    networks = (bundle.arrays, *(upsampler.arrays for upsampler in bundle.upsamplers.values()))
+    weights_bytes = sum(array.nbytes for arrays in networks for array in arrays.values())
+    return Plan(
+        inputs=tuple(redact(url, config.options) for url in config.data),
+        images=layout.n_rows,
+        unreadable=prepared.index.n_unreadable,
+        sources=len(prepared.index.sources),
+        left_out=dict(prepared.left_out),
+        model=spec.model,
+        weights=f"{spec.weights_source}, sha256 {spec.weights[:8]}…",
+        input_size=spec.input_size,
+        statistics=_statistics(spec) if spec.weights_source == "file" else "",
+        notes=prepared.notes,
+        out=folder.shown,
+        state=state,
+        tasks=layout.n_blocks,
+        pending=pending,
+        block_rows=layout.block_rows,
+        levels=tuple(_level_cost(level, layout) for level in spec.levels),
+        device=device,
+        actors=actors,
+        batch=batch,
+        device_bytes=model.peak_bytes(batch),
+        # Two tasks overlap in an actor: their images and encoded rows, next to the weights.
+        host_bytes=2 * (block_bytes + image_bytes + input_bytes) + weights_bytes + decode_bytes,
+        decode_bytes=decode_bytes,
+        timed_images=timed,
+        stage_seconds=seconds,
+    )
+
+
+def _state(prepared: Prepared, folder: Folder) -> tuple[int, str]:
+    """How many tasks are to be done, and what there is already, in words."""
+    update, n_blocks = prepared.update, prepared.layout.n_blocks
+    if update is None:
+        return n_blocks, "new"
+    done = FeatureStore.open(folder.url, folder.options).ledger.done()
+    again = len(done & update.redo)
+    words = f", {again:,} run again for changed images" if again else ""
+    return n_blocks - len(done - update.redo), f"{len(done):,} of {n_blocks:,} tasks done{words}"
+
+
+def _statistics(spec: FeatureSpec) -> str:
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    args = "".join(f", {name} {value}" for name, value in spec.model_args.items())
+    return f"mean {mean}, std {std}, {spec.interpolation}{args}"
+
+
+def _level_cost(level: Level, layout: Layout) -> LevelCost:
+    rows = layout.shard_rows(level) if level.grid else layout.block_rows
+    arrays = 2 if level.dtype == "int8" else 1
+    return LevelCost(
+        level=level,
+        raw_bytes=layout.n_rows * level.row_bytes,
+        objects=-(-layout.n_rows // rows) + (arrays - 1) * layout.n_blocks,
+        shard_bytes=min(rows, layout.n_rows) * level.row_bytes,
+    )
+
+
+def _time_microbatch(prepared: Prepared, model: Any, n: int, threads: int) -> tuple[int, dict[str, float]]:
+    """How many of the first `n` readable images were timed, and seconds per image and stage with `threads` threads."""
+    spec, geometry = prepared.bundle.spec, geometry_of(prepared.bundle.spec)
+    rows = prepared.index.read(0, min(prepared.layout.n_rows, 8192))
+    keep = [i for i, problem in enumerate(rows["problem"].to_pylist()) if problem is None][:n]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        t0 = time.perf_counter()
+        blobs = read_images(rows.take(keep), prepared.urls, prepared.config.options)
+        t1 = time.perf_counter()
+        images = []
+        for blob in blobs:
+            try:
+                images.append(
+                    decode(
+                        blob or b"", geometry, max_pixels=prepared.config.max_image_pixels, draft=spec.jpeg_draft
+                    ).pixels
+                )
+            except ImageRefused:
+                continue  # the run itself will say why; here it only leaves the sample
+        t2 = time.perf_counter()
+        if not images:
+            raise ConfigError(
+                f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member"
+            )
+        model(np.stack(images[:1]), {})
+        seconds: dict[str, float] = {}
+        out, _ = model(np.stack(images), seconds)
+        t3 = time.perf_counter()
+        for level in spec.levels:
+            for row in out[level.name]:
+                compress(encode_row(row, level.dtype)[0])
+        t4 = time.perf_counter()
+    finally:
+        torch.set_num_threads(before)
+    count = len(images)
+    # Host stages run on all threads of a worker; the timing above used one.
+    host = max(threads, 1) * count
+    return count, {
+        "read": (t1 - t0) / count,
+        "decode": (t2 - t1) / host,
+        "forward": seconds["forward"] / count,
+        "upsample": seconds["upsample"] / count,
+        "encode": (t4 - t3) / host,
+    }

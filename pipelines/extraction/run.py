@@ -1,0 +1,324 @@
+"""The driver of the main job: run pending tasks, account for every sample, finish the store."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from cluster.progress import Progress
+from cluster.resources import WorkerPool
+from pipelines.extraction.attempts import suspects
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve
+from pipelines.extraction.worker import WorkerSetup
+from pipelines.provenance import versions
+from storage.errors import RayliftError
+from storage.ledger import REASON_COLUMNS, commonest_reasons
+from storage.left_out import LeftOut
+from storage.paths import StorageError
+from storage.root import StoreReplaced
+from storage.spec import ShardTask
+from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+
+SAVE_INTERVAL_S = 10.0
+"""How often a run says how far it is, where `jobs/show.py status` finds it."""
+
+
+class RunFailed(RayliftError):
+    """The run ended without a complete store, or with more failures than the budget allows."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a run ended."""
+
+    out: str
+    run_id: str
+    ok: int
+    failed: int
+    this_run: int
+    "rows finished by this run"
+    seconds: float
+    start_up_s: float
+    "until the first task was finished"
+    stage_seconds: Mapping[str, float]
+    reasons: Sequence[str]
+    bytes_written: int
+    left_out: Mapping[str, LeftOut]
+    "what the input holds that is no row, by reason"
+
+
+def extract(config: ExtractConfig, executor: Any) -> Summary:
+    """Run the extraction that `config` describes, from where an earlier run stopped.
+
+    Raises what `resolve` and `prepare` raise, `ClusterError`, `FingerprintMismatch`, and `RunFailed` when tasks stay
+    unfinished or the failure budget is spent.
+    """
+    resolved = resolve(config)
+    pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
+    return run_prepared(prepare(resolved, executor), executor)
+
+
+def pool_for(config: ExtractConfig, executor: Any) -> WorkerPool:
+    """The actors that `config` asks for. Raises `ClusterError` for what the cluster can't meet."""
+    return executor.pool(
+        config.device,
+        config.actors,
+        config.actor_cpus,
+        config.actor_gpus,
+        accelerator=config.accelerator,
+        spare_cpu=config.decode_on == "cluster",
+    )
+
+
+def run_prepared(prepared: Prepared, executor: Any) -> Summary:
+    """`extract` for an input that is already indexed and a model that is loaded."""
+    try:
+        return _run_prepared(prepared, executor)
+    except StoreReplaced as error:
+        raise RunFailed(str(error)) from None
+
+
+def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
+    config = prepared.config
+    store = prepared.create_store()
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    pool = pool_for(config, executor)
+    batch = default_batch(config, store.layout, pool.device)
+    _write_run_json(store, run_id, config, pool, batch)
+    done = _check_done(store)
+    if config.retry_failed:
+        done -= _revoke_failed(store, done, prepared.input_digest)
+    pending = [task for task in store.layout.tasks() if task.block not in done]
+    if pending:
+        store.set_writing(prepared.input_digest)
+    elif store.status == "complete":
+        logger.info("%s is complete; nothing to do", store.folder.shown)
+    setup = WorkerSetup(
+        bundle=prepared.bundle,
+        out=config.out,
+        fingerprint=store.attributes["fingerprint"],
+        input_digest=prepared.input_digest,
+        options=config.options,
+        urls=prepared.urls,
+        run_id=run_id,
+        device=pool.device,
+        threads=pool.cpus,
+        batch=batch,
+        batch_is_fixed=config.batch is not None,
+        max_image_pixels=config.max_image_pixels,
+        max_image_bytes=config.max_image_bytes,
+        suspects=suspects(store.folder, {task.block for task in pending}),
+    )
+    run = _Run(config, store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
+    run.execute(pending)
+    if pending and not run.errors and (changes := changed_meanwhile(prepared, store, executor)):
+        raise RunFailed(
+            f"{store.folder.shown}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
+            "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
+        )
+    return run.finish(prepared.left_out)
+
+
+def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
+    document = {
+        "run_id": run_id,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.public(),
+        "workers": asdict(pool) | {"batch": batch},
+        "fingerprint": store.attributes["fingerprint"],
+        "weights_sha256": store.spec.weights,
+        "versions": versions(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    store.folder.write(f"runs/{run_id}/run.json", json.dumps(document, indent=1).encode())
+
+
+def _check_done(store: FeatureStore) -> set[int]:
+    """Blocks that are done. Of an unfinished store each record is read, and each shard's size compared with it: a full disk
+    or a power cut can leave a file short, and the run that wrote it can't tell."""
+    done = store.ledger.done()
+    if strangers := store.ledger.strangers():
+        logger.warning("ledger/commits holds what is no record of this store; it is left alone: %s", strangers[:10])
+    if store.status == "writing" and done:
+        torn = store.ledger.torn(sorted(done))
+        if torn:
+            reasons = "\n  ".join(list(torn.values())[:5])
+            logger.warning("%d finished tasks are damaged; they run again:\n  %s", len(torn), reasons)
+            store.revoke(torn)
+            done -= set(torn)
+    return done
+
+
+def _revoke_failed(store: FeatureStore, done: set[int], input_digest: str) -> set[int]:
+    """Make tasks with failed rows pending again; returns their blocks."""
+    blocks = {block for block, table in store.ledger.records(sorted(done)) if "failed" in table["status"].to_pylist()}
+    if blocks:
+        # First, so that a crash in between leaves a store that says it's unfinished.
+        store.set_writing(input_digest)
+        store.revoke(sorted(blocks))
+        logger.info("%d tasks have failed rows and run again", len(blocks))
+    return blocks
+
+
+class _Run:
+    """One run's accounting."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        store: FeatureStore,
+        setup: WorkerSetup,
+        executor: Any,
+        pool: WorkerPool,
+        rows_done: int,
+    ):
+        self.config, self.store, self.setup, self.executor, self.pool = config, store, setup, executor, pool
+        self.progress = Progress(total=store.layout.n_rows, done=rows_done)
+        self.errors: list[str] = []
+        self.replaced = ""
+        "how the heartbeat found the store gone or replaced"
+        self.bytes_written = 0
+        self.start_up_s = 0.0
+        self.finished_tasks = 0
+
+    def execute(self, pending: Sequence[ShardTask]) -> None:
+        """Run `pending`; tasks whose workers died, hung or ran out of memory run again, alone."""
+        if not pending:
+            return
+        with self.progress, self._heartbeat():
+            try:
+                self._execute(pending)
+            except Exception:
+                self.store.require_in_place()  # if it isn't, that is the reason
+                raise
+        self._save_progress()
+
+    def _execute(self, pending: Sequence[ShardTask]) -> None:
+        aside = self._drain(pending, solo=False)
+        if aside:
+            logger.warning("%d tasks run again, one at a time: their workers died, hung, or had no memory", len(aside))
+            stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
+            self.errors += [f"task {block}: set aside twice" for block in stuck]
+
+    def _drain(self, tasks: Sequence[ShardTask], *, solo: bool) -> list[int]:
+        setup = replace(self.setup, solo=solo)
+        aside: list[int] = []
+        decode_on = "actor" if solo else self.config.decode_on
+        for report in self.executor.run(setup, tasks, self.pool, decode_on=decode_on, solo=solo):
+            if self.replaced or report.get("replaced"):
+                raise StoreReplaced(self.replaced or report["error"])
+            if "set_aside" in report:
+                aside.append(report["block"])
+            elif "error" in report:
+                self.errors.append(f"task {report['block']}: {report['error']}")
+                if len(self.errors) >= max(3, 0.05 * self.finished_tasks):
+                    raise RunFailed(self._errors_text("stopping, since tasks keep failing"))
+            else:
+                self._count(report)
+        return aside
+
+    def _count(self, report: Mapping[str, Any]) -> None:
+        if not self.finished_tasks:
+            self.start_up_s = time.monotonic() - self.progress.started
+        self.finished_tasks += 1
+        self.bytes_written += report["bytes_written"]
+        self.progress.add(report["ok"], report["failed"], report["seconds"])
+        seen, failed = self.progress.ok + self.progress.failed, self.progress.failed
+        budget = self.config.max_failed_fraction * self.store.layout.n_rows
+        if failed > budget and (failed > budget + 256 or (seen >= 256 and failed > seen / 2)):
+            raise RunFailed(self._budget_text(f"{failed:,} of the first {seen:,} images failed"))
+
+    @contextlib.contextmanager
+    def _heartbeat(self) -> Iterator[None]:
+        """Save progress now and then, also while no task is finished: a slow task must not look like a dead run."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(SAVE_INTERVAL_S):
+                try:
+                    self._save_progress()
+                except StoreReplaced as error:
+                    self.replaced = str(error)
+                    return
+                except (OSError, StorageError) as error:
+                    logger.warning("progress was not saved: %s", error)
+
+        thread = threading.Thread(target=beat, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _save_progress(self) -> None:
+        """Rates and stage times where `show` finds them, also from another machine. Raises `StoreReplaced`."""
+        self.store.require_in_place()
+        p = self.progress
+        document = {
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rows_total": p.total,
+            "rows_before": p.done,
+            "ok": p.ok,
+            "failed": p.failed,
+            "images_per_s": p.rate,
+            "stage_seconds": p.seconds,
+            "bytes_written": self.bytes_written,
+            "errors": self.errors[-20:],
+        }
+        self.store.folder.write(f"runs/{self.setup.run_id}/progress.json", json.dumps(document, indent=1).encode())
+
+    def finish(self, left_out: Mapping[str, LeftOut]) -> Summary:
+        """Merge the ledger and check that everything adds up. Raises `RunFailed`."""
+        if self.errors:
+            raise RunFailed(self._errors_text(f"{len(self.errors)} tasks did not finish"))
+        counts = self.store.finalize()
+        ok, failed = counts.get("ok", 0), counts.get("failed", 0)
+        if ok + failed != self.store.layout.n_rows:
+            raise RunFailed(
+                f"{self.store.folder.shown}: {ok} ok + {failed} failed rows, but {self.store.layout.n_rows} samples"
+            )
+        if failed > self.config.max_failed_fraction * self.store.layout.n_rows:
+            raise RunFailed(self._budget_text(f"{failed:,} of {ok + failed:,} images failed"))
+        return Summary(
+            out=self.store.folder.shown,
+            run_id=self.setup.run_id,
+            ok=ok,
+            failed=failed,
+            this_run=self.progress.ok + self.progress.failed,
+            seconds=time.monotonic() - self.progress.started,
+            start_up_s=self.start_up_s,
+            stage_seconds=dict(self.progress.seconds),
+            reasons=self._reasons() if failed else [],
+            bytes_written=self.bytes_written,
+            left_out=left_out,
+        )
+
+    def _reasons(self) -> list[str]:
+        return commonest_reasons(self.store.failures(REASON_COLUMNS))
+
+    def _budget_text(self, what: str) -> str:
+        reasons = "\n  ".join(self._reasons())
+        return (
+            f"{what}, more than the budget of {self.config.max_failed_fraction:.2%} (--max-failed-fraction). The commonest "
+            f"reasons:\n  {reasons}\nWhat is written stays; the same command continues, --retry-failed tries the failed again."
+        )
+
+    def _errors_text(self, what: str) -> str:
+        listed = "\n  ".join(self.errors[:5])
+        return f"{what}:\n  {listed}\nFinished tasks are kept; run the same command again to continue."

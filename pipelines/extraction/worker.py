@@ -1,0 +1,295 @@
+"""One task, anywhere: read, decode, forward, upsample, encode, write, commit.
+
+A task's features never leave the process that computed them, except as whole shards in the output.
+"""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from operators.codecs.memory import DecodeMemory
+from operators.image import DecodedImage, ImageRefused, decode, limit_pillow
+from pipelines.extraction.attempts import Loaded, attempt, failed, ledger_records, write_and_commit
+from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
+from pipelines.extraction.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
+from pipelines.features.bundle import ModelBundle
+from pipelines.features.photos import geometry_of
+from storage.ledger import SampleRecord, image_digest
+from storage.paths import Folder, StorageError, redact
+from storage.root import StoreReplaced, require_same_store
+from storage.samples import read_images
+from storage.spec import ShardTask
+from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+MAX_STARTS = 3
+"""Starts of a task, within one run, after which it's set aside: its worker keeps dying, or its neighbours' workers do."""
+
+MAX_SOLO_STARTS = 3
+"""Further starts when it's alone in a worker; then its rows are recorded as failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """What every worker of a run gets; travels once per node."""
+
+    bundle: ModelBundle
+    out: str
+    fingerprint: str
+    "of the store that the driver continues"
+    input_digest: str
+    "of the sources as the driver reads them; see `storage.sources.sources_digest`"
+    options: Mapping[str, Any]
+    urls: tuple[str, ...]
+    run_id: str
+    device: str
+    threads: int
+    batch: int
+    batch_is_fixed: bool
+    "the user named it: not reduced where memory is short"
+    max_image_pixels: int
+    max_image_bytes: int
+    suspects: frozenset[int] = frozenset()
+    "blocks that were under way when an earlier run died"
+    solo: bool = False
+    "one task at a time; what can be found out about a task is found out"
+
+    def __call__(self, *, model: bool = True) -> "ShardWorker":
+        return ShardWorker(self, model=model)
+
+
+class ShardWorker:
+    """Does tasks: read, decode, forward, upsample, encode, write, commit. Two calls may overlap; the model is locked."""
+
+    def __init__(self, setup: WorkerSetup, *, model: bool = True):
+        self.setup = setup
+        folder = Folder(setup.out, setup.options)
+        self.store = FeatureStore(folder, require_same_store(folder, setup.fingerprint, setup.input_digest))
+        self.index = self.store.index
+        self.geometry = geometry_of(self.store.spec)
+        self.batch = setup.batch
+        self._device_lock, self._index_lock = threading.Lock(), threading.Lock()
+        # These only compress, and are idle when a call has returned.
+        self._pool = ThreadPoolExecutor(setup.threads)
+        self._decoders = DecodeThreads(setup.threads)
+        self._memory = DecodeMemory(setup.max_image_pixels)
+        limit_pillow(setup.max_image_pixels)
+        if model:
+            torch.set_num_threads(setup.threads)
+            self.model = setup.bundle.build(setup.device)
+            self.batch = setup.batch if setup.batch_is_fixed else self.model.fit_batch(setup.batch)
+
+    def run(self, task: ShardTask, loaded: tuple[np.ndarray, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Do one task to its commit record, from its images or from what a separate stage `loaded`; returns a report.
+
+        A fault of the infrastructure (storage that stays unreachable after its own retries, say) makes the report carry
+        `error` and leaves the task pending; so does a bug, and the driver stops when such reports mount up. A report with
+        `set_aside` asks for the task to be run again, alone in a worker. `replaced` says that the store is gone, or
+        another's: the driver stops at once.
+        """
+        try:
+            with attempt(self.store.folder, self.setup.run_id, task) as starts:
+                given_up = self._give_up(task, starts)
+                if given_up:
+                    return given_up
+                ready = Loaded.from_notes(*loaded) if loaded else self._load_or_set_aside(task, starts)
+                return {"block": task.block, "set_aside": starts} if ready.aside else self.compute(task, ready)
+        except StoreReplaced as error:
+            return {"block": task.block, "error": str(error), "replaced": True}
+        except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
+            message = redact(f"{type(error).__name__}: {error}", self.setup.options)
+            is_known = isinstance(error, OSError | StorageError)
+            logger.warning("task %d did not finish: %s", task.block, message, exc_info=not is_known)
+            return {"block": task.block, "error": message, "node": socket.gethostname()}
+
+    # --- attempts -----------------------------------------------------------------------------------------------------
+
+    def _give_up(self, task: ShardTask, starts: int) -> dict[str, Any] | None:
+        if not self.setup.solo:
+            return {"block": task.block, "set_aside": starts} if starts > MAX_STARTS else None
+        if starts <= MAX_STARTS + MAX_SOLO_STARTS:
+            return None
+        with self._index_lock:
+            rows = self.index.read(task.first, task.last).to_pylist()
+        message = f"the worker died {starts - 1} times while on this task: out of memory, or a crash in native code"
+        records = [
+            record if record.status == "failed" else failed(record, "worker", "WorkerDied", message)
+            for record in ledger_records(self.index, task, rows)
+        ]
+        return write_and_commit(task, self.store.writer(task), Loaded(np.empty(0), records))
+
+    # --- load ---------------------------------------------------------------------------------------------------------
+
+    def load(self, task: ShardTask) -> Loaded:
+        """Read and decode the task's images, for `run` in another process."""
+        with attempt(self.store.folder, self.setup.run_id, task) as starts:
+            return Loaded.set_aside() if starts > MAX_STARTS else self._load_or_set_aside(task, starts)
+
+    def _load_or_set_aside(self, task: ShardTask, starts: int) -> Loaded:
+        # Where somebody died over the task, one of its images may be why: each is decoded where it can do no harm.
+        apart = self.setup.solo or starts > 1 or task.block in self.setup.suspects
+        try:
+            return self._load(task, apart=apart)
+        except (DecodeStuck, MemoryError) as error:
+            if self.setup.solo:
+                raise
+            logger.warning("task %d runs again, alone: %s: %s", task.block, type(error).__name__, error)
+            return Loaded.set_aside()
+
+    def _load(self, task: ShardTask, *, apart: bool) -> Loaded:
+        """Raises `DecodeStuck`, and `MemoryError` where there is too little for one image while others run."""
+        t0 = time.perf_counter()
+        with self._index_lock:
+            table = self.index.read(task.first, task.last)
+        records = [self._within_limit(record) for record in ledger_records(self.index, task, table.to_pylist())]
+        readable = [i for i, record in enumerate(records) if record.status == "ok"]
+        blobs = dict(
+            zip(
+                readable,
+                read_images(table.take(pa.array(readable, pa.int64())), self.setup.urls, self.setup.options),
+                strict=True,
+            )
+        )
+        t1 = time.perf_counter()
+        h, w = self.store.spec.input_size
+        pixels = np.zeros((task.n_rows, h, w, 3), np.uint8)
+        decode_all = self._decode_apart if apart else self._decode_in_threads
+        decode_all(records, blobs, pixels)
+        seconds = {"read": t1 - t0, "decode": time.perf_counter() - t1}
+        return Loaded(pixels, records, seconds, sum(len(blob) for blob in blobs.values() if blob))
+
+    def _within_limit(self, record: SampleRecord) -> SampleRecord:
+        limit = self.setup.max_image_bytes
+        if record.status == "failed" or record.size <= limit:
+            return record
+        message = (
+            f"{record.size} bytes are more than max_image_bytes = {limit}; raise --max-image-bytes if it's an image"
+        )
+        return failed(record, "read", "TooLarge", message)
+
+    def _decode_in_threads(
+        self, records: list[SampleRecord], blobs: Mapping[int, bytes | None], pixels: np.ndarray
+    ) -> None:
+        def here(data: bytes) -> DecodedImage:
+            spec, limit = self.store.spec, self.setup.max_image_pixels
+            return decode(data, self.geometry, max_pixels=limit, draft=spec.jpeg_draft, memory=self._memory)
+
+        def one(i: int) -> SampleRecord | None:
+            try:
+                return _decoded(records[i], blobs[i], pixels[i], here)
+            except MemoryError:
+                return None
+
+        done = self._decoders.map(one, list(blobs), DECODE_SECONDS)
+        for i, record in zip(blobs, done, strict=True):
+            # Memory that others hold is no fault of the image: again, without those.
+            records[i] = record or _decoded(records[i], blobs[i], pixels[i], here)
+
+    def _decode_apart(self, records: list[SampleRecord], blobs: Mapping[int, bytes | None], pixels: np.ndarray) -> None:
+        limit, draft = self.setup.max_image_pixels, self.store.spec.jpeg_draft
+        with Sandbox(self.geometry, max_pixels=limit, draft=draft) as sandbox:
+            for i, blob in blobs.items():
+                try:
+                    records[i] = _decoded(records[i], blob, pixels[i], sandbox.decode)
+                except MemoryError:
+                    if not self.setup.solo:
+                        raise
+                    message = "alone in its process, decoding it takes more memory than there is"
+                    records[i] = failed(records[i], "decode", "MemoryError", message)
+
+    # --- compute ------------------------------------------------------------------------------------------------------
+
+    def compute(self, task: ShardTask, loaded: Loaded) -> dict[str, Any]:
+        """Features of the loaded images, written and committed."""
+        writer = self.store.writer(task)
+        batch, start, halved = self.batch, 0, False
+        while start < task.n_rows:
+            stop = min(start + batch, task.n_rows)
+            ok = [i for i in range(start, stop) if loaded.records[i].status == "ok"]
+            if ok:
+                try:
+                    with self._device_lock:
+                        # Failed images stay in the batch as zeros: the others' numbers don't depend on who failed.
+                        levels, bad = self.model(loaded.pixels[start:stop], loaded.seconds)
+                except torch.OutOfMemoryError:
+                    if halved or batch == 1:
+                        raise
+                    logger.warning(
+                        "task %d: out of GPU memory with batches of %d; going on with %d", task.block, batch, batch // 2
+                    )
+                    torch.cuda.empty_cache()
+                    batch, halved = batch // 2, True
+                    self.batch = min(self.batch, batch)
+                    continue
+                self._encode(writer, loaded, levels, bad, ok, start)
+            start = stop
+        report = write_and_commit(task, writer, loaded)
+        return {**report, "batch": batch, "halved": halved}
+
+    def _encode(
+        self,
+        writer: Any,
+        loaded: Loaded,
+        levels: Mapping[str, np.ndarray],
+        bad: np.ndarray,
+        ok: Sequence[int],
+        start: int,
+    ) -> None:
+        t0 = time.perf_counter()
+        for i in ok:
+            if bad[i - start]:
+                message = f"the model gave NaN or infinity in {self.store.spec.precision}; try --precision fp32"
+                loaded.records[i] = failed(loaded.records[i], "forward", "NonFinite", message)
+        jobs = [
+            (level, i, levels[level.name][i - start])
+            for i in ok
+            if not bad[i - start]
+            for level in self.store.spec.levels
+        ]
+        for _ in self._pool.map(lambda job: writer.put(*job), jobs):
+            pass
+        loaded.seconds["encode"] = loaded.seconds.get("encode", 0.0) + time.perf_counter() - t0
+
+
+def _decoded(
+    record: SampleRecord, blob: bytes | None, out: np.ndarray, decoder: Callable[[bytes], DecodedImage]
+) -> SampleRecord:
+    """Decode one image into `out` [H, W, 3]; the record says how it went. Raises `MemoryError`, which isn't the image's."""
+    if blob is None:
+        return record
+    if len(blob) < record.size:
+        message = f"{len(blob)} of {record.size} bytes: the source is shorter than when indexed"
+        return failed(record, "read", "ShortRead", message)
+    record = replace(record, digest=image_digest(blob))
+    try:
+        image = decoder(blob)
+    except MemoryError:
+        raise
+    except DecoderDied as error:
+        return failed(record, "worker", "WorkerDied", str(error))
+    except ImageRefused as error:
+        return failed(record, "decode", error.kind, str(error))
+    except Exception as error:  # noqa: BLE001 - the sample boundary: a bug in a decoder costs its image
+        return failed(record, "decode", type(error).__name__, str(error))
+    out[:] = image.pixels
+    place = image.placement
+    return replace(
+        record,
+        width=image.width,
+        height=image.height,
+        x_scale=place.x_scale,
+        x_offset=place.x_offset,
+        y_scale=place.y_scale,
+        y_offset=place.y_offset,
+        conversion=image.conversion or None,
+    )

@@ -1,0 +1,475 @@
+"""Where an evaluation reads features from: a live model, or stores that were extracted, behind one interface.
+
+Maps are made one image at a time, so that an image's features don't depend on which others are evaluated beside it, nor on
+how many workers there are. The low-resolution row and the bilinear rows are made here, by the same code for both sources.
+"""
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from operators.image import Geometry, ImageRefused, decode
+from pipelines.config import ConfigError
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.features.bundle import ModelBundle, cells, load_described
+from pipelines.features.model import FeatureModel
+from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
+from pipelines.features.weights import WeightsChoice, load_model, read_description
+from storage.datasets.pictures import (
+    MAX_PIXELS,
+    EncodedImage,
+    OrientedImage,
+    orientation_of,
+    unreadable,
+    upright_pixels,
+)
+from storage.orientation import EXIF_ROTATE, Orientation
+from storage.paths import StorageError
+from storage.spec import FeatureSpec, Level
+from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+Geometries = Literal["pad", "squash", "crop"] | None
+"""How jobs/extract.py places images just as a protocol does; None: in no way."""
+
+CACHE_BYTES = 2**29
+"""Maps that one worker keeps for images that come again."""
+
+
+class FeaturesMissing(StorageError):
+    """A store lacks an image of the data set, or holds it otherwise placed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image as a protocol feeds it to the model."""
+
+    image: EncodedImage
+    size: Size
+    "of the model's input"
+    draw: Callable[[np.ndarray], np.ndarray]
+    "uint8 [height, width, 3] of the upright original to uint8 [*size, 3], as the protocol's code does it"
+    geometry: Geometries
+    "of jobs/extract.py, where it places the image just so; None: none does"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squash:
+    """Draws images at `size`, whatever their aspect, by Pillow's interpolation, which is antialiased."""
+
+    size: Size
+    interpolation: Literal["bilinear", "bicubic"]
+
+    def __call__(self, pixels_HW3: np.ndarray) -> np.ndarray:
+        method = Image.Resampling[self.interpolation.upper()]
+        return np.array(Image.fromarray(pixels_HW3).resize((self.size[1], self.size[0]), method))
+
+    def of(self, image: EncodedImage) -> Picture:
+        """The image drawn so."""
+        return Picture(image=image, size=self.size, draw=self, geometry="squash")
+
+
+class FeatureSource(Protocol):
+    """Features of images, from wherever they are."""
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
+
+    def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
+        """How the image was turned for the maps of inputs of `size`: what `label_turn` needs. Raises `DatasetError`,
+        `StorageError`."""
+
+    def maps(self, picture: Picture) -> dict[str, Tensor]:
+        """Float32 [h, w, C] by row name, of the upright image."""
+
+    def pooled(self, picture: Picture) -> Tensor | None:
+        """The CLS vector, float32 [C]; None where no level is one. Cheap right after `maps` of the same picture."""
+
+
+def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
+    """Maps by row name: levels as they are, and the low-resolution map enlarged bilinearly."""
+    maps: dict[str, Tensor] = {}
+    for row in rows:
+        if row.level is not None:
+            maps[row.name] = torch.from_numpy(np.asarray(by_level[row.level], np.float32))
+        else:
+            low = maps["low-res"].permute(2, 0, 1)[None]
+            enlarged = F.interpolate(low, size=row.grid, mode="bilinear", align_corners=False)
+            maps[row.name] = enlarged[0].permute(1, 2, 0).contiguous()
+    _require_finite(maps.values(), name)
+    return maps
+
+
+def _vector(values: np.ndarray, name: str) -> Tensor:
+    vector = torch.from_numpy(np.asarray(values, np.float32))
+    _require_finite([vector], name)
+    return vector
+
+
+def _require_finite(features: Iterable[Tensor], name: str) -> None:
+    if not all(each.isfinite().all() for each in features):
+        raise StorageError(f"{name}: its features hold NaN or infinity")
+
+
+# --- a live model -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveRecipe:
+    """A model as it is sent to workers."""
+
+    bundles: Mapping[bool, ModelBundle]
+    "by whether inputs are ragged (not filled by patches)"
+    patch: int
+    drawing: Drawing
+    sizes: tuple[Size, ...] = ()
+    "of the inputs, as far as they are known beforehand"
+
+    def open(self, device: str) -> "LiveSource":
+        return LiveSource(self, device)
+
+    @property
+    def how_drawn(self) -> Drawing:
+        return self.drawing
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        """What is evaluated for inputs of `size`."""
+        spec = self.spec(size)
+        return rows_of(spec.levels, spec.stride, spec.model)
+
+    def notes(self) -> list[str]:
+        """What is no mistake, and who reads the scores should know."""
+        return [note for size in self.sizes for note in self.bundle(size).unfamiliar(self.spec(size), self.patch)]
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the features, as JSON values."""
+        spec = next(iter(self.bundles.values())).spec.to_json()
+        spec["levels"] = [[lv["name"], lv["method"], lv["dtype"], lv["digest"]] for lv in spec["levels"]]
+        for name in ("input_size", "geometry", "crop_pct", "jpeg_draft"):
+            del spec[name]
+        return {"drawing": self.drawing, "model": spec}
+
+    def bundle(self, size: Size) -> ModelBundle:
+        """What builds the model for inputs of `size`."""
+        spec = self.spec(size)
+        return replace(self.bundles[is_ragged(size, self.patch, spec.stride)], spec=spec)
+
+    def spec(self, size: Size) -> FeatureSpec:
+        """The spec for inputs of `size`. Raises `ConfigError` where patches don't fill them and none were asked for."""
+        ragged = is_ragged(size, self.patch, next(iter(self.bundles.values())).spec.stride)
+        spec = self.bundles[ragged].spec
+        old, new = (cells(each, self.patch, spec.stride) for each in (spec.input_size, size))
+        return replace(spec, input_size=size, levels=tuple(_at(level, old, new) for level in spec.levels))
+
+
+def _at(level: Level, old: Size, new: Size) -> Level:
+    """A level for a backbone's grid of `new` instead of `old` cells; those that name their grid keep it."""
+    if level.grid is None or (not level.name.startswith("x")):
+        return level
+    grid = tuple(n * cells for n, cells in zip(level.grid, new, strict=True))
+    if any(n % cells for n, cells in zip(grid, old, strict=True)):
+        raise ConfigError(f"--levels {level.name}: {new[0]}x{new[1]} cells times its factor are not whole")
+    return replace(level, grid=tuple(n // cells for n, cells in zip(grid, old, strict=True)))
+
+
+def is_ragged(size: Size, patch: int, stride: int) -> bool:
+    """Whether pixels are left over beyond the last whole patch."""
+    return any((side - patch) % stride for side in size)
+
+
+class LiveSource:
+    """Runs a model, one for each input size. Not thread-safe."""
+
+    def __init__(self, recipe: LiveRecipe, device: str):
+        self.recipe, self.device = recipe, device
+        self._models: OrderedDict[Size, FeatureModel] = OrderedDict()
+        self._vector: tuple[Picture | None, Tensor | None] = (None, None)
+        "of the last picture"
+        self._data: tuple[str, bytes] = ("", b"")
+        "of the last image: a label asks how it is turned before its maps are asked for"
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        return self.recipe.rows(size)
+
+    def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:  # noqa: ARG002
+        self._data = image.shown, image.data()
+        return OrientedImage(image.shown, orientation_of(self._data[1], image.shown))
+
+    def maps(self, picture: Picture) -> dict[str, Tensor]:
+        spec = self.recipe.spec(picture.size)
+        shown, data = self._data
+        data = data if shown == picture.image.shown else picture.image.data()
+        pixels = draw(picture, data, spec, self.recipe.drawing)
+        rows, _ = self._model(picture.size, spec)(pixels[None], {})
+        by_level = {name: each[0] for name, each in rows.items()}
+        pooled = pooled_level(spec.levels)
+        self._vector = picture, _vector(by_level[pooled], picture.image.shown) if pooled else None
+        return _rows_of_maps(self.rows(picture.size), by_level, picture.image.shown)
+
+    def pooled(self, picture: Picture) -> Tensor | None:
+        if self._vector[0] != picture:
+            self.maps(picture)
+        return self._vector[1]
+
+    def _model(self, size: Size, spec: FeatureSpec) -> FeatureModel:
+        if size not in self._models:
+            if len(self._models) >= 8:
+                self._models.popitem(last=False)
+            try:
+                self._models[size] = self.recipe.bundle(size).build(self.device)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{spec.model} can't be given inputs of {size[0]}x{size[1]} px as well: {error}; run each size by itself"
+                ) from None
+        self._models.move_to_end(size)
+        return self._models[size]
+
+
+def draw(picture: Picture, data: bytes, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
+    """The upright picture as the model's input, uint8 [*picture.size, 3]; `data`: the image's bytes.
+
+    Raises `DatasetError` where the image can't be decoded.
+    """
+    if drawing == "paper":
+        return picture.draw(upright_pixels(picture.image, data))
+    if picture.geometry is None:
+        raise ConfigError(
+            "this protocol's images are placed as jobs/extract.py can't: use --drawing paper, and no --stores"
+        )
+    height, width = picture.size
+    geometry = Geometry(
+        mode=picture.geometry, height=height, width=width, interpolation=spec.interpolation, mean=spec.mean
+    )
+    try:
+        return decode(data, geometry, max_pixels=MAX_PIXELS).pixels
+    except ImageRefused as error:
+        raise unreadable(picture.image.shown, error) from None
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreRecipe:
+    """Open stores, one per input size."""
+
+    stores: Mapping[Size, FeatureStore]
+
+    def open(self, device: str) -> "StoreSource":  # noqa: ARG002 - as a model is opened
+        return StoreSource(self)
+
+    @property
+    def how_drawn(self) -> Drawing:
+        return "extract"
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        """What is evaluated for inputs of `size`."""
+        spec = self.spec(size)
+        return rows_of(spec.levels, spec.stride, self.store(size).folder.shown)
+
+    def notes(self) -> list[str]:
+        """What was said when the features were extracted."""
+        return [note for store in self.stores.values() for note in store.attributes.get("notes", ())]
+
+    def identity(self) -> dict[str, Any]:
+        """What made the features, as JSON values."""
+        prints = {f"{h}x{w}": self.stores[h, w].attributes["fingerprint"] for h, w in sorted(self.stores)}
+        return {"drawing": "extract", "stores": prints}
+
+    def spec(self, size: Size) -> FeatureSpec:
+        """The spec of the store of that size. Raises `ConfigError` if there is none."""
+        return self.store(size).spec
+
+    def store(self, size: Size) -> FeatureStore:
+        """Raises `ConfigError` if there is none of that size."""
+        if size not in self.stores:
+            have = ", ".join(f"{h}x{w}" for h, w in self.stores)
+            raise ConfigError(
+                f"--stores: none was extracted at {size[0]}x{size[1]} px, but at {have}; extract with --size {size[0]}x{size[1]}"
+            )
+        return self.stores[size]
+
+
+class StoreSource:
+    """Reads rows of stores."""
+
+    def __init__(self, recipe: StoreRecipe):
+        self.recipe = recipe
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        return self.recipe.rows(size)
+
+    def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
+        store = self.recipe.store(size)
+        row = self._row(store, image)
+        record = store.records([row], PLACED_COLUMNS).to_pylist()[0]
+        if record["width"] is None:
+            store.pixels(row)  # raises with the reason
+        return orientation_in_store(store, record, image)
+
+    def maps(self, picture: Picture) -> dict[str, Tensor]:
+        store = self.recipe.store(picture.size)
+        row = self._row(store, picture.image)
+        rows = self.rows(picture.size)
+        by_level = {row_of.level: store.read(row, row_of.level) for row_of in rows if row_of.level}
+        return _rows_of_maps(rows, by_level, f"{store.folder.shown}, row {row}")
+
+    def pooled(self, picture: Picture) -> Tensor | None:
+        store = self.recipe.store(picture.size)
+        level, row = pooled_level(store.spec.levels), self._row(store, picture.image)
+        return _vector(store.read(row, level), f"{store.folder.shown}, row {row}") if level else None
+
+    def _row(self, store: FeatureStore, image: EncodedImage) -> int:
+        found = store.index.find(image.keys)
+        if not found:
+            raise FeaturesMissing(
+                f"{store.folder.shown} has no features of {image.shown}: none of its keys is {' or '.join(image.keys)}"
+            )
+        return next(found[key] for key in image.keys if key in found)
+
+
+PLACED_COLUMNS = ("row", "width", "height", "conversion")
+"""Of the ledger: what `orientation_in_store` needs."""
+
+
+def orientation_in_store(store: FeatureStore, record: Mapping[str, Any], image: EncodedImage) -> OrientedImage:
+    """How the image of a ledger row was turned when it was extracted. A store keeps upright sizes, and whether an image was
+    turned, not how: then the image is read. Raises `FeaturesMissing` where it isn't the one that was extracted."""
+    size = record["width"], record["height"]
+    shown = f"{image.shown} (row {record['row']} of {store.folder.shown})"
+    if EXIF_ROTATE not in (record["conversion"] or ""):
+        return OrientedImage(shown, Orientation(width=size[0], height=size[1]))
+    found = image.orientation()
+    if found.exif == 1 or found.upright_size != size:
+        raise FeaturesMissing(
+            f"{store.folder.shown}: row {record['row']} was made of an image that its EXIF turned to {size[0]} x {size[1]} "
+            f"pixels; {image.shown} has the orientation {found.exif} and {found.upright_size[0]} x {found.upright_size[1]}. "
+            "Extract the images again"
+        )
+    return OrientedImage(shown, found)
+
+
+def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
+    """Raise `ConfigError` unless the store's images lie in the model's input as the protocol has them."""
+    if geometry is None:
+        raise ConfigError(
+            "no store can serve this protocol: jobs/extract.py doesn't place images so. Leave --stores out"
+        )
+    height, width = store.spec.input_size
+    if store.spec.geometry != geometry or (geometry == "crop" and store.spec.crop_pct != 1):
+        raise ConfigError(
+            f"{store.folder.shown} was extracted with --geometry {store.spec.geometry} --crop-pct {store.spec.crop_pct:g}; this "
+            f"protocol places images as "
+            f"--geometry {geometry} does. Extract with --geometry {geometry} --size {height}x{width}"
+        )
+
+
+# --- either -----------------------------------------------------------------------------------------------------------
+
+Recipe = LiveRecipe | StoreRecipe
+AnyRecipe = TypeVar("AnyRecipe", LiveRecipe, StoreRecipe)
+
+
+class CachedSource:
+    """A source that keeps the maps used last, at most `max_bytes` of them, or of one image."""
+
+    def __init__(self, source: FeatureSource, max_bytes: int = CACHE_BYTES):
+        self.source, self.max_bytes = source, max_bytes
+        self._kept: OrderedDict[tuple[str, Size], dict[str, Tensor]] = OrderedDict()
+        self._oriented: dict[tuple[str, Size], OrientedImage] = {}
+
+    def rows(self, size: Size) -> tuple[Row, ...]:
+        return self.source.rows(size)
+
+    def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
+        name = image.shown, size
+        if name not in self._oriented:
+            self._oriented[name] = self.source.oriented(image, size)
+        return self._oriented[name]
+
+    def maps(self, picture: Picture) -> dict[str, Tensor]:
+        name = picture.image.shown, picture.size
+        if name not in self._kept:
+            self._kept[name] = self.source.maps(picture)
+            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > self.max_bytes:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(name)
+        return self._kept[name]
+
+    def pooled(self, picture: Picture) -> Tensor | None:
+        return self.source.pooled(picture)
+
+
+def _bytes(maps: Mapping[str, Tensor]) -> int:
+    return sum(each.nbytes for each in maps.values())
+
+
+def resolve_source(
+    config: EvaluateConfig, sizes: Sequence[Size], geometry: Geometries
+) -> tuple[Recipe, tuple[Size, ...]]:
+    """The model loaded, or the stores opened; and the input sizes: `sizes`, else the model's own, else the stores'.
+
+    `geometry`: how jobs/extract.py would place the protocol's images (`Picture.geometry`).
+    Raises `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`, `StorageError`.
+    """
+    if config.stores:
+        return _open_stores(config, sizes, geometry)
+    if config.how_drawn == "extract" and geometry is None:
+        raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
+    weights = WeightsChoice.parse(config.weights)
+    described = read_description(config.model, weights, config.options)
+    sizes = tuple(dict.fromkeys(sizes)) or (described.expects.size,)
+    loaded = load_model(config.model, sizes[0], weights, config.revision, config.options, described)
+    patch = int(loaded.feature_info[-1]["reduction"])
+    firsts: dict[bool, Size] = {}
+    for size in sizes:
+        firsts.setdefault(is_ragged(size, patch, config.stride or patch), size)
+    if True in firsts and not config.ragged:
+        shown = "x".join(map(str, firsts[True]))
+        raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
+    bundles = {}
+    for ragged, size in firsts.items():
+        here = loaded if size == sizes[0] else None
+        bundles[ragged], _ = load_described(config, size, ragged=ragged, described=described, loaded=here)
+    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn, sizes=sizes)
+    for size in sizes:
+        recipe.rows(size)
+    return _told(recipe), sizes
+
+
+def _open_stores(
+    config: EvaluateConfig, sizes: Sequence[Size], geometry: Geometries
+) -> tuple[StoreRecipe, tuple[Size, ...]]:
+    stores = [FeatureStore.open(url, config.options) for url in config.stores]
+    by_size = {store.spec.input_size: store for store in stores}
+    if len(by_size) < len(stores):
+        raise ConfigError("--stores: two of them have one input size; give one store per size")
+    recipe = StoreRecipe(stores=by_size)
+    sizes = tuple(dict.fromkeys(sizes)) or tuple(sorted(by_size))
+    for size in sizes:
+        recipe.rows(size)
+        require_geometry(recipe.store(size), geometry)
+    return _told(recipe), sizes
+
+
+def _told(recipe: AnyRecipe) -> AnyRecipe:
+    for note in recipe.notes():
+        logger.warning("%s", note)
+    return recipe
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """What made the features, weights' digests included, for a report."""
+    if isinstance(recipe, LiveRecipe):
+        return json.loads(json.dumps(recipe.identity()))
+    return {**recipe.identity(), "specs": [store.spec.to_json() for store in recipe.stores.values()]}

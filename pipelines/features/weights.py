@@ -1,0 +1,194 @@
+"""Weights of backbones and upsamplers from wherever they are: the hub, its cache, a file or folder at any URL, or a seed.
+
+Nothing is unpickled. Every way that weights can be missing ends in `WeightsUnavailable`, which says what to do.
+"""
+
+import io
+import pickle
+import re
+import socket
+import struct
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import Tensor
+
+from operators.backbone import create_model, preprocessing
+from pipelines.features.descriptions import ModelDescription, describe_weights
+from storage.errors import RayliftError
+from storage.paths import Folder, StorageError, has_extension, read_file, redact
+
+
+class WeightsUnavailable(RayliftError):
+    """The weights can't be had; the message says what to do."""
+
+
+WEIGHT_FILES = ("safetensors", "pth", "pt", "bin", "ckpt")
+"""Extensions of files that hold weights; any other URL is a folder with one of WEIGHT_NAMES."""
+
+WEIGHT_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+"""What weights are called in a hub repository or a folder; the first one that is there is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsChoice:
+    """`pretrained`, `random[:seed]`, or a file or folder at a path or URL, parsed from `--weights`."""
+
+    source: Literal["pretrained", "file", "random"]
+    url: str = ""
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "WeightsChoice":
+        if text == "pretrained":
+            return cls(source="pretrained")
+        if match := re.fullmatch(r"random(?::(\d+))?", text):
+            return cls(source="random", seed=int(match.group(1) or 0))
+        return cls(source="file", url=text)
+
+
+def read_description(name: str, weights: WeightsChoice, options: Mapping[str, Any] | None) -> ModelDescription:
+    """What the model expects, and how its network is built: as timm has it for `name`, or as the weights' own folder says.
+
+    Raises `BackboneError`.
+    """
+    path, _, query = weights.url.partition("?") if "://" in weights.url else (weights.url, "", "")
+    if weights.source != "file" or query:  # a signature is for one object
+        return ModelDescription(name=name, expects=preprocessing(name))
+    is_file = has_extension(path, *WEIGHT_FILES)
+    parent, slash, _ = path.rpartition("/")
+    return describe_weights(name, Folder(parent or slash or "." if is_file else path, options), is_file=is_file)
+
+
+def load_model(
+    name: str,
+    size: tuple[int, int],
+    weights: WeightsChoice,
+    revision: str | None,
+    options: Mapping[str, Any] | None,
+    described: ModelDescription | None = None,
+) -> torch.nn.Module:
+    """The timm model with its weights, on the CPU; `described`: what `read_description` gives, where the caller has it already.
+
+    Raises `WeightsUnavailable` or `BackboneError`.
+    """
+    described = described or read_description(name, weights, options)
+    if weights.source == "random":
+        return create_model(name, size, None, weights.seed)
+    if weights.source == "file":
+        return create_model(name, size, read_state_dict(weights.url, options), None, described.model_args)
+    return create_model(name, size, _hub_state_dict(name, revision), None)
+
+
+def read_state_dict(url: str, options: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` or torch file, or of a folder that holds one of WEIGHT_NAMES, at a path or URL.
+
+    Torch files are read with weights_only=True: nothing is unpickled. Raises `WeightsUnavailable`.
+    """
+    shown = redact(url, options)
+    if not has_extension(url, *WEIGHT_FILES):
+        folder = Folder(url, options)
+        name, data = _read_first(folder, shown)
+        return _parse_state_dict(data, shown, is_safetensors=has_extension(name, "safetensors"))
+    try:
+        data = read_file(url, options)
+    except FileNotFoundError as error:
+        raise WeightsUnavailable(f"no weights at {shown}: {error}") from None
+    return _parse_state_dict(data, shown, is_safetensors=has_extension(url, "safetensors"))
+
+
+def _read_first(folder: Folder, shown: str) -> tuple[str, bytes]:
+    """Name and bytes of the folder's weights. Raises `WeightsUnavailable`, which says what is there instead."""
+    for name in WEIGHT_NAMES:
+        try:
+            return name, folder.read(name)
+        except FileNotFoundError:
+            continue
+    try:
+        there = sorted(folder.sizes(""))
+    except (StorageError, OSError):  # web servers and some buckets list nothing
+        there = []
+    holds = f"; it holds {', '.join(there[:8])}{' ...' if len(there) > 8 else ''}" if there else ""
+    if any(name.endswith(".index.json") for name in there):
+        holds += ". Weights in several files aren't read: join them"
+    raise WeightsUnavailable(
+        f"no weights at {shown}: {WEIGHT_NAMES[0]} does not exist, nor {', '.join(WEIGHT_NAMES[1:])}{holds}"
+    )
+
+
+def _parse_state_dict(data: bytes, shown: str, *, is_safetensors: bool) -> dict[str, Tensor]:
+    if is_safetensors:
+        try:
+            return safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise WeightsUnavailable(f"{shown} is no whole safetensors file: {error}") from None
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, struct.error) as error:
+        raise WeightsUnavailable(
+            f"{shown} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
+            "safetensors where you trust it"
+        ) from None
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise WeightsUnavailable(f"{shown} holds no state dict of tensors")
+    return {key.removeprefix("module."): value.detach() for key, value in loaded.items()}
+
+
+def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:
+    """The hub's file for a timm name: from the local cache where it is there, else downloaded."""
+    config = timm.get_pretrained_cfg(name)
+    repo = config.hf_hub_id if config else None
+    if not repo:
+        raise WeightsUnavailable(
+            f"timm knows no hub repository for {name}; give --weights a file, or a name with a tag such as {name}.<tag>"
+        )
+    repo, _, pinned = repo.partition("@")
+    revision = revision or pinned or None
+    advice = (
+        f"Fetch it where there is a network (hf download {repo}) and give --weights the folder, or use --weights random"
+    )
+    for file in (config.hf_hub_filename,) if getattr(config, "hf_hub_filename", None) else WEIGHT_NAMES:
+        cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
+        if isinstance(cached, str):
+            return _parse_state_dict(Path(cached).read_bytes(), cached, is_safetensors=file.endswith(".safetensors"))
+    _require_host(huggingface_hub.constants.ENDPOINT, f"pretrained weights of {name}", advice)
+    error: Exception | None = None
+    for file in WEIGHT_NAMES:
+        try:
+            path = huggingface_hub.hf_hub_download(repo, file, revision=revision)
+            return _parse_state_dict(Path(path).read_bytes(), path, is_safetensors=file.endswith(".safetensors"))
+        except GatedRepoError:
+            page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
+            raise WeightsUnavailable(f"{repo} is gated: accept its terms at {page}, then `hf auth login`") from None
+        except RepositoryNotFoundError:
+            raise WeightsUnavailable(f"the hub has no repository {repo} (or it is private). {advice}") from None
+        except LocalEntryNotFoundError as caught:
+            raise WeightsUnavailable(f"pretrained weights of {name} can't be reached: {caught}. {advice}") from None
+        except HfHubHTTPError as caught:
+            error = caught
+    raise WeightsUnavailable(f"none of {', '.join(WEIGHT_NAMES)} could be had from {repo}: {error}. {advice}")
+
+
+def _require_host(endpoint: str, what: str, advice: str) -> None:
+    """Fail at once where the hub's name does not resolve; its client would retry for most of a minute."""
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+    if urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise WeightsUnavailable(
+            f"{what} can't be reached: no network to {host} ({error.strerror or error}). {advice}"
+        ) from None

@@ -1,0 +1,60 @@
+"""Where results come from: the software that made them, and whether a run goes on with the settings it was begun with."""
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import ConfigError
+from storage.paths import Folder
+from storage.runs import read_pointers, read_run, write_run
+
+
+def versions() -> dict[str, str]:
+    """Software that made the numbers."""
+    names = ("ray", "torch", "torchvision", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
+    found = {name: importlib.metadata.version(name) for name in names}
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
+
+
+def begin_run(folder: Folder, made_of: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write run.json, or hold it against its continuation: `made_of` is the run's identity, `config` all its settings, both
+    JSON values without credentials. Raises `ConfigError`."""
+    before = read_run(folder)
+    if before is not None:
+        # Runs of earlier versions didn't look at the images' bytes.
+        content = {name: made_of[name] for name in made_of if name.endswith("_content")}
+        known = {**content, **before.get("identity", {})}
+        require_same(folder.shown, {**known, **content}, made_of)
+        if changed := [name.removesuffix("_content") for name in content if known[name] != made_of[name]]:
+            raise ConfigError(
+                f"{folder.shown} was begun with other images under the same names and sizes ({', '.join(changed)}): the files "
+                "of --data or --val-data were replaced since. Restore them, or use a new --out."
+            )
+        return
+    if read_pointers(folder) is not None:
+        raise ConfigError(f"{folder.shown} has checkpoints but no run.json; restore it, or use a new --out")
+    write_run(folder, {"identity": made_of, "config": config, "versions": versions()})
+
+
+def require_same(shown: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` with what differs between a run and its continuation."""
+    if differences := describe_difference("run", before, now):
+        raise ConfigError(
+            f"{shown} was begun with other settings:\n{differences}\nUse a new --out, or the settings above."
+        )
+
+
+def describe_difference(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between `what` there was before and now, a line each; empty where nothing does."""
+    return "\n".join(
+        f"  {name:<16} {what} {before.get(name)!r}   now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )

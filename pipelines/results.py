@@ -1,0 +1,202 @@
+"""What an evaluation found: tables as Markdown and JSON, and pictures, in the output folder."""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from PIL import Image, ImageFont
+
+from operators.visual import Panel
+from pipelines.features.sources import Row, Size
+from pipelines.provenance import versions
+from storage.paths import Folder
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a table."""
+
+    features: str
+    "low-res, bilinear x2, lift x2, ...; or what a published line is of"
+    input_px: str
+    stride: int | None
+    grid: str
+    values: tuple[Cell, ...]
+    published: bool = False
+
+    @classmethod
+    def of(cls, row: Row, size: Size, values: Sequence[Cell]) -> "Line":
+        return cls(
+            features=row.name,
+            input_px=shown_size(size),
+            stride=row.stride,
+            grid=f"{row.grid[0]}x{row.grid[1]}",
+            values=tuple(values),
+        )
+
+    def like(self, input_px: str, grid: str) -> "Line":
+        """The line with other words for input and grid."""
+        return replace(self, input_px=input_px, grid=grid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Lines under the names of their values. Shares are in percent."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    def markdown(self) -> str:
+        head = ["features", "input px", "stride", "grid", *self.columns]
+        body = [
+            [line.features, line.input_px, _shown(line.stride), line.grid, *map(_shown, line.values)]
+            for line in self.lines
+        ]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        rule = ["-" * width for width in widths]
+        rows = [
+            " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (head, rule, *body)
+        ]
+        return f"{self.title}\n\n" + "\n".join(f"| {row} |" for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Numbers of a paper: what they are of, and per row and input size the values of the table's columns."""
+
+    source: str
+    values: Mapping[str, Mapping[str, tuple[Cell, ...]]] = field(default_factory=dict)
+    "by a row's method (`backbone`, `bilinear`, `lift`, ...), then by input size"
+
+
+def by_size(*columns: Sequence[Cell]) -> dict[str, tuple[Cell, ...]]:
+    """LiFT's tables: the values of each column at 56, 112, 224 and 448 px."""
+    return dict(zip(("56", "112", "224", "448"), zip(*columns, strict=True), strict=True))
+
+
+def percent(shares: Sequence[float]) -> list[float]:
+    """Shares of 1 in percent."""
+    return [100 * share for share in shares]
+
+
+def with_published(table: Table, rows: Mapping[str, Row], published: Published | None) -> Table:
+    """The table with the paper's line below each line that has one."""
+    if published is None:
+        return table
+    lines = []
+    for line in table.lines:
+        lines.append(line)
+        values = published.values.get(rows[line.features].method, {}).get(line.input_px)
+        if values:
+            padded = (*values, *[None] * (len(table.columns) - len(values)))
+            lines.append(
+                Line(
+                    features=published.source,
+                    input_px=line.input_px,
+                    stride=None,
+                    grid="",
+                    values=padded,
+                    published=True,
+                )
+            )
+    return Table(title=table.title, columns=table.columns, lines=tuple(lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Items of the data set (pairs, clips, images) that no score is of, for one reason."""
+
+    reason: str
+    count: int
+    first: str
+    "the image of the first of them"
+
+    def __str__(self) -> str:
+        return f"{self.count:,} left out: {self.reason} (the first: {self.first})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """All that an evaluation found. `details` are further numbers as JSON values; pictures are by file name."""
+
+    tables: tuple[Table, ...]
+    choices: Mapping[str, str]
+    "what was chosen where paper and code, or papers, differ"
+    details: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Image.Image | bytes] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def write_results(
+    folder: Folder, task: str, config: Mapping[str, Any], features: Mapping[str, Any], findings: Findings
+) -> str:
+    """Write results.md, results.json and pictures/; returns the Markdown."""
+    for name, picture in findings.pictures.items():
+        folder.write(f"pictures/{name}", picture if isinstance(picture, bytes) else _png(picture))
+    document = {
+        "task": task,
+        "tables": [asdict(table) for table in findings.tables],
+        "left_out": [asdict(each) for each in findings.left_out],
+        "choices": dict(findings.choices),
+        "details": dict(findings.details),
+        "features": dict(features),
+        "config": dict(config),
+        "versions": versions(),
+    }
+    folder.write("results.json", json.dumps(_finite(document), indent=1, allow_nan=False).encode())
+    text = _markdown(task, findings)
+    folder.write("results.md", text.encode())
+    return text
+
+
+def _markdown(task: str, findings: Findings) -> str:
+    parts = [f"# {task}", *(table.markdown() for table in findings.tables)]
+    parts.append("\n".join(f"- {name}: {value}" for name, value in findings.choices.items()))
+    parts += [f"**{each}**" for each in findings.left_out]
+    parts += [f"![{name}](pictures/{name})" for name in findings.pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _png(picture: Image.Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
+def _shown(value: Cell) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def shown_size(size: Size) -> str:
+    """`448`, or `480x832` where sides differ."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def panel(
+    tiles: Sequence[Sequence[Any]], columns: Sequence[str], rows: Sequence[str], title: str, tile: Size
+) -> Image.Image:
+    """Tiles with titles as one picture; `tile` is (width, height)."""
+    short = [row if len(row) <= 24 else f"...{row[-21:]}" for row in rows]
+    # A title wider than its column would run into the next one's.
+    widest = max(ImageFont.load_default(size=13).getlength(line) for text in columns for line in text.split("\n"))
+    width = max(tile[0], math.ceil(widest) + 4)
+    size = (width, round(tile[1] * width / tile[0]))
+    return Panel(tiles=tiles, columns=columns, rows=short, title=title, tile_size=size).draw()

@@ -1,0 +1,115 @@
+"""A store as one HTML page that can be sent to someone: no scripts, no links, no network, every picture inside."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from cluster.progress import duration, size_text
+from operators.visual import Panel, Tile
+from pipelines.showing.status import (
+    StoreStatus,
+    bottleneck,
+    failures,
+    level_rows,
+    read_status,
+    stage_shares,
+    state_in_words,
+)
+from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
+from storage.paths import Folder, StorageError
+from storage.store import FeatureStore
+
+STAGE_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1")
+
+
+def write_report(
+    store: FeatureStore, out: str, *, count: int = 6, storage_options: Mapping[str, Any] | None = None
+) -> int:
+    """Write the page to `out`, a path or fsspec URL, and return its size in bytes. `count` photographs are shown."""
+    data = render_report(store, count=count, storage_options=storage_options).encode()
+    folder, _, name = out.rpartition("/")
+    Folder(folder or ".", storage_options).write(name, data)
+    return len(data)
+
+
+def render_report(store: FeatureStore, *, count: int, storage_options: Mapping[str, Any] | None = None) -> str:
+    """The page as text. A store without features yet has no pictures."""
+    status = read_status(store)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size_text, "duration": duration, "picture": _picture, "count": "{:,}".format}
+    return environment.get_template("report.html.jinja").render(
+        status=status,
+        state=state_in_words(status),
+        spec=store.spec,
+        levels=level_rows(store, status),
+        settings=_settings(store),
+        runs=_runs(status),
+        groups=failures(store)[:20] if status.failed else [],
+        panels=_panels(store, count, storage_options),
+        attributes=json.dumps(store.attributes, indent=1),
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    )
+
+
+def _settings(store: FeatureStore) -> dict[str, str]:
+    spec = store.spec
+    height, width = spec.input_size
+    return {
+        "model": spec.model,
+        "weights": f"{spec.weights_source}, sha256 {spec.weights[:16]}",
+        "features": f"{spec.facet} of block {', '.join(map(str, spec.layers))}{', with the final norm' if spec.norm else ''}",
+        "input": f"{width} x {height} px, {spec.geometry}, {spec.interpolation}",
+        "stride": f"{spec.stride} px, position embeddings as in {spec.pos_embed}",
+        "precision": spec.precision,
+        "fingerprint": store.attributes["fingerprint"][:16],
+    }
+
+
+def _runs(status: StoreStatus) -> list[dict[str, Any]]:
+    """Runs for the table, the latest first, with their stages as coloured bars."""
+    rows = []
+    for run in reversed(status.runs):
+        shares = stage_shares(run)
+        bars = [
+            {"stage": stage, "share": share, "colour": STAGE_COLOURS[i % len(STAGE_COLOURS)]}
+            for i, (stage, share) in enumerate(shares.items())
+        ]
+        rows.append({"run": run, "bars": bars, "bottleneck": bottleneck(run)})
+    return rows
+
+
+def _panels(store: FeatureStore, count: int, options: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    try:
+        rows = pick_rows(store, count)
+        dense_levels(store)
+    except StorageError as error:
+        return [{"title": "Pictures", "note": str(error), "panel": None}]
+    colours = view_panel(store, rows, storage_options=options)
+    alike = similar_panel(store, int(rows[0]), None, rows[1:4].tolist(), storage_options=options)
+    return [
+        {"title": "Principal components as colours", "note": colours.title, "panel": colours},
+        {"title": "What is similar to one point", "note": alike.title, "panel": alike},
+    ]
+
+
+def _picture(tile: Tile, panel: Panel) -> str:
+    """A tile as a data URL: photographs as JPEG, maps as PNG."""
+    data, image = io.BytesIO(), tile.image(*panel.tile_size)
+    if tile.is_photo:
+        image.save(data, "JPEG", quality=88)
+    else:
+        image.save(data, "PNG", optimize=True)
+    kind = "jpeg" if tile.is_photo else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,0 +1,325 @@
+"""What became of a store, from its own files: counts, rates, stage times, sizes, failures. Any store, also one being written.
+
+Text and plain data for `jobs/show.py` and the report; pictures are in pipelines/showing/views.py.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from cluster.progress import duration, size_text
+from operators.visual import spread
+from storage.documents import Document, MissingObject, decode_known
+from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
+from storage.left_out import LeftOut, left_out_lines
+from storage.spec import Level
+from storage.store import FeatureStore
+
+MAX_RECORDS = 1024
+"""Commit records that are read for sizes and failures; of more tasks, a sample of this many."""
+
+SILENT_AFTER_S = 120.0
+"""A run that has said nothing for longer is taken for dead or stuck; it saves its progress every 10 s."""
+
+_NOTES = "remove it: it holds notes on a run, nothing rests on it"
+
+BOTTLENECKS = {
+    "read": "fetching images: run nearer to the data, or with more actors",
+    "decode": "decoding images: more CPUs per actor (--actor-cpus), CPU nodes (--decode-on cluster), or --jpeg-draft",
+    "forward": "the model itself, which is as it should be: more or faster devices help, nothing else does",
+    "upsample": "upsampling: store fewer or coarser levels",
+    "encode": "compressing features: more CPUs per actor, or fewer levels",
+    "write": "writing features: a faster or nearer object store, fewer levels, or a smaller encoding",
+}
+"""By stage: what takes the time, and what would help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """One run of the extraction, from its run.json and progress.json."""
+
+    run_id: str
+    started: str
+    updated: str | None
+    "ISO time of the last sign of life; None before the first task is finished"
+    silent_s: float
+    "seconds since then, or since the start"
+    ok: int
+    failed: int
+    rows_before: int
+    "rows that earlier runs had finished"
+    images_per_s: float
+    stage_seconds: Mapping[str, float]
+    bytes_written: int
+    errors: Sequence[str]
+    settings: Mapping[str, Any]
+    "run.json: config, workers, versions, host"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStatus:
+    """The state of a store. `is_sampled`: bytes and failures are scaled up from MAX_RECORDS tasks."""
+
+    out: str
+    status: str
+    rows: int
+    finished: int
+    failed: int
+    tasks: int
+    tasks_done: int
+    stored_bytes: Mapping[str, int]
+    "by level, for the tasks that are done"
+    objects: int
+    is_sampled: bool
+    left_out: Mapping[str, LeftOut]
+    "what the input held that is no row, by reason"
+    runs: Sequence[RunStatus]
+    notes: Sequence[str] = ()
+    "what was said when it was begun: no mistake, but worth knowing"
+
+    @property
+    def ok(self) -> int:
+        return self.finished - self.failed
+
+    @property
+    def pending(self) -> int:
+        return self.rows - self.finished
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok, "pending": self.pending}
+
+
+def read_status(store: FeatureStore) -> StoreStatus:
+    """The state of `store`, in a few requests and at most MAX_RECORDS small ones."""
+    done = sorted(store.ledger.done())
+    layout = store.layout
+    picked = [done[i] for i in spread(len(done), MAX_RECORDS)]
+    stored, objects, failed, rows = dict.fromkeys(store.levels, 0), 0, 0, 0
+    for _, table in store.ledger.records(picked):
+        rows += len(table)
+        failed += table["status"].to_pylist().count("failed")
+        written = committed_objects(table)
+        objects += len(written)
+        for name, size in written.items():
+            stored[name.split("/", 1)[0]] += size
+    scale = len(done) / max(1, len(picked))
+    counts = store.attributes.get("counts")
+    return StoreStatus(
+        out=store.folder.shown,
+        status=store.status,
+        rows=layout.n_rows,
+        finished=sum(layout.task(block).n_rows for block in done),
+        failed=counts.get("failed", 0) if counts else round(failed * scale),
+        tasks=layout.n_blocks,
+        tasks_done=len(done),
+        stored_bytes={name: round(size * scale) for name, size in stored.items()},
+        objects=round(objects * scale),
+        is_sampled=len(picked) < len(done),
+        left_out=_left_out(store),
+        runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
+        notes=store.attributes.get("notes", ()),
+    )
+
+
+def _left_out(store: FeatureStore) -> Mapping[str, LeftOut]:
+    try:
+        return store.index.left_out
+    except MissingObject:
+        if store.status == "complete":
+            raise
+        return {}  # a run that has just begun: the index follows the root
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Workers:
+    size: int
+    device: str
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """What is read of run.json."""
+
+    started: str
+    host: str
+    workers: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Progress:
+    """What is read of progress.json; a run that has not come to write it has none."""
+
+    updated: str | None = None
+    ok: int = 0
+    failed: int = 0
+    rows_before: int = 0
+    images_per_s: float = 0.0
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes_written: int = 0
+    errors: tuple[str, ...] = ()
+
+
+def _read_run(store: FeatureStore, run_id: str) -> RunStatus | None:
+    """A run's own files; None for what isn't a run's folder. Raises `DamagedObject`."""
+    begun = Document(store.folder, f"runs/{run_id}/run.json", _NOTES)
+    try:
+        settings = begun.json()
+    except MissingObject:
+        return None
+    with begun.parsing():
+        run = decode_known(_Begun, settings)
+        decode_known(_Workers, run.workers, "workers")
+        silent_since = _seconds(run.started)
+    document, progress = Document(store.folder, f"runs/{run_id}/progress.json", _NOTES), _Progress()
+    with contextlib.suppress(MissingObject), document.parsing():
+        progress = decode_known(_Progress, document.json())
+        silent_since = _seconds(progress.updated or run.started)
+    return RunStatus(
+        run_id=run_id,
+        started=run.started,
+        silent_s=max(0.0, time.time() - silent_since),
+        settings=settings,
+        **{f.name: getattr(progress, f.name) for f in fields(progress)},
+    )
+
+
+def _seconds(iso: str) -> float:
+    return datetime.fromisoformat(iso).timestamp()
+
+
+def status_lines(status: StoreStatus) -> Iterator[str]:
+    """The state in words, a line each."""
+    about = "about " if status.is_sampled else ""
+    yield f"{status.out}: {state_in_words(status)}"
+    yield f"images   {status.ok:,} ok, {about}{status.failed:,} failed, {status.pending:,} pending, {status.rows:,} in all"
+    for line in left_out_lines(status.left_out):
+        yield f"left out {line}"
+    yield f"tasks    {status.tasks_done:,} of {status.tasks:,} done"
+    yield f"stored   {about}{size_text(sum(status.stored_bytes.values()))} in {about}{status.objects:,} objects"
+    for note in status.notes:
+        yield f"note     {note}"
+    if status.runs:
+        yield from _run_lines(status, status.runs[-1])
+
+
+def state_in_words(status: StoreStatus) -> str:
+    """Complete, being written, or stopped, and how to go on."""
+    if status.status == "complete":
+        return "complete"
+    if not status.runs:
+        return "not started: it has metadata, and no run"
+    run = status.runs[-1]
+    if run.silent_s <= SILENT_AFTER_S:
+        return f"being written by run {run.run_id}"
+    return (
+        f"unfinished; its last run ({run.run_id}, on {run.settings['host']}) has been silent for {duration(run.silent_s)}. "
+        "If it is dead, the same command continues"
+    )
+
+
+def _run_lines(status: StoreStatus, run: RunStatus) -> Iterator[str]:
+    workers = run.settings["workers"]
+    yield (
+        f"last run {run.run_id} on {run.settings['host']}: {run.ok + run.failed:,} images, {run.images_per_s:.1f} images/s, "
+        f"{workers['size']} {workers['device']} workers, batches of {workers['batch']}"
+    )
+    if status.pending and run.images_per_s and run.silent_s <= SILENT_AFTER_S:
+        yield f"left     {duration(status.pending / run.images_per_s)} at this rate"
+    if run.stage_seconds:
+        yield "workers  " + ", ".join(f"{stage} {share:.0%}" for stage, share in stage_shares(run).items())
+        yield f"         {bottleneck(run)}"
+    for error in run.errors:
+        yield f"error    {error}"
+
+
+def stage_shares(run: RunStatus) -> dict[str, float]:
+    """Each stage's part of the workers' time."""
+    total = sum(run.stage_seconds.values()) or 1.0
+    return {stage: seconds / total for stage, seconds in run.stage_seconds.items()}
+
+
+def bottleneck(run: RunStatus) -> str:
+    """What took most of the workers' time, in words; empty before the first task is finished."""
+    shares = stage_shares(run)
+    if not shares:
+        return ""
+    stage = max(shares, key=shares.__getitem__)
+    return f"most of the time ({shares[stage]:.0%}) goes to {BOTTLENECKS.get(stage, stage)}"
+
+
+def failure_lines(groups: Sequence[FailureGroup], rows: int) -> Iterator[str]:
+    """Failed images by reason, a few keys each."""
+    failed = sum(group.count for group in groups)
+    yield (
+        f"{failed:,} of {rows:,} images failed, for {len(groups)} reasons"
+        if groups
+        else f"none of {rows:,} images failed"
+    )
+    for group in groups:
+        more = ", ..." if group.count > len(group.keys) else ""
+        yield f"{group.count:>9,} x {group.stage}: {group.error}: {group.message}"
+        yield f"{'':>12}{', '.join(group.keys)}{more}"
+
+
+def failures(store: FeatureStore) -> list[FailureGroup]:
+    """What failed so far, grouped by reason, the commonest first."""
+    return group_failures(store.failures(REASON_COLUMNS))
+
+
+def level_rows(store: FeatureStore, status: StoreStatus) -> list[dict[str, Any]]:
+    """One record per level: what is stored, and how much of it."""
+    return [
+        {
+            "name": level.name,
+            "shape": " x ".join(str(n) for n in level.row_shape),
+            "dtype": level.dtype,
+            "method": level.method,
+            "cell": cell_text(level),
+            "row_bytes": level.row_bytes,
+            "stored_bytes": status.stored_bytes[level.name],
+            "ratio": status.stored_bytes[level.name] / max(1, level.row_bytes * status.ok),
+        }
+        for level in store.spec.levels
+    ]
+
+
+def cell_text(level: Level) -> str:
+    """How many input pixels lie between cells."""
+    return f"{level.step[0]:g} x {level.step[1]:g} px" if level.step else "whole image"
+
+
+def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[str]:
+    """What a row is, and the first few rows."""
+    spec = store.spec
+    size = f"{spec.input_size[0]} x {spec.input_size[1]} px"
+    yield f"{status.out}: {status.rows:,} rows, {state_in_words(status)}"
+    yield f"model    {spec.model}, {spec.weights_source} weights, sha256 {spec.weights[:12]}..."
+    yield f"input    {size}, {spec.geometry}, {spec.interpolation}, {spec.precision}"
+    blocks = ", ".join(map(str, spec.layers))
+    yield f"features {spec.facet} of block {blocks}{', normed' if spec.norm else ''}, stride {spec.stride} px"
+    yield ""
+    yield f"{'level':<8} {'row':<16} {'stored as':<9} {'cell':<14} {'method':<10} {'a row':>10} {'all rows':>10} {'of raw':>7}"
+    for row in level_rows(store, status):
+        yield (
+            f"{row['name']:<8} {row['shape']:<16} {row['dtype']:<9} {row['cell']:<14} {row['method']:<10} "
+            f"{size_text(row['row_bytes']):>10} {size_text(row['stored_bytes']):>10} {row['ratio']:>7.0%}"
+        )
+    yield ""
+    yield f"{'row':>8}  {'photo px':<12} {'status':<8} key"
+    shown = min(first, status.rows)
+    rows = np.arange(shown)
+    records = store.records(rows, ["row", "status", "width", "height", "conversion"])
+    # A row that is not written yet has a key in the index only.
+    keys = store.index.take(rows, ["key"])["key"]
+    for record, key in zip(records.to_pylist(), keys.to_pylist(), strict=True):
+        pixels = f"{record['width']} x {record['height']}" if record["width"] else ""
+        note = f"  ({record['conversion']})" if record["conversion"] else ""
+        yield f"{record['row']:>8}  {pixels:<12} {record['status'] or 'pending':<8} {key}{note}"
+    if shown < status.rows:
+        yield f"     ...  {status.rows - shown:,} more"

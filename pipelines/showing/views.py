@@ -1,0 +1,239 @@
+"""Pictures of what a store holds: PCA colours and similarity maps, beside the photographs. No torch, no Ray.
+
+Colours are fitted once on a sample of the store and saved in it (`views/`), so that they agree between images, levels and
+runs. Maps are drawn as squares, one per cell: what is smooth in the picture is smooth in the store.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from operators.visual import Panel, RgbProjection, Tile, cosine_map, heat, spread
+from pipelines.features.photos import read_photos
+from storage.documents import Document, MissingObject
+from storage.paths import StorageError
+from storage.pixels import bilinear, cell_centres, to_cells
+from storage.spec import Level
+from storage.store import FeatureStore, OutsideImage
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_ROWS = 64
+"""Images that the colours of a store are fitted on."""
+
+TILE_PX = 224
+"""The longer side of a picture in a panel."""
+
+
+def pick_rows(store: FeatureStore, count: int) -> np.ndarray:
+    """At most `count` rows that have features, spread over the tasks that are done; the same for the same tasks."""
+    done = sorted(store.ledger.done())
+    blocks = [done[i] for i in spread(len(done), count)]
+    rows: list[int] = []
+    for _, table in store.ledger.records(blocks):
+        rows += [
+            row
+            for row, status in zip(*table.select(["row", "status"]).to_pydict().values(), strict=True)
+            if status == "ok"
+        ]
+    if not rows:
+        raise StorageError(f"{store.folder.shown} has no features to show yet: {len(done)} of its tasks are done")
+    return np.array(rows)[spread(len(rows), count)]
+
+
+def dense_levels(store: FeatureStore, names: Sequence[str] = ()) -> list[Level]:
+    """The levels called `names`, or all, that are maps; coarse ones first. Raises `KeyError`, and `StorageError` if none is."""
+    levels = [store.level(name) for name in names] if names else list(store.spec.levels)
+    dense = sorted((level for level in levels if level.grid), key=lambda level: level.grid or ())
+    if not dense:
+        raise StorageError(f"{store.folder.shown} has no maps among {', '.join(level.name for level in levels)}")
+    return dense
+
+
+def base_level(store: FeatureStore, levels: Sequence[Level]) -> Level:
+    """The backbone's own map, which others were made from; else the coarsest of `levels`."""
+    return next((level for level in store.spec.levels if level.method == "backbone"), levels[0])
+
+
+# --- colours ----------------------------------------------------------------------------------------------------------
+
+
+def colours_for(
+    store: FeatureStore,
+    level: Level,
+    *,
+    foreground: bool = False,
+    refit: bool = False,
+    colours_from: FeatureStore | None = None,
+) -> RgbProjection:
+    """The colours of maps with as many channels as `level`: those saved in the store (or in `colours_from`), else fitted.
+
+    New ones are fitted on the base level of SAMPLE_ROWS rows, and saved if the store can be written.
+    """
+    home = colours_from or store
+    name = f"views/rgb-{level.channels}{'-foreground' if foreground else ''}.json"
+    if not refit:
+        saved = Document(home.folder, name, "remove it, or have the colours fitted anew")
+        try:
+            return _parse_colours(saved, level)
+        except MissingObject:
+            if colours_from:
+                raise StorageError(
+                    f"{home.folder.shown} has no saved colours for {level.channels} channels; view it first"
+                ) from None
+    base = base_level(store, dense_levels(store))
+    fitted_on = base if base.channels == level.channels else level
+    rows = pick_rows(store, SAMPLE_ROWS)
+    projection = RgbProjection.fit(list(store.read(rows, fitted_on.name)), foreground=foreground)
+    document = {"level": fitted_on.name, "rows": rows.tolist(), **projection.to_json()}
+    try:
+        store.folder.write(name, json.dumps(document).encode())
+        if store.status == "complete":
+            store.folder.remove_partial()
+    except (OSError, StorageError) as error:
+        logger.warning("colours were not saved in %s (%s); they may differ next time", store.folder.shown, error)
+    return projection
+
+
+def _parse_colours(document: Document, level: Level) -> RgbProjection:
+    """Raises `MissingObject` and `DamagedObject`."""
+    found = document.json()
+    with document.parsing():
+        colours = RgbProjection.from_json(found)
+        if colours.mean.shape != (level.channels,) or colours.components.shape != (3, level.channels):
+            raise ValueError(f"they are of {colours.components.shape[-1]} channels, not {level.channels}")
+    return colours
+
+
+def view_panel(
+    store: FeatureStore,
+    rows: np.ndarray,
+    *,
+    levels: Sequence[str] = (),
+    foreground: bool = False,
+    refit: bool = False,
+    colours_from: FeatureStore | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Panel:
+    """One line per row: the photograph as the model saw it, and the PCA colours of every level."""
+    shown = dense_levels(store, levels)
+    palettes = {
+        level.channels: colours_for(store, level, foreground=foreground, refit=refit, colours_from=colours_from)
+        for level in {level.channels: level for level in shown}.values()
+    }
+    maps = {level.name: store.read(rows, level.name) for level in shown}
+    photos = read_photos(store, rows, storage_options)
+    tiles = [
+        [Tile(pixels=photo, is_photo=True), *(Tile(pixels=palettes[lv.channels](maps[lv.name][i])) for lv in shown)]
+        for i, photo in enumerate(photos)
+    ]
+    return Panel(
+        tiles=tiles,
+        columns=["photo", *(_level_title(level) for level in shown)],
+        rows=_row_titles(store, rows),
+        title=_store_title(store),
+        tile_size=_tile_size(store),
+    )
+
+
+# --- similarity -------------------------------------------------------------------------------------------------------
+
+
+def similar_panel(
+    store: FeatureStore,
+    key: str | int,
+    point_xy: tuple[float, float] | None,
+    others: Sequence[str | int] = (),
+    *,
+    levels: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+) -> Panel:
+    """Cosine similarity of one pixel's feature with all cells of its own image and of `others`, per level.
+
+    Beside each level finer than the backbone's map: that map brought bilinearly to the same grid, which the level has to
+    beat (LiFT, arXiv 2403.14625, Figs. 5 and 6). `point_xy` is in pixels of the original image; default: what lies at the
+    middle of the model's input. Raises `OutsideImage` for points outside the image or its crop.
+    """
+    pixels = store.pixels(key)
+    height, width = store.spec.input_size
+    if point_xy is None:
+        point_xy = tuple(
+            np.clip(pixels.to_original([width / 2, height / 2]), 0, [pixels.width, pixels.height]).tolist()
+        )
+    rows = np.concatenate([store.rows(key), store.rows(list(others))])
+    columns = _similarities(store, key, point_xy, rows, dense_levels(store, levels))
+    # One scale for all levels of an image, so that they compare; each image its own, since others are less alike.
+    scales = [
+        (min(np.percentile(values[i], 2) for _, values in columns), max(values[i].max() for _, values in columns))
+        for i in range(len(rows))
+    ]
+    placed = pixels.to_input(point_xy) / [width, height]
+    tiles = [
+        [
+            Tile(pixels=photo, is_photo=True, mark=(placed[0], placed[1]) if i == 0 else None),
+            *(Tile(pixels=heat(values[i], *scales[i])) for _, values in columns),
+        ]
+        for i, photo in enumerate(read_photos(store, rows, storage_options))
+    ]
+    titles = _row_titles(store, rows)
+    return Panel(
+        tiles=tiles,
+        columns=["photo", *(name for name, _ in columns)],
+        rows=[f"{title}\n{low:.2f} to {high:.2f}" for title, (low, high) in zip(titles, scales, strict=True)],
+        title=f"cosine with pixel ({point_xy[0]:.0f}, {point_xy[1]:.0f}) of {titles[0]}, blue to yellow",
+        tile_size=_tile_size(store),
+    )
+
+
+def _similarities(
+    store: FeatureStore, key: str | int, point_xy: tuple[float, float], rows: np.ndarray, levels: Sequence[Level]
+) -> list[tuple[str, np.ndarray]]:
+    """Columns of a similarity panel: title, and maps [rows, h, w] of cosines with the feature at the point."""
+    base = base_level(store, levels)
+    base_query = store.sample(key, [point_xy], base.name)[0]
+    if np.isnan(base_query).any():
+        raise OutsideImage(f"the crop cut {point_xy} of {key!r} away; choose a point nearer to the middle")
+    base_maps = store.read(rows, base.name)
+    columns = []
+    for level in levels:
+        if level.grid and base.grid and level.grid > base.grid and level.method != "bilinear":
+            at = to_cells(base, cell_centres(level)).reshape(-1, 2)
+            finer = np.stack([bilinear(m, at).reshape(*level.grid, -1) for m in base_maps])
+            columns.append((f"{base.name} bilinear\n{_grid(level)}", cosine_map(base_query, finer)))
+        query = base_query if level == base else store.sample(key, [point_xy], level.name)[0]
+        maps = base_maps if level == base else store.read(rows, level.name)
+        columns.append((_level_title(level), cosine_map(query, maps)))
+    return columns
+
+
+# --- words and sizes --------------------------------------------------------------------------------------------------
+
+
+def _level_title(level: Level) -> str:
+    return f"{level.name}  {level.method}\n{_grid(level)}"
+
+
+def _grid(level: Level) -> str:
+    assert level.grid
+    return f"{level.grid[0]} x {level.grid[1]} cells"
+
+
+def _store_title(store: FeatureStore) -> str:
+    spec = store.spec
+    weights = "RANDOM WEIGHTS, " if spec.weights_source == "random" else ""
+    blocks = ", ".join(map(str, spec.layers))
+    return f"{spec.model}, {weights}{spec.facet} of block {blocks}, {spec.input_size[1]} x {spec.input_size[0]} px"
+
+
+def _row_titles(store: FeatureStore, rows: np.ndarray) -> list[str]:
+    keys = store.index.take(rows, ["key"])["key"].to_pylist()
+    return [key if len(key) <= 22 else f"...{key[-20:]}" for key in keys]
+
+
+def _tile_size(store: FeatureStore) -> tuple[int, int]:
+    height, width = store.spec.input_size
+    scale = TILE_PX / max(height, width)
+    return max(32, round(width * scale)), max(32, round(height * scale))

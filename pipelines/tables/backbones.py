@@ -1,0 +1,189 @@
+"""The backbones that DeAP compares: its Table 2 by timm's names, and any other of timm's by the same rules.
+
+Nothing is built here, and nothing downloaded: grids, channels and parameters are written down, and held against the models by
+tests/test_readouts_backbones.py; means and deviations are in timm's own configs. What is read out is the last block's map after
+the final norm, without prefix tokens (specs/evaluation.md 12.7).
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from operators.backbone import preprocessing
+from pipelines.config import ConfigError
+from pipelines.features.weights import WeightsChoice, read_description
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperBackbone:
+    """A backbone and the input that it is given."""
+
+    name: str
+    "as `--backbones` has it"
+    label: str
+    "as tables have it"
+    model: str
+    "timm's name, tag included; empty where timm can't make it"
+    size: int
+    "side of the square input in pixels"
+    grid: int | None = None
+    "cells a side"
+    channels: int | None = None
+    "of the map"
+    parameters: int | None = None
+    "as timm has it without a classifier; SigLIP's with the head that pools"
+    weights: str | None = None
+    "None: those that the run is given"
+    absent: str = ""
+    "what timm lacks of it"
+    note: str = ""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether patches don't fill the input."""
+        return self.grid is not None and self.size % self.grid > 0
+
+    @property
+    def cells(self) -> str:
+        """Rows and columns, where they're known."""
+        return f"{self.grid}x{self.grid}" if self.grid else ""
+
+
+def _vit_b(
+    name: str, label: str, model: str, size: int, parameters: int, patch: int = 16, **more: str
+) -> PaperBackbone:
+    return PaperBackbone(
+        name=name,
+        label=label,
+        model=model,
+        size=size,
+        grid=size // patch,
+        channels=768,
+        parameters=parameters,
+        **more,
+    )
+
+
+def _vit_l(name: str, label: str, model: str, size: int, parameters: int, patch: int = 14) -> PaperBackbone:
+    return PaperBackbone(
+        name=name, label=label, model=model, size=size, grid=size // patch, channels=1024, parameters=parameters
+    )
+
+
+_MAE = "vit_base_patch16_224.mae"
+
+BACKBONES: tuple[PaperBackbone, ...] = (
+    _vit_b("untrained", "untrained", _MAE, 224, 85_798_656, weights="random"),
+    _vit_b(
+        "supervised",
+        "ImageNet sup.",
+        "vit_base_patch16_224.orig_in21k",
+        224,
+        85_798_656,
+        note="ImageNet-21k in the release; the paper's table says ImageNet",
+    ),
+    PaperBackbone(
+        name="sam2",
+        label="SAM2 B+",
+        model="",
+        size=1024,
+        grid=64,
+        channels=256,
+        absent="its neck, whose map is what DeAP reads; sam2_hiera_base_plus.fb_r896 is the trunk alone",
+    ),
+    _vit_b(
+        "moco-v3",
+        "MoCo v3",
+        _MAE,
+        224,
+        85_798_656,
+        absent=f"its weights; {_MAE} takes them as --weights URL, a state dict with timm's names",
+    ),
+    _vit_b("dino", "DINO", "vit_base_patch8_224.dino", 224, 85_807_872, 8),
+    _vit_b("dinov2-b", "DINOv2 B", "vit_base_patch14_reg4_dinov2.lvd142m", 518, 86_582_016, 14),
+    _vit_l("dinov2-l", "DINOv2 L", "vit_large_patch14_reg4_dinov2.lvd142m", 518, 304_370_688),
+    _vit_b("mae", "MAE", _MAE, 224, 85_798_656),
+    PaperBackbone(
+        name="hiera",
+        label="Hiera B+",
+        model="hiera_base_plus_224.mae",
+        size=224,
+        grid=7,
+        channels=896,
+        parameters=68_999_616,
+        note="the last stage as it is: its norm comes after pooling",
+    ),
+    _vit_b("clip-b", "CLIP B", "vit_base_patch16_clip_224.openai", 224, 85_799_424),
+    _vit_l("clip-l", "CLIP L", "vit_large_patch14_clip_336.openai", 336, 303_507_456),
+    _vit_b("metaclip", "MetaCLIP", "vit_base_patch16_clip_224.metaclip_2pt5b", 224, 85_799_424),
+    _vit_b("siglip-224", "SigLIP 224", "vit_base_patch16_siglip_224.webli", 224, 92_884_224),
+    _vit_b("siglip-384", "SigLIP 384", "vit_base_patch16_siglip_384.webli", 384, 93_176_064),
+    _vit_b("siglip-512", "SigLIP 512", "vit_base_patch16_siglip_512.webli", 512, 93_520_128),
+    PaperBackbone(
+        name="siglip-so",
+        label="SigLIP SO",
+        model="vit_so400m_patch14_siglip_384.webli",
+        size=512,
+        grid=36,
+        channels=1152,
+        parameters=428_225_600,
+        note="made for 384 px and run at 512, where the last 8 px aren't seen",
+    ),
+    _vit_l("aim2", "Aim2", "aimv2_large_patch14_336.apple_pt", 336, 309_525_504),
+    _vit_l("vitamin", "ViTamin", "vitamin_large2_384.datacomp1b_clip", 384, 332_920_736, 16),
+)
+"""In the order of the paper's results."""
+
+BY_NAME = {each.name: each for each in BACKBONES}
+
+
+def find_backbone(word: str, weights: str = "pretrained", options: Mapping[str, Any] | None = None) -> PaperBackbone:
+    """One of the table's, or `TIMM_NAME[@PIXELS]`, by default at the size that its `weights` (as for jobs/train.py) expect.
+
+    Raises `ConfigError` for what timm lacks, and `BackboneError` for names that it hasn't.
+    """
+    if (found := BY_NAME.get(word)) is not None:
+        if found.absent and not (found.model and WeightsChoice.parse(weights).source == "file"):
+            raise ConfigError(f"--backbones {word}: timm lacks {found.absent}")
+        return found
+    model, _, size = word.partition("@")
+    if size and not re.fullmatch(r"[1-9]\d*", size):
+        raise ConfigError(f"--backbones {word}: use TIMM_NAME@PIXELS, for example vit_tiny_patch16_224@448")
+    if "_" not in model:  # as all of timm's names of ViTs have
+        near = difflib.get_close_matches(word, BY_NAME, 1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"--backbones {word}: {hint}There are {', '.join(BY_NAME)}, and timm's own names")
+    side = int(size) if size else read_description(model, WeightsChoice.parse(weights), options).expects.size[0]
+    return PaperBackbone(name=word, label=word, model=model, size=side)
+
+
+def backbone_lines(names: Sequence[str] = ()) -> Iterator[str]:
+    """Markdown: what each of the table's backbones is and expects; `names`: of these only. Raises `ConfigError`."""
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise ConfigError(f"no backbone is called {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
+    found = [each for each in BACKBONES if not names or each.name in names]
+    yield "| name | paper | timm | px | grid | channels | mean | deviation | parameters |"
+    yield "|---|---|---|---:|---:|---:|---|---|---:|"
+    for each in found:
+        millions = f"{each.parameters / 1e6:.1f} M" if each.parameters else ""
+        cells = (each.name, each.label, each.model, each.size, each.cells, each.channels, *_scale(each), millions)
+        yield f"| {' | '.join(map(str, cells))} |"
+    yield ""
+    for each in found:
+        if each.absent:
+            yield f"- {each.name}: timm lacks {each.absent}."
+        if each.note:
+            yield f"- {each.name}: {each.note}."
+        if each.weights:
+            yield f"- {each.name}: {each.weights} weights."
+
+
+def _scale(backbone: PaperBackbone) -> tuple[str, str]:
+    """Mean and deviation that its input is normalised with."""
+    if not backbone.model:
+        return "", ""
+    expects = preprocessing(backbone.model)
+    mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (expects.mean, expects.std))
+    return mean, std

@@ -1,0 +1,487 @@
+"""A grid of readouts: backbones x tasks x methods x seeds; each cell is a training run, side by side on a cluster or in turn.
+
+A cell's state is its run's folder (pipelines/training/loop.py) and `cell.json`, written last: whoever starts the grid again
+does what isn't there. What fails is told in the tables, and ends nothing else. Tables: pipelines/tables/deap.py.
+"""
+
+import json
+import logging
+import re
+import string
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from operators.readouts import build_readout
+from pipelines.config import (
+    ConfigError,
+    absolute,
+    parse_options,
+    require_at_least,
+    require_shareable,
+    runs_inline,
+)
+from pipelines.costs.readouts import METHODS as COUNTED
+from pipelines.costs.speed import SpeedProtocol, measure_speed
+from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.provenance import describe_difference
+from pipelines.tables.backbones import PaperBackbone, find_backbone
+from pipelines.tables.tasks import PublishedTask, find_task
+from pipelines.training.loop import train_inline
+from pipelines.training.readout import ReadoutTraining
+from storage.datasets.registry import DATASETS
+from storage.paths import Folder, public_options, redact
+
+logger = logging.getLogger(__name__)
+
+METHODS: Mapping[str, Mapping[str, Any]] = {**COUNTED, "depth_bins": {"method": "depth_bins"}}
+"""Settings of each."""
+
+_GRIDS_OWN = frozenset(
+    {
+        "out", "model", "weights", "revision", "size", "method", "task", "dataset", "data", "seed", "store", "val_store",
+        "storage_options", "executor", "ray_address", "device", "workers", "worker_cpus", "max_failures", "limit",
+        "val_limit", "max_steps", "dim", "mask", "shared_sigma", "only_mask",
+    }
+)  # fmt: skip
+"""Settings of a run that a grid decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Readouts for several backbones, tasks, methods and seeds: DeAP's Tables 3 and 5, ViT-Up's Table 1."""
+
+    out: str = ""
+    """The folder to write or continue: a path or fsspec URL. Each cell's run is a folder in it."""
+    backbones: tuple[str, ...] = ()
+    """As `jobs/show.py backbones` names them, or TIMM_NAME[@PIXELS]."""
+    tasks: tuple[str, ...] = ()
+    """instances, boundaries, detection, voc, coco-stuff, depth (DeAP's); probe-coco, probe-voc, probe-ade20k,
+    probe-cityscapes (ViT-Up's); or any TASK:DATASET, for example segmentation:photos_open."""
+    methods: tuple[str, ...] = ("deap",)
+    """deap and its ablations deap-8-dim, deap-no-sigma, deap-no-indiv-sigma, deap-only-mask; bicubic, transposed, strided,
+    linear, depth_bins."""
+    seeds: tuple[int, ...] = (0,)
+    """Tables have the mean over them, and the standard deviation."""
+    data: tuple[str, ...] = ()
+    """DATASET=FOLDER for each data set: voc=VOC2012 coco=s3://bucket/coco."""
+    store: str = ""
+    """Feature stores to read instead of running backbones, as a template: s3://bucket/{backbone}-{dataset}.zarr, or with {part}
+    one for each part of a data set (train, val, train2017, ...). Made by jobs/extract.py, placed as the task has it. What
+    {backbone} is, the cells' folders show."""
+    weights: str = "pretrained"
+    """As for jobs/train.py; a URL may have {backbone} in it."""
+    paper: bool = False
+    """Published numbers below the measured ones."""
+
+    max_steps: int | None = None
+    """Optimiser steps of each run; default: the task's published ones."""
+    limit: int | None = None
+    """Only the first N images to train on; default: the task's."""
+    val_limit: int | None = None
+    """Only the first N images to judge on."""
+    cell: ReadoutTraining = field(default_factory=ReadoutTraining)
+    """What else all runs have; what differs from jobs/train.py's defaults goes before the published settings of a task."""
+
+    speed: bool = True
+    """Measure each backbone's speed, once all runs are done. The picture of speed and scores needs it."""
+    speed_reference: str = "vit_base_patch16_224.mae"
+    """timm name of what speeds are relative to."""
+    speed_reference_size: int = 224
+    """Side of its input in pixels."""
+    speed_batch: int = 8
+    """Images per forward."""
+    speed_batches: int = 10
+    """Forwards that are timed."""
+
+    storage_options: str | None = None
+    """JSON for the filesystem, as for jobs/extract.py."""
+    executor: Literal["auto", "ray", "inline"] = "auto"
+    """`ray`: cells are Ray tasks; `inline`: one after another in this process; `auto` is Ray, except for memory://."""
+    ray_address: str | None = None
+    """A Ray cluster; default: the job's own under `ray job submit`, else a new local one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs where the cluster has any."""
+    cell_cpus: int | None = None
+    """CPUs and threads of one cell; default: 1 on CPU, the node's share per GPU otherwise."""
+    cell_gpus: float | None = None
+    """GPUs of one cell; fractions train several on one."""
+    actors: int | None = None
+    """Cells at once; default: as many as there is room for. On an autoscaling cluster, GPUs are asked for only with it."""
+    max_failures: int = 3
+    """Lost workers or nodes after which a cell is given up; each time, it goes on from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            1, self, "max_steps", "limit", "val_limit", "speed_batch", "speed_batches", "speed_reference_size"
+        )
+        require_at_least(1, self, "cell_cpus", "actors")
+        require_at_least(0, self, "max_failures")
+        if self.cell_gpus is not None and not self.cell_gpus > 0:
+            raise ConfigError(f"--cell-gpus {self.cell_gpus}: must be above 0")
+        for name in ("backbones", "tasks", "methods", "seeds"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ConfigError(f"--{name} {' '.join(map(str, given))}: must be different ones")
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise ConfigError(f"--methods {' '.join(unknown)}: there are {', '.join(METHODS)}")
+        if own := sorted(_given(self.cell).keys() & _GRIDS_OWN):
+            flags = ", ".join(f"--cell.{name.replace('_', '-')}" for name in own)
+            raise ConfigError(f"{flags}: the grid decides it; see --help for what it takes instead")
+        if not self.is_inline:
+            require_shareable(self.out, self.store, *self.folders.values())
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """`data` by data set. Raises `ConfigError`."""
+        found = {}
+        for text in self.data:
+            name, equals, url = text.partition("=")
+            if name not in DATASETS or not equals or not url:
+                shown = redact(text, self.options)
+                raise ConfigError(f"--data {shown}: use DATASET=FOLDER; there are {', '.join(DATASETS)}")
+            found[name] = absolute(url)
+        return found
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """`storage_options` parsed. Raises `ConfigError`."""
+        return parse_options(self.storage_options)
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether this process trains."""
+        return runs_inline(self.executor, self.out, self.store, *self.folders.values())
+
+    @property
+    def folder(self) -> Folder:
+        """Of `out`. Raises `ConfigError`."""
+        if not self.out:
+            raise ConfigError("no output: give --out a path or URL for the grid")
+        return Folder(absolute(self.out), self.options)
+
+    @property
+    def speeds(self) -> SpeedProtocol:
+        """How backbones are timed."""
+        return SpeedProtocol(
+            reference=self.speed_reference,
+            reference_size=self.speed_reference_size,
+            batch=self.speed_batch,
+            batches=self.speed_batches,
+            precision=self.cell.precision,
+        )
+
+    def public(self) -> dict[str, Any]:
+        """All settings without credentials, for files and logs."""
+        settings = {each.name: getattr(self, each.name) for each in fields(self)}
+        settings |= {"cell": _given(self.cell), "storage_options": json.dumps(public_options(self.options))}
+        return json.loads(redact(json.dumps(settings), self.options))
+
+
+def _given(training: ReadoutTraining) -> dict[str, Any]:
+    """Settings that differ from the defaults."""
+    plain = ReadoutTraining()
+    found = {each.name: getattr(training, each.name) for each in fields(training)}
+    return {name: value for name, value in found.items() if value != getattr(plain, name)}
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a grid."""
+
+    name: str
+    "of its folder"
+    backbone: PaperBackbone
+    task: PublishedTask
+    method: str
+    seed: int
+    training: ReadoutTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """What became of a cell."""
+
+    name: str
+    backbone: str
+    task: str
+    method: str
+    seed: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    "of the held-out images, after the last step"
+    parameters: int | None = None
+    "that were learned, as DeAP's tables count them"
+    grid: tuple[int, int] | None = None
+    "cells of the map"
+    input_size: tuple[int, int] | None = None
+    "in pixels"
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    "of a network that the backbone's name alone doesn't build"
+    steps: int | None = None
+    train_seconds: float | None = None
+    "of this start; nothing where it was done before"
+    error: str = ""
+    "why there is nothing"
+
+
+def plan_cells(config: GridConfig) -> list[Cell]:
+    """All cells, in the order of backbones, tasks, methods, seeds.
+
+    Raises `ConfigError` and `BackboneError`: what is wrong with words and settings is wrong before anything is trained.
+    """
+    for name in ("backbones", "tasks", "methods", "seeds"):
+        if not getattr(config, name):
+            raise ConfigError(f"--{name}: give at least one")
+    backbones = [
+        find_backbone(word, config.weights.replace("{backbone}", slug(word)), config.options)
+        for word in config.backbones
+    ]
+    tasks = [find_task(word) for word in config.tasks]
+    if lacking := sorted({task.dataset for task in tasks} - config.folders.keys()):
+        raise ConfigError(f"--data lacks {', '.join(lacking)}: give {lacking[0]}=FOLDER")
+    _check_template("--store", config.store, backbones, {task.dataset for task in tasks})
+    return [
+        _cell(config, backbone, task, method, seed)
+        for backbone in backbones
+        for task in tasks
+        for method in config.methods
+        for seed in config.seeds
+    ]
+
+
+def _check_template(flag: str, text: str, backbones: Sequence[PaperBackbone], datasets: set[str]) -> None:
+    """Raises `ConfigError` where a store would be that of several."""
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise ConfigError(f"{flag} {redact(text)}: {error}; use {{backbone}}, {{dataset}} and {{part}}") from None
+    if unknown := sorted(names - {"backbone", "dataset", "part"}):
+        raise ConfigError(
+            f"{flag} {redact(text)}: {{{unknown[0]}}} means nothing; use {{backbone}}, {{dataset}}, {{part}}"
+        )
+    for name, several in (("backbone", len(backbones) > 1), ("dataset", len(datasets) > 1)):
+        if text and several and name not in names:
+            raise ConfigError(f"{flag} {redact(text)}: with several {name}s, a store of each is needed; use {{{name}}}")
+
+
+def slug(text: str) -> str:
+    """As part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+
+
+def _cell(config: GridConfig, backbone: PaperBackbone, task: PublishedTask, method: str, seed: int) -> Cell:
+    name = "-".join(map(slug, (backbone.name, task.name, method, str(seed))))
+    settings = {**task.settings, **METHODS[method], **_given(config.cell)}
+    if METHODS[method]["method"] in ("linear", "depth_bins"):
+        settings.pop("width", None)  # they draw no pixels
+    settings |= _stores(config, backbone, task)
+    if settings.get("store"):  # which has features of no mirrored image
+        settings.pop("flip", None)
+    limits = {each: getattr(config, each) for each in ("max_steps", "limit", "val_limit")}
+    settings |= {each: value for each, value in limits.items() if value is not None}
+    training = ReadoutTraining(
+        **{"ragged": backbone.ragged, **settings},
+        out=f"{config.folder.url.rstrip('/')}/{name}",
+        model=backbone.model,
+        size=backbone.size,
+        weights=backbone.weights or config.weights.replace("{backbone}", slug(backbone.name)),
+        task=task.task,
+        dataset=task.dataset,
+        data=config.folders[task.dataset],
+        seed=seed,
+        storage_options=config.storage_options,
+        executor="inline",  # a cell is one process
+        device=config.device,
+    )
+    return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training)
+
+
+def _stores(config: GridConfig, backbone: PaperBackbone, task: PublishedTask) -> dict[str, str]:
+    """Settings that name the stores of both parts."""
+    if not config.store:
+        return {}
+    kind, given = DATASETS[task.dataset], _given(config.cell)
+    parts = given.get("split") or kind.splits[0], given.get("val_split") or kind.splits[1]
+    urls = [
+        absolute(config.store.format(backbone=slug(backbone.name), dataset=task.dataset, part=part)) for part in parts
+    ]
+    return {"store": urls[0], "val_store": urls[1]}
+
+
+# --- one cell ---------------------------------------------------------------------------------------------------------
+
+RESULT = "cell.json"
+
+
+def run_cell(cell: Cell) -> CellResult:
+    """Train it, go on with it, or read what it came to; an error is a result, too."""
+    try:
+        return _read_result(cell) or _train(cell)
+    except Exception as error:  # the boundary between cells: one that fails must not end the others
+        logger.exception("%s failed", cell.name)
+        return failed(cell, f"{type(error).__name__}: {error}")
+
+
+def failed(cell: Cell, reason: str) -> CellResult:
+    """A cell without numbers."""
+    shown = textwrap.shorten(redact(reason, cell.training.options), 600, placeholder=" ...")
+    return CellResult(**_whose(cell), error=shown)
+
+
+def _whose(cell: Cell) -> dict[str, Any]:
+    return {
+        "name": cell.name,
+        "backbone": cell.backbone.name,
+        "task": cell.task.name,
+        "method": cell.method,
+        "seed": cell.seed,
+    }
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    """What a result is the result of, as JSON values."""
+    training = cell.training
+    more = {name: getattr(training, name) for name in ("epochs", "max_steps", "val_limit")}
+    more |= {"weights": redact(training.weights, training.options), "drawing": training.how_drawn}
+    return {**training.identity({}), **more}
+
+
+def _read_result(cell: Cell) -> CellResult | None:
+    """Of a cell that is done, with these settings. A damaged file counts as none: the run itself knows how far it is."""
+    try:
+        found = json.loads(Folder(cell.training.out, cell.training.options).read(RESULT))
+        # As for runs: a setting that didn't exist yet counts as its default, None.
+        if describe_difference("cell", found["settings"], _settings(cell)):
+            return None
+        result = CellResult(**found["result"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    sizes = {name: tuple(getattr(result, name)) for name in ("grid", "input_size")}
+    return replace(result, **sizes, train_seconds=None)
+
+
+def _train(cell: Cell) -> CellResult:
+    started, training = time.monotonic(), cell.training
+    resolved = training.resolve()
+    if resolved.features["model"] != training.model:
+        raise ConfigError(f"{training.store} holds features of {resolved.features['model']}, not of {training.model}")
+    setup = resolved.prepare(InlineExecutor())
+    summary = train_inline(setup)
+    values = {name: value for name, value in summary.metrics.items() if name.startswith("val_")}
+    if not values:
+        raise ConfigError(f"no held-out image of {training.dataset} could be read")
+    result = CellResult(
+        **_whose(cell),
+        metrics=values,
+        parameters=build_readout(setup.readout).parameter_count(),
+        grid=tuple(resolved.features["level"]["grid"]),
+        input_size=tuple(resolved.features["input_size"]),
+        model_args=resolved.features.get("model_args", {}),
+        steps=summary.step,
+        train_seconds=round(time.monotonic() - started, 3),
+    )
+    described = {"settings": _settings(cell), "result": asdict(result)}
+    setup.folder.write(RESULT, json.dumps(described, indent=1).encode())
+    return result
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def run_cells(config: GridConfig, cells: Sequence[Cell]) -> list[CellResult]:
+    """Results of all cells, in their order. On Ray, a session must be connected."""
+    found: dict[str, CellResult] = {}
+    for result in map(run_cell, cells) if config.is_inline else _run_on_ray(config, cells):
+        found[result.name] = result
+        outcome = result.error or ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        logger.info("%d of %d cells: %s: %s", len(found), len(cells), result.name, outcome)
+    return [found[cell.name] for cell in cells]
+
+
+def _run_on_ray(config: GridConfig, cells: Sequence[Cell]) -> Iterator[CellResult]:
+    """Results as they come. Lost workers are Ray's to replace; a cell then goes on from its last checkpoint."""
+    import ray
+    from ray.exceptions import RayError
+
+    pool = RayExecutor().pool(config.device, config.actors, config.cell_cpus, config.cell_gpus, called="cell")
+    remote = ray.remote(max_retries=config.max_failures, **pool.placement)(_ray_cell)
+    waiting, running = list(cells), {}
+    while waiting or running:
+        while waiting and len(running) < (config.actors or len(cells)):
+            cell = waiting.pop(0)
+            running[remote.remote(cell, pool.device, pool.cpus)] = cell
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        cell = running.pop(done)
+        try:
+            yield ray.get(done)
+        except RayError as error:
+            yield failed(
+                cell, f"{type(error).__name__}, after {config.max_failures} restarts (--max-failures): {error}"
+            )
+
+
+def _ray_cell(cell: Cell, device: str, threads: int) -> CellResult:
+    torch.set_num_threads(threads)
+    return run_cell(replace(cell, training=replace(cell.training, device=device)))
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+SPEEDS = "speed.json"
+
+
+def measure_speeds(config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult]) -> dict[str, Any]:
+    """Of each backbone that has a result, by name; measured one after another on one machine, or read from an earlier start.
+
+    On Ray, a session must be connected, and the grid's own cells must be done. Raises `BackboneError`.
+    """
+    models = {cell.backbone.name: cell.backbone.model for cell in cells}
+    done = [result for result in results if not result.error and result.input_size]
+    wanted = {
+        each.backbone: [models[each.backbone], each.input_size[0], *([each.model_args] if each.model_args else [])]
+        for each in done
+        if each.input_size[0] == each.input_size[1]
+    }
+    protocol, before = asdict(config.speeds), _read_speeds(config.folder)
+    known = before.get("found", {}) if before.get("protocol") == protocol else {}
+    found = {name: known[name] for name in wanted if name in known and known[name]["of"] == wanted[name]}
+    missing = {name: of for name, of in wanted.items() if name not in found}
+    if missing:
+        run = _speeds if config.is_inline else _speeds_on_ray
+        measured = run(config, missing)
+        found |= {name: {"of": missing[name], **measured[name]} for name in missing}
+        document = {"protocol": protocol, "found": {**known, **found}}
+        config.folder.write(SPEEDS, json.dumps(document, indent=1).encode())
+    return {name: found[name] for name in wanted}
+
+
+def _read_speeds(folder: Folder) -> dict[str, Any]:
+    try:
+        return dict(json.loads(folder.read(SPEEDS)))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def _speeds(config: GridConfig, missing: Mapping[str, Sequence[Any]], device: str = "") -> dict[str, Any]:
+    device = device or InlineExecutor().pool(config.device, None, None, None).device
+    return {name: measure_speed(config.speeds, torch.device(device), *of) for name, of in missing.items()}
+
+
+def _speeds_on_ray(config: GridConfig, missing: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    import ray
+
+    pool = RayExecutor().pool(config.device, 1, config.cell_cpus, None, called="cell")  # a whole GPU
+    remote = ray.remote(max_retries=config.max_failures, **pool.placement)(_ray_speeds)
+    return ray.get(remote.remote(config, missing, pool.device, pool.cpus))
+
+
+def _ray_speeds(config: GridConfig, missing: Mapping[str, Sequence[Any]], device: str, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    return _speeds(config, missing, device)

@@ -1,0 +1,311 @@
+"""What a grid of readouts found: the papers' tables as Markdown, all of it as JSON, and the picture of speed and scores."""
+
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from operators.readouts import published_counts
+from pipelines.provenance import versions
+from pipelines.tables.backbones import BY_NAME, PaperBackbone
+from pipelines.tables.cells import Cell, CellResult, GridConfig
+from pipelines.tables.tasks import Column, PublishedTask, published_values
+from storage.paths import Folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A number over seeds."""
+
+    mean: float
+    deviation: float | None
+    "sample standard deviation; None for one seed"
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A backbone, a task and a method, over seeds."""
+
+    backbone: PaperBackbone
+    task: PublishedTask
+    method: str
+    scores: tuple[Score | None, ...]
+    "of the task's columns"
+    due: int
+    "runs"
+    parameters: int | None
+    grid: tuple[int, int] | None
+    input_size: tuple[int, int] | None
+
+    @property
+    def published(self) -> tuple[float | None, ...]:
+        """Of the task's columns; () where no paper has any."""
+        return published_values(self.backbone.name, self.backbone.model, self.method, self.task.name)
+
+
+def entries(cells: Sequence[Cell], results: Sequence[CellResult]) -> list[Entry]:
+    """Results over seeds, in the order of the cells."""
+    groups: dict[tuple[str, str, str], list[tuple[Cell, CellResult]]] = {}
+    for cell, result in zip(cells, results, strict=True):
+        groups.setdefault((cell.backbone.name, cell.task.name, cell.method), []).append((cell, result))
+    return [_entry(group) for group in groups.values()]
+
+
+def _entry(group: Sequence[tuple[Cell, CellResult]]) -> Entry:
+    cell, done = group[0][0], [result for _, result in group if not result.error]
+    first = done[0] if done else None
+    return Entry(
+        backbone=cell.backbone,
+        task=cell.task,
+        method=cell.method,
+        scores=tuple(_score(column, done) for column in cell.task.columns),
+        due=len(group),
+        parameters=first and first.parameters,
+        grid=first and first.grid,
+        input_size=first and first.input_size,
+    )
+
+
+def _score(column: Column, done: Sequence[CellResult]) -> Score | None:
+    values = [column.scale * result.metrics[column.metric] for result in done if column.metric in result.metrics]
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Score(mean=statistics.fmean(values), deviation=deviation, runs=len(values))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Any], failed: Sequence[CellResult]) -> str:
+    """The tables as Markdown."""
+    parts = ["# Readouts on frozen features"]
+    for method in config.methods:
+        rows = _by_backbone([entry for entry in found if entry.method == method], speeds, paper=config.paper)
+        parts.append(f"## {method}\n\n" + _markdown(rows))
+    if len(config.methods) > 1:
+        for name in config.backbones:
+            rows = _by_method([entry for entry in found if entry.backbone.name == name], paper=config.paper)
+            parts.append(f"## Methods on {name}\n\n" + _markdown(rows))
+    parts.append("## Learned parameters\n\n" + _markdown(_parameters(found, paper=config.paper)))
+    parts.append("\n".join(_notes(config, speeds)))
+    if failed:
+        lines = "\n".join(f"- {each.name}: {each.error}" for each in failed)
+        parts.append(f"## Failed: {len(failed)}\n\n{lines}")
+    if speeds:
+        parts.append("![speed and scores](grid.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+Rows = list[list[str]]
+"""A table's cells; the first row is the head."""
+
+
+def _tasks(found: Sequence[Entry]) -> list[PublishedTask]:
+    return list({entry.task.name: entry.task for entry in found}.values())
+
+
+def _heads(tasks: Sequence[PublishedTask]) -> list[str]:
+    return [f"{task.label} {column.head}" for task in tasks for column in task.columns]
+
+
+def _by_backbone(found: Sequence[Entry], speeds: Mapping[str, Any], *, paper: bool) -> Rows:
+    """DeAP's Table 3: rows are backbones."""
+    tasks = _tasks(found)
+    rows = [["backbone", "px", "grid", *_heads(tasks), "learned, M", "speed"]]
+    for name in dict.fromkeys(entry.backbone.name for entry in found):
+        of = {entry.task.name: entry for entry in found if entry.backbone.name == name}
+        first = next((entry for entry in of.values() if entry.grid), next(iter(of.values())))
+        counts = [entry.parameters for entry in of.values() if entry.parameters]
+        learned = f"{sum(counts) / 1e6:.3f}" if len(counts) == len(of) else ""
+        speed = f"{speeds[name]['relative']:.2f}" if name in speeds else ""
+        given = [first.backbone.label, *_input_of(first)]
+        rows.append([*given, *(cell for task in tasks for cell in _cells(of[task.name])), learned, speed])
+        printed = [cell for task in tasks for cell in _published_cells(of[task.name])]
+        if paper and any(printed):
+            rows.append([f"{first.backbone.label}, published", *_input_of(first), *printed, "", ""])
+    return rows
+
+
+def _by_method(found: Sequence[Entry], *, paper: bool) -> Rows:
+    """ViT-Up's Table 1, DeAP's Table 5: rows are methods of one backbone."""
+    tasks = _tasks(found)
+    rows = [["method", *_heads(tasks), "learned, M"]]
+    for method in dict.fromkeys(entry.method for entry in found):
+        of = {entry.task.name: entry for entry in found if entry.method == method}
+        counts = [entry.parameters for entry in of.values() if entry.parameters]
+        learned = f"{sum(counts) / 1e6:.3f}" if len(counts) == len(of) else ""
+        rows.append([method, *(cell for task in tasks for cell in _cells(of[task.name])), learned])
+        printed = [cell for task in tasks for cell in _published_cells(of[task.name])]
+        if paper and any(printed):
+            rows.append([f"{method}, published", *printed, ""])
+    return rows
+
+
+def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
+    """Counts of every readout; DeAP's published ones are in millions."""
+    tasks = _tasks(found)
+    rows = [["backbone, method", *(task.label for task in tasks)]]
+    known = {(row.channels, row.task): row.published_millions for row in published_counts()}
+    for name, method in dict.fromkeys((entry.backbone.name, entry.method) for entry in found):
+        of = {e.task.name: e for e in found if (e.backbone.name, e.method) == (name, method)}
+        counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
+        rows.append([f"{name}, {method}", *counts])
+        channels = BY_NAME[name].channels if name in BY_NAME else None
+        millions = [known.get((channels, task.counted)) for task in tasks]
+        if paper and method == "deap" and any(millions):
+            rows.append([f"{name}, published", *(f"{each:.3f} M" if each else "" for each in millions)])
+    return rows
+
+
+def _input_of(entry: Entry) -> list[str]:
+    """Pixels and cells, measured where something was."""
+    if entry.input_size and entry.grid:
+        return [_sides(entry.input_size), _sides(entry.grid)]
+    return [str(entry.backbone.size), str(entry.backbone.grid or "")]
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def _cells(entry: Entry) -> Iterator[str]:
+    for column, score in zip(entry.task.columns, entry.scores, strict=True):
+        if score is None:
+            yield "failed"
+            continue
+        text = f"{score.mean:.{column.digits}f}"
+        if score.deviation is not None:
+            text += f" ± {score.deviation:.{column.digits}f}"
+        yield text + (f" ({score.runs} of {entry.due})" if score.runs < entry.due else "")
+
+
+def _published_cells(entry: Entry) -> Iterator[str]:
+    values = entry.published or [None] * len(entry.task.columns)
+    for column, value in zip(entry.task.columns, values, strict=True):
+        yield "" if value is None else f"{value:.{column.digits}f}"
+
+
+def _markdown(rows: Rows) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |"
+        for row in [rows[0], ["-" * width for width in widths], *rows[1:]]
+    ]
+    return "\n".join(lines)
+
+
+def _notes(config: GridConfig, speeds: Mapping[str, Any]) -> Iterator[str]:
+    over = f"mean ± sample deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    yield f"- Scores: of held-out images after the last step; {over}."
+    yield "- IoU, accuracy and ARI in percent; CE is the mean cross-entropy; AP_lg a share of 1; RMSE in metres."
+    yield "- learned, M: the readouts of a row's tasks together, 10^6."
+    if speeds:
+        one = next(iter(speeds.values()))
+        yield (
+            f"- speed: images per second of the backbone alone, of those of {config.speed_reference} at "
+            f"{config.speed_reference_size} px beside it; {one['batches']} batches of {config.speed_batch}, {one['device']}."
+        )
+    yield from (
+        f"- {name}: {BY_NAME[name].note}." for name in config.backbones if name in BY_NAME and BY_NAME[name].note
+    )
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def scatter(found: Sequence[Entry], speeds: Mapping[str, Any]) -> bytes:
+    """DeAP's Fig. 7 as a PNG: relative speed across, score up (errors point down), a panel for each task."""
+    from matplotlib.figure import Figure
+
+    tasks = _tasks(found)
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, task in zip(panels, tasks, strict=False):
+        _draw_panel(panel, task, [entry for entry in found if entry.task.name == task.name], speeds)
+    for panel in list(panels)[len(tasks) :]:
+        panel.set_axis_off()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()
+
+
+def _draw_panel(panel: Any, task: PublishedTask, found: Sequence[Entry], speeds: Mapping[str, Any]) -> None:
+    methods = list(dict.fromkeys(entry.method for entry in found))
+    for method in methods:
+        points = [
+            (speeds[e.backbone.name]["relative"], e.scores[-1], e.backbone.name)
+            for e in found
+            if e.method == method and e.scores[-1] is not None and e.backbone.name in speeds
+        ]
+        if not points:
+            continue
+        across, scores, names = zip(*points, strict=True)
+        up, spread = [score.mean for score in scores], [score.deviation or 0.0 for score in scores]
+        panel.errorbar(across, up, yerr=spread, fmt="o", capsize=3, label=method)
+        for place, name in zip(zip(across, up, strict=True), names, strict=True):
+            panel.annotate(name, place, xytext=(0, 5), textcoords="offset points", fontsize=8, ha="center")
+    _scale_speeds(panel, [speeds[entry.backbone.name]["relative"] for entry in found if entry.backbone.name in speeds])
+    panel.set(title=task.label, xlabel="relative speed of the backbone", ylabel=task.columns[-1].head)
+    if task.task == "depth":
+        panel.invert_yaxis()
+    if len(methods) > 1 and panel.has_data():
+        panel.legend(fontsize=8)
+
+
+def _scale_speeds(panel: Any, relative: Sequence[float]) -> None:
+    """Logarithmic where speeds differ much; room for names at the sides."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    panel.margins(x=0.3, y=0.15)
+    if max(relative, default=1) > 4 * min(relative, default=1):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_grid(
+    folder: Folder,
+    config: GridConfig,
+    cells: Sequence[Cell],
+    results: Sequence[CellResult],
+    speeds: Mapping[str, Any],
+) -> str:
+    """Write grid.json, grid.md and, with speeds, grid.png; returns the Markdown."""
+    found = entries(cells, results)
+    failed = [result for result in results if result.error]
+    text = report(config, found, speeds, failed)
+    document = {
+        "config": config.public(),
+        "cells": [asdict(result) for result in results],
+        "entries": [_told(entry) for entry in found],
+        "speed": dict(speeds),
+        "versions": versions(),
+    }
+    folder.write("grid.json", json.dumps(document, indent=1).encode())
+    if speeds:
+        folder.write("grid.png", scatter(found, speeds))
+    folder.write("grid.md", text.encode())
+    return text
+
+
+def _told(entry: Entry) -> dict[str, Any]:
+    heads = [column.head for column in entry.task.columns]
+    return {
+        "backbone": entry.backbone.name,
+        "task": entry.task.name,
+        "method": entry.method,
+        "scores": {h: score and asdict(score) for h, score in zip(heads, entry.scores, strict=True)},
+        "published": dict(zip(heads, entry.published, strict=False)),
+        "parameters": entry.parameters,
+    }

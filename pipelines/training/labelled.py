@@ -1,0 +1,120 @@
+"""Examples for readouts: targets from labels, beside them the images for a live model or the maps of a store.
+
+What crosses to the training processes are uint8 images or maps as they are stored, and targets.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.features.sources import PLACED_COLUMNS, Drawing, FeaturesMissing, draw, orientation_in_store
+from pipelines.readouts.drawing import picture_of
+from pipelines.readouts.task import Task
+from pipelines.training.data import Example, open_store
+from storage.datasets.labels import InstanceArrays, LabelledImage
+from storage.datasets.pictures import DatasetError, OrientedImage, orientation_of
+from storage.spec import FeatureSpec
+from storage.store import FeatureStore
+
+PIXELS = "pixels"
+"""The example's image, uint8 [H, W, 3]; other names of inputs are levels of features."""
+
+
+NOT_THERE = "its features in the store are not there, or not finite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredMaps:
+    """Levels of a feature store, and which of its rows is of which item."""
+
+    url: str
+    options: Mapping[str, Any]
+    levels: tuple[str, ...]
+    rows: tuple[int, ...]
+    "of the items, in their order"
+    placed: tuple[Mapping[str, Any], ...]
+    "the rows' sizes and conversions, as in the ledger"
+
+    @classmethod
+    def of(cls, store: FeatureStore, url: str, levels: Sequence[str], items: Sequence[LabelledImage]) -> "StoredMaps":
+        """Raises `FeaturesMissing` where the store lacks an image."""
+        numbers = store.index.find([key for item in items for key in item.image.keys])
+        rows = [next((numbers[key] for key in item.image.keys if key in numbers), None) for item in items]
+        lacking = [item.image for item, row in zip(items, rows, strict=True) if row is None]
+        if lacking:
+            raise FeaturesMissing(
+                f"{store.folder.shown} has no features of {len(lacking)} of {len(items)} images, the first is "
+                f"{lacking[0].shown}: none of its keys is {' or '.join(lacking[0].keys)}"
+            )
+        placed = store.records(np.array(rows, np.int64), PLACED_COLUMNS).to_pylist()
+        return cls(url=url, options=store.folder.options, levels=tuple(levels), rows=tuple(rows), placed=tuple(placed))
+
+    def oriented(self, number: int, item: LabelledImage) -> OrientedImage:
+        """How the image of an item was turned when it was extracted. Raises `DatasetError` for one that wasn't."""
+        record = self.placed[number]
+        if record["width"] is None:
+            raise DatasetError(f"{item.image.shown}: {NOT_THERE}")
+        return orientation_in_store(open_store(self.url, self.options), record, item.image)
+
+    def read(self, items: Sequence[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Maps [items, h, w, C] by level, and which of the items have them."""
+        store, rows = open_store(self.url, self.options), np.array([self.rows[i] for i in items], np.int64)
+        maps, there = {}, np.ones(len(rows), bool)
+        for level in self.levels:
+            maps[level], found = store.read_present(rows, level)
+            there &= found & np.isfinite(maps[level]).reshape(len(rows), -1).all(axis=1)
+        return maps, there
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSource:
+    """A data set's images for a task; travels to whoever loads them (pipelines/training/data.py, `ExampleSource`)."""
+
+    items: tuple[LabelledImage, ...]
+    task: Task
+    spec: FeatureSpec
+    drawing: Drawing
+    stored: StoredMaps | None
+    "None: images for a live model"
+
+    def load(self, rows: Sequence[int], epoch: int | None) -> Example:  # noqa: ARG002 - nothing is random here
+        """Arrays of `rows`, in their order: the task's targets, and `pixels` or the stored levels."""
+        examples, failed = {}, {}
+        for row in rows:
+            try:
+                examples[row] = self._example(row)
+            except (DatasetError, FeaturesMissing) as error:
+                failed[row] = str(error)[:500]
+        if self.stored is not None and examples:
+            maps, there = self.stored.read(list(examples))
+            for position, row in enumerate(list(examples)):
+                if there[position]:
+                    examples[row] |= {level: values[position] for level, values in maps.items()}
+                else:
+                    del examples[row]
+                    failed[row] = f"{self.items[row].image.shown}: {NOT_THERE}"
+        names = next(iter(examples.values()), {})
+        return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
+
+    def _example(self, row: int) -> dict[str, np.ndarray]:
+        if self.stored is not None:
+            return self.task.targets(self.label(row), row)
+        item = self.items[row]
+        data = item.image.data()
+        picture = picture_of(item.image, self.task, self.spec.input_size)
+        pixels = draw(picture, data, self.spec, self.drawing)
+        label = item.upright_label(OrientedImage(item.image.shown, orientation_of(data, item.image.shown)))
+        return {PIXELS: pixels, **self.task.targets(label, row)}
+
+    def label(self, row: int) -> np.ndarray | InstanceArrays:
+        """A row's label, upright. Raises `DatasetError`."""
+        item = self.items[row]
+        if self.stored is not None:
+            return item.upright_label(self.stored.oriented(row, item))
+        return item.upright_label(OrientedImage(item.image.shown, item.image.orientation()))
+
+    def photo(self, row: int) -> np.ndarray:
+        """The image as the task places it, for people: uint8 [side, side, 3]."""
+        return self.task.photo(self.items[row].image.pixels())

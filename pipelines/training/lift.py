@@ -1,0 +1,275 @@
+"""Training x2 upsamplers by LiFT's self-supervision: features of the half image, enlarged, against those of the image.
+
+LiFT, and the baselines that its paper trains alike: a resize convolution and a joint bilateral filter (arXiv 2403.14625 eq. 1;
+specs/lift_vitup.md A7).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from operators.backbone import TimmBackbone, autocast
+from operators.image import Geometry
+from operators.objectives.lift import averaged, cosine_loss, lower, multi_scale_loss
+from operators.upsamplers import NetConfig, build_net
+from pipelines.config import ConfigError
+from pipelines.features.upsamplers import SAID_SINCE, TRAINED_ON, described_by
+from pipelines.provenance import describe_difference
+from pipelines.training.data import JitteredView, Loaded, StoredFeatures
+from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining
+from pipelines.training.watch import similarity_picture
+from storage.store import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class X2Config(ImageTraining):
+    """Settings of one training run: a x2 upsampler learns a frozen backbone's features of larger images (LiFT's eq. 1)."""
+
+    method: Literal["lift", "resize_conv", "jbu"] = "lift"
+    """The network."""
+    image_branch: bool = True
+    """lift: False for the ablation without the image."""
+    wide: bool = False
+    """lift: the larger variant."""
+    kernel: int = 1
+    """resize_conv: of its convolutions."""
+    radius: int = 3
+    """jbu: of its filters, in cells."""
+    size: int = 448
+    """Side of the square input in pixels: a multiple of four patches, since a quarter of it goes through the backbone, too."""
+    geometry: Literal["crop", "squash", "pad"] = "squash"
+    """Aspect not kept (as LiFT), centre crop, or letterbox."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    """Of the photographs to the input's size; LiFT's is bilinear."""
+    layers: tuple[int, ...] = (-1,)
+    """Blocks whose maps are learned, from 0 or negative from the end; several are concatenated along the channels."""
+    facet: Literal["token", "key", "query", "value"] = "key"
+    """What is taken of a block: its output, or a projection of its attention. LiFT takes keys."""
+    norm: bool | None = None
+    """Apply the backbone's final norm to token maps; default: where the model has one."""
+    pos_embed: Literal["timm", "dino"] | None = None
+    """Interpolation of position embeddings; default: timm's."""
+    loss: Literal["cosine", "l1", "l2"] = "cosine"
+    """Distance between feature maps."""
+    jitter: float = 0.2
+    """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
+    crop: float = 1.0
+    """Smallest side of a random part of the image, as a part of the image's; below 1, half of the images are mirrored, too.
+    LiFT has 1: none of it; for few images."""
+    lower: Literal["sliced", "resized"] = "sliced"
+    """How the half and the quarter image are made: every second and fourth pixel, as LiFT's code, or averaged, as its text."""
+    features: str = ""
+    """A store of the images' features at --size, made by jobs/extract.py: read instead of computed. Needs --jitter 0, and
+    --interpolation as the store has it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.jitter <= 0.5:
+            raise ConfigError(f"--jitter {self.jitter}: must lie between 0 and 0.5")
+        if self.features and self.jitter:
+            raise ConfigError(
+                f"--jitter {self.jitter}: images whose --features are stored can't be jittered; use --jitter 0"
+            )
+
+    @property
+    def backbone_size(self) -> int:
+        """Side of the largest image that the backbone is given."""
+        return self.size
+
+    def network(self, backbone: TimmBackbone) -> dict[str, Any]:
+        """The network's settings, as a checkpoint has them. Raises `ConfigError` for a size that can't be halved twice."""
+        multiple = 4 * backbone.patch
+        if self.size % multiple:
+            nearest = max(multiple, round(self.size / multiple) * multiple)
+            raise ConfigError(
+                f"--size {self.size}: the image, its half and its quarter go through {self.model}, so that the side must be a "
+                f"multiple of 4 x {backbone.patch} px; the nearest is {nearest}"
+            )
+        own = {"lift": ("image_branch", "wide"), "resize_conv": ("kernel",), "jbu": ("radius",)}
+        given = {name: getattr(self, name) for names in own.values() for name in names}
+        plain = X2Config()
+        misplaced = [n for n in given if n not in own[self.method] and given[n] != getattr(plain, n)]
+        if misplaced:
+            raise ConfigError(f"--{misplaced[0].replace('_', '-')} is no setting of {self.method}")
+        cells = self.size // multiple
+        if self.method == "jbu" and 2 * cells <= self.radius:
+            raise ConfigError(f"--radius {self.radius} needs more than the {2 * cells} cells that half of --size has")
+        config = NetConfig(
+            method=self.method,
+            channels=backbone.channels * len(self.layers),
+            patch=backbone.patch,
+            **{name: given[name] for name in own[self.method]},
+        )
+        return asdict(config)
+
+    def view(self, backbone: FrozenBackbone) -> JitteredView:
+        return JitteredView(geometry=self.geometry_for(backbone), jitter=self.jitter, crop=self.crop)
+
+    def geometry_for(self, backbone: FrozenBackbone) -> Geometry:
+        """How images become --size."""
+        return Geometry(
+            mode=self.geometry,
+            height=self.size,
+            width=self.size,
+            interpolation=self.interpolation,
+            mean=backbone.expects.mean,
+        )
+
+    def stored_features(self, backbone: FrozenBackbone) -> StoredFeatures | None:
+        """The store's level of the backbone's own maps, held against what would be computed."""
+        if not self.features:
+            return None
+        store = FeatureStore.open(self.features, self.options)
+        spec, described = store.spec, backbone.described
+        here = {
+            **{name: described[name] for name in (*TRAINED_ON, *SAID_SINCE)},
+            "input_size": [self.size, self.size],
+            "geometry": self.geometry,
+            "interpolation": self.interpolation,
+            "precision": self.precision,
+        }
+        there = {**{name: getattr(spec, name) for name in here}, **described_by(spec)}
+        there["input_size"] = list(spec.input_size)
+        if differences := describe_difference("store", there, here):
+            raise ConfigError(
+                f"--features {store.folder.shown} holds other features than the training's:\n{differences}"
+            )
+        levels = [level for level in spec.levels if level.method == "backbone" and level.dtype != "int8"]
+        if not levels:
+            raise ConfigError(
+                f"--features {store.folder.shown}: none of its levels is the backbone's own map in float16 or float32; "
+                "extract with --levels x1"
+            )
+        return StoredFeatures(url=self.features, options=self.options, level=levels[0].name)
+
+    def objective(self, setup: ImageSetup, device: torch.device) -> "X2Objective":
+        """What a training process computes."""
+        return X2Objective(self, setup, device)
+
+
+METRICS = ("val_loss", "val_cosine", "val_cosine_twice", "val_cosine_beyond")
+
+
+class X2Objective:
+    """The network, its frozen backbone, and the loss of a micro-batch (pipelines/training/loop.py, `Objective`)."""
+
+    def __init__(self, config: X2Config, setup: ImageSetup, device: torch.device):
+        self.config, self.setup, self.device = config, setup, device
+        self.backbone = setup.backbone.build()
+        self.backbone.model.to(device)
+        self.net = build_net(setup.upsampler, config.seed).to(device)
+
+    def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
+        """Adds the gradient of the images' summed loss to the network's; gives that sum and their number."""
+        arrays = loaded.example.arrays
+        images = self._input(arrays["pixels"])
+        maps = [self._features(self._lower(images, factor)) for factor in (2, 4)]
+        if "features" in arrays:
+            stored = torch.from_numpy(np.array(arrays["features"])).to(self.device)
+            target = stored.float().permute(0, 3, 1, 2)
+        else:
+            target = self._features(images)
+        loss = multi_scale_loss(self._upsample, images, [target, *maps], self.config.loss, self._lower) * len(loaded)
+        loss.backward()
+        return loss.detach(), len(loaded)
+
+    def _input(self, pixels_BHW3: np.ndarray) -> Tensor:
+        return self.setup.backbone.input(pixels_BHW3, self.device)
+
+    def _features(self, images: Tensor) -> Tensor:
+        """The frozen backbone's maps, float32 [B, C, h, w]."""
+        layers = self.setup.backbone.described["layers"]
+        with torch.no_grad(), autocast(self.device, self.config.precision):
+            return self.backbone(images.contiguous(), layers).stacked(layers).float()
+
+    def _lower(self, images: Tensor, factor: int) -> Tensor:
+        """The images at a part of their size, as training has them."""
+        return (lower if self.config.lower == "sliced" else averaged)(images, factor)
+
+    def _upsample(self, images: Tensor, maps: Tensor) -> Tensor:
+        """The network's result, float32: the loss is computed in full precision."""
+        with autocast(self.device, self.config.net_precision):
+            return self.net(images, maps).float()
+
+    def _upsample_twice(self, images: Tensor, maps: Tensor) -> Tensor:
+        """x4, the image enlarged for the second pass (specs A8)."""
+        return self._upsample(_bilinear(images, images), self._upsample(images, maps))
+
+    # --- held-out images ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
+        """Metrics on the held-out images, in eval mode, and a picture of the first ones as PNG; None if none can be read.
+
+        `val_loss` is the training's, at its scales. `val_cosine` is that of the network's x2 map of an image of half the size
+        with the backbone's own map of the image: the largest scale that was trained on, but resized, not sliced.
+        `val_cosine_twice` is the same from a quarter of the size, the network applied twice; `val_cosine_beyond` from the
+        image to one of twice the size, which was not trained on. Beside each, `..._bilinear` is bilinear enlargement's.
+        """
+        self.net.eval()
+        rows = self.setup.held_out_rows
+        try:
+            sums, shown = np.zeros(1 + 2 * len(METRICS)), []
+            at_once = min(self.config.forward_images, 16)
+            for start in range(0, len(rows), at_once):
+                sums += self._measure_some(rows[start : start + at_once], shown)
+        finally:
+            self.net.train()
+        if not sums[0]:
+            return None
+        names = [f"{name}{suffix}" for name in METRICS for suffix in ("", "_bilinear")]
+        values = dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=True))
+        return values, self._picture(step, values, shown)
+
+    def _measure_some(self, rows: Sequence[int], shown: list[list[np.ndarray]]) -> np.ndarray:
+        """Number of images, and the sums over them of what `measure` gives; adds photos and maps to `shown`."""
+        octaves = self._octaves(rows)
+        pixels = octaves[2]
+        if not len(pixels):
+            return np.zeros(1 + 2 * len(METRICS))
+        quarter, half, images, double = map(self._input, octaves)
+        target, small, smaller = (self._features(self._lower(images, factor)) for factor in (1, 2, 4))
+        tiny, coarse, beyond = (self._features(octave) for octave in (quarter, half, double))
+        ours, plain = self._upsample(half, coarse), _bilinear(half, coarse)
+        shown.extend(
+            [pixels[i], *(m[i].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, target))]
+            for i in range(len(pixels))
+        )
+        scales, kind = [target, small, smaller], self.config.loss
+        means = [
+            multi_scale_loss(self._upsample, images, scales, kind, self._lower),
+            multi_scale_loss(_bilinear, images, scales, kind, self._lower),
+            1 - cosine_loss(ours, target),
+            1 - cosine_loss(plain, target),
+            1 - cosine_loss(self._upsample_twice(quarter, tiny), target),
+            1 - cosine_loss(_bilinear(quarter, tiny, 4), target),
+            1 - cosine_loss(self._upsample(images, target), beyond),
+            1 - cosine_loss(_bilinear(images, target), beyond),
+        ]
+        return len(pixels) * np.array([1.0, *(float(mean) for mean in means)])
+
+    def _octaves(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """The images at a quarter of --size, half of it, itself and twice it, uint8 [n, side, side, 3]."""
+        size = self.config.size
+        geometry = self.config.geometry_for(self.setup.backbone)
+        return list(self.setup.held_out.at_sides(rows, geometry, (size // 4, size // 2, size, 2 * size)).values())
+
+    def _picture(self, step: int, values: Mapping[str, float], shown: Sequence[Sequence[np.ndarray]]) -> bytes:
+        grid, double = shown[0][1].shape[:2], shown[0][4].shape[:2]
+        columns = [
+            "photo",
+            f"backbone\n{grid[0]} x {grid[1]}",
+            f"bilinear\ncosine {values['val_cosine_bilinear']:.4f}",
+            f"{self.config.method}\ncosine {values['val_cosine']:.4f}",
+            f"backbone, image twice as large\n{double[0]} x {double[1]}",
+        ]
+        return similarity_picture(step, columns, shown)
+
+
+def _bilinear(_: Tensor, maps: Tensor, factor: int = 2) -> Tensor:
+    return F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)

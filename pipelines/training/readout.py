@@ -1,0 +1,444 @@
+"""Training readouts on a frozen backbone's features: DeAP, its baselines, linear probes; live, or from an extracted store.
+
+DeAP: specs/evaluation.md 12; the linear probes of ViT-Up's tables: sections 7 and 8.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operators.backbone import autocast
+from operators.readouts import ReadoutConfig, ReadoutError, build_readout
+from pipelines.config import ConfigError, absolute, require_at_least
+from pipelines.features.bundle import ModelBundle
+from pipelines.features.sources import Drawing, pooled_level, require_geometry, resolve_source
+from pipelines.provenance import begin_run
+from pipelines.readouts.task import Record, Task
+from pipelines.readouts.tasks import TASKS
+from pipelines.training.config import Objective, TrainConfig, TrainSetup
+from pipelines.training.data import Loaded
+from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps
+from pipelines.training.watch import panel_picture
+from storage.datasets.files import digest
+from storage.datasets.labels import LabelledImage
+from storage.datasets.pictures import LabelFrame
+from storage.datasets.registry import DATASETS, LabelReading, load_labelled, require_depth
+from storage.paths import Folder
+from storage.spec import FeatureSpec, Level
+from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+LONG_AFTER = 2**30
+"""A step at which no loss is warming up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutTraining(TrainConfig):
+    """Settings of one training run: a readout learns a dense task from a frozen backbone's features."""
+
+    method: Literal["deap", "bicubic", "transposed", "strided", "linear", "depth_bins"] = "deap"
+    """The readout."""
+    task: Literal["segmentation", "depth", "boundaries", "detection", "instances"] = "segmentation"
+    """What it learns."""
+    dataset: str = "voc"
+    """The data set: voc, coco_stuff, coco_stuff27, ade20k, cityscapes, nyu, coco, photos_open, photos_open_instances."""
+    data: str = ""
+    """The data set's folder in its official layout: a path or fsspec URL."""
+    split: str = ""
+    """What is trained on; default: the data set's own name of its training part."""
+    val_split: str = ""
+    """What is judged on; default: the data set's own name of its validation part."""
+    limit: int | None = None
+    """Only the first N images of --split."""
+    val_limit: int | None = None
+    """Only the first N images of --val-split."""
+
+    label_frame: LabelFrame | None = None
+    """Of images that their EXIF mirrors or turns by half, and of square ones that it turns: whether labels are of the `stored`
+    pixels or of the `upright` image. Default: such images are left out, and counted. Where sizes tell, they decide."""
+    depth_scale: float | None = None
+    """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
+
+    placement: Literal["crop", "squash"] = "crop"
+    """How images and labels become square: the centre, or with other proportions."""
+    side: int = 224
+    """Of the readout's output and of the labels, in pixels. DeAP asks a query for each 8 x 8."""
+    size: int | None = None
+    """Side of the model's input in pixels; default: the model's own, or the store's."""
+    drawing: Drawing | None = None
+    """`paper`: images are drawn at --side, then enlarged by the nearest pixel, as DeAP's code does it; `extract`: as
+    jobs/extract.py does it. Default: paper with a model, extract with a store (which can't be otherwise)."""
+    flip: bool = False
+    """Mirror whole batches, half of them: the linear probes' only augmentation. Not with a store."""
+    ragged: bool = False
+    """Allow a --size that patches don't fill: what lies beyond the last whole one isn't seen (SigLIP-SO at 512 px, patch 14)."""
+    normalise: bool = True
+    """False: the model is given images from 0 to 1, without its mean and deviation, as ViT-Up's depth probe has it. Not with a
+    store."""
+
+    store: str = ""
+    """A feature store of the images, made by jobs/extract.py with --geometry as --placement: read instead of running the model,
+    whose settings are then the store's."""
+    val_store: str = ""
+    """The same for --val-split; default: --store."""
+    level: str = "x1"
+    """The map that is read out, named as for jobs/extract.py: x1, x2=lift:s3://bucket/ckpt; of a store, its name."""
+    layers: tuple[int, ...] = (-1,)
+    """Blocks whose maps are taken, from 0 or negative from the end; several are concatenated along the channels."""
+    facet: Literal["token", "key", "query", "value"] = "token"
+    """What is taken of a block: its output, or a projection of its attention."""
+    norm: bool | None = None
+    """Apply the backbone's final norm to token maps; default: where the model has one."""
+    stride: int | None = None
+    """Input pixels between cells; below the patch size, patches overlap."""
+    pos_embed: Literal["timm", "dino"] | None = None
+    """Interpolation of position embeddings; default: timm's, and DINO's with a stride override."""
+    encoding: Literal["float16", "float32"] = "float16"
+    """Features are rounded to it, as in a store."""
+    force_upsampler: bool = False
+    """Use a learned upsampler with other features than it was trained on."""
+
+    dim: int | None = None
+    """Channels of the query map; default: 16 for deap (8 is an ablation), 48 for the others."""
+    mask: Literal["released", "paper", "none"] = "released"
+    """deap: Gaussian of the squared distance as the code has it, of the distance as in eq. 2, or the ablation without."""
+    shared_sigma: bool = False
+    """deap: one mask width for all heads, an ablation."""
+    only_mask: bool = False
+    """deap: attention by masks alone, an ablation."""
+    width: int | None = None
+    """Channels of the convolutions that draw pixels; default: max(dim / 4, outputs / 2). COCO-Stuff's published one has 32."""
+    outputs: int | None = None
+    """segmentation: more outputs than there are classes; COCO-Stuff's published readout has 200."""
+    depth_loss: Literal["deap", "vit-up"] = "deap"
+    """depth: the loss."""
+    gradient_loss: Literal["released", "spatial"] = "released"
+    """depth, vit-up: differences between images of the batch, as its code has them, or between pixels."""
+    samples: int = 1024
+    """instances: pixels of each image that are classified."""
+    large_area: float = 15_000.0
+    """instances: held-out images are judged that have more than --many objects of more pixels, in the original."""
+    many: int = 2
+    """instances: see --large-area."""
+
+    batch: int = 32
+    """Images per optimiser step, over all workers; an epoch's last batch is what is left."""
+    epochs: int = 20
+    """Passes over the training images."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    final_lr: float = 0.0
+    """cosine: the learning rate at the end."""
+
+    urls: ClassVar[tuple[str, ...]] = ("data", "out", "weights", "store", "val_store", "level")
+    free: ClassVar[frozenset[str]] = TrainConfig.free | {"data", "store", "val_store", "val_limit"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, self, "limit", "val_limit", "side", "size", "samples", "stride")
+        if self.dataset not in DATASETS:
+            raise ConfigError(f"--dataset {self.dataset}: there are {', '.join(DATASETS)}")
+        wanted, has = TASKS[self.task].label, DATASETS[self.dataset].label
+        if wanted != has:
+            fitting = [name for name, kind in DATASETS.items() if kind.label == wanted]
+            raise ConfigError(
+                f"--task {self.task} needs {wanted}; --dataset {self.dataset} has {has}. Use {', '.join(fitting)}"
+            )
+        require_depth(self.dataset, self.depth_scale)
+        if self.store and self.flip:
+            raise ConfigError("--flip: features of a store aren't those of the mirrored image; leave it out")
+        if self.store and not self.normalise:
+            raise ConfigError("--normalise False: a store's images were normalised; leave it out, or --store")
+        if self.store and self.drawing == "paper":
+            raise ConfigError(
+                "--drawing paper needs a model: the images of a store are drawn as jobs/extract.py does it"
+            )
+        if self.val_store and not self.store:
+            raise ConfigError("--val-store needs --store: both, or a model for both")
+        if self.method == "depth_bins" and self.task != "depth":
+            raise ConfigError(f"--method depth_bins predicts depth; --task {self.task} needs another")
+
+    @property
+    def how_drawn(self) -> Drawing:
+        """`drawing`, its default resolved."""
+        return self.drawing or ("extract" if self.store else "paper")
+
+    @property
+    def level_name(self) -> str:
+        """Of `level`, without what makes it."""
+        return re.split("[=@]", self.level)[0]
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The levels that are computed, as an evaluation names them."""
+        base = () if self.level_name == "x1" else ("x1",)
+        return (*base, self.level, *(("pooled",) if self.method == "depth_bins" else ()))
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """As an evaluation names them."""
+        return (self.store,) if self.store else ()
+
+    def build_task(self, train: Sequence[LabelledImage]) -> Task:
+        """The task on the images that are trained on. Raises `ConfigError` for settings that aren't its own."""
+        return TASKS[self.task].of(self, DATASETS[self.dataset], train)
+
+    def readout(self, task: Task, level: Level) -> ReadoutConfig:
+        """The readout for maps of a level. Raises `ConfigError`."""
+        settings = {"method": self.method, "channels": level.channels, "outputs": task.outputs, "split": task.split}
+        settings["output"] = (self.side, self.side)
+        if self.method in ("transposed", "strided"):
+            settings["grid"] = level.grid
+        if self.task == "depth" and self.method in ("deap", "bicubic", "transposed", "strided"):
+            settings["output_bias"] = 1.0
+        given = {name: getattr(self, name) for name in ("dim", "mask", "shared_sigma", "only_mask", "width")}
+        plain = ReadoutTraining()
+        settings |= {name: value for name, value in given.items() if value != getattr(plain, name)}
+        try:
+            return ReadoutConfig(**settings)
+        except ReadoutError as error:
+            raise ConfigError(str(error)) from None
+
+    def resolve(self) -> "ResolvedReadout":
+        """List the data set, load the model or open the stores.
+
+        Raises `ConfigError`, `DatasetError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`, `StorageError`.
+        """
+        folder, kind = self.begin_folder(), DATASETS[self.dataset]
+        if not self.data:
+            raise ConfigError("no data: give --data the data set's folder")
+        reading = LabelReading(frame=self.label_frame, depth_scale=self.depth_scale)
+        train, held_out = (
+            load_labelled(self.dataset, absolute(self.data), split, self.options, limit, reading)
+            for split, limit in (
+                (self.split or kind.splits[0], self.limit),
+                (self.val_split or kind.splits[1], self.val_limit),
+            )
+        )
+        task = self.build_task(train)
+        spec, bundle = self._features(task)
+        level = _level(spec, self.level_name, self.store)
+        pooled = _pooled(spec, self.store) if self.method == "depth_bins" else None
+        sources = [
+            LabelledSource(
+                items=tuple(items),
+                task=task,
+                spec=spec,
+                drawing=self.how_drawn,
+                stored=self._stored(items, store, spec, [name for name in (level.name, pooled) if name]),
+            )
+            for items, store in ((train, self.store), (task.judged(held_out), self.val_store or self.store))
+        ]
+        return ResolvedReadout(
+            config=self,
+            folder=folder,
+            readout=self.readout(task, level),
+            features=features_of(spec, level),
+            level=level.name,
+            pooled=pooled,
+            bundle=bundle,
+            train=sources[0],
+            held_out=sources[1],
+        )
+
+    def _features(self, task: Task) -> tuple[FeatureSpec, ModelBundle | None]:
+        """What the features are, and the model where it runs."""
+        if self.store:
+            store = FeatureStore.open(self.store, self.options)
+            require_geometry(store, task.placement)
+            if self.size not in (None, *store.spec.input_size):
+                raise ConfigError(f"--size {self.size}: {store.folder.shown} was extracted at {store.spec.input_size}")
+            return store.spec, None
+        sizes = ((self.size, self.size),) if self.size else ()
+        recipe, (size,) = resolve_source(self, sizes, task.placement)
+        bundle = recipe.bundle(size)
+        if not self.normalise:
+            bundle = replace(bundle, spec=replace(bundle.spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+        return bundle.spec, bundle
+
+    def _stored(
+        self, items: Sequence[LabelledImage], url: str, spec: FeatureSpec, levels: Sequence[str]
+    ) -> StoredMaps | None:
+        if not url:
+            return None
+        store = FeatureStore.open(url, self.options)
+        if (differences := features_of(store.spec, None)) != features_of(spec, None):
+            raise ConfigError(f"--val-store {store.folder.shown} holds other features than --store: {differences}")
+        return StoredMaps.of(store, url, levels, items)
+
+
+def _level(spec: FeatureSpec, name: str, store: str) -> Level:
+    found = next((level for level in spec.levels if level.name == name and level.grid), None)
+    if found is None:
+        have = ", ".join(level.name for level in spec.levels if level.grid)
+        raise ConfigError(f"--level {name}: {store or spec.model} has the maps {have}")
+    return found
+
+
+def _pooled(spec: FeatureSpec, store: str) -> str:
+    found = pooled_level(spec.levels)
+    if found is None:
+        raise ConfigError(f"--method depth_bins reads the CLS vector, which {store or spec.model} doesn't have")
+    return found
+
+
+def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, Any]:
+    """What a readout's features are, as JSON values: it makes sense on the same ones only."""
+    names = ("model", "weights", "layers", "facet", "norm", "stride", "pos_embed", "input_size", "mean", "std")
+    found = _as_json(spec, *names)
+    if spec.model_args:
+        found["model_args"] = dict(spec.model_args)
+    return found if level is None else found | {"level": _as_json(level, "name", "method", "grid", "digest")}
+
+
+def _as_json(described: Any, *names: str) -> dict[str, Any]:
+    values = {name: getattr(described, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedReadout:
+    """Settings held against the data set and the features, before any cluster is asked for anything."""
+
+    config: ReadoutTraining
+    folder: Folder
+    readout: ReadoutConfig
+    features: Mapping[str, Any]
+    level: str
+    pooled: str | None
+    bundle: ModelBundle | None
+    train: LabelledSource
+    held_out: LabelledSource
+
+    def prepare(self, executor: Any) -> "ReadoutSetup":  # noqa: ARG002 - nothing is left to be read
+        """Begin or continue the folder. Raises `CheckpointError`, and `ConfigError` where it was begun with other settings."""
+        config, digests = self.config, {"images": digest(self.train.items), "held_out": digest(self.held_out.items)}
+        # A live model's images may be drawn as a store's aren't.
+        found = {"features": self.features, "drawing": config.how_drawn, **digests}
+        begin_run(self.folder, config.identity(found), config.public())
+        described = {
+            "readout": asdict(self.readout),
+            "task": {"name": config.task, "dataset": config.dataset, **self.train.task.told()},
+            "features": {**self.features, "drawing": config.how_drawn},
+        }
+        return ReadoutSetup(
+            config=config,
+            folder=self.folder,
+            described=described,
+            order=config.order(len(self.train.items)),
+            images=self.train,
+            held_out_rows=tuple(range(len(self.held_out.items))),
+            held_out=self.held_out,
+            readout=self.readout,
+            level=self.level,
+            pooled=self.pooled,
+            bundle=self.bundle,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutSetup(TrainSetup):
+    """A readout's run that is ready."""
+
+    config: ReadoutTraining
+    images: LabelledSource
+    held_out: LabelledSource
+    readout: ReadoutConfig
+    level: str
+    pooled: str | None
+    bundle: ModelBundle | None
+    "None: features come from a store"
+
+    def objective(self, device: torch.device) -> Objective:
+        return ReadoutObjective(self, device)
+
+
+class ReadoutObjective:
+    """A readout, its features, and the loss of a micro-batch (pipelines/training/config.py, `Objective`)."""
+
+    def __init__(self, setup: ReadoutSetup, device: torch.device):
+        self.setup, self.config, self.device, self.task = setup, setup.config, device, setup.images.task
+        self.net = self.task.network(build_readout(setup.readout, setup.config.seed), setup.config.seed).to(device)
+        self.model = setup.bundle and setup.bundle.build(str(device))
+
+    def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
+        """Adds the gradient of the task's summed loss to the readout's; gives that sum, and its divisor."""
+        arrays = dict(loaded.example.arrays)
+        if self.config.flip and np.random.default_rng([self.config.seed, loaded.item.step]).random() < 0.5:
+            # Of an image [B, H, W, 3], and of targets [B, ..., H, W].
+            arrays = {n: np.flip(a, 2 if n == PIXELS else -1).copy() for n, a in arrays.items()}
+        total, divisor = self._loss(self._outputs(arrays), arrays, loaded.item.step)
+        total.backward()
+        return total.detach(), divisor
+
+    def _outputs(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
+        """The readout's, float32 [B, outputs, side, side]."""
+        rows = self.model(arrays[PIXELS], {})[0] if self.model else arrays
+        maps = torch.from_numpy(np.asarray(rows[self.setup.level])).to(self.device).float().permute(0, 3, 1, 2)
+        pooled = None
+        if self.setup.pooled:
+            pooled = torch.from_numpy(np.asarray(rows[self.setup.pooled])).to(self.device).float()
+        with autocast(self.device, self.config.net_precision):
+            return self.net(maps, (self.task.side, self.task.side), pooled).float()
+
+    def _loss(self, outputs: Tensor, arrays: Mapping[str, np.ndarray], step: int) -> tuple[Tensor, float]:
+        targets = {name: torch.from_numpy(arrays[name]).to(self.device) for name in self.task.target_names}
+        return self.task.loss(self.net, outputs, targets, step)
+
+    # --- held-out images ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
+        """The task's scores on the held-out images, and `val_loss`; a picture of the first ones. None if none can be read,
+        or scored."""
+        self.net.eval()
+        try:
+            records, losses, shown = self._judge()
+        finally:
+            self.net.train()
+        try:
+            scores, divisor = self.task.scores(records), sum(weight for _, weight in losses)
+        except ValueError as error:
+            logger.warning("held-out images can't be scored: %s", error)
+            return None
+        # The best checkpoint is that of the smallest.
+        loss = sum(total for total, _ in losses) / divisor if divisor else -scores[self.task.better]
+        values = {"val_loss": loss, **{f"val_{name}": value for name, value in scores.items()}}
+        return values, panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], shown)
+
+    def _judge(self) -> tuple[list[Record], list[tuple[float, float]], list[list[np.ndarray]]]:
+        """Records of all held-out images, losses as (total, divisor), and the first images with what was made of them."""
+        source, rows = self.setup.held_out, self.setup.held_out_rows
+        records: list[Record] = []
+        losses: list[tuple[float, float]] = []
+        shown: list[list[np.ndarray]] = []
+        failed: dict[int, str] = {}
+        at_once = min(self.config.forward_images, 16)
+        for start in range(0, len(rows), at_once):
+            asked = rows[start : start + at_once]
+            example = source.load(asked, None)
+            failed |= example.failed
+            there = [row for row in asked if row not in example.failed]
+            if not there:
+                continue
+            outputs = self._outputs(example.arrays)
+            if self.task.has_held_out_loss:
+                total, divisor = self._loss(outputs, example.arrays, LONG_AFTER)
+                losses.append((float(total), divisor))
+            for position, row in enumerate(there):
+                targets = {name: example.arrays[name][position] for name in self.task.target_names}
+                label = source.label(row) if self.task.judges_label else None
+                records.append(self.task.judge(outputs[position], targets, label))
+                if len(shown) < 4:
+                    shown.append([source.photo(row), *self.task.pictures(outputs[position], targets)])
+        if failed:
+            first = next(iter(failed.values()))
+            logger.warning("%d of %d held-out images are left out, the first: %s", len(failed), len(rows), first)
+        return records, losses, shown
