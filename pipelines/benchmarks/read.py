@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from pipelines.benchmarks.processes import run_fresh
 from pipelines.benchmarks.stores import LEVEL, Place, key_of, s3_place, write_big_store, write_npy, write_store
-from pipelines.config import ConfigError, parse_options
+from pipelines.config import ConfigError, parse_options, require_at_least
 from pipelines.costs.clocks import BenchmarkFailed
 from pipelines.feature_datasets import FeatureDataset, FeatureStream
 from storage.paths import public_options, redact
@@ -70,10 +70,10 @@ class ReadBenchmark:
     """Write all numbers to this file."""
 
     def __post_init__(self) -> None:
-        if min(*self.grid, self.channels, self.s3_rows, self.reads, self.repeat, self.workers, self.seconds) <= 0:
-            raise ConfigError("all sizes, counts and times but --big-rows must be above 0")
-        if self.s3_rows > self.rows or self.big_rows < 0:
-            raise ConfigError("--s3-rows must be at most --rows, and --big-rows at least 0")
+        require_at_least(1, self, "grid", "channels", "s3_rows", "reads", "repeat", "workers")
+        require_at_least(0, self, "big_rows")
+        if self.s3_rows > self.rows or self.seconds <= 0:
+            raise ConfigError("--s3-rows must be at most --rows, and --seconds above 0")
         if self.s3 not in ("moto", "none") and not self.s3.startswith("s3://"):
             raise ConfigError(f"--s3 {redact(self.s3)}: use moto, none, or s3://bucket/prefix")
         parse_options(self.storage_options)
@@ -105,7 +105,8 @@ def _store(place: Place) -> Read:
 
 def _zarr(place: Place) -> Read:
     options = dict(place.options) or None
-    return zarr.open_array(f"{place.url}/{LEVEL}/features", mode="r", storage_options=options).__getitem__
+    array = zarr.open_array(f"{place.url}/{LEVEL}/features", mode="r", storage_options=options)
+    return lambda rows: np.asarray(array[rows])
 
 
 def _memmap(place: Place) -> Read:

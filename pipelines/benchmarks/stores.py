@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -15,7 +15,8 @@ from pipelines.costs.clocks import BenchmarkFailed
 from storage.ledger import SCHEMA as LEDGER_SCHEMA
 from storage.ledger import SampleRecord
 from storage.paths import Folder, StorageOptions, filesystem
-from storage.samples import PART_ROWS, Source, part_name, table_bytes, write_index
+from storage.samples import PART_ROWS, part_name, table_bytes, write_index
+from storage.sources import Source
 from storage.spec import FeatureSpec, Layout, Level, ShardTask, choose_block_rows
 from storage.store import FeatureStore
 from storage.tars import SCHEMA as INDEX_SCHEMA
@@ -31,7 +32,7 @@ class Place:
     url: str
     npy: str
     "a local file of the same rows, and maybe more: the truth"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: StorageOptions = field(default_factory=dict)
     server: int | None = None
     "the process that serves it, where it is one of ours"
 
@@ -92,12 +93,11 @@ def key_of(row: int) -> str:
     return f"{(row + 1) * 7_368_787 % 10**9:09d}"
 
 
-def _rows_table(schema: pa.Schema, first: int, count: int, **constants: Any) -> pa.Table:
+def _rows_table(schema: pa.Schema, first: int, count: int, **constants: object) -> pa.Table:
     """Rows of an index or a ledger that differ in number and key; the other columns are constant, or null."""
-    columns: dict[str, Any] = {f.name: pa.repeat(pa.scalar(constants.get(f.name), f.type), count) for f in schema}
-    numbers = np.arange(first, first + count)
-    own = {"key": [key_of(row) for row in numbers.tolist()], "row": numbers}
-    return pa.table({name: own.get(name, column) for name, column in columns.items()}, schema=schema)
+    columns = {f.name: pa.repeat(pa.scalar(constants.get(f.name), f.type), count) for f in schema}
+    keys = pa.array([key_of(row) for row in range(first, first + count)])
+    return pa.table(columns | {"key": keys, "row": pa.array(range(first, first + count))}, schema=schema)
 
 
 def _create(place: Place, spec: FeatureSpec, rows: int, block_rows: int) -> FeatureStore:
@@ -129,7 +129,8 @@ def s3_place(base: str, options: StorageOptions, npy: str, rows: int) -> Iterato
         if base == "moto":
             base, (options, server) = "s3://benchmark", stack.enter_context(moto_server())
         url = f"{base.rstrip('/')}/raylift-benchmark-{uuid.uuid4().hex[:8]}.zarr"
-        place = Place(name="S3", url=url, npy=npy, options=options.get("s3", options), server=server)
+        own = options.get("s3")
+        place = Place(name="S3", url=url, npy=npy, options=own if isinstance(own, Mapping) else options, server=server)
         Folder(url, place.options).exists("zarr.json")  # a server that can't be reached is a readable error here
         fs, path = filesystem(url, place.options)
         if not fs.exists(path.split("/")[0]):
@@ -151,10 +152,10 @@ sys.stdin.read()  # until the parent ends, however it does
 
 
 @contextlib.contextmanager
-def moto_server() -> Iterator[tuple[dict[str, Any], int]]:
+def moto_server() -> Iterator[tuple[StorageOptions, int]]:
     """A simulator of S3 in a process of its own: storage options and process id."""
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", _MOTO], text=True, **pipes) as process:
+    command, pipe = [sys.executable, "-c", _MOTO], subprocess.PIPE
+    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
         try:
             port = process.stdout.readline().strip() if process.stdout else ""
             if not port:
