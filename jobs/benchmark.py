@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
-Result = TypeVar("Result")
+Result = TypeVar("Result", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,9 @@ class Command(Generic[Config, Result]):
         self.judge(result)
 
 
-def _public(one: object) -> dict[str, object]:
+def _public(one: "DataclassInstance") -> dict[str, object]:
     """All fields by name, as JSON has them; where there is a method `public`, what that gives."""
-    if isinstance(one, dict):
+    if isinstance(one, dict):  # of the measurements in costs/, as yet
         return one
     public = getattr(one, "public", None)
     return public() if public else asdict(one)
@@ -112,7 +112,7 @@ COMMANDS: Mapping[str, Command] = {
 }
 
 
-def parse(argv: Sequence[str]) -> tuple[Command, DataclassInstance]:
+def parse(argv: Sequence[str]) -> tuple[Command, "DataclassInstance"]:
     """The command and its settings. Exits with a suggestion on unknown names and flags."""
     args = list(argv)
     name = pick_word(args, COMMANDS)
