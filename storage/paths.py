@@ -23,6 +23,8 @@ import botocore.exceptions
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from storage.errors import RayliftError
+
 logger = logging.getLogger(__name__)
 
 StorageOptions = Mapping[str, object]
@@ -40,7 +42,6 @@ _S3_CONFIG = {
     "read_timeout": 30,
 }
 
-
 _S3_OPTIONS = {
     # Another worker may have written since a listing was made.
     "use_listings_cache": False,
@@ -52,7 +53,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class StorageError(Exception):
+class StorageError(RayliftError):
     """Base of what this package raises on purpose."""
 
 
