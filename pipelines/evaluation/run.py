@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -152,19 +152,21 @@ def run_pieces(config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, f
     return _records(folder, pieces)
 
 
-class Task(Protocol):
-    """A module of this folder, or one like them: what `jobs/evaluate.py` can do."""
+Settings = TypeVar("Settings", bound=EvaluateConfig, contravariant=True)
+Evaluated = TypeVar("Evaluated", bound=Evaluation)
 
-    def prepare(self, config: EvaluateConfig) -> tuple[Evaluation, Recipe, Folder]:
-        """What is to be done, with which features, and the folder to write, begun or continued."""
 
-    def find(
-        self, config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, records: Sequence[Record]
-    ) -> Findings:
+class Task(Protocol[Settings, Evaluated]):
+    """A module of this folder, or another like them: one word of `jobs/evaluate.py`."""
+
+    def prepare(self, config: Settings, /) -> tuple[Evaluated, Recipe, Folder]:
+        """The work, the features it is done on, and the output folder, begun or continued."""
+
+    def find(self, config: Settings, evaluation: Evaluated, recipe: Recipe, records: Sequence[Record], /) -> Findings:
         """What the records of all pieces come to."""
 
 
-def evaluate(name: str, task: Task, config: EvaluateConfig) -> str:
+def evaluate(name: str, task: Task[Settings, Evaluated], config: Settings) -> str:
     """Evaluate, or go on with it, to the end, and write what was found; returns the tables as Markdown."""
     evaluation, recipe, folder = task.prepare(config)  # before a cluster is started: most mistakes end here
     with executor_for(inline=config.is_inline, address=config.ray_address, device=config.device):
@@ -175,7 +177,7 @@ def evaluate(name: str, task: Task, config: EvaluateConfig) -> str:
     return write_results(folder, name, config.public(), describe(recipe), findings)
 
 
-def main(name: str, task: Task, config: EvaluateConfig) -> Iterator[str]:
+def main(name: str, task: Task[Settings, Evaluated], config: Settings) -> Iterator[str]:
     """`evaluate`, and what there is to say of it."""
     yield evaluate(name, task, config)
     yield f"written to {redact(config.out, config.options)}"
