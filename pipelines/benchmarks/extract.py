@@ -163,7 +163,7 @@ def measure_extract(config: ExtractBenchmark, folder: Path) -> dict[str, Any]:
 
     Raises `BenchmarkFailed` if one fails, or if the loop's features differ from the pipeline's, and what `resolve` raises.
     """
-    run = ExtractConfig(
+    run = ExtractConfig.of(
         data=config.data or (write_photos(folder / "photos", config.images),),
         model=config.model,
         weights=config.weights,
@@ -191,7 +191,7 @@ def _rounds(
             spec=store.spec,
             store=run.out,
             urls=tuple(source.url for source in store.index.sources),
-            weights=run.weights,
+            weights=run.features.weights,
             out=str(folder / f"loop-{n}.zarr"),
             batch=loop_batch,
             stage_s=stage_s,

@@ -40,7 +40,7 @@ INDEX_PRESETS = {"default": IndexBenchmark(), "debug": IndexBenchmark(samples=20
 def measure_index(config: IndexBenchmark, folder: Path) -> dict[str, Any]:
     """Index the input, list the tasks, and validate the index again, on a local Ray; no features are computed."""
     pattern = write_tiny_tars(folder / "tars", config.samples, config.tars)
-    run = ExtractConfig(data=(pattern,), out=str(folder / "feats.zarr"), weights="random", executor="ray")
+    run = ExtractConfig.of(data=(pattern,), out=str(folder / "feats.zarr"), weights="random", executor="ray")
     [result], usage = run_fresh(_index, (run,))
     sizes = [path.stat().st_size for path in (Path(run.out) / "index").rglob("*.parquet")]
     seconds = durations(usage.started, result.pop("marks"))

@@ -94,7 +94,7 @@ def _logged(run: dict[str, Any]) -> dict[str, Any]:
 def _drive(folder: str, rows: int, block_rows: int, actors: int, forward_s: float) -> dict[str, Any]:
     """One extraction with simulated workers, as a process of its own: when what happened, and what the driver used."""
     tars = write_tiny_tars(Path(folder) / "tars", rows, max(1, rows // 10_000))
-    config = ExtractConfig(
+    config = ExtractConfig.of(
         data=(tars,),
         out=f"{folder}/out.zarr",
         model="test_vit.r160_in1k",
