@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from storage.errors import RayliftError
+
 # `uv run` as a driver would make every worker resolve the project again (ray #50961).
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Ray Data prints its plan and bars on its own otherwise; progress is cluster/progress.py's job.
@@ -22,7 +24,7 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 logger = logging.getLogger(__name__)
 
 
-class ClusterError(RuntimeError):
+class ClusterError(RayliftError):
     """The cluster can't be reached or can't run what was asked."""
 
 

@@ -29,12 +29,11 @@ from pipelines.config import GpuConfig
 from pipelines.demo import write_photos
 from pipelines.demo_datasets import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.extraction.prepare import USER_ERRORS
 from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.training.config import TrainConfig
 from pipelines.training.images import ImageTraining
 from pipelines.training.lift import LIFT_MAPS, X2Config
-from pipelines.training.loop import TrainFailed, TrainSummary, train_inline, train_on_ray
+from pipelines.training.loop import TrainSummary, train_inline, train_on_ray
 from pipelines.training.readout import ReadConfig, ReadoutTraining
 from pipelines.training.vit_up import ViTUpTraining
 from storage.paths import redact
@@ -288,7 +287,7 @@ def execute(name: str, config: TrainConfig) -> None:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; the same command goes on from the last checkpoint"
-    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(TrainFailed,), stopped=stopped)
+    return run_program(argv, parse, execute, stopped=stopped)
 
 
 if __name__ == "__main__":

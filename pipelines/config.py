@@ -18,10 +18,11 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, ge
 
 import tyro
 
+from storage.errors import RayliftError
 from storage.paths import is_memory, public_options, redact
 
 
-class ConfigError(ValueError):
+class ConfigError(RayliftError, ValueError):
     """Settings that contradict each other or the model."""
 
 

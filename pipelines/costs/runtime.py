@@ -380,8 +380,8 @@ def _lift_published(config: RuntimeConfig, low: Row) -> Published:
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:
     choices = {
-        "protocol": f"one random image, {config.features.precision} weights and autocast, inference mode; {task.warm_up} passes to "
-        f"warm up and {task.repeat} timed, fewer where they would take more than {task.row_s:g} s; one line at a time",
+        "protocol": f"one random image, {config.features.precision} weights and autocast, inference mode; {task.warm_up} passes "
+        f"to warm up and {task.repeat} timed, fewer where they would take more than {task.row_s:g} s; one line at a time",
         "time": "mean, as published, and median; the backbone's pass included. ViT-Up with its own adapted backbone, and "
         "without the plain one",
         "memory": "the most that torch's allocator holds, weights of that line included"
