@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.config import ConfigError
 from pipelines.extraction.config import ExtractConfig
-from pipelines.features.bundle import ModelBundle, describe_model, load_settings
+from pipelines.features.bundle import ModelBundle, load_described
 from pipelines.features.model import FeatureModel
 from pipelines.provenance import versions
 from storage.documents import DamagedObject
@@ -178,9 +178,7 @@ def resolve(config: ExtractConfig) -> Resolved:
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options, config.image_member)
-    features = config.features
-    loaded = load_settings(features, features.input_size, config.options)
-    bundle, model = describe_model(features, loaded, config.options)
+    bundle, model = load_described(config.features, config.options)
     for note in bundle.unfamiliar(bundle.spec, model.backbone.patch):
         logger.warning("%s", note)
     return Resolved(config=config, bundle=bundle, model=model, files=files)

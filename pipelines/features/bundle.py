@@ -103,6 +103,12 @@ def load_settings(
     return LoadedModel(model=model, size=size, source=weights.source, described=described)
 
 
+def load_described(features: FeatureConfig, options: StorageOptions | None = None) -> tuple[ModelBundle, FeatureModel]:
+    """What settings name, loaded and described. Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or
+    `ConfigError`."""
+    return describe_model(features, load_settings(features, features.input_size, options), options)
+
+
 def describe_model(
     features: FeatureConfig, loaded: LoadedModel, options: StorageOptions | None = None
 ) -> tuple[ModelBundle, FeatureModel]:
