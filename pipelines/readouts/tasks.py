@@ -29,7 +29,7 @@ from operators.metrics.depth import (
 )
 from operators.metrics.detection import DEAP, ImageDetections, ImageTruth, coco_scores
 from operators.metrics.instances import cluster_pixels, instance_ari
-from operators.metrics.segmentation import VOID, Segmentation, confusion
+from operators.metrics.segmentation import Segmentation, confusion
 from operators.objectives.dense import (
     WARM_UP_CALLS,
     GradientForm,
@@ -45,7 +45,9 @@ from operators.readouts import Readout
 from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from operators.visual import heat
 from pipelines.config import ConfigError
-from storage.datasets.labels import InstanceArrays, LabelledImage
+from storage.datasets.classes import VOID
+from storage.datasets.instances import InstanceArrays
+from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
 
 Record: TypeAlias = dict[str, Any]
