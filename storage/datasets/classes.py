@@ -1,6 +1,6 @@
 """What the values of label PNGs mean: the classes of each data set, and COCO-Stuff's 27 coarse groups."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,11 +9,8 @@ VOID = 255
 
 # --- COCO-Stuff's groups ----------------------------------------------------------------------------------------------
 
-COARSE_CLASSES = 27
-"""COCO-Stuff's coarse groups: 12 of things, then 15 of stuff."""
-
 _THINGS = ((0, 9), (8, 11), (14, 8), (24, 7), (32, 6), (42, 10), (50, 5), (60, 2), (70, 3), (76, 0), (82, 1), (90, 4))
-"""(last fine label, group): each range begins where the one before ends."""
+"""(last fine label, group): each range begins where the one before ends. Groups are 12 of things, then 15 of stuff."""
 
 _STUFF = """
 17 17 22 20 20 22 15 25 16 13 12 12 17 17 23 15 15 17 15 21 15 25 13 13 13 13 13 22 26 14 14 15 22 21 21 24 20 22 15 17 16 15
@@ -24,13 +21,10 @@ _STUFF = """
 
 
 def _coarse_table() -> np.ndarray:
+    last, groups = np.array(_THINGS).T
+    fine = [*np.repeat(groups, np.diff(last, prepend=-1)), *map(int, _STUFF.split())]
     table = np.full(256, VOID, np.uint8)
-    first = 0
-    for last, group in _THINGS:
-        table[first : last + 1] = group
-        first = last + 1
-    stuff = [int(group) for group in _STUFF.split()]
-    table[first : first + len(stuff)] = stuff
+    table[: len(fine)] = fine
     table.setflags(write=False)
     return table
 
@@ -60,39 +54,27 @@ def whole_numbers(what: str, values: np.ndarray) -> np.ndarray:
 # --- the values of each data set's PNGs -------------------------------------------------------------------------------
 
 
-def _as_they_are(classes: int, *, void: bool) -> np.ndarray:
-    """A table of `classes` ids that stay, and of 255 as void where the data set has it."""
-    table = np.full(256, -1, np.int16)
-    table[:classes] = np.arange(classes)
-    if void:
-        table[VOID] = VOID
-    return table
-
-
-def _coco_groups() -> np.ndarray:
-    fine = _as_they_are(182, void=True)
-    return np.where(fine < 0, -1, COARSE_OF_FINE.astype(np.int16))
-
-
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """The labelIds that are trained and scored, in the order of their train ids 0..18; the others of 0..33 are void."""
 
 
-def _cityscapes() -> np.ndarray:
+def _table(values: Sequence[int], void: Sequence[int] = ()) -> np.ndarray:
+    """A table in which `values` are the classes from 0 on, and the others of `void` are void."""
     table = np.full(256, -1, np.int16)
-    table[:34] = VOID
-    table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
+    table[list(void)] = VOID
+    table[list(values)] = np.arange(len(values))
     return table
 
 
+_STUFF_TABLE = _table(range(182), [VOID])
 TABLES: Mapping[str, np.ndarray] = {
-    "voc": _as_they_are(21, void=True),
-    "coco_stuff": _as_they_are(182, void=True),
-    "coco_stuff27": _coco_groups(),
+    "voc": _table(range(21), [VOID]),
+    "coco_stuff": _STUFF_TABLE,
+    "coco_stuff27": np.where(_STUFF_TABLE < 0, -1, COARSE_OF_FINE.astype(np.int16)),
     # 0, "other", is a class like any other in ViT-Up's protocol; there is no void.
-    "ade20k": _as_they_are(151, void=False),
-    "cityscapes": _cityscapes(),
-    "photos_open": _as_they_are(18, void=False),
+    "ade20k": _table(range(151)),
+    "cityscapes": _table(CITYSCAPES_IDS, range(34)),
+    "photos_open": _table(range(18)),
 }
 """What a PNG's values are: int16 [256] of class, 255 = void, or -1 where the data set has no such value."""
 

@@ -18,13 +18,13 @@ from storage.datasets.files import (
     names_in,
     parsed,
     read,
-    require_images,
+    require_files,
     require_plain,
 )
 from storage.datasets.images import ImageFile
 from storage.datasets.instances import Instances
 from storage.datasets.labels import LabelledImage
-from storage.datasets.pairing import first_place, joined, masked_images, require_place
+from storage.datasets.pairing import joined, masked_images, require_place
 from storage.paths import Folder
 
 K = TypeVar("K")
@@ -58,7 +58,7 @@ def load_coco_instances(folder: Folder, split: str, limit: int | None = None) ->
         require_plain(each.file_name, f"{folder.shown}/{where}")
         images.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
         labels.append(instances_of(folder, where, each))
-    require_images(folder, images)
+    require_files(folder, images)
     return [LabelledImage(image=image, label=label) for image, label in zip(images, labels, strict=True)]
 
 
@@ -69,16 +69,14 @@ def load_coco20k(folder: Folder) -> list[BoxedImage]:
     if where is None:
         raise DatasetError(f"{folder.shown} has none of {', '.join(COCO20K_ANNOTATIONS)}; check --data")
     images = {each.file_name: each for each in read_coco(folder, where)}
-    place = first_place(folder, COCO20K_IMAGES, wanted[0])
-    if place is None:
-        raise DatasetError(f"{folder.shown} has no {wanted[0]} in any of {', '.join(COCO20K_IMAGES)}; check --data")
+    place = require_place(folder, COCO20K_IMAGES, wanted[0])
     found = []
     for name in dict.fromkeys(wanted):
         if name not in images:
             raise DatasetError(f"{folder.shown}/{where} has no image {name}, but coco_20k_filenames.txt lists it")
         image = ImageFile.at(folder, f"{place}/{name}", images[name].width, images[name].height)
         found.append(BoxedImage(image=image, boxes=_rounded_boxes(folder, where, images[name])))
-    require_images(folder, (each.image for each in found))
+    require_files(folder, (each.image for each in found))
     return found
 
 
@@ -176,11 +174,9 @@ def _images(data: Mapping[str, Any]) -> list[CocoImage]:
     images = [_coco_image(each) for each in data["images"]]
     by_id = _unique({}, ((each.number, each) for each in images), "image id", lambda each: each.file_name)
     _unique({}, ((each.file_name, each) for each in images), "file name", lambda each: f"image {each.number}")
-    categories: dict[Any, str] = {}
-    _unique(
-        categories, ((each["id"], str(each.get("name"))) for each in data.get("categories") or ()), "category id", str
-    )
-    _give_objects(by_id, categories, data["annotations"])
+    categories: dict[object, str] = {}
+    named = ((each["id"], str(each.get("name"))) for each in data.get("categories") or ())
+    _give_objects(by_id, _unique(categories, named, "category id", str), data["annotations"])
     return [by_id[number] for number in sorted(by_id)]
 
 

@@ -7,25 +7,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from storage.datasets.files import DatasetError, read
+from storage.datasets.files import DatasetError, DatasetFile
 from storage.datasets.images import H5Array, decoded
-from storage.paths import Folder
 from storage.spread import spread
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthPng:
+class DepthPng(DatasetFile):
     """A grey PNG of 16 bits; or of 8, where a metre is fewer than 256 values."""
 
-    folder: Folder
-    name: str
     per_metre: float
     "values per metre"
-
-    @property
-    def shown(self) -> str:
-        """Its URL as it may be printed."""
-        return f"{self.folder.shown}/{self.name}"
 
     def read(self) -> np.ndarray:
         """Metres, float64 [H, W]. Raises `DatasetError`."""
@@ -40,7 +32,7 @@ class DepthPng:
             image.load()
             return image
 
-        return np.array(decoded(read(self.folder, self.name), self.shown, deep)) / self.per_metre
+        return np.array(decoded(self.data(), self.shown, deep)) / self.per_metre
 
     def identity(self) -> object:
         """What `digest` counts."""

@@ -8,8 +8,8 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, is_dataclass
+from typing import Any, TypeVar
 
 from storage.paths import Folder, StorageError
 
@@ -20,12 +20,35 @@ class DatasetError(StorageError):
     """A file of a data set is missing, malformed, or contradicts another one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DatasetFile:
+    """A file of a data set."""
+
+    folder: Folder
+    name: str
+    "path inside the folder"
+
+    @property
+    def shown(self) -> str:
+        """Its URL as it may be printed."""
+        return f"{self.folder.shown}/{self.name}"
+
+    def data(self) -> bytes:
+        """Its bytes. Raises `DatasetError`."""
+        return read(self.folder, self.name)
+
+
 def read(folder: Folder, name: str) -> bytes:
     """An object's bytes. Raises `DatasetError` with its URL where it is missing."""
     try:
         return folder.read(name)
     except (FileNotFoundError, IsADirectoryError):
-        raise DatasetError(f"{folder.shown}/{name} is missing; check --data, and that the data set is whole") from None
+        raise missing(folder, name) from None
+
+
+def missing(folder: Folder, name: str) -> DatasetError:
+    """The error to raise for an object that isn't there."""
+    return DatasetError(f"{folder.shown}/{name} is missing; check --data, and that the data set is whole")
 
 
 def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[Any], T]) -> T:
@@ -72,22 +95,15 @@ def require_plain(name: str, where: str) -> None:
         raise DatasetError(f"{where} names {name!r}, which is no plain name")
 
 
-class _Located(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def shown(self) -> str: ...
-
-
-def require_images(folder: Folder, images: Iterable[_Located], why: str = "but an annotation names it") -> None:
+def require_files(folder: Folder, files: Iterable[DatasetFile], why: str = "but an annotation names it") -> None:
     """Raises `DatasetError` naming the first file that isn't there; one listing per folder, nothing is read."""
     listed: dict[str, set[str]] = {}
-    for image in images:
-        parent, name = posixpath.split(image.name)
+    for file in files:
+        parent, name = posixpath.split(file.name)
         if parent not in listed:
             listed[parent] = set(folder.sizes(parent))
         if name not in listed[parent]:
-            raise DatasetError(f"{image.shown} is missing, {why}")
+            raise DatasetError(f"{file.shown} is missing, {why}")
 
 
 def digest(records: Iterable[object]) -> str:

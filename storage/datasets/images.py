@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import Image
 
-from storage.datasets.files import DatasetError, read
+from storage.datasets.files import DatasetError, DatasetFile, missing
 from storage.inputs import IMAGE_EXTENSIONS, InputFile, expand_inputs
 from storage.left_out import log_left_out
 from storage.orientation import Orientation
@@ -64,24 +64,13 @@ class EncodedImage(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFile(EncodedImage):
+class ImageFile(DatasetFile, EncodedImage):
     """An image that is a file by itself."""
-
-    folder: Folder
-    name: str
-    "path inside the folder"
 
     @classmethod
     def at(cls, folder: Folder, name: str, width: int = 0, height: int = 0) -> "ImageFile":
         """The file, called in stores as `keys_of` says."""
         return cls(folder=folder, name=name, keys=keys_of(name), width=width, height=height)
-
-    @property
-    def shown(self) -> str:
-        return f"{self.folder.shown}/{self.name}"
-
-    def data(self) -> bytes:
-        return read(self.folder, self.name)
 
     def identity(self) -> object:
         return [self.name, self.width, self.height]
@@ -187,7 +176,7 @@ def tar_members(folder: Folder, tars: Iterable[str], extension: str | None = Non
     for tar in tars:
         size = folder.size(tar)
         if size is None:
-            raise DatasetError(f"{folder.shown}/{tar} is missing; check --data, and that the data set is whole")
+            raise missing(folder, tar)
         file = InputFile(url=f"{folder.url}/{tar}", size=size, etag="")
         try:
             scan = scan_source(file, MemberRules(image=extension), folder.options)
@@ -208,7 +197,7 @@ def read_span(folder: Folder, name: str, span: Span) -> bytes:
     """A part of an object. Raises `DatasetError` where the object is missing or too short."""
     (data,) = folder.read_ranges([(name, span.offset, span.size)])
     if data is None:
-        raise DatasetError(f"{folder.shown}/{name} is missing; check --data, and that the data set is whole")
+        raise missing(folder, name)
     if len(data) < span.size:
         raise DatasetError(
             f"{folder.shown}/{name} ends within bytes {span.offset} to {span.offset + span.size}; fetch it again"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from storage.datasets.classes import NEVER, TABLES
 from storage.datasets.depth import DepthMap
-from storage.datasets.files import DatasetError, read
+from storage.datasets.files import DatasetError, DatasetFile, read
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import EncodedImage, decoded
 from storage.datasets.instances import InstanceArrays, Instances
@@ -46,19 +46,11 @@ def label_png(labels_HW: np.ndarray) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassMask:
+class ClassMask(DatasetFile):
     """A PNG of class ids."""
 
-    folder: Folder
-    name: str
-    "path inside the folder"
     table: str
     "of `storage.datasets.classes.TABLES`: what the values mean"
-
-    @property
-    def shown(self) -> str:
-        """Its URL as it may be printed."""
-        return f"{self.folder.shown}/{self.name}"
 
     def read(self) -> np.ndarray:
         """Class of each pixel, uint8 [H, W], 255 = void. Raises `DatasetError`, also for a value that the table hasn't."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from storage.datasets.files import DatasetError, names_in, require_images
+from storage.datasets.files import DatasetError, names_in, require_files
 from storage.datasets.images import ImageFile
 from storage.datasets.labels import ClassMask, LabelledImage
 from storage.paths import Folder
@@ -39,8 +39,8 @@ def masked_images(folder: Folder, pairs: Iterable[tuple[str, str]], table: str) 
     for image, mask in pairs:
         images.append(ImageFile.at(folder, image))
         masks.append(ClassMask(folder=folder, name=mask, table=table))
-    require_images(folder, images, "but it is listed, or has a label")
-    require_images(folder, masks, "but its image is listed, or there")
+    require_files(folder, images, "but it is listed, or has a label")
+    require_files(folder, masks, "but its image is listed, or there")
     return [LabelledImage(image=image, label=mask) for image, mask in zip(images, masks, strict=True)]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from storage.datasets.boxes import Box, Point, corner_box, require_inside, turned_boxes
-from storage.datasets.files import DatasetError, names_in, parsed, require_images, require_plain
+from storage.datasets.files import DatasetError, names_in, parsed, require_files, require_plain
 from storage.datasets.images import ImageFile
 from storage.orientation import Orientation
 from storage.paths import Folder
@@ -60,7 +60,7 @@ def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -
         pair = parsed(folder, f"{root}/{name}", data, partial(_pair, folder, name.removesuffix(".json")))
         found.setdefault(pair.name, pair)
     pairs = [found[name] for name in sorted(found)]
-    require_images(folder, (image for pair in pairs for image in (pair.source, pair.target)))
+    require_files(folder, (image for pair in pairs for image in (pair.source, pair.target)))
     return _with_image_points(folder, pairs) if key_points == "images" else pairs
 
 

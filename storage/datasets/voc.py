@@ -7,7 +7,7 @@ The folder may be the one above VOCdevkit (TokenCut's, with or without VOC<year>
 import xml.etree.ElementTree as ET
 
 from storage.datasets.boxes import Box, BoxedImage, corner_box
-from storage.datasets.files import DatasetError, listed_names, require_images, require_plain
+from storage.datasets.files import DatasetError, listed_names, require_files, require_plain
 from storage.datasets.images import ImageFile
 from storage.datasets.labels import LabelledImage
 from storage.datasets.pairing import first_place, masked_images
@@ -37,7 +37,7 @@ def load_voc(folder: Folder, year: str, split: str = "trainval") -> list[BoxedIm
         width, height, boxes = _objects(f"{folder.shown}/{name}", data)
         image = ImageFile.at(folder, f"{root}JPEGImages/{each}.jpg", width, height)
         found.append(BoxedImage(image=image, boxes=boxes))
-    require_images(folder, (each.image for each in found))
+    require_files(folder, (each.image for each in found))
     return found
 
 
