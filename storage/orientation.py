@@ -23,7 +23,7 @@ class Turn:
     mirrors_y: bool
 
     def mirrored_axes(self, axis: int) -> tuple[int, ...]:
-        """Of an array [height, width] from `axis` on."""
+        """Those of an array [height, width] from `axis` on that are mirrored."""
         return (axis,) * self.mirrors_y + (axis + 1,) * self.mirrors_x
 
 

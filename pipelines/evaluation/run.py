@@ -24,6 +24,7 @@ from pipelines.results import LeftOut
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import CANNOT_TELL, FrameUnknown
 from storage.documents import Document, parse_json
+from storage.errors import RayliftError
 from storage.paths import Folder
 from storage.runs import read_run, write_run
 from storage.store import read_attributes
@@ -31,8 +32,10 @@ from storage.store import read_attributes
 logger = logging.getLogger(__name__)
 
 
-class WorkersLost(RuntimeError):
+class WorkersLost(RayliftError):
     """Workers were lost again and again."""
+
+    exit_code = 1
 
 
 Record = dict[str, Any]
