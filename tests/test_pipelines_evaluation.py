@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import fsspec
 import numpy as np
@@ -37,6 +38,7 @@ from storage.datasets.files import DatasetError
 from storage.datasets.frames import OrientedImage
 from storage.datasets.images import ImageFile, load_images
 from storage.datasets.labels import label_png, read_labels
+from storage.datasets.registry import BOXES
 from storage.datasets.spair import Pair, load_spair
 from storage.datasets.voc import load_voc
 from storage.orientation import Orientation
@@ -872,6 +874,10 @@ def test_objects_from_a_store_are_those_from_a_model(tmp_path, tiny):
     stored, _ = evaluate(discovery, discovery_config(data, tmp_path / "stored", sizes=(), stores=(store,)))
 
     assert stored == records
+
+
+def test_every_data_set_of_boxes_can_be_chosen():
+    assert get_args(get_type_hints(DiscoveryConfig)["dataset"]) == tuple(BOXES)
 
 
 # --- CKA and self-similarity ------------------------------------------------------------------------------------------
