@@ -304,8 +304,8 @@ def _timm_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[
 def _dino_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[int, int], n_prefix: int) -> Tensor:
     """DINO's `interpolate_pos_encoding`, which LiFT's official code runs its backbones with.
 
-    The interpolation is given the scale (n + 0.1) / m for n cells from m, where DINO adds 0.1 so that rounding never gives n - 1 cells,
-    and samples by that scale, not by n / m.
+    The interpolation is given the scale (n + 0.1) / m for n cells from m, where DINO's 0.1 keeps rounding from n - 1 cells, and
+    samples by that scale, not by n / m.
     """
     if grid == trained_grid:
         return trained
