@@ -17,7 +17,7 @@ from pipelines.config import (
 from pipelines.features.config import LevelConfig
 from pipelines.features.rows import Drawing
 from pipelines.features.sources import SourceChoice
-from storage.datasets.pictures import LabelFrame
+from storage.datasets.frames import LabelFrame
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,7 +224,9 @@ def _load_backbone(config: ImageTraining) -> tuple[FrozenBackbone, dict[str, Any
     """The backbone, and the settings of the network for it."""
     features, size = config.features, config.backbone_size
     loaded = load_settings(features, (size, size), config.options)
-    bundle, model = describe_model(completed(features, size=str(size), levels=("x1",)), loaded, config.options)
+    # Whether the network can be trained on such inputs, it says itself.
+    wanted = completed(features, size=str(size), levels=("x1",), ragged=True)
+    bundle, model = describe_model(wanted, loaded, config.options)
     spec, found = bundle.spec, loaded.described
     described = {**described_by(spec), "size": size}
     frozen = FrozenBackbone(
