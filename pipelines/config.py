@@ -65,7 +65,6 @@ class Setting:
         return functools.reduce(getattr, self.path, config)
 
 
-@functools.cache
 def settings_of(kind: type) -> Mapping[str, Setting]:
     """The settings of a job's class by name, in the order of their fields; those that it holds in the place of what holds
     them."""

@@ -220,7 +220,7 @@ def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
         raise ConfigError("the benchmark reads local tars only")
     if resolved.model.backbone.is_hierarchical:
         raise ConfigError(
-            f"{config.model} is hierarchical; the loop that it would be compared with is one for plain ViTs"
+            f"{config.features.model} is hierarchical; the loop that it would be compared with is one for plain ViTs"
         )
 
 

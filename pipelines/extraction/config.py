@@ -1,7 +1,6 @@
 """Settings of an extraction: what a user can say, checked for contradictions, and without secrets where it is shown."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +17,7 @@ from pipelines.config import (
     settings_of,
 )
 from pipelines.features.config import FeatureConfig
-from storage.documents import Document, JsonValue, decode
+from storage.documents import Document, JsonValue, as_object, decode
 from storage.paths import Folder, StorageOptions, redact
 
 logger = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractC
         document = Document(Folder(base or ".", options), name, "name another run's run.json")
     found = document.json()
     with document.parsing():
-        saved = decode(Mapping[str, object], found["config"], "config")
+        saved = as_object(found["config"], "config")
     known = settings_of(ExtractConfig)
     if unknown := saved.keys() - known.keys():
         raise ConfigError(
