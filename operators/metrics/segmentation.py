@@ -1,4 +1,4 @@
-"""Scores of semantic segmentation from confusion matrices, and COCO-Stuff's 27 coarse groups (specs/evaluation.md section 7).
+"""Scores of semantic segmentation from confusion matrices, and COCO-Stuff's 27 coarse groups.
 
 A worker returns one matrix of whole numbers for all its images; matrices are summed, and scores taken from the sum only.
 """
