@@ -2,7 +2,8 @@
 
 The score of DeAP's instance discrimination. Its paper names the method; restarts, seed and scaling aren't published. Ours:
 scikit-learn's k-means, 10 restarts, latents as they are. A worker returns one number for each image, and the published score
-is 100 times their mean. """
+is 100 times their mean.
+"""
 
 import warnings
 
