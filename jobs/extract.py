@@ -13,8 +13,10 @@ from functools import partial
 
 from jobs.program import Command, Program
 from pipelines import demo
+from pipelines.config import ClusterConfig
 from pipelines.extraction import run as extraction
 from pipelines.extraction.config import ExtractConfig, start_from_run
+from pipelines.features.config import FeatureConfig
 
 PRESETS: dict[str, ExtractConfig] = {
     # Photographs of scikit-image, DINO ViT-S/16 at 448 px, x1 and x2 and pooled. 2 CPU cores: about 1 minute.
@@ -22,27 +24,29 @@ PRESETS: dict[str, ExtractConfig] = {
     "demo": ExtractConfig(
         data=("demo/photos-{000..001}.tar",),
         out="demo/feats.zarr",
-        size="448",
-        levels=("x1", "x2", "pooled"),
-        precision="fp32",
+        features=FeatureConfig(size="448", levels=("x1", "x2", "pooled"), precision="fp32"),
     ),
     # No network, no Ray: timm's test_vit with random weights on the demo's photos. 2 CPU cores: under 10 seconds.
     # `python jobs/extract.py debug`; what the tests run.
     "debug": ExtractConfig(
         data=("demo/photos-{000..001}.tar",),
         out="demo/debug.zarr",
-        model="test_vit.r160_in1k",
-        weights="random",
-        size="160",
-        levels=("x1", "x2", "x0.5", "pooled"),
-        precision="fp32",
-        executor="inline",
+        features=FeatureConfig(
+            model="test_vit.r160_in1k",
+            weights="random",
+            size="160",
+            levels=("x1", "x2", "x0.5", "pooled"),
+            precision="fp32",
+        ),
+        cluster=ClusterConfig(executor="inline"),
     ),
     # LiFT's DINO features (arXiv 2403.14625; specs/lift_vitup.md A5): keys of the last block, DINO's position embeddings,
     # images squashed to 448 px. Give --data and --out. ViT-S/16, 28 x 28 cells: 600 KB an image as float16.
     # `python jobs/extract.py lift-dino-s16 --data ... --out ...`
     "lift-dino-s16": ExtractConfig(
-        size="448", geometry="squash", facet="key", pos_embed="dino", levels=("x1",), precision="fp32"
+        features=FeatureConfig(
+            size="448", geometry="squash", facet="key", pos_embed="dino", levels=("x1",), precision="fp32"
+        )
     ),
 }
 

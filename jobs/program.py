@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Generic, NoReturn, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import tyro
 
@@ -122,7 +122,7 @@ class Program:
         if command.presets and not preset:
             about, choice = f"{about}\nPresets: {', '.join(command.presets)}", "[PRESET]"
         config = tyro.cli(
-            Annotated[kind, tyro.conf.arg(name="")],
+            kind,
             args=args,
             prog=" ".join(filter(None, ["python", f"jobs/{self.name}.py", word, choice])),
             description=about,

@@ -15,12 +15,13 @@ import sys
 from functools import partial
 
 from jobs.program import Command, Program
+from pipelines.config import ActorsConfig
 from pipelines.demo_datasets import write_demo
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import GridConfig
 from pipelines.tables.deap import main
 from pipelines.tables.tasks import DEAP_TASKS
-from pipelines.training.readout import ReadoutTraining
+from pipelines.training.readout import ReadConfig, ReadoutTraining
 
 PRESETS: dict[str, GridConfig] = {
     # No network, no Ray: timm's test_vit at two sizes, random weights, on drawn images. 2 CPU cores: about 30 seconds; random
@@ -31,14 +32,20 @@ PRESETS: dict[str, GridConfig] = {
         tasks=("voc", "boundaries"),
         methods=("deap", "linear"),
         data=("voc=demo/evaluate/VOC2012", "coco=demo/evaluate/coco"),
-        weights="random",
+        backbone_weights="random",
         max_steps=10,
-        cell=ReadoutTraining(side=64, batch=3, lr=1e-2, precision="fp32", checkpoint_every=10, validate_every=20),
+        cell=ReadoutTraining(
+            side=64,
+            batch=3,
+            lr=1e-2,
+            features=ReadConfig(precision="fp32"),
+            checkpoint_every=10,
+            validate_every=20,
+        ),
         speed_reference="test_vit.r160_in1k",
         speed_reference_size=64,
         speed_batches=3,
-        executor="inline",
-        device="cpu",
+        cluster=ActorsConfig(executor="inline", device="cpu"),
     ),
     # DeAP Table 3: 16 of its 18 backbones (timm lacks SAM2's neck and MoCo v3's weights), six tasks; the numbers are printed by
     # --paper. 96 runs, 64,000 to 73,000 steps of 32 images a backbone; the paper has VOC's at under 16 minutes on an RTX 2080.

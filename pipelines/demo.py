@@ -3,7 +3,6 @@
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from pipelines.extraction import run as extraction
@@ -58,7 +57,7 @@ def main(config: ExtractConfig) -> Iterator[str]:
         yield f"\nNo pretrained weights: {error}"
         yield "The demo goes on with RANDOM weights, and the store says so: the picture shows that the pipeline works,"
         yield "not what good features look like.\n"
-        config = replace(config, weights="random", out=config.out.replace(".zarr", "-random.zarr"))
+        config = config.changed(weights="random", out=config.out.replace(".zarr", "-random.zarr"))
         yield from extraction.main(config)
     if config.plan:
         return

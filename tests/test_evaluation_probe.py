@@ -17,6 +17,7 @@ from pipelines.evaluation import run
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.features.model import FeatureModel
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource, describe
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.drawing import picture_of
@@ -62,7 +63,7 @@ def config_of(sets, tmp_path):
     def make(*readouts: str, task: str = "segmentation", **changes: object) -> ProbeConfig:
         data = str(sets / str(OF_TASK[task]["data"]))
         settings = {"data": data, "out": str(tmp_path / "out"), "readouts": readouts, "pictures": 0, **TINY, **changes}
-        return ProbeConfig(**settings)
+        return ProbeConfig.of(**settings)
 
     return make
 
@@ -229,7 +230,7 @@ def test_outputs_may_be_twice_as_large(trained, config_of, tmp_path, task):
     assert found != expected(url)
     plain, _, _ = probe.prepare(config_of(url, task=task, out=str(tmp_path / "plain")))
     image = evaluation.images[0].image
-    drawn = [picture_of(image, each.drawn, each.size).draw(image.pixels()) for each in (plain, evaluation)]
+    drawn = [picture_of(image, each.drawn, each.size).draw(upright_pixels(image)) for each in (plain, evaluation)]
     np.testing.assert_array_equal(*drawn)
     (prediction,) = (tmp_path / "out/predictions/truth").iterdir()
     with Image.open(prediction) as picture:
@@ -287,7 +288,7 @@ def test_what_was_stopped_goes_on(trained, config_of, tmp_path, monkeypatch):
 
 
 def test_credentials_in_urls_of_readouts_are_not_stored():
-    config = ProbeConfig(readouts=("https://user:secret-word@host/run",), data="x", out="y")
+    config = ProbeConfig.of(readouts=("https://user:secret-word@host/run",), data="x", out="y")
 
     assert "secret-word" not in json.dumps(config.public())
 
@@ -388,7 +389,7 @@ def test_published_settings_of_readouts_parse():
         config = train_job.program.parse(
             [name, "--data", "x", "--out", "y", "--backbone", "vit_base_patch16_224.mae"]
         ).config
-        assert config.model == "vit_base_patch16_224.mae"
+        assert config.features.model == "vit_base_patch16_224.mae"
     deap = train_job.program.parse(["deap-voc"]).config
     assert (deap.side, deap.placement, deap.lr, deap.weight_decay, deap.batch) == (224, "squash", 1e-3, 0.01, 32)
     depth = train_job.program.parse(["probe-depth"]).config

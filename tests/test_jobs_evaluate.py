@@ -59,11 +59,11 @@ def test_published_settings():
     call = evaluate.program.parse(["correspondence", "lift-spair", "--sizes", "224"])
     preset, config = call.preset, call.config
 
-    assert (preset, config.sizes, config.facet) == ("lift-spair", (224,), "key")
+    assert (preset, config.sizes, config.features.facet) == ("lift-spair", (224,), "key")
     assert (config.draws, config.annotation, config.rules.strict) == (100, "pairs", True)
     config = evaluate.program.parse(["correspondence", "vit-up-spair"]).config
     assert (config.draws, config.annotation, config.rules.strict) == (0, "images", False)
-    assert evaluate.program.parse(["video", "dino-davis"]).config.facet == "token"
+    assert evaluate.program.parse(["video", "dino-davis"]).config.features.facet == "token"
     assert evaluate.program.parse(["discovery", "lift-coco20k"]).config.settings.tau == 0.3
     assert evaluate.program.parse(["cka", "--batch", "8"]).config.batch == 8
 

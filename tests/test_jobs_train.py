@@ -35,9 +35,9 @@ def test_every_first_word_has_settings_of_its_own():
     assert train.program.parse(["jbu", "--radius", "2"]).config.method == "jbu"
     assert train.program.parse(["resize_conv"]).config.method == "resize_conv"
     published = train.program.parse(["lift-dino-s16-imagenet"]).config
-    assert (published.method, published.facet, published.size) == ("lift", "key", 448)
+    assert (published.method, published.features.facet, published.features.size) == ("lift", "key", 448)
     assert (published.batch, published.epochs, published.lr, published.loss) == (256, 5, 1e-3, "cosine")
-    assert train.program.parse(["lift-dino-b16-imagenet"]).config.model == "vit_base_patch16_224.dino"
+    assert train.program.parse(["lift-dino-b16-imagenet"]).config.features.model == "vit_base_patch16_224.dino"
 
 
 def test_unknown_words_are_refused_with_the_nearest():

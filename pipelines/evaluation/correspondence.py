@@ -22,15 +22,20 @@ from operators.metrics.correspondence import (
     match,
     score_pair,
 )
-from operators.visual import Tile, spread
-from pipelines.config import ConfigError
+from operators.visual import Tile
+from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
 from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
-from storage.datasets.files import Pair, digest, load_spair
-from storage.datasets.pictures import ImageFile, LabelFrame, OrientedImage, label_turn
+from storage.datasets.files import digest
+from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
+from storage.datasets.images import ImageFile
+from storage.datasets.registry import PAIRS
+from storage.datasets.spair import Pair
 from storage.paths import Folder
+from storage.spread import spread
 
 PROTOCOLS: dict[str, Protocol] = {"lift": LIFT, "vit-up": VIT_UP}
 
@@ -41,23 +46,23 @@ PIECE_PAIRS = 32
 class CorrespondenceConfig(LabelledConfig):
     """Where do key points of one image lie in another of its category? PCK on SPair-71k, or a data set in its layout."""
 
-    protocol: Literal["lift", "vit-up"] = "lift"
+    protocol: Counts[Literal["lift", "vit-up"]] = "lift"
     """`lift`: LiFT's eval_spair; `vit-up`: ViT-Up's correspondence kit. The settings below default to the protocol's."""
-    sizes: tuple[int, ...] = ()
+    sizes: Counts[tuple[int, ...]] = ()
     """Sides of the model's square input in pixels; default: the model's own, or the stores'."""
-    split: str = "test"
+    split: Counts[str] = "test"
     """Folder of PairAnnotation."""
-    pairs_per_category: int | None = None
+    pairs_per_category: Counts[int | None] = None
     """Drawn at random with replacement; 0: all pairs, each once. Default: 100 for lift, 0 for vit-up."""
-    seed: int = 0
+    seed: Counts[int] = 0
     """Of the draw, which depends on the category's pairs alone, not on the order in which a disk lists categories."""
-    alphas: tuple[float, ...] = ALPHAS
+    alphas: Counts[tuple[float, ...]] = ALPHAS
     """A prediction is right within alpha times the threshold's length."""
-    threshold: Literal["box", "image"] = "box"
+    threshold: Counts[Literal["box", "image"]] = "box"
     """The longer side of the target's bounding box (SPair-71k), or of the target image (PF-PASCAL)."""
-    candidates: Literal["pixels", "cells"] = "pixels"
+    candidates: Counts[Literal["pixels", "cells"]] = "pixels"
     """What is searched: each pixel of the enlarged map, or its cells (the other reading of ViT-Up's bilinear row)."""
-    key_points: Literal["pairs", "images"] | None = None
+    key_points: Counts[Literal["pairs", "images"] | None] = None
     """Of the pairs' files (lift) or of the images' (vit-up)."""
 
     def __post_init__(self) -> None:
@@ -221,10 +226,10 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
     geometry = _geometry(config.rules.canvas)
-    recipe, sizes = resolve_source(config, [(side, side) for side in config.sizes], geometry)
+    recipe, sizes = resolve_source(config.source, [(side, side) for side in config.sizes], geometry)
     if any(h != w for h, w in sizes):
         raise ConfigError(f"correspondence is done on square inputs, not on {sizes}; use --sizes")
-    everything = load_spair(folder, config.split, config.annotation)[: config.limit]
+    everything = PAIRS["spair"].load(folder, config.split, config.annotation)[: config.limit]
     times = draw_pairs(everything, config.draws, config.seed)
     pairs = tuple(everything[number] for number in times)
     task = Correspondence(
@@ -320,7 +325,7 @@ def _matches(task: Correspondence, pair: Pair, record: Record, side: int) -> Til
     pair = task.upright(pair, *images)
     canvases = [task.rules.place(image.width, image.height, side) for image in (pair.source, pair.target)]
     drawn = np.concatenate(
-        [c.draw(i.pixels()) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1
+        [c.draw(upright_pixels(i)) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1
     )
     image = Image.fromarray(drawn)
     pen = ImageDraw.Draw(image)

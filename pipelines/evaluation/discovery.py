@@ -9,15 +9,19 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from operators.metrics.discovery import CorLoc, Discovery, TokenCut, discover
-from operators.visual import Tile, heat, spread
-from pipelines.config import ConfigError
+from operators.visual import Tile, heat
+from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, LiveRecipe, Picture, Recipe, Size, Squash, resolve_source
 from pipelines.results import Findings, Line, Published, Table, by_size, panel, with_published
-from storage.datasets.files import BoxedImage, digest, load_coco20k, load_voc
-from storage.datasets.pictures import DatasetError, LabelFrame, OrientedImage, label_turn
+from storage.datasets.boxes import BoxedImage
+from storage.datasets.files import DatasetError, digest
+from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
+from storage.datasets.registry import BOXES
 from storage.paths import Folder
+from storage.spread import spread
 
 PIECE_IMAGES = 16
 
@@ -29,19 +33,19 @@ ORIGINAL = "original"
 class DiscoveryConfig(LabelledConfig):
     """Is there an object, and where? TokenCut without any training; the share of images whose box fits an object (CorLoc)."""
 
-    dataset: Literal["voc07", "voc12", "coco20k"] = "voc07"
+    dataset: Counts[Literal["voc07", "voc12", "coco20k"]] = "voc07"
     """Layout of --data: the folder above VOCdevkit, or that of coco_20k_filenames.txt."""
-    protocol: Literal["lift", "tokencut"] = "lift"
+    protocol: Counts[Literal["lift", "tokencut"]] = "lift"
     """`lift`: images squashed to squares of --sizes; `tokencut`: at their own size, padded to whole patches."""
-    sizes: tuple[int, ...] = ()
+    sizes: Counts[tuple[int, ...]] = ()
     """lift: sides of the model's square input; default: the model's own, or the stores'."""
-    split: str = "trainval"
+    split: Counts[str] = "trainval"
     """List of a VOC data set in ImageSets/Main."""
-    tau: float | None = None
+    tau: Counts[float | None] = None
     """Cosines above it are edges. Default: 0.2, and 0.3 for coco20k with lift, as in LiFT's commands."""
-    weighted: bool = False
+    weighted: Counts[bool] = False
     """Edges keep their cosine as weight: TokenCut's ablation."""
-    solver: Literal["official", "fast"] = "official"
+    solver: Counts[Literal["official", "fast"]] = "official"
     """`fast`: Lanczos' method instead of LAPACK's dense solver; several times faster on large grids."""
 
     def __post_init__(self) -> None:
@@ -187,13 +191,14 @@ def _eigenvector(found: Discovery) -> Record:
 def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    years = {"voc07": "2007", "voc12": "2012"}
-    loaded = load_voc(folder, years[config.dataset], config.split) if config.dataset in years else load_coco20k(folder)
+    loaded = BOXES[config.dataset].load(folder, config.split)
     images = tuple(each for each in loaded if each.boxes)[: config.limit]
     if not images:
         raise DatasetError(f"{folder.shown}: no image has an object")
     own_size = config.protocol == "tokencut"
-    recipe, sizes = resolve_source(config, [(side, side) for side in config.sizes], None if own_size else "squash")
+    recipe, sizes = resolve_source(
+        config.source, [(side, side) for side in config.sizes], None if own_size else "squash"
+    )
     if any(h != w for h, w in sizes) and not own_size:
         raise ConfigError(f"discovery is done on square inputs, not on {sizes}; use --sizes")
     red, green, blue = (round(255 * value) for value in recipe.spec(sizes[0]).mean)
@@ -278,7 +283,7 @@ def _pictures(task: ObjectDiscovery, records: Sequence[Record], tile: int = 200)
 def _tiles(task: ObjectDiscovery, record: Record, side: int, tile: int) -> tuple[Tile, Tile]:
     noted = task.images[record["image"]]
     boxed = task.upright(noted, OrientedImage(noted.image.shown, noted.image.orientation()))
-    photo = Image.fromarray(boxed.image.pixels()).resize((tile, tile))
+    photo = Image.fromarray(upright_pixels(boxed.image)).resize((tile, tile))
     pen = ImageDraw.Draw(photo)
     width, height = (side, side) if side else boxed.image_size
     scale = np.array([tile / width, tile / height] * 2)

@@ -12,47 +12,48 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from operators.metrics.davis import VOID, ObjectCurves, Summary, score_clip, summarise
+from operators.metrics.davis import ObjectCurves, Summary, score_clip, summarise
 from operators.metrics.propagation import Propagation, Propagator, label_image, one_hot
-from operators.visual import Tile, spread
-from pipelines.config import ConfigError
+from operators.visual import Tile
+from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
 from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
-from storage.datasets.files import Clip, digest, load_davis, read_labels
-from storage.datasets.pictures import DatasetError, LabelFrame, OrientedImage, label_turn, require_size
+from storage.datasets.classes import VOID
+from storage.datasets.davis import Clip
+from storage.datasets.files import DatasetError, digest
+from storage.datasets.frames import LabelFrame, OrientedImage, label_turn, require_size
+from storage.datasets.labels import COLOURS, label_png, read_labels
+from storage.datasets.registry import CLIPS
 from storage.orientation import Orientation
 from storage.paths import Folder
-
-COLOURS = np.array(
-    [[0, 0, 0], [240, 70, 60], [60, 200, 90], [70, 120, 250], [240, 200, 40], [200, 80, 220], [60, 210, 220]]
-)
-"""Of objects in pictures, used again from the 7th on."""
+from storage.spread import spread
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig(LabelledConfig):
     """Is an object found again in later frames? J, F and J&F of label propagation on DAVIS-2017."""
 
-    protocol: Literal["lift", "dino"] = "lift"
+    protocol: Counts[Literal["lift", "dino"]] = "lift"
     """`lift`: frames squashed to squares, bicubic; `dino`: the short side is --sizes, the other one keeps the aspect, rounded
     down to a multiple of 64, bilinear."""
-    sizes: tuple[int, ...] = ()
+    sizes: Counts[tuple[int, ...]] = ()
     """Sides of the model's input in pixels; default: the model's own, or the stores'; 480 for dino."""
-    split: str = "val"
+    split: Counts[str] = "val"
     """List in ImageSets/2017."""
-    resolution: str = "480p"
+    resolution: Counts[str] = "480p"
     """Folder in JPEGImages and Annotations."""
-    frame_step: int = 1
+    frame_step: Counts[int] = 1
     """Only every N-th frame is looked at and scored; the published numbers are of all."""
-    context: int = 7
+    context: Counts[int] = 7
     """Latest frames that are looked at, beside the first one."""
-    top_k: int = 5
+    top_k: Counts[int] = 5
     """Affinities that count per cell."""
-    radius: int = 12
+    radius: Counts[int] = 12
     """Of the window around a cell, in cells; 0 for none. LiFT keeps 12 on its doubled grid, which halves the window."""
-    temperature: float = 0.1
+    temperature: Counts[float] = 0.1
     """Of the affinities."""
 
     def __post_init__(self) -> None:
@@ -202,24 +203,14 @@ def mask_folder(side: int, row: str, clip: str) -> str:
     return f"masks/{side}/{row.replace(' ', '-')}/{clip}"
 
 
-def label_png(labels_HW: np.ndarray) -> bytes:
-    """Indices uint8 as a PNG with a palette."""
-    image = Image.fromarray(labels_HW)
-    colours = np.concatenate([COLOURS, np.resize(COLOURS[1:], (256 - len(COLOURS), 3))])
-    image.putpalette(colours.astype(np.uint8).ravel().tolist())
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
-
-
 def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    clips = tuple(load_davis(folder, config.split, config.resolution, config.frame_step)[: config.limit])
+    clips = tuple(CLIPS["davis"].load(folder, config.split, config.resolution, config.frame_step)[: config.limit])
     shapes = tuple(_upright_shape(clip) for clip in clips)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
     wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]
-    recipe, sizes = resolve_source(config, wanted, "squash")
+    recipe, sizes = resolve_source(config.source, wanted, "squash")
     task = Video(
         clips=clips,
         shapes=shapes,
@@ -346,7 +337,7 @@ def _strip(
     truth, turn = upright_labels(clip, t, task.shapes[number], image, task.frame)
     labels = [truth, *(turn.array(read_labels(folder, f"{place}/{stem}")) for place in places)]
     width = max(1, round(height * truth.shape[1] / truth.shape[0]))
-    photo = Image.fromarray(clip.frames[t].pixels()).resize((width, height))
+    photo = Image.fromarray(upright_pixels(clip.frames[t])).resize((width, height))
     return [overlay(np.array(photo), np.array(Image.fromarray(each).resize((width, height), 0))) for each in labels]
 
 

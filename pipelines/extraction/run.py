@@ -90,7 +90,9 @@ def extract(config: ExtractConfig, executor: Any) -> Summary:
 def main(config: ExtractConfig) -> Iterator[str]:
     """Run the extraction, or only plan it, and give what there is to say of it, line by line. Raises what `extract` raises."""
     resolved = resolve(config)  # before a cluster is started: most mistakes end here
-    with executor_for(inline=config.is_inline, address=config.ray_address, device=config.device) as executor:
+    with executor_for(
+        inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device
+    ) as executor:
         pool = pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
         prepared = prepare(resolved, executor)
         if not config.plan:
@@ -108,11 +110,11 @@ def main(config: ExtractConfig) -> Iterator[str]:
 def pool_for(config: ExtractConfig, executor: Any) -> WorkerPool:
     """The actors that `config` asks for. Raises `ClusterError` for what the cluster can't meet."""
     return executor.pool(
-        config.device,
-        config.actors,
-        config.actor_cpus,
-        config.actor_gpus,
-        accelerator=config.accelerator,
+        config.cluster.device,
+        config.cluster.actors,
+        config.cluster.actor_cpus,
+        config.cluster.actor_gpus,
+        accelerator=config.cluster.accelerator,
         spare_cpu=config.decode_on == "cluster",
     )
 

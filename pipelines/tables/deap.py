@@ -315,7 +315,7 @@ def _told(entry: Entry) -> dict[str, Any]:
 def main(config: GridConfig) -> Iterator[str]:
     """Run all cells, then measure speeds; writes what was found and gives it line by line. Raises `CellsFailed` at the end."""
     cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
-    with executor_for(inline=config.is_inline, address=config.ray_address, device=config.device):
+    with executor_for(inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device):
         results = run_cells(config, cells)
         failed = sum(bool(result.error) for result in results)
         text = write_grid(folder, config, cells, results, {})

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pipelines.executors import InlineExecutor, executor_for
-from pipelines.extraction.config import ExtractConfig
+from pipelines.features.config import FeatureConfig
 from pipelines.training.config import TrainConfig
 from pipelines.training.images import ImageTraining
 from pipelines.training.loop import TrainSummary, train_inline, train_on_ray
@@ -13,15 +13,17 @@ from storage.paths import redact
 def train(config: TrainConfig) -> TrainSummary:
     """Train, or continue, to the end. Raises what `config.resolve` raises, `ClusterError` and `TrainFailed`."""
     resolved = config.resolve()  # before a cluster is started: most mistakes end here
-    with executor_for(inline=config.is_inline, address=config.ray_address, device=config.device) as executor:
+    with executor_for(
+        inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device
+    ) as executor:
         if isinstance(executor, InlineExecutor):
             return train_inline(resolved.prepare(executor))
         pool = executor.pool(
-            config.device,
+            config.cluster.device,
             config.workers,
             config.worker_cpus,
             None,
-            accelerator=config.accelerator,
+            accelerator=config.cluster.accelerator,
             all_at_once=True,
             called="worker",
         )
@@ -52,10 +54,10 @@ def main(config: TrainConfig) -> Iterator[str]:
 
 def _same_features(config: ImageTraining) -> str:
     """Flags of jobs/extract.py for the features that were trained on."""
-    plain = ExtractConfig()
-    flags = [f"--model {config.model} --size {config.backbone_size}"]
+    plain = FeatureConfig()
+    flags = [f"--model {config.features.model} --size {config.backbone_size}"]
     for name in ("weights", "revision", "geometry", "facet", "layers", "norm", "pos_embed"):
-        value = getattr(config, name, getattr(plain, name))
+        value = getattr(config.features, name, getattr(plain, name))
         if value != getattr(plain, name):
             words = " ".join(str(each) for each in value) if isinstance(value, tuple) else value
             flags.append(f"--{name.replace('_', '-')} {words}")
