@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
 
 import tyro
 
@@ -46,6 +46,10 @@ class Command(Generic[Config]):
     "the text of --help; default: what the settings' class says of itself"
 
 
+AnyCommand: TypeAlias = Command[Any]
+"""One of several, each with settings of its own type."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call(Generic[Config]):
     """A command line that was understood."""
@@ -68,7 +72,7 @@ class Program:
 
     name: str
     doc: str
-    commands: Mapping[str, Command]
+    commands: Mapping[str, AnyCommand]
     "by name: a word, and perhaps flags that make it another command wherever they stand; or one, called nothing"
     stopped: str = "stopped"
     "what an interrupt is answered with"
@@ -106,7 +110,7 @@ class Program:
             return _closed_pipe()
         return 0
 
-    def parse(self, argv: Sequence[str]) -> Call:
+    def parse(self, argv: Sequence[str]) -> Call[Any]:
         """What `argv` asks for. Exits with a suggestion on unknown flags; raises `ConfigError` on unknown words."""
         args = [self._named(word) for word in argv]
         word, command = self._command(args)
@@ -135,7 +139,7 @@ class Program:
         flag, equals, value = word.partition("=")
         return f"{self.aliases.get(flag, flag)}{equals}{value}"
 
-    def _command(self, args: list[str]) -> tuple[str, Command]:
+    def _command(self, args: list[str]) -> tuple[str, AnyCommand]:
         """The command that `args` begin with, whose name is taken off them."""
         if "" in self.commands and args:
             return "", self.commands[""]

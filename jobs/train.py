@@ -187,9 +187,9 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 NAMES: dict[str, TrainConfig] = {
-    **{name: X2Config(method=name) for name in LEARNED},
+    **{name: X2Config().changed(method=name) for name in LEARNED},
     "vit-up": ViTUpTraining(),
-    **{name: ReadoutTraining(method=name) for name in READOUTS if name != "depth_bins"},
+    **{name: ReadoutTraining().changed(method=name) for name in READOUTS if name != "depth_bins"},
     "probe": PROBE,
     **PRESETS,
 }
