@@ -82,7 +82,8 @@ def class_pairs(
 def confusion(
     predicted_HW: Tensor | np.ndarray, labels_HW: Tensor | np.ndarray, classes: int, void: int = VOID
 ) -> np.ndarray:
-    """`class_pairs` on the host, as a matrix int64 [classes, classes]: how often each class (row) was predicted as each (column)."""
+    """`class_pairs` as a matrix on the host: how often each class (row) was predicted as each (column), int64
+    [classes, classes]."""
     return matrix_of(class_pairs(predicted_HW, labels_HW, classes, void).tolist(), classes)
 
 
