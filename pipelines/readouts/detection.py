@@ -14,7 +14,7 @@ from operators.readouts import Readout
 from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from operators.visual import heat
 from pipelines.readouts.instances import ObjectsTask
-from storage.datasets.labels import InstanceArrays
+from storage.datasets.instances import InstanceArrays
 
 
 @dataclass(frozen=True, kw_only=True)

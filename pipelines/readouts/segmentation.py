@@ -8,11 +8,12 @@ import matplotlib
 import numpy as np
 from torch import Tensor
 
-from operators.metrics.segmentation import VOID, Segmentation, class_pairs, matrix_of
+from operators.metrics.segmentation import Segmentation, class_pairs, matrix_of
 from operators.objectives.dense import LossSum, cross_entropy
 from operators.readouts import Readout
 from pipelines.config import ConfigError
 from pipelines.readouts.task import Label, Task, TaskSettings
+from storage.datasets.classes import VOID
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from operators.image import Geometry, fit
 from operators.objectives.dense import GradientForm, LossSum
 from operators.readouts import Readout
-from storage.datasets.labels import InstanceArrays, LabelledImage
+from storage.datasets.instances import InstanceArrays
+from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
 
 if TYPE_CHECKING:
