@@ -11,6 +11,7 @@ from torch import Tensor
 
 from operators.metrics.depth import (
     NYU_SIZE,
+    DepthMetrics,
     SquaredError,
     average,
     eigen_crop,
@@ -27,7 +28,7 @@ from operators.objectives.dense import (
 from operators.readouts import Readout
 from operators.visual import heat
 from pipelines.config import ConfigError
-from pipelines.readouts.task import Task
+from pipelines.readouts.task import Task, TaskSettings
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, DatasetKind
 
