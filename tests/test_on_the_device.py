@@ -2,7 +2,6 @@
 give what they give on the CPU, without bringing any map to the host."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +167,7 @@ def brought_maps(gpu: Gpu) -> list[tuple[int, ...]]:
 
 
 SIZES = {"sizes": (48,), "levels": ("x1", "x2=bicubic"), "pictures": 1}
-EVALUATIONS: dict[str, tuple[object, Callable[..., object], str, dict[str, object], int]] = {
+EVALUATIONS: dict[str, tuple[object, type, str, dict[str, object], int]] = {
     "lift": (correspondence, CorrespondenceConfig, "SPair-71k", {"pairs_per_category": 2}, 2 * 4),
     "vit-up": (correspondence, CorrespondenceConfig, "SPair-71k", {"protocol": "vit-up"}, 2 * 4),
     "video": (video, VideoConfig, "DAVIS", {}, 96**2),
@@ -184,7 +183,7 @@ the graph of the finer map's 36 tokens, terms of pairs of sizes, a map of simila
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_evaluations_compute_where_the_maps_are(name, sets, tmp_path):
     module, config_of, data, settings, most = EVALUATIONS[name]
-    config = config_of(data=str(sets / data), out=str(tmp_path / "out"), **{**TINY, **SIZES, **settings})
+    config = config_of.of(data=str(sets / data), out=str(tmp_path / "out"), **{**TINY, **SIZES, **settings})
     task, recipe, folder = module.prepare(config)
     with sdpa_kernel(SDPBackend.MATH):
         expected = run_on("cpu", task, recipe, folder)
@@ -201,7 +200,7 @@ def test_maps_of_a_store_go_to_the_device_once(sets, tmp_path, tiny):
     config = tiny(str(images), out=url, size="48", levels=("x1", "x2", "pooled"), geometry="squash")
     run_prepared(prepare(resolve(config), InlineExecutor()), InlineExecutor())
     settings = {"data": str(sets / "VOC2007"), "out": str(tmp_path / "out"), "stores": (url,), **TINY}
-    task, recipe, folder = discovery.prepare(DiscoveryConfig(**settings))
+    task, recipe, folder = discovery.prepare(DiscoveryConfig.of(**settings))
     expected = run_on("cpu", task, recipe, folder)
 
     with pretended_gpu() as gpu:
@@ -263,7 +262,7 @@ def test_an_evaluation_of_readouts_computes_where_the_maps_are(sets, tmp_path):
     config = training(sets, tmp_path / "run", side=SIDE, max_steps=2)
     train(config)
     settings = {"data": str(sets / "VOC2012"), "readouts": (config.out,), "pictures": 1, **TINY}
-    task, recipe, folder = probe.prepare(ProbeConfig(out=str(tmp_path / "out"), **settings))
+    task, recipe, folder = probe.prepare(ProbeConfig.of(out=str(tmp_path / "out"), **settings))
     with sdpa_kernel(SDPBackend.MATH):
         expected = run_on("cpu", task, recipe, folder)
     with pretended_gpu() as gpu:
