@@ -14,11 +14,12 @@ from jobs import tables as job
 from operators.backbone import TimmBackbone
 from pipelines.config import ConfigError
 from pipelines.costs import speed
+from pipelines.published import DEAP_RESULTS, DEAP_TASKS
 from pipelines.tables import cells as grid
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import CellResult, CellsFailed, GridConfig, plan_cells, run_cell, run_cells
 from pipelines.tables.deap import entries, main, report, scatter, write_grid
-from pipelines.tables.tasks import DEAP_TASKS, PUBLISHED, TABLE_3, find_task, published_values
+from pipelines.tables.tasks import PUBLISHED, find_task, published_values
 from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
 from storage.paths import Folder
@@ -325,8 +326,8 @@ def test_a_store_of_another_backbone_is_refused(sets, tiny, tmp_path):
 
 
 def test_papers_numbers_are_complete():
-    assert set(TABLE_3) == {each.name for each in BACKBONES}
-    for backbone in TABLE_3:
+    assert set(DEAP_RESULTS.rows) == {each.name for each in BACKBONES}
+    for backbone in DEAP_RESULTS.rows:
         for task in DEAP_TASKS:
             assert len(published_values(backbone, "", "deap", task)) == len(PUBLISHED[task].columns)
     assert published_values("mae", "", "deap-no-sigma", "voc") == (None, 35.1)

@@ -24,7 +24,7 @@ from pipelines.costs.speed import SpeedProtocol, measure_speed
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.provenance import describe_difference
 from pipelines.tables.backbones import PaperBackbone, find_backbone
-from pipelines.tables.tasks import PublishedTask, find_task
+from pipelines.tables.tasks import TableTask, find_task
 from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
@@ -181,7 +181,7 @@ class Cell:
     name: str
     "of its folder"
     backbone: PaperBackbone
-    task: PublishedTask
+    task: TableTask
     method: str
     seed: int
     training: ReadoutTraining
@@ -258,7 +258,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
 
 
-def _cell(config: GridConfig, backbone: PaperBackbone, task: PublishedTask, method: str, seed: int) -> Cell:
+def _cell(config: GridConfig, backbone: PaperBackbone, task: TableTask, method: str, seed: int) -> Cell:
     name = "-".join(map(slug, (backbone.name, task.name, method, str(seed))))
     settings = {**task.settings, **METHODS[method], **_given(config.cell)}
     if METHODS[method]["method"] in ("linear", "depth_bins"):
@@ -285,7 +285,7 @@ def _cell(config: GridConfig, backbone: PaperBackbone, task: PublishedTask, meth
     return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training)
 
 
-def _stores(config: GridConfig, backbone: PaperBackbone, task: PublishedTask) -> dict[str, str]:
+def _stores(config: GridConfig, backbone: PaperBackbone, task: TableTask) -> dict[str, str]:
     """Settings that name the stores of both parts."""
     if not config.store:
         return {}
