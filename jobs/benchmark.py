@@ -34,7 +34,8 @@ from jobs.program import pick_word, run_program
 from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, autoscale_report, measure_autoscaling
 from pipelines.benchmarks.chaos import CHAOS_PRESETS, chaos_report, measure_chaos, require_nothing_lost
 from pipelines.benchmarks.evaluation import EVALUATE_PRESETS, evaluate_report, measure_evaluate
-from pipelines.benchmarks.extract import EXTRACT_PRESETS, extract_report, measure_extract
+from pipelines.benchmarks.extract import EXTRACT_PRESETS, measure_extract
+from pipelines.benchmarks.extract_report import extract_report
 from pipelines.benchmarks.index import INDEX_PRESETS, index_report, measure_index
 from pipelines.benchmarks.read import READ_PRESETS, measure_read
 from pipelines.benchmarks.read_report import read_report

@@ -113,7 +113,7 @@ def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> AutoscaleRe
         watch.until(lambda: watch.samples[-1].seconds > ended + config.idle_s + 2, config.idle_s + WAIT_S)
     if config.picture:
         draw(config, watch.samples, config.picture)
-    counts = FeatureStore.open(str(store)).attributes["counts"]
+    counts = FeatureStore.open(str(store)).root.counts or {}
     return AutoscaleResult(started=started, ended=ended, counts=counts, samples=watch.samples)
 
 

@@ -199,7 +199,8 @@ def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, setting
     y, x = cells // w, cells % w
     near = ((y[:, None] - y).abs() <= settings.radius) & ((x[:, None] - x).abs() <= settings.radius)
     window = near.float() if settings.radius else torch.ones_like(near, dtype=torch.float32)
-    first, latest, soft = (features[0], labels_Ohw.flatten(1)), [], []
+    first, soft = (features[0], labels_Ohw.flatten(1)), list[Tensor]()
+    latest: list[tuple[Tensor, Tensor]] = []
     for target in features[1:]:
         context = [first, *latest]
         sources = F.normalize(torch.stack([source for source, _ in context]), dim=-1)

@@ -15,9 +15,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from storage.errors import RayliftError
+from storage.paths import Folder
+from storage.runs import read_metrics
 
 WARM_UP = 2
 """Steps of each training that aren't counted."""
+
+
+def rated_steps(folder: Folder) -> list[dict[str, float]]:
+    """The numbers that a training logged of each step that was timed, in order. Raises `CheckpointError`."""
+    lines = [line for line in read_metrics(folder) if "images_per_s" in line]
+    return [{name: value for name, value in line.items() if isinstance(value, int | float)} for line in lines]
 
 
 def steady_rate(lines: Sequence[Mapping[str, float]]) -> float:
@@ -115,7 +123,7 @@ class Machine:
 
 def machine() -> Machine:
     """This one, now."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     name = next((line for line in _cpuinfo() if line.startswith("model name")), platform.processor())
     return Machine(
         cpu=name.split(":")[-1].strip() or platform.machine(),
