@@ -84,12 +84,12 @@ class Statistics:
         """Quarters share their end frames. Raises `ValueError` without values."""
         if not len(values):
             raise ValueError("an object without scored frames has no statistics")
-        values = np.asarray(values, np.float64)
-        ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
-        quarters = [values[ends[i] : ends[i + 1] + 1] for i in (0, 3)]
+        curve = np.asarray(values, np.float64)
+        ends = np.round(np.linspace(1, len(curve), 5) + 1e-10).astype(int) - 1
+        quarters = [curve[ends[i] : ends[i + 1] + 1] for i in (0, 3)]
         return cls(
-            mean=float(values.mean()),
-            recall=float((values > 0.5).mean()),
+            mean=float(curve.mean()),
+            recall=float((curve > 0.5).mean()),
             decay=float(quarters[0].mean() - quarters[1].mean()),
         )
 
