@@ -124,11 +124,6 @@ def _principal(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return mean, components * signs[:, None]
 
 
-def spread(count: int, at_most: int) -> list[int]:
-    """`at_most` of the numbers 0 to `count` - 1, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(at_most, count)).round().astype(int)).tolist()
-
-
 def cosine_map(query: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Cosine similarity of `query` [C] with every cell of `features` [..., C], float32 [...]."""
     query, features = np.asarray(query, np.float32), np.asarray(features, np.float32)
