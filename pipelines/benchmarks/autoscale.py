@@ -18,7 +18,7 @@ from cluster.nodes import ROOT
 from cluster.session import own_cluster
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
 from storage.store import FeatureStore
 
 SAMPLE_S = 0.5
@@ -46,8 +46,7 @@ class AutoscaleBenchmark:
     """Where the figure goes; empty for none."""
     out: str = ""
     """Folder that keeps photos and store; default: a temporary one that is deleted."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "block_rows", "nodes")

@@ -24,7 +24,7 @@ from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
 from pipelines.executors import NO_PROGRESS_S
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ class ChaosBenchmark:
     """The same for a training by two workers instead of extractions."""
     steps: int = 300
     """Of a training."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         if not (self.every > 0 and self.kinds):

@@ -19,7 +19,7 @@ from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, use
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import CORES, BenchmarkFailed
+from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
 from pipelines.executors import RayExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
@@ -56,8 +56,7 @@ class ExtractBenchmark:
     """Seconds for which each bare stage is measured."""
     out: str = ""
     """Folder that keeps the photos and the last round's stores; default: a temporary one that is deleted."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "loop_batch", "repeat")

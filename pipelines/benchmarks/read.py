@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from pipelines.benchmarks.processes import run_fresh
 from pipelines.benchmarks.stores import LEVEL, Place, key_of, s3_place, write_big_store, write_npy, write_store
 from pipelines.config import ConfigError, parse_options, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed
+from pipelines.costs.clocks import BenchmarkFailed, NumbersFile
 from pipelines.feature_datasets import FeatureDataset, FeatureStream, Sample
 from storage.paths import public_options, redact
 
@@ -66,8 +66,7 @@ class ReadBenchmark:
     """Rows of a local store whose opening is timed: whole index and ledger, hardly any features. 0 leaves it out."""
     out: str = ""
     """Folder in which a temporary one is made (300 KB a row) and deleted; default: the system's."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "grid", "channels", "s3_rows", "reads", "repeat", "workers")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pipelines.benchmarks.data import write_masks
 from pipelines.config import require_at_least
-from pipelines.costs.clocks import WARM_UP, Machine, rated_steps, steady_rate, table
+from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, steady_rate, table
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
@@ -42,8 +42,7 @@ class ReadoutBenchmark:
     """Of each run; the first two aren't counted."""
     repeat: int = 2
     """Rounds; each runs everything once. Rates are the best of them."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "batch", "repeat")

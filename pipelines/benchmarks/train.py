@@ -27,7 +27,7 @@ from cluster.session import connect
 from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import require_at_least
-from pipelines.costs.clocks import CORES, WARM_UP, Machine, rated_steps, steady_rate, table
+from pipelines.costs.clocks import CORES, WARM_UP, Machine, NumbersFile, rated_steps, steady_rate, table
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.training.lift import X2Config
 from pipelines.training.loop import train_inline, train_on_ray
@@ -58,8 +58,7 @@ class TrainBenchmark:
     """Rounds; each runs every contender once. Rates are the best of them."""
     ray: bool = True
     """Run Ray Train, too: one worker per core, one thread each, half of a batch for each of two."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "batch", "repeat")

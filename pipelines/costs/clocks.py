@@ -9,14 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 import torch
+import tyro
 from torch.profiler import ProfilerActivity, profile
 
+from pipelines.config import ConfigError
 from storage.errors import RayliftError
 from storage.paths import Folder
 from storage.runs import read_metrics
+
+NumbersFile = Annotated[str, tyro.conf.arg(help="Write all numbers to this file.")]
 
 WARM_UP = 2
 """Steps of each training that aren't counted."""
@@ -58,6 +63,14 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 def median_ratio(times: Sequence[float], of: Sequence[float]) -> float:
     """Median over the rounds that both ran: what else the machine did then was much the same for both."""
     return statistics.median(a / b for a, b in zip(times, of, strict=False))
+
+
+def device_of(name: str) -> torch.device:
+    """The one that a setting asks for; `auto` is a GPU where there is one. Raises `ConfigError` for a GPU that isn't there."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ConfigError("--device cuda: torch finds no GPU here; use cpu")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
 def device_name(device: torch.device) -> str:
