@@ -12,20 +12,20 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import tyro
 
 from cluster.session import connect
 from jobs.program import pick_word, run_program
-from pipelines.config import ConfigError, runs_inline
+from pipelines.config import ClusterConfig, ConfigError, parse_options
 from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.config import ExtractConfig, config_from_run
 from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import Summary, pool_for, run_prepared
+from pipelines.features.config import FeatureConfig
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.showing.views import pick_rows, view_panel
 from storage.left_out import left_out_lines
@@ -39,27 +39,29 @@ PRESETS: dict[str, ExtractConfig] = {
     "demo": ExtractConfig(
         data=("demo/photos-{000..001}.tar",),
         out=DEMO_OUT,
-        size="448",
-        levels=("x1", "x2", "pooled"),
-        precision="fp32",
+        features=FeatureConfig(size="448", levels=("x1", "x2", "pooled"), precision="fp32"),
     ),
     # No network, no Ray: timm's test_vit with random weights on the demo's photos. 2 CPU cores: under 10 seconds.
     # `python jobs/extract.py debug`; what the tests run.
     "debug": ExtractConfig(
         data=("demo/photos-{000..001}.tar",),
         out="demo/debug.zarr",
-        model="test_vit.r160_in1k",
-        weights="random",
-        size="160",
-        levels=("x1", "x2", "x0.5", "pooled"),
-        precision="fp32",
-        executor="inline",
+        features=FeatureConfig(
+            model="test_vit.r160_in1k",
+            weights="random",
+            size="160",
+            levels=("x1", "x2", "x0.5", "pooled"),
+            precision="fp32",
+        ),
+        cluster=ClusterConfig(executor="inline"),
     ),
     # LiFT's DINO features (arXiv 2403.14625; specs/lift_vitup.md A5): keys of the last block, DINO's position embeddings,
     # images squashed to 448 px. Give --data and --out. ViT-S/16, 28 x 28 cells: 600 KB an image as float16.
     # `python jobs/extract.py lift-dino-s16 --data ... --out ...`
     "lift-dino-s16": ExtractConfig(
-        size="448", geometry="squash", facet="key", pos_embed="dino", levels=("x1",), precision="fp32"
+        features=FeatureConfig(
+            size="448", geometry="squash", facet="key", pos_embed="dino", levels=("x1",), precision="fp32"
+        )
     ),
 }
 
@@ -95,18 +97,18 @@ def parse(argv: Sequence[str]) -> tuple[str | None, ExtractConfig]:
 def _options_in(args: Sequence[str]) -> dict[str, Any] | None:
     """--storage-options among `args`: --from may have to read a run.json with them."""
     if "--storage-options" in args[:-1]:
-        return replace(ExtractConfig(), storage_options=args[list(args).index("--storage-options") + 1]).options
+        return parse_options(args[list(args).index("--storage-options") + 1])
     return None
 
 
 @contextlib.contextmanager
 def executor_for(config: ExtractConfig) -> Iterator[Any]:
     """The executor that `config` asks for, with a Ray session round it where it needs one."""
-    if runs_inline(config.executor, *config.data, config.out):
+    if config.is_inline:
         yield InlineExecutor()
         return
-    gpus = 0 if config.device == "cpu" else None
-    with connect(config.ray_address, num_gpus=gpus):
+    gpus = 0 if config.cluster.device == "cpu" else None
+    with connect(config.cluster.ray_address, num_gpus=gpus):
         yield RayExecutor()
 
 
@@ -155,7 +157,7 @@ def demo(config: ExtractConfig) -> None:
         print(f"\nNo pretrained weights: {error}")
         print("The demo goes on with RANDOM weights, and the store says so: the picture shows that the pipeline works,")
         print("not what good features look like.\n")
-        config = replace(config, weights="random", out=config.out.replace(".zarr", "-random.zarr"))
+        config = config.changed(weights="random", out=config.out.replace(".zarr", "-random.zarr"))
         summary = main(config)
     if summary is None:
         return

@@ -19,12 +19,13 @@ import tyro
 
 from cluster.session import connect
 from jobs.program import pick_word, run_program
+from pipelines.config import ActorsConfig
 from pipelines.demo_datasets import write_demo
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.deap import write_grid
 from pipelines.tables.tasks import DEAP_TASKS
-from pipelines.training.readout import ReadoutTraining
+from pipelines.training.readout import ReadConfig, ReadoutTraining
 
 PRESETS: dict[str, GridConfig] = {
     # No network, no Ray: timm's test_vit at two sizes, random weights, on drawn images. 2 CPU cores: about 30 seconds; random
@@ -35,14 +36,20 @@ PRESETS: dict[str, GridConfig] = {
         tasks=("voc", "boundaries"),
         methods=("deap", "linear"),
         data=("voc=demo/evaluate/VOC2012", "coco=demo/evaluate/coco"),
-        weights="random",
+        backbone_weights="random",
         max_steps=10,
-        cell=ReadoutTraining(side=64, batch=3, lr=1e-2, precision="fp32", checkpoint_every=10, validate_every=20),
+        cell=ReadoutTraining(
+            side=64,
+            batch=3,
+            lr=1e-2,
+            features=ReadConfig(precision="fp32"),
+            checkpoint_every=10,
+            validate_every=20,
+        ),
         speed_reference="test_vit.r160_in1k",
         speed_reference_size=64,
         speed_batches=3,
-        executor="inline",
-        device="cpu",
+        cluster=ActorsConfig(executor="inline", device="cpu"),
     ),
     # DeAP Table 3: 16 of its 18 backbones (timm lacks SAM2's neck and MoCo v3's weights), six tasks; the numbers are printed by
     # --paper. 96 runs, 64,000 to 73,000 steps of 32 images a backbone; the paper has VOC's at under 16 minutes on an RTX 2080.
@@ -89,7 +96,7 @@ def parse(argv: Sequence[str]) -> tuple[str, GridConfig]:
 def main(config: GridConfig) -> bool:
     """Run all cells, then measure speeds, and print and write what was found; whether all cells are done."""
     cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
-    session = connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None)
+    session = connect(config.cluster.ray_address, num_gpus=0 if config.cluster.device == "cpu" else None)
     with contextlib.nullcontext() if config.is_inline else session:
         results = run_cells(config, cells)
         text = write_grid(folder, config, cells, results, {})

@@ -321,10 +321,10 @@ def test_the_guide_uses_all_nodes_of_the_cluster_on_one_machine():
     (args,) = commands(GUIDE.removeprefix(FLEET))
     _, config = parse(args)
 
-    assert config.ray_address == cluster.address
-    assert config.actors * config.actor_cpus == cluster.nodes * cluster.cpus
+    assert config.cluster.ray_address == cluster.address
+    assert config.cluster.actors * config.cluster.actor_cpus == cluster.nodes * cluster.cpus
     assert config.limit is None
-    assert config.block_rows * config.actors <= 12  # the photographs: every actor gets some
+    assert config.block_rows * config.cluster.actors <= 12  # the photographs: every actor gets some
     assert cluster.launch_file()["idle_timeout_minutes"] * 60 == 15 < 40  # as the guide waits
 
 
@@ -384,9 +384,9 @@ def test_what_workers_ask_for_fits_a_node(name):
     head = Nodes(count=1, cpus=0, head=True)
     kinds = [Nodes(count=1, cpus=node["CPU"], gpus=node.get("GPU", 0)) for node in types.values()]
     grows = Growth(nodes=(head, *kinds), most_workers=len(kinds))
-    asked = [parse(args)[1] for args in commands(GUIDE) if "--device" in args]
+    asked = [parse(args)[1].cluster for args in commands(GUIDE) if "--device" in args]
 
-    for config in asked if "kuberay" not in name else [asked[-1], parse(commands(ENTRY_POINT)[0])[1]]:
+    for config in asked if "kuberay" not in name else [asked[-1], parse(commands(ENTRY_POINT)[0])[1].cluster]:
         request = WorkerRequest(
             device=config.device, actors=config.actors, cpus=config.actor_cpus, gpus=config.actor_gpus
         )

@@ -63,7 +63,7 @@ def config_of(sets, tmp_path):
     def make(*readouts: str, task: str = "segmentation", **changes: object) -> ProbeConfig:
         data = str(sets / str(OF_TASK[task]["data"]))
         settings = {"data": data, "out": str(tmp_path / "out"), "readouts": readouts, "pictures": 0, **TINY, **changes}
-        return ProbeConfig(**settings)
+        return ProbeConfig.of(**settings)
 
     return make
 
@@ -288,7 +288,7 @@ def test_what_was_stopped_goes_on(trained, config_of, tmp_path, monkeypatch):
 
 
 def test_credentials_in_urls_of_readouts_are_not_stored():
-    config = ProbeConfig(readouts=("https://user:secret-word@host/run",), data="x", out="y")
+    config = ProbeConfig.of(readouts=("https://user:secret-word@host/run",), data="x", out="y")
 
     assert "secret-word" not in json.dumps(config.public())
 
@@ -387,7 +387,7 @@ def test_published_settings_of_readouts_parse():
     assert len(presets) >= 11
     for name in presets:
         config = train_job.parse([name, "--data", "x", "--out", "y", "--backbone", "vit_base_patch16_224.mae"])[1]
-        assert config.model == "vit_base_patch16_224.mae"
+        assert config.features.model == "vit_base_patch16_224.mae"
     deap = train_job.parse(["deap-voc"])[1]
     assert (deap.side, deap.placement, deap.lr, deap.weight_decay, deap.batch) == (224, "squash", 1e-3, 0.01, 32)
     depth = train_job.parse(["probe-depth"])[1]

@@ -58,11 +58,11 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
 def test_published_settings():
     task, preset, config = evaluate.parse(["correspondence", "lift-spair", "--sizes", "224"])
 
-    assert (task, preset, config.sizes, config.facet) == ("correspondence", "lift-spair", (224,), "key")
+    assert (task, preset, config.sizes, config.features.facet) == ("correspondence", "lift-spair", (224,), "key")
     assert (config.draws, config.annotation, config.rules.strict) == (100, "pairs", True)
     config = evaluate.parse(["correspondence", "vit-up-spair"])[2]
     assert (config.draws, config.annotation, config.rules.strict) == (0, "images", False)
-    assert evaluate.parse(["video", "dino-davis"])[2].facet == "token"
+    assert evaluate.parse(["video", "dino-davis"])[2].features.facet == "token"
     assert evaluate.parse(["discovery", "lift-coco20k"])[2].settings.tau == 0.3
     assert evaluate.parse(["cka", "--batch", "8"])[2].batch == 8
 

@@ -35,9 +35,9 @@ def test_every_first_word_has_settings_of_its_own():
     assert train.parse(["jbu", "--radius", "2"])[1].method == "jbu"
     assert train.parse(["resize_conv"])[1].method == "resize_conv"
     published = train.parse(["lift-dino-s16-imagenet"])[1]
-    assert (published.method, published.facet, published.size) == ("lift", "key", 448)
+    assert (published.method, published.features.facet, published.features.size) == ("lift", "key", 448)
     assert (published.batch, published.epochs, published.lr, published.loss) == (256, 5, 1e-3, "cosine")
-    assert train.parse(["lift-dino-b16-imagenet"])[1].model == "vit_base_patch16_224.dino"
+    assert train.parse(["lift-dino-b16-imagenet"])[1].features.model == "vit_base_patch16_224.dino"
 
 
 def test_unknown_words_are_refused_with_the_nearest():

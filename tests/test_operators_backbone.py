@@ -31,8 +31,9 @@ from operators.backbone import (
     state_arrays,
     weights_digest,
 )
-from pipelines.features.bundle import ModelBundle, describe_model
-from pipelines.features.levels import LevelChoice
+from pipelines.features.bundle import LoadedModel, ModelBundle, describe_model
+from pipelines.features.config import FeatureConfig
+from pipelines.features.descriptions import ModelDescription
 from pipelines.features.model import FeatureModel
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
 
@@ -696,30 +697,14 @@ def test_memory_of_a_call_stays_under_peak_bytes(name, layers):
 # --- the model that workers run ---------------------------------------------------------------------------------------------
 
 
-def described(size: tuple[int, int] = (64, 64), **changes: object) -> tuple[ModelBundle, FeatureModel]:
+def described(
+    size: tuple[int, int] = (64, 64), network: torch.nn.Module | None = None, **changes: object
+) -> tuple[ModelBundle, FeatureModel]:
     """test_vit with random weights, as the driver describes it."""
-    name = str(changes.get("name", TINY))
-    settings: dict[str, object] = {
-        "name": name,
-        "model": create_model(name, size, None, 0),
-        "weights_source": "random",
-        "layers": (-1,),
-        "facet": "token",
-        "norm": None,
-        "stride": None,
-        "pos_embed": None,
-        "size": size,
-        "expects": preprocessing(name),
-        "geometry": "crop",
-        "crop_pct": 1.0,
-        "ragged": False,
-        "precision": "fp32",
-        "jpeg_draft": False,
-        "levels": ("x1",),
-    }
-    settings |= changes
-    settings["levels"] = [LevelChoice.parse(text, "float16") for text in settings["levels"]]
-    return describe_model(**settings)
+    features = FeatureConfig(**{"model": TINY, "weights": "random", "precision": "fp32", "levels": ("x1",), **changes})
+    said = ModelDescription(name=features.model, expects=preprocessing(features.model))
+    network = network or create_model(features.model, size, None, 0)
+    return describe_model(features, LoadedModel(model=network, size=size, source="random", described=said))
 
 
 def photos(batch: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
@@ -778,7 +763,7 @@ def test_nan_in_the_weights_flags_the_rows_of_layers_that_it_reaches(layer, expe
     model = create_model(TINY, (64, 64), None, 0)
     model.blocks[2].mlp.fc1.weight[3, 4] = float("nan")
 
-    _, bad = described(model=model, layers=(layer,))[1](photos(3), {})
+    _, bad = described(network=model, layers=(layer,))[1](photos(3), {})
 
     assert bad.tolist() == expected
 
@@ -806,7 +791,7 @@ def test_the_bound_on_memory_grows_by_the_same_for_each_image_and_with_layers_an
 )
 def test_memory_of_all_levels_stays_under_peak_bytes(name, layers, levels, precision):
     size = (224, 224)
-    _, model = described(size, name=name, layers=layers, levels=levels, precision=precision)
+    _, model = described(size, model=name, layers=layers, levels=levels, precision=precision)
     weights = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters())
     model(photos(4, size), {})
 

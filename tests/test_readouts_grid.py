@@ -54,12 +54,12 @@ def tiny_grid(sets: Path, where: Path, **changes: object) -> GridConfig:
         "device": "cpu",
         **changes,
     }
-    return GridConfig(**values)
+    return GridConfig.of(**values)
 
 
 def cells_with(**changes: object) -> ReadoutTraining:
     settings = {"side": 64, "batch": 3, "lr": 1e-2, "precision": "fp32", "checkpoint_every": 2, "validate_every": 4}
-    return ReadoutTraining(**{**settings, "log_every": 1, **changes})
+    return ReadoutTraining.of(**{**settings, "log_every": 1, **changes})
 
 
 def run(config: GridConfig) -> list[CellResult]:
@@ -126,7 +126,7 @@ def test_stores_are_named_by_backbone_data_set_and_part(sets, tmp_path):
         ({"store": "{backbone}.zarr", "tasks": ("voc", "boundaries")}, "with several datasets"),
         ({"store": "{model}.zarr"}, "{model} means nothing"),
         ({"store": "{backbone.zarr"}, "expected '}'"),
-        ({"cell": ReadoutTraining(model="x", max_steps=3)}, "--cell.max-steps, --cell.model: the grid decides it"),
+        ({"cell": ReadoutTraining.of(model="x", max_steps=3)}, "--cell.max-steps, --cell.model: the grid decides it"),
         ({"cell_gpus": 0.0}, "--cell-gpus 0.0"),
         ({"executor": "ray", "out": "memory://grid"}, "one process only"),
     ],
@@ -360,7 +360,7 @@ def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
     points, turned = [], []
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **more: points.append((x, y)))
     monkeypatch.setattr(Axes, "invert_yaxis", lambda self: turned.append(self.get_title()))
-    config = GridConfig(out="x", backbones=("mae", "dino"), tasks=("voc", "depth"), data=("voc=v", "nyu=n"))
+    config = GridConfig.of(out="x", backbones=("mae", "dino"), tasks=("voc", "depth"), data=("voc=v", "nyu=n"))
     cells = plan_cells(config)
     metrics = {"val_loss": 0.5, "val_miou": 0.25, "val_rmse_pooled": 0.75}
     results = [

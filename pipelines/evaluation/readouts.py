@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from operators.visual import Tile
-from pipelines.config import ConfigError, absolute, public_settings, require_at_least
+from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.config import LevelConfig
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import (
     FeatureSource,
@@ -49,25 +50,21 @@ TRUTH = "truth"
 class ProbeConfig(LabelledConfig):
     """What can be read out of the features? Trained readouts (jobs/train.py) judged on a data set's validation part."""
 
-    readouts: tuple[str, ...] = ()
+    readouts: Counts[tuple[str, ...]] = ()
     """Trained readouts, each a row: folders of training runs, or checkpoints. All of one task."""
-    dataset: str | None = None
+    dataset: Counts[str | None] = None
     """The data set; default: the one that they were trained on."""
-    split: str | None = None
+    split: Counts[str | None] = None
     """Its part; default: the one for validation."""
-    side: int | None = None
+    side: Counts[int | None] = None
     """Of the outputs and the labels, in pixels; default: as trained. DeAP answers 448 with twice the queries a side."""
-    depth_scale: float | None = None
+    depth_scale: Counts[float | None] = None
     """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
-    levels: tuple[str, ...] = ("x1",)
-    """The maps that the readouts were trained on, named as for jobs/extract.py: x1 x2=lift:s3://bucket/ckpt."""
+    features: Held[LevelConfig] = LevelConfig(levels=("x1",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "side")
-
-    def public(self) -> dict[str, Any]:
-        return public_settings(self, "data", "out", "weights", "stores", "levels", "readouts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +178,14 @@ def _labels(label: str, classes: int | None) -> str:
 def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tuple[Recipe, Size]:
     """Features as the first readout was trained on them, wherever that isn't said by settings."""
     first = next(iter(readouts.values()))
+    choice = config.source
     if not config.stores:
         wants_pooled = any(each.config.method == "depth_bins" for each in readouts.values())
-        pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in config.levels} else ()
+        levels = config.features.levels
+        pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in levels} else ()
         drawing = config.drawing or first.features["drawing"]
-        config = replace(config, levels=(*config.levels, *pooled), drawing=drawing)
-    recipe, (size,) = resolve_source(config, (tuple(first.features["input_size"]),), first.task.placement)
+        choice = replace(choice, features=replace(config.features, levels=(*levels, *pooled)), drawing=drawing)
+    recipe, (size,) = resolve_source(choice, (tuple(first.features["input_size"]),), first.task.placement)
     if isinstance(recipe, LiveRecipe):
         # Readouts may have been trained without the model's normalisation.
         given = {name: tuple(first.features[name]) for name in ("mean", "std")}

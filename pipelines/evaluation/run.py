@@ -16,7 +16,7 @@ import torch
 
 from cluster.resources import WorkerPool, choose_pool
 from pipelines.config import ConfigError
-from pipelines.evaluation.config import EvaluateConfig, protocol_settings
+from pipelines.evaluation.config import EvaluateConfig
 from pipelines.executors import InlineExecutor
 from pipelines.features.sources import CachedSource, FeatureSource, Recipe
 from pipelines.provenance import require_same, versions
@@ -128,7 +128,7 @@ def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -
     folder = Folder(config.required("out"), config.options)
     if read_attributes(folder) is not None:
         raise ConfigError(f"{folder.shown} is a feature store; give --out a folder of its own")
-    identity = {"task": task, **protocol_settings(config), **recipe.identity()}
+    identity = {"task": task, **config.counted(), **recipe.identity()}
     identity["data"] = data_digest  # where it lies may change, what it holds may not
     before = read_run(folder)
     if before is None:
@@ -169,7 +169,7 @@ def _part(name: str) -> str:
 def _run_inline(
     config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, pending: Sequence[Piece]
 ) -> Any:
-    pool = InlineExecutor().pool(config.device, None, config.actor_cpus, None)
+    pool = InlineExecutor().pool(config.cluster.device, None, config.cluster.actor_cpus, None)
     worker = Worker(_work(evaluation, recipe, folder, pool))
     for piece in pending:
         yield worker.run(piece)
@@ -185,7 +185,8 @@ def _run_on_ray(
     """Names of pieces as they finish. A lost actor is started again, and its piece done again; errors end the evaluation."""
     import ray
 
-    pool = choose_pool(config.device, config.actors, config.actor_cpus, config.actor_gpus, config.accelerator)
+    cluster = config.cluster
+    pool = choose_pool(cluster.device, cluster.actors, cluster.actor_cpus, cluster.actor_gpus, cluster.accelerator)
     # The model crosses the network once per node.
     work = ray.put(_work(evaluation, recipe, folder, pool))
     actor = ray.remote(**pool.placement, max_restarts=3, max_task_retries=3)(Worker)

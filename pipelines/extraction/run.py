@@ -75,11 +75,11 @@ def extract(config: ExtractConfig, executor: Any) -> Summary:
 def pool_for(config: ExtractConfig, executor: Any) -> WorkerPool:
     """The actors that `config` asks for. Raises `ClusterError` for what the cluster can't meet."""
     return executor.pool(
-        config.device,
-        config.actors,
-        config.actor_cpus,
-        config.actor_gpus,
-        accelerator=config.accelerator,
+        config.cluster.device,
+        config.cluster.actors,
+        config.cluster.actor_cpus,
+        config.cluster.actor_gpus,
+        accelerator=config.cluster.accelerator,
         spare_cpu=config.decode_on == "cluster",
     )
 

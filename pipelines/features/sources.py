@@ -19,16 +19,15 @@ from torch import Tensor
 
 from operators.image import Geometry, ImageRefused, decode
 from pipelines.config import ConfigError
-from pipelines.evaluation.config import EvaluateConfig
-from pipelines.features.bundle import ModelBundle, cells, load_described
+from pipelines.features.bundle import ModelBundle, cells, describe_model, load_settings
+from pipelines.features.config import LevelConfig, completed
 from pipelines.features.model import FeatureModel
 from pipelines.features.photos import MAX_PIXELS, upright_pixels
 from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
-from pipelines.features.weights import WeightsChoice, load_model, read_description
 from storage.datasets.frames import OrientedImage
 from storage.datasets.images import EncodedImage, orientation_of, unreadable
 from storage.orientation import EXIF_ROTATE, Orientation
-from storage.paths import StorageError
+from storage.paths import StorageError, StorageOptions
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
 
@@ -409,43 +408,55 @@ def _bytes(maps: Mapping[str, Tensor]) -> int:
     return sum(each.nbytes for each in maps.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceChoice:
+    """Where features are to come from."""
+
+    features: LevelConfig
+    "of a model"
+    stores: tuple[str, ...] = ()
+    "read instead of running a model, one per input size"
+    drawing: Drawing
+    options: StorageOptions
+
+
 def resolve_source(
-    config: EvaluateConfig, sizes: Sequence[Size], geometry: Geometries
+    choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
 ) -> tuple[Recipe, tuple[Size, ...]]:
     """The model loaded, or the stores opened; and the input sizes: `sizes`, else the model's own, else the stores'.
 
     `geometry`: how jobs/extract.py would place the protocol's images (`Picture.geometry`).
     Raises `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`, `StorageError`.
     """
-    if config.stores:
-        return _open_stores(config, sizes, geometry)
-    if config.how_drawn == "extract" and geometry is None:
+    if choice.stores:
+        return _open_stores(choice, sizes, geometry)
+    if choice.drawing == "extract" and geometry is None:
         raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
-    weights = WeightsChoice.parse(config.weights)
-    described = read_description(config.model, weights, config.options)
-    sizes = tuple(dict.fromkeys(sizes)) or (described.expects.size,)
-    loaded = load_model(config.model, sizes[0], weights, config.revision, config.options, described)
-    patch = int(loaded.feature_info[-1]["reduction"])
+    features, options = choice.features, choice.options
+    first = load_settings(features, next(iter(sizes), None), options)
+    sizes = tuple(dict.fromkeys(sizes)) or (first.size,)
+    patch = int(first.model.feature_info[-1]["reduction"])
     firsts: dict[bool, Size] = {}
     for size in sizes:
-        firsts.setdefault(is_ragged(size, patch, config.stride or patch), size)
-    if True in firsts and not config.ragged:
+        firsts.setdefault(is_ragged(size, patch, features.stride or patch), size)
+    if True in firsts and not features.ragged:
         shown = "x".join(map(str, firsts[True]))
         raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
     bundles = {}
     for ragged, size in firsts.items():
-        here = loaded if size == sizes[0] else None
-        bundles[ragged], _ = load_described(config, size, ragged=ragged, described=described, loaded=here)
-    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn, sizes=sizes)
+        loaded = first if size == first.size else load_settings(features, size, options, first.described)
+        wanted = completed(features, ragged=ragged, geometry="squash")
+        bundles[ragged], _ = describe_model(wanted, loaded, options)
+    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=choice.drawing, sizes=sizes)
     for size in sizes:
         recipe.rows(size)
     return _told(recipe), sizes
 
 
 def _open_stores(
-    config: EvaluateConfig, sizes: Sequence[Size], geometry: Geometries
+    choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
 ) -> tuple[StoreRecipe, tuple[Size, ...]]:
-    stores = [FeatureStore.open(url, config.options) for url in config.stores]
+    stores = [FeatureStore.open(url, choice.options) for url in choice.stores]
     by_size = {store.spec.input_size: store for store in stores}
     if len(by_size) < len(stores):
         raise ConfigError("--stores: two of them have one input size; give one store per size")
