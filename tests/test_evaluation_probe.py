@@ -168,9 +168,9 @@ def test_the_pooled_vector_comes_from_the_forward_of_the_maps(trained, config_of
     evaluation, recipe, _ = probe.prepare(config_of(trained("depth", method="depth_bins"), task="depth"))
     calls, forward = [], FeatureModel.__call__
 
-    def counted(self, images, seconds):
+    def counted(self, images):
         calls.append(len(images))
-        return forward(self, images, seconds)
+        return forward(self, images)
 
     monkeypatch.setattr(FeatureModel, "__call__", counted)
     pictures = [picture_of(item.image, evaluation.drawn, evaluation.size) for item in evaluation.images[:2]]
