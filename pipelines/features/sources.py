@@ -28,7 +28,7 @@ from storage.datasets.frames import OrientedImage
 from storage.datasets.images import EncodedImage, orientation_of, unreadable
 from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import StorageError, StorageOptions
-from storage.spec import FeatureSpec, Level
+from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class LiveRecipe:
         """What makes the features, as JSON values."""
         spec = next(iter(self.bundles.values())).spec.to_json()
         spec["levels"] = [[lv["name"], lv["method"], lv["dtype"], lv["digest"]] for lv in spec["levels"]]
-        for name in ("input_size", "geometry", "crop_pct", "jpeg_draft"):
+        for name in FeatureSpec.names(Use.PLACED):
             del spec[name]
         return {"drawing": self.drawing, "model": spec}
 
