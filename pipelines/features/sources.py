@@ -147,11 +147,10 @@ class LiveRecipe:
 
     def identity(self) -> dict[str, Any]:
         """What makes the features, as JSON values."""
-        spec = next(iter(self.bundles.values())).spec.to_json()
-        spec["levels"] = [[lv["name"], lv["method"], lv["dtype"], lv["digest"]] for lv in spec["levels"]]
-        for name in FeatureSpec.names(Use.PLACED):
-            del spec[name]
-        return {"drawing": self.drawing, "model": spec}
+        spec = next(iter(self.bundles.values())).spec
+        said = {name: value for name, value in spec.to_json().items() if name not in FeatureSpec.names(Use.PLACED)}
+        said["levels"] = [[level.name, level.method, level.dtype, level.digest] for level in spec.levels]
+        return {"drawing": self.drawing, "model": said}
 
     def bundle(self, size: Size) -> ModelBundle:
         """What builds the model for inputs of `size`."""
