@@ -88,8 +88,7 @@ def _pixels(blobs: list[bytes], config: ExtractConfig, resolved: Resolved, *, dr
 
 def _features(resolved: Resolved, pixels: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(pixels), BATCH):
-        levels, _ = resolved.model(pixels[start : start + BATCH], {})
-        yield levels["x1"]
+        yield resolved.model(pixels[start : start + BATCH]).levels["x1"].numpy()
 
 
 def _encoding_error(reference: np.ndarray, dtype: str) -> dict[str, float]:

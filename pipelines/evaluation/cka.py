@@ -1,6 +1,6 @@
-"""Scale invariance: CKA between features of the same images at a range of sizes (LiFT Fig. 4; specs/evaluation.md section 5).
+"""Scale invariance: CKA between features of the same images at a range of sizes (LiFT Fig. 4).
 
-The paper's code isn't released; sizes, images and batches here are the recommended ones of the specs.
+The paper's code isn't released, nor are its sizes, images and batches; those here are our choice.
 """
 
 import io

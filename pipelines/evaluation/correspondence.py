@@ -1,4 +1,4 @@
-"""Key-point correspondence on SPair-71k's layout: LiFT's and ViT-Up's protocols (specs/evaluation.md section 1)."""
+"""Key-point correspondence on SPair-71k's layout: LiFT's and ViT-Up's protocols."""
 
 import zlib
 from collections import Counter

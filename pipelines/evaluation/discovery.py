@@ -1,5 +1,4 @@
-"""Unsupervised discovery of one object per image with TokenCut, on VOC07, VOC12 and COCO20k: CorLoc (specs/evaluation.md
-section 3)."""
+"""Unsupervised discovery of one object per image with TokenCut, on VOC07, VOC12 and COCO20k: CorLoc."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,7 +164,7 @@ class ObjectDiscovery:
         truth = _scaled(boxed, side)
         records = []
         for name, features in source.maps(picture).items():
-            found = discover(features.numpy(), size, self.settings)
+            found = discover(features, size, self.settings)
             box = found.box if side else (*found.box[:2], *np.minimum(found.box[2:], boxed.image_size).tolist())
             hit = CorLoc.of(box, truth)
             record = {"image": number, "side": side, "row": name, "box": box, "hits": hit.hits, "images": hit.images}

@@ -1,4 +1,4 @@
-"""Trained readouts on a data set: segmentation, depth, boundaries, detection, instances (specs/evaluation.md 7, 8, 12).
+"""Trained readouts on a data set: segmentation, depth, boundaries, detection, instances: DeAP's, and ViT-Up's linear probes.
 
 The readouts are trained by jobs/train.py, which judges its held-out images by the same code (pipelines/readouts/tasks.py).
 """
@@ -6,12 +6,14 @@ The readouts are trained by jobs/train.py, which judges its held-out images by t
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from operators.readouts import Readout
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
 from pipelines.evaluation.config import LabelledConfig
@@ -37,6 +39,7 @@ from storage.datasets.files import DatasetError, digest
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.differences import differences
+from storage.documents import decode
 from storage.paths import Folder, redact
 from storage.spread import spread
 
@@ -91,13 +94,14 @@ class Probe:
         ]
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
-        built = {name: readout.build() for name, readout in self.readouts.items()}
+        built = {name: readout.build().to(source.device) for name, readout in self.readouts.items()}
         return records_of(piece.items, lambda number: self._image(number, built, source, folder))
 
-    def _image(self, number: int, built: Mapping[str, Any], source: FeatureSource, folder: Folder) -> list[Record]:
+    def _image(self, number: int, built: Mapping[str, Readout], source: FeatureSource, folder: Folder) -> list[Record]:
         item = self.images[number]
         label = item.upright_label(source.oriented(item.image, self.size))
-        targets, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
+        arrays, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
+        targets = {name: torch.tensor(values, device=source.device) for name, values in arrays.items()}
         maps, pooled = source.maps(picture), None
         if any(readout.needs_pooled for readout in built.values()):
             pooled = source.pooled(picture)[None]
@@ -106,7 +110,7 @@ class Probe:
             features = maps[self.rows[name].name][None].permute(0, 3, 1, 2)
             output = readout(features, (self.task.side, self.task.side), pooled)[0]
             judged = self.task.judge(output, targets, label)
-            records.append({"image": number, "readout": name, "judged": judged})
+            records.append({"image": number, "readout": name, "judged": asdict(judged)})
             if number in self.shown:
                 self._draw(folder, number, name, *self.task.pictures(output, targets))
         return records
@@ -234,9 +238,9 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
 def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Scores of each readout, from all images at once."""
     records, left_out = split_left_out(records)
-    by_readout: dict[str, list[Record]] = {name: [] for name in probe.readouts}
+    by_readout: dict[str, list[Any]] = {name: [] for name in probe.readouts}
     for record in records:
-        by_readout[record["readout"]].append(record["judged"])
+        by_readout[record["readout"]].append(decode(probe.task.record, record["judged"]))
     try:
         scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Panels of self-similarity: how alike all features are to the centre's (LiFT Fig. 5, 6; specs/evaluation.md section 6)."""
+"""Panels of self-similarity: how alike all features are to the centre's (LiFT Fig. 5, 6)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class SelfSimilarity:
             squash = Squash(size=(side, side), interpolation="bilinear")
             maps = source.maps(squash.of(self.images[number]))
             for name in [row.name for row in source.rows((side, side))][: None if side == self.sides[0] else 1]:
-                similarity = self_similarity(maps[name].numpy())
+                similarity = self_similarity(maps[name]).cpu().numpy()
                 records.append({"image": number, "side": side, "row": name, "map": np.round(similarity, 5).tolist()})
         return records
 

@@ -1,6 +1,6 @@
 """Video object segmentation on DAVIS-2017: labels of the first frame are carried through a clip by its features.
 
-LiFT's protocol (square inputs) and DINO's (aspect kept); specs/evaluation.md section 2. Predicted label images are written to
+LiFT's protocol (square inputs) and DINO's (aspect kept). Predicted label images are written to
 `masks/<side>/<row>/<clip>/`, as the official evaluation takes them.
 """
 

@@ -76,6 +76,9 @@ class Squash:
 class FeatureSource(Protocol):
     """Features of images, from wherever they are."""
 
+    device: torch.device
+    "where its tensors are, and what is done with them is to be done"
+
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
 
@@ -84,18 +87,18 @@ class FeatureSource(Protocol):
         `StorageError`."""
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
-        """Float32 [h, w, C] by row name, of the upright image."""
+        """Float32 [h, w, C] by row name, of the upright image, on `device`."""
 
     def pooled(self, picture: Picture) -> Tensor | None:
-        """The CLS vector, float32 [C]; None where no level is one. Cheap right after `maps` of the same picture."""
+        """The CLS vector, float32 [C] on `device`; None where no level is one. Cheap right after `maps` of the same picture."""
 
 
-def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
+def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Maps by row name: levels as they are, and the low-resolution map enlarged bilinearly."""
     maps: dict[str, Tensor] = {}
     for row in rows:
         if row.level is not None:
-            maps[row.name] = torch.from_numpy(np.asarray(by_level[row.level], np.float32))
+            maps[row.name] = by_level[row.level].float()
         else:
             low = maps["low-res"].permute(2, 0, 1)[None]
             enlarged = F.interpolate(low, size=row.grid, mode="bilinear", align_corners=False)
@@ -104,14 +107,16 @@ def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, np.ndarray], name:
     return maps
 
 
-def _vector(values: np.ndarray, name: str) -> Tensor:
-    vector = torch.from_numpy(np.asarray(values, np.float32))
+def _vector(values_C: Tensor, name: str) -> Tensor:
+    vector = values_C.float()
     _require_finite([vector], name)
     return vector
 
 
 def _require_finite(features: Iterable[Tensor], name: str) -> None:
-    if not all(each.isfinite().all() for each in features):
+    # Their extremes are NaN or infinite where any value is.
+    extremes = [extreme for each in features for extreme in each.aminmax()]
+    if not torch.stack(extremes).isfinite().all():
         raise StorageError(f"{name}: its features hold NaN or infinity")
 
 
@@ -184,7 +189,7 @@ class LiveSource:
     """Runs a model, one for each input size. Not thread-safe."""
 
     def __init__(self, recipe: LiveRecipe, device: str):
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device = recipe, torch.device(device)
         self._models: OrderedDict[Size, FeatureModel] = OrderedDict()
         self._vector: tuple[Picture | None, Tensor | None] = (None, None)
         "of the last picture"
@@ -203,8 +208,8 @@ class LiveSource:
         shown, data = self._data
         data = data if shown == picture.image.shown else picture.image.data()
         pixels = draw(picture, data, spec, self.recipe.drawing)
-        rows, _ = self._model(picture.size, spec)(pixels[None], {})
-        by_level = {name: each[0] for name, each in rows.items()}
+        found = self._model(picture.size, spec)(pixels[None])
+        by_level = {name: rows[0] for name, rows in found.levels.items()}
         pooled = pooled_level(spec.levels)
         self._vector = picture, _vector(by_level[pooled], picture.image.shown) if pooled else None
         return _rows_of_maps(self.rows(picture.size), by_level, picture.image.shown)
@@ -219,7 +224,7 @@ class LiveSource:
             if len(self._models) >= 8:
                 self._models.popitem(last=False)
             try:
-                self._models[size] = self.recipe.bundle(size).build(self.device)
+                self._models[size] = self.recipe.bundle(size).build(str(self.device))
             except RuntimeError as error:
                 raise ConfigError(
                     f"{spec.model} can't be given inputs of {size[0]}x{size[1]} px as well: {error}; run each size by itself"
@@ -258,8 +263,8 @@ class StoreRecipe:
 
     stores: Mapping[Size, FeatureStore]
 
-    def open(self, device: str) -> "StoreSource":  # noqa: ARG002 - as a model is opened
-        return StoreSource(self)
+    def open(self, device: str) -> "StoreSource":
+        return StoreSource(self, device)
 
     @property
     def how_drawn(self) -> Drawing:
@@ -294,10 +299,10 @@ class StoreRecipe:
 
 
 class StoreSource:
-    """Reads rows of stores."""
+    """Reads rows of stores; what is read goes to the device once, as it is stored."""
 
-    def __init__(self, recipe: StoreRecipe):
-        self.recipe = recipe
+    def __init__(self, recipe: StoreRecipe, device: str):
+        self.recipe, self.device = recipe, torch.device(device)
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
@@ -314,13 +319,16 @@ class StoreSource:
         store = self.recipe.store(picture.size)
         row = self._row(store, picture.image)
         rows = self.rows(picture.size)
-        by_level = {row_of.level: store.read(row, row_of.level) for row_of in rows if row_of.level}
+        by_level = {each.level: self._read(store, row, each.level) for each in rows if each.level}
         return _rows_of_maps(rows, by_level, f"{store.folder.shown}, row {row}")
 
     def pooled(self, picture: Picture) -> Tensor | None:
         store = self.recipe.store(picture.size)
         level, row = pooled_level(store.spec.levels), self._row(store, picture.image)
-        return _vector(store.read(row, level), f"{store.folder.shown}, row {row}") if level else None
+        return _vector(self._read(store, row, level), f"{store.folder.shown}, row {row}") if level else None
+
+    def _read(self, store: FeatureStore, row: int, level: str) -> Tensor:
+        return torch.from_numpy(store.read(row, level)).to(self.device)
 
     def _row(self, store: FeatureStore, image: EncodedImage) -> int:
         found = store.index.find(image.keys)
@@ -374,10 +382,10 @@ AnyRecipe = TypeVar("AnyRecipe", LiveRecipe, StoreRecipe)
 
 
 class CachedSource:
-    """A source that keeps the maps used last, at most `max_bytes` of them, or of one image."""
+    """A source that keeps the maps used last, where they are, at most `max_bytes` of them, or of one image."""
 
     def __init__(self, source: FeatureSource, max_bytes: int = CACHE_BYTES):
-        self.source, self.max_bytes = source, max_bytes
+        self.source, self.max_bytes, self.device = source, max_bytes, source.device
         self._kept: OrderedDict[tuple[str, Size], dict[str, Tensor]] = OrderedDict()
         self._oriented: dict[tuple[str, Size], OrientedImage] = {}
 

@@ -1,13 +1,11 @@
-"""Training readouts on a frozen backbone's features: DeAP, its baselines, linear probes; live, or from an extracted store.
-
-DeAP: specs/evaluation.md 12; the linear probes of ViT-Up's tables: sections 7 and 8.
-"""
+"""Training readouts on a frozen backbone's features: DeAP, its baselines, linear probes (ViT-Up's tables); live, or from an
+extracted store."""
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from pipelines.features.config import DenseConfig, SizedConfig, completed
 from pipelines.features.sources import Drawing, SourceChoice, pooled_level, require_geometry, resolve_source
 from pipelines.provenance import begin_run
 from pipelines.readouts.depth import require_depth
-from pipelines.readouts.task import Record, Task
+from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import TASKS
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import Loaded
@@ -36,6 +34,9 @@ from storage.documents import JsonValue
 from storage.paths import Folder
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
@@ -365,22 +366,28 @@ class ReadoutObjective:
         if self.config.flip and np.random.default_rng([self.config.seed, loaded.item.step]).random() < 0.5:
             # Of an image [B, H, W, 3], and of targets [B, ..., H, W].
             arrays = {n: np.flip(a, 2 if n == PIXELS else -1).copy() for n, a in arrays.items()}
-        total, divisor = self._loss(self._outputs(arrays), arrays, loaded.item.step)
+        total, divisor = self._loss(self._outputs(arrays), self._targets(arrays), loaded.item.step)
         total.backward()
         return total.detach(), divisor
 
     def _outputs(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
         """The readout's, float32 [B, outputs, side, side]."""
-        rows = self.model(arrays[PIXELS], {})[0] if self.model else arrays
-        maps = torch.from_numpy(np.asarray(rows[self.setup.level])).to(self.device).float().permute(0, 3, 1, 2)
-        pooled = None
-        if self.setup.pooled:
-            pooled = torch.from_numpy(np.asarray(rows[self.setup.pooled])).to(self.device).float()
+        if self.model:
+            rows = self.model(arrays[PIXELS]).levels
+        else:
+            rows = {name: self._there(arrays[name]) for name in (self.setup.level, self.setup.pooled) if name}
+        maps = rows[self.setup.level].float().permute(0, 3, 1, 2)
+        pooled = rows[self.setup.pooled].float() if self.setup.pooled else None
         with autocast(self.device, self.config.net_precision):
             return self.net(maps, (self.task.side, self.task.side), pooled).float()
 
-    def _loss(self, outputs: Tensor, arrays: Mapping[str, np.ndarray], step: int) -> tuple[Tensor, float]:
-        targets = {name: torch.from_numpy(arrays[name]).to(self.device) for name in self.task.target_names}
+    def _targets(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        return {name: self._there(arrays[name]) for name in self.task.target_names}
+
+    def _there(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def _loss(self, outputs: Tensor, targets: Mapping[str, Tensor], step: int) -> tuple[Tensor, float]:
         return self.task.loss(self.net, outputs, targets, step)
 
     # --- held-out images ----------------------------------------------------------------------------------------------
@@ -404,10 +411,10 @@ class ReadoutObjective:
         values = {"val_loss": loss, **{f"val_{name}": value for name, value in scores.items()}}
         return values, panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], shown)
 
-    def _judge(self) -> tuple[list[Record], list[tuple[float, float]], list[list[np.ndarray]]]:
+    def _judge(self) -> tuple[list["DataclassInstance"], list[tuple[float, float]], list[list[np.ndarray]]]:
         """Records of all held-out images, losses as (total, divisor), and the first images with what was made of them."""
         source, rows = self.setup.held_out, self.setup.held_out_rows
-        records: list[Record] = []
+        records: list[DataclassInstance] = []
         losses: list[tuple[float, float]] = []
         shown: list[list[np.ndarray]] = []
         failed: dict[int, str] = {}
@@ -419,12 +426,12 @@ class ReadoutObjective:
             there = [row for row in asked if row not in example.failed]
             if not there:
                 continue
-            outputs = self._outputs(example.arrays)
+            outputs, of_all = self._outputs(example.arrays), self._targets(example.arrays)
             if self.task.has_held_out_loss:
-                total, divisor = self._loss(outputs, example.arrays, LONG_AFTER)
+                total, divisor = self._loss(outputs, of_all, LONG_AFTER)
                 losses.append((float(total), divisor))
             for position, row in enumerate(there):
-                targets = {name: example.arrays[name][position] for name in self.task.target_names}
+                targets = {name: each[position] for name, each in of_all.items()}
                 label = source.label(row) if self.task.judges_label else None
                 records.append(self.task.judge(outputs[position], targets, label))
                 if len(shown) < 4:
