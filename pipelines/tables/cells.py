@@ -162,7 +162,8 @@ class GridConfig(JobConfig):
         )
 
     def flat(self) -> dict[str, Any]:
-        return {**super().flat(), "cell": _given(self.cell)}
+        # Tables have said these two so from the beginning.
+        return {**super().flat(), "cell": _given(self.cell), "storage_options": self.cluster.storage_options or "{}"}
 
 
 def _given(training: ReadoutTraining) -> dict[str, Any]:
