@@ -36,7 +36,6 @@ from pipelines.features.upsamplers import (
     NetWeights,
     UpsamplerWeights,
     ViTUpWeights,
-    described_by,
     load_upsampler,
 )
 from pipelines.results import Findings, Line, Published, Table, shown_size, with_published
@@ -216,7 +215,7 @@ def _load(
 ) -> UpsamplerWeights:
     if url:
         options = {"storage_options": config.options, "force": config.features.force_upsampler}
-        return load_upsampler(method, url, backbone, described_by(bundle.spec), **options)
+        return load_upsampler(method, url, backbone, bundle.spec, **options)
     channels = backbone.channels * len(bundle.spec.layers)
     if method != "vit_up":
         crops = backbone.ragged and method == "lift"
