@@ -17,7 +17,7 @@ from operators.upsamplers.vit_up import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
 from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, Task, _steady, run_fresh
-from pipelines.benchmarks.read import PlaceRead, check
+from pipelines.benchmarks.read import BestRate, PlaceRead, check
 from pipelines.benchmarks.stores import Place, write_npy, write_store
 from pipelines.config import ConfigError
 from pipelines.costs import clocks as measure
@@ -118,7 +118,7 @@ def test_read_refuses_wrong_features_and_epochs_with_gaps_or_repeats(tmp_path):
         return lambda place, order: ((order[i : i + 1], place.memmap()[order[i] - shift]) for i in range(len(order)))
 
     def found(order: np.ndarray, shift: int = 0):
-        rate = read_benchmark._timed(place, contender(shift), order, 60.0)
+        rate = BestRate(**vars(read_benchmark._timed(place, contender(shift), order, 60.0)), all=())
         return PlaceRead(rows=24, reads={}, epochs={"it": rate}, openings=())
 
     check(found(rows))

@@ -36,7 +36,6 @@ from pipelines.features.upsamplers import (
     NetWeights,
     UpsamplerWeights,
     ViTUpWeights,
-    described_by,
     load_upsampler,
 )
 from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, Published, Values
@@ -217,7 +216,7 @@ def _load(
 ) -> UpsamplerWeights:
     if url:
         options = {"storage_options": config.options, "force": config.features.force_upsampler}
-        return load_upsampler(method, url, backbone, described_by(bundle.spec), **options)
+        return load_upsampler(method, url, backbone, bundle.spec, **options)
     channels = backbone.channels * len(bundle.spec.layers)
     if method != "vit_up":
         crops = backbone.ragged and method == "lift"

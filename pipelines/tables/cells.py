@@ -22,12 +22,12 @@ from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, a
 from pipelines.costs.readouts import METHODS as COUNTED
 from pipelines.costs.speed import SpeedProtocol, measure_speed
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.provenance import describe_difference
 from pipelines.tables.backbones import PaperBackbone, find_backbone
 from pipelines.tables.tasks import TableTask, find_task
 from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
+from storage.differences import differences
 from storage.errors import RayliftError
 from storage.paths import Folder, redact
 
@@ -162,7 +162,8 @@ class GridConfig(JobConfig):
         )
 
     def flat(self) -> dict[str, Any]:
-        return {**super().flat(), "cell": _given(self.cell)}
+        # Tables have said these two so from the beginning.
+        return {**super().flat(), "cell": _given(self.cell), "storage_options": self.cluster.storage_options or "{}"}
 
 
 def _given(training: ReadoutTraining) -> dict[str, Any]:
@@ -340,7 +341,7 @@ def _read_result(cell: Cell) -> CellResult | None:
     try:
         found = json.loads(Folder(cell.training.out, cell.training.options).read(RESULT))
         # As for runs: a setting that didn't exist yet counts as its default, None.
-        if describe_difference("cell", found["settings"], _settings(cell)):
+        if differences(found["settings"], _settings(cell)):
             return None
         result = CellResult(**found["result"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
