@@ -6,7 +6,6 @@ The paper's code isn't released, nor are its sizes, images and batches; those he
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -68,8 +67,11 @@ class ScaleInvariance:
             for name, matrix in self._grams(piece, side, source).items():
                 grams.setdefault(name, []).append(matrix)
         number = int(piece.name)
-        settings: dict[str, Any] = {"estimator": self.estimator, "rescale": self.rescale}
-        return [{"row": name, **asdict(terms_of_grams(number, each, **settings))} for name, each in grams.items()]
+        terms = {
+            name: terms_of_grams(number, each, estimator=self.estimator, rescale=self.rescale)
+            for name, each in grams.items()
+        }
+        return [{"row": name, **asdict(each)} for name, each in terms.items()]
 
     def _grams(self, piece: Piece, side: int, source: FeatureSource) -> dict[str, Tensor]:
         """Gram matrices of the batch at one size, by row name: only one size's maps are held."""

@@ -4,7 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -34,6 +34,7 @@ from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import ImageFile
 from storage.datasets.registry import PAIRS
 from storage.datasets.spair import Pair
+from storage.documents import JsonValue
 from storage.paths import Folder
 from storage.spread import spread
 
@@ -272,7 +273,7 @@ def _pairs(pck: Pck) -> int:
     return sum(counts.pairs for counts in pck.categories.values())
 
 
-def _details(pck: Pck) -> dict[str, Any]:
+def _details(pck: Pck) -> dict[str, JsonValue]:
     return {
         "mean_of_categories": percent(pck.mean()),
         "all_key_points": percent(pck.per_point()),

@@ -8,8 +8,8 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from pipelines.features.photos import MAX_PIXELS, upright_pixels
 from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
 from storage.datasets.frames import OrientedImage
 from storage.datasets.images import EncodedImage, orientation_of, unreadable
+from storage.documents import JsonValue
 from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import StorageError, StorageOptions
 from storage.spec import FeatureSpec, Level
@@ -150,7 +151,7 @@ class LiveRecipe:
         """What is no mistake, and who reads the scores should know."""
         return [note for size in self.sizes for note in self.bundle(size).unfamiliar(self.spec(size), self.patch)]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, JsonValue]:
         """What makes the features, as JSON values."""
         spec = next(iter(self.bundles.values())).spec.to_json()
         spec["levels"] = [[lv["name"], lv["method"], lv["dtype"], lv["digest"]] for lv in spec["levels"]]
@@ -280,7 +281,7 @@ class StoreRecipe:
         """What was said when the features were extracted."""
         return [note for store in self.stores.values() for note in store.attributes.get("notes", ())]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, JsonValue]:
         """What made the features, as JSON values."""
         prints = {f"{h}x{w}": self.stores[h, w].attributes["fingerprint"] for h, w in sorted(self.stores)}
         return {"drawing": "extract", "stores": prints}
@@ -311,10 +312,10 @@ class StoreSource:
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
         store = self.recipe.store(size)
         row = self._row(store, image)
-        record = store.records([row], PLACED_COLUMNS).to_pylist()[0]
-        if record["width"] is None:
+        (placed,) = PlacedRow.read(store, [row])
+        if placed.width is None:
             store.pixels(row)  # raises with the reason
-        return orientation_in_store(store, record, image)
+        return placed.oriented(store, image)
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         store = self.recipe.store(picture.size)
@@ -340,25 +341,36 @@ class StoreSource:
         return next(found[key] for key in image.keys if key in found)
 
 
-PLACED_COLUMNS = ("row", "width", "height", "conversion")
-"""Of the ledger: what `orientation_in_store` needs."""
+@dataclass(frozen=True, kw_only=True)
+class PlacedRow:
+    """What a store's ledger says of how a row's image was read."""
 
+    row: int
+    width: int | None
+    "upright, in pixels; None: the row has no features"
+    height: int | None
+    conversion: str | None
 
-def orientation_in_store(store: FeatureStore, record: Mapping[str, Any], image: EncodedImage) -> OrientedImage:
-    """How the image of a ledger row was turned when it was extracted. A store keeps upright sizes, and whether an image was
-    turned, not how: then the image is read. Raises `FeaturesMissing` where it isn't the one that was extracted."""
-    size = record["width"], record["height"]
-    shown = f"{image.shown} (row {record['row']} of {store.folder.shown})"
-    if EXIF_ROTATE not in (record["conversion"] or ""):
-        return OrientedImage(shown, Orientation(width=size[0], height=size[1]))
-    found = image.orientation()
-    if found.exif == 1 or found.upright_size != size:
-        raise FeaturesMissing(
-            f"{store.folder.shown}: row {record['row']} was made of an image that its EXIF turned to {size[0]} x {size[1]} "
-            f"pixels; {image.shown} has the orientation {found.exif} and {found.upright_size[0]} x {found.upright_size[1]}. "
-            "Extract the images again"
-        )
-    return OrientedImage(shown, found)
+    @classmethod
+    def read(cls, store: FeatureStore, rows: Sequence[int]) -> "list[PlacedRow]":
+        """Of rows, in their order."""
+        columns = [field.name for field in fields(cls)]
+        return [cls(**record) for record in store.records(np.array(rows, np.int64), columns).to_pylist()]
+
+    def oriented(self, store: FeatureStore, image: EncodedImage) -> OrientedImage:
+        """How the image was turned when it was extracted. A store keeps upright sizes, and whether an image was turned, not
+        how: then the image is read. Raises `FeaturesMissing` where it isn't the one that was extracted."""
+        shown = f"{image.shown} (row {self.row} of {store.folder.shown})"
+        if EXIF_ROTATE not in (self.conversion or ""):
+            return OrientedImage(shown, Orientation(width=self.width, height=self.height))
+        found = image.orientation()
+        if found.exif == 1 or found.upright_size != (self.width, self.height):
+            raise FeaturesMissing(
+                f"{store.folder.shown}: row {self.row} was made of an image that its EXIF turned to {self.width} x "
+                f"{self.height} pixels; {image.shown} has the orientation {found.exif} and {found.upright_size[0]} x "
+                f"{found.upright_size[1]}. Extract the images again"
+            )
+        return OrientedImage(shown, found)
 
 
 def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
@@ -482,7 +494,7 @@ def _told(recipe: AnyRecipe) -> AnyRecipe:
     return recipe
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
+def describe(recipe: Recipe) -> dict[str, JsonValue]:
     """What made the features, weights' digests included, for a report."""
     if isinstance(recipe, LiveRecipe):
         return json.loads(json.dumps(recipe.identity()))
