@@ -11,45 +11,25 @@ bilinear row beside the method's. The same command continues an evaluation that 
 workers, 2 wrong settings or data.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import ModuleType
-from typing import Annotated
+from functools import partial
 
-import tyro
-
-from cluster.session import connect
-from jobs.program import pick_word, run_program
+from jobs.program import Command, Program
 from pipelines.config import ClusterConfig
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import write_demo
-from pipelines.evaluation import cka, correspondence, discovery, similarity, video
-from pipelines.evaluation import readouts as probe
+from pipelines.evaluation import cka, correspondence, discovery, readouts, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
-from pipelines.evaluation.run import run_pieces
+from pipelines.evaluation.run import main
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
 from pipelines.features.config import LevelConfig
-from pipelines.features.sources import describe
-from pipelines.results import write_results
-from storage.paths import redact
-
-TASKS: dict[str, ModuleType] = {
-    "correspondence": correspondence,
-    "video": video,
-    "discovery": discovery,
-    "cka": cka,
-    "similarity": similarity,
-    "runtime": runtime,
-    "probe": probe,
-}
 
 LEVELS = EvaluateConfig.features.levels
 
@@ -163,63 +143,31 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
     },
 }
 
+TASKS = {
+    "correspondence": correspondence,
+    "video": video,
+    "discovery": discovery,
+    "cka": cka,
+    "similarity": similarity,
+    "runtime": runtime,
+    "probe": readouts,
+}
 
-def parse(argv: Sequence[str]) -> tuple[str, str | None, EvaluateConfig]:
-    """Task, preset and settings. Exits with a suggestion on unknown flags; raises `ConfigError` on unknown words."""
-    args = list(argv)
-    task = pick_word(args, TASKS, "no task")
-    if task is None:
-        print(f"{__doc__}\nTasks and presets:")
-        print("\n".join(f"  {name}: {', '.join(presets)}" for name, presets in PRESETS.items()))
-        raise SystemExit(0 if "--help" in args or "-h" in args else 2)
-    preset = pick_word(args, PRESETS[task], f"no preset of {task}")
-    default = PRESETS[task][preset] if preset else type(PRESETS[task]["debug"])()
-    config = tyro.cli(
-        Annotated[type(default), tyro.conf.arg(name="")],
-        default=default,
-        args=args,
-        prog=f"python jobs/evaluate.py {task} [PRESET]",
-        description=f"{type(default).__doc__}\nPresets: {', '.join(PRESETS[task])}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return task, preset, config
-
-
-@contextlib.contextmanager
-def session_for(config: EvaluateConfig) -> Iterator[None]:
-    """A Ray session, where the evaluation wants one."""
-    if config.is_inline:
-        yield
-        return
-    with connect(config.cluster.ray_address, num_gpus=0 if config.cluster.device == "cpu" else None):
-        yield
-
-
-def main(task: str, config: EvaluateConfig) -> str:
-    """Evaluate, or go on with it, to the end; returns the tables as Markdown."""
-    module = TASKS[task]
-    evaluation, recipe, folder = module.prepare(config)  # before a cluster is started: most mistakes end here
-    with session_for(config):
-        records = run_pieces(config, evaluation, recipe, folder)
-    findings = module.find(config, evaluation, recipe, records)
-    if notes := recipe.notes():
-        findings = replace(findings, choices={**findings.choices, "upsamplers": "; ".join(notes)})
-    return write_results(folder, task, config.public(), describe(recipe), findings)
-
-
-def execute(task: str, preset: str | None, config: EvaluateConfig) -> None:
-    """Evaluate, and show the tables; the debug presets' data is drawn first."""
-    if preset == "debug":
-        write_demo("demo/evaluate")
-    print(main(task, config))
-    print(f"written to {redact(config.out, config.options)}")
-
-
-def run(argv: Sequence[str]) -> int:
-    """The exit code of a command line."""
-    stopped = "stopped; what is done is kept, the same command continues"
-    return run_program(argv, parse, execute, stopped=stopped)
-
+program = Program(
+    name="evaluate",
+    doc=__doc__,
+    commands={
+        name: Command(
+            run=partial(main, name, task),
+            default=type(PRESETS[name]["debug"])(),
+            presets=PRESETS[name],
+            before={"debug": partial(write_demo, "demo/evaluate")},
+        )
+        for name, task in TASKS.items()
+    },
+    stopped="stopped; what is done is kept, the same command continues",
+)
+run = program.run
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[1:]))

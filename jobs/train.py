@@ -13,30 +13,22 @@ ViT-Up's linear probes) or a preset. The same command continues a run that stopp
 many unreadable images, too many lost workers), 2 wrong settings.
 """
 
-import re
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from functools import partial
 
-import tyro
-
-from cluster.session import connect
-from jobs.program import pick_word, run_program
+from jobs.program import Command, Program
 from operators.readouts import READOUTS
 from operators.upsamplers import LEARNED
 from pipelines.config import GpuConfig
 from pipelines.demo import write_photos
 from pipelines.demo_datasets import write_demo
-from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.features.config import BackboneConfig, FeatureConfig
+from pipelines.features.config import BackboneConfig
+from pipelines.training import run as training
 from pipelines.training.config import TrainConfig
-from pipelines.training.images import ImageTraining
 from pipelines.training.lift import LIFT_MAPS, X2Config
-from pipelines.training.loop import TrainSummary, train_inline, train_on_ray
 from pipelines.training.readout import ReadConfig, ReadoutTraining
 from pipelines.training.vit_up import ViTUpTraining
-from storage.paths import redact
 
 LIFT_S16 = X2Config(
     method="lift",
@@ -195,100 +187,29 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 NAMES: dict[str, TrainConfig] = {
-    **{name: X2Config(method=name) for name in LEARNED},
+    **{name: X2Config().changed(method=name) for name in LEARNED},
     "vit-up": ViTUpTraining(),
-    **{name: ReadoutTraining(method=name) for name in READOUTS if name != "depth_bins"},
+    **{name: ReadoutTraining().changed(method=name) for name in READOUTS if name != "depth_bins"},
     "probe": PROBE,
     **PRESETS,
 }
 """What the first word may be, and what it stands for."""
 
-
-def parse(argv: Sequence[str]) -> tuple[str, TrainConfig]:
-    """The first word and the settings. Exits with a suggestion on unknown flags; raises `ConfigError` on unknown words."""
-    args = list(argv)
-    name = pick_word(args, NAMES)
-    if name is None:
-        print(f"{__doc__}\nFirst words: {', '.join(NAMES)}; each with --help")
-        raise SystemExit(0 if "--help" in args or "-h" in args else 2)
-    # What papers call it.
-    args = [re.sub(r"^--backbone(?=$|=)", "--model", word) for word in args]
-    config = tyro.cli(
-        Annotated[type(NAMES[name]), tyro.conf.arg(name="")],
-        default=NAMES[name],
-        args=args,
-        prog=f"python jobs/train.py {name}",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return name, config
-
-
-def main(config: TrainConfig) -> TrainSummary:
-    """Train, or continue, to the end."""
-    resolved = config.resolve()  # before a cluster is started: most mistakes end here
-    if config.is_inline:
-        return train_inline(resolved.prepare(InlineExecutor()))
-    with connect(config.cluster.ray_address, num_gpus=0 if config.cluster.device == "cpu" else None):
-        executor = RayExecutor()
-        pool = executor.pool(
-            config.cluster.device,
-            config.workers,
-            config.worker_cpus,
-            None,
-            accelerator=config.cluster.accelerator,
-            all_at_once=True,
-            called="worker",
+program = Program(
+    name="train",
+    doc=__doc__,
+    commands={
+        "": Command(
+            run=training.main,
+            presets=NAMES,
+            before={"debug": partial(write_photos, "demo"), "debug-readout": partial(write_demo, "demo/evaluate")},
+            about=__doc__,
         )
-        return train_on_ray(resolved.prepare(executor), pool.device)
-
-
-def _report(config: TrainConfig, summary: TrainSummary) -> None:
-    metrics = summary.metrics
-    rate = f", {metrics['run_images_per_s']:.1f} images/s" if "run_images_per_s" in metrics else ""
-    images = f"{metrics.get('images', 0):,} images, {len(summary.failed)} left out{rate}"
-    print(f"{summary.out}: {summary.step:,} steps, {images}")
-    for row, reason in list(summary.failed.items())[:5]:
-        print(f"  row {row}, {reason}")
-    held_out = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val_"))
-    if held_out:
-        print(f"held out   {held_out}")
-    best = f"{summary.out}/{summary.best or summary.last}"
-    print(f"best       {best}")
-    if isinstance(config, ReadoutTraining):
-        print(f"try next   python jobs/evaluate.py probe --readouts {best} --data ... --out ...")
-        return
-    print(f"try next   python jobs/extract.py {_same_features(config)} \\")
-    level = "x4" if config.method == "vit_up" else "x2"
-    print(f"               --levels x1 {level}={config.method}:{best} --data ... --out ...")
-
-
-def _same_features(config: ImageTraining) -> str:
-    """Flags of jobs/extract.py for the features that were trained on."""
-    plain = FeatureConfig()
-    flags = [f"--model {config.features.model} --size {config.backbone_size}"]
-    for name in ("weights", "revision", "geometry", "facet", "layers", "norm", "pos_embed"):
-        value = getattr(config.features, name, getattr(plain, name))
-        if value != getattr(plain, name):
-            words = " ".join(str(each) for each in value) if isinstance(value, tuple) else value
-            flags.append(f"--{name.replace('_', '-')} {words}")
-    return redact(" ".join(flags), config.options)
-
-
-def execute(name: str, config: TrainConfig) -> None:
-    """Train, and say what came of it; the debug presets' data is made first."""
-    if name == "debug":
-        write_photos("demo")
-    if name == "debug-readout":
-        write_demo("demo/evaluate")
-    _report(config, main(config))
-
-
-def run(argv: Sequence[str]) -> int:
-    """The exit code of a command line."""
-    stopped = "stopped; the same command goes on from the last checkpoint"
-    return run_program(argv, parse, execute, stopped=stopped)
-
+    },
+    stopped="stopped; the same command goes on from the last checkpoint",
+    aliases={"--backbone": "--model"},  # what papers call it
+)
+run = program.run
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[1:]))

@@ -386,11 +386,13 @@ def test_published_settings_of_readouts_parse():
     presets = [name for name in train_job.PRESETS if name.startswith(("deap", "probe"))]
     assert len(presets) >= 11
     for name in presets:
-        config = train_job.parse([name, "--data", "x", "--out", "y", "--backbone", "vit_base_patch16_224.mae"])[1]
+        config = train_job.program.parse(
+            [name, "--data", "x", "--out", "y", "--backbone", "vit_base_patch16_224.mae"]
+        ).config
         assert config.features.model == "vit_base_patch16_224.mae"
-    deap = train_job.parse(["deap-voc"])[1]
+    deap = train_job.program.parse(["deap-voc"]).config
     assert (deap.side, deap.placement, deap.lr, deap.weight_decay, deap.batch) == (224, "squash", 1e-3, 0.01, 32)
-    depth = train_job.parse(["probe-depth"])[1]
+    depth = train_job.program.parse(["probe-depth"]).config
     assert (depth.method, depth.depth_loss, depth.normalise, depth.side) == ("depth_bins", "vit-up", False, 448)
-    linear = train_job.parse(["probe", "--dataset", "ade20k"])[1]
+    linear = train_job.program.parse(["probe", "--dataset", "ade20k"]).config
     assert (linear.method, linear.batch, linear.flip, linear.schedule, linear.lr) == ("linear", 4, True, "cosine", 2e-3)

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.train import main as train
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
 from pipelines.showing.status import read_status, status_lines
 from pipelines.training.lift import X2Config
+from pipelines.training.run import train
 from storage.documents import DamagedObject
 from storage.paths import Folder
 from storage.runs import read_last, read_pointers

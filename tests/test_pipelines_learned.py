@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jobs.evaluate import main
 from jobs.extract import run
 from jobs.show import run as show
 from operators.backbone import BackboneError, TimmBackbone, create_model, normalise, state_arrays, weights_digest
 from operators.upsamplers import build_net, create_upsampler, learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.demo_datasets import write_demo
+from pipelines.evaluation import correspondence
 from pipelines.evaluation.correspondence import CorrespondenceConfig
+from pipelines.evaluation.run import evaluate
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.run import extract
 from pipelines.extraction.worker import ShardWorker
@@ -485,7 +486,7 @@ def test_an_evaluation_says_it_of_each_size_live_and_from_a_store(tiny, tmp_path
     stored = CorrespondenceConfig.of(**settings, stores=(images.out,), sizes=(96,), out=str(tmp_path / "stored"))
 
     for config in (live, stored):
-        main("correspondence", config)
+        evaluate("correspondence", correspondence, config)
         choices = json.loads((Path(config.out) / "results.json").read_text())["choices"]
         assert "here it is given 96 x 96 px (6 x 6 cells)" in choices["upsamplers"]
         assert "given 64 x 64" not in choices["upsamplers"]

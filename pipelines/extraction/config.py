@@ -13,6 +13,7 @@ from pipelines.config import (
     Held,
     Identity,
     JobConfig,
+    parse_options,
     require_at_least,
     settings_of,
 )
@@ -105,3 +106,17 @@ def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractC
         logger.warning("credentials were not saved in %s; give --storage-options again", redact(url))
         settings["storage_options"] = None
     return ExtractConfig.of(**settings)
+
+
+def start_from_run(args: list[str], default: ExtractConfig) -> ExtractConfig:
+    """The settings of the earlier run that `--from RUN` names, which is taken off `args`; without it, `default`."""
+    if "--from" not in args:
+        return default
+    at = args.index("--from")
+    if at + 1 == len(args):
+        raise ConfigError("--from needs a run.json or a store")
+    url = args[at + 1]
+    del args[at : at + 2]
+    # They may be needed to read the run.json.
+    words = args[args.index("--storage-options") + 1 :] if "--storage-options" in args else []
+    return config_from_run(url, parse_options(words[0]) if words else None)

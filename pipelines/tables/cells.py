@@ -28,9 +28,17 @@ from pipelines.tables.tasks import PublishedTask, find_task
 from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
+from storage.errors import RayliftError
 from storage.paths import Folder, redact
 
 logger = logging.getLogger(__name__)
+
+
+class CellsFailed(RayliftError):
+    """Some cells have no result; all others are done."""
+
+    exit_code = 1
+
 
 METHODS: Mapping[str, Mapping[str, Any]] = {**COUNTED, "depth_bins": {"method": "depth_bins"}}
 """Settings of each."""
