@@ -16,7 +16,8 @@ from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_gram
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
-from pipelines.features.sources import FeatureSource, Recipe, Squash, resolve_source
+from pipelines.features.pictures import Squash
+from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Line, Table
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.images import ImageFile, load_images

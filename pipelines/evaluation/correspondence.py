@@ -27,7 +27,8 @@ from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
+from pipelines.features.pictures import Geometries, Picture
+from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
 from storage.datasets.files import digest
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn

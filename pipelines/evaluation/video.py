@@ -19,7 +19,8 @@ from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
+from pipelines.features.pictures import Squash
+from pipelines.features.sources import FeatureSource, Recipe, Row, Size, resolve_source
 from pipelines.results import Cell, Findings, Line, Published, Table, by_size, panel, percent, with_published
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip

@@ -7,25 +7,23 @@ how many workers there are. The low-resolution row and the bilinear rows are mad
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from operators.image import Geometry, ImageRefused, decode
 from pipelines.config import ConfigError
 from pipelines.features.bundle import ModelBundle, cells, describe_model, load_settings
 from pipelines.features.config import LevelConfig, completed
 from pipelines.features.model import FeatureModel
-from pipelines.features.photos import MAX_PIXELS, upright_pixels
+from pipelines.features.pictures import Geometries, Picture, draw
 from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
 from storage.datasets.frames import OrientedImage
-from storage.datasets.images import EncodedImage, orientation_of, unreadable
+from storage.datasets.images import EncodedImage, orientation_of
 from storage.documents import JsonValue
 from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import StorageError, StorageOptions
@@ -34,8 +32,6 @@ from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 
-Geometries = Literal["pad", "squash", "crop"] | None
-"""How jobs/extract.py places images just as a protocol does; None: in no way."""
 
 CACHE_BYTES = 2**29
 """Maps that one worker keeps for images that come again."""
@@ -43,35 +39,6 @@ CACHE_BYTES = 2**29
 
 class FeaturesMissing(StorageError):
     """A store lacks an image of the data set, or holds it otherwise placed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image as a protocol feeds it to the model."""
-
-    image: EncodedImage
-    size: Size
-    "of the model's input"
-    draw: Callable[[np.ndarray], np.ndarray]
-    "uint8 [height, width, 3] of the upright original to uint8 [*size, 3], as the protocol's code does it"
-    geometry: Geometries
-    "of jobs/extract.py, where it places the image just so; None: none does"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Squash:
-    """Draws images at `size`, whatever their aspect, by Pillow's interpolation, which is antialiased."""
-
-    size: Size
-    interpolation: Literal["bilinear", "bicubic"]
-
-    def __call__(self, pixels_HW3: np.ndarray) -> np.ndarray:
-        method = Image.Resampling[self.interpolation.upper()]
-        return np.array(Image.fromarray(pixels_HW3).resize((self.size[1], self.size[0]), method))
-
-    def of(self, image: EncodedImage) -> Picture:
-        """The image drawn so."""
-        return Picture(image=image, size=self.size, draw=self, geometry="squash")
 
 
 class FeatureSource(Protocol):
@@ -233,27 +200,6 @@ class LiveSource:
                 ) from None
         self._models.move_to_end(size)
         return self._models[size]
-
-
-def draw(picture: Picture, data: bytes, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
-    """The upright picture as the model's input, uint8 [*picture.size, 3]; `data`: the image's bytes.
-
-    Raises `DatasetError` where the image can't be decoded.
-    """
-    if drawing == "paper":
-        return picture.draw(upright_pixels(picture.image, data))
-    if picture.geometry is None:
-        raise ConfigError(
-            "this protocol's images are placed as jobs/extract.py can't: use --drawing paper, and no --stores"
-        )
-    height, width = picture.size
-    geometry = Geometry(
-        mode=picture.geometry, height=height, width=width, interpolation=spec.interpolation, mean=spec.mean
-    )
-    try:
-        return decode(data, geometry, max_pixels=MAX_PIXELS).pixels
-    except ImageRefused as error:
-        raise unreadable(picture.image.shown, error) from None
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import Drawing, FeaturesMissing, PlacedRow, draw
+from pipelines.features.pictures import draw
+from pipelines.features.sources import Drawing, FeaturesMissing, PlacedRow
 from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.task import Task
 from pipelines.training.data import Example, open_store
