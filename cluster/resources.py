@@ -102,14 +102,8 @@ class WorkerRequest:
         return "--workers" if self.called == "worker" else "--actors"
 
 
-def choose_pool(
-    device: str, actors: int | None, cpus: int | None, gpus: float | None, accelerator: str | None = None, **how: Any
-) -> WorkerPool:
-    """Size the actor pool for the connected cluster: `size_pool` with a `WorkerRequest` of these values; `how`: its others.
-
-    Raises `ClusterError` for what the cluster can't meet.
-    """
-    request = WorkerRequest(device=device, actors=actors, cpus=cpus, gpus=gpus, accelerator=accelerator, **how)
+def choose_pool(request: WorkerRequest) -> WorkerPool:
+    """Size the actor pool for the connected cluster. Raises `ClusterError` for what the cluster can't meet."""
     return size_pool(request, present_nodes(), read_growth)
 
 

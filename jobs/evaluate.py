@@ -11,16 +11,14 @@ bilinear row beside the method's. The same command continues an evaluation that 
 workers, 2 wrong settings or data.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
 
-from cluster.session import connect
 from jobs.program import pick_word, run_program
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
@@ -32,9 +30,10 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
-from pipelines.evaluation.run import WorkersLost, run_pieces
+from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
+from pipelines.executors import WorkersLost, executor_for
 from pipelines.extraction.prepare import USER_ERRORS
 from pipelines.features.sources import describe
 from pipelines.results import write_results
@@ -164,22 +163,12 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, EvaluateConfig]:
     return task, preset, config
 
 
-@contextlib.contextmanager
-def session_for(config: EvaluateConfig) -> Iterator[None]:
-    """A Ray session, where the evaluation wants one."""
-    if config.is_inline:
-        yield
-        return
-    with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None):
-        yield
-
-
 def main(task: str, config: EvaluateConfig) -> str:
     """Evaluate, or go on with it, to the end; returns the tables as Markdown."""
     module = TASKS[task]
     evaluation, recipe, folder = module.prepare(config)  # before a cluster is started: most mistakes end here
-    with session_for(config):
-        records = run_pieces(config, evaluation, recipe, folder)
+    with executor_for(inline=config.is_inline, address=config.ray_address, device=config.device) as executor:
+        records = run_pieces(config, evaluation, recipe, folder, executor)
     findings = module.find(config, evaluation, recipe, records)
     if notes := recipe.notes():
         findings = replace(findings, choices={**findings.choices, "upsamplers": "; ".join(notes)})

@@ -8,24 +8,22 @@
 The same command continues a run that stopped. Exit codes: 0 complete within the failure budget, 1 not, 2 wrong settings.
 """
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
 import tyro
 
-from cluster.session import connect
 from jobs.program import pick_word, run_program
 from pipelines.config import ConfigError, runs_inline
 from pipelines.demo import write_photos
-from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.executors import executor_for
 from pipelines.extraction.config import ExtractConfig, config_from_run
 from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import USER_ERRORS, prepare, resolve
-from pipelines.extraction.run import RunFailed, Summary, pool_for, run_prepared
+from pipelines.extraction.run import RunFailed, Summary, run_prepared
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.showing.views import pick_rows, view_panel
 from storage.left_out import left_out_lines
@@ -99,25 +97,14 @@ def _options_in(args: Sequence[str]) -> dict[str, Any] | None:
     return None
 
 
-@contextlib.contextmanager
-def executor_for(config: ExtractConfig) -> Iterator[Any]:
-    """The executor that `config` asks for, with a Ray session round it where it needs one."""
-    if runs_inline(config.executor, *config.data, config.out):
-        yield InlineExecutor()
-        return
-    gpus = 0 if config.device == "cpu" else None
-    with connect(config.ray_address, num_gpus=gpus):
-        yield RayExecutor()
-
-
 def main(config: ExtractConfig) -> Summary | None:
     """Plan or run the extraction; returns None after --plan."""
     resolved = resolve(config)  # before a cluster is started: most mistakes end here
-    with executor_for(config) as executor:
-        pool = pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
+    inline = runs_inline(config.executor, *config.data, config.out)
+    with executor_for(inline=inline, address=config.ray_address, device=config.device) as executor:
         prepared = prepare(resolved, executor)
         if config.plan:
-            plan = make_plan(prepared, device=pool.device, actors=pool.size, threads=pool.cpus)
+            plan = make_plan(prepared)
             prepared.keep_index()
             if config.json:
                 print(json.dumps(plan.to_json(), indent=1))

@@ -11,15 +11,14 @@ grid that stopped: what is done isn't done again. Exit codes: 0 all cells done, 
 wrong settings.
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 
 import tyro
 
-from cluster.session import connect
 from jobs.program import pick_word, run_program
 from pipelines.demo_datasets import write_demo
+from pipelines.executors import executor_for
 from pipelines.extraction.prepare import USER_ERRORS
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import GridConfig, measure_speeds, plan_cells, run_cells
@@ -90,12 +89,11 @@ def parse(argv: Sequence[str]) -> tuple[str, GridConfig]:
 def main(config: GridConfig) -> bool:
     """Run all cells, then measure speeds, and print and write what was found; whether all cells are done."""
     cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
-    session = connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None)
-    with contextlib.nullcontext() if config.is_inline else session:
-        results = run_cells(config, cells)
+    with executor_for(inline=config.is_inline, address=config.ray_address, device=config.device) as executor:
+        results = run_cells(config, cells, executor)
         text = write_grid(folder, config, cells, results, {})
         if config.speed and not all(result.error for result in results):
-            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results))
+            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results, executor))
     print(text)
     print(f"{folder.shown}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own")
     return not any(result.error for result in results)

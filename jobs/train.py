@@ -21,13 +21,12 @@ from typing import Annotated
 
 import tyro
 
-from cluster.session import connect
 from jobs.program import pick_word, run_program
 from operators.readouts import READOUTS
 from operators.upsamplers import LEARNED
 from pipelines.demo import write_photos
 from pipelines.demo_datasets import write_demo
-from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.executors import executor_for
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import USER_ERRORS
 from pipelines.training.config import TrainConfig
@@ -239,19 +238,10 @@ def parse(argv: Sequence[str]) -> tuple[str, TrainConfig]:
 def main(config: TrainConfig) -> TrainSummary:
     """Train, or continue, to the end."""
     resolved = config.resolve()  # before a cluster is started: most mistakes end here
-    if config.is_inline:
-        return train_inline(resolved.prepare(InlineExecutor()))
-    with connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None):
-        executor = RayExecutor()
-        pool = executor.pool(
-            config.device,
-            config.workers,
-            config.worker_cpus,
-            None,
-            accelerator=config.accelerator,
-            all_at_once=True,
-            called="worker",
-        )
+    with executor_for(inline=config.is_inline, address=config.ray_address, device=config.device) as executor:
+        if config.is_inline:
+            return train_inline(resolved.prepare(executor))
+        pool = executor.pool(config.worker_request)  # what the cluster can't meet, before the input is indexed
         return train_on_ray(resolved.prepare(executor), pool.device)
 
 

@@ -19,7 +19,7 @@ from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
 from pipelines.training.config import TrainConfig
-from pipelines.training.data import TrainOrder, load_inline
+from pipelines.training.data import TrainOrder
 from pipelines.training.lift import X2Config
 from pipelines.training.loop import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
 from storage.paths import Folder, InputError
@@ -181,7 +181,7 @@ def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, cap
     waits = iter([7.0, 0.5, 40.0, 0.5, 0.5, 30.0, 0.5, 0.5, 2.5])  # as bursts from a loader are
 
     def load(source, items, loaders):
-        for loaded in load_inline(source, items, loaders):
+        for loaded in load(source, items, InlineExecutor(), loaders):
             clock[0] += next(waits)
             yield loaded
 
@@ -292,7 +292,7 @@ def test_several_workers_take_the_steps_of_one(small, tmp_path, world):
     trainers = [Trainer(setup, group, torch.device("cpu")) for group in groups]
 
     with ThreadPoolExecutor(world) as pool:
-        list(pool.map(lambda trainer: trainer.run(load_inline), trainers))
+        list(pool.map(lambda trainer: trainer.run(InlineExecutor()), trainers))
 
     np.testing.assert_allclose(losses(str(tmp_path / "many")), losses(str(tmp_path / "one")), rtol=1e-4)
     one, many = trainers[0].net.state_dict(), trainers[1].net.state_dict()
@@ -338,7 +338,7 @@ def test_a_diverged_run_ends_with_the_step(small):
         next(trainer.net.parameters()).fill_(float("nan"))
 
     with pytest.raises(TrainFailed, match="nan at step 1"):
-        trainer.run(load_inline)
+        trainer.run(InlineExecutor())
 
     assert read_last(setup.folder) is None
 

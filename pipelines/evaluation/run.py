@@ -1,4 +1,4 @@
-"""Does an evaluation's pieces of work, here or on Ray actors, and keeps what each one gave: the only file that knows Ray.
+"""Has an evaluation's pieces of work done, and keeps what each one gave.
 
 A piece writes its records as one object in `parts/` when it is done, so that an evaluation which was killed goes on from
 there. Records are merged from those files, whoever wrote them: the score depends neither on the number of workers nor on the
@@ -10,19 +10,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from cluster.resources import WorkerPool, choose_pool
+from cluster.resources import WorkerRequest
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig, protocol_settings
-from pipelines.executors import InlineExecutor
+from pipelines.executors import Executor
 from pipelines.features.sources import CachedSource, FeatureSource, Recipe
 from pipelines.provenance import require_same, versions
 from pipelines.results import LeftOut
 from storage.datasets.pictures import CANNOT_TELL, DatasetError, FrameUnknown
-from storage.documents import Document, parse_json
+from storage.documents import Document, JsonObject, parse_json
 from storage.paths import Folder
 from storage.runs import read_run, write_run
 from storage.store import read_attributes
@@ -30,11 +30,7 @@ from storage.store import read_attributes
 logger = logging.getLogger(__name__)
 
 
-class WorkersLost(RuntimeError):
-    """Workers were lost again and again."""
-
-
-Record = dict[str, Any]
+Record = JsonObject
 """What one item gave, as JSON values."""
 
 LEFT_OUT = "left_out"
@@ -92,7 +88,7 @@ def split_left_out(records: Sequence[Record]) -> tuple[list[Record], tuple[LeftO
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a worker is given."""
+    """What a worker is given, and makes itself of."""
 
     evaluation: Evaluation
     recipe: Recipe
@@ -100,22 +96,16 @@ class Work:
     device: str
     threads: int
 
+    def __call__(self) -> Callable[[Piece], str]:
+        torch.set_num_threads(self.threads)
+        source = CachedSource(self.recipe.open(self.device))
+        return lambda piece: self.run(piece, source)
 
-class Worker:
-    """Does pieces, one at a time."""
-
-    def __init__(self, work: Work):
-        torch.set_num_threads(work.threads)
-        self.work, self.source = work, CachedSource(work.recipe.open(work.device))
-
-    def start(self) -> None:
-        """Nothing; on Ray, what can be waited for until the worker is up."""
-
-    def run(self, piece: Piece) -> str:
+    def run(self, piece: Piece, source: FeatureSource) -> str:
         """Do a piece and write its records; returns its name."""
-        records = self.work.evaluation.run(piece, self.source, self.work.folder)
+        records = self.evaluation.run(piece, source, self.folder)
         lines = "".join(f"{json.dumps(record)}\n" for record in records)
-        self.work.folder.write(_part(piece.name), lines.encode())
+        self.folder.write(_part(piece.name), lines.encode())
         return piece.name
 
 
@@ -134,17 +124,19 @@ def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -
     return folder
 
 
-def run_pieces(config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder) -> list[Record]:
-    """Do what isn't done yet; returns all records, in the order of the pieces. On Ray, a session must be connected."""
+def run_pieces(
+    config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, executor: Executor
+) -> list[Record]:
+    """Do what isn't done yet; returns all records, in the order of the pieces."""
     pieces = evaluation.pieces()
     done = folder.sizes("parts")
     pending = [piece for piece in pieces if f"{piece.name}.jsonl" not in done]
     if done:
         logger.info("%d of %d pieces are done already", len(pieces) - len(pending), len(pieces))
     if pending:
-        started = time.monotonic()
-        run = _run_inline if config.is_inline else _run_on_ray
-        for finished, name in enumerate(run(config, evaluation, recipe, folder, pending), 1):
+        started, pool = time.monotonic(), executor.pool(worker_request(config))
+        work = Work(evaluation=evaluation, recipe=recipe, folder=folder, device=pool.device, threads=pool.cpus)
+        for finished, name in enumerate(executor.pieces(work, pending, pool), 1):
             logger.info("%s done, %d of %d, %.0f s", name, finished, len(pending), time.monotonic() - started)
     return _records(folder, pieces)
 
@@ -162,55 +154,12 @@ def _part(name: str) -> str:
     return f"parts/{name}.jsonl"
 
 
-def _run_inline(
-    config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, pending: Sequence[Piece]
-) -> Any:
-    pool = InlineExecutor().pool(config.device, None, config.actor_cpus, None)
-    worker = Worker(_work(evaluation, recipe, folder, pool))
-    for piece in pending:
-        yield worker.run(piece)
-
-
-def _work(evaluation: Evaluation, recipe: Recipe, folder: Folder, pool: WorkerPool) -> Work:
-    return Work(evaluation=evaluation, recipe=recipe, folder=folder, device=pool.device, threads=pool.cpus)
-
-
-def _run_on_ray(
-    config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, pending: Sequence[Piece]
-) -> Any:
-    """Names of pieces as they finish. A lost actor is started again, and its piece done again; errors end the evaluation."""
-    import ray
-
-    pool = choose_pool(config.device, config.actors, config.actor_cpus, config.actor_gpus, config.accelerator)
-    # The model crosses the network once per node.
-    work = ray.put(_work(evaluation, recipe, folder, pool))
-    actor = ray.remote(**pool.placement, max_restarts=3, max_task_retries=3)(Worker)
-    actors = [actor.remote(work) for _ in range(min(pool.size, len(pending)))]
-    waiting = list(reversed(pending))
-    # An actor gets work once it is up: one that the cluster has no room for keeps nobody waiting.
-    running = {each.start.remote(): each for each in actors}
-    left = len(pending)
-    try:
-        while left:
-            (ready, *_), _ = ray.wait(list(running), num_returns=1)
-            free, name = running.pop(ready), _result(ready)
-            if name is not None:
-                left -= 1
-                yield name
-            # Two pieces at a time for each, so that none waits for the driver.
-            for piece in [waiting.pop() for _ in range(min(len(waiting), 1 if name else 2))]:
-                running[free.run.remote(piece)] = free
-    finally:
-        for each in actors:
-            ray.kill(each)
-
-
-def _result(reference: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # as it would be raised here
-    except ray.exceptions.RayActorError as error:
-        raise WorkersLost(f"a worker was lost and started again too often: {error}. The same command goes on") from None
+def worker_request(config: EvaluateConfig) -> WorkerRequest:
+    """The workers that settings ask for."""
+    return WorkerRequest(
+        device=config.device,
+        actors=config.actors,
+        cpus=config.actor_cpus,
+        gpus=config.actor_gpus,
+        accelerator=config.accelerator,
+    )

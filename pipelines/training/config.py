@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from cluster.resources import WorkerRequest
 from pipelines.config import (
     ConfigError,
     absolute,
@@ -22,6 +23,7 @@ from pipelines.config import (
     require_shareable,
     runs_inline,
 )
+from pipelines.executors import Executor
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
 from storage.paths import Folder
 from storage.store import read_attributes
@@ -163,6 +165,18 @@ class TrainConfig:
         """Whether this process trains."""
         return runs_inline(self.executor, *self._places)
 
+    @property
+    def worker_request(self) -> WorkerRequest:
+        """The processes that train together on Ray."""
+        return WorkerRequest(
+            device=self.device,
+            actors=self.workers,
+            cpus=self.worker_cpus,
+            accelerator=self.accelerator,
+            all_at_once=True,
+            called="worker",
+        )
+
     def public(self) -> dict[str, Any]:
         """All settings without credentials, for files and logs."""
         return public_settings(self, *self.urls)
@@ -203,8 +217,8 @@ class TrainConfig:
 class Resolved(Protocol):
     """Settings held against what they name."""
 
-    def prepare(self, executor: Any) -> "TrainSetup":
-        """Read what is needed of the data, and begin or continue the folder; `executor` as in pipelines/executors.py."""
+    def prepare(self, executor: Executor) -> "TrainSetup":
+        """Read what is needed of the data, and begin or continue the folder."""
 
 
 class Objective(Protocol):

@@ -19,10 +19,11 @@ from operators.backbone import (
     state_arrays,
 )
 from pipelines.config import ConfigError, require_at_least
-from pipelines.extraction.prepare import index_input
+from pipelines.executors import Executor
 from pipelines.features.bundle import fresh_model
 from pipelines.features.upsamplers import trained_on
 from pipelines.features.weights import WeightsChoice, load_model, read_description
+from pipelines.indexing import RunInput, report_left_out
 from pipelines.provenance import begin_run
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
@@ -163,8 +164,8 @@ class ResolvedImages:
     held_out_files: Listing
     features: StoredFeatures | None
 
-    def prepare(self, executor: Any) -> ImageSetup:
-        """Index the input, and begin or continue the folder; `executor` scans tars (pipelines/executors.py).
+    def prepare(self, executor: Executor) -> ImageSetup:
+        """Index the input, and begin or continue the folder; `executor` scans tars.
 
         Raises `InputError`, `CheckpointError`, and `ConfigError` where a run was begun with other settings.
         """
@@ -202,12 +203,20 @@ class ResolvedImages:
         folder: Folder,
         files: Listing,
         limit: int | None,
-        executor: Any,
+        executor: Executor,
         features: StoredFeatures | None = None,
     ) -> tuple[ImageSource, SampleIndex]:
         config = self.config
-        rules, in_use = MemberRules(image=config.image_member), read_run(self.folder) is not None
-        index = index_input(folder, files, rules, limit, executor, config.options, in_use=in_use)
+        given = RunInput(
+            files=files,
+            rules=MemberRules(image=config.image_member),
+            limit=limit,
+            options=config.options,
+            executor=executor,
+        )
+        in_use = read_run(self.folder) is not None
+        index = given.index_in_use(folder) if in_use else given.index(folder, folder)
+        report_left_out(index, files)
         source = ImageSource(
             folder=folder,
             digest=index.digest,

@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.resources import accelerator_selector
+from cluster.resources import WorkerRequest, accelerator_selector
 from operators.backbone import load_arrays, state_arrays
 from operators.objectives.schedule import learning_rate
+from pipelines.executors import Executor, InlineExecutor, RayExecutor
 from pipelines.training.config import TrainSetup
-from pipelines.training.data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
+from pipelines.training.data import Loaded, load
 from pipelines.training.watch import EventFile
 from storage.documents import Document
 from storage.paths import Folder, StorageError, filesystem
@@ -47,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 FOLLOW_S = 5.0
 """Seconds between looks at a run's metrics."""
-
-Load = Callable[[ExampleSource, Iterator[MicroBatch], int], Iterator[Loaded]]
 
 
 class TrainFailed(RuntimeError):
@@ -156,7 +155,7 @@ class Trainer:
         )
         logger.info("going on after step %d of %d", self.step, self.setup.order.steps)
 
-    def run(self, load: Load) -> None:
+    def run(self, executor: Executor) -> None:
         """Train to the end. Raises `TrainFailed`, in every process alike."""
         devices = [self.device] if self.device.type == "cuda" else []
         if self.group.rank == 0:
@@ -166,20 +165,20 @@ class Trainer:
         try:
             self._require_budget()
             with torch.random.fork_rng(devices=devices):
-                self._train(load)
+                self._train(executor)
         except TrainFailed as error:
             if self.group.rank == 0:
                 self.lines.append({"step": self.step, "stopped": str(error)})
                 write_metrics(self.setup.folder, self.lines)
             raise
 
-    def _train(self, load: Load) -> None:
+    def _train(self, executor: Executor) -> None:
         order, group = self.setup.order, self.group
         if self.step >= order.steps:
             return
         events = EventFile(self.setup.folder, self.step) if group.rank == 0 else None
         items = order.micro_batches(self.step, group.rank, group.world)
-        stream = load(self.setup.images, items, self.config.loaders)
+        stream = load(self.setup.images, items, executor, self.config.loaders)
         try:
             if events and not self.step:
                 self._validate(events)  # what the network does untrained
@@ -353,10 +352,9 @@ def _load_optimiser(net: torch.nn.Module, optimiser: torch.optim.Optimizer, arra
 
 def train_inline(setup: TrainSetup) -> TrainSummary:
     """Train in this process. Raises `TrainFailed`."""
-    device = setup.config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    Trainer(setup, Alone(), torch.device(device)).run(load_inline)
+    executor = InlineExecutor()
+    device = executor.pool(WorkerRequest(device=setup.config.device)).device
+    Trainer(setup, Alone(), torch.device(device)).run(executor)
     return summarise(setup.folder)
 
 
@@ -461,7 +459,7 @@ def _train_worker(settings: Mapping[str, Any]) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL puts gathered objects
     try:
-        Trainer(setup, Distributed(), device).run(load_on_ray)
+        Trainer(setup, Distributed(), device).run(RayExecutor())
     except TrainFailed as error:
         # Starting again would end the same way. The driver finds the reason among the metrics.
         logger.error("%s", error)
