@@ -33,8 +33,7 @@ from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
-from pipelines.executors import WorkersLost, executor_for
-from pipelines.extraction.prepare import USER_ERRORS
+from pipelines.executors import executor_for
 from pipelines.features.sources import describe
 from pipelines.results import write_results
 from storage.paths import redact
@@ -186,7 +185,7 @@ def execute(task: str, preset: str | None, config: EvaluateConfig) -> None:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; what is done is kept, the same command continues"
-    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(WorkersLost,), stopped=stopped)
+    return run_program(argv, parse, execute, stopped=stopped)
 
 
 if __name__ == "__main__":

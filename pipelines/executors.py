@@ -21,6 +21,7 @@ import numpy as np
 from cluster.metrics import TaskReport, WorkerMetrics
 from cluster.resources import WorkerPool, WorkerRequest, choose_pool, present_nodes
 from cluster.session import connect
+from storage.errors import RayliftError
 from storage.ledger import SampleRecord
 from storage.spec import ShardTask
 
@@ -45,8 +46,10 @@ Result = TypeVar("Result")
 Reference = TypeVar("Reference")
 
 
-class WorkersLost(RuntimeError):
+class WorkersLost(RayliftError):
     """Workers were lost again and again."""
+
+    exit_code = 1
 
 
 # --- what crosses between driver and workers --------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The input: which samples there are, and their image bytes.
 
-`build_index` has the sources scanned once (storage/tars.py) and writes one row per sample as Parquet beside the output;
+`write_index` writes one row per sample of the scanned sources (storage/tars.py) as Parquet beside the output;
 `SampleIndex` reads rows of it back, from the driver or any worker. Decoding images is not done here.
 """
 

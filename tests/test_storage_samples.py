@@ -20,8 +20,9 @@ from pipelines.indexing import RunInput
 from storage import samples
 from storage.inputs import expand_inputs
 from storage.paths import Folder, InputError, StorageError, public_options, query_free, redact
-from storage.samples import DuplicateKeys, SampleIndex, collect_index, read_images, write_index
-from storage.tars import MemberRules, scan_source, split_name
+from storage.samples import DuplicateKeys, SampleIndex, read_images, write_index
+from storage.scans import collect_index
+from storage.tars import MemberRules, SourceScan, scan_source, split_name
 from tests.conftest import run_input, write_tar
 
 AWKWARD_NAMES = [
@@ -61,7 +62,7 @@ def test_any_name_splits_as_webdataset_splits_it(name):
 # --- grouping -----------------------------------------------------------------------------------------------------------
 
 
-def scan(path: Path | str, rules: MemberRules | None = None) -> samples.SourceScan:
+def scan(path: Path | str, rules: MemberRules | None = None) -> SourceScan:
     return scan_source(expand_inputs([str(path)])[0], rules or MemberRules())
 
 

@@ -21,9 +21,10 @@ from operators.backbone import PatchFeatures, autocast, cast_matmul_weights, sta
 from operators.upsamplers.jbu import JointBilateral, JointBilateralStack
 from operators.upsamplers.lift import LiftNet
 from operators.upsamplers.resize_conv import ResizeConvNet
+from storage.errors import RayliftError
 
 
-class UpsamplerError(ValueError):
+class UpsamplerError(RayliftError, ValueError):
     """No such upsampler, or it can't do what was asked."""
 
 

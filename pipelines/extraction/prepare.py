@@ -9,21 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from cluster.resources import WorkerPool, WorkerRequest
-from cluster.session import ClusterError
-from operators.backbone import BackboneError
-from operators.upsamplers import UpsamplerError
 from pipelines.config import ConfigError
 from pipelines.executors import Executor
 from pipelines.extraction.config import CONTENT_FIELDS, ExtractConfig
 from pipelines.extraction.continued import InputUpdate, continue_store, draft, input_of, member_rules
 from pipelines.features.bundle import ModelBundle, load_described
 from pipelines.features.model import FeatureModel
-from pipelines.features.weights import WeightsUnavailable
 from pipelines.indexing import report_left_out
 from pipelines.provenance import versions
 from storage.inputs import Listing, expand_inputs
 from storage.left_out import LeftOut
-from storage.paths import Folder, InputError, StorageError, is_memory
+from storage.paths import Folder, InputError, is_memory
 from storage.root import StoreReplaced
 from storage.samples import SampleIndex, move_index
 from storage.sources import sources_digest
@@ -31,18 +27,6 @@ from storage.spec import FingerprintMismatch, Layout, choose_block_rows
 from storage.store import FeatureStore, read_attributes
 
 logger = logging.getLogger(__name__)
-
-USER_ERRORS = (
-    ConfigError,
-    StorageError,
-    BackboneError,
-    UpsamplerError,
-    WeightsUnavailable,
-    ClusterError,
-    FileNotFoundError,
-    PermissionError,
-)
-"""What a person can act on: a program shows the message alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
