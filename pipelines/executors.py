@@ -220,7 +220,7 @@ class RayExecutor:
         import ray
 
         if loaders is None:
-            call, shared = ray.remote(num_cpus=1, max_retries=3)(_call), ray.put(do)  # type: ignore[var-annotated]
+            call, shared = ray.remote(num_cpus=1, max_retries=3)(_call), ray.put(do)
             ahead = max(2, 2 * sum(node.count * node.cpus for node in present_nodes()))
             yield from _in_order(lambda item: call.remote(shared, item), _fetch, items, ahead)
             return
@@ -288,7 +288,7 @@ def _actors(
 
     shared = ray.put(make)
     cls = ray.remote(**options)(_Actor)
-    actors: list[ActorHandle[Any]] = [cls.remote(shared) for _ in range(count)]  # type: ignore[misc]
+    actors: list[ActorHandle[Any]] = [cls.remote(shared) for _ in range(count)]
     try:
         yield actors
     finally:
@@ -322,7 +322,7 @@ def _call(do: Callable[[Item], Result], item: Item) -> Result:
     return do(item)
 
 
-def _fetch(reference: "ray.ObjectRef[Result]") -> Result:
+def _fetch(reference: "ray.ObjectRef[Result]") -> Result:  # type: ignore[type-var]  # references have no types
     """A result; the error that a user's code raised, as it would be raised here; `WorkersLost` for any other."""
     import ray
 

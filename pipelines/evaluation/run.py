@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -22,10 +22,10 @@ from pipelines.features.sources import CachedSource, FeatureSource, Recipe
 from pipelines.provenance import require_same, versions
 from pipelines.results import LeftOut
 from storage.datasets.pictures import CANNOT_TELL, DatasetError, FrameUnknown
-from storage.documents import Document, JsonObject, parse_json
+from storage.documents import Document, JsonObject, as_object, decode, parse_json
 from storage.paths import Folder
+from storage.root import read_attributes
 from storage.runs import read_run, write_run
-from storage.store import read_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,15 @@ logger = logging.getLogger(__name__)
 Record = JsonObject
 """What one item gave, as JSON values."""
 
-LEFT_OUT = "left_out"
-"""Of a record: why its item isn't scored."""
+
+@dataclass(frozen=True, kw_only=True)
+class Unscored:
+    """The record of an item that isn't scored, as its names are in the file."""
+
+    left_out: str
+    "why"
+    item: int
+    image: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,7 @@ def records_of(items: Sequence[int], do: Callable[[int], list[Record]]) -> list[
         try:
             records += do(number)
         except FrameUnknown as error:
-            records.append({LEFT_OUT: CANNOT_TELL, "item": number, "image": error.shown})
+            records.append(asdict(Unscored(left_out=CANNOT_TELL, item=number, image=error.shown)))
     return records
 
 
@@ -75,11 +82,10 @@ def split_left_out(records: Sequence[Record]) -> tuple[list[Record], tuple[LeftO
 
     Raises `DatasetError` where nothing was scored.
     """
-    scored = [record for record in records if LEFT_OUT not in record]
+    scored = [record for record in records if "left_out" not in record]
     images: dict[str, dict[int, str]] = {}
-    for record in records:
-        if LEFT_OUT in record:
-            images.setdefault(record[LEFT_OUT], {})[record["item"]] = record["image"]
+    for each in [decode(Unscored, record) for record in records if "left_out" in record]:
+        images.setdefault(each.left_out, {})[each.item] = each.image
     found = tuple(LeftOut(reason=reason, count=len(items), first=items[min(items)]) for reason, items in images.items())
     if found and not scored:
         raise DatasetError(f"nothing is left to be scored: {'; '.join(map(str, found))}")
@@ -120,7 +126,7 @@ def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -
     if before is None:
         write_run(folder, {"identity": identity, "config": config.public(), "versions": versions()})
     else:
-        require_same(folder.shown, before.get("identity", {}), json.loads(json.dumps(identity)))
+        require_same(folder.shown, as_object(before.get("identity", {})), json.loads(json.dumps(identity)))
     return folder
 
 
@@ -142,7 +148,7 @@ def run_pieces(
 
 
 def _records(folder: Folder, pieces: Sequence[Piece]) -> list[Record]:
-    records = []
+    records: list[Record] = []
     names = [_part(piece.name) for piece in pieces]
     for name, data in zip(names, folder.read_many(names), strict=True):
         with Document(folder, name, "delete it and run the same command").parsing():

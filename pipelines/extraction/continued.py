@@ -13,10 +13,11 @@ from storage.identity import InputState, input_state, order_digest
 from storage.inputs import Listing, expand_inputs
 from storage.ledger import SCHEMA
 from storage.paths import Folder, InputError, is_memory
+from storage.root import read_attributes
 from storage.samples import INDEX, SampleIndex, index_digest, move_index, update_sources
 from storage.sources import other_input, sources_digest
 from storage.spec import FeatureSpec, Layout
-from storage.store import FeatureStore, read_attributes
+from storage.store import FeatureStore
 from storage.tars import MemberRules
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import torch
 
 from cluster.progress import size_text
 from operators.codecs.memory import DecodeMemory
-from operators.image import ImageRefused, decode
+from operators.codecs.refusal import ImageRefused
+from operators.image import decode
 from pipelines.config import ConfigError
 from pipelines.extraction.prepare import Prepared, default_batch
 from pipelines.features.model import FeatureModel

@@ -17,14 +17,15 @@ from pipelines.features.bundle import ModelBundle, load_described
 from pipelines.features.model import FeatureModel
 from pipelines.indexing import report_left_out
 from pipelines.provenance import versions
+from storage.documents import JsonValue
 from storage.inputs import Listing, expand_inputs
 from storage.left_out import LeftOut
 from storage.paths import Folder, InputError, is_memory
-from storage.root import StoreReplaced
+from storage.root import StoreReplaced, read_attributes
 from storage.samples import SampleIndex, move_index
 from storage.sources import sources_digest
 from storage.spec import FingerprintMismatch, Layout, choose_block_rows
-from storage.store import FeatureStore, read_attributes
+from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Prepared:
         """Create or continue the output. Raises `FingerprintMismatch`, `InputError` and `StoreReplaced` for another run's."""
         public = self.config.public()
         settings = {name: public[name] for name in CONTENT_FIELDS}
-        provenance = {"versions": versions(), "config": settings, "input": self.input_digest}
+        provenance: dict[str, JsonValue] = {"versions": versions(), "config": settings, "input": self.input_digest}
         if self.notes:
             provenance["notes"] = list(self.notes)
         try:

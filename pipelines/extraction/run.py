@@ -97,7 +97,7 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     setup = WorkerSetup(
         bundle=prepared.bundle,
         out=config.out,
-        fingerprint=store.attributes["fingerprint"],
+        fingerprint=store.root.fingerprint,
         input_digest=prepared.input_digest,
         options=config.options,
         urls=prepared.urls,

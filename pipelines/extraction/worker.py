@@ -16,7 +16,8 @@ import torch
 
 from cluster.metrics import TaskReport
 from operators.codecs.memory import DecodeMemory
-from operators.image import DecodedImage, ImageRefused, decode, limit_pillow
+from operators.codecs.refusal import ImageRefused
+from operators.image import DecodedImage, decode, limit_pillow
 from pipelines.executors import Loaded
 from pipelines.extraction.attempts import attempt, failed, ledger_records, write_and_commit
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads

@@ -11,15 +11,16 @@ import threading
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from operators.image import Geometry, ImageRefused, fit, limit_pillow, open_rgb
+from operators.codecs.refusal import ImageRefused
+from operators.image import Geometry, fit, limit_pillow, open_rgb
 from pipelines.executors import Executor
 from pipelines.training.augment import colour_jitter, random_part, training_view
-from storage.paths import Folder
+from storage.paths import Folder, StorageOptions
 from storage.samples import SampleIndex, read_images
 from storage.store import FeatureStore
 
@@ -150,7 +151,7 @@ class StoredFeatures:
     """One level of a feature store, looked up by the keys of the images."""
 
     url: str
-    options: Mapping[str, Any]
+    options: StorageOptions
     level: str
 
     def read(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
@@ -165,7 +166,7 @@ class StoredFeatures:
         return out, {key: f"no features in {store.folder.shown}" for key in keys if key not in found}
 
 
-def open_store(url: str, options: Mapping[str, Any]) -> FeatureStore:
+def open_store(url: str, options: StorageOptions) -> FeatureStore:
     """The store, opened once in each process."""
     return _open_store(url, json.dumps(dict(options), sort_keys=True))
 
@@ -206,7 +207,7 @@ class ImageSource:
     "of the index"
     urls: tuple[str, ...]
     "the index's sources, with credentials"
-    options: Mapping[str, Any]
+    options: StorageOptions
     max_image_pixels: int
     seed: int
     view: View
@@ -232,7 +233,7 @@ class ImageSource:
             else:
                 examples[row] = example
         if self.features is not None:
-            self._add_features(examples, failed, {row: records[row]["key"] for row in examples})
+            _add_features(self.features, examples, failed, {row: records[row]["key"] for row in examples})
         names = next(iter(examples.values()), {})
         return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
 
@@ -260,15 +261,21 @@ class ImageSource:
         except ImageRefused as error:
             return f"{error.kind}: {error}"
 
-    def _add_features(self, examples: dict[int, Any], failed: dict[int, str], keys: Mapping[int, str]) -> None:
-        """Put each image's features beside it; an image without any has failed."""
-        values, missing = self.features.read(list(keys.values()))
-        for value, (row, key) in zip(values, keys.items(), strict=True):
-            if key in missing:
-                failed[row] = f"{key}: {missing[key]}"
-                del examples[row]
-            else:
-                examples[row]["features"] = value
+
+def _add_features(
+    stored: StoredFeatures,
+    examples: dict[int, dict[str, np.ndarray]],
+    failed: dict[int, str],
+    keys: Mapping[int, str],
+) -> None:
+    """Put each image's features beside it; an image without any has failed."""
+    values, missing = stored.read(list(keys.values()))
+    for value, (row, key) in zip(values, keys.items(), strict=True):
+        if key in missing:
+            failed[row] = f"{key}: {missing[key]}"
+            del examples[row]
+        else:
+            examples[row]["features"] = value
 
 
 # --- ahead of the loop ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from pipelines.executors import Executor, InlineExecutor, RayExecutor
 from pipelines.training.config import TrainSetup
 from pipelines.training.data import Loaded, load
 from pipelines.training.watch import EventFile
-from storage.documents import Document
+from storage.documents import Document, JsonValue, decode, decode_known
 from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, filesystem
 from storage.runs import (
@@ -44,6 +44,11 @@ from storage.runs import (
     write_checkpoint,
     write_metrics,
 )
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+    import ray
+    from fsspec import AbstractFileSystem
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +70,24 @@ class TrainSummary:
     step: int
     last: str
     best: str | None
-    metrics: Mapping[str, Any]
+    metrics: Mapping[str, float]
     "the last values of each"
     failed: Mapping[str, str]
     "images left out: row and reason"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a checkpoint says of the images so far."""
+
+    images: int
+    "trained on"
+    n_failed: int
+    "left out, each as often as it was due"
+    failed: Mapping[str, str]
+    "those images: row and reason"
+    seconds: float = 0.0
+    "of training; earlier versions had it here"
 
 
 # --- workers that train together --------------------------------------------------------------------------------------
@@ -83,7 +102,7 @@ class Group(Protocol):
     def sum(self, values: Tensor) -> None:
         """Replace `values` by the sum over all processes."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
         """What each process gave, in all of them."""
 
 
@@ -95,7 +114,7 @@ class Alone:
     def sum(self, values: Tensor) -> None:
         pass
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
         return [value]
 
 
@@ -108,8 +127,8 @@ class Distributed:
     def sum(self, values: Tensor) -> None:
         torch.distributed.all_reduce(values)
 
-    def gather(self, value: Any) -> list[Any]:
-        out: list[Any] = [None] * self.world
+    def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
+        out: list[dict[int, str]] = [{}] * self.world
         torch.distributed.all_gather_object(out, value)
         return out
 
@@ -133,7 +152,7 @@ class Trainer:
         self.failed: dict[int, str] = {}
         self.n_failed = 0
         "images left out, each as often as it was due"
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[dict[str, JsonValue]] = []
         self._resume()
         self._started = self._logged = self.images, self.seconds
         "when this process took over; at the last line of metrics"
@@ -142,20 +161,19 @@ class Trainer:
         checkpoint = read_last(self.setup.folder)
         if checkpoint is None:
             return
-        self.step, progress = checkpoint.step, checkpoint.progress
+        self.step = checkpoint.step
         advice = "point checkpoints.json at another step, or use a new --out"
         with Document(self.setup.folder, checkpoint.name, advice).parsing():
             load_arrays(self.net, checkpoint.model)
             _load_optimiser(self.net, self.optimiser, checkpoint.resume)
-            self.images, self.n_failed = int(progress["images"]), int(progress["n_failed"])
-            self.failed = {int(row): reason for row, reason in progress["failed"].items()}
-        self.lines = [
-            line for line in read_metrics(self.setup.folder) if line["step"] <= self.step and "stopped" not in line
-        ]
+            progress = decode_known(Progress, checkpoint.progress)
+            self.images, self.n_failed = progress.images, progress.n_failed
+            self.failed = {int(row): reason for row, reason in progress.failed.items()}
+        lines = read_metrics(self.setup.folder)
+        self.lines = [line for line in lines if decode(int, line["step"]) <= self.step and "stopped" not in line]
         # Time is among what was measured, since a checkpoint is the same bytes however long it took; once it was in there.
-        self.seconds = max(
-            [progress.get("seconds", 0.0), *(line["seconds"] for line in self.lines if "seconds" in line)]
-        )
+        measured = [decode(float, line["seconds"]) for line in self.lines if "seconds" in line]
+        self.seconds = max([progress.seconds, *measured])
         logger.info("going on after step %d of %d", self.step, self.setup.order.steps)
 
     def run(self, executor: Executor) -> None:
@@ -195,7 +213,8 @@ class Trainer:
         steps, before, started = self.setup.order.steps, self.seconds, time.perf_counter()
         upcoming = next(stream, None)
         while self.step < steps:
-            totals, rows = torch.zeros(4, device=self.device), []
+            rows: list[int] = []
+            totals = torch.zeros(4, device=self.device)
             while upcoming is not None and upcoming.item.step == self.step:
                 totals += self._accumulate(upcoming)
                 rows += upcoming.item.rows
@@ -379,12 +398,14 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
             num_workers=config.workers,
             use_gpu=device == "cuda",
             resources_per_worker={"CPU": config.worker_cpus, **({"GPU": 1} if device == "cuda" else {})},
-            label_selector=accelerator_selector(config.accelerator) if config.accelerator else None,
+            # What types it has are those of an earlier version.
+            label_selector=accelerator_selector(config.accelerator) if config.accelerator else None,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
             name="run",
             failure_config=FailureConfig(max_failures=config.max_failures),
-            **_ray_storage(fs, path),
+            storage_path=path,
+            storage_filesystem=_ray_storage(fs, path),
         ),
     )
     try:
@@ -400,7 +421,7 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
         _remove_scratch(fs, path)
     stopped = [line["stopped"] for line in read_metrics(setup.folder) if "stopped" in line]
     if stopped:
-        raise TrainFailed(stopped[-1])
+        raise TrainFailed(str(stopped[-1]))
     return summarise(setup.folder)
 
 
@@ -430,19 +451,19 @@ def _followed(folder: Folder) -> Iterator[None]:
         thread.join()
 
 
-def _ray_storage(fs: Any, path: str) -> dict[str, Any]:
-    """Ray Train's own notes, which every node must be able to reach, lie beside ours; the state isn't in them."""
+def _ray_storage(fs: "AbstractFileSystem", path: str) -> "pyarrow.fs.FileSystem | None":
+    """For Ray Train's own notes, which every node must be able to reach, and which lie beside ours; the state isn't in them."""
     from fsspec.implementations.local import LocalFileSystem
 
     if isinstance(fs, LocalFileSystem):
         Path(path).mkdir(parents=True, exist_ok=True)
-        return {"storage_path": path}
+        return None
     import pyarrow.fs
 
-    return {"storage_path": path, "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))}
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
 
 
-def _remove_scratch(fs: Any, path: str) -> None:
+def _remove_scratch(fs: "AbstractFileSystem", path: str) -> None:
     try:
         fs.rm(path.rsplit("/", 1)[0], recursive=True)
     except FileNotFoundError:
@@ -451,12 +472,12 @@ def _remove_scratch(fs: Any, path: str) -> None:
         logger.warning("Ray Train's notes could not be removed: %s", error)
 
 
-def _train_worker(settings: Mapping[str, Any]) -> None:
+def _train_worker(settings: "Mapping[str, list[ray.ObjectRef[TrainSetup]]]") -> None:
     """Ray Train's function: one of the processes."""
     import ray
     import ray.train.torch
 
-    setup: TrainSetup = ray.get(settings["setup"][0])
+    setup = ray.get(settings["setup"][0])
     torch.set_num_threads(setup.config.worker_cpus)
     device = ray.train.torch.get_device()
     if device.type == "cuda":
@@ -473,14 +494,14 @@ def summarise(folder: Folder) -> TrainSummary:
     pointers, last = read_pointers(folder), read_last(folder)
     if pointers is None or last is None:
         raise TrainFailed(f"{folder.shown} has no checkpoint")
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
     for line in read_metrics(folder):
-        metrics |= line
+        metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}
     return TrainSummary(
         out=folder.shown,
         step=last.step,
         last=pointers.last,
         best=pointers.best,
         metrics=metrics,
-        failed=last.progress["failed"],
+        failed=decode_known(Progress, last.progress).failed,
     )
