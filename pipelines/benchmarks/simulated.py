@@ -76,9 +76,9 @@ class SimulatedExecutor(RayExecutor):
 
     def __init__(self, forward_s: float):
         self.forward_s = forward_s
-        self.reports: list[dict[str, float]] = []
-        self.marks: dict[str, dict[str, float]] = {}
-        "wall time, CPU time and memory of the driver so far, when a part of the run begins or ends"
+        self.turns: list[Turn] = []
+        self.marks: dict[str, DriverUse] = {}
+        "when a part of the run begins or ends"
 
     def stream(
         self,
@@ -91,20 +91,44 @@ class SimulatedExecutor(RayExecutor):
     ) -> Iterator[TaskReport]:
         of = cast("WorkerSetup", make_worker)
         setup = SimulatedSetup(out=of.out, options=of.options, run_id=of.run_id, forward_s=self.forward_s)
-        self.marks["ready"] = driver_use()
+        self.marks["ready"] = DriverUse.now()
         for report in super().stream(setup, tasks, pool, decode_on=decode_on, solo=solo):
-            if not self.reports:
-                self.marks["first task"] = driver_use()
-            self.reports.append({**report.marks, "arrived": time.monotonic()})
+            if not self.turns:
+                self.marks["first task"] = DriverUse.now()
+            process, begun, ended = (report.marks[name] for name in ("process", "begun", "ended"))
+            self.turns.append(Turn(process=int(process), begun=begun, ended=ended, arrived=time.monotonic()))
             yield report
-        self.marks["last task"] = driver_use()
+        self.marks["last task"] = DriverUse.now()
 
 
-def driver_use() -> dict[str, float]:
-    """What this process has used so far."""
-    return {
-        "wall_s": time.monotonic(),
-        "cpu_s": time.process_time(),
-        "rss_bytes": psutil.Process().memory_info().rss,
-        "peak_bytes": high_water() or 0,
-    }
+@dataclass(frozen=True, kw_only=True)
+class DriverUse:
+    """What a process has used so far."""
+
+    wall_s: float
+    "on the monotonic clock"
+    cpu_s: float
+    rss_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def now(cls) -> "DriverUse":
+        """Of this process."""
+        return cls(
+            wall_s=time.monotonic(),
+            cpu_s=time.process_time(),
+            rss_bytes=psutil.Process().memory_info().rss,
+            peak_bytes=high_water() or 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A task that a simulated worker did; times in seconds on the monotonic clock."""
+
+    process: int
+    begun: float
+    "when the model began to be busy with it"
+    ended: float
+    arrived: float
+    "when the driver had its report"
