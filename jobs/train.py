@@ -31,8 +31,8 @@ from pipelines.extraction.config import ExtractConfig
 from pipelines.training.config import TrainConfig
 from pipelines.training.images import ImageTraining
 from pipelines.training.lift import X2Config
-from pipelines.training.loop import TrainSummary, train_inline, train_on_ray
 from pipelines.training.readout import ReadoutTraining
+from pipelines.training.run import TrainSummary, train_inline, train_on_ray
 from pipelines.training.vit_up import ViTUpTraining
 from storage.paths import redact
 

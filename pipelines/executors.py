@@ -1,7 +1,7 @@
 """Where work runs: in this process, or on Ray. All that pipelines know of Ray Data and of actors is here.
 
 Both executors give the same bytes (tests/test_pipelines_ray.py). Ray settings were found by experiment with 2.60; each
-has its reason beside it. The processes that train together are Ray Train's (pipelines/training/loop.py).
+has its reason beside it. Processes that train together are Ray Train's (pipelines/training/run.py).
 """
 
 import functools

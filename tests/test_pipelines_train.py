@@ -21,7 +21,8 @@ from pipelines.extraction.run import extract
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import TrainOrder
 from pipelines.training.lift import X2Config
-from pipelines.training.loop import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
+from pipelines.training.loop import Alone, Trainer, TrainFailed, read_metrics
+from pipelines.training.run import summarise, train_inline, train_on_ray
 from storage.paths import Folder, InputError
 from storage.runs import read_checkpoint, read_last, read_pointers
 from storage.store import FeatureStore

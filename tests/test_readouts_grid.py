@@ -249,7 +249,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeyp
 def stop_after(step: int, setup):
     from dataclasses import replace
 
-    from pipelines.training.loop import train_inline
+    from pipelines.training.run import train_inline
 
     def on_step(number: int, rows: list[int]) -> None:
         if number == step:

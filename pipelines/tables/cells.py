@@ -33,8 +33,8 @@ from pipelines.executors import Executor, InlineExecutor, WorkersLost
 from pipelines.provenance import describe_difference
 from pipelines.tables.backbones import PaperBackbone, find_backbone
 from pipelines.tables.tasks import PublishedTask, find_task
-from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
+from pipelines.training.run import train_inline
 from storage.datasets.registry import DATASETS
 from storage.paths import Folder, public_options, redact
 

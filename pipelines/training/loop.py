@@ -1,7 +1,6 @@
-"""Training on a frozen backbone's features: the loop, in one process or in each of Ray Train's workers.
+"""Training on a frozen backbone's features: the loop, in one process or in each of those that train together.
 
-`Trainer` is the loop, which needs no Ray; `train_inline` and `train_on_ray` run it. The only state is the folder `out`
-(storage/runs.py): whoever starts reads its last checkpoint.
+The only state is the folder `out` (storage/runs.py): whoever starts reads its last checkpoint.
 
 Gradients are summed over all micro-batches of all workers, and divided by what they are the sums of (images, or labelled
 pixels): one all-reduce per step. torch's DDP averages over workers instead, which is another mean where they have unequal
@@ -9,71 +8,41 @@ numbers of images.
 BatchNorm's batch statistics are those of a micro-batch; its running ones are those that worker 0 has seen.
 """
 
-import contextlib
 import itertools
 import logging
-import textwrap
-import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.resources import WorkerRequest, accelerator_selector
 from operators.backbone import load_arrays, state_arrays
 from operators.objectives.schedule import learning_rate
-from pipelines.executors import Executor, InlineExecutor, RayExecutor
+from pipelines.executors import Executor
 from pipelines.training.config import TrainSetup
 from pipelines.training.data import Loaded, load
 from pipelines.training.watch import EventFile
 from storage.documents import Document, JsonValue, decode, decode_known
 from storage.errors import RayliftError
-from storage.paths import Folder, StorageError, filesystem
 from storage.runs import (
     Checkpoint,
     read_last,
     read_metrics,
-    read_pointers,
     tidy,
     write_checkpoint,
     write_metrics,
 )
 
-if TYPE_CHECKING:
-    import pyarrow.fs
-    import ray
-    from fsspec import AbstractFileSystem
-
 logger = logging.getLogger(__name__)
-
-FOLLOW_S = 5.0
-"""Seconds between looks at a run's metrics."""
 
 
 class TrainFailed(RayliftError):
     """The run can't go on, and wouldn't if it were started again: diverged, or too many unreadable images."""
 
     exit_code = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSummary:
-    """What became of a run, from its folder."""
-
-    out: str
-    step: int
-    last: str
-    best: str | None
-    metrics: Mapping[str, float]
-    "the last values of each"
-    failed: Mapping[str, str]
-    "images left out: row and reason"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,141 +336,3 @@ def _load_optimiser(net: torch.nn.Module, optimiser: torch.optim.Optimizer, arra
         parameter, _, key = name.rpartition(":")
         state.setdefault(names.index(parameter), {})[key] = torch.from_numpy(np.array(array))
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-# --- running it -------------------------------------------------------------------------------------------------------
-
-
-def train_inline(setup: TrainSetup) -> TrainSummary:
-    """Train in this process. Raises `TrainFailed`."""
-    executor = InlineExecutor()
-    device = executor.pool(WorkerRequest(device=setup.config.device)).device
-    Trainer(setup, Alone(), torch.device(device)).run(executor)
-    return summarise(setup.folder)
-
-
-def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
-    """Train in Ray Train's workers; lost ones are replaced, and all go on from the last checkpoint.
-
-    Needs a connected session. Raises `TrainFailed`, also once --max-failures are used up.
-    """
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
-
-    config, scratch = setup.config, f"{setup.folder.url}/ray_train/{uuid.uuid4().hex}"
-    fs, path = filesystem(scratch, config.options)
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"setup": [ray.put(setup)]},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=device == "cuda",
-            resources_per_worker={"CPU": config.worker_cpus, **({"GPU": 1} if device == "cuda" else {})},
-            # What types it has are those of an earlier version.
-            label_selector=accelerator_selector(config.accelerator) if config.accelerator else None,  # type: ignore[call-arg]
-        ),
-        run_config=RunConfig(
-            name="run",
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            storage_path=path,
-            storage_filesystem=_ray_storage(fs, path),
-        ),
-    )
-    try:
-        with _followed(setup.folder):
-            trainer.fit()
-    except TrainingFailedError as error:
-        reason = textwrap.shorten(str(error), 2000, placeholder=" ...")
-        raise TrainFailed(
-            f"given up after {config.max_failures} restarts (--max-failures); the same command goes on from the last "
-            f"checkpoint. The last failure: {reason}"
-        ) from error
-    finally:
-        _remove_scratch(fs, path)
-    stopped = [line["stopped"] for line in read_metrics(setup.folder) if "stopped" in line]
-    if stopped:
-        raise TrainFailed(str(stopped[-1]))
-    return summarise(setup.folder)
-
-
-@contextlib.contextmanager
-def _followed(folder: Folder) -> Iterator[None]:
-    """Log the metrics as they appear, with each checkpoint: what workers log stays on their nodes."""
-    done = threading.Event()
-
-    def follow() -> None:
-        shown = len(read_metrics(folder))
-        while not done.wait(FOLLOW_S):
-            try:
-                lines = read_metrics(folder)
-            except (OSError, StorageError) as error:  # training goes on without being watched
-                logger.warning("metrics can't be read: %s", error)
-                continue
-            for line in lines[shown:]:
-                logger.info("%s", ", ".join(f"{name} {value}" for name, value in line.items()))
-            shown = len(lines)
-
-    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _ray_storage(fs: "AbstractFileSystem", path: str) -> "pyarrow.fs.FileSystem | None":
-    """For Ray Train's own notes, which every node must be able to reach, and which lie beside ours; the state isn't in them."""
-    from fsspec.implementations.local import LocalFileSystem
-
-    if isinstance(fs, LocalFileSystem):
-        Path(path).mkdir(parents=True, exist_ok=True)
-        return None
-    import pyarrow.fs
-
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
-
-
-def _remove_scratch(fs: "AbstractFileSystem", path: str) -> None:
-    try:
-        fs.rm(path.rsplit("/", 1)[0], recursive=True)
-    except FileNotFoundError:
-        return
-    except OSError as error:  # never worth a finished run
-        logger.warning("Ray Train's notes could not be removed: %s", error)
-
-
-def _train_worker(settings: "Mapping[str, list[ray.ObjectRef[TrainSetup]]]") -> None:
-    """Ray Train's function: one of the processes."""
-    import ray
-    import ray.train.torch
-
-    setup = ray.get(settings["setup"][0])
-    torch.set_num_threads(setup.config.worker_cpus)
-    device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # where NCCL puts gathered objects
-    try:
-        Trainer(setup, Distributed(), device).run(RayExecutor())
-    except TrainFailed as error:
-        # Starting again would end the same way. The driver finds the reason among the metrics.
-        logger.error("%s", error)
-
-
-def summarise(folder: Folder) -> TrainSummary:
-    """What became of the run in `folder`. Raises `TrainFailed` where it has no checkpoint."""
-    pointers, last = read_pointers(folder), read_last(folder)
-    if pointers is None or last is None:
-        raise TrainFailed(f"{folder.shown} has no checkpoint")
-    metrics: dict[str, float] = {}
-    for line in read_metrics(folder):
-        metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}
-    return TrainSummary(
-        out=folder.shown,
-        step=last.step,
-        last=pointers.last,
-        best=pointers.best,
-        metrics=metrics,
-        failed=decode_known(Progress, last.progress).failed,
-    )
