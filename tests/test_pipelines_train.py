@@ -181,10 +181,11 @@ def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, cap
     monkeypatch.setattr("pipelines.training.loop.time.perf_counter", lambda: clock[0])
     waits = iter([7.0, 0.5, 40.0, 0.5, 0.5, 30.0, 0.5, 0.5, 2.5])  # as bursts from a loader are
 
-    def load(source, items, loaders):
-        for loaded in load(source, items, InlineExecutor(), loaders):
-            clock[0] += next(waits)
-            yield loaded
+    class Waits(InlineExecutor):
+        def map(self, do, items, *, loaders=None):
+            for loaded in super().map(do, items, loaders=loaders):
+                clock[0] += next(waits)
+                yield loaded
 
     trainer = Trainer(prepared(small(log_every=4)), Alone(), torch.device("cpu"))
     measure = trainer.objective.measure
@@ -197,7 +198,7 @@ def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, cap
 
     trainer.objective.measure = slow
     with caplog.at_level("INFO"):
-        trainer.run(load)
+        trainer.run(Waits())
 
     lines = [line for line in read_metrics(Folder(trainer.config.out)) if "images_per_s" in line]
     assert [(line["step"], line["images"]) for line in lines] == [(1, 5), (4, 17), (8, 34), (9, 36)]
