@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-VOID = 255
-"""Label of pixels without a loss."""
+from storage.datasets.classes import VOID
 
 MIN_DEPTH, MAX_DEPTH = 0.001, 10.0
 

@@ -46,4 +46,4 @@ def _widened(mask: np.ndarray, size: int, axis: int) -> np.ndarray:
         return mask
     padding = [(0, 0), (0, 0)]
     padding[axis] = ((size - 1) // 2, size // 2)
-    return np.lib.stride_tricks.sliding_window_view(np.pad(mask, padding), size, axis=axis).any(axis=-1)
+    return np.asarray(np.lib.stride_tricks.sliding_window_view(np.pad(mask, padding), size, axis=axis).any(axis=-1))

@@ -229,7 +229,7 @@ def objective(
 
 def _losses(weights: LossWeights) -> dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]]:
     """Weight and function of the losses that count."""
-    losses = {
+    losses: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]] = {
         "l2": (weights.l2, standardised_l2),
         "cosine": (weights.cosine, cosine),
         "relational": (weights.relational, partial(relational_kl, tau=weights.tau)),

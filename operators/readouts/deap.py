@@ -80,7 +80,7 @@ class DeAP(Readout):
         with torch.autocast(features_BChw.device.type, enabled=False):
             queries = self._by_head(self.q_proj(self.query_code(grid, tokens.device)))
             places = coordinates(grid, tokens.device)
-            token_places = coordinates(tuple(features_BChw.shape[-2:]), tokens.device)
+            token_places = coordinates(cells_of(features_BChw), tokens.device)
             step = self._queries_at_once(*tokens.shape[:2])
             parts = []
             for start in range(0, len(places), step):
@@ -108,7 +108,7 @@ class DeAP(Readout):
         return position_code(grid, (self.trained[0] / grid[0], self.trained[1] / grid[1]), device)
 
     def _tokens(self, features: Tensor) -> Tensor:
-        code = position_code(tuple(features.shape[-2:]), device=features.device)
+        code = position_code(cells_of(features), device=features.device)
         return torch.cat([features.flatten(2).transpose(1, 2), code.expand(len(features), -1, -1)], dim=2)
 
     def _by_head(self, x_ND: Tensor) -> Tensor:
@@ -116,6 +116,7 @@ class DeAP(Readout):
 
     def _weights(self, queries_KNd: Tensor, keys_BKSd: Tensor | None, mask: Tensor | None) -> Tensor:
         if keys_BKSd is None:
+            assert mask is not None, "`only_mask` without a mask would see nothing"
             return mask.softmax(dim=-1)
         logits = (queries_KNd / math.sqrt(queries_KNd.shape[-1])) @ keys_BKSd.transpose(-1, -2)
         if mask is not None:
@@ -126,6 +127,12 @@ class DeAP(Readout):
         # Logits and weights of each image; a mask with what it is made of.
         bytes_per_query = 4 * tokens * self.heads * (2 * batch + 4)
         return max(1, self.working_bytes // bytes_per_query)
+
+
+def cells_of(map_BChw: Tensor) -> tuple[int, int]:
+    """(rows, columns)"""
+    rows, columns = map_BChw.shape[-2:]
+    return rows, columns
 
 
 def coordinates(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:

@@ -95,11 +95,13 @@ class PixelDecoder(nn.Module):
         for channels in (dim, width, width):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             layers += [nn.ConvTranspose2d(width, width, 2, stride=2), nn.ReLU(inplace=True)]
-        self.cnn = nn.Sequential(*layers, nn.Conv2d(width, outputs, 1))
+        last = nn.Conv2d(width, outputs, 1)
+        self.cnn = nn.Sequential(*layers, last)
         self.skip = nn.Conv2d(dim, outputs, 1)
-        with torch.no_grad():
-            self.cnn[-1].bias += bias
-            self.skip.bias += bias
+        for convolution in (last, self.skip):
+            assert convolution.bias is not None
+            with torch.no_grad():
+                convolution.bias += bias
 
     def forward(self, queries_BDhw: Tensor) -> Tensor:
         return self.cnn(queries_BDhw).float() + self.skipped(queries_BDhw)

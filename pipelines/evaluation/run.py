@@ -21,7 +21,8 @@ from pipelines.executors import Executor
 from pipelines.features.sources import CachedSource, FeatureSource, Recipe
 from pipelines.provenance import require_same, versions
 from pipelines.results import LeftOut
-from storage.datasets.pictures import CANNOT_TELL, DatasetError, FrameUnknown
+from storage.datasets.files import DatasetError
+from storage.datasets.frames import CANNOT_TELL, FrameUnknown
 from storage.documents import Document, JsonObject, as_object, decode, parse_json
 from storage.paths import Folder
 from storage.root import read_attributes

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.resources import WorkerPool
 from pipelines.executors import Executor, InlineExecutor, RayExecutor, WorkersLost
-from storage.datasets.pictures import DatasetError
+from storage.datasets.files import DatasetError
 
 POOL = WorkerPool(device="cpu", size=2, cpus=1, gpus=0)
 
