@@ -21,6 +21,7 @@ import numpy as np
 from cluster.metrics import TaskReport, WorkerMetrics
 from cluster.resources import WorkerPool, WorkerRequest, choose_pool, present_nodes
 from cluster.session import connect
+from pipelines.config import JobConfig
 from storage.errors import RayliftError
 from storage.ledger import SampleRecord
 from storage.spec import ShardTask
@@ -65,6 +66,10 @@ class Loaded:
     bytes_read: int = 0
     aside: bool = False
     "nothing was loaded: the task is to run again, alone"
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Add to what a stage took so far."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def notes(self) -> str:
         """All but the pixels, as JSON."""
@@ -426,10 +431,10 @@ class _TaskActor:
 
 
 @contextmanager
-def executor_for(*, inline: bool, address: str | None, device: str) -> Iterator[Executor]:
+def executor_for(config: JobConfig) -> Iterator[Executor]:
     """The executor that settings ask for, with a Ray session round it where it needs one. Raises `ClusterError`."""
-    if inline:
+    if config.is_inline:
         yield InlineExecutor()
         return
-    with connect(address, num_gpus=0 if device == "cpu" else None):
+    with connect(config.cluster.ray_address, num_gpus=0 if config.cluster.device == "cpu" else None):
         yield RayExecutor()

@@ -1,7 +1,7 @@
 """Scores of video object segmentation: region J and boundary F as DAVIS-2017's semi-supervised evaluation has them.
 
-Written from specs/evaluation.md section 2.2. Masks in, numbers out; an object's curve over its clip's frames is what a
-distributed evaluation collects, and `summarise` the only place where objects are averaged.
+Masks in, numbers out. A distributed evaluation collects each object's curve over its clip's frames; `summarise` is the only
+place where objects are averaged.
 """
 
 import math

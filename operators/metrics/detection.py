@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, by pycocotools (specs/evaluation.md 4, 12.3 and 14).
+"""Average precision as COCO defines it, by pycocotools: for LiFT's detection on COCO, and DeAP's CenterNet task.
 
 Nothing can be averaged before the end: workers give the raw detections of their images, and `coco_scores` takes all at once.
 

@@ -1,4 +1,4 @@
-"""What readouts learn from instance masks: ids and boundaries (specs/evaluation.md 12.3, "Boundaries"). NumPy, for loaders.
+"""What DeAP's readouts learn from instance masks: ids and boundaries, as its release makes them. NumPy, for loaders.
 
 Shapes: N masks in the order of their annotations, H W pixels.
 """

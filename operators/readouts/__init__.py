@@ -222,7 +222,11 @@ _PUBLISHED: dict[str, tuple[int, tuple[float, ...]]] = {
 
 
 def published_counts() -> list[ParameterCount]:
-    """The 30 counts that the paper prints, beside those of DeAP as built here (specs/evaluation.md 12.2)."""
+    """The 30 counts that the paper prints, beside those of DeAP as built here.
+
+    All of them agree to the printed digits, which tells what the text doesn't: that the unused LayerNorm is counted, that
+    COCO-Stuff has 200 outputs, and that the released rule gives the decoder's width.
+    """
     rows = []
     for backbones, (channels, printed) in _PUBLISHED.items():
         for (task, settings), millions in zip(_TASKS.items(), printed, strict=True):

@@ -1,4 +1,4 @@
-"""Linear probes: a 1x1 convolution to classes, and the bins that ViT-Up's depth probe has (specs/evaluation.md 7 and 8).
+"""Linear probes: a 1x1 convolution to classes, and the depth bins of ViT-Up's probe.
 
 Shapes: B batch, C channels, h w cells of the given map, which an upsampler may have enlarged to the output's size.
 """

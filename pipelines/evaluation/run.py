@@ -8,23 +8,22 @@ order in which they finish.
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 
-from cluster.resources import WorkerRequest
 from pipelines.config import ConfigError
-from pipelines.evaluation.config import EvaluateConfig, protocol_settings
-from pipelines.executors import Executor
-from pipelines.features.sources import CachedSource, FeatureSource, Recipe
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.executors import Executor, executor_for
+from pipelines.features.sources import CachedSource, FeatureSource, Recipe, describe
 from pipelines.provenance import require_same, versions
-from pipelines.results import LeftOut
+from pipelines.results import Findings, LeftOut, write_results
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import CANNOT_TELL, FrameUnknown
 from storage.documents import Document, JsonObject, as_object, decode, parse_json
-from storage.paths import Folder
+from storage.paths import Folder, redact
 from storage.root import read_attributes
 from storage.runs import read_run, write_run
 
@@ -121,7 +120,7 @@ def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -
     folder = Folder(config.required("out"), config.options)
     if read_attributes(folder) is not None:
         raise ConfigError(f"{folder.shown} is a feature store; give --out a folder of its own")
-    identity = {"task": task, **protocol_settings(config), **recipe.identity()}
+    identity = {"task": task, **config.counted(), **recipe.identity()}
     identity["data"] = data_digest  # where it lies may change, what it holds may not
     before = read_run(folder)
     if before is None:
@@ -141,11 +140,42 @@ def run_pieces(
     if done:
         logger.info("%d of %d pieces are done already", len(pieces) - len(pending), len(pieces))
     if pending:
-        started, pool = time.monotonic(), executor.pool(worker_request(config))
+        started, pool = time.monotonic(), executor.pool(config.cluster.request())
         work = Work(evaluation=evaluation, recipe=recipe, folder=folder, device=pool.device, threads=pool.cpus)
         for finished, name in enumerate(executor.pieces(work, pending, pool), 1):
             logger.info("%s done, %d of %d, %.0f s", name, finished, len(pending), time.monotonic() - started)
     return _records(folder, pieces)
+
+
+Settings = TypeVar("Settings", bound=EvaluateConfig, contravariant=True)
+Evaluated = TypeVar("Evaluated", bound=Evaluation)
+
+
+class Task(Protocol[Settings, Evaluated]):
+    """A module of this folder, or another like them: one word of `jobs/evaluate.py`."""
+
+    def prepare(self, config: Settings, /) -> tuple[Evaluated, Recipe, Folder]:
+        """The work, the features it is done on, and the output folder, begun or continued."""
+
+    def find(self, config: Settings, evaluation: Evaluated, recipe: Recipe, records: Sequence[Record], /) -> Findings:
+        """What the records of all pieces come to."""
+
+
+def evaluate(name: str, task: Task[Settings, Evaluated], config: Settings) -> str:
+    """Evaluate, or go on with it, to the end, and write what was found; returns the tables as Markdown."""
+    evaluation, recipe, folder = task.prepare(config)  # before a cluster is started: most mistakes end here
+    with executor_for(config) as executor:
+        records = run_pieces(config, evaluation, recipe, folder, executor)
+    findings = task.find(config, evaluation, recipe, records)
+    if notes := recipe.notes():
+        findings = replace(findings, choices={**findings.choices, "upsamplers": "; ".join(notes)})
+    return write_results(folder, name, config.public(), describe(recipe), findings)
+
+
+def main(name: str, task: Task[Settings, Evaluated], config: Settings) -> Iterator[str]:
+    """`evaluate`, and what there is to say of it."""
+    yield evaluate(name, task, config)
+    yield f"written to {redact(config.out, config.options)}"
 
 
 def _records(folder: Folder, pieces: Sequence[Piece]) -> list[Record]:
@@ -159,14 +189,3 @@ def _records(folder: Folder, pieces: Sequence[Piece]) -> list[Record]:
 
 def _part(name: str) -> str:
     return f"parts/{name}.jsonl"
-
-
-def worker_request(config: EvaluateConfig) -> WorkerRequest:
-    """The workers that settings ask for."""
-    return WorkerRequest(
-        device=config.device,
-        actors=config.actors,
-        cpus=config.actor_cpus,
-        gpus=config.actor_gpus,
-        accelerator=config.accelerator,
-    )

@@ -264,12 +264,12 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
             raise ConfigError(
                 f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member"
             )
-        model(np.stack(images[:1]), {})
-        seconds: dict[str, float] = {}
-        out, _ = model(np.stack(images), seconds)
+        model(np.stack(images[:1]))
+        maps = model(np.stack(images))
+        rows_of = {name: rows.cpu().numpy() for name, rows in maps.levels.items()}
         t3 = time.perf_counter()
         for level in spec.levels:
-            for row in out[level.name]:
+            for row in rows_of[level.name]:
                 compress(encode_row(row, level.dtype)[0])
         t4 = time.perf_counter()
     finally:
@@ -280,7 +280,7 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
     return count, {
         "read": (t1 - t0) / count,
         "decode": (t2 - t1) / host,
-        "forward": seconds["forward"] / count,
-        "upsample": seconds["upsample"] / count,
+        "forward": maps.seconds.forward / count,
+        "upsample": maps.seconds.upsample / count,
         "encode": (t4 - t3) / host,
     }

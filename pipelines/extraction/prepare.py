@@ -8,10 +8,10 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from cluster.resources import WorkerPool, WorkerRequest
+from cluster.resources import WorkerPool
 from pipelines.config import ConfigError
 from pipelines.executors import Executor
-from pipelines.extraction.config import CONTENT_FIELDS, ExtractConfig
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import InputUpdate, continue_store, draft, input_of, member_rules
 from pipelines.features.bundle import ModelBundle, load_described
 from pipelines.features.model import FeatureModel
@@ -66,8 +66,7 @@ class Prepared:
 
     def create_store(self) -> FeatureStore:
         """Create or continue the output. Raises `FingerprintMismatch`, `InputError` and `StoreReplaced` for another run's."""
-        public = self.config.public()
-        settings = {name: public[name] for name in CONTENT_FIELDS}
+        settings = self.config.content()
         provenance: dict[str, JsonValue] = {"versions": versions(), "config": settings, "input": self.input_digest}
         if self.notes:
             provenance["notes"] = list(self.notes)
@@ -123,14 +122,7 @@ def resolve(config: ExtractConfig) -> Resolved:
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options, config.image_member)
-    bundle, model = load_described(
-        config,
-        config.input_size,
-        ragged=config.ragged,
-        geometry=config.geometry,
-        crop_pct=config.crop_pct if config.geometry == "crop" else 1.0,
-        jpeg_draft=config.jpeg_draft,
-    )
+    bundle, model = load_described(config.features, config.options)
     for note in bundle.unfamiliar(bundle.spec, model.backbone.patch):
         logger.warning("%s", note)
     return Resolved(config=config, bundle=bundle, model=model, files=files)
@@ -142,7 +134,7 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
     Raises `ClusterError` for workers that the cluster can't have, before anything is read, and `InputError`.
     """
     config, spec = resolved.config, resolved.bundle.spec
-    pool = executor.pool(worker_request(config))
+    pool = executor.pool(config.cluster.request(spare_cpu=config.decode_on == "cluster"))
     folder, given = Folder(config.out, config.options), input_of(config, resolved.files, executor)
     attributes = read_attributes(folder)
     update = None
@@ -165,18 +157,6 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
         urls=urls,
         left_out=report_left_out(index, resolved.files),
         update=update,
-    )
-
-
-def worker_request(config: ExtractConfig) -> WorkerRequest:
-    """The workers that settings ask for."""
-    return WorkerRequest(
-        device=config.device,
-        actors=config.actors,
-        cpus=config.actor_cpus,
-        gpus=config.actor_gpus,
-        accelerator=config.accelerator,
-        spare_cpu=config.decode_on == "cluster",
     )
 
 

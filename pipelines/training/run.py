@@ -1,4 +1,4 @@
-"""Runs a training to its end: in this process, or in each of Ray Train's workers; lost ones go on from the last checkpoint."""
+"""What `jobs/train.py` does: a run from its settings to its last checkpoint, in this process or in Ray Train's workers."""
 
 import contextlib
 import logging
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster.resources import WorkerRequest, accelerator_selector
-from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.training.config import TrainSetup
+from pipelines.executors import InlineExecutor, RayExecutor, executor_for
+from pipelines.features.config import FeatureConfig
+from pipelines.training.config import TrainConfig, TrainSetup
+from pipelines.training.images import ImageTraining
 from pipelines.training.loop import Alone, Distributed, Progress, Trainer, TrainFailed
 from storage.documents import decode_known
-from storage.paths import Folder, StorageError, filesystem
+from storage.paths import Folder, StorageError, filesystem, redact
 from storage.runs import read_last, read_metrics, read_pointers
 
 if TYPE_CHECKING:
@@ -45,10 +47,58 @@ class TrainSummary:
     "images left out: row and reason"
 
 
+def train(config: TrainConfig) -> TrainSummary:
+    """Train, or continue, to the end. Raises what `config.resolve` raises, `ClusterError` and `TrainFailed`."""
+    resolved = config.resolve()  # before a cluster is started: most mistakes end here
+    with executor_for(config) as executor:
+        if config.is_inline:
+            return train_inline(resolved.prepare(executor))
+        pool = executor.pool(config.worker_request)  # what the cluster can't meet, before the input is indexed
+        return train_on_ray(resolved.prepare(executor), pool.device)
+
+
+def main(config: TrainConfig) -> Iterator[str]:
+    """`train`, and what came of it, line by line."""
+    summary = train(config)
+    metrics = summary.metrics
+    rate = f", {metrics['run_images_per_s']:.1f} images/s" if "run_images_per_s" in metrics else ""
+    images = f"{metrics.get('images', 0):,} images, {len(summary.failed)} left out{rate}"
+    yield f"{summary.out}: {summary.step:,} steps, {images}"
+    for row, reason in list(summary.failed.items())[:5]:
+        yield f"  row {row}, {reason}"
+    held_out = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val_"))
+    if held_out:
+        yield f"held out   {held_out}"
+    best = f"{summary.out}/{summary.best or summary.last}"
+    yield f"best       {best}"
+    if not isinstance(config, ImageTraining):
+        yield f"try next   python jobs/evaluate.py probe --readouts {best} --data ... --out ..."
+        return
+    yield f"try next   python jobs/extract.py {_same_features(config)} \\"
+    method: str = config.method  # type: ignore[attr-defined]  # which its subclasses have
+    level = "x4" if method == "vit_up" else "x2"
+    yield f"               --levels x1 {level}={method}:{best} --data ... --out ..."
+
+
+def _same_features(config: ImageTraining) -> str:
+    """Flags of jobs/extract.py for the features that were trained on."""
+    plain = FeatureConfig()
+    flags = [f"--model {config.features.model} --size {config.backbone_size}"]
+    for name in ("weights", "revision", "geometry", "facet", "layers", "norm", "pos_embed"):
+        value = getattr(config.features, name, getattr(plain, name))
+        if value != getattr(plain, name):
+            words = " ".join(str(each) for each in value) if isinstance(value, tuple) else value
+            flags.append(f"--{name.replace('_', '-')} {words}")
+    return redact(" ".join(flags), config.options)
+
+
+# --- in one process, or in several ------------------------------------------------------------------------------------
+
+
 def train_inline(setup: TrainSetup) -> TrainSummary:
     """Train in this process. Raises `TrainFailed`."""
     executor = InlineExecutor()
-    device = executor.pool(WorkerRequest(device=setup.config.device)).device
+    device = executor.pool(WorkerRequest(device=setup.config.cluster.device)).device
     Trainer(setup, Alone(), torch.device(device)).run(executor)
     return summarise(setup.folder)
 
@@ -72,7 +122,7 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
             use_gpu=device == "cuda",
             resources_per_worker={"CPU": config.worker_cpus, **({"GPU": 1} if device == "cuda" else {})},
             # What types it has are those of an earlier version.
-            label_selector=accelerator_selector(config.accelerator) if config.accelerator else None,  # type: ignore[call-arg]
+            label_selector=accelerator_selector(config.cluster.accelerator) if config.cluster.accelerator else None,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
             name="run",
