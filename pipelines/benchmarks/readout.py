@@ -14,8 +14,8 @@ from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
 from pipelines.results import table_lines
-from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
+from pipelines.training.run import train_inline
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)

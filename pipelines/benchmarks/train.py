@@ -31,7 +31,7 @@ from pipelines.costs.clocks import CORES, WARM_UP, Machine, NumbersFile, rated_s
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.results import table_lines
 from pipelines.training.lift import X2Config
-from pipelines.training.loop import train_inline, train_on_ray
+from pipelines.training.run import train_inline, train_on_ray
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)
