@@ -218,7 +218,7 @@ def test_cost_counts_what_the_paper_prints():
     ]
     assert [one["parameters"]["lift"] for one in counts] == [1_187_280] * 4 + [4_417_296]
     assert [one["tokens"] for one in counts] == [197, 730, 785, 3026, 197]
-    # specs/lift_vitup.md A4, specs/evaluation.md section 11: multiply-accumulates of LiFT, and of DINO with attention.
+    # Multiply-accumulates by hand: of LiFT, and of DINO with attention.
     assert [round(counts[i]["macs"]["lift"] / 1e9, 3) for i in (0, 2, 4)] == [0.752, 3.010, 2.735]
     assert [counts[i]["macs"]["alone"] / 1e9 for i in (0, 1, 2, 3)] == pytest.approx([4.6, 20.6, 22.6, 149.5], rel=0.01)
 
@@ -308,10 +308,10 @@ def test_cost_vit_up_counts_what_the_paper_prints():
     config = vit_up_benchmark.ViTUpBenchmark(size=32, query_size=32)
     parameters = vit_up_benchmark._build(config, torch.device("cpu"), "fp32").parameters
 
-    # specs/lift_vitup.md B4, B9; Table 9 has 24.9 M.
+    # ViT-Up's Table 9 has 24.9 M for both.
     assert (parameters["head"], parameters["lora"]) == (24_273_792, 608_256)
     assert parameters["backbone alone"] == 28_692_480
-    # B10, S+ and B at 448 px: M for each query, and G for each image and at 56, 112, 224 and 448 cells a side.
+    # ViT-S+ and ViT-B at 448 px: M for each query, and G for each image and at 56, 112, 224 and 448 cells a side.
     for channels, of_query, once, totals in (
         (384, 26.03, 1.387, (83, 328, 1308, 5226)),
         (768, 96.59, 5.549, (308, 1217, 4852, 19392)),
