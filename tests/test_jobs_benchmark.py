@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from cluster.metrics import TaskReport
 from jobs import benchmark
 from operators.upsamplers.vit_up import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
-from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, Task, _steady, run_fresh
+from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, run_fresh
 from pipelines.benchmarks.read import BestRate, PlaceRead, check
 from pipelines.benchmarks.stores import Place, write_npy, write_store
 from pipelines.config import ConfigError
@@ -411,7 +412,10 @@ def test_photos_are_the_same_bytes_every_time(tmp_path):
 def test_steady_rate_counts_tasks_under_way_by_the_work_that_lies_in_the_window():
     seconds = {"read": 0.0, "decode": 2.0, "forward": 8.0}
     # Ten tasks of 10 images in one worker; each is decoded while the one before it computes.
-    tasks = [Task(began=8.0 * n, ended=8.0 * n + 16.0, ok=10, seconds=seconds, batch=10) for n in range(10)]
+    tasks = [
+        TaskReport(block=n, ok=10, seconds=seconds, marks={"began": 8.0 * n, "ended": 8.0 * n + 16.0})
+        for n in range(10)
+    ]
 
     steady = _steady(tasks)
 
