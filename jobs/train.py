@@ -24,7 +24,7 @@ import tyro
 from cluster.session import connect
 from jobs.program import pick_word, run_program
 from operators.readouts import READOUTS
-from operators.upsamplers import LEARNED
+from operators.upsamplers import method_names
 from pipelines.demo import write_photos
 from pipelines.demo_datasets import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
@@ -207,7 +207,7 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 NAMES: dict[str, TrainConfig] = {
-    **{name: X2Config(method=name) for name in LEARNED},
+    **{name: X2Config(method=name) for name in method_names(lambda method: method.trained_by == "lift")},
     "vit-up": ViTUpTraining(),
     **{name: ReadoutTraining(method=name) for name in READOUTS if name != "depth_bins"},
     "probe": PROBE,
@@ -271,8 +271,7 @@ def _report(config: TrainConfig, summary: TrainSummary) -> None:
         print(f"try next   python jobs/evaluate.py probe --readouts {best} --data ... --out ...")
         return
     print(f"try next   python jobs/extract.py {_same_features(config)} \\")
-    level = "x4" if config.method == "vit_up" else "x2"
-    print(f"               --levels x1 {level}={config.method}:{best} --data ... --out ...")
+    print(f"               --levels x1 {config.level}={config.method}:{best} --data ... --out ...")
 
 
 def _same_features(config: ImageTraining) -> str:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates
+from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates, random_head
 from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
 from operators.upsamplers.vit_up.head import sample
 from pipelines.costs.clocks import BenchmarkFailed, median_ratio, table, timed
@@ -66,16 +66,6 @@ def compare_window(
         "largest_difference": difference,
         "largest_value": largest,
     }
-
-
-def random_head(settings: ViTUpConfig) -> ViTUpHead:
-    """A head from a fixed seed whose FiLM does something, as after training; in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        head = ViTUpHead(settings).eval().requires_grad_(False)
-        for block in head.vit_up_blocks:
-            nn.init.normal_(block.featx.gamma_beta_mlp.mlp[-1].weight, std=settings.channels**-0.5)
-    return head
 
 
 @dataclass(frozen=True, kw_only=True)

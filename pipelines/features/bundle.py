@@ -46,16 +46,16 @@ class ModelBundle:
     def build(self, device: str) -> FeatureModel:
         spec = self.spec
         backbone = TimmBackbone(
-            self.fresh(),
+            self.reload(),
             facet=spec.facet,
             norm=spec.norm,
             stride=spec.stride,
             pos_embed=spec.pos_embed,
             ragged=any(side % spec.stride for side in spec.input_size),
         )
-        return FeatureModel(spec, backbone, torch.device(device), self.upsamplers, self.fresh)
+        return FeatureModel(spec, backbone, torch.device(device), self.upsamplers, self.reload)
 
-    def fresh(self) -> nn.Module:
+    def reload(self) -> nn.Module:
         """The timm model with its own position embeddings, which a backbone in use has replaced."""
         return fresh_model(self.spec.model, self.spec.input_size, self.arrays, self.spec.model_args)
 
@@ -196,16 +196,16 @@ def describe_model(
         model_args=dict(model_args or {}),
     )
     learned = _load_upsamplers(levels, backbone, spec, storage_options, force=force_upsampler)
-    fresh = partial(fresh_model, name, size, arrays, spec.model_args)
+    reload = partial(fresh_model, name, size, arrays, spec.model_args)
     resolved = tuple(
-        resolve_level(choice, backbone, size, len(spec.layers), learned.get(choice.name), fresh) for choice in levels
+        resolve_level(choice, backbone, size, len(spec.layers), learned.get(choice.name)) for choice in levels
     )
     if len({level.name for level in resolved}) != len(resolved) or not resolved:
         raise ConfigError(
             f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
         )
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
-    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, fresh)
+    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, reload)
 
 
 def _load_upsamplers(

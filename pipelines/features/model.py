@@ -2,12 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import psutil
 import torch
-from torch import nn
 
 from operators.backbone import (
     TimmBackbone,
@@ -16,10 +15,8 @@ from operators.backbone import (
     normalise,
 )
 from operators.upsamplers import Upsampler, create_upsampler
-from operators.upsamplers.vit_up import ViTUp
-from pipelines.features.upsamplers import (
-    UpsamplerWeights,
-)
+from operators.upsamplers.protocol import Reload
+from pipelines.features.upsamplers import UpsamplerWeights
 from storage.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
@@ -34,19 +31,18 @@ class FeatureModel:
         backbone: TimmBackbone,
         device: torch.device,
         learned: Mapping[str, UpsamplerWeights],
-        fresh: Callable[[], nn.Module],
+        reload: Reload,
     ):
-        """`learned`: weights by level, one object where levels share them; `fresh` makes the backbone's model anew."""
+        """`learned`: weights by level, one object where levels share them; `reload` makes the backbone's model anew."""
         self.spec, self.backbone, self.device = spec, backbone, device
         cast_matmul_weights(backbone.model, spec.precision)
         backbone.model.to(device)
-        built = {id(weights): weights.build(spec.precision, fresh) for weights in learned.values()}
+        built = {id(weights): weights.build(spec.precision, reload) for weights in learned.values()}
         self.upsamplers: dict[str, Upsampler] = {
             level.name: built[id(learned[level.name])] if level.name in learned else create_upsampler(level.method)
             for level in spec.levels
             if level.grid and level.method != "backbone"
         }
-        self._remembering = [upsampler for upsampler in built.values() if isinstance(upsampler, ViTUp)]
         extra = {layer for upsampler in self.upsamplers.values() for layer in upsampler.layers}
         self._asked = (*spec.layers, *sorted(extra - set(spec.layers)))
 
@@ -76,7 +72,7 @@ class FeatureModel:
             out[level.name] = (
                 rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous().cpu().numpy()
             )
-        for upsampler in self._remembering:
+        for upsampler in self.upsamplers.values():
             upsampler.forget()
         seconds["forward"] = seconds.get("forward", 0.0) + t1 - t0
         seconds["upsample"] = seconds.get("upsample", 0.0) + time.perf_counter() - t1

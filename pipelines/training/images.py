@@ -52,6 +52,8 @@ class ImageTraining(TrainConfig):
     max_image_pixels: int = 89_478_485
     """Images with more pixels are left out instead of filling the memory; the default is Pillow's."""
 
+    level: ClassVar[str] = "x2"
+    "that a finished run says to try next"
     urls: ClassVar[tuple[str, ...]] = ("data", "val_data", "out", "weights")
     free: ClassVar[frozenset[str]] = TrainConfig.free | {"data", "val_data", "features", "image_member", "limit"}
 

@@ -4,7 +4,7 @@ arXiv 2606.14024; specs/lift_vitup.md B12 to B15. No sentence or line is taken f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.objectives.lift import cosine_loss
 from operators.objectives.vit_up import LossWeights, Supervision, objective
-from operators.upsamplers import UpsamplerError
+from operators.upsamplers import UpsamplerError, find_method
 from operators.upsamplers.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
 from pipelines.config import ConfigError
 from pipelines.training.data import CanvasView, Loaded
@@ -83,6 +83,8 @@ class ViTUpTraining(ImageTraining):
     net_precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast of the student's forward; weights, coordinates, the loss and the optimiser are always float32."""
 
+    level: ClassVar[str] = "x4"
+
     # The features that are learned: what the model gives after its final norm.
     facet: ClassVar[str] = "token"
     layers: ClassVar[tuple[int, ...]] = (-1,)
@@ -131,7 +133,7 @@ class ViTUpTraining(ImageTraining):
             )
         except (UpsamplerError, ValueError) as error:
             raise ConfigError(f"{self.model}: {error}") from None
-        return {"method": "vit_up", **asdict(config)}
+        return find_method(self.method).to_json(config)
 
     def view(self, backbone: FrozenBackbone) -> CanvasView:  # noqa: ARG002
         return CanvasView(size=self.size, strength=self.strength)
@@ -235,7 +237,7 @@ class ViTUpObjective:
 
     def __init__(self, config: ViTUpTraining, setup: ImageSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device
-        settings = ViTUpConfig.parse({name: value for name, value in setup.upsampler.items() if name != "method"})
+        settings = find_method(config.method).parse(setup.upsampler)
         model = setup.backbone.model()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.backbone import BackboneError, TimmBackbone
-from operators.upsamplers.recursive import UpsamplerError
+from operators.upsamplers.protocol import UpsamplerError
 from operators.upsamplers.vit_up.lora import Lora, patch_convolution
 
 

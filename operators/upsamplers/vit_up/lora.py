@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.recursive import UpsamplerError, require_fitting
+from operators.upsamplers.protocol import UpsamplerError, require_fitting
 
 _PREFIX = "backbone."
 "of the published files, before the adapters' names"
