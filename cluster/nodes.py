@@ -111,17 +111,18 @@ class LocalCluster:
 
     def _launch(self, *, head: bool) -> LocalNode:
         self._started += 1
-        node = {"name": f"node-{self._started}", "head": head, "port": self._port}
-        node |= {"cpus": 0 if head else self._cpus, "store_bytes": self._store_bytes}
-        with (self._folder / f"{node['name']}.log").open("wb") as log:
+        name = f"node-{self._started}"
+        settings = {"name": name, "head": head, "port": self._port}
+        settings |= {"cpus": 0 if head else self._cpus, "store_bytes": self._store_bytes}
+        with (self._folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.nodes", json.dumps(node)],
+                [sys.executable, "-m", "cluster.nodes", json.dumps(settings)],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,  # never written to; it ends with this process
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        return LocalNode(node["name"], process)
+        return LocalNode(name, process)
 
     def alive(self) -> dict[str, str]:
         """Nodes that the head takes for alive, itself included: Ray's id by name."""
@@ -154,7 +155,8 @@ class LocalCluster:
         """SIGKILL to all of a node at once."""
         _kill(node.family())
         node.process.wait()
-        node.process.stdin.close()
+        if node.process.stdin:
+            node.process.stdin.close()
         if node in self.workers:
             self.workers.remove(node)
 

@@ -8,10 +8,10 @@ head's monitor process was started with. Where that process is elsewhere (KubeRa
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from cluster.session import ClusterError
 
@@ -25,6 +25,14 @@ MOST_CPUS = 16
 
 ANSWER_S = 60.0
 """How long the head may take to say what its autoscaler may add: it starts a process for that, unless we run there."""
+
+
+class Placement(TypedDict):
+    """Keyword arguments by which Ray places an actor or a task."""
+
+    num_cpus: int
+    num_gpus: NotRequired[float]
+    label_selector: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +50,14 @@ class WorkerPool:
     "the kind of GPU that actors must have"
 
     @property
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> "Placement":
         """Options of Ray for one actor, as `ray.remote` and `map_batches` take them."""
-        return {
-            "num_cpus": self.cpus,
-            **({"num_gpus": self.gpus} if self.gpus else {}),
-            **({"label_selector": accelerator_selector(self.accelerator)} if self.accelerator else {}),
-        }
+        options = Placement(num_cpus=self.cpus)
+        if self.gpus:
+            options["num_gpus"] = self.gpus
+        if self.accelerator:
+            options["label_selector"] = accelerator_selector(self.accelerator)
+        return options
 
 
 def accelerator_selector(kind: str) -> dict[str, str]:
@@ -266,7 +275,7 @@ def read_growth() -> Growth | None:
 
     (head,) = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _IS_HEAD in node["Resources"]]
     there = NodeAffinitySchedulingStrategy(node_id=head, soft=False)
-    ask = ray.remote(num_cpus=0, scheduling_strategy=there)(_autoscaler_config)
+    ask = ray.remote(num_cpus=0)(_autoscaler_config).options(scheduling_strategy=there)
     try:
         is_here = ray.get_runtime_context().get_node_id() == head
         config = _autoscaler_config() if is_here else ray.get(ask.remote(), timeout=ANSWER_S)
@@ -279,7 +288,24 @@ def read_growth() -> Growth | None:
     return replace(growth, nodes=(*growth.nodes, *(kind for kind in present_nodes() if kind.head)))
 
 
-def growth_of(config: Mapping[str, Any]) -> Growth | None:
+class NodeType(TypedDict):
+    """What a launch file says of one kind of nodes."""
+
+    resources: dict[str, float]
+    labels: dict[str, str]
+    max_workers: int
+
+
+class NodeTypes(TypedDict, total=False):
+    """What a launch file says of the nodes that there may be; nothing where there is no autoscaler."""
+
+    head: str | None
+    "the name of the head's type"
+    max_workers: int
+    types: dict[str, NodeType]
+
+
+def growth_of(config: NodeTypes) -> Growth | None:
     """What a launch file's autoscaler may add, empty without one; None where the file leaves to the nodes what they have."""
     types = {name: kind for name, kind in config.get("types", {}).items() if name != config.get("head")}
     if any("CPU" not in kind["resources"] for kind in types.values()):
@@ -306,7 +332,7 @@ def _reachable(growth: Growth, room: Callable[[Nodes], int]) -> list[Nodes]:
     return [kind for kind in nodes if kind.count]
 
 
-def _autoscaler_config() -> dict[str, Any] | None:
+def _autoscaler_config() -> NodeTypes | None:
     """Runs on the head: node types of the file with which its monitor runs, none without a file; None without a monitor."""
     import psutil
     import ray
@@ -322,7 +348,7 @@ def _autoscaler_config() -> dict[str, Any] | None:
     return None
 
 
-def node_types_of(text: str) -> dict[str, Any]:
+def node_types_of(text: str) -> NodeTypes:
     """The part of a launch file that says what nodes there may be; the rest of it holds credentials."""
     import yaml
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from storage.errors import RayliftError
+
 # `uv run` as a driver would make every worker resolve the project again (ray #50961).
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Ray Data prints its plan and bars on its own otherwise; progress is cluster/progress.py's job.
@@ -22,7 +24,7 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 logger = logging.getLogger(__name__)
 
 
-class ClusterError(RuntimeError):
+class ClusterError(RayliftError):
     """The cluster can't be reached or can't run what was asked."""
 
 
@@ -172,12 +174,21 @@ def _gcs_address() -> str:
 
 
 @contextmanager
-def _session(address: str, **settings: bool | int | None) -> Iterator[None]:
+def _session(
+    address: str, *, num_cpus: int | None = None, num_gpus: int | None = None, include_dashboard: bool | None = None
+) -> Iterator[None]:
     import ray
     from ray.exceptions import AuthenticationError
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **settings)
+        ray.init(
+            address=address,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            include_dashboard=include_dashboard,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     except AuthenticationError:
         raise ClusterError(
             f"the Ray cluster at {address!r} doesn't take this program's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "

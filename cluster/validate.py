@@ -11,16 +11,20 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from cluster.session import ClusterError
+from storage.documents import JsonObject
+
+Yaml: TypeAlias = dict[str, Any]
+"""A mapping of a launch file. Schemas check it first, which say more than types could; what reads it then relies on them."""
 
 IMAGE_PYTHON = "3.11"
 """The Python that requirements.txt is locked for."""
 
-_GCP_NODE: dict[str, Any] = {
+_GCP_NODE: JsonObject = {
     "type": "object",
     "additionalProperties": False,
     "required": ["machineType", "disks"],
@@ -119,14 +123,12 @@ def node_types(path: str | Path) -> dict[str, dict[str, int]]:
     """
     config = _documents(path)[0]
     if "apiVersion" in config:
-        types = _autoscaling_config(_cluster_spec(config))["available_node_types"]
-        head = "headgroup"
-    else:
-        types, head = config.get("available_node_types", {}), config.get("head_node_type")
+        config = _autoscaling_config(_cluster_spec(config))
+    types, head = config.get("available_node_types", {}), config.get("head_node_type")
     return {name: node["resources"] for name, node in types.items() if name != head}
 
 
-def _documents(path: str | Path) -> list[dict[str, Any]]:
+def _documents(path: str | Path) -> list[Yaml]:
     try:
         documents = [document for document in yaml.safe_load_all(Path(path).read_text()) if document is not None]
     except yaml.YAMLError as error:
@@ -141,7 +143,7 @@ def _raise(path: str | Path, problems: list[str]) -> None:
         raise LaunchFileError("\n".join(f"{path}: {problem}" for problem in problems))
 
 
-def _schema_problems(value: Any, schema: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _schema_problems(value: object, schema: JsonObject, prefix: str = "") -> list[str]:
     import jsonschema
 
     found = jsonschema.Draft7Validator(schema).iter_errors(value)
@@ -157,13 +159,13 @@ def _place(prefix: str, keys: Iterable[str | int]) -> str:
 # --- Ray's cluster launcher
 
 
-def _launcher_file_problems(documents: list[dict[str, Any]]) -> list[str]:
+def _launcher_file_problems(documents: list[Yaml]) -> list[str]:
     if len(documents) != 1:
         return [f"one YAML document was expected, not {len(documents)}"]
     return _ray_problems(documents[0]) or [*_launcher_problems(documents[0])]
 
 
-def _ray_problems(config: dict[str, Any]) -> list[str]:
+def _ray_problems(config: Yaml) -> list[str]:
     """What `ray up` would refuse before it calls a cloud."""
     import click
     import ray.autoscaler
@@ -183,11 +185,11 @@ def _ray_problems(config: dict[str, Any]) -> list[str]:
     return []
 
 
-def _is_local(config: Mapping[str, Any]) -> bool:
+def _is_local(config: Yaml) -> bool:
     return isinstance(config.get("provider"), dict) and config["provider"].get("type") == "local"
 
 
-def _launcher_problems(config: dict[str, Any]) -> Iterator[str]:
+def _launcher_problems(config: Yaml) -> Iterator[str]:
     if not config.get("idle_timeout_minutes", 0) > 0:
         yield "idle_timeout_minutes: must be given and above 0, or idle nodes stay"
     image = config.get("docker", {}).get("image")
@@ -211,7 +213,7 @@ def _launcher_problems(config: dict[str, Any]) -> Iterator[str]:
         yield from check(f"{where}.node_config", node["node_config"])
 
 
-def _local_problems(config: dict[str, Any]) -> Iterator[str]:
+def _local_problems(config: Yaml) -> Iterator[str]:
     machines = len(config["provider"].get("worker_ips", []))
     low, high = config.get("min_workers"), config.get("max_workers")
     if low is None:
@@ -223,7 +225,7 @@ def _local_problems(config: dict[str, Any]) -> Iterator[str]:
         yield "head_start_ray_commands: the head must take no work: --num-cpus=0 --num-gpus=0"
 
 
-def _head_problems(name: str, node: dict[str, Any]) -> Iterator[str]:
+def _head_problems(name: str, node: Yaml) -> Iterator[str]:
     where = f"available_node_types.{name}"
     if node["resources"].get("CPU") != 0:
         yield f"{where}.resources.CPU: must be 0, so that no work runs on the head"
@@ -235,7 +237,7 @@ def _head_problems(name: str, node: dict[str, Any]) -> Iterator[str]:
         yield f"{where}.max_workers: {node['max_workers']}, but there is one head"
 
 
-def _worker_problems(where: str, node: dict[str, Any], total: int) -> Iterator[str]:
+def _worker_problems(where: str, node: Yaml, total: int) -> Iterator[str]:
     missing = [name for name in ("min_workers", "max_workers") if name not in node]
     for name in missing:
         yield f"{where}.{name}: missing; say how many nodes are kept and how many there may be"
@@ -260,7 +262,7 @@ def _label_problems(where: str, labels: Mapping[str, str]) -> Iterator[str]:
         yield f"{where}: ray.io/accelerator-type {kind!r} isn't a name that Ray gives; see ray.util.accelerators"
 
 
-def _is_spot(node: Mapping[str, Any]) -> bool:
+def _is_spot(node: Yaml) -> bool:
     """Of a cloud's node_config."""
     scheduling = node.get("scheduling", {})
     return (
@@ -270,7 +272,7 @@ def _is_spot(node: Mapping[str, Any]) -> bool:
     )
 
 
-def _ec2_problems(where: str, node: dict[str, Any]) -> Iterator[str]:
+def _ec2_problems(where: str, node: Yaml) -> Iterator[str]:
     """Ray passes a node_config on to RunInstances."""
     from botocore.validate import ParamValidator
 
@@ -288,14 +290,14 @@ def _ec2_problems(where: str, node: dict[str, Any]) -> Iterator[str]:
 
 
 @functools.cache
-def _run_instances_shape() -> Any:
+def _run_instances_shape() -> object:
     """The description of EC2's RunInstances that boto3 carries; reading it takes seconds."""
     import botocore.session
 
     return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
-def _gcp_problems(where: str, node: dict[str, Any]) -> Iterator[str]:
+def _gcp_problems(where: str, node: Yaml) -> Iterator[str]:
     problems = _schema_problems(node, _GCP_NODE, where)
     yield from problems
     if problems:
@@ -308,13 +310,13 @@ def _gcp_problems(where: str, node: dict[str, Any]) -> Iterator[str]:
 # --- KubeRay
 
 
-def _kuberay_problems(documents: list[dict[str, Any]]) -> list[str]:
+def _kuberay_problems(documents: list[Yaml]) -> list[str]:
     if not documents:
         return ["no manifest in it"]
     return [problem for each in documents for problem in _structure_problems(each) or _manifest_problems(each)]
 
 
-def _structure_problems(document: dict[str, Any]) -> list[str]:
+def _structure_problems(document: Yaml) -> list[str]:
     kind = document.get("kind")
     if kind not in ("RayCluster", "RayJob"):
         return [f"kind: {kind!r}, must be RayCluster or RayJob"]
@@ -322,7 +324,7 @@ def _structure_problems(document: dict[str, Any]) -> list[str]:
     return _schema_problems(document, {"$ref": f"#/definitions/{kind}", "definitions": schema["definitions"]})
 
 
-def _manifest_problems(document: dict[str, Any]) -> list[str]:
+def _manifest_problems(document: Yaml) -> list[str]:
     if document["kind"] == "RayCluster":
         return [*_cluster_problems("spec", document["spec"])]
     spec = document["spec"]
@@ -332,7 +334,7 @@ def _manifest_problems(document: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _job_problems(spec: dict[str, Any]) -> Iterator[str]:
+def _job_problems(spec: Yaml) -> Iterator[str]:
     from ray.runtime_env import RuntimeEnv
 
     if not spec.get("entrypoint"):
@@ -347,11 +349,11 @@ def _job_problems(spec: dict[str, Any]) -> Iterator[str]:
         yield f"spec.runtimeEnvYAML: {error}"
 
 
-def _cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
+def _cluster_spec(document: Yaml) -> Yaml:
     return document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterSpec"]
 
 
-def _autoscaling_config(spec: dict[str, Any]) -> dict[str, Any]:
+def _autoscaling_config(spec: Yaml) -> Yaml:
     """What Ray's autoscaler, in the head's pod, makes of a RayCluster."""
     from ray.autoscaler._private.kuberay import autoscaling_config
 
@@ -359,7 +361,7 @@ def _autoscaling_config(spec: dict[str, Any]) -> dict[str, Any]:
     return autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)
 
 
-def _cluster_problems(where: str, spec: dict[str, Any]) -> Iterator[str]:
+def _cluster_problems(where: str, spec: Yaml) -> Iterator[str]:
     import ray
 
     if spec.get("rayVersion") != ray.__version__:
@@ -384,7 +386,7 @@ def _cluster_problems(where: str, spec: dict[str, Any]) -> Iterator[str]:
         yield f"{where}: Ray's autoscaler can't read it: {error}"
 
 
-def _head_group_problems(where: str, group: dict[str, Any]) -> Iterator[str]:
+def _head_group_problems(where: str, group: Yaml) -> Iterator[str]:
     if group["rayStartParams"].get("num-cpus") != "0":
         yield f'{where}.rayStartParams.num-cpus: must be "0", so that no work runs on the head'
     if _gpus(group):
@@ -392,7 +394,7 @@ def _head_group_problems(where: str, group: dict[str, Any]) -> Iterator[str]:
     yield from _pod_problems(where, group)
 
 
-def _group_problems(where: str, group: dict[str, Any]) -> Iterator[str]:
+def _group_problems(where: str, group: Yaml) -> Iterator[str]:
     low, high = group["minReplicas"], group["maxReplicas"]
     if not max(1, low) <= high:
         yield f"{where}.maxReplicas: {high}, must be at least minReplicas {low}, and 1"
@@ -407,7 +409,7 @@ def _group_problems(where: str, group: dict[str, Any]) -> Iterator[str]:
     yield from _pod_problems(where, group)
 
 
-def _pod_problems(where: str, group: dict[str, Any]) -> Iterator[str]:
+def _pod_problems(where: str, group: Yaml) -> Iterator[str]:
     container = group["template"]["spec"]["containers"][0]
     where = f"{where}.template.spec.containers[0]"
     yield from _image_problems(f"{where}.image", container.get("image", ""))
@@ -421,7 +423,7 @@ def _pod_problems(where: str, group: dict[str, Any]) -> Iterator[str]:
             yield f"{where}.resources.requests.{name}: must equal the limit; Kubernetes doesn't overcommit devices"
 
 
-def _gpus(group: dict[str, Any]) -> bool:
+def _gpus(group: Yaml) -> bool:
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
     return group.get("resources", {}).get("GPU", "0") != "0" or any(name.endswith("/gpu") for name in limits)
 

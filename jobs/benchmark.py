@@ -41,12 +41,11 @@ from pipelines.benchmarks.read_report import read_report
 from pipelines.benchmarks.readout import READOUT_PRESETS, measure_readouts, readout_report
 from pipelines.benchmarks.scale import SCALE_PRESETS, measure_scale, scale_report
 from pipelines.benchmarks.train import TRAIN_PRESETS, measure_training, train_report
-from pipelines.costs.clocks import BenchmarkFailed, machine
+from pipelines.costs.clocks import machine
 from pipelines.costs.precision import PRECISION_PRESETS, measure_precision, precision_report
 from pipelines.costs.readouts import DEAP_PRESETS, deap_report, measure_deap
 from pipelines.costs.upsamplers import COST_PRESETS, cost_report, measure_cost
 from pipelines.costs.vit_up import VIT_UP_PRESETS, measure_vit_up, vit_up_report
-from pipelines.extraction.prepare import USER_ERRORS
 
 Result: TypeAlias = dict[str, Any]
 
@@ -135,8 +134,8 @@ def _folder(out: str, *, keep: bool) -> Iterator[Path]:
 
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
-    wrong, stopped = (*USER_ERRORS, OSError), "stopped; nothing was measured"
-    return run_program(argv, parse, main, wrong=wrong, failed=(BenchmarkFailed,), stopped=stopped)
+    stopped = "stopped; nothing was measured"
+    return run_program(argv, parse, main, stopped=stopped)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,9 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
-from pipelines.evaluation.run import WorkersLost, run_pieces
+from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
-from pipelines.extraction.prepare import USER_ERRORS
 from pipelines.features.sources import describe
 from pipelines.results import write_results
 from storage.paths import redact
@@ -197,7 +196,7 @@ def execute(task: str, preset: str | None, config: EvaluateConfig) -> None:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; what is done is kept, the same command continues"
-    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(WorkersLost,), stopped=stopped)
+    return run_program(argv, parse, execute, stopped=stopped)
 
 
 if __name__ == "__main__":

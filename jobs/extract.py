@@ -24,8 +24,8 @@ from pipelines.demo import write_photos
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.config import ExtractConfig, config_from_run
 from pipelines.extraction.plan import make_plan
-from pipelines.extraction.prepare import USER_ERRORS, prepare, resolve
-from pipelines.extraction.run import RunFailed, Summary, pool_for, run_prepared
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import Summary, pool_for, run_prepared
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.showing.views import pick_rows, view_panel
 from storage.left_out import left_out_lines
@@ -177,7 +177,7 @@ def execute(name: str | None, config: ExtractConfig) -> None:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; finished tasks are kept, the same command continues"
-    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(RunFailed,), stopped=stopped)
+    return run_program(argv, parse, execute, stopped=stopped)
 
 
 if __name__ == "__main__":

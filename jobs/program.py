@@ -12,11 +12,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from pipelines.config import ConfigError
+from storage.errors import RayliftError
 from storage.paths import redact
 
 Parsed = TypeVar("Parsed", bound=tuple[Any, ...])
 
-Errors = tuple[type[Exception], ...]
+PATH_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+"""Of the operating system, for a path that a person gave. Others (a full disk, a network that fails) aren't a setting's fault."""
 
 STOPPED, PIPE_CLOSED = 130, 141
 """Exit codes as a shell gives them to programs that an interrupt (SIGINT) or a closed pipe (SIGPIPE) ends."""
@@ -27,14 +29,13 @@ def run_program(
     parse: Callable[[Sequence[str]], Parsed],
     execute: Callable[..., int | None],
     *,
-    wrong: Errors,
-    failed: Errors = (),
     stopped: str = "stopped",
 ) -> int:
     """Parse `argv`, execute what was parsed (a tuple that ends with the settings), and return the exit code.
 
-    `execute` returns one, or None for 0. Errors of `wrong` end with 2, those of `failed` with 1, each as one message without
-    credentials; an interrupt ends with 130 and the words of `stopped`, and a reader that went away (`| head`) with 141.
+    `execute` returns one, or None for 0. A `RayliftError` ends with the code of its class, and a path that can't be used with
+    2, each as one message without credentials; an interrupt ends with 130 and the words of `stopped`, and a reader that went
+    away (`| head`) with 141.
     """
     log_to_stderr()
     options: dict[str, Any] = {}
@@ -45,10 +46,9 @@ def run_program(
         sys.stdout.flush()
     except BrokenPipeError:
         return _closed_pipe()
-    except wrong as error:
-        return _say(error, options, 2)
-    except failed as error:
-        return _say(error, options, 1)
+    except (RayliftError, *PATH_ERRORS) as error:
+        print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, RayliftError) else RayliftError.exit_code
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return STOPPED
@@ -57,11 +57,6 @@ def run_program(
             sys.stdout.flush()
             raise
         return _closed_pipe()
-    return code
-
-
-def _say(error: Exception, options: dict[str, Any], code: int) -> int:
-    print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
     return code
 
 

@@ -26,7 +26,7 @@ import tyro
 from PIL import Image
 
 from jobs.program import pick_word, run_program
-from pipelines.config import ConfigError, parse_options
+from pipelines.config import parse_options
 from pipelines.showing.compare import compare as compare_stores
 from pipelines.showing.compare import comparison_lines
 from pipelines.showing.report import write_report
@@ -35,7 +35,7 @@ from pipelines.showing.status import failures as read_failures
 from pipelines.showing.views import pick_rows, similar_panel, view_panel
 from pipelines.training.watch import training_lines
 from storage.export import export_vectors
-from storage.paths import Folder, StorageError
+from storage.paths import Folder
 from storage.store import FeatureStore
 
 
@@ -292,7 +292,7 @@ def execute(function: Callable[..., None], config: Any) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
-    return run_program(argv, parse, execute, wrong=(ConfigError, StorageError, FileNotFoundError, PermissionError))
+    return run_program(argv, parse, execute)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import tyro
 from cluster.session import connect
 from jobs.program import pick_word, run_program
 from pipelines.demo_datasets import write_demo
-from pipelines.extraction.prepare import USER_ERRORS
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.deap import write_grid
@@ -111,7 +110,7 @@ def execute(name: str, config: GridConfig) -> int:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; the same command goes on from what is done"
-    return run_program(argv, parse, execute, wrong=USER_ERRORS, stopped=stopped)
+    return run_program(argv, parse, execute, stopped=stopped)
 
 
 if __name__ == "__main__":

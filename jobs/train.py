@@ -29,11 +29,10 @@ from pipelines.demo import write_photos
 from pipelines.demo_datasets import write_demo
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.prepare import USER_ERRORS
 from pipelines.training.config import TrainConfig
 from pipelines.training.images import ImageTraining
 from pipelines.training.lift import X2Config
-from pipelines.training.loop import TrainFailed, TrainSummary, train_inline, train_on_ray
+from pipelines.training.loop import TrainSummary, train_inline, train_on_ray
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.vit_up import ViTUpTraining
 from storage.paths import redact
@@ -298,7 +297,7 @@ def execute(name: str, config: TrainConfig) -> None:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; the same command goes on from the last checkpoint"
-    return run_program(argv, parse, execute, wrong=USER_ERRORS, failed=(TrainFailed,), stopped=stopped)
+    return run_program(argv, parse, execute, stopped=stopped)
 
 
 if __name__ == "__main__":

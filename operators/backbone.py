@@ -23,10 +23,12 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from storage.errors import RayliftError
+
 Facet = Literal["token", "key", "query", "value"]
 
 
-class BackboneError(ValueError):
+class BackboneError(RayliftError, ValueError):
     """The model can't do what was asked of it."""
 
 

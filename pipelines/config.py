@@ -6,10 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from storage.errors import RayliftError
 from storage.paths import is_memory, public_options, redact
 
 
-class ConfigError(ValueError):
+class ConfigError(RayliftError, ValueError):
     """Settings that contradict each other or the model."""
 
 

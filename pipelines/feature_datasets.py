@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from storage.errors import RayliftError
 from storage.ledger import SCHEMA
 from storage.paths import UnknownName
 from storage.store import FeatureStore, MissingRows, Selection
@@ -37,7 +38,7 @@ LEDGER_COLUMNS = tuple(
 """Columns that every store has, beside those that `--carry` took from the samples: sizes, pixel transform, origin."""
 
 
-class StateMismatch(ValueError):
+class StateMismatch(RayliftError, ValueError):
     """A stream's state belongs to a stream that gives other rows, or in another order."""
 
 

@@ -9,21 +9,35 @@ import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.paths import Folder, StorageError
 
-T = TypeVar("T")
-
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     JsonValue: TypeAlias = bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"] | None
     """What a JSON document holds; dataclasses with fields of it are read and written as they are."""
 else:
     # Recursive aliases can't be resolved in other modules' annotations: `decode`, which reads those, takes any value here.
     JsonValue = object
+
+T = TypeVar("T")
+Record = TypeVar("Record", bound="DataclassInstance")
 
 JsonObject: TypeAlias = Mapping[str, JsonValue]
 """A JSON object whose names aren't all known: settings, attributes, lines of measurements."""
@@ -88,7 +102,7 @@ class Document:
         except IsADirectoryError:
             raise self.damaged("is a folder where a file must be") from None
 
-    def json(self, *, nan: bool = True) -> dict[str, Any]:
+    def json(self, *, nan: bool = True) -> dict[str, JsonValue]:
         """The JSON object in it. Raises `MissingObject` and `DamagedObject`."""
         data = self.bytes()
         with self.parsing():
@@ -106,7 +120,7 @@ class Document:
             return with_columns(table, schema)
 
 
-def parse_json(data: bytes | str, *, nan: bool = True) -> dict[str, Any]:
+def parse_json(data: bytes | str, *, nan: bool = True) -> dict[str, JsonValue]:
     """A JSON object; NaN and infinity, which measured values may be, only with `nan`. Raises `ValueError`."""
     found = json.loads(data, parse_constant=None if nan else _refuse_constant)
     if not isinstance(found, dict):
@@ -121,71 +135,88 @@ def _refuse_constant(name: str) -> None:
 # --- typed values -----------------------------------------------------------------------------------------------------
 
 
-def decode(kind: Any, value: object, where: str = "") -> Any:
+@overload
+def decode(kind: type[T], value: object, where: str = "") -> T: ...
+@overload
+def decode(kind: object, value: object, where: str = "") -> object: ...
+def decode(kind: object, value: object, where: str = "") -> object:
     """`value`, as JSON has it, as `kind`: a dataclass, or a type as its fields are annotated. Lists become tuples.
 
-    Raises `ValueError` that says where what isn't as it must be: names that are missing or unknown, wrong types.
+    `where` names the value in messages. Raises `ValueError` that says where what isn't as it must be: names that are missing
+    or unknown, wrong types.
     """
-    if is_dataclass(kind):
-        return _decode_fields(kind, value, where)
     origin, parts = get_origin(kind), get_args(kind)
+    if kind in (object, Any):  # `JsonValue`, too
+        return value
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _decode_fields(kind, value, where)
     if origin in (Union, types.UnionType):
         return _decode_union(parts, value, where)
     if origin is Literal:
-        _require(any(value is part or value == part for part in parts), " or ".join(map(repr, parts)), value, where)
+        if not any(value is part or value == part for part in parts):
+            raise _unfit(" or ".join(map(repr, parts)), value, where)
         return value
     if origin is tuple:
         return _decode_tuple(parts, value, where)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        _require(isinstance(value, dict), "an object", value, where)
-        return {name: decode(parts[1], each, f"{where}.{name}".lstrip(".")) for name, each in value.items()}
-    if kind in (Any, object):
-        return value
-    wanted = (int, float) if kind is float else kind
-    _require(isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)), kind.__name__, value, where)
+        return {name: decode(parts[1], each, _inside(where, name)) for name, each in as_object(value, where).items()}
+    assert isinstance(kind, type), f"no JSON value is a {kind}"
+    # Python counts bool as an int, and JSON's writers drop the point of a whole float.
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
+        raise _unfit(kind.__name__, value, where)
     return value
 
 
-def decode_known(kind: type[T], value: object, where: str = "") -> T:
+def decode_known(kind: type[Record], value: object, where: str = "") -> Record:
     """`decode` of the names that the dataclass `kind` has; others are left out."""
-    _require(isinstance(value, dict), "an object", value, where)
-    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    return decode(kind, {name: each for name, each in value.items() if name in names}, where)
-
-
-def _decode_fields(kind: Any, value: object, where: str) -> Any:
-    _require(isinstance(value, dict), "an object", value, where)
-    hints = get_type_hints(kind)
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     names = {f.name for f in fields(kind)}
-    if missing := sorted(needed - value.keys()):
+    return decode(kind, {name: each for name, each in as_object(value, where).items() if name in names}, where)
+
+
+def as_object(value: object, where: str = "") -> dict[str, JsonValue]:
+    """`value`, if it's a JSON object. Raises `ValueError`."""
+    if not isinstance(value, dict):
+        raise _unfit("an object", value, where)
+    return value
+
+
+def _decode_fields(kind: "type[DataclassInstance]", value: object, where: str) -> object:
+    found, hints = as_object(value, where), get_type_hints(kind)
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(needed - found.keys()):
         raise ValueError(f"{where or 'it'} lacks {', '.join(missing)}")
-    if unknown := sorted(value.keys() - names):
+    if unknown := sorted(found.keys() - {f.name for f in fields(kind)}):
         raise ValueError(f"{where or 'it'} has {', '.join(unknown)}, which this version doesn't know")
-    return kind(**{name: decode(hints[name], each, f"{where}.{name}".lstrip(".")) for name, each in value.items()})
+    return kind(**{name: decode(hints[name], each, _inside(where, name)) for name, each in found.items()})
 
 
-def _decode_union(parts: Sequence[Any], value: object, where: str) -> Any:
+def _decode_union(parts: Sequence[object], value: object, where: str) -> object:
     if value is None and types.NoneType in parts:
         return None
     kinds = [part for part in parts if part is not types.NoneType]
     for kind in kinds[:-1]:
         with contextlib.suppress(ValueError):
             return decode(kind, value, where)
+    # The last one's message is the one that is seen.
     return decode(kinds[-1], value, where)
 
 
-def _decode_tuple(parts: Sequence[Any], value: object, where: str) -> tuple[Any, ...]:
-    _require(isinstance(value, list | tuple), "a list", value, where)
+def _decode_tuple(parts: Sequence[object], value: object, where: str) -> tuple[object, ...]:
+    if not isinstance(value, list | tuple):
+        raise _unfit("a list", value, where)
     if parts[-1] is Ellipsis:
         parts = [parts[0]] * len(value)
-    _require(len(parts) == len(value), f"a list of {len(parts)}", value, where)
+    if len(parts) != len(value):
+        raise _unfit(f"a list of {len(parts)}", value, where)
     return tuple(decode(part, each, f"{where}[{i}]") for i, (part, each) in enumerate(zip(parts, value, strict=True)))
 
 
-def _require(fits: bool, wanted: str, value: object, where: str) -> None:
-    if not fits:
-        raise ValueError(f"{where or 'it'} must be {wanted}, not {_short(value)}")
+def _inside(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _unfit(wanted: str, value: object, where: str) -> ValueError:
+    return ValueError(f"{where or 'it'} must be {wanted}, not {_short(value)}")
 
 
 def _short(value: object) -> str:
@@ -227,12 +258,12 @@ def with_columns(table: pa.Table, wanted: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=wanted.with_metadata(table.schema.metadata))
 
 
-def rows_as(kind: type[T], table: pa.Table) -> list[T]:
+def rows_as(kind: type[Record], table: pa.Table) -> list[Record]:
     """Rows of a table as dataclasses of strings and numbers. Raises `ValueError` for names, types and nulls that don't fit.
 
     By columns, since there may be a million rows.
     """
-    hints, known = get_type_hints(kind), fields(kind)  # type: ignore[arg-type]
+    hints, known = get_type_hints(kind), fields(kind)
     schema = pa.schema([(f.name, _ARROW[hints[f.name]]) for f in known])
     require_columns(table.schema, schema, [f.name for f in known if f.default is not MISSING])
     if nulls := [name for name in table.column_names if table[name].null_count]:

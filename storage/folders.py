@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -12,8 +12,18 @@ from fsspec.utils import glob_translate
 
 from storage.left_out import LeftOut, leave_out
 
-Entry = Mapping[str, Any]
-"""What fsspec says of a file or folder: `name`, `type`, `size`, and a time or ETag."""
+
+class Entry(TypedDict):
+    """What fsspec says of a file or folder; filesystems add fields of their own."""
+
+    name: str
+    type: str
+    "`file`, `directory`, or what else the filesystem has"
+    size: int | None
+    "bytes; None where a web server doesn't give it"
+    islink: NotRequired[bool]
+    ETag: NotRequired[str]
+    etag: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ def files_below(fs: fsspec.AbstractFileSystem, folder: str) -> Below:
         return any(part.startswith(".") or part == "__MACOSX" for part in path.removeprefix(folder).split("/"))
 
     walk = _Walk(fs, folder, enter=lambda path: not is_hidden(path))
-    files = []
+    files: list[Entry] = []
     for entry in walk.entries():
         if is_hidden(entry["name"]):
             walk.leave_out(f"hidden {'folder' if entry['type'] == 'directory' else 'file'}", entry)
@@ -137,7 +147,8 @@ class _Walk:
             if entry.get("islink") or entry["type"] == "link":
                 self.has_links = True
                 try:
-                    entry = {**self.fs.info(entry["name"]), "islink": True}
+                    target: Entry = self.fs.info(entry["name"])
+                    entry = {**target, "islink": True}
                 except OSError:
                     if self.wanted(entry["name"]):
                         self.leave_out("symlink that leads nowhere", entry)

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import BinaryIO, overload
 
-import braceexpand
 import fsspec
+from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.folders import files_below, matches, without_repeats
+from storage.folders import Entry, files_below, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
 from storage.paths import InputError, StorageOptions, filesystem, is_memory, query_free, reaching, redact
 
@@ -104,8 +104,8 @@ def expand_inputs(
 
 def _expand_pattern(pattern: str, options: StorageOptions | None, image: str | None) -> Listing:
     try:
-        urls = list(braceexpand.braceexpand(pattern))
-    except braceexpand.UnbalancedBracesError:
+        urls = list(braceexpand(pattern))
+    except ValueError:  # braceexpand's UnbalancedBracesError, which its type stub lacks
         raise InputError(f"{redact(pattern, options)}: unbalanced braces") from None
     with ThreadPoolExecutor(min(16, len(urls))) as pool:
         found = list(pool.map(lambda url: _expand_url(url, options, image), urls))
@@ -230,16 +230,18 @@ def _chosen(files: Sequence[InputFile], image: str | None, left_out: dict[str, L
     return Listing(tuple(file for file in files if file.url not in dropped), left_out)
 
 
-def _input_file(fs: fsspec.AbstractFileSystem, info: Mapping[str, Any], base: str = "") -> InputFile:
+def _input_file(fs: fsspec.AbstractFileSystem, info: Entry, base: str = "") -> InputFile:
+    size = info["size"]
+    assert size is not None, "files of unknown size are refused where they are listed"
     return InputFile(
         url=_full_url(fs, info["name"]),
-        size=int(info["size"]),
+        size=int(size),
         etag=_stamp(fs, info),
         base=base and _full_url(fs, base),
     )
 
 
-def _stamp(fs: fsspec.AbstractFileSystem, info: Mapping[str, Any]) -> str:
+def _stamp(fs: fsspec.AbstractFileSystem, info: Entry) -> str:
     """See `InputFile.etag`."""
     if isinstance(fs, LocalFileSystem):
         found = Path(info["name"]).stat()  # of what a link points to
@@ -256,7 +258,7 @@ def _full_url(fs: fsspec.AbstractFileSystem, name: str) -> str:
 
 
 @contextlib.contextmanager
-def open_sequential(file: InputFile, storage_options: StorageOptions | None) -> Iterator[Any]:
+def open_sequential(file: InputFile, storage_options: StorageOptions | None) -> Iterator[BinaryIO]:
     """A binary file that is cheap to read and skip forward: 8 MiB read-ahead on object storage."""
     fs, path = filesystem(file.url, storage_options)
     ahead = {} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"}

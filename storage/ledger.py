@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,9 @@ SCHEMA = pa.schema(
 
 _LATER = ("digest",)
 """Columns that format 2 hasn't."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +161,7 @@ class Ledger:
         return self._each(blocks, self.record)
 
     @staticmethod
-    def _each(blocks: Sequence[int], ask: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
+    def _each(blocks: Sequence[int], ask: Callable[[int], T]) -> Iterator[tuple[int, T]]:
         """What `ask` says of every block, many at once, in order."""
         with ThreadPoolExecutor(16) as pool:
             for start in range(0, len(blocks), 256):
@@ -186,7 +189,7 @@ class Ledger:
         ):
             raise ValueError(f"it isn't of rows {task.first} to {task.last}")
         require_rows(table)
-        objects = decode(Mapping[str, int], parse_json(metadata[b"objects"]), "objects")
+        objects = decode(dict[str, int], parse_json(metadata[b"objects"]), "objects")
         if set(objects) != set(self.layout.object_names(self.levels, block)):
             raise ValueError("the objects it lists aren't its task's")
 

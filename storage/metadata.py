@@ -1,14 +1,15 @@
 """The store's Zarr metadata: groups, arrays, coordinates, and the conventions that other tools read."""
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
+from zarr.abc.codec import Codec
 from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from storage.documents import JsonObject, JsonValue
 from storage.spec import SIDE_GROUPS, FeatureSpec, Layout, Level
 
 _MULTISCALES = {
@@ -21,7 +22,7 @@ _MULTISCALES = {
 
 
 def zarr_documents(
-    spec: FeatureSpec, layout: Layout, attributes: Mapping[str, Any], *, consolidated: bool
+    spec: FeatureSpec, layout: Layout, attributes: JsonObject, *, consolidated: bool
 ) -> dict[str, bytes]:
     """Every metadata document and coordinate chunk of a store, by object name. Made by zarr-python in memory.
 
@@ -42,20 +43,10 @@ def zarr_documents(
 
 
 def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: Layout) -> None:
-    n, rows = layout.n_rows, layout.shard_rows(level)
-    dims = ["sample", "y", "x", "channel"] if level.grid else ["sample", "channel"]
-    inner = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
-    attributes: dict[str, Any] = {
+    attributes: dict[str, JsonValue] = {
         "long_name": f"{'dense' if level.grid else 'pooled'} features of {spec.model}",
         "method": level.method,
         "layers": list(spec.layers),
-    }
-    common: dict[str, Any] = {
-        "dtype": level.dtype,
-        "fill_value": 0 if level.dtype == "int8" else np.nan,
-        "dimension_names": dims,
-        "compressors": None,
-        "filters": None,
     }
     if level.dtype == "int8":
         # What plots and summaries of other tools show: the numbers alone look like features, and aren't.
@@ -67,35 +58,49 @@ def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: La
     if level.grid is None:
         _create_vectors(group, "features", level.channels, level.dtype, attributes, layout)
         return
-    group.create_array(
-        "features",
-        shape=(n, *level.row_shape),
-        chunks=(rows, *level.row_shape),
-        # index_location "start": a suffix range, which "end" needs, fails on Azure.
-        serializer=ShardingCodec(chunk_shape=(1, *level.row_shape), codecs=inner, index_location="start"),
-        attributes=attributes,
-        **common,
-    )
+    _create_maps(group, level, attributes, layout)
     assert level.start
     assert level.step
-    for axis, name in enumerate("yx"):
-        centres = level.start[axis] + np.arange(level.grid[axis]) * level.step[axis]
-        coordinate = group.create_array(
-            name,
-            shape=centres.shape,
-            chunks=centres.shape,
-            dtype="float32",
-            fill_value=np.nan,
-            dimension_names=[name],
-            compressors=None,
-            filters=None,
-            attributes={"units": "px", "long_name": f"cell centres along {name}, in pixels of the model's input"},
-        )
-        coordinate[:] = centres.astype(np.float32)
+    for name, count, start, step in zip("yx", level.grid, level.start, level.step, strict=True):
+        _create_coordinate(group, name, start + np.arange(count) * step)
+
+
+def _create_maps(group: zarr.Group, level: Level, attributes: dict[str, JsonValue], layout: Layout) -> None:
+    """One inner chunk per row, so that one image's map is one ranged read; many of them in a shard, which is one object."""
+    inner: list[Codec] = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
+    group.create_array(
+        "features",
+        shape=(layout.n_rows, *level.row_shape),
+        chunks=(layout.shard_rows(level), *level.row_shape),
+        dtype=level.dtype,
+        fill_value=0 if level.dtype == "int8" else np.nan,
+        dimension_names=["sample", "y", "x", "channel"],
+        # index_location "start": a suffix range, which "end" needs, fails on Azure.
+        serializer=ShardingCodec(chunk_shape=(1, *level.row_shape), codecs=inner, index_location="start"),
+        compressors=None,
+        filters=None,
+        attributes=attributes,
+    )
+
+
+def _create_coordinate(group: zarr.Group, name: str, centres: NDArray[np.floating]) -> None:
+    """Cell centres as a coordinate variable, by which xarray and others label the axis of its name."""
+    coordinate = group.create_array(
+        name,
+        shape=centres.shape,
+        chunks=centres.shape,
+        dtype="float32",
+        fill_value=np.nan,
+        dimension_names=[name],
+        compressors=None,
+        filters=None,
+        attributes={"units": "px", "long_name": f"cell centres along {name}, in pixels of the model's input"},
+    )
+    coordinate[:] = centres.astype(np.float32)
 
 
 def _create_vectors(
-    group: zarr.Group, name: str, channels: int, dtype: str, attributes: dict[str, Any], layout: Layout
+    group: zarr.Group, name: str, channels: int, dtype: str, attributes: dict[str, JsonValue], layout: Layout
 ) -> None:
     """One chunk per block: a chunk per row would be all overhead."""
     group.create_array(
@@ -111,24 +116,28 @@ def _create_vectors(
     )
 
 
-def _root_attributes(spec: FeatureSpec, own: Mapping[str, Any]) -> dict[str, Any]:
+def _root_attributes(spec: FeatureSpec, own: JsonObject) -> dict[str, JsonValue]:
     maps = [level for level in spec.levels if level.grid]
-    multiscales: dict[str, Any] = {"layout": [_multiscale(level, maps[0]) for level in maps]} if maps else {}
-    conventions = {"zarr_conventions": [_MULTISCALES], "multiscales": multiscales} if maps else {}
-    return {"raylift": dict(own), **conventions}
+    if not maps:
+        return {"raylift": own}
+    multiscales = {"layout": [_multiscale(level, maps[0]) for level in maps]}
+    return {"raylift": own, "zarr_conventions": [_MULTISCALES], "multiscales": multiscales}
 
 
-def _multiscale(level: Level, first: Level) -> dict[str, Any]:
-    """A `multiscales` entry: placement relative to the first level's cells."""
-    entry: dict[str, Any] = {"asset": f"{level.name}/features", "transform": {"scale": [1.0, 1.0, 1.0, 1.0]}}
-    if level is not first:
-        assert level.step
-        assert level.start
-        assert first.step
-        assert first.start
-        scale = [level.step[i] / first.step[i] for i in (0, 1)]
-        move = [(level.start[i] - first.start[i]) / first.step[i] for i in (0, 1)]
-        entry["derived_from"] = f"{first.name}/features"
-        entry["transform"] = {"scale": [1.0, *scale, 1.0], "translation": [0.0, *move, 0.0]}
-        entry["resampling_method"] = level.method
-    return entry
+def _multiscale(level: Level, first: Level) -> dict[str, JsonValue]:
+    """A `multiscales` entry: placement relative to the first level's cells, along the axes (sample, y, x, channel)."""
+    asset = f"{level.name}/features"
+    if level is first:
+        return {"asset": asset, "transform": {"scale": [1.0, 1.0, 1.0, 1.0]}}
+    assert level.step
+    assert level.start
+    assert first.step
+    assert first.start
+    scale = [level.step[i] / first.step[i] for i in (0, 1)]
+    move = [(level.start[i] - first.start[i]) / first.step[i] for i in (0, 1)]
+    return {
+        "asset": asset,
+        "transform": {"scale": [1.0, *scale, 1.0], "translation": [0.0, *move, 0.0]},
+        "derived_from": f"{first.name}/features",
+        "resampling_method": level.method,
+    }

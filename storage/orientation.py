@@ -22,6 +22,10 @@ class Turn:
     mirrors_x: bool
     mirrors_y: bool
 
+    def mirrored_axes(self, axis: int) -> tuple[int, ...]:
+        """Those of an array [height, width] from `axis` on that are mirrored."""
+        return (axis,) * self.mirrors_y + (axis + 1,) * self.mirrors_x
+
 
 TURNS: Mapping[int, Turn] = {
     2: Turn(Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
@@ -78,13 +82,13 @@ class Orientation:
         if self._turn is None:
             return values
         turned = values.swapaxes(axis, axis + 1) if self._turn.exchanges else values
-        return np.ascontiguousarray(np.flip(turned, self._mirrored_axes(axis)))
+        return np.ascontiguousarray(np.flip(turned, self._turn.mirrored_axes(axis)))
 
     def undone(self, values: np.ndarray) -> np.ndarray:
         """An upright array [height, width, ...] as the file stores it: the inverse of `array`."""
         if self._turn is None:
             return values
-        mirrored = np.flip(values, self._mirrored_axes(0))
+        mirrored = np.flip(values, self._turn.mirrored_axes(0))
         return np.ascontiguousarray(mirrored.swapaxes(0, 1) if self._turn.exchanges else mirrored)
 
     def points(self, points_K2: np.ndarray) -> np.ndarray:
@@ -100,9 +104,6 @@ class Orientation:
     @property
     def _turn(self) -> Turn | None:
         return TURNS.get(self.exif)
-
-    def _mirrored_axes(self, axis: int) -> tuple[int, ...]:
-        return (axis,) * self._turn.mirrors_y + (axis + 1,) * self._turn.mirrors_x
 
     def _moved(self, points_xy: np.ndarray, ends: tuple[int, int] | list[int]) -> np.ndarray:
         """Points [..., 2] turned; `ends`: the largest x and y of the upright image."""

@@ -16,12 +16,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import aiohttp
 import botocore.exceptions
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from storage.errors import RayliftError
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,18 @@ _S3_CONFIG = {
     "read_timeout": 30,
 }
 
+_S3_OPTIONS = {
+    # Another worker may have written since a listing was made.
+    "use_listings_cache": False,
+    # Above 1, s3fs asks for every object's size before it reads the whole of it.
+    "max_concurrency": 1,
+}
 
-class StorageError(Exception):
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class StorageError(RayliftError):
     """Base of what this package raises on purpose."""
 
 
@@ -65,9 +77,9 @@ def redact(text: str, storage_options: StorageOptions | None = None) -> str:
     return text
 
 
-def public_options(options: StorageOptions) -> dict[str, Any]:
+def public_options(options: StorageOptions) -> dict[str, object]:
     """`options` with the value of every secret replaced by `***`, for files and logs."""
-    shown: dict[str, Any] = {}
+    shown: dict[str, object] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
             shown[name] = public_options(value)
@@ -101,22 +113,29 @@ def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple
     options = _options_for(url, storage_options or {})
     try:
         if url.startswith(("s3://", "s3a://")):
-            options["config_kwargs"] = {**_S3_CONFIG, **options.get("config_kwargs", {})}
-            options.setdefault("use_listings_cache", False)
-            # Above 1, s3fs asks for every object's size before it reads the whole of it.
-            options.setdefault("max_concurrency", 1)
+            options = {**_S3_OPTIONS, **options}
+            options["config_kwargs"] = {**_S3_CONFIG, **_below(options, "config_kwargs")}
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"cannot open {redact(url, options)}: {redact(str(error), options)}") from None
     return fs, path
 
 
-def _options_for(url: str, options: StorageOptions) -> dict[str, Any]:
+def _options_for(url: str, options: StorageOptions) -> dict[str, object]:
     """The options for `url`: those under its scheme where the keys are schemes, else all of them unless it is local."""
     scheme = url.split("://", 1)[0] if "://" in url else "file"
     if options and set(options) <= set(fsspec.available_protocols()):
-        return dict(options.get(scheme, {}))
+        return _below(options, scheme)
+    # A run may read from a local disk and write to S3 under one set of options, which the local filesystem would refuse.
     return {} if scheme in ("file", "local", "memory") else dict(options)
+
+
+def _below(options: StorageOptions, name: str) -> dict[str, object]:
+    """The options that are grouped under `name`. Raises `InputError`."""
+    found = options.get(name, {})
+    if not isinstance(found, Mapping):
+        raise InputError(f"the storage option {name!r} must hold options by name, not {type(found).__name__}")
+    return dict(found)
 
 
 def is_memory(url: str) -> bool:
@@ -133,9 +152,9 @@ def reaching(shown: str) -> Iterator[None]:
         raise StorageError(f"{shown} can't be reached: {type(error).__name__}: {redact(str(error))}") from None
 
 
-def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(method: Callable[Concatenate["Folder", P], T]) -> Callable[Concatenate["Folder", P], T]:
     @functools.wraps(method)
-    def call(self: "Folder", *args: Any, **kwargs: Any) -> Any:
+    def call(self: "Folder", /, *args: P.args, **kwargs: P.kwargs) -> T:
         with reaching(self.shown):
             return method(self, *args, **kwargs)
 
@@ -153,7 +172,7 @@ class Folder:
         self.options = dict(storage_options or {})
         self._open: tuple[int, fsspec.AbstractFileSystem, str] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"url": self.url, "options": self.options, "_open": None}
 
     def __repr__(self) -> str:
@@ -199,14 +218,12 @@ class Folder:
         paths = [f"{root}/{name}" for name, _, _ in ranges]
         bounds = [(offset, offset + size) for _, offset, size in ranges]
         if isinstance(fs, LocalFileSystem):
-            # Threads pay off once the disk does the work; for a few small ranges they cost more than the reads.
-            workers = 1 if sum(size for _, _, size in ranges) < 2**22 else min(8, len(ranges))
-            return _map(_read_local, paths, bounds, workers=workers)
+            return _read_locals(paths, bounds)
         found = fs.cat_ranges(paths, [start for start, _ in bounds], [end for _, end in bounds], on_error="return")
         return [_range_or_none(data, end - start) for data, (start, end) in zip(found, bounds, strict=True)]
 
     @_guarded
-    def open(self, name: str) -> Any:
+    def open(self, name: str) -> BinaryIO:
         """A seekable binary file, for readers that need part of a large object: each read is one request."""
         fs, root = self._fs()
         options = {} if isinstance(fs, LocalFileSystem) else {"cache_type": "none"}
@@ -330,11 +347,12 @@ class Folder:
             shutil.rmtree(Path(root) / ".partial", ignore_errors=True)
 
 
-def _map(function: Callable[..., Any], *arguments: Sequence[Any], workers: int) -> list[Any]:
-    if workers <= 1:
-        return [function(*each) for each in zip(*arguments, strict=True)]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, *arguments))
+def _read_locals(paths: Sequence[str], bounds: Sequence[tuple[int, int]]) -> list[bytes | None]:
+    # Threads pay off once the disk does the work; for a few small ranges they cost more than the reads.
+    if sum(end - start for start, end in bounds) < 2**22:
+        return [_read_local(*each) for each in zip(paths, bounds, strict=True)]
+    with ThreadPoolExecutor(min(8, len(paths))) as pool:
+        return list(pool.map(_read_local, paths, bounds))
 
 
 def _read_local(path: str, bounds: tuple[int, int]) -> bytes | None:
@@ -347,7 +365,7 @@ def _read_local(path: str, bounds: tuple[int, int]) -> bytes | None:
         raise StorageError(f"{path} is a folder where a file must be") from None
 
 
-def _range_or_none(data: Any, size: int) -> bytes | None:
+def _range_or_none(data: bytes | BaseException, size: int) -> bytes | None:
     if isinstance(data, FileNotFoundError):
         return None
     if isinstance(data, OSError) and data.errno == errno.EINVAL and "range is not satisfiable" in str(data):
@@ -425,7 +443,7 @@ def read_ranges(
     merged = merge_ranges(ranges, max_gap=max_gap, max_bytes=max_bytes)
     requests = [(ranges[a][0], ranges[a][1], ranges[b][1] + ranges[b][2]) for a, b in merged]
     with ThreadPoolExecutor(min(8, max(1, len(requests)))) as pool:
-        blobs = list(pool.map(lambda request: _read_range(*request, storage_options), requests))
+        blobs = list(pool.map(functools.partial(_read_range, storage_options), *zip(*requests, strict=True)))
     out: list[bytes] = []
     for (a, b), (_, start, _), blob in zip(merged, requests, blobs, strict=True):
         out += [blob[offset - start : offset - start + size] for _, offset, size in ranges[a : b + 1]]
@@ -452,7 +470,7 @@ def merge_ranges(
     return merged
 
 
-def _read_range(url: str, start: int, end: int, options: StorageOptions | None) -> bytes:
+def _read_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes:
     if start == end:
         return b""
     fs, path = filesystem(url, options)

@@ -61,7 +61,7 @@ class LevelReader:
         """`read` for sorted rows, each once."""
         if self.level.grid is None:
             values = self._read_vectors("features", rows).astype(self.dtype, copy=False)
-            return values, ~np.isnan(values).all(axis=1)
+            return values, np.logical_not(np.isnan(values).all(axis=1))
         values, there = self._read_maps(rows)
         if self.level.dtype == "int8":
             scale = self._read_vectors("scale", rows)

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from storage.documents import Document, MissingObject, decode, decode_known
+from storage.documents import Document, JsonObject, JsonValue, MissingObject, as_object, decode, decode_known
 from storage.paths import Folder, StorageError
 from storage.samples import INDEX, SampleIndex
 from storage.sources import sources_digest
@@ -25,8 +25,8 @@ class StoreReplaced(StorageError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Attributes:
-    """What every store's attributes hold, as they must be."""
+class RootDocument:
+    """What every store's `raylift` attributes hold, as they must be. Stores may hold more, which is kept and not looked at."""
 
     format: int
     status: Literal["writing", "complete"]
@@ -42,11 +42,11 @@ class _Attributes:
     input: str | None = None
     "`sources_digest` of the input as the run reads it that writes the store; complete stores have none"
     versions: Mapping[str, str] | None = None
-    config: Mapping[str, Any] | None = None
+    config: JsonObject | None = None
     notes: tuple[str, ...] | None = None
 
 
-def read_attributes(folder: Folder) -> dict[str, Any] | None:
+def read_attributes(folder: Folder) -> dict[str, JsonValue] | None:
     """The `raylift` attributes of the store in `folder`; None if there is no store.
 
     Raises `StorageError` if something else is there, or a format that this version doesn't read, and `DamagedObject` where
@@ -58,23 +58,26 @@ def read_attributes(folder: Folder) -> dict[str, Any] | None:
     except MissingObject:
         return None
     with document.parsing():
-        own = found.get("attributes", {}).get("raylift")
-    if own is None:
+        attributes = as_object(found.get("attributes", {}), "attributes")
+    if attributes.get("raylift") is None:
         raise StorageError(f"{folder.shown} is a Zarr store, but not one of Raylift's; choose another --out")
     with document.parsing():
+        own = as_object(attributes["raylift"], "raylift")
         number = decode(int, own["format"], "format")
     if number not in READABLE:
         advice = "update Raylift" if number > FORMAT else "extract it again, with a new --out"
         readable = " and ".join(map(str, READABLE))
         raise StorageError(f"{document.shown} has format {number}, this version reads {readable}; {advice}")
     with document.parsing():
-        _check(decode_known(_Attributes, own))
-    if own["fingerprint"] != fingerprint_of(own["spec"], own["layout"]):
+        _check(decode_known(RootDocument, own))
+        # Of the JSON as it is, not of what it was decoded to: fields that later versions add must not change it.
+        expected = fingerprint_of(as_object(own["spec"]), as_object(own["layout"]))
+    if own["fingerprint"] != expected:
         raise document.damaged("was edited or damaged: its fingerprint doesn't match its spec and layout")
     return own
 
 
-def _check(found: _Attributes) -> None:
+def _check(found: RootDocument) -> None:
     """Raise `ValueError` where the numbers don't go together."""
     if found.index is not None and not re.fullmatch(r"index(/[0-9a-f]{12})?", found.index):
         raise ValueError(f"{found.index!r} is no place of an index")
@@ -87,9 +90,13 @@ def _check(found: _Attributes) -> None:
         raise ValueError(f"counts {dict(counts)} don't add up to {found.layout.n_rows} rows")
 
 
-def require_same_store(folder: Folder, fingerprint: str, input_digest: str | None = None) -> dict[str, Any]:
+def require_same_store(folder: Folder, fingerprint: str, input_digest: str | None = None) -> dict[str, JsonValue]:
     """The attributes of the store of this fingerprint, read again. Raises `StoreReplaced` where it isn't there any more, or
-    where another run goes on with it from files that aren't those of `input_digest`."""
+    where another run goes on with it from files that aren't those of `input_digest`.
+
+    The second is told by where files lie and how they are stamped. Two drivers that read different copies of the input would
+    otherwise both commit tasks, and the store would hold a mixture.
+    """
     attributes = read_attributes(folder)
     if attributes is None:
         raise StoreReplaced(f"{folder.shown} is gone: it was removed while this run wrote it; nothing more is written")
@@ -98,7 +105,10 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
             f"{folder.shown} is another store now: it was removed and begun anew with other settings while this run wrote "
             "it; nothing more is written"
         )
-    if input_digest is not None and _input_of(folder, attributes) not in (None, input_digest):
+    if input_digest is not None and _input_of(folder, decode_known(RootDocument, attributes)) not in (
+        None,
+        input_digest,
+    ):
         raise StoreReplaced(
             f"{folder.shown} is continued by another run, with input that lies elsewhere, or was changed; this run writes "
             "nothing more"
@@ -106,8 +116,8 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
     return attributes
 
 
-def _input_of(folder: Folder, attributes: Mapping[str, Any]) -> str | None:
+def _input_of(folder: Folder, root: RootDocument) -> str | None:
     """`sources_digest` of what a store is, or was, made from; None where an earlier version is writing it."""
-    if attributes["status"] == "writing":
-        return attributes.get("input")
-    return sources_digest(SampleIndex(folder, attributes.get("index", INDEX)).sources)
+    if root.status == "writing":
+        return root.input
+    return sources_digest(SampleIndex(folder, root.index or INDEX).sources)

@@ -17,13 +17,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from storage.documents import DamagedObject, Document, decode, parse_json
+from storage.documents import DamagedObject, Document, JsonObject, JsonValue, as_object, decode, parse_json
 from storage.paths import Folder, filesystem
 
 logger = logging.getLogger(__name__)
@@ -45,9 +44,9 @@ class Checkpoint:
     model: Mapping[str, np.ndarray]
     resume: Mapping[str, np.ndarray]
     "the optimiser's arrays"
-    progress: Mapping[str, Any]
-    "what else is needed to continue, as JSON values"
-    config: Mapping[str, Any]
+    progress: JsonObject
+    "what else is needed to continue"
+    config: JsonObject
     "what the model is, for those who use it"
 
     @property
@@ -148,7 +147,7 @@ def read_checkpoint(folder: Folder, name: str) -> Checkpoint:
     return Checkpoint(step=step, model=model, resume=resume, progress=progress, config=config)
 
 
-def _read_json(folder: Folder, name: str, part: str) -> dict[str, Any]:
+def _read_json(folder: Folder, name: str, part: str) -> dict[str, JsonValue]:
     data = _read_part(folder, name, part)
     try:
         return parse_json(data)
@@ -185,12 +184,12 @@ def read_last(folder: Folder) -> Checkpoint | None:
     return read_checkpoint(folder, pointers.last) if pointers else None
 
 
-def write_run(folder: Folder, run: Mapping[str, Any]) -> None:
+def write_run(folder: Folder, run: JsonObject) -> None:
     """Save what was asked for."""
     folder.write("run.json", _json(run))
 
 
-def read_run(folder: Folder) -> dict[str, Any] | None:
+def read_run(folder: Folder) -> dict[str, JsonValue] | None:
     """What the run in this folder was asked for; None where there is none. Raises `CheckpointError`."""
     document = Document(folder, "run.json", "restore it, or use a new --out", CheckpointError)
     try:
@@ -198,11 +197,11 @@ def read_run(folder: Folder) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     with document.parsing():
-        decode(Mapping[str, Any], run.get("identity", {}), "identity")
+        as_object(run.get("identity", {}), "identity")
     return run
 
 
-def read_metrics(folder: Folder) -> list[dict[str, Any]]:
+def read_metrics(folder: Folder) -> list[dict[str, JsonValue]]:
     """The lines of metrics.jsonl; none where there is no such file. Raises `CheckpointError`."""
     document = Document(
         folder, "metrics.jsonl", "remove its damaged lines; nothing but curves rests on them", CheckpointError
@@ -218,7 +217,7 @@ def read_metrics(folder: Folder) -> list[dict[str, Any]]:
     return lines
 
 
-def write_metrics(folder: Folder, lines: Sequence[Mapping[str, Any]]) -> None:
+def write_metrics(folder: Folder, lines: Sequence[JsonObject]) -> None:
     """Replace metrics.jsonl."""
     folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
@@ -227,5 +226,5 @@ def _tensors(arrays: Mapping[str, np.ndarray]) -> bytes:
     return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def _json(value: JsonObject) -> bytes:
     return json.dumps(value, indent=1).encode()

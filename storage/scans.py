@@ -23,7 +23,9 @@ def collect_index(
 
     Raises `DuplicateKeys`, and `InputError` for a tar without images or an input without rows.
     """
-    tables, sources, count = [], [], 0
+    tables: list[pa.Table] = []
+    sources: list[Source] = []
+    count = 0
     for file, scan in scans:
         url = query_free(file.url)
         readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()

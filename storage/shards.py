@@ -11,6 +11,8 @@ import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 
+from storage.errors import RayliftError
+
 FLOAT16_MAX = 65504.0
 
 _ABSENT = np.uint64(2**64 - 1)
@@ -19,7 +21,7 @@ _ABSENT = np.uint64(2**64 - 1)
 _ZSTD = Zstd(level=1, checksum=True)
 
 
-class DamagedChunk(ValueError):
+class DamagedChunk(RayliftError, ValueError):
     """Bytes that aren't what was written: their length or their checksum is wrong."""
 
 

@@ -83,10 +83,10 @@ def pair(sources: Sequence[Source], files: Sequence[InputFile]) -> tuple[list[In
     for sure in (True, False):
         for i, source in enumerate(sources):
             candidates = by_url[source.url] if paired[i] is None else []
-            file = next((file for file in candidates if not sure or is_unchanged(source, file)), None)
-            if file is not None:
-                paired[i] = file
-                candidates.remove(file)
+            found = next((file for file in candidates if not sure or is_unchanged(source, file)), None)
+            if found is not None:
+                paired[i] = found
+                candidates.remove(found)
     return paired, [file for left in by_url.values() for file in left]
 
 

@@ -8,11 +8,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from storage.documents import decode
+from storage.documents import JsonObject, JsonValue, decode
 from storage.paths import StorageError
 
 Dtype = Literal["float16", "float32", "int8"]
@@ -124,8 +124,8 @@ class FeatureSpec:
     precision: Literal["bf16", "fp16", "fp32"]
     jpeg_draft: bool
     levels: tuple[Level, ...]
-    model_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    "timm's arguments, JSON values, where the network isn't built as its name alone says"
+    model_args: JsonObject = field(default_factory=dict, hash=False)
+    "timm's arguments where the network isn't built as its name alone says"
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]
@@ -134,14 +134,15 @@ class FeatureSpec:
         if len(self.input_size) != 2 or any(size < 1 for size in self.input_size):
             raise InvalidSpec(f"the model's input can't be of {self.input_size} pixels")
 
-    def to_json(self) -> dict[str, Any]:
-        data = json.loads(json.dumps(asdict(self)))
+    def to_json(self) -> dict[str, JsonValue]:
+        """As a store's attributes hold it: lists where there are tuples, the fields in this order."""
+        data: dict[str, JsonValue] = json.loads(json.dumps(asdict(self)))
         if not self.model_args:  # stores from before there were any keep their fingerprint
             del data["model_args"]
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "FeatureSpec":
+    def from_json(cls, data: JsonObject) -> "FeatureSpec":
         """Raises `ValueError` for what `to_json` can't have given."""
         return decode(cls, data, "spec")
 
@@ -227,7 +228,7 @@ def fingerprint(spec: FeatureSpec, layout: Layout) -> str:
     return fingerprint_of(spec.to_json(), asdict(layout))
 
 
-def fingerprint_of(spec: Mapping[str, Any], layout: Mapping[str, Any]) -> str:
+def fingerprint_of(spec: JsonObject, layout: JsonObject) -> str:
     """`fingerprint` of a spec and a layout as a store's attributes hold them."""
     data = {"spec": spec, "layout": layout}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -259,6 +260,6 @@ def _level_differences(store: tuple[Level, ...], run: tuple[Level, ...]) -> list
     return lines
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text[:12] + "…" if len(text) == 64 else text

@@ -6,22 +6,22 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
-from storage.documents import DamagedObject, Document
+from storage.documents import DamagedObject, Document, JsonObject, JsonValue, decode_known
 from storage.ledger import SCHEMA, Ledger
 from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, StorageOptions, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
-from storage.root import FORMAT, ROOT, StoreReplaced, read_attributes, require_same_store
+from storage.root import FORMAT, ROOT, RootDocument, StoreReplaced, read_attributes, require_same_store
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
@@ -61,21 +61,29 @@ class FeatureStore:
     fork and spawn.
     """
 
-    def __init__(self, folder: Folder, attributes: Mapping[str, Any]):
+    def __init__(self, folder: Folder, attributes: JsonObject):
         self.folder = folder
+        self._take_attributes(attributes)
+
+    def _take_attributes(self, attributes: JsonObject) -> None:
+        """Be the store that `attributes` describe; open files and cached shard indexes of its state before are dropped."""
         self.attributes = dict(attributes)
-        self.spec = FeatureSpec.from_json(attributes["spec"])
-        self.layout = Layout(**attributes["layout"])
-        unmarked = attributes["format"] < 3 or "upgraded_from" in attributes
-        origin = attributes.get("origin", attributes["fingerprint"])
-        self.ledger = Ledger(folder, self.layout, self.spec.levels, origin, unmarked=unmarked)
+        self.root = decode_known(RootDocument, self.attributes)
+        "`attributes`, typed"
+        self.spec, self.layout = self.root.spec, self.root.layout
+        # Records of a store that format 2 began have no fingerprint, also after it was upgraded.
+        unmarked = self.root.format < 3 or self.root.upgraded_from is not None
+        self.ledger = Ledger(self.folder, self.layout, self.spec.levels, self._origin, unmarked=unmarked)
         self._readers: dict[str, LevelReader] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "attributes": self.attributes}
+    @property
+    def _origin(self) -> str:
+        """The fingerprint that the commit records have."""
+        return self.root.origin or self.root.fingerprint
 
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Folder, JsonObject]]:
+        # What is cached stays behind: open files and locks don't pickle.
+        return type(self), (self.folder, self.attributes)
 
     def __len__(self) -> int:
         return self.layout.n_rows
@@ -102,7 +110,7 @@ class FeatureStore:
         spec: FeatureSpec,
         layout: Layout,
         *,
-        provenance: Mapping[str, Any],
+        provenance: JsonObject,
         storage_options: StorageOptions | None = None,
     ) -> "FeatureStore":
         """Create the store's metadata, or continue a store of the same fingerprint.
@@ -118,10 +126,10 @@ class FeatureStore:
         return store
 
     @classmethod
-    def _begin(cls, folder: Folder, spec: FeatureSpec, layout: Layout, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    def _begin(cls, folder: Folder, spec: FeatureSpec, layout: Layout, provenance: JsonObject) -> JsonObject:
         """Write the root of a new store, create-only; returns its attributes, or those of a store that was quicker."""
         folder.check_create_only(_PROBE)
-        attributes = {
+        attributes: JsonObject = {
             "format": FORMAT,
             "status": "writing",
             "fingerprint": fingerprint(spec, layout),
@@ -148,7 +156,7 @@ class FeatureStore:
 
     def require(self, spec: FeatureSpec, layout: Layout) -> None:
         """Raise `FingerprintMismatch` unless this store holds exactly what `spec` and `layout` describe."""
-        if self.attributes["fingerprint"] == fingerprint(spec, layout):
+        if self.root.fingerprint == fingerprint(spec, layout):
             return
         lines = "\n".join(differences(self.spec, self.layout, spec, layout))
         raise FingerprintMismatch(
@@ -159,7 +167,7 @@ class FeatureStore:
     @property
     def status(self) -> str:
         """`writing` or `complete`."""
-        return self.attributes["status"]
+        return self.root.status
 
     @functools.cached_property
     def index(self) -> SampleIndex:
@@ -182,7 +190,7 @@ class FeatureStore:
     @property
     def index_prefix(self) -> str:
         """Where the index lies below the store."""
-        return self.attributes.get("index", INDEX)
+        return self.root.index or INDEX
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -316,7 +324,8 @@ class FeatureStore:
     def valid(self, rows: Selection = slice(None)) -> np.ndarray:
         """Which rows have features, bool [n]: those whose ledger row says `ok`."""
         wanted = self.rows(rows)
-        if not self.attributes.get("counts", {"failed": 1}).get("failed", 0):
+        # A complete store says how many rows failed; where none did, the ledger needn't be opened.
+        if self.root.counts is not None and not self.root.counts.get("failed"):
             return np.ones(len(wanted), bool)
         statuses = self.records(wanted, ["status"])["status"]
         return pc.fill_null(pc.equal(statuses, "ok"), False).to_numpy(zero_copy_only=False)
@@ -357,7 +366,7 @@ class FeatureStore:
 
     def require_in_place(self) -> None:
         """Raise `StoreReplaced` unless this store still lies where it was opened."""
-        require_same_store(self.folder, self.attributes["fingerprint"], self.attributes.get("input"))
+        require_same_store(self.folder, self.root.fingerprint, self.root.input)
 
     def adopt_index(self, index: SampleIndex) -> None:
         """Go on with an index of changed input, which is written: the root names it. Driver only. Raises `StoreReplaced`.
@@ -366,17 +375,16 @@ class FeatureStore:
         that the store began with.
         """
         layout = replace(self.layout, n_rows=index.n_rows, index=index.digest)
-        own = {
+        own: JsonObject = {
             "status": "writing",
             "layout": asdict(layout),
             "fingerprint": fingerprint(self.spec, layout),
             "index": index.prefix,
             "input": sources_digest(index.sources),
-            "origin": self.attributes.get("origin", self.attributes["fingerprint"]),
+            "origin": self._origin,
         }
         self._write_root({**self._kept(), **own}, consolidated=False)
-        self.__dict__.pop("index", None)  # the cached one
-        self.__setstate__(self.__getstate__())
+        self.__dict__.pop("index", None)  # the cached property holds the index before
         self._restore_documents()
 
     def put(self, name: str, data: bytes) -> None:
@@ -394,11 +402,12 @@ class FeatureStore:
 
         `input_digest`: `sources_digest` of the files as this run reads them. Drivers that read others stop.
         """
-        wanted = {"status": "writing"} | ({} if input_digest is None else {"input": input_digest})
-        if self.attributes["format"] != FORMAT or not wanted.items() <= self.attributes.items():
+        marked = self.root.status == "writing" and input_digest in (None, self.root.input)
+        if not marked or self.root.format != FORMAT:
+            wanted = {"status": "writing"} | ({} if input_digest is None else {"input": input_digest})
             self._write_root({**self._kept(), **wanted}, consolidated=False)
 
-    def _kept(self) -> dict[str, Any]:
+    def _kept(self) -> dict[str, JsonValue]:
         """The attributes that say no more than what was begun."""
         return {name: value for name, value in self.attributes.items() if name not in ("counts", "input")}
 
@@ -416,7 +425,7 @@ class FeatureStore:
         if self.status != "complete":
             self._complete()
         self._sweep()
-        return self.attributes["counts"]
+        return dict(self.root.counts or {})
 
     def _complete(self) -> None:
         self.require_in_place()
@@ -430,11 +439,12 @@ class FeatureStore:
         self.require_in_place()
         self._write_root({**self._kept(), "status": "complete", "counts": counts}, consolidated=True)
 
-    def _write_root(self, attributes: Mapping[str, Any], *, consolidated: bool) -> None:
+    def _write_root(self, attributes: JsonObject, *, consolidated: bool) -> None:
+        """Write the root document with these attributes, in today's format, and go by them. Raises `StoreReplaced`."""
         older = {} if attributes["format"] == FORMAT else {"format": FORMAT, "upgraded_from": attributes["format"]}
-        look = functools.partial(require_same_store, self.folder, self.attributes["fingerprint"])
+        look = functools.partial(require_same_store, self.folder, self.root.fingerprint)
         look()
-        self.attributes = {**attributes, **older}
+        self._take_attributes({**attributes, **older})
         self.folder.write(ROOT, self._documents(consolidated=consolidated)[ROOT], look=look)
 
     def _sweep(self) -> None:

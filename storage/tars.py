@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -30,6 +30,9 @@ SCHEMA = pa.schema(
 )
 """One row per sample. `source` is the position in `SampleIndex.sources`; `offset` and `size` (bytes) locate the image
 inside the source; `problem` says why the sample has no readable image, or is null."""
+
+_Row = dict[str, str | int | None]
+"""A row of the index by column; carried members have columns of their own."""
 
 _SIDE_FILE = re.compile(r"(^|/)(\._[^/]*|\.DS_Store)$|(^|/)__MACOSX/")
 """What macOS puts into archives beside the files."""
@@ -85,9 +88,7 @@ def scan_source(file: InputFile, rules: MemberRules, storage_options: StorageOpt
     return _scan_result(rows, rules, walk.problems, samples.left_out)
 
 
-def _scan_result(
-    rows: list[dict[str, Any]], rules: MemberRules, problems: list[str], left_out: dict[str, LeftOut]
-) -> SourceScan:
+def _scan_result(rows: list[_Row], rules: MemberRules, problems: list[str], left_out: dict[str, LeftOut]) -> SourceScan:
     table = pa.Table.from_pylist(rows, schema=index_schema(rules))
     digest = hashlib.sha256()
     for row in rows:
@@ -102,7 +103,7 @@ def index_schema(rules: MemberRules) -> pa.Schema:
 
 def _scan_image_file(file: InputFile, rules: MemberRules) -> SourceScan:
     key, extension = split_name(file.name) or (file.name, "")
-    row = {"key": key, "source": 0, "member": extension, "offset": 0, "size": file.size, "problem": None}
+    row: _Row = {"key": key, "source": 0, "member": extension, "offset": 0, "size": file.size, "problem": None}
     return _scan_result([row], rules, [], {})
 
 
@@ -126,9 +127,9 @@ class _Samples:
         self.stream, self.file, self.rules = stream, file, rules
         self.shown = query_free(file.url).rsplit("/", 1)[-1]
         self.left_out: dict[str, LeftOut] = {}
-        self._rows: list[dict[str, Any] | _Group] = []
+        self._rows: list[_Row | _Group] = []
         self._group: _Group | None = None
-        self._gaps: list[dict[str, Any]] = []
+        self._gaps: list[_Row] = []
         self._links: list[Member] = []
 
     def add(self, part: Member | Gap | Aside) -> None:
@@ -171,7 +172,7 @@ class _Samples:
         self._rows += self._gaps
         self._gaps = []
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[_Row]:
         """All rows, in the order of the archive."""
         self._close_group()
         links = _Links(self.stream, self.file, self._links)
@@ -181,7 +182,7 @@ class _Samples:
     def _leave_out(self, reason: str, what: str, *, is_usual: bool = False) -> None:
         leave_out(self.left_out, reason, f"{self.shown}: {what}", is_usual=is_usual)
 
-    def _linked_row(self, group: _Group, links: "_Links") -> dict[str, Any] | None:
+    def _linked_row(self, group: _Group, links: "_Links") -> _Row | None:
         """The row of a sample of which members are links; None where they all lead nowhere, so that nothing is there."""
         broken = {}
         for extension, member in group.members.items():
@@ -198,7 +199,7 @@ class _Samples:
             return None
         return self._row(group, broken)
 
-    def _row(self, group: _Group, broken: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def _row(self, group: _Group, broken: Mapping[str, str] | None = None) -> _Row:
         """`broken` says by extension why a member has no data."""
         broken, members = broken or {}, group.members
         wanted = (self.rules.image.lower().lstrip("."),) if self.rules.image else IMAGE_EXTENSIONS
@@ -232,7 +233,7 @@ class _Samples:
             self._leave_out(f"{kind} of a sample (.{last})", member.name, is_usual=True)
 
 
-def _empty_row(key: str, problem: str | None) -> dict[str, Any]:
+def _empty_row(key: str, problem: str | None) -> _Row:
     return {"key": key, "source": 0, "member": "", "offset": 0, "size": 0, "problem": problem}
 
 

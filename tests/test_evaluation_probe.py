@@ -19,8 +19,8 @@ from pipelines.evaluation.run import run_pieces
 from pipelines.features.model import FeatureModel
 from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource, describe
 from pipelines.features.weights import WeightsUnavailable
+from pipelines.readouts.drawing import picture_of
 from pipelines.results import write_results
-from pipelines.training.labelled import picture_of
 from storage.datasets.files import DatasetError
 from storage.paths import Folder
 from storage.runs import read_pointers

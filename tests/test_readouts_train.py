@@ -16,8 +16,8 @@ from pipelines.config import ConfigError
 from pipelines.features.sources import FeaturesMissing
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
-from pipelines.readouts.tasks import CLASSIFIER
-from pipelines.training.labelled import picture_of
+from pipelines.readouts.drawing import picture_of
+from pipelines.readouts.instances import CLASSIFIER
 from pipelines.training.loop import TrainFailed, read_metrics, train_on_ray
 from storage.paths import Folder
 from storage.runs import read_last
@@ -458,7 +458,7 @@ def test_papers_drawing_is_small_first_then_enlarged_by_the_nearest_pixel(sets, 
 def test_depth_is_judged_on_the_labels_own_pixels_and_nyus_in_the_eigen_crop(tmp_path):
     """Wrong depth outside the crop, or beyond 10 m, changes nothing; inside, it does."""
     from operators.metrics.depth import eigen_crop
-    from pipelines.readouts.tasks import DepthTask
+    from pipelines.readouts.depth_task import DepthTask
 
     task = DepthTask(placement="squash", side=96)
     label = np.full((480, 640), 2.0, np.float32)

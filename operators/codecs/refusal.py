@@ -1,7 +1,9 @@
 """What is wrong with an image's bytes."""
 
+from storage.errors import RayliftError
 
-class ImageRefused(ValueError):
+
+class ImageRefused(RayliftError, ValueError):
     """The bytes hold no image, or one that is not accepted."""
 
     kind = "ImageRefused"

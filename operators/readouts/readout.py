@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from storage.errors import RayliftError
+
 PIXELS_PER_QUERY = 8
 """Three doublings (12.1, step 8)."""
 
@@ -15,7 +17,7 @@ CODE = 8
 """Numbers of a position code."""
 
 
-class ReadoutError(ValueError):
+class ReadoutError(RayliftError, ValueError):
     """No such readout, or it can't do what was asked."""
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, TimmBackbone
+from storage.errors import RayliftError
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 
@@ -25,7 +26,7 @@ Reload: TypeAlias = Callable[[], nn.Module]
 """Makes the backbone's timm model anew, with its own position embeddings, which a backbone in use has replaced."""
 
 
-class UpsamplerError(ValueError):
+class UpsamplerError(RayliftError, ValueError):
     """No such upsampler, or it can't do what was asked."""
 
 

@@ -14,6 +14,8 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from storage.errors import RayliftError
+
 WARM_UP = 2
 """Steps of each training that aren't counted."""
 
@@ -122,8 +124,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class BenchmarkFailed(RuntimeError):
+class BenchmarkFailed(RayliftError):
     """A measured process died, or results that must agree don't."""
+
+    exit_code = 1
 
 
 def peak_rss(run: Callable[[], Any]) -> int | None:

@@ -27,9 +27,9 @@ from pipelines.features.sources import (
 )
 from pipelines.provenance import describe_difference
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
-from pipelines.readouts.tasks import Task
+from pipelines.readouts.drawing import picture_of
+from pipelines.readouts.task import Task
 from pipelines.results import Cell, Findings, Line, Table, panel
-from pipelines.training.labelled import picture_of
 from pipelines.training.readout import features_of
 from storage.datasets.files import digest
 from storage.datasets.labels import LabelledImage

@@ -23,6 +23,7 @@ from pipelines.provenance import require_same, versions
 from pipelines.results import LeftOut
 from storage.datasets.pictures import CANNOT_TELL, DatasetError, FrameUnknown
 from storage.documents import Document, parse_json
+from storage.errors import RayliftError
 from storage.paths import Folder
 from storage.runs import read_run, write_run
 from storage.store import read_attributes
@@ -30,8 +31,10 @@ from storage.store import read_attributes
 logger = logging.getLogger(__name__)
 
 
-class WorkersLost(RuntimeError):
+class WorkersLost(RayliftError):
     """Workers were lost again and again."""
+
+    exit_code = 1
 
 
 Record = dict[str, Any]

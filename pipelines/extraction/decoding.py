@@ -6,12 +6,16 @@ from multiprocessing import TimeoutError as PoolTimeout
 from multiprocessing.pool import ThreadPool
 from typing import TypeVar
 
+from storage.errors import RayliftError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class DecodeStuck(RuntimeError):
+class DecodeStuck(RayliftError):
     """An image's decoding doesn't end."""
+
+    exit_code = 1
 
 
 class DecodeThreads:

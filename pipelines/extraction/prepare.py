@@ -10,21 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.session import ClusterError
-from operators.backbone import BackboneError
-from operators.upsamplers import UpsamplerError
 from pipelines.config import ConfigError
 from pipelines.extraction.config import CONTENT_FIELDS, ExtractConfig
 from pipelines.features.bundle import ModelBundle, load_described
 from pipelines.features.model import FeatureModel
-from pipelines.features.weights import WeightsUnavailable
 from pipelines.provenance import versions
 from storage.documents import DamagedObject
 from storage.identity import InputState, Scan, input_state, order_digest
 from storage.inputs import Listing, expand_inputs
 from storage.ledger import SCHEMA
 from storage.left_out import LeftOut, log_left_out, merge_left_out
-from storage.paths import Folder, InputError, StorageError, is_memory
+from storage.paths import Folder, InputError, is_memory
 from storage.root import StoreReplaced
 from storage.samples import (
     INDEX,
@@ -50,18 +46,6 @@ from storage.store import FeatureStore, read_attributes
 from storage.tars import MemberRules
 
 logger = logging.getLogger(__name__)
-
-USER_ERRORS = (
-    ConfigError,
-    StorageError,
-    BackboneError,
-    UpsamplerError,
-    WeightsUnavailable,
-    ClusterError,
-    FileNotFoundError,
-    PermissionError,
-)
-"""What a person can act on: a program shows the message alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve
 from pipelines.extraction.worker import WorkerSetup
 from pipelines.provenance import versions
+from storage.errors import RayliftError
 from storage.ledger import REASON_COLUMNS, commonest_reasons
 from storage.left_out import LeftOut
 from storage.paths import StorageError
@@ -34,8 +35,10 @@ SAVE_INTERVAL_S = 10.0
 """How often a run says how far it is, where `jobs/show.py status` finds it."""
 
 
-class RunFailed(RuntimeError):
+class RunFailed(RayliftError):
     """The run ended without a complete store, or with more failures than the budget allows."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import psutil
 from operators.codecs.memory import DecodeMemory
 from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.image import DecodedImage, Geometry, Placement, decode, limit_pillow
+from storage.errors import RayliftError
 
 DECODE_SECONDS = 120.0
 """No image takes so long (44 megapixels of noise as JPEG 2000: a minute); what is above the limits is refused by its header."""
@@ -35,8 +36,10 @@ _SPARE_BYTES = 2**30
 _REFUSALS = {kind.__name__: kind for kind in (ImageRefused, ImageDamaged)}
 
 
-class DecoderDied(RuntimeError):
+class DecoderDied(RayliftError):
     """Decoding an image ended its process, or didn't end."""
+
+    exit_code = 1
 
 
 class Sandbox:

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from operators.backbone import create_model, preprocessing
 from pipelines.features.descriptions import ModelDescription, describe_weights
+from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, has_extension, read_file, redact
 
 
-class WeightsUnavailable(RuntimeError):
+class WeightsUnavailable(RayliftError):
     """The weights can't be had; the message says what to do."""
 
 

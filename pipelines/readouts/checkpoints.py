@@ -1,6 +1,6 @@
 """Trained readouts from where they are kept: a folder with `config.json` and `model.safetensors`, or a training run's.
 
-config.json holds `readout` (`operators.readouts.ReadoutConfig`), `task` (pipelines/readouts/tasks.py, with its data set), and
+config.json holds `readout` (`operators.readouts.ReadoutConfig`), `task` (pipelines/readouts/task.py, with its data set), and
 `features` (what it was trained on).
 """
 
@@ -14,7 +14,9 @@ import torch
 from operators.backbone import weights_digest
 from operators.readouts import Readout, ReadoutConfig, ReadoutError, build_readout
 from pipelines.features.weights import WeightsUnavailable, read_state_dict
-from pipelines.readouts.tasks import CLASSIFIER, Task, parse_task
+from pipelines.readouts.instances import CLASSIFIER
+from pipelines.readouts.task import Task
+from pipelines.readouts.tasks import parse_task
 from storage.paths import Folder
 from storage.runs import read_pointers
 

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from operators.image import Geometry, fit
-from pipelines.features.rows import Size
-from pipelines.features.sources import PLACED_COLUMNS, Drawing, FeaturesMissing, Picture, draw, orientation_in_store
-from pipelines.readouts.tasks import Placement, Task
+from pipelines.features.sources import PLACED_COLUMNS, Drawing, FeaturesMissing, draw, orientation_in_store
+from pipelines.readouts.drawing import picture_of
+from pipelines.readouts.task import Task
 from pipelines.training.data import Example, open_store
 from storage.datasets.labels import InstanceArrays, LabelledImage
 from storage.datasets.pictures import DatasetError, OrientedImage, orientation_of
@@ -25,26 +23,6 @@ PIXELS = "pixels"
 
 
 NOT_THERE = "its features in the store are not there, or not finite"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Square:
-    """Draws images as DeAP's code does: at the task's side, bilinearly, then at the model's by the nearest pixel (12.3)."""
-
-    placement: Placement
-    side: int
-    size: Size
-
-    def __call__(self, pixels_HW3: np.ndarray) -> np.ndarray:
-        geometry = Geometry(mode=self.placement, height=self.side, width=self.side, interpolation="bilinear")
-        small = Image.fromarray(fit(Image.fromarray(pixels_HW3), geometry))
-        return np.array(small.resize((self.size[1], self.size[0]), Image.Resampling.NEAREST))
-
-
-def picture_of(image: Any, task: Task, size: Size) -> Picture:
-    """The image as the task places it, `size` being the model's input."""
-    draws = Square(placement=task.placement, side=task.side, size=size)
-    return Picture(image=image, size=size, draw=draws, geometry=task.placement)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from pipelines.training.config import TrainSetup
 from pipelines.training.data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
 from pipelines.training.watch import EventFile
 from storage.documents import Document
+from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, filesystem
 from storage.runs import (
     Checkpoint,
@@ -51,8 +52,10 @@ FOLLOW_S = 5.0
 Load = Callable[[ExampleSource, Iterator[MicroBatch], int], Iterator[Loaded]]
 
 
-class TrainFailed(RuntimeError):
+class TrainFailed(RayliftError):
     """The run can't go on, and wouldn't if it were started again: diverged, or too many unreadable images."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from pipelines.config import ConfigError, absolute, require_at_least
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.sources import Drawing, pooled_level, require_geometry, resolve_source
 from pipelines.provenance import begin_run
-from pipelines.readouts.tasks import TASKS, Record, Task
+from pipelines.readouts.task import Record, Task
+from pipelines.readouts.tasks import TASKS
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import Loaded
 from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps

@@ -1,0 +1,89 @@
+"""Depth: metres for each pixel, by DeAP's loss or ViT-Up's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from operators.metrics.depth import (
+    NYU_SIZE,
+    DepthMetrics,
+    SquaredError,
+    average,
+    eigen_crop,
+    pooled_rmse,
+    score_depth,
+)
+from operators.objectives.dense import (
+    WARM_UP_CALLS,
+    GradientForm,
+    LossSum,
+    deap_depth_loss,
+    vit_up_depth_loss,
+)
+from operators.readouts import Readout
+from operators.visual import heat
+from pipelines.readouts.task import Record, Task
+from storage.datasets.labels import LabelledImage
+from storage.datasets.registry import DatasetKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthTask(Task):
+    """Metres for each pixel; 0 where none were measured."""
+
+    objective: Literal["deap", "vit-up"] = "deap"
+    gradient: GradientForm = "released"
+    "vit-up: the form of the gradient loss"
+
+    name: ClassVar[str] = "depth"
+    label: ClassVar[Literal["depth"]] = "depth"
+    judges_label: ClassVar[bool] = True
+    target_names: ClassVar[tuple[str, ...]] = ("depth",)
+    better: ClassVar[str] = "rmse_pooled"
+    shares: ClassVar[tuple[str, ...]] = ("d1", "d2", "d3")
+
+    @classmethod
+    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "DepthTask":  # noqa: ARG003
+        return cls(
+            placement=settings.placement,
+            side=settings.side,
+            objective=settings.depth_loss,
+            gradient=settings.gradient_loss,
+        )
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def targets(self, label: np.ndarray, item: int) -> dict[str, np.ndarray]:  # noqa: ARG002
+        return {"depth": self.placed(label)}
+
+    def loss(self, net: Readout, outputs_BCHW: Tensor, targets: Mapping[str, Tensor], step: int) -> LossSum:  # noqa: ARG002
+        if self.objective == "deap":
+            return deap_depth_loss(outputs_BCHW, targets["depth"])
+        return vit_up_depth_loss(outputs_BCHW, targets["depth"], warm=step < WARM_UP_CALLS, form=self.gradient)
+
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: np.ndarray) -> Record:
+        """On the label's own pixels where the image was squashed (of NYU's, the Eigen crop), else on the square's."""
+        truth, found = targets["depth"], output_CHW
+        if self.placement == "squash":
+            truth = label
+            found = F.interpolate(output_CHW[None], size=label.shape, mode="bilinear", align_corners=False)[0]
+            if truth.shape == NYU_SIZE:
+                truth, found = eigen_crop(truth), eigen_crop(found)
+        predicted = found[0].clamp(min=0).cpu().numpy()
+        metrics = score_depth(predicted, truth)
+        return {"error": asdict(SquaredError.of(predicted, truth)), "metrics": metrics and asdict(metrics)}
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float]:
+        means = average(DepthMetrics(**record["metrics"]) for record in records if record["metrics"])
+        return {"rmse_pooled": pooled_rmse(SquaredError(**record["error"]) for record in records), **asdict(means)}
+
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        truth = targets["depth"]
+        high = float(truth.max())
+        return heat(output_CHW[0].cpu().numpy(), 0, high), heat(truth, 0, high)

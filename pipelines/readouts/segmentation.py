@@ -1,0 +1,89 @@
+"""Semantic segmentation: a class for each pixel."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import matplotlib
+import numpy as np
+from torch import Tensor
+
+from operators.metrics.segmentation import VOID, Segmentation, confusion
+from operators.objectives.dense import (
+    LossSum,
+    cross_entropy,
+)
+from operators.readouts import Readout
+from pipelines.config import ConfigError
+from pipelines.readouts.task import Record, Task
+from storage.datasets.labels import LabelledImage
+from storage.datasets.registry import DatasetKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationTask(Task):
+    """A class for each pixel; 255 is void."""
+
+    classes: int
+    extra_outputs: int = 0
+    "that no label has: DeAP's COCO-Stuff readout has 200 for 182"
+    background: bool = False
+    "whether class 0 is no class: how well all others together are told from it is a score, too"
+
+    name: ClassVar[str] = "segmentation"
+    label: ClassVar[Literal["classes"]] = "classes"
+    target_names: ClassVar[tuple[str, ...]] = ("classes",)
+    better: ClassVar[str] = "miou"
+    shares: ClassVar[tuple[str, ...]] = ("miou", "pixel_accuracy", "mean_accuracy", "foreground_iou")
+
+    @classmethod
+    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "SegmentationTask":  # noqa: ARG003
+        extra = 0 if settings.outputs is None else settings.outputs - kind.classes
+        if extra < 0:
+            raise ConfigError(f"--outputs {settings.outputs}: {settings.dataset} has {kind.classes} classes")
+        return cls(
+            placement=settings.placement,
+            side=settings.side,
+            classes=kind.classes,
+            extra_outputs=extra,
+            background=kind.names[:1] == ("background",),
+        )
+
+    @property
+    def outputs(self) -> int:
+        return self.classes + self.extra_outputs
+
+    def targets(self, label: np.ndarray, item: int) -> dict[str, np.ndarray]:  # noqa: ARG002
+        return {"classes": self.placed(label)}
+
+    def loss(self, net: Readout, outputs_BCHW: Tensor, targets: Mapping[str, Tensor], step: int) -> LossSum:  # noqa: ARG002
+        return cross_entropy(outputs_BCHW, targets["classes"])
+
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: Any) -> Record:  # noqa: ARG002
+        found = confusion(output_CHW.argmax(0).cpu().numpy(), targets["classes"], self.outputs)
+        rows, columns = np.nonzero(found)
+        # Most pairs of classes never meet.
+        return {"pairs": np.stack([rows, columns, found[rows, columns]], axis=1).tolist()}
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float]:
+        matrix = np.zeros((self.outputs, self.outputs), np.int64)
+        for record in records:
+            for row, column, count in record["pairs"]:
+                matrix[row, column] += count
+        found = Segmentation.of(matrix)
+        values = {"miou": found.mean_iou, "pixel_accuracy": found.pixel_accuracy, "mean_accuracy": found.mean_accuracy}
+        if self.background and (union := matrix.sum() - matrix[0, 0]):
+            values["foreground_iou"] = float(matrix[1:, 1:].sum() / union)
+        return values
+
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return class_colours(output_CHW.argmax(0).cpu().numpy()), class_colours(targets["classes"])
+
+
+def class_colours(classes_HW: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]; 0 is black, void white, neighbouring numbers get different colours."""
+    numbers = np.arange(256)
+    hues = (numbers * 0.618034) % 1.0  # the golden ratio spreads any first few evenly
+    table = (matplotlib.colormaps["hsv"](hues)[:, :3] * (0.6 + 0.4 * (numbers % 2))[:, None] * 255).astype(np.uint8)
+    table[0], table[VOID] = 0, 255
+    return table[np.asarray(classes_HW, np.uint8)]

@@ -1,0 +1,107 @@
+"""A readout's task: what it is trained and judged on. Tasks are a module each; `tasks.TASKS` has them by name.
+
+A task is plain data and travels to workers. Targets are placed as the images are, and have the side of the readout's output.
+A record is what judging one image gave, as JSON values; scores are taken from all records at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from operators.image import Geometry, fit
+from operators.objectives.dense import (
+    LossSum,
+)
+from operators.readouts import Readout
+from storage.datasets.labels import LabelledImage
+from storage.datasets.registry import DatasetKind
+
+Record: TypeAlias = dict[str, Any]
+
+
+Placement: TypeAlias = Literal["crop", "squash"]
+"""How images and labels become square: the centre, or with other proportions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A readout's job; abstract."""
+
+    placement: Placement = "crop"
+    side: int = 224
+    "of targets and outputs, in pixels"
+
+    name: ClassVar[str]
+    label: ClassVar[Literal["classes", "depth", "instances"]]
+    "what a data set must have"
+    split: ClassVar[tuple[int, ...]] = ()
+    "outputs of several readouts, where one isn't enough"
+    judges_label: ClassVar[bool] = False
+    "whether `judge` needs the label as it was read, beside the targets"
+    has_held_out_loss: ClassVar[bool] = True
+    "whether the loss can be had of images that weren't trained on"
+    target_names: ClassVar[tuple[str, ...]]
+    "of the arrays that `targets` gives"
+    better: ClassVar[str]
+    "the score that tables are about"
+    shares: ClassVar[tuple[str, ...]] = ()
+    "scores that tables show in percent"
+
+    @classmethod
+    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task":
+        """From a training run's settings, for a data set's images. Raises `ConfigError`."""
+        raise NotImplementedError
+
+    def told(self) -> dict[str, Any]:
+        """Its settings, as JSON values."""
+        return asdict(self)
+
+    def judged(self, items: Sequence[LabelledImage]) -> Sequence[LabelledImage]:
+        """Those of the held-out images that scores are about. Raises `ConfigError` where there is none."""
+        return items
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the readout."""
+        raise NotImplementedError
+
+    def targets(self, label: Any, item: int) -> dict[str, np.ndarray]:
+        """Arrays [..., side, side] of one image, from what its label's `read` gave; `item` is its number in the data set."""
+        raise NotImplementedError
+
+    def network(self, readout: Readout, seed: int) -> Readout:  # noqa: ARG002
+        """What is trained: the readout, with what its loss needs beside it."""
+        return readout
+
+    def loss(self, net: Readout, outputs_BCHW: Tensor, targets: Mapping[str, Tensor], step: int) -> LossSum:
+        """Of a micro-batch of optimiser step `step`, from 0; `net` as `network` made it."""
+        raise NotImplementedError
+
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: Any) -> Record:
+        """What one image says of the score."""
+        raise NotImplementedError
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float]:
+        """Over all images. Raises `ValueError` where nothing could be judged."""
+        raise NotImplementedError
+
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The prediction and the truth, uint8 [side, side, 3]."""
+        raise NotImplementedError
+
+    def geometry(self, **changes: Any) -> Geometry:
+        """How a label comes to `side`; `changes` for other sizes."""
+        plain = Geometry(mode=self.placement, height=self.side, width=self.side, interpolation="nearest")
+        return replace(plain, **changes)
+
+    def placed(self, values_HW: np.ndarray) -> np.ndarray:
+        """A map [H, W] (uint8, int32 or float32) as the image is placed, by the nearest pixel: [side, side]."""
+        return fit(Image.fromarray(values_HW), self.geometry())
+
+    def photo(self, pixels_HW3: np.ndarray) -> np.ndarray:
+        """The image, for people: uint8 [side, side, 3]."""
+        return fit(Image.fromarray(pixels_HW3), self.geometry(interpolation="bilinear"))
