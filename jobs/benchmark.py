@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import tyro
 
@@ -41,38 +41,61 @@ from pipelines.benchmarks.read_report import read_report
 from pipelines.benchmarks.readout import READOUT_PRESETS, measure_readouts, readout_report
 from pipelines.benchmarks.scale import SCALE_PRESETS, measure_scale, scale_report
 from pipelines.benchmarks.train import TRAIN_PRESETS, measure_training, train_report
-from pipelines.costs.clocks import machine
+from pipelines.costs.clocks import Machine, machine
 from pipelines.costs.precision import PRECISION_PRESETS, measure_precision, precision_report
 from pipelines.costs.readouts import DEAP_PRESETS, deap_report, measure_deap
 from pipelines.costs.upsamplers import COST_PRESETS, cost_report, measure_cost
 from pipelines.costs.vit_up import VIT_UP_PRESETS, measure_vit_up, vit_up_report
 
-Result: TypeAlias = dict[str, Any]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+Result = TypeVar("Result", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(Generic[Config, Result]):
     """A benchmark."""
 
-    presets: Mapping[str, Any]
-    measure: Callable[[Any, Path], Result]
+    presets: Mapping[str, Config]
+    measure: Callable[[Config, Path], Result]
     "takes settings and a folder for files"
-    report: Callable[[Any, Result], Iterator[str]]
+    report: Callable[[Config, Result, Machine], Iterator[str]]
     "the numbers as Markdown, line by line"
     keeps: bool = False
     "--out is that folder, rather than where a temporary one is made"
     judge: Callable[[Result], None] = lambda _: None
     "raises `BenchmarkFailed` where numbers, once they are shown and written, are none to be proud of"
 
+    def run(self, config: Config) -> None:
+        """Measure, print, and write all numbers. Raises `BenchmarkFailed`, and what the settings are refused with."""
+        with _folder(getattr(config, "out", ""), keep=self.keeps) as folder:
+            result = self.measure(config, folder)
+        here = machine()
+        print("\n".join(self.report(config, result, here)))
+        if path := getattr(config, "json", ""):
+            numbers = {"settings": _public(config), **_public(result), "machine": asdict(here)}
+            Path(path).write_text(json.dumps(numbers, indent=1))
+        self.judge(result)
 
-def _fileless(measure: Callable[[Any], Result]) -> Callable[[Any, Path], Result]:
+
+def _public(one: "DataclassInstance") -> dict[str, object]:
+    """All fields by name, as JSON has them; where there is a method `public`, what that gives."""
+    if isinstance(one, dict):  # of the measurements in costs/, as yet
+        return one
+    public = getattr(one, "public", None)
+    return public() if public else asdict(one)
+
+
+def _fileless(measure: Callable[[Config], Result]) -> Callable[[Config, Path], Result]:
     return lambda config, _: measure(config)
 
 
 _VIT_UP, _DEAP = "--vit-up", "--deap"
 "with `cost`: commands of their own, for their settings have little in common with those of x2"
 
-COMMANDS = {
+COMMANDS: Mapping[str, Command] = {
     "extract": Command(presets=EXTRACT_PRESETS, measure=measure_extract, report=extract_report, keeps=True),
     "precision": Command(presets=PRECISION_PRESETS, measure=measure_precision, report=precision_report),
     "index": Command(presets=INDEX_PRESETS, measure=measure_index, report=index_report),
@@ -89,7 +112,7 @@ COMMANDS = {
 }
 
 
-def parse(argv: Sequence[str]) -> tuple[Command, Any]:
+def parse(argv: Sequence[str]) -> tuple[Command, "DataclassInstance"]:
     """The command and its settings. Exits with a suggestion on unknown names and flags."""
     args = list(argv)
     name = pick_word(args, COMMANDS)
@@ -105,18 +128,6 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
     prog = f"python jobs/benchmark.py {name} [{' | '.join(command.presets)}]"
     default = command.presets[preset]
     return command, tyro.cli(type(default), default=default, args=args, prog=prog)
-
-
-def main(command: Command, config: Any) -> None:
-    """Measure, print, and write all numbers. Raises `BenchmarkFailed`, and what the settings are refused with."""
-    with _folder(getattr(config, "out", ""), keep=command.keeps) as folder:
-        found = command.measure(config, folder)
-    settings = config.public() if hasattr(config, "public") else asdict(config)
-    result = {"settings": settings, **found, "machine": machine()}
-    print("\n".join(command.report(config, result)))
-    if config.json:
-        Path(config.json).write_text(json.dumps(result, indent=1, default=asdict))
-    command.judge(result)
 
 
 @contextlib.contextmanager
@@ -135,7 +146,7 @@ def _folder(out: str, *, keep: bool) -> Iterator[Path]:
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     stopped = "stopped; nothing was measured"
-    return run_program(argv, parse, main, stopped=stopped)
+    return run_program(argv, parse, Command.run, stopped=stopped)
 
 
 if __name__ == "__main__":

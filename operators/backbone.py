@@ -7,29 +7,26 @@ Shapes: B batch, C channels, H W pixels, h w grid cells, T prefix tokens (CLS an
 """
 
 import contextlib
-import difflib
-import hashlib
 import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, cast
 
-import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
-from timm.models import PretrainedCfg
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from storage.errors import RayliftError
+from operators.timm_models import Attention, TimmModel
+from operators.timm_models import BackboneError as BackboneError
+from operators.timm_models import Preprocessing as Preprocessing
+from operators.timm_models import create_model as create_model
+from operators.timm_models import load_arrays as load_arrays
+from operators.timm_models import preprocessing as preprocessing
+from operators.timm_models import state_arrays as state_arrays
+from operators.timm_models import weights_digest as weights_digest
 
 Facet = Literal["token", "key", "query", "value"]
-
-
-class BackboneError(RayliftError, ValueError):
-    """The model can't do what was asked of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,154 +71,6 @@ class Backbone(Protocol):
         """Upper bound on device memory for one call, weights included."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """What the model expects of its input, from its own timm config."""
-
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-
-    @classmethod
-    def of(cls, config: PretrainedCfg) -> "Preprocessing":
-        """As timm describes it."""
-        return cls(
-            size=(config.input_size[1], config.input_size[2]),
-            mean=tuple(map(float, config.mean)),
-            std=tuple(map(float, config.std)),
-            interpolation=config.interpolation,
-        )
-
-
-def preprocessing(name: str) -> Preprocessing:
-    """The timm config of `name`. Raises `BackboneError` with near names if timm has no such model."""
-    _require_known(name)
-    config = timm.get_pretrained_cfg(name)
-    if config is None:
-        raise BackboneError(f"timm {timm.__version__} says nothing of the input that {name!r} expects")
-    return Preprocessing.of(config)
-
-
-def _require_known(name: str) -> None:
-    if ":" in name or "/" in name:
-        raise BackboneError(f"{name!r} is a place; name the architecture, and give --weights the file or folder there")
-    if not _known(name):
-        raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
-
-
-def _near(name: str) -> list[str]:
-    names = [*timm.list_models(pretrained=True), *timm.list_models()]
-    return (
-        difflib.get_close_matches(name, names, n=5, cutoff=0.75)
-        or [known for known in names if name.split(".")[0] in known][:5]
-        or timm.list_models("vit_small*", pretrained=True)[:5]
-    )
-
-
-def _known(name: str) -> bool:
-    architecture, _, tag = name.partition(".")
-    return timm.is_model(architecture) and (not tag or name in timm.list_pretrained(f"{architecture}.*"))
-
-
-def create_model(
-    name: str,
-    size: tuple[int, int],
-    state_dict: Mapping[str, Tensor] | None,
-    seed: int | None,
-    model_args: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """A timm model without its classifier, in eval mode, for inputs of `size`.
-
-    Weights: a checkpoint in any form that timm converts for this model (strict), or random from `seed`; with neither,
-    whatever the constructor leaves, to be filled by `load_arrays`. `model_args`: timm's, where the network isn't built as its
-    name alone says. Raises `BackboneError` where timm has no such model, or weights or arguments don't fit it.
-    """
-    given = dict(model_args or {})
-    _require_known(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed or 0)
-        try:
-            if state_dict is None:
-                model = _create_any_size(name, size, {**given, "num_classes": 0})
-            else:
-                model = _create_strictly(name, size, state_dict, given)
-        except BackboneError:
-            raise
-        # timm converts foreign checkpoints by key and shape: what it doesn't expect raises any of these.
-        except (RuntimeError, LookupError, AttributeError, AssertionError, ValueError) as error:
-            # torch lists every key of a wrong checkpoint; the first ones tell.
-            reason = textwrap.shorten(str(error), 600, placeholder=" ...")
-            raise BackboneError(f"the weights don't fit {name} at {size[0]}x{size[1]} px: {reason}") from None
-    return model.eval().requires_grad_(False)
-
-
-def _create_strictly(
-    name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> nn.Module:
-    """Every tensor of the model comes from `state_dict`, and all of that but the classifier is used.
-
-    timm loads without checking either where it drops a classifier, so that another model's weights would pass as random
-    ones. Here the classifier's keys are left out first; where a conversion brings it forth (CLIP), it is loaded and removed.
-    """
-    if not state_dict:
-        raise BackboneError(f"the weights for {name} hold no tensors")
-    config = timm.get_pretrained_cfg(name)
-    classifier = getattr(config, "classifier", None) or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    body = {key: value for key, value in state_dict.items() if key.rpartition(".")[0] not in heads}
-    overlay: dict[str, Any] = {"state_dict": body, "classifier": None}
-    if "img_size" in given:  # what the grid of position embeddings in the checkpoint is told by
-        overlay["input_size"] = (3, *given["img_size"])
-    kwargs = {**given, "pretrained": True, "pretrained_cfg_overlay": overlay}
-    try:
-        return _create_any_size(name, size, {**kwargs, "num_classes": 0})
-    except RuntimeError as error:
-        if not heads:
-            raise
-        without = error
-    overlay["state_dict"] = dict(state_dict)
-    try:
-        model = _create_any_size(name, size, kwargs)
-    except RuntimeError:
-        raise without from None
-    model.reset_classifier(0)
-    return model
-
-
-def _create_any_size(name: str, size: tuple[int, int], kwargs: Mapping[str, Any]) -> nn.Module:
-    """Position embeddings that follow the input where the family can, else those of `size`."""
-    try:
-        return timm.create_model(name, **{**kwargs, "dynamic_img_size": True})
-    except TypeError:
-        pass
-    try:
-        return timm.create_model(name, **{**kwargs, "img_size": size})
-    except (TypeError, AssertionError, ValueError) as error:
-        raise BackboneError(f"{name} can't be built for inputs of {size[0]}x{size[1]} px: {error}") from None
-
-
-def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """The model's parameters and buffers as arrays, for broadcasting and hashing."""
-    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
-
-
-def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> nn.Module:
-    """Fill `model` with copies of `arrays`, strictly."""
-    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
-    return model
-
-
-def weights_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """sha256 over names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
-
-
 class _AllSeen(Exception):
     """Ends a forward that has gone far enough."""
 
@@ -245,12 +94,12 @@ class TimmBackbone:
         pos_embed: Literal["timm", "dino"] | None = None,
         ragged: bool = False,
     ):
-        self.model = model
+        self.model = cast(TimmModel, model)
         self.ragged = ragged
         self.facet = facet
-        self._forward_options = inspect.signature(model.forward_intermediates).parameters
+        self._forward_options = inspect.signature(self.model.forward_intermediates).parameters
         self.is_hierarchical = "output_dict" not in self._forward_options and not hasattr(model, "pos_drop")
-        info = model.feature_info
+        info = self.model.feature_info
         self.patch = int(info[-1]["reduction"])
         self.stride = stride or self.patch
         self.channels = int(info[-1]["num_chs"])
@@ -265,7 +114,7 @@ class TimmBackbone:
             )
         overlaps = self.stride != self.patch and self._trained_pos_embed is not None
         self.pos_embed = pos_embed or ("dino" if overlaps else "timm")
-        self._trained_grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        self._trained_grid: tuple[int, int] = getattr(getattr(model, "patch_embed", None), "grid_size", (0, 0))
         self._grid: tuple[int, int] | None = None
         if facet != "token":
             self._attention(self.n_layers - 1)
@@ -298,9 +147,9 @@ class TimmBackbone:
                 f"{'ragged sizes' if self.ragged else 'stride override'} need a timm model with dynamic_img_size, "
                 f"{type(self.model).__name__} has none"
             )
-        patch_embed.proj.stride = (self.stride, self.stride)
+        self.model.patch_embed.proj.stride = (self.stride, self.stride)
         # The check that H and W are multiples of the patch happens in `grid_of`, with the stride.
-        patch_embed.img_size = None
+        self.model.patch_embed.img_size = None
 
     def resolve_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Block numbers counted from 0; negative ones count from the end. Raises `BackboneError` beyond the model's depth."""
@@ -375,9 +224,7 @@ class TimmBackbone:
             intermediates_only=True,
             **options,
         )
-        # timm returns (patches, prefix) pairs only where the model has prefix tokens.
-        joined = [torch.cat([item[1], item[0]], dim=1) if isinstance(item, tuple | list) else item for item in out]
-        by_layer = dict(zip(ordered, joined, strict=True))
+        by_layer = dict(zip(ordered, map(_with_prefix, out), strict=True))
         return {layer: by_layer[layer] for layer in layers}
 
     @property
@@ -385,7 +232,7 @@ class TimmBackbone:
         """Attention heads of the last block. Raises `BackboneError` for models without blocks of attention."""
         return int(self._attention(self.n_layers - 1).num_heads)
 
-    def _attention(self, layer: int) -> nn.Module:
+    def _attention(self, layer: int) -> Attention:
         blocks = getattr(self.model, "blocks", None)
         attention = getattr(blocks[layer], "attn", None) if blocks is not None and not self.is_hierarchical else None
         if attention is None or (
@@ -442,12 +289,24 @@ class TimmBackbone:
         return weights + batch * (h * w + self.n_prefix) * self.channels * 24 * 4
 
 
+def _with_prefix(tokens: Tensor | Sequence[Tensor]) -> Tensor:
+    """All tokens in the model's order; timm returns (patches, prefix) pairs only where the model has prefix tokens."""
+    if isinstance(tokens, Tensor):
+        return tokens
+    patches, prefix = tokens
+    return torch.cat([prefix, patches], dim=1)
+
+
 def _timm_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[int, int], n_prefix: int) -> Tensor:
     return resample_abs_pos_embed(trained, new_size=list(grid), old_size=list(trained_grid), num_prefix_tokens=n_prefix)
 
 
 def _dino_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[int, int], n_prefix: int) -> Tensor:
-    """DINO's `interpolate_pos_encoding` (specs: LiFT A5): the scale is (n + 0.1) / m and is used as such for sampling."""
+    """DINO's `interpolate_pos_encoding`, which LiFT's official code runs its backbones with.
+
+    The interpolation is given the scale (n + 0.1) / m for n cells from m, where DINO's 0.1 keeps rounding from n - 1 cells, and
+    samples by that scale, not by n / m.
+    """
     if grid == trained_grid:
         return trained
     prefix, patches = trained[:, :n_prefix], trained[:, n_prefix:].float()
@@ -459,19 +318,16 @@ def _dino_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[
     return torch.cat([prefix, maps.flatten(2).transpose(1, 2).to(trained.dtype)], dim=1)
 
 
-def _project(attention: nn.Module, x: Tensor, facet: Facet) -> Tensor:
+def _project(attention: Attention, x: Tensor, facet: Facet) -> Tensor:
     """Query, key or value of an attention layer's input, recomputed from its weights."""
     name = facet[0]
     if getattr(attention, "qkv", None) is None:
-        return getattr(attention, f"{name}_proj")(x)
-    part = "qkv".index(name)
-    weight = attention.qkv.weight.chunk(3)[part]
-    bias = (
-        attention.qkv.bias.chunk(3)[part]
-        if attention.qkv.bias is not None
-        else getattr(attention, f"{name}_bias", None)
-    )
-    return F.linear(x, weight, bias)
+        projection: nn.Linear = getattr(attention, f"{name}_proj")
+        return projection(x)
+    part, joined = "qkv".index(name), attention.qkv
+    # EVA's attention keeps its biases beside the joined projection, and has none for keys.
+    bias = getattr(attention, f"{name}_bias", None) if joined.bias is None else joined.bias.chunk(3)[part]
+    return F.linear(x, joined.weight.chunk(3)[part], bias)
 
 
 # --- running on a device ----------------------------------------------------------------------------------------------
@@ -479,7 +335,7 @@ def _project(attention: nn.Module, x: Tensor, facet: Facet) -> Tensor:
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """torch autocast for `precision`; nothing for fp32."""
     dtype = _PRECISIONS[precision]
     return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)

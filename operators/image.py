@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -146,7 +146,7 @@ def limit_pillow(max_pixels: int) -> None:
     Image.MAX_IMAGE_PIXELS = max_pixels
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     # Blocks of at most 32 MB, as Pillow's are, stay with glibc when they are freed: for each thread, those of its largest image.
-    Image.core.set_block_size(2**26)
+    Image.core.set_block_size(2**26)  # type: ignore[attr-defined]  # documented, but not in the module's list of names
 
 
 def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:
@@ -180,13 +180,13 @@ def _refusing() -> Iterator[None]:
 
 
 @_refusing()
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """The image, not loaded yet, its header held against what may be decoded."""
     if not data:
         raise ImageRefused("the image has 0 bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         kind = "a TIFF" if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") else "an image"
         raise ImageRefused(f"not {kind} that Pillow can read (the first bytes are {data[:12]!r})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -203,7 +203,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
+def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise ImageRefused(_too_large(f"{image.width} x {image.height}", max_pixels))
     if any(tile.codec_name == "bmp_rle" for tile in image.tile) and image.width * image.height > MAX_RLE_PIXELS:
@@ -212,7 +212,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 @_refusing()
 def _load_rgb(
-    opened: Image.Image, data: bytes, at_least: tuple[int, int] | None
+    opened: ImageFile.ImageFile, data: bytes, at_least: tuple[int, int] | None
 ) -> tuple[Image.Image, tuple[int, int], list[str]]:
     """Upright 8-bit RGB of an opened image, its (width, height), and the conversions in words."""
     width, height = opened.size
@@ -233,7 +233,7 @@ def _load_rgb(
     return rgb, (width, height), [*conversions, *([conversion] if conversion else []), *said]
 
 
-def _load(opened: Image.Image, data: bytes) -> tuple[Image.Image, Samples, list[str]]:
+def _load(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, Samples, list[str]]:
     """The decoded image, what its values mean, and what is to be said of it."""
     if isinstance(opened, JpegImageFile):
         image, warned = jpeg.load(opened, data)

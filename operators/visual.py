@@ -5,11 +5,12 @@ NumPy and Pillow only: what is drawn comes from a store as often as from a model
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from storage.documents import JsonObject, JsonValue, as_object, decode
 
 BACKGROUND = (232, 232, 232)
 """Colour of cells that are not foreground, or have no features."""
@@ -80,9 +81,11 @@ class RgbProjection:
         shown = there & self.foreground(features) if self.foreground else there
         return np.where(shown[..., None], colours, np.array(BACKGROUND, np.uint8))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Plain lists; `from_json` is the way back."""
-        data = {name: getattr(self, name).tolist() for name in ("mean", "components", "low", "high")}
+        data: dict[str, JsonValue] = {
+            name: getattr(self, name).tolist() for name in ("mean", "components", "low", "high")
+        }
         if self.foreground:
             mask = self.foreground
             data["foreground"] = {
@@ -93,14 +96,17 @@ class RgbProjection:
         return data
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "RgbProjection":
-        arrays = {name: np.array(data[name]) for name in ("mean", "components", "low", "high")}
-        mask = data.get("foreground")
-        if mask:
-            mask = Foreground(
-                mean=np.array(mask["mean"]), direction=np.array(mask["direction"]), threshold=mask["threshold"]
+    def from_json(cls, data: JsonObject) -> "RgbProjection":
+        mean, components, low, high = (np.array(data[name]) for name in ("mean", "components", "low", "high"))
+        foreground = None
+        if data.get("foreground"):
+            mask = as_object(data["foreground"])
+            foreground = Foreground(
+                mean=np.array(mask["mean"]),
+                direction=np.array(mask["direction"]),
+                threshold=decode(float, mask["threshold"], "threshold"),
             )
-        return cls(**arrays, foreground=mask)
+        return cls(mean=mean, components=components, low=low, high=high, foreground=foreground)
 
 
 def _cells(maps: Sequence[np.ndarray], at_most: int = 50_000) -> np.ndarray:
@@ -116,11 +122,6 @@ def _principal(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     components = vectors[:, ::-1][:, :count].T
     signs = np.sign(components[np.arange(count), np.abs(components).argmax(axis=1)])
     return mean, components * signs[:, None]
-
-
-def spread(count: int, at_most: int) -> list[int]:
-    """`at_most` of the numbers 0 to `count` - 1, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(at_most, count)).round().astype(int)).tolist()
 
 
 def cosine_map(query: np.ndarray, features: np.ndarray) -> np.ndarray:

@@ -15,11 +15,12 @@ class ConfigError(RayliftError, ValueError):
 
 
 def require_at_least(least: float, config: Any, *names: str) -> None:
-    """Raises `ConfigError` for a setting below `least`; None means that it wasn't given."""
+    """Raises `ConfigError` for a setting, or one of its values, below `least`; None means that it wasn't given."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        for each in value if isinstance(value, tuple) else [value]:
+            if each is not None and each < least:
+                raise ConfigError(f"--{name.replace('_', '-')} {each}: must be at least {least}")
 
 
 def require_gpus(config: Any, gpus: float | None = None, flag: str = "") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.evaluation.video import label_png
+from storage.datasets.labels import label_png
 
 COLOURS = ((210, 60, 50), (60, 90, 220))
 

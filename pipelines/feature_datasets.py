@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +23,23 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from storage.errors import RayliftError
 from storage.ledger import SCHEMA
-from storage.paths import UnknownName
+from storage.paths import StorageOptions, UnknownName
 from storage.store import FeatureStore, MissingRows, Selection
 
 if TYPE_CHECKING:
     import ray.data
 
-Sample = dict[str, Any]
+Sample: TypeAlias = dict[str, int | float | str | torch.Tensor | None]
 """A row: `row` int, `key` str, the columns asked for, and a tensor per level, [*row_shape], float16 or float32."""
+
+Given: TypeAlias = Any
+"""A sample, or what a `transform` makes of it."""
+
+State: TypeAlias = dict[str, int | str]
+"""How far an iteration is, and what it iterates over."""
+
+Asked = TypeVar("Asked")
+Made = TypeVar("Made")
 
 LEDGER_COLUMNS = tuple(
     name for name in SCHEMA.names if name not in ("row", "key", "status", "stage", "error", "message")
@@ -61,7 +70,7 @@ class _Rows:
         levels: Sequence[str],
         columns: Sequence[str],
         rows: Selection | None,
-        storage_options: Mapping[str, Any] | None,
+        storage_options: StorageOptions | None,
     ) -> "_Rows":
         """Rows in the order asked, by default all that have features. Raises `MissingRows`, `UnknownName`."""
         store = FeatureStore.open(store, storage_options) if isinstance(store, str) else copy.copy(store)
@@ -150,24 +159,24 @@ class FeatureDataset(Dataset[Sample]):
         *,
         columns: Sequence[str] = (),
         rows: Selection | None = None,
-        storage_options: Mapping[str, Any] | None = None,
-        transform: Callable[[Sample], Any] | None = None,
+        storage_options: StorageOptions | None = None,
+        transform: Callable[[Sample], Given] | None = None,
     ):
         self.transform = transform
         self._rows = _Rows.choose(store, levels, columns, rows, storage_options)
         self._opened: tuple[int, _Rows] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": None}
 
     def __len__(self) -> int:
         return len(self._rows.rows)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Given:
         """The sample at a position. Raises `IndexError`."""
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Given]:
         """Samples at several positions, with one concurrent read per level; what DataLoader calls for a batch."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), self._rows.reopened())
@@ -274,8 +283,8 @@ class FeatureStream(IterableDataset[Sample]):
         *,
         columns: Sequence[str] = (),
         rows: Selection | None = None,
-        storage_options: Mapping[str, Any] | None = None,
-        transform: Callable[[Sample], Any] | None = None,
+        storage_options: StorageOptions | None = None,
+        transform: Callable[[Sample], Given] | None = None,
         shuffle: bool = True,
         seed: int = 0,
         buffer_rows: int = 1024,
@@ -302,9 +311,9 @@ class FeatureStream(IterableDataset[Sample]):
         # Shared memory: persistent workers keep the dataset they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._progress = _Progress(epoch=0)
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: State | None = None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._epoch.share_memory_()  # plain pickle copies it
 
@@ -321,30 +330,32 @@ class FeatureStream(IterableDataset[Sample]):
         if self._progress.epoch != epoch:
             self._progress = _Progress(epoch=epoch)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Given]:
         # Not a generator itself: StatefulDataLoader may drop this iterator unused and ask for the next epoch's.
         state, self._loaded = self._loaded, None
         if state is None:
             self._progress = _Progress(epoch=self.epoch)
         else:
             self._check(state)  # again: it may have been loaded before workers were forked
-            self._progress = _Progress(epoch=state["epoch"], given=state["given"])
+            self._progress = _Progress(epoch=int(state["epoch"]), given=int(state["given"]))
         return self._give(self._here(), self._progress)
 
-    def _give(self, order: StreamOrder, progress: _Progress) -> Iterator[Any]:
+    def _give(self, order: StreamOrder, progress: _Progress) -> Iterator[Given]:
         rows = self._rows.reopened()
         parts = order.parts(rows.rows, progress.epoch)
         steps = order.steps(parts, progress.epoch)
         left = np.ones(len(rows.rows), bool)
         left[np.fromiter((at for _, at in itertools.islice(steps, progress.given)), np.int64)] = False
-        reads = _Ahead(
+        reads = _ahead(
             lambda at: dict(zip(at.tolist(), rows.samples(at), strict=True)),
             (first + np.flatnonzero(left[first:last]) for first, last in parts),
         )
         buffer: dict[int, Sample] = {}
+        taken = 0
         for entered, at in steps:
-            while reads.taken < entered:
-                buffer.update(reads.take())
+            for read in itertools.islice(reads, entered - taken):
+                buffer.update(read)
+            taken = entered
             sample = buffer.pop(at)
             progress.given += 1
             yield sample if self.transform is None else self.transform(sample)
@@ -354,21 +365,21 @@ class FeatureStream(IterableDataset[Sample]):
         info = get_worker_info()
         return self._order if info is None else replace(self._order, worker=info.id, workers=info.num_workers)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """How far the iteration started last is, and what it iterates over: plain numbers and strings."""
         if self._loaded is not None:
             return dict(self._loaded)
         return {**asdict(self._progress), **self._identity()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Let the next iteration give the rows that were to come. Raises `StateMismatch` that says what differs."""
         self._check(state)
         self._loaded = dict(state)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> State:
         return {**asdict(self._here()), "rows": self._chosen, "store": self._rows.store.attributes["fingerprint"]}
 
-    def _check(self, state: Mapping[str, Any]) -> None:
+    def _check(self, state: Mapping[str, int | str]) -> None:
         wrong = [
             f"{name} {state.get(name)!r} in the state, {value!r} here"
             for name, value in self._identity().items()
@@ -391,32 +402,26 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-class _Ahead:
-    """Calls `function` on each argument, in order, one call ahead of what was taken.
+def _ahead(function: Callable[[Asked], Made], arguments: Iterable[Asked]) -> Iterator[Made]:
+    """What `function` makes of each argument, in order, one call ahead of what was taken; or the error there was.
 
     A daemon thread for each call, so that there is nothing to stop: an iterator that is dropped leaves none behind.
     """
-
-    def __init__(self, function: Callable[[Any], Any], arguments: Iterable[Any]):
-        self.taken = 0
-        self._function, self._arguments = function, iter(arguments)
-        self._start()
-
-    def take(self) -> Any:
-        """The next result, or the error there was."""
-        result = self._future.result()
-        self.taken += 1
-        self._start()
-        return result
-
-    def _start(self) -> None:
-        self._future: Future[Any] = Future()
-        for argument in itertools.islice(self._arguments, 1):
-            call = (self._future, self._function, argument)
-            threading.Thread(target=_fulfil, args=call, name="read-ahead", daemon=True).start()
+    calls = map(functools.partial(_start, function), arguments)
+    call = next(calls, None)
+    while call is not None:
+        made = call.result()
+        call = next(calls, None)
+        yield made
 
 
-def _fulfil(future: Future[Any], function: Callable[[Any], Any], argument: Any) -> None:
+def _start(function: Callable[[Asked], Made], argument: Asked) -> Future[Made]:
+    future: Future[Made] = Future()
+    threading.Thread(target=_fulfil, args=(future, function, argument), name="read-ahead", daemon=True).start()
+    return future
+
+
+def _fulfil(future: Future[Made], function: Callable[[Asked], Made], argument: Asked) -> None:
     try:
         future.set_result(function(argument))
     except BaseException as error:  # noqa: BLE001 - raised where the result is taken
@@ -429,7 +434,7 @@ def read_rows(
     *,
     columns: Sequence[str] = (),
     rows: Selection | None = None,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     override_num_blocks: int | None = None,
 ) -> "ray.data.Dataset":
     """Stored rows as a Ray Dataset: `row`, `key`, the columns asked for, and a tensor column per level.
@@ -460,7 +465,7 @@ def _datasource(chosen: _Rows) -> "ray.data.Datasource":
             self,
             parallelism: int,
             per_task_row_limit: int | None = None,
-            data_context: Any = None,  # noqa: ARG002 - Ray's interface
+            data_context: object = None,  # noqa: ARG002 - Ray's interface
         ) -> list[ReadTask]:
             groups = np.array_split(blocks, min(parallelism, len(blocks)))
             return [self._task(group, per_task_row_limit) for group in groups]

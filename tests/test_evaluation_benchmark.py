@@ -69,11 +69,11 @@ def test_results_that_differ_end_the_benchmark(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"frames": 1}, "--frames must be at least 2"),
+        ({"frames": 1}, "--frames 1: must be at least 2"),
         ({"grids": (0,)}, "must be at least 1"),
-        ({"grids": (28, 500)}, "--pixels at least the largest of --grids"),
+        ({"grids": (28, 500)}, "--pixels at least the largest of them"),
         ({"repeat": 0}, "must be at least 1"),
-        ({"threads": -1}, "--threads at least 0"),
+        ({"threads": -1}, "--threads -1: must be at least 0"),
     ],
 )
 def test_wrong_settings_are_refused(changes, message):
@@ -88,5 +88,5 @@ def test_threads_are_as_before_afterwards():
         EvaluateBenchmark(grids=(2,), channels=4, pixels=8, points=1, frames=2, repeat=1, threads=2, device="cpu")
     )
 
-    assert found["device"] == "CPU, 2 threads"
+    assert found.device == "CPU, 2 threads"
     assert torch.get_num_threads() == before

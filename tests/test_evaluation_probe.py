@@ -17,6 +17,7 @@ from pipelines.evaluation import run
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.features.model import FeatureModel
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource, describe
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.drawing import picture_of
@@ -229,7 +230,7 @@ def test_outputs_may_be_twice_as_large(trained, config_of, tmp_path, task):
     assert found != expected(url)
     plain, _, _ = probe.prepare(config_of(url, task=task, out=str(tmp_path / "plain")))
     image = evaluation.images[0].image
-    drawn = [picture_of(image, each.drawn, each.size).draw(image.pixels()) for each in (plain, evaluation)]
+    drawn = [picture_of(image, each.drawn, each.size).draw(upright_pixels(image)) for each in (plain, evaluation)]
     np.testing.assert_array_equal(*drawn)
     (prediction,) = (tmp_path / "out/predictions/truth").iterdir()
     with Image.open(prediction) as picture:

@@ -17,7 +17,8 @@ from operators.upsamplers.vit_up import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
 from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, run_fresh
-from pipelines.benchmarks.read import Place, check
+from pipelines.benchmarks.read import PlaceRead, check
+from pipelines.benchmarks.stores import Place, write_npy, write_store
 from pipelines.config import ConfigError
 from pipelines.costs import clocks as measure
 from pipelines.costs import upsamplers as cost_benchmark
@@ -107,17 +108,17 @@ def test_read_compares_contenders_on_the_same_rows_and_leaves_nothing_behind(tmp
 
 
 def test_read_refuses_wrong_features_and_epochs_with_gaps_or_repeats(tmp_path):
-    config = read_benchmark.ReadBenchmark(rows=24, grid=(2, 2), channels=8, s3_rows=8)
     place = Place(name="local", url=str(tmp_path / "feats.zarr"), npy=str(tmp_path / "rows.npy"))
-    read_benchmark.write_npy(place.npy, config)
-    read_benchmark.write_store(place, config, 24)
+    write_npy(place.npy, (24, 2, 2, 8))
+    write_store(place, 24)
     rows = np.arange(24)
 
     def contender(shift: int):
         return lambda place, order: ((order[i : i + 1], place.memmap()[order[i] - shift]) for i in range(len(order)))
 
     def found(order: np.ndarray, shift: int = 0):
-        return {"reads": {}, "epochs": {"it": read_benchmark._timed(place, contender(shift), order, 60.0)}}
+        rate = read_benchmark._timed(place, contender(shift), order, 60.0)
+        return PlaceRead(rows=24, reads={}, epochs={"it": rate}, openings=())
 
     check(found(rows))
     with pytest.raises(BenchmarkFailed, match="gave other features than were written"):
@@ -150,7 +151,7 @@ def test_read_says_before_it_writes_that_the_disk_is_too_small(tmp_path, capsys)
     [
         ({"s3": "minio"}, "use moto, none, or s3://bucket/prefix"),
         ({"rows": 8, "s3_rows": 9}, "--s3-rows must be at most --rows"),
-        ({"reads": 0}, "must be above 0"),
+        ({"reads": 0}, "--reads 0: must be at least 1"),
         ({"storage_options": "{"}, "not valid JSON"),
     ],
 )
@@ -341,7 +342,7 @@ def test_cost_vit_up_leaves_slow_grids_out_on_a_cpu_and_says_so(monkeypatch):
 
     assert result["left_out"] == [56, 112, 224, 448]
     assert {row["grid"] for row in result["rows"]} == {4, 8}
-    printed = "\n".join(vit_up_benchmark.vit_up_report(config, {**result, "machine": benchmark.machine()}))
+    printed = "\n".join(vit_up_benchmark.vit_up_report(config, result, measure.machine()))
     assert "Left out: 56 x 56, 112 x 112, 224 x 224, 448 x 448 (--grids 56 112 224 448 has all" in printed
     assert "gather" not in printed
 
@@ -459,4 +460,4 @@ def test_readout_trains_the_same_from_a_store_and_says_how_much_faster(tmp_path,
     assert all(rate > 0 for rates in result["rates"]["linear"].values() for rate in rates)
     with pytest.raises(SystemExit):
         benchmark.run(["readout", "--steps", "2"])
-    assert "--steps must be more than 2" in capsys.readouterr().err
+    assert "--steps 2: must be at least 3" in capsys.readouterr().err

@@ -22,10 +22,11 @@ from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
-from pipelines.evaluation.video import VideoConfig, label_png
+from pipelines.evaluation.video import VideoConfig
 from pipelines.features.sources import FeaturesMissing, describe
 from pipelines.results import write_results
 from storage.datasets.files import DatasetError
+from storage.datasets.labels import label_png
 from storage.orientation import Orientation
 from tests.readout_runs import TINY, extract, prepared, train, training, write_nyu
 

@@ -11,10 +11,14 @@ from pipelines.config import ConfigError
 from pipelines.demo_datasets import scene, write_demo
 from pipelines.evaluation.video import VideoConfig, prepare
 from pipelines.training.readout import ReadoutTraining
-from storage.datasets.files import DatasetError, digest, load_coco20k, load_spair, load_voc
+from storage.datasets.coco import load_coco20k, load_coco_instances
+from storage.datasets.files import DatasetError, digest
 from storage.datasets.labels import ClassMask
-from storage.datasets.registry import LabelReading, load_coco_instances, load_labelled
+from storage.datasets.registry import LabelReading, load_labelled
+from storage.datasets.spair import load_spair
+from storage.datasets.voc import load_voc
 from storage.paths import Folder
+from tests.labelled import read_labelled
 from tests.readout_runs import TINY
 
 
@@ -45,7 +49,7 @@ def write_depth(root: Path, place: str, per_metre: float, dtype: type = np.uint1
 def test_depth_of_rooms_is_read_by_the_layouts_scale(tmp_path, place, per_metre):
     (first, *_) = load_labelled("nyu", str(write_depth(tmp_path, place, per_metre)), "all")
 
-    np.testing.assert_allclose(first.read()[1][1:], METRES[1:], atol=0.001)
+    np.testing.assert_allclose(read_labelled(first)[1][1:], METRES[1:], atol=0.001)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_depth_by_another_scale_is_refused_and_read_when_it_is_said(tmp_path, pl
     with pytest.raises(DatasetError, match=f"(?s){told}.*--depth-scale"):
         load_labelled("nyu", data, "all")
     found = load_labelled("nyu", data, "all", reading=LabelReading(depth_scale=per_metre))
-    np.testing.assert_allclose(found[0].read()[1][1:], METRES[1:], atol=0.02)
+    np.testing.assert_allclose(read_labelled(found[0])[1][1:], METRES[1:], atol=0.02)
 
 
 def test_depth_of_8_bits_is_read_when_its_scale_is_said(tmp_path):
@@ -75,7 +79,7 @@ def test_depth_of_8_bits_is_read_when_its_scale_is_said(tmp_path):
     with pytest.raises(DatasetError, match=r"is a L image; depth is 16-bit grey.*--depth-scale 25\.5"):
         load_labelled("nyu", data, "all")
     found = load_labelled("nyu", data, "all", reading=LabelReading(depth_scale=25.5))
-    np.testing.assert_allclose(found[0].read()[1][1:], METRES[1:], atol=0.02)
+    np.testing.assert_allclose(read_labelled(found[0])[1][1:], METRES[1:], atol=0.02)
 
 
 def test_a_damaged_map_of_the_sample_does_not_end_it(tmp_path):
@@ -182,7 +186,7 @@ def test_areas_that_no_object_of_the_image_has_are_refused(tmp_path, area):
 def test_corners_that_stay_inside_the_image_are_told_by_the_mask(tmp_path):
     data = notes()
     data["annotations"][1]["bbox"] = [5, 30, 25, 29]
-    assert load_coco_instances(write_coco(tmp_path / "near", data), "val2017")[1].read()[1].masks.sum() == 400
+    assert read_labelled(load_coco_instances(write_coco(tmp_path / "near", data), "val2017")[1])[1].masks.sum() == 400
     data["annotations"][1].update(bbox=[5, 10, 25, 50], segmentation=[[5, 10, 25, 10, 25, 25, 5, 25]])
 
     found = load_coco_instances(write_coco(tmp_path / "wrong", data), "val2017")
@@ -190,7 +194,7 @@ def test_corners_that_stay_inside_the_image_are_told_by_the_mask(tmp_path):
     with pytest.raises(
         DatasetError, match=r"annotation 2: .* reaches from x, y = 5, 10 to 25, 25, which its box \[5.0, 10"
     ):
-        found[1].read()
+        read_labelled(found[1])
 
 
 def test_empty_boxes_and_files_without_categories_are_taken(tmp_path):
@@ -200,7 +204,7 @@ def test_empty_boxes_and_files_without_categories_are_taken(tmp_path):
 
     found = load_coco_instances(write_coco(tmp_path, data), "val2017")
 
-    np.testing.assert_array_equal(found[0].read()[1].boxes, [[30, 20, 70, 20]])
+    np.testing.assert_array_equal(read_labelled(found[0])[1].boxes, [[30, 20, 70, 20]])
 
 
 # --- points, boxes and masks ------------------------------------------------------------------------------------------

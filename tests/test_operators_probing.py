@@ -20,7 +20,7 @@ from operators.metrics.depth import (
     score_depth,
 )
 from operators.metrics.instances import cluster_pixels, foreground_ari, instance_ari
-from operators.metrics.segmentation import COARSE_OF_FINE, Segmentation, coarse_labels, confusion
+from operators.metrics.segmentation import Segmentation, confusion
 from operators.objectives.dense import (
     LossSum,
     boundary_loss,
@@ -31,6 +31,7 @@ from operators.objectives.dense import (
     sig_loss,
     vit_up_depth_loss,
 )
+from storage.datasets.classes import COARSE_OF_FINE, coarse_labels
 from tests.goldens import Allocations
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from operators.visual import BACKGROUND, Foreground, Panel, RgbProjection, Tile, cosine_map, heat, spread
+from operators.visual import BACKGROUND, Foreground, Panel, RgbProjection, Tile, cosine_map, heat
+from storage.spread import spread
 
 
 def maps(seed: int = 0, count: int = 4) -> list[np.ndarray]:

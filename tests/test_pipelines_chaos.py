@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,29 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.nodes import processes_in
-from pipelines.benchmarks.chaos import CHAOS_PRESETS, ChaosBenchmark, chaos_report, deal, require_nothing_lost
+from pipelines.benchmarks.chaos import (
+    CHAOS_PRESETS,
+    ChaosBenchmark,
+    ChaosResult,
+    chaos_report,
+    deal,
+    require_nothing_lost,
+)
 from pipelines.benchmarks.chaos_jobs import ExtractJob, TrainJob
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import BenchmarkFailed
+from pipelines.costs.clocks import BenchmarkFailed, machine
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
 from storage.paths import Folder
 from storage.runs import Checkpoint, write_checkpoint, write_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+
+RESULT = ChaosResult(
+    unit="rows", faults={"driver": 5, "node": 31}, completed=9, expected=9216, found=9216, lost=0, doubled=0, compared=900,
+    differ=[], undisturbed_s=40.0, chaos_s=900.0, lost_s_per_fault=15.0, launches=15, restarts=6, restarts_after_errors=1,
+    exits=[], nodes_that_ended=[], runs=[], events=[],
+)  # fmt: skip
 
 
 # --- what is found --------------------------------------------------------------------------------------------------------
@@ -147,7 +161,7 @@ def test_the_default_kills_thirty_nodes_and_five_drivers(seed):
         ({"kinds": ()}, "must name a kind"),
         ({"faults": 0, "minutes": 0}, "--faults 0 and --minutes 0"),
         ({"nodes": 0}, "--nodes"),
-        ({"store_mb": 50}, "--store-mb at least 75"),
+        ({"store_mb": 50}, "--store-mb 50: must be at least 75"),
         ({"train": True, "nodes": 1}, "needs a node for each"),
     ],
 )
@@ -157,13 +171,13 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 
 
 def test_a_result_with_losses_is_a_failure():
-    result = {"unit": "rows", "lost": 2, "doubled": 0, "differ": ["run-000: x1/c/0"], "compared": 40}
+    result = replace(RESULT, lost=2, differ=["run-000: x1/c/0"], compared=40)
 
     with pytest.raises(
         BenchmarkFailed, match=r"2 rows lost; 1 of 40 parts differ from the undisturbed: run-000: x1/c/0"
     ):
         require_nothing_lost(result)
-    require_nothing_lost(result | {"lost": 0, "differ": []})
+    require_nothing_lost(replace(result, lost=0, differ=[]))
 
 
 # --- the job ------------------------------------------------------------------------------------------------------------
@@ -254,13 +268,7 @@ def test_soak(short_folder, tmp_path, arguments):
 
 
 def test_the_report_says_what_was_injected_and_lost():
-    result = {
-        "unit": "rows", "faults": {"driver": 5, "node": 31}, "completed": 9, "expected": 9216, "found": 9216, "lost": 0,
-        "doubled": 0, "compared": 900, "differ": [], "undisturbed_s": 40.0, "chaos_s": 900.0, "lost_s_per_fault": 15.0,
-        "restarts": 6, "restarts_after_errors": 1, "machine": {"cpu": "a CPU", "load": 1.5},
-    }  # fmt: skip
-
-    text = "\n".join(chaos_report(ChaosBenchmark(), result))
+    text = "\n".join(chaos_report(ChaosBenchmark(), RESULT, machine()))
 
     assert "36 faults in 15.0 minutes of extractions" in text
     assert "| node: SIGKILL to a node's raylet, agents and workers; another joins seconds later | 31 |" in text

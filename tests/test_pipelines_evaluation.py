@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import fsspec
 import numpy as np
@@ -24,24 +25,22 @@ from pipelines.evaluation.correspondence import Correspondence, CorrespondenceCo
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
-from pipelines.evaluation.video import VideoConfig, label_png
+from pipelines.evaluation.video import VideoConfig
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeaturesMissing, Row, Squash, describe, resolve_source
 from pipelines.results import write_results
-from storage.datasets.files import (
-    DatasetError,
-    ImageFile,
-    Pair,
-    load_coco20k,
-    load_davis,
-    load_images,
-    load_spair,
-    load_voc,
-    read_labels,
-)
-from storage.datasets.pictures import OrientedImage
+from storage.datasets.coco import load_coco20k
+from storage.datasets.davis import load_davis
+from storage.datasets.files import DatasetError
+from storage.datasets.frames import OrientedImage
+from storage.datasets.images import ImageFile, load_images
+from storage.datasets.labels import label_png, read_labels
+from storage.datasets.registry import BOXES
+from storage.datasets.spair import Pair, load_spair
+from storage.datasets.voc import load_voc
 from storage.orientation import Orientation
 from storage.paths import Folder
 
@@ -207,12 +206,12 @@ def test_images_are_held_against_their_annotations(tmp_path):
 
     save_image(path, scene(40, 30, [], 0))
     with pytest.raises(DatasetError, match=r"2008_000001.jpg has 40 x 30 pixels, its annotation says 53 x 80"):
-        image.pixels()
+        upright_pixels(image)
     path.write_bytes(path.read_bytes()[:400])
     with pytest.raises(DatasetError, match=r"2008_000001.jpg can't be read as an image: OSError"):
-        image.pixels()
+        upright_pixels(image)
     Image.new("L", (53, 80), 7).save(path)
-    assert image.pixels().shape == (80, 53, 3)
+    assert upright_pixels(image).shape == (80, 53, 3)
 
 
 def test_images_of_a_folder_are_found_below_it(tmp_path):
@@ -222,7 +221,7 @@ def test_images_of_a_folder_are_found_below_it(tmp_path):
 
     assert [image.name for image in images][:2] == ["cat/2008_000000.jpg", "cat/2008_000001.jpg"]
     assert images[0].keys == ("JPEGImages/cat/2008_000000", "cat/2008_000000", "2008_000000")
-    assert images[0].pixels().shape == (60, 80, 3)
+    assert upright_pixels(images[0]).shape == (60, 80, 3)
 
 
 def make_davis(root: Path) -> Path:
@@ -335,7 +334,7 @@ def test_voc_is_found_from_any_of_its_folders(tmp_path, above):
     assert found[0].boxes == ((23, 16, 75, 56),)
     assert found[1].boxes == ((0, 0, 30, 40), (39, 49, 64, 96))
     assert [each.image_size for each in found] == [(96, 64), (64, 96), (80, 80), (81, 53)]
-    assert found[0].image.pixels().shape == (64, 96, 3)
+    assert upright_pixels(found[0].image).shape == (64, 96, 3)
 
 
 def test_voc_as_tokencut_wants_it(tmp_path):
@@ -360,7 +359,7 @@ def test_real_voc_annotations_parse(shared_data):
     found = load_voc(Folder(str(root)), "2007")
 
     assert found[0].boxes[0] == (138, 199, 207, 301)
-    assert all(each.image.pixels().shape[:2] == each.image_size[::-1] for each in found)
+    assert all(upright_pixels(each.image).shape[:2] == each.image_size[::-1] for each in found)
 
 
 @pytest.mark.parametrize(
@@ -875,6 +874,10 @@ def test_objects_from_a_store_are_those_from_a_model(tmp_path, tiny):
     stored, _ = evaluate(discovery, discovery_config(data, tmp_path / "stored", sizes=(), stores=(store,)))
 
     assert stored == records
+
+
+def test_every_data_set_of_boxes_can_be_chosen():
+    assert get_args(get_type_hints(DiscoveryConfig)["dataset"]) == tuple(BOXES)
 
 
 # --- CKA and self-similarity ------------------------------------------------------------------------------------------

@@ -2,21 +2,28 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cluster.nodes import free_port
 from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, Sample, autoscale_report, draw, measure_autoscaling
-from pipelines.benchmarks.scale import ScaleBenchmark, _steady, measure_run, measure_scale, scale_report
-from pipelines.benchmarks.simulated import SimulatedSetup
+from pipelines.benchmarks.scale import (
+    ScaleBenchmark,
+    ScaleResult,
+    _steady,
+    measure_run,
+    measure_scale,
+    scale_report,
+)
+from pipelines.benchmarks.simulated import SimulatedSetup, Turn
 from pipelines.config import ConfigError
+from pipelines.costs.clocks import machine
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from storage.store import FeatureStore
-
-MACHINE = {"cpu": "a CPU", "load": 0.5}
 
 
 def test_simulated_workers_fill_a_store_as_real_ones_do(make_tars, tiny):
@@ -38,12 +45,12 @@ def test_simulated_workers_fill_a_store_as_real_ones_do(make_tars, tiny):
 def test_a_simulated_run_accounts_for_every_row_and_says_what_it_took(tmp_path):
     run = measure_run(tmp_path / "run", rows=72, block_rows=16, actors=2, forward_s=0.01)
 
-    assert (run["rows"], run["tasks"]) == (72, 5)
-    assert 1 <= run["processes"] <= 2
-    assert run["sizes"]["ledger/commits"] > run["sizes"]["ledger/samples"] > 0
-    assert all(phase["cpu_s"] >= 0 for phase in run["phases"].values())
+    assert (run.rows, run.tasks) == (72, 5)
+    assert 1 <= run.processes <= 2
+    assert run.sizes["ledger/commits"] > run.sizes["ledger/samples"] > 0
+    assert all(phase.cpu_s >= 0 for phase in run.phases.values())
     assert not (tmp_path / "run").exists()
-    text = "\n".join(scale_report(ScaleBenchmark(), {"runs": [run], "fed": run, "long": run, "machine": MACHINE}))
+    text = "\n".join(scale_report(ScaleBenchmark(), ScaleResult(runs=[run], fed=run, long=run), machine()))
     assert "5 tasks that take no time" in text
     assert "100,000,000" not in text  # too few rows to tell
 
@@ -51,9 +58,9 @@ def test_a_simulated_run_accounts_for_every_row_and_says_what_it_took(tmp_path):
 def test_scale_measures_every_number_of_actors_and_two_runs_more(tmp_path, monkeypatch):
     asked = []
 
-    def record(folder: Path, rows: int, block_rows: int, actors: int, forward_s: float) -> dict[str, object]:
+    def record(folder: Path, rows: int, block_rows: int, actors: int, forward_s: float) -> SimpleNamespace:
         asked.append((rows, actors, forward_s))
-        return {"actors": actors, "tasks": 1, "fed_per_s": 1.0}
+        return SimpleNamespace(tasks=1, fed_per_s=1.0)
 
     monkeypatch.setattr("pipelines.benchmarks.scale.measure_run", record)
     config = ScaleBenchmark(actors=(1, 3), tasks_each=2, block_rows=4, feed_tasks=5, feed_actors=2, rows=50)
@@ -63,20 +70,20 @@ def test_scale_measures_every_number_of_actors_and_two_runs_more(tmp_path, monke
 
 
 def test_share_of_linear_is_of_the_time_in_which_all_actors_have_work():
-    def report(process: int, begun: float) -> dict[str, float]:
-        return {"process": process, "begun": begun, "ended": begun + 1.0, "arrived": begun + 1.25}
+    def turn(process: int, begun: float) -> Turn:
+        return Turn(process=process, begun=begun, ended=begun + 1.0, arrived=begun + 1.25)
 
     # Actor 2 starts 2 s later and waits 1 s between its tasks; both are at work from 2 s to 6 s.
-    reports = [report(1, t) for t in range(6)] + [report(2, t) for t in (2, 4, 6, 8)]
-    found = _steady(sorted(reports, key=lambda r: r["ended"]), 2, 1.0)
+    turns = [turn(1, t) for t in range(6)] + [turn(2, t) for t in (2, 4, 6, 8)]
+    found = _steady(sorted(turns, key=lambda turn: turn.ended), 2, 1.0)
 
-    assert found["steady_s"] == 4.0
-    np.testing.assert_allclose([found["tasks_per_s"], found["linear"]], [6 / 4, 6 / 8])
-    assert found["report_delay_s"] == 0.25
+    assert found.steady_s == 4.0
+    np.testing.assert_allclose([found.tasks_per_s, found.linear], [6 / 4, 6 / 8])
+    assert found.report_delay_s == 0.25
     # An actor that came in the place of another.
-    replaced = _steady([report(1, 0), report(1, 9), report(2, 1), report(2, 2), report(3, 3), report(3, 8)], 2, 1.0)
-    assert replaced["steady_s"] == 6.0
-    assert _steady(reports, 3, 1.0)["linear"] is None  # a third actor never came
+    replaced = _steady([turn(1, 0), turn(1, 9), turn(2, 1), turn(2, 2), turn(3, 3), turn(3, 8)], 2, 1.0)
+    assert replaced.steady_s == 6.0
+    assert _steady(turns, 3, 1.0).linear is None  # a third actor never came
 
 
 @pytest.mark.parametrize("setting", [{"actors": (0,)}, {"block_rows": 12}, {"forward_s": -1.0}])
@@ -91,14 +98,14 @@ def test_nodes_come_for_an_extraction_and_go_when_idle(tmp_path):
 
     result = measure_autoscaling(config, tmp_path)
 
-    nodes = [sample.nodes for sample in result["samples"]]
+    nodes = [sample.nodes for sample in result.samples]
     assert nodes[0] == 0
     assert 1 <= max(nodes) <= config.nodes
     assert nodes[-1] == 0
-    assert max(sample.busy_cpus for sample in result["samples"]) >= 1
-    assert result["counts"] == {"ok": config.images}
+    assert max(sample.busy_cpus for sample in result.samples) >= 1
+    assert result.counts == {"ok": config.images}
     assert FeatureStore.open(str(tmp_path / "feats.zarr")).valid().sum() == config.images
-    assert "64 images ok" in "\n".join(autoscale_report(config, {**result, "machine": MACHINE}))
+    assert "64 images ok" in "\n".join(autoscale_report(config, result, machine()))
 
 
 def test_autoscale_draws_what_was_seen(tmp_path):

@@ -15,22 +15,22 @@ import scipy.io
 from PIL import Image
 
 from pipelines.demo_datasets import scene
+from pipelines.features.photos import upright_pixels
+from storage.datasets.ade20k import load_ade20k
+from storage.datasets.cityscapes import load_cityscapes
+from storage.datasets.classes import TABLES
+from storage.datasets.coco import load_coco_instances, load_coco_stuff
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.images import TarImage, tar_members
-from storage.datasets.labels import TABLES, ClassMask, InstanceArrays, decode_mask
-from storage.datasets.registry import (
-    DATASETS,
-    load_ade20k,
-    load_cityscapes,
-    load_coco_instances,
-    load_coco_stuff,
-    load_labelled,
-    load_nyu,
-    load_photos_open,
-    load_voc_seg,
-)
+from storage.datasets.instances import InstanceArrays, decode_mask
+from storage.datasets.labels import ClassMask
+from storage.datasets.nyu import load_nyu
+from storage.datasets.photos_open import load_photos_open
+from storage.datasets.registry import DATASETS, load_labelled
+from storage.datasets.voc import load_voc_seg
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
+from tests.labelled import read_labelled
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
@@ -87,7 +87,7 @@ def test_voc_is_read_in_the_lists_order_with_palette_indices_as_classes(tmp_path
 
     assert [each.image.keys[-1] for each in found] == ["2007_000002", "2007_000000"]
     assert found[0].image.keys[0] == f"{above}/JPEGImages/2007_000002".lstrip("/")
-    pixels, labels = found[0].read()
+    pixels, labels = read_labelled(found[0])
     assert pixels.shape == (48, 48, 3)
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, blocks(48, 48, 0, 20, 255))
@@ -100,7 +100,7 @@ def test_records_are_small_and_pickle_to_themselves(tmp_path):
     assert len(sent) < 1000
     again = pickle.loads(sent)
     assert again[0].image.name == "JPEGImages/2007_000003.jpg"
-    np.testing.assert_array_equal(again[0].read()[1], blocks(81, 54, 0, 15))
+    np.testing.assert_array_equal(read_labelled(again[0])[1], blocks(81, 54, 0, 15))
 
 
 def test_a_digest_is_of_what_records_say_wherever_they_lie(tmp_path):
@@ -136,7 +136,7 @@ def test_image_and_label_of_two_sizes_are_refused(tmp_path):
     save_palette(make_voc(tmp_path) / "SegmentationClass/2007_000002.png", blocks(40, 48, 0, 3))
 
     with pytest.raises(DatasetError, match=r"2007_000002\.jpg has 48 x 48 pixels, but its label .* has 40 x 48"):
-        load_voc_seg(Folder(str(tmp_path)), "val")[0].read()
+        read_labelled(load_voc_seg(Folder(str(tmp_path)), "val")[0])
 
 
 def test_labels_that_are_broken_coloured_or_of_another_data_set_are_refused(tmp_path):
@@ -245,7 +245,7 @@ def test_ade_has_no_void(tmp_path):
     save(make_ade(tmp_path) / "annotations/training/ADE_train_00000000.png", blocks(64, 48, 0, 255))
 
     with pytest.raises(DatasetError, match="holds the value 255"):
-        load_ade20k(Folder(str(tmp_path)), "training")[0].read()
+        read_labelled(load_ade20k(Folder(str(tmp_path)), "training")[0])
 
 
 # --- Cityscapes -------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_label_ids_become_train_ids_and_the_others_void(tmp_path, above):
     assert [each.image.keys[-1] for each in found] == [
         f"{city}_{i:06d}_000019_leftImg8bit" for city in ("aachen", "bochum") for i in range(2)
     ]
-    np.testing.assert_array_equal(found[0].read()[1], blocks(128, 64, 0, 255, 2, 255, 13, 255, 18, 255))
+    np.testing.assert_array_equal(read_labelled(found[0])[1], blocks(128, 64, 0, 255, 2, 255, 13, 255, 18, 255))
     assert len(load_cityscapes(Folder(str(tmp_path)), "train", 3)) == 3
 
 
@@ -308,7 +308,7 @@ def test_depth_pngs_are_metres_by_their_layouts_unit_and_0_is_none(tmp_path, pla
     stored[:, 32:] = 3 * per_metre
     make_depth(tmp_path, place, stored)
 
-    _, depth = load_nyu(Folder(str(tmp_path)), "all")[0].read()
+    _, depth = read_labelled(load_nyu(Folder(str(tmp_path)), "all")[0])
 
     assert depth.dtype == np.float32
     np.testing.assert_array_equal(depth, np.where(stored, np.float32(3), np.float32(0)))
@@ -321,7 +321,7 @@ def test_depth_pngs_in_folders_of_splits_are_read_by_split(tmp_path):
         save(tmp_path / f"images/{split}/a.png", photo(64, 48))
         save(tmp_path / f"annotations/{split}/a.png", np.full((48, 64), 1000 * metres, np.uint16))
 
-    assert load_nyu(Folder(str(tmp_path)), "test")[0].read()[1].max() == 4
+    assert read_labelled(load_nyu(Folder(str(tmp_path)), "test")[0])[1].max() == 4
 
 
 def test_depth_of_8_bits_is_refused(tmp_path):
@@ -373,7 +373,7 @@ def test_shards_are_read_in_order_of_their_members(tmp_path, h5py_of_npz):
 
     keys = ["train/scene_0/00002", "train/scene_0/00001", "train/scene_1/00002"]
     assert [each.image.keys[0] for each in found] == keys
-    pixels, depth = found[1].read()
+    pixels, depth = read_labelled(found[1])
     np.testing.assert_array_equal(pixels, photo(64, 48, 1))
     assert (depth[:2] == 0).all()
     assert (depth[2:] == 2.5).all()
@@ -404,7 +404,7 @@ def test_arrays_that_are_no_image_or_no_depth_are_refused(tmp_path, h5py_of_npz,
     write_tar(tmp_path / "train-000000.tar", [("train/a/00001.h5", npz(rgb=rgb, depth=depth))])
 
     with pytest.raises(DatasetError, match=message):
-        load_nyu(Folder(str(tmp_path)), "train")[0].read()
+        read_labelled(load_nyu(Folder(str(tmp_path)), "train")[0])
 
 
 def make_mat(root: Path) -> Path:
@@ -422,7 +422,7 @@ def test_matlabs_file_is_turned_round_and_split_by_splits_mat(tmp_path, h5py_of_
     train, (test,) = load_nyu(folder, "train"), load_nyu(folder, "test")
 
     assert [each.image.keys[0] for each in train] == ["000003", "000001"]
-    pixels, depth = test.read()
+    pixels, depth = read_labelled(test)
     np.testing.assert_array_equal(pixels, photo(64, 48, 1))
     np.testing.assert_array_equal(depth[5], np.arange(64) + 2)
     assert len(load_nyu(folder, "all")) == 3
@@ -497,7 +497,7 @@ def test_objects_come_in_the_files_order_and_images_by_id(tmp_path, url):
 
     assert [each.image.keys for each in found] == [(f"val2017/{n:012d}", f"{n:012d}") for n in (139, 785, 1000)]
     assert (found[1].image.width, found[1].image.height) == (64, 48)
-    pixels, label = found[1].read()
+    pixels, label = read_labelled(found[1])
     assert isinstance(label, InstanceArrays)
     assert pixels.shape == (48, 64, 3)
     assert label.masks.shape == (3, 48, 64)
@@ -518,7 +518,7 @@ def test_objects_come_in_the_files_order_and_images_by_id(tmp_path, url):
 def test_an_image_without_objects_has_empty_arrays(tmp_path):
     found = load_coco_instances(make_coco(Folder(str(tmp_path / "coco"))), "val2017")
 
-    label = found[2].read()[1]
+    label = read_labelled(found[2])[1]
     assert label.masks.shape == (0, 48, 48)
     assert label.boxes.shape == (0, 4)
     above = load_coco_instances(Folder(str(tmp_path)), "val2017", 2)
@@ -575,7 +575,7 @@ def test_a_malformed_segmentation_is_named_with_its_annotation(tmp_path, segment
     found = load_coco_instances(make_coco(Folder(str(tmp_path)), notes), "val2017")
 
     with pytest.raises(DatasetError, match=rf"(?s)000000000785\.jpg, annotation 0: .*malformed.*{message}"):
-        found[1].read()
+        read_labelled(found[1])
 
 
 @pytest.mark.parametrize(
@@ -611,7 +611,7 @@ def test_an_image_of_another_size_than_annotated_is_refused(tmp_path):
     folder.write("val2017/000000000785.jpg", jpeg(1, 48, 64))
 
     with pytest.raises(DatasetError, match="has 48 x 64 pixels, its annotation says 64 x 48"):
-        load_coco_instances(folder, "val2017")[1].read()
+        read_labelled(load_coco_instances(folder, "val2017")[1])
 
 
 # --- photos in tars ---------------------------------------------------------------------------------------------------
@@ -648,7 +648,7 @@ def test_photos_are_read_out_of_their_tars(tmp_path, scheme):
 
     assert [each.image.keys for each in found] == [(f"{n:03d}_cat",) for n in (0, 2, 3, 5)]
     assert found[2].image.data() == jpeg(3, 64, 48)
-    pixels, labels = found[2].read()
+    pixels, labels = read_labelled(found[2])
     np.testing.assert_array_equal(pixels, np.array(Image.open(io.BytesIO(jpeg(3, 64, 48)))))
     np.testing.assert_array_equal(labels, blocks(64, 48, 0, 7))
     assert found[2].image.shown.endswith("photos-open-000001.tar: 003_cat.jpg")
@@ -660,7 +660,7 @@ def test_the_first_tar_is_for_training_and_instances_go_with_images_in_tars(tmp_
     train, val = (load_photos_open(folder, split, label="instances") for split in ("train", "val"))
 
     assert [each.image.keys[0] for each in train + val] == ["000_cat", "002_cat", "003_cat", "005_cat"]
-    pixels, label = pickle.loads(pickle.dumps(val))[0].read()
+    pixels, label = read_labelled(pickle.loads(pickle.dumps(val))[0])
     assert pixels.shape == (48, 64, 3)
     assert label.masks[0, 8:24, 8:24].all()
     assert label.masks.sum() == 256
@@ -701,7 +701,7 @@ def test_a_photo_in_a_tar_of_another_size_than_annotated_is_refused(tmp_path):
     (member,) = tar_members(folder, ["a.tar"])
 
     with pytest.raises(DatasetError, match="a.tar: x.jpg has 64 x 48 pixels, its annotation says 10 x 10"):
-        TarImage(folder=folder, member=member, keys=("x",), width=10, height=10).pixels()
+        upright_pixels(TarImage(folder=folder, member=member, keys=("x",), width=10, height=10))
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------
@@ -753,7 +753,7 @@ def test_real_images_and_labels_agree(shared_data, name, place, split, count):
 
     assert len(found) == count
     for each in found[:6]:
-        pixels, label = each.read()
+        pixels, label = read_labelled(each)
         assert pixels.ndim == 3
         assert isinstance(label, InstanceArrays) or label.shape == pixels.shape[:2]
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from operators.readouts import ReadoutConfig, build_readout
 from pipelines.config import ConfigError
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeaturesMissing
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
@@ -452,13 +453,13 @@ def test_papers_drawing_is_small_first_then_enlarged_by_the_nearest_pixel(sets, 
     np.testing.assert_array_equal(pixels[::2, ::2], pixels[1::2, 1::2])
     np.testing.assert_array_equal(pixels[::2, ::2], source.photo(0))
     picture = picture_of(source.items[0].image, source.task, (64, 64))
-    np.testing.assert_array_equal(picture.draw(source.items[0].image.pixels()), pixels)
+    np.testing.assert_array_equal(picture.draw(upright_pixels(source.items[0].image)), pixels)
 
 
 def test_depth_is_judged_on_the_labels_own_pixels_and_nyus_in_the_eigen_crop(tmp_path):
     """Wrong depth outside the crop, or beyond 10 m, changes nothing; inside, it does."""
     from operators.metrics.depth import eigen_crop
-    from pipelines.readouts.depth_task import DepthTask
+    from pipelines.readouts.depth import DepthTask
 
     task = DepthTask(placement="squash", side=96)
     label = np.full((480, 640), 2.0, np.float32)

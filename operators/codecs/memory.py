@@ -11,19 +11,27 @@ from operators.codecs.refusal import ImageRefused
 BYTES_PER_PIXEL = 16
 """What the largest accepted image may take while it is decoded: four copies of 4 bytes a pixel."""
 
-_PIXEL_BYTES = {"JPEG": 14, "MPO": 14, "PNG": 12, "BMP": 9, "DIB": 9, "PPM": 9, "TGA": 9, "GIF": 13, "TIFF": 12}
+_PIXEL_BYTES = {
+    "JPEG": 14,
+    "MPO": 14,
+    "PNG": 12,
+    "BMP": 9,
+    "DIB": 9,
+    "PPM": 9,
+    "TGA": 9,
+    "GIF": 13,
+    "TIFF": 12,
+    "JPEG2000": 32,  # OpenJPEG computes in 32-bit integers, on a copy for the tiles
+}
 """Bytes a pixel at the peak: the decoder's own (coefficients of a progressive JPEG), its result, and the RGB of that."""
 
 _OTHER_PIXEL_BYTES = 24
 """WebP, AVIF and others decode onto canvases of their own first."""
 
-_JPEG2000_BYTES = 32
-"""OpenJPEG computes in 32-bit integers, on a copy for the tiles."""
-
 
 def decode_bytes(image: Image.Image) -> int:
     """An estimate from above of what decoding an opened, not yet loaded image to RGB takes, in bytes."""
-    per_pixel = _JPEG2000_BYTES if image.format == "JPEG2000" else _PIXEL_BYTES.get(image.format, _OTHER_PIXEL_BYTES)
+    per_pixel = _PIXEL_BYTES.get(image.format or "", _OTHER_PIXEL_BYTES)
     if image.has_transparency_data:
         per_pixel += 4
     return image.width * image.height * per_pixel

@@ -1,5 +1,7 @@
 """Any mode of Pillow's to 8-bit RGB, with the conversion in words."""
 
+from typing import cast
+
 import numpy as np
 from PIL import Image, ImageFile
 
@@ -40,8 +42,9 @@ def _high_bytes_to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
         raise ImageRefused(
             "16-bit colours of which one is transparent, which Pillow can't find; write an alpha channel"
         )
-    extrema = image.getextrema()[: 4 if image.mode == "CMYK" else 3]
-    refuse_dark(max(high for _, high in extrema), 8)
+    extrema = cast("tuple[tuple[int, int], ...]", image.getextrema())  # a pair for each of several bands
+    # Without the alpha channel, whose brightest value says nothing of the colours.
+    refuse_dark(max(high for _, high in extrema[: 4 if image.mode == "CMYK" else 3]), 8)
     if image.mode == "RGB":
         return image, "rgb16->rgb"
     if image.mode == "CMYK":

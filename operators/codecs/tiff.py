@@ -1,6 +1,7 @@
 """TIFFs by their own tags: what Pillow passes over, decodes wrongly, or fills with black."""
 
 import zlib
+from collections.abc import Callable
 
 from PIL import ImagePalette, TiffImagePlugin
 
@@ -36,7 +37,7 @@ TiffImage = TiffImagePlugin.TiffImageFile
 def samples(image: TiffImage) -> Samples:
     """What the values of a grey TIFF mean. Raises `ImageRefused` for tags that Pillow can't follow."""
     tags = image.tag_v2
-    bits, kind = _first(tags.get(_BITS, 1)), _KINDS.get(_first(tags.get(_SAMPLE_FORMAT, 1)), "uint")
+    bits, kind = int(_first(tags.get(_BITS, 1))), _KINDS.get(int(_first(tags.get(_SAMPLE_FORMAT, 1))), "uint")
     told = int(_first(tags.get(_MAX_VALUE, 0))).bit_length()
     low, high = (tags.get(tag) for tag in (_LOW, _HIGH))
     if image.mode not in _GREY:
@@ -57,8 +58,9 @@ def samples(image: TiffImage) -> Samples:
     return Samples(bits=bits, kind=kind, white_is_zero=inverted, told=bits == 12 or bits < 8)
 
 
-def _first(value: object) -> float | int:
-    return value[0] if isinstance(value, tuple) else value  # type: ignore[return-value]
+def _first(value: float | tuple[float, ...]) -> float:
+    """A tag's value, or that of the first channel where each has its own."""
+    return value[0] if isinstance(value, tuple) else value
 
 
 def check(image: TiffImage, data: bytes, max_pixels: int) -> None:
@@ -114,14 +116,22 @@ def mend(image: TiffImage) -> list[str]:
     tags = image.tag_v2
     if image.tile and image.tile[0].codec_name == "libtiff":
         # libtiff gives values in this machine's order, which Pillow minds for unsigned ones only.
-        image.tile = [t._replace(args=(_NATIVE.get(t.args[0], t.args[0]), *t.args[1:])) for t in image.tile]
+        _change_raw_mode(image, lambda mode: _NATIVE.get(mode, mode))
     elif tags.get(_PLANAR, 1) == 2 and _first(tags.get(_BITS, 8)) == 16:
         # Pillow reads planes of 16 bits as if they had 8.
         order = "L" if tags.prefix[:2] == b"II" else "B"
-        image.tile = [tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:])) for tile in image.tile]
+        _change_raw_mode(image, lambda mode: f"{mode};16{order}")
     colours = tags.get(_COLORMAP)
     if image.mode in ("P", "PA") and colours and 0 < max(colours) < 256:
         # Old programs wrote colours of 8 bits where 16 belong.
         image.palette = ImagePalette.raw("RGB;L", tuple(colours))
         return ["8-bit colormap"]
     return []
+
+
+def _change_raw_mode(image: TiffImage, change: Callable[[str], str]) -> None:
+    """Have Pillow read the strips or tiles of `image` in the raw mode that `change` gives for the one that it chose."""
+    image.tile = [
+        tile._replace(args=(change(tile.args[0]), *tile.args[1:])) if isinstance(tile.args, tuple) else tile
+        for tile in image.tile
+    ]

@@ -1,4 +1,4 @@
-"""Scores of predicted boundaries: DeAP's pooled IoU and its cross-entropy (specs/evaluation.md 12.3 and 14).
+"""Scores of predicted boundaries: DeAP's pooled IoU and its cross-entropy.
 
 Shapes: B images, H W pixels.
 """

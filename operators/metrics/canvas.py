@@ -1,4 +1,4 @@
-"""Where an image and its key points lie on the square canvas of a correspondence protocol (specs/evaluation.md section 1).
+"""Where an image and its key points lie on the square canvas of a correspondence protocol.
 
 Points are x, y in pixels; K of them.
 """

@@ -1,7 +1,8 @@
-"""Linear CKA between features of the same images at several sizes: LiFT's scale invariance (specs/evaluation.md section 5).
+"""Linear CKA between features of the same images at several sizes: LiFT's measure of scale invariance (Fig. 4).
 
 Each image is one sample and its whole map is flattened, so that only Gram matrices over a batch's images are compared, and
 maps may be of any size. The measure depends on which images share a batch: fix the batches, and make one `HsicTerms` of each.
+LiFT cites torch_cka, and names neither batches nor the number of images.
 
 Shapes: n images of a batch, S sizes (or networks) that are compared.
 """

@@ -1,4 +1,4 @@
-"""Key-point correspondence on SPair-71k's layout: the two published protocols, and PCK (specs/evaluation.md section 1).
+"""Key-point correspondence on SPair-71k's layout: LiFT's protocol and ViT-Up's, and PCK (the share of correct key points).
 
 A protocol says where an image and its key points lie on a square canvas, how similarities are taken, in which coordinates a
 prediction is compared with the truth and how near it must be. Results are whole numbers per pair, so that sums over any

@@ -1,7 +1,7 @@
 """Scores of video object segmentation: region J and boundary F as DAVIS-2017's semi-supervised evaluation has them.
 
-Written from specs/evaluation.md section 2.2. Masks in, numbers out; an object's curve over its clip's frames is what a
-distributed evaluation collects, and `summarise` the only place where objects are averaged.
+Masks in, numbers out. A distributed evaluation collects each object's curve over its clip's frames; `summarise` is the only
+place where objects are averaged.
 """
 
 import math
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from skimage.morphology import isotropic_dilation
 
-VOID = 255
-"""Label of pixels that annotators left open; the semi-supervised task counts them as background."""
+from storage.datasets.classes import VOID
 
 
 def region_j(truth_HW: np.ndarray, predicted_HW: np.ndarray, void_HW: np.ndarray | None = None) -> float:
@@ -84,12 +83,12 @@ class Statistics:
         """Quarters share their end frames. Raises `ValueError` without values."""
         if not len(values):
             raise ValueError("an object without scored frames has no statistics")
-        values = np.asarray(values, np.float64)
-        ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
-        quarters = [values[ends[i] : ends[i + 1] + 1] for i in (0, 3)]
+        curve = np.asarray(values, np.float64)
+        ends = np.round(np.linspace(1, len(curve), 5) + 1e-10).astype(int) - 1
+        quarters = [curve[ends[i] : ends[i + 1] + 1] for i in (0, 3)]
         return cls(
-            mean=float(values.mean()),
-            recall=float((values > 0.5).mean()),
+            mean=float(curve.mean()),
+            recall=float((curve > 0.5).mean()),
             decay=float(quarters[0].mean() - quarters[1].mean()),
         )
 
@@ -112,7 +111,7 @@ def score_clip(
     ends: int = 1,
     tolerance: float = 0.008,
 ) -> list[ObjectCurves]:
-    """Curves of each object of a clip's label images (0 background, `VOID` counts as background in the truth).
+    """Curves of each object of a clip's label images (0 background; in the truth `VOID`, which annotators left open, too).
 
     Objects are the ids 1 to the largest of the first frame's truth. The official evaluation leaves out the first and last
     `ends` = 1 frames. An object that the prediction lacks is scored as empty. Raises `ValueError` where the clip has no

@@ -1,5 +1,4 @@
-"""Scores of depth maps: ViT-Up's means over images, with probe3d's scale-and-shift fit, and DeAP's pooled RMSE
-(specs/evaluation.md sections 8 and 12.3).
+"""Scores of depth maps: ViT-Up's means over images, with probe3d's scale-and-shift fit, and DeAP's pooled RMSE.
 
 A worker returns a record for each image. Averages are taken once, over all of them, and don't depend on their order.
 Depths are metres, or whatever unit the truth has.

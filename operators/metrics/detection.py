@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, by pycocotools (specs/evaluation.md 4, 12.3 and 14).
+"""Average precision as COCO defines it, by pycocotools: for LiFT's detection on COCO, and DeAP's CenterNet task.
 
 Nothing can be averaged before the end: workers give the raw detections of their images, and `coco_scores` takes all at once.
 
@@ -9,17 +9,37 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 from pycocotools.coco import COCO as CocoIndex
 from pycocotools.cocoeval import COCOeval
 
-Rle = Mapping[str, Any]
-"""A mask as `pycocotools.mask.encode` gives it: `size` (height, width) and `counts`, bytes or text."""
+T = TypeVar("T", bool, int, float)
+
+
+class Rle(TypedDict):
+    """A mask as `pycocotools.mask.encode` gives it: run lengths down the columns."""
+
+    size: Sequence[int]
+    "height, width"
+    counts: bytes | str
+
+
+class _Entry(TypedDict, total=False):
+    """An annotation or a result, as in COCO's JSON files."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    "x, y, width, height"
+    area: float
+    iscrowd: int
+    segmentation: Rle
+    score: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +193,15 @@ def coco_scores(
     return CocoScores(**dict(zip((field.name for field in fields(CocoScores)), stats, strict=True)))
 
 
-def _entries(image: ImageTruth | ImageDetections, protocol: ApProtocol) -> list[dict[str, Any]]:
+def _entries(image: ImageTruth | ImageDetections, protocol: ApProtocol) -> list[_Entry]:
     """As in COCO's JSON files, without ids."""
     if protocol.overlap == "masks" and len(image.masks) < len(image.boxes):
         raise ValueError(f"image {image.image_id}: {len(image.boxes)} boxes, but {len(image.masks)} masks to compare")
-    entries = []
+    entries: list[_Entry] = []
     for n, (x1, y1, x2, y2) in enumerate(image.boxes):
         if protocol.crowd == "drop" and isinstance(image, ImageTruth) and image.crowd[n]:
             continue
-        entry = {
+        entry: _Entry = {
             "image_id": image.image_id,
             "category_id": 1 if protocol.class_agnostic else image.categories[n],
             "bbox": [x1, y1, x2 - x1, y2 - y1],
@@ -189,30 +209,32 @@ def _entries(image: ImageTruth | ImageDetections, protocol: ApProtocol) -> list[
             "iscrowd": 0,
         }
         if protocol.overlap == "masks":
-            entry["segmentation"] = dict(image.masks[n])
-        entries.append(entry | _own(image, n, protocol))
+            entry["segmentation"] = {**image.masks[n]}
+        entries.append({**entry, **_own(image, n, protocol)})
     return entries
 
 
-def _own(image: ImageTruth | ImageDetections, n: int, protocol: ApProtocol) -> dict[str, Any]:
+def _own(image: ImageTruth | ImageDetections, n: int, protocol: ApProtocol) -> _Entry:
     """What an annotation says beyond its place; what a result does."""
     if isinstance(image, ImageDetections):
         return {"score": image.scores[n]}
-    own = {"iscrowd": int(image.crowd[n] and protocol.crowd == "ignore")}
-    return own | ({"area": image.areas[n]} if protocol.area == "annotation" else {})
+    own: _Entry = {"iscrowd": int(image.crowd[n] and protocol.crowd == "ignore")}
+    if protocol.area == "annotation":
+        own["area"] = image.areas[n]
+    return own
 
 
 def _image(image_id: int, size: Sequence[int]) -> dict[str, int]:
     return {"id": image_id, "height": size[0], "width": size[1]}
 
 
-def _index(images: list[dict[str, int]], categories: list[int], entries: list[dict[str, Any]]) -> CocoIndex:
+def _index(images: list[dict[str, int]], categories: list[int], entries: list[_Entry]) -> CocoIndex:
     index = CocoIndex()
     index.dataset = {
         "images": images,
         "categories": [{"id": each} for each in categories],
         # From 1 on: pycocotools takes a match with id 0 for none.
-        "annotations": [entry | {"id": n} for n, entry in enumerate(entries, start=1)],
+        "annotations": [{**entry, "id": n} for n, entry in enumerate(entries, start=1)],
     }
     index.createIndex()
     return index
@@ -222,7 +244,7 @@ def _boxes(boxes_N4: ArrayLike) -> np.ndarray:
     return np.asarray(boxes_N4, np.float64).reshape(-1, 4)
 
 
-def _tuple(values: ArrayLike, kind: type) -> tuple:
+def _tuple(values: ArrayLike, kind: type[T]) -> tuple[T, ...]:
     return tuple(np.asarray(values).astype(kind).tolist())
 
 

@@ -1,4 +1,4 @@
-"""Unsupervised discovery of one object per image: TokenCut, and CorLoc (specs/evaluation.md section 3).
+"""Unsupervised discovery of one object per image: TokenCut (arXiv 2202.11539) as LiFT evaluates it, and its score, CorLoc.
 
 Tokens are the nodes of a graph whose edges are strong where cosines exceed a threshold. The second smallest generalised
 eigenvector of its normalised cut splits them; the object is the connected part around the largest entry.

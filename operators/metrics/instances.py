@@ -1,7 +1,8 @@
-"""How well pixel latents tell instances apart: k-means on the foreground, adjusted Rand index (specs/evaluation.md 12.3).
+"""How well pixel latents tell instances apart: k-means on the foreground, then the adjusted Rand index (ARI).
 
-DeAP names the method; restarts, seed and scaling aren't published. Ours: scikit-learn's k-means, 10 restarts, latents as they
-are. A worker returns one number for each image, and the published score is 100 times their mean.
+The score of DeAP's instance discrimination. Its paper names the method; restarts, seed and scaling aren't published. Ours:
+scikit-learn's k-means, 10 restarts, latents as they are. A worker returns one number for each image, and the published score
+is 100 times their mean.
 """
 
 import warnings

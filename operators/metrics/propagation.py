@@ -1,4 +1,4 @@
-"""Label propagation over a clip's feature maps: the protocol of DINO, which LiFT shares (specs/evaluation.md section 2.1).
+"""Label propagation over a clip's feature maps, which DAVIS scores: the protocol of DINO's code, which LiFT's shares.
 
 Each cell of a frame takes the labels of the cells most like it among the first frame and the latest few. Affinities are
 computed tile by tile, each tile with the rows and columns of the context that its windows reach, so that memory is bounded

@@ -1,4 +1,4 @@
-"""Scores of semantic segmentation from confusion matrices, and COCO-Stuff's 27 coarse groups (specs/evaluation.md section 7).
+"""Scores of semantic segmentation from confusion matrices.
 
 A worker returns one matrix of whole numbers for all its images; matrices are summed, and scores taken from the sum only.
 """
@@ -7,47 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VOID = 255
-"""Label of pixels that aren't scored."""
-
-COARSE_CLASSES = 27
-"""COCO-Stuff's coarse groups: 12 of things, then 15 of stuff."""
-
-_THINGS = ((0, 9), (8, 11), (14, 8), (24, 7), (32, 6), (42, 10), (50, 5), (60, 2), (70, 3), (76, 0), (82, 1), (90, 4))
-"""(last fine label, group): each range begins where the one before ends."""
-
-_STUFF = """
-17 17 22 20 20 22 15 25 16 13 12 12 17 17 23 15 15 17 15 21 15 25 13 13 13 13 13 22 26 14 14 15 22 21 21 24 20 22 15 17 16 15
-22 24 21 17 25 16 21 17 22 16 21 21 25 21 26 21 24 20 17 14 21 26 15 23 20 21 24 15 24 22 25 15 20 17 17 22 14 18 18 18 18 18
-18 18 26 26 19 19 24
-"""
-"""Groups of the fine labels 91 to 181."""
-
-
-def _coarse_table() -> np.ndarray:
-    table = np.full(256, VOID, np.uint8)
-    first = 0
-    for last, group in _THINGS:
-        table[first : last + 1] = group
-        first = last + 1
-    stuff = [int(group) for group in _STUFF.split()]
-    table[first : first + len(stuff)] = stuff
-    table.setflags(write=False)
-    return table
-
-
-COARSE_OF_FINE = _coarse_table()
-"""uint8 [256]: the coarse group of each label of COCO-Stuff's PNGs (category id - 1). 255 stays void, and 182 to 254, which no
-file should have, become void: `coarse_labels` refuses them."""
-
-
-def coarse_labels(fine_HW: np.ndarray) -> np.ndarray:
-    """Coarse groups uint8 [H, W] of fine labels 0 to 181 or 255 (void). Raises `ValueError` for other labels."""
-    fine = _whole_numbers("fine labels", fine_HW)
-    wrong = fine[((fine < 0) | (fine > 181)) & (fine != VOID)]
-    if wrong.size:
-        raise ValueError(f"COCO-Stuff's labels are 0 to 181, and {VOID} for void; got {wrong[0]}")
-    return COARSE_OF_FINE[fine]
+from storage.datasets.classes import VOID, whole_numbers
 
 
 def confusion(predicted_HW: np.ndarray, labels_HW: np.ndarray, classes: int, void: int = VOID) -> np.ndarray:
@@ -58,7 +18,7 @@ def confusion(predicted_HW: np.ndarray, labels_HW: np.ndarray, classes: int, voi
     """
     if 0 <= void < classes:
         raise ValueError(f"void {void} is one of the {classes} classes; give another number to void pixels")
-    predicted, labels = _whole_numbers("predictions", predicted_HW), _whole_numbers("labels", labels_HW)
+    predicted, labels = whole_numbers("predictions", predicted_HW), whole_numbers("labels", labels_HW)
     if predicted.shape != labels.shape:
         raise ValueError(f"predictions {predicted.shape} and labels {labels.shape} must be of one shape")
     counted = labels != void
@@ -67,13 +27,6 @@ def confusion(predicted_HW: np.ndarray, labels_HW: np.ndarray, classes: int, voi
     _require_classes("label", labels, classes)
     pairs = labels.astype(np.int64) * classes + predicted.astype(np.int64)
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
-def _whole_numbers(what: str, values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values)
-    if values.dtype.kind not in "iub":
-        raise ValueError(f"{what} must be whole numbers, got {values.dtype}")
-    return values
 
 
 def _require_classes(what: str, values: np.ndarray, classes: int) -> None:

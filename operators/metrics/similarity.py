@@ -1,4 +1,4 @@
-"""Self-similarity of feature maps, as LiFT's Fig. 5 and 6 show it (specs/evaluation.md section 6)."""
+"""Self-similarity of feature maps, as LiFT's Fig. 5 and 6 show it."""
 
 import numpy as np
 

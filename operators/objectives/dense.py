@@ -1,4 +1,4 @@
-"""What readouts are trained with: DeAP's losses and those of ViT-Up's linear probes (specs/evaluation.md 7, 8 and 12.3).
+"""What readouts are trained with: DeAP's losses and those of ViT-Up's linear probes.
 
 Every loss gives a `LossSum`, (total, weight), and the published loss of a batch is total / weight. Where the published loss is
 a mean over pixels (`cross_entropy`, `boundary_loss`, `instance_loss`), total is a sum over pixels and weight their number:
@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-VOID = 255
-"""Label of pixels without a loss."""
+from storage.datasets.classes import VOID
 
 MIN_DEPTH, MAX_DEPTH = 0.001, 10.0
 

@@ -1,4 +1,4 @@
-"""Losses between feature maps, and LiFT's multi-scale self-supervision (eq. 1; specs/lift_vitup.md A7)."""
+"""Losses between feature maps, and LiFT's multi-scale self-supervision (arXiv 2403.14625, eq. 1)."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,3 +1,5 @@
+"""The learning rate of every training here: a linear warm-up, then a cosine."""
+
 import math
 
 
@@ -13,7 +15,7 @@ def learning_rate(
     """Learning rate of an optimiser step, counted from 0: a line from `start` * `peak` up to `peak`, then a cosine to `floor`.
 
     The peak is reached at step `warmup`, the floor at step `steps`, one after the last; later steps stay there. The defaults
-    are the published run's (B15).
+    are those of ViT-Up's published run.
     """
     if step < warmup:
         return peak * (start + (1 - start) * step / warmup)

@@ -1,4 +1,4 @@
-"""What readouts learn from instance masks: ids and boundaries (specs/evaluation.md 12.3, "Boundaries"). NumPy, for loaders.
+"""What DeAP's readouts learn from instance masks: ids and boundaries, as its release makes them. NumPy, for loaders.
 
 Shapes: N masks in the order of their annotations, H W pixels.
 """
@@ -46,4 +46,4 @@ def _widened(mask: np.ndarray, size: int, axis: int) -> np.ndarray:
         return mask
     padding = [(0, 0), (0, 0)]
     padding[axis] = ((size - 1) // 2, size // 2)
-    return np.lib.stride_tricks.sliding_window_view(np.pad(mask, padding), size, axis=axis).any(axis=-1)
+    return np.asarray(np.lib.stride_tricks.sliding_window_view(np.pad(mask, padding), size, axis=axis).any(axis=-1))

@@ -1,7 +1,8 @@
-"""What ViT-Up is trained to do: where student and teacher are compared, by which losses, and at which learning rate.
+"""What ViT-Up is trained to do: where student and teacher are compared, and by which losses.
 
 The teacher's token maps at several resolutions supervise the student's predictions on the finest of their grids, block by
-block, so that a training step needs memory for one chunk of blocks only (specs/lift_vitup.md B13-B15).
+block, so that a training step needs memory for one chunk of blocks only. Teacher and student are one frozen backbone, the
+student with LoRA and ViT-Up's head. Numbers that the paper leaves open are those of the released code.
 
 Shapes: B batch, g cells of a grid's side, n blocks, s tokens of one scale in a chunk, N queries in a chunk, D channels.
 """
@@ -29,7 +30,7 @@ TEMPERATURE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """The teacher's grids over the query box, and how their cells are shared out (B13).
+    """The teacher's grids over the query box, and how their cells are shared out.
 
     A block is what one cell of the coarsest grid covers; blocks are counted row by row. Queries and tokens of a chunk come
     block after block, row by row inside a block, so that predictions and targets of a scale match one to one.
@@ -106,7 +107,7 @@ def _pool(blocks_BnyxD: Tensor, factor: int) -> Tensor:
     return blocks_BnyxD.unflatten(2, (-1, factor)).unflatten(4, (-1, factor)).mean(dim=(3, 5))
 
 
-# --- losses (B14) -----------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def standardised_l2(predicted_BsD: Tensor, teacher_BsD: Tensor) -> Tensor:
@@ -202,7 +203,9 @@ class ObjectiveValue:
 def objective(
     predictions: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]], weights: LossWeights
 ) -> ObjectiveValue:
-    """The weighted sum of the losses, each a weighted mean over layers and scales (B14, Total).
+    """The weighted sum of the losses, each a weighted mean over layers and scales.
+
+    The paper's text has plain sums; the released code, whose weights are published, takes means.
 
     `predictions` and `targets` hold a [B, s, D] for each layer and, inside it, for each scale: `Supervision.predictions` and
     `.targets` of every layer. Raises `ValueError` where layers, scales or shapes don't match each other or the weights.
@@ -229,7 +232,7 @@ def objective(
 
 def _losses(weights: LossWeights) -> dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]]:
     """Weight and function of the losses that count."""
-    losses = {
+    losses: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]] = {
         "l2": (weights.l2, standardised_l2),
         "cosine": (weights.cosine, cosine),
         "relational": (weights.relational, partial(relational_kl, tau=weights.tau)),

@@ -1,5 +1,5 @@
-"""The readouts that DeAP was compared with: a map resampled to the query grid, then the same convolutions (specs/evaluation.md
-12.5, Fig. 4 of the paper).
+"""The readouts that DeAP was compared with: a map resampled to the query grid, then the same
+convolutions (Fig. 4 of DeAP's paper).
 
 Shapes: B batch, C backbone channels, D query channels, h w cells of the given map.
 """

@@ -1,8 +1,8 @@
-"""Objects as points: DeAP's class-agnostic targets, loss and boxes, and the original CenterNet's (specs/evaluation.md 12.3).
+"""Objects as points: DeAP's class-agnostic targets, loss and boxes, and the original CenterNet's (arXiv 1904.07850).
 
-DeAP's (`centernet_*`) work at the resolution of the output, on masks, without offsets: sizes are fractions of the image's sides,
-Gaussians add up, and boxes go through NMS. The original's (`points_*`) work in cells of a map four times smaller than the
-image, on boxes, with an offset within the cell: Gaussians take the maximum, and peaks are boxes.
+DeAP's (`centernet_*`, after its release) work at the resolution of the output, on masks, without offsets: sizes are fractions
+of the image's sides, Gaussians add up, and boxes go through NMS. The original's (`points_*`) work in cells of a map four
+times smaller than the image, on boxes, with an offset within the cell: Gaussians take the maximum, and peaks are boxes.
 
 Loss terms are `LossSum`s, so that the loss of a batch comes from sums over micro-batches; sizes and offsets are width then
 height, x then y.

@@ -1,7 +1,6 @@
 """DeAP, dense attentive probing: queries at image positions attend to a frozen backbone's tokens through Gaussian masks.
 
-Written from specs/evaluation.md 12.1, 12.4, 12.6 and 12.8. Where the release and the paper differ, the release is the
-default: it made the published tables.
+Where the release and the paper differ, the release is the default: it made the published tables.
 
 Shapes: B batch, C backbone channels, h w the map's grid, S = h * w tokens, N queries, D query channels, K heads.
 """
@@ -21,12 +20,12 @@ _MIN_SIGMA = 1e-3
 class DeAP(Readout):
     """The readout. `output` is the size in pixels (height, width) for which it is trained.
 
-    Other sizes are other query grids. `positions="trained"` keeps their codes in the range of those trained on (12.6);
+    Other sizes are other query grids. `positions="trained"` keeps their codes in the range of those trained on;
     "index" counts cells and leaves it. Codes of the tokens are always their indices: maps should have the trained grid.
 
     Sizes that aren't multiples of 8 are drawn on the next larger grid and resized.
 
-    Ablations (12.4): `mask="none"` (no-sigma), `shared_sigma` (no-indiv-sigma), `only_mask` (attention that sees no contents),
+    Ablations (Table 5): `mask="none"` (no-sigma), `shared_sigma` (no-indiv-sigma), `only_mask` (attention that sees no contents),
     `dim=8` (8-dim).
     """
 
@@ -53,7 +52,7 @@ class DeAP(Readout):
         self.trained = query_grid(output)
         self.heads, self.mask, self.positions, self.only_mask = heads, mask, positions, only_mask
         if unused_norm:
-            # Never applied, but published counts hold it (12.1, step 2); frozen, or DDP waits for its gradients.
+            # The release makes it and never applies it, but published counts hold it; frozen, or DDP waits for its gradients.
             self.unused_norm = nn.LayerNorm(channels + CODE).requires_grad_(False)
         if mask != "none":
             self.sigma = nn.Parameter(torch.full((1 if shared_sigma else heads,), 0.05))
@@ -69,7 +68,7 @@ class DeAP(Readout):
         return self.decoder(queries.transpose(1, 2).unflatten(2, grid))
 
     def attend(self, features_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What each query of a grid gathers, float32 [B, N, 2D] (12.1, steps 1 to 6).
+        """What each query of a grid gathers, float32 [B, N, 2D]: softmax(q k / sqrt(d) + mask) v with heads joined.
 
         Logits, masks and weights are float32 under any autocast, since a mask of bfloat16 is off by up to 0.03. They are
         made for as many queries at once as `working_bytes` holds, which doesn't change the results.
@@ -80,7 +79,7 @@ class DeAP(Readout):
         with torch.autocast(features_BChw.device.type, enabled=False):
             queries = self._by_head(self.q_proj(self.query_code(grid, tokens.device)))
             places = coordinates(grid, tokens.device)
-            token_places = coordinates(tuple(features_BChw.shape[-2:]), tokens.device)
+            token_places = coordinates(cells_of(features_BChw), tokens.device)
             step = self._queries_at_once(*tokens.shape[:2])
             parts = []
             for start in range(0, len(places), step):
@@ -90,7 +89,7 @@ class DeAP(Readout):
         return torch.cat(parts, dim=2).transpose(1, 2).flatten(-2)
 
     def masks(self, squared_NS: Tensor) -> Tensor | None:
-        """What is added to the logits for squared distances: [K, N, S], [1, N, S] with one sigma for all, or None (step 5).
+        """What is added to the logits for squared distances: [K, N, S], [1, N, S] with one sigma for all, or None.
 
         sigma is kept above 0, where the published formulas change sign.
         """
@@ -102,13 +101,13 @@ class DeAP(Readout):
         return torch.exp(power * (-0.5 / sigma.square())) * (1 / (sigma * math.sqrt(2 * math.pi)))
 
     def query_code(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-        """Position codes [N, 8] of a query grid (12.6)."""
+        """Position codes [N, 8] of a query grid, of which the trained one may be another."""
         if self.positions == "index":
             return position_code(grid, device=device)
         return position_code(grid, (self.trained[0] / grid[0], self.trained[1] / grid[1]), device)
 
     def _tokens(self, features: Tensor) -> Tensor:
-        code = position_code(tuple(features.shape[-2:]), device=features.device)
+        code = position_code(cells_of(features), device=features.device)
         return torch.cat([features.flatten(2).transpose(1, 2), code.expand(len(features), -1, -1)], dim=2)
 
     def _by_head(self, x_ND: Tensor) -> Tensor:
@@ -116,6 +115,7 @@ class DeAP(Readout):
 
     def _weights(self, queries_KNd: Tensor, keys_BKSd: Tensor | None, mask: Tensor | None) -> Tensor:
         if keys_BKSd is None:
+            assert mask is not None, "`only_mask` without a mask would see nothing"
             return mask.softmax(dim=-1)
         logits = (queries_KNd / math.sqrt(queries_KNd.shape[-1])) @ keys_BKSd.transpose(-1, -2)
         if mask is not None:
@@ -128,8 +128,14 @@ class DeAP(Readout):
         return max(1, self.working_bytes // bytes_per_query)
 
 
+def cells_of(map_BChw: Tensor) -> tuple[int, int]:
+    """(rows, columns)"""
+    rows, columns = map_BChw.shape[-2:]
+    return rows, columns
+
+
 def coordinates(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """(row, column) of each cell, [h * w, 2], from 0 to 1 with both ends included, whatever the grid (12.1, step 5)."""
+    """(row, column) of each cell, [h * w, 2], from 0 to 1 with both ends included, whatever the grid."""
     axes = [torch.linspace(0, 1, cells, device=device) for cells in grid]
     return torch.cartesian_prod(*axes)
 

@@ -1,4 +1,4 @@
-"""Linear probes: a 1x1 convolution to classes, and the bins that ViT-Up's depth probe has (specs/evaluation.md 7 and 8).
+"""Linear probes: a 1x1 convolution to classes, and the depth bins of ViT-Up's probe.
 
 Shapes: B batch, C channels, h w cells of the given map, which an upsampler may have enlarged to the output's size.
 """
@@ -40,6 +40,7 @@ class DepthBins(Readout):
 
     def _predict(self, features_BChw: Tensor, _size: tuple[int, int], pooled_BC: Tensor | None) -> Tensor:
         # The convolution of features joined with a vector that is the same everywhere, without joining them.
+        assert pooled_BC is not None, "needs_pooled, so that it was checked"
         of_cells, of_image = self.conv.weight.split(self.channels, dim=1)
         image = F.linear(F.normalize(pooled_BC, dim=1), of_image.flatten(1), self.conv.bias)
         scores = (F.conv2d(features_BChw, of_cells) + image[..., None, None]).float()

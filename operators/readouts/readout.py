@@ -1,7 +1,8 @@
-"""What all readouts share: the promise they keep, the convolutions that draw pixels, sine codes of grid positions.
+"""What all readouts share: what each promises, the convolutions that draw pixels, sine codes of grid positions.
 
-Written from specs/evaluation.md 12.1. Shapes: B batch, C backbone channels, D query channels, h w cells of the given map,
-H W pixels.
+The layers are those of DeAP's release ("Dense Attentive Probing"), which says more than its paper and made its tables.
+
+Shapes: B batch, C backbone channels, D query channels, h w cells of the given map, H W pixels.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from storage.errors import RayliftError
 
 PIXELS_PER_QUERY = 8
-"""Three doublings (12.1, step 8)."""
+"""Along a side: the decoder doubles the query grid three times."""
 
 CODE = 8
 """Numbers of a position code."""
@@ -72,7 +73,7 @@ class Readout(nn.Module):
 
 
 class SplitReadout(Readout):
-    """Readouts that share nothing but the backbone, their outputs joined: CenterNet's have 1 and 2 (12.1, step 10)."""
+    """Readouts that share nothing but the backbone, their outputs joined: DeAP's detection has one for heat, one for sizes."""
 
     def __init__(self, parts: list[Readout]):
         super().__init__(parts[0].channels, sum(part.outputs for part in parts))
@@ -84,9 +85,9 @@ class SplitReadout(Readout):
 
 
 class PixelDecoder(nn.Module):
-    """Query maps [B, D, h, w] to float32 [B, outputs, 8h, 8w]: convolutions that double three times, plus a skip (12.1, step 8).
+    """Query maps [B, D, h, w] to float32 [B, outputs, 8h, 8w]: convolutions that double three times, plus a skip.
 
-    `bias` is added to the initial biases of both (12.1, step 11).
+    `bias` is added to the initial biases of both, so that outputs begin at twice as much.
     """
 
     def __init__(self, dim: int, outputs: int, width: int, bias: float = 0.0):
@@ -95,11 +96,13 @@ class PixelDecoder(nn.Module):
         for channels in (dim, width, width):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             layers += [nn.ConvTranspose2d(width, width, 2, stride=2), nn.ReLU(inplace=True)]
-        self.cnn = nn.Sequential(*layers, nn.Conv2d(width, outputs, 1))
+        last = nn.Conv2d(width, outputs, 1)
+        self.cnn = nn.Sequential(*layers, last)
         self.skip = nn.Conv2d(dim, outputs, 1)
-        with torch.no_grad():
-            self.cnn[-1].bias += bias
-            self.skip.bias += bias
+        for convolution in (last, self.skip):
+            assert convolution.bias is not None
+            with torch.no_grad():
+                convolution.bias += bias
 
     def forward(self, queries_BDhw: Tensor) -> Tensor:
         return self.cnn(queries_BDhw).float() + self.skipped(queries_BDhw)
@@ -111,12 +114,15 @@ class PixelDecoder(nn.Module):
 
 
 def decoder_width(dim: int, outputs: int, rule: str = "released") -> int:
-    """Channels of the decoder's convolutions. "paper": max(D / 4, outputs), which contradicts its own tables (12.1, step 9)."""
+    """Channels of the decoder's convolutions. "paper": max(D / 4, outputs).
+
+    The paper's text gives 59,000 parameters for VOC where its table has 47,000; the release halves the outputs, and has them.
+    """
     return max(dim // 4, outputs if rule == "paper" else outputs // 2)
 
 
 def feed_forward(channels: int, dim: int) -> nn.Sequential:
-    """Expanded by two, then to `dim` and normalised (12.1, step 7)."""
+    """Expanded by two, then brought to `dim` and normalised."""
     return nn.Sequential(
         nn.Linear(channels, 2 * channels), nn.ReLU(inplace=True), nn.Linear(2 * channels, dim), nn.LayerNorm(dim)
     )
@@ -130,9 +136,9 @@ def query_grid(size: tuple[int, int]) -> tuple[int, int]:
 def position_code(
     grid: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0), device: torch.device | None = None
 ) -> Tensor:
-    """Sines and cosines of the cells' (column, row) indices times `scale` (rows, columns): [h * w, 8] (12.1, step 1).
+    """Sines and cosines of the cells' (column, row) indices times `scale` (rows, columns): [h * w, 8].
 
-    Float32 whatever the autocast.
+    Columns first, four numbers for each axis. Float32 whatever the autocast.
     """
     frequencies = torch.tensor([1.0, 0.01], device=device)
     codes = []

@@ -7,10 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -18,8 +17,8 @@ from cluster.autoscaling import AutoscalingCluster
 from cluster.nodes import ROOT
 from cluster.session import own_cluster
 from pipelines.benchmarks.data import write_photos
-from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, BenchmarkFailed, table
+from pipelines.config import ConfigError, require_at_least
+from pipelines.costs.clocks import BenchmarkFailed, Machine, table
 from storage.store import FeatureStore
 
 SAMPLE_S = 0.5
@@ -51,8 +50,9 @@ class AutoscaleBenchmark:
     """Write all numbers to this file."""
 
     def __post_init__(self) -> None:
-        if min(self.images, self.block_rows, self.nodes) < 1 or self.idle_s <= 0:
-            raise ConfigError("--images, --block-rows, --nodes and --idle-s must be above 0")
+        require_at_least(1, self, "images", "block_rows", "nodes")
+        if self.idle_s <= 0:
+            raise ConfigError(f"--idle-s {self.idle_s:g}: must be above 0")
 
 
 AUTOSCALE_PRESETS = {
@@ -76,7 +76,19 @@ class Sample:
     "commit records in the store"
 
 
-def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class AutoscaleResult:
+    """An extraction, from a head that is ready to one that is alone again."""
+
+    started: float
+    "seconds since the head was ready, as `Sample.seconds`"
+    ended: float
+    counts: Mapping[str, int]
+    "rows by status"
+    samples: Sequence[Sample]
+
+
+def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> AutoscaleResult:
     """Start a head, extract on it from a process of its own, wait until its nodes are gone, and draw it."""
     photos = write_photos(folder / "photos", config.images)
     store = folder / "feats.zarr"
@@ -102,7 +114,7 @@ def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> dict[str, A
     if config.picture:
         draw(config, watch.samples, config.picture)
     counts = FeatureStore.open(str(store)).attributes["counts"]
-    return {"started": started, "ended": ended, "counts": counts, "samples": watch.samples}
+    return AutoscaleResult(started=started, ended=ended, counts=counts, samples=watch.samples)
 
 
 def extract_command(config: AutoscaleBenchmark, photos: str, out: str, address: str) -> list[str]:
@@ -194,26 +206,26 @@ class _Watch:
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
-def autoscale_report(config: AutoscaleBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def autoscale_report(config: AutoscaleBenchmark, result: AutoscaleResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    found, samples, counts = result["machine"], result["samples"], result["counts"]
+    counts = result.counts
     yield f"## autoscale: {config.images:,} images on a head without CPUs and up to {config.nodes} nodes"
-    yield f"\n{found['cpu']}, {CORES} cores. Load average when it ended: {found['load']:.1f}."
+    yield machine.line(f"{machine.cores} cores")
     rows = [
         [what, f"{at:.0f}", f"{now.nodes}", f"{now.busy_cpus:g}", f"{now.tasks}"] for what, at, now in _events(result)
     ]
     yield from table(["", "s", "worker nodes", "CPUs in use", "tasks done"], rows)
-    most = max(sample.nodes for sample in samples)
+    most = max(sample.nodes for sample in result.samples)
     yield f"\n- {counts.get('ok', 0):,} images ok, {counts.get('failed', 0):,} failed; at most {most} nodes at once."
     yield f"- Idle nodes go after {config.idle_s:g} s."
     if config.picture:
         yield f"- Figure: {config.picture}"
 
 
-def _events(result: dict[str, Any]) -> Iterator[tuple[str, float, Sample]]:
+def _events(result: AutoscaleResult) -> Iterator[tuple[str, float, Sample]]:
     """What happened when: in words, seconds, and the cluster then."""
-    samples, started, ended = result["samples"], result["started"], result["ended"]
-    yield "head alone", started, samples[0]
+    samples, ended = result.samples, result.ended
+    yield "head alone", result.started, samples[0]
     most = max(sample.nodes for sample in samples)
     for count in range(1, most + 1):
         up = next(sample for sample in samples if sample.nodes >= count)

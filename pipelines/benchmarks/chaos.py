@@ -15,16 +15,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
 from pipelines.benchmarks.data import write_photos
-from pipelines.config import ConfigError
-from pipelines.costs.clocks import BenchmarkFailed, table
+from pipelines.config import ConfigError, require_at_least
+from pipelines.costs.clocks import BenchmarkFailed, Machine, table
 from pipelines.executors import NO_PROGRESS_S
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ class ChaosBenchmark:
             raise ConfigError(f"--early {self.early}: must lie between 0 and 1")
         if self.faults < 1 and self.minutes <= 0:
             raise ConfigError(f"--faults {self.faults} and --minutes {self.minutes}: one must be above 0")
-        if min(self.nodes, self.images, self.block_rows, self.steps) < 1 or self.store_mb < 75:
-            raise ConfigError("--nodes, --images, --block-rows and --steps must be at least 1, --store-mb at least 75")
+        require_at_least(1, self, "nodes", "images", "block_rows", "steps")
+        require_at_least(75, self, "store_mb")
         if self.train and self.nodes < 2:
             raise ConfigError(f"--nodes {self.nodes}: --train has two workers, and needs a node for each")
 
@@ -108,7 +108,62 @@ CHAOS_PRESETS = {
 }
 
 
-def measure_chaos(config: ChaosBenchmark, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What was done to a job."""
+
+    kind: Kind
+    run: str
+    progress: int
+    "of the job then"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """A driver that ended with an error, not by our hand."""
+
+    run: str
+    code: int
+    said: str
+    "the end of its log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Found):
+    """A job that was run to its end."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChaosResult:
+    """Faults, and what they did to the jobs."""
+
+    unit: str
+    "what is counted: rows, or steps"
+    faults: Mapping[Kind, int]
+    "by kind"
+    completed: int
+    expected: int
+    found: int
+    lost: int
+    doubled: int
+    compared: int
+    differ: Sequence[str]
+    undisturbed_s: float
+    chaos_s: float
+    lost_s_per_fault: float
+    launches: int
+    restarts: int
+    restarts_after_errors: int
+    exits: Sequence[Exit]
+    nodes_that_ended: Sequence[str]
+    "not by our hand"
+    runs: Sequence[Run]
+    events: Sequence[Fault]
+
+
+def measure_chaos(config: ChaosBenchmark, folder: Path) -> ChaosResult:
     """Run jobs under faults and hold what they leave against an undisturbed one. Raises `BenchmarkFailed` for one that hangs."""
     data = write_photos(folder / "photos", config.images)
     job: Job = ExtractJob(data, config.images, config.block_rows, config.size, actors=config.nodes)
@@ -154,39 +209,40 @@ class _Runner:
         "progress when the driver was started, and whether there was any since"
         self.later: list[tuple[float, Callable[[], object]]] = []
         "what is to be done at which time: nodes that join, drained ones that go"
-        self.faults: list[dict[str, Any]] = []
-        self.exits: list[dict[str, Any]] = []
-        "drivers that ended with an error, not by our hand"
+        self.faults: list[Fault] = []
+        self.exits: list[Exit] = []
         self.died: list[str] = []
         "nodes that ended, not by our hand"
         self.launches = 0
-        self.driver: subprocess.Popen[bytes] | None = None
-        self.helpers: list[subprocess.Popen[bytes]] = []
+        self.driver: subprocess.Popen[bytes]
+        self.started: list[subprocess.Popen[bytes]] = []
+        "drivers, and what else is to end with the benchmark"
         self.out, self.log = "", folder / "driver.log"
 
     def __enter__(self) -> "_Runner":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for process in (self.driver, *self.helpers):
-            if process and process.poll() is None:
+        for process in self.started:
+            if process.poll() is None:
                 process.kill()
                 process.wait()
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> ChaosResult:
         undisturbed_s = self._run("reference")
         self.job.keep(self.out)
         began, self.launches = time.monotonic(), 0
         until = began + 60 * self.config.minutes
         self._next_fault()
-        wall_s, found = [], []
+        runs: list[Run] = []
         while self._goes_on(until):
-            wall_s.append(self._run(f"run-{len(found):03d}", until))
-            found.append(self.job.check(self.out))
-            logger.info("%s: %s; %d faults so far", Path(self.out).name, found[-1], len(self.faults))
-        return self._result(undisturbed_s, wall_s, found)
+            seconds = self._run(f"run-{len(runs):03d}", until)
+            found = self.job.check(self.out)
+            runs.append(Run(seconds=seconds, **vars(found)))
+            logger.info("%s: %s; %d faults so far", Path(self.out).name, found, len(self.faults))
+        return self._result(undisturbed_s, runs)
 
     def _goes_on(self, until: float) -> bool:
         return time.monotonic() < until or len(self.faults) < self.config.faults
@@ -228,11 +284,12 @@ class _Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        self.started.append(self.driver)
 
     def _ended(self, code: int) -> None:
         said = self._said()
         logger.warning("the driver ended with %d: %s", code, said)
-        self.exits.append({"run": Path(self.out).name, "code": code, "said": said})
+        self.exits.append(Exit(run=Path(self.out).name, code=code, said=said))
 
     def _said(self) -> str:
         return self.log.read_text(errors="replace")[-1500:]
@@ -253,7 +310,7 @@ class _Runner:
         """The fault that is due, or nothing while there is nothing to do it to."""
         if not getattr(self, f"_fault_{self.kind}")():
             return
-        fault = {"kind": self.kind, "run": Path(self.out).name, "progress": self.job.progress(self.out)}
+        fault = Fault(kind=self.kind, run=Path(self.out).name, progress=self.job.progress(self.out))
         logger.info("fault %d: %s", len(self.faults) + 1, fault)
         self.faults.append(fault)
         self._next_fault()
@@ -287,7 +344,7 @@ class _Runner:
     def _fault_store(self) -> bool:
         code = "import sys; from cluster.nodes import fill_stores; fill_stores(sys.argv[1], *map(float, sys.argv[2:]))"
         arguments = [self.cluster.address, str(1.5e6 * self.config.store_mb), str(self.config.every)]
-        self.helpers.append(
+        self.started.append(
             subprocess.Popen(
                 [sys.executable, "-c", code, *arguments],
                 cwd=ROOT,
@@ -332,54 +389,60 @@ class _Runner:
 
     # --- the result ---------------------------------------------------------------------------------------------------
 
-    def _result(self, undisturbed_s: float, wall_s: list[float], found: list[Found]) -> dict[str, Any]:
-        kinds = Counter(fault["kind"] for fault in self.faults)
-        lost_s = (sum(wall_s) - undisturbed_s * len(found)) / max(1, len(self.faults))
-        differ = [f"run-{n:03d}: {name}" for n, one in enumerate(found) for name in one.differ]
-        return {
-            "unit": self.job.unit,
-            "faults": dict(sorted(kinds.items())),
-            "completed": len(found),
-            **{
-                name: sum(getattr(one, name) for one in found)
-                for name in ("expected", "found", "lost", "doubled", "compared")
-            },
-            "differ": differ,
-            "undisturbed_s": undisturbed_s,
-            "chaos_s": sum(wall_s),
-            "lost_s_per_fault": lost_s,
-            "launches": self.launches,
-            "restarts": self.launches - len(found),
-            "restarts_after_errors": len(self.exits),
-            "exits": self.exits,
-            "nodes_that_ended": self.died,
-            "runs": [{"seconds": seconds, **asdict(one)} for seconds, one in zip(wall_s, found, strict=True)],
-            "events": self.faults,
-        }
+    def _result(self, undisturbed_s: float, runs: Sequence[Run]) -> ChaosResult:
+        chaos_s = sum(run.seconds for run in runs)
+        return ChaosResult(
+            unit=self.job.unit,
+            faults=dict(sorted(Counter(fault.kind for fault in self.faults).items())),
+            completed=len(runs),
+            expected=sum(run.expected for run in runs),
+            found=sum(run.found for run in runs),
+            lost=sum(run.lost for run in runs),
+            doubled=sum(run.doubled for run in runs),
+            compared=sum(run.compared for run in runs),
+            differ=[f"run-{n:03d}: {name}" for n, run in enumerate(runs) for name in run.differ],
+            undisturbed_s=undisturbed_s,
+            chaos_s=chaos_s,
+            lost_s_per_fault=(chaos_s - undisturbed_s * len(runs)) / max(1, len(self.faults)),
+            launches=self.launches,
+            restarts=self.launches - len(runs),
+            restarts_after_errors=len(self.exits),
+            exits=self.exits,
+            nodes_that_ended=self.died,
+            runs=runs,
+            events=self.faults,
+        )
 
 
-def require_nothing_lost(result: Mapping[str, Any]) -> None:
+def require_nothing_lost(result: ChaosResult) -> None:
     """Raises `BenchmarkFailed` where a job lost, doubled or changed something."""
-    wrong = [f"{result[name]} {result['unit']} {name}" for name in ("lost", "doubled") if result[name]]
-    if result["differ"]:
-        shown = ", ".join(result["differ"][:5])
-        wrong.append(f"{len(result['differ'])} of {result['compared']} parts differ from the undisturbed: {shown}")
+    counts = {"lost": result.lost, "doubled": result.doubled}
+    wrong = [f"{count} {result.unit} {name}" for name, count in counts.items() if count]
+    if result.differ:
+        shown = ", ".join(result.differ[:5])
+        wrong.append(f"{len(result.differ)} of {result.compared} parts differ from the undisturbed: {shown}")
     if wrong:
         raise BenchmarkFailed("; ".join(wrong))
 
 
-def chaos_report(config: ChaosBenchmark, result: Mapping[str, Any]) -> Iterator[str]:
+def chaos_report(config: ChaosBenchmark, result: ChaosResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    what, machine = ("trainings" if config.train else "extractions"), result["machine"]
-    yield f"## chaos: {sum(result['faults'].values())} faults in {result['chaos_s'] / 60:.1f} minutes of {what}"
-    yield f"\n{machine['cpu']}. Load average when it ended: {machine['load']:.1f}. Nodes: {config.nodes}, seed {config.seed}."
-    yield from table(["fault", "injected"], [[f"{k}: {WHAT[k]}", str(n)] for k, n in result["faults"].items()])
-    parts = "arrays and losses" if config.train else "objects"
-    rows = [[f"{what} completed", f"{result['completed']:,}"]]
-    rows += [[f"{result['unit']} {name}", f"{result[name]:,}"] for name in ("expected", "found", "lost", "doubled")]
-    rows += [[f"{parts} compared", f"{result['compared']:,}"], ["of them other bytes", f"{len(result['differ']):,}"]]
-    rows += [["undisturbed, s", f"{result['undisturbed_s']:.1f}"]]
-    rows += [["time lost per fault, s", f"{result['lost_s_per_fault']:.1f}"]]
-    rows += [["starts of the same command again", f"{result['restarts']:,}"]]
-    rows += [["of them after an error of its own", f"{result['restarts_after_errors']:,}"]]
+    what, parts = ("trainings", "arrays and losses") if config.train else ("extractions", "objects")
+    yield f"## chaos: {sum(result.faults.values())} faults in {result.chaos_s / 60:.1f} minutes of {what}"
+    yield f"{machine.line()} Nodes: {config.nodes}, seed {config.seed}."
+    yield from table(["fault", "injected"], [[f"{k}: {WHAT[k]}", str(n)] for k, n in result.faults.items()])
+    counts = {
+        f"{what} completed": result.completed,
+        f"{result.unit} expected": result.expected,
+        f"{result.unit} found": result.found,
+        f"{result.unit} lost": result.lost,
+        f"{result.unit} doubled": result.doubled,
+        f"{parts} compared": result.compared,
+        "of them other bytes": len(result.differ),
+    }
+    rows = [[name, f"{count:,}"] for name, count in counts.items()]
+    rows += [["undisturbed, s", f"{result.undisturbed_s:.1f}"]]
+    rows += [["time lost per fault, s", f"{result.lost_s_per_fault:.1f}"]]
+    rows += [["starts of the same command again", f"{result.restarts:,}"]]
+    rows += [["of them after an error of its own", f"{result.restarts_after_errors:,}"]]
     yield from table(["", ""], rows)

@@ -1,13 +1,15 @@
-"""Matching and label propagation beside the plainest way to the same results (specs/evaluation.md sections 1 and 2.1).
+"""Matching and label propagation beside the plainest way to the same results.
 
 `measure_evaluate` times both on random maps in one process and checks that they agree; `evaluate_report` is its Markdown.
 """
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from operators.metrics.matching import Normalise, best_pixels
 from operators.metrics.propagation import Propagation, Propagator
-from pipelines.config import ConfigError
-from pipelines.costs.clocks import BenchmarkFailed, device_name, median_ratio, peak_bytes, table, timed
+from pipelines.config import ConfigError, require_at_least
+from pipelines.costs.clocks import BenchmarkFailed, Machine, device_name, median_ratio, peak_bytes, table, timed
 
 _TOLERANCE = 1e-4
 "largest difference of similarities and of soft labels, which are at most 1"
@@ -48,12 +50,11 @@ class EvaluateBenchmark:
     """Write all numbers to this file."""
 
     def __post_init__(self) -> None:
-        if not self.grids or min(*self.grids, self.channels, self.points, self.objects, self.repeat) < 1:
-            raise ConfigError("--grids, --channels, --points, --objects and --repeat must be at least 1")
-        if self.frames < 2 or self.threads < 0 or self.pixels < max(self.grids):
-            raise ConfigError(
-                "--frames must be at least 2, --threads at least 0, --pixels at least the largest of --grids"
-            )
+        require_at_least(1, self, "grids", "channels", "points", "objects", "repeat")
+        require_at_least(2, self, "frames")
+        require_at_least(0, self, "threads")
+        if not self.grids or self.pixels < max(self.grids):
+            raise ConfigError("--grids must be at least one, and --pixels at least the largest of them")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: torch finds no GPU here; use cpu")
 
@@ -66,20 +67,56 @@ EVALUATE_PRESETS = {
 }
 
 
-def measure_evaluate(config: EvaluateBenchmark) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Both ways to one result, `ours` and `plain`."""
+
+    grid: int
+    "side of the maps in cells"
+    seconds: Mapping[str, Sequence[float]]
+    "of every round, by way"
+    peak_bytes: Mapping[str, int]
+    "by way"
+    ratio: float
+    "median of the rounds' ratios, plain by ours"
+    largest_difference: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingComparison(Comparison):
+    normalise: Normalise
+
+
+@dataclass(frozen=True, kw_only=True)
+class PropagationComparison(Comparison):
+    frames: int
+    "of the clip"
+
+
+Compared = TypeVar("Compared", bound=Comparison)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """All that was measured."""
+
+    device: str
+    matching: Sequence[MatchingComparison]
+    propagation: Sequence[PropagationComparison]
+
+
+def measure_evaluate(config: EvaluateBenchmark) -> EvaluateResult:
     """Times and peak memory of both ways. Raises `BenchmarkFailed` where their results differ."""
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads or before)
     try:
         with torch.inference_mode():
-            matching = [
-                _compare_matching(config, grid, normalise, device)
-                for grid in config.grids
-                for normalise in ("cells", "pixels")
-            ]
+            kinds: tuple[Normalise, ...] = ("cells", "pixels")
+            pairs = itertools.product(config.grids, kinds)
+            matching = [_compare_matching(config, grid, normalise, device) for grid, normalise in pairs]
             propagation = [_compare_propagation(config, grid, device) for grid in config.grids]
-        return {"device": device_name(device), "matching": matching, "propagation": propagation}
+        return EvaluateResult(device=device_name(device), matching=matching, propagation=propagation)
     finally:
         torch.set_num_threads(before)
 
@@ -89,27 +126,28 @@ def measure_evaluate(config: EvaluateBenchmark) -> dict[str, Any]:
 
 def _compare_matching(
     config: EvaluateBenchmark, grid: int, normalise: Normalise, device: torch.device
-) -> dict[str, Any]:
+) -> MatchingComparison:
     generator = torch.Generator().manual_seed(0)
     map_hwC = _clip(1, grid, config.channels, generator)[0].to(device)
     near = map_hwC.flatten(0, 1)[torch.randint(grid * grid, (config.points,), generator=generator).to(device)]
     queries = near + 0.5 * torch.randn(near.shape, generator=generator).to(device)
     size = (config.pixels, config.pixels)
-    found: dict[str, Tensor] = {}
 
-    def ours() -> None:
-        found["ours"] = best_pixels(queries, map_hwC, size, normalise=normalise).xy_K2
+    def difference(ours: Tensor, plain: Tensor) -> float:
+        """Of the similarities found, and not of the pixels: float32 may prefer a neighbour that is as similar up to rounding."""
+        similarity = similarities(queries, map_hwC, size, normalise).flatten(1)
+        scores = [similarity.gather(1, xy[:, 1:] * size[1] + xy[:, :1]) for xy in (ours, plain)]
+        return (scores[0] - scores[1]).abs().max().item() / similarity.abs().max().item()
 
-    def plain() -> None:
-        found["plain"] = enlarge_then_match(queries, map_hwC, size, normalise)
-
-    compared = _compare(config, ours, plain, device)
-    similarity = similarities(queries, map_hwC, size, normalise).flatten(1)
-    # Float32 may prefer a neighbour that is as similar up to rounding.
-    scores = [similarity.gather(1, (xy[:, 1:] * size[1] + xy[:, :1])) for xy in (found["ours"], found["plain"])]
-    difference = (scores[0] - scores[1]).abs().max().item() / similarity.abs().max().item()
-    _require_equal(f"the pixels found in {grid} x {grid} cells", difference)
-    return {"grid": grid, "normalise": normalise, **compared, "largest_difference": difference}
+    compared = _compare(
+        config,
+        partial(MatchingComparison, grid=grid, normalise=normalise),
+        lambda: best_pixels(queries, map_hwC, size, normalise=normalise).xy_K2,
+        lambda: enlarge_then_match(queries, map_hwC, size, normalise),
+        difference,
+        device,
+    )
+    return _require_equal(f"the pixels found in {grid} x {grid} cells", compared)
 
 
 def enlarge_then_match(queries_KC: Tensor, map_hwC: Tensor, size: tuple[int, int], normalise: Normalise) -> Tensor:
@@ -131,24 +169,25 @@ def similarities(queries_KC: Tensor, map_hwC: Tensor, size: tuple[int, int], nor
 # --- propagation ------------------------------------------------------------------------------------------------------
 
 
-def _compare_propagation(config: EvaluateBenchmark, grid: int, device: torch.device) -> dict[str, Any]:
+def _compare_propagation(config: EvaluateBenchmark, grid: int, device: torch.device) -> PropagationComparison:
     generator, settings = torch.Generator().manual_seed(0), Propagation()
     maps = _clip(config.frames, grid, config.channels, generator).to(device)
     cells = torch.arange(grid * grid).view(grid, grid)
     labels = F.one_hot(cells * config.objects // cells.numel(), config.objects).permute(2, 0, 1).float().to(device)
-    found: dict[str, Tensor] = {}
 
-    def ours() -> None:
+    def ours() -> Tensor:
         propagator = Propagator(maps[0], labels, settings)
-        found["ours"] = torch.stack([propagator.step(each) for each in maps[1:]])
+        return torch.stack([propagator.step(each) for each in maps[1:]])
 
-    def plain() -> None:
-        found["plain"] = propagate_with_all_affinities(maps, labels, settings)
-
-    compared = _compare(config, ours, plain, device)
-    difference = (found["ours"] - found["plain"]).abs().max().item()
-    _require_equal(f"the soft labels of {grid} x {grid} cells", difference)
-    return {"grid": grid, "frames": config.frames, **compared, "largest_difference": difference}
+    compared = _compare(
+        config,
+        partial(PropagationComparison, grid=grid, frames=config.frames),
+        ours,
+        lambda: propagate_with_all_affinities(maps, labels, settings),
+        lambda ours, plain: (ours - plain).abs().max().item(),
+        device,
+    )
+    return _require_equal(f"the soft labels of {grid} x {grid} cells", compared)
 
 
 def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, settings: Propagation) -> Tensor:
@@ -186,32 +225,48 @@ def _clip(frames: int, grid: int, channels: int, generator: torch.Generator) -> 
 
 
 def _compare(
-    config: EvaluateBenchmark, ours: Callable[[], None], plain: Callable[[], None], device: torch.device
-) -> dict[str, Any]:
-    peaks = [peak_bytes(run, device, warm_up=False) for run in (ours, plain)]  # and so they are warm
-    of_ours, of_plain = timed((ours, plain), config.repeat, math.inf, device)
-    return {
-        "seconds": {"ours": of_ours, "plain": of_plain},
-        "peak_bytes": dict(zip(("ours", "plain"), peaks, strict=True)),
-        "ratio": median_ratio(of_plain, of_ours),
-    }
+    config: EvaluateBenchmark,
+    result: Callable[..., Compared],
+    ours: Callable[[], Tensor],
+    plain: Callable[[], Tensor],
+    difference: Callable[[Tensor, Tensor], float],
+    device: torch.device,
+) -> Compared:
+    """A `result` with what both ways took, and the `difference` of what they gave."""
+    found: dict[str, Tensor] = {}
+
+    def keep_ours() -> None:
+        found["ours"] = ours()
+
+    def keep_plain() -> None:
+        found["plain"] = plain()
+
+    runs = (keep_ours, keep_plain)
+    peaks = [peak_bytes(run, device, warm_up=False) for run in runs]  # and so they are warm
+    of_ours, of_plain = timed(runs, config.repeat, math.inf, device)
+    return result(
+        seconds={"ours": of_ours, "plain": of_plain},
+        peak_bytes=dict(zip(("ours", "plain"), peaks, strict=True)),
+        ratio=median_ratio(of_plain, of_ours),
+        largest_difference=difference(found["ours"], found["plain"]),
+    )
 
 
-def _require_equal(what: str, difference: float) -> None:
-    if not difference <= _TOLERANCE:
-        raise BenchmarkFailed(f"{what} differ by {difference:.2g} between the two ways")
+def _require_equal(what: str, compared: Compared) -> Compared:
+    if not compared.largest_difference <= _TOLERANCE:
+        raise BenchmarkFailed(f"{what} differ by {compared.largest_difference:.2g} between the two ways")
+    return compared
 
 
-def evaluate_report(config: EvaluateBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def evaluate_report(config: EvaluateBenchmark, result: EvaluateResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    found = result["machine"]
     yield f"## evaluate: matching and propagation beside plain code, {config.channels} channels, float32"
-    yield f"\n{found['cpu']}, {result['device']}, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    yield machine.usual_line(device=result.device)
     head = ["ms", "plain, ms", "times faster", "peak MB", "plain, MB", "largest difference"]
     size = f"{config.points} points in {config.pixels} x {config.pixels} pixels, similarity"
-    lines = [[f"{_cells(one)}, {one['normalise']}", *_numbers(one)] for one in result["matching"]]
+    lines = [[f"{_cells(one)}, {one.normalise}", *_numbers(one)] for one in result.matching]
     yield from table([f"matching: {size}", *head], lines)
-    lines = [[_cells(one), *_numbers(one)] for one in result["propagation"]]
+    lines = [[_cells(one), *_numbers(one)] for one in result.propagation]
     yield from table([f"propagation: clip of {config.frames} frames", *head], lines)
     yield f"""
 - Medians of {config.repeat} rounds, in which everything runs once; "times faster": the median of each round's ratio.
@@ -219,11 +274,11 @@ def evaluate_report(config: EvaluateBenchmark, result: dict[str, Any]) -> Iterat
 - Peak: what torch's allocator holds at once beyond the input, with the result."""
 
 
-def _cells(one: dict[str, Any]) -> str:
-    return f"{one['grid']} x {one['grid']} cells"
+def _cells(one: Comparison) -> str:
+    return f"{one.grid} x {one.grid} cells"
 
 
-def _numbers(one: dict[str, Any]) -> list[str]:
-    milliseconds = [f"{1e3 * statistics.median(one['seconds'][name]):,.1f}" for name in ("ours", "plain")]
-    megabytes = [f"{one['peak_bytes'][name] / 2**20:,.1f}" for name in ("ours", "plain")]
-    return [*milliseconds, f"{one['ratio']:.2f}", *megabytes, f"{one['largest_difference']:.1e}"]
+def _numbers(one: Comparison) -> list[str]:
+    milliseconds = [f"{1e3 * statistics.median(seconds):,.1f}" for seconds in one.seconds.values()]
+    megabytes = [f"{peak / 2**20:,.1f}" for peak in one.peak_bytes.values()]
+    return [*milliseconds, f"{one.ratio:.2f}", *megabytes, f"{one.largest_difference:.1e}"]

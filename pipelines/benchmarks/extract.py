@@ -19,7 +19,7 @@ from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, use
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, BenchmarkFailed, table
+from pipelines.costs.clocks import CORES, BenchmarkFailed, Machine, table
 from pipelines.executors import RayExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
@@ -331,16 +331,14 @@ def _gap(pipeline: Mapping[str, Any], bare_ms: Mapping[str, float]) -> dict[str,
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def extract_report(config: ExtractBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def extract_report(config: ExtractBenchmark, result: dict[str, Any], machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    best, found = result["best"], result["machine"]
+    best = result["best"]
     pipeline, loop, bare = best["pipeline"], best["loop"], best["bare"]
     yield f"## extract: {pipeline['images']:,} images, {config.model} at {config.size} px, {config.precision}"
-    yield (
-        f"\n{found['cpu']}, {CORES} cores, torch {found['torch']}; levels {' '.join(config.levels)}; best of {config.repeat}."
-        f" Load average when it ended: {found['load']:.1f}."
-    )
-    if config.precision == "bf16" and not found["native_bf16"]:
+    measured = f"torch {machine.torch}; levels {' '.join(config.levels)}; best of {config.repeat}"
+    yield machine.line(f"{machine.cores} cores", measured)
+    if config.precision == "bf16" and not machine.native_bf16:
         yield "\n**This CPU has no bf16 instructions: bf16 is emulated here, and slow; --precision fp32 is likely faster.**"
     bound = bare["bound_images_per_s"]
     yield from table(

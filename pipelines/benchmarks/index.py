@@ -1,16 +1,15 @@
 """Time and memory of indexing many samples that hold almost nothing: what is done before the first feature."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import durations, run_fresh
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, table
+from pipelines.costs.clocks import CORES, Machine, table
 from pipelines.executors import RayExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
@@ -37,17 +36,38 @@ class IndexBenchmark:
 INDEX_PRESETS = {"default": IndexBenchmark(), "debug": IndexBenchmark(samples=2000, tars=4)}
 
 
-def measure_index(config: IndexBenchmark, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class IndexResult:
+    """What indexing took."""
+
+    rows: int
+    sources: int
+    tasks: int
+    seconds: Mapping[str, float]
+    "by step"
+    parquet_bytes: int
+    memory: Mapping[str, int]
+    "peaks in bytes, by group of processes"
+
+
+def measure_index(config: IndexBenchmark, folder: Path) -> IndexResult:
     """Index the input, list the tasks, and validate the index again, on a local Ray; no features are computed."""
     pattern = write_tiny_tars(folder / "tars", config.samples, config.tars)
     run = ExtractConfig(data=(pattern,), out=str(folder / "feats.zarr"), weights="random", executor="ray")
-    [result], usage = run_fresh(_index, (run,))
-    sizes = [path.stat().st_size for path in (Path(run.out) / "index").rglob("*.parquet")]
-    seconds = durations(usage.started, result.pop("marks"))
-    return result | {"seconds": seconds, "parquet_bytes": sum(sizes), "memory": usage.peak}
+    [(rows, sources, tasks, marks)], usage = run_fresh(_index, (run,))
+    parquet = (Path(run.out) / "index").rglob("*.parquet")
+    return IndexResult(
+        rows=rows,
+        sources=sources,
+        tasks=tasks,
+        seconds=durations(usage.started, marks),
+        parquet_bytes=sum(path.stat().st_size for path in parquet),
+        memory=usage.peak,
+    )
 
 
-def _index(config: ExtractConfig) -> dict[str, Any]:
+def _index(config: ExtractConfig) -> tuple[int, int, int, dict[str, float]]:
+    """How many rows, sources and tasks there are, and when each step was done."""
     marks = {"imports": time.monotonic()}
     resolved = resolve(config)
     marks["input list and model"] = time.monotonic()
@@ -60,18 +80,13 @@ def _index(config: ExtractConfig) -> dict[str, Any]:
         marks["tasks"] = time.monotonic()
         prepare(resolved, RayExecutor())
         marks["index again"] = time.monotonic()
-    return {
-        "rows": prepared.index.n_rows,
-        "sources": len(prepared.index.sources),
-        "tasks": len(tasks),
-        "marks": marks,
-    }
+    return prepared.index.n_rows, len(prepared.index.sources), len(tasks), marks
 
 
-def index_report(_config: IndexBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def index_report(_: IndexBenchmark, result: IndexResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    memory, seconds = result["memory"], result["seconds"]
-    yield f"## index: {result['rows']:,} samples in {result['sources']:,} tars, {CORES} cores, {result['tasks']:,} tasks"
+    memory, seconds = result.memory, result.seconds
+    yield f"## index: {result.rows:,} samples in {result.sources:,} tars, {machine.cores} cores, {result.tasks:,} tasks"
     rows = [[f"{name}, s", f"{value:.1f}"] for name, value in seconds.items()]
     rows += [["index and tasks, s", f"{seconds['index'] + seconds['tasks']:.1f}"]]
     rows += [
@@ -79,5 +94,5 @@ def index_report(_config: IndexBenchmark, result: dict[str, Any]) -> Iterator[st
         for name in ("driver", "workers", "largest_worker", "ray")
     ]
     rows += [["peak PSS of all, MB", f"{memory['pss'] / 2**20:,.0f}"]]
-    rows += [["Parquet, MB", f"{result['parquet_bytes'] / 1e6:.1f}"]]
+    rows += [["Parquet, MB", f"{result.parquet_bytes / 1e6:.1f}"]]
     yield from table(["", ""], rows)

@@ -2,17 +2,19 @@
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import psutil
 
 from pipelines.costs.clocks import BenchmarkFailed
+
+Found = TypeVar("Found")
 
 SPAWN = multiprocessing.get_context("spawn")
 GROUPS = ("driver", "workers", "ray")
@@ -101,7 +103,7 @@ def _pss(pid: int) -> int:
     return 0
 
 
-def run_fresh(function: Callable[..., Any], *calls: tuple[Any, ...]) -> tuple[list[Any], Usage]:
+def run_fresh(function: Callable[..., Found], *calls: tuple[object, ...]) -> tuple[list[Found], Usage]:
     """`function(*call)` for every call, each in a new process, all at once; what they return, and what they took."""
     pipes = [SPAWN.Pipe(duplex=False) for _ in calls]
     started = time.monotonic()
@@ -112,12 +114,12 @@ def run_fresh(function: Callable[..., Any], *calls: tuple[Any, ...]) -> tuple[li
         process.start()
     for _, send in pipes:
         send.close()
-    results: dict[Any, Any] = {}
+    results: dict[Connection, Found] = {}
     with Usage([process.pid for process in processes if process.pid], started) as usage:
         try:
             while waiting := [receive for receive, _ in pipes if receive not in results]:
-                for receive in multiprocessing.connection.wait(waiting):
-                    results[receive] = receive.recv()
+                ready = wait(waiting)
+                results |= {receive: receive.recv() for receive in waiting if receive in ready}
         except EOFError:
             for process in processes:
                 process.terminate()
@@ -128,7 +130,7 @@ def run_fresh(function: Callable[..., Any], *calls: tuple[Any, ...]) -> tuple[li
     return [results[receive] for receive, _ in pipes], usage
 
 
-def _send(pipe: Any, function: Callable[..., Any], call: tuple[Any, ...]) -> None:
+def _send(pipe: Connection, function: Callable[..., object], call: tuple[object, ...]) -> None:
     pipe.send(function(*call))
 
 

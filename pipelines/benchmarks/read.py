@@ -1,7 +1,7 @@
 """Speed of reading features back, at random and whole epochs, beside zarr-python, a memmap, and whole shards in order.
 
-The stores are made here, through the real writer. Each place
-(a local disk, an S3 server) is measured in a fresh process, one contender after another, each with objects of its own.
+Each place (a local disk, an S3 server) is measured in a fresh process, one contender after another, each with objects of its
+own.
 """
 
 import contextlib
@@ -12,38 +12,28 @@ import logging
 import multiprocessing
 import resource
 import shutil
-import subprocess
-import sys
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import fsspec
 import numpy as np
 import psutil
-import pyarrow as pa
 import zarr
 from torch.utils.data import DataLoader
 
 from pipelines.benchmarks.processes import run_fresh
-from pipelines.config import ConfigError, parse_options
+from pipelines.benchmarks.stores import LEVEL, Place, key_of, s3_place, write_big_store, write_npy, write_store
+from pipelines.config import ConfigError, parse_options, require_at_least
 from pipelines.costs.clocks import BenchmarkFailed
 from pipelines.feature_datasets import FeatureDataset, FeatureStream
-from storage.ledger import SCHEMA as LEDGER_SCHEMA
-from storage.ledger import SampleRecord
-from storage.paths import Folder, filesystem, public_options, redact
-from storage.samples import PART_ROWS, Source, part_name, table_bytes, write_index
-from storage.spec import FeatureSpec, Layout, Level, ShardTask, choose_block_rows
-from storage.store import FeatureStore
-from storage.tars import SCHEMA as INDEX_SCHEMA
+from storage.paths import public_options, redact
 
 logger = logging.getLogger(__name__)
 
-LEVEL = "x1"
 BATCH = 64
 """Rows of a batch, where a contender reads batches."""
 
@@ -80,15 +70,15 @@ class ReadBenchmark:
     """Write all numbers to this file."""
 
     def __post_init__(self) -> None:
-        if min(*self.grid, self.channels, self.s3_rows, self.reads, self.repeat, self.workers, self.seconds) <= 0:
-            raise ConfigError("all sizes, counts and times but --big-rows must be above 0")
-        if self.s3_rows > self.rows or self.big_rows < 0:
-            raise ConfigError("--s3-rows must be at most --rows, and --big-rows at least 0")
+        require_at_least(1, self, "grid", "channels", "s3_rows", "reads", "repeat", "workers")
+        require_at_least(0, self, "big_rows")
+        if self.s3_rows > self.rows or self.seconds <= 0:
+            raise ConfigError("--s3-rows must be at most --rows, and --seconds above 0")
         if self.s3 not in ("moto", "none") and not self.s3.startswith("s3://"):
             raise ConfigError(f"--s3 {redact(self.s3)}: use moto, none, or s3://bucket/prefix")
         parse_options(self.storage_options)
 
-    def public(self) -> dict[str, Any]:
+    def public(self) -> dict[str, object]:
         """All settings without credentials."""
         options = parse_options(self.storage_options)
         return asdict(self) | {"s3": redact(self.s3, options), "storage_options": public_options(options)}
@@ -101,30 +91,11 @@ READ_PRESETS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A store, and what it takes to measure how it is read."""
-
-    name: str
-    url: str
-    npy: str
-    "a local file of the same rows, and maybe more: the truth"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    server: int | None = None
-    "the process that serves it, where it is one of ours"
-
-    def store(self) -> FeatureStore:
-        return FeatureStore.open(self.url, self.options)
-
-    def memmap(self) -> np.ndarray:
-        return np.load(self.npy, mmap_mode="r")
-
-
 # --- contenders: opened at once, then (row numbers, their features) one after another ---------------------------------
 
-Parts: TypeAlias = Iterator[tuple[np.ndarray, Any]]
+Parts: TypeAlias = Generator[tuple[np.ndarray, np.ndarray]]
 Contender: TypeAlias = Callable[[Place, np.ndarray], Parts]
-Read: TypeAlias = Callable[[Any], Any]
+Read: TypeAlias = Callable[[int | slice | np.ndarray], np.ndarray]
 
 
 def _store(place: Place) -> Read:
@@ -134,7 +105,8 @@ def _store(place: Place) -> Read:
 
 def _zarr(place: Place) -> Read:
     options = dict(place.options) or None
-    return zarr.open_array(f"{place.url}/{LEVEL}/features", mode="r", storage_options=options).__getitem__
+    array = zarr.open_array(f"{place.url}/{LEVEL}/features", mode="r", storage_options=options)
+    return lambda rows: np.asarray(array[rows])
 
 
 def _memmap(place: Place) -> Read:
@@ -156,7 +128,7 @@ def _in_order(place: Place, read: Read, order: np.ndarray) -> Parts:
     return ((rows[i : i + size], read(slice(i, min(i + size, len(rows))))) for i in range(0, len(rows), size))
 
 
-def _loaded(loader: Iterable[dict[str, Any]]) -> Parts:
+def _loaded(loader: Iterable[dict[str, np.ndarray]]) -> Parts:
     """Samples or batches; workers and threads start with the first of them."""
     for one in loader:
         yield np.atleast_1d(one["row"]), one[LEVEL]
@@ -202,26 +174,90 @@ def epoch_contenders(workers: int) -> dict[str, Contender]:
     }
 
 
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """What one contender read, and how fast. CPU time is for 1,000 rows."""
+
+    rows: int
+    seconds: float
+    rows_per_s: float
+    mb_per_s: float
+    cpu_s_per_1000: float
+    server_cpu_s_per_1000: float | None
+    done: bool
+    "False: the time was up before"
+    times: tuple[int, int]
+    "how often the rows were given that were given least and most often"
+    equal: bool
+    "what was given is what was written"
+    all: tuple[float, ...] = ()
+    "rows per second of every try, of which this is the best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """A step on the way to the first row."""
+
+    step: str
+    first_ms: float
+    ms: float
+    "median of later times"
+    requests: Mapping[str, int]
+    "S3 requests of one time, by operation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceRead:
+    """What was measured of a store."""
+
+    rows: int
+    reads: Mapping[str, Rate]
+    epochs: Mapping[str, Rate]
+    openings: tuple[Opening, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Shuffled epochs as parts of another reader's rate."""
+
+    ratio: str
+    target: str
+    found: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadResult:
+    """All that was measured."""
+
+    places: Mapping[str, PlaceRead]
+    server: str
+    ratios: tuple[Ratio, ...]
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure_place(place: Place, config: ReadBenchmark, also: Sequence[Place]) -> dict[str, Any]:
+def measure_place(place: Place, config: ReadBenchmark, also: Sequence[Place]) -> PlaceRead:
     """How long opening takes, here and of `also`; then epochs and random reads by every contender, one after another."""
-    openings = [step for one in (place, *also) for step in _opening(one)]
+    openings = tuple(step for one in (place, *also) for step in _opening(one))
     n, extra = len(place.store()), MEMMAP if place.name == "local" else {}
     order, epochs = np.random.default_rng(2).permutation(n), {}
     # Epochs first, and streams first among them: forked workers complain about zarr-python's open connections.
     for name, contender in (epoch_contenders(config.workers) | extra).items():
         tries = [_timed(place, contender, order, config.seconds)]
-        while len(tries) < config.repeat and tries[0]["seconds"] * (len(tries) + 1) < config.seconds:
+        while len(tries) < config.repeat and tries[0].seconds * (len(tries) + 1) < config.seconds:
             tries.append(_timed(place, contender, order, config.seconds))
-        epochs[name] = max(tries, key=lambda t: t["rows_per_s"]) | {"all": [t["rows_per_s"] for t in tries]}
+        rates = tuple(each.rows_per_s for each in tries)
+        epochs[name] = replace(max(tries, key=lambda each: each.rows_per_s), all=rates)
     order = np.random.default_rng(1).integers(n, size=config.reads)
     reads = {name: _timed(place, one, order, config.seconds) for name, one in (READS | extra).items()}
-    return {"rows": n, "reads": reads, "epochs": epochs, "openings": openings}
+    return PlaceRead(rows=n, reads=reads, epochs=epochs, openings=openings)
 
 
-def _timed(place: Place, contender: Contender, order: np.ndarray, seconds: float) -> dict[str, Any]:
+def _timed(place: Place, contender: Contender, order: np.ndarray, seconds: float) -> Rate:
     """Run a contender until it is done or the time is up; what it gave is compared with the truth after the clock."""
     parts, given, kept, done = contender(place, order), list[np.ndarray](), [], False
     cpu, start = _cpu(place), time.perf_counter()
@@ -237,17 +273,17 @@ def _timed(place: Place, contender: Contender, order: np.ndarray, seconds: float
     took, count = time.perf_counter() - start, sum(map(len, given))
     own, served = (1e3 * (after - before) / count for before, after in zip(cpu, _cpu(place), strict=True))
     truth, times = place.memmap(), np.bincount(np.concatenate(given), minlength=len(place.store()))
-    return {
-        "rows": count,
-        "seconds": took,
-        "rows_per_s": count / took,
-        "mb_per_s": count * truth[0].nbytes / took / 1e6,
-        "cpu_s_per_1000": own,
-        "server_cpu_s_per_1000": served if place.server else None,
-        "done": done,
-        "times": [int(times.min()), int(times.max())],
-        "equal": all(np.array_equal(np.reshape(v, truth[r].shape), truth[r]) for r, v in kept),
-    }
+    return Rate(
+        rows=count,
+        seconds=took,
+        rows_per_s=count / took,
+        mb_per_s=count * truth[0].nbytes / took / 1e6,
+        cpu_s_per_1000=own,
+        server_cpu_s_per_1000=served if place.server else None,
+        done=done,
+        times=(int(times.min()), int(times.max())),
+        equal=all(np.array_equal(np.reshape(v, truth[r].shape), truth[r]) for r, v in kept),
+    )
 
 
 def _cpu(place: Place) -> tuple[float, float]:
@@ -257,18 +293,18 @@ def _cpu(place: Place) -> tuple[float, float]:
     return sum(one.ru_utime + one.ru_stime for one in own), server.user + server.system if server else 0.0
 
 
-def check(found: Mapping[str, Mapping[str, Any]]) -> None:
+def check(found: PlaceRead) -> None:
     """Raise `BenchmarkFailed` unless every contender gave right features, and every whole epoch each row once."""
-    for kind in ("reads", "epochs"):
-        for name, one in found[kind].items():
-            if not one["equal"]:
+    for kind, rates in (("reads", found.reads), ("epochs", found.epochs)):
+        for name, one in rates.items():
+            if not one.equal:
                 raise BenchmarkFailed(f"{name} ({kind}) gave other features than were written")
-            fewest, most = one["times"]
-            if kind == "epochs" and (most > 1 or (one["done"] and fewest < 1)):
+            fewest, most = one.times
+            if kind == "epochs" and (most > 1 or (one.done and fewest < 1)):
                 raise BenchmarkFailed(f"{name}: an epoch gave rows {fewest} to {most} times, not once")
 
 
-def _opening(place: Place, again: int = 5) -> list[dict[str, Any]]:
+def _opening(place: Place, again: int = 5) -> Iterator[Opening]:
     """Each step's milliseconds, the first time and the median of later ones, and the S3 requests of one time."""
     found: dict[str, list[tuple[float, dict[str, int]]]] = {}
     with _counted_requests() as requests:
@@ -279,11 +315,9 @@ def _opening(place: Place, again: int = 5) -> list[dict[str, Any]]:
                 found.setdefault(step, []).append((1e3 * (time.perf_counter() - start), dict(requests)))
                 requests.clear()
                 start = time.perf_counter()
-    steps = []
     for step, one in found.items():
-        ms = [milliseconds for milliseconds, _ in one]
-        steps.append({"step": step, "first_ms": ms[0], "ms": float(np.median(ms[1:])), "requests": one[-1][1]})
-    return steps
+        first_ms, *later_ms = [milliseconds for milliseconds, _ in one]
+        yield Opening(step=step, first_ms=first_ms, ms=float(np.median(later_ms)), requests=one[-1][1])
 
 
 def _opening_steps(place: Place) -> Iterator[str]:
@@ -302,7 +336,7 @@ def _counted_requests() -> Iterator[Counter[str]]:
 
     requests, call = Counter[str](), AioBaseClient._make_api_call
 
-    def counting(client: Any, operation: str, *args: Any) -> Any:
+    def counting(client: object, operation: str, *args: object) -> object:
         requests[operation] += 1
         return call(client, operation, *args)
 
@@ -313,154 +347,29 @@ def _counted_requests() -> Iterator[Counter[str]]:
         AioBaseClient._make_api_call = call
 
 
-# --- stores and servers -----------------------------------------------------------------------------------------------
-
-_SPEC = """{"model": "made up", "weights": "", "weights_source": "random", "layers": [0], "facet": "token", "norm": true,
-"stride": 16, "pos_embed": "timm", "geometry": "squash", "crop_pct": 1.0, "interpolation": "bicubic", "precision": "fp32",
-"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "jpeg_draft": false}"""
-
-
-def make_spec(grid: tuple[int, int], channels: int) -> FeatureSpec:
-    """A dense level and a pooled vector."""
-    dense = Level(name=LEVEL, method="backbone", grid=grid, channels=channels, start=(8.0, 8.0), step=(16.0, 16.0))
-    levels = (dense, Level(name="pooled", method="mean", grid=None, channels=channels))
-    shape = {"input_size": [16 * side for side in grid], "levels": [asdict(level) for level in levels]}
-    return FeatureSpec.from_json(json.loads(_SPEC) | shape)
-
-
-def write_npy(path: str, config: ReadBenchmark) -> None:
-    """Random normal float16 rows, the same ones every time."""
-    shape = (config.rows, *config.grid, config.channels)
-    out, rng = np.lib.format.open_memmap(path, "w+", np.float16, shape), np.random.default_rng(0)
-    for first in range(0, config.rows, 64):
-        part = out[first : first + 64]
-        part[...] = rng.standard_normal(part.shape, np.float32)
-    out.flush()
-
-
-def write_store(place: Place, config: ReadBenchmark, rows: int) -> None:
-    """The first rows of `place.npy`, as an extraction writes them; in blocks of the local store's size, wherever it is."""
-    features, spec = place.memmap(), make_spec(config.grid, config.channels)
-    store = _create(place, spec, rows, choose_block_rows(config.rows, spec))
-    for task in store.layout.tasks():
-        _write_task(store, task, features)
-    store.finalize()
-
-
-def write_big_store(place: Place, rows: int) -> None:
-    """Index and ledger of all rows, and the features of the first task."""
-    spec = make_spec((1, 1), 8)
-    store = _create(place, spec, rows, choose_block_rows(rows, spec))
-    _write_task(store, store.layout.task(0), np.ones((store.layout.block_rows, 1, 1, 8), np.float16))
-    for part, first in enumerate(range(0, rows, PART_ROWS)):
-        table = _rows_table(LEDGER_SCHEMA, first, min(PART_ROWS, rows - first), status="ok", width=640, height=480)
-        store.folder.write(part_name("ledger/samples", part), table_bytes(table))
-    root = json.loads(store.folder.read("zarr.json"))
-    root["attributes"]["raylift"] |= {"status": "complete", "counts": {"ok": rows}}
-    store.folder.write("zarr.json", json.dumps(root).encode())
-
-
-def key_of(row: int) -> str:
-    """Keys that aren't in the order of the rows."""
-    return f"{(row + 1) * 7_368_787 % 10**9:09d}"
-
-
-def _rows_table(schema: pa.Schema, first: int, count: int, **constants: Any) -> pa.Table:
-    """Rows of an index or a ledger that differ in number and key; the other columns are constant, or null."""
-    columns: dict[str, Any] = {f.name: pa.repeat(pa.scalar(constants.get(f.name), f.type), count) for f in schema}
-    numbers = np.arange(first, first + count)
-    own = {"key": [key_of(row) for row in numbers.tolist()], "row": numbers}
-    return pa.table({name: own.get(name, column) for name, column in columns.items()}, schema=schema)
-
-
-def _create(place: Place, spec: FeatureSpec, rows: int, block_rows: int) -> FeatureStore:
-    table = _rows_table(INDEX_SCHEMA, 0, rows, source=0, member="jpg", offset=0, size=0)
-    index = write_index(Folder(place.url, place.options), table, [Source(url="made up", size=0, etag="", digest="")])
-    layout = Layout(n_rows=rows, block_rows=block_rows, index=index.digest)
-    return FeatureStore.create(place.url, spec, layout, provenance={}, storage_options=place.options)
-
-
-def _write_task(store: FeatureStore, task: ShardTask, features: np.ndarray) -> None:
-    dense, pooled = store.spec.levels
-    writer, records = store.writer(task), []
-    for position, row in enumerate(range(task.first, task.last)):
-        writer.put(dense, position, features[row])
-        writer.put(pooled, position, features[row].mean(axis=(0, 1), dtype=np.float32))
-        records.append(SampleRecord(row=row, key=key_of(row), source="made up", member="jpg", offset=0, size=0))
-    writer.commit(records, writer.write())
-
-
-@contextlib.contextmanager
-def s3_place(config: ReadBenchmark, npy: str) -> Iterator[Place | None]:
-    """A store on the S3 server that is asked for, deleted at the end; None if there is to be none."""
-    if config.s3 == "none":
-        yield None
-        return
-    base, options, server = config.s3, parse_options(config.storage_options), None
-    with contextlib.ExitStack() as stack:
-        if base == "moto":
-            base, (options, server) = "s3://benchmark", stack.enter_context(moto_server())
-        url = f"{base.rstrip('/')}/raylift-benchmark-{uuid.uuid4().hex[:8]}.zarr"
-        place = Place(name="S3", url=url, npy=npy, options=options.get("s3", options), server=server)
-        Folder(url, place.options).exists("zarr.json")  # a server that can't be reached is a readable error here
-        fs, path = filesystem(url, place.options)
-        if not fs.exists(path.split("/")[0]):
-            fs.mkdir(path.split("/")[0])
-        stack.callback(lambda: fs.exists(path) and fs.rm(path, recursive=True))
-        write_store(place, config, config.s3_rows)
-        yield place
-
-
-_MOTO = """
-import logging, sys
-from moto.server import ThreadedMotoServer
-logging.getLogger("werkzeug").setLevel("ERROR")
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()  # until the parent ends, however it does
-"""
-
-
-@contextlib.contextmanager
-def moto_server() -> Iterator[tuple[dict[str, Any], int]]:
-    """A simulator of S3 in a process of its own: storage options and process id."""
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", _MOTO], text=True, **pipes) as process:
-        try:
-            port = process.stdout.readline().strip() if process.stdout else ""
-            if not port:
-                raise BenchmarkFailed("moto's server did not start; see what `python -m moto.server` says")
-            options = {"endpoint_url": f"http://127.0.0.1:{port}", "key": "moto-access", "secret": "moto-secret"}
-            yield options, process.pid
-        finally:
-            process.terminate()
-
-
 # --- the whole of it --------------------------------------------------------------------------------------------------
 
 
-def measure_read(config: ReadBenchmark, folder: Path) -> dict[str, Any]:
+def measure_read(config: ReadBenchmark, folder: Path) -> ReadResult:
     """All of it, in `folder`. Raises `BenchmarkFailed` if a contender gives wrong features, or an epoch not every row once."""
     _refuse_unfit(folder, config)
     npy = str(folder / "rows.npy")
     local = Place(name="local", url=str(folder / "feats.zarr"), npy=npy)
     big = Place(name=f"local, {config.big_rows:,} rows", url=str(folder / "big.zarr"), npy=npy)
     logger.info("writing %s rows", f"{config.rows:,}")
-    write_npy(npy, config)
-    write_store(local, config, config.rows)
+    write_npy(npy, (config.rows, *config.grid, config.channels))
+    write_store(local, config.rows)
     if config.big_rows:
         logger.info("writing the index and the ledger of %s rows", f"{config.big_rows:,}")
         write_big_store(big, config.big_rows)
-    with s3_place(config, npy) as remote:
+    with s3_place(config.s3, parse_options(config.storage_options), npy, config.s3_rows) as remote:
         places = {"local": _measure(local, config, [big] if config.big_rows else [])}
         if remote:
             places["S3"] = _measure(remote, config, [])
-        server = _describe(remote)
-    return {"places": places, "server": server, "ratios": list(ratios(places))}
+        return ReadResult(places=places, server=_describe(remote), ratios=tuple(ratios(places)))
 
 
-def _measure(place: Place, config: ReadBenchmark, also: Sequence[Place]) -> dict[str, Any]:
+def _measure(place: Place, config: ReadBenchmark, also: Sequence[Place]) -> PlaceRead:
     logger.info("%s: opening, epochs, random reads", place.name)
     [found], _ = run_fresh(measure_place, (place, config, also))
     check(found)
@@ -481,15 +390,15 @@ def _describe(place: Place | None) -> str:
     )
 
 
-def ratios(places: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def ratios(places: Mapping[str, PlaceRead]) -> Iterator[Ratio]:
     """Shuffled epochs by what they are held against: the faster reader of whole shards, and zarr-python row by row."""
     for name, place in places.items():
-        rates = {contender: one["rows_per_s"] for contender, one in place["epochs"].items()}
+        rates = {contender: one.rows_per_s for contender, one in place.epochs.items()}
         bases = {"whole shards in order": max(rates[one] for one in IN_ORDER), BY_ROW: rates[BY_ROW]}
         for base, rate in bases.items():
             target = "5.0" if (name, base) == ("S3", BY_ROW) else "0.5" if base != BY_ROW else ""
             found = {one: value / rate for one, value in rates.items() if one.startswith(STREAM)}
-            yield {"ratio": f"{name}: shuffled / {base}", "target": target, "found": found}
+            yield Ratio(ratio=f"{name}: shuffled / {base}", target=target, found=found)
 
 
 def _refuse_unfit(folder: Path, config: ReadBenchmark) -> None:

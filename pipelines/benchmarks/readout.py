@@ -2,20 +2,21 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipelines.benchmarks.data import write_masks
-from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import CORES, WARM_UP, steady_rate, table
+from pipelines.config import require_at_least
+from pipelines.costs.clocks import WARM_UP, Machine, steady_rate, table
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
-from pipelines.training.loop import read_metrics, train_inline
+from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
 from storage.paths import Folder
+from storage.runs import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,7 @@ class ReadoutBenchmark:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "batch", "repeat")
-        if self.steps <= WARM_UP:
-            raise ConfigError(f"--steps must be more than {WARM_UP}")
+        require_at_least(WARM_UP + 1, self, "steps")
 
 
 READOUT_PRESETS = {
@@ -59,8 +59,21 @@ READOUT_PRESETS = {
 }
 
 
-def measure_readouts(config: ReadoutBenchmark, folder: Path) -> dict[str, Any]:
-    """Images per second by readout and source of features, in every round; and the largest difference of their losses."""
+@dataclass(frozen=True, kw_only=True)
+class ReadoutResult:
+    """Images per second by readout and source of features (`live`, `store`), in every round."""
+
+    rates: Mapping[str, Mapping[str, Sequence[float]]]
+    apart: float
+    "largest difference between the losses of the two sources"
+
+    def public(self) -> dict[str, object]:
+        """As it is written."""
+        return {"rates": self.rates, "largest difference of losses": self.apart}
+
+
+def measure_readouts(config: ReadoutBenchmark, folder: Path) -> ReadoutResult:
+    """Train every readout from both sources, in rounds."""
     data = write_masks(folder / "voc", config.images)
     store = str(folder / "store.zarr")
     _extract(config, data, store)
@@ -97,7 +110,7 @@ def measure_readouts(config: ReadoutBenchmark, folder: Path) -> dict[str, Any]:
             rates[method][source].append(rate)
             logger.info("round %d of %d: %s, %s, %.2f images/s", n + 1, config.repeat, method, source, rate)
         apart = max(apart, *(abs(a - b) for a, b in zip(losses["live"], losses["store"], strict=True)))
-    return {"rates": rates, "largest difference of losses": apart}
+    return ReadoutResult(rates=rates, apart=apart)
 
 
 def _extract(config: ReadoutBenchmark, data: str, store: str) -> None:
@@ -116,17 +129,16 @@ def _extract(config: ReadoutBenchmark, data: str, store: str) -> None:
     extract(settings, InlineExecutor())
 
 
-def readout_report(config: ReadoutBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def readout_report(config: ReadoutBenchmark, result: ReadoutResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    found = result["machine"]
     yield f"## readout: {config.model} at {config.size} px, {config.precision}"
     yield f"\nOutputs of {config.side} px, batches of {config.batch}."
-    yield f"\n{found['cpu']}, {CORES} cores, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    yield machine.usual_line()
     rows = []
-    for method, by_source in result["rates"].items():
+    for method, by_source in result.rates.items():
         live, store = (max(by_source[source]) for source in ("live", "store"))
         rows.append([method, f"{live:.2f}", f"{store:.2f}", f"{store / live:.1f}"])
     yield from table(["readout", "live, images/s", "from a store, images/s", "times"], rows)
     yield f"""
 - After {WARM_UP} steps; reading, decoding and targets count, checkpoints and validation don't.
-- Largest difference between the losses of the two, over all steps: {result["largest difference of losses"]:.2g}."""
+- Largest difference between the losses of the two, over all steps: {result.apart:.2g}."""

@@ -9,16 +9,15 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import run_fresh
-from pipelines.benchmarks.simulated import SimulatedExecutor, driver_use
-from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, BenchmarkFailed, table
+from pipelines.benchmarks.simulated import DriverUse, SimulatedExecutor, Turn
+from pipelines.config import ConfigError, require_at_least
+from pipelines.costs.clocks import BenchmarkFailed, Machine, table
 from pipelines.executors import WINDOW_TASKS
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
@@ -53,12 +52,10 @@ class ScaleBenchmark:
     """Write all numbers to this file."""
 
     def __post_init__(self) -> None:
-        if min(*self.actors, self.tasks_each, self.feed_tasks, self.feed_actors, self.rows) < 1:
-            raise ConfigError("--actors, --tasks-each, --feed-tasks, --feed-actors and --rows must be at least 1")
+        require_at_least(1, self, "actors", "tasks_each", "feed_tasks", "feed_actors", "rows")
+        require_at_least(0, self, "forward_s", "long_forward_s")
         if self.block_rows & (self.block_rows - 1):
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
-        if min(self.forward_s, self.long_forward_s) < 0:
-            raise ConfigError("--forward-s and --long-forward-s must not be negative")
 
 
 SCALE_PRESETS = {
@@ -71,28 +68,108 @@ SCALE_PRESETS = {
 }
 
 
-def measure_scale(config: ScaleBenchmark, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What the driver used from one mark to another."""
+
+    wall_s: float
+    cpu_s: float
+    rss_before: int
+    rss_after: int
+    peak_bytes: int
+    "the most resident memory so far"
+    new_peak: bool
+    "it was reached in this phase"
+
+    @classmethod
+    def between(cls, a: DriverUse, b: DriverUse) -> "Phase":
+        """From `a` to `b`."""
+        return cls(
+            wall_s=b.wall_s - a.wall_s,
+            cpu_s=b.cpu_s - a.cpu_s,
+            rss_before=a.rss_bytes,
+            rss_after=b.rss_bytes,
+            peak_bytes=b.peak_bytes,
+            new_peak=b.peak_bytes > a.peak_bytes,
+        )
+
+    @property
+    def grown(self) -> int:
+        """Bytes above what the driver had when the phase began; its peak, where that was a new one."""
+        return max(self.rss_after, self.peak_bytes if self.new_peak else 0) - self.rss_before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steady:
+    """Throughput while all actors were there."""
+
+    processes: int
+    "that did tasks"
+    steady_s: float
+    tasks_per_s: float | None
+    linear: float | None
+    "the part of that time in which the models were busy, as they should be: 1 for all of them all the time"
+    fed_per_s: float
+    "tasks per second of all the run"
+    report_delay_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Steady):
+    """One extraction with simulated workers."""
+
+    actors: int
+    forward_s: float
+    rows: int
+    tasks: int
+    sizes: Mapping[str, int]
+    "bytes in the store, by folder"
+    phases: Mapping[str, Phase]
+    cpu_s: Mapping[str, float]
+    "from the first report to the actors' end, by group of processes"
+    memory: Mapping[str, int]
+    "peaks in bytes, by group of processes"
+
+    @property
+    def driver_ms(self) -> float:
+        """CPU time of the driver for a task."""
+        return 1e3 * self.phases["stream"].cpu_s / self.tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleResult:
+    """All runs."""
+
+    runs: Sequence[Run]
+    "by number of actors"
+    fed: Run
+    "of tasks that take no time"
+    long: Run
+
+
+def measure_scale(config: ScaleBenchmark, folder: Path) -> ScaleResult:
     """Every run of the benchmark, one after another, each in a process of its own."""
-    runs = []
-    for actors in config.actors:
-        rows = actors * config.tasks_each * config.block_rows
-        runs.append(_logged(measure_run(folder / "run", rows, config.block_rows, actors, config.forward_s)))
-    fed = measure_run(folder / "run", config.feed_tasks * config.block_rows, config.block_rows, config.feed_actors, 0.0)
-    _logged(fed)
-    long = measure_run(folder / "run", config.rows, config.block_rows, config.feed_actors, config.long_forward_s)
-    return {"runs": runs, "fed": fed, "long": _logged(long)}
 
+    def run(rows: int, actors: int, forward_s: float) -> Run:
+        found = measure_run(folder / "run", rows, config.block_rows, actors, forward_s)
+        logger.info("%d actors: %d tasks, %.1f tasks/s", actors, found.tasks, found.fed_per_s)
+        return found
 
-def _logged(run: dict[str, Any]) -> dict[str, Any]:
-    logger.info("%d actors: %d tasks, %.1f tasks/s", run["actors"], run["tasks"], run["fed_per_s"])
-    return run
+    return ScaleResult(
+        runs=[run(n * config.tasks_each * config.block_rows, n, config.forward_s) for n in config.actors],
+        fed=run(config.feed_tasks * config.block_rows, config.feed_actors, 0.0),
+        long=run(config.rows, config.feed_actors, config.long_forward_s),
+    )
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def _drive(folder: str, rows: int, block_rows: int, actors: int, forward_s: float) -> dict[str, Any]:
-    """One extraction with simulated workers, as a process of its own: when what happened, and what the driver used."""
+def _drive(
+    folder: str, rows: int, block_rows: int, actors: int, forward_s: float
+) -> tuple[int, dict[str, DriverUse], list[Turn]]:
+    """One extraction with simulated workers, as a process of its own: how many tasks it had, what the driver had used when, and
+    who did which task when."""
     tars = write_tiny_tars(Path(folder) / "tars", rows, max(1, rows // 10_000))
     config = ExtractConfig(
         data=(tars,),
@@ -108,84 +185,67 @@ def _drive(folder: str, rows: int, block_rows: int, actors: int, forward_s: floa
     resolved = resolve(config)
     with connect("local", num_cpus=actors + 1, num_gpus=0):
         executor = SimulatedExecutor(forward_s)
-        marks = {"start": driver_use()}
+        marks = {"start": DriverUse.now()}
         prepared = prepare(resolved, executor)
-        marks["indexed"] = driver_use()
+        marks["indexed"] = DriverUse.now()
         summary = run_prepared(prepared, executor)
-        marks |= executor.marks | {"finished": driver_use()}
+        marks |= executor.marks | {"finished": DriverUse.now()}
     if summary.ok != rows:
         raise BenchmarkFailed(f"{summary.ok} of {rows} rows are in the store")
-    return {"rows": summary.ok, "tasks": prepared.layout.n_blocks, "marks": marks, "reports": executor.reports}
+    return prepared.layout.n_blocks, marks, executor.turns
 
 
-def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s: float) -> dict[str, Any]:
+def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s: float) -> Run:
     """`_drive` in a fresh process, what it took, and the sizes of what it wrote; the folder is removed."""
     folder.mkdir()
     try:
-        [found], usage = run_fresh(_drive, (str(folder), rows, block_rows, actors, forward_s))
+        [(tasks, marks, turns)], usage = run_fresh(_drive, (str(folder), rows, block_rows, actors, forward_s))
         sizes = {
             name: _size(folder / "out.zarr" / name) for name in ("index", "ledger/commits", "ledger/samples", "runs")
         }
     finally:
         shutil.rmtree(folder)
-    marks, reports = found["marks"], found["reports"]
-    began, ended = marks["first task"]["wall_s"], marks["last task"]["wall_s"]
-    return {
-        "actors": actors,
-        "forward_s": forward_s,
-        "rows": found["rows"],
-        "tasks": found["tasks"],
-        "sizes": sizes,
-        "phases": {
-            "index": _between(marks, "start", "indexed"),
-            "start": _between(marks, "ready", "first task"),
-            "stream": _between(marks, "first task", "last task"),
-            "finish": _between(marks, "last task", "finished"),
-        },
-        "cpu_s": usage.cpu_between(began, ended),
-        "memory": usage.peak,
-        **_steady(reports, actors, forward_s),
+    phases = {
+        "index": ("start", "indexed"),
+        "start": ("ready", "first task"),
+        "stream": ("first task", "last task"),
+        "finish": ("last task", "finished"),
     }
+    return Run(
+        **vars(_steady(turns, actors, forward_s)),
+        actors=actors,
+        forward_s=forward_s,
+        rows=rows,
+        tasks=tasks,
+        sizes=sizes,
+        phases={name: Phase.between(marks[first], marks[last]) for name, (first, last) in phases.items()},
+        cpu_s=usage.cpu_between(marks["first task"].wall_s, marks["last task"].wall_s),
+        memory=usage.peak,
+    )
 
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _between(marks: Mapping[str, Mapping[str, float]], first: str, last: str) -> dict[str, float]:
-    """Wall and CPU seconds of the driver between two marks, and its memory before, after, and at most so far."""
-    a, b = marks[first], marks[last]
-    return {
-        "wall_s": b["wall_s"] - a["wall_s"],
-        "cpu_s": b["cpu_s"] - a["cpu_s"],
-        "rss_before": a["rss_bytes"],
-        "rss_after": b["rss_bytes"],
-        "peak_bytes": b["peak_bytes"],
-        "new_peak": b["peak_bytes"] > a["peak_bytes"],
-    }
-
-
-def _steady(reports: Sequence[Mapping[str, Any]], actors: int, forward_s: float) -> dict[str, Any]:
-    """Tasks per second over the longest time in which `actors` actors were there, each from its first task to its last one.
-
-    `linear`: the part of that time in which the models were busy, as they should be; `actors` of them all the time are 1.
-    """
-    by_process: dict[int, list[Mapping[str, Any]]] = {}
-    for report in reports:
-        by_process.setdefault(report["process"], []).append(report)
-    spans = [(min(r["begun"] for r in mine), max(r["ended"] for r in mine)) for mine in by_process.values()]
+def _steady(turns: Sequence[Turn], actors: int, forward_s: float) -> Steady:
+    """Over the longest time in which `actors` actors were there, each from its first task to its last one."""
+    by_process: dict[int, list[Turn]] = {}
+    for turn in turns:
+        by_process.setdefault(turn.process, []).append(turn)
+    spans = [(min(turn.begun for turn in mine), max(turn.ended for turn in mine)) for mine in by_process.values()]
     begun, ended = _longest(spans, actors)
     seconds = ended - begun
-    shares = [(min(r["ended"], ended) - max(r["begun"], begun)) / max(r["ended"] - r["begun"], 1e-9) for r in reports]
+    shares = [(min(one.ended, ended) - max(one.begun, begun)) / max(one.ended - one.begun, 1e-9) for one in turns]
     count = sum(max(0.0, share) for share in shares)
-    return {
-        "processes": len(by_process),
-        "steady_s": seconds,
-        "tasks_per_s": count / seconds if seconds else None,
-        "linear": count * forward_s / (seconds * actors) if seconds and forward_s else None,
-        "fed_per_s": (len(reports) - 1) / max(1e-9, reports[-1]["arrived"] - reports[0]["arrived"]),
-        "report_delay_s": float(np.median([r["arrived"] - r["ended"] for r in reports])),
-    }
+    return Steady(
+        processes=len(by_process),
+        steady_s=seconds,
+        tasks_per_s=count / seconds if seconds else None,
+        linear=count * forward_s / (seconds * actors) if seconds and forward_s else None,
+        fed_per_s=(len(turns) - 1) / max(1e-9, turns[-1].arrived - turns[0].arrived),
+        report_delay_s=float(np.median([turn.arrived - turn.ended for turn in turns])),
+    )
 
 
 def _longest(spans: Sequence[tuple[float, float]], least: int) -> tuple[float, float]:
@@ -207,30 +267,29 @@ TARGET_ROWS = 100_000_000
 """What the report extrapolates to."""
 
 
-def scale_report(config: ScaleBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    found = result["machine"]
     yield f"## scale: simulated actors, {config.forward_s:g} s a task of {config.block_rows} images"
-    yield f"\n{found['cpu']}, {CORES} cores. Load average when it ended: {found['load']:.1f}."
+    yield machine.line(f"{machine.cores} cores")
     rows = [
         [
-            f"{run['actors']}",
-            f"{run['fed_per_s']:.2f}",
-            _number(run["tasks_per_s"]),
-            _number(run["linear"], 3),
-            f"{_driver_ms(run):.1f}",
-            f"{run['cpu_s']['driver'] / run['phases']['stream']['wall_s']:.1%}",
-            f"{1e3 * run['report_delay_s']:.0f}",
-            f"{run['phases']['start']['wall_s']:.1f}",
+            f"{run.actors}",
+            f"{run.fed_per_s:.2f}",
+            _number(run.tasks_per_s),
+            _number(run.linear, 3),
+            f"{run.driver_ms:.1f}",
+            f"{run.cpu_s['driver'] / run.phases['stream'].wall_s:.1%}",
+            f"{1e3 * run.report_delay_s:.0f}",
+            f"{run.phases['start'].wall_s:.1f}",
         ]
-        for run in result["runs"]
+        for run in result.runs
     ]
     head = ["actors", "tasks/s, all", "steady", "of linear", "driver CPU, ms/task", "of a core", "report late, ms"]
     yield from table([*head, "start, s"], rows)
-    yield from _fed_report(config, result["fed"])
-    yield from _long_report(result["long"])
-    if result["long"]["rows"] >= 100_000:  # of fewer, what doesn't grow with them is the larger part
-        yield from _extrapolation(config, result["long"])
+    yield from _fed_report(config, result.fed)
+    yield from _long_report(result.long)
+    if result.long.rows >= 100_000:  # of fewer, what doesn't grow with them is the larger part
+        yield from _extrapolation(config, result.long)
     yield """
 - Steady: the longest time in which all actors were there, each from its first task to its last one. Linear: every model busy all
   that time. Start: until the first report; other actors come later. A report is late by writing, committing, and its way.
@@ -239,75 +298,55 @@ def scale_report(config: ScaleBenchmark, result: dict[str, Any]) -> Iterator[str
 - What isn't simulated shares the cores: workers read the index, encode zeros, and write shards and commits to a local disk."""
 
 
-def _driver_ms(run: Mapping[str, Any]) -> float:
-    return 1e3 * run["phases"]["stream"]["cpu_s"] / run["tasks"]
-
-
 def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _fed_report(config: ScaleBenchmark, run: Mapping[str, Any]) -> Iterator[str]:
-    bound, per_task = 1e3 / _driver_ms(run), 1e3 / run["tasks"]
-    yield f"\n### What one driver feeds: {run['tasks']:,} tasks that take no time, {run['actors']} actors"
-    yield from table(
-        [
-            "tasks/s",
-            "images/s",
-            "driver CPU, ms/task",
-            "bound by it, tasks/s",
-            "workers' CPU, ms/task",
-            "actors fed at 10 s",
-        ],
-        [
-            [
-                f"{run['fed_per_s']:.0f}",
-                f"{run['fed_per_s'] * config.block_rows:,.0f}",
-                f"{_driver_ms(run):.1f}",
-                f"{bound:.0f}",
-                f"{run['cpu_s']['workers'] * per_task:.1f}",
-                f"{bound * 10:,.0f}",
-            ]
-        ],
-    )
+def _fed_report(config: ScaleBenchmark, run: Run) -> Iterator[str]:
+    bound = 1e3 / run.driver_ms
+    yield f"\n### What one driver feeds: {run.tasks:,} tasks that take no time, {run.actors} actors"
+    head = ["tasks/s", "images/s", "driver CPU, ms/task", "bound by it, tasks/s", "workers' CPU, ms/task"]
+    row = [
+        f"{run.fed_per_s:.0f}",
+        f"{run.fed_per_s * config.block_rows:,.0f}",
+        f"{run.driver_ms:.1f}",
+        f"{bound:.0f}",
+        f"{1e3 * run.cpu_s['workers'] / run.tasks:.1f}",
+        f"{bound * 10:,.0f}",
+    ]
+    yield from table([*head, "actors fed at 10 s"], [row])
 
 
-def _long_report(run: Mapping[str, Any]) -> Iterator[str]:
-    millions = run["rows"] / 1e6
-    yield f"\n### For 10^6 images (measured over {run['rows']:,}, {run['tasks']:,} tasks, {run['actors']} actors)"
+def _long_report(run: Run) -> Iterator[str]:
+    millions = run.rows / 1e6
+    yield f"\n### For 10^6 images (measured over {run.rows:,}, {run.tasks:,} tasks, {run.actors} actors)"
     rows = [
         [
             name,
-            f"{phase['wall_s'] / millions:.1f}",
-            f"{phase['cpu_s'] / millions:.1f}",
-            f"{_grown(phase) / millions / 2**20:.0f}",
+            f"{phase.wall_s / millions:.1f}",
+            f"{phase.cpu_s / millions:.1f}",
+            f"{phase.grown / millions / 2**20:.0f}",
         ]
-        for name, phase in run["phases"].items()
+        for name, phase in run.phases.items()
     ]
     yield from table(["driver", "wall, s", "CPU, s", "memory grows by at most, MiB"], rows)
-    yield from table(
-        ["kept in the store", "MB"], [[name, f"{size / millions / 1e6:.1f}"] for name, size in run["sizes"].items()]
-    )
+    sizes = [[name, f"{size / millions / 1e6:.1f}"] for name, size in run.sizes.items()]
+    yield from table(["kept in the store", "MB"], sizes)
 
 
-def _grown(phase: Mapping[str, float]) -> float:
-    """Bytes above what the driver had when the phase began; its peak, where that was a new one."""
-    return max(phase["rss_after"], phase["peak_bytes"] if phase["new_peak"] else 0) - phase["rss_before"]
-
-
-def _extrapolation(config: ScaleBenchmark, run: Mapping[str, Any]) -> Iterator[str]:
+def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
     """What `TARGET_ROWS` would take if all grew with the rows."""
-    times, tasks = TARGET_ROWS / run["rows"], TARGET_ROWS // config.block_rows
-    phases, sizes = run["phases"], run["sizes"]
+    times, tasks = TARGET_ROWS / run.rows, TARGET_ROWS // config.block_rows
+    phases, sizes = run.phases, run.sizes
     yield f"\n### {TARGET_ROWS:,} images, were all to grow with the rows: {tasks:,} tasks"
     yield from table(
         ["", ""],
         [
-            ["index: scanned on these cores, min", f"{phases['index']['wall_s'] * times / 60:.0f}"],
-            ["index: driver's memory, GiB", f"{_grown(phases['index']) * times / 2**30:.1f}"],
-            ["stream: driver CPU, h", f"{phases['stream']['cpu_s'] * times / 3600:.1f}"],
+            ["index: scanned on these cores, min", f"{phases['index'].wall_s * times / 60:.0f}"],
+            ["index: driver's memory, GiB", f"{phases['index'].grown * times / 2**30:.1f}"],
+            ["stream: driver CPU, h", f"{phases['stream'].cpu_s * times / 3600:.1f}"],
             ["stream: windows of tasks, each with actors of its own", f"{-(-tasks // WINDOW_TASKS)}"],
-            ["finish: driver, min", f"{phases['finish']['wall_s'] * times / 60:.0f}"],
+            ["finish: driver, min", f"{phases['finish'].wall_s * times / 60:.0f}"],
             ["objects under ledger/commits", f"{tasks:,}"],
             ["commit records, GB", f"{sizes['ledger/commits'] * times / 1e9:.1f}"],
             ["index and merged ledger, GB", f"{(sizes['index'] + sizes['ledger/samples']) * times / 1e9:.1f}"],

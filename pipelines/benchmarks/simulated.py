@@ -73,9 +73,9 @@ class SimulatedExecutor:
 
     def __init__(self, forward_s: float):
         self.forward_s = forward_s
-        self.reports: list[dict[str, Any]] = []
-        self.marks: dict[str, dict[str, float]] = {}
-        "wall time, CPU time and memory of the driver so far, when a part of the run begins or ends"
+        self.turns: list[Turn] = []
+        self.marks: dict[str, DriverUse] = {}
+        "when a part of the run begins or ends"
         self._ray = RayExecutor()
 
     def scan(self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]) -> Iterator[SourceScan]:
@@ -90,20 +90,44 @@ class SimulatedExecutor:
         setup = SimulatedSetup(
             out=make_worker.out, options=make_worker.options, run_id=make_worker.run_id, forward_s=self.forward_s
         )
-        self.marks["ready"] = driver_use()
+        self.marks["ready"] = DriverUse.now()
         for report in self._ray.run(setup, tasks, pool, **how):
-            if not self.reports:
-                self.marks["first task"] = driver_use()
-            self.reports.append({**report, "arrived": time.monotonic()})
+            if not self.turns:
+                self.marks["first task"] = DriverUse.now()
+            times = {name: report[name] for name in ("process", "begun", "ended")}
+            self.turns.append(Turn(**times, arrived=time.monotonic()))
             yield report
-        self.marks["last task"] = driver_use()
+        self.marks["last task"] = DriverUse.now()
 
 
-def driver_use() -> dict[str, float]:
-    """What this process has used so far."""
-    return {
-        "wall_s": time.monotonic(),
-        "cpu_s": time.process_time(),
-        "rss_bytes": psutil.Process().memory_info().rss,
-        "peak_bytes": high_water() or 0,
-    }
+@dataclass(frozen=True, kw_only=True)
+class DriverUse:
+    """What a process has used so far."""
+
+    wall_s: float
+    "on the monotonic clock"
+    cpu_s: float
+    rss_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def now(cls) -> "DriverUse":
+        """Of this process."""
+        return cls(
+            wall_s=time.monotonic(),
+            cpu_s=time.process_time(),
+            rss_bytes=psutil.Process().memory_info().rss,
+            peak_bytes=high_water() or 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A task that a simulated worker did; times in seconds on the monotonic clock."""
+
+    process: int
+    begun: float
+    "when the model began to be busy with it"
+    ended: float
+    arrived: float
+    "when the driver had its report"

@@ -10,10 +10,10 @@ import logging
 import tarfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
@@ -25,12 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 from cluster.session import connect
 from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
-from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, WARM_UP, steady_rate, table
+from pipelines.config import require_at_least
+from pipelines.costs.clocks import CORES, WARM_UP, Machine, steady_rate, table
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.training.lift import X2Config
-from pipelines.training.loop import read_metrics, train_inline, train_on_ray
+from pipelines.training.loop import train_inline, train_on_ray
 from storage.paths import Folder
+from storage.runs import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class TrainBenchmark:
     """Write all numbers to this file."""
 
     def __post_init__(self) -> None:
-        if min(self.images, self.batch, self.repeat) < 1 or self.steps <= WARM_UP:
-            raise ConfigError(f"--images, --batch and --repeat must be at least 1, --steps more than {WARM_UP}")
+        require_at_least(1, self, "images", "batch", "repeat")
+        require_at_least(WARM_UP + 1, self, "steps")
 
 
 TRAIN_PRESETS = {
@@ -73,16 +74,27 @@ TRAIN_PRESETS = {
 }
 
 
-def measure_training(config: TrainBenchmark, folder: Path) -> dict[str, Any]:
-    """Images per second of every contender in every round."""
-    photos, rates = write_photos(folder / "photos", config.images), defaultdict(list)
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Images per second by contender."""
+
+    rates: Mapping[str, Sequence[float]]
+    "of every round"
+    best: Mapping[str, float]
+    ratios: Mapping[str, float]
+    "of the best to that of the plain loop"
+
+
+def measure_training(config: TrainBenchmark, folder: Path) -> TrainResult:
+    """Every contender in every round."""
+    photos, rates = write_photos(folder / "photos", config.images), defaultdict[str, list[float]](list)
     with connect(None, num_gpus=0) if config.ray else contextlib.nullcontext():
         for n in range(config.repeat):
             for name, rate in _round(config, folder / f"round-{n}", photos):
                 logger.info("round %d of %d: %s, %.2f images/s", n + 1, config.repeat, name, rate)
                 rates[name].append(rate)
     best = {name: max(found) for name, found in rates.items()}
-    return {"rates": rates, "best": best, "ratios": {name: rate / best[PLAIN] for name, rate in best.items()}}
+    return TrainResult(rates=dict(rates), best=best, ratios={name: rate / best[PLAIN] for name, rate in best.items()})
 
 
 def _round(config: TrainBenchmark, folder: Path, photos: str) -> Iterator[tuple[str, float]]:
@@ -116,14 +128,13 @@ def _this_loop(config: TrainBenchmark, out: str, photos: str, workers: int) -> f
     return steady_rate([line for line in read_metrics(Folder(out)) if "images_per_s" in line])
 
 
-def train_report(config: TrainBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def train_report(config: TrainBenchmark, result: TrainResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    found = result["machine"]
     yield f"## train: LiFT on {config.model} at {config.size} px, {config.precision}, batches of {config.batch}"
-    yield f"\n{found['cpu']}, {CORES} cores, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    yield machine.usual_line()
     rows = [
-        [name, f"{result['best'][name]:.2f}", f"{result['ratios'][name]:.2f}", " ".join(f"{r:.1f}" for r in rates)]
-        for name, rates in result["rates"].items()
+        [name, f"{result.best[name]:.2f}", f"{result.ratios[name]:.2f}", " ".join(f"{r:.1f}" for r in rates)]
+        for name, rates in result.rates.items()
     ]
     yield from table(["", "images/s, best", "of the plain loop", "by round"], rows)
     yield f"""
@@ -197,7 +208,9 @@ def _plain_loop(config: TrainBenchmark, photos: str, workers: int) -> float:
     return counted / (time.perf_counter() - begun)
 
 
-def _plain_step(backbone: nn.Module, net: nn.Module, optimiser: Any, images: Tensor, precision: str) -> None:
+def _plain_step(
+    backbone: nn.Module, net: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, precision: str
+) -> None:
     half, quarter = images[..., ::2, ::2].contiguous(), images[..., ::4, ::4].contiguous()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         full, coarse, coarser = backbone(images), backbone(half), backbone(quarter)

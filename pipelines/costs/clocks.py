@@ -7,8 +7,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -20,7 +20,7 @@ WARM_UP = 2
 """Steps of each training that aren't counted."""
 
 
-def steady_rate(lines: Sequence[Mapping[str, Any]]) -> float:
+def steady_rate(lines: Sequence[Mapping[str, float]]) -> float:
     """Images per second after the warm-up, of a training that logged every step."""
     steps = lines[WARM_UP - 1 :]
     images = [b["images"] - a["images"] for a, b in itertools.pairwise(steps)]
@@ -28,7 +28,7 @@ def steady_rate(lines: Sequence[Mapping[str, Any]]) -> float:
     return sum(images) / sum(seconds)
 
 
-def timed(runs: Sequence[Callable[[], Any]], repeat: int, row_s: float, device: torch.device) -> list[list[float]]:
+def timed(runs: Sequence[Callable[[], object]], repeat: int, row_s: float, device: torch.device) -> list[list[float]]:
     """Seconds of each in rounds of all, `repeat` of them; one that would come beyond `row_s` is left out of further ones."""
     seconds: list[list[float]] = [[] for _ in runs]
     for number in range(repeat):
@@ -38,7 +38,7 @@ def timed(runs: Sequence[Callable[[], Any]], repeat: int, row_s: float, device: 
     return seconds
 
 
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Of one call, until the device is done with it."""
     finish(device)
     start = time.perf_counter()
@@ -63,7 +63,7 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device, *, warm_up: bool = True) -> int:
+def peak_bytes(run: Callable[[], object], device: torch.device, *, warm_up: bool = True) -> int:
     """The most memory that torch's allocator holds at once during a call, beyond what it held before: no weights, no input."""
     if warm_up:
         run()
@@ -81,7 +81,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device, *, warm_up: bool = 
     return max(itertools.accumulate(changes))
 
 
-def held_bytes(run: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
+def held_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, int | None]:
     """Bytes before a call, weights above all, and at most during it, with those before; None where the system doesn't tell.
 
     On a GPU what torch's allocator holds, on a CPU this process's resident memory, interpreter and torch included.
@@ -92,19 +92,40 @@ def held_bytes(run: Callable[[], Any], device: torch.device) -> tuple[int, int |
     return psutil.Process().memory_info().rss, peak_rss(run)
 
 
-def machine() -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Machine:
     """What the numbers hold for."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    torch: str
+    native_bf16: bool
+    load: float
+    "the load average of the last minute"
+
+    def line(self, *also: str) -> str:
+        """The first lines below a report's title: the CPU, and what else is said of how it was measured."""
+        return f"\n{', '.join([self.cpu, *also])}. Load average when it ended: {self.load:.1f}."
+
+    def usual_line(self, *, device: str = "") -> str:
+        """`line` of the cores, or the `device`, and torch."""
+        return self.line(device or f"{self.cores} cores", f"torch {self.torch}")
+
+
+def machine() -> Machine:
+    """This one, now."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     name = next((line for line in _cpuinfo() if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": name.split(":")[-1].strip() or platform.machine(),
-        "cores": CORES,
-        "memory_bytes": psutil.virtual_memory().total,
-        "torch": torch.__version__,
+    return Machine(
+        cpu=name.split(":")[-1].strip() or platform.machine(),
+        cores=CORES,
+        memory_bytes=psutil.virtual_memory().total,
+        torch=torch.__version__,
         # oneDNN's own check is true for emulation, too.
-        "native_bf16": any(value for flag, value in capabilities.items() if "bf16" in flag),
-        "load": os.getloadavg()[0],
-    }
+        native_bf16=any(value for flag, value in capabilities.items() if "bf16" in flag),
+        load=os.getloadavg()[0],
+    )
 
 
 def _cpuinfo() -> list[str]:
@@ -130,7 +151,7 @@ class BenchmarkFailed(RayliftError):
     exit_code = 1
 
 
-def peak_rss(run: Callable[[], Any]) -> int | None:
+def peak_rss(run: Callable[[], object]) -> int | None:
     """The most resident memory of this process during a call, in bytes, all that was there before included.
 
     By Linux's own high-water mark, which is reset first; None where there is none, or it can't be reset.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from operators.image import decode
-from pipelines.costs.clocks import table
+from pipelines.costs.clocks import Machine, table
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import Resolved, prepare, resolve
@@ -111,7 +111,7 @@ def _error(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
     }
 
 
-def precision_report(config: PrecisionBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def precision_report(config: PrecisionBenchmark, result: dict[str, Any], _: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
     yield f"## precision: {config.model}, weights {config.weights}"
     head = ["choice", "bytes a value", "relative L2", "1 - cosine, mean", "1 - cosine, worst cell"]

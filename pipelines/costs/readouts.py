@@ -13,7 +13,7 @@ import torch
 
 from operators.readouts import ReadoutConfig, build_readout, published_counts
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import table
+from pipelines.costs.clocks import Machine, table
 from pipelines.costs.upsamplers import counted_macs
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -74,7 +74,7 @@ def _measure(config: DeapCost, name: str) -> dict[str, Any]:
     return {"name": name, "parameters": readout.parameter_count(), "macs": macs}
 
 
-def deap_report(config: DeapCost, result: Mapping[str, Any]) -> Iterator[str]:
+def deap_report(config: DeapCost, result: Mapping[str, Any], _: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
     yield "## cost: DeAP, and what it is held against"
     yield "\nDeAP's learnable parameters, published (10^6) and as built here:"

@@ -28,7 +28,7 @@ from operators.upsamplers import (
 )
 from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import device_name, peak_bytes, seconds_of, table
+from pipelines.costs.clocks import Machine, device_name, peak_bytes, seconds_of, table
 
 BACKBONE = "backbone alone"
 
@@ -299,15 +299,14 @@ def _interleaved(programs: dict[str, Callable[[], Any]], repeat: int, device: to
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def cost_report(config: CostBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def cost_report(config: CostBenchmark, result: dict[str, Any], machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    found = result["machine"]
     yield f"## cost: upsampling x2 beside {config.model}, random weights"
-    yield f"\n{found['cpu']}, {result['device']}, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    yield machine.usual_line(device=result["device"])
     yield from _count_report(result["counts"])
     for one in result["measured"]:
         yield from _measured_report(config, one)
-    if "bf16" in config.precisions and result["device"].startswith("CPU") and not found["native_bf16"]:
+    if "bf16" in config.precisions and result["device"].startswith("CPU") and not machine.native_bf16:
         yield "\n**This CPU has no bf16 instructions: bf16 is emulated here, and slow.**"
     yield f"""
 - Times: medians of {config.repeat} rounds, in which everything runs once, in changing order; ratios: medians of each round's,

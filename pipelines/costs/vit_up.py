@@ -29,7 +29,7 @@ from operators.upsamplers.vit_up import (
     random_head,
 )
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import device_name, median_ratio, peak_bytes, table, timed
+from pipelines.costs.clocks import Machine, device_name, median_ratio, peak_bytes, table, timed
 from pipelines.costs.upsamplers import BACKBONE, TABLE_9, count_parameters, counted_macs
 from pipelines.costs.windows import compare_window, window_report
 
@@ -378,12 +378,12 @@ def _memory(row: Row, device: torch.device) -> tuple[int, int]:
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def vit_up_report(config: ViTUpBenchmark, result: dict[str, Any]) -> Iterator[str]:
+def vit_up_report(config: ViTUpBenchmark, result: dict[str, Any], machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
-    found, parameters, macs = result["machine"], result["parameters"], result["macs"]
+    parameters, macs = result["parameters"], result["macs"]
     own = parameters["head"] + parameters["lora"]
     yield f"## cost --vit-up: {config.model} at {config.size} px, one image, {result['precision']}, random weights"
-    yield f"\n{found['cpu']}, {result['device']}, torch {found['torch']}. Load average when it ended: {found['load']:.1f}."
+    yield machine.usual_line(device=result["device"])
     yield (
         f"\nParameters: ViT-Up {own / 1e6:.1f} M (head {parameters['head']:,} + LoRA {parameters['lora']:,}), "
         f"LiFT {parameters['lift']:,}; the backbone {parameters[BACKBONE]:,}."

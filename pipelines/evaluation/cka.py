@@ -14,14 +14,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
-from operators.visual import spread
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.sources import FeatureSource, Recipe, Squash, resolve_source
 from pipelines.results import Findings, Line, Table
-from storage.datasets.files import DatasetError, ImageFile, digest, load_images
+from storage.datasets.files import DatasetError, digest
+from storage.datasets.images import ImageFile, load_images
 from storage.paths import Folder
+from storage.spread import spread
 
 LEAST = 4
 """Images of a batch; the unbiased estimate needs so many."""

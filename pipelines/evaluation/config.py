@@ -14,7 +14,7 @@ from pipelines.config import (
     runs_inline,
 )
 from pipelines.features.rows import Drawing
-from storage.datasets.pictures import LabelFrame
+from storage.datasets.frames import LabelFrame
 
 
 @dataclass(frozen=True, kw_only=True)

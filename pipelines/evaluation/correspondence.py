@@ -22,15 +22,20 @@ from operators.metrics.correspondence import (
     match,
     score_pair,
 )
-from operators.visual import Tile, spread
+from operators.visual import Tile
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
 from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
-from storage.datasets.files import Pair, digest, load_spair
-from storage.datasets.pictures import ImageFile, LabelFrame, OrientedImage, label_turn
+from storage.datasets.files import digest
+from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
+from storage.datasets.images import ImageFile
+from storage.datasets.registry import PAIRS
+from storage.datasets.spair import Pair
 from storage.paths import Folder
+from storage.spread import spread
 
 PROTOCOLS: dict[str, Protocol] = {"lift": LIFT, "vit-up": VIT_UP}
 
@@ -224,7 +229,7 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
     recipe, sizes = resolve_source(config, [(side, side) for side in config.sizes], geometry)
     if any(h != w for h, w in sizes):
         raise ConfigError(f"correspondence is done on square inputs, not on {sizes}; use --sizes")
-    everything = load_spair(folder, config.split, config.annotation)[: config.limit]
+    everything = PAIRS["spair"].load(folder, config.split, config.annotation)[: config.limit]
     times = draw_pairs(everything, config.draws, config.seed)
     pairs = tuple(everything[number] for number in times)
     task = Correspondence(
@@ -320,7 +325,7 @@ def _matches(task: Correspondence, pair: Pair, record: Record, side: int) -> Til
     pair = task.upright(pair, *images)
     canvases = [task.rules.place(image.width, image.height, side) for image in (pair.source, pair.target)]
     drawn = np.concatenate(
-        [c.draw(i.pixels()) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1
+        [c.draw(upright_pixels(i)) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1
     )
     image = Image.fromarray(drawn)
     pen = ImageDraw.Draw(image)

@@ -9,15 +9,19 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from operators.metrics.discovery import CorLoc, Discovery, TokenCut, discover
-from operators.visual import Tile, heat, spread
+from operators.visual import Tile, heat
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, LiveRecipe, Picture, Recipe, Size, Squash, resolve_source
 from pipelines.results import Findings, Line, Published, Table, by_size, panel, with_published
-from storage.datasets.files import BoxedImage, digest, load_coco20k, load_voc
-from storage.datasets.pictures import DatasetError, LabelFrame, OrientedImage, label_turn
+from storage.datasets.boxes import BoxedImage
+from storage.datasets.files import DatasetError, digest
+from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
+from storage.datasets.registry import BOXES
 from storage.paths import Folder
+from storage.spread import spread
 
 PIECE_IMAGES = 16
 
@@ -187,8 +191,7 @@ def _eigenvector(found: Discovery) -> Record:
 def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    years = {"voc07": "2007", "voc12": "2012"}
-    loaded = load_voc(folder, years[config.dataset], config.split) if config.dataset in years else load_coco20k(folder)
+    loaded = BOXES[config.dataset].load(folder, config.split)
     images = tuple(each for each in loaded if each.boxes)[: config.limit]
     if not images:
         raise DatasetError(f"{folder.shown}: no image has an object")
@@ -278,7 +281,7 @@ def _pictures(task: ObjectDiscovery, records: Sequence[Record], tile: int = 200)
 def _tiles(task: ObjectDiscovery, record: Record, side: int, tile: int) -> tuple[Tile, Tile]:
     noted = task.images[record["image"]]
     boxed = task.upright(noted, OrientedImage(noted.image.shown, noted.image.orientation()))
-    photo = Image.fromarray(boxed.image.pixels()).resize((tile, tile))
+    photo = Image.fromarray(upright_pixels(boxed.image)).resize((tile, tile))
     pen = ImageDraw.Draw(photo)
     width, height = (side, side) if side else boxed.image_size
     scale = np.array([tile / width, tile / height] * 2)

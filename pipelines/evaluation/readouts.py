@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from operators.visual import Tile, spread
+from operators.visual import Tile
 from pipelines.config import ConfigError, absolute, public_settings, require_at_least
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import (
     FeatureSource,
     LiveRecipe,
@@ -27,15 +28,16 @@ from pipelines.features.sources import (
 )
 from pipelines.provenance import describe_difference
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
+from pipelines.readouts.depth import require_depth
 from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.task import Task
 from pipelines.results import Cell, Findings, Line, Table, panel
 from pipelines.training.readout import features_of
-from storage.datasets.files import digest
+from storage.datasets.files import DatasetError, digest
 from storage.datasets.labels import LabelledImage
-from storage.datasets.pictures import DatasetError
-from storage.datasets.registry import DATASETS, LabelReading, load_labelled, require_depth
+from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.paths import Folder, redact
+from storage.spread import spread
 
 PIECE_IMAGES = 32
 
@@ -290,7 +292,7 @@ def _pictures(config: ProbeConfig, probe: Probe, tile: int = 200) -> dict[str, I
         return {}
     tiles = []
     for number in drawn:
-        photo = probe.task.photo(probe.images[number].image.pixels())
+        photo = probe.task.photo(upright_pixels(probe.images[number].image))
         files = folder.read_many([_prediction(number, name) for name in names])
         pixels = [photo, *(np.array(Image.open(io.BytesIO(data))) for data in files)]
         tiles.append([Tile(pixels=each, is_photo=True) for each in pixels])

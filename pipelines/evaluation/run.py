@@ -21,7 +21,8 @@ from pipelines.executors import InlineExecutor
 from pipelines.features.sources import CachedSource, FeatureSource, Recipe
 from pipelines.provenance import require_same, versions
 from pipelines.results import LeftOut
-from storage.datasets.pictures import CANNOT_TELL, DatasetError, FrameUnknown
+from storage.datasets.files import DatasetError
+from storage.datasets.frames import CANNOT_TELL, FrameUnknown
 from storage.documents import Document, parse_json
 from storage.errors import RayliftError
 from storage.paths import Folder

@@ -11,9 +11,11 @@ from operators.visual import Tile, heat
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, Recipe, Size, Squash, resolve_source
 from pipelines.results import Findings, Line, Table, panel, shown_size
-from storage.datasets.files import ImageFile, digest, load_images
+from storage.datasets.files import digest
+from storage.datasets.images import ImageFile, load_images
 from storage.paths import Folder
 
 
@@ -97,7 +99,9 @@ def _picture(task: SelfSimilarity, shown: dict[tuple[int, str], dict[int, np.nda
         row, column = centre_cell(next(iter(shown.values()))[number].shape)
         cells = next(iter(shown.values()))[number].shape
         mark = ((column + 0.5) / cells[1], (row + 0.5) / cells[0])
-        photo = Tile(pixels=np.array(Image.fromarray(image.pixels()).resize((tile, tile))), is_photo=True, mark=mark)
+        photo = Tile(
+            pixels=np.array(Image.fromarray(upright_pixels(image)).resize((tile, tile))), is_photo=True, mark=mark
+        )
         tiles.append([photo, *(Tile(pixels=heat(maps[number], 0, 1)) for maps in shown.values())])
     names = [image.name.rsplit("/", 1)[-1] for image in task.images]
     return panel(tiles, columns, names, "cosine with the ringed cell, blue to yellow", (tile, tile))

@@ -12,23 +12,24 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from operators.metrics.davis import VOID, ObjectCurves, Summary, score_clip, summarise
+from operators.metrics.davis import ObjectCurves, Summary, score_clip, summarise
 from operators.metrics.propagation import Propagation, Propagator, label_image, one_hot
-from operators.visual import Tile, spread
+from operators.visual import Tile
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
 from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
-from storage.datasets.files import Clip, digest, load_davis, read_labels
-from storage.datasets.pictures import DatasetError, LabelFrame, OrientedImage, label_turn, require_size
+from storage.datasets.classes import VOID
+from storage.datasets.davis import Clip
+from storage.datasets.files import DatasetError, digest
+from storage.datasets.frames import LabelFrame, OrientedImage, label_turn, require_size
+from storage.datasets.labels import COLOURS, label_png, read_labels
+from storage.datasets.registry import CLIPS
 from storage.orientation import Orientation
 from storage.paths import Folder
-
-COLOURS = np.array(
-    [[0, 0, 0], [240, 70, 60], [60, 200, 90], [70, 120, 250], [240, 200, 40], [200, 80, 220], [60, 210, 220]]
-)
-"""Of objects in pictures, used again from the 7th on."""
+from storage.spread import spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,20 +203,10 @@ def mask_folder(side: int, row: str, clip: str) -> str:
     return f"masks/{side}/{row.replace(' ', '-')}/{clip}"
 
 
-def label_png(labels_HW: np.ndarray) -> bytes:
-    """Indices uint8 as a PNG with a palette."""
-    image = Image.fromarray(labels_HW)
-    colours = np.concatenate([COLOURS, np.resize(COLOURS[1:], (256 - len(COLOURS), 3))])
-    image.putpalette(colours.astype(np.uint8).ravel().tolist())
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
-
-
 def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    clips = tuple(load_davis(folder, config.split, config.resolution, config.frame_step)[: config.limit])
+    clips = tuple(CLIPS["davis"].load(folder, config.split, config.resolution, config.frame_step)[: config.limit])
     shapes = tuple(_upright_shape(clip) for clip in clips)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
     wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]
@@ -346,7 +337,7 @@ def _strip(
     truth, turn = upright_labels(clip, t, task.shapes[number], image, task.frame)
     labels = [truth, *(turn.array(read_labels(folder, f"{place}/{stem}")) for place in places)]
     width = max(1, round(height * truth.shape[1] / truth.shape[0]))
-    photo = Image.fromarray(clip.frames[t].pixels()).resize((width, height))
+    photo = Image.fromarray(upright_pixels(clip.frames[t])).resize((width, height))
     return [overlay(np.array(photo), np.array(Image.fromarray(each).resize((width, height), 0))) for each in labels]
 
 

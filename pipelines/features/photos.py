@@ -1,4 +1,4 @@
-"""The photographs behind stored rows, read again from their sources and placed as the model saw them."""
+"""Photographs as pixels: of data sets, upright; and those behind stored rows, read again and placed as the model saw them."""
 
 import logging
 from collections.abc import Mapping
@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from operators.image import Geometry, ImageRefused, decode
+from operators.image import Geometry, ImageRefused, decode, open_rgb
+from storage.datasets.frames import require_size
+from storage.datasets.images import EncodedImage, orientation_of, unreadable
 from storage.ledger import image_digest
 from storage.paths import StorageError
 from storage.samples import read_images
@@ -14,6 +16,24 @@ from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 2**40
+"""Of a data set's image, or one that was extracted: Pillow's own limit holds."""
+
+
+def upright_pixels(image: EncodedImage, data: bytes | None = None) -> np.ndarray:
+    """The image's pixels as extraction decodes them, upright: uint8 [height, width, 3]. `data`: its bytes, where they were read.
+
+    Raises `DatasetError`, also where its annotation says another size.
+    """
+    data = image.data() if data is None else data
+    if image.width:
+        require_size(image.shown, orientation_of(data, image.shown), (image.width, image.height))
+    try:
+        pixels, _, _ = open_rgb(data, max_pixels=MAX_PIXELS)
+    except ImageRefused as error:
+        raise unreadable(image.shown, error) from None
+    return np.array(pixels)
 
 
 def geometry_of(spec: FeatureSpec) -> Geometry:
@@ -43,7 +63,7 @@ def read_photos(
             if digests[i] not in (None, image_digest(blob or b"")):
                 raise StorageError("its source holds another image than the one that was extracted")
             # The ledger says whether it was accepted once; the limit on pixels was that run's.
-            photos.append(decode(blob or b"", geometry, max_pixels=2**40).pixels)
+            photos.append(decode(blob or b"", geometry, max_pixels=MAX_PIXELS).pixels)
         except (OSError, ImageRefused, StorageError) as error:
             logger.warning("no photograph for row %d: %s: %s", row, type(error).__name__, error)
             photos.append(None)

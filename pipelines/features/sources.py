@@ -22,16 +22,11 @@ from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.features.bundle import ModelBundle, cells, load_described
 from pipelines.features.model import FeatureModel
+from pipelines.features.photos import MAX_PIXELS, upright_pixels
 from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
 from pipelines.features.weights import WeightsChoice, load_model, read_description
-from storage.datasets.pictures import (
-    MAX_PIXELS,
-    EncodedImage,
-    OrientedImage,
-    orientation_of,
-    unreadable,
-    upright_pixels,
-)
+from storage.datasets.frames import OrientedImage
+from storage.datasets.images import EncodedImage, orientation_of, unreadable
 from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import StorageError
 from storage.spec import FeatureSpec, Level

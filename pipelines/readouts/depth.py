@@ -1,149 +1,101 @@
-"""Depth maps of data sets in metres, and whether the values of their files were read by the right scale."""
+"""Depth: metres for each pixel, by DeAP's loss or ViT-Up's."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from PIL import Image
+import torch.nn.functional as F
+from torch import Tensor
 
-from operators.visual import spread
-from storage.datasets.images import H5Array
-from storage.datasets.pictures import DatasetError, decoded, read
-from storage.paths import Folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthPng:
-    """A grey PNG of 16 bits; or of 8, where a metre is fewer than 256 values."""
-
-    folder: Folder
-    name: str
-    per_metre: float
-    "values per metre"
-
-    @property
-    def shown(self) -> str:
-        """Its URL as it may be printed."""
-        return f"{self.folder.shown}/{self.name}"
-
-    def read(self) -> np.ndarray:
-        """Metres, float64 [H, W]. Raises `DatasetError`."""
-
-        def deep(image: Image.Image) -> Image.Image:
-            of_8_bits = image.mode == "L" and self.per_metre < 256
-            if image.mode != "I" and not image.mode.startswith("I;16") and not of_8_bits:
-                raise DatasetError(
-                    f"{self.shown} is a {image.mode} image; depth is 16-bit grey. If it is grey of 8 bits, and 255 stands for "
-                    "10 m, give --depth-scale 25.5"
-                )
-            image.load()
-            return image
-
-        return np.array(decoded(read(self.folder, self.name), self.shown, deep)) / self.per_metre
-
-    def told(self) -> Any:
-        """What `digest` counts."""
-        return [self.name, self.per_metre]
+from operators.metrics.depth import (
+    NYU_SIZE,
+    DepthMetrics,
+    SquaredError,
+    average,
+    eigen_crop,
+    pooled_rmse,
+    score_depth,
+)
+from operators.objectives.dense import (
+    WARM_UP_CALLS,
+    GradientForm,
+    LossSum,
+    deap_depth_loss,
+    vit_up_depth_loss,
+)
+from operators.readouts import Readout
+from operators.visual import heat
+from pipelines.config import ConfigError
+from pipelines.readouts.task import Record, Task
+from storage.datasets.labels import LabelledImage
+from storage.datasets.registry import DATASETS, DatasetKind
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthMap:
-    """Depth in metres, wherever it lies."""
+class DepthTask(Task):
+    """Metres for each pixel; 0 where none were measured."""
 
-    source: DepthPng | H5Array
-    array_per_metre: float = 1.0
-    "values per metre of an array; PNGs have their own"
+    objective: Literal["deap", "vit-up"] = "deap"
+    gradient: GradientForm = "released"
+    "vit-up: the form of the gradient loss"
+
+    name: ClassVar[str] = "depth"
+    label: ClassVar[Literal["depth"]] = "depth"
+    judges_label: ClassVar[bool] = True
+    target_names: ClassVar[tuple[str, ...]] = ("depth",)
+    better: ClassVar[str] = "rmse_pooled"
+    shares: ClassVar[tuple[str, ...]] = ("d1", "d2", "d3")
+
+    @classmethod
+    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "DepthTask":  # noqa: ARG003
+        return cls(
+            placement=settings.placement,
+            side=settings.side,
+            objective=settings.depth_loss,
+            gradient=settings.gradient_loss,
+        )
 
     @property
-    def shown(self) -> str:
-        """Its place as it may be printed."""
-        return self.source.shown
+    def outputs(self) -> int:
+        return 1
 
-    def read(self) -> np.ndarray:
-        """Metres, float32 [H, W]; 0 where nothing was measured (stored as 0, NaN or infinity). Raises `DatasetError`."""
-        depth = self.source.read() / self.array_per_metre
-        if depth.ndim != 2:
-            raise DatasetError(f"{self.shown} has the shape {depth.shape}; a depth map has rows and columns only")
-        depth = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
-        if (depth < 0).any():
-            raise DatasetError(f"{self.shown} holds {depth.min():g} m; depth can't be negative, and 0 stands for none")
-        return depth
+    def targets(self, label: np.ndarray, item: int) -> dict[str, np.ndarray]:  # noqa: ARG002
+        return {"depth": self.placed(label)}
 
-    @property
-    def per_metre(self) -> float:
-        """How many of the stored values are a metre."""
-        return self.source.per_metre if isinstance(self.source, DepthPng) else self.array_per_metre
+    def loss(self, net: Readout, outputs_BCHW: Tensor, targets: Mapping[str, Tensor], step: int) -> LossSum:  # noqa: ARG002
+        if self.objective == "deap":
+            return deap_depth_loss(outputs_BCHW, targets["depth"])
+        return vit_up_depth_loss(outputs_BCHW, targets["depth"], warm=step < WARM_UP_CALLS, form=self.gradient)
 
-    def scaled(self, per_metre: float) -> "DepthMap":
-        """The same map, its values read otherwise."""
-        if isinstance(self.source, DepthPng):
-            return replace(self, source=replace(self.source, per_metre=float(per_metre)))
-        return replace(self, array_per_metre=float(per_metre))
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: np.ndarray) -> Record:
+        """On the label's own pixels where the image was squashed (of NYU's, the Eigen crop), else on the square's."""
+        truth, found = targets["depth"], output_CHW
+        if self.placement == "squash":
+            truth = label
+            found = F.interpolate(output_CHW[None], size=label.shape, mode="bilinear", align_corners=False)[0]
+            if truth.shape == NYU_SIZE:
+                truth, found = eigen_crop(truth), eigen_crop(found)
+        predicted = found[0].clamp(min=0).cpu().numpy()
+        metrics = score_depth(predicted, truth)
+        return {"error": asdict(SquaredError.of(predicted, truth)), "metrics": metrics and asdict(metrics)}
 
-    def told(self) -> Any:
-        """What `digest` counts."""
-        return {"source": self.source} | ({} if self.array_per_metre == 1 else {"per_metre": self.array_per_metre})
+    def scores(self, records: Sequence[Record]) -> dict[str, float]:
+        means = average(DepthMetrics(**record["metrics"]) for record in records if record["metrics"])
+        return {"rmse_pooled": pooled_rmse(SquaredError(**record["error"]) for record in records), **asdict(means)}
 
-
-# --- is it plausible? -------------------------------------------------------------------------------------------------
-
-CONVENTIONS: Mapping[float, str] = {
-    1.0: "metres",
-    25.5: "8 bits for 10 m",
-    256.0: "KITTI's",
-    1000.0: "millimetres",
-    5000.0: "TUM's",
-    6553.5: "16 bits for 10 m",
-    10000.0: "tenths of a millimetre",
-}
-"""Values per metre that depth files come in."""
-
-RIVALS = (1.0, 1000.0, 5000.0)
-"""Those that NYUv2 comes in, far enough apart to be told from each other by a median."""
-
-TYPICAL_M = 2.7
-"""Median depth of NYUv2's rooms."""
-
-SAMPLE = 16
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        truth = targets["depth"]
+        high = float(truth.max())
+        return heat(output_CHW[0].cpu().numpy(), 0, high), heat(truth, 0, high)
 
 
-def require_plausible(maps: Sequence[DepthMap]) -> None:
-    """Hold a sample of NYUv2's maps, all read by one scale, against what rooms and its sensor have.
-
-    Raises `DatasetError`, with the medians that other scales would give, where the median is nearer to a room's by another of
-    NYUv2's scales, or where PNGs have a median below 0.8 m, or more than 5% below 0.5 m or above the sensor's 10 m; and where no
-    map of the sample can be read.
-    """
-    chosen = [maps[i] for i in spread(len(maps), SAMPLE)]
-    scale, values = chosen[0].per_metre, _sampled(chosen)
-    if not len(values):
+def require_depth(dataset: str, depth_scale: float | None) -> None:
+    """Raises `ConfigError` for a scale that is no scale, or where the data set's labels have none."""
+    if depth_scale is None:
         return
-    low, median, high = np.percentile(values, (5, 50, 95))
-    likeliest = min(RIVALS, key=lambda each: abs(math.log(median / each / TYPICAL_M)))
-    of_sensor = scale == 1 or (low / scale >= 0.5 and median / scale >= 0.8 and high / scale <= 10.5)
-    if of_sensor and likeliest == (scale if scale in RIVALS else likeliest):
-        return
-    others = ", ".join(f"{name} (value / {each:g}) {median / each:.3g} m" for each, name in CONVENTIONS.items())
-    raise DatasetError(
-        f"{chosen[0].shown} and {len(chosen) - 1} others of {len(maps)}: as value / {scale:g}, depth has a median of "
-        f"{median / scale:.3g} m, 5% are below {low / scale:.3g} m and 5% above {high / scale:.3g} m, which NYUv2's rooms don't "
-        f"have. The median would be, in {others}. Say how many values are a metre with --depth-scale"
-    )
-
-
-def _sampled(maps: Sequence[DepthMap]) -> np.ndarray:
-    """Stored values, not 0, of all maps that can be read, equally many of each but for rounding."""
-    values, errors = [], []
-    for each in maps:
-        try:
-            depth = each.read()
-        except DatasetError as error:
-            errors.append(error)
-            continue
-        there = depth[depth > 0].astype(np.float64) * each.per_metre
-        values.append(there[:: max(1, len(there) // 4096)])
-    if not values:
-        raise errors[0]
-    return np.concatenate(values)
+    if not (depth_scale > 0 and math.isfinite(depth_scale)):
+        raise ConfigError(f"--depth-scale {depth_scale}: must be above 0, the number of values that are a metre")
+    if dataset in DATASETS and DATASETS[dataset].label != "depth":
+        raise ConfigError(f"--depth-scale: {dataset} has {DATASETS[dataset].label}, no depth; leave it out")

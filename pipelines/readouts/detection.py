@@ -17,7 +17,7 @@ from operators.readouts.centernet import centernet_boxes, centernet_loss, center
 from operators.visual import heat
 from pipelines.readouts.instances import ObjectsTask
 from pipelines.readouts.task import Record
-from storage.datasets.labels import InstanceArrays
+from storage.datasets.instances import InstanceArrays
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from operators.image import Geometry, fit
 from pipelines.features.rows import Size
 from pipelines.features.sources import Picture
 from pipelines.readouts.task import Placement, Task
-from storage.datasets.pictures import EncodedImage
+from storage.datasets.images import EncodedImage
 
 
 @dataclass(frozen=True, kw_only=True)

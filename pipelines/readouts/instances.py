@@ -22,7 +22,8 @@ from operators.visual import heat
 from pipelines.config import ConfigError
 from pipelines.readouts.segmentation import class_colours
 from pipelines.readouts.task import Record, Task
-from storage.datasets.labels import InstanceArrays, LabelledImage
+from storage.datasets.instances import InstanceArrays
+from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
 
 

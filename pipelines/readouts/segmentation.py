@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from torch import Tensor
 
-from operators.metrics.segmentation import VOID, Segmentation, confusion
+from operators.metrics.segmentation import Segmentation, confusion
 from operators.objectives.dense import (
     LossSum,
     cross_entropy,
@@ -16,6 +16,7 @@ from operators.objectives.dense import (
 from operators.readouts import Readout
 from pipelines.config import ConfigError
 from pipelines.readouts.task import Record, Task
+from storage.datasets.classes import VOID
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.readouts.depth_task import DepthTask
+from pipelines.readouts.depth import DepthTask
 from pipelines.readouts.detection import DetectionTask
 from pipelines.readouts.instances import BoundaryTask, InstanceTask
 from pipelines.readouts.segmentation import SegmentationTask

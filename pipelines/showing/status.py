@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from cluster.progress import duration, size_text
-from operators.visual import spread
 from storage.documents import Document, MissingObject, decode_known
 from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
 from storage.left_out import LeftOut, left_out_lines
 from storage.spec import Level
+from storage.spread import spread
 from storage.store import FeatureStore
 
 MAX_RECORDS = 1024

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from operators.visual import Panel, RgbProjection, Tile, cosine_map, heat, spread
+from operators.visual import Panel, RgbProjection, Tile, cosine_map, heat
 from pipelines.features.photos import read_photos
 from storage.documents import Document, MissingObject
 from storage.paths import StorageError
 from storage.pixels import bilinear, cell_centres, to_cells
 from storage.spec import Level
+from storage.spread import spread
 from storage.store import FeatureStore, OutsideImage
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import PLACED_COLUMNS, Drawing, FeaturesMissing, draw, orientation_in_store
 from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.task import Task
 from pipelines.training.data import Example, open_store
-from storage.datasets.labels import InstanceArrays, LabelledImage
-from storage.datasets.pictures import DatasetError, OrientedImage, orientation_of
+from storage.datasets.files import DatasetError
+from storage.datasets.frames import OrientedImage
+from storage.datasets.images import orientation_of
+from storage.datasets.instances import InstanceArrays
+from storage.datasets.labels import LabelledImage
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 
@@ -111,10 +115,8 @@ class LabelledSource:
     def label(self, row: int) -> np.ndarray | InstanceArrays:
         """A row's label, upright. Raises `DatasetError`."""
         item = self.items[row]
-        if self.stored is not None:
-            return item.upright_label(self.stored.oriented(row, item))
-        return item.upright_label(OrientedImage(item.image.shown, item.image.orientation()))
+        return item.upright_label(self.stored.oriented(row, item) if self.stored else None)
 
     def photo(self, row: int) -> np.ndarray:
         """The image as the task places it, for people: uint8 [side, side, 3]."""
-        return self.task.photo(self.items[row].image.pixels())
+        return self.task.photo(upright_pixels(self.items[row].image))

@@ -19,6 +19,7 @@ from pipelines.config import ConfigError, absolute, require_at_least
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.sources import Drawing, pooled_level, require_geometry, resolve_source
 from pipelines.provenance import begin_run
+from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Record, Task
 from pipelines.readouts.tasks import TASKS
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
@@ -26,9 +27,9 @@ from pipelines.training.data import Loaded
 from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps
 from pipelines.training.watch import panel_picture
 from storage.datasets.files import digest
+from storage.datasets.frames import LabelFrame
 from storage.datasets.labels import LabelledImage
-from storage.datasets.pictures import LabelFrame
-from storage.datasets.registry import DATASETS, LabelReading, load_labelled, require_depth
+from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.paths import Folder
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore

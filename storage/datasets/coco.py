@@ -1,19 +1,156 @@
-"""COCO's annotation files: every image with its objects, checked as a whole.
+"""COCO: boxes of its 20k subset (object discovery), COCO-Stuff's class masks, and instances.
 
-Ids tie annotations to images, so that an id which is there twice gives an image another one's objects; COCO's own tools keep
-the last of both and say nothing. Here it is an error.
+Annotation files are checked as a whole. Ids tie annotations to images, so that an id which is there twice gives an image
+another one's objects; COCO's own tools keep the last of both and say nothing. Here it is an error.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from storage.datasets.pictures import Box, parsed, read, require_inside
+from storage.datasets.boxes import Box, BoxedImage, coco_box
+from storage.datasets.files import (
+    DatasetError,
+    lines,
+    listed_names,
+    names_in,
+    parsed,
+    read,
+    require_files,
+    require_plain,
+)
+from storage.datasets.images import ImageFile
+from storage.datasets.instances import Instances
+from storage.datasets.labels import LabelledImage
+from storage.datasets.pairing import joined, masked_images, require_place
 from storage.paths import Folder
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+COCO20K_ANNOTATIONS = (
+    "instances_train2014_sel20k.json",
+    "annotations/instances_train2014_sel20k.json",
+    "COCO/annotations/instances_train2014.json",
+    "annotations/instances_train2014.json",
+)
+"""Where COCO20k's boxes may be; the first that is there. Images are found by name in any of them, not by position."""
+
+COCO20K_IMAGES = ("COCO/images/train2014", "images/train2014", "train2014", "COCO/train2014")
+
+
+# --- instances and boxes ----------------------------------------------------------------------------------------------
+
+
+def load_coco_instances(folder: Folder, split: str, limit: int | None = None) -> list[LabelledImage]:
+    """COCO's images of `annotations/instances_<split>.json` by id, those without objects included, and crowds.
+
+    The folder may be the one above `coco`. The whole JSON is read: train2017's takes gigabytes meanwhile. Raises `DatasetError`.
+    """
+    require_plain(split, "the split")
+    listed = f"annotations/instances_{split}.json"
+    root = require_place(folder, ("", "coco"), listed)
+    place = require_place(folder, [joined(root, inside, split) for inside in ("", "images")])
+    where, images, labels = joined(root, listed), [], []
+    for each in read_coco(folder, where)[:limit]:
+        require_plain(each.file_name, f"{folder.shown}/{where}")
+        images.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
+        labels.append(instances_of(folder, where, each))
+    require_files(folder, images)
+    return [LabelledImage(image=image, label=label) for image, label in zip(images, labels, strict=True)]
+
+
+def load_coco20k(folder: Folder) -> list[BoxedImage]:
+    """The images of coco_20k_filenames.txt, in its order, with their boxes; crowds don't count. Raises `DatasetError`."""
+    wanted = [posixpath.basename(line) for line in lines(folder, "coco_20k_filenames.txt")]
+    where = next((name for name in COCO20K_ANNOTATIONS if folder.exists(name)), None)
+    if where is None:
+        raise DatasetError(f"{folder.shown} has none of {', '.join(COCO20K_ANNOTATIONS)}; check --data")
+    images = {each.file_name: each for each in read_coco(folder, where)}
+    place = require_place(folder, COCO20K_IMAGES, wanted[0])
+    found = []
+    for name in dict.fromkeys(wanted):
+        if name not in images:
+            raise DatasetError(f"{folder.shown}/{where} has no image {name}, but coco_20k_filenames.txt lists it")
+        image = ImageFile.at(folder, f"{place}/{name}", images[name].width, images[name].height)
+        found.append(BoxedImage(image=image, boxes=_rounded_boxes(folder, where, images[name])))
+    require_files(folder, (each.image for each in found))
+    return found
+
+
+def instances_of(folder: Folder, where: str, image: "CocoImage") -> Instances:
+    """The objects of an image of the annotation file `where`. Raises `DatasetError`."""
+    with _annotation_errors(folder, where, image) as shown:
+        return Instances.pack(image.objects, shown, image.width, image.height)
+
+
+def _rounded_boxes(folder: Folder, where: str, image: "CocoImage") -> tuple[Box, ...]:
+    """Corners on whole pixels, as TokenCut has them."""
+    objects = [each for each in image.objects if not each.get("iscrowd")]
+    with _annotation_errors(folder, where, image):
+        boxes = [coco_box(each, image.width, image.height) for each in objects]
+    return tuple((float(round(x1)), float(round(y1)), float(round(x2)), float(round(y2))) for x1, y1, x2, y2 in boxes)
+
+
+@contextmanager
+def _annotation_errors(folder: Folder, where: str, image: "CocoImage") -> Iterator[str]:
+    """Gives the name of file and image for messages; what is wrong with an annotation within becomes a `DatasetError`."""
+    shown = f"{folder.shown}/{where}: {image.file_name}"
+    try:
+        yield shown
+    except KeyError as error:
+        raise DatasetError(f"{shown}: an annotation has no field {error}") from None
+    except (ValueError, TypeError) as error:
+        raise DatasetError(f"{shown}: an annotation is malformed: {error}") from None
+
+
+# --- COCO-Stuff -------------------------------------------------------------------------------------------------------
+
+
+def load_coco_stuff(
+    folder: Folder,
+    split: str,
+    limit: int | None = None,
+    layout: Literal["vit_up", "deap"] = "vit_up",
+    groups: Literal["coarse", "fine"] = "coarse",
+) -> list[LabelledImage]:
+    """COCO-Stuff's 182 classes or their 27 groups, split `train2017` or `val2017`.
+
+    `vit_up`: the images of `curated/<split>/Coco164kFull_Stuff_Coarse.txt`, which are fewer than the folder's. `deap`: every
+    PNG of `<any>/trainval2017/<split>` (or of `annotations/<split>`), sorted. The folder may be the one above.
+
+    Raises `DatasetError`.
+    """
+    require_plain(split, "the split")
+    table = "coco_stuff27" if groups == "coarse" else "coco_stuff"
+    pairs = (_curated_stuff if layout == "vit_up" else _all_stuff)(folder, split)
+    return masked_images(folder, pairs[:limit], table)
+
+
+def _curated_stuff(folder: Folder, split: str) -> list[tuple[str, str]]:
+    listed = f"curated/{split}/Coco164kFull_Stuff_Coarse.txt"
+    root = require_place(folder, ("", "COCOStuff"), listed)
+    inside = joined(root, "dataset")
+    return [
+        (f"{inside}/images/{split}/{each}.jpg", f"{inside}/annotations/{split}/{each}.png")
+        for each in listed_names(folder, joined(root, listed))
+    ]
+
+
+def _all_stuff(folder: Folder, split: str) -> list[tuple[str, str]]:
+    places = ["trainval2017", *(f"{name}/trainval2017" for name in folder.folders(""))]
+    places += ["annotations", "dataset/annotations", "stuffthingmaps"]
+    labels = require_place(folder, [f"{place}/{split}" for place in places])
+    images = require_place(
+        folder, [joined(place, split) for place in ("coco", "images", "dataset/images", "", "coco/images")]
+    )
+    stems = [name.rsplit(".", 1)[0] for name in names_in(folder, labels, ("png",))]
+    return [(f"{images}/{stem}.jpg", f"{labels}/{stem}.png") for stem in stems]
+
+
+# --- annotation files -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,45 +170,28 @@ def read_coco(folder: Folder, name: str) -> list[CocoImage]:
     return parsed(folder, name, read(folder, name), _images)
 
 
-def coco_corners(note: Mapping[str, Any], width: int, height: int) -> Box:
-    """x1, y1, x2, y2 of the box of an annotation of a `width` x `height` image; it may be empty, as some of COCO's are.
-
-    Raises `KeyError`, or `ValueError` where it can't be x, y, width, height of a box inside the image.
-    """
-    numbers = [float(value) for value in note["bbox"]]
-    what = f"annotation {note.get('id', '')} has the box {note['bbox']}"
-    if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
-        raise ValueError(what)
-    x, y, across, down = numbers
-    if across < 0 or down < 0:
-        raise ValueError(f"{what}, with a negative extent; it should be x, y, width, height")
-    corners = (x, y, x + across, y + down)
-    require_inside([corners[:2], corners[2:]], width, height, f"{what}; as x, y, width, height it")
-    return corners
-
-
 def _images(data: Mapping[str, Any]) -> list[CocoImage]:
-    images = [_image(each) for each in data["images"]]
+    images = [_coco_image(each) for each in data["images"]]
     by_id = _unique({}, ((each.number, each) for each in images), "image id", lambda each: each.file_name)
     _unique({}, ((each.file_name, each) for each in images), "file name", lambda each: f"image {each.number}")
-    categories: dict[Any, str] = {}
-    _unique(
-        categories, ((each["id"], str(each.get("name"))) for each in data.get("categories") or ()), "category id", str
-    )
-    _give_objects(by_id, categories, data["annotations"])
+    categories: dict[object, str] = {}
+    named = ((each["id"], str(each.get("name"))) for each in data.get("categories") or ())
+    _give_objects(by_id, _unique(categories, named, "category id", str), data["annotations"])
     return [by_id[number] for number in sorted(by_id)]
 
 
-def _image(entry: Mapping[str, Any]) -> CocoImage:
+def _coco_image(entry: Mapping[str, Any]) -> CocoImage:
     width, height = int(entry["width"]), int(entry["height"])
     return CocoImage(number=int(entry["id"]), file_name=str(entry["file_name"]), width=width, height=height, objects=[])
 
 
-def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, shown: Callable[[V], str]) -> dict[K, V]:
+def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, described: Callable[[V], str]) -> dict[K, V]:
     """The pairs added to `found`. Raises `ValueError` for a key that is there twice, with what both are of."""
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the {what} {key!r} is there twice, for {shown(found[key])} and for {shown(value)}")
+            raise ValueError(
+                f"the {what} {key!r} is there twice, for {described(found[key])} and for {described(value)}"
+            )
         found[key] = value
     return found
 

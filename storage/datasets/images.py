@@ -1,26 +1,131 @@
-"""Images of data sets that are no files of their own: members of tars, entries of HDF5 arrays.
+"""Images of labelled data sets, wherever their bytes lie: files, members of tars, entries of HDF5 arrays.
 
-They have what `storage.datasets.pictures.ImageFile` has, so that whoever takes one takes the others. Labels that lie in
-HDF5 are read here, too. Nothing is decoded when a data set is listed.
+Nothing is decoded when a data set is listed, and nothing here decodes an image file to pixels: extraction's decoder does
+(`upright_pixels` in pipelines/features/photos.py). HDF5 is read here, as raw arrays, and so are labels that lie in it.
 """
 
 import io
-from collections.abc import Callable, Iterable
+import posixpath
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from storage.datasets.pictures import DatasetError, FolderImage, ImageFile
-from storage.inputs import InputFile
+from storage.datasets.files import DatasetError, DatasetFile, missing
+from storage.inputs import IMAGE_EXTENSIONS, InputFile, expand_inputs
 from storage.left_out import log_left_out
 from storage.orientation import Orientation
-from storage.paths import Folder, InputError
-from storage.tars import MemberRules, scan_source
+from storage.paths import Folder, InputError, StorageOptions
+from storage.tars import MemberRules, scan_source, split_name
 
+I = TypeVar("I", bound="EncodedImage")  # noqa: E741
 T = TypeVar("T")
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises where bytes are no image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage(ABC):
+    """An image of a data set."""
+
+    keys: tuple[str, ...]
+    "what a store may call it, the surest first"
+    width: int = 0
+    "in pixels, as the annotation has it; 0 where none says"
+    height: int = 0
+
+    @property
+    @abstractmethod
+    def shown(self) -> str:
+        """Its place as it may be printed."""
+
+    @abstractmethod
+    def data(self) -> bytes:
+        """Its bytes, of an image file. Raises `DatasetError`."""
+
+    @abstractmethod
+    def identity(self) -> object:
+        """What `digest` counts, wherever the data set lies."""
+
+    def orientation(self) -> Orientation:
+        """How the image is turned until it is upright. Raises `DatasetError`."""
+        return orientation_of(self.data(), self.shown)
+
+    def sized(self: I, size: tuple[int, int]) -> I:
+        """The same image, (width, height) being what its annotation says."""
+        return replace(self, width=size[0], height=size[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile(DatasetFile, EncodedImage):
+    """An image that is a file by itself."""
+
+    @classmethod
+    def at(cls, folder: Folder, name: str, width: int = 0, height: int = 0) -> "ImageFile":
+        """The file, called in stores as `keys_of` says."""
+        return cls(folder=folder, name=name, keys=keys_of(name), width=width, height=height)
+
+    def identity(self) -> object:
+        return [self.name, self.width, self.height]
+
+
+def keys_of(name: str) -> tuple[str, ...]:
+    """What a store calls the file at this path: without extension, extracted from here, or from any folder further down."""
+    split = split_name(name)
+    parts = (split[0] if split else name).split("/")
+    return tuple("/".join(parts[i:]) for i in range(len(parts)))
+
+
+def load_images(url: str, options: StorageOptions | None = None) -> list[ImageFile]:
+    """The images of a folder and those below it, sorted; of a data set in SPair's layout, those in JPEGImages.
+
+    Raises `DatasetError`, `InputError`.
+    """
+    folder = Folder(url, options)
+    if folder.folders("JPEGImages") or folder.sizes("JPEGImages"):
+        folder = Folder(f"{folder.url}/JPEGImages", options)
+    files = expand_inputs([folder.url], options)
+    log_left_out(files.left_out)
+    if not all(file.is_image for file in files):
+        raise DatasetError(f"{folder.shown} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
+    return [_plain_image(folder, file.url[len(file.base) :].lstrip("/")) for file in files]
+
+
+def _plain_image(folder: Folder, name: str) -> ImageFile:
+    stem = name.rsplit(".", 1)[0]
+    keys = dict.fromkeys((f"JPEGImages/{stem}", stem, posixpath.basename(stem)))
+    return ImageFile(folder=folder, name=name, keys=tuple(keys))
+
+
+# --- what Pillow says of bytes ----------------------------------------------------------------------------------------
+
+
+def orientation_of(data: bytes, shown: str) -> Orientation:
+    """How the image file in `data` is turned until it is upright. Raises `DatasetError`."""
+    return decoded(data, shown, Orientation.of)
+
+
+def decoded(data: bytes, shown: str, convert: Callable[[Image.Image], T]) -> T:
+    """What `convert` gives of the image in `data`. Raises `DatasetError` where it's none."""
+    try:
+        return convert(Image.open(io.BytesIO(data)))
+    except _UNREADABLE as error:
+        raise unreadable(shown, error) from None
+
+
+def unreadable(shown: str, error: BaseException) -> DatasetError:
+    """The error to raise for bytes that are no image."""
+    return DatasetError(f"{shown} can't be read as an image: {type(error).__name__}: {error}")
+
+
+# --- tars -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +149,21 @@ class TarMember:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TarImage(FolderImage):
+class TarImage(EncodedImage):
     """An image in a tar."""
 
+    folder: Folder
     member: TarMember
 
     @property
     def shown(self) -> str:
-        """Its place as it may be printed."""
         return f"{self.folder.shown}/{self.member.tar}: {self.member.key}.{self.member.extension}"
 
     def data(self) -> bytes:
-        """Its bytes. Raises `DatasetError`."""
         return read_span(self.folder, self.member.tar, self.member.span)
 
-    def told(self) -> Any:
-        """What `digest` counts: the member's name and the image's size, not where the tar has it."""
+    def identity(self) -> object:
+        """The member's name and the image's size, not where the tar has it."""
         return [self.member.key, self.member.extension, self.width, self.height]
 
 
@@ -72,7 +176,7 @@ def tar_members(folder: Folder, tars: Iterable[str], extension: str | None = Non
     for tar in tars:
         size = folder.size(tar)
         if size is None:
-            raise DatasetError(f"{folder.shown}/{tar} is missing; check --data, and that the data set is whole")
+            raise missing(folder, tar)
         file = InputFile(url=f"{folder.url}/{tar}", size=size, etag="")
         try:
             scan = scan_source(file, MemberRules(image=extension), folder.options)
@@ -93,7 +197,7 @@ def read_span(folder: Folder, name: str, span: Span) -> bytes:
     """A part of an object. Raises `DatasetError` where the object is missing or too short."""
     (data,) = folder.read_ranges([(name, span.offset, span.size)])
     if data is None:
-        raise DatasetError(f"{folder.shown}/{name} is missing; check --data, and that the data set is whole")
+        raise missing(folder, name)
     if len(data) < span.size:
         raise DatasetError(
             f"{folder.shown}/{name} ends within bytes {span.offset} to {span.offset + span.size}; fetch it again"
@@ -104,7 +208,7 @@ def read_span(folder: Folder, name: str, span: Span) -> bytes:
 # --- HDF5 -------------------------------------------------------------------------------------------------------------
 
 
-def require_h5py() -> Any:
+def require_h5py() -> ModuleType:
     """The h5py package, which nothing else needs. Raises `DatasetError` where it isn't installed."""
     try:
         import h5py
@@ -146,8 +250,8 @@ class H5Array:
         """How long its first axis is. Raises `DatasetError`."""
         return self._of(lambda array: int(array.shape[0]))
 
-    def told(self) -> Any:
-        """What `digest` counts; a member's place in its tar stands for its name."""
+    def identity(self) -> object:
+        """A member's place in its tar stands for its name."""
         return [self.name, self.array, self.span and self.span.offset, self.entry]
 
     def _of(self, take: Callable[[Any], T]) -> T:
@@ -161,7 +265,7 @@ class H5Array:
             raise DatasetError(f"{self.shown} can't be read: {type(error).__name__}: {error}") from None
 
     @contextmanager
-    def _opened(self) -> Any:
+    def _opened(self) -> Iterator[BinaryIO]:
         if self.span is not None:
             yield io.BytesIO(read_span(self.folder, self.name, self.span))
             return
@@ -170,32 +274,31 @@ class H5Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class H5Image:
-    """An image in HDF5: uint8 [3, H, W], or an entry of Matlab's."""
+class H5Image(EncodedImage):
+    """An image in HDF5: uint8 [3, H, W], or an entry of Matlab's. Its keys are what a store may call it once it is an image
+    file, since jobs/extract.py doesn't read HDF5."""
 
     array: H5Array
-    keys: tuple[str, ...]
-    "what a store may call it once it is an image file: jobs/extract.py doesn't read HDF5"
-    width: int = 0
-    height: int = 0
 
     @property
     def shown(self) -> str:
-        """Its place as it may be printed."""
         return self.array.shown
 
     def data(self) -> bytes:
         """The image as a PNG. Raises `DatasetError`."""
         out = io.BytesIO()
-        Image.fromarray(self.pixels()).save(out, "PNG", compress_level=1)
+        Image.fromarray(self._pixels()).save(out, "PNG", compress_level=1)
         return out.getvalue()
+
+    def identity(self) -> object:
+        return self.array.identity()
 
     def orientation(self) -> Orientation:
         """Upright: HDF5 has no EXIF. Raises `DatasetError`."""
-        height, width = self.pixels().shape[:2]
+        height, width = self._pixels().shape[:2]
         return Orientation(width=width, height=height)
 
-    def pixels(self) -> np.ndarray:
+    def _pixels(self) -> np.ndarray:
         """uint8 [height, width, 3]. Raises `DatasetError`."""
         pixels = self.array.read()
         if self.array.entry is None and pixels.ndim == 3:
@@ -203,10 +306,3 @@ class H5Image:
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise DatasetError(f"{self.shown} is {pixels.dtype} {pixels.shape}, which is no image of three channels")
         return pixels
-
-    def told(self) -> Any:
-        """What `digest` counts."""
-        return self.array.told()
-
-
-AnyImage = ImageFile | TarImage | H5Image

@@ -1,0 +1,202 @@
+"""Models from timm by their names: what input they expect, how they are built, and how weights come into them.
+
+No files are read here: weights come in as arrays or as a state dict.
+"""
+
+import difflib
+import hashlib
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import timm
+import torch
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from storage.documents import JsonObject, decode
+from storage.errors import RayliftError
+
+
+class BackboneError(RayliftError, ValueError):
+    """The model can't do what was asked of it."""
+
+
+class TimmModel(nn.Module):
+    """What is used of timm's models, which share no base class that has it. For type checkers: none is made of this."""
+
+    feature_info: Sequence[Mapping[str, int]]
+    pos_embed: nn.Parameter
+    patch_embed: "PatchEmbed"
+    forward_intermediates: Callable[..., Sequence[Tensor]]
+    reset_classifier: Callable[[int], None]
+
+
+class PatchEmbed(nn.Module):
+    """The same of a plain ViT's patch embedding."""
+
+    proj: nn.Conv2d
+    img_size: tuple[int, int] | None
+    grid_size: tuple[int, int]
+
+
+class Attention(nn.Module):
+    """The same of a block's attention; timm has several, with one projection for all three or one for each."""
+
+    num_heads: int
+    qkv: nn.Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What the model expects of its input, from its own timm config."""
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+    @classmethod
+    def of(cls, config: PretrainedCfg) -> "Preprocessing":
+        """As timm describes it."""
+        return cls(
+            size=(config.input_size[1], config.input_size[2]),
+            mean=_three(config.mean),
+            std=_three(config.std),
+            interpolation=config.interpolation,
+        )
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """The timm config of `name`. Raises `BackboneError` with near names if timm has no such model."""
+    _require_known(name)
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        raise BackboneError(f"timm {timm.__version__} says nothing of the input that {name!r} expects")
+    return Preprocessing.of(config)
+
+
+def _require_known(name: str) -> None:
+    if ":" in name or "/" in name:
+        raise BackboneError(f"{name!r} is a place; name the architecture, and give --weights the file or folder there")
+    if not _known(name):
+        raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
+
+
+def _near(name: str) -> list[str]:
+    names = [*timm.list_models(pretrained=True), *timm.list_models()]
+    return (
+        difflib.get_close_matches(name, names, n=5, cutoff=0.75)
+        or [known for known in names if name.split(".")[0] in known][:5]
+        or timm.list_models("vit_small*", pretrained=True)[:5]
+    )
+
+
+def _known(name: str) -> bool:
+    architecture, _, tag = name.partition(".")
+    return timm.is_model(architecture) and (not tag or name in timm.list_pretrained(f"{architecture}.*"))
+
+
+def create_model(
+    name: str,
+    size: tuple[int, int],
+    state_dict: Mapping[str, Tensor] | None,
+    seed: int | None,
+    model_args: JsonObject | None = None,
+) -> nn.Module:
+    """A timm model without its classifier, in eval mode, for inputs of `size`.
+
+    Weights: a checkpoint in any form that timm converts for this model (strict), or random from `seed`; with neither,
+    whatever the constructor leaves, to be filled by `load_arrays`. `model_args`: timm's, where the network isn't built as its
+    name alone says. Raises `BackboneError` where timm has no such model, or weights or arguments don't fit it.
+    """
+    given = dict(model_args or {})
+    _require_known(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        try:
+            if state_dict is None:
+                model = _create_any_size(name, size, {**given, "num_classes": 0})
+            else:
+                model = _create_strictly(name, size, state_dict, given)
+        except BackboneError:
+            raise
+        # timm converts foreign checkpoints by key and shape: what it doesn't expect raises any of these.
+        except (RuntimeError, LookupError, AttributeError, AssertionError, ValueError) as error:
+            # torch lists every key of a wrong checkpoint; the first ones tell.
+            reason = textwrap.shorten(str(error), 600, placeholder=" ...")
+            raise BackboneError(f"the weights don't fit {name} at {size[0]}x{size[1]} px: {reason}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _create_strictly(
+    name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor], given: JsonObject
+) -> nn.Module:
+    """Every tensor of the model comes from `state_dict`, and all of that but the classifier is used.
+
+    timm loads without checking either where it drops a classifier, so that another model's weights would pass as random
+    ones. Here the classifier's keys are left out first; where a conversion brings it forth (CLIP), it is loaded and removed.
+    """
+    if not state_dict:
+        raise BackboneError(f"the weights for {name} hold no tensors")
+    config = timm.get_pretrained_cfg(name)
+    classifier = getattr(config, "classifier", None) or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    body = {key: value for key, value in state_dict.items() if key.rpartition(".")[0] not in heads}
+    overlay: dict[str, object] = {"state_dict": body, "classifier": None}
+    if "img_size" in given:  # timm takes the grid of the checkpoint's position embeddings from it
+        overlay["input_size"] = (3, *decode(tuple[int, int], given["img_size"], "img_size"))
+    kwargs = {**given, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        return _create_any_size(name, size, {**kwargs, "num_classes": 0})
+    except RuntimeError as error:
+        if not heads:
+            raise
+        without = error
+    overlay["state_dict"] = dict(state_dict)
+    try:
+        model = _create_any_size(name, size, kwargs)
+    except RuntimeError:
+        raise without from None
+    cast(TimmModel, model).reset_classifier(0)
+    return model
+
+
+def _create_any_size(name: str, size: tuple[int, int], kwargs: Mapping[str, Any]) -> nn.Module:
+    """Position embeddings that follow the input where the family can, else those of `size`."""
+    try:
+        return timm.create_model(name, **{**kwargs, "dynamic_img_size": True})
+    except TypeError:
+        pass
+    try:
+        return timm.create_model(name, **{**kwargs, "img_size": size})
+    except (TypeError, AssertionError, ValueError) as error:
+        raise BackboneError(f"{name} can't be built for inputs of {size[0]}x{size[1]} px: {error}") from None
+
+
+def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The model's parameters and buffers as arrays, for broadcasting and hashing."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+
+
+def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> nn.Module:
+    """Fill `model` with copies of `arrays`, strictly."""
+    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
+    return model
+
+
+def weights_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()

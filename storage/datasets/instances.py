@@ -1,0 +1,175 @@
+"""Objects of an image in COCO's annotations: small records that workers read, and the masks that they decode to."""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+
+from storage.datasets.boxes import coco_box
+from storage.datasets.files import DatasetError
+from storage.orientation import Orientation
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InstanceArrays:
+    """The N annotated objects of an image, in the order of the annotation file."""
+
+    masks: np.ndarray
+    "bool [N, H, W]"
+    boxes: np.ndarray
+    "float32 [N, 4]: x1, y1, x2, y2 in pixels, as annotated"
+    categories: np.ndarray
+    "int64 [N], the data set's ids, which may have gaps"
+    areas: np.ndarray
+    "float64 [N] in pixels, as annotated; a mask's own number may differ"
+    crowd: np.ndarray
+    "bool [N]: groups that aren't told apart"
+
+    def turned(self, by: Orientation) -> "InstanceArrays":
+        """The objects on the upright image."""
+        return replace(self, masks=by.array(self.masks, axis=1), boxes=by.boxes(self.boxes).astype(np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instances:
+    """An image's objects in COCO's annotations. Every record carries its own, so that no worker reads the whole file."""
+
+    shown: str
+    "annotation file and image, as they may be printed"
+    width: int
+    height: int
+    packed: bytes
+    "zlib of the annotations' JSON"
+
+    @classmethod
+    def pack(cls, objects: Sequence[Mapping[str, Any]], shown: str, width: int, height: int) -> "Instances":
+        """Raises `KeyError`, `ValueError` or `TypeError` where a field lacks or isn't what it should be."""
+        kept = [_kept(each, width, height) for each in objects]
+        packed = zlib.compress(json.dumps(kept, separators=(",", ":")).encode(), level=1)
+        return cls(shown=shown, width=width, height=height, packed=packed)
+
+    def objects(self) -> list[dict[str, Any]]:
+        """COCO's annotations: `id`, `category_id`, `bbox`, `area`, `iscrowd`, `segmentation`."""
+        return json.loads(zlib.decompress(self.packed))
+
+    def areas(self) -> np.ndarray:
+        """As `InstanceArrays.areas`, without decoding masks: for choosing images."""
+        return np.array([each["area"] for each in self.objects()], np.float64)
+
+    def read(self) -> InstanceArrays:
+        """Raises `DatasetError` for a segmentation that is none."""
+        objects = self.objects()
+        boxes = np.array([each["bbox"] for each in objects], np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        masks = np.zeros((len(objects), self.height, self.width), bool)
+        for mask, each in zip(masks, objects, strict=True):
+            try:
+                mask[:] = decode_mask(each["segmentation"], self.height, self.width)
+                _require_box_of(mask, each["bbox"])
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                raise DatasetError(
+                    f"{self.shown}, annotation {each['id']}: its segmentation is malformed: {error}"
+                ) from None
+        return InstanceArrays(
+            masks=masks,
+            boxes=boxes.astype(np.float32),
+            categories=np.array([each["category_id"] for each in objects], np.int64),
+            areas=np.array([each["area"] for each in objects], np.float64),
+            crowd=np.array([each["iscrowd"] for each in objects], bool),
+        )
+
+    def identity(self) -> object:
+        """What `digest` counts."""
+        return self.objects()
+
+
+def _kept(note: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
+    """What of an annotation is used; its numbers are checked, its segmentation isn't yet."""
+    coco_box(note, width, height)
+    box, area = [float(value) for value in note["bbox"]], float(note["area"])
+    if not 0 <= area <= 1.1 * width * height:  # not of NaN, either
+        raise ValueError(
+            f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels"
+        )
+    kept = {"id": int(note["id"]), "category_id": int(note["category_id"]), "bbox": box, "area": area}
+    return kept | {"iscrowd": int(note.get("iscrowd", 0)), "segmentation": note["segmentation"]}
+
+
+def _require_box_of(mask_HW: np.ndarray, box: Sequence[float]) -> None:
+    """Raises `ValueError` where x, y, width, height are not, roughly, those of the mask; an empty mask says nothing."""
+    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+    if not len(rows):
+        return
+    x1, y1, x2, y2 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    x, y, width, height = box
+    far = np.abs(np.subtract([x, y, x + width, y + height], [x1, y1, x2, y2])).max()
+    if far > 4 + max(x2 - x1, y2 - y1) / 4:
+        raise ValueError(
+            f"it reaches from x, y = {x1}, {y1} to {x2}, {y2}, which its box {list(box)} doesn't fit as x, y, width, height"
+        )
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A COCO segmentation (polygons, or runs as a list or as text) as bool [height, width].
+
+    Polygons of one or two corners, which annotations do have, cover nothing; pycocotools takes four numbers for a box. Where
+    runs are too few, it gives memory that isn't its own, so they are added up first.
+    Raises `ValueError`, `TypeError`, `KeyError` or `OverflowError` with what is wrong.
+    """
+    if isinstance(segmentation, Mapping):
+        return _of_runs(segmentation, height, width)
+    if not segmentation:
+        raise ValueError("there are no polygons")
+    areas = [polygon for polygon in segmentation if _encloses(polygon, 4 * max(height, width))]
+    if not areas:
+        return np.zeros((height, width), bool)
+    runs = coco_mask.merge(coco_mask.frPyObjects(areas, height, width))
+    return coco_mask.decode(runs).astype(bool)
+
+
+def _encloses(polygon: Any, limit: int) -> bool:
+    """Whether a polygon has three corners or more. Raises `ValueError` where it's no list of x, y, or goes beyond `limit`."""
+    corners = np.asarray(polygon, np.float64)
+    if corners.ndim != 1 or not len(corners) or len(corners) % 2:
+        raise ValueError(f"a polygon is a list x, y, x, y, ..., not {str(polygon)[:80]}")
+    # Its memory is as long as the outline; corners lie inside the image, or nearly.
+    if not (np.abs(corners) <= limit).all():
+        raise ValueError(f"a polygon has a corner beyond {limit} pixels, far outside the image: {str(polygon)[:80]}")
+    return len(corners) >= 6
+
+
+def _of_runs(segmentation: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"its size is {segmentation['size']}, the image's {[height, width]}")
+    counts = segmentation["counts"]
+    runs = _runs_of_text(counts) if isinstance(counts, str) else [int(count) for count in counts]
+    if min(runs, default=-1) < 0 or sum(runs) != height * width:
+        raise ValueError(f"its runs cover {sum(runs)} pixels, the image has {height * width}")
+    runs_of_pixels = coco_mask.frPyObjects({"counts": runs, "size": [height, width]}, height, width)
+    return coco_mask.decode(runs_of_pixels).astype(bool)
+
+
+def _runs_of_text(text: str) -> list[int]:
+    """COCO's compressed runs: five bits a character from 48 on, 32 = more follow; from the fourth on, each is the difference
+    to the last but one."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in text.encode():
+        bits = character - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"its text of runs holds the character {chr(character)!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("its text of runs ends within a number")
+    return runs

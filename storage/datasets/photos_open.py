@@ -1,0 +1,56 @@
+"""Photographs under open licences (photos_open): tars of images, with class masks in `seg/` and COCO's `instances.json`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from storage.datasets.coco import instances_of, read_coco
+from storage.datasets.files import DatasetError, names_in
+from storage.datasets.images import TarImage, TarMember, keys_of, tar_members
+from storage.datasets.labels import ClassMask, LabelledImage
+from storage.paths import Folder
+
+PHOTOS_SPLITS: Mapping[str, slice] = {"all": slice(None), "train": slice(0, 1), "val": slice(1, None)}
+"""Of the tars: photos_open has no official splits, so the first is for training."""
+
+
+def load_photos_open(
+    folder: Folder, split: str, limit: int | None = None, label: Literal["classes", "instances"] = "classes"
+) -> list[LabelledImage]:
+    """The photographs in `*.tar` that have a mask in `seg/`, or objects in `instances.json`; sorted by key.
+
+    Raises `DatasetError`.
+    """
+    tars = sorted(name for name in folder.sizes("") if name.endswith(".tar"))
+    if split not in PHOTOS_SPLITS or not tars[PHOTOS_SPLITS[split]]:
+        raise DatasetError(
+            f"{folder.shown} has no tars of the split {split}: {len(tars)} tars, the splits {', '.join(PHOTOS_SPLITS)}; "
+            "check --data and the split"
+        )
+    photos, wanted = {member.key: member for member in tar_members(folder, tars)}, tars[PHOTOS_SPLITS[split]]
+    found = []
+    if label == "classes":
+        masks = {name.removesuffix(".png"): name for name in names_in(folder, "seg", ("png",))}
+        for member in _photos_with(folder, photos, masks, "seg", wanted)[:limit]:
+            mask = ClassMask(folder=folder, name=f"seg/{masks[member.key]}", table="photos_open")
+            found.append(LabelledImage(image=_in_tar(folder, member), label=mask))
+        return found
+    notes = {keys_of(each.file_name)[0]: each for each in read_coco(folder, "instances.json")}
+    for member in _photos_with(folder, photos, notes, "instances.json", wanted)[:limit]:
+        note = notes[member.key]
+        image = _in_tar(folder, member, note.width, note.height)
+        found.append(LabelledImage(image=image, label=instances_of(folder, "instances.json", note)))
+    return found
+
+
+def _photos_with(
+    folder: Folder, photos: Mapping[str, TarMember], labels: Iterable[str], where: str, tars: Sequence[str]
+) -> list[TarMember]:
+    """Members of `tars` that have a label; every label must have an image in some tar."""
+    for key in labels:
+        if key not in photos:
+            raise DatasetError(f"{folder.shown}/{where} has a label for {key}, but no tar there has such an image")
+    return [photos[key] for key in sorted(labels) if photos[key].tar in tars]
+
+
+def _in_tar(folder: Folder, member: TarMember, width: int = 0, height: int = 0) -> TarImage:
+    return TarImage(folder=folder, member=member, keys=(member.key,), width=width, height=height)

@@ -1,0 +1,81 @@
+"""Pascal VOC's detection and segmentation.
+
+The folder may be the one above VOCdevkit (TokenCut's, with or without VOC<year>/), VOCdevkit itself, or the year's; in it are
+`ImageSets/{Main,Segmentation}/<split>.txt`, `JPEGImages/<id>.jpg`, `Annotations/<id>.xml` and `SegmentationClass/<id>.png`.
+"""
+
+import xml.etree.ElementTree as ET
+
+from storage.datasets.boxes import Box, BoxedImage, corner_box
+from storage.datasets.files import DatasetError, listed_names, require_files, require_plain
+from storage.datasets.images import ImageFile
+from storage.datasets.labels import LabelledImage
+from storage.datasets.pairing import first_place, masked_images
+from storage.paths import Folder
+
+
+def load_voc_seg(folder: Folder, split: str, limit: int | None = None, year: str = "2012") -> list[LabelledImage]:
+    """Class masks of the images that `ImageSets/Segmentation/<split>.txt` lists, in its order. Raises `DatasetError`."""
+    require_plain(split, "the split")
+    root, ids = _listed(folder, year, f"ImageSets/Segmentation/{split}.txt")
+    pairs = ((f"{root}JPEGImages/{each}.jpg", f"{root}SegmentationClass/{each}.png") for each in ids[:limit])
+    return masked_images(folder, pairs, "voc")
+
+
+def load_voc(folder: Folder, year: str, split: str = "trainval") -> list[BoxedImage]:
+    """Boxes of the images that `ImageSets/Main/<split>.txt` lists, in its order. Difficult and truncated objects count, as in
+    TokenCut's code. Raises `DatasetError`."""
+    listed = f"ImageSets/Main/{split}.txt"
+    root, ids = _listed(folder, year, listed)
+    names = [f"{root}Annotations/{each}.xml" for each in ids]
+    try:
+        files = folder.read_many(names)
+    except FileNotFoundError as error:
+        raise DatasetError(f"{error}, but {listed} lists it") from None
+    found = []
+    for each, name, data in zip(ids, names, files, strict=True):
+        width, height, boxes = _objects(f"{folder.shown}/{name}", data)
+        image = ImageFile.at(folder, f"{root}JPEGImages/{each}.jpg", width, height)
+        found.append(BoxedImage(image=image, boxes=boxes))
+    require_files(folder, (each.image for each in found))
+    return found
+
+
+def _listed(folder: Folder, year: str, listed: str) -> tuple[str, list[str]]:
+    """Where a VOC year with the file `listed` begins inside the folder, "" or a path that ends in /; and the ids listed.
+
+    Raises `DatasetError`.
+    """
+    place = first_place(folder, (f"VOC{year}/VOCdevkit/VOC{year}", f"VOCdevkit/VOC{year}", f"VOC{year}", ""), listed)
+    if place is None:
+        raise DatasetError(
+            f"{folder.shown} has no VOCdevkit/VOC{year}/{listed}, nor VOC{year}/VOCdevkit/...; check --data"
+        )
+    root = f"{place}/" if place else ""
+    # Lists of single classes have -1 in a second column; the ids are what is wanted.
+    return root, listed_names(folder, root + listed)
+
+
+def _objects(shown: str, data: bytes) -> tuple[int, int, tuple[Box, ...]]:
+    """Width, height and boxes of an XML annotation; boxes are 1-based and inclusive there."""
+    try:
+        if b"<!ENTITY" in data:
+            raise DatasetError(f"{shown} declares entities, which annotations have no use for; it is not read")
+        root = ET.fromstring(data)
+        width, height = _number(root, "size/width"), _number(root, "size/height")
+        return width, height, tuple(_box_of(each, width, height) for each in root.iter("object"))
+    except (ET.ParseError, ValueError) as error:
+        raise DatasetError(f"{shown} is malformed: {error}") from None
+
+
+def _box_of(node: ET.Element, width: int, height: int) -> Box:
+    names = ("xmin", "ymin", "xmax", "ymax")
+    x1, y1, x2, y2 = (_number(node, f"bndbox/{name}") for name in names)
+    return corner_box((x1 - 1, y1 - 1, x2, y2), width, height)
+
+
+def _number(node: ET.Element, path: str) -> int:
+    text = node.findtext(path)
+    if text is None:
+        raise ValueError(f"<{node.tag}> has no <{path}>")
+    return round(float(text))
