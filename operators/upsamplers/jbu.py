@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import Recursive, X2Net, X2Settings
+from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class JbuSettings(X2Settings):
         require_counts(self, "radius", "stages")
 
 
-class Jbu(Recursive[JbuSettings]):
+class Jbu(OfLiftsPaper[JbuSettings]):
     """One joint bilateral filter, or FeatUp's stack of them."""
 
     settings = JbuSettings

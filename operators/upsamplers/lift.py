@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import Recursive, X2Net, X2Settings
+from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class LiftSettings(X2Settings):
             raise UpsamplerError(f"{self.channels} channels don't divide into {self.heads} heads")
 
 
-class Lift(Recursive[LiftSettings]):
+class Lift(OfLiftsPaper[LiftSettings]):
     """LiFT's method."""
 
     settings = LiftSettings

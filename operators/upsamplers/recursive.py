@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -50,11 +50,6 @@ class X2Settings(Settings):
 
 N = TypeVar("N", bound=X2Settings)
 
-_ONCE_SHARED = {
-    "image_branch": True, "border_crop": False, "wide": False, "heads": None, "kernel": 1, "radius": 3, "stages": 1,
-}  # fmt: skip
-"""Settings that older checkpoints have of all these methods, at the value that says nothing."""
-
 
 class Recursive(Method[N]):
     """A method whose network enlarges x2. A subclass has `settings` and `network`, and `prepared` where inference needs it."""
@@ -66,13 +61,6 @@ class Recursive(Method[N]):
 
     def prepared(self, net: X2Net, settings: N) -> None:
         """Make a trained network, in place, one that takes and gives channels as the maps have them."""
-
-    def parse(self, given: Mapping[str, Any]) -> N:
-        own = self.settings.__dataclass_fields__
-        foreign = [name for name in given if name in _ONCE_SHARED and name not in own]
-        if said := [name for name in foreign if given[name] not in (None, _ONCE_SHARED[name])]:
-            raise UpsamplerError(f"{said[0]}={given[said[0]]!r} is no setting of {self.name}")
-        return super().parse({name: value for name, value in given.items() if name not in foreign})
 
     def trained_sides(self, size: int) -> tuple[int, ...]:
         """Maps of images are learned from those of their halves, and those from the quarters' (LiFT's eq. 1)."""
@@ -97,6 +85,26 @@ class Recursive(Method[N]):
         if 1 < stages < passes:
             raise UpsamplerError(f"this {self.name} has {stages} stages: x{2**stages} at most")
         return passes
+
+
+_SHARED = {
+    "image_branch": True, "border_crop": False, "wide": False, "heads": None, "kernel": 1, "radius": 3, "stages": 1,
+}  # fmt: skip
+"""Settings that checkpoints of the methods of LiFT's paper hold of each other, too, at the values that say nothing."""
+
+
+class OfLiftsPaper(Recursive[N]):
+    """One of the three methods that LiFT's paper compares. Their checkpoints were the first, and keep their layout."""
+
+    def to_json(self, settings: N) -> dict[str, Any]:
+        said = super().to_json(settings)
+        return {"method": self.name, "channels": settings.channels, "patch": settings.patch, **_SHARED} | said
+
+    def parse(self, given: Mapping[str, Any]) -> N:
+        foreign = _SHARED.keys() & given.keys() - {field.name for field in fields(self.settings)}
+        if said := sorted(name for name in foreign if given[name] not in (None, _SHARED[name])):
+            raise UpsamplerError(f"{said[0]}={given[said[0]]!r} is no setting of {self.name}")
+        return super().parse({name: value for name, value in given.items() if name not in foreign})
 
 
 class LearnedUpsampler(Upsampler, Generic[N]):

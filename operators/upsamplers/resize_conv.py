@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import Recursive, X2Net, X2Settings
+from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class ResizeConvSettings(X2Settings):
             raise UpsamplerError(f"kernel must be odd, got {self.kernel}")
 
 
-class ResizeConv(Recursive[ResizeConvSettings]):
+class ResizeConv(OfLiftsPaper[ResizeConvSettings]):
     """The method of `ResizeConvNet`."""
 
     settings = ResizeConvSettings

@@ -1,5 +1,5 @@
 """Time and peak memory of each method and output grid, in the layout of ViT-Up's Table 9; operations and parameters, as LiFT's
-Tables 5 and 6 have them, too (specs/evaluation.md sections 10, 11).
+Tables 5 and 6 have them, too.
 
 What it takes to bring one random image to a grid of features, backbone included. Weights are random unless a method names a
 checkpoint: the numbers don't depend on them. How things are timed and counted is said in pipelines/costs/upsamplers.py.

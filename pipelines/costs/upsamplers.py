@@ -1,7 +1,7 @@
 """What upsampling costs beside the backbone: operations as LiFT's paper counts them and truly, and measured time and memory.
 
 `measure_cost` returns plain data, `cost_report` its Markdown. All weights are random: nothing here depends on them.
-LiFT: arXiv 2403.14625, Tables 5 and 6; the counting rule was found from their numbers (specs/evaluation.md section 11).
+LiFT: arXiv 2403.14625, Tables 5 and 6; the counting rule was found from their numbers.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """What ViT-Up costs beside bilinear and LiFT (its Table 9); its windows, too, through pipelines/costs/windows.py.
 
 `measure_vit_up` returns plain data, `vit_up_report` its Markdown. All weights are random: nothing here depends on them.
-ViT-Up: arXiv 2606.14024, Table 9; operations: specs/lift_vitup.md B10; how it was timed: specs/evaluation.md section 10.
+ViT-Up: arXiv 2606.14024, Table 9.
 """
 
 import copy
@@ -197,7 +197,7 @@ def _nbytes(net: nn.Module) -> int:
 
 
 def published_macs(channels: int, tokens: int, blocks: int = 6) -> tuple[int, int]:
-    """Multiply-accumulates of the head for each query, all its decoders included, and once for each image (B10)."""
+    """Multiply-accumulates of the head for each query, all its decoders included, and once for each image."""
     of_query = blocks * (24 * channels**2 + 2 * tokens * channels + 66 * channels) + (blocks + 1) * channels**2
     return of_query, blocks * 2 * tokens * channels**2
 

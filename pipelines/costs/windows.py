@@ -18,7 +18,7 @@ from operators.upsamplers.vit_up.head import sample
 from pipelines.costs.clocks import BenchmarkFailed, median_ratio, table, timed
 
 QUERIES = 3136
-"""At once, in both: the official code's default (specs/lift_vitup.md B11)."""
+"""At once, in both: the official code's default."""
 _TOLERANCE = 1e-4
 "largest difference of the two, of the largest value"
 
@@ -80,7 +80,7 @@ class _State:
 def gather_then_attend(
     head: ViTUpHead, query_grid: Tensor, hidden: Sequence[Tensor], coords: Tensor, query_chunk: int | None = None
 ) -> Tensor:
-    """The last layer for coordinates [1, N, 2] of one image: every query gathers keys and values of its own (B5 to B7).
+    """The last layer for coordinates [1, N, 2] of one image: every query gathers keys and values of its own.
 
     The equations of `ViTUpHead`, written plainly; its results are the same up to rounding.
     """
