@@ -1,6 +1,6 @@
 """How every program here runs: a sentence and an exit code for what a person can act on, and a quiet end where nobody reads on.
 
-A program is its settings, its presets, and one call of `run_program`.
+A program is its docstring, its presets, and one `Program` of them.
 """
 
 import contextlib
@@ -8,14 +8,17 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
+
+import tyro
 
 from pipelines.config import ConfigError
 from storage.errors import RayliftError
 from storage.paths import redact
 
-Parsed = TypeVar("Parsed", bound=tuple[Any, ...])
+Config = TypeVar("Config")
 
 PATH_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 """Of the operating system, for a path that a person gave. Others (a full disk, a network that fails) aren't a setting's fault."""
@@ -24,40 +27,138 @@ STOPPED, PIPE_CLOSED = 130, 141
 """Exit codes as a shell gives them to programs that an interrupt (SIGINT) or a closed pipe (SIGPIPE) ends."""
 
 
-def run_program(
-    argv: Sequence[str],
-    parse: Callable[[Sequence[str]], Parsed],
-    execute: Callable[..., int | None],
-    *,
-    stopped: str = "stopped",
-) -> int:
-    """Parse `argv`, execute what was parsed (a tuple that ends with the settings), and return the exit code.
+@dataclass(frozen=True, kw_only=True)
+class Command(Generic[Config]):
+    """What a program does with settings of one kind."""
 
-    `execute` returns one, or None for 0. A `RayliftError` ends with the code of its class, and a path that can't be used with
-    2, each as one message without credentials; an interrupt ends with 130 and the words of `stopped`, and a reader that went
-    away (`| head`) with 141.
-    """
-    log_to_stderr()
-    options: dict[str, Any] = {}
-    try:
-        parsed = parse(argv)
-        options = getattr(parsed[-1], "options", {})
-        code = execute(*parsed) or 0
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return _closed_pipe()
-    except (RayliftError, *PATH_ERRORS) as error:
-        print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, RayliftError) else RayliftError.exit_code
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return STOPPED
-    except SystemExit:  # of --help, or of a flag that there isn't
-        with contextlib.suppress(BrokenPipeError):
+    run: Callable[[Config], Iterable[str]]
+    "does it, and gives what is to be printed, line by line as it comes"
+    default: Config | type[Config] | None = None
+    "the settings without a preset; their class where some must be given; None: one of the presets must be named"
+    presets: Mapping[str, Config] = field(default_factory=dict)
+    before: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    "by preset: what makes the data that it needs"
+    instead: Mapping[str, Callable[[Config], Iterable[str]]] = field(default_factory=dict)
+    "by preset: what is done instead of `run`"
+    start: Callable[[list[str], Config], Config] = lambda _, default: default
+    "settings to start from, where flags name others than the default's; takes those flags away"
+    about: str = ""
+    "the text of --help; default: what the settings' class says of itself"
+
+
+AnyCommand: TypeAlias = Command[Any]
+"""One of several, each with settings of its own type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Generic[Config]):
+    """A command line that was understood."""
+
+    command: Command[Config]
+    preset: str
+    "its name, or nothing"
+    config: Config
+
+    def lines(self) -> Iterable[str]:
+        """Do it; gives what is to be printed."""
+        if self.preset in self.command.before:
+            self.command.before[self.preset]()
+        return self.command.instead.get(self.preset, self.command.run)(self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program of jobs/: its commands, by the first word of a command line, or one without such a word."""
+
+    name: str
+    doc: str
+    commands: Mapping[str, AnyCommand]
+    "by name: a word, and perhaps flags that make it another command wherever they stand; or one, called nothing"
+    stopped: str = "stopped"
+    "what an interrupt is answered with"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    "flags by other names that they may be given"
+    pairs: bool = False
+    "switches have both forms, --flag and --no-flag, whatever their default"
+
+    def run(self, argv: Sequence[str]) -> int:
+        """Do what `argv` says; returns the exit code.
+
+        A `RayliftError` ends with the code of its class, and a path that can't be used with 2, each as one message without
+        credentials; an interrupt ends with 130, and a reader that went away (`| head`) with 141.
+        """
+        log_to_stderr()
+        options: Mapping[str, object] = {}
+        try:
+            call = self.parse(argv)
+            options = getattr(call.config, "options", {})
+            for line in call.lines():
+                print(line)
             sys.stdout.flush()
-            raise
-        return _closed_pipe()
-    return code
+        except BrokenPipeError:
+            return _closed_pipe()
+        except (RayliftError, *PATH_ERRORS) as error:
+            print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
+            return error.exit_code if isinstance(error, RayliftError) else RayliftError.exit_code
+        except KeyboardInterrupt:
+            print(self.stopped, file=sys.stderr)
+            return STOPPED
+        except SystemExit:  # of --help, or of a flag that there isn't
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.flush()
+                raise
+            return _closed_pipe()
+        return 0
+
+    def parse(self, argv: Sequence[str]) -> Call[Any]:
+        """What `argv` asks for. Exits with a suggestion on unknown flags; raises `ConfigError` on unknown words."""
+        args = [self._named(word) for word in argv]
+        word, command = self._command(args)
+        preset = ""
+        if command.presets:
+            preset = pick_word(args, command.presets, f"no preset of {word}" if word else "no preset") or ""
+        named = command.presets.get(preset, command.default)
+        if named is None:
+            self._end_with_usage(args)
+        default = command.start(args, named)
+        kind = default if isinstance(default, type) else type(default)
+        about, choice = command.about or kind.__doc__ or "", preset
+        if command.presets and not preset:
+            about, choice = f"{about}\nPresets: {', '.join(command.presets)}", "[PRESET]"
+        config = tyro.cli(
+            kind,
+            args=args,
+            prog=" ".join(filter(None, ["python", f"jobs/{self.name}.py", word, choice])),
+            description=about,
+            config=() if self.pairs else (tyro.conf.FlagCreatePairsOff,),
+            **({} if default is kind else {"default": default}),
+        )
+        return Call(command=command, preset=preset, config=config)
+
+    def _named(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        return f"{self.aliases.get(flag, flag)}{equals}{value}"
+
+    def _command(self, args: list[str]) -> tuple[str, AnyCommand]:
+        """The command that `args` begin with, whose name is taken off them."""
+        if "" in self.commands and args:
+            return "", self.commands[""]
+        word = pick_word(args, self.commands)
+        if word is None:
+            self._end_with_usage(args)
+        for name in self.commands:
+            first, *flags = name.split()
+            if first == word and flags and set(flags) <= set(args):
+                args[:] = [each for each in args if each not in flags]
+                return name, self.commands[name]
+        return word, self.commands[word]
+
+    def _end_with_usage(self, args: Sequence[str]) -> NoReturn:
+        """Print what there is to choose from; it was asked for, or something lacks."""
+        print(f"{self.doc}\nCommands and presets, each with --help:")
+        for name, command in self.commands.items():
+            print(f"  {': '.join(filter(None, [name, ', '.join(command.presets)]))}")
+        raise SystemExit(0 if "--help" in args or "-h" in args else 2)
 
 
 def _closed_pipe() -> int:

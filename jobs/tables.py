@@ -11,20 +11,17 @@ grid that stopped: what is done isn't done again. Exit codes: 0 all cells done, 
 wrong settings.
 """
 
-import contextlib
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-import tyro
-
-from cluster.session import connect
-from jobs.program import pick_word, run_program
+from jobs.program import Command, Program
+from pipelines.config import ActorsConfig
 from pipelines.demo_datasets import write_demo
 from pipelines.tables.backbones import BACKBONES
-from pipelines.tables.cells import GridConfig, measure_speeds, plan_cells, run_cells
-from pipelines.tables.deap import write_grid
+from pipelines.tables.cells import GridConfig
+from pipelines.tables.deap import main
 from pipelines.tables.tasks import DEAP_TASKS
-from pipelines.training.readout import ReadoutTraining
+from pipelines.training.readout import ReadConfig, ReadoutTraining
 
 PRESETS: dict[str, GridConfig] = {
     # No network, no Ray: timm's test_vit at two sizes, random weights, on drawn images. 2 CPU cores: about 30 seconds; random
@@ -35,14 +32,20 @@ PRESETS: dict[str, GridConfig] = {
         tasks=("voc", "boundaries"),
         methods=("deap", "linear"),
         data=("voc=demo/evaluate/VOC2012", "coco=demo/evaluate/coco"),
-        weights="random",
+        backbone_weights="random",
         max_steps=10,
-        cell=ReadoutTraining(side=64, batch=3, lr=1e-2, precision="fp32", checkpoint_every=10, validate_every=20),
+        cell=ReadoutTraining(
+            side=64,
+            batch=3,
+            lr=1e-2,
+            features=ReadConfig(precision="fp32"),
+            checkpoint_every=10,
+            validate_every=20,
+        ),
         speed_reference="test_vit.r160_in1k",
         speed_reference_size=64,
         speed_batches=3,
-        executor="inline",
-        device="cpu",
+        cluster=ActorsConfig(executor="inline", device="cpu"),
     ),
     # DeAP Table 3: 16 of its 18 backbones (timm lacks SAM2's neck and MoCo v3's weights), six tasks; the numbers are printed by
     # --paper. 96 runs, 64,000 to 73,000 steps of 32 images a backbone; the paper has VOC's at under 16 minutes on an RTX 2080.
@@ -67,51 +70,21 @@ PRESETS: dict[str, GridConfig] = {
     ),
 }
 
-
-def parse(argv: Sequence[str]) -> tuple[str, GridConfig]:
-    """The preset's name, and the settings. Exits with a suggestion on unknown flags; raises `ConfigError` on unknown words."""
-    args = list(argv)
-    name = pick_word(args, PRESETS, missing="no preset") or ""
-    if not name and not args:
-        print(f"{__doc__}\nPresets: {', '.join(PRESETS)}; all settings: --help")
-        raise SystemExit(2)
-    config = tyro.cli(
-        GridConfig,
-        default=PRESETS.get(name, GridConfig()),
-        args=args,
-        prog="python jobs/tables.py",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return name, config
-
-
-def main(config: GridConfig) -> bool:
-    """Run all cells, then measure speeds, and print and write what was found; whether all cells are done."""
-    cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
-    session = connect(config.ray_address, num_gpus=0 if config.device == "cpu" else None)
-    with contextlib.nullcontext() if config.is_inline else session:
-        results = run_cells(config, cells)
-        text = write_grid(folder, config, cells, results, {})
-        if config.speed and not all(result.error for result in results):
-            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results))
-    print(text)
-    print(f"{folder.shown}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own")
-    return not any(result.error for result in results)
-
-
-def execute(name: str, config: GridConfig) -> int:
-    """Run the grid; 1 where a cell failed. The debug preset's data is drawn first."""
-    if name == "debug":
-        write_demo("demo/evaluate")
-    return 0 if main(config) else 1
-
-
-def run(argv: Sequence[str]) -> int:
-    """The exit code of a command line."""
-    stopped = "stopped; the same command goes on from what is done"
-    return run_program(argv, parse, execute, stopped=stopped)
-
+program = Program(
+    name="tables",
+    doc=__doc__,
+    commands={
+        "": Command(
+            run=main,
+            default=GridConfig(),
+            presets=PRESETS,
+            before={"debug": partial(write_demo, "demo/evaluate")},
+            about=__doc__,
+        )
+    },
+    stopped="stopped; the same command goes on from what is done",
+)
+run = program.run
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[1:]))

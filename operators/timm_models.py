@@ -30,6 +30,8 @@ class TimmModel(nn.Module):
     feature_info: Sequence[Mapping[str, int]]
     pos_embed: nn.Parameter
     patch_embed: "PatchEmbed"
+    blocks: Sequence["Block"]
+    norm: nn.Module
     forward_intermediates: Callable[..., Sequence[Tensor]]
     reset_classifier: Callable[[int], None]
 
@@ -38,8 +40,16 @@ class PatchEmbed(nn.Module):
     """The same of a plain ViT's patch embedding."""
 
     proj: nn.Conv2d
+    norm: nn.Module
     img_size: tuple[int, int] | None
     grid_size: tuple[int, int]
+
+
+class Block(nn.Module):
+    """The same of a plain ViT's block."""
+
+    norm1: nn.Module
+    attn: "Attention"
 
 
 class Attention(nn.Module):
@@ -47,6 +57,8 @@ class Attention(nn.Module):
 
     num_heads: int
     qkv: nn.Linear
+    proj: nn.Linear
+    qkv_bias_separate: bool
 
 
 @dataclass(frozen=True, kw_only=True)

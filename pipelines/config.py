@@ -1,10 +1,22 @@
-"""What the settings of all jobs have in common: how they are checked, and shown without secrets."""
+"""What the settings of all jobs have in common: how they are declared, held, checked, and saved without secrets.
 
+A job's settings are a frozen dataclass that holds others: `cluster` says where the work is done, and `features` what makes
+features (pipelines/features/config.py), so that each setting is declared once. Flags and saved documents know nothing of that:
+there, the settings of a job are one flat list of names.
+
+Every setting says with its type whether results depend on it (`Counts`, `Found`, `Free`).
+"""
+
+import enum
+import functools
 import json
 import re
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
 
 from storage.errors import RayliftError
 from storage.paths import is_memory, public_options, redact
@@ -14,7 +26,223 @@ class ConfigError(RayliftError, ValueError):
     """Settings that contradict each other or the model."""
 
 
-def require_at_least(least: float, config: Any, *names: str) -> None:
+# --- declaring --------------------------------------------------------------------------------------------------------
+
+
+class Identity(enum.Enum):
+    """Whether a result is another one under another value of a setting, so that work isn't continued under it."""
+
+    COUNTS = "its value counts"
+    FOUND = "what it names counts, as it is found there: weights and images by their bytes, wherever they lie"
+    FREE = "where, how and how far the work is done, and what is shown of it"
+
+
+T = TypeVar("T")
+Counts = Annotated[T, Identity.COUNTS]
+Found = Annotated[T, Identity.FOUND]
+Free = Annotated[T, Identity.FREE]
+Held = Annotated[T, tyro.conf.arg(name="")]
+"""Settings that a job's settings hold, whose names have no prefix. `tyro.conf.arg(name=...)` of a single setting is its name in
+flags and saved documents, where that isn't the field's."""
+
+_NAMED = type(tyro.conf.arg(name=""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of a job."""
+
+    name: str
+    "as flags (with - for _) and saved documents have it"
+    path: tuple[str, ...]
+    "attributes that lead to it"
+    kind: Any
+    "its type"
+    identity: Identity | None
+
+    def of(self, config: object) -> Any:
+        """Its value."""
+        return functools.reduce(getattr, self.path, config)
+
+
+def settings_of(kind: type) -> Mapping[str, Setting]:
+    """The settings of a job's class by name, in the order of their fields; those that it holds in the place of what holds
+    them."""
+    found: dict[str, Setting] = {}
+    hints, chosen = get_type_hints(kind, include_extras=True), _type_arguments(kind)
+    for each in fields(kind):
+        marks = get_args(hints[each.name])[1:]
+        plain = get_args(hints[each.name])[0] if marks else hints[each.name]
+        name = next((mark.name for mark in marks if isinstance(mark, _NAMED)), each.name)
+        if name:
+            identity = next((mark for mark in marks if isinstance(mark, Identity)), None)
+            found[name] = Setting(name=name, path=(each.name,), kind=chosen.get(plain, plain), identity=identity)
+        else:
+            held = settings_of(plain).items()
+            found |= {name: replace(setting, path=(each.name, *setting.path)) for name, setting in held}
+    return found
+
+
+def _type_arguments(kind: type) -> dict[Any, Any]:
+    """What the type variables of its generic bases stand for."""
+    bases = [base for each in kind.__mro__ for base in each.__dict__.get("__orig_bases__", ())]
+    pairs = [(get_origin(base), get_args(base)) for base in bases if get_origin(base) not in (None, Generic)]
+    return {
+        name: given for origin, arguments in pairs for name, given in zip(origin.__parameters__, arguments, strict=True)
+    }
+
+
+# --- where the work is done -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionConfig:
+    """The filesystem, and the Ray session."""
+
+    storage_options: Free[str | None] = None
+    """JSON for the filesystem, for example '{"endpoint_url": "http://host:9000"}', or one object per scheme. Better for
+    secrets: a profile, environment variables, or fsspec's own configuration file."""
+    executor: Free[Literal["auto", "ray", "inline"]] = "auto"
+    """`inline` runs in this process, without Ray; `auto` is Ray, except for memory:// which only one process can see."""
+    ray_address: Free[str | None] = None
+    """A Ray cluster; default: the job's own under `ray job submit`, else a new local one."""
+    device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
+    """`auto` takes GPUs where the cluster has any."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """`storage_options` parsed. Raises `ConfigError`."""
+        return parse_options(self.storage_options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuConfig(SessionConfig):
+    """A Ray session that may have several kinds of GPU."""
+
+    accelerator: Free[str | None] = None
+    """Only GPUs of this kind, as Ray calls it: L4, A10G, A100, H100. For clusters with several kinds."""
+
+    def __post_init__(self) -> None:
+        if self.accelerator is None:
+            return
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.accelerator):
+            raise ConfigError(
+                f"--accelerator {self.accelerator!r}: give one kind of GPU as Ray calls it, for example L4"
+            )
+        if self.device == "cpu" or self.executor == "inline":
+            raise ConfigError(
+                f"--accelerator {self.accelerator} chooses among a Ray cluster's GPUs; leave it out on CPU"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorsConfig(SessionConfig):
+    """A Ray session with a number of actors."""
+
+    actors: Free[int | None] = None
+    """Largest number of model actors; default: one per GPU, or per CPU where there is none."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "actors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(GpuConfig, ActorsConfig):
+    """Where actors run that hold a model."""
+
+    actor_cpus: Free[int | None] = None
+    """CPUs and threads of one actor; default: 1 on CPU, the node's share per GPU otherwise."""
+    actor_gpus: Free[float | None] = None
+    """GPUs of one actor; fractions pack several small models onto one."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "actors", "actor_cpus")
+        require_gpus(self.actor_gpus, "--actor-gpus")
+        super().__post_init__()
+
+
+# --- a job ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Settings of one job. `of` and `changed` take those that it holds by their own names, as flags do."""
+
+    cluster: Held[SessionConfig] = SessionConfig()
+
+    def __post_init__(self) -> None:
+        if self.cluster.executor == "ray":
+            require_shareable(*self.places)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """The settings with these values. Raises `TypeError` for names that there aren't, and `ConfigError`."""
+        return cls().changed(**settings)
+
+    def changed(self, **settings: Any) -> Self:
+        """These settings with other values, as `of`."""
+        known, own, held = settings_of(type(self)), {}, {}
+        for name, value in settings.items():
+            if name not in known:
+                raise TypeError(f"{type(self).__name__} has no setting {name}")
+            first, *rest = known[name].path
+            if rest:
+                held.setdefault(first, {})[rest[0]] = value
+            else:
+                own[first] = value
+        return replace(self, **own, **{first: replace(getattr(self, first), **held[first]) for first in held})
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by name."""
+        return {name: setting.of(self) for name, setting in settings_of(type(self)).items()}
+
+    def public(self) -> dict[str, Any]:
+        """All settings as JSON values without credentials, for files and logs."""
+        shown = self.flat()
+        if shown["storage_options"]:
+            shown["storage_options"] = json.dumps(public_options(self.options))
+        return _redacted(json.loads(json.dumps(shown)), self.options)
+
+    def counted(self, *features: Identity) -> dict[str, Any]:
+        """Its own settings whose value counts, as `public` has them, and the settings of `features` that are marked so."""
+        known, public = settings_of(type(self)), self.public()
+        return {
+            name: public[name]
+            for name, setting in known.items()
+            if setting.identity in (features if setting.path[0] == "features" else (Identity.COUNTS,))
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """`storage_options` parsed. Raises `ConfigError`."""
+        return self.cluster.options
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The URLs that workers read and write."""
+        raise NotImplementedError
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether this process does the work: where it was told to, or other ones can't see the URLs."""
+        return self.cluster.executor == "inline" or (
+            self.cluster.executor == "auto" and any(map(is_memory, self.places))
+        )
+
+
+def _redacted(value: Any, options: Mapping[str, Any]) -> Any:
+    """JSON values with credentials blanked in every text."""
+    if isinstance(value, str):
+        return redact(value, options)
+    if isinstance(value, dict):
+        return {name: _redacted(each, options) for name, each in value.items()}
+    return [_redacted(each, options) for each in value] if isinstance(value, list) else value
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def require_at_least(least: float, config: object, *names: str) -> None:
     """Raises `ConfigError` for a setting, or one of its values, below `least`; None means that it wasn't given."""
     for name in names:
         value = getattr(config, name)
@@ -23,18 +251,10 @@ def require_at_least(least: float, config: Any, *names: str) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} {each}: must be at least {least}")
 
 
-def require_gpus(config: Any, gpus: float | None = None, flag: str = "") -> None:
-    """Raises `ConfigError` for GPUs of one worker that Ray can't give, and for a kind of GPU where none is used.
-
-    `config` has `device`, `executor` and `accelerator`."""
+def require_gpus(gpus: float | None, flag: str) -> None:
+    """Raises `ConfigError` for GPUs of one worker that Ray can't give."""
     if gpus is not None and not (0 < gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
         raise ConfigError(f"{flag} {gpus:g}: must be a part of one GPU, or a whole number of them")
-    if config.accelerator is None:
-        return
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.accelerator):
-        raise ConfigError(f"--accelerator {config.accelerator!r}: give one kind of GPU as Ray calls it, for example L4")
-    if config.device == "cpu" or config.executor == "inline":
-        raise ConfigError(f"--accelerator {config.accelerator} chooses among a Ray cluster's GPUs; leave it out on CPU")
 
 
 def require_shareable(*urls: str) -> None:
@@ -43,27 +263,9 @@ def require_shareable(*urls: str) -> None:
         raise ConfigError("memory:// can be seen by one process only; use --executor inline, or another URL")
 
 
-def runs_inline(executor: str, *urls: str) -> bool:
-    """Whether this process does the work: where it was told to, or other ones can't see the URLs."""
-    return executor == "inline" or (executor == "auto" and any(map(is_memory, urls)))
-
-
 def absolute(url: str) -> str:
     """A path so that other processes on this machine, with other working directories, find it, too."""
     return url if "://" in url else str(Path(url).expanduser().resolve())
-
-
-def public_settings(config: Any, *urls: str) -> dict[str, Any]:
-    """All fields of a config as JSON values, without credentials; `urls` are those that hold a URL, or several."""
-    shown = {f.name: getattr(config, f.name) for f in fields(config)}
-    if config.storage_options:
-        shown["storage_options"] = json.dumps(public_options(config.options))
-    for name in urls:
-        value = shown[name]
-        shown[name] = (
-            redact(value, config.options) if isinstance(value, str) else [redact(u, config.options) for u in value]
-        )
-    return json.loads(json.dumps(shown))
 
 
 def parse_options(text: str | None) -> dict[str, Any]:

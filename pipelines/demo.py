@@ -1,8 +1,15 @@
-"""What the demo needs: photographs that are already on the machine."""
+"""The first run: photographs that are already on the machine, their features, and a picture."""
 
 import io
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from pipelines.extraction import run as extraction
+from pipelines.extraction.config import ExtractConfig
+from pipelines.features.weights import WeightsUnavailable
+from pipelines.showing.views import pick_rows, view_panel
+from storage.store import FeatureStore
 
 PHOTOS = (
     "astronaut",
@@ -40,3 +47,23 @@ def write_photos(folder: str) -> None:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         partial.rename(path)
+
+
+def main(config: ExtractConfig) -> Iterator[str]:
+    """Features of the photographs, a picture of them, and what to try next; where there are no weights, of random ones."""
+    try:
+        yield from extraction.main(config)
+    except WeightsUnavailable as error:
+        yield f"\nNo pretrained weights: {error}"
+        yield "The demo goes on with RANDOM weights, and the store says so: the picture shows that the pipeline works,"
+        yield "not what good features look like.\n"
+        config = config.changed(weights="random", out=config.out.replace(".zarr", "-random.zarr"))
+        yield from extraction.main(config)
+    if config.plan:
+        return
+    store, picture = FeatureStore.open(config.out), config.out.replace(".zarr", ".png")
+    view_panel(store, pick_rows(store, len(store))).draw().save(picture)
+    yield f"\npicture    {picture}"
+    yield f"store      {config.out}"
+    yield f"try next   python -c \"import zarr; print(zarr.open_group('{config.out}', mode='r').tree())\""
+    yield "           python jobs/extract.py --data <folder of images or tars> --out feats.zarr --plan"

@@ -10,12 +10,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 
 from cluster.resources import WorkerPool
+from cluster.session import connect
 from storage.inputs import InputFile
 from storage.spec import ShardTask
 from storage.tars import MemberRules, SourceScan, scan_source
@@ -199,3 +201,13 @@ class _Actor:
         report = self._worker.run(task, loaded)
         self._metrics.count(report)
         return {"report": [json.dumps(report)]}
+
+
+@contextmanager
+def executor_for(*, inline: bool, address: str | None, device: str) -> Iterator[InlineExecutor | RayExecutor]:
+    """The executor that settings ask for, with a Ray session round it where it needs one. Raises `ClusterError`."""
+    if inline:
+        yield InlineExecutor()
+        return
+    with connect(address, num_gpus=0 if device == "cpu" else None):
+        yield RayExecutor()

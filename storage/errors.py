@@ -12,3 +12,7 @@ class RayliftError(Exception):
 
     exit_code: ClassVar[int] = 2
     "of a program that ends with it: 2 for wrong settings or data, 1 for work that began and failed"
+
+
+class StorageError(RayliftError):
+    """Base of what this package raises on purpose."""

@@ -55,6 +55,7 @@ def matches(fs: fsspec.AbstractFileSystem, pattern: str) -> Below:
     """The files and folders whose paths match a glob."""
     if fs.async_impl:
         return Below(sorted(fs.glob(pattern, detail=True).values(), key=_name))
+    # Walked here, from the last folder before any wildcard, so that what can't be read is counted.
     fixed = pattern[: min(pattern.find(each) for each in "*?[" if each in pattern)]
     root, slash, _ = fixed.rpartition("/")
     parts, wanted = pattern.split("/"), re.compile(glob_translate(pattern))
@@ -62,7 +63,7 @@ def matches(fs: fsspec.AbstractFileSystem, pattern: str) -> Below:
     def enter(path: str) -> bool:
         """Whether something below `path` may match."""
         upper = parts[: path.count("/") + 1]
-        if "**" in upper:
+        if "**" in upper:  # which stands for any number of folders
             return True
         return len(upper) < len(parts) and re.match(glob_translate("/".join(upper)), path) is not None
 
@@ -74,6 +75,7 @@ def without_repeats(entries: Sequence[Entry], below: Below, key: Callable[[Entry
     """`entries` without symlinks to a file that is among them itself, under an equal `key`."""
     if not below.has_links:
         return list(entries)
+    # Under another key it's another sample on purpose; under the same one it would be refused as a duplicate.
     places = [(os.path.realpath(entry["name"]), key(entry)) for entry in entries]
     first: dict[tuple[str, str], Entry] = {}
     for place, entry in zip(places, entries, strict=True):

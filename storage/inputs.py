@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.folders import Entry, files_below, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
-from storage.paths import InputError, StorageOptions, filesystem, is_memory, query_free, reaching, redact
+from storage.paths import InputError, StorageOptions, extension, filesystem, is_memory, query_free, reaching, redact
 
 COMMON_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 """What is mostly a photograph; format 2's stores took no others."""
@@ -59,7 +59,7 @@ class InputFile:
     @property
     def is_common(self) -> bool:
         """A tar, or an image of one of `COMMON_EXTENSIONS`."""
-        return not self.is_image or _extension(self.name) in COMMON_EXTENSIONS
+        return not self.is_image or extension(self.name) in COMMON_EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _expand_url(url: str, options: StorageOptions | None, image: str | None) -> 
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP:
+            if error.errno == errno.ELOOP:  # a symlink that leads to itself
                 return None
             raise
         if info["type"] == "directory":
@@ -178,16 +178,11 @@ def _list_folder(fs: fsspec.AbstractFileSystem, path: str, url: str, image: str 
 
 
 def _is_tar(name: str) -> bool:
-    return _extension(name) == "tar"
+    return extension(name) == "tar"
 
 
 def _is_image(name: str) -> bool:
-    return _extension(name) in IMAGE_EXTENSIONS
-
-
-def _extension(name: str) -> str:
-    """Behind the last dot of a file's name, in lower case; empty where there is none."""
-    return name.rsplit("/", 1)[-1].rpartition(".")[2].lower() if "." in name.rsplit("/", 1)[-1] else ""
+    return extension(name) in IMAGE_EXTENSIONS
 
 
 def _key(path: str) -> str:
@@ -204,8 +199,8 @@ def _why_not(name: str, *, beside_tars: bool = False) -> str:
         return "compressed tar (decompress it)"
     if _is_image(name) and beside_tars:
         return "image beside tars"
-    extension = _extension(name)
-    return f"neither tar nor image (.{extension})" if extension else "file without an extension"
+    ending = extension(name)
+    return f"neither tar nor image (.{ending})" if ending else "file without an extension"
 
 
 def _chosen(files: Sequence[InputFile], image: str | None, left_out: dict[str, LeftOut]) -> Listing:
@@ -220,7 +215,7 @@ def _chosen(files: Sequence[InputFile], image: str | None, left_out: dict[str, L
     dropped: set[str] = set()
     for same in by_key.values():
         named = [file for file in same if image and file.name.lower().endswith(f".{image.lower().lstrip('.')}")]
-        common = [file for file in same if _extension(file.name) in COMMON_EXTENSIONS]
+        common = [file for file in same if extension(file.name) in COMMON_EXTENSIONS]
         one = next((each[0] for each in (named, common) if len(each) == 1), None)
         if one is not None and len(same) > 1:
             dropped |= {file.url for file in same if file is not one}
@@ -263,6 +258,7 @@ def open_sequential(file: InputFile, storage_options: StorageOptions | None) -> 
     fs, path = filesystem(file.url, storage_options)
     ahead = {} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"}
     with reaching(query_free(file.url)):
+        # Taken whole: a web server may not answer ranges, and what is in memory costs nothing.
         if is_memory(file.url) or file.url.startswith(("http://", "https://")):
             yield io.BytesIO(fs.cat_file(path))
             return

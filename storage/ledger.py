@@ -121,6 +121,7 @@ class Ledger:
             raise StorageError(
                 f"task {task.block} must commit rows {task.first} to {task.last}, each once and in order"
             )
+        # Create-only: the slower of two workers on one task must not put its record over the other's, whose shards may be read.
         return self.folder.write_new(self.commit_name(task.block), self._record_bytes(task, records, objects))
 
     def replace(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> None:
@@ -131,6 +132,7 @@ class Ledger:
         table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
         metadata = {
             "task": json.dumps(asdict(task)),
+            # Sorted, so that the record's bytes don't depend on the order in which shards were written.
             "objects": json.dumps(dict(sorted(objects.items()))),
             "fingerprint": self.fingerprint,
         }
@@ -148,6 +150,7 @@ class Ledger:
         """The block whose record is called `name`."""
         match = re.fullmatch(r"(\d{8,18})\.parquet", name)
         block = int(match[1]) if match else -1
+        # `000000001.parquet`, with a zero too many, must not be a second name of block 1.
         if not 0 <= block < self.layout.n_blocks or self.commit_name(block) != f"ledger/commits/{name}":
             return None
         return block
@@ -164,6 +167,7 @@ class Ledger:
     def _each(blocks: Sequence[int], ask: Callable[[int], T]) -> Iterator[tuple[int, T]]:
         """What `ask` says of every block, many at once, in order."""
         with ThreadPoolExecutor(16) as pool:
+            # In windows, since a pool given all blocks at once would read ahead and hold every record in memory.
             for start in range(0, len(blocks), 256):
                 window = blocks[start : start + 256]
                 yield from zip(window, pool.map(ask, window), strict=True)
@@ -218,6 +222,7 @@ class Ledger:
         blocks_per_part = PART_ROWS // layout.block_rows
         for part, first in enumerate(range(0, layout.n_blocks, blocks_per_part)):
             blocks = list(range(first, min(first + blocks_per_part, layout.n_blocks)))
+            # Without the records' metadata, of which the joined table would keep one task's.
             table = pa.concat_tables([t.replace_schema_metadata(None) for _, t in self.records(blocks)])
             expected = range(part * PART_ROWS, min((part + 1) * PART_ROWS, layout.n_rows))
             if len(table) != len(expected) or table["row"].to_pylist() != list(expected):
@@ -256,7 +261,7 @@ class Ledger:
         """The same from the commit records, for a store that is being written: null but for `row` where there is none yet."""
         layout = self.layout
         blocks, at = np.unique(rows // layout.block_rows, return_inverse=True)
-        done = self.done()
+        done = self.done()  # one listing costs less than a failed request for each block that isn't there
         known = dict(self.records([int(b) for b in blocks if int(b) in done]))
         tables = []
         for i, block in enumerate(blocks.tolist()):
@@ -265,6 +270,7 @@ class Ledger:
                 tables.append(known[block].replace_schema_metadata(None).take(mine - layout.task(block).first))
             else:
                 tables.append(pa.Table.from_pylist([{"row": row} for row in mine.tolist()], schema=SCHEMA))
+        # `tables` hold the rows block after block; the inverse of that permutation brings them into the order asked.
         order = np.argsort(np.argsort(at, kind="stable"), kind="stable")
         table = pa.concat_tables(tables).take(order) if tables else SCHEMA.empty_table()
         return table if columns is None else table.select(columns)

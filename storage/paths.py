@@ -23,7 +23,8 @@ import botocore.exceptions
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import RayliftError
+from storage.errors import StorageError as StorageError
+from storage.local_files import put_file, read_ranges_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,6 @@ _S3_OPTIONS = {
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class StorageError(RayliftError):
-    """Base of what this package raises on purpose."""
 
 
 class InputError(StorageError, ValueError):
@@ -218,7 +215,7 @@ class Folder:
         paths = [f"{root}/{name}" for name, _, _ in ranges]
         bounds = [(offset, offset + size) for _, offset, size in ranges]
         if isinstance(fs, LocalFileSystem):
-            return _read_locals(paths, bounds)
+            return read_ranges_of_files(paths, bounds)
         found = fs.cat_ranges(paths, [start for start, _ in bounds], [end for _, end in bounds], on_error="return")
         return [_range_or_none(data, end - start) for data, (start, end) in zip(found, bounds, strict=True)]
 
@@ -244,7 +241,7 @@ class Folder:
             partial.replace(target)
 
         if isinstance(fs, LocalFileSystem):
-            _put_local(root, name, data, put)
+            put_file(root, name, data, put)
             return
         if look is not None:
             look()
@@ -257,7 +254,7 @@ class Folder:
         fs, root = self._fs()
         if isinstance(fs, LocalFileSystem):
             try:
-                _put_local(root, name, data, os.link)
+                put_file(root, name, data, os.link)
             except FileExistsError:
                 return False
             return True
@@ -347,24 +344,6 @@ class Folder:
             shutil.rmtree(Path(root) / ".partial", ignore_errors=True)
 
 
-def _read_locals(paths: Sequence[str], bounds: Sequence[tuple[int, int]]) -> list[bytes | None]:
-    # Threads pay off once the disk does the work; for a few small ranges they cost more than the reads.
-    if sum(end - start for start, end in bounds) < 2**22:
-        return [_read_local(*each) for each in zip(paths, bounds, strict=True)]
-    with ThreadPoolExecutor(min(8, len(paths))) as pool:
-        return list(pool.map(_read_local, paths, bounds))
-
-
-def _read_local(path: str, bounds: tuple[int, int]) -> bytes | None:
-    try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a third of the time of a small read
-            return os.pread(file.fileno(), bounds[1] - bounds[0], bounds[0])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except IsADirectoryError:
-        raise StorageError(f"{path} is a folder where a file must be") from None
-
-
 def _range_or_none(data: bytes | BaseException, size: int) -> bytes | None:
     if isinstance(data, FileNotFoundError):
         return None
@@ -373,56 +352,6 @@ def _range_or_none(data: bytes | BaseException, size: int) -> bytes | None:
     if isinstance(data, BaseException):
         raise data
     return data[:size]
-
-
-def _put_local(root: str, name: str, data: bytes, put: Callable[[Path, Path], object]) -> None:
-    """`put` a file with `data` under its name, in one step. Raises `FileExistsError` where `put` does, and `StorageError`
-    where a folder has the name."""
-    for tries_left in (2, 1, 0):
-        try:
-            with _partial_file(root, data) as partial:
-                partial.stat()  # before a folder is made for it
-                put(partial, _ensure_parent(root, name))
-            return
-        except FileNotFoundError:
-            # Another run that finished may have removed it. Where all is gone, nothing is to be begun anew.
-            if not tries_left or not Path(root).exists():
-                raise
-        except IsADirectoryError:
-            raise StorageError(f"{root}/{name} is a folder where a file must be; remove it") from None
-
-
-class _partial_file:
-    """A fully written and synced temporary file below `root`, gone at exit unless it was moved.
-
-    Synced, because a rename can reach the disk before the data does and a commit says that the data is there.
-    """
-
-    def __init__(self, root: str, data: bytes):
-        folder = Path(root) / ".partial"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / uuid.uuid4().hex
-        try:
-            with self.path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            # A full disk would stay full.
-            self.path.unlink(missing_ok=True)
-            raise
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(self, *exc: object) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def _ensure_parent(root: str, name: str) -> Path:
-    target = Path(root) / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
@@ -487,10 +416,15 @@ def read_file(url: str, storage_options: StorageOptions | None = None) -> bytes:
     return Folder(folder or slash or ".", storage_options).read(f"{name}{mark}{query}")
 
 
+def extension(url: str) -> str:
+    """What stands behind the last dot of the file's name, in lower case; a signed URL's query is no part of the name."""
+    name = (url.partition("?")[0] if "://" in url else url).rsplit("/", 1)[-1]
+    return name.rpartition(".")[2].lower() if "." in name else ""
+
+
 def has_extension(url: str, *extensions: str) -> bool:
-    """Whether the file's name, a signed URL's query left out, ends in one of `extensions` (without the dot)."""
-    path = url.partition("?")[0] if "://" in url else url
-    return path.rsplit("/", 1)[-1].rpartition(".")[2].lower() in extensions and "." in path.rsplit("/", 1)[-1]
+    """Whether the file's name ends in one of `extensions` (without the dot)."""
+    return extension(url) in extensions
 
 
 def query_free(url: str) -> str:

@@ -103,6 +103,7 @@ def tidy(folder: Folder) -> None:
 
 def _prune(folder: Folder, pointers: Pointers) -> None:
     kept = {pointers.last, pointers.best}
+    # By a listing, not by what this run wrote: steps of a run that died before its pointers moved go, too.
     for number in folder.folders("steps"):
         name = f"steps/{number}"
         if name not in kept:
@@ -142,6 +143,7 @@ def read_checkpoint(folder: Folder, name: str) -> Checkpoint:
     progress, config = _read_json(folder, name, "resume.json"), _read_json(folder, name, "config.json")
     model, resume = (_read_arrays(folder, name, part) for part in ("model.safetensors", "resume.safetensors"))
     step = progress.pop("step", None)
+    # A folder that was copied or renamed by hand would continue at the wrong learning rate and data.
     if type(step) is not int or step_name(step) != name:
         raise _damaged(folder, name, "resume.json", f"its step is {step!r}")
     return Checkpoint(step=step, model=model, resume=resume, progress=progress, config=config)

@@ -75,9 +75,10 @@ class RowTable:
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows whose numbers are in `rows`, in that order."""
+        # Each row group is read once, however rows repeat and in whatever order they are asked for.
         unique, positions = np.unique(rows, return_inverse=True)
         if not len(unique):
-            return self.read(0, 1, columns).slice(0, 0)
+            return self.read(0, 1, columns).slice(0, 0)  # an empty table of the right columns
         tables = []
         for part in np.unique(unique // PART_ROWS):
             within = unique[unique // PART_ROWS == part] - part * PART_ROWS
@@ -129,7 +130,7 @@ class Parts:
         return Document(self.folder, part_name(self.prefix, part))
 
     def _file(self, part: int) -> pq.ParquetFile:
-        name = (os.getpid(), part)
+        name = (os.getpid(), part)  # a forked child opens its own: the parent's file would move under it
         if name not in self._open:
             try:
                 source = self.folder.open(part_name(self.prefix, part))
@@ -174,7 +175,7 @@ class SampleIndex:
         with document.parsing():
             self._parse(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
         schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried)])
-        # Earlier versions didn't name the index in its parts.
+        # Earlier versions, whose indexes have no `order`, didn't name the index in its parts.
         named = None if self.order is None else self.digest
         self._table = RowTable(Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named))
         self._keys = Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
@@ -246,6 +247,7 @@ class SampleIndex:
 
     def _within(self, table: pa.Table) -> pa.Table:
         """`table`, whose rows lie in sources that there are. Raises `DamagedObject` otherwise."""
+        # A source that there isn't would be an `IndexError` deep in a worker; null and negative offsets, reads of other bytes.
         for name, end in (("source", len(self.sources)), ("offset", 2**63), ("size", 2**63)):
             if name in table.column_names and len(table):
                 bounds = pc.min_max(table[name])
@@ -286,6 +288,7 @@ class SampleIndex:
     def _find(self, part: int, keys: Sequence[str]) -> dict[str, int]:
         """Those of the sorted `keys` that are in the part; reads the row groups that may hold one."""
         metadata = self._keys.metadata(part)
+        # Keys lie in order, so that the smallest and largest of a group, in the file's footer, tell which groups to read.
         groups = [g for g in range(metadata.num_row_groups) if _may_hold(metadata.row_group(g).column(0), keys)]
         if not groups:
             return {}
@@ -364,12 +367,14 @@ def move_index(index: SampleIndex, folder: Folder, put: Callable[[str, bytes], N
         names = _object_names(index.prefix, index.n_rows)
         for name in names:
             (put or folder.write)(name, index.folder.read(name))
+        # Only once all is written: whoever is killed before finds the original, and moves it again.
         index.folder.remove(names)
     return SampleIndex(folder, index.prefix)
 
 
 def remove_indexes(folder: Folder, but: str) -> None:
     """Drop the indexes of a folder other than the one at prefix `but`, also what a killed run left of them."""
+    # Each repair of the input writes an index beside the one before, so that a killed run leaves the store a whole one.
     generations = [f"{INDEX}/{name}" for name in folder.folders(INDEX) if name not in ("samples", "keys")]
     for prefix in {INDEX, *generations} - {but}:
         parts = [f"{prefix}/{kind}/{name}" for kind in ("samples", "keys") for name in folder.sizes(f"{prefix}/{kind}")]
@@ -392,6 +397,7 @@ def update_sources(index: SampleIndex, sources: Sequence[Source]) -> SampleIndex
 
 def _write_keys(folder: Folder, prefix: str, keys: pa.ChunkedArray, meta: Mapping[str, str]) -> list[str]:
     """Save keys in order, each with its row, so that one is found without reading all; returns each part's first."""
+    # In one chunk to be sorted, which as `string` could hold 2 GB of keys at most.
     keys = pa.chunked_array(keys, pa.string()).cast(pa.large_string()).combine_chunks()
     order = pc.sort_indices(keys)
     first_keys = []

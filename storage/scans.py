@@ -35,6 +35,7 @@ def collect_index(
                 f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
             )
         problems = "; ".join(scan.problems)
+        # A scan, which may run in any process, doesn't know its source's number; it is column 1 of `SCHEMA`.
         ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
         tables.append(scan.rows.set_column(1, "source", ordinal))
         left_out = left_out_json(scan.left_out)

@@ -80,6 +80,7 @@ def pair(sources: Sequence[Source], files: Sequence[InputFile]) -> tuple[list[In
     for file in files:
         by_url[query_free(file.url)].append(file)
     paired: list[InputFile | None] = [None] * len(sources)
+    # Sure pairs first: otherwise a changed file might take the source that an unchanged one of the same URL belongs to.
     for sure in (True, False):
         for i, source in enumerate(sources):
             candidates = by_url[source.url] if paired[i] is None else []
@@ -169,7 +170,9 @@ def is_of_input(index: "SampleIndex", files: Sequence[InputFile], limit: int | N
 def in_order(index: "SampleIndex", files: Sequence[InputFile], limit: int | None) -> list[InputFile]:
     """The files in the order of the index's sources; new ones take the places of those that are gone, or come last."""
     paired, new = pair(index.sources, files)
-    left = iter(new)
+    left = iter(
+        new
+    )  # a file that was moved is new and in place of one that is gone; which it is, its samples will tell
     ordered = [file or next(left, None) for file in paired]
     behind = [] if index.is_cut and limit == index.n_rows else list(left)
     return [file for file in ordered if file is not None] + behind

@@ -182,6 +182,7 @@ class Layout:
     def shard_rows(self, level: Level) -> int:
         """Rows of one shard of `level`: the largest power of two within a block whose raw bytes fit MAX_SHARD_BYTES."""
         fit = max(1, MAX_SHARD_BYTES // level.row_bytes)
+        # Powers of two divide the block, whose size is one, so that every task's shards are whole.
         return min(self.block_rows, 2 ** int(math.log2(fit)))
 
     def shard_names(self, level: Level, block: int) -> list[str]:

@@ -149,6 +149,7 @@ class FeatureStore:
         """Write the levels' metadata where it isn't what spec and layout give: not yet, damaged, or another maker's."""
         files = self._documents(consolidated=False)
         files.pop(ROOT)
+        # One byte more than expected, so that a longer document isn't taken for an equal one.
         there = self.folder.read_ranges([(name, 0, len(data) + 1) for name, data in files.items()])
         for (name, data), found in zip(files.items(), there, strict=True):
             if found != data:
@@ -216,8 +217,9 @@ class FeatureStore:
         if isinstance(selection, slice):
             return np.arange(*selection.indices(len(self)), dtype=np.int64)
         items = np.asarray([selection] if isinstance(selection, str | int | np.integer) else selection)
-        if not items.size:
+        if not items.size:  # an empty list becomes a float array, which would be refused below
             return np.zeros(0, np.int64)
+        # pandas and Arrow give strings as objects.
         if items.dtype.kind == "U" or (items.dtype.kind == "O" and all(isinstance(item, str) for item in items.flat)):
             return self.index.rows(items.tolist())
         if items.dtype == bool and items.shape == (len(self),):
@@ -245,7 +247,7 @@ class FeatureStore:
     def read_present(self, rows: np.ndarray, level: str) -> tuple[np.ndarray, np.ndarray]:
         """Features of row numbers, NaN where there are none, and which are there, bool [n]."""
         reader = self._readers.get(level)
-        if reader is None:
+        if reader is None:  # kept, since it caches the indexes of shards
             reader = self._readers[level] = LevelReader(self.folder, self.layout, self.level(level))
         return reader.read(rows)
 
@@ -304,6 +306,7 @@ class FeatureStore:
         """
         wanted, columns = self.rows(rows), list(SCHEMA.names if columns is None else columns)
         own = self._ledger_columns(columns)
+        # The merged ledger is written at the end; before, only commit records say what became of a row.
         take = self.ledger.take if self.status == "complete" else self.ledger.take_committed
         return self._with_carried(take(wanted, own), wanted, columns)
 
@@ -428,6 +431,7 @@ class FeatureStore:
         return dict(self.root.counts or {})
 
     def _complete(self) -> None:
+        # Before the ledger is merged, and once more after it, which may take long.
         self.require_in_place()
         missing = self.pending()
         if missing:

@@ -34,11 +34,16 @@ class BlockWriter:
     def _empty(self, channels: int, dtype: str) -> np.ndarray:
         return np.full((self.store.layout.block_rows, channels), np.nan, dtype)
 
-    def put(self, level: Level, position: int, values: np.ndarray) -> None:
-        """Encode one row's features (`level.row_shape`, float) at `position` in the task. Rows never put stay NaN."""
+    def put(self, level: Level, position: int, values: np.ndarray, scale: np.ndarray | None = None) -> None:
+        """Encode one row's features (`level.row_shape`, float) at `position` in the task. Rows never put stay NaN.
+
+        `scale` [C]: `values` are int8 already, as `encode_row` gives both.
+        """
         if values.shape != level.row_shape:
             raise StorageError(f"level {level.name} takes rows of shape {level.row_shape}, got {values.shape}")
-        stored, scale, clipped = encode_row(values, level.dtype)
+        stored, clipped = values, 0
+        if scale is None:
+            stored, scale, clipped = encode_row(values, level.dtype)
         self.clipped[position] += clipped
         if level.grid:
             self._chunks[level.name][position] = compress(stored)

@@ -97,7 +97,7 @@ def tiny(tmp_path: Path) -> Callable[..., ExtractConfig]:
             "executor": "inline",
             "block_rows": 4,
         }
-        return ExtractConfig(**{**settings, **changes})
+        return ExtractConfig.of(**{**settings, **changes})
 
     return make
 

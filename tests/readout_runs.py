@@ -76,7 +76,7 @@ def training(sets: Path, out: Path | str, task: str = "segmentation", **changes:
         **changes,
     }
     values["data"] = str(sets / str(values["data"]))
-    return ReadoutTraining(**values)
+    return ReadoutTraining.of(**values)
 
 
 def prepared(config: TrainConfig, on_step=None):

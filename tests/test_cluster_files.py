@@ -17,7 +17,7 @@ from cluster.autoscaling import AutoscalingCluster
 from cluster.metrics import WorkerMetrics
 from cluster.resources import Growth, Nodes, WorkerRequest, size_pool
 from cluster.validate import LaunchFileError, node_types, validate, validate_kuberay, validate_launcher
-from jobs.extract import parse
+from jobs import extract, show
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"
@@ -296,15 +296,21 @@ GUIDE = (CLUSTER / "GUIDE.md").read_text()
 ENTRY_POINT = load("kuberay/rayjob.yaml")["spec"]["entrypoint"]
 
 
+def parse(args):
+    """The settings of a command line of `jobs/extract.py`."""
+    return extract.program.parse(args).config
+
+
 FLEET = GUIDE.split("\n## 8. ")[0]
 """Without the section on one machine."""
 
 
 @pytest.mark.parametrize("args", [*commands(FLEET), *commands(ENTRY_POINT)], ids=" ".join)
 def test_entry_points_parse(args):
-    name, config = parse(args)
+    call = extract.program.parse(args)
+    config = call.config
 
-    assert name is None
+    assert not call.preset
     assert config.data == ("s3://bucket/train-{000000..001281}.tar",)
     assert config.out == "s3://bucket/feats.zarr"
 
@@ -319,12 +325,12 @@ def test_there_are_entry_points_and_misspelt_flags_would_be_seen():
 def test_the_guide_uses_all_nodes_of_the_cluster_on_one_machine():
     cluster = AutoscalingCluster()
     (args,) = commands(GUIDE.removeprefix(FLEET))
-    _, config = parse(args)
+    config = parse(args)
 
-    assert config.ray_address == cluster.address
-    assert config.actors * config.actor_cpus == cluster.nodes * cluster.cpus
+    assert config.cluster.ray_address == cluster.address
+    assert config.cluster.actors * config.cluster.actor_cpus == cluster.nodes * cluster.cpus
     assert config.limit is None
-    assert config.block_rows * config.actors <= 12  # the photographs: every actor gets some
+    assert config.block_rows * config.cluster.actors <= 12  # the photographs: every actor gets some
     assert cluster.launch_file()["idle_timeout_minutes"] * 60 == 15 < 40  # as the guide waits
 
 
@@ -348,11 +354,9 @@ def test_image_has_every_package():
 
 
 def test_guide_names_programs_files_and_metrics_that_exist():
-    from jobs.show import COMMANDS
-
     subcommands = re.findall(r"^\$ python jobs/show\.py (\w+)", GUIDE, re.MULTILINE)
     assert {"status", "failures", "view"} == set(subcommands)
-    assert set(subcommands) <= set(COMMANDS)
+    assert set(subcommands) <= set(show.program.commands)
     files = re.findall(r"`((?:cluster/|tests/|jobs/|kuberay/)?[\w/]+\.(?:yaml|json|py))`", GUIDE)
     assert len(files) > 8
     assert all((CLUSTER / file).exists() or (ROOT / file).exists() for file in files)
@@ -384,9 +388,9 @@ def test_what_workers_ask_for_fits_a_node(name):
     head = Nodes(count=1, cpus=0, head=True)
     kinds = [Nodes(count=1, cpus=node["CPU"], gpus=node.get("GPU", 0)) for node in types.values()]
     grows = Growth(nodes=(head, *kinds), most_workers=len(kinds))
-    asked = [parse(args)[1] for args in commands(GUIDE) if "--device" in args]
+    asked = [parse(args).cluster for args in commands(GUIDE) if "--device" in args]
 
-    for config in asked if "kuberay" not in name else [asked[-1], parse(commands(ENTRY_POINT)[0])[1]]:
+    for config in asked if "kuberay" not in name else [asked[-1], parse(commands(ENTRY_POINT)[0]).cluster]:
         request = WorkerRequest(
             device=config.device, actors=config.actors, cpus=config.actor_cpus, gpus=config.actor_gpus
         )

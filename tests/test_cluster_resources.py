@@ -224,15 +224,15 @@ def test_decode_tasks_without_a_cpu_are_refused(asked):
 
 
 @pytest.mark.parametrize("gpus", [1.5, 0, -1, float("nan"), float("inf")])
-@pytest.mark.parametrize("config", [ExtractConfig, EvaluateConfig])
+@pytest.mark.parametrize("config", [ExtractConfig.of, EvaluateConfig.of])
 def test_gpus_that_ray_cant_give_are_refused(config, gpus):
     with pytest.raises(ConfigError, match="--actor-gpus.*whole number"):
         config(actor_gpus=gpus)
 
 
-@pytest.mark.parametrize("config", [ExtractConfig, EvaluateConfig, TrainConfig])
+@pytest.mark.parametrize("config", [ExtractConfig.of, EvaluateConfig.of, TrainConfig.of])
 def test_kind_of_gpu_needs_gpus_of_a_cluster(config):
-    assert config(accelerator="L4").accelerator == "L4"
+    assert config(accelerator="L4").cluster.accelerator == "L4"
     for wrong in ({"device": "cpu"}, {"executor": "inline"}):
         with pytest.raises(ConfigError, match="--accelerator L4"):
             config(accelerator="L4", **wrong)

@@ -35,7 +35,7 @@ def store(tmp_path_factory) -> FeatureStore:
 
     folder = tmp_path_factory.mktemp("ecosystem")
     members = [(f"{n}.jpg", b"junk" if n == FAILED else jpeg(n, 80 + n, 60)) for n in range(7)]
-    config = ExtractConfig(
+    config = ExtractConfig.of(
         data=(str(write_tar(folder / "in/a.tar", members)),),
         out=str(folder / "feats.zarr"),
         model="test_vit.r160_in1k",

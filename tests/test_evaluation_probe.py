@@ -63,7 +63,7 @@ def config_of(sets, tmp_path):
     def make(*readouts: str, task: str = "segmentation", **changes: object) -> ProbeConfig:
         data = str(sets / str(OF_TASK[task]["data"]))
         settings = {"data": data, "out": str(tmp_path / "out"), "readouts": readouts, "pictures": 0, **TINY, **changes}
-        return ProbeConfig(**settings)
+        return ProbeConfig.of(**settings)
 
     return make
 
@@ -168,9 +168,9 @@ def test_the_pooled_vector_comes_from_the_forward_of_the_maps(trained, config_of
     evaluation, recipe, _ = probe.prepare(config_of(trained("depth", method="depth_bins"), task="depth"))
     calls, forward = [], FeatureModel.__call__
 
-    def counted(self, images, seconds):
+    def counted(self, images):
         calls.append(len(images))
-        return forward(self, images, seconds)
+        return forward(self, images)
 
     monkeypatch.setattr(FeatureModel, "__call__", counted)
     pictures = [picture_of(item.image, evaluation.drawn, evaluation.size) for item in evaluation.images[:2]]
@@ -288,7 +288,7 @@ def test_what_was_stopped_goes_on(trained, config_of, tmp_path, monkeypatch):
 
 
 def test_credentials_in_urls_of_readouts_are_not_stored():
-    config = ProbeConfig(readouts=("https://user:secret-word@host/run",), data="x", out="y")
+    config = ProbeConfig.of(readouts=("https://user:secret-word@host/run",), data="x", out="y")
 
     assert "secret-word" not in json.dumps(config.public())
 
@@ -386,11 +386,13 @@ def test_published_settings_of_readouts_parse():
     presets = [name for name in train_job.PRESETS if name.startswith(("deap", "probe"))]
     assert len(presets) >= 11
     for name in presets:
-        config = train_job.parse([name, "--data", "x", "--out", "y", "--backbone", "vit_base_patch16_224.mae"])[1]
-        assert config.model == "vit_base_patch16_224.mae"
-    deap = train_job.parse(["deap-voc"])[1]
+        config = train_job.program.parse(
+            [name, "--data", "x", "--out", "y", "--backbone", "vit_base_patch16_224.mae"]
+        ).config
+        assert config.features.model == "vit_base_patch16_224.mae"
+    deap = train_job.program.parse(["deap-voc"]).config
     assert (deap.side, deap.placement, deap.lr, deap.weight_decay, deap.batch) == (224, "squash", 1e-3, 0.01, 32)
-    depth = train_job.parse(["probe-depth"])[1]
+    depth = train_job.program.parse(["probe-depth"]).config
     assert (depth.method, depth.depth_loss, depth.normalise, depth.side) == ("depth_bins", "vit-up", False, 448)
-    linear = train_job.parse(["probe", "--dataset", "ade20k"])[1]
+    linear = train_job.program.parse(["probe", "--dataset", "ade20k"]).config
     assert (linear.method, linear.batch, linear.flip, linear.schedule, linear.lr) == ("linear", 4, True, "cosine", 2e-3)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def config(out, **changes) -> RuntimeConfig:
     settings = {"out": str(out), "size": 64, "grids": (8, 12), "warm_up": 1, "repeat": 2, "pictures": 0, **TINY}
-    return RuntimeConfig(**{**settings, **changes})
+    return RuntimeConfig.of(**{**settings, **changes})
 
 
 def found_by(settings: RuntimeConfig, device: str = "CPU, 1 threads"):
@@ -192,7 +192,7 @@ def test_inputs_that_patches_do_not_fill(tmp_path):
 )
 def test_settings_that_cannot_be_meant(changes, message):
     with pytest.raises(ConfigError, match=message):
-        RuntimeConfig(**changes)
+        RuntimeConfig.of(**changes)
 
 
 def test_memory_is_that_of_the_call_alone():

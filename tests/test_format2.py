@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.train import main as train
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
 from pipelines.showing.status import read_status, status_lines
 from pipelines.training.lift import X2Config
+from pipelines.training.run import train
 from storage.documents import DamagedObject
 from storage.paths import Folder
 from storage.runs import read_last, read_pointers
@@ -52,7 +52,7 @@ def settings(old: Path, out: str, **changes: object) -> ExtractConfig:
         "block_rows": 2,
         "max_failed_fraction": 0.2,
     }
-    return ExtractConfig(**{**values, **changes})
+    return ExtractConfig.of(**{**values, **changes})
 
 
 def attributes(out: Path) -> dict[str, object]:
@@ -118,7 +118,7 @@ def test_records_without_fingerprint_count_in_no_other_store(old, tmp_path):
 
 
 def test_training_run_is_continued(old):
-    config = X2Config(
+    config = X2Config.of(
         method="resize_conv",
         data=(str(old / "s-{0..1}.tar"),),
         out=str(old / "train"),

@@ -62,7 +62,7 @@ def config_of(data: list[str], out: Path | str, **changes: object) -> ExtractCon
         "data": tuple(data), "out": str(out), "model": "test_vit.r160_in1k", "weights": "random", "size": "64",
         "levels": ("x1",), "precision": "fp32", "executor": "inline", "block_rows": 4, "max_failed_fraction": 1.0,
     }  # fmt: skip
-    return ExtractConfig(**{**settings, **changes})
+    return ExtractConfig.of(**{**settings, **changes})
 
 
 def samples_of(tar: bytes | Path) -> dict[str, bytes]:

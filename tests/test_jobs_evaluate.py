@@ -56,28 +56,29 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
 
 
 def test_published_settings():
-    task, preset, config = evaluate.parse(["correspondence", "lift-spair", "--sizes", "224"])
+    call = evaluate.program.parse(["correspondence", "lift-spair", "--sizes", "224"])
+    preset, config = call.preset, call.config
 
-    assert (task, preset, config.sizes, config.facet) == ("correspondence", "lift-spair", (224,), "key")
+    assert (preset, config.sizes, config.features.facet) == ("lift-spair", (224,), "key")
     assert (config.draws, config.annotation, config.rules.strict) == (100, "pairs", True)
-    config = evaluate.parse(["correspondence", "vit-up-spair"])[2]
+    config = evaluate.program.parse(["correspondence", "vit-up-spair"]).config
     assert (config.draws, config.annotation, config.rules.strict) == (0, "images", False)
-    assert evaluate.parse(["video", "dino-davis"])[2].facet == "token"
-    assert evaluate.parse(["discovery", "lift-coco20k"])[2].settings.tau == 0.3
-    assert evaluate.parse(["cka", "--batch", "8"])[2].batch == 8
+    assert evaluate.program.parse(["video", "dino-davis"]).config.features.facet == "token"
+    assert evaluate.program.parse(["discovery", "lift-coco20k"]).config.settings.tau == 0.3
+    assert evaluate.program.parse(["cka", "--batch", "8"]).config.batch == 8
 
 
 def test_unknown_words_are_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'video'"):
-        evaluate.parse(["vidio"])
+        evaluate.program.parse(["vidio"])
     with pytest.raises(
         ConfigError, match="no preset of correspondence is called 'lift-spare'. Did you mean 'lift-spair'"
     ):
-        evaluate.parse(["correspondence", "lift-spare"])
+        evaluate.program.parse(["correspondence", "lift-spare"])
 
 
 def test_no_word_prints_what_there_is(capsys):
     with pytest.raises(SystemExit) as end:
-        evaluate.parse([])
+        evaluate.program.parse([])
     assert end.value.code == 2
     assert "correspondence: debug, lift-spair, vit-up-spair" in capsys.readouterr().out

@@ -599,10 +599,10 @@ def test_help_without_a_command_lists_them(capsys):
 
 def test_the_type_of_a_row_selection_is_a_key_before_it_is_a_number(tmp_path, tiny):
     """Keys such as `5` are common; the number is only meant where no key is called so."""
-    from jobs.show import _rows
+    from pipelines.showing.commands import named_rows
 
     write_tar(tmp_path / "in.tar", [(f"{i}.jpg", jpeg(i)) for i in (5, 4, 3, 2)])
     config = tiny(str(tmp_path / "in.tar"))
     extract(config, InlineExecutor())
 
-    assert _rows(FeatureStore.open(config.out), ["5", "0", "-1"], 3).tolist() == [0, 0, 3]
+    assert named_rows(FeatureStore.open(config.out), ["5", "0", "-1"], 3).tolist() == [0, 0, 3]

@@ -32,22 +32,22 @@ def test_debug_trains_and_its_checkpoint_extracts(tmp_path, monkeypatch, capsys)
 
 
 def test_every_first_word_has_settings_of_its_own():
-    assert train.parse(["jbu", "--radius", "2"])[1].method == "jbu"
-    assert train.parse(["resize_conv"])[1].method == "resize_conv"
-    published = train.parse(["lift-dino-s16-imagenet"])[1]
-    assert (published.method, published.facet, published.size) == ("lift", "key", 448)
+    assert train.program.parse(["jbu", "--radius", "2"]).config.method == "jbu"
+    assert train.program.parse(["resize_conv"]).config.method == "resize_conv"
+    published = train.program.parse(["lift-dino-s16-imagenet"]).config
+    assert (published.method, published.features.facet, published.features.size) == ("lift", "key", 448)
     assert (published.batch, published.epochs, published.lr, published.loss) == (256, 5, 1e-3, "cosine")
-    assert train.parse(["lift-dino-b16-imagenet"])[1].model == "vit_base_patch16_224.dino"
+    assert train.program.parse(["lift-dino-b16-imagenet"]).config.features.model == "vit_base_patch16_224.dino"
 
 
 def test_unknown_words_are_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'lift-dino-s16-imagenet'"):
-        train.parse(["lift-dino-s16"])
+        train.program.parse(["lift-dino-s16"])
 
 
 def test_no_word_prints_what_there_is(capsys):
     with pytest.raises(SystemExit) as end:
-        train.parse([])
+        train.program.parse([])
     assert end.value.code == 2
     assert "lift-vit-tiny-photos" in capsys.readouterr().out
 

@@ -140,7 +140,7 @@ def make_spair(root: Path, orientations: tuple[int, ...], size: tuple[int, int] 
 
 def spair_config(data: Path, out: Path, **changes: object) -> CorrespondenceConfig:
     settings = {"data": str(data), "out": str(out), "sizes": (64,), "pairs_per_category": 0, "pictures": 1, **TINY}
-    return CorrespondenceConfig(**{**settings, **changes})
+    return CorrespondenceConfig.of(**{**settings, **changes})
 
 
 def test_key_points_score_as_those_of_the_upright_images(tmp_path, tiny):
@@ -238,7 +238,7 @@ def test_clips_score_as_their_upright_frames(tmp_path, tiny):
     settings = {"pictures": 1, **TINY}
 
     def run(data: Path, name: str, **changes: object):
-        return evaluate(video, VideoConfig(data=str(data), out=str(tmp_path / name), **{**settings, **changes}))
+        return evaluate(video, VideoConfig.of(data=str(data), out=str(tmp_path / name), **{**settings, **changes}))
 
     expected, _ = run(make_davis(tmp_path / "u", (1,) * 8), "0", sizes=(64,), drawing="extract")
     live, _ = run(turned, "1", sizes=(64,), drawing="extract", label_frame="stored")
@@ -281,7 +281,7 @@ def test_objects_score_as_in_the_upright_images(tmp_path, tiny):
 
     def run(data: Path, name: str, **changes: object):
         settings = {"data": str(data), "out": str(tmp_path / name), "pictures": 2, "label_frame": "stored", **TINY}
-        return evaluate(discovery, DiscoveryConfig(**{**settings, **changes}))[0]
+        return evaluate(discovery, DiscoveryConfig.of(**{**settings, **changes}))[0]
 
     expected = run(upright, "0", sizes=(64,), drawing="extract")
     assert run(turned, "1", sizes=(64,), drawing="extract") == expected
@@ -402,7 +402,7 @@ def test_a_readout_scores_turned_photographs_as_upright_ones(both_sets, tmp_path
         data = str(sets / "VOC2012")
         settings = {"data": data, "out": str(tmp_path / name), "readouts": (str(tmp_path / "run"),), **TINY}
         settings |= {"split": "train", "label_frame": "stored", "pictures": 1}
-        return evaluate(probe, ProbeConfig(**{**settings, **changes}))
+        return evaluate(probe, ProbeConfig.of(**{**settings, **changes}))
 
     expected, _ = judged(upright, "0")
     live, _ = judged(turned, "1")

@@ -91,9 +91,9 @@ def test_a_damaged_map_of_the_sample_does_not_end_it(tmp_path):
 
 def test_scales_are_for_depth_and_above_0():
     with pytest.raises(ConfigError, match=r"--depth-scale: voc has classes, no depth"):
-        ReadoutTraining(out="x", dataset="voc", depth_scale=1000)
+        ReadoutTraining.of(out="x", dataset="voc", depth_scale=1000)
     with pytest.raises(ConfigError, match=r"--depth-scale 0: must be above 0"):
-        ReadoutTraining(out="x", dataset="nyu", task="depth", depth_scale=0)
+        ReadoutTraining.of(out="x", dataset="nyu", task="depth", depth_scale=0)
 
 
 def test_a_scale_that_is_said_counts_in_the_digest(tmp_path):
@@ -282,7 +282,7 @@ def test_grey_levels_are_no_numbers_of_objects(tmp_path):
     write_demo(str(tmp_path))
     for path in (tmp_path / "DAVIS/Annotations/480p/blocks").iterdir():
         Image.open(path).convert("RGB").convert("L").save(path)
-    config = VideoConfig(data=str(tmp_path / "DAVIS"), out=str(tmp_path / "out"), sizes=(64,), **TINY)
+    config = VideoConfig.of(data=str(tmp_path / "DAVIS"), out=str(tmp_path / "out"), sizes=(64,), **TINY)
     task, recipe, folder = prepare(config)
 
     with pytest.raises(DatasetError, match="values are numbers of objects from 1, not grey levels"):

@@ -400,8 +400,10 @@ EXPECTED = {
 
 
 def command_line(config, *flags: str) -> list[str]:
-    settings = [f"--{name.replace('_', '-')}={value}" for name, value in (("out", config.out), ("model", config.model))]
-    settings += [f"--size={config.size}", "--weights=random", "--executor=inline", "--precision=fp32"]
+    settings = [
+        f"--{name.replace('_', '-')}={value}" for name, value in (("out", config.out), ("model", config.features.model))
+    ]
+    settings += [f"--size={config.features.size}", "--weights=random", "--executor=inline", "--precision=fp32"]
     return ["--data", *config.data, *settings, *flags]
 
 

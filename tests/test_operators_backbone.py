@@ -31,8 +31,9 @@ from operators.backbone import (
     state_arrays,
     weights_digest,
 )
-from pipelines.features.bundle import ModelBundle, describe_model
-from pipelines.features.levels import LevelChoice
+from pipelines.features.bundle import LoadedModel, ModelBundle, describe_model
+from pipelines.features.config import FeatureConfig
+from pipelines.features.descriptions import ModelDescription
 from pipelines.features.model import FeatureModel
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
 
@@ -696,30 +697,14 @@ def test_memory_of_a_call_stays_under_peak_bytes(name, layers):
 # --- the model that workers run ---------------------------------------------------------------------------------------------
 
 
-def described(size: tuple[int, int] = (64, 64), **changes: object) -> tuple[ModelBundle, FeatureModel]:
+def described(
+    size: tuple[int, int] = (64, 64), network: torch.nn.Module | None = None, **changes: object
+) -> tuple[ModelBundle, FeatureModel]:
     """test_vit with random weights, as the driver describes it."""
-    name = str(changes.get("name", TINY))
-    settings: dict[str, object] = {
-        "name": name,
-        "model": create_model(name, size, None, 0),
-        "weights_source": "random",
-        "layers": (-1,),
-        "facet": "token",
-        "norm": None,
-        "stride": None,
-        "pos_embed": None,
-        "size": size,
-        "expects": preprocessing(name),
-        "geometry": "crop",
-        "crop_pct": 1.0,
-        "ragged": False,
-        "precision": "fp32",
-        "jpeg_draft": False,
-        "levels": ("x1",),
-    }
-    settings |= changes
-    settings["levels"] = [LevelChoice.parse(text, "float16") for text in settings["levels"]]
-    return describe_model(**settings)
+    features = FeatureConfig(**{"model": TINY, "weights": "random", "precision": "fp32", "levels": ("x1",), **changes})
+    said = ModelDescription(name=features.model, expects=preprocessing(features.model))
+    network = network or create_model(features.model, size, None, 0)
+    return describe_model(features, LoadedModel(model=network, size=size, source="random", described=said))
 
 
 def photos(batch: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
@@ -730,30 +715,33 @@ def test_levels_have_the_shapes_and_types_of_the_spec():
     levels = ("x1", "x2@float32", "x0.5", "3x5=nearest@int8", "pooled@float32")
     bundle, model = described(layers=(-1, 2), levels=levels)
 
-    rows, bad = model(photos(3), {})
+    found = model(photos(3))
 
-    assert {name: (array.shape, array.dtype.name) for name, array in rows.items()} == {
-        "x1": ((3, 4, 4, 128), "float16"),
-        "x2": ((3, 8, 8, 128), "float32"),
-        "x0.5": ((3, 2, 2, 128), "float16"),
-        "3x5": ((3, 3, 5, 128), "float32"),  # int8 is quantised when it is written
-        "pooled": ((3, 128), "float32"),
+    assert {name: (tuple(rows.shape), rows.dtype) for name, rows in found.levels.items()} == {
+        "x1": ((3, 4, 4, 128), torch.float16),
+        "x2": ((3, 8, 8, 128), torch.float32),
+        "x0.5": ((3, 2, 2, 128), torch.float16),
+        "3x5": ((3, 3, 5, 128), torch.float32),  # int8 is quantised when it is written
+        "pooled": ((3, 128), torch.float32),
     }
-    assert [rows[level.name].shape[1:] for level in bundle.spec.levels] == [x.row_shape for x in bundle.spec.levels]
-    assert bad.tolist() == [False, False, False]
+    assert [found.levels[level.name].shape[1:] for level in bundle.spec.levels] == [
+        x.row_shape for x in bundle.spec.levels
+    ]
+    assert found.bad.tolist() == [False, False, False]
+    assert min(found.seconds.forward, found.seconds.upsample) > 0
 
 
 def test_coarser_levels_are_means_of_the_backbones_cells():
-    rows, _ = described(levels=("x1@float32", "x0.5@float32"))[1](photos(2), {})
+    rows = described(levels=("x1@float32", "x0.5@float32"))[1](photos(2)).levels
 
-    means = rows["x1"].reshape(2, 2, 2, 2, 2, 64).mean(axis=(2, 4))
+    means = rows["x1"].numpy().reshape(2, 2, 2, 2, 2, 64).mean(axis=(2, 4))
     np.testing.assert_allclose(rows["x0.5"], means, atol=1e-5)
 
 
 def test_a_bundle_builds_the_model_that_was_described():
     bundle, model = described(levels=("x1@float32", "pooled@float32"), stride=8)
 
-    here, there = model(photos(2), {})[0], bundle.build("cpu")(photos(2), {})[0]
+    here, there = model(photos(2)).levels, bundle.build("cpu")(photos(2)).levels
 
     assert bundle.spec.weights == weights_digest(bundle.arrays)
     np.testing.assert_array_equal(here["x1"], there["x1"])
@@ -766,7 +754,7 @@ def test_rows_in_bf16_are_those_of_plain_autocast():
     with torch.inference_mode(), autocast(torch.device("cpu"), "bf16"):
         maps = plain(normalise(torch.from_numpy(photos(2)), expects.mean, expects.std), [1, 5]).stacked([1, 5])
 
-    rows, _ = model(photos(2), {})
+    rows = model(photos(2)).levels
 
     assert model.backbone.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     assert plain.model.blocks[0].attn.qkv.weight.dtype == torch.float32
@@ -778,9 +766,9 @@ def test_nan_in_the_weights_flags_the_rows_of_layers_that_it_reaches(layer, expe
     model = create_model(TINY, (64, 64), None, 0)
     model.blocks[2].mlp.fc1.weight[3, 4] = float("nan")
 
-    _, bad = described(model=model, layers=(layer,))[1](photos(3), {})
+    found = described(network=model, layers=(layer,))[1](photos(3))
 
-    assert bad.tolist() == expected
+    assert found.bad.tolist() == expected
 
 
 def test_the_bound_on_memory_grows_by_the_same_for_each_image_and_with_layers_and_levels():
@@ -806,12 +794,12 @@ def test_the_bound_on_memory_grows_by_the_same_for_each_image_and_with_layers_an
 )
 def test_memory_of_all_levels_stays_under_peak_bytes(name, layers, levels, precision):
     size = (224, 224)
-    _, model = described(size, name=name, layers=layers, levels=levels, precision=precision)
+    _, model = described(size, model=name, layers=layers, levels=levels, precision=precision)
     weights = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters())
-    model(photos(4, size), {})
+    model(photos(4, size))
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        rows, _ = model(photos(4, size), {})
+        rows = model(photos(4, size)).levels
 
     changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = int(np.cumsum(changes).max())

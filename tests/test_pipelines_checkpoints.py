@@ -12,8 +12,8 @@ import torch
 from operators.backbone import TimmBackbone, create_model, state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError
 from operators.upsamplers.vit_up import Lora, ViTUpConfig, random_head
-from pipelines.extraction.config import ExtractConfig
 from pipelines.features.bundle import load_described
+from pipelines.features.config import FeatureConfig
 from pipelines.features.upsamplers import TRAINED_ON, UpsamplerWeights, trained_on
 from storage.paths import Folder
 
@@ -64,10 +64,10 @@ def test_vit_up_deeper_than_its_backbone_is_refused(adapted, tmp_path):
     save(adapted, deep, layers=(0, 4, 8, 12))
     config = {"model": NAME, "weights": "random", "size": "64", "precision": "fp32"}
 
-    bundle, _ = load_described(ExtractConfig(**config, levels=("x1", f"x4=vit_up:{good}")), SIZE)
+    bundle, _ = load_described(FeatureConfig(**config, levels=("x1", f"x4=vit_up:{good}")))
     assert bundle.spec.levels[1].digest == adapted.digest
     with pytest.raises(UpsamplerError, match="doesn't fit a backbone of 64 channels and 6 blocks"):
-        load_described(ExtractConfig(**config, levels=("x1", f"x4=vit_up:{deep}")), SIZE)
+        load_described(FeatureConfig(**config, levels=("x1", f"x4=vit_up:{deep}")))
 
 
 def test_what_an_upsampler_was_trained_on():

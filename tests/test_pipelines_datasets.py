@@ -44,7 +44,7 @@ def store(tmp_path_factory) -> FeatureStore:
     members = []
     for n in range(ROWS):
         members += [(f"{n:05d}.jpg", b"junk" if n == FAILED else jpeg(n)), (f"{n:05d}.cls", str(n % 7).encode())]
-    config = ExtractConfig(
+    config = ExtractConfig.of(
         data=(str(write_tar(folder / "a.tar", members)),),
         out=str(folder / "out.zarr"),
         model="test_vit.r160_in1k",

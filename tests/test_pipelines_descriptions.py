@@ -19,8 +19,8 @@ from jobs.extract import run
 from operators.backbone import BackboneError
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.executors import InlineExecutor
-from pipelines.extraction.config import ExtractConfig
 from pipelines.features.bundle import load_described
+from pipelines.features.config import FeatureConfig
 from pipelines.features.sources import resolve_source
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_description
 from pipelines.training.lift import X2Config
@@ -77,7 +77,7 @@ def pixels(height: int, width: int) -> np.ndarray:
 
 def described(weights: Path | str, model: str = TINY, **settings: object):
     return load_described(
-        ExtractConfig(model=model, weights=str(weights), precision="fp32", levels=("x1@float32",), **settings), None
+        FeatureConfig(model=model, weights=str(weights), precision="fp32", levels=("x1@float32",), **settings)
     )
 
 
@@ -280,12 +280,12 @@ def test_places_are_no_names(name):
 
 def test_training_and_evaluation_take_the_same_description(tmp_path, make_tars):
     folder = save(tmp_path / "w", data_config={**INPUT, "input_size": (3, 64, 64)}, num_heads=4)
-    config = X2Config(method="resize_conv", data=(make_tars(1, 4),), out=str(tmp_path / "run"), val_rows=1, model=TINY,
+    config = X2Config.of(method="resize_conv", data=(make_tars(1, 4),), out=str(tmp_path / "run"), val_rows=1, model=TINY,
                       weights=str(folder), size=64, precision="fp32", batch=3, executor="inline")  # fmt: skip
 
     setup = config.resolve().prepare(InlineExecutor())
     recipe, sizes = resolve_source(
-        CorrespondenceConfig(model=TINY, weights=str(folder), facet="key", precision="fp32"), (), "squash"
+        CorrespondenceConfig.of(model=TINY, weights=str(folder), facet="key", precision="fp32").source, (), "squash"
     )
 
     spec, backbone = recipe.spec((64, 64)), setup.described["backbone"]
@@ -305,7 +305,7 @@ def test_a_run_from_before_goes_on_where_the_folder_says_nothing_new(tmp_path, m
     settings = {"method": "resize_conv", "data": (data,), "val_rows": 1, "model": TINY, "size": 64, "precision": "fp32",
                 "batch": 3, "executor": "inline", "weights": str(plain)}  # fmt: skip
 
-    X2Config(**settings, out=str(tmp_path / "run")).resolve().prepare(InlineExecutor())
+    X2Config.of(**settings, out=str(tmp_path / "run")).resolve().prepare(InlineExecutor())
 
     before = read_run(Folder(str(tmp_path / "run")))["identity"]["backbone"]
     assert set(before) == {"model", "weights", "layers", "facet", "norm", "size", "pos_embed"}

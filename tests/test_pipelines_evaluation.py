@@ -100,7 +100,7 @@ def make_spair(root: Path, categories: tuple[str, ...] = ("tvmonitor", "cat"), s
 
 def spair_config(data: object, out: Path, **changes: object) -> CorrespondenceConfig:
     settings = {"data": str(data), "out": str(out), "sizes": (48, 64), "pairs_per_category": 0, **TINY, **changes}
-    return CorrespondenceConfig(**settings)
+    return CorrespondenceConfig.of(**settings)
 
 
 def evaluate(module, config):
@@ -244,7 +244,7 @@ def make_davis(root: Path) -> Path:
 
 
 def video_config(data: object, out: Path, **changes: object) -> VideoConfig:
-    return VideoConfig(**{"data": str(data), "out": str(out), "sizes": (64,), **TINY, **changes})
+    return VideoConfig.of(**{"data": str(data), "out": str(out), "sizes": (64,), **TINY, **changes})
 
 
 def test_clips_are_read_with_their_indices(tmp_path):
@@ -636,24 +636,24 @@ def test_sizes_that_patches_do_not_fill_are_asked_for(tmp_path):
     data = make_spair(tmp_path / "d")
 
     with pytest.raises(ConfigError, match=r"56x56 px aren't filled by patches of 16; use another size, or --ragged"):
-        resolve_source(spair_config(data, tmp_path / "out"), [(48, 48), (56, 56)], "pad")
-    recipe, _ = resolve_source(spair_config(data, tmp_path / "out", ragged=True), [(48, 48), (56, 56)], "pad")
+        resolve_source(spair_config(data, tmp_path / "out").source, [(48, 48), (56, 56)], "pad")
+    recipe, _ = resolve_source(spair_config(data, tmp_path / "out", ragged=True).source, [(48, 48), (56, 56)], "pad")
     assert [row.grid for row in recipe.rows((56, 56))] == [(3, 3), (6, 6)]
     absolute, _ = resolve_source(
-        spair_config(data, tmp_path / "out", levels=("x1", "24x24")), [(48, 48), (64, 64)], "pad"
+        spair_config(data, tmp_path / "out", levels=("x1", "24x24")).source, [(48, 48), (64, 64)], "pad"
     )
     assert [row.grid for row in absolute.rows((64, 64))] == [(4, 4), (24, 24)]
 
 
 def test_settings_that_contradict_each_other():
     with pytest.raises(ConfigError, match="int8"):
-        CorrespondenceConfig(levels=("x1@int8",))
+        CorrespondenceConfig.of(levels=("x1@int8",))
     with pytest.raises(ConfigError, match=r"--alphas"):
-        CorrespondenceConfig(alphas=(0.1, 0.0))
+        CorrespondenceConfig.of(alphas=(0.1, 0.0))
     with pytest.raises(ConfigError, match="no data: give --data"):
-        correspondence.prepare(CorrespondenceConfig())
+        correspondence.prepare(CorrespondenceConfig.of())
     with pytest.raises(ConfigError, match="memory:// can be seen by one process only"):
-        CorrespondenceConfig(out="memory://a", executor="ray")
+        CorrespondenceConfig.of(out="memory://a", executor="ray")
 
 
 # --- video ------------------------------------------------------------------------------------------------------------
@@ -801,7 +801,7 @@ def test_the_demo_has_all_layouts(tmp_path):
 
 
 def discovery_config(data: object, out: Path, **changes: object) -> DiscoveryConfig:
-    return DiscoveryConfig(**{"data": str(data), "out": str(out), "sizes": (64,), **TINY, **changes})
+    return DiscoveryConfig.of(**{"data": str(data), "out": str(out), "sizes": (64,), **TINY, **changes})
 
 
 class Inside(Upright):
@@ -846,7 +846,7 @@ def test_images_without_objects_do_not_count_and_coco_has_a_tau_of_its_own(tmp_p
 
     assert {line.values[1] for line in findings.tables[0].lines} == {3}
     assert "tau=0.3" in findings.choices["tokencut"]
-    assert DiscoveryConfig(dataset="coco20k", protocol="tokencut").settings.tau == 0.2
+    assert DiscoveryConfig.of(dataset="coco20k", protocol="tokencut").settings.tau == 0.2
 
 
 def test_tokencuts_own_protocol_pads_images_to_whole_patches(tmp_path):
@@ -884,7 +884,7 @@ def test_every_data_set_of_boxes_can_be_chosen():
 
 
 def cka_config(data: object, out: Path, **changes: object) -> CkaConfig:
-    return CkaConfig(**{"data": str(data), "out": str(out), "sizes": (32, 48, 64), "batch": 5, **TINY, **changes})
+    return CkaConfig.of(**{"data": str(data), "out": str(out), "sizes": (32, 48, 64), "batch": 5, **TINY, **changes})
 
 
 def test_cka_is_that_of_fixed_batches(tmp_path):
@@ -943,7 +943,7 @@ def test_cka_of_stores_is_that_of_a_model(tmp_path, tiny):
 
 
 def test_panels_of_self_similarity(tmp_path):
-    config = SimilarityConfig(
+    config = SimilarityConfig.of(
         data=str(make_spair(tmp_path / "d")), out=str(tmp_path / "out"), sizes=(64, 128), limit=3, **TINY
     )
 

@@ -169,7 +169,7 @@ def test_run_json_repeats_the_run_and_holds_no_secret(make_tars, tiny):
     assert "hunter2" not in text
     assert "AKIDEXAMPLE" not in text
     assert json.loads(text)["config"]["size"] == "64"
-    assert (again.data, again.levels, again.model) == (config.data, config.levels, config.model)
+    assert (again.data, again.features) == (config.data, config.features)
 
 
 def test_limit_takes_the_first_samples(make_tars, tiny):

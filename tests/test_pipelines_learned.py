@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jobs.evaluate import main
 from jobs.extract import run
 from jobs.show import run as show
 from operators.backbone import BackboneError, TimmBackbone, create_model, normalise, state_arrays, weights_digest
 from operators.upsamplers import build_net, create_upsampler, learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.demo_datasets import write_demo
+from pipelines.evaluation import correspondence
 from pipelines.evaluation.correspondence import CorrespondenceConfig
+from pipelines.evaluation.run import evaluate
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.run import extract
 from pipelines.extraction.worker import ShardWorker
@@ -304,7 +305,7 @@ def test_credentials_in_a_levels_url_are_used_and_shown_nowhere(keys, tmp_path, 
     url = f"http://reader:hunter2hunter2@{guarded_server}/lift.pth"
     config = keys(levels=("x1", f"x2=lift:{url}"))
 
-    assert run(arguments(config.data, tmp_path / "out.zarr", "--levels", *config.levels)) == 0
+    assert run(arguments(config.data, tmp_path / "out.zarr", "--levels", *config.features.levels)) == 0
     missing = url.replace("lift.pth", "other.pth")
     assert run(arguments(config.data, tmp_path / "b.zarr", "--levels", "x1", f"x2=lift:{missing}")) == 2
     assert run(arguments(config.data, tmp_path / "b.zarr", "--levels", "x1", f"x2=bilinear:{url}")) == 2
@@ -357,7 +358,7 @@ def test_digest_covers_weights_and_settings_and_is_part_of_the_fingerprint(keys,
 def test_interrupted_run_continues_with_the_same_bytes(keys, tmp_path, monkeypatch):
     url = official_file(tmp_path / "lift.pth")
     config = keys(levels=("x1", f"x2=lift:{url}"))
-    whole = keys(levels=config.levels, out=str(tmp_path / "whole.zarr"))
+    whole = keys(levels=config.features.levels, out=str(tmp_path / "whole.zarr"))
     extract(whole, InlineExecutor())
     compute = ShardWorker.compute
 
@@ -476,16 +477,16 @@ def test_an_evaluation_says_it_of_each_size_live_and_from_a_store(tiny, tmp_path
     url = checkpoint(tmp_path / "ckpt", backbone=trained_on(size=64))
     settings = {"data": str(tmp_path / "sets/SPair-71k"), "limit": 1, "pictures": 0, "executor": "inline"}
     model = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "facet": "key"}
-    live = CorrespondenceConfig(
+    live = CorrespondenceConfig.of(
         **settings, **model, sizes=(32, 64, 96), levels=("x1", f"x2=lift:{url}"), out=str(tmp_path / "live")
     )
-    images = tiny(f"{settings['data']}/JPEGImages", size="96", geometry="pad", facet="key", levels=live.levels)
+    images = tiny(f"{settings['data']}/JPEGImages", size="96", geometry="pad", facet="key", levels=live.features.levels)
     extract(images, InlineExecutor())
     assert len(FeatureStore.open(images.out).attributes["notes"]) == 1
-    stored = CorrespondenceConfig(**settings, stores=(images.out,), sizes=(96,), out=str(tmp_path / "stored"))
+    stored = CorrespondenceConfig.of(**settings, stores=(images.out,), sizes=(96,), out=str(tmp_path / "stored"))
 
     for config in (live, stored):
-        main("correspondence", config)
+        evaluate("correspondence", correspondence, config)
         choices = json.loads((Path(config.out) / "results.json").read_text())["choices"]
         assert "here it is given 96 x 96 px (6 x 6 cells)" in choices["upsamplers"]
         assert "given 64 x 64" not in choices["upsamplers"]

@@ -266,10 +266,10 @@ def run_job(config: ExtractConfig, poison: Path, *more: str) -> subprocess.Compl
         "--out",
         config.out,
         "--model",
-        config.model,
+        config.features.model,
     ]
     command += ["--weights", "random", "--size", "64", "--precision", "fp32", "--block-rows", "16"]
-    command += ["--levels", *config.levels]
+    command += ["--levels", *config.features.levels]
     command += ["--max-failed-fraction", "0.5", *more]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 

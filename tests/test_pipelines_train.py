@@ -54,7 +54,7 @@ def small(tmp_path, make_tars):
             "executor": "inline",
             "device": "cpu",
         }
-        return X2Config(**{**values, **changes})
+        return X2Config.of(**{**values, **changes})
 
     return make
 

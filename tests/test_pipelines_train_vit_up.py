@@ -114,7 +114,7 @@ def small(tmp_path, make_tars):
             "executor": "inline",
             "device": "cpu",
         }
-        return ViTUpTraining(**{**values, **changes})
+        return ViTUpTraining.of(**{**values, **changes})
 
     return make
 

@@ -16,8 +16,8 @@ from pipelines.config import ConfigError
 from pipelines.costs import speed
 from pipelines.tables import cells as grid
 from pipelines.tables.backbones import BACKBONES
-from pipelines.tables.cells import CellResult, GridConfig, plan_cells, run_cell, run_cells
-from pipelines.tables.deap import entries, report, scatter, write_grid
+from pipelines.tables.cells import CellResult, CellsFailed, GridConfig, plan_cells, run_cell, run_cells
+from pipelines.tables.deap import entries, main, report, scatter, write_grid
 from pipelines.tables.tasks import DEAP_TASKS, PUBLISHED, TABLE_3, find_task, published_values
 from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
@@ -54,12 +54,12 @@ def tiny_grid(sets: Path, where: Path, **changes: object) -> GridConfig:
         "device": "cpu",
         **changes,
     }
-    return GridConfig(**values)
+    return GridConfig.of(**values)
 
 
 def cells_with(**changes: object) -> ReadoutTraining:
     settings = {"side": 64, "batch": 3, "lr": 1e-2, "precision": "fp32", "checkpoint_every": 2, "validate_every": 4}
-    return ReadoutTraining(**{**settings, "log_every": 1, **changes})
+    return ReadoutTraining.of(**{**settings, "log_every": 1, **changes})
 
 
 def run(config: GridConfig) -> list[CellResult]:
@@ -126,7 +126,7 @@ def test_stores_are_named_by_backbone_data_set_and_part(sets, tmp_path):
         ({"store": "{backbone}.zarr", "tasks": ("voc", "boundaries")}, "with several datasets"),
         ({"store": "{model}.zarr"}, "{model} means nothing"),
         ({"store": "{backbone.zarr"}, "expected '}'"),
-        ({"cell": ReadoutTraining(model="x", max_steps=3)}, "--cell.max-steps, --cell.model: the grid decides it"),
+        ({"cell": ReadoutTraining.of(model="x", max_steps=3)}, "--cell.max-steps, --cell.model: the grid decides it"),
         ({"cell_gpus": 0.0}, "--cell-gpus 0.0"),
         ({"executor": "ray", "out": "memory://grid"}, "one process only"),
     ],
@@ -268,7 +268,7 @@ def test_more_steps_go_on_and_other_settings_are_refused(sets, tmp_path):
     assert "lr" in other.error
 
 
-def test_a_cell_that_fails_is_told_and_ends_nothing(sets, tmp_path, monkeypatch, capsys):
+def test_a_cell_that_fails_is_told_and_ends_nothing(sets, tmp_path):
     secret = {"s3": {"secret": "very-secret-value"}}
     config = tiny_grid(
         sets,
@@ -279,7 +279,9 @@ def test_a_cell_that_fails_is_told_and_ends_nothing(sets, tmp_path, monkeypatch,
         speed=False,
     )
 
-    assert job.main(config) is False
+    lines = []
+    with pytest.raises(CellsFailed, match="2 of 3 runs failed"):
+        lines.extend(main(config))
 
     text = (tmp_path / "grid.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith(f"| {VIT}"))
@@ -287,7 +289,7 @@ def test_a_cell_that_fails_is_told_and_ends_nothing(sets, tmp_path, monkeypatch,
     assert cells[3:5] == ["failed", "failed"]
     assert float(cells[5]) > 0
     assert f"- {SLUG}-boundaries-linear-0: DatasetError: " in text
-    assert "very-secret-value" not in text + (tmp_path / "grid.json").read_text() + capsys.readouterr().out
+    assert "very-secret-value" not in text + "".join([(tmp_path / "grid.json").read_text(), *lines])
     assert not (tmp_path / "grid.png").exists()
 
 
@@ -360,7 +362,7 @@ def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
     points, turned = [], []
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **more: points.append((x, y)))
     monkeypatch.setattr(Axes, "invert_yaxis", lambda self: turned.append(self.get_title()))
-    config = GridConfig(out="x", backbones=("mae", "dino"), tasks=("voc", "depth"), data=("voc=v", "nyu=n"))
+    config = GridConfig.of(out="x", backbones=("mae", "dino"), tasks=("voc", "depth"), data=("voc=v", "nyu=n"))
     cells = plan_cells(config)
     metrics = {"val_loss": 0.5, "val_miou": 0.25, "val_rmse_pooled": 0.75}
     results = [
@@ -401,9 +403,11 @@ def test_debug_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_published_presets_parse_and_mistakes_end_with_2(capsys):
-    _, table3 = job.parse(["deap-table3", "--out", "x", "--data", "coco=c", "voc=v", "coco_stuff=s", "nyu=n"])
+    table3 = job.program.parse(
+        ["deap-table3", "--out", "x", "--data", "coco=c", "voc=v", "coco_stuff=s", "nyu=n"]
+    ).config
     assert len(plan_cells(table3)) == 16 * 6
-    _, table5 = job.parse(["deap-table5", "--out", "x", "--data", "coco=c", "voc=v", "nyu=n"])
+    table5 = job.program.parse(["deap-table5", "--out", "x", "--data", "coco=c", "voc=v", "nyu=n"]).config
     assert len(plan_cells(table5)) == 3 * 3 * 5
     assert job.run(["deap-table3"]) == 2
     assert "--data lacks coco, coco_stuff, nyu, voc" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_live_maps_are_the_stores(sets, tmp_path, store):
     stored = prepared(training(sets, tmp_path / "stored", store=store(), size=None))
     model = live.bundle.build("cpu")
 
-    maps = model(live.images.load([4], None).arrays["pixels"], {})[0]["x1"]
+    maps = model(live.images.load([4], None).arrays["pixels"]).levels["x1"]
 
     np.testing.assert_array_equal(stored.images.load([1, 4], None).arrays["x1"][1:], maps)
 
@@ -467,11 +467,13 @@ def test_depth_is_judged_on_the_labels_own_pixels_and_nyus_in_the_eigen_crop(tmp
     eigen_crop(outside)[:] = False
     assert 0 < outside.mean() < 0.5
     found = torch.full((1, 96, 96), 2.0)
-    record = task.judge(found, {"depth": task.placed(label)}, np.where(outside, 7.0, label).astype(np.float32))
-    assert record["metrics"]["rmse"] == 0
-    assert record["error"]["pixels"] == (~outside).sum()
+    record = task.judge(
+        found, {"depth": torch.from_numpy(task.placed(label))}, np.where(outside, 7.0, label).astype(np.float32)
+    )
+    assert record.metrics.rmse == 0
+    assert record.error.pixels == (~outside).sum()
     label[240, 320] = 4.0
-    assert task.judge(found, {"depth": task.placed(label)}, label)["metrics"]["rmse"] > 0
+    assert task.judge(found, {"depth": torch.from_numpy(task.placed(label))}, label).metrics.rmse > 0
 
 
 def test_an_image_without_any_depth_counts_for_nothing(sets, tmp_path):

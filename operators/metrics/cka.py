@@ -51,11 +51,11 @@ def terms_of_grams(
     if rescale:
         grams = [(each - each.min()) / (each.max() - each.min()).clamp(min=1e-300) for each in grams]
     hsic = hsic_unbiased if estimator == "unbiased" else hsic_biased
-    rows = [[0.0] * len(grams) for _ in grams]
-    for i, left in enumerate(grams):
-        for j, right in enumerate(grams[: i + 1]):
-            rows[i][j] = rows[j][i] = float(hsic(left, right))
-    return HsicTerms(batch=batch, images=count.pop(), terms=tuple(map(tuple, rows)))
+    # Symmetric to the last digit, so that each pair is computed once; all come to the host together.
+    pairs = [(i, j) for i in range(len(grams)) for j in range(i + 1)]
+    found = dict(zip(pairs, torch.stack([hsic(grams[i], grams[j]) for i, j in pairs]).tolist(), strict=True))
+    rows = tuple(tuple(found[max(i, j), min(i, j)] for j in range(len(grams))) for i in range(len(grams)))
+    return HsicTerms(batch=batch, images=count.pop(), terms=rows)
 
 
 def gram(features: Tensor, max_bytes: int = 2**26) -> Tensor:

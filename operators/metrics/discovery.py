@@ -3,6 +3,9 @@
 Tokens are the nodes of a graph whose edges are strong where cosines exceed a threshold. The second smallest generalised
 eigenvector of its normalised cut splits them; the object is the connected part around the largest entry.
 
+Cosines are taken where the map is, and only the graph comes to the host, a byte an edge where it is binary. The eigenvector
+is LAPACK's: tokens often tie for the seed, then rounding decides, and the official boxes come of LAPACK's.
+
 Shapes: C channels, h w tokens of a map, N = h * w.
 """
 
@@ -11,8 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import linalg, ndimage
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from torch import Tensor
 
 EPSILON = 1e-5
 """Weight of the edges between tokens that are not alike."""
@@ -54,7 +60,7 @@ class Discovery:
     found: bool
 
 
-def discover(map_hwC: np.ndarray, image_size: tuple[int, int], settings: TokenCut | None = None) -> Discovery:
+def discover(map_hwC: Tensor | np.ndarray, image_size: tuple[int, int], settings: TokenCut | None = None) -> Discovery:
     """The object in a map of an image (or canvas) of `image_size` (H, W) pixels that the tokens tile.
 
     Tokens needn't be normalised. The seed's component is taken, not the largest. An object on more than half of the tokens
@@ -63,13 +69,13 @@ def discover(map_hwC: np.ndarray, image_size: tuple[int, int], settings: TokenCu
     image. Raises `ValueError` on an empty map, NaN or infinity.
     """
     settings = settings or TokenCut()
-    features = np.asarray(map_hwC, np.float32)
-    if features.ndim != 3 or not features.size:
-        raise ValueError(f"a map [h, w, C] is needed, got {features.shape}")
-    if not np.isfinite(features).all():
+    features = torch.as_tensor(map_hwC, dtype=torch.float32)
+    if features.ndim != 3 or not features.numel():
+        raise ValueError(f"a map [h, w, C] is needed, got {tuple(features.shape)}")
+    if not torch.stack(features.aminmax()).isfinite().all():
         raise ValueError("features hold NaN or infinity; rows of failed samples in a store are NaN: leave them out")
-    grid = features.shape[:2]
-    graph = affinity(features.reshape(-1, features.shape[2]), settings)
+    grid = features.shape[0], features.shape[1]
+    graph = affinity(features.flatten(0, 1), settings)
     if _is_uniform(graph):
         everything = np.ones(grid, bool)
         return Discovery(
@@ -83,17 +89,16 @@ def discover(map_hwC: np.ndarray, image_size: tuple[int, int], settings: TokenCu
     return _cut(second_eigenvector(graph, settings.solver).reshape(grid), image_size, settings.solver)
 
 
-def affinity(tokens_NC: np.ndarray, settings: TokenCut) -> np.ndarray:
-    """Symmetric graph [N, N] of tokens: float64 if binary, else float32 as the cosines are."""
-    lengths = np.linalg.norm(tokens_NC, axis=1, keepdims=True)
-    unit = tokens_NC / np.maximum(lengths, 1e-12)
-    cosines = unit @ unit.T
+def affinity(tokens_NC: Tensor, settings: TokenCut) -> np.ndarray:
+    """Symmetric graph [N, N] of tokens on the host: float64 if binary, else float32 as the cosines are."""
+    unit = F.normalize(tokens_NC, dim=1, eps=1e-12)
+    cosines = unit @ unit.t()
     # Where a cosine is within rounding of tau, its two entries must agree all the same.
-    cosines = np.maximum(cosines, cosines.T)
+    cosines = torch.maximum(cosines, cosines.t())
     strong = cosines > settings.tau
     if settings.weighted:
-        return np.where(strong, cosines, np.float32(EPSILON))
-    return np.where(strong, 1.0, EPSILON)
+        return torch.where(strong, cosines, EPSILON).cpu().numpy()
+    return np.where(strong.cpu().numpy(), 1.0, EPSILON)
 
 
 def _is_uniform(graph: np.ndarray) -> bool:

@@ -8,28 +8,36 @@ is 100 times their mean.
 import warnings
 
 import numpy as np
+import torch
+from torch import Tensor
 
 # scikit-learn is imported where it is used: it takes 4 s, in every worker of every readout.
 
 RESTARTS = 10
 
 
-def instance_ari(latents_CHW: np.ndarray, ids_HW: np.ndarray, *, seed: int = 0) -> float | None:
+def instance_ari(latents_CHW: Tensor | np.ndarray, ids_HW: Tensor | np.ndarray, *, seed: int = 0) -> float | None:
     """ARI of k-means clusters of the foreground's latents, k being the number of ids there, against the ids.
 
     0 in `ids_HW` is background. None where there is no foreground. An image of one instance has an ARI of 1 whatever its
     latents are; the published test set takes images of more than two. Raises `ValueError` where sizes differ or a latent
     isn't finite.
     """
-    latents, ids = np.asarray(latents_CHW), np.asarray(ids_HW)
+    latents, ids = torch.as_tensor(latents_CHW), torch.as_tensor(ids_HW)
     if latents.ndim != 3 or latents.shape[1:] != ids.shape:
-        raise ValueError(f"latents [C, H, W] for ids [H, W] are needed, got {latents.shape} and {ids.shape}")
-    foreground = ids != 0
-    if not foreground.any():
+        raise ValueError(
+            f"latents [C, H, W] for ids [H, W] are needed, got {tuple(latents.shape)} and {tuple(ids.shape)}"
+        )
+    latents_NC, ids_N = foreground_pixels(latents, ids)
+    if not len(ids_N):
         return None
-    ids = ids[foreground]
-    clusters = cluster_pixels(latents[:, foreground].T, len(np.unique(ids)), seed=seed)
-    return _rand_index(ids, clusters)
+    return _rand_index(ids_N, cluster_pixels(latents_NC, len(np.unique(ids_N)), seed=seed))
+
+
+def foreground_pixels(latents_CHW: Tensor, ids_HW: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Latents [N, C] and ids [N] of the pixels whose id isn't 0, on the host: scikit-learn, which clusters them, runs there."""
+    foreground = ids_HW != 0
+    return latents_CHW[:, foreground].t().cpu().numpy(), ids_HW[foreground].cpu().numpy()
 
 
 def foreground_ari(clusters_HW: np.ndarray, ids_HW: np.ndarray) -> float | None:

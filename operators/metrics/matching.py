@@ -52,14 +52,17 @@ def best_pixels(
     if tuple(size) == grid:
         normalise = "cells"  # the same where cells are pixels, and cheaper
     # Between neighbouring cells the similarity is linear along each axis, and best at an end; a cosine may peak within.
+    # Which pixels these are depends on sizes alone: that is found out on the host, where nobody waits for it.
     rows, columns = (
-        _candidates(cells, pixels, ends_only=normalise == "cells", device=device)
-        for cells, pixels in zip(grid, size, strict=True)
+        _candidates(cells, pixels, ends_only=normalise == "cells") for cells, pixels in zip(grid, size, strict=True)
     )
+    columns = columns.to(device)
     best = torch.full((len(queries),), -torch.inf, dtype=torch.float64, device=device)
     index = torch.zeros((len(queries), 2), dtype=torch.int64, device=device)
     for band in rows.bands(_rows_at_once(queries, map_hwC, rows, columns, max_bytes)):
-        similarity = _similarities(queries, map_hwC, band, columns, normalise, _VANISHED * peak**2)
+        start, stop = int(band.lower[0]), int(band.upper[-1]) + 1
+        band = band.to(device)
+        similarity = _similarities(queries, map_hwC[start:stop], band, start, columns, normalise, _VANISHED * peak**2)
         score, flat = similarity.flatten(1).max(dim=1)
         found = torch.stack([columns.pixel[flat % len(columns)], band.pixel[flat // len(columns)]], dim=1)
         better = score > best
@@ -121,6 +124,9 @@ class _Axis:
     def __getitem__(self, part: slice | Tensor) -> "_Axis":
         return _Axis(self.pixel[part], self.lower[part], self.upper[part], self.weight[part])
 
+    def to(self, device: torch.device) -> "_Axis":
+        return _Axis(*(each.to(device) for each in (self.pixel, self.lower, self.upper, self.weight)))
+
     def bands(self, step: int) -> Iterator["_Axis"]:
         for i in range(0, len(self), step):
             yield self[i : i + step]
@@ -133,10 +139,10 @@ def _axis(pixel: Tensor, cells: int, pixels: int) -> _Axis:
     return _Axis(pixel, lower, (lower + 1).clamp(max=cells - 1), centre - lower)
 
 
-def _candidates(cells: int, pixels: int, *, ends_only: bool, device: torch.device) -> _Axis:
+def _candidates(cells: int, pixels: int, *, ends_only: bool) -> _Axis:
     """An axis' pixels that differ from the one before, or only the first and the last one between each two cells."""
-    axis = _axis(torch.arange(pixels, device=device), cells, pixels)
-    begins = torch.ones(pixels + 1, dtype=torch.bool, device=device)
+    axis = _axis(torch.arange(pixels), cells, pixels)
+    begins = torch.ones(pixels + 1, dtype=torch.bool)
     begins[1:-1] = axis.lower[1:] != axis.lower[:-1]
     if ends_only:
         return axis[begins[:-1] | begins[1:]]
@@ -152,11 +158,11 @@ def _rows_at_once(queries: Tensor, features: Tensor, rows: _Axis, columns: _Axis
 
 
 def _similarities(
-    queries: Tensor, features: Tensor, rows: _Axis, columns: _Axis, normalise: Normalise, vanished: float
+    queries: Tensor, band_hwC: Tensor, rows: _Axis, start: int, columns: _Axis, normalise: Normalise, vanished: float
 ) -> Tensor:
-    """Float64 [K, rows, columns]; `vanished` is the squared length that counts as none."""
-    start, stop = int(rows.lower[0]), int(rows.upper[-1]) + 1
-    cells = features[start:stop].double()
+    """Float64 [K, rows, columns] for the map's rows from `start` on that `rows` lie between; `vanished` is the squared length
+    that counts as none."""
+    cells = band_hwC.double()
     if normalise == "cells":
         cells = F.normalize(cells, dim=-1)
     dots = (queries @ cells.flatten(0, 1).t()).unflatten(1, cells.shape[:2])

@@ -11,7 +11,7 @@ places that it reaches, S sources: those places in each context frame.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,6 +53,10 @@ class _Tile:
     window: tuple[Tensor, Tensor]
     "0 for rows [., M] and columns [., M] that a cell sees, -inf for others"
 
+    def to(self, device: torch.device) -> "_Tile":
+        rows, columns = self.window
+        return replace(self, places_P=self.places_P.to(device), window=(rows.to(device), columns.to(device)))
+
 
 class Propagator:
     """Carries labels from frame to frame. Holds `context` + 1 maps of unit features and soft labels, float32."""
@@ -70,20 +74,22 @@ class Propagator:
         # Blocks of columns, each by itself in memory: products read the rows that a tile reaches without a copy. On narrow
         # maps most cells see most columns, and there is one block. Here, cells are numbered block by block.
         self._width = settings.radius if settings.radius and w > 3 * settings.radius else w
-        numbers = torch.arange(h * w, device=device).view(h, w)
-        self._order = torch.cat([block.flatten() for block in numbers.split(self._width, dim=1)])
+        numbers = torch.arange(h * w).view(h, w)
+        order = torch.cat([block.flatten() for block in numbers.split(self._width, dim=1)])
+        self._order = order.to(device)
         # The first frame, and a ring of the latest ones.
         maps = settings.context + 1
         self._features = [
             torch.empty(maps, h, min(self._width, w - x), channels, device=device) for x in range(0, w, self._width)
         ]
         self._labels = torch.empty(maps, h * w, len(labels_Ohw), device=device)
-        self._keep(0, self._unit(features_hwC), labels_Ohw.flatten(1).t()[self._order])
+        self._keep(0, self._unit(features_hwC), labels_Ohw.to(device).flatten(1).t()[self._order])
         cells = max(1, round(TILE_CELLS / self._width)) * self._width
         while cells > 1 and 4 * self._affinities(cells) > max_bytes:
             cells //= 2
         self._scratch = torch.empty(self._affinities(cells), device=device)
-        self._tiles = list(self._cut(cells))
+        # What tiles are depends on sizes alone, and is found out on the host.
+        self._tiles = [tile.to(device) for tile in self._cut(order, cells)]
 
     def step(self, features_hwC: Tensor) -> Tensor:
         """Soft labels float32 [O, h, w] of the next frame; they sum to 1 per cell if the first frame's do."""
@@ -119,20 +125,20 @@ class Propagator:
         rows = min(h, 2 * radius + (cells - 1) // self._width + 2) if radius else h
         return len(self._labels) * rows * min(w, 3 * self._width) * cells
 
-    def _cut(self, count: int) -> Iterator[_Tile]:
+    def _cut(self, order_N: Tensor, count: int) -> Iterator[_Tile]:
         """Tiles of at most `count` cells."""
         (h, w, _), radius = self._shape, self.settings.radius or max(self._shape[:2])
-        numbers, start = self._order.argsort().view(h, w), 0
+        numbers, start = order_N.argsort().view(h, w), 0
         for block in range(len(self._features)):
             blocks = range(max(0, block - 1), min(len(self._features), block + 2))
             first = blocks.start * self._width
             seen = numbers[:, first : blocks.stop * self._width]
-            columns = torch.arange(first, first + seen.shape[1], device=seen.device)
-            for cells in self._order[start : start + self._features[block][0, ..., 0].numel()].split(count):
+            columns = torch.arange(first, first + seen.shape[1])
+            for cells in order_N[start : start + self._features[block][0, ..., 0].numel()].split(count):
                 y, x = cells // w, cells % w
                 rows = range(max(0, int(y[0]) - radius), min(h, int(y[-1]) + radius + 1))
                 places = [part.flatten() for part in seen[rows.start : rows.stop].split(self._width, dim=1)]
-                down = torch.arange(rows.start, rows.stop, device=seen.device)
+                down = torch.arange(rows.start, rows.stop)
                 yield _Tile(
                     cells=slice(start, start + len(cells)),
                     places_P=torch.cat(places),
@@ -190,7 +196,7 @@ class Propagator:
 
 
 def _window(distance: Tensor, radius: int) -> Tensor:
-    return torch.zeros(distance.shape, device=distance.device).masked_fill_(distance.abs() > radius, -math.inf)
+    return torch.zeros(distance.shape).masked_fill_(distance.abs() > radius, -math.inf)
 
 
 def one_hot(labels_HW: np.ndarray, grid: tuple[int, int]) -> Tensor:

@@ -3,36 +3,66 @@
 A worker returns one matrix of whole numbers for all its images; matrices are summed, and scores taken from the sum only.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from storage.datasets.classes import VOID, whole_numbers
+from storage.datasets.classes import VOID
 
 
-def confusion(predicted_HW: np.ndarray, labels_HW: np.ndarray, classes: int, void: int = VOID) -> np.ndarray:
-    """How often each class (row) was predicted as each (column): int64 [classes, classes].
+def class_pairs(
+    predicted_HW: Tensor | np.ndarray, labels_HW: Tensor | np.ndarray, classes: int, void: int = VOID
+) -> Tensor:
+    """How often each class was predicted as each, of those that were: int64 [n, 3] of label, prediction and count, sorted,
+    where the predictions are.
 
     Pixels whose label is `void` don't count, whatever was predicted there. Raises `ValueError` where shapes differ, either
     isn't of whole numbers, a label or prediction is none of 0 to `classes` - 1, or `void` is one of the classes.
     """
     if 0 <= void < classes:
         raise ValueError(f"void {void} is one of the {classes} classes; give another number to void pixels")
-    predicted, labels = whole_numbers("predictions", predicted_HW), whole_numbers("labels", labels_HW)
+    predicted, labels = torch.as_tensor(predicted_HW), torch.as_tensor(labels_HW)
     if predicted.shape != labels.shape:
-        raise ValueError(f"predictions {predicted.shape} and labels {labels.shape} must be of one shape")
+        raise ValueError(f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)} must be of one shape")
     counted = labels != void
-    predicted, labels = predicted[counted], labels[counted]
-    _require_classes("prediction", predicted, classes)
-    _require_classes("label", labels, classes)
-    pairs = labels.astype(np.int64) * classes + predicted.astype(np.int64)
-    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    of_label, of_prediction = (
+        _whole(what, values)[counted] for what, values in (("labels", labels), ("predictions", predicted))
+    )
+    _require_classes("prediction", of_prediction, classes)
+    _require_classes("label", of_label, classes)
+    pairs, counts = (of_label * classes + of_prediction).unique(return_counts=True)
+    return torch.stack([pairs // classes, pairs % classes, counts], dim=1)
 
 
-def _require_classes(what: str, values: np.ndarray, classes: int) -> None:
-    if not values.size:
+def confusion(
+    predicted_HW: Tensor | np.ndarray, labels_HW: Tensor | np.ndarray, classes: int, void: int = VOID
+) -> np.ndarray:
+    """`class_pairs` as a matrix on the host: how often each class (row) was predicted as each (column), int64
+    [classes, classes]."""
+    return matrix_of(class_pairs(predicted_HW, labels_HW, classes, void).tolist(), classes)
+
+
+def matrix_of(pairs: Iterable[Sequence[int]], classes: int) -> np.ndarray:
+    """The sum of images' `class_pairs` as a confusion matrix, int64 [classes, classes]."""
+    matrix = np.zeros((classes, classes), np.int64)
+    for label, prediction, count in pairs:
+        matrix[label, prediction] += count
+    return matrix
+
+
+def _whole(what: str, values: Tensor) -> Tensor:
+    if values.is_floating_point():
+        raise ValueError(f"{what} must be whole numbers, got {str(values.dtype).removeprefix('torch.')}")
+    return values.long()
+
+
+def _require_classes(what: str, values: Tensor, classes: int) -> None:
+    if not values.numel():
         return
-    for value in (values.min(), values.max()):
+    for value in torch.stack(values.aminmax()).tolist():
         if not 0 <= value < classes:
             raise ValueError(f"{what} {value} is none of the {classes} classes 0 to {classes - 1}")
 

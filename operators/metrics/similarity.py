@@ -1,8 +1,9 @@
 """Self-similarity of feature maps, as LiFT's Fig. 5 and 6 show it."""
 
 import numpy as np
-
-from operators.visual import cosine_map
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 def centre_cell(grid: tuple[int, int]) -> tuple[int, int]:
@@ -10,19 +11,23 @@ def centre_cell(grid: tuple[int, int]) -> tuple[int, int]:
     return grid[0] // 2, grid[1] // 2
 
 
-def self_similarity(map_hwC: np.ndarray, cell: tuple[int, int] | None = None) -> np.ndarray:
-    """Cosines of one cell (default: `centre_cell`) with all of a map [h, w, C], stretched to 0..1; float32 [h, w].
+def self_similarity(map_hwC: Tensor | np.ndarray, cell: tuple[int, int] | None = None) -> Tensor:
+    """Cosines of one cell (default: `centre_cell`) with all of a map [h, w, C], stretched to 0..1; float32 [h, w] on its device.
 
     Stretched per map, so that values of different maps can't be compared; a constant map becomes zeros. Raises `ValueError`
     for an empty map, NaN or infinity, `IndexError` for a cell outside of it.
     """
-    if map_hwC.ndim != 3 or not map_hwC.size:
-        raise ValueError(f"a map [h, w, C] is needed, got {map_hwC.shape}")
-    if not np.isfinite(map_hwC).all():
+    features = torch.as_tensor(map_hwC, dtype=torch.float32)
+    if features.ndim != 3 or not features.numel():
+        raise ValueError(f"a map [h, w, C] is needed, got {tuple(features.shape)}")
+    if not torch.stack(features.aminmax()).isfinite().all():
         raise ValueError("features hold NaN or infinity; rows of failed samples in a store are NaN: leave them out")
-    row, column = centre_cell(map_hwC.shape[:2]) if cell is None else cell
-    if not (0 <= row < map_hwC.shape[0] and 0 <= column < map_hwC.shape[1]):
-        raise IndexError(f"cell {(row, column)} is outside of {map_hwC.shape[0]} x {map_hwC.shape[1]} cells")
-    similarity = cosine_map(map_hwC[row, column], map_hwC)
-    low, high = similarity.min(), similarity.max()
-    return (similarity - low) / (high - low) if high > low else np.zeros_like(similarity)
+    (h, w, _), (row, column) = (
+        features.shape,
+        centre_cell((features.shape[0], features.shape[1])) if cell is None else cell,
+    )
+    if not (0 <= row < h and 0 <= column < w):
+        raise IndexError(f"cell {(row, column)} is outside of {h} x {w} cells")
+    similarity = F.cosine_similarity(features, features[row, column], dim=-1)
+    low, high = similarity.aminmax()
+    return torch.where(high > low, (similarity - low) / (high - low), 0.0)

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H W pixels of the guidance, h w cells of the given 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +58,11 @@ class JointBilateral(X2Net):
 
     def __init__(self, radius: int = 3, key_dim: int = 32):
         super().__init__()
-        self.radius, taps = radius, (2 * radius + 1) ** 2
+        self.radius, self.key_dim, self.taps = radius, key_dim, (2 * radius + 1) ** 2
         self.range_temp = nn.Parameter(torch.tensor(0.0))
         self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
         self.range_proj = _pointwise(3, key_dim)
-        self.fixup_proj = _pointwise(taps + 3, taps)
+        self.fixup_proj = _pointwise(self.taps + 3, self.taps)
 
     def forward(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
         h, w = maps_BChw.shape[-2:]
@@ -107,7 +108,7 @@ class JointBilateral(X2Net):
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
         """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
-        taps, keys = self.fixup_proj[3].out_channels, self.range_proj[3].out_channels
+        taps, keys = self.taps, self.key_dim
         padded = (grid[0] + 2 * self.radius) * (grid[1] + 2 * self.radius)
         # Kernels: stacked, scaled, softmax, product, with guidance, two projections. Maps: bicubic, result.
         return grid[0] * grid[1] * (7 * taps + 3 * keys + 9 + 2 * channels) + padded * max(channels, keys)
@@ -134,7 +135,7 @@ class JointBilateralStack(X2Net):
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
         """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
-        return self.up1.working_values(grid, channels) + grid[0] * grid[1] * channels
+        return cast(JointBilateral, self.up1).working_values(grid, channels) + grid[0] * grid[1] * channels
 
 
 def _pointwise(channels: int, width: int) -> nn.Sequential:

@@ -126,7 +126,7 @@ class LiftNet(X2Net):
         return self._decode(torch.cat([up, fine], dim=1))
 
     def _decode(self, joined: Tensor) -> Tensor:
-        return self.outc(self.up1["conv_1"]["double_conv"](joined))
+        return self.outc(cast(nn.ModuleDict, self.up1["conv_1"])["double_conv"](joined))
 
     def _fitted(self, images: Tensor, h: int, w: int) -> Tensor:
         height, width = images.shape[-2:]
@@ -143,10 +143,10 @@ class LiftNet(X2Net):
     def reorder_channels(self, order: Tensor) -> None:
         """Make the network take and give channel `order[i]` of what it was trained on as channel i."""
         with torch.no_grad():
-            up, outc = self.up1["up"].weight, self.outc
+            up = cast(nn.ConvTranspose2d, self.up1["up"]).weight
             up[: self.channels] = up[: self.channels][order]
-            outc.weight.copy_(outc.weight[order])
-            outc.bias.copy_(outc.bias[order])
+            for last in self.outc.parameters():
+                last.copy_(last[order])
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
         """Upper bound on the values held at once while one image is brought to `grid`, the result included."""

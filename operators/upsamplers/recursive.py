@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class Recursive(Method[N]):
     def build(
         self, settings: N, state: Mapping[str, Tensor], precision: Precision, reload: Reload
     ) -> "LearnedUpsampler[N]":
-        return LearnedUpsampler(self, settings, self.loaded(settings, state), precision)
+        return LearnedUpsampler(self, settings, cast(X2Net, self.loaded(settings, state)), precision)
 
     def require_grid(self, settings: N, base: tuple[int, int], grid: tuple[int, int]) -> None:
         self.passes(settings, base, grid)
@@ -192,6 +192,7 @@ def _fold_batchnorms(net: nn.Module) -> None:
     """Put each BatchNorm's scale and shift into the convolution before it, in place."""
     for sequence in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
         for i in range(len(sequence) - 1):
-            if isinstance(sequence[i], nn.Conv2d) and isinstance(sequence[i + 1], nn.BatchNorm2d):
-                sequence[i] = fuse_conv_bn_eval(sequence[i], sequence[i + 1])
+            conv, norm = sequence[i], sequence[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequence[i] = fuse_conv_bn_eval(conv, norm)
                 sequence[i + 1] = nn.Identity()

@@ -163,7 +163,7 @@ def measure_extract(config: ExtractBenchmark, folder: Path) -> dict[str, Any]:
 
     Raises `BenchmarkFailed` if one fails, or if the loop's features differ from the pipeline's, and what `resolve` raises.
     """
-    run = ExtractConfig(
+    run = ExtractConfig.of(
         data=config.data or (write_photos(folder / "photos", config.images),),
         model=config.model,
         weights=config.weights,
@@ -191,7 +191,7 @@ def _rounds(
             spec=store.spec,
             store=run.out,
             urls=tuple(source.url for source in store.index.sources),
-            weights=run.weights,
+            weights=run.features.weights,
             out=str(folder / f"loop-{n}.zarr"),
             batch=loop_batch,
             stage_s=stage_s,
@@ -220,7 +220,7 @@ def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
         raise ConfigError("the benchmark reads local tars only")
     if resolved.model.backbone.is_hierarchical:
         raise ConfigError(
-            f"{config.model} is hierarchical; the loop that it would be compared with is one for plain ViTs"
+            f"{config.features.model} is hierarchical; the loop that it would be compared with is one for plain ViTs"
         )
 
 

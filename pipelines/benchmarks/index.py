@@ -53,7 +53,7 @@ class IndexResult:
 def measure_index(config: IndexBenchmark, folder: Path) -> IndexResult:
     """Index the input, list the tasks, and validate the index again, on a local Ray; no features are computed."""
     pattern = write_tiny_tars(folder / "tars", config.samples, config.tars)
-    run = ExtractConfig(data=(pattern,), out=str(folder / "feats.zarr"), weights="random", executor="ray")
+    run = ExtractConfig.of(data=(pattern,), out=str(folder / "feats.zarr"), weights="random", executor="ray")
     [(rows, sources, tasks, marks)], usage = run_fresh(_index, (run,))
     parquet = (Path(run.out) / "index").rglob("*.parquet")
     return IndexResult(

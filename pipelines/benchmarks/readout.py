@@ -83,7 +83,7 @@ def measure_readouts(config: ReadoutBenchmark, folder: Path) -> ReadoutResult:
         losses = {}
         for source in ("live", "store"):
             out = str(folder / f"{n}-{method}-{source}")
-            run = ReadoutTraining(
+            run = ReadoutTraining.of(
                 method=method,
                 data=data,
                 out=out,
@@ -114,7 +114,7 @@ def measure_readouts(config: ReadoutBenchmark, folder: Path) -> ReadoutResult:
 
 
 def _extract(config: ReadoutBenchmark, data: str, store: str) -> None:
-    settings = ExtractConfig(
+    settings = ExtractConfig.of(
         data=(f"{data}/VOCdevkit/VOC2012/JPEGImages",),
         out=store,
         model=config.model,

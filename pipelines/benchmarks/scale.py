@@ -171,7 +171,7 @@ def _drive(
     """One extraction with simulated workers, as a process of its own: how many tasks it had, what the driver had used when, and
     who did which task when."""
     tars = write_tiny_tars(Path(folder) / "tars", rows, max(1, rows // 10_000))
-    config = ExtractConfig(
+    config = ExtractConfig.of(
         data=(tars,),
         out=f"{folder}/out.zarr",
         model="test_vit.r160_in1k",

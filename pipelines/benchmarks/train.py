@@ -106,7 +106,7 @@ def _round(config: TrainBenchmark, folder: Path, photos: str) -> Iterator[tuple[
 
 
 def _this_loop(config: TrainBenchmark, out: str, photos: str, workers: int) -> float:
-    run = X2Config(
+    run = X2Config.of(
         data=(photos,),
         out=out,
         val_rows=1,

@@ -4,7 +4,7 @@ Everything is compared with float32 features of fully decoded images, on the ima
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ PRECISION_PRESETS = {
 
 def measure_precision(config: PrecisionBenchmark, folder: Path) -> dict[str, Any]:
     """One row per choice: relative L2 error, mean and worst 1 - cosine over cells, bytes a value (encodings only)."""
-    run = ExtractConfig(
+    run = ExtractConfig.of(
         data=config.data,
         out=str(folder / "feats.zarr"),
         model=config.model,
@@ -72,7 +72,7 @@ def _rows(config: ExtractConfig) -> list[dict[str, Any]]:
         for name in ("float32", "float16", "int8")
     ]
     for precision in ("bf16", "fp16"):
-        cast = resolve(replace(config, precision=precision))
+        cast = resolve(config.changed(precision=precision))
         features = np.concatenate(list(_features(cast, exact)))
         out.append({"kind": "precision", "name": precision, **_error(reference, features)})
     draft = _pixels(blobs, config, resolved, draft=True)
@@ -88,8 +88,7 @@ def _pixels(blobs: list[bytes], config: ExtractConfig, resolved: Resolved, *, dr
 
 def _features(resolved: Resolved, pixels: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(pixels), BATCH):
-        levels, _ = resolved.model(pixels[start : start + BATCH], {})
-        yield levels["x1"]
+        yield resolved.model(pixels[start : start + BATCH]).levels["x1"].numpy()
 
 
 def _encoding_error(reference: np.ndarray, dtype: str) -> dict[str, float]:

@@ -9,67 +9,72 @@ import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 import torch
+import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
-from pipelines.config import ConfigError, public_settings, require_at_least
+from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, timed
 from pipelines.costs.upsamplers import PUBLISHED, TABLE_9, count_operations, counted_macs, require_enlarging
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
+from pipelines.features.config import LevelConfig
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, Row, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, described_by, load_upsampler
 from pipelines.results import Findings, Line, Published, Table, shown_size, with_published
 from storage.datasets.files import digest
 from storage.paths import Folder
 
-_UNUSED = ("data", "stores", "levels", "drawing", "limit")
+_UNUSED = ("data", "stores", "drawing", "limit")
+"""Settings of every evaluation that mean nothing here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig(EvaluateConfig):
     """How long does each method take from an image to a grid, and how much memory? One random image, nothing to download."""
 
-    weights: str = "random"
-    """Of the backbone, as elsewhere; times don't depend on them."""
-    levels: tuple[str, ...] = ("x1",)
-    """Not for this task: --methods and --grids say what is timed."""
-    methods: tuple[str, ...] = ("bilinear", "lift")
+    features: Held[LevelConfig] = LevelConfig(weights="random", levels=("x1",))
+    methods: Counts[tuple[str, ...]] = ("bilinear", "lift")
     """Upsamplers: bilinear (always there), bicubic, nearest; lift, resize_conv, jbu, vit_up, module:Class of your own, with
     random weights, or with a checkpoint's, as in vit_up:s3://bucket/checkpoint."""
-    size: int = 448
+    side: Annotated[Counts[int], tyro.conf.arg(name="size")] = 448
     """Side of the square input in pixels."""
-    grids: tuple[int, ...] = (56, 112, 224, 448)
+    grids: Counts[tuple[int, ...]] = (56, 112, 224, 448)
     """Sides of the output grids. Those that a method can't give (LiFT: 2, 4, 8, ... times the backbone's) are left out."""
-    chunks: tuple[int, ...] = (0,)
+    chunks: Counts[tuple[int, ...]] = (0,)
     """ViT-Up's queries at once, as the side of their square; 0 is what extraction takes. None larger than the grid."""
-    warm_up: int = 10
+    warm_up: Counts[int] = 10
     """Passes before timing, for each line of the table."""
-    repeat: int = 50
+    repeat: Counts[int] = 50
     """Timed passes of each line."""
-    row_s: float = 60.0
+    row_s: Counts[float] = 60.0
     """No further pass that would bring a line's warm-up, or its timing, beyond so many seconds; each has one at least."""
-    actors: int | None = 1
-    """One: what runs beside a timing spoils it."""
+    cluster: Held[ClusterConfig] = ClusterConfig(actors=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stores:
             raise ConfigError("--stores: a store holds finished maps, which leaves nothing to time; leave it out")
-        if changed := [name for name in _UNUSED if getattr(self, name) != getattr(type(self), name)]:
+        given, plain = self.features.levels, type(self).features.levels
+        changed = [name for name in _UNUSED if getattr(self, name) != getattr(type(self), name)]
+        if changed := [*changed, *(["levels"] if given != plain else [])]:
             raise ConfigError(
                 f"--{changed[0]} is not for runtime, which times one random image; see --methods, --grids"
             )
-        if self.actors != 1:
-            raise ConfigError(f"--actors {self.actors}: timings beside each other spoil each other; leave it at 1")
-        require_at_least(1, self, "size", "warm_up", "repeat")
+        if self.cluster.actors != 1:
+            raise ConfigError(
+                f"--actors {self.cluster.actors}: timings beside each other spoil each other; leave it at 1"
+            )
+        require_at_least(1, self, "warm_up", "repeat")
+        if self.side < 1:
+            raise ConfigError(f"--size {self.side}: must be at least 1")
         if not self.grids or min(self.grids) < 1 or not self.chunks or min(self.chunks) < 0 or self.row_s <= 0:
             raise ConfigError("--grids must be at least 1, --chunks at least 0, one of each, and --row-s above 0")
         for name, url in self.named_methods:
@@ -87,10 +92,6 @@ class RuntimeConfig(EvaluateConfig):
     def named_methods(self) -> list[tuple[str, str]]:
         """(name, URL of a checkpoint or nothing) of `methods`."""
         return [split_method(text) for text in self.methods]
-
-    def public(self) -> dict[str, Any]:
-        """All settings without credentials, for files and logs."""
-        return {**super().public(), "methods": public_settings(self, "methods")["methods"]}
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ class Runtime:
 
 def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
     """The model made, checkpoints loaded, the folder begun: most that can be wrong is wrong here."""
-    recipe, ((side, _),) = resolve_source(config, [(config.size, config.size)], "squash")
+    recipe, ((side, _),) = resolve_source(config.source, [(config.side, config.side)], "squash")
     bundle = recipe.bundle((side, side))
     backbone = bundle.build("cpu").backbone
     learned = {
@@ -210,11 +211,11 @@ def _load(
     config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone
 ) -> UpsamplerWeights:
     if url:
-        options = {"storage_options": config.options, "force": config.force_upsampler}
+        options = {"storage_options": config.options, "force": config.features.force_upsampler}
         return load_upsampler(method, url, backbone, described_by(bundle.spec), **options)
     found = find_method(method)
     channels = backbone.channels * len(bundle.spec.layers)
-    return UpsamplerWeights.of(found, *found.untrained(backbone, channels, config.size, bundle.reload))
+    return UpsamplerWeights.of(found, *found.untrained(backbone, channels, config.side, bundle.reload))
 
 
 def _cases(
@@ -264,7 +265,7 @@ def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequ
         lines = _with_table_9(lines, task)
     memory = "peak MiB" if on_gpu else "peak RSS, MiB"
     times = Table(
-        title=f"One image, from pixels to the grid: {devices[0]}, {config.precision}",
+        title=f"One image, from pixels to the grid: {devices[0]}, {config.features.precision}",
         columns=("ms", "median ms", "passes", memory, "parameters, M", "10^9 MACs"),
         lines=tuple(lines),
     )
@@ -352,9 +353,9 @@ def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any])
 def _lift_published(config: RuntimeConfig, low: Row) -> Published:
     """LiFT's Table 5 where it has this model, size and stride."""
     values = {
-        method: {str(config.size): (None, operations)}
+        method: {str(config.side): (None, operations)}
         for one in PUBLISHED
-        if (one.model, one.size, one.stride) == (config.model, config.size, low.stride)
+        if (one.model, one.size, one.stride) == (config.features.model, config.side, low.stride)
         for method, operations in (("backbone", one.alone), ("lift", one.lift))
         if operations is not None
     }
@@ -363,8 +364,8 @@ def _lift_published(config: RuntimeConfig, low: Row) -> Published:
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:
     choices = {
-        "protocol": f"one random image, {config.precision} weights and autocast, inference mode; {task.warm_up} passes to warm "
-        f"up and {task.repeat} timed, fewer where they would take more than {task.row_s:g} s; one line at a time",
+        "protocol": f"one random image, {config.features.precision} weights and autocast, inference mode; {task.warm_up} passes "
+        f"to warm up and {task.repeat} timed, fewer where they would take more than {task.row_s:g} s; one line at a time",
         "time": "mean, as published, and median; the backbone's pass included. ViT-Up with its own adapted backbone, and "
         "without the plain one",
         "memory": "the most that torch's allocator holds, weights of that line included"

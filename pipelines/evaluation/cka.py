@@ -1,6 +1,6 @@
-"""Scale invariance: CKA between features of the same images at a range of sizes (LiFT Fig. 4; specs/evaluation.md section 5).
+"""Scale invariance: CKA between features of the same images at a range of sizes (LiFT Fig. 4).
 
-The paper's code isn't released; sizes, images and batches here are the recommended ones of the specs.
+The paper's code isn't released, nor are its sizes, images and batches; those here are our choice.
 """
 
 import io
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.sources import FeatureSource, Recipe, Squash, resolve_source
@@ -32,13 +32,13 @@ LEAST = 4
 class CkaConfig(EvaluateConfig):
     """How much do features depend on the input's size? CKA between all pairs of sizes, on a folder of images."""
 
-    sizes: tuple[int, ...] = ()
+    sizes: Counts[tuple[int, ...]] = ()
     """Sides of the model's square input; default with a model: 56 112 168 224 280 336 392 448; with stores: theirs."""
-    batch: int = 64
+    batch: Counts[int] = 64
     """Images that are compared with each other; part of the measure. A last batch of fewer than 4 is left out."""
-    estimator: Estimator = "unbiased"
+    estimator: Counts[Estimator] = "unbiased"
     """torch_cka's, or `biased`, which gives far higher values; the two don't mix."""
-    rescale: bool = False
+    rescale: Counts[bool] = False
     """Map each Gram matrix to 0..1 first, as vit_analysis does; it weighs batches otherwise."""
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ def prepare(config: CkaConfig) -> tuple[ScaleInvariance, Recipe, Folder]:
     if len(images) < LEAST:
         raise DatasetError(f"{images[0].folder.shown} has {len(images)} images; at least {LEAST} are compared")
     sides = config.sizes or (() if config.stores else tuple(range(56, 449, 56)))
-    recipe, sizes = resolve_source(config, [(side, side) for side in sides], "squash")
+    recipe, sizes = resolve_source(config.source, [(side, side) for side in sides], "squash")
     if len(sizes) < 2 or any(h != w for h, w in sizes):
         raise ConfigError(f"CKA compares at least two square sizes, got {sizes}; use --sizes, or a store for each")
     rows = [[row.name for row in recipe.rows(size)] for size in sizes]

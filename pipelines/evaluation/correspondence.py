@@ -1,4 +1,4 @@
-"""Key-point correspondence on SPair-71k's layout: LiFT's and ViT-Up's protocols (specs/evaluation.md section 1)."""
+"""Key-point correspondence on SPair-71k's layout: LiFT's and ViT-Up's protocols."""
 
 import zlib
 from collections import Counter
@@ -23,7 +23,7 @@ from operators.metrics.correspondence import (
     score_pair,
 )
 from operators.visual import Tile
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
@@ -46,23 +46,23 @@ PIECE_PAIRS = 32
 class CorrespondenceConfig(LabelledConfig):
     """Where do key points of one image lie in another of its category? PCK on SPair-71k, or a data set in its layout."""
 
-    protocol: Literal["lift", "vit-up"] = "lift"
+    protocol: Counts[Literal["lift", "vit-up"]] = "lift"
     """`lift`: LiFT's eval_spair; `vit-up`: ViT-Up's correspondence kit. The settings below default to the protocol's."""
-    sizes: tuple[int, ...] = ()
+    sizes: Counts[tuple[int, ...]] = ()
     """Sides of the model's square input in pixels; default: the model's own, or the stores'."""
-    split: str = "test"
+    split: Counts[str] = "test"
     """Folder of PairAnnotation."""
-    pairs_per_category: int | None = None
+    pairs_per_category: Counts[int | None] = None
     """Drawn at random with replacement; 0: all pairs, each once. Default: 100 for lift, 0 for vit-up."""
-    seed: int = 0
+    seed: Counts[int] = 0
     """Of the draw, which depends on the category's pairs alone, not on the order in which a disk lists categories."""
-    alphas: tuple[float, ...] = ALPHAS
+    alphas: Counts[tuple[float, ...]] = ALPHAS
     """A prediction is right within alpha times the threshold's length."""
-    threshold: Literal["box", "image"] = "box"
+    threshold: Counts[Literal["box", "image"]] = "box"
     """The longer side of the target's bounding box (SPair-71k), or of the target image (PF-PASCAL)."""
-    candidates: Literal["pixels", "cells"] = "pixels"
+    candidates: Counts[Literal["pixels", "cells"]] = "pixels"
     """What is searched: each pixel of the enlarged map, or its cells (the other reading of ViT-Up's bilinear row)."""
-    key_points: Literal["pairs", "images"] | None = None
+    key_points: Counts[Literal["pairs", "images"] | None] = None
     """Of the pairs' files (lift) or of the images' (vit-up)."""
 
     def __post_init__(self) -> None:
@@ -226,7 +226,7 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
     geometry = _geometry(config.rules.canvas)
-    recipe, sizes = resolve_source(config, [(side, side) for side in config.sizes], geometry)
+    recipe, sizes = resolve_source(config.source, [(side, side) for side in config.sizes], geometry)
     if any(h != w for h, w in sizes):
         raise ConfigError(f"correspondence is done on square inputs, not on {sizes}; use --sizes")
     everything = PAIRS["spair"].load(folder, config.split, config.annotation)[: config.limit]

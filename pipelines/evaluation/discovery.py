@@ -1,5 +1,4 @@
-"""Unsupervised discovery of one object per image with TokenCut, on VOC07, VOC12 and COCO20k: CorLoc (specs/evaluation.md
-section 3)."""
+"""Unsupervised discovery of one object per image with TokenCut, on VOC07, VOC12 and COCO20k: CorLoc."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from operators.metrics.discovery import CorLoc, Discovery, TokenCut, discover
 from operators.visual import Tile, heat
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
@@ -33,19 +32,19 @@ ORIGINAL = "original"
 class DiscoveryConfig(LabelledConfig):
     """Is there an object, and where? TokenCut without any training; the share of images whose box fits an object (CorLoc)."""
 
-    dataset: Literal["voc07", "voc12", "coco20k"] = "voc07"
+    dataset: Counts[Literal["voc07", "voc12", "coco20k"]] = "voc07"
     """Layout of --data: the folder above VOCdevkit, or that of coco_20k_filenames.txt."""
-    protocol: Literal["lift", "tokencut"] = "lift"
+    protocol: Counts[Literal["lift", "tokencut"]] = "lift"
     """`lift`: images squashed to squares of --sizes; `tokencut`: at their own size, padded to whole patches."""
-    sizes: tuple[int, ...] = ()
+    sizes: Counts[tuple[int, ...]] = ()
     """lift: sides of the model's square input; default: the model's own, or the stores'."""
-    split: str = "trainval"
+    split: Counts[str] = "trainval"
     """List of a VOC data set in ImageSets/Main."""
-    tau: float | None = None
+    tau: Counts[float | None] = None
     """Cosines above it are edges. Default: 0.2, and 0.3 for coco20k with lift, as in LiFT's commands."""
-    weighted: bool = False
+    weighted: Counts[bool] = False
     """Edges keep their cosine as weight: TokenCut's ablation."""
-    solver: Literal["official", "fast"] = "official"
+    solver: Counts[Literal["official", "fast"]] = "official"
     """`fast`: Lanczos' method instead of LAPACK's dense solver; several times faster on large grids."""
 
     def __post_init__(self) -> None:
@@ -165,7 +164,7 @@ class ObjectDiscovery:
         truth = _scaled(boxed, side)
         records = []
         for name, features in source.maps(picture).items():
-            found = discover(features.numpy(), size, self.settings)
+            found = discover(features, size, self.settings)
             box = found.box if side else (*found.box[:2], *np.minimum(found.box[2:], boxed.image_size).tolist())
             hit = CorLoc.of(box, truth)
             record = {"image": number, "side": side, "row": name, "box": box, "hits": hit.hits, "images": hit.images}
@@ -196,7 +195,9 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
     if not images:
         raise DatasetError(f"{folder.shown}: no image has an object")
     own_size = config.protocol == "tokencut"
-    recipe, sizes = resolve_source(config, [(side, side) for side in config.sizes], None if own_size else "squash")
+    recipe, sizes = resolve_source(
+        config.source, [(side, side) for side in config.sizes], None if own_size else "squash"
+    )
     if any(h != w for h, w in sizes) and not own_size:
         raise ConfigError(f"discovery is done on square inputs, not on {sizes}; use --sizes")
     red, green, blue = (round(255 * value) for value in recipe.spec(sizes[0]).mean)

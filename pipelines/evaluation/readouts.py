@@ -1,4 +1,4 @@
-"""Trained readouts on a data set: segmentation, depth, boundaries, detection, instances (specs/evaluation.md 7, 8, 12).
+"""Trained readouts on a data set: segmentation, depth, boundaries, detection, instances: DeAP's, and ViT-Up's linear probes.
 
 The readouts are trained by jobs/train.py, which judges its held-out images by the same code (pipelines/readouts/tasks.py).
 """
@@ -6,16 +6,19 @@ The readouts are trained by jobs/train.py, which judges its held-out images by t
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from operators.readouts import Readout
 from operators.visual import Tile
-from pipelines.config import ConfigError, absolute, public_settings, require_at_least
+from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.features.config import LevelConfig
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import (
     FeatureSource,
@@ -36,6 +39,7 @@ from pipelines.training.readout import features_of
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
+from storage.documents import decode
 from storage.paths import Folder, redact
 from storage.spread import spread
 
@@ -49,25 +53,21 @@ TRUTH = "truth"
 class ProbeConfig(LabelledConfig):
     """What can be read out of the features? Trained readouts (jobs/train.py) judged on a data set's validation part."""
 
-    readouts: tuple[str, ...] = ()
+    readouts: Counts[tuple[str, ...]] = ()
     """Trained readouts, each a row: folders of training runs, or checkpoints. All of one task."""
-    dataset: str | None = None
+    dataset: Counts[str | None] = None
     """The data set; default: the one that they were trained on."""
-    split: str | None = None
+    split: Counts[str | None] = None
     """Its part; default: the one for validation."""
-    side: int | None = None
+    side: Counts[int | None] = None
     """Of the outputs and the labels, in pixels; default: as trained. DeAP answers 448 with twice the queries a side."""
-    depth_scale: float | None = None
+    depth_scale: Counts[float | None] = None
     """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
-    levels: tuple[str, ...] = ("x1",)
-    """The maps that the readouts were trained on, named as for jobs/extract.py: x1 x2=lift:s3://bucket/ckpt."""
+    features: Held[LevelConfig] = LevelConfig(levels=("x1",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "side")
-
-    def public(self) -> dict[str, Any]:
-        return public_settings(self, "data", "out", "weights", "stores", "levels", "readouts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,14 @@ class Probe:
         ]
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
-        built = {name: readout.build() for name, readout in self.readouts.items()}
+        built = {name: readout.build().to(source.device) for name, readout in self.readouts.items()}
         return records_of(piece.items, lambda number: self._image(number, built, source, folder))
 
-    def _image(self, number: int, built: Mapping[str, Any], source: FeatureSource, folder: Folder) -> list[Record]:
+    def _image(self, number: int, built: Mapping[str, Readout], source: FeatureSource, folder: Folder) -> list[Record]:
         item = self.images[number]
         label = item.upright_label(source.oriented(item.image, self.size))
-        targets, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
+        arrays, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
+        targets = {name: torch.tensor(values, device=source.device) for name, values in arrays.items()}
         maps, pooled = source.maps(picture), None
         if any(readout.needs_pooled for readout in built.values()):
             pooled = source.pooled(picture)[None]
@@ -109,7 +110,7 @@ class Probe:
             features = maps[self.rows[name].name][None].permute(0, 3, 1, 2)
             output = readout(features, (self.task.side, self.task.side), pooled)[0]
             judged = self.task.judge(output, targets, label)
-            records.append({"image": number, "readout": name, "judged": judged})
+            records.append({"image": number, "readout": name, "judged": asdict(judged)})
             if number in self.shown:
                 self._draw(folder, number, name, *self.task.pictures(output, targets))
         return records
@@ -181,12 +182,14 @@ def _labels(label: str, classes: int | None) -> str:
 def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tuple[Recipe, Size]:
     """Features as the first readout was trained on them, wherever that isn't said by settings."""
     first = next(iter(readouts.values()))
+    choice = config.source
     if not config.stores:
         wants_pooled = any(each.config.method == "depth_bins" for each in readouts.values())
-        pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in config.levels} else ()
+        levels = config.features.levels
+        pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in levels} else ()
         drawing = config.drawing or first.features["drawing"]
-        config = replace(config, levels=(*config.levels, *pooled), drawing=drawing)
-    recipe, (size,) = resolve_source(config, (tuple(first.features["input_size"]),), first.task.placement)
+        choice = replace(choice, features=replace(config.features, levels=(*levels, *pooled)), drawing=drawing)
+    recipe, (size,) = resolve_source(choice, (tuple(first.features["input_size"]),), first.task.placement)
     if isinstance(recipe, LiveRecipe):
         # Readouts may have been trained without the model's normalisation.
         given = {name: tuple(first.features[name]) for name in ("mean", "std")}
@@ -234,9 +237,9 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
 def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Scores of each readout, from all images at once."""
     records, left_out = split_left_out(records)
-    by_readout: dict[str, list[Record]] = {name: [] for name in probe.readouts}
+    by_readout: dict[str, list[Any]] = {name: [] for name in probe.readouts}
     for record in records:
-        by_readout[record["readout"]].append(record["judged"])
+        by_readout[record["readout"]].append(decode(probe.task.record, record["judged"]))
     try:
         scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
     except ValueError as error:

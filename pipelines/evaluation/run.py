@@ -8,24 +8,24 @@ order in which they finish.
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from cluster.resources import WorkerPool, choose_pool
 from pipelines.config import ConfigError
-from pipelines.evaluation.config import EvaluateConfig, protocol_settings
-from pipelines.executors import InlineExecutor
-from pipelines.features.sources import CachedSource, FeatureSource, Recipe
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.executors import InlineExecutor, executor_for
+from pipelines.features.sources import CachedSource, FeatureSource, Recipe, describe
 from pipelines.provenance import require_same, versions
-from pipelines.results import LeftOut
+from pipelines.results import Findings, LeftOut, write_results
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import CANNOT_TELL, FrameUnknown
 from storage.documents import Document, parse_json
 from storage.errors import RayliftError
-from storage.paths import Folder
+from storage.paths import Folder, redact
 from storage.runs import read_run, write_run
 from storage.store import read_attributes
 
@@ -128,7 +128,7 @@ def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -
     folder = Folder(config.required("out"), config.options)
     if read_attributes(folder) is not None:
         raise ConfigError(f"{folder.shown} is a feature store; give --out a folder of its own")
-    identity = {"task": task, **protocol_settings(config), **recipe.identity()}
+    identity = {"task": task, **config.counted(), **recipe.identity()}
     identity["data"] = data_digest  # where it lies may change, what it holds may not
     before = read_run(folder)
     if before is None:
@@ -153,6 +153,37 @@ def run_pieces(config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, f
     return _records(folder, pieces)
 
 
+Settings = TypeVar("Settings", bound=EvaluateConfig, contravariant=True)
+Evaluated = TypeVar("Evaluated", bound=Evaluation)
+
+
+class Task(Protocol[Settings, Evaluated]):
+    """A module of this folder, or another like them: one word of `jobs/evaluate.py`."""
+
+    def prepare(self, config: Settings, /) -> tuple[Evaluated, Recipe, Folder]:
+        """The work, the features it is done on, and the output folder, begun or continued."""
+
+    def find(self, config: Settings, evaluation: Evaluated, recipe: Recipe, records: Sequence[Record], /) -> Findings:
+        """What the records of all pieces come to."""
+
+
+def evaluate(name: str, task: Task[Settings, Evaluated], config: Settings) -> str:
+    """Evaluate, or go on with it, to the end, and write what was found; returns the tables as Markdown."""
+    evaluation, recipe, folder = task.prepare(config)  # before a cluster is started: most mistakes end here
+    with executor_for(inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device):
+        records = run_pieces(config, evaluation, recipe, folder)
+    findings = task.find(config, evaluation, recipe, records)
+    if notes := recipe.notes():
+        findings = replace(findings, choices={**findings.choices, "upsamplers": "; ".join(notes)})
+    return write_results(folder, name, config.public(), describe(recipe), findings)
+
+
+def main(name: str, task: Task[Settings, Evaluated], config: Settings) -> Iterator[str]:
+    """`evaluate`, and what there is to say of it."""
+    yield evaluate(name, task, config)
+    yield f"written to {redact(config.out, config.options)}"
+
+
 def _records(folder: Folder, pieces: Sequence[Piece]) -> list[Record]:
     records = []
     names = [_part(piece.name) for piece in pieces]
@@ -169,7 +200,7 @@ def _part(name: str) -> str:
 def _run_inline(
     config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, pending: Sequence[Piece]
 ) -> Any:
-    pool = InlineExecutor().pool(config.device, None, config.actor_cpus, None)
+    pool = InlineExecutor().pool(config.cluster.device, None, config.cluster.actor_cpus, None)
     worker = Worker(_work(evaluation, recipe, folder, pool))
     for piece in pending:
         yield worker.run(piece)
@@ -185,7 +216,8 @@ def _run_on_ray(
     """Names of pieces as they finish. A lost actor is started again, and its piece done again; errors end the evaluation."""
     import ray
 
-    pool = choose_pool(config.device, config.actors, config.actor_cpus, config.actor_gpus, config.accelerator)
+    cluster = config.cluster
+    pool = choose_pool(cluster.device, cluster.actors, cluster.actor_cpus, cluster.actor_gpus, cluster.accelerator)
     # The model crosses the network once per node.
     work = ray.put(_work(evaluation, recipe, folder, pool))
     actor = ray.remote(**pool.placement, max_restarts=3, max_task_retries=3)(Worker)

@@ -1,4 +1,4 @@
-"""Panels of self-similarity: how alike all features are to the centre's (LiFT Fig. 5, 6; specs/evaluation.md section 6)."""
+"""Panels of self-similarity: how alike all features are to the centre's (LiFT Fig. 5, 6)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from PIL import Image
 
 from operators.metrics.similarity import centre_cell, self_similarity
 from operators.visual import Tile, heat
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.photos import upright_pixels
@@ -23,10 +23,10 @@ from storage.paths import Folder
 class SimilarityConfig(EvaluateConfig):
     """What does the centre of an image look like to the features? One line of maps per image of a folder."""
 
-    sizes: tuple[int, ...] = ()
+    sizes: Counts[tuple[int, ...]] = ()
     """Sides of the model's square input; default: the model's own and twice that, or the stores'. All levels are shown of the
     smallest size, of others the low-resolution map."""
-    limit: int | None = 6
+    limit: Counts[int | None] = 6
     """Only the first N images."""
 
 
@@ -47,7 +47,7 @@ class SelfSimilarity:
             squash = Squash(size=(side, side), interpolation="bilinear")
             maps = source.maps(squash.of(self.images[number]))
             for name in [row.name for row in source.rows((side, side))][: None if side == self.sides[0] else 1]:
-                similarity = self_similarity(maps[name].numpy())
+                similarity = self_similarity(maps[name]).cpu().numpy()
                 records.append({"image": number, "side": side, "row": name, "map": np.round(similarity, 5).tolist()})
         return records
 
@@ -56,7 +56,7 @@ def prepare(config: SimilarityConfig) -> tuple[SelfSimilarity, Recipe, Folder]:
     """The images listed, the model loaded, the folder begun: most that can be wrong is wrong here."""
     images = tuple(load_images(config.required("data"), config.options)[: config.limit])
     wanted: Sequence[Size] = [(side, side) for side in config.sizes]
-    recipe, sizes = resolve_source(config, wanted, "squash")
+    recipe, sizes = resolve_source(config.source, wanted, "squash")
     if any(h != w for h, w in sizes):
         raise ConfigError(f"self-similarity is shown of square inputs, not of {sizes}; use --sizes")
     sides = tuple(sorted(h for h, _ in sizes))

@@ -1,6 +1,6 @@
 """Video object segmentation on DAVIS-2017: labels of the first frame are carried through a clip by its features.
 
-LiFT's protocol (square inputs) and DINO's (aspect kept); specs/evaluation.md section 2. Predicted label images are written to
+LiFT's protocol (square inputs) and DINO's (aspect kept). Predicted label images are written to
 `masks/<side>/<row>/<clip>/`, as the official evaluation takes them.
 """
 
@@ -15,7 +15,7 @@ from PIL import Image
 from operators.metrics.davis import ObjectCurves, Summary, score_clip, summarise
 from operators.metrics.propagation import Propagation, Propagator, label_image, one_hot
 from operators.visual import Tile
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
@@ -36,24 +36,24 @@ from storage.spread import spread
 class VideoConfig(LabelledConfig):
     """Is an object found again in later frames? J, F and J&F of label propagation on DAVIS-2017."""
 
-    protocol: Literal["lift", "dino"] = "lift"
+    protocol: Counts[Literal["lift", "dino"]] = "lift"
     """`lift`: frames squashed to squares, bicubic; `dino`: the short side is --sizes, the other one keeps the aspect, rounded
     down to a multiple of 64, bilinear."""
-    sizes: tuple[int, ...] = ()
+    sizes: Counts[tuple[int, ...]] = ()
     """Sides of the model's input in pixels; default: the model's own, or the stores'; 480 for dino."""
-    split: str = "val"
+    split: Counts[str] = "val"
     """List in ImageSets/2017."""
-    resolution: str = "480p"
+    resolution: Counts[str] = "480p"
     """Folder in JPEGImages and Annotations."""
-    frame_step: int = 1
+    frame_step: Counts[int] = 1
     """Only every N-th frame is looked at and scored; the published numbers are of all."""
-    context: int = 7
+    context: Counts[int] = 7
     """Latest frames that are looked at, beside the first one."""
-    top_k: int = 5
+    top_k: Counts[int] = 5
     """Affinities that count per cell."""
-    radius: int = 12
+    radius: Counts[int] = 12
     """Of the window around a cell, in cells; 0 for none. LiFT keeps 12 on its doubled grid, which halves the window."""
-    temperature: float = 0.1
+    temperature: Counts[float] = 0.1
     """Of the affinities."""
 
     def __post_init__(self) -> None:
@@ -210,7 +210,7 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     shapes = tuple(_upright_shape(clip) for clip in clips)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
     wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]
-    recipe, sizes = resolve_source(config, wanted, "squash")
+    recipe, sizes = resolve_source(config.source, wanted, "squash")
     task = Video(
         clips=clips,
         shapes=shapes,

@@ -28,6 +28,10 @@ class Loaded:
     aside: bool = False
     "nothing was loaded: the task is to run again, alone"
 
+    def took(self, stage: str, seconds: float) -> None:
+        """Add to what a stage took so far."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
     def notes(self) -> dict[str, Any]:
         """All but the pixels, as JSON values."""
         return {

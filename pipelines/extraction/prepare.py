@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.config import ConfigError
-from pipelines.extraction.config import CONTENT_FIELDS, ExtractConfig
+from pipelines.extraction.config import ExtractConfig
 from pipelines.features.bundle import ModelBundle, load_described
 from pipelines.features.model import FeatureModel
 from pipelines.provenance import versions
@@ -123,9 +123,7 @@ class Prepared:
 
     def create_store(self) -> FeatureStore:
         """Create or continue the output. Raises `FingerprintMismatch`, `InputError` and `StoreReplaced` for another run's."""
-        public = self.config.public()
-        settings = {name: public[name] for name in CONTENT_FIELDS}
-        provenance = {"versions": versions(), "config": settings, "input": self.input_digest}
+        provenance = {"versions": versions(), "config": self.config.content(), "input": self.input_digest}
         if self.notes:
             provenance["notes"] = list(self.notes)
         try:
@@ -180,14 +178,7 @@ def resolve(config: ExtractConfig) -> Resolved:
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options, config.image_member)
-    bundle, model = load_described(
-        config,
-        config.input_size,
-        ragged=config.ragged,
-        geometry=config.geometry,
-        crop_pct=config.crop_pct if config.geometry == "crop" else 1.0,
-        jpeg_draft=config.jpeg_draft,
-    )
+    bundle, model = load_described(config.features, config.options)
     for note in bundle.unfamiliar(bundle.spec, model.backbone.patch):
         logger.warning("%s", note)
     return Resolved(config=config, bundle=bundle, model=model, files=files)

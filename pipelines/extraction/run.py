@@ -15,14 +15,16 @@ from typing import Any
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
+from pipelines.executors import executor_for
 from pipelines.extraction.attempts import suspects
 from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve
 from pipelines.extraction.worker import WorkerSetup
 from pipelines.provenance import versions
 from storage.errors import RayliftError
 from storage.ledger import REASON_COLUMNS, commonest_reasons
-from storage.left_out import LeftOut
+from storage.left_out import LeftOut, left_out_lines
 from storage.paths import StorageError
 from storage.root import StoreReplaced
 from storage.spec import ShardTask
@@ -60,6 +62,19 @@ class Summary:
     left_out: Mapping[str, LeftOut]
     "what the input holds that is no row, by reason"
 
+    def lines(self) -> Iterator[str]:
+        """What became of the images, and how fast."""
+        yield f"{self.out}: {self.ok:,} images ok, {self.failed:,} failed"
+        yield from (f"  {reason}" for reason in self.reasons)
+        yield from (f"  left out of the input: {line}" for line in left_out_lines(self.left_out))
+        if self.this_run:
+            total = sum(self.stage_seconds.values()) or 1
+            stages = ", ".join(f"{stage} {value / total:.0%}" for stage, value in self.stage_seconds.items())
+            yield (
+                f"this run: {self.this_run:,} images in {self.seconds:.1f} s (first task after {self.start_up_s:.1f} s), "
+                f"{self.bytes_written / 1e6:.1f} MB written; worker time: {stages}"
+            )
+
 
 def extract(config: ExtractConfig, executor: Any) -> Summary:
     """Run the extraction that `config` describes, from where an earlier run stopped.
@@ -72,14 +87,34 @@ def extract(config: ExtractConfig, executor: Any) -> Summary:
     return run_prepared(prepare(resolved, executor), executor)
 
 
+def main(config: ExtractConfig) -> Iterator[str]:
+    """Run the extraction, or only plan it, and give what there is to say of it, line by line. Raises what `extract` raises."""
+    resolved = resolve(config)  # before a cluster is started: most mistakes end here
+    with executor_for(
+        inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device
+    ) as executor:
+        pool = pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
+        prepared = prepare(resolved, executor)
+        if not config.plan:
+            yield from run_prepared(prepared, executor).lines()
+            return
+        plan = make_plan(prepared, device=pool.device, actors=pool.size, threads=pool.cpus)
+        prepared.keep_index()
+    if config.json:
+        yield json.dumps(plan.to_json(), indent=1)
+    else:
+        yield plan.describe()
+        yield "nothing was run (the index of the input is kept with the output); drop --plan to start"
+
+
 def pool_for(config: ExtractConfig, executor: Any) -> WorkerPool:
     """The actors that `config` asks for. Raises `ClusterError` for what the cluster can't meet."""
     return executor.pool(
-        config.device,
-        config.actors,
-        config.actor_cpus,
-        config.actor_gpus,
-        accelerator=config.accelerator,
+        config.cluster.device,
+        config.cluster.actors,
+        config.cluster.actor_cpus,
+        config.cluster.actor_gpus,
+        accelerator=config.cluster.accelerator,
         spare_cpu=config.decode_on == "cluster",
     )
 

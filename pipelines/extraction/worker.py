@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from operators.codecs.memory import DecodeMemory
 from operators.image import DecodedImage, ImageRefused, decode, limit_pillow
 from pipelines.extraction.attempts import Loaded, attempt, failed, ledger_records, write_and_commit
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
+from pipelines.extraction.host import HostCopy, HostRows
 from pipelines.extraction.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.photos import geometry_of
@@ -27,8 +28,9 @@ from storage.ledger import SampleRecord, image_digest
 from storage.paths import Folder, StorageError, redact
 from storage.root import StoreReplaced, require_same_store
 from storage.samples import read_images
-from storage.spec import ShardTask
+from storage.spec import Level, ShardTask
 from storage.store import FeatureStore
+from storage.writer import BlockWriter
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class ShardWorker:
         if model:
             torch.set_num_threads(setup.threads)
             self.model = setup.bundle.build(setup.device)
+            self._host = HostCopy(self.model.device)
             self.batch = setup.batch if setup.batch_is_fixed else self.model.fit_batch(setup.batch)
 
     def run(self, task: ShardTask, loaded: tuple[np.ndarray, Mapping[str, Any]] | None = None) -> dict[str, Any]:
@@ -211,54 +214,69 @@ class ShardWorker:
 
     def compute(self, task: ShardTask, loaded: Loaded) -> dict[str, Any]:
         """Features of the loaded images, written and committed."""
-        writer = self.store.writer(task)
-        batch, start, halved = self.batch, 0, False
-        while start < task.n_rows:
-            stop = min(start + batch, task.n_rows)
-            ok = [i for i in range(start, stop) if loaded.records[i].status == "ok"]
-            if ok:
-                try:
-                    with self._device_lock:
-                        # Failed images stay in the batch as zeros: the others' numbers don't depend on who failed.
-                        levels, bad = self.model(loaded.pixels[start:stop], loaded.seconds)
-                except torch.OutOfMemoryError:
-                    if halved or batch == 1:
-                        raise
-                    logger.warning(
-                        "task %d: out of GPU memory with batches of %d; going on with %d", task.block, batch, batch // 2
-                    )
-                    torch.cuda.empty_cache()
-                    batch, halved = batch // 2, True
-                    self.batch = min(self.batch, batch)
-                    continue
-                self._encode(writer, loaded, levels, bad, ok, start)
-            start = stop
+        writer, pace = self.store.writer(task), _Pace(self.batch)
+        for start, rows in self._host.ahead(self._batches(task, loaded, pace)):
+            self._encode(writer, loaded, rows.wait(), start)
         report = write_and_commit(task, writer, loaded)
-        return {**report, "batch": batch, "halved": halved}
+        return {**report, "batch": pace.batch, "halved": pace.halved}
 
-    def _encode(
-        self,
-        writer: Any,
-        loaded: Loaded,
-        levels: Mapping[str, np.ndarray],
-        bad: np.ndarray,
-        ok: Sequence[int],
-        start: int,
-    ) -> None:
+    def _batches(self, task: ShardTask, loaded: Loaded, pace: "_Pace") -> Iterator[tuple[int, HostRows]]:
+        """Rows of the task's images, and where they start. Batches without a readable image are left out."""
+        start = 0
+        while start < task.n_rows:
+            stop = min(start + pace.batch, task.n_rows)
+            if any(record.status == "ok" for record in loaded.records[start:stop]):
+                try:
+                    rows = self._rows(loaded.pixels[start:stop])
+                except torch.OutOfMemoryError:
+                    if pace.halved or pace.batch == 1:
+                        raise
+                    self._halve(task, pace)
+                    continue
+                yield start, rows
+            start = stop
+
+    def _rows(self, pixels_BHWC: np.ndarray) -> HostRows:
+        """Failed images are in the batch, as zeros: the others' numbers don't depend on who failed."""
+        with self._device_lock:
+            return self._host.begin(self.model(pixels_BHWC), self.store.spec.levels)
+
+    def _halve(self, task: ShardTask, pace: "_Pace") -> None:
+        batch = pace.batch // 2
+        logger.warning("task %d: out of GPU memory with batches of %d; going on with %d", task.block, pace.batch, batch)
+        torch.cuda.empty_cache()
+        pace.batch, pace.halved = batch, True
+        self.batch = min(self.batch, batch)
+
+    def _encode(self, writer: BlockWriter, loaded: Loaded, rows: HostRows, start: int) -> None:
+        loaded.took("forward", rows.seconds.forward)
+        loaded.took("upsample", rows.seconds.upsample)
         t0 = time.perf_counter()
-        for i in ok:
-            if bad[i - start]:
+        good = []
+        for at, record in enumerate(loaded.records[start : start + len(rows.bad)]):
+            if record.status == "ok" and rows.bad[at]:
                 message = f"the model gave NaN or infinity in {self.store.spec.precision}; try --precision fp32"
-                loaded.records[i] = failed(loaded.records[i], "forward", "NonFinite", message)
-        jobs = [
-            (level, i, levels[level.name][i - start])
-            for i in ok
-            if not bad[i - start]
-            for level in self.store.spec.levels
-        ]
-        for _ in self._pool.map(lambda job: writer.put(*job), jobs):
+                loaded.records[start + at] = failed(record, "forward", "NonFinite", message)
+            elif record.status == "ok":
+                good.append(at)
+
+        def put(job: tuple[int, Level]) -> None:
+            at, level = job
+            scale = rows.scales[level.name][at] if level.name in rows.scales else None
+            writer.put(level, start + at, rows.levels[level.name][at], scale)
+
+        for _ in self._pool.map(put, [(at, level) for at in good for level in self.store.spec.levels]):
             pass
-        loaded.seconds["encode"] = loaded.seconds.get("encode", 0.0) + time.perf_counter() - t0
+        loaded.took("encode", time.perf_counter() - t0)
+
+
+@dataclass
+class _Pace:
+    """How many images of a task are computed at once."""
+
+    batch: int
+    halved: bool = False
+    "memory didn't suffice once; a second time, the task fails"
 
 
 def _decoded(

@@ -6,20 +6,15 @@ The driver hands the same arrays to every worker: they cross the network once pe
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from operators.backbone import (
-    Preprocessing,
-    TimmBackbone,
-    create_model,
-    load_arrays,
-    state_arrays,
-)
+from operators.backbone import TimmBackbone, create_model, load_arrays, state_arrays, weights_digest
 from pipelines.config import ConfigError
+from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
 from pipelines.features.levels import LevelChoice, resolve_level
 from pipelines.features.model import FeatureModel
@@ -27,10 +22,10 @@ from pipelines.features.upsamplers import (
     UpsamplerWeights,
     described_by,
     load_upsampler,
-    trained_on,
     unfamiliar_size,
 )
 from pipelines.features.weights import WeightsChoice, load_model, read_description
+from storage.paths import StorageOptions
 from storage.spec import FeatureSpec
 
 
@@ -80,125 +75,64 @@ def cells(size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
     return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
 
 
-class ModelSettings(Protocol):
-    """What settings that name a model have in common: `ExtractConfig`'s and `EvaluateConfig`'s, documented there."""
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """What settings name, loaded: the model with its weights, and what these say."""
 
-    model: str
-    weights: str
-    revision: str | None
-    layers: tuple[int, ...]
-    facet: Literal["token", "key", "query", "value"]
-    norm: bool | None
-    stride: int | None
-    pos_embed: Literal["timm", "dino"] | None
-    precision: Literal["bf16", "fp16", "fp32"]
-    levels: tuple[str, ...]
-    encoding: str
-    force_upsampler: bool
-
-    @property
-    def options(self) -> dict[str, Any]: ...
+    model: nn.Module
+    size: tuple[int, int]
+    "of the input that it was made for"
+    source: Literal["pretrained", "file", "random"]
+    described: ModelDescription
 
 
-def load_described(
-    settings: ModelSettings,
+def load_settings(
+    features: BackboneConfig,
     size: tuple[int, int] | None,
-    *,
-    ragged: bool = False,
-    geometry: Literal["crop", "squash", "pad"] = "squash",
-    crop_pct: float = 1.0,
-    jpeg_draft: bool = False,
+    options: StorageOptions | None = None,
     described: ModelDescription | None = None,
-    loaded: nn.Module | None = None,
-) -> tuple[ModelBundle, FeatureModel]:
-    """The model of some settings for inputs of `size` (None: its own), as `describe_model` gives it.
+) -> LoadedModel:
+    """The model for inputs of `size` (None: its own); `described` where the caller has it already.
 
-    `described`, `loaded`: what its weights say, and the model for that size with them, where the caller has them already;
-    the model is taken over.
-    Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or `ConfigError`.
+    Raises `BackboneError`, `WeightsUnavailable` or `ConfigError`.
     """
-    levels = [LevelChoice.parse(text, settings.encoding) for text in settings.levels]
-    weights = WeightsChoice.parse(settings.weights)
-    described = described or read_description(settings.model, weights, settings.options)
+    weights = WeightsChoice.parse(features.weights)
+    described = described or read_description(features.model, weights, options)
     size = size or described.expects.size
-    if loaded is None:
-        loaded = load_model(settings.model, size, weights, settings.revision, settings.options, described)
-    return describe_model(
-        name=settings.model,
-        model=loaded,
-        weights_source=weights.source,
-        layers=settings.layers,
-        facet=settings.facet,
-        norm=settings.norm,
-        stride=settings.stride,
-        pos_embed=settings.pos_embed,
-        ragged=ragged,
-        size=size,
-        expects=described.expects,
-        model_args=described.model_args,
-        geometry=geometry,
-        crop_pct=crop_pct,
-        precision=settings.precision,
-        jpeg_draft=jpeg_draft,
-        levels=levels,
-        storage_options=settings.options,
-        force_upsampler=settings.force_upsampler,
-    )
+    model = load_model(features.model, size, weights, features.revision, options, described)
+    return LoadedModel(model=model, size=size, source=weights.source, described=described)
+
+
+def load_described(features: FeatureConfig, options: StorageOptions | None = None) -> tuple[ModelBundle, FeatureModel]:
+    """What settings name, loaded and described. Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or
+    `ConfigError`."""
+    return describe_model(features, load_settings(features, features.input_size, options), options)
 
 
 def describe_model(
-    *,
-    name: str,
-    model: torch.nn.Module,
-    weights_source: Literal["pretrained", "file", "random"],
-    layers: Sequence[int],
-    facet: Literal["token", "key", "query", "value"],
-    norm: bool | None,
-    stride: int | None,
-    pos_embed: Literal["timm", "dino"] | None,
-    ragged: bool,
-    size: tuple[int, int],
-    expects: Preprocessing,
-    geometry: Literal["crop", "squash", "pad"],
-    crop_pct: float,
-    precision: Literal["bf16", "fp16", "fp32"],
-    jpeg_draft: bool,
-    levels: Sequence[LevelChoice],
-    storage_options: Mapping[str, Any] | None = None,
-    force_upsampler: bool = False,
-    model_args: Mapping[str, Any] | None = None,
+    features: FeatureConfig, loaded: LoadedModel, options: StorageOptions | None = None
 ) -> tuple[ModelBundle, FeatureModel]:
-    """Resolve every default against the loaded model; returns what workers get, and the model ready on the CPU.
+    """Resolve every default against the loaded model, which is taken over; returns what workers get, and the model ready on the
+    CPU. `features.size` is for nothing here: the model was made for its size.
 
     Raises `BackboneError`, `UpsamplerError` or `ConfigError`."""
+    levels = [LevelChoice.parse(text, features.encoding) for text in features.levels]
     # Before the backbone touches it: stride and grid replace position embeddings.
-    arrays = {key: value.copy() for key, value in state_arrays(model).items()}
-    backbone = TimmBackbone(model, facet=facet, norm=norm, stride=stride, pos_embed=pos_embed, ragged=ragged)
-    found = trained_on(name, arrays, backbone, layers)
-    spec = FeatureSpec(
-        model=name,
-        weights=found["weights"],
-        weights_source=weights_source,
-        layers=tuple(found["layers"]),
-        facet=facet,
-        norm=backbone.norm,
-        stride=backbone.stride,
-        pos_embed=backbone.pos_embed,
-        input_size=size,
-        geometry=geometry,
-        crop_pct=crop_pct,
-        interpolation=expects.interpolation,
-        mean=expects.mean,
-        std=expects.std,
-        precision=precision,
-        jpeg_draft=jpeg_draft,
-        levels=(),
-        model_args=dict(model_args or {}),
+    arrays = {key: value.copy() for key, value in state_arrays(loaded.model).items()}
+    backbone = TimmBackbone(
+        loaded.model,
+        facet=features.facet,
+        norm=features.norm,
+        stride=features.stride,
+        pos_embed=features.pos_embed,
+        ragged=features.ragged,
     )
-    learned = _load_upsamplers(levels, backbone, spec, storage_options, force=force_upsampler)
-    reload = partial(fresh_model, name, size, arrays, spec.model_args)
+    spec = _spec(features, loaded, backbone, weights_digest(arrays))
+    learned = _load_upsamplers(levels, backbone, spec, options, force=features.force_upsampler)
+    reload = partial(fresh_model, spec.model, spec.input_size, arrays, spec.model_args)
     resolved = tuple(
-        resolve_level(choice, backbone, size, len(spec.layers), learned.get(choice.name)) for choice in levels
+        resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name))
+        for choice in levels
     )
     if len({level.name for level in resolved}) != len(resolved) or not resolved:
         raise ConfigError(
@@ -206,6 +140,31 @@ def describe_model(
         )
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
     return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, reload)
+
+
+def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, digest: str) -> FeatureSpec:
+    """What the features are, but for the levels. Raises `BackboneError` for layers that the backbone hasn't."""
+    expects = loaded.described.expects
+    return FeatureSpec(
+        model=features.model,
+        weights=digest,
+        weights_source=loaded.source,
+        layers=tuple(backbone.resolve_layers(features.layers)),
+        facet=features.facet,
+        norm=backbone.norm,
+        stride=backbone.stride,
+        pos_embed=backbone.pos_embed,
+        input_size=loaded.size,
+        geometry=features.geometry,
+        crop_pct=features.crop_pct if features.geometry == "crop" else 1.0,
+        interpolation=expects.interpolation,
+        mean=expects.mean,
+        std=expects.std,
+        precision=features.precision,
+        jpeg_draft=features.jpeg_draft,
+        levels=(),
+        model_args=dict(loaded.described.model_args),
+    )
 
 
 def _load_upsamplers(

@@ -1,25 +1,72 @@
 """The model that workers run: a backbone and its upsamplers, from uint8 images to the maps of all levels."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
-from operators.backbone import (
-    TimmBackbone,
-    autocast,
-    cast_matmul_weights,
-    normalise,
-)
+from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, normalise
 from operators.upsamplers import Upsampler, create_upsampler
 from operators.upsamplers.protocol import Reload
 from pipelines.features.upsamplers import UpsamplerWeights
-from storage.spec import FeatureSpec
+from storage.spec import FeatureSpec, Level
 
 logger = logging.getLogger(__name__)
+
+Moment: TypeAlias = float | torch.cuda.Event
+"""A moment of a device's work. A GPU is behind the program that gives it work, so that it has to note the moment itself."""
+
+
+def _now(device: torch.device) -> Moment:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(first: Moment, last: Moment) -> float:
+    if isinstance(first, float) or isinstance(last, float):
+        return float(last) - float(first)
+    last.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Of one call. Asking for seconds waits until the device is done with it."""
+
+    begun: Moment
+    forwarded: Moment
+    ended: Moment
+
+    @property
+    def forward(self) -> float:
+        """Seconds of the backbone, and of bringing the images to the device."""
+        return _seconds(self.begun, self.forwarded)
+
+    @property
+    def upsample(self) -> float:
+        """Seconds of making all levels from the backbone's maps."""
+        return _seconds(self.forwarded, self.ended)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maps:
+    """What a model made of B images; tensors on its device, which may still be at work on them."""
+
+    levels: Mapping[str, Tensor]
+    "rows [B, *row_shape] of each level: float16 where the level is stored so, else float32"
+    bad: Tensor
+    "bool [B]: whether an image's features hold NaN or infinity, before they are cast"
+    seconds: Timings
 
 
 class FeatureModel:
@@ -46,37 +93,35 @@ class FeatureModel:
         extra = {layer for upsampler in self.upsamplers.values() for layer in upsampler.layers}
         self._asked = (*spec.layers, *sorted(extra - set(spec.layers)))
 
-    @torch.inference_mode()
-    def __call__(self, images_BHWC: np.ndarray, seconds: dict[str, float]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """uint8 [B, H, W, 3] to (rows of each level [B, *row_shape] float16 or float32, which rows are not finite [B] bool).
-
-        Adds device time to `seconds["forward"]` and `seconds["upsample"]`.
-        """
-        t0 = time.perf_counter()
+    # Not inference_mode(), whose tensors no readout could be trained on.
+    @torch.no_grad()
+    def __call__(self, images_BHWC: np.ndarray) -> Maps:
+        """uint8 [B, H, W, 3] to the rows of every level."""
+        begun = _now(self.device)
         images = normalise(torch.from_numpy(images_BHWC).to(self.device), self.spec.mean, self.spec.std)
         with autocast(self.device, self.spec.precision):
             features = self.backbone(images, self._asked)
         maps = features.stacked(self.spec.layers)
-        bad = (~torch.isfinite(maps)).flatten(1).any(dim=1).cpu().numpy()
-        t1 = time.perf_counter()
-        out = {}
+        bad = _not_finite(maps)
+        forwarded = _now(self.device)
+        levels = {}
         for level in self.spec.levels:
-            if level.grid is None:
-                rows = features.pooled(self.spec.layers, "cls" if level.method == "cls" else "mean")
-            elif level.method == "backbone":
-                rows = maps.permute(0, 2, 3, 1)
-            else:
-                rows = self.upsamplers[level.name](images, features, self.spec.layers, level.grid).permute(0, 2, 3, 1)
-                if level.digest:  # a network can make what isn't finite of what is
-                    bad |= (~torch.isfinite(rows)).flatten(1).any(dim=1).cpu().numpy()
-            out[level.name] = (
-                rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous().cpu().numpy()
-            )
+            rows = self._rows(level, images, features, maps)
+            if level.digest:  # a network can make what isn't finite of what is
+                bad = bad | _not_finite(rows)
+            levels[level.name] = rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous()
         for upsampler in self.upsamplers.values():
             upsampler.forget()
-        seconds["forward"] = seconds.get("forward", 0.0) + t1 - t0
-        seconds["upsample"] = seconds.get("upsample", 0.0) + time.perf_counter() - t1
-        return out, bad
+        timings = Timings(begun=begun, forwarded=forwarded, ended=_now(self.device))
+        return Maps(levels=levels, bad=bad, seconds=timings)
+
+    def _rows(self, level: Level, images: Tensor, features: PatchFeatures, maps_BChw: Tensor) -> Tensor:
+        """A level's rows [B, *row_shape], as they were computed; `maps_BChw` are those of the spec's layers."""
+        if level.grid is None:
+            return features.pooled(self.spec.layers, "cls" if level.method == "cls" else "mean")
+        if level.method == "backbone":
+            return maps_BChw.permute(0, 2, 3, 1)
+        return self.upsamplers[level.name](images, features, self.spec.layers, level.grid).permute(0, 2, 3, 1)
 
     def fit_batch(self, batch: int) -> int:
         """`batch`, halved until `peak_bytes` takes at most 0.6 of the device's free memory."""
@@ -88,7 +133,8 @@ class FeatureModel:
         return batch
 
     def peak_bytes(self, batch: int) -> int:
-        """Upper bound on device memory for a batch: the backbone, its images, and the largest upsampler's call."""
+        """Upper bound on device memory for a batch: the backbone, its images, the largest upsampler's call, and the rows of all
+        levels: those that are made, and those of the batch before, which are still on their way to the host."""
         spec = self.spec
         images = batch * spec.input_size[0] * spec.input_size[1] * 3 * 8
         ups = [
@@ -99,4 +145,14 @@ class FeatureModel:
         rows, columns = self.backbone.grid_of(spec.input_size)
         # Each further layer: its map as kept, stacked with the others, and as rows.
         kept = 3 * 4 * batch * rows * columns * self.backbone.channels * (len(self._asked) - 1)
-        return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + max(ups, default=0)
+        rows = (
+            2
+            * batch
+            * sum(math.prod(level.row_shape) * (2 if level.dtype == "float16" else 4) for level in spec.levels)
+        )
+        return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + rows + max(ups, default=0)
+
+
+def _not_finite(values_B: Tensor) -> Tensor:
+    """Which of [B, ...] hold NaN or infinity, bool [B]."""
+    return ~values_B.isfinite().flatten(1).all(dim=1)

@@ -19,16 +19,15 @@ from torch import Tensor
 
 from operators.image import Geometry, ImageRefused, decode
 from pipelines.config import ConfigError
-from pipelines.evaluation.config import EvaluateConfig
-from pipelines.features.bundle import ModelBundle, cells, load_described
+from pipelines.features.bundle import ModelBundle, cells, describe_model, load_settings
+from pipelines.features.config import LevelConfig, completed
 from pipelines.features.model import FeatureModel
 from pipelines.features.photos import MAX_PIXELS, upright_pixels
 from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
-from pipelines.features.weights import WeightsChoice, load_model, read_description
 from storage.datasets.frames import OrientedImage
 from storage.datasets.images import EncodedImage, orientation_of, unreadable
 from storage.orientation import EXIF_ROTATE, Orientation
-from storage.paths import StorageError
+from storage.paths import StorageError, StorageOptions
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
 
@@ -77,6 +76,9 @@ class Squash:
 class FeatureSource(Protocol):
     """Features of images, from wherever they are."""
 
+    device: torch.device
+    "where its tensors are, and what is done with them is to be done"
+
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
 
@@ -85,18 +87,18 @@ class FeatureSource(Protocol):
         `StorageError`."""
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
-        """Float32 [h, w, C] by row name, of the upright image."""
+        """Float32 [h, w, C] by row name, of the upright image, on `device`."""
 
     def pooled(self, picture: Picture) -> Tensor | None:
-        """The CLS vector, float32 [C]; None where no level is one. Cheap right after `maps` of the same picture."""
+        """The CLS vector, float32 [C] on `device`; None where no level is one. Cheap right after `maps` of the same picture."""
 
 
-def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
+def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Maps by row name: levels as they are, and the low-resolution map enlarged bilinearly."""
     maps: dict[str, Tensor] = {}
     for row in rows:
         if row.level is not None:
-            maps[row.name] = torch.from_numpy(np.asarray(by_level[row.level], np.float32))
+            maps[row.name] = by_level[row.level].float()
         else:
             low = maps["low-res"].permute(2, 0, 1)[None]
             enlarged = F.interpolate(low, size=row.grid, mode="bilinear", align_corners=False)
@@ -105,14 +107,16 @@ def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, np.ndarray], name:
     return maps
 
 
-def _vector(values: np.ndarray, name: str) -> Tensor:
-    vector = torch.from_numpy(np.asarray(values, np.float32))
+def _vector(values_C: Tensor, name: str) -> Tensor:
+    vector = values_C.float()
     _require_finite([vector], name)
     return vector
 
 
 def _require_finite(features: Iterable[Tensor], name: str) -> None:
-    if not all(each.isfinite().all() for each in features):
+    # Their extremes are NaN or infinite where any value is.
+    extremes = [extreme for each in features for extreme in each.aminmax()]
+    if not torch.stack(extremes).isfinite().all():
         raise StorageError(f"{name}: its features hold NaN or infinity")
 
 
@@ -186,7 +190,7 @@ class LiveSource:
     """Runs a model, one for each input size. Not thread-safe."""
 
     def __init__(self, recipe: LiveRecipe, device: str):
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device = recipe, torch.device(device)
         self._models: OrderedDict[Size, FeatureModel] = OrderedDict()
         self._vector: tuple[Picture | None, Tensor | None] = (None, None)
         "of the last picture"
@@ -205,8 +209,8 @@ class LiveSource:
         shown, data = self._data
         data = data if shown == picture.image.shown else picture.image.data()
         pixels = draw(picture, data, spec, self.recipe.drawing)
-        rows, _ = self._model(picture.size, spec)(pixels[None], {})
-        by_level = {name: each[0] for name, each in rows.items()}
+        found = self._model(picture.size, spec)(pixels[None])
+        by_level = {name: rows[0] for name, rows in found.levels.items()}
         pooled = pooled_level(spec.levels)
         self._vector = picture, _vector(by_level[pooled], picture.image.shown) if pooled else None
         return _rows_of_maps(self.rows(picture.size), by_level, picture.image.shown)
@@ -221,7 +225,7 @@ class LiveSource:
             if len(self._models) >= 8:
                 self._models.popitem(last=False)
             try:
-                self._models[size] = self.recipe.bundle(size).build(self.device)
+                self._models[size] = self.recipe.bundle(size).build(str(self.device))
             except RuntimeError as error:
                 raise ConfigError(
                     f"{spec.model} can't be given inputs of {size[0]}x{size[1]} px as well: {error}; run each size by itself"
@@ -260,8 +264,8 @@ class StoreRecipe:
 
     stores: Mapping[Size, FeatureStore]
 
-    def open(self, device: str) -> "StoreSource":  # noqa: ARG002 - as a model is opened
-        return StoreSource(self)
+    def open(self, device: str) -> "StoreSource":
+        return StoreSource(self, device)
 
     @property
     def how_drawn(self) -> Drawing:
@@ -296,10 +300,10 @@ class StoreRecipe:
 
 
 class StoreSource:
-    """Reads rows of stores."""
+    """Reads rows of stores; what is read goes to the device once, as it is stored."""
 
-    def __init__(self, recipe: StoreRecipe):
-        self.recipe = recipe
+    def __init__(self, recipe: StoreRecipe, device: str):
+        self.recipe, self.device = recipe, torch.device(device)
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
@@ -316,13 +320,16 @@ class StoreSource:
         store = self.recipe.store(picture.size)
         row = self._row(store, picture.image)
         rows = self.rows(picture.size)
-        by_level = {row_of.level: store.read(row, row_of.level) for row_of in rows if row_of.level}
+        by_level = {each.level: self._read(store, row, each.level) for each in rows if each.level}
         return _rows_of_maps(rows, by_level, f"{store.folder.shown}, row {row}")
 
     def pooled(self, picture: Picture) -> Tensor | None:
         store = self.recipe.store(picture.size)
         level, row = pooled_level(store.spec.levels), self._row(store, picture.image)
-        return _vector(store.read(row, level), f"{store.folder.shown}, row {row}") if level else None
+        return _vector(self._read(store, row, level), f"{store.folder.shown}, row {row}") if level else None
+
+    def _read(self, store: FeatureStore, row: int, level: str) -> Tensor:
+        return torch.from_numpy(store.read(row, level)).to(self.device)
 
     def _row(self, store: FeatureStore, image: EncodedImage) -> int:
         found = store.index.find(image.keys)
@@ -376,10 +383,10 @@ AnyRecipe = TypeVar("AnyRecipe", LiveRecipe, StoreRecipe)
 
 
 class CachedSource:
-    """A source that keeps the maps used last, at most `max_bytes` of them, or of one image."""
+    """A source that keeps the maps used last, where they are, at most `max_bytes` of them, or of one image."""
 
     def __init__(self, source: FeatureSource, max_bytes: int = CACHE_BYTES):
-        self.source, self.max_bytes = source, max_bytes
+        self.source, self.max_bytes, self.device = source, max_bytes, source.device
         self._kept: OrderedDict[tuple[str, Size], dict[str, Tensor]] = OrderedDict()
         self._oriented: dict[tuple[str, Size], OrientedImage] = {}
 
@@ -409,43 +416,55 @@ def _bytes(maps: Mapping[str, Tensor]) -> int:
     return sum(each.nbytes for each in maps.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceChoice:
+    """Where features are to come from."""
+
+    features: LevelConfig
+    "of a model"
+    stores: tuple[str, ...] = ()
+    "read instead of running a model, one per input size"
+    drawing: Drawing
+    options: StorageOptions
+
+
 def resolve_source(
-    config: EvaluateConfig, sizes: Sequence[Size], geometry: Geometries
+    choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
 ) -> tuple[Recipe, tuple[Size, ...]]:
     """The model loaded, or the stores opened; and the input sizes: `sizes`, else the model's own, else the stores'.
 
     `geometry`: how jobs/extract.py would place the protocol's images (`Picture.geometry`).
     Raises `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`, `StorageError`.
     """
-    if config.stores:
-        return _open_stores(config, sizes, geometry)
-    if config.how_drawn == "extract" and geometry is None:
+    if choice.stores:
+        return _open_stores(choice, sizes, geometry)
+    if choice.drawing == "extract" and geometry is None:
         raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
-    weights = WeightsChoice.parse(config.weights)
-    described = read_description(config.model, weights, config.options)
-    sizes = tuple(dict.fromkeys(sizes)) or (described.expects.size,)
-    loaded = load_model(config.model, sizes[0], weights, config.revision, config.options, described)
-    patch = int(loaded.feature_info[-1]["reduction"])
+    features, options = choice.features, choice.options
+    first = load_settings(features, next(iter(sizes), None), options)
+    sizes = tuple(dict.fromkeys(sizes)) or (first.size,)
+    patch = int(first.model.feature_info[-1]["reduction"])
     firsts: dict[bool, Size] = {}
     for size in sizes:
-        firsts.setdefault(is_ragged(size, patch, config.stride or patch), size)
-    if True in firsts and not config.ragged:
+        firsts.setdefault(is_ragged(size, patch, features.stride or patch), size)
+    if True in firsts and not features.ragged:
         shown = "x".join(map(str, firsts[True]))
         raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
     bundles = {}
     for ragged, size in firsts.items():
-        here = loaded if size == sizes[0] else None
-        bundles[ragged], _ = load_described(config, size, ragged=ragged, described=described, loaded=here)
-    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=config.how_drawn, sizes=sizes)
+        loaded = first if size == first.size else load_settings(features, size, options, first.described)
+        wanted = completed(features, ragged=ragged, geometry="squash")
+        bundles[ragged], _ = describe_model(wanted, loaded, options)
+    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=choice.drawing, sizes=sizes)
     for size in sizes:
         recipe.rows(size)
     return _told(recipe), sizes
 
 
 def _open_stores(
-    config: EvaluateConfig, sizes: Sequence[Size], geometry: Geometries
+    choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
 ) -> tuple[StoreRecipe, tuple[Size, ...]]:
-    stores = [FeatureStore.open(url, config.options) for url in config.stores]
+    stores = [FeatureStore.open(url, choice.options) for url in choice.stores]
     by_size = {store.spec.input_size: store for store in stores}
     if len(by_size) < len(stores):
         raise ConfigError("--stores: two of them have one input size; give one store per size")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch.nn.functional as F
@@ -28,13 +28,22 @@ from operators.objectives.dense import (
 from operators.readouts import Readout
 from operators.visual import heat
 from pipelines.config import ConfigError
-from pipelines.readouts.task import Record, Task
+from pipelines.readouts.task import Task, TaskSettings
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, DatasetKind
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthTask(Task):
+class DepthRecord:
+    """Of one image."""
+
+    error: SquaredError
+    metrics: DepthMetrics | None
+    "None: no depth was measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthTask(Task[DepthRecord]):
     """Metres for each pixel; 0 where none were measured."""
 
     objective: Literal["deap", "vit-up"] = "deap"
@@ -45,11 +54,12 @@ class DepthTask(Task):
     label: ClassVar[Literal["depth"]] = "depth"
     judges_label: ClassVar[bool] = True
     target_names: ClassVar[tuple[str, ...]] = ("depth",)
+    record: ClassVar[type[DepthRecord]] = DepthRecord
     better: ClassVar[str] = "rmse_pooled"
     shares: ClassVar[tuple[str, ...]] = ("d1", "d2", "d3")
 
     @classmethod
-    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "DepthTask":  # noqa: ARG003
+    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "DepthTask":  # noqa: ARG003
         return cls(
             placement=settings.placement,
             side=settings.side,
@@ -69,24 +79,28 @@ class DepthTask(Task):
             return deap_depth_loss(outputs_BCHW, targets["depth"])
         return vit_up_depth_loss(outputs_BCHW, targets["depth"], warm=step < WARM_UP_CALLS, form=self.gradient)
 
-    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: np.ndarray) -> Record:
-        """On the label's own pixels where the image was squashed (of NYU's, the Eigen crop), else on the square's."""
-        truth, found = targets["depth"], output_CHW
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, Tensor], label: np.ndarray | None) -> DepthRecord:
+        """On the label's own pixels where the image was squashed (of NYU's, the Eigen crop), else on the square's.
+
+        What is scored comes to the host, where its label was read: the prediction's one channel is no larger. The sums are
+        NumPy's, in float64, so that they are the same wherever the prediction was made.
+        """
+        truth, found = label, output_CHW[0]
         if self.placement == "squash":
-            truth = label
-            found = F.interpolate(output_CHW[None], size=label.shape, mode="bilinear", align_corners=False)[0]
+            found = F.interpolate(output_CHW[None], size=label.shape, mode="bilinear", align_corners=False)[0, 0]
             if truth.shape == NYU_SIZE:
                 truth, found = eigen_crop(truth), eigen_crop(found)
-        predicted = found[0].clamp(min=0).cpu().numpy()
-        metrics = score_depth(predicted, truth)
-        return {"error": asdict(SquaredError.of(predicted, truth)), "metrics": metrics and asdict(metrics)}
+        else:
+            truth = targets["depth"].cpu().numpy()
+        predicted = found.clamp(min=0).cpu().numpy()
+        return DepthRecord(error=SquaredError.of(predicted, truth), metrics=score_depth(predicted, truth))
 
-    def scores(self, records: Sequence[Record]) -> dict[str, float]:
-        means = average(DepthMetrics(**record["metrics"]) for record in records if record["metrics"])
-        return {"rmse_pooled": pooled_rmse(SquaredError(**record["error"]) for record in records), **asdict(means)}
+    def scores(self, records: Sequence[DepthRecord]) -> dict[str, float]:
+        means = average(record.metrics for record in records if record.metrics)
+        return {"rmse_pooled": pooled_rmse(record.error for record in records), **asdict(means)}
 
-    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        truth = targets["depth"]
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        truth = targets["depth"].cpu().numpy()
         high = float(truth.max())
         return heat(output_CHW[0].cpu().numpy(), 0, high), heat(truth, 0, high)
 

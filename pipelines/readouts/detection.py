@@ -2,32 +2,39 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from operators.metrics.detection import DEAP, ImageDetections, ImageTruth, coco_scores
-from operators.objectives.dense import (
-    LossSum,
-)
+from operators.objectives.dense import LossSum
 from operators.readouts import Readout
 from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from operators.visual import heat
 from pipelines.readouts.instances import ObjectsTask
-from pipelines.readouts.task import Record
 from storage.datasets.instances import InstanceArrays
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionTask(ObjectsTask):
+class FoundBoxes:
+    """Of one image: boxes x1, y1, x2, y2 in pixels of the square, with their scores, and the annotated ones."""
+
+    boxes: tuple[tuple[float, ...], ...]
+    scores: tuple[float, ...]
+    truth: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionTask(ObjectsTask[FoundBoxes]):
     """Centres and sizes of objects of no class: DeAP's CenterNet."""
 
     name: ClassVar[str] = "detection"
     split: ClassVar[tuple[int, ...]] = (1, 2)
     judges_label: ClassVar[bool] = True
     target_names: ClassVar[tuple[str, ...]] = ("heat", "sizes")
+    record: ClassVar[type[FoundBoxes]] = FoundBoxes
     better: ClassVar[str] = "ap_large"
 
     @property
@@ -43,13 +50,13 @@ class DetectionTask(ObjectsTask):
         found = centernet_loss(outputs_BCHW[:, :1], outputs_BCHW[:, 1:], targets["heat"], targets["sizes"])
         return LossSum(found.mean * found.heat.weight, found.heat.weight)
 
-    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: InstanceArrays) -> Record:  # noqa: ARG002
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, Tensor], label: InstanceArrays | None) -> FoundBoxes:  # noqa: ARG002
         (found,) = centernet_boxes(output_CHW[None, :1], output_CHW[None, 1:])
-        return {
-            "boxes": found.boxes_N4.cpu().numpy().round(3).tolist(),
-            "scores": found.scores_N.cpu().numpy().astype(float).round(7).tolist(),
-            "truth": self.boxes(label).round(3).tolist(),
-        }
+        return FoundBoxes(
+            boxes=_tuples(found.boxes_N4.cpu().numpy().round(3)),
+            scores=tuple(found.scores_N.cpu().numpy().astype(float).round(7).tolist()),
+            truth=_tuples(self.boxes(label).round(3)),
+        )
 
     def boxes(self, label: InstanceArrays) -> np.ndarray:
         """The annotated boxes in pixels of the square, cut off at its sides; those outside are left out. Float64 [N, 4]."""
@@ -60,17 +67,22 @@ class DetectionTask(ObjectsTask):
         boxes = boxes.clip(0, self.side)
         return boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
 
-    def scores(self, records: Sequence[Record]) -> dict[str, float]:
+    def scores(self, records: Sequence[FoundBoxes]) -> dict[str, float]:
         """With boxes of 448 px: `large` is above 96^2 px there, whatever the side."""
         scale = 448 / self.side
-        truth = [ImageTruth.of(i, scale * _boxes(record["truth"])) for i, record in enumerate(records)]
-        found = [ImageDetections.of(i, scale * _boxes(r["boxes"]), r["scores"]) for i, r in enumerate(records)]
+        truth = [ImageTruth.of(i, scale * _boxes(record.truth)) for i, record in enumerate(records)]
+        found = [ImageDetections.of(i, scale * _boxes(r.boxes), r.scores) for i, r in enumerate(records)]
         scores = coco_scores(truth, found, DEAP)
         return {name: getattr(scores, name) for name in ("ap_large", "ap", "ap_50", "ar_100")}
 
-    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return heat(output_CHW[0].sigmoid().cpu().numpy(), 0, 1), heat(targets["heat"], 0, 1)
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        return heat(output_CHW[0].sigmoid().cpu().numpy(), 0, 1), heat(targets["heat"].cpu().numpy(), 0, 1)
 
 
-def _boxes(boxes: Any) -> np.ndarray:
+def _tuples(boxes_N4: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, boxes_N4.tolist()))
+
+
+def _boxes(boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    """Float64 [N, 4], also of none."""
     return np.array(boxes, np.float64).reshape(-1, 4)

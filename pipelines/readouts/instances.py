@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.metrics.boundaries import BoundarySums, boundary_sums, merge
-from operators.metrics.instances import cluster_pixels, instance_ari
+from operators.metrics.instances import cluster_pixels, foreground_pixels, instance_ari
 from operators.objectives.dense import (
     LossSum,
     boundary_loss,
@@ -21,19 +21,19 @@ from operators.readouts import Readout
 from operators.visual import heat
 from pipelines.config import ConfigError
 from pipelines.readouts.segmentation import class_colours
-from pipelines.readouts.task import Record, Task
+from pipelines.readouts.task import Label, Record, Task, TaskSettings
 from storage.datasets.instances import InstanceArrays
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
 
 
-class ObjectsTask(Task):
+class ObjectsTask(Task[Record]):
     """What tasks on instances share."""
 
     label: ClassVar[Literal["instances"]] = "instances"
 
     @classmethod
-    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task":  # noqa: ARG003
+    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "ObjectsTask[Record]":  # noqa: ARG003
         return cls(placement=settings.placement, side=settings.side)
 
     def ids(self, label: InstanceArrays) -> np.ndarray:
@@ -42,11 +42,12 @@ class ObjectsTask(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundaryTask(ObjectsTask):
+class BoundaryTask(ObjectsTask[BoundarySums]):
     """Whether a pixel lies on the outline of an object."""
 
     name: ClassVar[str] = "boundaries"
     target_names: ClassVar[tuple[str, ...]] = ("boundary",)
+    record: ClassVar[type[BoundarySums]] = BoundarySums
     better: ClassVar[str] = "iou"
     shares: ClassVar[tuple[str, ...]] = ("iou",)
 
@@ -60,15 +61,15 @@ class BoundaryTask(ObjectsTask):
     def loss(self, net: Readout, outputs_BCHW: Tensor, targets: Mapping[str, Tensor], step: int) -> LossSum:  # noqa: ARG002
         return boundary_loss(outputs_BCHW, targets["boundary"])
 
-    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: Any) -> Record:  # noqa: ARG002
-        return asdict(boundary_sums(output_CHW.cpu(), torch.from_numpy(targets["boundary"])[None]))
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, Tensor], label: Label | None) -> BoundarySums:  # noqa: ARG002
+        return boundary_sums(output_CHW, targets["boundary"][None])
 
-    def scores(self, records: Sequence[Record]) -> dict[str, float]:
-        found = merge(BoundarySums(**record) for record in records)
+    def scores(self, records: Sequence[BoundarySums]) -> dict[str, float]:
+        found = merge(records)
         return {"iou": found.iou, "cross_entropy": found.cross_entropy}
 
-    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return heat(output_CHW[0].sigmoid().cpu().numpy(), 0, 1), heat(targets["boundary"], 0, 1)
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        return heat(output_CHW[0].sigmoid().cpu().numpy(), 0, 1), heat(targets["boundary"].cpu().numpy(), 0, 1)
 
 
 CLASSIFIER = "classifier"
@@ -80,7 +81,15 @@ LATENTS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstanceTask(ObjectsTask):
+class InstanceRecord:
+    """Of one image."""
+
+    ari: float | None
+    "None: no object is left of it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceTask(ObjectsTask[InstanceRecord]):
     """Every object of the training images is a class of its own; others' are told apart by clustering the latents."""
 
     first_ids: tuple[int, ...] = ()
@@ -94,10 +103,11 @@ class InstanceTask(ObjectsTask):
     name: ClassVar[str] = "instances"
     has_held_out_loss: ClassVar[bool] = False
     target_names: ClassVar[tuple[str, ...]] = ("ids",)
+    record: ClassVar[type[InstanceRecord]] = InstanceRecord
     better: ClassVar[str] = "ari"
 
     @classmethod
-    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "InstanceTask":  # noqa: ARG003
+    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "InstanceTask":  # noqa: ARG003
         counts = [len(each.label.areas()) for each in train]
         first = tuple(np.concatenate([[0], np.cumsum(counts)]).astype(int).tolist())
         return cls(
@@ -141,21 +151,21 @@ class InstanceTask(ObjectsTask):
         classifier = net.get_submodule(CLASSIFIER)
         return instance_loss(outputs_BCHW, targets["ids"], classifier, self.samples, torch.default_generator)
 
-    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: Any) -> Record:  # noqa: ARG002
-        return {"ari": instance_ari(output_CHW.cpu().numpy(), targets["ids"])}
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, Tensor], label: Label | None) -> InstanceRecord:  # noqa: ARG002
+        return InstanceRecord(ari=instance_ari(output_CHW, targets["ids"]))
 
-    def scores(self, records: Sequence[Record]) -> dict[str, float]:
-        found = [record["ari"] for record in records if record["ari"] is not None]
+    def scores(self, records: Sequence[InstanceRecord]) -> dict[str, float]:
+        found = [record.ari for record in records if record.ari is not None]
         if not found:
             raise ValueError("no image has an object left after it was placed")
         return {"ari": 100 * math.fsum(found) / len(found), "images": float(len(found))}
 
-    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Clusters, on the truth's foreground."""
-        ids, foreground = targets["ids"], targets["ids"] > 0
+        latents_NC, ids_N = foreground_pixels(output_CHW, targets["ids"])
+        ids = targets["ids"].cpu().numpy()
         clusters = np.zeros(ids.shape, np.int64)
-        if foreground.any():
-            latents = output_CHW.cpu().numpy()[:, foreground].T
-            clusters[foreground] = 1 + cluster_pixels(latents, len(np.unique(ids[foreground])))
+        if len(ids_N):
+            clusters[ids > 0] = 1 + cluster_pixels(latents_NC, len(np.unique(ids_N)))
         _, numbers = np.unique(ids, return_inverse=True)
         return class_colours(clusters), class_colours(numbers.reshape(ids.shape) + (0 if (ids == 0).any() else 1))

@@ -2,27 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import matplotlib
 import numpy as np
 from torch import Tensor
 
-from operators.metrics.segmentation import Segmentation, confusion
-from operators.objectives.dense import (
-    LossSum,
-    cross_entropy,
-)
+from operators.metrics.segmentation import Segmentation, class_pairs, matrix_of
+from operators.objectives.dense import LossSum, cross_entropy
 from operators.readouts import Readout
 from pipelines.config import ConfigError
-from pipelines.readouts.task import Record, Task
+from pipelines.readouts.task import Label, Task, TaskSettings
 from storage.datasets.classes import VOID
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationTask(Task):
+class ClassPairs:
+    """Of one image: (label, prediction, how many pixels) where there are any; most pairs of classes never meet."""
+
+    pairs: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationTask(Task[ClassPairs]):
     """A class for each pixel; 255 is void."""
 
     classes: int
@@ -34,11 +38,12 @@ class SegmentationTask(Task):
     name: ClassVar[str] = "segmentation"
     label: ClassVar[Literal["classes"]] = "classes"
     target_names: ClassVar[tuple[str, ...]] = ("classes",)
+    record: ClassVar[type[ClassPairs]] = ClassPairs
     better: ClassVar[str] = "miou"
     shares: ClassVar[tuple[str, ...]] = ("miou", "pixel_accuracy", "mean_accuracy", "foreground_iou")
 
     @classmethod
-    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "SegmentationTask":  # noqa: ARG003
+    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "SegmentationTask":  # noqa: ARG003
         extra = 0 if settings.outputs is None else settings.outputs - kind.classes
         if extra < 0:
             raise ConfigError(f"--outputs {settings.outputs}: {settings.dataset} has {kind.classes} classes")
@@ -60,25 +65,20 @@ class SegmentationTask(Task):
     def loss(self, net: Readout, outputs_BCHW: Tensor, targets: Mapping[str, Tensor], step: int) -> LossSum:  # noqa: ARG002
         return cross_entropy(outputs_BCHW, targets["classes"])
 
-    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: Any) -> Record:  # noqa: ARG002
-        found = confusion(output_CHW.argmax(0).cpu().numpy(), targets["classes"], self.outputs)
-        rows, columns = np.nonzero(found)
-        # Most pairs of classes never meet.
-        return {"pairs": np.stack([rows, columns, found[rows, columns]], axis=1).tolist()}
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, Tensor], label: Label | None) -> ClassPairs:  # noqa: ARG002
+        found = class_pairs(output_CHW.argmax(0), targets["classes"], self.outputs)
+        return ClassPairs(pairs=tuple(map(tuple, found.tolist())))
 
-    def scores(self, records: Sequence[Record]) -> dict[str, float]:
-        matrix = np.zeros((self.outputs, self.outputs), np.int64)
-        for record in records:
-            for row, column, count in record["pairs"]:
-                matrix[row, column] += count
+    def scores(self, records: Sequence[ClassPairs]) -> dict[str, float]:
+        matrix = matrix_of((pair for record in records for pair in record.pairs), self.outputs)
         found = Segmentation.of(matrix)
         values = {"miou": found.mean_iou, "pixel_accuracy": found.pixel_accuracy, "mean_accuracy": found.mean_accuracy}
         if self.background and (union := matrix.sum() - matrix[0, 0]):
             values["foreground_iou"] = float(matrix[1:, 1:].sum() / union)
         return values
 
-    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return class_colours(output_CHW.argmax(0).cpu().numpy()), class_colours(targets["classes"])
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        return class_colours(output_CHW.argmax(0).cpu().numpy()), class_colours(targets["classes"].cpu().numpy())
 
 
 def class_colours(classes_HW: np.ndarray) -> np.ndarray:

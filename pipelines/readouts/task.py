@@ -1,34 +1,54 @@
 """A readout's task: what it is trained and judged on. Tasks are a module each; `tasks.TASKS` has them by name.
 
 A task is plain data and travels to workers. Targets are placed as the images are, and have the side of the readout's output.
-A record is what judging one image gave, as JSON values; scores are taken from all records at once.
+They are made on the host, from label files, and go where the readout's outputs are: losses and scores are computed there.
+A record is what judging one image gave, on the host; scores are taken from all records at once.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from operators.image import Geometry, fit
-from operators.objectives.dense import (
-    LossSum,
-)
+from operators.objectives.dense import GradientForm, LossSum
 from operators.readouts import Readout
+from storage.datasets.instances import InstanceArrays
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
 
-Record: TypeAlias = dict[str, Any]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
+Record = TypeVar("Record", bound="DataclassInstance")
+"""What a task's `judge` says of one image: a dataclass of JSON values."""
+
+Label: TypeAlias = np.ndarray | InstanceArrays
+"""What `read` of an image's label gives: classes or metres [H, W], or instances."""
 
 Placement: TypeAlias = Literal["crop", "squash"]
 """How images and labels become square: the centre, or with other proportions."""
 
 
+class TaskSettings(Protocol):
+    """What a training run says of its task (pipelines/training/readout.py, where each is documented)."""
+
+    dataset: str
+    placement: Placement
+    side: int
+    outputs: int | None
+    depth_loss: Literal["deap", "vit-up"]
+    gradient_loss: GradientForm
+    samples: int
+    large_area: float
+    many: int
+
+
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(Generic[Record]):
     """A readout's job; abstract."""
 
     placement: Placement = "crop"
@@ -46,13 +66,15 @@ class Task:
     "whether the loss can be had of images that weren't trained on"
     target_names: ClassVar[tuple[str, ...]]
     "of the arrays that `targets` gives"
+    record: ClassVar[type["DataclassInstance"]]
+    "what `judge` gives: `Record`"
     better: ClassVar[str]
     "the score that tables are about"
     shares: ClassVar[tuple[str, ...]] = ()
     "scores that tables show in percent"
 
     @classmethod
-    def of(cls, settings: Any, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task":
+    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task[Any]":
         """From a training run's settings, for a data set's images. Raises `ConfigError`."""
         raise NotImplementedError
 
@@ -69,7 +91,7 @@ class Task:
         """Channels of the readout."""
         raise NotImplementedError
 
-    def targets(self, label: Any, item: int) -> dict[str, np.ndarray]:
+    def targets(self, label: Label, item: int) -> dict[str, np.ndarray]:
         """Arrays [..., side, side] of one image, from what its label's `read` gave; `item` is its number in the data set."""
         raise NotImplementedError
 
@@ -81,15 +103,15 @@ class Task:
         """Of a micro-batch of optimiser step `step`, from 0; `net` as `network` made it."""
         raise NotImplementedError
 
-    def judge(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray], label: Any) -> Record:
-        """What one image says of the score."""
+    def judge(self, output_CHW: Tensor, targets: Mapping[str, Tensor], label: Label | None) -> Record:
+        """What one image says of the score: its output, and its targets on the same device; `label` where `judges_label`."""
         raise NotImplementedError
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         """Over all images. Raises `ValueError` where nothing could be judged."""
         raise NotImplementedError
 
-    def pictures(self, output_CHW: Tensor, targets: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """The prediction and the truth, uint8 [side, side, 3]."""
         raise NotImplementedError
 

@@ -9,13 +9,13 @@ from pipelines.readouts.instances import BoundaryTask, InstanceTask
 from pipelines.readouts.segmentation import SegmentationTask
 from pipelines.readouts.task import Task
 
-TASKS: Mapping[str, type[Task]] = {
+TASKS: Mapping[str, type[Task[Any]]] = {
     each.name: each for each in (SegmentationTask, DepthTask, BoundaryTask, DetectionTask, InstanceTask)
 }
 """By name."""
 
 
-def parse_task(told: Mapping[str, Any]) -> Task:
+def parse_task(told: Mapping[str, Any]) -> Task[Any]:
     """From `told` and the `name`, as a checkpoint has them. Raises `ValueError`, `KeyError` or `TypeError`."""
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
     return TASKS[settings.pop("name")](**settings)

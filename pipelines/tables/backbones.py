@@ -2,18 +2,18 @@
 
 Nothing is built here, and nothing downloaded: grids, channels and parameters are written down, and held against the models by
 tests/test_readouts_backbones.py; means and deviations are in timm's own configs. What is read out is the last block's map after
-the final norm, without prefix tokens (specs/evaluation.md 12.7).
+the final norm, without prefix tokens.
 """
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from operators.backbone import preprocessing
+import tyro
+
 from pipelines.config import ConfigError
-from pipelines.features.weights import WeightsChoice, read_description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +139,21 @@ BACKBONES: tuple[PaperBackbone, ...] = (
 BY_NAME = {each.name: each for each in BACKBONES}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Backbones:
+    """The backbones of DeAP's Table 2: timm's names, input, grid, channels, normalisation, parameters."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Only these."""
+
+
 def find_backbone(word: str, weights: str = "pretrained", options: Mapping[str, Any] | None = None) -> PaperBackbone:
     """One of the table's, or `TIMM_NAME[@PIXELS]`, by default at the size that its `weights` (as for jobs/train.py) expect.
 
     Raises `ConfigError` for what timm lacks, and `BackboneError` for names that it hasn't.
     """
+    from pipelines.features.weights import WeightsChoice, read_description  # timm, as in `_scale`
+
     if (found := BY_NAME.get(word)) is not None:
         if found.absent and not (found.model and WeightsChoice.parse(weights).source == "file"):
             raise ConfigError(f"--backbones {word}: timm lacks {found.absent}")
@@ -159,8 +169,9 @@ def find_backbone(word: str, weights: str = "pretrained", options: Mapping[str, 
     return PaperBackbone(name=word, label=word, model=model, size=side)
 
 
-def backbone_lines(names: Sequence[str] = ()) -> Iterator[str]:
-    """Markdown: what each of the table's backbones is and expects; `names`: of these only. Raises `ConfigError`."""
+def main(config: Backbones) -> Iterator[str]:
+    """Markdown: what each of the table's backbones is and expects. Raises `ConfigError`."""
+    names = config.names
     if unknown := [name for name in names if name not in BY_NAME]:
         raise ConfigError(f"no backbone is called {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
     found = [each for each in BACKBONES if not names or each.name in names]
@@ -182,6 +193,8 @@ def backbone_lines(names: Sequence[str] = ()) -> Iterator[str]:
 
 def _scale(backbone: PaperBackbone) -> tuple[str, str]:
     """Mean and deviation that its input is normalised with."""
+    from operators.backbone import preprocessing  # timm, and so torch, which jobs/show.py needs for nothing else
+
     if not backbone.model:
         return "", ""
     expects = preprocessing(backbone.model)

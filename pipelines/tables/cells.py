@@ -11,20 +11,14 @@ import string
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from operators.readouts import build_readout
-from pipelines.config import (
-    ConfigError,
-    absolute,
-    parse_options,
-    require_at_least,
-    require_shareable,
-    runs_inline,
-)
+from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least
 from pipelines.costs.readouts import METHODS as COUNTED
 from pipelines.costs.speed import SpeedProtocol, measure_speed
 from pipelines.executors import InlineExecutor, RayExecutor
@@ -34,9 +28,17 @@ from pipelines.tables.tasks import PublishedTask, find_task
 from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
-from storage.paths import Folder, public_options, redact
+from storage.errors import RayliftError
+from storage.paths import Folder, redact
 
 logger = logging.getLogger(__name__)
+
+
+class CellsFailed(RayliftError):
+    """Some cells have no result; all others are done."""
+
+    exit_code = 1
+
 
 METHODS: Mapping[str, Mapping[str, Any]] = {**COUNTED, "depth_bins": {"method": "depth_bins"}}
 """Settings of each."""
@@ -52,74 +54,66 @@ _GRIDS_OWN = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridConfig:
+class GridConfig(JobConfig):
     """Readouts for several backbones, tasks, methods and seeds: DeAP's Tables 3 and 5, ViT-Up's Table 1."""
 
-    out: str = ""
+    out: Free[str] = ""
     """The folder to write or continue: a path or fsspec URL. Each cell's run is a folder in it."""
-    backbones: tuple[str, ...] = ()
+    backbones: Free[tuple[str, ...]] = ()
     """As `jobs/show.py backbones` names them, or TIMM_NAME[@PIXELS]."""
-    tasks: tuple[str, ...] = ()
+    tasks: Free[tuple[str, ...]] = ()
     """instances, boundaries, detection, voc, coco-stuff, depth (DeAP's); probe-coco, probe-voc, probe-ade20k,
     probe-cityscapes (ViT-Up's); or any TASK:DATASET, for example segmentation:photos_open."""
-    methods: tuple[str, ...] = ("deap",)
+    methods: Free[tuple[str, ...]] = ("deap",)
     """deap and its ablations deap-8-dim, deap-no-sigma, deap-no-indiv-sigma, deap-only-mask; bicubic, transposed, strided,
     linear, depth_bins."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Free[tuple[int, ...]] = (0,)
     """Tables have the mean over them, and the standard deviation."""
-    data: tuple[str, ...] = ()
+    data: Free[tuple[str, ...]] = ()
     """DATASET=FOLDER for each data set: voc=VOC2012 coco=s3://bucket/coco."""
-    store: str = ""
+    store: Free[str] = ""
     """Feature stores to read instead of running backbones, as a template: s3://bucket/{backbone}-{dataset}.zarr, or with {part}
     one for each part of a data set (train, val, train2017, ...). Made by jobs/extract.py, placed as the task has it. What
     {backbone} is, the cells' folders show."""
-    weights: str = "pretrained"
+    backbone_weights: Annotated[Free[str], tyro.conf.arg(name="weights")] = "pretrained"
     """As for jobs/train.py; a URL may have {backbone} in it."""
-    paper: bool = False
+    paper: Free[bool] = False
     """Published numbers below the measured ones."""
 
-    max_steps: int | None = None
+    max_steps: Free[int | None] = None
     """Optimiser steps of each run; default: the task's published ones."""
-    limit: int | None = None
+    limit: Free[int | None] = None
     """Only the first N images to train on; default: the task's."""
-    val_limit: int | None = None
+    val_limit: Free[int | None] = None
     """Only the first N images to judge on."""
-    cell: ReadoutTraining = field(default_factory=ReadoutTraining)
+    cell: Free[ReadoutTraining] = ReadoutTraining()
     """What else all runs have; what differs from jobs/train.py's defaults goes before the published settings of a task."""
 
-    speed: bool = True
+    speed: Free[bool] = True
     """Measure each backbone's speed, once all runs are done. The picture of speed and scores needs it."""
-    speed_reference: str = "vit_base_patch16_224.mae"
+    speed_reference: Free[str] = "vit_base_patch16_224.mae"
     """timm name of what speeds are relative to."""
-    speed_reference_size: int = 224
+    speed_reference_size: Free[int] = 224
     """Side of its input in pixels."""
-    speed_batch: int = 8
+    speed_batch: Free[int] = 8
     """Images per forward."""
-    speed_batches: int = 10
+    speed_batches: Free[int] = 10
     """Forwards that are timed."""
 
-    storage_options: str | None = None
-    """JSON for the filesystem, as for jobs/extract.py."""
-    executor: Literal["auto", "ray", "inline"] = "auto"
-    """`ray`: cells are Ray tasks; `inline`: one after another in this process; `auto` is Ray, except for memory://."""
-    ray_address: str | None = None
-    """A Ray cluster; default: the job's own under `ray job submit`, else a new local one."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes GPUs where the cluster has any."""
-    cell_cpus: int | None = None
+    cluster: Held[ActorsConfig] = ActorsConfig()
+    cell_cpus: Free[int | None] = None
     """CPUs and threads of one cell; default: 1 on CPU, the node's share per GPU otherwise."""
-    cell_gpus: float | None = None
+    cell_gpus: Free[float | None] = None
     """GPUs of one cell; fractions train several on one."""
-    actors: int | None = None
-    """Cells at once; default: as many as there is room for. On an autoscaling cluster, GPUs are asked for only with it."""
-    max_failures: int = 3
+    max_failures: Free[int] = 3
     """Lost workers or nodes after which a cell is given up; each time, it goes on from its last checkpoint."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_at_least(
             1, self, "max_steps", "limit", "val_limit", "speed_batch", "speed_batches", "speed_reference_size"
         )
-        require_at_least(1, self, "cell_cpus", "actors")
+        require_at_least(1, self, "cell_cpus")
         require_at_least(0, self, "max_failures")
         if self.cell_gpus is not None and not self.cell_gpus > 0:
             raise ConfigError(f"--cell-gpus {self.cell_gpus}: must be above 0")
@@ -132,8 +126,6 @@ class GridConfig:
         if own := sorted(_given(self.cell).keys() & _GRIDS_OWN):
             flags = ", ".join(f"--cell.{name.replace('_', '-')}" for name in own)
             raise ConfigError(f"{flags}: the grid decides it; see --help for what it takes instead")
-        if not self.is_inline:
-            require_shareable(self.out, self.store, *self.folders.values())
 
     @property
     def folders(self) -> dict[str, str]:
@@ -148,14 +140,8 @@ class GridConfig:
         return found
 
     @property
-    def options(self) -> dict[str, Any]:
-        """`storage_options` parsed. Raises `ConfigError`."""
-        return parse_options(self.storage_options)
-
-    @property
-    def is_inline(self) -> bool:
-        """Whether this process trains."""
-        return runs_inline(self.executor, self.out, self.store, *self.folders.values())
+    def places(self) -> tuple[str, ...]:
+        return self.out, self.store, *self.folders.values()
 
     @property
     def folder(self) -> Folder:
@@ -172,21 +158,17 @@ class GridConfig:
             reference_size=self.speed_reference_size,
             batch=self.speed_batch,
             batches=self.speed_batches,
-            precision=self.cell.precision,
+            precision=self.cell.features.precision,
         )
 
-    def public(self) -> dict[str, Any]:
-        """All settings without credentials, for files and logs."""
-        settings = {each.name: getattr(self, each.name) for each in fields(self)}
-        settings |= {"cell": _given(self.cell), "storage_options": json.dumps(public_options(self.options))}
-        return json.loads(redact(json.dumps(settings), self.options))
+    def flat(self) -> dict[str, Any]:
+        return {**super().flat(), "cell": _given(self.cell)}
 
 
 def _given(training: ReadoutTraining) -> dict[str, Any]:
     """Settings that differ from the defaults."""
-    plain = ReadoutTraining()
-    found = {each.name: getattr(training, each.name) for each in fields(training)}
-    return {name: value for name, value in found.items() if value != getattr(plain, name)}
+    plain = ReadoutTraining().flat()
+    return {name: value for name, value in training.flat().items() if value != plain[name]}
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -240,7 +222,7 @@ def plan_cells(config: GridConfig) -> list[Cell]:
         if not getattr(config, name):
             raise ConfigError(f"--{name}: give at least one")
     backbones = [
-        find_backbone(word, config.weights.replace("{backbone}", slug(word)), config.options)
+        find_backbone(word, config.backbone_weights.replace("{backbone}", slug(word)), config.options)
         for word in config.backbones
     ]
     tasks = [find_task(word) for word in config.tasks]
@@ -286,19 +268,19 @@ def _cell(config: GridConfig, backbone: PaperBackbone, task: PublishedTask, meth
         settings.pop("flip", None)
     limits = {each: getattr(config, each) for each in ("max_steps", "limit", "val_limit")}
     settings |= {each: value for each, value in limits.items() if value is not None}
-    training = ReadoutTraining(
+    training = ReadoutTraining.of(
         **{"ragged": backbone.ragged, **settings},
         out=f"{config.folder.url.rstrip('/')}/{name}",
         model=backbone.model,
         size=backbone.size,
-        weights=backbone.weights or config.weights.replace("{backbone}", slug(backbone.name)),
+        weights=backbone.weights or config.backbone_weights.replace("{backbone}", slug(backbone.name)),
         task=task.task,
         dataset=task.dataset,
         data=config.folders[task.dataset],
         seed=seed,
-        storage_options=config.storage_options,
+        storage_options=config.cluster.storage_options,
         executor="inline",  # a cell is one process
-        device=config.device,
+        device=config.cluster.device,
     )
     return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training)
 
@@ -349,7 +331,7 @@ def _settings(cell: Cell) -> dict[str, Any]:
     """What a result is the result of, as JSON values."""
     training = cell.training
     more = {name: getattr(training, name) for name in ("epochs", "max_steps", "val_limit")}
-    more |= {"weights": redact(training.weights, training.options), "drawing": training.how_drawn}
+    more |= {"weights": redact(training.features.weights, training.options), "drawing": training.how_drawn}
     return {**training.identity({}), **more}
 
 
@@ -370,8 +352,10 @@ def _read_result(cell: Cell) -> CellResult | None:
 def _train(cell: Cell) -> CellResult:
     started, training = time.monotonic(), cell.training
     resolved = training.resolve()
-    if resolved.features["model"] != training.model:
-        raise ConfigError(f"{training.store} holds features of {resolved.features['model']}, not of {training.model}")
+    if resolved.features["model"] != training.features.model:
+        raise ConfigError(
+            f"{training.store} holds features of {resolved.features['model']}, not of {training.features.model}"
+        )
     setup = resolved.prepare(InlineExecutor())
     summary = train_inline(setup)
     values = {name: value for name, value in summary.metrics.items() if name.startswith("val_")}
@@ -410,11 +394,13 @@ def _run_on_ray(config: GridConfig, cells: Sequence[Cell]) -> Iterator[CellResul
     import ray
     from ray.exceptions import RayError
 
-    pool = RayExecutor().pool(config.device, config.actors, config.cell_cpus, config.cell_gpus, called="cell")
+    pool = RayExecutor().pool(
+        config.cluster.device, config.cluster.actors, config.cell_cpus, config.cell_gpus, called="cell"
+    )
     remote = ray.remote(max_retries=config.max_failures, **pool.placement)(_ray_cell)
     waiting, running = list(cells), {}
     while waiting or running:
-        while waiting and len(running) < (config.actors or len(cells)):
+        while waiting and len(running) < (config.cluster.actors or len(cells)):
             cell = waiting.pop(0)
             running[remote.remote(cell, pool.device, pool.cpus)] = cell
         (done,), _ = ray.wait(list(running), num_returns=1)
@@ -429,7 +415,7 @@ def _run_on_ray(config: GridConfig, cells: Sequence[Cell]) -> Iterator[CellResul
 
 def _ray_cell(cell: Cell, device: str, threads: int) -> CellResult:
     torch.set_num_threads(threads)
-    return run_cell(replace(cell, training=replace(cell.training, device=device)))
+    return run_cell(replace(cell, training=cell.training.changed(device=device)))
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -470,14 +456,14 @@ def _read_speeds(folder: Folder) -> dict[str, Any]:
 
 
 def _speeds(config: GridConfig, missing: Mapping[str, Sequence[Any]], device: str = "") -> dict[str, Any]:
-    device = device or InlineExecutor().pool(config.device, None, None, None).device
+    device = device or InlineExecutor().pool(config.cluster.device, None, None, None).device
     return {name: measure_speed(config.speeds, torch.device(device), *of) for name, of in missing.items()}
 
 
 def _speeds_on_ray(config: GridConfig, missing: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     import ray
 
-    pool = RayExecutor().pool(config.device, 1, config.cell_cpus, None, called="cell")  # a whole GPU
+    pool = RayExecutor().pool(config.cluster.device, 1, config.cell_cpus, None, called="cell")  # a whole GPU
     remote = ray.remote(max_retries=config.max_failures, **pool.placement)(_ray_speeds)
     return ray.get(remote.remote(config, missing, pool.device, pool.cpus))
 

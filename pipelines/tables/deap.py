@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from operators.readouts import published_counts
+from pipelines.executors import executor_for
 from pipelines.provenance import versions
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
-from pipelines.tables.cells import Cell, CellResult, GridConfig
+from pipelines.tables.cells import Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.tasks import Column, PublishedTask, published_values
 from storage.paths import Folder
 
@@ -309,3 +310,18 @@ def _told(entry: Entry) -> dict[str, Any]:
         "published": dict(zip(heads, entry.published, strict=False)),
         "parameters": entry.parameters,
     }
+
+
+def main(config: GridConfig) -> Iterator[str]:
+    """Run all cells, then measure speeds; writes what was found and gives it line by line. Raises `CellsFailed` at the end."""
+    cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
+    with executor_for(inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device):
+        results = run_cells(config, cells)
+        failed = sum(bool(result.error) for result in results)
+        text = write_grid(folder, config, cells, results, {})
+        if config.speed and failed < len(cells):
+            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results))
+    yield text
+    yield f"{folder.shown}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own"
+    if failed:
+        raise CellsFailed(f"{failed} of {len(cells)} runs failed; the tables say which and why")

@@ -7,109 +7,84 @@ What is wrong with the settings is wrong before anything is computed. What is tr
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from pipelines.config import (
     ConfigError,
+    Counts,
+    Free,
+    GpuConfig,
+    Held,
+    Identity,
+    JobConfig,
     absolute,
-    parse_options,
-    public_settings,
     require_at_least,
-    require_gpus,
-    require_shareable,
-    runs_inline,
 )
+from pipelines.features.config import BackboneConfig
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
 from storage.paths import Folder
 from storage.store import read_attributes
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(JobConfig):
     """Settings that every training run has; what is trained, and on what, is said by its subclasses."""
 
-    out: str = ""
+    out: Free[str] = ""
     """The folder to write or continue: a path or fsspec URL."""
 
-    model: str = "vit_small_patch16_224.dino"
-    """timm name of the frozen backbone, tag included."""
-    weights: str = "pretrained"
-    """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`. What timm's config.json
-    there says of the input and the network is used."""
-    revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast of the frozen backbone's forward."""
-    net_precision: Literal["bf16", "fp32"] = "fp32"
+    features: Held[BackboneConfig] = BackboneConfig()
+    net_precision: Counts[Literal["bf16", "fp32"]] = "fp32"
     """Autocast of the network's forward; its weights, the loss and the optimiser are always float32."""
 
-    epochs: int = 5
+    epochs: Free[int] = 5
     """Passes over the training images."""
-    max_steps: int | None = None
+    max_steps: Free[int | None] = None
     """Stop after so many optimiser steps in all, whatever the epochs say."""
-    batch: int = 256
+    batch: Counts[int] = 256
     """Images per optimiser step, over all workers; an epoch's last batch is what is left."""
-    micro_batch: int | None = None
+    micro_batch: Counts[int | None] = None
     """Images per forward, which BatchNorm's statistics are of; default: --batch. Workers share a batch's micro-batches."""
-    lr: float = 1e-3
+    lr: Counts[float] = 1e-3
     """Adam's learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: Counts[float] = 0.0
     """AdamW's."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Counts[Literal["constant", "cosine"]] = "constant"
     """Of the learning rate; `cosine` falls to --final-lr at the last step."""
-    warmup_steps: int = 0
+    warmup_steps: Counts[int] = 0
     """cosine: steps over which the learning rate first rises linearly from a hundredth."""
-    final_lr: float = 1e-6
+    final_lr: Counts[float] = 1e-6
     """cosine: the learning rate at the end."""
-    clip: float | None = None
+    clip: Counts[float | None] = None
     """Largest norm of the gradient; a larger one is scaled down to it."""
-    seed: int = 0
+    seed: Counts[int] = 0
     """Of the network's weights, the order of the images, and what is drawn for each."""
 
-    max_failed_fraction: float = 0.01
+    max_failed_fraction: Free[float] = 0.01
     """With a larger part of the images left out as unreadable, the run ends with an error."""
 
-    log_every: int = 10
+    log_every: Free[int] = 10
     """Steps between lines of metrics."""
-    checkpoint_every: int = 200
+    checkpoint_every: Free[int] = 200
     """Steps between checkpoints."""
-    validate_every: int = 1000
+    validate_every: Free[int] = 1000
     """Steps between validations; a multiple of --checkpoint-every. There is one at the end, too."""
 
-    storage_options: str | None = None
-    """JSON for the filesystem, as for jobs/extract.py."""
-    executor: Literal["auto", "ray", "inline"] = "auto"
-    """`ray` is Ray Train; `inline` trains in this process, without Ray; `auto` is Ray, except for memory://."""
-    ray_address: str | None = None
-    """A Ray cluster; default: the job's own under `ray job submit`, else a new local one."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes GPUs where the cluster has any."""
-    workers: int = 1
+    cluster: Held[GpuConfig] = GpuConfig()
+    workers: Free[int] = 1
     """Training processes, one per GPU; at most the number of micro-batches in a batch."""
-    worker_cpus: int = 1
+    worker_cpus: Free[int] = 1
     """CPUs and threads of one training process on Ray."""
-    accelerator: str | None = None
-    """Only GPUs of this kind, as for jobs/extract.py."""
-    loaders: int = 2
+    loaders: Free[int] = 2
     """Micro-batches that are decoded at once, for each training process: actors anywhere in the cluster, or threads inline."""
-    max_failures: int = 3
+    max_failures: Free[int] = 3
     """Lost workers or nodes after which the run is given up; each time, it goes on from its last checkpoint."""
 
-    urls: ClassVar[tuple[str, ...]] = ("out", "weights")
-    "fields that hold a URL, or several"
-    free: ClassVar[frozenset[str]] = frozenset(
-        {
-            "out", "weights", "revision", "epochs", "max_steps", "max_failed_fraction", "log_every", "checkpoint_every",
-            "validate_every", "storage_options", "executor", "ray_address", "device", "workers", "worker_cpus", "loaders",
-            "max_failures", "accelerator",
-        }
-    )  # fmt: skip
-    "may change when a run is continued: how it is run and how far, or recorded by what is found there"
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         counts = "epochs", "batch", "workers", "worker_cpus", "loaders", "log_every", "checkpoint_every", "max_steps"
         require_at_least(1, self, *counts, "micro_batch")
         require_at_least(0, self, "warmup_steps", "max_failures", "weight_decay", "final_lr")
@@ -125,7 +100,8 @@ class TrainConfig:
                 f"--validate-every {self.validate_every} must be a multiple of --checkpoint-every {self.checkpoint_every}: "
                 "the best checkpoint is one that was validated"
             )
-        require_gpus(self)
+        if self.features.precision == "fp16":
+            raise ConfigError("--precision fp16: training takes bf16 or fp32")
         self._check_workers()
 
     def _check_workers(self) -> None:
@@ -137,35 +113,17 @@ class TrainConfig:
                 f"--workers {self.workers}: a batch of {self.batch} has {shares} micro-batches of {self.forward_images} to "
                 f"share; use --micro-batch {max(1, self.batch // self.workers)}, or fewer workers"
             )
-        if self.executor == "inline" and self.workers > 1:
+        if self.cluster.executor == "inline" and self.workers > 1:
             raise ConfigError(f"--workers {self.workers} needs --executor ray; inline is one process")
-        if self.executor == "ray":
-            require_shareable(*self._places)
 
     @property
-    def _places(self) -> tuple[str, ...]:
-        """The URLs that are read or written while training."""
-        given = [getattr(self, name) for name in self.urls if name != "weights"]
-        return tuple(url for value in given for url in ((value,) if isinstance(value, str) else value))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """`storage_options` parsed. Raises `ConfigError`."""
-        return parse_options(self.storage_options)
+    def places(self) -> tuple[str, ...]:
+        return (self.out,)
 
     @property
     def forward_images(self) -> int:
         """Images per forward."""
         return self.micro_batch or self.batch
-
-    @property
-    def is_inline(self) -> bool:
-        """Whether this process trains."""
-        return runs_inline(self.executor, *self._places)
-
-    def public(self) -> dict[str, Any]:
-        """All settings without credentials, for files and logs."""
-        return public_settings(self, *self.urls)
 
     def begin_folder(self) -> Folder:
         """The folder of `out`. Raises `ConfigError` where there is none, or it is a feature store."""
@@ -189,7 +147,7 @@ class TrainConfig:
 
     def identity(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""
-        settings = {name: value for name, value in self.public().items() if name not in self.free}
+        settings = self.counted(Identity.COUNTS)
         settings["micro_batch"] = self.forward_images
         if self.schedule != "constant":  # the learning rate of every step depends on the last one's number
             settings |= {"epochs": self.epochs, "max_steps": self.max_steps}

@@ -1,6 +1,6 @@
 """Training on images without labels: the frozen backbone loaded, the images indexed.
 
-What is trained on them is said by subclasses of `ImageTraining` (x2.py, vit_up.py).
+What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,12 @@ from operators.backbone import (
     TimmBackbone,
     normalise,
     preprocessing,
-    state_arrays,
 )
-from pipelines.config import ConfigError, require_at_least
+from pipelines.config import ConfigError, Counts, Found, require_at_least
 from pipelines.extraction.prepare import index_input
-from pipelines.features.bundle import fresh_model
-from pipelines.features.upsamplers import trained_on
-from pipelines.features.weights import WeightsChoice, load_model, read_description
+from pipelines.features.bundle import describe_model, fresh_model, load_settings
+from pipelines.features.config import completed
+from pipelines.features.upsamplers import described_by
 from pipelines.provenance import begin_run
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
@@ -36,30 +35,31 @@ from storage.tars import MemberRules
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTraining(TrainConfig):
-    """Settings of a training run on images without labels. A subclass also has `method`, and `facet`, `layers`, `norm` and
-    `pos_embed`, which make the features that are learned."""
-
-    data: tuple[str, ...] = ()
-    """WebDataset tars (URLs; braces and globs allowed) or folders of tars or images; labels are not needed."""
-    val_data: tuple[str, ...] = ()
-    """Held-out images, named as --data."""
-    val_rows: int = 64
-    """Images to validate on: the first of --val-data, or without it the last of --data, which are then not trained on."""
-    image_member: str | None = None
-    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif, gif, avif and so on."""
-    limit: int | None = None
-    """Only the first N samples of --data."""
-    max_image_pixels: int = 89_478_485
-    """Images with more pixels are left out instead of filling the memory; the default is Pillow's."""
+    """Settings of a training run on images without labels. A subclass also has `method`."""
 
     level: ClassVar[str] = "x2"
     "that a finished run says to try next"
-    urls: ClassVar[tuple[str, ...]] = ("data", "val_data", "out", "weights")
-    free: ClassVar[frozenset[str]] = TrainConfig.free | {"data", "val_data", "features", "image_member", "limit"}
+
+    data: Found[tuple[str, ...]] = ()
+    """WebDataset tars (URLs; braces and globs allowed) or folders of tars or images; labels are not needed."""
+    val_data: Found[tuple[str, ...]] = ()
+    """Held-out images, named as --data."""
+    val_rows: Counts[int] = 64
+    """Images to validate on: the first of --val-data, or without it the last of --data, which are then not trained on."""
+    image_member: Found[str | None] = None
+    """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif, gif, avif and so on."""
+    limit: Found[int | None] = None
+    """Only the first N samples of --data."""
+    max_image_pixels: Counts[int] = 89_478_485
+    """Images with more pixels are left out instead of filling the memory; the default is Pillow's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "val_rows", "limit")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return *self.data, *self.val_data, self.out
 
     @property
     def backbone_size(self) -> int:
@@ -225,22 +225,18 @@ class ResolvedImages:
 
 def _load_backbone(config: ImageTraining) -> tuple[FrozenBackbone, dict[str, Any]]:
     """The backbone, and the settings of the network for it."""
-    size, weights = (config.backbone_size, config.backbone_size), WeightsChoice.parse(config.weights)
-    found = read_description(config.model, weights, config.options)
-    model = load_model(config.model, size, weights, config.revision, config.options, found)
-    # Before the backbone touches it: position embeddings are replaced for each grid.
-    arrays = {key: value.copy() for key, value in state_arrays(model).items()}
-    backbone = TimmBackbone(model, facet=config.facet, norm=config.norm, pos_embed=config.pos_embed)
-    described = {
-        **trained_on(config.model, arrays, backbone, config.layers),
-        "size": config.backbone_size,
-        "stride": backbone.stride,
-        "pos_embed": backbone.pos_embed,
-        "model_args": dict(found.model_args),
-        "mean": list(found.expects.mean),
-        "std": list(found.expects.std),
-    }
+    features, size = config.features, config.backbone_size
+    loaded = load_settings(features, (size, size), config.options)
+    # Whether the network can be trained on such inputs, it says itself.
+    wanted = completed(features, size=str(size), levels=("x1",), ragged=True)
+    bundle, model = describe_model(wanted, loaded, config.options)
+    spec, found = bundle.spec, loaded.described
+    described = {**described_by(spec), "size": size}
     frozen = FrozenBackbone(
-        arrays=arrays, described=described, pos_embed=config.pos_embed, patch=backbone.patch, expects=found.expects
+        arrays=bundle.arrays,
+        described=described,
+        pos_embed=spec.pos_embed,
+        patch=model.backbone.patch,
+        expects=found.expects,
     )
-    return frozen, config.network(backbone)
+    return frozen, config.network(model.backbone)

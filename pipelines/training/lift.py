@@ -6,24 +6,36 @@ any method that is `trained_by` it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.objectives.lift import averaged, cosine_loss, lower, multi_scale_loss
 from operators.upsamplers import AnyMethod, UpsamplerError, build_net, find_method, method_names
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, Counts, Found, Held
+from pipelines.features.config import MapConfig, PlacedConfig, SizedConfig
 from pipelines.features.upsamplers import SAID_SINCE, TRAINED_ON, described_by
 from pipelines.provenance import describe_difference
 from pipelines.training.data import JitteredView, Loaded, StoredFeatures
 from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining
 from pipelines.training.watch import similarity_picture
 from storage.store import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareMapConfig(MapConfig, SizedConfig[int], PlacedConfig):
+    """The map of a square input."""
+
+
+LIFT_MAPS = SquareMapConfig(size=448, facet="key", geometry="squash")
+"""LiFT's: keys of images whose aspect isn't kept."""
+
 
 _OF_METHODS = ("image_branch", "wide", "kernel", "radius")
 """Fields of `X2Config` that are settings of some methods."""
@@ -33,40 +45,29 @@ _OF_METHODS = ("image_branch", "wide", "kernel", "radius")
 class X2Config(ImageTraining):
     """Settings of one training run: a x2 upsampler learns a frozen backbone's features of larger images (LiFT's eq. 1)."""
 
-    method: str = "lift"
+    method: Counts[str] = "lift"
     """The network: lift, resize_conv, jbu, or module:Class of your own (operators/DESIGN.md)."""
-    image_branch: bool = True
+    image_branch: Counts[bool] = True
     """lift: False for the ablation without the image."""
-    wide: bool = False
+    wide: Counts[bool] = False
     """lift: the larger variant."""
-    kernel: int = 1
+    kernel: Counts[int] = 1
     """resize_conv: of its convolutions."""
-    radius: int = 3
+    radius: Counts[int] = 3
     """jbu: of its filters, in cells."""
-    size: int = 448
-    """Side of the square input in pixels: a multiple of four patches, since a quarter of it goes through the backbone, too."""
-    geometry: Literal["crop", "squash", "pad"] = "squash"
-    """Aspect not kept (as LiFT), centre crop, or letterbox."""
-    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    features: Held[SquareMapConfig] = LIFT_MAPS
+    interpolation: Counts[Literal["bilinear", "bicubic", "lanczos"]] = "bilinear"
     """Of the photographs to the input's size; LiFT's is bilinear."""
-    layers: tuple[int, ...] = (-1,)
-    """Blocks whose maps are learned, from 0 or negative from the end; several are concatenated along the channels."""
-    facet: Literal["token", "key", "query", "value"] = "key"
-    """What is taken of a block: its output, or a projection of its attention. LiFT takes keys."""
-    norm: bool | None = None
-    """Apply the backbone's final norm to token maps; default: where the model has one."""
-    pos_embed: Literal["timm", "dino"] | None = None
-    """Interpolation of position embeddings; default: timm's."""
-    loss: Literal["cosine", "l1", "l2"] = "cosine"
+    loss: Counts[Literal["cosine", "l1", "l2"]] = "cosine"
     """Distance between feature maps."""
-    jitter: float = 0.2
+    jitter: Counts[float] = 0.2
     """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
-    crop: float = 1.0
+    crop: Counts[float] = 1.0
     """Smallest side of a random part of the image, as a part of the image's; below 1, half of the images are mirrored, too.
     LiFT has 1: none of it; for few images."""
-    lower: Literal["sliced", "resized"] = "sliced"
+    lower: Counts[Literal["sliced", "resized"]] = "sliced"
     """How the half and the quarter image are made: every second and fourth pixel, as LiFT's code, or averaged, as its text."""
-    features: str = ""
+    stored: Annotated[Found[str], tyro.conf.arg(name="features")] = ""
     """A store of the images' features at --size, made by jobs/extract.py: read instead of computed. Needs --jitter 0, and
     --interpolation as the store has it."""
 
@@ -75,7 +76,7 @@ class X2Config(ImageTraining):
         self._found()
         if not 0 <= self.jitter <= 0.5:
             raise ConfigError(f"--jitter {self.jitter}: must lie between 0 and 0.5")
-        if self.features and self.jitter:
+        if self.stored and self.jitter:
             raise ConfigError(
                 f"--jitter {self.jitter}: images whose --features are stored can't be jittered; use --jitter 0"
             )
@@ -83,28 +84,29 @@ class X2Config(ImageTraining):
     @property
     def backbone_size(self) -> int:
         """Side of the largest image that the backbone is given."""
-        return self.size
+        return self.features.size
 
     def network(self, backbone: TimmBackbone) -> dict[str, Any]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for a size that can't be halved twice."""
         multiple = 4 * backbone.patch
-        if self.size % multiple:
-            nearest = max(multiple, round(self.size / multiple) * multiple)
+        size, model = self.features.size, self.features.model
+        if size % multiple:
+            nearest = max(multiple, round(size / multiple) * multiple)
             raise ConfigError(
-                f"--size {self.size}: the image, its half and its quarter go through {self.model}, so that the side must be a "
+                f"--size {size}: the image, its half and its quarter go through {model}, so that the side must be a "
                 f"multiple of 4 x {backbone.patch} px; the nearest is {nearest}"
             )
-        found, cells = self._found(), self.size // multiple
+        found, cells = self._found(), size // multiple
         own = {field.name for field in fields(found.settings)}
         given = {name: getattr(self, name) for name in _OF_METHODS if getattr(self, name) != getattr(X2Config, name)}
         if misplaced := [name for name in given if name not in own]:
             raise ConfigError(f"--{misplaced[0].replace('_', '-')} is no setting of {self.method}")
         try:
-            settings = found.settings_for(backbone, backbone.channels * len(self.layers), **given)
+            settings = found.settings_for(backbone, backbone.channels * len(self.features.layers), **given)
             found.require_grid(settings, (cells, cells), (2 * cells, 2 * cells))
         except UpsamplerError as error:
             flags = "".join(f" --{name} {getattr(self, name)}" for name in _OF_METHODS if name in own)
-            raise ConfigError(f"--size {self.size}{flags}: {error}") from None
+            raise ConfigError(f"--size {size}{flags}: {error}") from None
         return found.to_json(settings)
 
     def _found(self) -> AnyMethod:
@@ -124,25 +126,25 @@ class X2Config(ImageTraining):
     def geometry_for(self, backbone: FrozenBackbone) -> Geometry:
         """How images become --size."""
         return Geometry(
-            mode=self.geometry,
-            height=self.size,
-            width=self.size,
+            mode=self.features.geometry,
+            height=self.features.size,
+            width=self.features.size,
             interpolation=self.interpolation,
             mean=backbone.expects.mean,
         )
 
     def stored_features(self, backbone: FrozenBackbone) -> StoredFeatures | None:
         """The store's level of the backbone's own maps, held against what would be computed."""
-        if not self.features:
+        if not self.stored:
             return None
-        store = FeatureStore.open(self.features, self.options)
+        store = FeatureStore.open(self.stored, self.options)
         spec, described = store.spec, backbone.described
         here = {
             **{name: described[name] for name in (*TRAINED_ON, *SAID_SINCE)},
-            "input_size": [self.size, self.size],
-            "geometry": self.geometry,
+            "input_size": [self.features.size] * 2,
+            "geometry": self.features.geometry,
             "interpolation": self.interpolation,
-            "precision": self.precision,
+            "precision": self.features.precision,
         }
         there = {**{name: getattr(spec, name) for name in here}, **described_by(spec)}
         there["input_size"] = list(spec.input_size)
@@ -156,7 +158,7 @@ class X2Config(ImageTraining):
                 f"--features {store.folder.shown}: none of its levels is the backbone's own map in float16 or float32; "
                 "extract with --levels x1"
             )
-        return StoredFeatures(url=self.features, options=self.options, level=levels[0].name)
+        return StoredFeatures(url=self.stored, options=self.options, level=levels[0].name)
 
     def objective(self, setup: ImageSetup, device: torch.device) -> "X2Objective":
         """What a training process computes."""
@@ -195,7 +197,7 @@ class X2Objective:
     def _features(self, images: Tensor) -> Tensor:
         """The frozen backbone's maps, float32 [B, C, h, w]."""
         layers = self.setup.backbone.described["layers"]
-        with torch.no_grad(), autocast(self.device, self.config.precision):
+        with torch.no_grad(), autocast(self.device, self.config.features.precision):
             return self.backbone(images.contiguous(), layers).stacked(layers).float()
 
     def _lower(self, images: Tensor, factor: int) -> Tensor:
@@ -266,7 +268,7 @@ class X2Objective:
 
     def _octaves(self, rows: Sequence[int]) -> list[np.ndarray]:
         """The images at a quarter of --size, half of it, itself and twice it, uint8 [n, side, side, 3]."""
-        size = self.config.size
+        size = self.config.features.size
         geometry = self.config.geometry_for(self.setup.backbone)
         return list(self.setup.held_out.at_sides(rows, geometry, (size // 4, size // 2, size, 2 * size)).values())
 

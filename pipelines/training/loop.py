@@ -356,7 +356,7 @@ def _load_optimiser(net: torch.nn.Module, optimiser: torch.optim.Optimizer, arra
 
 def train_inline(setup: TrainSetup) -> TrainSummary:
     """Train in this process. Raises `TrainFailed`."""
-    device = setup.config.device
+    device = setup.config.cluster.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     Trainer(setup, Alone(), torch.device(device)).run(load_inline)
@@ -381,7 +381,7 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
             num_workers=config.workers,
             use_gpu=device == "cuda",
             resources_per_worker={"CPU": config.worker_cpus, **({"GPU": 1} if device == "cuda" else {})},
-            label_selector=accelerator_selector(config.accelerator) if config.accelerator else None,
+            label_selector=accelerator_selector(config.cluster.accelerator) if config.cluster.accelerator else None,
         ),
         run_config=RunConfig(
             name="run",

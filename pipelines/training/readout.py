@@ -1,13 +1,11 @@
-"""Training readouts on a frozen backbone's features: DeAP, its baselines, linear probes; live, or from an extracted store.
-
-DeAP: specs/evaluation.md 12; the linear probes of ViT-Up's tables: sections 7 and 8.
-"""
+"""Training readouts on a frozen backbone's features: DeAP, its baselines, linear probes (ViT-Up's tables); live, or from an
+extracted store."""
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,12 +13,13 @@ from torch import Tensor
 
 from operators.backbone import autocast
 from operators.readouts import ReadoutConfig, ReadoutError, build_readout
-from pipelines.config import ConfigError, absolute, require_at_least
+from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, require_at_least
 from pipelines.features.bundle import ModelBundle
-from pipelines.features.sources import Drawing, pooled_level, require_geometry, resolve_source
+from pipelines.features.config import DenseConfig, SizedConfig, completed
+from pipelines.features.sources import Drawing, SourceChoice, pooled_level, require_geometry, resolve_source
 from pipelines.provenance import begin_run
 from pipelines.readouts.depth import require_depth
-from pipelines.readouts.task import Record, Task
+from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import TASKS
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import Loaded
@@ -34,6 +33,9 @@ from storage.paths import Folder
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 logger = logging.getLogger(__name__)
 
 LONG_AFTER = 2**30
@@ -41,109 +43,97 @@ LONG_AFTER = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadConfig(DenseConfig, SizedConfig[int | None]):
+    """The maps of a square input."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReadoutTraining(TrainConfig):
     """Settings of one training run: a readout learns a dense task from a frozen backbone's features."""
 
-    method: Literal["deap", "bicubic", "transposed", "strided", "linear", "depth_bins"] = "deap"
+    method: Counts[Literal["deap", "bicubic", "transposed", "strided", "linear", "depth_bins"]] = "deap"
     """The readout."""
-    task: Literal["segmentation", "depth", "boundaries", "detection", "instances"] = "segmentation"
+    task: Counts[Literal["segmentation", "depth", "boundaries", "detection", "instances"]] = "segmentation"
     """What it learns."""
-    dataset: str = "voc"
+    dataset: Counts[str] = "voc"
     """The data set: voc, coco_stuff, coco_stuff27, ade20k, cityscapes, nyu, coco, photos_open, photos_open_instances."""
-    data: str = ""
+    data: Found[str] = ""
     """The data set's folder in its official layout: a path or fsspec URL."""
-    split: str = ""
+    split: Counts[str] = ""
     """What is trained on; default: the data set's own name of its training part."""
-    val_split: str = ""
+    val_split: Counts[str] = ""
     """What is judged on; default: the data set's own name of its validation part."""
-    limit: int | None = None
+    limit: Counts[int | None] = None
     """Only the first N images of --split."""
-    val_limit: int | None = None
+    val_limit: Found[int | None] = None
     """Only the first N images of --val-split."""
 
-    label_frame: LabelFrame | None = None
+    label_frame: Counts[LabelFrame | None] = None
     """Of images that their EXIF mirrors or turns by half, and of square ones that it turns: whether labels are of the `stored`
     pixels or of the `upright` image. Default: such images are left out, and counted. Where sizes tell, they decide."""
-    depth_scale: float | None = None
+    depth_scale: Counts[float | None] = None
     """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
 
-    placement: Literal["crop", "squash"] = "crop"
+    placement: Counts[Literal["crop", "squash"]] = "crop"
     """How images and labels become square: the centre, or with other proportions."""
-    side: int = 224
+    side: Counts[int] = 224
     """Of the readout's output and of the labels, in pixels. DeAP asks a query for each 8 x 8."""
-    size: int | None = None
-    """Side of the model's input in pixels; default: the model's own, or the store's."""
-    drawing: Drawing | None = None
+    drawing: Found[Drawing | None] = None
     """`paper`: images are drawn at --side, then enlarged by the nearest pixel, as DeAP's code does it; `extract`: as
     jobs/extract.py does it. Default: paper with a model, extract with a store (which can't be otherwise)."""
-    flip: bool = False
+    flip: Counts[bool] = False
     """Mirror whole batches, half of them: the linear probes' only augmentation. Not with a store."""
-    ragged: bool = False
-    """Allow a --size that patches don't fill: what lies beyond the last whole one isn't seen (SigLIP-SO at 512 px, patch 14)."""
-    normalise: bool = True
+    normalise: Counts[bool] = True
     """False: the model is given images from 0 to 1, without its mean and deviation, as ViT-Up's depth probe has it. Not with a
     store."""
 
-    store: str = ""
+    store: Found[str] = ""
     """A feature store of the images, made by jobs/extract.py with --geometry as --placement: read instead of running the model,
     whose settings are then the store's."""
-    val_store: str = ""
+    val_store: Found[str] = ""
     """The same for --val-split; default: --store."""
-    level: str = "x1"
+    level: Counts[str] = "x1"
     """The map that is read out, named as for jobs/extract.py: x1, x2=lift:s3://bucket/ckpt; of a store, its name."""
-    layers: tuple[int, ...] = (-1,)
-    """Blocks whose maps are taken, from 0 or negative from the end; several are concatenated along the channels."""
-    facet: Literal["token", "key", "query", "value"] = "token"
-    """What is taken of a block: its output, or a projection of its attention."""
-    norm: bool | None = None
-    """Apply the backbone's final norm to token maps; default: where the model has one."""
-    stride: int | None = None
-    """Input pixels between cells; below the patch size, patches overlap."""
-    pos_embed: Literal["timm", "dino"] | None = None
-    """Interpolation of position embeddings; default: timm's, and DINO's with a stride override."""
-    encoding: Literal["float16", "float32"] = "float16"
-    """Features are rounded to it, as in a store."""
-    force_upsampler: bool = False
-    """Use a learned upsampler with other features than it was trained on."""
+    features: Held[ReadConfig] = ReadConfig()
 
-    dim: int | None = None
+    dim: Counts[int | None] = None
     """Channels of the query map; default: 16 for deap (8 is an ablation), 48 for the others."""
-    mask: Literal["released", "paper", "none"] = "released"
+    mask: Counts[Literal["released", "paper", "none"]] = "released"
     """deap: Gaussian of the squared distance as the code has it, of the distance as in eq. 2, or the ablation without."""
-    shared_sigma: bool = False
+    shared_sigma: Counts[bool] = False
     """deap: one mask width for all heads, an ablation."""
-    only_mask: bool = False
+    only_mask: Counts[bool] = False
     """deap: attention by masks alone, an ablation."""
-    width: int | None = None
+    width: Counts[int | None] = None
     """Channels of the convolutions that draw pixels; default: max(dim / 4, outputs / 2). COCO-Stuff's published one has 32."""
-    outputs: int | None = None
+    outputs: Counts[int | None] = None
     """segmentation: more outputs than there are classes; COCO-Stuff's published readout has 200."""
-    depth_loss: Literal["deap", "vit-up"] = "deap"
+    depth_loss: Counts[Literal["deap", "vit-up"]] = "deap"
     """depth: the loss."""
-    gradient_loss: Literal["released", "spatial"] = "released"
+    gradient_loss: Counts[Literal["released", "spatial"]] = "released"
     """depth, vit-up: differences between images of the batch, as its code has them, or between pixels."""
-    samples: int = 1024
+    samples: Counts[int] = 1024
     """instances: pixels of each image that are classified."""
-    large_area: float = 15_000.0
+    large_area: Counts[float] = 15_000.0
     """instances: held-out images are judged that have more than --many objects of more pixels, in the original."""
-    many: int = 2
+    many: Counts[int] = 2
     """instances: see --large-area."""
 
-    batch: int = 32
+    batch: Counts[int] = 32
     """Images per optimiser step, over all workers; an epoch's last batch is what is left."""
-    epochs: int = 20
+    epochs: Free[int] = 20
     """Passes over the training images."""
-    weight_decay: float = 0.01
+    weight_decay: Counts[float] = 0.01
     """AdamW's."""
-    final_lr: float = 0.0
+    final_lr: Counts[float] = 0.0
     """cosine: the learning rate at the end."""
-
-    urls: ClassVar[tuple[str, ...]] = ("data", "out", "weights", "store", "val_store", "level")
-    free: ClassVar[frozenset[str]] = TrainConfig.free | {"data", "store", "val_store", "val_limit"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(1, self, "limit", "val_limit", "side", "size", "samples", "stride")
+        require_at_least(1, self, "limit", "val_limit", "side", "samples")
+        require_at_least(1, self.features, "size")
+        if self.features.encoding == "int8":
+            raise ConfigError("--encoding int8: a model's maps aren't quantised; use float16 or float32")
         if self.dataset not in DATASETS:
             raise ConfigError(f"--dataset {self.dataset}: there are {', '.join(DATASETS)}")
         wanted, has = TASKS[self.task].label, DATASETS[self.dataset].label
@@ -167,6 +157,10 @@ class ReadoutTraining(TrainConfig):
             raise ConfigError(f"--method depth_bins predicts depth; --task {self.task} needs another")
 
     @property
+    def places(self) -> tuple[str, ...]:
+        return self.data, self.store, self.val_store, self.out
+
+    @property
     def how_drawn(self) -> Drawing:
         """`drawing`, its default resolved."""
         return self.drawing or ("extract" if self.store else "paper")
@@ -181,11 +175,6 @@ class ReadoutTraining(TrainConfig):
         """The levels that are computed, as an evaluation names them."""
         base = () if self.level_name == "x1" else ("x1",)
         return (*base, self.level, *(("pooled",) if self.method == "depth_bins" else ()))
-
-    @property
-    def stores(self) -> tuple[str, ...]:
-        """As an evaluation names them."""
-        return (self.store,) if self.store else ()
 
     def build_task(self, train: Sequence[LabelledImage]) -> Task:
         """The task on the images that are trained on. Raises `ConfigError` for settings that aren't its own."""
@@ -251,15 +240,17 @@ class ReadoutTraining(TrainConfig):
 
     def _features(self, task: Task) -> tuple[FeatureSpec, ModelBundle | None]:
         """What the features are, and the model where it runs."""
+        size = self.features.size
         if self.store:
             store = FeatureStore.open(self.store, self.options)
             require_geometry(store, task.placement)
-            if self.size not in (None, *store.spec.input_size):
-                raise ConfigError(f"--size {self.size}: {store.folder.shown} was extracted at {store.spec.input_size}")
+            if size not in (None, *store.spec.input_size):
+                raise ConfigError(f"--size {size}: {store.folder.shown} was extracted at {store.spec.input_size}")
             return store.spec, None
-        sizes = ((self.size, self.size),) if self.size else ()
-        recipe, (size,) = resolve_source(self, sizes, task.placement)
-        bundle = recipe.bundle(size)
+        features = completed(self.features, size=None, levels=self.levels)
+        choice = SourceChoice(features=features, drawing=self.how_drawn, options=self.options)
+        recipe, (found,) = resolve_source(choice, ((size, size),) if size else (), task.placement)
+        bundle = recipe.bundle(found)
         if not self.normalise:
             bundle = replace(bundle, spec=replace(bundle.spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
         return bundle.spec, bundle
@@ -375,22 +366,28 @@ class ReadoutObjective:
         if self.config.flip and np.random.default_rng([self.config.seed, loaded.item.step]).random() < 0.5:
             # Of an image [B, H, W, 3], and of targets [B, ..., H, W].
             arrays = {n: np.flip(a, 2 if n == PIXELS else -1).copy() for n, a in arrays.items()}
-        total, divisor = self._loss(self._outputs(arrays), arrays, loaded.item.step)
+        total, divisor = self._loss(self._outputs(arrays), self._targets(arrays), loaded.item.step)
         total.backward()
         return total.detach(), divisor
 
     def _outputs(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
         """The readout's, float32 [B, outputs, side, side]."""
-        rows = self.model(arrays[PIXELS], {})[0] if self.model else arrays
-        maps = torch.from_numpy(np.asarray(rows[self.setup.level])).to(self.device).float().permute(0, 3, 1, 2)
-        pooled = None
-        if self.setup.pooled:
-            pooled = torch.from_numpy(np.asarray(rows[self.setup.pooled])).to(self.device).float()
+        if self.model:
+            rows = self.model(arrays[PIXELS]).levels
+        else:
+            rows = {name: self._there(arrays[name]) for name in (self.setup.level, self.setup.pooled) if name}
+        maps = rows[self.setup.level].float().permute(0, 3, 1, 2)
+        pooled = rows[self.setup.pooled].float() if self.setup.pooled else None
         with autocast(self.device, self.config.net_precision):
             return self.net(maps, (self.task.side, self.task.side), pooled).float()
 
-    def _loss(self, outputs: Tensor, arrays: Mapping[str, np.ndarray], step: int) -> tuple[Tensor, float]:
-        targets = {name: torch.from_numpy(arrays[name]).to(self.device) for name in self.task.target_names}
+    def _targets(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        return {name: self._there(arrays[name]) for name in self.task.target_names}
+
+    def _there(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def _loss(self, outputs: Tensor, targets: Mapping[str, Tensor], step: int) -> tuple[Tensor, float]:
         return self.task.loss(self.net, outputs, targets, step)
 
     # --- held-out images ----------------------------------------------------------------------------------------------
@@ -414,10 +411,10 @@ class ReadoutObjective:
         values = {"val_loss": loss, **{f"val_{name}": value for name, value in scores.items()}}
         return values, panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], shown)
 
-    def _judge(self) -> tuple[list[Record], list[tuple[float, float]], list[list[np.ndarray]]]:
+    def _judge(self) -> tuple[list["DataclassInstance"], list[tuple[float, float]], list[list[np.ndarray]]]:
         """Records of all held-out images, losses as (total, divisor), and the first images with what was made of them."""
         source, rows = self.setup.held_out, self.setup.held_out_rows
-        records: list[Record] = []
+        records: list[DataclassInstance] = []
         losses: list[tuple[float, float]] = []
         shown: list[list[np.ndarray]] = []
         failed: dict[int, str] = {}
@@ -429,12 +426,12 @@ class ReadoutObjective:
             there = [row for row in asked if row not in example.failed]
             if not there:
                 continue
-            outputs = self._outputs(example.arrays)
+            outputs, of_all = self._outputs(example.arrays), self._targets(example.arrays)
             if self.task.has_held_out_loss:
-                total, divisor = self._loss(outputs, example.arrays, LONG_AFTER)
+                total, divisor = self._loss(outputs, of_all, LONG_AFTER)
                 losses.append((float(total), divisor))
             for position, row in enumerate(there):
-                targets = {name: example.arrays[name][position] for name in self.task.target_names}
+                targets = {name: each[position] for name, each in of_all.items()}
                 label = source.label(row) if self.task.judges_label else None
                 records.append(self.task.judge(outputs[position], targets, label))
                 if len(shown) < 4:

@@ -5,11 +5,12 @@ arXiv 2606.14024; specs/lift_vitup.md B12 to B15. No sentence or line is taken f
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone, autocast
@@ -18,7 +19,7 @@ from operators.objectives.lift import cosine_loss
 from operators.objectives.vit_up import LossWeights, Supervision, objective
 from operators.upsamplers import UpsamplerError, find_method
 from operators.upsamplers.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, Counts, Free
 from pipelines.training.data import CanvasView, Loaded
 from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining
 from pipelines.training.watch import similarity_picture
@@ -34,62 +35,56 @@ MAX_QUERIES = 4096
 class ViTUpTraining(ImageTraining):
     """Settings of one training run: ViT-Up learns a frozen backbone's features at any coordinates of an image."""
 
-    method: Literal["vit_up"] = "vit_up"
-    """The network."""
-    size: int = 896
-    """Side of the square that the teacher sees and of the canvas that the student sees, in pixels."""
-    teacher_sizes: tuple[int, ...] = (224, 448, 896)
-    """Sides at which the teacher looks at the square; each 2, 4, 8, ... times the one before."""
-    hidden_size: int = 448
-    """Side at which the student's backbone looks at its image: while training, at the canvas."""
-    query_size: int = 3584
-    """Side at which the student's image is embedded for the queries."""
-    hidden_states: tuple[int, ...] = (0, 2, 4, 6, 8, 10, 12)
-    """Hidden states that are read and learned: 0 the patch embedding, n what comes out of n blocks."""
-    window: int | None = None
-    """Tokens a side that a query sees round its nearest one; default: all, as published."""
-    strength: float = 1.0
-    """Of the augmentation; 0 for none."""
-    chunk_blocks: int = 49
-    """Blocks of queries (one for each token of the smallest teacher image) that one forward and backward takes."""
-
-    featx: bool = True
-    """False for the ablation without FeatX."""
-    cross_attention: bool = True
-    """False for the ablation without cross-attention."""
-    lora: bool = True
-    """False for the ablation with the backbone as it is."""
-    rank: int = 16
-    """Of LoRA; its products are scaled by 2."""
-    l2_weight: float = 1.0
-    """Of the standardised squared difference."""
-    cosine_weight: float = 1.0
-    """Of the cosine distance."""
-    relational_weight: float = 1.0
-    """Of the divergence between the tokens' similarities; 0 for the ablation without it."""
-
-    batch: int = 24
-    """Images per optimiser step, over all workers."""
-    epochs: int = 1
-    """Passes over the training images."""
-    lr: float = 2e-4
-    """Adam's learning rate at its peak, without weight decay."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Of the learning rate; `cosine` falls to --final-lr at the last step."""
-    warmup_steps: int = 2669
-    """cosine: steps over which the learning rate first rises linearly from a hundredth."""
-    clip: float | None = 1.0
-    """Largest norm of the gradient; a larger one is scaled down to it."""
-    net_precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast of the student's forward; weights, coordinates, the loss and the optimiser are always float32."""
-
     level: ClassVar[str] = "x4"
 
-    # The features that are learned: what the model gives after its final norm.
-    facet: ClassVar[str] = "token"
-    layers: ClassVar[tuple[int, ...]] = (-1,)
-    norm: ClassVar[bool | None] = None
-    pos_embed: ClassVar[None] = None
+    method: Counts[Literal["vit_up"]] = "vit_up"
+    """The network."""
+    canvas: Annotated[Counts[int], tyro.conf.arg(name="size")] = 896
+    """Side of the square that the teacher sees and of the canvas that the student sees, in pixels."""
+    teacher_sizes: Counts[tuple[int, ...]] = (224, 448, 896)
+    """Sides at which the teacher looks at the square; each 2, 4, 8, ... times the one before."""
+    hidden_size: Counts[int] = 448
+    """Side at which the student's backbone looks at its image: while training, at the canvas."""
+    query_size: Counts[int] = 3584
+    """Side at which the student's image is embedded for the queries."""
+    hidden_states: Counts[tuple[int, ...]] = (0, 2, 4, 6, 8, 10, 12)
+    """Hidden states that are read and learned: 0 the patch embedding, n what comes out of n blocks."""
+    window: Counts[int | None] = None
+    """Tokens a side that a query sees round its nearest one; default: all, as published."""
+    strength: Counts[float] = 1.0
+    """Of the augmentation; 0 for none."""
+    chunk_blocks: Counts[int] = 49
+    """Blocks of queries (one for each token of the smallest teacher image) that one forward and backward takes."""
+
+    featx: Counts[bool] = True
+    """False for the ablation without FeatX."""
+    cross_attention: Counts[bool] = True
+    """False for the ablation without cross-attention."""
+    lora: Counts[bool] = True
+    """False for the ablation with the backbone as it is."""
+    rank: Counts[int] = 16
+    """Of LoRA; its products are scaled by 2."""
+    l2_weight: Counts[float] = 1.0
+    """Of the standardised squared difference."""
+    cosine_weight: Counts[float] = 1.0
+    """Of the cosine distance."""
+    relational_weight: Counts[float] = 1.0
+    """Of the divergence between the tokens' similarities; 0 for the ablation without it."""
+
+    batch: Counts[int] = 24
+    """Images per optimiser step, over all workers."""
+    epochs: Free[int] = 1
+    """Passes over the training images."""
+    lr: Counts[float] = 2e-4
+    """Adam's learning rate at its peak, without weight decay."""
+    schedule: Counts[Literal["constant", "cosine"]] = "cosine"
+    """Of the learning rate; `cosine` falls to --final-lr at the last step."""
+    warmup_steps: Counts[int] = 2669
+    """cosine: steps over which the learning rate first rises linearly from a hundredth."""
+    clip: Counts[float | None] = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
+    net_precision: Counts[Literal["bf16", "fp32"]] = "bf16"
+    """Autocast of the student's forward; weights, coordinates, the loss and the optimiser are always float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,11 +105,13 @@ class ViTUpTraining(ImageTraining):
         sides |= {f"--teacher-sizes {' '.join(map(str, self.teacher_sizes))}": side for side in self.teacher_sizes}
         for flag, side in sides.items():
             if side % backbone.patch or side < backbone.patch:
-                raise ConfigError(f"{flag}: {side} is no multiple of {self.model}'s patches of {backbone.patch} px")
+                raise ConfigError(
+                    f"{flag}: {side} is no multiple of {self.features.model}'s patches of {backbone.patch} px"
+                )
         if self.hidden_states[-1] != backbone.n_layers:
             raise ConfigError(
                 f"--hidden-states {' '.join(map(str, self.hidden_states))}: the last must be {backbone.n_layers}, what comes "
-                f"out of {self.model}"
+                f"out of {self.features.model}"
             )
         try:
             Supervision(grids=tuple(side // backbone.patch for side in self.teacher_sizes))
@@ -132,11 +129,11 @@ class ViTUpTraining(ImageTraining):
                 alpha=2.0 * self.rank,
             )
         except (UpsamplerError, ValueError) as error:
-            raise ConfigError(f"{self.model}: {error}") from None
+            raise ConfigError(f"{self.features.model}: {error}") from None
         return find_method(self.method).to_json(config)
 
     def view(self, backbone: FrozenBackbone) -> CanvasView:  # noqa: ARG002
-        return CanvasView(size=self.size, strength=self.strength)
+        return CanvasView(size=self.canvas, strength=self.strength)
 
     def objective(self, setup: ImageSetup, device: torch.device) -> "ViTUpObjective":
         """What a training process computes."""
@@ -250,7 +247,7 @@ class ViTUpObjective:
             teacher_sizes=config.teacher_sizes,
             chunk_blocks=config.chunk_blocks,
             weights=LossWeights(l2=config.l2_weight, cosine=config.cosine_weight, relational=config.relational_weight),
-            precision=config.precision,
+            precision=config.features.precision,
             net_precision=config.net_precision,
         )
 

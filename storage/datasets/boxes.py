@@ -1,12 +1,13 @@
 """Points and boxes of annotations, held against their image, and images with the boxes of their objects."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
+from storage.datasets.files import RawObject
 from storage.datasets.images import ImageFile
 from storage.orientation import Orientation
 
@@ -60,7 +61,7 @@ def corner_box(values: Sequence[float], width: int, height: int) -> Box:
     return x1, y1, x2, y2
 
 
-def coco_box(note: Mapping[str, Any], width: int, height: int) -> Box:
+def coco_box(note: RawObject, width: int, height: int) -> Box:
     """x1, y1, x2, y2 of the box of a COCO annotation of a `width` x `height` image; it may be empty, as some of COCO's are.
 
     Raises `KeyError`, or `ValueError` where it can't be x, y, width, height of a box inside the image.

@@ -8,11 +8,12 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from storage.datasets.boxes import Box, BoxedImage, coco_box
 from storage.datasets.files import (
     DatasetError,
+    RawObject,
     lines,
     listed_names,
     names_in,
@@ -161,7 +162,7 @@ class CocoImage:
     file_name: str
     width: int
     height: int
-    objects: list[Mapping[str, Any]]
+    objects: list[RawObject]
 
 
 def read_coco(folder: Folder, name: str) -> list[CocoImage]:
@@ -170,7 +171,7 @@ def read_coco(folder: Folder, name: str) -> list[CocoImage]:
     return parsed(folder, name, read(folder, name), _images)
 
 
-def _images(data: Mapping[str, Any]) -> list[CocoImage]:
+def _images(data: RawObject) -> list[CocoImage]:
     images = [_coco_image(each) for each in data["images"]]
     by_id = _unique({}, ((each.number, each) for each in images), "image id", lambda each: each.file_name)
     _unique({}, ((each.file_name, each) for each in images), "file name", lambda each: f"image {each.number}")
@@ -180,7 +181,7 @@ def _images(data: Mapping[str, Any]) -> list[CocoImage]:
     return [by_id[number] for number in sorted(by_id)]
 
 
-def _coco_image(entry: Mapping[str, Any]) -> CocoImage:
+def _coco_image(entry: RawObject) -> CocoImage:
     width, height = int(entry["width"]), int(entry["height"])
     return CocoImage(number=int(entry["id"]), file_name=str(entry["file_name"]), width=width, height=height, objects=[])
 
@@ -197,10 +198,10 @@ def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, describe
 
 
 def _give_objects(
-    images: Mapping[int, CocoImage], categories: Mapping[Any, str], notes: Iterable[Mapping[str, Any]]
+    images: Mapping[int, CocoImage], categories: Mapping[object, str], notes: Iterable[RawObject]
 ) -> None:
     """Adds annotations to their images; ids and categories are held against each other where the file has them."""
-    seen: dict[Any, str] = {}
+    seen: dict[object, str] = {}
     for note in notes:
         image = images.get(int(note["image_id"]))
         if image is None:

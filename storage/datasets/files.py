@@ -9,11 +9,14 @@ import json
 import posixpath
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from storage.paths import Folder, StorageError
 
 T = TypeVar("T")
+
+RawObject: TypeAlias = Mapping[str, Any]
+"""An object of a data set's JSON as it was parsed: any field may lack, or be something else."""
 
 
 class DatasetError(StorageError):
@@ -51,7 +54,7 @@ def missing(folder: Folder, name: str) -> DatasetError:
     return DatasetError(f"{folder.shown}/{name} is missing; check --data, and that the data set is whole")
 
 
-def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[Any], T]) -> T:
+def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[RawObject], T]) -> T:
     """`parse` of a JSON file's content. Raises `DatasetError` with what is wrong with it."""
     try:
         return parse(json.loads(data))

@@ -4,13 +4,12 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
 
 from storage.datasets.boxes import coco_box
-from storage.datasets.files import DatasetError
+from storage.datasets.files import DatasetError, RawObject
 from storage.orientation import Orientation
 
 
@@ -46,13 +45,13 @@ class Instances:
     "zlib of the annotations' JSON"
 
     @classmethod
-    def pack(cls, objects: Sequence[Mapping[str, Any]], shown: str, width: int, height: int) -> "Instances":
+    def pack(cls, objects: Sequence[RawObject], shown: str, width: int, height: int) -> "Instances":
         """Raises `KeyError`, `ValueError` or `TypeError` where a field lacks or isn't what it should be."""
         kept = [_kept(each, width, height) for each in objects]
         packed = zlib.compress(json.dumps(kept, separators=(",", ":")).encode(), level=1)
         return cls(shown=shown, width=width, height=height, packed=packed)
 
-    def objects(self) -> list[dict[str, Any]]:
+    def objects(self) -> list[RawObject]:
         """COCO's annotations: `id`, `category_id`, `bbox`, `area`, `iscrowd`, `segmentation`."""
         return json.loads(zlib.decompress(self.packed))
 
@@ -87,7 +86,7 @@ class Instances:
         return self.objects()
 
 
-def _kept(note: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
+def _kept(note: RawObject, width: int, height: int) -> RawObject:
     """What of an annotation is used; its numbers are checked, its segmentation isn't yet."""
     coco_box(note, width, height)
     box, area = [float(value) for value in note["bbox"]], float(note["area"])
@@ -113,7 +112,7 @@ def _require_box_of(mask_HW: np.ndarray, box: Sequence[float]) -> None:
         )
 
 
-def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+def decode_mask(segmentation: RawObject | Sequence[object], height: int, width: int) -> np.ndarray:
     """A COCO segmentation (polygons, or runs as a list or as text) as bool [height, width].
 
     Polygons of one or two corners, which annotations do have, cover nothing; pycocotools takes four numbers for a box. Where
@@ -131,7 +130,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     return coco_mask.decode(runs).astype(bool)
 
 
-def _encloses(polygon: Any, limit: int) -> bool:
+def _encloses(polygon: object, limit: int) -> bool:
     """Whether a polygon has three corners or more. Raises `ValueError` where it's no list of x, y, or goes beyond `limit`."""
     corners = np.asarray(polygon, np.float64)
     if corners.ndim != 1 or not len(corners) or len(corners) % 2:
@@ -142,7 +141,7 @@ def _encloses(polygon: Any, limit: int) -> bool:
     return len(corners) >= 6
 
 
-def _of_runs(segmentation: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+def _of_runs(segmentation: RawObject, height: int, width: int) -> np.ndarray:
     if list(segmentation["size"]) != [height, width]:
         raise ValueError(f"its size is {segmentation['size']}, the image's {[height, width]}")
     counts = segmentation["counts"]

@@ -5,15 +5,14 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from storage.datasets.boxes import Box, Point, corner_box, require_inside, turned_boxes
-from storage.datasets.files import DatasetError, names_in, parsed, require_files, require_plain
+from storage.datasets.files import DatasetError, RawObject, names_in, parsed, require_files, require_plain
 from storage.datasets.images import ImageFile
 from storage.orientation import Orientation
 from storage.paths import Folder
@@ -64,7 +63,7 @@ def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -
     return _with_image_points(folder, pairs) if key_points == "images" else pairs
 
 
-def _pair(folder: Folder, stem: str, data: Mapping[str, Any]) -> Pair:
+def _pair(folder: Folder, stem: str, data: RawObject) -> Pair:
     category = str(data["category"])
     canonical = re.sub(rf"[:_]{re.escape(category)}$", f":{category}", stem)
     source_xy, target_xy = (_points(data[name]) for name in ("src_kps", "trg_kps"))
@@ -124,7 +123,7 @@ def _annotation(image: ImageFile) -> str:
     return image.name.replace("JPEGImages/", "ImageAnnotation/", 1).rsplit(".", 1)[0] + ".json"
 
 
-def _image_points(width: int, height: int, data: Mapping[str, Any]) -> tuple[dict[str, Point], Box]:
+def _image_points(width: int, height: int, data: RawObject) -> tuple[dict[str, Point], Box]:
     """Key points by id, those that the image has, and its box; `width` and `height` are what pairs say of the image."""
     says = data.get("image_width", width), data.get("image_height", height)
     if says != (width, height):

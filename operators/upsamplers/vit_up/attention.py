@@ -1,4 +1,4 @@
-"""Cross-attention of continuous queries to an image's tokens, to all of them or to a window (specs/lift_vitup.md B7, B8).
+"""Cross-attention of continuous queries to an image's tokens, to all of them or to a window.
 
 The published model attends to all tokens in every published setting. A window is a block of K x K tokens round the token
 nearest to the query, shifted inward at the borders; on a raster lattice of queries that is NATTEN's neighbourhood attention.
@@ -97,6 +97,7 @@ def attend(queries_BHNd: Tensor, keys_BHSd: Tensor, values_BHSd: Tensor, windows
 def _attend_by_window(
     queries_HNd: Tensor, keys_HSd: Tensor, values_HSd: Tensor, windows: Windows, image: int
 ) -> Tensor:
+    assert windows.groups is not None, "without groups, one mask serves all images"
     order, groups = windows.groups[image]
     keys, values = keys_HSd.unflatten(1, windows.grid), values_HSd.unflatten(1, windows.grid)
     parts = queries_HNd[:, order].split([count for _, _, count in groups], dim=1)

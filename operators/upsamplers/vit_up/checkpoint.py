@@ -1,4 +1,4 @@
-"""Published ViT-Up weights: their names, the older ones, and the settings that their shapes tell (specs/lift_vitup.md B9)."""
+"""Published ViT-Up weights: their names, the older ones, and the settings that their shapes tell."""
 
 import re
 from collections.abc import Mapping

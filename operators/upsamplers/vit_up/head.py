@@ -1,5 +1,4 @@
-"""ViT-Up's head: a query embedding sampled at coordinates, refined by one block for each hidden state (specs/lift_vitup.md
-B5 to B7, names B9).
+"""ViT-Up's head: a query embedding sampled at coordinates, refined by one block for each hidden state.
 
 What depends on the tokens alone is computed once an image (`prepare`), what depends on the queries once a chunk (`query`).
 State dicts of the published files load as they are.
@@ -9,8 +8,8 @@ Shapes: B images, N queries, h w the token grid, D channels.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,13 +110,14 @@ class TokenCache:
         With many chunks and a `backward` after each, so that the graph before the cache is walked once, by `backward`.
         """
 
-        def leaf(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
 
-        blocks = (
-            BlockTokens(normalised=leaf(b.normalised), keys=leaf(b.keys), values=leaf(b.values)) for b in self.blocks
-        )
-        return TokenCache(query_grid=leaf(self.query_grid), blocks=tuple(blocks), grid=self.grid)
+        def leaves(block: BlockTokens) -> BlockTokens:
+            found = {f.name: getattr(block, f.name) for f in fields(block)}
+            return BlockTokens(**{name: None if tensor is None else leaf(tensor) for name, tensor in found.items()})
+
+        return TokenCache(query_grid=leaf(self.query_grid), blocks=tuple(map(leaves, self.blocks)), grid=self.grid)
 
     def backward(self, leaves: "TokenCache") -> None:
         """Send the gradients that `leaves`, this cache's `detached` copy, collected on to the backbone and the head."""
@@ -132,7 +132,7 @@ class TokenCache:
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """What all blocks share of a chunk of queries (B6)."""
+    """What all blocks share of a chunk of queries."""
 
     nearest: Tensor
     "raster number of the nearest token among all of the batch, int64 [B, N]"
@@ -157,7 +157,10 @@ class Mlp(nn.Module):
 
 
 class FeatX(nn.Module):
-    """A token at an offset: FiLM of the normalised token by the encoded offset, then an MLP (B7.3)."""
+    """A token at an offset: FiLM of the normalised token by the encoded offset, then an MLP.
+
+    Whatever the offset, it begins as that MLP of the token: the last layer of the modulation is zero.
+    """
 
     def __init__(self, channels: int, mlp_channels: int):
         super().__init__()
@@ -165,6 +168,7 @@ class FeatX(nn.Module):
         self.gamma_beta_mlp = Mlp(ENCODING, channels, 2 * channels, norm=False)
         self.post_mlp = Mlp(channels, mlp_channels, channels, norm=True)
         last = self.gamma_beta_mlp.mlp[-1]
+        assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
@@ -178,7 +182,10 @@ class FeatX(nn.Module):
 
 
 class ViTUpBlock(nn.Module):
-    """Refines queries by one hidden state (B7). `norm_h_local` normalises what FeatX gives, as the official names go."""
+    """Refines queries by one hidden state: a transition, attention to all tokens, FeatX of the nearest one, an MLP; each added.
+
+    `norm_h_local`, by its official name, normalises what FeatX gives, which the paper's equations don't show.
+    """
 
     def __init__(self, config: ViTUpConfig):
         super().__init__()
@@ -210,7 +217,7 @@ class ViTUpBlock(nn.Module):
                 self.norm_q_global(x), tokens.keys, tokens.values, queries.rope, queries.windows
             )
             x = _plus(x, seen)
-        if self.featx is not None:
+        if self.featx is not None and tokens.normalised is not None:
             nearest = tokens.normalised.flatten(0, 1)[queries.nearest]
             x = _plus(x, self.norm_h_local(self.featx(nearest, queries.encoding)))
         return _plus(x, self.mlp(self.norm_post(x)))
@@ -221,15 +228,24 @@ def _plus(x: Tensor, change: Tensor) -> Tensor:
     return x + change if torch.is_grad_enabled() else x.add_(change)
 
 
+class _OffsetEncoding(nn.Module):
+    """A place for the frequencies under their official name."""
+
+    freqs: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("freqs", offset_frequencies())
+
+
 class ViTUpHead(nn.Module):
     """Query grid, hidden states and coordinates to features of each of `config.layers` at the coordinates."""
 
     def __init__(self, config: ViTUpConfig):
         super().__init__()
         self.config = config
-        self.rel_pos_enc = nn.Module()
-        self.rel_pos_enc.register_buffer("freqs", offset_frequencies())
-        # The official code copies one block, so that all start with the same weights (B7).
+        self.rel_pos_enc = _OffsetEncoding()
+        # The official code copies one block, so that all start with the same weights.
         block = ViTUpBlock(config)
         self.vit_up_blocks = nn.ModuleList([block, *(copy.deepcopy(block) for _ in range(config.blocks - 1))])
         self.decoder_mlp = nn.ModuleList(Mlp(config.channels, config.channels, norm=True) for _ in config.layers)
@@ -245,7 +261,7 @@ class ViTUpHead(nn.Module):
     ) -> list[Tensor]:
         """Features [B, N, D] of the layers at `outputs`, positions in `config.layers`; all by default, [-1] for the last.
 
-        Hidden states [B, h, w, D] in the order of `config.layers`; coordinates (x, y) [B, N, 2] (B2). `query_chunk`: how many
+        Hidden states [B, h, w, D] in the order of `config.layers`; coordinates (x, y) [B, N, 2]. `query_chunk`: how many
         queries are at work at once, which doesn't change the results. Raises `UpsamplerError` where shapes don't fit.
         """
         cache = self.prepare(query_grid_BDgg, hidden_BhwD)
@@ -258,7 +274,8 @@ class ViTUpHead(nn.Module):
         self._check(query_grid_BDgg, hidden_BhwD)
         grid = (hidden_BhwD[-1].shape[1], hidden_BhwD[-1].shape[2])
         rope = Rope.of_tokens(grid, self._head_dim, query_grid_BDgg.device)
-        blocks = [block.prepare(h, rope) for block, h in zip(self.vit_up_blocks, hidden_BhwD[1:], strict=True)]
+        of_layers = cast("Sequence[ViTUpBlock]", self.vit_up_blocks)
+        blocks = [block.prepare(h, rope) for block, h in zip(of_layers, hidden_BhwD[1:], strict=True)]
         return TokenCache(query_grid=query_grid_BDgg.float(), blocks=tuple(blocks), grid=grid)
 
     def query(self, cache: TokenCache, coords_BN2: Tensor, outputs: Sequence[int] | None = None) -> list[Tensor]:
@@ -306,7 +323,7 @@ class ViTUpHead(nn.Module):
 
 
 def sample(maps_BDhw: Tensor, coords_BN2: Tensor) -> Tensor:
-    """Bilinear values [B, N, D] of maps at coordinates (B5); beyond the outer cells' centres those of the border."""
+    """Bilinear values [B, N, D] of maps at coordinates; beyond the outer cells' centres those of the border."""
     at = (2 * coords_BN2 - 1).unsqueeze(2)
     sampled = F.grid_sample(maps_BDhw, at, padding_mode="border", align_corners=False)[..., 0]
     # Or all that is added to it later would be laid out as maps are.

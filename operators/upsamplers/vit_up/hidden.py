@@ -1,17 +1,18 @@
-"""ViT-Up's backbone: hidden states and the query grid of a timm ViT with LoRA, and the plain model's as teacher
-(specs/lift_vitup.md B3 to B5).
+"""ViT-Up's backbone: hidden states and the query grid of a timm ViT with LoRA, and the plain model's as teacher.
 
 Shapes: B images, H W pixels, h w the token grid, gh gw the query grid, D channels.
 """
 
 import contextlib
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.backbone import BackboneError, TimmBackbone
+from operators.timm_models import TimmModel
 from operators.upsamplers.protocol import UpsamplerError
 from operators.upsamplers.vit_up.lora import Lora, patch_convolution
 
@@ -21,12 +22,12 @@ class AdaptedBackbone(nn.Module):
 
     It takes the model over (hooks, position embeddings by grid): give it a copy where others use it. The model stays in eval
     mode whatever `train()` says, only LoRA's dropout follows: the official training leaves it in train mode, where DINOv3
-    rescales its rotary embeddings at random, which looks unintended (B15).
+    rescales its rotary embeddings at random for teacher and student apart; the paper doesn't mention it.
     """
 
     def __init__(self, model: nn.Module, lora: Lora | None = None):
         super().__init__()
-        self.model, self.lora = model.requires_grad_(False).eval(), lora
+        self.model, self.lora = cast(TimmModel, model.requires_grad_(False).eval()), lora
         patch_convolution(model)
         self._timm = TimmBackbone(model, norm=False)
         if self._timm.is_hierarchical:
@@ -46,7 +47,7 @@ class AdaptedBackbone(nn.Module):
         """Hidden states [B, h, w, D] of normalised images brought to `size` = (height, width) pixels; patches only.
 
         Layer 0 is the patch embedding before any position embedding. Layer n is what comes out of block n, counted from 1,
-        through the first norm of the block after it, and through the final norm after the last (B3.3). Images are resized
+        through the first norm of the block after it, and through the final norm after the last. Images are resized
         bilinearly without antialias, whatever their aspect ratio. Raises `UpsamplerError` for layers beyond the model or
         sizes that aren't whole patches.
         """
@@ -94,10 +95,11 @@ class AdaptedBackbone(nn.Module):
     def _embedded(self, images: Tensor) -> Tensor:
         """The patch embedding alone: timm's module may insist on the size the model was made for."""
         patch_embed = self.model.patch_embed
-        patches = patch_embed.proj(images)
+        patches: Tensor = patch_embed.proj(images)
         if isinstance(patch_embed.norm, nn.Identity):
             return patches
-        return patch_embed.norm(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        normed: Tensor = patch_embed.norm(patches.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)
 
     def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         try:
@@ -113,7 +115,7 @@ class AdaptedBackbone(nn.Module):
 
 
 def resize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear without antialias, `align_corners` false; the images themselves where they have the size already (B3.1)."""
+    """Bilinear without antialias, `align_corners` false; the images themselves where they have the size already."""
     if tuple(images_BCHW.shape[-2:]) == tuple(size):
         return images_BCHW
     return F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False)

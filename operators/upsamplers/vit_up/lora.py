@@ -1,7 +1,7 @@
-"""LoRA on a timm ViT: the patch embedding and every block's query, key, value and output projections (specs/lift_vitup.md B4).
+"""LoRA on a timm ViT: the patch embedding and every block's query, key, value and output projections, as ViT-Up has it.
 
 Low-rank products are added by forward hooks, so that the model keeps its modules, names and own forward. Projections that
-timm fuses (`attn.qkv`) get one product each for q, k and v. Parameters carry PEFT's names (B9).
+timm fuses (`attn.qkv`) get one product each for q, k and v. Parameters carry the names of PEFT, which made the published ones.
 
 Shapes: D channels, r the rank.
 """
@@ -9,12 +9,16 @@ Shapes: D channels, r the rank.
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from operators.timm_models import Attention, TimmModel
 from operators.upsamplers.protocol import UpsamplerError, require_fitting
+
+_Size = tuple[int, int]
 
 _PREFIX = "backbone."
 "of the published files, before the adapters' names"
@@ -25,12 +29,7 @@ class LowRank(nn.Module):
 
     def __init__(self, base: nn.Linear | nn.Conv2d, outputs: int, rank: int, alpha: float, dropout: float):
         super().__init__()
-        if isinstance(base, nn.Conv2d):
-            down = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, bias=False)
-            up: nn.Module = nn.Conv2d(rank, outputs, 1, bias=False)
-        else:
-            down = nn.Linear(base.in_features, rank, bias=False)
-            up = nn.Linear(rank, outputs, bias=False)
+        down, up = _pair(base, outputs, rank)
         nn.init.kaiming_uniform_(down.weight, a=5**0.5)
         nn.init.zeros_(up.weight)
         self.lora_A, self.lora_B = nn.ModuleDict({"default": down}), nn.ModuleDict({"default": up})
@@ -42,8 +41,19 @@ class LowRank(nn.Module):
 
     def delta(self) -> Tensor:
         """What to add to the base's weight instead, [outputs, ...] as that is shaped."""
-        down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
+        down, up = (cast(nn.Linear, each["default"]).weight for each in (self.lora_A, self.lora_B))
         return self.scale * (up.flatten(1) @ down.flatten(1)).view(-1, *down.shape[1:])
+
+
+def _pair(
+    base: nn.Linear | nn.Conv2d, outputs: int, rank: int
+) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
+    """The two factors: to `rank` channels as `base` goes about it, and from those to `outputs`."""
+    if isinstance(base, nn.Linear):
+        return nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+    kernel, stride, padding = cast("tuple[_Size, _Size, _Size]", (base.kernel_size, base.stride, base.padding))
+    down = nn.Conv2d(base.in_channels, rank, kernel, stride, padding, bias=False)
+    return down, nn.Conv2d(rank, outputs, 1, bias=False)
 
 
 class Lora(nn.Module):
@@ -57,15 +67,15 @@ class Lora(nn.Module):
         super().__init__()
         self._settings = (rank, alpha, dropout)
         self._enabled, self._merged = True, False
-        self._sites: list[tuple[nn.Module, tuple[LowRank, ...]]] = []
+        self._sites: list[tuple[nn.Linear | nn.Conv2d, tuple[LowRank, ...]]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._separate_biases: list[nn.Module] = []
+        self._separate_biases: list[Attention] = []
         model.requires_grad_(False)
         self._attach(patch_convolution(model), ("embeddings.patch_embeddings",))
-        for number, block in enumerate(model.blocks):
+        for number, block in enumerate(cast(TimmModel, model).blocks):
             self._attach_attention(f"layer.{number}.attention", block.attn)
 
-    def _attach_attention(self, path: str, attention: nn.Module) -> None:
+    def _attach_attention(self, path: str, attention: Attention) -> None:
         projections = [f"{path}.{name}_proj" for name in "qkv"]
         if attention.qkv is None:
             for projection, name in zip(projections, "qkv", strict=True):
@@ -78,7 +88,7 @@ class Lora(nn.Module):
                 self._separate_biases.append(attention)
         self._attach(attention.proj, (f"{path}.o_proj",))
 
-    def _attach(self, base: nn.Module, paths: tuple[str, ...]) -> None:
+    def _attach(self, base: nn.Linear | nn.Conv2d, paths: tuple[str, ...]) -> None:
         width = base.weight.shape[0] // len(paths)
         products = tuple(LowRank(base, width, *self._settings).to(base.weight.device) for _ in paths)
         for path, product in zip(paths, products, strict=True):

@@ -1,4 +1,4 @@
-"""ViT-Up as an `Upsampler`: any grid from one backbone pass of its own, within a declared memory (specs/lift_vitup.md B11)."""
+"""ViT-Up as an `Upsampler`: any grid from one backbone pass of its own, within a declared memory."""
 
 import copy
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class ViTUp(Upsampler):
     of the images seen last are kept, so that several grids share one backbone pass and one query grid: `forget` frees them.
 
     As published, an image of any aspect is squashed to a square for the hidden states and the query grid, while grids and
-    coordinates lie over the image as given. Layers before the last are ViT-Up's (through the next block's norm, B3.3).
+    coordinates lie over the image as given. Layers before the last are ViT-Up's (through the next block's norm).
     """
 
     def __init__(

@@ -1,0 +1,170 @@
+"""A GPU that isn't there, for tests of what is computed where.
+
+torch's fake mode makes `cuda` a device that tensors can be on without a driver; `Gpu` gives such tensors values, which it
+computes on the CPU. So all code runs as on a GPU, branches that look at values included, and its results can be held against
+the CPU's. As on a GPU, a tensor there has no `numpy()`, and can't be computed with one that is on the CPU; whatever comes to the
+host is noted. There is no backward pass: torch's engine wants a driver.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+
+INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
+"""What takes numbers of places from the host, too."""
+
+
+class There(Tensor):
+    """A tensor on the GPU."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "There":
+        return Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device("cuda", 0),
+        )
+
+    def __init__(self, held: Tensor):
+        self.held = held
+
+    def __repr__(self) -> str:
+        return f"There({tuple(self.shape)}, {self.dtype})"
+
+    def numpy(self, *, force: bool = False):
+        raise TypeError("can't convert a tensor on the GPU to numpy")
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def record_stream(self, stream):
+        """Its memory isn't used again before the stream is done with it."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} of a GPU's tensor, after the GPU was gone")
+
+
+def _held(value):
+    return value.held if isinstance(value, There) else value
+
+
+@dataclass
+class Gpu(TorchDispatchMode):
+    """What runs under it may use the device `cuda`."""
+
+    to_host: list[tuple[int, ...]] = field(default_factory=list)
+    "shapes of what was brought to the host, numbers that were asked for one by one included: ()"
+
+    def __post_init__(self):
+        super().__init__()
+
+    @property
+    def largest(self) -> int:
+        """Values of the largest tensor that was brought to the host."""
+        return max(map(math.prod, self.to_host), default=0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        device = kwargs.get("device")
+        there = (
+            any(isinstance(each, There) for each in tensors) if device is None else torch.device(device).type == "cuda"
+        )
+        if func is aten._fused_sdp_choice.default:
+            return SDPBackend.MATH.value
+        if func is aten._local_scalar_dense.default and there:
+            self.to_host.append(())
+        elif func in (aten._to_copy.default, aten.copy_.default):
+            there = self._copied(func, args, there)
+        elif func not in INDEXED or not isinstance(args[0], There):
+            _require_one_device(func, tensors)
+        if device is not None:
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        with unset_fake_temporarily():
+            out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if any(each.alias_info is not None and each.alias_info.is_write for each in func._schema.arguments):
+            return kwargs["out"] if "out" in kwargs else args[0]
+        return tree_map(lambda each: There(each) if there and isinstance(each, Tensor) else each, out)
+
+    def _copied(self, func, args, there: bool) -> bool:
+        """Notes what comes to the host; whether the result is on the GPU."""
+        source = args[0]
+        if func is aten.copy_.default:
+            there, source = isinstance(args[0], There), args[1]
+        if isinstance(source, There) and not there:
+            self.to_host.append(tuple(source.shape))
+        return there
+
+
+def _require_one_device(func, tensors: list[Tensor]) -> None:
+    here = [each for each in tensors if each.ndim and not isinstance(each, There)]
+    if here and len(here) < len([each for each in tensors if each.ndim]):
+        raise RuntimeError(f"{func}: tensors on the GPU, and {[tuple(each.shape) for each in here]} on the CPU")
+
+
+class _Event:
+    """Stands for a moment of the GPU's work; its clock ticks once for each."""
+
+    ticks = itertools.count(1)
+
+    def __init__(self, enable_timing: bool = False):
+        self.at = 0
+
+    def record(self, stream: object = None) -> None:
+        self.at = next(self.ticks)
+
+    def synchronize(self) -> None:
+        assert self.at, "nobody recorded it"
+
+    def elapsed_time(self, other: "_Event") -> float:
+        return 1000.0 * (other.at - self.at)
+
+
+class _Stream:
+    """Stands for a queue of the GPU's work."""
+
+    def __init__(self, device: object = None):
+        self.waited = 0
+
+    def wait_stream(self, other: object) -> None:
+        self.waited += 1
+
+    def record_event(self) -> _Event:
+        event = _Event()
+        event.record()
+        return event
+
+
+@contextlib.contextmanager
+def pretended_gpu() -> Iterator[Gpu]:
+    """Attention is plain sums within, as it must be on the CPU that is compared with it."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(torch.cuda, "Event", _Event)
+        patch.setattr(torch.cuda, "Stream", _Stream)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream())
+        patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        # Else a module keeps its parameters' class, which isn't the GPU's.
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(Gpu())
