@@ -130,7 +130,7 @@ def size_pool(request: WorkerRequest, present: Sequence[Nodes], read: Callable[[
     suffice, `read` is asked what the autoscaler may make of them; it gives None where that can't be known. Raises
     `ClusterError` if no node has room for one actor, or for what the request needs besides.
     """
-    read = functools.cache(read)
+    read = functools.cache(read)  # it may start a process on the head, and is asked up to twice
     device = _device(request, present, read)
     nodes, pool = present, _fill(request, device, present)
     least = request.actors or 1 if request.all_at_once else 1
@@ -140,6 +140,7 @@ def size_pool(request: WorkerRequest, present: Sequence[Nodes], read: Callable[[
             return _believed(request, pool)
         reachable = _reachable(growth, lambda kind: _room(kind, pool.cpus, pool.gpus, pool.accelerator))
         grown = _fill(request, device, reachable)
+        # Even where nothing fits at all, the refusal names what the autoscaler may add.
         if grown.size > pool.size or (reachable and not pool.size):
             nodes, pool = reachable, grown
     if pool.size < least:
@@ -178,6 +179,7 @@ def _room(kind: Nodes, cpus: int, gpus: float, accelerator: str | None) -> int:
 
 def gpu_slots(gpus: int, each: float) -> int:
     """How many workers with `each` GPUs fit `gpus`: Ray gives a worker a part of one GPU, or whole ones."""
+    # The margin is for shares such as 0.3333333: three of them are meant to fill a GPU.
     return gpus * math.floor(1 / each + 1e-6) if each <= 1 else gpus // math.ceil(each)
 
 
@@ -308,6 +310,7 @@ class NodeTypes(TypedDict, total=False):
 def growth_of(config: NodeTypes) -> Growth | None:
     """What a launch file's autoscaler may add, empty without one; None where the file leaves to the nodes what they have."""
     types = {name: kind for name, kind in config.get("types", {}).items() if name != config.get("head")}
+    # Ray fills in what a cloud's machine type has; without a cloud, each node says it when it joins.
     if any("CPU" not in kind["resources"] for kind in types.values()):
         return None
     nodes = tuple(
@@ -324,6 +327,7 @@ def growth_of(config: NodeTypes) -> Growth | None:
 
 def _reachable(growth: Growth, room: Callable[[Nodes], int]) -> list[Nodes]:
     """The nodes that make the most of what the autoscaler may add in all."""
+    # The file limits each kind and all kinds together; the kinds that hold most actors are brought up first.
     nodes, left = [], growth.most_workers
     for kind in sorted(growth.nodes, key=room, reverse=True):
         count = kind.count if kind.head else min(kind.count, left)

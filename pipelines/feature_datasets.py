@@ -476,7 +476,7 @@ def _datasource(chosen: _Rows) -> "ray.data.Datasource":
             metadata = BlockMetadata(num_rows=n_rows, size_bytes=n_rows * row_bytes, input_files=None, exec_stats=None)
             return ReadTask(functools.partial(_tables, parts), metadata, per_task_row_limit=per_task_row_limit)
 
-    return FeatureRows()
+    return FeatureRows()  # type: ignore[no-untyped-call] # Ray's
 
 
 def _row_bytes(store: FeatureStore, level: str) -> int:

@@ -16,7 +16,7 @@ from jobs import benchmark
 from operators.upsamplers.vit_up import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
-from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, run_fresh
+from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, Task, _steady, run_fresh
 from pipelines.benchmarks.read import PlaceRead, check
 from pipelines.benchmarks.stores import Place, write_npy, write_store
 from pipelines.config import ConfigError
@@ -413,12 +413,11 @@ def test_photos_are_the_same_bytes_every_time(tmp_path):
 def test_steady_rate_counts_tasks_under_way_by_the_work_that_lies_in_the_window():
     seconds = {"read": 0.0, "decode": 2.0, "forward": 8.0}
     # Ten tasks of 10 images in one worker; each is decoded while the one before it computes.
-    reports = [{"began": 8.0 * n, "ended": 8.0 * n + 16.0, "ok": 10, "seconds": seconds} for n in range(10)]
+    tasks = [Task(began=8.0 * n, ended=8.0 * n + 16.0, ok=10, seconds=seconds, batch=10) for n in range(10)]
 
-    steady = _steady(reports)
+    steady = _steady(tasks)
 
-    assert steady["steady"] == {"start": 16.0, "stop": 88.0, "images": pytest.approx(8 * 10 + 8), "from": "end"}
-    assert steady["steady_images_per_s"] == pytest.approx(88 / 72)
+    assert (steady.start, steady.stop, steady.images, steady.opens) == (16.0, 88.0, pytest.approx(8 * 10 + 8), "end")
 
 
 def test_process_that_dies_is_an_error_and_not_a_hang():

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RESULT = ChaosResult(
     unit="rows", faults={"driver": 5, "node": 31}, completed=9, expected=9216, found=9216, lost=0, doubled=0, compared=900,
-    differ=[], undisturbed_s=40.0, chaos_s=900.0, lost_s_per_fault=15.0, launches=15, restarts=6, restarts_after_errors=1,
+    differ=(), undisturbed_s=40.0, chaos_s=900.0, lost_s_per_fault=15.0, launches=15, restarts=6, restarts_after_errors=1,
     exits=[], nodes_that_ended=[], runs=[], events=[],
 )  # fmt: skip
 
@@ -171,13 +171,13 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 
 
 def test_a_result_with_losses_is_a_failure():
-    result = replace(RESULT, lost=2, differ=["run-000: x1/c/0"], compared=40)
+    result = replace(RESULT, lost=2, differ=("run-000: x1/c/0",), compared=40)
 
     with pytest.raises(
         BenchmarkFailed, match=r"2 rows lost; 1 of 40 parts differ from the undisturbed: run-000: x1/c/0"
     ):
         require_nothing_lost(result)
-    require_nothing_lost(replace(result, lost=0, differ=[]))
+    require_nothing_lost(replace(result, lost=0, differ=()))
 
 
 # --- the job ------------------------------------------------------------------------------------------------------------

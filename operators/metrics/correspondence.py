@@ -68,6 +68,7 @@ def match(
         return np.zeros((0, 2))
     grids = [_grid(view, protocol) for view in (source, target)]
     xy = torch.from_numpy(source.canvas.pixels(points, grids[0]))
+    # Only the key points' own features are enlarged; `best_pixels` does without the target's enlarged map.
     queries = pixel_features(source.features, (grids[0],) * 2, xy, normalise=protocol.normalise)
     found = best_pixels(queries, target.features, (grids[1],) * 2, normalise=protocol.normalise, max_bytes=max_bytes)
     return target.canvas.predicted(found.xy_K2.cpu().numpy(), grids[1])

@@ -84,6 +84,7 @@ class Statistics:
         if not len(values):
             raise ValueError("an object without scored frames has no statistics")
         curve = np.asarray(values, np.float64)
+        # The official code's five ends of quarters, numbered from 1, halves rounded up.
         ends = np.round(np.linspace(1, len(curve), 5) + 1e-10).astype(int) - 1
         quarters = [curve[ends[i] : ends[i + 1] + 1] for i in (0, 3)]
         return cls(

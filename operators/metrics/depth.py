@@ -54,6 +54,7 @@ def score_depth(predicted_HW: np.ndarray, depth_HW: np.ndarray, *, fit: bool = F
         scale, shift = scale_and_shift(predicted, depth)
         predicted = scale * predicted + shift
     predicted = predicted.clip(MIN_DEPTH)
+    # Not |error| / truth: twice and half the depth are equally wrong.
     ratio = np.maximum(predicted / depth, depth / predicted)
     error, log_error = predicted - depth, np.log(predicted) - np.log(depth)
     values = {

@@ -221,6 +221,7 @@ def objective(
     parts, last = {}, {}
     for name, (weight, loss) in _losses(weights).items():
         first = len(layers) - 1 if name == "relational" and weights.relational_layers == "last" else 0
+        # Means, not sums, so that a loss counts the same whatever the number of layers and grids.
         pairs = list(zip(predictions, targets, strict=True))[first:]
         values_LS = torch.stack([_by_scale(loss, *of_layer) for of_layer in pairs])
         shares_LS = torch.outer(layers[first:], scales).to(values_LS.device)

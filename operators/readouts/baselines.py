@@ -32,6 +32,7 @@ class Bicubic(Readout):
     def _predict(self, features_BChw: Tensor, size: tuple[int, int], _pooled_BC: Tensor | None) -> Tensor:
         grid = query_grid(size)
         projected = self.proj(features_BChw).float()
+        # Aligned corners, as in the release: the grid's outer queries lie on the outer cells' centres.
         queries = F.interpolate(projected, size=grid, mode="bicubic", align_corners=True)
         return self.decoder(self.ffn(queries.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 

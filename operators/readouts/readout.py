@@ -93,6 +93,7 @@ class PixelDecoder(nn.Module):
     def __init__(self, dim: int, outputs: int, width: int, bias: float = 0.0):
         super().__init__()
         layers: list[nn.Module] = []
+        # A transposed convolution whose stride is its kernel draws each cell as 2 x 2 pixels that don't overlap.
         for channels in (dim, width, width):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             layers += [nn.ConvTranspose2d(width, width, 2, stride=2), nn.ReLU(inplace=True)]
@@ -151,5 +152,5 @@ def position_code(
 
 def resized(maps_BDhw: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """At other sizes; cells tile the same area."""
-    aligned = {} if mode == "nearest" else {"align_corners": False}
+    aligned = {} if mode == "nearest" else {"align_corners": False}  # torch refuses the argument for "nearest"
     return F.interpolate(maps_BDhw, size=tuple(size), mode=mode, **aligned)

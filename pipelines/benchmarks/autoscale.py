@@ -18,7 +18,7 @@ from cluster.nodes import ROOT
 from cluster.session import own_cluster
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
 from storage.store import FeatureStore
 
 SAMPLE_S = 0.5
@@ -46,8 +46,7 @@ class AutoscaleBenchmark:
     """Where the figure goes; empty for none."""
     out: str = ""
     """Folder that keeps photos and store; default: a temporary one that is deleted."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "block_rows", "nodes")
@@ -113,7 +112,7 @@ def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> AutoscaleRe
         watch.until(lambda: watch.samples[-1].seconds > ended + config.idle_s + 2, config.idle_s + WAIT_S)
     if config.picture:
         draw(config, watch.samples, config.picture)
-    counts = FeatureStore.open(str(store)).attributes["counts"]
+    counts = FeatureStore.open(str(store)).root.counts or {}
     return AutoscaleResult(started=started, ended=ended, counts=counts, samples=watch.samples)
 
 

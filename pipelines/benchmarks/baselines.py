@@ -7,10 +7,11 @@ import io
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 import zarr
 from numcodecs.zstd import Zstd
 from PIL import Image
+from timm.models import VisionTransformer
 from torch import Tensor
 from zarr.codecs import ZstdCodec
 
@@ -28,6 +30,9 @@ from pipelines.features.photos import geometry_of
 from pipelines.features.weights import WeightsChoice, load_model
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 STAGES = ("read", "decode", "forward", "upsample", "encode", "write")
 
@@ -44,12 +49,13 @@ class BaselineJob:
     batch: int
     stage_s: float
 
-    def model(self) -> torch.nn.Module:
+    def model(self) -> VisionTransformer:
         """The timm model, its position embedding brought to the input's size once."""
         model = load_model(self.spec.model, self.spec.input_size, WeightsChoice.parse(self.weights), None, None)
-        if hasattr(model, "set_input_size"):
-            model.set_input_size(img_size=self.spec.input_size)
-        return model
+        vit = cast(VisionTransformer, model)
+        if hasattr(vit, "set_input_size"):
+            vit.set_input_size(img_size=self.spec.input_size)
+        return vit
 
 
 def _level_rows(tokens: Tensor, prefix: int, spec: FeatureSpec) -> dict[str, np.ndarray]:
@@ -71,7 +77,7 @@ def _level_rows(tokens: Tensor, prefix: int, spec: FeatureSpec) -> dict[str, np.
     return out
 
 
-def _loop_data(job: BaselineJob) -> Any:
+def _loop_data(job: BaselineJob) -> Iterable[tuple[list[str], Tensor]]:
     """Batches (keys, normalised images), decoded by a DataLoader worker per core."""
     import webdataset as wds
     from torchvision import transforms
@@ -93,7 +99,20 @@ def _loop_data(job: BaselineJob) -> Any:
     return wds.WebLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=start_method)
 
 
-def user_loop(job: BaselineJob) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class LoopRun:
+    """What the user's loop did; `first_batch` and `done` are readings of the monotonic clock."""
+
+    first_batch: float
+    "it is stored"
+    done: float
+    steady_images_per_s: float
+    stage_ms: Mapping[str, float]
+    "milliseconds per image in the main process"
+    keys: Sequence[str]
+
+
+def user_loop(job: BaselineJob) -> LoopRun:
     """WebDataset and DataLoader workers, timm under autocast with torch's default threads, whole shards to zarr-python."""
     loader, model, writer = _loop_data(job), job.model(), _LoopWriter(job)
     seconds = dict.fromkeys(("wait for data", "forward", "upsample", "write"), 0.0)
@@ -117,15 +136,14 @@ def user_loop(job: BaselineJob) -> dict[str, Any]:
             clock, first_done = t3, first_done or t3
         writer.flush()
     done = time.monotonic()
-    return {
-        "images": len(keys),
-        "marks": {"first batch": first_done},
-        "done": done,
+    return LoopRun(
+        first_batch=first_done,
+        done=done,
         # Kinder to the loop than opening the window at the end of its first batch: the first images' decoding is left out.
-        "steady_images_per_s": len(keys) / (done - arrived),
-        "stage_ms": {name: 1e3 * spent / len(keys) for name, spent in seconds.items()},
-        "keys": keys,
-    }
+        steady_images_per_s=len(keys) / (done - arrived),
+        stage_ms={name: 1e3 * spent / len(keys) for name, spent in seconds.items()},
+        keys=keys,
+    )
 
 
 class _LoopWriter:
@@ -133,20 +151,21 @@ class _LoopWriter:
 
     def __init__(self, job: BaselineJob):
         layout = FeatureStore.open(job.store).layout
-        self._block, self._done, self._rows = layout.block_rows, 0, dict[str, list[np.ndarray]]()
-        group, self._arrays = zarr.create_group(job.out), dict[str, zarr.Array]()
-        for level in job.spec.levels:
-            chunks = (1 if level.grid else self._block, *level.row_shape)
-            self._arrays[level.name] = group.create_array(
+        self._block, self._done = layout.block_rows, 0
+        group = zarr.create_group(job.out)
+        self._arrays = {
+            level.name: group.create_array(
                 level.name,
                 shape=(layout.n_rows, *level.row_shape),
-                chunks=chunks,
+                chunks=(1 if level.grid else self._block, *level.row_shape),
                 shards=(layout.shard_rows(level), *level.row_shape) if level.grid else None,
                 dtype=level.dtype,
                 compressors=ZstdCodec(level=1, checksum=True),
                 fill_value=np.nan,
             )
-            self._rows[level.name] = []
+            for level in job.spec.levels
+        }
+        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in self._arrays}
 
     def add(self, rows: Mapping[str, np.ndarray]) -> None:
         """Take the rows of a batch; write what fills whole shards."""
@@ -180,7 +199,7 @@ class _Bare:
         cast_matmul_weights(self.model, job.spec.precision)
         self.files = [os.open(url.removeprefix("file://"), os.O_RDONLY) for url in job.urls]
 
-    def read(self, rows: list[dict[str, Any]]) -> list[bytes]:
+    def read(self, rows: list[dict[str, int]]) -> list[bytes]:
         return [os.pread(self.files[row["source"]], row["size"], row["offset"]) for row in rows]
 
     def decode(self, blobs: list[bytes]) -> np.ndarray:
@@ -207,9 +226,21 @@ class _Bare:
         self.scratch.write_bytes(b"".join(chunks))
 
 
+@dataclass(frozen=True, kw_only=True)
+class BareTimes:
+    """Milliseconds per image of each stage, alone, in one process of several that run it together."""
+
+    batch: int
+    stage_ms: Mapping[str, float]
+    tokens_ms: float
+    "of the model alone, a part of `forward`"
+    tokens_all_threads_ms: float
+    "in one process with a thread per core while the others wait; 0 in those"
+
+
 @torch.inference_mode()
-def bare_stages(job: BaselineJob, rank: int, barrier: Any) -> dict[str, float]:
-    """Milliseconds per image of each stage, alone, in one of several single-threaded processes that run it together."""
+def bare_stages(job: BaselineJob, rank: int, barrier: Barrier) -> BareTimes:
+    """The stages one after another, with one thread."""
     torch.set_num_threads(1)
     bare, store = _Bare(job, Path(job.out, f"{rank}.bin")), FeatureStore.open(job.store)
     n = store.layout.n_rows
@@ -217,24 +248,30 @@ def bare_stages(job: BaselineJob, rank: int, barrier: Any) -> dict[str, float]:
     units = max(1, min(4, n // (CORES * batch)))
     first = rank * units * batch % n
     rows = store.index.read(first, first + units * batch).to_pylist()
-    items: list[Any] = [rows[unit * batch : (unit + 1) * batch] for unit in range(units)]
-    ms: dict[str, float] = {"batch": batch}
-    for name in STAGES:
-        if name == "forward":
-            images = [bare.tensor(pixels) for pixels in items]
-            ms["tokens"] = _timed(bare.tokens, images, batch, job.stage_s, barrier.wait)
-        stage = getattr(bare, name)
-        ms[name] = _timed(stage, items, batch, job.stage_s, barrier.wait)
-        items = [stage(item) for item in items]
+    stage_ms: dict[str, float] = {}
+
+    def ms(stage: Callable[[Item], object], items: Sequence[Item], wait: Callable[[], object] = barrier.wait) -> float:
+        return _timed(stage, items, batch, job.stage_s, wait)
+
+    def measured(stage: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
+        stage_ms[stage.__name__] = ms(stage, items)
+        return [stage(item) for item in items]
+
+    blobs = measured(bare.read, [rows[unit * batch : (unit + 1) * batch] for unit in range(units)])
+    pixels = measured(bare.decode, blobs)
+    images = [bare.tensor(each) for each in pixels]
+    tokens_ms, all_threads_ms = ms(bare.tokens, images), 0.0
+    levels = measured(bare.upsample, measured(bare.forward, pixels))
+    measured(bare.write, measured(bare.encode, levels))
     barrier.wait()
     if rank == 0:
         torch.set_num_threads(CORES)
-        ms["tokens, all threads"] = _timed(bare.tokens, images, batch, job.stage_s, lambda: None)
-    return ms
+        all_threads_ms = ms(bare.tokens, images, lambda: None)
+    return BareTimes(batch=batch, stage_ms=stage_ms, tokens_ms=tokens_ms, tokens_all_threads_ms=all_threads_ms)
 
 
 def _timed(
-    stage: Callable[[Any], Any], items: Sequence[Any], batch: int, stage_s: float, wait: Callable[[], Any]
+    stage: Callable[[Item], object], items: Sequence[Item], batch: int, stage_s: float, wait: Callable[[], object]
 ) -> float:
     """Milliseconds per image of `stage` over `items`, again and again for `stage_s`, after one warm-up."""
     stage(items[0])

@@ -24,7 +24,7 @@ from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
 from pipelines.executors import NO_PROGRESS_S
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,9 @@ NOTICE_S = 5.0
 
 STALLED_S = NO_PROGRESS_S + 300.0
 """A job that gets on by nothing for this long hangs, and its own guard didn't see it."""
+
+COUNTED = ("expected", "found", "lost", "doubled", "compared")
+"""Fields of what is found of a job that are added up over jobs."""
 
 MAX_EXITS = 12
 """Ends of its own accord, with an error, that a job may have without getting on in between."""
@@ -82,8 +85,7 @@ class ChaosBenchmark:
     """The same for a training by two workers instead of extractions."""
     steps: int = 300
     """Of a training."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         if not (self.every > 0 and self.kinds):
@@ -136,20 +138,14 @@ class Run(Found):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChaosResult:
-    """Faults, and what they did to the jobs."""
+class ChaosResult(Found):
+    """Faults, and what they did to the jobs: what was found of all of them together."""
 
     unit: str
     "what is counted: rows, or steps"
     faults: Mapping[Kind, int]
     "by kind"
     completed: int
-    expected: int
-    found: int
-    lost: int
-    doubled: int
-    compared: int
-    differ: Sequence[str]
     undisturbed_s: float
     chaos_s: float
     lost_s_per_fault: float
@@ -395,12 +391,8 @@ class _Runner:
             unit=self.job.unit,
             faults=dict(sorted(Counter(fault.kind for fault in self.faults).items())),
             completed=len(runs),
-            expected=sum(run.expected for run in runs),
-            found=sum(run.found for run in runs),
-            lost=sum(run.lost for run in runs),
-            doubled=sum(run.doubled for run in runs),
-            compared=sum(run.compared for run in runs),
-            differ=[f"run-{n:03d}: {name}" for n, run in enumerate(runs) for name in run.differ],
+            **{name: sum(getattr(run, name) for run in runs) for name in COUNTED},
+            differ=tuple(f"run-{n:03d}: {name}" for n, run in enumerate(runs) for name in run.differ),
             undisturbed_s=undisturbed_s,
             chaos_s=chaos_s,
             lost_s_per_fault=(chaos_s - undisturbed_s * len(runs)) / max(1, len(self.faults)),

@@ -156,10 +156,10 @@ def _weights_and_losses(folder: Folder) -> dict[str, object]:
     if last:
         arrays = {**last.model, **{f"optimiser {name}": array for name, array in last.resume.items()}}
     losses = {
-        f"{name} at step {line['step']}": line[name] if math.isfinite(line[name]) else math.nan
+        f"{name} at step {line['step']}": loss if math.isfinite(loss) else math.nan
         for line in read_metrics(folder)
         for name in ("loss", "val_loss")
-        if name in line
+        if isinstance(loss := line.get(name), int | float)
     }
     return {**{name: array.tobytes() for name, array in arrays.items()}, **losses}
 

@@ -18,7 +18,17 @@ from torch import Tensor
 from operators.metrics.matching import Normalise, best_pixels
 from operators.metrics.propagation import Propagation, Propagator
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, device_name, median_ratio, peak_bytes, table, timed
+from pipelines.costs.clocks import (
+    BenchmarkFailed,
+    Machine,
+    NumbersFile,
+    device_name,
+    device_of,
+    median_ratio,
+    peak_bytes,
+    table,
+    timed,
+)
 
 _TOLERANCE = 1e-4
 "largest difference of similarities and of soft labels, which are at most 1"
@@ -46,8 +56,7 @@ class EvaluateBenchmark:
     """Of torch, on a CPU; 0: as many as it takes by itself. jobs/evaluate.py has one per worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is a GPU where there is one."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "grids", "channels", "points", "objects", "repeat")
@@ -55,8 +64,7 @@ class EvaluateBenchmark:
         require_at_least(0, self, "threads")
         if not self.grids or self.pixels < max(self.grids):
             raise ConfigError("--grids must be at least one, and --pixels at least the largest of them")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch finds no GPU here; use cpu")
+        device_of(self.device)
 
 
 EVALUATE_PRESETS = {
@@ -107,7 +115,7 @@ class EvaluateResult:
 
 def measure_evaluate(config: EvaluateBenchmark) -> EvaluateResult:
     """Times and peak memory of both ways. Raises `BenchmarkFailed` where their results differ."""
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads or before)
     try:
@@ -139,15 +147,14 @@ def _compare_matching(
         scores = [similarity.gather(1, xy[:, 1:] * size[1] + xy[:, :1]) for xy in (ours, plain)]
         return (scores[0] - scores[1]).abs().max().item() / similarity.abs().max().item()
 
-    compared = _compare(
+    return _compare(
         config,
+        f"the pixels found in {grid} x {grid} cells",
         partial(MatchingComparison, grid=grid, normalise=normalise),
         lambda: best_pixels(queries, map_hwC, size, normalise=normalise).xy_K2,
         lambda: enlarge_then_match(queries, map_hwC, size, normalise),
         difference,
-        device,
     )
-    return _require_equal(f"the pixels found in {grid} x {grid} cells", compared)
 
 
 def enlarge_then_match(queries_KC: Tensor, map_hwC: Tensor, size: tuple[int, int], normalise: Normalise) -> Tensor:
@@ -179,15 +186,14 @@ def _compare_propagation(config: EvaluateBenchmark, grid: int, device: torch.dev
         propagator = Propagator(maps[0], labels, settings)
         return torch.stack([propagator.step(each) for each in maps[1:]])
 
-    compared = _compare(
+    return _compare(
         config,
+        f"the soft labels of {grid} x {grid} cells",
         partial(PropagationComparison, grid=grid, frames=config.frames),
         ours,
         lambda: propagate_with_all_affinities(maps, labels, settings),
         lambda ours, plain: (ours - plain).abs().max().item(),
-        device,
     )
-    return _require_equal(f"the soft labels of {grid} x {grid} cells", compared)
 
 
 def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, settings: Propagation) -> Tensor:
@@ -199,7 +205,8 @@ def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, setting
     y, x = cells // w, cells % w
     near = ((y[:, None] - y).abs() <= settings.radius) & ((x[:, None] - x).abs() <= settings.radius)
     window = near.float() if settings.radius else torch.ones_like(near, dtype=torch.float32)
-    first, latest, soft = (features[0], labels_Ohw.flatten(1)), [], []
+    first, soft = (features[0], labels_Ohw.flatten(1)), list[Tensor]()
+    latest: list[tuple[Tensor, Tensor]] = []
     for target in features[1:]:
         context = [first, *latest]
         sources = F.normalize(torch.stack([source for source, _ in context]), dim=-1)
@@ -226,36 +233,25 @@ def _clip(frames: int, grid: int, channels: int, generator: torch.Generator) -> 
 
 def _compare(
     config: EvaluateBenchmark,
+    what: str,
     result: Callable[..., Compared],
     ours: Callable[[], Tensor],
     plain: Callable[[], Tensor],
     difference: Callable[[Tensor, Tensor], float],
-    device: torch.device,
 ) -> Compared:
-    """A `result` with what both ways took, and the `difference` of what they gave."""
-    found: dict[str, Tensor] = {}
-
-    def keep_ours() -> None:
-        found["ours"] = ours()
-
-    def keep_plain() -> None:
-        found["plain"] = plain()
-
-    runs = (keep_ours, keep_plain)
+    """A `result` with what both ways took, and the `difference` of what they gave. Raises `BenchmarkFailed` if it is one."""
+    device, found = device_of(config.device), dict[str, Tensor]()
+    runs = (lambda: found.update(ours=ours()), lambda: found.update(plain=plain()))
     peaks = [peak_bytes(run, device, warm_up=False) for run in runs]  # and so they are warm
     of_ours, of_plain = timed(runs, config.repeat, math.inf, device)
+    if not (apart := difference(found["ours"], found["plain"])) <= _TOLERANCE:
+        raise BenchmarkFailed(f"{what} differ by {apart:.2g} between the two ways")
     return result(
         seconds={"ours": of_ours, "plain": of_plain},
         peak_bytes=dict(zip(("ours", "plain"), peaks, strict=True)),
         ratio=median_ratio(of_plain, of_ours),
-        largest_difference=difference(found["ours"], found["plain"]),
+        largest_difference=apart,
     )
-
-
-def _require_equal(what: str, compared: Compared) -> Compared:
-    if not compared.largest_difference <= _TOLERANCE:
-        raise BenchmarkFailed(f"{what} differ by {compared.largest_difference:.2g} between the two ways")
-    return compared
 
 
 def evaluate_report(config: EvaluateBenchmark, result: EvaluateResult, machine: Machine) -> Iterator[str]:

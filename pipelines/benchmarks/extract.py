@@ -18,8 +18,8 @@ from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
-from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, BenchmarkFailed, Machine, table
+from pipelines.config import ConfigError, require_at_least
+from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
 from pipelines.executors import RayExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
@@ -56,12 +56,10 @@ class ExtractBenchmark:
     """Seconds for which each bare stage is measured."""
     out: str = ""
     """Folder that keeps the photos and the last round's stores; default: a temporary one that is deleted."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
-        if min(self.images, self.loop_batch, self.repeat) < 1:
-            raise ConfigError("--images, --loop-batch and --repeat must be at least 1")
+        require_at_least(1, self, "images", "loop_batch", "repeat")
         if any(LevelChoice.parse(level, "float16").dtype == "int8" for level in self.levels):
             raise ConfigError("int8 levels have no counterpart in the user's loop; use @float16 or @float32")
 
@@ -74,6 +72,132 @@ EXTRACT_PRESETS = {
 
 MIN_STEADY_TASKS = 8
 """Below this the steady window opens when the first task begins, since little would be left of it."""
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRun:
+    """A program from its start, interpreter and imports included."""
+
+    images: int
+    seconds: float
+    images_per_s: float
+    start_up_s: float
+    start_up_parts_s: Mapping[str, float]
+    memory: Mapping[str, int]
+    "peaks in bytes, by group of processes"
+
+    @classmethod
+    def of(cls, images: int, marks: Mapping[str, float], done: float, usage: Usage) -> "WholeRun":
+        """`marks` and `done` are readings of the monotonic clock."""
+        return cls(
+            images=images,
+            seconds=done - usage.started,
+            images_per_s=images / (done - usage.started),
+            start_up_s=max(marks.values()) - usage.started,
+            start_up_parts_s=durations(usage.started, marks),
+            memory=usage.peak,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopRun(WholeRun):
+    """The user's loop."""
+
+    steady_images_per_s: float
+    stage_ms: Mapping[str, float]
+    "milliseconds per image in the main process"
+    cosine: Mapping[str, float]
+    "the smallest between its features and the pipeline's, by level"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRun(WholeRun):
+    """This pipeline."""
+
+    steady_images_per_s: float
+    steady_s: float
+    steady_from: Literal["begin", "end"]
+    "of the first task"
+    steady_cpu_ms: Mapping[str, float]
+    "CPU milliseconds per image, by group of processes"
+    stage_ms: Mapping[str, float]
+    "milliseconds per image on workers' clocks"
+    wrap_up_s: float
+    "after the last task"
+    bytes_written: int
+    batch: int
+    tasks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BareStages:
+    """Each stage alone, in a process per core."""
+
+    stage_ms: Mapping[str, float]
+    bound_images_per_s: float
+    "cores by the sum of the stages"
+    forward_processes_images_per_s: float
+    forward_threads_images_per_s: float
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """All that is compared, measured one after another."""
+
+    pipeline: PipelineRun
+    loop: LoopRun
+    bare: BareStages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """One rate by another."""
+
+    target: float | None
+    best: float
+    all: Sequence[float]
+    "by round"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageGap:
+    """Core milliseconds per image of one stage."""
+
+    stage: str
+    bare: float
+    clock: float
+    cpu: float
+    "in the run: the workers' CPU time, shared out by their clocks"
+    gap: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """What lies between the bound and the steady rate, in core milliseconds per image."""
+
+    stages: Sequence[StageGap]
+    "largest gap first"
+    outside: Mapping[str, float]
+    "of processes other than the workers"
+    bare: float
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractResult:
+    """All rounds, and the best of each part."""
+
+    best: Round
+    ratios: Mapping[str, Ratio]
+    gap: Gap
+    rounds: Sequence[Round]
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -100,15 +224,39 @@ class _ClockedExecutor:
     def __init__(self) -> None:
         self._ray = RayExecutor()
         self.scan, self.pool = self._ray.scan, self._ray.pool
-        self.reports: list[dict[str, Any]] = []
+        self.tasks: list[Task] = []
 
     def run(self, make_worker: Callable[..., Any], *args: Any, **options: Any) -> Iterator[dict[str, Any]]:
         for report in self._ray.run(_Clocked(make_worker), *args, **options):
-            self.reports.append(report)
+            self.tasks.append(Task(**{name: report[name] for name in ("began", "ended", "ok", "seconds", "batch")}))
             yield report
 
 
-def _pipeline(config: ExtractConfig) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task that a worker did; times in seconds on the monotonic clock."""
+
+    began: float
+    ended: float
+    ok: int
+    "images"
+    seconds: Mapping[str, float]
+    "by stage"
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Extraction:
+    """When an extraction got how far."""
+
+    images: int
+    bytes_written: int
+    marks: dict[str, float]
+    done: float
+    tasks: Sequence[Task]
+
+
+def _pipeline(config: ExtractConfig) -> _Extraction:
     """One extraction, end to end."""
     marks = {"imports": time.monotonic()}
     resolved = resolve(config)
@@ -122,43 +270,65 @@ def _pipeline(config: ExtractConfig) -> dict[str, Any]:
         done = time.monotonic()
     if summary.failed:
         raise BenchmarkFailed(f"{summary.failed} images failed, so speeds can't be compared: {summary.reasons}")
-    reports = executor.reports
-    marks["first task"] = min(report["ended"] for report in reports)
-    return {
-        "images": summary.ok,
-        "marks": marks,
-        "done": done,
-        "wrap_up_s": done - max(report["ended"] for report in reports),
-        "stage_ms": {s: 1e3 * sum(r["seconds"].get(s, 0.0) for r in reports) / summary.ok for s in STAGES},
-        "bytes_written": summary.bytes_written,
-        "batch": max(report["batch"] for report in reports),
-        **_steady(reports),
-    }
+    marks["first task"] = min(task.ended for task in executor.tasks)
+    return _Extraction(
+        images=summary.ok, bytes_written=summary.bytes_written, marks=marks, done=done, tasks=executor.tasks
+    )
 
 
-def _steady(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Images and seconds from the end of the first finished task to the end of the last.
+@dataclass(frozen=True, kw_only=True)
+class SteadyWindow:
+    """From the end of the first finished task to the end of the last; of few tasks, from the beginning of the first."""
 
-    Tasks under way when that window opens count by the part of their stage time that lies in it: read and decode are
-    taken to run from a task's beginning, the other stages up to its end (between them it may wait for the model).
-    """
-    whole = len(reports) < MIN_STEADY_TASKS
-    first, last = min(r["began" if whole else "ended"] for r in reports), max(r["ended"] for r in reports)
+    start: float
+    stop: float
+    images: float
+    opens: Literal["begin", "end"]
+
+    @property
+    def seconds(self) -> float:
+        return self.stop - self.start
+
+
+def _steady(tasks: Sequence[Task]) -> SteadyWindow:
+    """Tasks under way when the window opens count by the part of their stage time that lies in it: read and decode are taken to
+    run from a task's beginning, the other stages up to its end (between them it may wait for the model)."""
+    whole = len(tasks) < MIN_STEADY_TASKS
+    first, last = min(task.began if whole else task.ended for task in tasks), max(task.ended for task in tasks)
     images = 0.0
-    for r in reports:
-        total = sum(r["seconds"].values())
-        load = r["seconds"].get("read", 0.0) + r["seconds"].get("decode", 0.0)
-        parts = ((r["began"], load), (r["ended"] - (total - load), total - load))
+    for task in tasks:
+        total = sum(task.seconds.values())
+        load = task.seconds.get("read", 0.0) + task.seconds.get("decode", 0.0)
+        parts = ((task.began, load), (task.ended - (total - load), total - load))
         inside = sum(min(length, max(0.0, start + length - first)) for start, length in parts)
-        images += r["ok"] * inside / total
-    return {
-        "steady": {"start": first, "stop": last, "images": images, "from": "begin" if whole else "end"},
-        "steady_images_per_s": images / (last - first),
-        "tasks": len(reports),
-    }
+        images += task.ok * inside / total
+    return SteadyWindow(start=first, stop=last, images=images, opens="begin" if whole else "end")
 
 
-def measure_extract(config: ExtractBenchmark, folder: Path) -> dict[str, Any]:
+def _measure_pipeline(config: ExtractConfig) -> PipelineRun:
+    [found], usage = run_fresh(_pipeline, (config,))
+    tasks, images = found.tasks, found.images
+    window = _steady(tasks)
+    cpu = usage.cpu_between(window.start, window.stop)
+    cpu["idle"] = CORES * window.seconds - sum(cpu.values())
+    return PipelineRun(
+        **vars(WholeRun.of(images, found.marks, found.done, usage)),
+        steady_images_per_s=window.images / window.seconds,
+        steady_s=window.seconds,
+        steady_from=window.opens,
+        steady_cpu_ms={name: 1e3 * seconds / window.images for name, seconds in cpu.items()},
+        stage_ms={s: 1e3 * sum(task.seconds.get(s, 0.0) for task in tasks) / images for s in STAGES},
+        wrap_up_s=found.done - max(task.ended for task in tasks),
+        bytes_written=found.bytes_written,
+        batch=max(task.batch for task in tasks),
+        tasks=len(tasks),
+    )
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def measure_extract(config: ExtractBenchmark, folder: Path) -> ExtractResult:
     """Rounds of pipeline, loop and bare stages, with their stores in `folder`; the best of each.
 
     Raises `BenchmarkFailed` if one fails, or if the loop's features differ from the pipeline's, and what `resolve` raises.
@@ -173,40 +343,39 @@ def measure_extract(config: ExtractBenchmark, folder: Path) -> dict[str, Any]:
         executor="ray",
         device="cpu",
     )
-    rounds = _rounds(run, folder, loop_batch=config.loop_batch, repeat=config.repeat, stage_s=config.stage_s)
-    return {**_summarise(rounds), "rounds": rounds}
+    _refuse_unfit(run, folder)
+    rounds: list[Round] = []
+    for n in range(config.repeat):
+        logger.info("round %d of %d: the pipeline, the user's loop, bare stages", n + 1, config.repeat)
+        out, loop_out = str(folder / f"pipeline-{n}.zarr"), str(folder / f"loop-{n}.zarr")
+        rounds.append(_round(replace(run, out=out), loop_out, config))
+        if n + 1 < config.repeat:
+            shutil.rmtree(out)
+            shutil.rmtree(loop_out)
+    return _summarise(rounds)
 
 
-def _rounds(
-    config: ExtractConfig, folder: Path, *, loop_batch: int, repeat: int, stage_s: float
-) -> list[dict[str, Any]]:
-    _refuse_unfit(config, folder)
-    rounds = []
-    for n in range(repeat):
-        run = replace(config, out=str(folder / f"pipeline-{n}.zarr"))
-        logger.info("round %d of %d: the pipeline", n + 1, repeat)
-        pipeline = _measure_pipeline(run)
-        store = FeatureStore.open(run.out)
-        job = BaselineJob(
-            spec=store.spec,
-            store=run.out,
-            urls=tuple(source.url for source in store.index.sources),
-            weights=run.features.weights,
-            out=str(folder / f"loop-{n}.zarr"),
-            batch=loop_batch,
-            stage_s=stage_s,
-        )
-        logger.info("round %d of %d: the user's loop", n + 1, repeat)
-        [loop], usage = run_fresh(user_loop, (job,))
-        loop = _from_start(loop, usage)
-        loop["cosine"] = _agreement(store, job.out, loop.pop("keys"))
-        logger.info("round %d of %d: bare stages", n + 1, repeat)
-        bare = _measure_bare(replace(job, batch=pipeline["batch"], out=str(folder)))
-        rounds.append({"pipeline": pipeline, "loop": loop, "bare": bare})
-        if n + 1 < repeat:
-            shutil.rmtree(run.out)
-            shutil.rmtree(job.out)
-    return rounds
+def _round(run: ExtractConfig, loop_out: str, config: ExtractBenchmark) -> Round:
+    pipeline = _measure_pipeline(run)
+    store = FeatureStore.open(run.out)
+    job = BaselineJob(
+        spec=store.spec,
+        store=run.out,
+        urls=tuple(source.url for source in store.index.sources),
+        weights=run.features.weights,
+        out=loop_out,
+        batch=config.loop_batch,
+        stage_s=config.stage_s,
+    )
+    [found], usage = run_fresh(user_loop, (job,))
+    loop = LoopRun(
+        **vars(WholeRun.of(len(found.keys), {"first batch": found.first_batch}, found.done, usage)),
+        steady_images_per_s=found.steady_images_per_s,
+        stage_ms=found.stage_ms,
+        cosine=_agreement(store, loop_out, found.keys),
+    )
+    bare = _measure_bare(replace(job, batch=pipeline.batch, out=str(Path(run.out).parent)))
+    return Round(pipeline=pipeline, loop=loop, bare=bare)
 
 
 def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
@@ -224,41 +393,21 @@ def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
         )
 
 
-def _measure_pipeline(config: ExtractConfig) -> dict[str, Any]:
-    [result], usage = run_fresh(_pipeline, (config,))
-    window = result.pop("steady")
-    cpu = usage.cpu_between(window["start"], window["stop"])
-    cpu["idle"] = CORES * (window["stop"] - window["start"]) - sum(cpu.values())
-    return _from_start(result, usage) | {
-        "steady_s": window["stop"] - window["start"],
-        "steady_from": window["from"],
-        "steady_cpu_ms": {name: 1e3 * seconds / window["images"] for name, seconds in cpu.items()},
-    }
-
-
-def _from_start(result: dict[str, Any], usage: Usage) -> dict[str, Any]:
-    """Absolute times of a result as seconds since its process was started, interpreter and imports included."""
-    marks, done = result.pop("marks"), result.pop("done")
-    return result | {
-        "seconds": done - usage.started,
-        "images_per_s": result["images"] / (done - usage.started),
-        "start_up_s": max(marks.values()) - usage.started,
-        "start_up_parts_s": durations(usage.started, marks),
-        "memory": usage.peak,
-    }
-
-
-def _measure_bare(job: BaselineJob) -> dict[str, Any]:
+def _measure_bare(job: BaselineJob) -> BareStages:
     barrier = SPAWN.Barrier(CORES)
     results, _ = run_fresh(bare_stages, *((job, rank, barrier) for rank in range(CORES)))
-    stage_ms = {name: sum(ms[name] for ms in results) / CORES for name in STAGES}
-    return {
-        "stage_ms": stage_ms,
-        "bound_images_per_s": 1e3 * CORES / sum(stage_ms.values()),
-        "forward_processes_images_per_s": sum(1e3 / ms["tokens"] for ms in results),
-        "forward_threads_images_per_s": 1e3 / results[0]["tokens, all threads"],
-        "batch": results[0]["batch"],
-    }
+    stage_ms = {name: sum(one.stage_ms[name] for one in results) / CORES for name in STAGES}
+    return BareStages(
+        stage_ms=stage_ms,
+        bound_images_per_s=_bound(stage_ms),
+        forward_processes_images_per_s=sum(1e3 / one.tokens_ms for one in results),
+        forward_threads_images_per_s=1e3 / results[0].tokens_all_threads_ms,
+        batch=results[0].batch,
+    )
+
+
+def _bound(stage_ms: Mapping[str, float]) -> float:
+    return 1e3 * CORES / sum(stage_ms.values())
 
 
 def _agreement(store: FeatureStore, loop_url: str, keys: Sequence[str]) -> dict[str, float]:
@@ -267,148 +416,55 @@ def _agreement(store: FeatureStore, loop_url: str, keys: Sequence[str]) -> dict[
     if sorted(own) != sorted(keys):
         raise BenchmarkFailed(f"the loop saw {len(keys)} samples, the pipeline {store.layout.n_rows}, or other ones")
     cosines = {}
-    a, b = zarr.open_group(store.folder.url, mode="r"), zarr.open_group(loop_url, mode="r")
     for level in store.spec.levels:
-        pairs = [
-            (a[f"{level.name}/features"][row].ravel(), b[level.name][keys.index(own[row])].ravel())
-            for row in range(0, len(own), -(-len(own) // 8))
-        ]
-        cosines[level.name] = min(_cosine(x.astype(np.float64), y.astype(np.float64)) for x, y in pairs)
+        a = zarr.open_array(f"{store.folder.url}/{level.name}/features", mode="r")
+        b = zarr.open_array(f"{loop_url}/{level.name}", mode="r")
+        rows = range(0, len(own), -(-len(own) // 8))
+        cosines[level.name] = min(_cosine(np.asarray(a[row]), np.asarray(b[keys.index(own[row])])) for row in rows)
     if not min(cosines.values()) > 0.999:
         raise BenchmarkFailed(f"the loop's features are not the pipeline's: cosines {cosines}")
     return cosines
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def _summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The best of each over all rounds, the ratios that have targets, and what lies between the bound and the rate."""
-    pipeline, loop = (
-        max((r[name] for r in rounds), key=lambda m: m["steady_images_per_s"]) for name in ("pipeline", "loop")
+RATIOS: Mapping[str, tuple[float | None, Callable[[Round], float]]] = {
+    "(a) steady / (c) bound": (0.9, lambda one: one.pipeline.steady_images_per_s / one.bare.bound_images_per_s),
+    "(a) steady / (d) steady": (1.2, lambda one: one.pipeline.steady_images_per_s / one.loop.steady_images_per_s),
+    "(a) / (d), whole runs": (None, lambda one: one.pipeline.images_per_s / one.loop.images_per_s),
+}
+"""With their targets."""
+
+
+def _summarise(rounds: Sequence[Round]) -> ExtractResult:
+    stage_ms = {stage: min(one.bare.stage_ms[stage] for one in rounds) for stage in STAGES}
+    best = Round(
+        pipeline=max((one.pipeline for one in rounds), key=lambda run: run.steady_images_per_s),
+        loop=max((one.loop for one in rounds), key=lambda run: run.steady_images_per_s),
+        bare=BareStages(
+            stage_ms=stage_ms,
+            bound_images_per_s=_bound(stage_ms),
+            forward_processes_images_per_s=max(one.bare.forward_processes_images_per_s for one in rounds),
+            forward_threads_images_per_s=max(one.bare.forward_threads_images_per_s for one in rounds),
+            batch=rounds[-1].bare.batch,
+        ),
     )
-    stage_ms = {stage: min(r["bare"]["stage_ms"][stage] for r in rounds) for stage in STAGES}
-    bare = {"stage_ms": stage_ms, "bound_images_per_s": 1e3 * CORES / sum(stage_ms.values())}
-    bare["batch"] = rounds[-1]["bare"]["batch"]
-    for name in ("forward_processes_images_per_s", "forward_threads_images_per_s"):
-        bare[name] = max(r["bare"][name] for r in rounds)
-    best = {"pipeline": pipeline, "loop": loop, "bare": bare}
-    steady = "steady_images_per_s"
     ratios = {
-        "(a) steady / (c) bound": (0.9, ("pipeline", steady), ("bare", "bound_images_per_s")),
-        "(a) steady / (d) steady": (1.2, ("pipeline", steady), ("loop", steady)),
-        "(a) / (d), whole runs": (None, ("pipeline", "images_per_s"), ("loop", "images_per_s")),
+        name: Ratio(target=target, best=of(best), all=[of(one) for one in rounds])
+        for name, (target, of) in RATIOS.items()
     }
-    return {
-        "best": best,
-        "ratios": {
-            name: {"target": target, "best": best[a][x] / best[b][y], "all": [r[a][x] / r[b][y] for r in rounds]}
-            for name, (target, (a, x), (b, y)) in ratios.items()
-        },
-        "gap": _gap(pipeline, stage_ms),
-    }
+    return ExtractResult(best=best, ratios=ratios, gap=_gap(best.pipeline, stage_ms), rounds=rounds)
 
 
-def _gap(pipeline: Mapping[str, Any], bare_ms: Mapping[str, float]) -> dict[str, Any]:
-    """Core milliseconds per image of the steady window, by stage and outside the stages."""
-    cpu, clock = dict(pipeline["steady_cpu_ms"]), pipeline["stage_ms"]
+def _gap(pipeline: PipelineRun, bare_ms: Mapping[str, float]) -> Gap:
+    cpu, clock = dict(pipeline.steady_cpu_ms), pipeline.stage_ms
     total, share = sum(cpu.values()), cpu.pop("workers") / sum(clock.values())
     stages = [
-        {
-            "stage": s,
-            "bare": bare_ms[s],
-            "clock": clock[s],
-            "cpu": clock[s] * share,
-            "gap": clock[s] * share - bare_ms[s],
-        }
-        for s in STAGES
+        StageGap(stage=stage, bare=bare, clock=clock[stage], cpu=clock[stage] * share, gap=clock[stage] * share - bare)
+        for stage, bare in bare_ms.items()
     ]
-    stages.sort(key=lambda stage: -stage["gap"])
-    return {"stages": stages, "outside": cpu, "bare": sum(bare_ms.values()), "total": total}
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def extract_report(config: ExtractBenchmark, result: dict[str, Any], machine: Machine) -> Iterator[str]:
-    """The numbers as Markdown, line by line."""
-    best = result["best"]
-    pipeline, loop, bare = best["pipeline"], best["loop"], best["bare"]
-    yield f"## extract: {pipeline['images']:,} images, {config.model} at {config.size} px, {config.precision}"
-    measured = f"torch {machine.torch}; levels {' '.join(config.levels)}; best of {config.repeat}"
-    yield machine.line(f"{machine.cores} cores", measured)
-    if config.precision == "bf16" and not machine.native_bf16:
-        yield "\n**This CPU has no bf16 instructions: bf16 is emulated here, and slow; --precision fp32 is likely faster.**"
-    bound = bare["bound_images_per_s"]
-    yield from table(
-        ["", "images/s", "of the bound"],
-        [
-            [name, f"{rate:.2f}", f"{rate / bound:.2f}"]
-            for name, rate in (
-                ("(a) this pipeline, steady", pipeline["steady_images_per_s"]),
-                ("(a) this pipeline, whole run", pipeline["images_per_s"]),
-                (f"(b) bare forward, {CORES} processes of 1 thread", bare["forward_processes_images_per_s"]),
-                (f"(b) bare forward, 1 process of {CORES} threads", bare["forward_threads_images_per_s"]),
-                ("(c) bound: cores / sum of bare stages", bound),
-                ("(d) the user's loop, steady", loop["steady_images_per_s"]),
-                ("(d) the user's loop, whole run", loop["images_per_s"]),
-            )
-        ],
-    )
-    rows = []
-    for name, r in result["ratios"].items():
-        target = f"{r['target']:.2f}" if r["target"] else ""
-        rows.append([name, target, f"{r['best']:.2f}", " ".join(f"{x:.2f}" for x in r["all"])])
-    yield from table(["ratio", "target", "best", "by round"], rows)
-    yield from _gap_report(result["gap"])
-    yield from _process_report(pipeline, loop)
-    yield from _notes(pipeline, loop, bare)
-
-
-def _gap_report(gap: dict[str, Any]) -> Iterator[str]:
-    """Where the time between the bound and the steady rate goes."""
-    rows = [
-        [s["stage"], f"{s['bare']:.2f}", f"{s['clock']:.2f}", f"{s['cpu']:.2f}", f"{s['gap']:+.2f}"]
-        for s in gap["stages"]
-    ]
-    rows += [[name, "", "", f"{value:.2f}", f"{value:+.2f}"] for name, value in gap["outside"].items()]
-    rows += [["all", f"{gap['bare']:.2f}", "", f"{gap['total']:.2f}", f"{gap['total'] - gap['bare']:+.2f}"]]
-    yield "\nWhere it goes, in core milliseconds per image (largest gap first within the stages):"
-    yield from table(["", "bare", "stage clock", "in the run", "gap"], rows)
-
-
-def _process_report(pipeline: dict[str, Any], loop: dict[str, Any]) -> Iterator[str]:
-    def megabytes(value: float) -> str:
-        return f"{value / 2**20:,.0f} MB" if value else "-"
-
-    rows = [
-        ["start-up", f"{pipeline['start_up_s']:.1f} s", f"{loop['start_up_s']:.1f} s"],
-        ["whole run", f"{pipeline['seconds']:.1f} s", f"{loop['seconds']:.1f} s"],
-    ]
-    names = {"pss": "peak memory (PSS)", "rss": "peak memory (RSS)", "driver": "of it the main process"}
-    names |= {"workers": "of it workers", "largest_worker": "largest worker", "ray": "of it Ray's daemons"}
-    for name, title in names.items():
-        rows.append([title, megabytes(pipeline["memory"][name]), megabytes(loop["memory"][name])])
-    yield from table(["", "pipeline", "user's loop"], rows)
-
-
-def _notes(pipeline: dict[str, Any], loop: dict[str, Any], bare: dict[str, Any]) -> Iterator[str]:
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in pipeline["start_up_parts_s"].items())
-    waits = ", ".join(f"{name} {ms:.1f}" for name, ms in loop["stage_ms"].items())
-    cosines = ", ".join(f"{name} {value:.6f}" for name, value in loop["cosine"].items())
-    samples = [str(run["memory"]["pss_samples"]) for run in (pipeline, loop)]
-    opens = "first finished task's end" if pipeline["steady_from"] == "end" else "first task's beginning (few tasks)"
-    yield f"""
-- Whole run: from the process's start (interpreter and imports included) to the finished store; Ray's shutdown is left out.
-- (a) start-up, seconds: {parts}; after the last task {pipeline["wrap_up_s"]:.1f}. Tasks: {pipeline["tasks"]}.
-- (a) steady: {pipeline["steady_s"]:.1f} s from the {opens} to the last one's end; tasks under way when that opens
-  count by the part of their stage time that lies in it.
-- (d) steady: all images, from the first batch's arrival at the model to the end. ms per image in its main process:
-  {waits}.
-- (b), (c): {CORES} single-threaded processes at once, batches of {bare["batch"]}. Writes without fsync (the pipeline syncs).
-- "stage clock" is workers' wall time; two tasks share a worker, so clocks overlap. "in the run" shares the workers' CPU time
-  out by it. "idle" includes waiting for the disk; "other" is the machine's other programs.
-- PSS counts shared pages once; sampled {" and ".join(samples)} times, as often as takes 1 % of a core.
-- RSS counts them in every process; sampled every 0.5 s.
-- Smallest cosine between (a)'s and (d)'s features, a few rows: {cosines}."""
+    stages.sort(key=lambda stage: -stage.gap)
+    return Gap(stages=stages, outside=cpu, bare=sum(bare_ms.values()), total=total)

@@ -9,7 +9,7 @@ from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import durations, run_fresh
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, Machine, table
+from pipelines.costs.clocks import CORES, Machine, NumbersFile, table
 from pipelines.executors import RayExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
@@ -25,8 +25,7 @@ class IndexBenchmark:
     """Tars that they are spread over."""
     out: str = ""
     """Folder in which a temporary one is made (1 KB a sample) and deleted; default: the system's."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.tars <= self.samples <= 10**9:

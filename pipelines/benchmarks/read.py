@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from pipelines.benchmarks.processes import run_fresh
 from pipelines.benchmarks.stores import LEVEL, Place, key_of, s3_place, write_big_store, write_npy, write_store
 from pipelines.config import ConfigError, parse_options, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed
-from pipelines.feature_datasets import FeatureDataset, FeatureStream
+from pipelines.costs.clocks import BenchmarkFailed, NumbersFile
+from pipelines.feature_datasets import FeatureDataset, FeatureStream, Sample
 from storage.paths import public_options, redact
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,7 @@ class ReadBenchmark:
     """Rows of a local store whose opening is timed: whole index and ledger, hardly any features. 0 leaves it out."""
     out: str = ""
     """Folder in which a temporary one is made (300 KB a row) and deleted; default: the system's."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "grid", "channels", "s3_rows", "reads", "repeat", "workers")
@@ -128,10 +127,10 @@ def _in_order(place: Place, read: Read, order: np.ndarray) -> Parts:
     return ((rows[i : i + size], read(slice(i, min(i + size, len(rows))))) for i in range(0, len(rows), size))
 
 
-def _loaded(loader: Iterable[dict[str, np.ndarray]]) -> Parts:
+def _loaded(loader: Iterable[Sample]) -> Parts:
     """Samples or batches; workers and threads start with the first of them."""
     for one in loader:
-        yield np.atleast_1d(one["row"]), one[LEVEL]
+        yield np.atleast_1d(np.asarray(one["row"])), np.asarray(one[LEVEL])
 
 
 def _dataset(place: Place, order: np.ndarray) -> Parts:

@@ -9,14 +9,13 @@ from typing import Literal
 
 from pipelines.benchmarks.data import write_masks
 from pipelines.config import require_at_least
-from pipelines.costs.clocks import WARM_UP, Machine, steady_rate, table
+from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, steady_rate, table
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
 from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
 from storage.paths import Folder
-from storage.runs import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +42,7 @@ class ReadoutBenchmark:
     """Of each run; the first two aren't counted."""
     repeat: int = 2
     """Rounds; each runs everything once. Rates are the best of them."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "batch", "repeat")
@@ -104,9 +102,9 @@ def measure_readouts(config: ReadoutBenchmark, folder: Path) -> ReadoutResult:
             if source == "store":
                 run = replace(run, store=store)
             train_inline(run.resolve().prepare(InlineExecutor()))
-            lines = [line for line in read_metrics(Folder(out)) if "images_per_s" in line]
-            losses[source] = [line["loss"] for line in lines]
-            rate = steady_rate(lines)
+            steps = rated_steps(Folder(out))
+            losses[source] = [step["loss"] for step in steps]
+            rate = steady_rate(steps)
             rates[method][source].append(rate)
             logger.info("round %d of %d: %s, %s, %.2f images/s", n + 1, config.repeat, method, source, rate)
         apart = max(apart, *(abs(a - b) for a, b in zip(losses["live"], losses["store"], strict=True)))

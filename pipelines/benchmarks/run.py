@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, autoscale_report, measure_autoscaling
 from pipelines.benchmarks.chaos import CHAOS_PRESETS, chaos_report, measure_chaos, require_nothing_lost
 from pipelines.benchmarks.evaluation import EVALUATE_PRESETS, evaluate_report, measure_evaluate
-from pipelines.benchmarks.extract import EXTRACT_PRESETS, extract_report, measure_extract
+from pipelines.benchmarks.extract import EXTRACT_PRESETS, measure_extract
+from pipelines.benchmarks.extract_report import extract_report
 from pipelines.benchmarks.index import INDEX_PRESETS, index_report, measure_index
 from pipelines.benchmarks.read import READ_PRESETS, measure_read
 from pipelines.benchmarks.read_report import read_report
@@ -83,7 +84,7 @@ def _fileless(measure: Callable[[Config], Result]) -> Callable[[Config, Path], R
     return lambda config, _: measure(config)
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
+BENCHMARKS: Mapping[str, Benchmark[Any, Any]] = {
     "extract": Benchmark(presets=EXTRACT_PRESETS, measure=measure_extract, report=extract_report, keeps=True),
     "precision": Benchmark(presets=PRECISION_PRESETS, measure=measure_precision, report=precision_report),
     "index": Benchmark(presets=INDEX_PRESETS, measure=measure_index, report=index_report),

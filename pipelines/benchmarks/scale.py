@@ -17,7 +17,7 @@ from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import run_fresh
 from pipelines.benchmarks.simulated import DriverUse, SimulatedExecutor, Turn
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
 from pipelines.executors import WINDOW_TASKS
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
@@ -48,8 +48,7 @@ class ScaleBenchmark:
     """Seconds that the model is busy with a task in the long run."""
     out: str = ""
     """Folder in which a temporary one is made (1 KB an image) and deleted; default: the system's."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "actors", "tasks_each", "feed_tasks", "feed_actors", "rows")

@@ -13,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,12 +27,11 @@ from cluster.session import connect
 from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import require_at_least
-from pipelines.costs.clocks import CORES, WARM_UP, Machine, steady_rate, table
+from pipelines.costs.clocks import CORES, WARM_UP, Machine, NumbersFile, rated_steps, steady_rate, table
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.training.lift import X2Config
 from pipelines.training.loop import train_inline, train_on_ray
 from storage.paths import Folder
-from storage.runs import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ class TrainBenchmark:
     """Rounds; each runs every contender once. Rates are the best of them."""
     ray: bool = True
     """Run Ray Train, too: one worker per core, one thread each, half of a batch for each of two."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "batch", "repeat")
@@ -125,7 +124,7 @@ def _this_loop(config: TrainBenchmark, out: str, photos: str, workers: int) -> f
     )
     setup = run.resolve().prepare(InlineExecutor() if workers == 1 else RayExecutor())
     train_inline(setup) if workers == 1 else train_on_ray(setup, "cpu")
-    return steady_rate([line for line in read_metrics(Folder(out)) if "images_per_s" in line])
+    return steady_rate(rated_steps(Folder(out)))
 
 
 def train_report(config: TrainBenchmark, result: TrainResult, machine: Machine) -> Iterator[str]:
@@ -154,7 +153,7 @@ class _Photos(Dataset[Tensor]):
         self.jpegs: list[bytes] = []
         for path in paths:
             with tarfile.open(path) as tar:
-                self.jpegs += [tar.extractfile(member).read() for member in tar]
+                self.jpegs += [file.read() for member in tar if (file := tar.extractfile(member))]
         self.transform = transforms.Compose(
             [
                 transforms.Resize((config.size, config.size)),
@@ -176,8 +175,10 @@ class _Keys(nn.Module):
 
     def __init__(self, config: TrainBenchmark):
         super().__init__()
-        self.vit = timm.create_model(config.model, dynamic_img_size=True, num_classes=0).eval().requires_grad_(False)
-        self.vit.blocks[-1].attn.qkv.register_forward_hook(self._keep)
+        model = timm.create_model(config.model, dynamic_img_size=True, num_classes=0).eval().requires_grad_(False)
+        self.vit = cast(VisionTransformer, model)
+        self.patch: int = self.vit.patch_embed.patch_size[0]
+        self.vit.blocks[-1].get_submodule("attn.qkv").register_forward_hook(self._keep)
 
     def _keep(self, _: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
         self.keys = qkv.chunk(3, dim=-1)[1][:, self.vit.num_prefix_tokens :]
@@ -185,7 +186,7 @@ class _Keys(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         self.vit.forward_features(images)
-        side = images.shape[-1] // self.vit.patch_embed.patch_size[0]
+        side = images.shape[-1] // self.patch
         return self.keys.transpose(1, 2).unflatten(2, (side, side)).float()
 
 
@@ -193,8 +194,7 @@ def _plain_loop(config: TrainBenchmark, photos: str, workers: int) -> float:
     paths = sorted(Path(photos).parent.glob(Path(photos).name))
     loader = DataLoader(_Photos(paths, config), config.batch, shuffle=True, num_workers=workers, drop_last=True)
     backbone = _Keys(config)
-    patch = backbone.vit.patch_embed.patch_size[0]
-    net = build_net({"method": "lift", "channels": backbone.vit.num_features, "patch": patch})
+    net = build_net({"method": "lift", "channels": backbone.vit.num_features, "patch": backbone.patch})
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
     step, counted, begun = 0, 0, 0.0
     while step < config.steps:

@@ -9,15 +9,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 import torch
+import tyro
 from torch.profiler import ProfilerActivity, profile
 
+from pipelines.config import ConfigError
 from storage.errors import RayliftError
+from storage.paths import Folder
+from storage.runs import read_metrics
+
+NumbersFile = Annotated[str, tyro.conf.arg(help="Write all numbers to this file.")]
 
 WARM_UP = 2
 """Steps of each training that aren't counted."""
+
+
+def rated_steps(folder: Folder) -> list[dict[str, float]]:
+    """The numbers that a training logged of each step that was timed, in order. Raises `CheckpointError`."""
+    lines = [line for line in read_metrics(folder) if "images_per_s" in line]
+    return [{name: value for name, value in line.items() if isinstance(value, int | float)} for line in lines]
 
 
 def steady_rate(lines: Sequence[Mapping[str, float]]) -> float:
@@ -50,6 +63,14 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 def median_ratio(times: Sequence[float], of: Sequence[float]) -> float:
     """Median over the rounds that both ran: what else the machine did then was much the same for both."""
     return statistics.median(a / b for a, b in zip(times, of, strict=False))
+
+
+def device_of(name: str) -> torch.device:
+    """The one that a setting asks for; `auto` is a GPU where there is one. Raises `ConfigError` for a GPU that isn't there."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ConfigError("--device cuda: torch finds no GPU here; use cpu")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
 def device_name(device: torch.device) -> str:
@@ -115,7 +136,7 @@ class Machine:
 
 def machine() -> Machine:
     """This one, now."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     name = next((line for line in _cpuinfo() if line.startswith("model name")), platform.processor())
     return Machine(
         cpu=name.split(":")[-1].strip() or platform.machine(),

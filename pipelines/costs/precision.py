@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from operators.image import decode
-from pipelines.costs.clocks import Machine, table
+from pipelines.costs.clocks import Machine, NumbersFile, table
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import Resolved, prepare, resolve
@@ -34,8 +34,7 @@ class PrecisionBenchmark:
     """As for jobs/extract.py. Random weights have none of the outlier channels that make int8 hard."""
     size: str | None = None
     """As for jobs/extract.py."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
 
 PRECISION_PRESETS = {

@@ -13,7 +13,7 @@ import torch
 
 from operators.readouts import ReadoutConfig, build_readout, published_counts
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import Machine, table
+from pipelines.costs.clocks import Machine, NumbersFile, table
 from pipelines.costs.upsamplers import counted_macs
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -43,8 +43,7 @@ class DeapCost:
     """Channels of the prediction; VOC has 21."""
     side: int = 224
     """Of the prediction, in pixels; DeAP asks a query for each 8 x 8."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "channels", "grid", "outputs", "side")

@@ -28,7 +28,7 @@ from operators.upsamplers import (
 )
 from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import Machine, device_name, peak_bytes, seconds_of, table
+from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, seconds_of, table
 
 BACKBONE = "backbone alone"
 
@@ -56,16 +56,14 @@ class CostBenchmark:
     """Rounds; each runs everything once, in changing order. Times are medians over them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is a GPU where there is one."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         if min(self.size, self.batch, self.repeat) < 1 or not self.precisions:
             raise ConfigError("--size, --batch and --repeat must be at least 1, and --precisions at least one")
         for name in self.upsamplers:
             require_enlarging("--upsamplers", name, beside_backbone=True)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch finds no GPU here; use cpu")
+        device_of(self.device)
 
 
 def require_enlarging(flag: str, name: str, *, beside_backbone: bool = False) -> AnyMethod:
@@ -96,7 +94,7 @@ COST_PRESETS = {
 
 def measure_cost(config: CostBenchmark) -> dict[str, Any]:
     """Counts of the paper's models, and times and peak memory of the configured one. Raises `BackboneError`, `ConfigError`."""
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
     try:
         measured = [_measure(config, device, precision) for precision in config.precisions]
     except UpsamplerError as error:

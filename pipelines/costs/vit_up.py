@@ -29,7 +29,7 @@ from operators.upsamplers.vit_up import (
     random_head,
 )
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import Machine, device_name, median_ratio, peak_bytes, table, timed
+from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, table, timed
 from pipelines.costs.upsamplers import BACKBONE, TABLE_9, count_parameters, counted_macs
 from pipelines.costs.windows import compare_window, window_report
 
@@ -68,16 +68,14 @@ class ViTUpBenchmark:
     """Rounds of that comparison."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is a GPU where there is one."""
-    json: str = ""
-    """Write all numbers to this file."""
+    json: NumbersFile = ""
 
     def __post_init__(self) -> None:
         if min(self.size, self.query_size, *self.grids, *self.windows, self.window_grid, self.window_repeat) < 1:
             raise ConfigError("--size, --query-size, --grids, --windows and --window-... must be at least 1")
         if not self.chunks or min(self.repeat, *self.chunks) < 0 or self.row_s <= 0:
             raise ConfigError("--chunks (at least one) and --repeat must be at least 0, and --row-s above 0")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch finds no GPU here; use cpu")
+        device_of(self.device)
 
 
 VIT_UP_PRESETS = {
@@ -101,7 +99,7 @@ VIT_UP_PRESETS = {
 def measure_vit_up(config: ViTUpBenchmark) -> dict[str, Any]:
     """Operations, times and peak memory of every row. Raises `BackboneError`, `ConfigError`, `UpsamplerError`, and
     `BenchmarkFailed` where windows don't give what gathering gives."""
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
     on_gpu = device.type == "cuda"
     grids = config.grids or (ALL_GRIDS if on_gpu else CPU_GRIDS)
     precision = config.precision if config.precision != "auto" else ("bf16" if on_gpu else "fp32")
