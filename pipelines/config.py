@@ -181,7 +181,9 @@ class JobConfig:
 
     def changed(self, **settings: Any) -> Self:
         """These settings with other values, as `of`."""
-        known, own, held = settings_of(type(self)), {}, {}
+        known = settings_of(type(self))
+        own: dict[str, Any] = {}
+        held: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
             if name not in known:
                 raise TypeError(f"{type(self).__name__} has no setting {name}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import ConfigError
+from storage.differences import differences
 from storage.paths import Folder
 from storage.runs import read_pointers, read_run, write_run
 
@@ -45,16 +46,6 @@ def begin_run(folder: Folder, made_of: Mapping[str, Any], config: Mapping[str, A
 
 def require_same(shown: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises `ConfigError` with what differs between a run and its continuation."""
-    if differences := describe_difference("run", before, now):
-        raise ConfigError(
-            f"{shown} was begun with other settings:\n{differences}\nUse a new --out, or the settings above."
-        )
-
-
-def describe_difference(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between `what` there was before and now, a line each; empty where nothing does."""
-    return "\n".join(
-        f"  {name:<16} {what} {before.get(name)!r}   now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    )
+    if found := differences(before, now):
+        lines = found.text("run", "now")
+        raise ConfigError(f"{shown} was begun with other settings:\n{lines}\nUse a new --out, or the settings above.")

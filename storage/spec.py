@@ -4,14 +4,16 @@ Two stores of one fingerprint hold the same features of the same samples in the 
 under another one. Everything here is plain data with a JSON round trip.
 """
 
+import enum
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
 
+from storage.differences import Differences, differences
 from storage.documents import JsonObject, JsonValue, decode
 from storage.paths import StorageError
 
@@ -95,36 +97,52 @@ class Level:
         return math.prod(self.row_shape) * width + (4 * self.channels if self.dtype == "int8" else 0)
 
 
+class Use(enum.Enum):
+    """What a field of `FeatureSpec` is to those who use features. A store holds those of exactly one spec: there, all count."""
+
+    LEARNED = "who learned from features, an upsampler or a readout, makes sense with the same only (LiFT's Table 7)"
+    LEARNED_LATER = "as LEARNED; the first checkpoints don't say it"
+    PLACED = "how images become the input, which an evaluation's protocol decides"
+    NUMBERS = "changes the numbers, not what they mean"
+
+
+T = TypeVar("T")
+Learned = Annotated[T, Use.LEARNED]
+LearnedLater = Annotated[T, Use.LEARNED_LATER]
+Placed = Annotated[T, Use.PLACED]
+Numbers = Annotated[T, Use.NUMBERS]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
     """All that changes the numbers."""
 
-    model: str
+    model: Learned[str]
     "timm name, tag included"
-    weights: str
+    weights: Learned[str]
     "sha256 of the weights that were loaded"
-    weights_source: Literal["pretrained", "file", "random"]
-    layers: tuple[int, ...]
+    weights_source: Numbers[Literal["pretrained", "file", "random"]]
+    layers: Learned[tuple[int, ...]]
     "0-based blocks (stages for hierarchical models); their maps are concatenated along the channels, in this order"
-    facet: Literal["token", "key", "query", "value"]
+    facet: Learned[Literal["token", "key", "query", "value"]]
     "`token`: the block's output. Others: that projection of the block's attention, channels head-major, before any norm or RoPE"
-    norm: bool
+    norm: Learned[bool]
     "the backbone's final norm is applied to `token` maps"
-    stride: int
+    stride: LearnedLater[int]
     "input pixels from one cell to the next"
-    pos_embed: Literal["timm", "dino"]
+    pos_embed: LearnedLater[Literal["timm", "dino"]]
     "how absolute position embeddings are brought to another grid"
-    input_size: tuple[int, int]
+    input_size: Placed[tuple[int, int]]
     "(height, width) of the model's input in pixels"
-    geometry: Literal["crop", "squash", "pad"]
-    crop_pct: float
-    interpolation: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    precision: Literal["bf16", "fp16", "fp32"]
-    jpeg_draft: bool
-    levels: tuple[Level, ...]
-    model_args: JsonObject = field(default_factory=dict, hash=False)
+    geometry: Placed[Literal["crop", "squash", "pad"]]
+    crop_pct: Placed[float]
+    interpolation: Numbers[str]
+    mean: LearnedLater[tuple[float, float, float]]
+    std: LearnedLater[tuple[float, float, float]]
+    precision: Numbers[Literal["bf16", "fp16", "fp32"]]
+    jpeg_draft: Placed[bool]
+    levels: Numbers[tuple[Level, ...]]
+    model_args: LearnedLater[JsonObject] = field(default_factory=dict, hash=False)
     "timm's arguments where the network isn't built as its name alone says"
 
     def __post_init__(self) -> None:
@@ -145,6 +163,25 @@ class FeatureSpec:
     def from_json(cls, data: JsonObject) -> "FeatureSpec":
         """Raises `ValueError` for what `to_json` can't have given."""
         return decode(cls, data, "spec")
+
+    @classmethod
+    def names(cls, *uses: Use) -> tuple[str, ...]:
+        """The fields with one of these uses."""
+        hints = get_type_hints(cls, include_extras=True)
+        return tuple(f.name for f in fields(cls) if get_args(hints[f.name])[1] in uses)
+
+    def learned(self) -> dict[str, JsonValue]:
+        """What a network that learned from such features must be given again, as its checkpoint says it."""
+        data = {"model_args": {}, **self.to_json()}
+        return {name: data[name] for name in self.names(Use.LEARNED, Use.LEARNED_LATER)}
+
+    def differences(self, other: "FeatureSpec", names: Collection[str] | None = None) -> Differences:
+        """Fields, all or some, in which `other` isn't as this one."""
+        there, here = (
+            {name: value for name, value in each.to_json().items() if names is None or name in names}
+            for each in (self, other)
+        )
+        return differences(there, here)
 
     @property
     def row_bytes(self) -> int:
@@ -233,34 +270,3 @@ def fingerprint_of(spec: JsonObject, layout: JsonObject) -> str:
     """`fingerprint` of a spec and a layout as a store's attributes hold them."""
     data = {"spec": spec, "layout": layout}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def differences(store: FeatureSpec, store_layout: Layout, run: FeatureSpec, run_layout: Layout) -> list[str]:
-    """One line per field in which the store and the run differ."""
-    lines = []
-    for old, new in ((store, run), (store_layout, run_layout)):
-        for f in fields(old):
-            a, b = getattr(old, f.name), getattr(new, f.name)
-            if f.name == "levels":
-                lines += _level_differences(a, b)
-            elif a != b:
-                lines.append(f"  {f.name:<15} store {_short(a)}   run {_short(b)}")
-    return lines
-
-
-def _level_differences(store: tuple[Level, ...], run: tuple[Level, ...]) -> list[str]:
-    old, new = {level.name: level for level in store}, {level.name: level for level in run}
-    if list(old) != list(new):
-        return [f"  {'levels':<15} store {' '.join(old)}   run {' '.join(new)}"]
-    lines = []
-    for name in old:
-        for f in fields(Level):
-            a, b = getattr(old[name], f.name), getattr(new[name], f.name)
-            if a != b:
-                lines.append(f"  {name + '.' + f.name:<15} store {_short(a)}   run {_short(b)}")
-    return lines
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
+from storage.differences import differences
 from storage.documents import DamagedObject, Document, JsonObject, JsonValue, decode_known
 from storage.ledger import SCHEMA, Ledger
 from storage.metadata import zarr_documents
@@ -24,7 +25,7 @@ from storage.reader import LevelReader
 from storage.root import FORMAT, ROOT, RootDocument, StoreReplaced, read_attributes, require_same_store
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
-from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, differences, fingerprint
+from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, fingerprint
 from storage.writer import BlockWriter
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,8 @@ class FeatureStore:
         """Raise `FingerprintMismatch` unless this store holds exactly what `spec` and `layout` describe."""
         if self.root.fingerprint == fingerprint(spec, layout):
             return
-        lines = "\n".join(differences(self.spec, self.layout, spec, layout))
+        there, here = ({**each.to_json(), **asdict(cut)} for each, cut in ((self.spec, self.layout), (spec, layout)))
+        lines = differences(there, here).text("store", "run")
         raise FingerprintMismatch(
             f"{self.folder.shown} was written with different features than this run would write.\n{lines}\n"
             "Choose another --out, or change the settings above to match the store."

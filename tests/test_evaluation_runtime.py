@@ -14,9 +14,9 @@ from pipelines.config import ConfigError
 from pipelines.costs import runtime
 from pipelines.costs.clocks import held_bytes
 from pipelines.costs.runtime import RuntimeConfig
-from pipelines.costs.upsamplers import TABLE_9
 from pipelines.costs.vit_up import head_macs
 from pipelines.evaluation.run import run_pieces
+from pipelines.published import VIT_UP_RUNTIME
 from tests.test_pipelines_evaluation import TINY, evaluate
 from tests.test_pipelines_learned import checkpoint
 
@@ -129,7 +129,7 @@ def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
     assert on_gpu.tables[0].columns[3] == "peak MiB"
     assert on_cpu.tables[0].columns[3] == "peak RSS, MiB"
     assert not any(line.published for line in on_cpu.tables[0].lines)
-    assert {grid for values in TABLE_9.values() for grid in values} == {112, 224, 448}
+    assert {grid for values in VIT_UP_RUNTIME.rows.values() for grid in values} == {"112", "224", "448"}
 
 
 def test_timings_of_two_devices_are_no_table(tmp_path):

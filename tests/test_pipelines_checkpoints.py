@@ -9,13 +9,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from operators.backbone import TimmBackbone, create_model, state_arrays, weights_digest
+from operators.backbone import create_model, state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError
 from operators.upsamplers.vit_up import Lora, ViTUpConfig, random_head
 from pipelines.features.bundle import load_described
 from pipelines.features.config import FeatureConfig
-from pipelines.features.upsamplers import TRAINED_ON, UpsamplerWeights, trained_on
+from pipelines.features.upsamplers import UpsamplerWeights
 from storage.paths import Folder
+from storage.spec import FeatureSpec, Use
 
 NAME, SIZE = "test_vit.r160_in1k", (64, 64)
 SETTINGS = ViTUpConfig(channels=64, heads=2, layers=(0, 2, 4, 6), hidden_size=64, query_size=64)
@@ -45,14 +46,17 @@ def test_digest_of_vit_up_is_that_of_what_runs(adapted):
     assert replace(adapted, arrays=changed).digest != expected
 
 
+def spec(**settings: object) -> FeatureSpec:
+    return load_described(FeatureConfig(model=NAME, size="64", precision="fp32", levels=("x1",), **settings))[0].spec
+
+
 def save(weights: UpsamplerWeights, url: str, **settings: object) -> None:
     folder = Folder(url)
     folder.write(
         "model.safetensors", safetensors.torch.save({k: torch.from_numpy(v) for k, v in weights.arrays.items()})
     )
     chosen = {**weights.settings, **settings}
-    backbone = TimmBackbone(create_model(NAME, SIZE, None, 0), facet="token")
-    described = trained_on(NAME, state_arrays(create_model(NAME, SIZE, None, 0)), backbone, (-1,))
+    described = spec(weights="random").learned()
     folder.write(
         "config.json", json.dumps({"upsampler": {"method": "vit_up", **chosen}, "backbone": described}).encode()
     )
@@ -71,11 +75,13 @@ def test_vit_up_deeper_than_its_backbone_is_refused(adapted, tmp_path):
 
 
 def test_what_an_upsampler_was_trained_on():
-    model = create_model(NAME, SIZE, None, 3)
-    arrays = {name: value.copy() for name, value in state_arrays(model).items()}
+    arrays = state_arrays(create_model(NAME, SIZE, None, 3))
 
-    found = trained_on(NAME, arrays, TimmBackbone(model, facet="key", norm=False), (-1, 0))
+    found = spec(weights="random:3", facet="key", norm=False, layers=(-1, 0)).learned()
 
-    assert tuple(found) == TRAINED_ON
     assert json.loads(json.dumps(found)) == found
-    assert found == {"model": NAME, "weights": weights_digest(arrays), "layers": [5, 0], "facet": "key", "norm": False}
+    first = {"model": NAME, "weights": weights_digest(arrays), "layers": [5, 0], "facet": "key", "norm": False}
+    assert {name: found.pop(name) for name in FeatureSpec.names(Use.LEARNED)} == first
+    assert found == {
+        "stride": 16, "pos_embed": "timm", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "model_args": {}
+    }  # fmt: skip

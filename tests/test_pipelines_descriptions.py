@@ -290,11 +290,11 @@ def test_training_and_evaluation_take_the_same_description(tmp_path, make_tars):
 
     spec, backbone = recipe.spec((64, 64)), setup.described["backbone"]
     assert sizes == ((64, 64),)
-    assert spec.mean == setup.backbone.expects.mean == tuple(backbone["mean"]) == INPUT["mean"]
+    assert spec.mean == setup.backbone.spec.mean == tuple(backbone["mean"]) == INPUT["mean"]
     assert spec.model_args == backbone["model_args"] == {"num_heads": 4}
     image = pixels(64, 64)
     with torch.inference_mode():
-        ours = setup.backbone.build()(setup.backbone.input(image[None], torch.device("cpu")), (5,)).layers[5]
+        ours = setup.backbone.backbone()(setup.backbone.input(image[None], torch.device("cpu")), (5,)).layers[5]
     theirs = recipe.bundle((64, 64)).build("cpu")(image[None], {})[0]["x1"].astype(np.float32)
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), theirs, atol=2e-2)
 

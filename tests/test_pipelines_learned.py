@@ -400,19 +400,20 @@ def test_ray_writes_the_bytes_of_the_inline_run(keys, tmp_path):
     [
         ("model", "vit_small_patch16_224.dino", "test_vit.r160_in1k"),
         ("weights", "0" * 64, "sha256 of the weights"),
-        ("layers", [2], "[5]"),
+        ("layers", [2], [5]),
         ("facet", "token", "key"),
-        ("norm", True, "False"),
-        ("stride", 8, "16"),
+        ("norm", True, False),
+        ("stride", 8, 16),
         ("pos_embed", "dino", "timm"),
-        ("model_args", {"num_heads": 4}, "{}"),
-        ("mean", [0.0, 0.0, 0.0], "[0.5, 0.5, 0.5]"),
-        ("std", [1.0, 1.0, 1.0], "[0.5, 0.5, 0.5]"),
+        ("model_args", {"num_heads": 4}, {}),
+        ("mean", [0.0, 0.0, 0.0], [0.5, 0.5, 0.5]),
+        ("std", [1.0, 1.0, 1.0], [0.5, 0.5, 0.5]),
     ],
 )
 def test_checkpoint_of_another_backbone_is_refused_unless_forced(keys, tmp_path, capfd, caplog, field, other, here):
     url, data = checkpoint(tmp_path / "ckpt", backbone=trained_on(**{field: other})), keys().data
     here = trained_on()["weights"] if field == "weights" else here
+    other, here = (f"'{each[:12]}…'" if field == "weights" else repr(each) for each in (other, here))
     args = arguments(data, tmp_path / "out.zarr", "--levels", "x1", f"x2=lift:{url}")
 
     assert run(args) == 2
@@ -421,11 +422,11 @@ def test_checkpoint_of_another_backbone_is_refused_unless_forced(keys, tmp_path,
     assert "UpsamplerError" in message
     assert "--force-upsampler" in message
     [line] = [line for line in message.splitlines() if line.startswith("  ")]
-    assert line.split() == f"{field} trained on {other}, used with {here}".split()
+    assert line.split() == f"{field} trained on {other}   used with {here}".split()
     assert not (tmp_path / "out.zarr").exists()
     with caplog.at_level(logging.WARNING):
         assert run([*args, "--force-upsampler"]) == 0
-    assert f"trained on {other}, used with {here}" in caplog.text
+    assert f"trained on {other}   used with {here}" in caplog.text
     assert len(FeatureStore.open(str(tmp_path / "out.zarr"))) == 6
 
 

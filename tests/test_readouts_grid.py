@@ -14,11 +14,12 @@ from jobs import tables as job
 from operators.backbone import TimmBackbone
 from pipelines.config import ConfigError
 from pipelines.costs import speed
+from pipelines.published import DEAP_RESULTS, DEAP_TASKS
 from pipelines.tables import cells as grid
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import CellResult, CellsFailed, GridConfig, plan_cells, run_cell, run_cells
 from pipelines.tables.deap import entries, main, report, scatter, write_grid
-from pipelines.tables.tasks import DEAP_TASKS, PUBLISHED, TABLE_3, find_task, published_values
+from pipelines.tables.tasks import PUBLISHED, find_task, published_values
 from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
 from storage.paths import Folder
@@ -86,9 +87,14 @@ def test_published_settings_reach_the_runs(sets, tmp_path):
 
     assert len(cells) == 2 * 3 * 2
     voc = cells["siglip-so-voc-deap-8-dim-0"]
-    assert (voc.model, voc.size, voc.ragged) == ("vit_so400m_patch14_siglip_384.webli", 512, True)
+    assert (voc.features.model, voc.features.size, voc.features.ragged) == (
+        "vit_so400m_patch14_siglip_384.webli",
+        512,
+        True,
+    )
     assert (voc.placement, voc.max_steps, voc.dim, voc.batch, voc.epochs) == ("squash", 10_000, 8, 16, 7)
-    assert (voc.weights, cells["untrained-voc-linear-0"].weights) == ("s3://bucket/siglip-so.safetensors", "random")
+    weights = voc.features.weights, cells["untrained-voc-linear-0"].features.weights
+    assert weights == ("s3://bucket/siglip-so.safetensors", "random")
     stuff = cells["untrained-coco-stuff-deap-8-dim-0"]
     assert (stuff.outputs, stuff.width, stuff.limit) == (200, 32, 100_000)
     assert cells["untrained-coco-stuff-linear-0"].width is None
@@ -325,8 +331,8 @@ def test_a_store_of_another_backbone_is_refused(sets, tiny, tmp_path):
 
 
 def test_papers_numbers_are_complete():
-    assert set(TABLE_3) == {each.name for each in BACKBONES}
-    for backbone in TABLE_3:
+    assert set(DEAP_RESULTS.rows) == {each.name for each in BACKBONES}
+    for backbone in DEAP_RESULTS.rows:
         for task in DEAP_TASKS:
             assert len(published_values(backbone, "", "deap", task)) == len(PUBLISHED[task].columns)
     assert published_values("mae", "", "deap-no-sigma", "voc") == (None, 35.1)

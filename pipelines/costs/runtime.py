@@ -21,14 +21,15 @@ from operators.backbone import PatchFeatures, TimmBackbone, autocast
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, timed
-from pipelines.costs.upsamplers import PUBLISHED, TABLE_9, count_operations, counted_macs, require_enlarging
+from pipelines.costs.upsamplers import count_operations, counted_macs, require_enlarging
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import LevelConfig
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, Row, resolve_source
-from pipelines.features.upsamplers import UpsamplerWeights, described_by, load_upsampler
-from pipelines.results import Findings, Line, Published, Table, shown_size, with_published
+from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
+from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, Published, Values
+from pipelines.results import Findings, Line, Table, shown_size, with_published
 from storage.datasets.files import digest
 from storage.paths import Folder
 
@@ -212,7 +213,7 @@ def _load(
 ) -> UpsamplerWeights:
     if url:
         options = {"storage_options": config.options, "force": config.features.force_upsampler}
-        return load_upsampler(method, url, backbone, described_by(bundle.spec), **options)
+        return load_upsampler(method, url, backbone, bundle.spec, **options)
     found = find_method(method)
     channels = backbone.channels * len(bundle.spec.layers)
     return UpsamplerWeights.of(found, *found.untrained(backbone, channels, config.side, bundle.reload))
@@ -314,18 +315,21 @@ def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
     out: list[Line] = []
     for case, line in zip(task.cases, lines, strict=True):
         side = case.row.grid[0]
-        values = TABLE_9.get(f"ViT-Up, {case.chunk} x {case.chunk} at once", {}) if case.chunk else {}
-        out += [line, *([_published(line, line.features, values[side])] if side in values else [])]
-    others = {name: values for name, values in TABLE_9.items() if not name.startswith("ViT-Up")}
+        found = VIT_UP_RUNTIME.values(f"ViT-Up, {case.chunk} x {case.chunk} at once", str(side)) if case.chunk else ()
+        out += [line, *([_published(line, line.features, found)] if found else [])]
+    others = [name for name in VIT_UP_RUNTIME.rows if not name.startswith("ViT-Up")]
     by_side = {case.row.grid[0]: line for case, line in zip(task.cases[1:], lines[1:], strict=True)}
     for side, line in by_side.items():
-        out += [_published(line, name, values[side]) for name, values in others.items() if side in values]
+        found = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
+        out += [_published(line, name, values) for name, values in found.items() if values]
     return out
 
 
-def _published(line: Line, name: str, values: tuple[float, float]) -> Line:
+def _published(line: Line, name: str, values: Values) -> Line:
     cells = (values[0], None, None, values[1], None, None)
-    return replace(line, features=f"ViT-Up Table 9: {name}", stride=None, values=cells, published=True)
+    return replace(
+        line, features=f"{VIT_UP.name} {VIT_UP_RUNTIME.table}: {name}", stride=None, values=cells, published=True
+    )
 
 
 def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any]) -> Table:
@@ -352,14 +356,14 @@ def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any])
 
 def _lift_published(config: RuntimeConfig, low: Row) -> Published:
     """LiFT's Table 5 where it has this model, size and stride."""
-    values = {
+    rows = {
         method: {str(config.side): (None, operations)}
-        for one in PUBLISHED
+        for one in LIFT_OPERATIONS
         if (one.model, one.size, one.stride) == (config.features.model, config.side, low.stride)
         for method, operations in (("backbone", one.alone), ("lift", one.lift))
         if operations is not None
     }
-    return Published(source="LiFT Table 5", values=values)
+    return Published(paper=LIFT, table="Table 5", rows=rows)
 
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:

@@ -29,7 +29,6 @@ from pipelines.features.sources import (
     pooled_level,
     resolve_source,
 )
-from pipelines.provenance import describe_difference
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.drawing import picture_of
@@ -39,6 +38,7 @@ from pipelines.training.readout import features_of
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
+from storage.differences import differences
 from storage.documents import decode
 from storage.paths import Folder, redact
 from storage.spread import spread
@@ -207,8 +207,9 @@ def _row_of(readout: TrainedReadout, recipe: Recipe, size: Size) -> Row:
     if found is None:
         raise ConfigError(f"{readout.shown} reads {level['name']} ({level['method']}), which isn't among --levels")
     here = features_of(spec, found)
-    if differences := describe_difference("trained on", {**trained, "level": level}, here):
-        raise ConfigError(f"{readout.shown} was trained on other features:\n{differences}")
+    if different := differences({**trained, "level": level}, here):
+        lines = different.text("trained on", "now")
+        raise ConfigError(f"{readout.shown} was trained on other features:\n{lines}")
     if readout.config.method == "depth_bins" and pooled_level(spec.levels) is None:
         raise ConfigError(
             f"{readout.shown} reads the CLS vector, too, which isn't there; extract with --levels pooled=cls"

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from operators.backbone import TimmBackbone, create_model, load_arrays, state_arrays, weights_digest
+from operators.backbone import TimmBackbone, create_model, load_arrays, normalise, state_arrays, weights_digest
 from pipelines.config import ConfigError
 from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
@@ -20,7 +20,6 @@ from pipelines.features.levels import LevelChoice, resolve_level
 from pipelines.features.model import FeatureModel
 from pipelines.features.upsamplers import (
     UpsamplerWeights,
-    described_by,
     load_upsampler,
     unfamiliar_size,
 )
@@ -39,8 +38,12 @@ class ModelBundle:
     "learned ones, by level"
 
     def build(self, device: str) -> FeatureModel:
+        return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.reload)
+
+    def backbone(self) -> TimmBackbone:
+        """The backbone as it gives the features, on the CPU."""
         spec = self.spec
-        backbone = TimmBackbone(
+        return TimmBackbone(
             self.reload(),
             facet=spec.facet,
             norm=spec.norm,
@@ -48,7 +51,10 @@ class ModelBundle:
             pos_embed=spec.pos_embed,
             ragged=any(side % spec.stride for side in spec.input_size),
         )
-        return FeatureModel(spec, backbone, torch.device(device), self.upsamplers, self.reload)
+
+    def input(self, pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
+        """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
+        return normalise(torch.from_numpy(np.array(pixels_BHW3)).to(device), self.spec.mean, self.spec.std)
 
     def reload(self) -> nn.Module:
         """The timm model with its own position embeddings, which a backbone in use has replaced."""
@@ -176,9 +182,8 @@ def _load_upsamplers(
     force: bool,
 ) -> dict[str, UpsamplerWeights]:
     """By level; levels of one method and URL share theirs."""
-    here = described_by(spec)
     checkpoints = {
-        place: load_upsampler(*place, backbone, here, storage_options=options, force=force)
+        place: load_upsampler(*place, backbone, spec, storage_options=options, force=force)
         for place in dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
     }
     return {choice.name: checkpoints[choice.method, choice.url] for choice in levels if choice.url}

@@ -28,7 +28,7 @@ from storage.datasets.frames import OrientedImage
 from storage.datasets.images import EncodedImage, orientation_of, unreadable
 from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import StorageError, StorageOptions
-from storage.spec import FeatureSpec, Level
+from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -152,11 +152,10 @@ class LiveRecipe:
 
     def identity(self) -> dict[str, Any]:
         """What makes the features, as JSON values."""
-        spec = next(iter(self.bundles.values())).spec.to_json()
-        spec["levels"] = [[lv["name"], lv["method"], lv["dtype"], lv["digest"]] for lv in spec["levels"]]
-        for name in ("input_size", "geometry", "crop_pct", "jpeg_draft"):
-            del spec[name]
-        return {"drawing": self.drawing, "model": spec}
+        spec = next(iter(self.bundles.values())).spec
+        said = {name: value for name, value in spec.to_json().items() if name not in FeatureSpec.names(Use.PLACED)}
+        said["levels"] = [[level.name, level.method, level.dtype, level.digest] for level in spec.levels]
+        return {"drawing": self.drawing, "model": said}
 
     def bundle(self, size: Size) -> ModelBundle:
         """What builds the model for inputs of `size`."""

@@ -1,8 +1,8 @@
 """Learned upsamplers from where they are kept, held against the backbone that they are to be used with.
 
 A checkpoint is a folder at any URL: `config.json` and `model.safetensors`; a training run's folder stands for its best one.
-config.json holds `upsampler` (`method`, and the method's settings) and `backbone` (TRAINED_ON, SAID_SINCE: what made the features
-it was trained on). Official files hold weights alone; the rest is taken from the backbone they are used with.
+config.json holds `upsampler` (`method`, and the method's settings) and `backbone` (`FeatureSpec.learned`: what made the features
+it was trained on). Official files hold weights alone; the rest is taken from the backbone that they are used with.
 
 `backbone` of a training run says `size` as well, the side of its images in pixels. Maps of another size are no mistake, since
 the papers have them, too; but how good they are nobody knows, so it is said (`unfamiliar_size`).
@@ -11,7 +11,7 @@ the papers have them, too; but how good they are nobody knows, so it is said (`u
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,32 +23,13 @@ from operators.backbone import TimmBackbone, weights_digest
 from operators.upsamplers import AnyMethod, Settings, Upsampler, UpsamplerError, find_method
 from operators.upsamplers.protocol import Precision, Reload
 from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
+from storage.differences import differences
+from storage.documents import JsonObject
 from storage.paths import Folder, has_extension, redact
 from storage.runs import read_pointers
-from storage.spec import FeatureSpec
+from storage.spec import FeatureSpec, Use
 
 logger = logging.getLogger(__name__)
-
-TRAINED_ON = ("model", "weights", "layers", "facet", "norm")
-"""What must be the same of the backbone for an upsampler to make sense (LiFT, arXiv 2403.14625, Table 7)."""
-
-SAID_SINCE = ("stride", "pos_embed", "model_args", "mean", "std")
-"""What must be the same as well, and older checkpoints don't say."""
-
-
-def trained_on(
-    model: str, arrays: Mapping[str, np.ndarray], backbone: TimmBackbone, layers: Sequence[int]
-) -> dict[str, Any]:
-    """The values of TRAINED_ON, JSON values, for a timm name and its weights as `state_arrays` gives them before the
-    backbone touches them. Raises `BackboneError` for layers that the backbone hasn't."""
-    values = (model, weights_digest(arrays), list(backbone.resolve_layers(layers)), backbone.facet, backbone.norm)
-    return dict(zip(TRAINED_ON, values, strict=True))
-
-
-def described_by(spec: FeatureSpec) -> dict[str, Any]:
-    """The values of TRAINED_ON and SAID_SINCE, JSON values, of features that are made so."""
-    values = {name: getattr(spec, name) for name in (*TRAINED_ON, *SAID_SINCE)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +91,12 @@ def load_upsampler(
     method: str,
     url: str,
     backbone: TimmBackbone,
-    described: Mapping[str, Any],
+    spec: FeatureSpec,
     *,
     storage_options: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> UpsamplerWeights:
-    """The upsampler at `url` for `backbone`; `described` is what `trained_on` gives here.
+    """The upsampler at `url` for `backbone`; `spec` is of the maps that it would be given.
 
     Raises `WeightsUnavailable`, and `UpsamplerError` for another method or (unless `force`) another backbone.
     """
@@ -132,7 +113,7 @@ def load_upsampler(
     if made_for is None:
         logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", shown)
         return weights
-    _require_same_backbone(shown, made_for, described, force=force)
+    _require_same_features(shown, made_for, spec, force=force)
     size = made_for.get("size")
     sides = find_method(method).trained_sides(size) if type(size) is int and size > 0 else ()
     return replace(weights, trained_sides=sides)
@@ -179,19 +160,16 @@ def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[dict[str,
         ) from None
 
 
-def _require_same_backbone(shown: str, made_for: Mapping[str, Any], here: Mapping[str, Any], *, force: bool) -> None:
+def _require_same_features(shown: str, made_for: JsonObject, here: FeatureSpec, *, force: bool) -> None:
     # Until weights' own config.json was read, networks were built as their name says.
     made_for = {"model_args": {}, **made_for}
-    if unsaid := [name for name in SAID_SINCE if name not in made_for]:
+    if unsaid := [name for name in FeatureSpec.names(Use.LEARNED_LATER) if name not in made_for]:
         logger.warning("%s doesn't say %s of what it was trained on; taken to be as here", shown, ", ".join(unsaid))
-    differences = [
-        f"  {name:<10} trained on {made_for.get(name)}, used with {here[name]}"
-        for name in (*TRAINED_ON, *SAID_SINCE)
-        if name not in unsaid and made_for.get(name) != here[name]
-    ]
-    if not differences:
+    known = {name: value for name, value in here.learned().items() if name not in unsaid}
+    found = differences({name: made_for.get(name) for name in known}, known)
+    if not found:
         return
-    text = f"{shown} was trained on other features than it would be given:\n" + "\n".join(differences)
+    text = f"{shown} was trained on other features than it would be given:\n" + found.text("trained on", "used with")
     if not force:
         raise UpsamplerError(f"{text}\nUse the features it was trained on, or --force-upsampler.")
     logger.warning("%s", text)

@@ -22,12 +22,12 @@ from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, a
 from pipelines.costs.readouts import METHODS as COUNTED
 from pipelines.costs.speed import SpeedProtocol, measure_speed
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.provenance import describe_difference
 from pipelines.tables.backbones import PaperBackbone, find_backbone
-from pipelines.tables.tasks import PublishedTask, find_task
+from pipelines.tables.tasks import TableTask, find_task
 from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
+from storage.differences import differences
 from storage.errors import RayliftError
 from storage.paths import Folder, redact
 
@@ -162,7 +162,8 @@ class GridConfig(JobConfig):
         )
 
     def flat(self) -> dict[str, Any]:
-        return {**super().flat(), "cell": _given(self.cell)}
+        # Tables have said these two so from the beginning.
+        return {**super().flat(), "cell": _given(self.cell), "storage_options": self.cluster.storage_options or "{}"}
 
 
 def _given(training: ReadoutTraining) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class Cell:
     name: str
     "of its folder"
     backbone: PaperBackbone
-    task: PublishedTask
+    task: TableTask
     method: str
     seed: int
     training: ReadoutTraining
@@ -258,7 +259,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
 
 
-def _cell(config: GridConfig, backbone: PaperBackbone, task: PublishedTask, method: str, seed: int) -> Cell:
+def _cell(config: GridConfig, backbone: PaperBackbone, task: TableTask, method: str, seed: int) -> Cell:
     name = "-".join(map(slug, (backbone.name, task.name, method, str(seed))))
     settings = {**task.settings, **METHODS[method], **_given(config.cell)}
     if METHODS[method]["method"] in ("linear", "depth_bins"):
@@ -285,7 +286,7 @@ def _cell(config: GridConfig, backbone: PaperBackbone, task: PublishedTask, meth
     return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training)
 
 
-def _stores(config: GridConfig, backbone: PaperBackbone, task: PublishedTask) -> dict[str, str]:
+def _stores(config: GridConfig, backbone: PaperBackbone, task: TableTask) -> dict[str, str]:
     """Settings that name the stores of both parts."""
     if not config.store:
         return {}
@@ -340,7 +341,7 @@ def _read_result(cell: Cell) -> CellResult | None:
     try:
         found = json.loads(Folder(cell.training.out, cell.training.options).read(RESULT))
         # As for runs: a setting that didn't exist yet counts as its default, None.
-        if describe_difference("cell", found["settings"], _settings(cell)):
+        if differences(found["settings"], _settings(cell)):
             return None
         result = CellResult(**found["result"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):

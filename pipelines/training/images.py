@@ -7,29 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from operators.backbone import (
-    Preprocessing,
-    TimmBackbone,
-    normalise,
-    preprocessing,
-)
+from operators.backbone import TimmBackbone, preprocessing
 from pipelines.config import ConfigError, Counts, Found, require_at_least
 from pipelines.extraction.prepare import index_input
-from pipelines.features.bundle import describe_model, fresh_model, load_settings
+from pipelines.features.bundle import ModelBundle, load_described
 from pipelines.features.config import completed
-from pipelines.features.upsamplers import described_by
 from pipelines.provenance import begin_run
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
+from storage.documents import JsonValue
 from storage.identity import content_sample
 from storage.inputs import Listing, expand_inputs
 from storage.paths import Folder
 from storage.runs import read_run
 from storage.samples import SampleIndex
+from storage.spec import FeatureSpec
 from storage.tars import MemberRules
 
 
@@ -70,11 +64,11 @@ class ImageTraining(TrainConfig):
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
         raise NotImplementedError
 
-    def view(self, backbone: "FrozenBackbone") -> View:
+    def view(self, backbone: ModelBundle) -> View:
         """What is made of an image file."""
         raise NotImplementedError
 
-    def stored_features(self, backbone: "FrozenBackbone") -> StoredFeatures | None:  # noqa: ARG002
+    def stored_features(self, backbone: ModelBundle) -> StoredFeatures | None:  # noqa: ARG002
         """Features that are read instead of computed. Raises `ConfigError` where stored ones are others."""
         return None
 
@@ -103,45 +97,11 @@ class ImageTraining(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenBackbone:
-    """The backbone whose features are learned; `weights` of `described` is their digest."""
-
-    arrays: Mapping[str, np.ndarray]
-    described: Mapping[str, Any]
-    "what a checkpoint says of it; see pipelines/features/upsamplers.py"
-    pos_embed: Any
-    patch: int
-    expects: Preprocessing
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes a run's features what they are. Runs from before the weights' own config.json was read go on where that
-        says nothing else than timm does of the name."""
-        plain = preprocessing(self.described["model"])
-        usual = {"stride": self.patch, "model_args": {}, "mean": list(plain.mean), "std": list(plain.std)}
-        return {name: value for name, value in self.described.items() if name not in usual or usual[name] != value}
-
-    def model(self) -> nn.Module:
-        """timm's model with the weights, at the size it was loaded for."""
-        size = (self.described["size"], self.described["size"])
-        return fresh_model(self.described["model"], size, self.arrays, self.described["model_args"])
-
-    def build(self) -> TimmBackbone:
-        """The backbone as it gives the features."""
-        facet, norm = self.described["facet"], self.described["norm"]
-        return TimmBackbone(self.model(), facet=facet, norm=norm, pos_embed=self.pos_embed)
-
-    def input(self, pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
-        """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
-        return normalise(torch.from_numpy(np.array(pixels_BHW3)).to(device), self.expects.mean, self.expects.std)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ImageSetup(TrainSetup):
     """A run on images without labels."""
 
     config: ImageTraining
-    backbone: FrozenBackbone
+    backbone: ModelBundle
     held_out: ImageSource
 
     @property
@@ -159,7 +119,7 @@ class ResolvedImages:
 
     config: ImageTraining
     folder: Folder
-    backbone: FrozenBackbone
+    backbone: ModelBundle
     upsampler: Mapping[str, Any]
     files: Listing
     held_out_files: Listing
@@ -187,12 +147,12 @@ class ResolvedImages:
         for name, source in (("images", images), ("held_out", held_out)):
             # The index knows names and sizes; other pixels under them would be learned on without a word.
             digests[f"{name}_content"] = content_sample(source.index, source.urls, config.options)
-        begin_run(folder, config.identity({"backbone": self.backbone.identity, **digests}), config.public())
+        begin_run(folder, config.identity({"backbone": _identity(self.backbone.spec), **digests}), config.public())
         return ImageSetup(
             config=config,
             folder=folder,
             backbone=self.backbone,
-            described={"upsampler": dict(self.upsampler), "backbone": dict(self.backbone.described)},
+            described={"upsampler": dict(self.upsampler), "backbone": _described(self.backbone.spec)},
             order=config.order(n_rows),
             images=images,
             held_out=held_out,
@@ -223,20 +183,23 @@ class ResolvedImages:
         return source, index
 
 
-def _load_backbone(config: ImageTraining) -> tuple[FrozenBackbone, dict[str, Any]]:
-    """The backbone, and the settings of the network for it."""
-    features, size = config.features, config.backbone_size
-    loaded = load_settings(features, (size, size), config.options)
+def _load_backbone(config: ImageTraining) -> tuple[ModelBundle, dict[str, Any]]:
+    """What makes the features that are learned, and the settings of the network for it."""
+    size = config.backbone_size
     # Whether the network can be trained on such inputs, it says itself.
-    wanted = completed(features, size=str(size), levels=("x1",), ragged=True)
-    bundle, model = describe_model(wanted, loaded, config.options)
-    spec, found = bundle.spec, loaded.described
-    described = {**described_by(spec), "size": size}
-    frozen = FrozenBackbone(
-        arrays=bundle.arrays,
-        described=described,
-        pos_embed=spec.pos_embed,
-        patch=model.backbone.patch,
-        expects=found.expects,
-    )
-    return frozen, config.network(model.backbone)
+    wanted = completed(config.features, size=str(size), levels=("x1",), ragged=True)
+    bundle, model = load_described(wanted, config.options)
+    return bundle, config.network(model.backbone)
+
+
+def _identity(spec: FeatureSpec) -> dict[str, JsonValue]:
+    """What makes a run's features what they are. Runs from before the weights' own config.json was read go on where that says
+    nothing else than timm does of the name; the stride is the patch, always."""
+    plain = preprocessing(spec.model)
+    usual = {"stride": spec.stride, "model_args": {}, "mean": list(plain.mean), "std": list(plain.std)}
+    return {name: value for name, value in _described(spec).items() if name not in usual or usual[name] != value}
+
+
+def _described(spec: FeatureSpec) -> dict[str, JsonValue]:
+    """What a checkpoint says of the features that it learned from; see pipelines/features/upsamplers.py."""
+    return {**spec.learned(), "size": spec.input_size[0]}

@@ -5,7 +5,7 @@ any method that is `trained_by` it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,12 +19,12 @@ from operators.image import Geometry
 from operators.objectives.lift import averaged, cosine_loss, lower, multi_scale_loss
 from operators.upsamplers import AnyMethod, UpsamplerError, build_net, find_method, method_names
 from pipelines.config import ConfigError, Counts, Found, Held
+from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import MapConfig, PlacedConfig, SizedConfig
-from pipelines.features.upsamplers import SAID_SINCE, TRAINED_ON, described_by
-from pipelines.provenance import describe_difference
 from pipelines.training.data import JitteredView, Loaded, StoredFeatures
-from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining
+from pipelines.training.images import ImageSetup, ImageTraining
 from pipelines.training.watch import similarity_picture
+from storage.spec import FeatureSpec, Use
 from storage.store import FeatureStore
 
 
@@ -120,37 +120,31 @@ class X2Config(ImageTraining):
             raise ConfigError(f"--method {self.method} isn't trained by LiFT's self-supervision; these are: {names}")
         return found
 
-    def view(self, backbone: FrozenBackbone) -> JitteredView:
+    def view(self, backbone: ModelBundle) -> JitteredView:
         return JitteredView(geometry=self.geometry_for(backbone), jitter=self.jitter, crop=self.crop)
 
-    def geometry_for(self, backbone: FrozenBackbone) -> Geometry:
+    def geometry_for(self, backbone: ModelBundle) -> Geometry:
         """How images become --size."""
         return Geometry(
             mode=self.features.geometry,
             height=self.features.size,
             width=self.features.size,
             interpolation=self.interpolation,
-            mean=backbone.expects.mean,
+            mean=backbone.spec.mean,
         )
 
-    def stored_features(self, backbone: FrozenBackbone) -> StoredFeatures | None:
+    def stored_features(self, backbone: ModelBundle) -> StoredFeatures | None:
         """The store's level of the backbone's own maps, held against what would be computed."""
         if not self.stored:
             return None
         store = FeatureStore.open(self.stored, self.options)
-        spec, described = store.spec, backbone.described
-        here = {
-            **{name: described[name] for name in (*TRAINED_ON, *SAID_SINCE)},
-            "input_size": [self.features.size] * 2,
-            "geometry": self.features.geometry,
-            "interpolation": self.interpolation,
-            "precision": self.features.precision,
-        }
-        there = {**{name: getattr(spec, name) for name in here}, **described_by(spec)}
-        there["input_size"] = list(spec.input_size)
-        if differences := describe_difference("store", there, here):
+        spec = store.spec
+        here = replace(backbone.spec, interpolation=self.interpolation)
+        learned = FeatureSpec.names(Use.LEARNED, Use.LEARNED_LATER)
+        names = (*learned, "input_size", "geometry", "interpolation", "precision")
+        if found := spec.differences(here, names):
             raise ConfigError(
-                f"--features {store.folder.shown} holds other features than the training's:\n{differences}"
+                f"--features {store.folder.shown} holds other features than the training's:\n{found.text('store', 'now')}"
             )
         levels = [level for level in spec.levels if level.method == "backbone" and level.dtype != "int8"]
         if not levels:
@@ -173,7 +167,7 @@ class X2Objective:
 
     def __init__(self, config: X2Config, setup: ImageSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device
-        self.backbone = setup.backbone.build()
+        self.backbone = setup.backbone.backbone()
         self.backbone.model.to(device)
         self.net = build_net(setup.upsampler, config.seed).to(device)
 
@@ -196,7 +190,7 @@ class X2Objective:
 
     def _features(self, images: Tensor) -> Tensor:
         """The frozen backbone's maps, float32 [B, C, h, w]."""
-        layers = self.setup.backbone.described["layers"]
+        layers = self.setup.backbone.spec.layers
         with torch.no_grad(), autocast(self.device, self.config.features.precision):
             return self.backbone(images.contiguous(), layers).stacked(layers).float()
 

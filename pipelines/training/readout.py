@@ -29,6 +29,8 @@ from storage.datasets.files import digest
 from storage.datasets.frames import LabelFrame
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
+from storage.differences import differences
+from storage.documents import JsonValue
 from storage.paths import Folder
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
@@ -261,8 +263,9 @@ class ReadoutTraining(TrainConfig):
         if not url:
             return None
         store = FeatureStore.open(url, self.options)
-        if (differences := features_of(store.spec, None)) != features_of(spec, None):
-            raise ConfigError(f"--val-store {store.folder.shown} holds other features than --store: {differences}")
+        if found := differences(features_of(store.spec, None), features_of(spec, None)):
+            lines = found.text("--val-store", "--store")
+            raise ConfigError(f"--val-store {store.folder.shown} holds other features than --store:\n{lines}")
         return StoredMaps.of(store, url, levels, items)
 
 
@@ -281,18 +284,15 @@ def _pooled(spec: FeatureSpec, store: str) -> str:
     return found
 
 
-def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, Any]:
-    """What a readout's features are, as JSON values: it makes sense on the same ones only."""
-    names = ("model", "weights", "layers", "facet", "norm", "stride", "pos_embed", "input_size", "mean", "std")
-    found = _as_json(spec, *names)
-    if spec.model_args:
-        found["model_args"] = dict(spec.model_args)
-    return found if level is None else found | {"level": _as_json(level, "name", "method", "grid", "digest")}
-
-
-def _as_json(described: Any, *names: str) -> dict[str, Any]:
-    values = {name: getattr(described, name) for name in names}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, JsonValue]:
+    """What a readout's features are: it makes sense on the same ones only."""
+    found = {**spec.learned(), "input_size": list(spec.input_size)}
+    if not spec.model_args:  # as runs from before there were any have it
+        del found["model_args"]
+    if level is None:
+        return found
+    grid = level.grid and list(level.grid)
+    return found | {"level": {"name": level.name, "method": level.method, "grid": grid, "digest": level.digest}}
 
 
 @dataclass(frozen=True, kw_only=True)

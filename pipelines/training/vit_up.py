@@ -20,8 +20,9 @@ from operators.objectives.vit_up import LossWeights, Supervision, objective
 from operators.upsamplers import UpsamplerError, find_method
 from operators.upsamplers.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
 from pipelines.config import ConfigError, Counts, Free
+from pipelines.features.bundle import ModelBundle
 from pipelines.training.data import CanvasView, Loaded
-from pipelines.training.images import FrozenBackbone, ImageSetup, ImageTraining
+from pipelines.training.images import ImageSetup, ImageTraining
 from pipelines.training.watch import similarity_picture
 
 ENLARGED = 4
@@ -132,7 +133,7 @@ class ViTUpTraining(ImageTraining):
             raise ConfigError(f"{self.features.model}: {error}") from None
         return find_method(self.method).to_json(config)
 
-    def view(self, backbone: FrozenBackbone) -> CanvasView:  # noqa: ARG002
+    def view(self, backbone: ModelBundle) -> CanvasView:  # noqa: ARG002
         return CanvasView(size=self.canvas, strength=self.strength)
 
     def objective(self, setup: ImageSetup, device: torch.device) -> "ViTUpObjective":
@@ -235,7 +236,7 @@ class ViTUpObjective:
     def __init__(self, config: ViTUpTraining, setup: ImageSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device
         settings = find_method(config.method).parse(setup.upsampler)
-        model = setup.backbone.model()
+        model = setup.backbone.reload()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             head = ViTUpHead(settings)
@@ -314,6 +315,6 @@ class ViTUpObjective:
 
     def _held_out(self, row: int) -> list[np.ndarray]:
         """The centre of a held-out image at two sizes, uint8 [1, side, side, 3]; none where it can't be read."""
-        side, mean = self.config.hidden_size, self.setup.backbone.expects.mean
+        side, mean = self.config.hidden_size, self.setup.backbone.spec.mean
         geometry = Geometry(mode="crop", height=side, width=side, interpolation="bilinear", mean=mean)
         return list(self.setup.held_out.at_sides([row], geometry, (side, ENLARGED * side)).values())
