@@ -16,6 +16,7 @@ from pipelines.costs.clocks import held_bytes
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.costs.vit_up import head_macs
 from pipelines.evaluation.run import run_pieces
+from pipelines.executors import InlineExecutor
 from pipelines.published import VIT_UP_RUNTIME
 from tests.test_pipelines_evaluation import TINY, evaluate
 from tests.test_pipelines_learned import checkpoint
@@ -135,7 +136,7 @@ def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
 def test_timings_of_two_devices_are_no_table(tmp_path):
     settings = config(tmp_path / "out", methods=())
     task, recipe, folder = runtime.prepare(settings)
-    records = run_pieces(settings, task, recipe, folder)
+    records = run_pieces(settings, task, recipe, folder, InlineExecutor())
     records[1]["device"] = "NVIDIA H200"
 
     with pytest.raises(ConfigError, match=r"timings of CPU, 1 threads and of NVIDIA H200; give --out a new folder"):

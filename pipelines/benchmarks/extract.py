@@ -3,28 +3,32 @@
 What is measured runs in fresh processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
 """
 
+import functools
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import zarr
 
+from cluster.metrics import TaskReport
+from cluster.resources import WorkerPool
 from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
-from pipelines.executors import RayExecutor
+from pipelines.executors import Loaded, MakeWorker, RayExecutor, Worker
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import Summary, run_prepared
 from pipelines.features.levels import LevelChoice
+from storage.spec import ShardTask
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -201,33 +205,42 @@ class ExtractResult:
 
 @dataclass
 class _Clocked:
-    """A worker, or what makes one, whose reports say when their task began and ended."""
+    """A worker whose reports say when their task began and ended."""
 
-    inner: Any
+    inner: Worker
 
-    def __call__(self, **options: Any) -> "_Clocked":
-        return _Clocked(self.inner(**options))
-
-    def load(self, task: Any) -> Any:
+    def load(self, task: ShardTask) -> Loaded:
         return self.inner.load(task)
 
-    def run(self, task: Any, loaded: Any = None) -> dict[str, Any]:
+    def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
         began = time.monotonic()
         report = self.inner.run(task, loaded)
-        return {**report, "began": began, "ended": time.monotonic()}
+        return replace(report, marks={"began": began, "ended": time.monotonic()})
 
 
-class _ClockedExecutor:
-    """Ray's executor, with the reports kept."""
+def _clocked(make_worker: MakeWorker, *, model: bool = True) -> _Clocked:
+    return _Clocked(make_worker(model=model))
+
+
+class _ClockedExecutor(RayExecutor):
+    """Keeps the reports, with their tasks' times."""
 
     def __init__(self) -> None:
-        self._ray = RayExecutor()
-        self.scan, self.pool = self._ray.scan, self._ray.pool
         self.tasks: list[Task] = []
 
-    def run(self, make_worker: Callable[..., Any], *args: Any, **options: Any) -> Iterator[dict[str, Any]]:
-        for report in self._ray.run(_Clocked(make_worker), *args, **options):
-            self.tasks.append(Task(**{name: report[name] for name in ("began", "ended", "ok", "seconds", "batch")}))
+    def stream(
+        self,
+        make_worker: MakeWorker,
+        tasks: Sequence[ShardTask],
+        pool: WorkerPool,
+        *,
+        decode_on: str = "actor",
+        solo: bool = False,
+    ) -> Iterator[TaskReport]:
+        clocked = functools.partial(_clocked, make_worker)
+        for report in super().stream(clocked, tasks, pool, decode_on=decode_on, solo=solo):
+            began, ended = (report.marks[name] for name in ("began", "ended"))
+            self.tasks.append(Task(began=began, ended=ended, ok=report.ok, seconds=report.seconds, batch=report.batch))
             yield report
 
 

@@ -315,12 +315,12 @@ def _told(entry: Entry) -> dict[str, Any]:
 def main(config: GridConfig) -> Iterator[str]:
     """Run all cells, then measure speeds; writes what was found and gives it line by line. Raises `CellsFailed` at the end."""
     cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
-    with executor_for(inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device):
-        results = run_cells(config, cells)
+    with executor_for(config) as executor:
+        results = run_cells(config, cells, executor)
         failed = sum(bool(result.error) for result in results)
         text = write_grid(folder, config, cells, results, {})
         if config.speed and failed < len(cells):
-            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results))
+            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results, executor))
     yield text
     yield f"{folder.shown}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own"
     if failed:
