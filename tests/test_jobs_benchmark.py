@@ -253,7 +253,10 @@ def test_cost_refuses_sizes_that_cannot_be_had(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"upsamplers": ("lift", "bilinaer")}, "--upsamplers bilinaer: there are lift, resize_conv, jbu, bilinear"),
+        (
+            {"upsamplers": ("lift", "bilinaer")},
+            "--upsamplers bilinaer: there are bilinear, bicubic, nearest, lift, resize_conv, jbu, and module:Class",
+        ),
         ({"upsamplers": ("average",)}, "--upsamplers average: there are"),
         ({"repeat": 0}, "must be at least 1"),
         ({"precisions": ()}, "--precisions at least one"),
