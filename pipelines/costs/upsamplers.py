@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,20 +18,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from operators.backbone import TimmBackbone, autocast, cast_matmul_weights, create_model
 from operators.upsamplers import (
-    LEARNED,
-    UPSAMPLERS,
+    AnyMethod,
     Upsampler,
     UpsamplerError,
     build_net,
-    create_upsampler,
+    find_method,
     learned_upsampler,
+    method_names,
 )
+from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, seconds_of
 from pipelines.published import LIFT, LIFT_OPERATIONS, Operations
 from pipelines.results import table_lines
 
-Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 BACKBONE = "backbone alone"
 
 
@@ -53,7 +53,7 @@ class CostBenchmark:
     precisions: tuple[Precision, ...] = ("bf16", "fp32")
     """Autocasts that are timed, one table each."""
     upsamplers: tuple[str, ...] = ("lift", "resize_conv", "jbu", "bilinear", "bicubic")
-    """Methods, x2: lift, resize_conv, jbu, bilinear, bicubic, nearest."""
+    """Methods, x2: lift, resize_conv, jbu, bilinear, bicubic, nearest, or module:Class of your own (operators/DESIGN.md)."""
     repeat: int = 11
     """Rounds; each runs everything once, in changing order. Times are medians over them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -63,10 +63,27 @@ class CostBenchmark:
     def __post_init__(self) -> None:
         if min(self.size, self.batch, self.repeat) < 1 or not self.precisions:
             raise ConfigError("--size, --batch and --repeat must be at least 1, and --precisions at least one")
-        known = [*LEARNED, *(name for name in UPSAMPLERS if name != "average")]
-        if unknown := [name for name in self.upsamplers if name not in known]:
-            raise ConfigError(f"--upsamplers {' '.join(unknown)}: there are {', '.join(known)}")
+        for name in self.upsamplers:
+            require_enlarging("--upsamplers", name, beside_backbone=True)
         device_of(self.device)
+
+
+def require_enlarging(flag: str, name: str, *, beside_backbone: bool = False) -> AnyMethod:
+    """The method called `name`, of those that give finer maps. Raises `ConfigError` for another.
+
+    `beside_backbone`: of those that work on the plain backbone's maps.
+    """
+
+    def fits(method: AnyMethod) -> bool:
+        return method.enlarges and not (beside_backbone and "backbone" in method.needs)
+
+    try:
+        if fits(found := find_method(name)):
+            return found
+    except UpsamplerError as error:
+        if ":" in name:
+            raise ConfigError(f"{flag} {name}: {error}") from None
+    raise ConfigError(f"{flag} {name}: there are {', '.join(method_names(fits))}, and module:Class of your own")
 
 
 COST_PRESETS = {
@@ -117,9 +134,9 @@ def count_operations(
 ) -> dict[str, Any]:
     """Both counts, and parameters, of a backbone and of networks that enlarge its map x2, by method; of one square image.
 
-    `model_args`: of a network that the name alone doesn't build. `nets`: settings of `NetConfig`, channels and patch by default
-    the backbone's. All is on the meta device, where nothing is computed. The paper's counts are with the backbone's, true ones
-    without.
+    `model_args`: of a network that the name alone doesn't build. `nets`: settings as checkpoints have them, channels and
+    patch by default the backbone's. All is on the meta device, where nothing is computed. The paper's counts are with the
+    backbone's, true ones without.
     """
     model = create_model(name, (size, size), None, None, model_args).to("meta")
     parameters = {"backbone": count_parameters(model)}  # before the backbone resamples position embeddings
@@ -193,12 +210,17 @@ def count_parameters(net: nn.Module) -> int:
 
 def _measure(config: CostBenchmark, device: torch.device, precision: Precision) -> dict[str, Any]:
     size = (config.size, config.size)
-    backbone = TimmBackbone(create_model(config.model, size, None, 0), facet=config.facet)
+    reload = partial(create_model, config.model, size, None, 0)
+    backbone = TimmBackbone(reload(), facet=config.facet)
     cast_matmul_weights(backbone.model, precision)
     backbone.model.to(device)
     layers, grid = (backbone.n_layers - 1,), backbone.grid_of(size)
-    nets = {name: _net(name, backbone) for name in config.upsamplers if name in LEARNED}
-    upsamplers = {name: _upsampler(name, backbone, nets.get(name), precision) for name in config.upsamplers}
+    upsamplers, parameters = {}, {BACKBONE: count_parameters(backbone.model)}
+    for name in config.upsamplers:
+        method = find_method(name)
+        settings, state = method.untrained(backbone, backbone.channels, config.size, reload)
+        upsamplers[name] = method.build(settings, state, precision, reload)
+        parameters[name] = method.parameters(settings, state)
     images = torch.randn(config.batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
     def program(upsampler: Upsampler | None) -> Callable[[], Any]:
@@ -213,9 +235,6 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
     programs = {BACKBONE: program(None)} | {name: program(one) for name, one in upsamplers.items()}
     peaks = {name: peak_bytes(run, device) for name, run in programs.items()}
     seconds = _interleaved(programs, config.repeat, device)
-    parameters = {BACKBONE: count_parameters(backbone.model)} | {
-        name: count_parameters(net) for name, net in nets.items()
-    }
     rows = []
     for name in programs:
         # Of the same round: what else the machine did then was much the same for both.
@@ -223,7 +242,7 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
         rows.append(
             {
                 "name": name,
-                "parameters": parameters.get(name, 0),
+                "parameters": parameters[name],
                 "ms_per_image": 1e3 * float(np.median(seconds[name])) / config.batch,
                 "time_ratio": middle,
                 "time_ratio_quartiles": [low, high],
@@ -233,17 +252,6 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
             }
         )
     return {"precision": precision, "grid": list(grid), "rows": rows}
-
-
-def _net(name: str, backbone: TimmBackbone) -> nn.Module:
-    return build_net({"method": name, "channels": backbone.channels, "patch": backbone.patch})
-
-
-def _upsampler(name: str, backbone: TimmBackbone, net: nn.Module | None, precision: Precision) -> Upsampler:
-    if net is None:
-        return create_upsampler(name)
-    settings = {"method": name, "channels": backbone.channels, "patch": backbone.patch}
-    return learned_upsampler(settings, net.state_dict(), precision)
 
 
 def _interleaved(programs: dict[str, Callable[[], Any]], repeat: int, device: torch.device) -> dict[str, list[float]]:

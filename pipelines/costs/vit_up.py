@@ -1,7 +1,7 @@
 """What ViT-Up costs beside bilinear and LiFT (its Table 9); its windows, too, through pipelines/costs/windows.py.
 
 `measure_vit_up` returns plain data, `vit_up_report` its Markdown. All weights are random: nothing here depends on them.
-ViT-Up: arXiv 2606.14024, Table 9; operations: specs/lift_vitup.md B10; how it was timed: specs/evaluation.md section 10.
+ViT-Up: arXiv 2606.14024, Table 9.
 """
 
 import copy
@@ -16,26 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, create_model
-from operators.upsamplers import (
-    LearnedUpsampler,
-    Upsampler,
-    UpsamplerError,
-    build_net,
-    create_upsampler,
-    learned_upsampler,
+from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler
+from operators.upsamplers.lift import Lift, LiftSettings
+from operators.upsamplers.recursive import LearnedUpsampler
+from operators.upsamplers.vit_up import (
+    AdaptedBackbone,
+    Lora,
+    ViTUp,
+    ViTUpConfig,
+    ViTUpHead,
+    published_settings,
+    random_head,
 )
-from operators.upsamplers.vit_up import AdaptedBackbone, Lora, ViTUp, ViTUpConfig, ViTUpHead
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
 from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs
-from pipelines.costs.windows import compare_window, random_head, window_report
+from pipelines.costs.windows import compare_window, window_report
 from pipelines.published import VIT_UP_RUNTIME
 from pipelines.results import table_lines
 
 ALL_GRIDS = (56, 112, 224, 448)
 CPU_GRIDS = (56, 112)
 VIT_UP = "ViT-Up"
-_HEAD_CHANNELS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class Rig:
     settings: ViTUpConfig
     backbone: TimmBackbone
     vit_up: ViTUp
-    lift: LearnedUpsampler
+    lift: LearnedUpsampler[LiftSettings]
     images: Tensor
     features: PatchFeatures
     parameters: dict[str, int]
@@ -150,16 +152,18 @@ class Rig:
 
 def _build(config: ViTUpBenchmark, device: torch.device, precision: Literal["bf16", "fp32"]) -> Rig:
     size = (config.size, config.size)
-    model = create_model(config.model, size, None, 0)
+    reload = partial(create_model, config.model, size, None, 0)
+    model = reload()
     lora = Lora(copy.deepcopy(model))
     parameters = {BACKBONE: count_parameters(model), "lora": count_parameters(lora)}
     backbone = TimmBackbone(model)
-    settings = vit_up_settings(backbone.channels, backbone.n_layers, config.size, config.query_size)
+    settings = published_settings(backbone.channels, backbone.n_layers, config.size, config.query_size)
     head = random_head(settings)
     vit_up = ViTUp(settings, model, head.state_dict(), lora.peft_state(), precision=precision)
-    of_lift = {"method": "lift", "channels": backbone.channels, "patch": backbone.patch}
-    lift = learned_upsampler(of_lift, build_net(of_lift).state_dict(), precision)
-    parameters |= {"head": count_parameters(head), "lift": count_parameters(build_net(of_lift))}
+    method = Lift("lift")
+    lift_settings, state = method.untrained(backbone, backbone.channels, config.size, reload)
+    lift = method.build(lift_settings, state, precision, reload)
+    parameters |= {"head": count_parameters(head), "lift": method.parameters(lift_settings, state)}
     for module in (model, head):
         cast_matmul_weights(module, precision)
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -180,19 +184,8 @@ def _build(config: ViTUpBenchmark, device: torch.device, precision: Literal["bf1
     )
 
 
-def vit_up_settings(channels: int, depth: int, size: int, query_size: int) -> ViTUpConfig:
-    """Every second layer, up to the last, as published; and a head's channels, where the backbone has that many."""
-    return ViTUpConfig(
-        channels=channels,
-        heads=max(1, channels // _HEAD_CHANNELS),
-        layers=tuple(range(depth % 2, depth + 1, 2)),
-        hidden_size=size,
-        query_size=query_size,
-    )
-
-
 def _windowed(config: ViTUpBenchmark, window: int) -> ViTUpConfig:
-    settings = vit_up_settings(config.window_channels, 12, config.size, config.query_size)
+    settings = published_settings(config.window_channels, 12, config.size, config.query_size)
     return replace(settings, window=window)
 
 
@@ -204,7 +197,7 @@ def _nbytes(net: nn.Module) -> int:
 
 
 def published_macs(channels: int, tokens: int, blocks: int = 6) -> tuple[int, int]:
-    """Multiply-accumulates of the head for each query, all its decoders included, and once for each image (B10)."""
+    """Multiply-accumulates of the head for each query, all its decoders included, and once for each image."""
     of_query = blocks * (24 * channels**2 + 2 * tokens * channels + 66 * channels) + (blocks + 1) * channels**2
     return of_query, blocks * 2 * tokens * channels**2
 
@@ -280,35 +273,26 @@ def _rows(config: ViTUpBenchmark, rig: Rig, grids: Sequence[int]) -> list[Row]:
         parameters=rig.parameters[BACKBONE],
         macs=_count_once(config, rig)["backbone"],
     )
-    of_query, default = bytes_per_query(rig.vit_up), rig.vit_up.working_bytes
-    working = [chunk**2 * of_query or default for chunk in config.chunks]
     rows = [whole]
     for grid in grids:
         rows.append(_beside_backbone(rig, "bilinear", create_upsampler("bilinear"), grid))
         if _enlarges(rig, grid):
-            rows.append(_beside_backbone(rig, "lift", rig.lift, grid))
-        fitting = (at_once for at_once, chunk in zip(working, config.chunks, strict=True) if chunk <= grid)
-        of_grid = [_vit_up_row(rig, grid, at_once) for at_once in fitting]
+            rows.append(_beside_backbone(rig, "lift", rig.lift, grid, _lift_macs(rig, grid)))
+        of_grid = [_vit_up_row(rig, grid, chunk) for chunk in config.chunks if chunk <= grid]
         # Small grids fit the default: another chunk may be the same.
         rows += {row.queries: row for row in of_grid}.values()
     return rows
 
 
-def bytes_per_query(vit_up: ViTUp) -> int:
-    """As `ViTUp` reckons; exact, for it is far below the square root of what is asked for here."""
-    vit_up = copy.copy(vit_up)
-    vit_up.working_bytes = 2**40
-    return vit_up.working_bytes // vit_up.query_chunk()
-
-
 def _enlarges(rig: Rig, grid: int) -> bool:
     try:
-        return rig.lift.passes(rig.features.grid, (grid, grid)) > 0
+        rig.lift.method.require_grid(rig.lift.settings, rig.features.grid, (grid, grid))
     except UpsamplerError:
         return False
+    return True
 
 
-def _beside_backbone(rig: Rig, method: str, upsampler: Upsampler, grid: int) -> Row:
+def _beside_backbone(rig: Rig, method: str, upsampler: Upsampler, grid: int, macs: int = 0) -> Row:
     """An upsampler of the plain backbone's map."""
     size = (grid, grid)
 
@@ -325,27 +309,23 @@ def _beside_backbone(rig: Rig, method: str, upsampler: Upsampler, grid: int) -> 
         call_weights=weights,
         declared=upsampler.peak_bytes(1, rig.backbone.channels, size),
         parameters=rig.parameters.get(method, 0),
-        macs=_lift_macs(rig, grid) if method == "lift" else 0,
+        macs=macs,
     )
 
 
-def vit_up_pass(
-    vit_up: ViTUp, images: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
-) -> Tensor:
-    """Image to grid with its own backbone, and nothing kept; `features` are only held against its settings."""
-    out = vit_up(images, features, layers, grid)
-    vit_up.forget()
-    return out
-
-
-def _vit_up_row(rig: Rig, grid: int, working_bytes: int) -> Row:
-    """ViT-Up with queries at once for so many bytes. Its backbone is adapted, and its own."""
+def _vit_up_row(rig: Rig, grid: int, chunk: int) -> Row:
+    """ViT-Up with so many queries at once, a square's; 0: as extraction. Its backbone is adapted, and its own."""
     vit_up, channels, tokens = copy.copy(rig.vit_up), rig.settings.channels, rig.features.grid
-    vit_up.working_bytes = working_bytes
+    if chunk:
+        vit_up.take_at_once(chunk**2)
     of_query, once = published_macs(channels, math.prod(tokens), rig.settings.blocks)
     weights = rig.weights[BACKBONE] + rig.weights["head"]
 
-    run = partial(vit_up_pass, vit_up, rig.images, rig.features, rig.layers, (grid, grid))
+    def run() -> Tensor:
+        out = vit_up(rig.images, rig.features, rig.layers, (grid, grid))
+        vit_up.forget()
+        return out
+
     return Row(
         method=VIT_UP,
         grid=grid,

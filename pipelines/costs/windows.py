@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates
+from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates, random_head
 from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
 from operators.upsamplers.vit_up.head import sample
 from pipelines.costs.clocks import BenchmarkFailed, median_ratio, timed
 from pipelines.results import table_lines
 
 QUERIES = 3136
-"""At once, in both: the official code's default (specs/lift_vitup.md B11)."""
+"""At once, in both: the official code's default."""
 _TOLERANCE = 1e-4
 "largest difference of the two, of the largest value"
 
@@ -69,16 +69,6 @@ def compare_window(
     }
 
 
-def random_head(settings: ViTUpConfig) -> ViTUpHead:
-    """A head from a fixed seed whose FiLM does something, as after training; in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        head = ViTUpHead(settings).eval().requires_grad_(False)
-        for block in head.vit_up_blocks:
-            nn.init.normal_(block.featx.gamma_beta_mlp.mlp[-1].weight, std=settings.channels**-0.5)
-    return head
-
-
 @dataclass(frozen=True, kw_only=True)
 class _State:
     """What all queries read of one hidden state: tokens [1, S, D], turned keys and values [heads, S, d]."""
@@ -91,7 +81,7 @@ class _State:
 def gather_then_attend(
     head: ViTUpHead, query_grid: Tensor, hidden: Sequence[Tensor], coords: Tensor, query_chunk: int | None = None
 ) -> Tensor:
-    """The last layer for coordinates [1, N, 2] of one image: every query gathers keys and values of its own (B5 to B7).
+    """The last layer for coordinates [1, N, 2] of one image: every query gathers keys and values of its own.
 
     The equations of `ViTUpHead`, written plainly; its results are the same up to rounding.
     """
