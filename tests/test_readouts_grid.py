@@ -177,7 +177,7 @@ def test_tables_hold_what_the_runs_measured(sets, tmp_path):
     error = [each["loss"] for each in runs]
     entropy = f"{statistics.fmean(error):.4f} ± {statistics.stdev(error):.4f}"
     row = next(line for line in text.splitlines() if line.startswith(f"| {VIT}"))
-    speed = f"{speeds[VIT]['relative']:.2f}"
+    speed = f"{speeds[VIT].relative:.2f}"
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [VIT, "64", "4", entropy, iou, "0.012", speed]
     assert f"## Methods on {VIT}" in text
     assert re.search(rf"\| {re.escape(VIT)}, deap +\| 12,072 \|", text)
@@ -231,7 +231,7 @@ def test_a_network_that_its_weights_describe_is_the_one_that_is_timed(sets, tmp_
 
     assert [each.grid for each in results] == [(8, 8)]
     assert patches == [8, 16]
-    assert speeds[VIT]["of"] == ["test_vit.r160_in1k", 64, {"patch_size": 8}]
+    assert speeds[VIT].of == ("test_vit.r160_in1k", 64, {"patch_size": 8})
 
 
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeypatch):
@@ -455,7 +455,7 @@ def test_ray_runs_cells_replaces_lost_workers_and_tells_failures(sets, tmp_path)
     steps = [line["step"] for line in read_metrics(Folder(cells[0].training.out)) if "loss" in line]
     assert steps == list(range(1, 41))
     assert failed.error.startswith("DatasetError: ")
-    assert grid.measure_speeds(config, cells, [done, failed], RayExecutor())[VIT]["relative"] > 0
+    assert grid.measure_speeds(config, cells, [done, failed], RayExecutor())[VIT].relative > 0
 
 
 def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:

@@ -8,8 +8,8 @@ checkpoint: the numbers don't depend on them. How things are timed and counted i
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
 import matplotlib
 import torch
@@ -21,7 +21,7 @@ from operators.backbone import PatchFeatures, TimmBackbone, autocast
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, timed
-from pipelines.costs.upsamplers import count_operations, counted_macs, require_enlarging
+from pipelines.costs.upsamplers import OperationCounts, count_operations, counted_macs, require_enlarging
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
@@ -141,7 +141,7 @@ class Runtime:
         measured = {"seconds": seconds, "macs": macs, "bytes_before": before, "peak_bytes": peak}
         return [{"case": case.name, "device": device_name(device), **measured}]
 
-    def _program(self, case: Case, recipe: LiveRecipe, device: torch.device) -> Callable[[], Any]:
+    def _program(self, case: Case, recipe: LiveRecipe, device: torch.device) -> Callable[[], object]:
         """From an image on the device to the grid. Only what this needs is on the device: some have a backbone of their own."""
         bundle = recipe.bundle((self.size, self.size))
         model = bundle.build("cpu")
@@ -261,7 +261,7 @@ def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequ
         raise ConfigError(f"{config.out} has timings of {' and of '.join(devices)}; give --out a new folder")
     on_gpu = not devices[0].startswith("CPU")
     found, counts = {record["case"]: record for record in records}, _counts(task, recipe.bundle((task.size, task.size)))
-    lines = [_line(case, task.size, found[case.name], counts["parameters"]) for case in task.cases]
+    lines = [_line(case, task.size, found[case.name], counts.parameters) for case in task.cases]
     if config.paper and on_gpu:
         lines = _with_table_9(lines, task)
     memory = "peak MiB" if on_gpu else "peak RSS, MiB"
@@ -273,12 +273,12 @@ def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequ
     return Findings(
         tables=(times, _operations(config, task, counts)),
         choices=_choices(config, task, on_gpu=on_gpu),
-        details={"timings": list(records), "counts": counts, "digests": _digests(task)},
+        details={"timings": list(records), "counts": asdict(counts), "digests": _digests(task)},
         pictures={"runtime.png": plot(task, found)} if config.pictures else {},
     )
 
 
-def _counts(task: Runtime, bundle: ModelBundle) -> dict[str, Any]:
+def _counts(task: Runtime, bundle: ModelBundle) -> OperationCounts:
     trained_by = {method: find_method(method).trained_by for method in task.learned}
     nets = [weights.settings for method, weights in task.learned.items() if trained_by[method] == "lift"]
     spec = bundle.spec
@@ -293,8 +293,8 @@ def _counts(task: Runtime, bundle: ModelBundle) -> dict[str, Any]:
         model_args=spec.model_args,
         nets=nets,
     )
-    counts["parameters"] |= {method: weights.parameters for method, weights in task.learned.items()}
-    return counts
+    learned = {method: weights.parameters for method, weights in task.learned.items()}
+    return replace(counts, parameters={**counts.parameters, **learned})
 
 
 def _line(case: Case, size: int, record: Record, parameters: Mapping[str, int]) -> Line:
@@ -332,19 +332,19 @@ def _published(line: Line, name: str, values: Values) -> Line:
     )
 
 
-def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any]) -> Table:
+def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts) -> Table:
     """The layout of LiFT's Table 5. Counted for x2 whatever grids were timed."""
     size, low = (task.size, task.size), task.cases[0].row
     rows = {low.name: low} | {
         f"{method} x2": replace(low, name=f"{method} x2", method=method, grid=(2 * low.grid[0], 2 * low.grid[1]))
-        for method in counts["paper_count"]
+        for method in counts.paper_count
         if method != "alone"
     }
     lines = []
     for row in rows.values():
         name = "alone" if row is low else row.method
-        macs = counts["macs"]["alone"] + (0 if row is low else counts["macs"][name])
-        values = [counts["parameters"][row.method] / 1e6, counts["paper_count"][name] / 1e9, macs / 1e9]
+        macs = counts.macs["alone"] + (0 if row is low else counts.macs[name])
+        values = [counts.parameters[row.method] / 1e6, counts.paper_count[name] / 1e9, macs / 1e9]
         lines.append(Line.of(row, size, values))
     table = Table(
         title="Operations of one image: as LiFT's paper counts them, and multiply-accumulates of the whole model",

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +23,35 @@ _TOLERANCE = 1e-4
 "largest difference of the two, of the largest value"
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowSeconds:
+    """Of each run, in rounds of both."""
+
+    head: tuple[float, ...]
+    gather: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowComparison:
+    """The head beside gathering, for one window."""
+
+    window: int | None
+    channels: int
+    blocks: int
+    tokens: tuple[int, int]
+    grid: int
+    queries: int
+    "at once"
+    seconds: WindowSeconds
+    ratio: float
+    "time of gathering to the head's"
+    largest_difference: float
+    largest_value: float
+
+
 def compare_window(
     settings: ViTUpConfig, tokens: tuple[int, int], grid: int, repeat: int, device: torch.device
-) -> dict[str, Any]:
+) -> WindowComparison:
     """The head of `settings`, and `gather_then_attend`, from `tokens` to a square `grid` of one image, in float32.
 
     Weights, hidden states and query grid are random. Raises `BenchmarkFailed` where the two disagree.
@@ -55,18 +80,18 @@ def compare_window(
         raise BenchmarkFailed(
             f"with a window of {settings.window} the head and gathering differ by {difference:.2g}, of values up to {largest:.2g}"
         )
-    return {
-        "window": settings.window,
-        "channels": settings.channels,
-        "blocks": settings.blocks,
-        "tokens": list(tokens),
-        "grid": grid,
-        "queries": QUERIES,
-        "seconds": {"head": of_head, "gather": of_gather},
-        "ratio": median_ratio(of_gather, of_head),
-        "largest_difference": difference,
-        "largest_value": largest,
-    }
+    return WindowComparison(
+        window=settings.window,
+        channels=settings.channels,
+        blocks=settings.blocks,
+        tokens=tokens,
+        grid=grid,
+        queries=QUERIES,
+        seconds=WindowSeconds(head=tuple(of_head), gather=tuple(of_gather)),
+        ratio=median_ratio(of_gather, of_head),
+        largest_difference=difference,
+        largest_value=largest,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,18 +154,18 @@ def _by_head(x_BND: Tensor, heads: int) -> Tensor:
     return x_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def window_report(windows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def window_report(windows: Sequence[WindowComparison]) -> Iterator[str]:
     """The comparisons as Markdown, line by line."""
     for one in windows:
-        grid, (h, w) = one["grid"], one["tokens"]
-        what = f"{one['channels']} channels, {one['blocks']} blocks, {h} x {w} tokens to {grid} x {grid}, fp32"
-        yield f"\nThe head alone with a window of {one['window']}, {what}, {one['queries']:,} queries at once:"
+        grid, (h, w) = one.grid, one.tokens
+        what = f"{one.channels} channels, {one.blocks} blocks, {h} x {w} tokens to {grid} x {grid}, fp32"
+        yield f"\nThe head alone with a window of {one.window}, {what}, {one.queries:,} queries at once:"
         lines = [
-            [name, f"{statistics.median(one['seconds'][key]):.2f}", f"{len(one['seconds'][key])}", ratio]
-            for key, name, ratio in (
-                ("head", "as here", "1.00"),
-                ("gather", "gather for each query, then attend", f"{one['ratio']:.2f}"),
+            [name, f"{statistics.median(seconds):.2f}", f"{len(seconds)}", ratio]
+            for seconds, name, ratio in (
+                (one.seconds.head, "as here", "1.00"),
+                (one.seconds.gather, "gather for each query, then attend", f"{one.ratio:.2f}"),
             )
         ]
         yield from table_lines(["", "s", "runs", "of as here"], lines)
-        yield f"\nLargest difference of the two: {one['largest_difference']:.1e}, of values up to {one['largest_value']:.1f}."
+        yield f"\nLargest difference of the two: {one.largest_difference:.1e}, of values up to {one.largest_value:.1f}."
