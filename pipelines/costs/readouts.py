@@ -15,6 +15,7 @@ from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.upsamplers import counted_macs
 from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES, Settings
 from pipelines.results import table_lines
+from storage.documents import JsonValue
 
 METHODS: Mapping[str, Settings] = {
     "deap": {"method": "deap"},
@@ -133,10 +134,11 @@ def measure_deap(config: DeapCost) -> DeapResult:
 
 
 def _measure(config: DeapCost, name: str) -> ReadoutCost:
-    size, method = (config.side, config.side), METHODS[name]["method"]
-    taken = {"grid": (config.grid, config.grid)} if method in ("transposed", "strided") else {}
-    settings = ReadoutConfig(channels=config.channels, outputs=config.outputs, output=size, **taken, **METHODS[name])
-    readout = build_readout(settings).eval()
+    size = (config.side, config.side)
+    settings: dict[str, JsonValue] = {"channels": config.channels, "outputs": config.outputs, "output": size}
+    if METHODS[name]["method"] in ("transposed", "strided"):
+        settings["grid"] = (config.grid, config.grid)
+    readout = build_readout(ReadoutConfig.parse({**settings, **METHODS[name]})).eval()
     macs = counted_macs(partial(readout, torch.zeros(1, config.channels, config.grid, config.grid), size))
     return ReadoutCost(name=name, parameters=readout.parameter_count(), macs=macs)
 

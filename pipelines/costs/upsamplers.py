@@ -207,7 +207,7 @@ def count_operations(
     grid = (2 * features.grid[0], 2 * features.grid[1])
     for given in nets:
         settings = {"channels": backbone.channels, "patch": backbone.patch, **given}
-        method, net = settings["method"], build_net(settings)
+        method, net = str(settings["method"]), build_net(settings)
         upsampler = learned_upsampler(settings, net.state_dict())
         parameters[method] = count_parameters(net)
         macs[method] = counted_macs(partial(upsampler, images, features, layers, grid))
