@@ -14,6 +14,7 @@ from jobs import tables as job
 from operators.backbone import TimmBackbone
 from pipelines.config import ConfigError
 from pipelines.costs import speed
+from pipelines.costs.speed import Speed
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.published import DEAP_RESULTS, DEAP_TASKS
 from pipelines.tables import cells as grid
@@ -363,6 +364,12 @@ def test_published_rows_stand_below_measured_ones(sets, tmp_path):
     assert re.search(r"\| mae, published +\| 0.047 M \|", text)
 
 
+def relative_speed(relative: float) -> Speed:
+    return Speed(
+        of=(VIT, 64), images_per_s=relative, reference_images_per_s=1.0, relative=relative, batches=2, device="CPU"
+    )
+
+
 def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
     from matplotlib.axes import Axes
 
@@ -379,7 +386,7 @@ def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
         for c in cells
     ]
 
-    png = scatter(entries(cells, results), {"mae": {"relative": 1.0}, "dino": {"relative": 0.2}})
+    png = scatter(entries(cells, results), {"mae": relative_speed(1.0), "dino": relative_speed(0.2)})
 
     assert png.startswith(b"\x89PNG")
     assert points == [((1.0, 0.2), [25.0, 25.0]), ((1.0, 0.2), [0.75, 0.75])]
