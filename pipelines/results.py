@@ -3,14 +3,14 @@
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from PIL import Image, ImageFont
 
 from operators.visual import Panel
-from pipelines.features.sources import Row, Size
+from pipelines.features.rows import Row, Size
 from pipelines.provenance import versions
 from pipelines.published import Published
 from storage.paths import Folder
@@ -54,18 +54,33 @@ class Table:
     lines: tuple[Line, ...]
 
     def markdown(self) -> str:
+        """With a line for the title."""
         head = ["features", "input px", "stride", "grid", *self.columns]
-        body = [
+        rows = [
             [line.features, line.input_px, _shown(line.stride), line.grid, *map(_shown, line.values)]
             for line in self.lines
         ]
-        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        return "\n".join([self.title, *table_lines(head, rows, padded=True)])
+
+
+def table_lines(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, padded: bool = False
+) -> Iterator[str]:
+    """A Markdown table of cells, line by line, after the empty line that separates it from text.
+
+    The first `left` columns are aligned to the left and numbers, behind them, to the right. `padded`: all to the left, and as
+    wide as their longest cells, for files that are read as they are.
+    """
+    rule = ["---" if number < left else "---:" for number in range(len(head))]
+    if padded:
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        head, *rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
         rule = ["-" * width for width in widths]
-        rows = [
-            " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            for row in (head, rule, *body)
-        ]
-        return f"{self.title}\n\n" + "\n".join(f"| {row} |" for row in rows)
+    yield ""
+    yield f"| {' | '.join(head)} |"
+    yield f"| {' | '.join(rule)} |" if padded else f"|{'|'.join(rule)}|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
 
 
 def percent(shares: Sequence[float]) -> list[float]:

@@ -19,11 +19,12 @@ from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import run_fresh
 from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor, simulated
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
 from pipelines.executors import WINDOW_TASKS
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
+from pipelines.results import table_lines
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +288,7 @@ def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) 
         for run in result.runs
     ]
     head = ["actors", "tasks/s, all", "steady", "of linear", "driver CPU, ms/task", "of a core", "report late, ms"]
-    yield from table([*head, "start, s"], rows)
+    yield from table_lines([*head, "start, s"], rows)
     yield from _fed_report(config, result.fed)
     yield from _long_report(result.long)
     if result.long.rows >= 100_000:  # of fewer, what doesn't grow with them is the larger part
@@ -316,7 +317,7 @@ def _fed_report(config: ScaleBenchmark, run: Run) -> Iterator[str]:
         f"{1e3 * run.cpu_s['workers'] / run.tasks:.1f}",
         f"{bound * 10:,.0f}",
     ]
-    yield from table([*head, "actors fed at 10 s"], [row])
+    yield from table_lines([*head, "actors fed at 10 s"], [row])
 
 
 def _long_report(run: Run) -> Iterator[str]:
@@ -331,9 +332,9 @@ def _long_report(run: Run) -> Iterator[str]:
         ]
         for name, phase in run.phases.items()
     ]
-    yield from table(["driver", "wall, s", "CPU, s", "memory grows by at most, MiB"], rows)
+    yield from table_lines(["driver", "wall, s", "CPU, s", "memory grows by at most, MiB"], rows)
     sizes = [[name, f"{size / millions / 1e6:.1f}"] for name, size in run.sizes.items()]
-    yield from table(["kept in the store", "MB"], sizes)
+    yield from table_lines(["kept in the store", "MB"], sizes)
 
 
 def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
@@ -341,7 +342,7 @@ def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
     times, tasks = TARGET_ROWS / run.rows, TARGET_ROWS // config.block_rows
     phases, sizes = run.phases, run.sizes
     yield f"\n### {TARGET_ROWS:,} images, were all to grow with the rows: {tasks:,} tasks"
-    yield from table(
+    yield from table_lines(
         ["", ""],
         [
             ["index: scanned on these cores, min", f"{phases['index'].wall_s * times / 60:.0f}"],

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from operators.image import decode
-from pipelines.costs.clocks import Machine, NumbersFile, table
+from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import Resolved, prepare, resolve
 from pipelines.features.photos import geometry_of
+from pipelines.results import table_lines
 from storage.samples import read_images
 from storage.shards import compress, encode_row
 
@@ -118,4 +119,4 @@ def precision_report(config: PrecisionBenchmark, result: dict[str, Any], _: Mach
         [f"{row['kind']} {row['name']}", *(f"{row[name]:.2g}" if name in row else "" for name in names)]
         for row in result["rows"]
     ]
-    yield from table(head, rows)
+    yield from table_lines(head, rows)

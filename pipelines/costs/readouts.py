@@ -12,9 +12,10 @@ import torch
 
 from operators.readouts import ReadoutConfig, build_readout
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import Machine, NumbersFile, table
+from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.upsamplers import counted_macs
 from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES
+from pipelines.results import table_lines
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "deap": {"method": "deap"},
@@ -134,7 +135,7 @@ def deap_report(config: DeapCost, result: Mapping[str, Any], _: Machine) -> Iter
         of = {row["task"]: row for row in rows if row["backbones"] == backbones}
         cells = [f"{of[task]['published_millions']:.3f} / {of[task]['ours']:,}" for task in tasks]
         body.append([backbones, str(of[tasks[0]]["channels"]), *cells])
-    yield from table(["backbones", "channels", *tasks], body)
+    yield from table_lines(["backbones", "channels", *tasks], body)
     equal = sum(round(row["ours"] / 1e6, 3) == row["published_millions"] for row in rows)
     yield f"\n{equal} of {len(rows)} round to what is published."
     yield (
@@ -146,7 +147,7 @@ def deap_report(config: DeapCost, result: Mapping[str, Any], _: Machine) -> Iter
         [one["name"], f"{one['parameters']:,}", f"{one['macs'] / 1e6:,.1f}", f"{one['macs'] / first:.2f}"]
         for one in result["readouts"]
     ]
-    yield from table(["readout", "parameters", "multiply-accumulates, 10^6", "of DeAP's"], body)
+    yield from table_lines(["readout", "parameters", "multiply-accumulates, 10^6", "of DeAP's"], body)
     yield """
 - Multiply-accumulates of matrix products and convolutions, by torch's FlopCounterMode; masks and softmax have none.
 - DeAP's counts include a LayerNorm that its code makes and never applies; only-mask's, queries and keys that it doesn't read."""

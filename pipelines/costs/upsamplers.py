@@ -28,8 +28,9 @@ from operators.upsamplers import (
 )
 from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, seconds_of, table
+from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, seconds_of
 from pipelines.published import LIFT, LIFT_OPERATIONS, Operations
+from pipelines.results import table_lines
 
 BACKBONE = "backbone alone"
 
@@ -299,7 +300,7 @@ def _count_report(counts: Sequence[dict[str, Any]]) -> Iterator[str]:
         rows.append([name, millions, *ours, *true])
     yield f"\nOperations for one image, 10^9, as LiFT's paper counts them (arXiv {LIFT.arxiv}, Tables 5 and 6) and truly:"
     head = ["DINO, keys", "parameters", "alone", "published", "+ LiFT", "published"]
-    yield from table([*head, "true: alone", "+ LiFT", "LiFT adds"], rows)
+    yield from table_lines([*head, "true: alone", "+ LiFT", "LiFT adds"], rows)
     yield """
 - The paper's "FLOPs" are multiply-accumulates without those of attention, and charge LiFT's transposed convolution fourfold.
   True ones are multiply-accumulates too, by torch's FlopCounterMode, of what runs here.
@@ -320,4 +321,4 @@ def _measured_report(config: CostBenchmark, measured: dict[str, Any]) -> Iterato
         ]
         for one in measured["rows"]
     ]
-    yield from table([head, "parameters", "ms per image", "of alone", "peak MB", "of alone"], rows)
+    yield from table_lines([head, "parameters", "ms per image", "of alone", "peak MB", "of alone"], rows)

@@ -29,10 +29,11 @@ from operators.upsamplers.vit_up import (
     random_head,
 )
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, table, timed
+from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
 from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs
 from pipelines.costs.windows import compare_window, window_report
 from pipelines.published import VIT_UP_RUNTIME
+from pipelines.results import table_lines
 
 ALL_GRIDS = (56, 112, 224, 448)
 CPU_GRIDS = (56, 112)
@@ -410,7 +411,7 @@ def _published_report() -> Iterator[str]:
         for name, values in VIT_UP_RUNTIME.rows.items()
     ]
     yield "\nThe paper's Table 9, bf16 on a GPU that it doesn't name, ms and MiB:"
-    yield from table(["", "112 x 112", "224 x 224", "448 x 448"], rows)
+    yield from table_lines(["", "112 x 112", "224 x 224", "448 x 448"], rows)
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -439,7 +440,7 @@ def _time_report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         ]
         for row in rows
     ]
-    yield from table(["", "parameters", "ms", "runs", "of alone", "of bilinear", "peak MiB"], lines)
+    yield from table_lines(["", "parameters", "ms", "runs", "of alone", "of bilinear", "peak MiB"], lines)
 
 
 def _memory_report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -455,7 +456,7 @@ def _memory_report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         for row in rows
     ]
     yield "\nMemory and operations of that part alone:"
-    yield from table(["", "peak MiB", "declared", "of declared", "10^9, counted", "by formula"], lines)
+    yield from table_lines(["", "peak MiB", "declared", "of declared", "10^9, counted", "by formula"], lines)
     for grid in sorted({row["grid"] for row in rows}):
         sizes = {row["queries"]: row["call_bytes"] for row in rows if row["grid"] == grid and row["queries"]}
         if grid**2 in sizes and len(sizes) > 1:

@@ -15,7 +15,8 @@ from torch import Tensor
 from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates, random_head
 from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
 from operators.upsamplers.vit_up.head import sample
-from pipelines.costs.clocks import BenchmarkFailed, median_ratio, table, timed
+from pipelines.costs.clocks import BenchmarkFailed, median_ratio, timed
+from pipelines.results import table_lines
 
 QUERIES = 3136
 """At once, in both: the official code's default."""
@@ -141,5 +142,5 @@ def window_report(windows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 ("gather", "gather for each query, then attend", f"{one['ratio']:.2f}"),
             )
         ]
-        yield from table(["", "s", "runs", "of as here"], lines)
+        yield from table_lines(["", "s", "runs", "of as here"], lines)
         yield f"\nLargest difference of the two: {one['largest_difference']:.1e}, of values up to {one['largest_value']:.1f}."

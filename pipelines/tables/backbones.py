@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from pipelines.config import ConfigError
+from pipelines.results import table_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,12 +176,14 @@ def main(config: Backbones) -> Iterator[str]:
     if unknown := [name for name in names if name not in BY_NAME]:
         raise ConfigError(f"no backbone is called {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
     found = [each for each in BACKBONES if not names or each.name in names]
-    yield "| name | paper | timm | px | grid | channels | mean | deviation | parameters |"
-    yield "|---|---|---|---:|---:|---:|---|---|---:|"
+    rows = []
     for each in found:
         millions = f"{each.parameters / 1e6:.1f} M" if each.parameters else ""
         cells = (each.name, each.label, each.model, each.size, each.cells, each.channels, *_scale(each), millions)
-        yield f"| {' | '.join(map(str, cells))} |"
+        rows.append([str(cell) for cell in cells])
+    head = ["name", "paper", "timm", "px", "grid", "channels", "mean", "deviation", "parameters"]
+    _, *lines = table_lines(head, rows, left=3)
+    yield from lines
     yield ""
     for each in found:
         if each.absent:

@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.costs.readouts import published_counts
 from pipelines.executors import executor_for
 from pipelines.provenance import versions
+from pipelines.results import table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from pipelines.tables.cells import Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.tasks import Column, TableTask, published_values
@@ -87,12 +88,12 @@ def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Any]
     parts = ["# Readouts on frozen features"]
     for method in config.methods:
         rows = _by_backbone([entry for entry in found if entry.method == method], speeds, paper=config.paper)
-        parts.append(f"## {method}\n\n" + _markdown(rows))
+        parts.append(_section(method, rows))
     if len(config.methods) > 1:
         for name in config.backbones:
             rows = _by_method([entry for entry in found if entry.backbone.name == name], paper=config.paper)
-            parts.append(f"## Methods on {name}\n\n" + _markdown(rows))
-    parts.append("## Learned parameters\n\n" + _markdown(_parameters(found, paper=config.paper)))
+            parts.append(_section(f"Methods on {name}", rows))
+    parts.append(_section("Learned parameters", _parameters(found, paper=config.paper)))
     parts.append("\n".join(_notes(config, speeds)))
     if failed:
         lines = "\n".join(f"- {each.name}: {each.error}" for each in failed)
@@ -191,13 +192,8 @@ def _published_cells(entry: Entry) -> Iterator[str]:
         yield "" if value is None else f"{value:.{column.digits}f}"
 
 
-def _markdown(rows: Rows) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |"
-        for row in [rows[0], ["-" * width for width in widths], *rows[1:]]
-    ]
-    return "\n".join(lines)
+def _section(title: str, rows: Rows) -> str:
+    return "\n".join([f"## {title}", *table_lines(rows[0], rows[1:], padded=True)])
 
 
 def _notes(config: GridConfig, speeds: Mapping[str, Any]) -> Iterator[str]:
