@@ -1,8 +1,8 @@
 """Checks of the files in cluster/ that people launch with, without a network: before money is spent on a misspelt key.
 
 What Ray checks in `ray up` (its schema and defaults), what boto3 checks of an EC2 request, KubeRay's structure
-(cluster/kuberay/schema.json) and what Ray's autoscaler reads from it; then what makes a cluster of this project a good one: an idle
-head, workers that cost nothing when there is no work, one Ray version.
+(cluster/kuberay/schema.json) and what Ray's autoscaler reads from it; then what makes a cluster of this project a good one: an
+idle head, workers that cost nothing when there is no work, one Ray version.
 """
 
 import copy
