@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from cluster.session import ClusterError
 
@@ -111,14 +111,8 @@ class WorkerRequest:
         return "--workers" if self.called == "worker" else "--actors"
 
 
-def choose_pool(
-    device: str, actors: int | None, cpus: int | None, gpus: float | None, accelerator: str | None = None, **how: Any
-) -> WorkerPool:
-    """Size the actor pool for the connected cluster: `size_pool` with a `WorkerRequest` of these values; `how`: its others.
-
-    Raises `ClusterError` for what the cluster can't meet.
-    """
-    request = WorkerRequest(device=device, actors=actors, cpus=cpus, gpus=gpus, accelerator=accelerator, **how)
+def choose_pool(request: WorkerRequest) -> WorkerPool:
+    """Size the actor pool for the connected cluster. Raises `ClusterError` for what the cluster can't meet."""
     return size_pool(request, present_nodes(), read_growth)
 
 

@@ -17,6 +17,7 @@ from pipelines.config import ClusterConfig
 from pipelines.extraction import run as extraction
 from pipelines.extraction.config import ExtractConfig, start_from_run
 from pipelines.features.config import FeatureConfig
+from pipelines.published import LIFT_FEATURES
 
 PRESETS: dict[str, ExtractConfig] = {
     # Photographs of scikit-image, DINO ViT-S/16 at 448 px, x1 and x2 and pooled. 2 CPU cores: about 1 minute.
@@ -40,14 +41,9 @@ PRESETS: dict[str, ExtractConfig] = {
         ),
         cluster=ClusterConfig(executor="inline"),
     ),
-    # LiFT's DINO features (arXiv 2403.14625; specs/lift_vitup.md A5): keys of the last block, DINO's position embeddings,
-    # images squashed to 448 px. Give --data and --out. ViT-S/16, 28 x 28 cells: 600 KB an image as float16.
+    # LiFT's DINO features, of images squashed to 448 px. Give --data and --out. 28 x 28 cells: 600 KB an image as float16.
     # `python jobs/extract.py lift-dino-s16 --data ... --out ...`
-    "lift-dino-s16": ExtractConfig(
-        features=FeatureConfig(
-            size="448", geometry="squash", facet="key", pos_embed="dino", levels=("x1",), precision="fp32"
-        )
-    ),
+    "lift-dino-s16": ExtractConfig.of(size="448", geometry="squash", levels=("x1",), **LIFT_FEATURES),
 }
 
 program = Program(

@@ -17,10 +17,10 @@ from functools import partial
 from jobs.program import Command, Program
 from pipelines.config import ActorsConfig
 from pipelines.demo_datasets import write_demo
+from pipelines.published import DEAP_TASKS, PROBE_TASKS, VIT_UP_FEATURES, VIT_UP_SEED
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import GridConfig
 from pipelines.tables.deap import main
-from pipelines.tables.tasks import DEAP_TASKS
 from pipelines.training.readout import ReadConfig, ReadoutTraining
 
 PRESETS: dict[str, GridConfig] = {
@@ -63,10 +63,10 @@ PRESETS: dict[str, GridConfig] = {
     ),
     # ViT-Up Table 1's first row: linear probes of the plain map. Not run here.
     "vit-up-table1": GridConfig(
-        backbones=("vit_small_plus_patch16_dinov3.lvd1689m@448",),
-        tasks=("probe-coco", "probe-voc", "probe-ade20k", "probe-cityscapes"),
+        backbones=(f"{VIT_UP_FEATURES['model']}@448",),
+        tasks=PROBE_TASKS,
         methods=("linear",),
-        seeds=(42,),
+        seeds=(VIT_UP_SEED,),
     ),
 }
 

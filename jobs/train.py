@@ -20,6 +20,7 @@ from functools import partial
 from jobs.program import Command, Program
 from operators.readouts import READOUTS
 from operators.upsamplers import LEARNED
+from pipelines import published
 from pipelines.config import GpuConfig
 from pipelines.demo import write_photos
 from pipelines.demo_datasets import write_demo
@@ -30,36 +31,24 @@ from pipelines.training.lift import LIFT_MAPS, X2Config
 from pipelines.training.readout import ReadConfig, ReadoutTraining
 from pipelines.training.vit_up import ViTUpTraining
 
-LIFT_S16 = X2Config(
-    method="lift",
-    interpolation="bilinear",
-    batch=256,
-    epochs=5,
-    lr=1e-3,
-    jitter=0.0,
-    features=replace(LIFT_MAPS, model="vit_small_patch16_224.dino", pos_embed="dino", precision="fp32"),
-)
+LIFT_S16 = X2Config.of(method="lift", **published.LIFT_FEATURES, **published.LIFT_TRAINING)
 
-DINOV3_SPLUS = "vit_small_plus_patch16_dinov3.lvd1689m"
+PROBE = ReadoutTraining.of(method="linear", size=448, seed=published.VIT_UP_SEED, **published.VIT_UP_PROBE)
 
-PROBE = ReadoutTraining(
-    method="linear",
-    side=448,
-    flip=True,
-    batch=4,
-    epochs=20,
-    lr=2e-3,
-    weight_decay=1e-5,
-    schedule="cosine",
-    seed=42,
-    features=ReadConfig(size=448),
-)
-"""ViT-Up's linear probes (specs/evaluation.md 7): 448 px, AdamW 2e-3 falling to 0, batches of 4, mirrored at random."""
 
-DEAP = ReadoutTraining(
-    epochs=100_000, features=ReadConfig(model="vit_base_patch14_reg4_dinov2.lvd142m", size=518), log_every=50
-)
-"""DeAP (specs/evaluation.md 12.3), DINOv2-B at 518 px: AdamW 1e-3, weight decay 0.01, batches of 32, a number of steps."""
+def deap(name: str) -> ReadoutTraining:
+    """DeAP's recipe for a task, on the backbone of its ablations."""
+    recipe = published.RECIPES[name]
+    return ReadoutTraining.of(
+        log_every=50, task=recipe.task, dataset=recipe.dataset, **published.DEAP_FEATURES, **recipe.settings
+    )
+
+
+def probe(name: str) -> ReadoutTraining:
+    """ViT-Up's recipe for a linear probe, on the map of its backbone."""
+    recipe = published.RECIPES[name]
+    return PROBE.changed(dataset=recipe.dataset, model=published.VIT_UP_FEATURES["model"], **recipe.settings)
+
 
 PRESETS: dict[str, TrainConfig] = {
     # No network, no Ray: timm's test_vit with random weights on the demo's photos. 2 CPU cores: about 10 seconds, imports
@@ -77,10 +66,8 @@ PRESETS: dict[str, TrainConfig] = {
         features=replace(LIFT_MAPS, model="test_vit.r160_in1k", weights="random", size=128, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
-    # LiFT's published recipe (arXiv 2403.14625; specs/lift_vitup.md A7): DINO ViT-S/16 keys at 448 px, ImageNet-1k without
-    # labels, batch 256, 5 epochs, Adam 1e-3, cosine; no jitter, as the official script has it there. 25,025 steps. The paper
-    # says about 8 h on one A6000; not run here. BatchNorm sees 256 images, as there, on one GPU; `--micro-batch 64 --workers 4`
-    # shares them out, and --precision bf16 is faster.
+    # LiFT's recipe: 25,025 steps, no labels. Not run here. BatchNorm sees 256 images, as there, on one GPU; `--micro-batch 64
+    # --workers 4` shares them out, and --precision bf16 is faster.
     # `python jobs/train.py lift-dino-s16-imagenet --data 'imagenet1k-train-{0000..1023}.tar' --out lift-s16 --val-rows 512`
     "lift-dino-s16-imagenet": LIFT_S16,
     # The same for ViT-B/16. No published duration; the backbone takes 4 times the compute of ViT-S/16. Not run here.
@@ -104,15 +91,14 @@ PRESETS: dict[str, TrainConfig] = {
         features=replace(LIFT_MAPS, model="vit_tiny_patch16_224.augreg_in21k_ft_in1k", size=128, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
-    # ViT-Up's published recipe (arXiv 2606.14024; specs/lift_vitup.md B12 to B15): DINOv3 ViT-S+/16, one epoch of ImageNet-1k
-    # in batches of 24, 53,381 steps. No published duration; not run here. The official order isn't shuffled, ours is, and the
-    # backbone stays in eval mode, where the official code rescales its rotary embeddings at random (B15, "trap").
-    "vit-up-dinov3-splus-imagenet": ViTUpTraining(
-        features=BackboneConfig(model="vit_small_plus_patch16_dinov3_qkvb.lvd1689m"), max_steps=53_381
+    # ViT-Up's recipe. No published duration; not run here. The official order isn't shuffled, ours is, and the backbone stays
+    # in eval mode, where the official code rescales its rotary embeddings at random.
+    "vit-up-dinov3-splus-imagenet": ViTUpTraining.of(
+        model="vit_small_plus_patch16_dinov3_qkvb.lvd1689m", **published.VIT_UP_TRAINING
     ),
     # The same for ViT-B/16.
-    "vit-up-dinov3-b-imagenet": ViTUpTraining(
-        features=BackboneConfig(model="vit_base_patch16_dinov3_qkvb.lvd1689m"), max_steps=53_381
+    "vit-up-dinov3-b-imagenet": ViTUpTraining.of(
+        model="vit_base_patch16_dinov3_qkvb.lvd1689m", **published.VIT_UP_TRAINING
     ),
     # A supervised ViT-Ti/16 on 600 photographs: canvases of 256 px instead of 896, three blocks instead of six.
     # pipelines/TRAINING.md has the results.
@@ -150,39 +136,31 @@ PRESETS: dict[str, TrainConfig] = {
         features=ReadConfig(model="test_vit.r160_in1k", weights="random", size=64, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
-    # DeAP Table 3, DINOv2-B: VOC 2012 at 224 px, cross-entropy 0.1259, IoU 83.4. The paper's duration is its own choice of
-    # steps; under 16 minutes on an RTX 2080. Not run here: five images of VOC's masks only.
-    "deap-voc": replace(DEAP, dataset="voc", placement="squash", max_steps=10_000),
-    # COCO-Stuff, 200 outputs: cross-entropy 1.0468, IoU 42.8. Not run here.
-    "deap-coco-stuff": replace(
-        DEAP, dataset="coco_stuff", outputs=200, width=32, limit=100_000, max_steps=20_000, method="deap"
-    ),
-    # Boundaries on COCO: cross-entropy 0.1297, IoU 32.4. Not run here: 80 images of COCO only.
-    "deap-boundaries": replace(DEAP, task="boundaries", dataset="coco", limit=5_000, max_steps=10_000),
-    # Class-agnostic CenterNet: AP_large 0.2666. Not run here.
-    "deap-detection": replace(DEAP, task="detection", dataset="coco", limit=100_000, max_steps=20_000),
-    # Instance discrimination, about 60,000 classes: ARI 46.8. Steps aren't published. Not run here.
-    "deap-instances": replace(DEAP, task="instances", dataset="coco", limit=8_000, max_steps=20_000),
-    # NYUv2: RMSE 0.449 m. Not run here: two frames only.
-    "deap-depth": replace(DEAP, task="depth", dataset="nyu", placement="squash", limit=42_000, max_steps=3_000),
-    # ViT-Up Table 1, DINOv3-S+: mIoU and accuracy 84.88 / 96.45 of the plain map (bilinear), 87.47 / 97.14 with ViT-Up
-    # (--level 448x448=vit_up:CHECKPOINT). Not run here.
-    "probe-voc": PROBE.changed(dataset="voc", model=DINOV3_SPLUS),
-    # 43.27 / 76.17 and 44.73 / 77.06. Not run here: three images of ADE20K only.
-    "probe-ade20k": PROBE.changed(dataset="ade20k", model=DINOV3_SPLUS),
-    # 61.36 / 93.44 and 65.41 / 94.73. Not run here.
-    "probe-cityscapes": PROBE.changed(dataset="cityscapes", model=DINOV3_SPLUS),
-    # COCO's 27 groups: 63.10 / 81.85 and 64.09 / 82.49; 5 epochs. Not run here.
-    "probe-coco": PROBE.changed(dataset="coco_stuff27", model=DINOV3_SPLUS, epochs=5),
-    # The probe's head and losses for depth, on images that aren't normalised, as its code has them (section 8). Its targets are a
-    # depth model's, which isn't here: this is NYUv2's depth, so its numbers (61.52 / 62.80) are of something else.
+    # DeAP's Table 3, DINOv2-B. None was run here: of VOC, COCO and NYUv2 there are few images. Segmentation of VOC 2012:
+    "deap-voc": deap("voc"),
+    # Segmentation with 200 outputs.
+    "deap-coco-stuff": deap("coco-stuff"),
+    "deap-boundaries": deap("boundaries"),
+    # Class-agnostic CenterNet.
+    "deap-detection": deap("detection"),
+    # Instance discrimination; its number of steps is ours.
+    "deap-instances": deap("instances"),
+    "deap-depth": deap("depth"),
+    # The first row of ViT-Up's Table 1, and with --level 448x448=vit_up:CHECKPOINT the last. Not run here.
+    "probe-voc": probe("probe-voc"),
+    "probe-ade20k": probe("probe-ade20k"),
+    "probe-cityscapes": probe("probe-cityscapes"),
+    # COCO's 27 groups.
+    "probe-coco": probe("probe-coco"),
+    # The probe's head and losses for depth, on images that aren't normalised, as its code has them. The paper's targets are a
+    # depth model's, which isn't here: this is NYUv2's depth, so that the paper's numbers are of something else.
     "probe-depth": PROBE.changed(
         method="depth_bins",
         task="depth",
         dataset="nyu",
         depth_loss="vit-up",
         normalise=False,
-        model=DINOV3_SPLUS,
+        model=published.VIT_UP_FEATURES["model"],
     ),
 }
 

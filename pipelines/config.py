@@ -18,6 +18,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, ge
 
 import tyro
 
+from cluster.resources import WorkerRequest
 from storage.errors import RayliftError
 from storage.paths import is_memory, public_options, redact
 
@@ -159,6 +160,17 @@ class ClusterConfig(GpuConfig, ActorsConfig):
         require_at_least(1, self, "actors", "actor_cpus")
         require_gpus(self.actor_gpus, "--actor-gpus")
         super().__post_init__()
+
+    def request(self, *, spare_cpu: bool = False) -> WorkerRequest:
+        """The actors that are asked for; `spare_cpu` leaves a CPU for tasks beside them."""
+        return WorkerRequest(
+            device=self.device,
+            actors=self.actors,
+            cpus=self.actor_cpus,
+            gpus=self.actor_gpus,
+            accelerator=self.accelerator,
+            spare_cpu=spare_cpu,
+        )
 
 
 # --- a job ------------------------------------------------------------------------------------------------------------

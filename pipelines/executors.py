@@ -1,26 +1,35 @@
-"""Where work runs: in this process, or on Ray. The only seam between the pipeline and Ray Data.
+"""Where work runs: in this process, or on Ray. All that pipelines know of Ray Data and of actors is here.
 
 Both executors give the same bytes (tests/test_pipelines_ray.py). Ray settings were found by experiment with 2.60; each
-has its reason beside it.
+has its reason beside it. Processes that train together are Ray Train's (pipelines/training/run.py).
 """
 
 import functools
 import gc
+import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from cluster.resources import WorkerPool
+from cluster.metrics import TaskReport, WorkerMetrics
+from cluster.resources import WorkerPool, WorkerRequest, choose_pool, present_nodes
 from cluster.session import connect
-from storage.inputs import InputFile
+from pipelines.config import JobConfig
+from storage.errors import RayliftError
+from storage.ledger import SampleRecord
 from storage.spec import ShardTask
-from storage.tars import MemberRules, SourceScan, scan_source
+
+if TYPE_CHECKING:
+    import ray
+    import ray.data
+    from ray.actor import ActorHandle
 
 logger = logging.getLogger(__name__)
 
@@ -30,184 +39,402 @@ WINDOW_TASKS = 20_000
 NO_PROGRESS_S = 900
 """A run in which no task ends for this long is stuck (a node that can't start, storage that hangs) and is ended."""
 
+AHEAD = 4
+"""Items that each loader of `Executor.map` is given before their results are asked for."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Reference = TypeVar("Reference")
+
+
+class WorkersLost(RayliftError):
+    """Workers were lost again and again."""
+
+    exit_code = 1
+
+
+# --- what crosses between driver and workers --------------------------------------------------------------------------
+
+
+@dataclass
+class Loaded:
+    """A task's images: `pixels` uint8 [rows, H, W, 3], zero where `records` say `failed`."""
+
+    pixels: np.ndarray
+    records: list[SampleRecord]
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+    aside: bool = False
+    "nothing was loaded: the task is to run again, alone"
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Add to what a stage took so far."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def notes(self) -> str:
+        """All but the pixels, as JSON."""
+        return json.dumps({**vars(self), "pixels": None, "records": [asdict(record) for record in self.records]})
+
+    @classmethod
+    def set_aside(cls) -> "Loaded":
+        return cls(np.empty(0, np.uint8), [], aside=True)
+
+    @classmethod
+    def from_notes(cls, pixels: np.ndarray, notes: str) -> "Loaded":
+        found = json.loads(notes)
+        records = [SampleRecord(**record) for record in found["records"]]
+        return cls(**{**found, "pixels": pixels, "records": records})
+
 
 class Worker(Protocol):
-    """What an executor drives; made once per actor."""
+    """What does tasks; made once per actor."""
 
-    def load(self, task: ShardTask) -> Any:
-        """A task's images and what is known of them: `pixels` uint8 [rows, H, W, 3] and `notes()`, JSON values."""
+    def load(self, task: ShardTask) -> Loaded:
+        """A task's images and what is known of them, for `run` in another process."""
 
-    def run(self, task: ShardTask, loaded: tuple[np.ndarray, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """Do a task, loading it first where it comes without `loaded` (pixels, notes); returns its report."""
+    def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
+        """Do a task, loading it first where it comes without its images."""
 
 
-class InlineExecutor:
-    """Everything in this process, one task after another."""
+class MakeWorker(Protocol):
+    """What travels to where workers are made."""
 
-    def scan(self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]) -> Iterator[SourceScan]:
-        """Scan sources in order, a few at once."""
-        with ThreadPoolExecutor(4) as pool:
-            for start in range(0, len(files), 16):
-                yield from pool.map(lambda file: scan_source(file, rules, options), files[start : start + 16])
+    def __call__(self, *, model: bool = True) -> Worker:
+        """`model`: whether the worker is to compute, and not only to load."""
 
-    def pool(self, device: str, actors: int | None, cpus: int | None, gpus: float | None, **how: Any) -> WorkerPool:
-        import torch
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return WorkerPool(device=device, size=1, cpus=cpus or torch.get_num_threads(), gpus=gpus or 0)
+class Executor(Protocol):
+    """Where work runs. All of it may be done again after a fault, so that it must come to the same."""
 
-    def run(
+    def pool(self, request: WorkerRequest) -> WorkerPool:
+        """The workers that are asked for. Raises `ClusterError` for what the cluster can't meet."""
+
+    def map(
+        self, do: Callable[[Item], Result], items: Iterable[Item], *, loaders: int | None = None
+    ) -> Generator[Result, None, None]:
+        """What `do` gives of each item, in their order; some are under way before they are asked for.
+
+        `loaders`: in so many processes that are kept and ask for no CPU of their own, for they work beside others that may
+        hold all of them; else with what CPUs there are.
+        """
+
+    def stream(
         self,
-        make_worker: Callable[[], Worker],
+        make_worker: MakeWorker,
         tasks: Sequence[ShardTask],
         pool: WorkerPool,
         *,
         decode_on: str = "actor",
         solo: bool = False,
-    ) -> Iterator[dict[str, Any]]:
-        """Reports of finished tasks."""
+    ) -> Iterator[TaskReport]:
+        """Reports of tasks as they end, in any order. `decode_on="cluster"`: images are loaded by further processes.
+        `solo`: one task at a time, in one worker."""
+
+    def pieces(
+        self,
+        make_worker: Callable[[], Callable[[Item], Result]],
+        pieces: Sequence[Item],
+        pool: WorkerPool,
+        *,
+        restarts: int = 3,
+        lost: Callable[[Item, WorkersLost], Result] | None = None,
+    ) -> Iterator[Result]:
+        """Results of larger pieces of work as they end, in any order.
+
+        A piece whose worker is lost is done again, up to `restarts` times; then `lost` gives its result, and without that it is
+        `WorkersLost`. Errors of workers are raised as they are.
+        """
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+
+class InlineExecutor:
+    """Everything in this process, one after another; `map` with a few threads."""
+
+    def pool(self, request: WorkerRequest) -> WorkerPool:
+        import torch
+
+        device = request.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return WorkerPool(device=device, size=1, cpus=request.cpus or torch.get_num_threads(), gpus=request.gpus or 0)
+
+    def map(
+        self, do: Callable[[Item], Result], items: Iterable[Item], *, loaders: int | None = None
+    ) -> Generator[Result, None, None]:
+        threads = loaders or 4
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield from _in_order(lambda item: pool.submit(do, item), Future.result, items, threads)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def stream(
+        self,
+        make_worker: MakeWorker,
+        tasks: Sequence[ShardTask],
+        pool: WorkerPool,
+        *,
+        decode_on: str = "actor",
+        solo: bool = False,
+    ) -> Iterator[TaskReport]:
         worker = make_worker()
         for task in tasks:
             yield worker.run(task)
 
+    def pieces(
+        self,
+        make_worker: Callable[[], Callable[[Item], Result]],
+        pieces: Sequence[Item],
+        pool: WorkerPool,
+        *,
+        restarts: int = 3,
+        lost: Callable[[Item, WorkersLost], Result] | None = None,
+    ) -> Iterator[Result]:
+        worker = make_worker()
+        for piece in pieces:
+            yield worker(piece)
+
+
+def _in_order(
+    submit: Callable[[Item], Reference], result: Callable[[Reference], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Results in the order of the items, of which up to `ahead` were submitted already."""
+    pending: deque[Reference] = deque()
+    for item in items:
+        pending.append(submit(item))
+        if len(pending) > ahead:
+            yield result(pending.popleft())
+    while pending:
+        yield result(pending.popleft())
+
+
+# --- on Ray -----------------------------------------------------------------------------------------------------------
+
 
 class RayExecutor:
-    """Ray tasks for scanning, Ray Data over an actor pool for tasks. Needs a connected session."""
+    """Ray Data over an actor pool for tasks, actors for pieces, Ray tasks or actors for `map`. Needs a connected session."""
 
-    def scan(self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]) -> Iterator[SourceScan]:
-        """Scan sources in order; at most a few hundred are under way, so a limit costs little."""
+    def pool(self, request: WorkerRequest) -> WorkerPool:
+        return choose_pool(request)
+
+    def map(
+        self, do: Callable[[Item], Result], items: Iterable[Item], *, loaders: int | None = None
+    ) -> Generator[Result, None, None]:
         import ray
 
-        if all(file.is_image for file in files):  # nothing is read to index plain files
-            yield from (scan_source(file, rules, options) for file in files)
+        if loaders is None:
+            call, shared = ray.remote(num_cpus=1, max_retries=3)(_call), ray.put(do)
+            ahead = max(2, 2 * sum(node.count * node.cpus for node in present_nodes()))
+            yield from _in_order(lambda item: call.remote(shared, item), _fetch, items, ahead)
             return
-        per_task = max(1, min(16, len(files) // 64))
-        scan = ray.remote(num_cpus=1, max_retries=3)(_scan_group)
-        groups = [files[i : i + per_task] for i in range(0, len(files), per_task)]
-        ahead = max(2, int(ray.cluster_resources().get("CPU", 1)) * 2)
-        futures = [scan.remote(group, rules, options) for group in groups[:ahead]]
-        for i in range(len(groups)):
-            yield from ray.get(futures[i])
-            futures[i] = None
-            if len(futures) < len(groups):
-                futures.append(scan.remote(groups[len(futures)], rules, options))
+        # Actors and not tasks, since on a node whose CPUs are all held Ray ends idle processes at once, and each task would
+        # start one anew.
+        options = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
+        with _actors(functools.partial(_itself, do), loaders, options) as actors:
+            turns = itertools.cycle(actors)
+            yield from _in_order(lambda item: next(turns).do.remote(item), _fetch, items, AHEAD * loaders)
 
-    def pool(self, device: str, actors: int | None, cpus: int | None, gpus: float | None, **how: Any) -> WorkerPool:
-        from cluster.resources import choose_pool
-
-        return choose_pool(device, actors, cpus, gpus, **how)
-
-    def run(
+    def stream(
         self,
-        make_worker: Callable[[], Worker],
+        make_worker: MakeWorker,
         tasks: Sequence[ShardTask],
         pool: WorkerPool,
         *,
         decode_on: str = "actor",
         solo: bool = False,
-    ) -> Iterator[dict[str, Any]]:
-        """Reports of finished tasks, in the order in which they finish. `solo`: one task at a time in one actor."""
+    ) -> Iterator[TaskReport]:
         for start in range(0, len(tasks), WINDOW_TASKS):
-            yield from self._run_window(make_worker, tasks[start : start + WINDOW_TASKS], pool, decode_on, solo)
+            dataset = _dataset(make_worker, tasks[start : start + WINDOW_TASKS], pool, decode_on, solo)
+            try:
+                for row in dataset.iter_rows():
+                    yield TaskReport(**json.loads(row["report"]))
+            finally:
+                # Without this an actor that restarted keeps its GPU and starves the next Dataset (seen in 2.60).
+                del dataset
+                gc.collect()
 
-    def _run_window(
+    def pieces(
         self,
-        make_worker: Callable[[], Worker],
-        tasks: Sequence[ShardTask],
+        make_worker: Callable[[], Callable[[Item], Result]],
+        pieces: Sequence[Item],
         pool: WorkerPool,
-        decode_on: str,
-        solo: bool,
-    ) -> Iterator[dict[str, Any]]:
+        *,
+        restarts: int = 3,
+        lost: Callable[[Item, WorkersLost], Result] | None = None,
+    ) -> Iterator[Result]:
         import ray
-        import ray.data
 
-        context = ray.data.DataContext.get_current()
-        # One input row is one task is one block; splitting blocks would cut that. Must be set before the Dataset is made.
-        context.target_max_block_size = None
-        context.max_consecutive_actor_init_deaths = 3
-        context.execution_no_progress_timeout_s = NO_PROGRESS_S
-        context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-        # Weights cross the network once per node, through the object store, and are shared by its actors.
-        factory = ray.put(make_worker)
-        items = [asdict(task) for task in tasks]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        if decode_on == "cluster":
-            load = functools.partial(_load_task, factory=factory)
-            dataset = dataset.map_batches(load, batch_size=1, batch_format="numpy", num_cpus=1)
-        concurrency = 1 if solo else 2
-        dataset = dataset.map_batches(
-            _Actor,
-            batch_size=1,
-            batch_format="numpy",
-            fn_constructor_kwargs={"factory": factory},
-            **pool.placement,
-            # Two calls overlap in an actor, with a lock round the model: one reads and writes while the other computes.
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                max_size=1 if solo else min(pool.size, len(tasks)),
-                initial_size=1 if solo else min(pool.size, len(tasks)),
-                max_concurrent_calls_per_actor=concurrency,
-                enable_true_multi_threading=True,
-            ),
-        )
-        try:
-            for row in dataset.iter_rows():
-                yield json.loads(row["report"])
-        finally:
-            # Without this an actor that restarted keeps its GPU and starves the next Dataset (seen in 2.60).
-            del dataset
-            gc.collect()
+        waiting = deque(pieces)
+        options = {**pool.placement, "max_restarts": -1, "max_task_retries": restarts}
+        with _actors(make_worker, min(pool.size, len(pieces)), options) as actors:
+            # An actor gets work once it is up: one that the cluster has no room for keeps nobody waiting.
+            running: dict[ray.ObjectRef[Result], tuple[ActorHandle[Any], Item | None]]
+            running = {each.start.remote(): (each, None) for each in actors}
+            while waiting or any(piece is not None for _, piece in running.values()):
+                (ready, *_), _ = ray.wait(list(running), num_returns=1)
+                free, piece = running.pop(ready)
+                if waiting:
+                    following = waiting.popleft()
+                    running[free.do.remote(following)] = free, following
+                result = _fetch_or_lost(ready, piece, lost)
+                if piece is not None:
+                    yield result
 
 
-def _scan_group(files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]) -> list[SourceScan]:
-    return [scan_source(file, rules, options) for file in files]
+@contextmanager
+def _actors(
+    make: Callable[[], Callable[[Item], Result]], count: int, options: Mapping[str, Any]
+) -> "Iterator[list[ActorHandle[Any]]]":
+    """So many `_Actor`s with these options of Ray, which end with the block. What `make` holds crosses the network once per
+    node."""
+    import ray
+
+    shared = ray.put(make)
+    cls = ray.remote(**options)(_Actor)
+    actors: list[ActorHandle[Any]] = [cls.remote(shared) for _ in range(count)]
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+class _Actor(Generic[Item, Result]):
+    """What does one item after another; not made before it is asked for, so that an error of that is told as any other."""
+
+    def __init__(self, make: Callable[[], Callable[[Item], Result]]):
+        self._make = make
+
+    @functools.cached_property
+    def _do(self) -> Callable[[Item], Result]:
+        return self._make()
+
+    def start(self) -> None:
+        """What can be waited for until the actor is up, and has what it needs."""
+        _ = self._do
+
+    def do(self, item: Item) -> Result:
+        return self._do(item)
+
+
+def _itself(do: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    return do
+
+
+def _call(do: Callable[[Item], Result], item: Item) -> Result:
+    return do(item)
+
+
+def _fetch(reference: "ray.ObjectRef[Result]") -> Result:  # type: ignore[type-var]  # references have no types
+    """A result; the error that a user's code raised, as it would be raised here; `WorkersLost` for any other."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise WorkersLost(f"a worker was lost and started again too often: {error}. The same command goes on") from None
+
+
+def _fetch_or_lost(
+    reference: "ray.ObjectRef[Result]", piece: Item | None, lost: Callable[[Item, WorkersLost], Result] | None
+) -> Result:
+    try:
+        return _fetch(reference)
+    except WorkersLost as error:
+        if piece is None or lost is None:
+            raise
+        return lost(piece, error)
+
+
+# --- tasks on Ray Data ------------------------------------------------------------------------------------------------
+
+
+def _dataset(
+    make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, decode_on: str, solo: bool
+) -> "ray.data.Dataset":
+    """Reports of tasks, a row each, as they come."""
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    # One input row is one task is one block; splitting blocks would cut that. Must be set before the Dataset is made.
+    context.target_max_block_size = None
+    context.max_consecutive_actor_init_deaths = 3
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # Weights cross the network once per node, through the object store, and are shared by its actors.
+    factory = ray.put(make_worker)
+    items = [asdict(task) for task in tasks]
+    dataset: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    if decode_on == "cluster":
+        load = functools.partial(_load_task, factory=factory)
+        dataset = dataset.map_batches(load, batch_size=1, batch_format="numpy", num_cpus=1)
+    size = 1 if solo else min(pool.size, len(tasks))
+    return dataset.map_batches(
+        _TaskActor,
+        batch_size=1,
+        batch_format="numpy",
+        fn_constructor_kwargs={"factory": factory},
+        **pool.placement,
+        # Two calls overlap in an actor, with a lock round the model: one reads and writes while the other computes.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=size,
+            initial_size=size,
+            max_concurrent_calls_per_actor=1 if solo else 2,
+            enable_true_multi_threading=True,
+        ),
+    )
 
 
 def _task_of(batch: Mapping[str, np.ndarray]) -> ShardTask:
     return ShardTask(**{name: int(batch[name][0]) for name in ("block", "first", "last")})
 
 
-_workers: dict[Any, Worker] = {}
+_workers: "dict[ray.ObjectRef[MakeWorker], Worker]" = {}
 """Loading workers of this process, by factory: reading a store's metadata once per process, not once per task."""
 
 
-def _load_task(batch: dict[str, np.ndarray], factory: Any) -> dict[str, Any]:
+def _load_task(batch: dict[str, np.ndarray], factory: "ray.ObjectRef[MakeWorker]") -> dict[str, np.ndarray | list[str]]:
     """Ray Data function of the separate decode stage: uint8 pixels and small records cross the object store."""
     import ray
 
     if factory not in _workers:
         _workers[factory] = ray.get(factory)(model=False)
     loaded = _workers[factory].load(_task_of(batch))
-    return {**batch, "pixels": loaded.pixels[None], "notes": [json.dumps(loaded.notes())]}
+    return {**batch, "pixels": loaded.pixels[None], "notes": [loaded.notes()]}
 
 
-class _Actor:
+class _TaskActor:
     """Ray Data's view of a worker: one call per task, returning one small row."""
 
-    def __init__(self, factory: Any):
+    def __init__(self, factory: "ray.ObjectRef[MakeWorker]"):
         import ray
-
-        from cluster.metrics import WorkerMetrics
 
         self._worker = ray.get(factory)()
         self._metrics = WorkerMetrics()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        task = _task_of(batch)
-        loaded = (batch["pixels"][0], json.loads(batch["notes"][0])) if "pixels" in batch else None
-        report = self._worker.run(task, loaded)
+        loaded = Loaded.from_notes(batch["pixels"][0], batch["notes"][0]) if "pixels" in batch else None
+        report = self._worker.run(_task_of(batch), loaded)
         self._metrics.count(report)
-        return {"report": [json.dumps(report)]}
+        return {"report": [json.dumps(asdict(report))]}
+
+
+# --- which of them ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def executor_for(*, inline: bool, address: str | None, device: str) -> Iterator[InlineExecutor | RayExecutor]:
+def executor_for(config: JobConfig) -> Iterator[Executor]:
     """The executor that settings ask for, with a Ray session round it where it needs one. Raises `ClusterError`."""
-    if inline:
+    if config.is_inline:
         yield InlineExecutor()
         return
-    with connect(address, num_gpus=0 if device == "cpu" else None):
+    with connect(config.cluster.ray_address, num_gpus=0 if config.cluster.device == "cpu" else None):
         yield RayExecutor()

@@ -281,16 +281,16 @@ class FeatureStream(IterableDataset[Sample]):
         store: str | FeatureStore,
         levels: Sequence[str],
         *,
-        columns: Sequence[str] = (),
-        rows: Selection | None = None,
-        storage_options: StorageOptions | None = None,
-        transform: Callable[[Sample], Given] | None = None,
         shuffle: bool = True,
         seed: int = 0,
         buffer_rows: int = 1024,
         rank: int | None = None,
         world_size: int | None = None,
         even: bool = False,
+        columns: Sequence[str] = (),
+        rows: Selection | None = None,
+        storage_options: StorageOptions | None = None,
+        transform: Callable[[Sample], Given] | None = None,
     ):
         rank, world_size = _place(rank, world_size)
         if buffer_rows < 1 or seed < 0:
@@ -298,10 +298,10 @@ class FeatureStream(IterableDataset[Sample]):
         self.transform = transform
         self._rows = _Rows.choose(store, levels, columns, rows, storage_options).once()
         self._order = StreamOrder(
-            block_rows=self._rows.store.layout.block_rows,
             shuffle=shuffle,
             seed=seed,
             buffer_rows=buffer_rows,
+            block_rows=self._rows.store.layout.block_rows,
             even=even,
             rank=rank,
             world_size=world_size,

@@ -1,0 +1,353 @@
+"""What the papers print and how they train, each number once: tables that reports show beside measured ones, and recipes.
+
+Numbers are in the units of their tables. Reports ask for them with `--paper`; presets of jobs/ take the recipes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+Values: TypeAlias = tuple[float | None, ...]
+
+Settings: TypeAlias = Mapping[str, bool | int | float | str]
+"""Settings of a job by their flat names, as flags have them (with `_` for `-`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """A paper whose methods and measurements are here."""
+
+    name: str
+    arxiv: str = ""
+    "its number; empty where it isn't there"
+    title: str = ""
+
+
+LIFT = Paper(name="LiFT", arxiv="2403.14625")
+VIT_UP = Paper(name="ViT-Up", arxiv="2606.14024")
+DEAP = Paper(
+    name="DeAP", title="Characterizing Vision Backbones for Dense Prediction with Dense Attentive Probing (TMLR)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Numbers of one table: rows, each with the values of its columns under one or several keys (input sizes, tasks, ...)."""
+
+    paper: Paper
+    table: str
+    "as it is called there; `paper` where our notes don't say which it is"
+    of: str = ""
+    "the backbone"
+    columns: tuple[str, ...] = ()
+    "what values are, where they are the same for all keys"
+    rows: Mapping[str, Mapping[str, Values]] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """What a report calls a line of it."""
+        return f"{self.paper.name} {self.table}{', ' if self.of else ''}{self.of}"
+
+    def values(self, row: str, key: str) -> Values:
+        """Of the columns; () where the paper has none."""
+        return self.rows.get(row, {}).get(key, ())
+
+
+# --- LiFT -------------------------------------------------------------------------------------------------------------
+
+LIFT_FEATURES: Settings = {
+    "model": "vit_small_patch16_224.dino",
+    "facet": "key",
+    "pos_embed": "dino",
+    "precision": "fp32",
+}
+"""What LiFT's tables are of: keys of DINO ViT-S/16's last block, with DINO's own interpolation of position embeddings."""
+
+LIFT_TRAINING: Settings = {"interpolation": "bilinear", "batch": 256, "epochs": 5, "lr": 1e-3, "jitter": 0.0}
+"""On ImageNet-1k without labels, 25,025 steps of Adam, cosine distance; images squashed to 448 px. No jitter, as the official
+script has it there. The paper says about 8 h on one A6000."""
+
+
+def _by_size(*columns: Sequence[float]) -> dict[str, Values]:
+    """The values of each column at 56, 112, 224 and 448 px."""
+    return dict(zip(("56", "112", "224", "448"), zip(*columns, strict=True), strict=True))
+
+
+def _lift(table: str, columns: tuple[str, ...], **rows: Mapping[str, Values]) -> Published:
+    return Published(paper=LIFT, table=table, of="DINO ViT-S/16", columns=columns, rows=rows)
+
+
+LIFT_CORRESPONDENCE = _lift(
+    "Table 1",
+    ("PCK@0.1, %", "PCK@0.05, %", "PCK@0.01, %"),
+    backbone=_by_size([2.04, 12.67, 24.76, 28.6], [0.51, 3.61, 9.54, 15.33], [0.01, 0.2, 0.54, 1.4]),
+    bilinear=_by_size([3.81, 13.71, 26.72, 30.48], [1.01, 4.23, 11.37, 16.75], [0.02, 0.14, 0.5, 1.64]),
+    resize_conv=_by_size([3.87, 14.02, 26.09, 30.21], [0.94, 4.41, 11.51, 16.76], [0.03, 0.16, 0.51, 1.7]),
+    jbu=_by_size([3.08, 12.26, 24.87, 29.11], [0.82, 3.82, 10.6, 16.01], [0.03, 0.17, 0.47, 1.42]),
+    lift=_by_size([5.05, 17.72, 28.68, 31.38], [1.19, 6.29, 14.72, 18.90], [0.06, 0.29, 0.91, 2.52]),
+)
+"""SPair-71k, by method and side of the input."""
+
+LIFT_VIDEO = _lift(
+    "paper",
+    ("J&F, %", "J, %", "F, %"),
+    backbone=_by_size([7.4, 17.5, 33.0, 50.9], [9.5, 21.9, 37.8, 52.1], [5.2, 13.1, 28.1, 49.7]),
+    bilinear=_by_size([10.8, 23.7, 37.0, 53.0], [13.7, 29.4, 42.8, 54.0], [7.9, 17.9, 31.2, 52.0]),
+    resize_conv=_by_size([11.0, 24.0, 37.4, 53.2], [13.8, 29.6, 43.0, 53.9], [8.2, 18.4, 31.9, 52.5]),
+    jbu=_by_size([11.2, 26.2, 39.0, 54.5], [13.9, 30.6, 42.8, 54.9], [8.6, 21.7, 35.1, 54.1]),
+    lift=_by_size([13.0, 28.0, 44.3, 61.1], [16.27, 33.04, 48.07, 59.43], [9.72, 23.0, 40.56, 62.79]),
+)
+"""DAVIS-2017, by method and side of the input."""
+
+_CORLOC = ("CorLoc, %",)
+
+LIFT_DISCOVERY: Mapping[str, Published] = {
+    "voc07": _lift(
+        "paper",
+        _CORLOC,
+        backbone=_by_size([20.74, 50.07, 65.60, 68.27]),
+        bilinear=_by_size([21.27, 46.96, 64.70, 68.37]),
+        resize_conv=_by_size([28.96, 55.00, 66.85, 68.87]),
+        jbu=_by_size([26.16, 56.60, 66.75, 69.03]),
+        lift=_by_size([36.54, 62.02, 68.79, 69.65]),
+    ),
+    "voc12": _lift(
+        "paper",
+        _CORLOC,
+        backbone=_by_size([23.27, 55.33, 69.01, 71.64]),
+        bilinear=_by_size([23.46, 52.64, 68.53, 71.55]),
+        resize_conv=_by_size([31.63, 59.96, 68.87, 71.47]),
+        jbu=_by_size([28.97, 61.67, 69.13, 71.54]),
+        lift=_by_size([40.56, 66.21, 70.91, 71.71]),
+    ),
+    "coco20k": _lift(
+        "paper",
+        _CORLOC,
+        backbone=_by_size([16.28, 40.08, 53.98, 57.99]),
+        bilinear=_by_size([17.78, 35.62, 51.53, 56.84]),
+        resize_conv=_by_size([22.92, 42.53, 54.52, 58.40]),
+        jbu=_by_size([21.36, 43.87, 55.45, 58.82]),
+        lift=_by_size([27.72, 50.20, 58.03, 60.50]),
+    ),
+}
+"""By data set; of each, by method and side of the input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """A row of LiFT's Tables 5 and 6: 10^9 "FLOPs" (multiply-accumulates, by its count) of DINO's keys alone and with LiFT."""
+
+    model: str
+    size: int
+    stride: int
+    alone: float
+    lift: float | None
+
+
+LIFT_OPERATIONS = (
+    Operations(model="vit_small_patch16_224.dino", size=224, stride=16, alone=4.34, lift=5.30),
+    Operations(model="vit_small_patch16_224.dino", size=224, stride=8, alone=16.07, lift=19.65),
+    Operations(model="vit_small_patch16_224.dino", size=448, stride=16, alone=17.28, lift=21.12),
+    Operations(model="vit_small_patch16_224.dino", size=448, stride=8, alone=66.60, lift=81.18),
+    Operations(model="vit_base_patch16_224.dino", size=224, stride=16, alone=17.21, lift=None),
+)
+
+# --- ViT-Up -----------------------------------------------------------------------------------------------------------
+
+VIT_UP_FEATURES: Settings = {"model": "vit_small_plus_patch16_dinov3.lvd1689m", "precision": "bf16"}
+"""What ViT-Up's tables are of, at 448 px: DINOv3 ViT-S+/16."""
+
+VIT_UP_TRAINING: Settings = {"max_steps": 53_381}
+"""One epoch of ImageNet-1k in batches of 24; what else there is to set has the published value by default."""
+
+VIT_UP_PROBE: Settings = {
+    "side": 448, "flip": True, "batch": 4, "epochs": 20, "lr": 2e-3, "weight_decay": 1e-5, "schedule": "cosine"
+}  # fmt: skip
+"""Linear probes of 448 px: AdamW falling to 0, batches of 4, mirrored at random; the published seed is 42."""
+
+VIT_UP_SEED = 42
+
+VIT_UP_CORRESPONDENCE = Published(
+    paper=VIT_UP,
+    table="Table 2",
+    of="DINOv3-S+",
+    columns=("PCK@0.1, %", "PCK@0.05, %", "PCK@0.01, %"),
+    rows={"bilinear": {"448": (51.27, 33.74, 3.83)}, "vit_up": {"448": (55.44, 39.07, 7.30)}},
+)
+"""SPair-71k, by method and side of the input."""
+
+VIT_UP_PROBES = Published(
+    paper=VIT_UP,
+    table="Table 1",
+    of="DINOv3-S+",
+    columns=("mIoU, %", "accuracy, %"),
+    rows={
+        "bilinear": {
+            "probe-coco": (63.10, 81.85),
+            "probe-voc": (84.88, 96.45),
+            "probe-ade20k": (43.27, 76.17),
+            "probe-cityscapes": (61.36, 93.44),
+        },
+        "vit_up": {
+            "probe-coco": (64.09, 82.49),
+            "probe-voc": (87.47, 97.14),
+            "probe-ade20k": (44.73, 77.06),
+            "probe-cityscapes": (65.41, 94.73),
+        },
+    },
+)
+"""By method and task; `bilinear` is the backbone's own map, whose logits are enlarged."""
+
+VIT_UP_RUNTIME = Published(
+    paper=VIT_UP,
+    table="Table 9",
+    of="DINOv3-S+",
+    columns=("ms", "MiB"),
+    rows={
+        "JAFAR": {"112": (41.3, 541.0), "224": (43.5, 1721.6), "448": (52.9, 6448.5)},
+        "AnyUp": {"112": (6.8, 485.9), "224": (15.3, 774.1), "448": (59.8, 2760.7)},
+        "UPLiFT": {"112": (6.4, 606.6), "224": (7.2, 765.7), "448": (10.1, 1391.5)},
+        "NAF": {"112": (29.1, 602.6), "224": (30.7, 602.9), "448": (37.4, 1780.5)},
+        "ViT-Up, 112 x 112 at once": {"112": (14.2, 503.7), "224": (24.1, 503.9), "448": (62.6, 626.7)},
+        "ViT-Up, 224 x 224 at once": {"224": (22.1, 1069.6), "448": (55.4, 1143.6)},
+        "ViT-Up, 448 x 448 at once": {"448": (52.0, 3709.3)},
+    },
+)
+"""bf16, on a GPU that the paper doesn't name: by method and side of the output grid. ViT-Up's, by its queries at once."""
+
+# --- DeAP -------------------------------------------------------------------------------------------------------------
+
+DEAP_FEATURES: Settings = {"model": "vit_base_patch14_reg4_dinov2.lvd142m", "size": 518}
+"""DINOv2-B, of which the ablations are."""
+
+DEAP_TRAINING: Settings = {"epochs": 100_000}
+"""AdamW 1e-3, weight decay 0.01, batches of 32, as by default; a number of steps is published, not of passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a paper trains readouts for a task, as settings of jobs/train.py."""
+
+    paper: Paper
+    label: str
+    "as tables have it"
+    task: str
+    dataset: str
+    settings: Settings
+
+
+def _deap(label: str, task: str, dataset: str, **settings: bool | int | float | str) -> Recipe:
+    return Recipe(paper=DEAP, label=label, task=task, dataset=dataset, settings={**DEAP_TRAINING, **settings})
+
+
+def _probe(label: str, dataset: str, **settings: bool | int | float | str) -> Recipe:
+    settings = {**VIT_UP_PROBE, **settings}
+    return Recipe(paper=VIT_UP, label=label, task="segmentation", dataset=dataset, settings=settings)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    # About 60,000 classes; its steps aren't published.
+    "instances": _deap("instances", "instances", "coco", limit=8_000, max_steps=20_000),
+    "boundaries": _deap("boundaries", "boundaries", "coco", limit=5_000, max_steps=10_000),
+    "detection": _deap("detection", "detection", "coco", limit=100_000, max_steps=20_000),
+    # Under 16 minutes on an RTX 2080.
+    "voc": _deap("VOC", "segmentation", "voc", placement="squash", max_steps=10_000),
+    "coco-stuff": _deap(
+        "COCO-Stuff", "segmentation", "coco_stuff", outputs=200, width=32, limit=100_000, max_steps=20_000
+    ),
+    "depth": _deap("depth", "depth", "nyu", placement="squash", limit=42_000, max_steps=3_000),
+    "probe-coco": _probe("COCO, 27 groups", "coco_stuff27", epochs=5),
+    "probe-voc": _probe("VOC, 448 px", "voc"),
+    "probe-ade20k": _probe("ADE20K", "ade20k"),
+    "probe-cityscapes": _probe("Cityscapes", "cityscapes"),
+}
+"""By name, in the order of the tables' columns: DeAP's, and ViT-Up's linear probes."""
+
+DEAP_TASKS = tuple(name for name, recipe in RECIPES.items() if recipe.paper is DEAP)
+"""Of DeAP's Table 3."""
+
+PROBE_TASKS = tuple(name for name, recipe in RECIPES.items() if recipe.paper is VIT_UP)
+"""Of ViT-Up's Table 1."""
+
+
+def _row(
+    ari: float, bd: tuple[float, float], ap: float, voc: tuple[float, float], stuff: tuple[float, float], rmse: float
+) -> dict[str, Values]:
+    return dict(zip(DEAP_TASKS, ((ari,), bd, (ap,), voc, stuff, (rmse,)), strict=True))
+
+
+DEAP_RESULTS = Published(
+    paper=DEAP,
+    table="Table 3",
+    rows={
+        "untrained": _row(23.5, (0.2544, 0.8), 0.0015, (2.7364, 3.5), (5.0889, 0.1), 1.253),
+        "supervised": _row(36.3, (0.1787, 16.0), 0.1126, (0.3924, 61.0), (1.5140, 28.1), 0.769),
+        "sam2": _row(50.0, (0.1394, 30.2), 0.1759, (0.6005, 33.9), (2.0630, 12.6), 0.754),
+        "moco-v3": _row(41.8, (0.1613, 21.4), 0.2078, (0.3274, 63.3), (1.4417, 27.3), 0.680),
+        "dino": _row(41.5, (0.1433, 28.3), 0.2344, (0.3397, 63.8), (1.3423, 30.2), 0.672),
+        "dinov2-b": _row(46.8, (0.1297, 32.4), 0.2666, (0.1259, 83.4), (1.0468, 42.8), 0.449),
+        "dinov2-l": _row(46.4, (0.1450, 33.8), 0.2811, (0.1173, 85.3), (1.0347, 43.8), 0.429),
+        "mae": _row(49.8, (0.1500, 25.3), 0.2662, (0.3471, 60.2), (1.4822, 25.3), 0.631),
+        "hiera": _row(44.8, (0.1717, 17.1), 0.2315, (0.3344, 61.5), (1.5007, 25.7), 0.556),
+        "clip-b": _row(39.5, (0.1665, 19.0), 0.1391, (0.2710, 68.3), (1.3367, 32.0), 0.646),
+        "clip-l": _row(40.6, (0.1543, 24.3), 0.2005, (0.2228, 74.9), (1.2623, 35.5), 0.590),
+        "metaclip": _row(38.4, (0.1669, 19.1), 0.1667, (0.2580, 69.4), (1.3427, 31.9), 0.648),
+        "siglip-224": _row(37.8, (0.1718, 17.2), 0.1677, (0.2898, 67.1), (1.3355, 33.0), 0.674),
+        "siglip-384": _row(39.1, (0.1564, 23.3), 0.1836, (0.2137, 73.9), (1.2565, 35.4), 0.627),
+        "siglip-512": _row(38.9, (0.1496, 26.2), 0.1910, (0.2203, 75.7), (1.2435, 36.3), 0.620),
+        "siglip-so": _row(40.7, (0.1496, 25.7), 0.1952, (0.1908, 77.9), (1.1737, 38.8), 0.556),
+        "aim2": _row(40.0, (0.1556, 23.5), 0.2011, (0.2244, 75.2), (1.1957, 37.5), 0.562),
+        "vitamin": _row(42.1, (0.1535, 24.4), 0.1648, (0.1843, 77.9), (1.1757, 37.9), 0.541),
+    },
+)
+"""By backbone (pipelines/tables/backbones.py) and task: ARI in percent; cross-entropy and IoU in percent; AP_lg, of 1; twice
+cross-entropy and IoU in percent; RMSE in metres."""
+
+_ABLATED = ("dinov2-b", "siglip-384", "mae")
+
+DEAP_ABLATIONS = Published(
+    paper=DEAP,
+    table="Table 5",
+    columns=_ABLATED,
+    rows={
+        "deap-8-dim": {"detection": (0.2448, 0.1722, 0.2529), "voc": (82.8, 70.4, 55.6), "depth": (0.4697, 0.6626, 0.6111)},
+        "deap-no-sigma": {"detection": (0.1791, 0.1196, 0.1712), "voc": (50.5, 38.1, 35.1), "depth": (0.6660, 0.8362, 0.7360)},
+        "deap-no-indiv-sigma": {
+            "detection": (0.2409, 0.1520, 0.2429), "voc": (83.8, 70.2, 58.6), "depth": (0.4797, 0.6552, 0.6657)
+        },
+        "deap-only-mask": {"detection": (0.2606, 0.1934, 0.2673), "voc": (82.7, 73.0, 60.0), "depth": (0.4712, 0.6378, 0.5887)},
+    },
+)  # fmt: skip
+"""By method and task, AP_lg, VOC's IoU in percent or RMSE in metres of each backbone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Millions of learned parameters that the paper prints of DeAP on some backbones."""
+
+    backbones: str
+    channels: int
+    "of their maps"
+    millions: tuple[float, ...]
+    "by task, as `DEAP_TASKS`"
+
+
+DEAP_PARAMETERS = (
+    ParameterCounts(backbones="ViT-B", channels=768, millions=(0.053, 0.043, 0.087, 0.047, 0.088, 0.043)),
+    ParameterCounts(
+        backbones="ViT-L, Aim2, ViTamin", channels=1024, millions=(0.066, 0.056, 0.112, 0.060, 0.101, 0.056)
+    ),
+    ParameterCounts(backbones="SAM2 B+", channels=256, millions=(0.028, 0.018, 0.035, 0.022, 0.062, 0.018)),
+    ParameterCounts(backbones="Hiera B+", channels=896, millions=(0.060, 0.050, 0.099, 0.054, 0.094, 0.050)),
+    ParameterCounts(backbones="SigLIP-SO", channels=1152, millions=(0.073, 0.062, 0.125, 0.066, 0.107, 0.062)),
+)
+
+
+def deap_values(backbone: str, method: str, task: str) -> Values:
+    """What Table 3 or 5 has of the task's columns (of VOC, Table 5 has the second alone); () where neither has any."""
+    if method == "deap":
+        return DEAP_RESULTS.values(backbone, task)
+    found = dict(zip(_ABLATED, DEAP_ABLATIONS.values(method, task), strict=False))
+    if backbone not in found:
+        return ()
+    return (None, found[backbone]) if task == "voc" else (found[backbone],)

@@ -12,6 +12,7 @@ from PIL import Image, ImageFont
 from operators.visual import Panel
 from pipelines.features.sources import Row, Size
 from pipelines.provenance import versions
+from pipelines.published import Published
 from storage.paths import Folder
 
 Cell = str | float | int | None
@@ -67,20 +68,6 @@ class Table:
         return f"{self.title}\n\n" + "\n".join(f"| {row} |" for row in rows)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """Numbers of a paper: what they are of, and per row and input size the values of the table's columns."""
-
-    source: str
-    values: Mapping[str, Mapping[str, tuple[Cell, ...]]] = field(default_factory=dict)
-    "by a row's method (`backbone`, `bilinear`, `lift`, ...), then by input size"
-
-
-def by_size(*columns: Sequence[Cell]) -> dict[str, tuple[Cell, ...]]:
-    """LiFT's tables: the values of each column at 56, 112, 224 and 448 px."""
-    return dict(zip(("56", "112", "224", "448"), zip(*columns, strict=True), strict=True))
-
-
 def percent(shares: Sequence[float]) -> list[float]:
     """Shares of 1 in percent."""
     return [100 * share for share in shares]
@@ -93,7 +80,7 @@ def with_published(table: Table, rows: Mapping[str, Row], published: Published |
     lines = []
     for line in table.lines:
         lines.append(line)
-        values = published.values.get(rows[line.features].method, {}).get(line.input_px)
+        values = published.values(rows[line.features].method, line.input_px)
         if values:
             padded = (*values, *[None] * (len(table.columns) - len(values)))
             lines.append(

@@ -1,6 +1,6 @@
 """The input: which samples there are, and their image bytes.
 
-`build_index` has the sources scanned once (storage/tars.py) and writes one row per sample as Parquet beside the output;
+`write_index` writes one row per sample of the scanned sources (storage/tars.py) as Parquet beside the output;
 `SampleIndex` reads rows of it back, from the driver or any worker. Decoding images is not done here.
 """
 
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 
@@ -25,20 +25,16 @@ from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, StorageOptions, UnknownName, read_ranges
 from storage.scans import DuplicateKeys as DuplicateKeys
-from storage.scans import collect_index
 from storage.sources import (
     Source,
-    changes_of,
     gone_and_new,
-    in_order,
-    is_of_input,
     other_input,
     pair,
     rules_text,
     sources_left_out,
 )
 from storage.spec import MAX_BLOCK_ROWS
-from storage.tars import SCHEMA, MemberRules, SourceScan
+from storage.tars import SCHEMA, MemberRules
 
 logger = logging.getLogger(__name__)
 
@@ -420,38 +416,6 @@ def index_digest(n_rows: int, sources: Sequence[Source], order: str = "") -> str
 
 def _sources_bytes(sources: Sequence[Source], meta: Mapping[str, str]) -> bytes:
     return table_bytes(pa.Table.from_pylist([vars(source) for source in sources]), meta)
-
-
-def build_index(
-    folder: Folder,
-    files: Sequence[InputFile],
-    scan_many: Callable[[Sequence[InputFile]], Iterable[SourceScan]],
-    limit: int | None = None,
-    rules: MemberRules | None = None,
-    *,
-    in_use: bool = True,
-    left_out: Mapping[str, LeftOut] | None = None,
-) -> SampleIndex:
-    """Make or reuse the index of `files` under `folder`; `scan_many` scans sources, in order, with what parallelism it has.
-
-    Where the sources (by URL, size or stamp) or the settings changed since, or a part of it is missing or damaged, it scans
-    again. Where something rests on the index (`in_use`), sources may have moved, or been touched while they hold the same
-    samples; anything else is an `InputError`. What rests on one that had to be made anew holds it against its `digest`.
-    `left_out` is what lay beside the files.
-    """
-    index = kept_index(folder)
-    if index is None or not (in_use or is_of_input(index, files, limit, rules)):
-        table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-        return write_index(folder, table, sources, rules=rules, limit=limit, left_out=left_out)
-    changes = changes_of(index, files, limit, rules)
-    if changes:
-        logger.warning("the input changed since it was indexed; scanning it again: %s", "; ".join(changes[:5]))
-        files = in_order(index, files, limit)
-        table, sources = collect_index(zip(files, scan_many(files), strict=False), limit)
-        if index_digest(len(table), sources) != index.digest:
-            raise other_input(index, changes)
-        index = update_sources(index, sources)
-    return index
 
 
 def kept_index(folder: Folder) -> SampleIndex | None:

@@ -14,9 +14,10 @@ import ray
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG as DEFAULTS
 from ray.cluster_utils import Cluster
 
-from cluster.resources import choose_pool
+from cluster.metrics import TaskReport
+from cluster.resources import WorkerRequest, choose_pool
 from cluster.session import ClusterError
-from pipelines.executors import RayExecutor
+from pipelines.executors import Loaded, RayExecutor
 from storage.spec import ShardTask
 
 FAKE = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
@@ -35,22 +36,15 @@ KINDS = {
 def make_worker(model: bool = True) -> SimpleNamespace:
     """A worker for `RayExecutor` that says where it ran, and whether it was given its images."""
 
-    def load(task: ShardTask) -> SimpleNamespace:
-        return SimpleNamespace(pixels=np.zeros((2, 4, 4, 3), np.uint8), notes=lambda: {})
+    def load(task: ShardTask) -> Loaded:
+        return Loaded(np.zeros((2, 4, 4, 3), np.uint8), [])
 
-    def run(task: ShardTask, loaded: object = None) -> dict[str, object]:
+    def run(task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
         node = ray.get_runtime_context().get_node_id()
         (labels,) = [each["Labels"] for each in ray.nodes() if each["NodeID"] == node]
-        return {
-            "block": task.block,
-            "kind": labels.get("ray.io/accelerator-type"),
-            "given": loaded is not None,
-            "ok": 2,
-            "failed": 0,
-            "bytes_read": 0,
-            "bytes_written": 0,
-            "seconds": {},
-        }
+        kind = labels.get("ray.io/accelerator-type")
+        given = loaded is not None and loaded.pixels.shape == (2, 4, 4, 3)
+        return TaskReport(block=task.block, error=json.dumps({"kind": kind, "given": given}))
 
     return SimpleNamespace(load=load, run=run)
 
@@ -71,10 +65,10 @@ def cluster_of(head: dict[str, Any], *others: dict[str, Any]) -> Iterator[None]:
         cluster.shutdown()
 
 
-def refusal(*asked: Any, **how: Any) -> str:
+def refusal(**asked: Any) -> str:
     """What `choose_pool` says against it."""
     try:
-        return f"taken: {choose_pool(*asked, **how)}"
+        return f"taken: {choose_pool(WorkerRequest(**asked))}"
     except ClusterError as error:
         return str(error)
 
@@ -94,25 +88,25 @@ def try_real_clusters(folder: str) -> None:
     path = Path(folder, "autoscaling.json")
     path.write_text(json.dumps({**DEFAULTS, **config}))
     with cluster_of({"num_cpus": 0, "autoscaling_config": str(path)}):
-        pool = choose_pool("auto", None, None, None)
+        pool = choose_pool(WorkerRequest(device="auto"))
         seen["head only"] = [pool.device, pool.size, pool.cpus]
-        seen["head only, 4 GPUs"] = refusal("cuda", 4, None, 4)
-        seen["head only, T4"] = refusal("cuda", 4, None, None, "T4")
+        seen["head only, 4 GPUs"] = refusal(device="cuda", actors=4, gpus=4)
+        seen["head only, T4"] = refusal(device="cuda", actors=4, accelerator="T4")
     kinds = [{"num_cpus": 1, "num_gpus": 1, "labels": {"ray.io/accelerator-type": kind}} for kind in ("L4", "A100")]
     with cluster_of({"num_cpus": 1}, *kinds):
-        seen["4 GPUs"] = refusal("cuda", None, None, 4)
-        seen["8 CPUs"] = refusal("auto", None, 8, None)
-        seen["T4"] = refusal("cuda", None, None, None, "T4")
-        seen["3 workers"] = refusal("cuda", 3, 1, None, all_at_once=True, called="worker")
+        seen["4 GPUs"] = refusal(device="cuda", gpus=4)
+        seen["8 CPUs"] = refusal(device="auto", cpus=8)
+        seen["T4"] = refusal(device="cuda", accelerator="T4")
+        seen["3 workers"] = refusal(device="cuda", actors=3, cpus=1, all_at_once=True, called="worker")
         elsewhere = ray.remote(num_cpus=0, label_selector={"ray.io/accelerator-type": "A100"})(refusal)
-        seen["4 GPUs, asked by a worker"] = ray.get(elsewhere.remote("cuda", None, None, 4))
+        seen["4 GPUs, asked by a worker"] = ray.get(elsewhere.remote(device="cuda", gpus=4))
         tasks = [ShardTask(block=n, first=2 * n, last=2 * n + 2) for n in range(4)]
-        pool = choose_pool("cuda", None, 1, None, spare_cpu=True)
+        pool = choose_pool(WorkerRequest(device="cuda", cpus=1, spare_cpu=True))
         seen["decoded apart"] = sorted(
-            (report["block"], report["given"])
-            for report in RayExecutor().run(make_worker, tasks, pool, decode_on="cluster")
+            (report.block, json.loads(report.error)["given"])
+            for report in RayExecutor().stream(make_worker, tasks, pool, decode_on="cluster")
         )
-        pool = choose_pool("auto", None, None, None, "A100")
-        seen["kinds"] = [report["kind"] for report in RayExecutor().run(make_worker, tasks, pool)]
+        pool = choose_pool(WorkerRequest(device="auto", accelerator="A100"))
+        seen["kinds"] = [json.loads(report.error)["kind"] for report in RayExecutor().stream(make_worker, tasks, pool)]
         seen["size"] = pool.size
     print(json.dumps(seen))

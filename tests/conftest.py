@@ -17,7 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
+from pipelines.indexing import RunInput
+from storage.inputs import Listing
+from storage.tars import MemberRules
 
 if TYPE_CHECKING:
     from tests.forks import Forks
@@ -52,6 +56,11 @@ def jpeg(seed: int, width: int = 96, height: int = 72) -> bytes:
     out = io.BytesIO()
     small.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
     return out.getvalue()
+
+
+def run_input(files: Listing, rules: MemberRules | None = None, limit: int | None = None) -> RunInput:
+    """The input of a run in this process."""
+    return RunInput(files=files, rules=rules or MemberRules(), limit=limit, options={}, executor=InlineExecutor())
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:

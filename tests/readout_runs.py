@@ -11,8 +11,9 @@ from pipelines.executors import InlineExecutor
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.training.config import TrainConfig
-from pipelines.training.loop import TrainSummary, read_metrics, train_inline
+from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
+from pipelines.training.run import TrainSummary, train_inline
 from storage.paths import Folder
 
 TINY = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "executor": "inline", "device": "cpu"}

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from cluster.resources import WorkerPool
+from cluster.resources import WorkerPool, WorkerRequest
 from jobs import evaluate as job
 from pipelines.evaluation import correspondence, discovery, run, video
 from pipelines.evaluation.run import Piece, Record, run_pieces
-from pipelines.executors import InlineExecutor
+from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.features.sources import FeatureSource
 from storage.paths import Folder
 from tests.test_pipelines_evaluation import (
@@ -48,12 +48,12 @@ def parts(out: object, options: dict | None = None) -> dict[str, bytes]:
 def evaluate_by_four(module, config):
     """As `evaluate`, but by four workers in this process, which take pieces in a random order."""
     task, recipe, folder = module.prepare(config)
-    pool = InlineExecutor().pool("cpu", None, 1, None)
-    workers = [run.Worker(run._work(task, recipe, folder, pool)) for _ in range(4)]
+    work = run.Work(evaluation=task, recipe=recipe, folder=folder, device="cpu", threads=1)
+    workers = [work() for _ in range(4)]
     pieces = random.Random(3).sample(task.pieces(), len(task.pieces()))
     for number, piece in enumerate(pieces):
-        workers[number % 4].run(piece)
-    records = run_pieces(config, task, recipe, folder)
+        workers[number % 4](piece)
+    records = run_pieces(config, task, recipe, folder, InlineExecutor())
     return pieces, records, module.find(config, task, recipe, records)
 
 
@@ -112,20 +112,26 @@ class Together:
         return records
 
 
+class HalfCores(WorkerPool):
+    """The tests' Ray has two CPUs: each of four actors takes half of one."""
+
+    placement = property(lambda _: {"num_cpus": 0.5})
+
+
+class FourActors(RayExecutor):
+    def pool(self, request: WorkerRequest) -> WorkerPool:
+        return HalfCores(device="cpu", size=4, cpus=1, gpus=0)
+
+
 @pytest.mark.usefixtures("ray_session")
-def test_four_actors_one_of_them_killed_mid_piece_give_the_numbers_of_one_process(tmp_path, monkeypatch):
+def test_four_actors_one_of_them_killed_mid_piece_give_the_numbers_of_one_process(tmp_path):
     data, sizes, place = make_spair(tmp_path / "d"), tuple(range(32, 160, 16)), tmp_path / "place"
     place.mkdir()
     one, findings = evaluate(correspondence, spair_config(data, tmp_path / "one", sizes=sizes))
-    # The tests' Ray has two CPUs: each actor takes half of one.
-    monkeypatch.setattr(run, "choose_pool", lambda *_: WorkerPool(device="cpu", size=4, cpus=0.5, gpus=0))
-    monkeypatch.setattr(
-        run, "_work", lambda e, r, f, _: run.Work(evaluation=e, recipe=r, folder=f, device="cpu", threads=1)
-    )
     config = spair_config(data, tmp_path / "four", sizes=sizes, executor="ray")
     task, recipe, folder = correspondence.prepare(config)
 
-    records = run_pieces(config, Together(task, place, "80-00000"), recipe, folder)
+    records = run_pieces(config, Together(task, place, "80-00000"), recipe, folder, FourActors())
 
     assert records == one
     assert correspondence.find(config, task, recipe, records).tables == findings.tables

@@ -16,6 +16,7 @@ from pipelines.evaluation import readouts as probe
 from pipelines.evaluation import run
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
+from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.features.model import FeatureModel
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource, describe
@@ -71,7 +72,8 @@ def config_of(sets, tmp_path):
 def evaluate(config: ProbeConfig):
     """All of it; returns the records and what was found."""
     evaluation, recipe, folder = probe.prepare(config)
-    records = run_pieces(config, evaluation, recipe, folder)
+    executor = RayExecutor() if config.cluster.executor == "ray" else InlineExecutor()
+    records = run_pieces(config, evaluation, recipe, folder, executor)
     findings = probe.find(config, evaluation, recipe, records)
     write_results(folder, "probe", config.public(), describe(recipe), findings)
     return records, findings
@@ -112,7 +114,7 @@ def test_workers_on_ray_give_the_scores_of_one_process(trained, config_of, tmp_p
 def test_the_order_of_images_changes_no_score(trained, config_of, task):
     config = config_of(trained(task), task=task)
     evaluation, recipe, folder = probe.prepare(config)
-    records = run_pieces(config, evaluation, recipe, folder)
+    records = run_pieces(config, evaluation, recipe, folder, InlineExecutor())
 
     found = probe.find(config, evaluation, recipe, records[::-1]).details
 
@@ -222,7 +224,7 @@ def test_outputs_may_be_twice_as_large(trained, config_of, tmp_path, task):
     side = 2 * int(OF_TASK[task].get("side", 64))
 
     evaluation, recipe, folder = probe.prepare(config := config_of(url, task=task, side=side, pictures=1))
-    records = run_pieces(config, evaluation, recipe, folder)
+    records = run_pieces(config, evaluation, recipe, folder, InlineExecutor())
     (found,) = probe.find(config, evaluation, recipe, records).details["scores"].values()
 
     assert found.keys() == expected(url).keys()
@@ -261,21 +263,21 @@ def test_names_are_made_different(trained, config_of, tmp_path):
 
 def test_what_was_stopped_goes_on(trained, config_of, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "PIECE_IMAGES", 1)
-    config, did, plain = config_of(trained(), pictures=4), [], run.Worker.run
+    config, did, plain = config_of(trained(), pictures=4), [], run.Work.run
 
-    def stops(self, piece):
+    def stops(self, piece, source):
         if len(did) == 2:
             raise KeyboardInterrupt
         did.append(piece.name)
-        return plain(self, piece)
+        return plain(self, piece, source)
 
-    monkeypatch.setattr(run.Worker, "run", stops)
+    monkeypatch.setattr(run.Work, "run", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
     parts = tmp_path / "out/parts"
     assert sorted(path.name for path in parts.iterdir()) == ["0000000.jsonl", "0000001.jsonl"]
     before = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
-    monkeypatch.setattr(run.Worker, "run", plain)
+    monkeypatch.setattr(run.Work, "run", plain)
 
     _, findings = evaluate(config)
 

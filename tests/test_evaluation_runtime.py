@@ -14,9 +14,10 @@ from pipelines.config import ConfigError
 from pipelines.costs import runtime
 from pipelines.costs.clocks import held_bytes
 from pipelines.costs.runtime import RuntimeConfig
-from pipelines.costs.upsamplers import TABLE_9
 from pipelines.costs.vit_up import head_macs
 from pipelines.evaluation.run import run_pieces
+from pipelines.executors import InlineExecutor
+from pipelines.published import VIT_UP_RUNTIME
 from tests.test_pipelines_evaluation import TINY, evaluate
 from tests.test_pipelines_learned import checkpoint
 
@@ -129,13 +130,13 @@ def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
     assert on_gpu.tables[0].columns[3] == "peak MiB"
     assert on_cpu.tables[0].columns[3] == "peak RSS, MiB"
     assert not any(line.published for line in on_cpu.tables[0].lines)
-    assert {grid for values in TABLE_9.values() for grid in values} == {112, 224, 448}
+    assert {grid for values in VIT_UP_RUNTIME.rows.values() for grid in values} == {"112", "224", "448"}
 
 
 def test_timings_of_two_devices_are_no_table(tmp_path):
     settings = config(tmp_path / "out", methods=())
     task, recipe, folder = runtime.prepare(settings)
-    records = run_pieces(settings, task, recipe, folder)
+    records = run_pieces(settings, task, recipe, folder, InlineExecutor())
     records[1]["device"] = "NVIDIA H200"
 
     with pytest.raises(ConfigError, match=r"timings of CPU, 1 threads and of NVIDIA H200; give --out a new folder"):

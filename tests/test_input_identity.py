@@ -27,9 +27,10 @@ from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import RunFailed, extract, run_prepared
 from pipelines.extraction.worker import ShardWorker
 from pipelines.features.photos import read_photos
+from pipelines.indexing import RunInput
 from storage.paths import Folder, InputError
 from storage.store import FeatureStore
-from tests.conftest import write_tar
+from tests.conftest import run_input, write_tar
 
 POOL = 24
 """Different images there are in these tests."""
@@ -191,19 +192,14 @@ def test_less_and_more_input_is_refused_by_name(tmp_path, left, said):
 def test_training_images_in_another_order_are_read_by_their_names(tmp_path):
     """What training reads of a row after the tars were listed in another order (pipelines/training/images.py)."""
     from storage.inputs import expand_inputs
-    from storage.samples import build_index, read_images
-    from storage.tars import MemberRules, scan_source
+    from storage.samples import read_images
 
     tars = write_tars(tmp_path, {"a": [0, 1], "b": [2, 3]})
-
-    def scan(files):
-        return [scan_source(file, MemberRules()) for file in files]
-
     folder = Folder(str(tmp_path / "run"))
-    build_index(folder, expand_inputs(tars), scan)
+    run_input(expand_inputs(tars)).index(folder, folder)
     files = expand_inputs(tars[::-1])
 
-    index = build_index(folder, files, scan)
+    index = run_input(files).index_in_use(folder)
 
     assert read_images(index.read(0, 4), index.urls(files)) == IMAGES[:4]
 
@@ -311,7 +307,7 @@ def test_images_that_were_only_touched_are_read_once_and_accepted(tmp_path, capl
 
     assert extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor()).this_run == 0
 
-    monkeypatch.setattr(InlineExecutor, "scan", lambda *_: pytest.fail("scanned again"))
+    monkeypatch.setattr(RunInput, "scan", lambda *_: pytest.fail("scanned again"))
     extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
 
 
@@ -417,7 +413,7 @@ def test_plan_says_what_would_run_again_and_changes_nothing(tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*") if path.is_file()}
     config = config_of(tars, tmp_path / "out.zarr", replace_changed=True)
 
-    plan = make_plan(prepare(resolve(config), InlineExecutor()), device="cpu", actors=1, threads=1)
+    plan = make_plan(prepare(resolve(config), InlineExecutor()))
 
     assert (plan.pending, plan.state) == (1, "2 of 2 tasks done, 1 run again for changed images")
     assert {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*") if path.is_file()} == before
@@ -494,7 +490,7 @@ def test_store_that_lost_its_index_is_held_against_its_ledger(tmp_path, features
     whole = (out / "index/sources.parquet").read_bytes()
     (out / "index/sources.parquet").unlink()
 
-    make_plan(prepare(resolve(config_of(tars, out)), InlineExecutor()), device="cpu", actors=1, threads=1)
+    make_plan(prepare(resolve(config_of(tars, out)), InlineExecutor()))
     assert not (out / "index/sources.parquet").exists()
     assert extract(config_of(tars, out), InlineExecutor()).this_run == 0
     assert (out / "index/sources.parquet").read_bytes() == whole
@@ -587,7 +583,7 @@ def test_store_that_another_run_takes_over_with_repaired_input_is_prepared_anew(
     assert extract(config, InlineExecutor()).failed == 1
     tar.write_bytes(whole)
     late = prepare(resolve(config), InlineExecutor())
-    original, calls = InlineExecutor.scan, []
+    original, calls = RunInput.scan, []
 
     def scan(*arguments):
         """The other run, as long as this one scans the input."""
@@ -596,7 +592,7 @@ def test_store_that_another_run_takes_over_with_repaired_input_is_prepared_anew(
             extract(config, InlineExecutor())
         return original(*arguments)
 
-    monkeypatch.setattr(InlineExecutor, "scan", scan)
+    monkeypatch.setattr(RunInput, "scan", scan)
     assert extract(config, InlineExecutor()).this_run == 0
     with pytest.raises(RunFailed, match="changed by another run just now; run the same command again"):
         run_prepared(late, InlineExecutor())

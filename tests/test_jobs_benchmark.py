@@ -17,13 +17,14 @@ from operators.upsamplers.vit_up import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
 from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, Task, _steady, run_fresh
-from pipelines.benchmarks.read import PlaceRead, check
+from pipelines.benchmarks.read import BestRate, PlaceRead, check
 from pipelines.benchmarks.stores import Place, write_npy, write_store
 from pipelines.config import ConfigError
 from pipelines.costs import clocks as measure
 from pipelines.costs import upsamplers as cost_benchmark
 from pipelines.costs import vit_up as vit_up_benchmark
 from pipelines.costs import windows as window_benchmark
+from pipelines.published import LIFT_OPERATIONS
 
 
 def test_extract_measures_all_four_side_by_side_and_their_features_agree(tmp_path, capsys):
@@ -117,7 +118,7 @@ def test_read_refuses_wrong_features_and_epochs_with_gaps_or_repeats(tmp_path):
         return lambda place, order: ((order[i : i + 1], place.memmap()[order[i] - shift]) for i in range(len(order)))
 
     def found(order: np.ndarray, shift: int = 0):
-        rate = read_benchmark._timed(place, contender(shift), order, 60.0)
+        rate = BestRate(**vars(read_benchmark._timed(place, contender(shift), order, 60.0)), all=())
         return PlaceRead(rows=24, reads={}, epochs={"it": rate}, openings=())
 
     check(found(rows))
@@ -203,7 +204,7 @@ def test_cost_debug_counts_times_and_weighs_everything(tmp_path, capfd):
 
 
 def test_cost_counts_what_the_paper_prints():
-    counts = [cost_benchmark._count(published) for published in cost_benchmark.PUBLISHED]
+    counts = [cost_benchmark._count(published) for published in LIFT_OPERATIONS]
 
     found = [tuple(round(one["paper_count"][what] / 1e9, 2) for what in ("alone", "lift")) for one in counts]
 

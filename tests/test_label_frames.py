@@ -23,6 +23,7 @@ from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.video import VideoConfig
+from pipelines.executors import InlineExecutor
 from pipelines.features.sources import FeaturesMissing, describe
 from pipelines.results import write_results
 from storage.datasets.files import DatasetError
@@ -84,7 +85,7 @@ def save(path: Path, data: object) -> None:
 
 def evaluate(module, config):
     task, recipe, folder = module.prepare(config)
-    records = run_pieces(config, task, recipe, folder)
+    records = run_pieces(config, task, recipe, folder, InlineExecutor())
     findings = module.find(config, task, recipe, records)
     write_results(folder, "task", config.public(), describe(recipe), findings)
     return records, findings

@@ -22,9 +22,9 @@ from operators.image import _FORMATS
 from storage.inputs import IMAGE_EXTENSIONS, Listing, expand_inputs
 from storage.left_out import FURTHER, MAX_REASONS, leave_out, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, InputError
-from storage.samples import DuplicateKeys, SampleIndex, build_index
+from storage.samples import DuplicateKeys, SampleIndex
 from storage.tars import MemberRules, scan_source
-from tests.conftest import jpeg, write_tar
+from tests.conftest import jpeg, run_input, write_tar
 
 
 def put(root: Path, *names: str) -> Path:
@@ -77,11 +77,7 @@ def test_named_image_member_chooses_among_images_of_one_key(tmp_path):
     assert taken(tmp_path, image="png") == ["a.png", "b.png", "c.jpg"]
     assert taken(tmp_path) == ["a.jpg", "a.png", "b.png", "c.jpg"]
     with pytest.raises(DuplicateKeys, match="--image-member"):
-        build_index(Folder(str(tmp_path / "out")), expand_inputs([str(tmp_path)]), scans)
-
-
-def scans(files):
-    return [scan_source(file, MemberRules()) for file in files]
+        run_input(expand_inputs([str(tmp_path)])).collect()
 
 
 # --- what lies beside -------------------------------------------------------------------------------------------------
@@ -436,7 +432,7 @@ def test_index_from_before_it_was_counted_reads_as_nothing(tmp_path):
     write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("readme", b"y")])
     files = expand_inputs([str(tmp_path / "a.tar")])
     folder = Folder(str(tmp_path / "out"))
-    index = build_index(folder, files, scans, left_out=files.left_out)
+    index = run_input(files).index_in_use(folder)
     assert [each.count for each in index.left_out.values()] == [1]
     path = tmp_path / "out/index/sources.parquet"
     table = pq.read_table(path).drop_columns(["left_out"])
@@ -444,4 +440,4 @@ def test_index_from_before_it_was_counted_reads_as_nothing(tmp_path):
     pq.write_table(table.replace_schema_metadata(meta), path)
 
     assert SampleIndex(folder).left_out == {}
-    assert build_index(folder, files, scans, left_out=files.left_out).n_rows == 1
+    assert run_input(files).index_in_use(folder).n_rows == 1

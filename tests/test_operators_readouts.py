@@ -18,10 +18,10 @@ from operators.readouts import (
     ReadoutConfig,
     ReadoutError,
     build_readout,
-    published_counts,
 )
 from operators.readouts.deap import DeAP, coordinates, squared_distances
 from operators.readouts.readout import position_code
+from pipelines.costs.readouts import published_counts
 
 GOLDEN = Path(__file__).parent / "golden" / "eval_deap_readout.npz"
 # README_eval.md suggests 1e-4; float32 noise against the golden file is 5e-7.

@@ -16,6 +16,7 @@ from operators.metrics.cka import cka, hsic_terms
 from operators.metrics.correspondence import LIFT, VIT_UP, Pck
 from operators.metrics.discovery import CorLoc
 from operators.metrics.propagation import nearest
+from pipelines import executors
 from pipelines.config import ConfigError
 from pipelines.demo_datasets import scene, write_demo
 from pipelines.evaluation import cka as cka_job
@@ -26,7 +27,7 @@ from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
-from pipelines.executors import InlineExecutor
+from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.photos import upright_pixels
@@ -106,7 +107,8 @@ def spair_config(data: object, out: Path, **changes: object) -> CorrespondenceCo
 def evaluate(module, config):
     """All of it; returns the records and what was found."""
     task, recipe, folder = module.prepare(config)
-    records = run_pieces(config, task, recipe, folder)
+    executor = RayExecutor() if config.cluster.executor == "ray" else InlineExecutor()
+    records = run_pieces(config, task, recipe, folder, executor)
     findings = module.find(config, task, recipe, records)
     write_results(folder, "task", config.public(), describe(recipe), findings)
     return records, findings
@@ -542,29 +544,31 @@ def test_errors_of_workers_are_those_of_one_process(monkeypatch):
     failed = ray.exceptions.RayTaskError("run", "a traceback", DatasetError("a.jpg is missing")).as_instanceof_cause()
     lost = ray.exceptions.ActorDiedError()
 
-    for error, expected in ((failed, DatasetError), (lost, run.WorkersLost)):
+    for error, expected in ((failed, DatasetError), (lost, executors.WorkersLost)):
         monkeypatch.setattr(ray, "get", lambda _, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(expected):
-            run._result(None)
+            executors._fetch(None)
 
 
 def test_what_was_stopped_goes_on_and_other_settings_are_refused(tmp_path, monkeypatch):
     data, whole = make_spair(tmp_path / "d"), tmp_path / "whole"
     expected, findings = evaluate(correspondence, spair_config(data, whole))
-    out, did, plain = tmp_path / "out", [], run.Worker.run
+    out, did, plain = tmp_path / "out", [], run.Work.run
 
-    def stops(self, piece):
+    def stops(self, piece, source):
         if did:
             raise KeyboardInterrupt
         did.append(piece.name)
-        return plain(self, piece)
+        return plain(self, piece, source)
 
-    monkeypatch.setattr(run.Worker, "run", stops)
+    monkeypatch.setattr(run.Work, "run", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate(correspondence, spair_config(data, out))
     assert did == ["48-00000"]
     did.clear()
-    monkeypatch.setattr(run.Worker, "run", lambda self, piece: did.append(piece.name) or plain(self, piece))
+    monkeypatch.setattr(
+        run.Work, "run", lambda self, piece, source: did.append(piece.name) or plain(self, piece, source)
+    )
     records, found = evaluate(correspondence, spair_config(data, out))
 
     assert did == ["64-00000"]

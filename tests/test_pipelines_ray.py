@@ -19,6 +19,7 @@ from cluster.nodes import free_port
 from cluster.session import own_environment
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.run import extract
+from pipelines.indexing import RunInput
 from storage.paths import Folder
 from storage.store import FeatureStore
 from storage.tars import MemberRules, scan_source
@@ -47,7 +48,8 @@ def test_scan_on_ray_keeps_the_order_of_the_sources(make_tars):
 
     files = expand_inputs([make_tars(count=9, each=3)])
 
-    scans = list(RayExecutor().scan(files, MemberRules(), {}))
+    given = RunInput(files=files, rules=MemberRules(), limit=None, options={}, executor=RayExecutor())
+    scans = list(given.scan(files))
 
     assert [scan.digest for scan in scans] == [scan_source(file, MemberRules()).digest for file in files]
 

@@ -1,7 +1,6 @@
 """One image that takes everything: it's found, recorded as failed with the reason, and its neighbours are done."""
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from PIL import Image
 from operators.codecs.memory import BYTES_PER_PIXEL, DecodeMemory, decode_bytes
 from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.image import Geometry, decode
-from pipelines.executors import InlineExecutor
+from pipelines.executors import InlineExecutor, Loaded
 from pipelines.extraction import sandbox as sandbox_module
 from pipelines.extraction import worker as worker_module
 from pipelines.extraction.config import ExtractConfig
@@ -200,9 +199,9 @@ def test_stage_that_only_loads_hands_on_that_a_task_is_to_run_alone(config, monk
     def apart(self, task, loaded=None):
         if not self.setup.solo:
             there = self.load(task)
-            loaded = (there.pixels, json.loads(json.dumps(there.notes())))
+            loaded = Loaded.from_notes(there.pixels, there.notes())
         report = original(self, task, loaded)
-        seen.append("set_aside" in report)
+        seen.append(report.outcome == "set_aside")
         return report
 
     def short(*_, **__):
@@ -356,7 +355,7 @@ import io
 from PIL import Image
 from operators.codecs.memory import DecodeMemory
 from operators.image import Geometry, decode, limit_pillow
-from pipelines.benchmarks.processes import high_water
+from pipelines.costs.clocks import high_water
 from pipelines.extraction.decoding import DecodeThreads
 out = io.BytesIO()
 Image.new("RGB", (5000, 5000), (1, 2, 3)).save(out, "PNG")
@@ -384,9 +383,9 @@ def test_large_images_in_many_threads_take_no_more_than_the_bound():
 
 def test_plan_counts_input_and_decoding(config):
     made = config({4: bytes(3_000_000)})
-    plain = make_plan(prepare(resolve(made), InlineExecutor()), device="cpu", actors=1, threads=1)
+    plain = make_plan(prepare(resolve(made), InlineExecutor()))
     bounded = config({4: bytes(3_000_000)}, max_image_bytes=2_000_000, max_image_pixels=10**6)
-    small = make_plan(prepare(resolve(bounded), InlineExecutor()), device="cpu", actors=1, threads=1)
+    small = make_plan(prepare(resolve(bounded), InlineExecutor()))
 
     assert plain.decode_bytes == 89_478_485 * BYTES_PER_PIXEL
     assert small.decode_bytes == 10**6 * BYTES_PER_PIXEL

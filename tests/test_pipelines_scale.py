@@ -34,7 +34,7 @@ def test_simulated_workers_fill_a_store_as_real_ones_do(make_tars, tiny):
 
     reports = [worker.run(task) for task in store.layout.tasks()]
 
-    assert [report["ok"] for report in reports] == [4, 4, 2]
+    assert [report.ok for report in reports] == [4, 4, 2]
     assert store.finalize() == {"ok": 10}
     assert not store.read(slice(None), "pooled").any()
     assert not store.folder.sizes("runs/r/attempts")

@@ -19,9 +19,10 @@ from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
 from pipelines.training.config import TrainConfig
-from pipelines.training.data import TrainOrder, load_inline
+from pipelines.training.data import TrainOrder
 from pipelines.training.lift import X2Config
-from pipelines.training.loop import Alone, Trainer, TrainFailed, read_metrics, summarise, train_inline, train_on_ray
+from pipelines.training.loop import Alone, Trainer, TrainFailed, read_metrics
+from pipelines.training.run import summarise, train_inline, train_on_ray
 from storage.paths import Folder, InputError
 from storage.runs import read_checkpoint, read_last, read_pointers
 from storage.store import FeatureStore
@@ -180,10 +181,11 @@ def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, cap
     monkeypatch.setattr("pipelines.training.loop.time.perf_counter", lambda: clock[0])
     waits = iter([7.0, 0.5, 40.0, 0.5, 0.5, 30.0, 0.5, 0.5, 2.5])  # as bursts from a loader are
 
-    def load(source, items, loaders):
-        for loaded in load_inline(source, items, loaders):
-            clock[0] += next(waits)
-            yield loaded
+    class Waits(InlineExecutor):
+        def map(self, do, items, *, loaders=None):
+            for loaded in super().map(do, items, loaders=loaders):
+                clock[0] += next(waits)
+                yield loaded
 
     trainer = Trainer(prepared(small(log_every=4)), Alone(), torch.device("cpu"))
     measure = trainer.objective.measure
@@ -196,7 +198,7 @@ def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, cap
 
     trainer.objective.measure = slow
     with caplog.at_level("INFO"):
-        trainer.run(load)
+        trainer.run(Waits())
 
     lines = [line for line in read_metrics(Folder(trainer.config.out)) if "images_per_s" in line]
     assert [(line["step"], line["images"]) for line in lines] == [(1, 5), (4, 17), (8, 34), (9, 36)]
@@ -292,7 +294,7 @@ def test_several_workers_take_the_steps_of_one(small, tmp_path, world):
     trainers = [Trainer(setup, group, torch.device("cpu")) for group in groups]
 
     with ThreadPoolExecutor(world) as pool:
-        list(pool.map(lambda trainer: trainer.run(load_inline), trainers))
+        list(pool.map(lambda trainer: trainer.run(InlineExecutor()), trainers))
 
     np.testing.assert_allclose(losses(str(tmp_path / "many")), losses(str(tmp_path / "one")), rtol=1e-4)
     one, many = trainers[0].net.state_dict(), trainers[1].net.state_dict()
@@ -338,7 +340,7 @@ def test_a_diverged_run_ends_with_the_step(small):
         next(trainer.net.parameters()).fill_(float("nan"))
 
     with pytest.raises(TrainFailed, match="nan at step 1"):
-        trainer.run(load_inline)
+        trainer.run(InlineExecutor())
 
     assert read_last(setup.folder) is None
 

@@ -16,7 +16,8 @@ from operators.upsamplers.vit_up import AdaptedBackbone, Lora, ViTUpConfig, ViTU
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
-from pipelines.training.loop import read_metrics, train_inline
+from pipelines.training.loop import read_metrics
+from pipelines.training.run import train_inline
 from pipelines.training.vit_up import Distillation, ViTUpNet, ViTUpTraining
 from storage.paths import Folder
 from storage.runs import read_checkpoint, read_last

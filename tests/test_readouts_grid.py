@@ -14,11 +14,13 @@ from jobs import tables as job
 from operators.backbone import TimmBackbone
 from pipelines.config import ConfigError
 from pipelines.costs import speed
+from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.published import DEAP_RESULTS, DEAP_TASKS
 from pipelines.tables import cells as grid
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import CellResult, CellsFailed, GridConfig, plan_cells, run_cell, run_cells
 from pipelines.tables.deap import entries, main, report, scatter, write_grid
-from pipelines.tables.tasks import DEAP_TASKS, PUBLISHED, TABLE_3, find_task, published_values
+from pipelines.tables.tasks import PUBLISHED, find_task, published_values
 from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
 from storage.paths import Folder
@@ -63,7 +65,7 @@ def cells_with(**changes: object) -> ReadoutTraining:
 
 
 def run(config: GridConfig) -> list[CellResult]:
-    return run_cells(config, plan_cells(config))
+    return run_cells(config, plan_cells(config), InlineExecutor())
 
 
 # --- what cells are ---------------------------------------------------------------------------------------------------
@@ -164,8 +166,8 @@ def test_every_task_fills_its_columns(sets, tmp_path):
 def test_tables_hold_what_the_runs_measured(sets, tmp_path):
     config = tiny_grid(sets, tmp_path, methods=("deap", "linear"), seeds=(3, 4), weights="random:7")
     cells = plan_cells(config)
-    results = run_cells(config, cells)
-    speeds = grid.measure_speeds(config, cells, results)
+    results = run_cells(config, cells, InlineExecutor())
+    speeds = grid.measure_speeds(config, cells, results, InlineExecutor())
 
     text = write_grid(config.folder, config, cells, results, speeds)
 
@@ -190,14 +192,14 @@ def test_tables_hold_what_the_runs_measured(sets, tmp_path):
 def test_what_is_done_is_not_done_again(sets, tmp_path, monkeypatch):
     config = tiny_grid(sets, tmp_path, methods=("deap", "linear"))
     cells, first = plan_cells(config), run(config)
-    speeds = grid.measure_speeds(config, cells, first)
+    speeds = grid.measure_speeds(config, cells, first, InlineExecutor())
     monkeypatch.setattr(grid, "train_inline", lambda setup: pytest.fail("trained again"))
     monkeypatch.setattr(grid, "measure_speed", lambda *args: pytest.fail("measured again"))
 
     second = run(config)
 
     assert [each.metrics for each in second] == [each.metrics for each in first]
-    assert grid.measure_speeds(config, cells, second) == speeds
+    assert grid.measure_speeds(config, cells, second, InlineExecutor()) == speeds
 
 
 def test_what_an_earlier_version_did_counts(sets, tmp_path, monkeypatch):
@@ -225,7 +227,7 @@ def test_a_network_that_its_weights_describe_is_the_one_that_is_timed(sets, tmp_
         speed, "TimmBackbone", lambda model, **_: patches.append(model.patch_embed.patch_size[0]) or TimmBackbone(model)
     )
 
-    speeds = grid.measure_speeds(config, plan_cells(config), run(config))
+    speeds = grid.measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
 
     assert [each.grid for each in results] == [(8, 8)]
     assert patches == [8, 16]
@@ -253,7 +255,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeyp
 def stop_after(step: int, setup):
     from dataclasses import replace
 
-    from pipelines.training.loop import train_inline
+    from pipelines.training.run import train_inline
 
     def on_step(number: int, rows: list[int]) -> None:
         if number == step:
@@ -330,8 +332,8 @@ def test_a_store_of_another_backbone_is_refused(sets, tiny, tmp_path):
 
 
 def test_papers_numbers_are_complete():
-    assert set(TABLE_3) == {each.name for each in BACKBONES}
-    for backbone in TABLE_3:
+    assert set(DEAP_RESULTS.rows) == {each.name for each in BACKBONES}
+    for backbone in DEAP_RESULTS.rows:
         for task in DEAP_TASKS:
             assert len(published_values(backbone, "", "deap", task)) == len(PUBLISHED[task].columns)
     assert published_values("mae", "", "deap-no-sigma", "voc") == (None, 35.1)
@@ -442,7 +444,7 @@ def test_ray_runs_cells_replaces_lost_workers_and_tells_failures(sets, tmp_path)
     killer.start()
 
     try:
-        done, failed = run_cells(config, cells)
+        done, failed = run_cells(config, cells, RayExecutor())
     finally:
         ended.set()
         killer.join()
@@ -453,7 +455,7 @@ def test_ray_runs_cells_replaces_lost_workers_and_tells_failures(sets, tmp_path)
     steps = [line["step"] for line in read_metrics(Folder(cells[0].training.out)) if "loss" in line]
     assert steps == list(range(1, 41))
     assert failed.error.startswith("DatasetError: ")
-    assert grid.measure_speeds(config, cells, [done, failed])[VIT]["relative"] > 0
+    assert grid.measure_speeds(config, cells, [done, failed], RayExecutor())[VIT]["relative"] > 0
 
 
 def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:
@@ -461,7 +463,7 @@ def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:
     while not (killed or ended.wait(0.02)):
         if sign.exists():
             training = [
-                each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::_ray_cell")
+                each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::_Actor.do")
             ]
             for process in training[:1]:
                 process.kill()

@@ -19,7 +19,8 @@ from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
 from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.instances import CLASSIFIER
-from pipelines.training.loop import TrainFailed, read_metrics, train_on_ray
+from pipelines.training.loop import TrainFailed, read_metrics
+from pipelines.training.run import train_on_ray
 from storage.paths import Folder
 from storage.runs import read_last
 from tests.readout_runs import OF_TASK, extract, held_out, losses, prepared, train, training, write_nyu, write_sets

@@ -16,12 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
+from pipelines.indexing import RunInput
 from storage import samples
 from storage.inputs import expand_inputs
 from storage.paths import Folder, InputError, StorageError, public_options, query_free, redact
-from storage.samples import DuplicateKeys, SampleIndex, build_index, collect_index, read_images, write_index
-from storage.tars import MemberRules, scan_source, split_name
-from tests.conftest import write_tar
+from storage.samples import DuplicateKeys, SampleIndex, read_images, write_index
+from storage.scans import collect_index
+from storage.tars import MemberRules, SourceScan, scan_source, split_name
+from tests.conftest import run_input, write_tar
 
 AWKWARD_NAMES = [
     *("a.jpg", "a.JPG", "a.B.Jpg", "a.rgb.png", "a..jpg", "a.", "a", "-.jpg", " .jpg", "a b.jpg", "", "."),
@@ -60,7 +62,7 @@ def test_any_name_splits_as_webdataset_splits_it(name):
 # --- grouping -----------------------------------------------------------------------------------------------------------
 
 
-def scan(path: Path | str, rules: MemberRules | None = None) -> samples.SourceScan:
+def scan(path: Path | str, rules: MemberRules | None = None) -> SourceScan:
     return scan_source(expand_inputs([str(path)])[0], rules or MemberRules())
 
 
@@ -71,8 +73,7 @@ def rows_of(path: Path | str, rules: MemberRules | None = None) -> list[dict]:
 def index_of(folder: Path | str, *patterns: Path | str, rules: MemberRules | None = None, limit: int | None = None):
     """The index of `patterns`, kept under `folder`, and the URLs to read with."""
     files = expand_inputs([str(pattern) for pattern in patterns])
-    scans = lambda some: [scan_source(file, rules or MemberRules()) for file in some]  # noqa: E731
-    index = build_index(Folder(str(folder)), files, scans, limit, rules)
+    index = run_input(files, rules, limit).index_in_use(Folder(str(folder)))
     return index, [file.url for file in files]
 
 
@@ -653,20 +654,17 @@ def test_web_file_that_may_not_be_read_is_an_error_without_its_signature(four, s
 # --- the index is kept ------------------------------------------------------------------------------------------------------
 
 
-def no_scan(_):
-    pytest.fail("scanned again")
-
-
-def test_kept_index_is_not_made_again(tmp_path, four):
+def test_kept_index_is_not_made_again(tmp_path, four, monkeypatch):
     first, _ = index_of(tmp_path / "out", four)
+    monkeypatch.setattr(RunInput, "scan", lambda *_: pytest.fail("scanned again"))
 
-    again = build_index(Folder(str(tmp_path / "out")), expand_inputs([str(four)]), no_scan)
+    again, _ = index_of(tmp_path / "out", four)
 
     assert again.digest == first.digest
     assert again.read(0, 4) == first.read(0, 4)
 
 
-def test_source_that_was_touched_but_is_equal_is_checked_once_and_accepted(tmp_path, four, caplog):
+def test_source_that_was_touched_but_is_equal_is_checked_once_and_accepted(tmp_path, four, caplog, monkeypatch):
     first, _ = index_of(tmp_path / "out", four)
     os.utime(four, (1, 1))
 
@@ -674,7 +672,8 @@ def test_source_that_was_touched_but_is_equal_is_checked_once_and_accepted(tmp_p
 
     assert "changed since it was indexed" in caplog.text
     assert again.digest == first.digest
-    build_index(Folder(str(tmp_path / "out")), expand_inputs([str(four)]), no_scan)
+    monkeypatch.setattr(RunInput, "scan", lambda *_: pytest.fail("scanned again"))
+    index_of(tmp_path / "out", four)
 
 
 def test_source_that_moved_with_equal_content_is_accepted(tmp_path, four):

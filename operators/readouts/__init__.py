@@ -5,7 +5,7 @@ A readout is made of settings (`ReadoutConfig`, `build_readout`); each has a cla
 
 import math
 from collections.abc import Callable
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -19,13 +19,11 @@ from storage.documents import JsonObject
 
 __all__ = [
     "READOUTS",
-    "ParameterCount",
     "Readout",
     "ReadoutConfig",
     "ReadoutError",
     "SplitReadout",
     "build_readout",
-    "published_counts",
 ]
 
 _OPTIONS: dict[str, tuple[Callable[..., Readout], set[str]]] = {
@@ -184,58 +182,3 @@ def _build_part(config: ReadoutConfig, outputs: int) -> Readout:
         width = config.width or decoder_width(drawn, outputs, config.width_rule)
         options |= {"dim": dim, "width": width}
     return make(config.channels, outputs, **options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterCount:
-    """A published parameter count, and ours."""
-
-    backbones: str
-    channels: int
-    task: str
-    published_millions: float
-    ours: int
-
-
-def _deap(outputs: int, *, split: tuple[int, ...] = (), width: int | None = None) -> ReadoutConfig:
-    return ReadoutConfig(method="deap", channels=768, outputs=outputs, split=split, width=width)
-
-
-_TASKS = {
-    "instance discrimination": _deap(32),
-    "boundaries": _deap(1),
-    "detection": _deap(3, split=(1, 2)),
-    "VOC": _deap(21),
-    "COCO-Stuff": _deap(200, width=32),
-    "depth": _deap(1),
-}
-"""DeAP's settings for the paper's tasks, on maps of 768 channels."""
-
-_PUBLISHED: dict[str, tuple[int, tuple[float, ...]]] = {
-    "ViT-B": (768, (0.053, 0.043, 0.087, 0.047, 0.088, 0.043)),
-    "ViT-L, Aim2, ViTamin": (1024, (0.066, 0.056, 0.112, 0.060, 0.101, 0.056)),
-    "SAM2 B+": (256, (0.028, 0.018, 0.035, 0.022, 0.062, 0.018)),
-    "Hiera B+": (896, (0.060, 0.050, 0.099, 0.054, 0.094, 0.050)),
-    "SigLIP-SO": (1152, (0.073, 0.062, 0.125, 0.066, 0.107, 0.062)),
-}
-"""Channels, and millions of parameters for each of `_TASKS`."""
-
-
-def published_counts() -> list[ParameterCount]:
-    """The 30 counts that the paper prints, beside those of DeAP as built here.
-
-    All of them agree to the printed digits, which tells what the text doesn't: that the unused LayerNorm is counted, that
-    COCO-Stuff has 200 outputs, and that the released rule gives the decoder's width.
-    """
-    rows = []
-    for backbones, (channels, printed) in _PUBLISHED.items():
-        for (task, settings), millions in zip(_TASKS.items(), printed, strict=True):
-            with torch.device("meta"):
-                readout = build_readout(replace(settings, channels=channels))
-            ours = readout.parameter_count()
-            rows.append(
-                ParameterCount(
-                    backbones=backbones, channels=channels, task=task, published_millions=millions, ours=ours
-                )
-            )
-    return rows

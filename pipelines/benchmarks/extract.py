@@ -3,28 +3,32 @@
 What is measured runs in fresh processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
 """
 
+import functools
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import zarr
 
+from cluster.metrics import TaskReport
+from cluster.resources import WorkerPool
 from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
-from pipelines.executors import RayExecutor
+from pipelines.executors import Loaded, MakeWorker, RayExecutor, Worker
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
-from pipelines.extraction.run import run_prepared
+from pipelines.extraction.run import Summary, run_prepared
 from pipelines.features.levels import LevelChoice
+from storage.spec import ShardTask
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -70,9 +74,6 @@ EXTRACT_PRESETS = {
     "debug": ExtractBenchmark(images=32, model="test_vit.r160_in1k", size=64, precision="fp32", stage_s=0.2),
 }
 
-MIN_STEADY_TASKS = 8
-"""Below this the steady window opens when the first task begins, since little would be left of it."""
-
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
@@ -83,8 +84,10 @@ class WholeRun:
 
     images: int
     seconds: float
+    "to the finished store"
     images_per_s: float
     start_up_s: float
+    "to the end of the first task or batch"
     start_up_parts_s: Mapping[str, float]
     memory: Mapping[str, int]
     "peaks in bytes, by group of processes"
@@ -202,33 +205,42 @@ class ExtractResult:
 
 @dataclass
 class _Clocked:
-    """A worker, or what makes one, whose reports say when their task began and ended."""
+    """A worker whose reports say when their task began and ended."""
 
-    inner: Any
+    inner: Worker
 
-    def __call__(self, **options: Any) -> "_Clocked":
-        return _Clocked(self.inner(**options))
-
-    def load(self, task: Any) -> Any:
+    def load(self, task: ShardTask) -> Loaded:
         return self.inner.load(task)
 
-    def run(self, task: Any, loaded: Any = None) -> dict[str, Any]:
+    def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
         began = time.monotonic()
         report = self.inner.run(task, loaded)
-        return {**report, "began": began, "ended": time.monotonic()}
+        return replace(report, marks={"began": began, "ended": time.monotonic()})
 
 
-class _ClockedExecutor:
-    """Ray's executor, with the reports kept."""
+def _clocked(make_worker: MakeWorker, *, model: bool = True) -> _Clocked:
+    return _Clocked(make_worker(model=model))
+
+
+class _ClockedExecutor(RayExecutor):
+    """Keeps the reports, with their tasks' times."""
 
     def __init__(self) -> None:
-        self._ray = RayExecutor()
-        self.scan, self.pool = self._ray.scan, self._ray.pool
         self.tasks: list[Task] = []
 
-    def run(self, make_worker: Callable[..., Any], *args: Any, **options: Any) -> Iterator[dict[str, Any]]:
-        for report in self._ray.run(_Clocked(make_worker), *args, **options):
-            self.tasks.append(Task(**{name: report[name] for name in ("began", "ended", "ok", "seconds", "batch")}))
+    def stream(
+        self,
+        make_worker: MakeWorker,
+        tasks: Sequence[ShardTask],
+        pool: WorkerPool,
+        *,
+        decode_on: str = "actor",
+        solo: bool = False,
+    ) -> Iterator[TaskReport]:
+        clocked = functools.partial(_clocked, make_worker)
+        for report in super().stream(clocked, tasks, pool, decode_on=decode_on, solo=solo):
+            began, ended = (report.marks[name] for name in ("began", "ended"))
+            self.tasks.append(Task(began=began, ended=ended, ok=report.ok, seconds=report.seconds, batch=report.batch))
             yield report
 
 
@@ -245,19 +257,8 @@ class Task:
     batch: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Extraction:
-    """When an extraction got how far."""
-
-    images: int
-    bytes_written: int
-    marks: dict[str, float]
-    done: float
-    tasks: Sequence[Task]
-
-
-def _pipeline(config: ExtractConfig) -> _Extraction:
-    """One extraction, end to end."""
+def _pipeline(config: ExtractConfig) -> tuple[Summary, dict[str, float], float, list[Task]]:
+    """One extraction, end to end: what came of it, when it got how far and was done, and its tasks."""
     marks = {"imports": time.monotonic()}
     resolved = resolve(config)
     marks["model"] = time.monotonic()
@@ -271,9 +272,7 @@ def _pipeline(config: ExtractConfig) -> _Extraction:
     if summary.failed:
         raise BenchmarkFailed(f"{summary.failed} images failed, so speeds can't be compared: {summary.reasons}")
     marks["first task"] = min(task.ended for task in executor.tasks)
-    return _Extraction(
-        images=summary.ok, bytes_written=summary.bytes_written, marks=marks, done=done, tasks=executor.tasks
-    )
+    return summary, marks, done, executor.tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +287,10 @@ class SteadyWindow:
     @property
     def seconds(self) -> float:
         return self.stop - self.start
+
+
+MIN_STEADY_TASKS = 8
+"""Below this the steady window opens when the first task begins, since little would be left of it."""
 
 
 def _steady(tasks: Sequence[Task]) -> SteadyWindow:
@@ -306,20 +309,19 @@ def _steady(tasks: Sequence[Task]) -> SteadyWindow:
 
 
 def _measure_pipeline(config: ExtractConfig) -> PipelineRun:
-    [found], usage = run_fresh(_pipeline, (config,))
-    tasks, images = found.tasks, found.images
+    [(summary, marks, done, tasks)], usage = run_fresh(_pipeline, (config,))
     window = _steady(tasks)
     cpu = usage.cpu_between(window.start, window.stop)
     cpu["idle"] = CORES * window.seconds - sum(cpu.values())
     return PipelineRun(
-        **vars(WholeRun.of(images, found.marks, found.done, usage)),
+        **vars(WholeRun.of(summary.ok, marks, done, usage)),
         steady_images_per_s=window.images / window.seconds,
         steady_s=window.seconds,
         steady_from=window.opens,
         steady_cpu_ms={name: 1e3 * seconds / window.images for name, seconds in cpu.items()},
-        stage_ms={s: 1e3 * sum(task.seconds.get(s, 0.0) for task in tasks) / images for s in STAGES},
-        wrap_up_s=found.done - max(task.ended for task in tasks),
-        bytes_written=found.bytes_written,
+        stage_ms={s: 1e3 * sum(task.seconds.get(s, 0.0) for task in tasks) / summary.ok for s in STAGES},
+        wrap_up_s=done - max(task.ended for task in tasks),
+        bytes_written=summary.bytes_written,
         batch=max(task.batch for task in tasks),
         tasks=len(tasks),
     )

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -192,8 +192,14 @@ class Rate:
     "how often the rows were given that were given least and most often"
     equal: bool
     "what was given is what was written"
-    all: tuple[float, ...] = ()
-    "rows per second of every try, of which this is the best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestRate(Rate):
+    """Of several tries."""
+
+    all: tuple[float, ...]
+    "rows per second of every try"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +220,7 @@ class PlaceRead:
 
     rows: int
     reads: Mapping[str, Rate]
-    epochs: Mapping[str, Rate]
+    epochs: Mapping[str, BestRate]
     openings: tuple[Opening, ...]
 
 
@@ -243,14 +249,14 @@ def measure_place(place: Place, config: ReadBenchmark, also: Sequence[Place]) ->
     """How long opening takes, here and of `also`; then epochs and random reads by every contender, one after another."""
     openings = tuple(step for one in (place, *also) for step in _opening(one))
     n, extra = len(place.store()), MEMMAP if place.name == "local" else {}
-    order, epochs = np.random.default_rng(2).permutation(n), {}
+    order, epochs = np.random.default_rng(2).permutation(n), dict[str, BestRate]()
     # Epochs first, and streams first among them: forked workers complain about zarr-python's open connections.
     for name, contender in (epoch_contenders(config.workers) | extra).items():
         tries = [_timed(place, contender, order, config.seconds)]
         while len(tries) < config.repeat and tries[0].seconds * (len(tries) + 1) < config.seconds:
             tries.append(_timed(place, contender, order, config.seconds))
         rates = tuple(each.rows_per_s for each in tries)
-        epochs[name] = replace(max(tries, key=lambda each: each.rows_per_s), all=rates)
+        epochs[name] = BestRate(**vars(max(tries, key=lambda each: each.rows_per_s)), all=rates)
     order = np.random.default_rng(1).integers(n, size=config.reads)
     reads = {name: _timed(place, one, order, config.seconds) for name, one in (READS | extra).items()}
     return PlaceRead(rows=n, reads=reads, epochs=epochs, openings=openings)

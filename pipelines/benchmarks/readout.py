@@ -13,8 +13,8 @@ from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, s
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
-from pipelines.training.loop import train_inline
 from pipelines.training.readout import ReadoutTraining
+from pipelines.training.run import train_inline
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)

@@ -6,21 +6,24 @@ Needs no torch: a worker process takes 150 MB and 2 s of CPU time, so that tens 
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import psutil
 
+from cluster.metrics import TaskReport
 from cluster.resources import WorkerPool
 from pipelines.costs.clocks import high_water
-from pipelines.executors import RayExecutor
-from pipelines.extraction.attempts import Loaded, attempt, ledger_records, write_and_commit
-from storage.inputs import InputFile
+from pipelines.executors import Loaded, MakeWorker, RayExecutor
+from pipelines.extraction.attempts import attempt, ledger_records, write_and_commit
+from storage.paths import StorageOptions
 from storage.spec import ShardTask
 from storage.store import FeatureStore
-from storage.tars import MemberRules, SourceScan
+
+if TYPE_CHECKING:  # it imports torch
+    from pipelines.extraction.worker import WorkerSetup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +31,11 @@ class SimulatedSetup:
     """What every simulated worker of a run gets. Holds no model, so that workers load no torch."""
 
     out: str
-    options: Mapping[str, Any]
+    options: StorageOptions
     run_id: str
     forward_s: float
 
-    def __call__(self, **_: bool) -> "SimulatedWorker":
+    def __call__(self, *, model: bool = True) -> "SimulatedWorker":  # noqa: ARG002
         return SimulatedWorker(self)
 
 
@@ -50,7 +53,7 @@ class SimulatedWorker:
             rows = self.store.index.read(task.first, task.last).to_pylist()
         return Loaded(np.empty(0, np.uint8), ledger_records(self.store.index, task, rows))
 
-    def run(self, task: ShardTask, _: None = None) -> dict[str, Any]:
+    def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:  # noqa: ARG002
         """Do one task to its commit record; the report says which process did it and when the model was busy."""
         with attempt(self.store.folder, self.setup.run_id, task):
             found = self.load(task)
@@ -65,37 +68,35 @@ class SimulatedWorker:
                 for i in range(task.n_rows):
                     writer.put(level, i, zeros)
             report = write_and_commit(task, writer, found)
-        return report | {"process": os.getpid(), "begun": begun, "ended": ended}
+        return replace(report, marks={"process": os.getpid(), "begun": begun, "ended": ended})
 
 
-class SimulatedExecutor:
-    """`RayExecutor` with simulated workers in place of those it is given; keeps when each report came."""
+class SimulatedExecutor(RayExecutor):
+    """With simulated workers in place of those it is given; keeps when each report came."""
 
     def __init__(self, forward_s: float):
         self.forward_s = forward_s
         self.turns: list[Turn] = []
         self.marks: dict[str, DriverUse] = {}
         "when a part of the run begins or ends"
-        self._ray = RayExecutor()
 
-    def scan(self, files: Sequence[InputFile], rules: MemberRules, options: Mapping[str, Any]) -> Iterator[SourceScan]:
-        return self._ray.scan(files, rules, options)
-
-    def pool(self, *asked: Any, **how: Any) -> WorkerPool:
-        return self._ray.pool(*asked, **how)
-
-    def run(
-        self, make_worker: Any, tasks: Sequence[ShardTask], pool: WorkerPool, **how: Any
-    ) -> Iterator[dict[str, Any]]:
-        setup = SimulatedSetup(
-            out=make_worker.out, options=make_worker.options, run_id=make_worker.run_id, forward_s=self.forward_s
-        )
+    def stream(
+        self,
+        make_worker: MakeWorker,
+        tasks: Sequence[ShardTask],
+        pool: WorkerPool,
+        *,
+        decode_on: str = "actor",
+        solo: bool = False,
+    ) -> Iterator[TaskReport]:
+        of = cast("WorkerSetup", make_worker)
+        setup = SimulatedSetup(out=of.out, options=of.options, run_id=of.run_id, forward_s=self.forward_s)
         self.marks["ready"] = DriverUse.now()
-        for report in self._ray.run(setup, tasks, pool, **how):
+        for report in super().stream(setup, tasks, pool, decode_on=decode_on, solo=solo):
             if not self.turns:
                 self.marks["first task"] = DriverUse.now()
-            times = {name: report[name] for name in ("process", "begun", "ended")}
-            self.turns.append(Turn(**times, arrived=time.monotonic()))
+            process, begun, ended = (report.marks[name] for name in ("process", "begun", "ended"))
+            self.turns.append(Turn(process=int(process), begun=begun, ended=ended, arrived=time.monotonic()))
             yield report
         self.marks["last task"] = DriverUse.now()
 

@@ -30,7 +30,7 @@ from pipelines.config import require_at_least
 from pipelines.costs.clocks import CORES, WARM_UP, Machine, NumbersFile, rated_steps, steady_rate, table
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.training.lift import X2Config
-from pipelines.training.loop import train_inline, train_on_ray
+from pipelines.training.run import train_inline, train_on_ray
 from storage.paths import Folder
 
 logger = logging.getLogger(__name__)

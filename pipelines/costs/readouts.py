@@ -1,20 +1,20 @@
 """What dense readouts cost: DeAP's published parameter counts beside ours, and operations of DeAP and of what it is held against.
 
 `measure_deap` returns plain data, `deap_report` its Markdown. Nothing is timed; each readout runs once, on zeros.
-DeAP: specs/evaluation.md 12.2, 12.4, 12.5.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from operators.readouts import ReadoutConfig, build_readout, published_counts
+from operators.readouts import ReadoutConfig, build_readout
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile, table
 from pipelines.costs.upsamplers import counted_macs
+from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "deap": {"method": "deap"},
@@ -29,6 +29,56 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 """DeAP, its ablations (Table 5), what it is held against (Fig. 4; `strided` is the release's transposed convolution), and the
 linear probe: settings of `ReadoutConfig`, and of jobs/train.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """A published parameter count, and ours."""
+
+    backbones: str
+    channels: int
+    task: str
+    "its label"
+    published_millions: float
+    ours: int
+
+
+def _deap(outputs: int, *, split: tuple[int, ...] = (), width: int | None = None) -> ReadoutConfig:
+    return ReadoutConfig(method="deap", channels=768, outputs=outputs, split=split, width=width)
+
+
+_COUNTED: Mapping[str, ReadoutConfig] = {
+    "instances": _deap(32),
+    "boundaries": _deap(1),
+    "detection": _deap(3, split=(1, 2)),
+    "voc": _deap(21),
+    "coco-stuff": _deap(200, width=32),
+    "depth": _deap(1),
+}
+"""DeAP's settings for the paper's tasks, on maps of 768 channels."""
+
+
+def published_counts() -> list[ParameterCount]:
+    """The 30 counts that DeAP's paper prints, beside those of DeAP as built here.
+
+    All of them agree to the printed digits, which tells what the text doesn't: that the unused LayerNorm is counted, that
+    COCO-Stuff has 200 outputs, and that the released rule gives the decoder's width.
+    """
+    rows = []
+    for printed in DEAP_PARAMETERS:
+        for task, millions in zip(DEAP_TASKS, printed.millions, strict=True):
+            with torch.device("meta"):
+                readout = build_readout(replace(_COUNTED[task], channels=printed.channels))
+            rows.append(
+                ParameterCount(
+                    backbones=printed.backbones,
+                    channels=printed.channels,
+                    task=RECIPES[task].label,
+                    published_millions=millions,
+                    ours=readout.parameter_count(),
+                )
+            )
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from operators.upsamplers import UPSAMPLERS, NetConfig, Upsampler, UpsamplerErro
 from operators.upsamplers.vit_up import Lora, ViTUp, ViTUpHead
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, timed
-from pipelines.costs.upsamplers import PUBLISHED, TABLE_9, count_operations, count_parameters, counted_macs
+from pipelines.costs.upsamplers import count_operations, count_parameters, counted_macs
 from pipelines.costs.vit_up import bytes_per_query, vit_up_pass, vit_up_settings
 from pipelines.costs.windows import random_head
 from pipelines.evaluation.config import EvaluateConfig
@@ -38,7 +38,8 @@ from pipelines.features.upsamplers import (
     ViTUpWeights,
     load_upsampler,
 )
-from pipelines.results import Findings, Line, Published, Table, shown_size, with_published
+from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, Published, Values
+from pipelines.results import Findings, Line, Table, shown_size, with_published
 from storage.datasets.files import digest
 from storage.paths import Folder
 
@@ -329,18 +330,21 @@ def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
     out: list[Line] = []
     for case, line in zip(task.cases, lines, strict=True):
         side = case.row.grid[0]
-        values = TABLE_9.get(f"ViT-Up, {case.chunk} x {case.chunk} at once", {}) if case.chunk else {}
-        out += [line, *([_published(line, line.features, values[side])] if side in values else [])]
-    others = {name: values for name, values in TABLE_9.items() if not name.startswith("ViT-Up")}
+        found = VIT_UP_RUNTIME.values(f"ViT-Up, {case.chunk} x {case.chunk} at once", str(side)) if case.chunk else ()
+        out += [line, *([_published(line, line.features, found)] if found else [])]
+    others = [name for name in VIT_UP_RUNTIME.rows if not name.startswith("ViT-Up")]
     by_side = {case.row.grid[0]: line for case, line in zip(task.cases[1:], lines[1:], strict=True)}
     for side, line in by_side.items():
-        out += [_published(line, name, values[side]) for name, values in others.items() if side in values]
+        found = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
+        out += [_published(line, name, values) for name, values in found.items() if values]
     return out
 
 
-def _published(line: Line, name: str, values: tuple[float, float]) -> Line:
+def _published(line: Line, name: str, values: Values) -> Line:
     cells = (values[0], None, None, values[1], None, None)
-    return replace(line, features=f"ViT-Up Table 9: {name}", stride=None, values=cells, published=True)
+    return replace(
+        line, features=f"{VIT_UP.name} {VIT_UP_RUNTIME.table}: {name}", stride=None, values=cells, published=True
+    )
 
 
 def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any]) -> Table:
@@ -367,14 +371,14 @@ def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any])
 
 def _lift_published(config: RuntimeConfig, low: Row) -> Published:
     """LiFT's Table 5 where it has this model, size and stride."""
-    values = {
+    rows = {
         method: {str(config.side): (None, operations)}
-        for one in PUBLISHED
+        for one in LIFT_OPERATIONS
         if (one.model, one.size, one.stride) == (config.features.model, config.side, low.stride)
         for method, operations in (("backbone", one.alone), ("lift", one.lift))
         if operations is not None
     }
-    return Published(source="LiFT Table 5", values=values)
+    return Published(paper=LIFT, table="Table 5", rows=rows)
 
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What upsampling costs beside the backbone: operations as LiFT's paper counts them and truly, and measured time and memory.
 
 `measure_cost` returns plain data, `cost_report` its Markdown. All weights are random: nothing here depends on them.
-LiFT: arXiv 2403.14625, Tables 5 and 6; the counting rule was found from their numbers (specs/evaluation.md section 11).
+LiFT prints operations in its Tables 5 and 6; the rule by which it counts was found from their numbers.
 """
 
 import itertools
@@ -28,6 +28,7 @@ from operators.upsamplers import (
 )
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, seconds_of, table
+from pipelines.published import LIFT, LIFT_OPERATIONS, Operations
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 BACKBONE = "backbone alone"
@@ -84,7 +85,7 @@ def measure_cost(config: CostBenchmark) -> dict[str, Any]:
         raise ConfigError(f"{config.model} at {config.size} px: {error}") from None
     return {
         "device": device_name(device),
-        "counts": [_count(published) for published in PUBLISHED],
+        "counts": [_count(published) for published in LIFT_OPERATIONS],
         "measured": measured,
     }
 
@@ -92,40 +93,10 @@ def measure_cost(config: CostBenchmark) -> dict[str, Any]:
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """A row of the paper: 10^9 "FLOPs" (multiply-accumulates, by its count) of a DINO model alone and with LiFT."""
-
-    model: str
-    size: int
-    stride: int
-    alone: float
-    lift: float | None
-
-
-PUBLISHED = (
-    Published(model="vit_small_patch16_224.dino", size=224, stride=16, alone=4.34, lift=5.30),
-    Published(model="vit_small_patch16_224.dino", size=224, stride=8, alone=16.07, lift=19.65),
-    Published(model="vit_small_patch16_224.dino", size=448, stride=16, alone=17.28, lift=21.12),
-    Published(model="vit_small_patch16_224.dino", size=448, stride=8, alone=66.60, lift=81.18),
-    Published(model="vit_base_patch16_224.dino", size=224, stride=16, alone=17.21, lift=None),
-)
-
-TABLE_9 = {
-    "JAFAR": {112: (41.3, 541.0), 224: (43.5, 1721.6), 448: (52.9, 6448.5)},
-    "AnyUp": {112: (6.8, 485.9), 224: (15.3, 774.1), 448: (59.8, 2760.7)},
-    "UPLiFT": {112: (6.4, 606.6), 224: (7.2, 765.7), 448: (10.1, 1391.5)},
-    "NAF": {112: (29.1, 602.6), 224: (30.7, 602.9), 448: (37.4, 1780.5)},
-    "ViT-Up, 112 x 112 at once": {112: (14.2, 503.7), 224: (24.1, 503.9), 448: (62.6, 626.7)},
-    "ViT-Up, 224 x 224 at once": {224: (22.1, 1069.6), 448: (55.4, 1143.6)},
-    "ViT-Up, 448 x 448 at once": {448: (52.0, 3709.3)},
-}
-"""ViT-Up's, bf16 on a GPU that the paper doesn't name: ms and MiB by method and side of the output grid."""
-
 _COUNTED = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 
 
-def _count(published: Published) -> dict[str, Any]:
+def _count(published: Operations) -> dict[str, Any]:
     """Both counts of one row."""
     counts = count_operations(published.model, published.size, stride=published.stride, nets=({"method": "lift"},))
     return {**asdict(published), **counts}
@@ -318,7 +289,7 @@ def _count_report(counts: Sequence[dict[str, Any]]) -> Iterator[str]:
         ours = [giga(paper["alone"]), published[0], giga(paper["lift"]), published[1]]
         true = [giga(macs["alone"]), giga(macs["alone"] + macs["lift"]), f"{macs['lift'] / macs['alone']:+.1%}"]
         rows.append([name, millions, *ours, *true])
-    yield "\nOperations for one image, 10^9, as LiFT's paper counts them (arXiv 2403.14625, Tables 5 and 6) and truly:"
+    yield f"\nOperations for one image, 10^9, as LiFT's paper counts them (arXiv {LIFT.arxiv}, Tables 5 and 6) and truly:"
     head = ["DINO, keys", "parameters", "alone", "published", "+ LiFT", "published"]
     yield from table([*head, "true: alone", "+ LiFT", "LiFT adds"], rows)
     yield """

@@ -27,8 +27,9 @@ from operators.upsamplers import (
 from operators.upsamplers.vit_up import AdaptedBackbone, Lora, ViTUp, ViTUpConfig, ViTUpHead
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, table, timed
-from pipelines.costs.upsamplers import BACKBONE, TABLE_9, count_parameters, counted_macs
+from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs
 from pipelines.costs.windows import compare_window, random_head, window_report
+from pipelines.published import VIT_UP_RUNTIME
 
 ALL_GRIDS = (56, 112, 224, 448)
 CPU_GRIDS = (56, 112)
@@ -425,8 +426,8 @@ def vit_up_report(config: ViTUpBenchmark, result: dict[str, Any], machine: Machi
 
 def _published_report() -> Iterator[str]:
     rows = [
-        [name, *("{:,.1f}, {:,.1f}".format(*values[grid]) if grid in values else "" for grid in (112, 224, 448))]
-        for name, values in TABLE_9.items()
+        [name, *("{:,.1f}, {:,.1f}".format(*values[side]) if side in values else "" for side in ("112", "224", "448"))]
+        for name, values in VIT_UP_RUNTIME.rows.items()
     ]
     yield "\nThe paper's Table 9, bf16 on a GPU that it doesn't name, ms and MiB:"
     yield from table(["", "112 x 112", "224 x 224", "448 x 448"], rows)

@@ -28,7 +28,8 @@ from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
-from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
+from pipelines.published import LIFT_CORRESPONDENCE, VIT_UP_CORRESPONDENCE
+from pipelines.results import Findings, Line, Table, panel, percent, with_published
 from storage.datasets.files import digest
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import ImageFile
@@ -90,23 +91,8 @@ class CorrespondenceConfig(LabelledConfig):
         return self.key_points or ("pairs" if self.protocol == "lift" else "images")
 
 
-PUBLISHED = {
-    "lift": Published(
-        source="LiFT Table 1, DINO ViT-S/16",
-        values={
-            "backbone": by_size([2.04, 12.67, 24.76, 28.6], [0.51, 3.61, 9.54, 15.33], [0.01, 0.2, 0.54, 1.4]),
-            "bilinear": by_size([3.81, 13.71, 26.72, 30.48], [1.01, 4.23, 11.37, 16.75], [0.02, 0.14, 0.5, 1.64]),
-            "resize_conv": by_size([3.87, 14.02, 26.09, 30.21], [0.94, 4.41, 11.51, 16.76], [0.03, 0.16, 0.51, 1.7]),
-            "jbu": by_size([3.08, 12.26, 24.87, 29.11], [0.82, 3.82, 10.6, 16.01], [0.03, 0.17, 0.47, 1.42]),
-            "lift": by_size([5.05, 17.72, 28.68, 31.38], [1.19, 6.29, 14.72, 18.90], [0.06, 0.29, 0.91, 2.52]),
-        },
-    ),
-    "vit-up": Published(
-        source="ViT-Up Table 2, DINOv3-S+",
-        values={"bilinear": {"448": (51.27, 33.74, 3.83)}, "vit_up": {"448": (55.44, 39.07, 7.30)}},
-    ),
-}
-"""PCK in percent at alpha 0.1, 0.05 and 0.01."""
+_PUBLISHED = {"lift": LIFT_CORRESPONDENCE, "vit-up": VIT_UP_CORRESPONDENCE}
+"by protocol"
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -258,7 +244,7 @@ def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, rec
     ]
     columns = (*(f"PCK@{alpha:g}" for alpha in task.alphas), "pairs")
     table = Table(title="PCK, %, mean of the categories", columns=columns, lines=tuple(lines))
-    published = PUBLISHED[config.protocol] if config.paper else None
+    published = _PUBLISHED[config.protocol] if config.paper else None
     return Findings(
         tables=(with_published(table, rows, published),),
         choices=_choices(config, recipe),

@@ -14,7 +14,8 @@ from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, LiveRecipe, Picture, Recipe, Size, Squash, resolve_source
-from pipelines.results import Findings, Line, Published, Table, by_size, panel, with_published
+from pipelines.published import LIFT_DISCOVERY
+from pipelines.results import Findings, Line, Table, panel, with_published
 from storage.datasets.boxes import BoxedImage
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
@@ -57,42 +58,6 @@ class DiscoveryConfig(LabelledConfig):
         """TokenCut's settings, defaults resolved."""
         default = 0.3 if self.dataset == "coco20k" and self.protocol == "lift" else 0.2
         return TokenCut(tau=default if self.tau is None else self.tau, weighted=self.weighted, solver=self.solver)
-
-
-_SOURCE = "LiFT paper, DINO ViT-S/16"
-PUBLISHED = {
-    "voc07": Published(
-        source=_SOURCE,
-        values={
-            "backbone": by_size([20.74, 50.07, 65.60, 68.27]),
-            "bilinear": by_size([21.27, 46.96, 64.70, 68.37]),
-            "resize_conv": by_size([28.96, 55.00, 66.85, 68.87]),
-            "jbu": by_size([26.16, 56.60, 66.75, 69.03]),
-            "lift": by_size([36.54, 62.02, 68.79, 69.65]),
-        },
-    ),
-    "voc12": Published(
-        source=_SOURCE,
-        values={
-            "backbone": by_size([23.27, 55.33, 69.01, 71.64]),
-            "bilinear": by_size([23.46, 52.64, 68.53, 71.55]),
-            "resize_conv": by_size([31.63, 59.96, 68.87, 71.47]),
-            "jbu": by_size([28.97, 61.67, 69.13, 71.54]),
-            "lift": by_size([40.56, 66.21, 70.91, 71.71]),
-        },
-    ),
-    "coco20k": Published(
-        source=_SOURCE,
-        values={
-            "backbone": by_size([16.28, 40.08, 53.98, 57.99]),
-            "bilinear": by_size([17.78, 35.62, 51.53, 56.84]),
-            "resize_conv": by_size([22.92, 42.53, 54.52, 58.40]),
-            "jbu": by_size([21.36, 43.87, 55.45, 58.82]),
-            "lift": by_size([27.72, 50.20, 58.03, 60.50]),
-        },
-    ),
-}
-"""CorLoc in percent."""
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -238,7 +203,7 @@ def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records
             line = Line.of(row, size, [100 * corloc.share, corloc.images])
             lines.append(line if side else line.like(ORIGINAL, f"{line.grid}, ..."))
     table = Table(title=f"CorLoc on {config.dataset}, %", columns=("CorLoc", "images"), lines=tuple(lines))
-    published = PUBLISHED[config.dataset] if config.paper and task.sides else None
+    published = LIFT_DISCOVERY[config.dataset] if config.paper and task.sides else None
     return Findings(
         tables=(with_published(table, rows, published),),
         choices=_choices(config, task, recipe),

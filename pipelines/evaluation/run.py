@@ -1,4 +1,4 @@
-"""Does an evaluation's pieces of work, here or on Ray actors, and keeps what each one gave: the only file that knows Ray.
+"""Has an evaluation's pieces of work done, and keeps what each one gave.
 
 A piece writes its records as one object in `parts/` when it is done, so that an evaluation which was killed goes on from
 there. Records are merged from those files, whoever wrote them: the score depends neither on the number of workers nor on the
@@ -9,40 +9,39 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 
-from cluster.resources import WorkerPool, choose_pool
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.executors import InlineExecutor, executor_for
+from pipelines.executors import Executor, executor_for
 from pipelines.features.sources import CachedSource, FeatureSource, Recipe, describe
 from pipelines.provenance import require_same, versions
 from pipelines.results import Findings, LeftOut, write_results
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import CANNOT_TELL, FrameUnknown
-from storage.documents import Document, parse_json
-from storage.errors import RayliftError
+from storage.documents import Document, JsonObject, as_object, decode, parse_json
 from storage.paths import Folder, redact
+from storage.root import read_attributes
 from storage.runs import read_run, write_run
-from storage.store import read_attributes
 
 logger = logging.getLogger(__name__)
 
 
-class WorkersLost(RayliftError):
-    """Workers were lost again and again."""
-
-    exit_code = 1
-
-
-Record = dict[str, Any]
+Record = JsonObject
 """What one item gave, as JSON values."""
 
-LEFT_OUT = "left_out"
-"""Of a record: why its item isn't scored."""
+
+@dataclass(frozen=True, kw_only=True)
+class Unscored:
+    """The record of an item that isn't scored, as its names are in the file."""
+
+    left_out: str
+    "why"
+    item: int
+    image: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ def records_of(items: Sequence[int], do: Callable[[int], list[Record]]) -> list[
         try:
             records += do(number)
         except FrameUnknown as error:
-            records.append({LEFT_OUT: CANNOT_TELL, "item": number, "image": error.shown})
+            records.append(asdict(Unscored(left_out=CANNOT_TELL, item=number, image=error.shown)))
     return records
 
 
@@ -83,11 +82,10 @@ def split_left_out(records: Sequence[Record]) -> tuple[list[Record], tuple[LeftO
 
     Raises `DatasetError` where nothing was scored.
     """
-    scored = [record for record in records if LEFT_OUT not in record]
+    scored = [record for record in records if "left_out" not in record]
     images: dict[str, dict[int, str]] = {}
-    for record in records:
-        if LEFT_OUT in record:
-            images.setdefault(record[LEFT_OUT], {})[record["item"]] = record["image"]
+    for each in [decode(Unscored, record) for record in records if "left_out" in record]:
+        images.setdefault(each.left_out, {})[each.item] = each.image
     found = tuple(LeftOut(reason=reason, count=len(items), first=items[min(items)]) for reason, items in images.items())
     if found and not scored:
         raise DatasetError(f"nothing is left to be scored: {'; '.join(map(str, found))}")
@@ -96,7 +94,7 @@ def split_left_out(records: Sequence[Record]) -> tuple[list[Record], tuple[LeftO
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a worker is given."""
+    """What a worker is given, and makes itself of."""
 
     evaluation: Evaluation
     recipe: Recipe
@@ -104,22 +102,16 @@ class Work:
     device: str
     threads: int
 
+    def __call__(self) -> Callable[[Piece], str]:
+        torch.set_num_threads(self.threads)
+        source = CachedSource(self.recipe.open(self.device))
+        return lambda piece: self.run(piece, source)
 
-class Worker:
-    """Does pieces, one at a time."""
-
-    def __init__(self, work: Work):
-        torch.set_num_threads(work.threads)
-        self.work, self.source = work, CachedSource(work.recipe.open(work.device))
-
-    def start(self) -> None:
-        """Nothing; on Ray, what can be waited for until the worker is up."""
-
-    def run(self, piece: Piece) -> str:
+    def run(self, piece: Piece, source: FeatureSource) -> str:
         """Do a piece and write its records; returns its name."""
-        records = self.work.evaluation.run(piece, self.source, self.work.folder)
+        records = self.evaluation.run(piece, source, self.folder)
         lines = "".join(f"{json.dumps(record)}\n" for record in records)
-        self.work.folder.write(_part(piece.name), lines.encode())
+        self.folder.write(_part(piece.name), lines.encode())
         return piece.name
 
 
@@ -134,21 +126,23 @@ def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -
     if before is None:
         write_run(folder, {"identity": identity, "config": config.public(), "versions": versions()})
     else:
-        require_same(folder.shown, before.get("identity", {}), json.loads(json.dumps(identity)))
+        require_same(folder.shown, as_object(before.get("identity", {})), json.loads(json.dumps(identity)))
     return folder
 
 
-def run_pieces(config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder) -> list[Record]:
-    """Do what isn't done yet; returns all records, in the order of the pieces. On Ray, a session must be connected."""
+def run_pieces(
+    config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, executor: Executor
+) -> list[Record]:
+    """Do what isn't done yet; returns all records, in the order of the pieces."""
     pieces = evaluation.pieces()
     done = folder.sizes("parts")
     pending = [piece for piece in pieces if f"{piece.name}.jsonl" not in done]
     if done:
         logger.info("%d of %d pieces are done already", len(pieces) - len(pending), len(pieces))
     if pending:
-        started = time.monotonic()
-        run = _run_inline if config.is_inline else _run_on_ray
-        for finished, name in enumerate(run(config, evaluation, recipe, folder, pending), 1):
+        started, pool = time.monotonic(), executor.pool(config.cluster.request())
+        work = Work(evaluation=evaluation, recipe=recipe, folder=folder, device=pool.device, threads=pool.cpus)
+        for finished, name in enumerate(executor.pieces(work, pending, pool), 1):
             logger.info("%s done, %d of %d, %.0f s", name, finished, len(pending), time.monotonic() - started)
     return _records(folder, pieces)
 
@@ -170,8 +164,8 @@ class Task(Protocol[Settings, Evaluated]):
 def evaluate(name: str, task: Task[Settings, Evaluated], config: Settings) -> str:
     """Evaluate, or go on with it, to the end, and write what was found; returns the tables as Markdown."""
     evaluation, recipe, folder = task.prepare(config)  # before a cluster is started: most mistakes end here
-    with executor_for(inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device):
-        records = run_pieces(config, evaluation, recipe, folder)
+    with executor_for(config) as executor:
+        records = run_pieces(config, evaluation, recipe, folder, executor)
     findings = task.find(config, evaluation, recipe, records)
     if notes := recipe.notes():
         findings = replace(findings, choices={**findings.choices, "upsamplers": "; ".join(notes)})
@@ -185,7 +179,7 @@ def main(name: str, task: Task[Settings, Evaluated], config: Settings) -> Iterat
 
 
 def _records(folder: Folder, pieces: Sequence[Piece]) -> list[Record]:
-    records = []
+    records: list[Record] = []
     names = [_part(piece.name) for piece in pieces]
     for name, data in zip(names, folder.read_many(names), strict=True):
         with Document(folder, name, "delete it and run the same command").parsing():
@@ -195,58 +189,3 @@ def _records(folder: Folder, pieces: Sequence[Piece]) -> list[Record]:
 
 def _part(name: str) -> str:
     return f"parts/{name}.jsonl"
-
-
-def _run_inline(
-    config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, pending: Sequence[Piece]
-) -> Any:
-    pool = InlineExecutor().pool(config.cluster.device, None, config.cluster.actor_cpus, None)
-    worker = Worker(_work(evaluation, recipe, folder, pool))
-    for piece in pending:
-        yield worker.run(piece)
-
-
-def _work(evaluation: Evaluation, recipe: Recipe, folder: Folder, pool: WorkerPool) -> Work:
-    return Work(evaluation=evaluation, recipe=recipe, folder=folder, device=pool.device, threads=pool.cpus)
-
-
-def _run_on_ray(
-    config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, pending: Sequence[Piece]
-) -> Any:
-    """Names of pieces as they finish. A lost actor is started again, and its piece done again; errors end the evaluation."""
-    import ray
-
-    cluster = config.cluster
-    pool = choose_pool(cluster.device, cluster.actors, cluster.actor_cpus, cluster.actor_gpus, cluster.accelerator)
-    # The model crosses the network once per node.
-    work = ray.put(_work(evaluation, recipe, folder, pool))
-    actor = ray.remote(**pool.placement, max_restarts=3, max_task_retries=3)(Worker)
-    actors = [actor.remote(work) for _ in range(min(pool.size, len(pending)))]
-    waiting = list(reversed(pending))
-    # An actor gets work once it is up: one that the cluster has no room for keeps nobody waiting.
-    running = {each.start.remote(): each for each in actors}
-    left = len(pending)
-    try:
-        while left:
-            (ready, *_), _ = ray.wait(list(running), num_returns=1)
-            free, name = running.pop(ready), _result(ready)
-            if name is not None:
-                left -= 1
-                yield name
-            # Two pieces at a time for each, so that none waits for the driver.
-            for piece in [waiting.pop() for _ in range(min(len(waiting), 1 if name else 2))]:
-                running[free.run.remote(piece)] = free
-    finally:
-        for each in actors:
-            ray.kill(each)
-
-
-def _result(reference: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # as it would be raised here
-    except ray.exceptions.RayActorError as error:
-        raise WorkersLost(f"a worker was lost and started again too often: {error}. The same command goes on") from None

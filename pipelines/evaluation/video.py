@@ -20,7 +20,8 @@ from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
-from pipelines.results import Findings, Line, Published, Table, by_size, panel, percent, with_published
+from pipelines.published import LIFT_VIDEO
+from pipelines.results import Findings, Line, Table, panel, percent, with_published
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip
 from storage.datasets.files import DatasetError, digest
@@ -68,19 +69,6 @@ class VideoConfig(LabelledConfig):
     @property
     def propagation(self) -> Propagation:
         return Propagation(context=self.context, top_k=self.top_k, radius=self.radius, temperature=self.temperature)
-
-
-PUBLISHED = Published(
-    source="LiFT paper, DINO ViT-S/16",
-    values={
-        "backbone": by_size([7.4, 17.5, 33.0, 50.9], [9.5, 21.9, 37.8, 52.1], [5.2, 13.1, 28.1, 49.7]),
-        "bilinear": by_size([10.8, 23.7, 37.0, 53.0], [13.7, 29.4, 42.8, 54.0], [7.9, 17.9, 31.2, 52.0]),
-        "resize_conv": by_size([11.0, 24.0, 37.4, 53.2], [13.8, 29.6, 43.0, 53.9], [8.2, 18.4, 31.9, 52.5]),
-        "jbu": by_size([11.2, 26.2, 39.0, 54.5], [13.9, 30.6, 42.8, 54.9], [8.6, 21.7, 35.1, 54.1]),
-        "lift": by_size([13.0, 28.0, 44.3, 61.1], [16.27, 33.04, 48.07, 59.43], [9.72, 23.0, 40.56, 62.79]),
-    },
-)
-"""J&F, J and F in percent."""
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -264,7 +252,7 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
             lines.append(line if alike else line.like(f"{line.input_px}, ...", f"{line.grid}, ..."))
     columns = ("J&F", "J", "F", "J recall", "F recall", "J decay", "F decay", "objects")
     table = Table(title="DAVIS-2017 semi-supervised, %, mean of the objects", columns=columns, lines=tuple(lines))
-    published = PUBLISHED if config.paper and config.protocol == "lift" else None
+    published = LIFT_VIDEO if config.paper and config.protocol == "lift" else None
     return Findings(
         tables=(with_published(table, rows, published),),
         choices=_choices(config, task, recipe),

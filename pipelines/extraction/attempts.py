@@ -1,54 +1,19 @@
 """One attempt at a task, but for the computing: its marker, its ledger rows, its shards and commit. Needs no torch."""
 
-import socket
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
+from cluster.metrics import TaskReport
+from pipelines.executors import Loaded
 from storage.ledger import SampleRecord
 from storage.paths import Folder
 from storage.samples import SampleIndex
 from storage.spec import ShardTask
 from storage.writer import BlockWriter
-
-
-@dataclass
-class Loaded:
-    """A task's images: `pixels` uint8 [rows, H, W, 3], zero where `records` say `failed`."""
-
-    pixels: np.ndarray
-    records: list[SampleRecord]
-    seconds: dict[str, float] = field(default_factory=dict)
-    bytes_read: int = 0
-    aside: bool = False
-    "nothing was loaded: the task is to run again, alone"
-
-    def took(self, stage: str, seconds: float) -> None:
-        """Add to what a stage took so far."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-
-    def notes(self) -> dict[str, Any]:
-        """All but the pixels, as JSON values."""
-        return {
-            "records": [asdict(record) for record in self.records],
-            "seconds": self.seconds,
-            "bytes_read": self.bytes_read,
-            "aside": self.aside,
-        }
-
-    @classmethod
-    def set_aside(cls) -> "Loaded":
-        return cls(np.empty(0, np.uint8), [], aside=True)
-
-    @classmethod
-    def from_notes(cls, pixels: np.ndarray, notes: Mapping[str, Any]) -> "Loaded":
-        records = [SampleRecord(**record) for record in notes["records"]]
-        return cls(pixels, records, dict(notes["seconds"]), notes["bytes_read"], notes["aside"])
 
 
 @contextmanager
@@ -101,7 +66,7 @@ def failed(record: SampleRecord, stage: str, error: str, message: str) -> Sample
     )
 
 
-def write_and_commit(task: ShardTask, writer: BlockWriter, loaded: Loaded) -> dict[str, Any]:
+def write_and_commit(task: ShardTask, writer: BlockWriter, loaded: Loaded) -> TaskReport:
     """Write a task's shards whole and declare it done; returns its report."""
     t0 = time.perf_counter()
     records = [
@@ -109,17 +74,14 @@ def write_and_commit(task: ShardTask, writer: BlockWriter, loaded: Loaded) -> di
         for i, record in enumerate(loaded.records)
     ]
     objects = writer.write()
-    first = writer.commit(records, objects)
+    writer.commit(records, objects)
     loaded.seconds["write"] = time.perf_counter() - t0
-    unlucky = [record for record in records if record.status == "failed"]
-    return {
-        "block": task.block,
-        "ok": len(records) - len(unlucky),
-        "failed": len(unlucky),
-        "reasons": [[r.stage, r.error, r.message, r.key] for r in unlucky[:20]],
-        "seconds": loaded.seconds,
-        "bytes_read": loaded.bytes_read,
-        "bytes_written": sum(objects.values()),
-        "repeated": not first,
-        "node": socket.gethostname(),
-    }
+    n_failed = sum(record.status == "failed" for record in records)
+    return TaskReport(
+        block=task.block,
+        ok=len(records) - n_failed,
+        failed=n_failed,
+        seconds=loaded.seconds,
+        bytes_read=loaded.bytes_read,
+        bytes_written=sum(objects.values()),
+    )

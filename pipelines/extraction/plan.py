@@ -14,9 +14,11 @@ import torch
 
 from cluster.progress import size_text
 from operators.codecs.memory import DecodeMemory
-from operators.image import ImageRefused, decode
+from operators.codecs.refusal import ImageRefused
+from operators.image import decode
 from pipelines.config import ConfigError
 from pipelines.extraction.prepare import Prepared, default_batch
+from pipelines.features.model import FeatureModel
 from pipelines.features.photos import geometry_of
 from storage.left_out import LeftOut, left_out_lines
 from storage.paths import Folder, redact
@@ -161,16 +163,16 @@ def _hours(seconds: float) -> str:
     )
 
 
-def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> Plan:
-    """Count and time. `threads` is what one worker will have."""
-    config, spec, layout = prepared.config, prepared.bundle.spec, prepared.layout
+def make_plan(prepared: Prepared) -> Plan:
+    """Count and time."""
+    config, spec, layout, pool = prepared.config, prepared.bundle.spec, prepared.layout, prepared.pool
     folder = Folder(config.out, config.options)
     pending, state = _state(prepared, folder)
-    on_gpu = device == "cuda" and torch.cuda.is_available()
+    on_gpu = pool.device == "cuda" and torch.cuda.is_available()
     model = prepared.bundle.build("cuda") if on_gpu else prepared.model
-    batch = default_batch(config, layout, device)
+    batch = default_batch(config, layout, pool.device)
     batch = batch if config.batch else model.fit_batch(batch)
-    timed, seconds = _time_microbatch(prepared, model, min(batch, 16), threads)
+    timed, seconds = _time_microbatch(prepared, model, min(batch, 16), pool.cpus)
     block_bytes = spec.row_bytes * layout.block_rows
     image_bytes = layout.block_rows * spec.input_size[0] * spec.input_size[1] * 3
     # What is read at a time, and the images cut out of it.
@@ -196,8 +198,8 @@ def make_plan(prepared: Prepared, *, device: str, actors: int, threads: int) -> 
         pending=pending,
         block_rows=layout.block_rows,
         levels=tuple(_level_cost(level, layout) for level in spec.levels),
-        device=device,
-        actors=actors,
+        device=pool.device,
+        actors=pool.size,
         batch=batch,
         device_bytes=model.peak_bytes(batch),
         # Two tasks overlap in an actor: their images and encoded rows, next to the weights.
@@ -236,7 +238,7 @@ def _level_cost(level: Level, layout: Layout) -> LevelCost:
     )
 
 
-def _time_microbatch(prepared: Prepared, model: Any, n: int, threads: int) -> tuple[int, dict[str, float]]:
+def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: int) -> tuple[int, dict[str, float]]:
     """How many of the first `n` readable images were timed, and seconds per image and stage with `threads` threads."""
     spec, geometry = prepared.bundle.spec, geometry_of(prepared.bundle.spec)
     rows = prepared.index.read(0, min(prepared.layout.n_rows, 8192))
@@ -262,12 +264,12 @@ def _time_microbatch(prepared: Prepared, model: Any, n: int, threads: int) -> tu
             raise ConfigError(
                 f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member"
             )
-        model(np.stack(images[:1]), {})
-        seconds: dict[str, float] = {}
-        out, _ = model(np.stack(images), seconds)
+        model(np.stack(images[:1]))
+        maps = model(np.stack(images))
+        rows_of = {name: rows.cpu().numpy() for name, rows in maps.levels.items()}
         t3 = time.perf_counter()
         for level in spec.levels:
-            for row in out[level.name]:
+            for row in rows_of[level.name]:
                 compress(encode_row(row, level.dtype)[0])
         t4 = time.perf_counter()
     finally:
@@ -278,7 +280,7 @@ def _time_microbatch(prepared: Prepared, model: Any, n: int, threads: int) -> tu
     return count, {
         "read": (t1 - t0) / count,
         "decode": (t2 - t1) / host,
-        "forward": seconds["forward"] / count,
-        "upsample": seconds["upsample"] / count,
+        "forward": maps.seconds.forward / count,
+        "upsample": maps.seconds.upsample / count,
         "encode": (t4 - t3) / host,
     }

@@ -11,15 +11,16 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
 
+from cluster.metrics import TaskReport
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
-from pipelines.executors import executor_for
+from pipelines.executors import Executor, executor_for
 from pipelines.extraction.attempts import suspects
 from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.continued import changed_meanwhile
 from pipelines.extraction.plan import make_plan
-from pipelines.extraction.prepare import Prepared, changed_meanwhile, default_batch, prepare, resolve
+from pipelines.extraction.prepare import Prepared, default_batch, prepare, resolve
 from pipelines.extraction.worker import WorkerSetup
 from pipelines.provenance import versions
 from storage.errors import RayliftError
@@ -76,29 +77,24 @@ class Summary:
             )
 
 
-def extract(config: ExtractConfig, executor: Any) -> Summary:
+def extract(config: ExtractConfig, executor: Executor) -> Summary:
     """Run the extraction that `config` describes, from where an earlier run stopped.
 
     Raises what `resolve` and `prepare` raise, `ClusterError`, `FingerprintMismatch`, and `RunFailed` when tasks stay
     unfinished or the failure budget is spent.
     """
-    resolved = resolve(config)
-    pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
-    return run_prepared(prepare(resolved, executor), executor)
+    return run_prepared(prepare(resolve(config), executor), executor)
 
 
 def main(config: ExtractConfig) -> Iterator[str]:
     """Run the extraction, or only plan it, and give what there is to say of it, line by line. Raises what `extract` raises."""
     resolved = resolve(config)  # before a cluster is started: most mistakes end here
-    with executor_for(
-        inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device
-    ) as executor:
-        pool = pool_for(config, executor)  # what the cluster can't meet, before the input is indexed
+    with executor_for(config) as executor:
         prepared = prepare(resolved, executor)
         if not config.plan:
             yield from run_prepared(prepared, executor).lines()
             return
-        plan = make_plan(prepared, device=pool.device, actors=pool.size, threads=pool.cpus)
+        plan = make_plan(prepared)
         prepared.keep_index()
     if config.json:
         yield json.dumps(plan.to_json(), indent=1)
@@ -107,19 +103,7 @@ def main(config: ExtractConfig) -> Iterator[str]:
         yield "nothing was run (the index of the input is kept with the output); drop --plan to start"
 
 
-def pool_for(config: ExtractConfig, executor: Any) -> WorkerPool:
-    """The actors that `config` asks for. Raises `ClusterError` for what the cluster can't meet."""
-    return executor.pool(
-        config.cluster.device,
-        config.cluster.actors,
-        config.cluster.actor_cpus,
-        config.cluster.actor_gpus,
-        accelerator=config.cluster.accelerator,
-        spare_cpu=config.decode_on == "cluster",
-    )
-
-
-def run_prepared(prepared: Prepared, executor: Any) -> Summary:
+def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     """`extract` for an input that is already indexed and a model that is loaded."""
     try:
         return _run_prepared(prepared, executor)
@@ -127,11 +111,10 @@ def run_prepared(prepared: Prepared, executor: Any) -> Summary:
         raise RunFailed(str(error)) from None
 
 
-def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
-    config = prepared.config
+def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
+    config, pool = prepared.config, prepared.pool
     store = prepared.create_store()
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    pool = pool_for(config, executor)
     batch = default_batch(config, store.layout, pool.device)
     _write_run_json(store, run_id, config, pool, batch)
     done = _check_done(store)
@@ -145,7 +128,7 @@ def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
     setup = WorkerSetup(
         bundle=prepared.bundle,
         out=config.out,
-        fingerprint=store.attributes["fingerprint"],
+        fingerprint=store.root.fingerprint,
         input_digest=prepared.input_digest,
         options=config.options,
         urls=prepared.urls,
@@ -160,7 +143,7 @@ def _run_prepared(prepared: Prepared, executor: Any) -> Summary:
     )
     run = _Run(config, store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
     run.execute(pending)
-    if pending and not run.errors and (changes := changed_meanwhile(prepared, store, executor)):
+    if pending and not run.errors and (changes := changed_meanwhile(config, store, executor)):
         raise RunFailed(
             f"{store.folder.shown}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
             "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
@@ -218,7 +201,7 @@ class _Run:
         config: ExtractConfig,
         store: FeatureStore,
         setup: WorkerSetup,
-        executor: Any,
+        executor: Executor,
         pool: WorkerPool,
         rows_done: int,
     ):
@@ -254,25 +237,25 @@ class _Run:
         setup = replace(self.setup, solo=solo)
         aside: list[int] = []
         decode_on = "actor" if solo else self.config.decode_on
-        for report in self.executor.run(setup, tasks, self.pool, decode_on=decode_on, solo=solo):
-            if self.replaced or report.get("replaced"):
-                raise StoreReplaced(self.replaced or report["error"])
-            if "set_aside" in report:
-                aside.append(report["block"])
-            elif "error" in report:
-                self.errors.append(f"task {report['block']}: {report['error']}")
+        for report in self.executor.stream(setup, tasks, self.pool, decode_on=decode_on, solo=solo):
+            if self.replaced or report.outcome == "replaced":
+                raise StoreReplaced(self.replaced or report.error)
+            if report.outcome == "set_aside":
+                aside.append(report.block)
+            elif report.outcome == "error":
+                self.errors.append(f"task {report.block}: {report.error}")
                 if len(self.errors) >= max(3, 0.05 * self.finished_tasks):
                     raise RunFailed(self._errors_text("stopping, since tasks keep failing"))
             else:
                 self._count(report)
         return aside
 
-    def _count(self, report: Mapping[str, Any]) -> None:
+    def _count(self, report: TaskReport) -> None:
         if not self.finished_tasks:
             self.start_up_s = time.monotonic() - self.progress.started
         self.finished_tasks += 1
-        self.bytes_written += report["bytes_written"]
-        self.progress.add(report["ok"], report["failed"], report["seconds"])
+        self.bytes_written += report.bytes_written
+        self.progress.add(report.ok, report.failed, report.seconds)
         seen, failed = self.progress.ok + self.progress.failed, self.progress.failed
         budget = self.config.max_failed_fraction * self.store.layout.n_rows
         if failed > budget and (failed > budget + 256 or (seen >= 256 and failed > seen / 2)):

@@ -4,28 +4,29 @@ A task's features never leave the process that computed them, except as whole sh
 """
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from cluster.metrics import TaskReport
 from operators.codecs.memory import DecodeMemory
-from operators.image import DecodedImage, ImageRefused, decode, limit_pillow
-from pipelines.extraction.attempts import Loaded, attempt, failed, ledger_records, write_and_commit
+from operators.codecs.refusal import ImageRefused
+from operators.image import DecodedImage, decode, limit_pillow
+from pipelines.executors import Loaded
+from pipelines.extraction.attempts import attempt, failed, ledger_records, write_and_commit
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
 from pipelines.extraction.host import HostCopy, HostRows
 from pipelines.extraction.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.photos import geometry_of
 from storage.ledger import SampleRecord, image_digest
-from storage.paths import Folder, StorageError, redact
+from storage.paths import Folder, StorageError, StorageOptions, redact
 from storage.root import StoreReplaced, require_same_store
 from storage.samples import read_images
 from storage.spec import Level, ShardTask
@@ -51,7 +52,7 @@ class WorkerSetup:
     "of the store that the driver continues"
     input_digest: str
     "of the sources as the driver reads them; see `storage.sources.sources_digest`"
-    options: Mapping[str, Any]
+    options: StorageOptions
     urls: tuple[str, ...]
     run_id: str
     device: str
@@ -92,34 +93,32 @@ class ShardWorker:
             self._host = HostCopy(self.model.device)
             self.batch = setup.batch if setup.batch_is_fixed else self.model.fit_batch(setup.batch)
 
-    def run(self, task: ShardTask, loaded: tuple[np.ndarray, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
         """Do one task to its commit record, from its images or from what a separate stage `loaded`; returns a report.
 
-        A fault of the infrastructure (storage that stays unreachable after its own retries, say) makes the report carry
-        `error` and leaves the task pending; so does a bug, and the driver stops when such reports mount up. A report with
-        `set_aside` asks for the task to be run again, alone in a worker. `replaced` says that the store is gone, or
-        another's: the driver stops at once.
+        A fault of the infrastructure (storage that stays unreachable after its own retries, say) gives a report of an error
+        and leaves the task pending; so does a bug, and the driver stops when such reports mount up.
         """
         try:
             with attempt(self.store.folder, self.setup.run_id, task) as starts:
                 given_up = self._give_up(task, starts)
                 if given_up:
                     return given_up
-                ready = Loaded.from_notes(*loaded) if loaded else self._load_or_set_aside(task, starts)
-                return {"block": task.block, "set_aside": starts} if ready.aside else self.compute(task, ready)
+                ready = loaded or self._load_or_set_aside(task, starts)
+                return TaskReport(block=task.block, outcome="set_aside") if ready.aside else self.compute(task, ready)
         except StoreReplaced as error:
-            return {"block": task.block, "error": str(error), "replaced": True}
+            return TaskReport(block=task.block, outcome="replaced", error=str(error))
         except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
             message = redact(f"{type(error).__name__}: {error}", self.setup.options)
             is_known = isinstance(error, OSError | StorageError)
             logger.warning("task %d did not finish: %s", task.block, message, exc_info=not is_known)
-            return {"block": task.block, "error": message, "node": socket.gethostname()}
+            return TaskReport(block=task.block, outcome="error", error=message)
 
     # --- attempts -----------------------------------------------------------------------------------------------------
 
-    def _give_up(self, task: ShardTask, starts: int) -> dict[str, Any] | None:
+    def _give_up(self, task: ShardTask, starts: int) -> TaskReport | None:
         if not self.setup.solo:
-            return {"block": task.block, "set_aside": starts} if starts > MAX_STARTS else None
+            return TaskReport(block=task.block, outcome="set_aside") if starts > MAX_STARTS else None
         if starts <= MAX_STARTS + MAX_SOLO_STARTS:
             return None
         with self._index_lock:
@@ -212,13 +211,12 @@ class ShardWorker:
 
     # --- compute ------------------------------------------------------------------------------------------------------
 
-    def compute(self, task: ShardTask, loaded: Loaded) -> dict[str, Any]:
+    def compute(self, task: ShardTask, loaded: Loaded) -> TaskReport:
         """Features of the loaded images, written and committed."""
         writer, pace = self.store.writer(task), _Pace(self.batch)
         for start, rows in self._host.ahead(self._batches(task, loaded, pace)):
             self._encode(writer, loaded, rows.wait(), start)
-        report = write_and_commit(task, writer, loaded)
-        return {**report, "batch": pace.batch, "halved": pace.halved}
+        return replace(write_and_commit(task, writer, loaded), batch=pace.batch)
 
     def _batches(self, task: ShardTask, loaded: Loaded, pace: "_Pace") -> Iterator[tuple[int, HostRows]]:
         """Rows of the task's images, and where they start. Batches without a readable image are left out."""

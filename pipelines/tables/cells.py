@@ -4,28 +4,30 @@ A cell's state is its run's folder (pipelines/training/loop.py) and `cell.json`,
 does what isn't there. What fails is told in the tables, and ends nothing else. Tables: pipelines/tables/deap.py.
 """
 
+import functools
 import json
 import logging
 import re
 import string
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
 import tyro
 
+from cluster.resources import WorkerPool, WorkerRequest
 from operators.readouts import build_readout
 from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least
 from pipelines.costs.readouts import METHODS as COUNTED
 from pipelines.costs.speed import SpeedProtocol, measure_speed
-from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.executors import Executor, InlineExecutor, WorkersLost
 from pipelines.tables.backbones import PaperBackbone, find_backbone
-from pipelines.tables.tasks import PublishedTask, find_task
-from pipelines.training.loop import train_inline
+from pipelines.tables.tasks import TableTask, find_task
 from pipelines.training.readout import ReadoutTraining
+from pipelines.training.run import train_inline
 from storage.datasets.registry import DATASETS
 from storage.differences import differences
 from storage.errors import RayliftError
@@ -182,7 +184,7 @@ class Cell:
     name: str
     "of its folder"
     backbone: PaperBackbone
-    task: PublishedTask
+    task: TableTask
     method: str
     seed: int
     training: ReadoutTraining
@@ -259,7 +261,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
 
 
-def _cell(config: GridConfig, backbone: PaperBackbone, task: PublishedTask, method: str, seed: int) -> Cell:
+def _cell(config: GridConfig, backbone: PaperBackbone, task: TableTask, method: str, seed: int) -> Cell:
     name = "-".join(map(slug, (backbone.name, task.name, method, str(seed))))
     settings = {**task.settings, **METHODS[method], **_given(config.cell)}
     if METHODS[method]["method"] in ("linear", "depth_bins"):
@@ -286,7 +288,7 @@ def _cell(config: GridConfig, backbone: PaperBackbone, task: PublishedTask, meth
     return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training)
 
 
-def _stores(config: GridConfig, backbone: PaperBackbone, task: PublishedTask) -> dict[str, str]:
+def _stores(config: GridConfig, backbone: PaperBackbone, task: TableTask) -> dict[str, str]:
     """Settings that name the stores of both parts."""
     if not config.store:
         return {}
@@ -380,43 +382,38 @@ def _train(cell: Cell) -> CellResult:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def run_cells(config: GridConfig, cells: Sequence[Cell]) -> list[CellResult]:
-    """Results of all cells, in their order. On Ray, a session must be connected."""
+def run_cells(config: GridConfig, cells: Sequence[Cell], executor: Executor) -> list[CellResult]:
+    """Results of all cells, in their order. Of a cell whose worker is lost, the next one goes on from its last checkpoint."""
+
+    def lost(cell: Cell, error: WorkersLost) -> CellResult:
+        return failed(cell, f"given up after {config.max_failures} restarts (--max-failures): {error}")
+
     found: dict[str, CellResult] = {}
-    for result in map(run_cell, cells) if config.is_inline else _run_on_ray(config, cells):
+    pool = executor.pool(_request(config, config.cluster.actors, config.cell_gpus))
+    worker = functools.partial(_CellWorker, None if config.is_inline else pool)
+    for result in executor.pieces(worker, cells, pool, restarts=config.max_failures, lost=lost):
         found[result.name] = result
         outcome = result.error or ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         logger.info("%d of %d cells: %s: %s", len(found), len(cells), result.name, outcome)
     return [found[cell.name] for cell in cells]
 
 
-def _run_on_ray(config: GridConfig, cells: Sequence[Cell]) -> Iterator[CellResult]:
-    """Results as they come. Lost workers are Ray's to replace; a cell then goes on from its last checkpoint."""
-    import ray
-    from ray.exceptions import RayError
-
-    pool = RayExecutor().pool(
-        config.cluster.device, config.cluster.actors, config.cell_cpus, config.cell_gpus, called="cell"
-    )
-    remote = ray.remote(max_retries=config.max_failures, **pool.placement)(_ray_cell)
-    waiting, running = list(cells), {}
-    while waiting or running:
-        while waiting and len(running) < (config.cluster.actors or len(cells)):
-            cell = waiting.pop(0)
-            running[remote.remote(cell, pool.device, pool.cpus)] = cell
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        cell = running.pop(done)
-        try:
-            yield ray.get(done)
-        except RayError as error:
-            yield failed(
-                cell, f"{type(error).__name__}, after {config.max_failures} restarts (--max-failures): {error}"
-            )
+def _request(config: GridConfig, actors: int | None, gpus: float | None) -> WorkerRequest:
+    return WorkerRequest(device=config.cluster.device, actors=actors, cpus=config.cell_cpus, gpus=gpus, called="cell")
 
 
-def _ray_cell(cell: Cell, device: str, threads: int) -> CellResult:
-    torch.set_num_threads(threads)
-    return run_cell(replace(cell, training=cell.training.changed(device=device)))
+class _CellWorker:
+    """Does cells with what a pool has for each; without a pool, with what this process has."""
+
+    def __init__(self, pool: WorkerPool | None):
+        self._pool = pool
+        if pool:
+            torch.set_num_threads(pool.cpus)
+
+    def __call__(self, cell: Cell) -> CellResult:
+        if self._pool:
+            cell = replace(cell, training=cell.training.changed(device=self._pool.device))
+        return run_cell(cell)
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -424,10 +421,12 @@ def _ray_cell(cell: Cell, device: str, threads: int) -> CellResult:
 SPEEDS = "speed.json"
 
 
-def measure_speeds(config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult]) -> dict[str, Any]:
+def measure_speeds(
+    config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult], executor: Executor
+) -> dict[str, Any]:
     """Of each backbone that has a result, by name; measured one after another on one machine, or read from an earlier start.
 
-    On Ray, a session must be connected, and the grid's own cells must be done. Raises `BackboneError`.
+    The grid's own cells must be done. Raises `BackboneError`.
     """
     models = {cell.backbone.name: cell.backbone.model for cell in cells}
     done = [result for result in results if not result.error and result.input_size]
@@ -441,8 +440,9 @@ def measure_speeds(config: GridConfig, cells: Sequence[Cell], results: Sequence[
     found = {name: known[name] for name in wanted if name in known and known[name]["of"] == wanted[name]}
     missing = {name: of for name, of in wanted.items() if name not in found}
     if missing:
-        run = _speeds if config.is_inline else _speeds_on_ray
-        measured = run(config, missing)
+        pool = executor.pool(_request(config, 1, None))  # a whole GPU
+        worker = functools.partial(_SpeedWorker, config.speeds, pool.device, None if config.is_inline else pool.cpus)
+        (measured,) = executor.pieces(worker, [missing], pool, restarts=config.max_failures)
         found |= {name: {"of": missing[name], **measured[name]} for name in missing}
         document = {"protocol": protocol, "found": {**known, **found}}
         config.folder.write(SPEEDS, json.dumps(document, indent=1).encode())
@@ -456,19 +456,13 @@ def _read_speeds(folder: Folder) -> dict[str, Any]:
         return {}
 
 
-def _speeds(config: GridConfig, missing: Mapping[str, Sequence[Any]], device: str = "") -> dict[str, Any]:
-    device = device or InlineExecutor().pool(config.cluster.device, None, None, None).device
-    return {name: measure_speed(config.speeds, torch.device(device), *of) for name, of in missing.items()}
+class _SpeedWorker:
+    """Measures the speeds of some backbones, by name."""
 
+    def __init__(self, protocol: SpeedProtocol, device: str, threads: int | None):
+        self._protocol, self._device = protocol, torch.device(device)
+        if threads:
+            torch.set_num_threads(threads)
 
-def _speeds_on_ray(config: GridConfig, missing: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    import ray
-
-    pool = RayExecutor().pool(config.cluster.device, 1, config.cell_cpus, None, called="cell")  # a whole GPU
-    remote = ray.remote(max_retries=config.max_failures, **pool.placement)(_ray_speeds)
-    return ray.get(remote.remote(config, missing, pool.device, pool.cpus))
-
-
-def _ray_speeds(config: GridConfig, missing: Mapping[str, Sequence[Any]], device: str, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    return _speeds(config, missing, device)
+    def __call__(self, backbones: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        return {name: measure_speed(self._protocol, self._device, *of) for name, of in backbones.items()}

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from operators.readouts import published_counts
+from pipelines.costs.readouts import published_counts
 from pipelines.executors import executor_for
 from pipelines.provenance import versions
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from pipelines.tables.cells import Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
-from pipelines.tables.tasks import Column, PublishedTask, published_values
+from pipelines.tables.tasks import Column, TableTask, published_values
 from storage.paths import Folder
 
 
@@ -32,7 +32,7 @@ class Entry:
     """A backbone, a task and a method, over seeds."""
 
     backbone: PaperBackbone
-    task: PublishedTask
+    task: TableTask
     method: str
     scores: tuple[Score | None, ...]
     "of the task's columns"
@@ -106,11 +106,11 @@ Rows = list[list[str]]
 """A table's cells; the first row is the head."""
 
 
-def _tasks(found: Sequence[Entry]) -> list[PublishedTask]:
+def _tasks(found: Sequence[Entry]) -> list[TableTask]:
     return list({entry.task.name: entry.task for entry in found}.values())
 
 
-def _heads(tasks: Sequence[PublishedTask]) -> list[str]:
+def _heads(tasks: Sequence[TableTask]) -> list[str]:
     return [f"{task.label} {column.head}" for task in tasks for column in task.columns]
 
 
@@ -157,7 +157,7 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
         counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
         rows.append([f"{name}, {method}", *counts])
         channels = BY_NAME[name].channels if name in BY_NAME else None
-        millions = [known.get((channels, task.counted)) for task in tasks]
+        millions = [known.get((channels, task.label)) for task in tasks]
         if paper and method == "deap" and any(millions):
             rows.append([f"{name}, published", *(f"{each:.3f} M" if each else "" for each in millions)])
     return rows
@@ -237,7 +237,7 @@ def scatter(found: Sequence[Entry], speeds: Mapping[str, Any]) -> bytes:
     return png.getvalue()
 
 
-def _draw_panel(panel: Any, task: PublishedTask, found: Sequence[Entry], speeds: Mapping[str, Any]) -> None:
+def _draw_panel(panel: Any, task: TableTask, found: Sequence[Entry], speeds: Mapping[str, Any]) -> None:
     methods = list(dict.fromkeys(entry.method for entry in found))
     for method in methods:
         points = [
@@ -315,12 +315,12 @@ def _told(entry: Entry) -> dict[str, Any]:
 def main(config: GridConfig) -> Iterator[str]:
     """Run all cells, then measure speeds; writes what was found and gives it line by line. Raises `CellsFailed` at the end."""
     cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
-    with executor_for(inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device):
-        results = run_cells(config, cells)
+    with executor_for(config) as executor:
+        results = run_cells(config, cells, executor)
         failed = sum(bool(result.error) for result in results)
         text = write_grid(folder, config, cells, results, {})
         if config.speed and failed < len(cells):
-            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results))
+            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results, executor))
     yield text
     yield f"{folder.shown}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own"
     if failed:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from cluster.resources import WorkerRequest
 from pipelines.config import (
     ConfigError,
     Counts,
@@ -23,6 +24,7 @@ from pipelines.config import (
     absolute,
     require_at_least,
 )
+from pipelines.executors import Executor
 from pipelines.features.config import BackboneConfig
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
 from storage.paths import Folder
@@ -125,6 +127,18 @@ class TrainConfig(JobConfig):
         """Images per forward."""
         return self.micro_batch or self.batch
 
+    @property
+    def worker_request(self) -> WorkerRequest:
+        """The processes that train together on Ray."""
+        return WorkerRequest(
+            device=self.cluster.device,
+            actors=self.workers,
+            cpus=self.worker_cpus,
+            accelerator=self.cluster.accelerator,
+            all_at_once=True,
+            called="worker",
+        )
+
     def begin_folder(self) -> Folder:
         """The folder of `out`. Raises `ConfigError` where there is none, or it is a feature store."""
         if not self.out:
@@ -161,8 +175,8 @@ class TrainConfig(JobConfig):
 class Resolved(Protocol):
     """Settings held against what they name."""
 
-    def prepare(self, executor: Any) -> "TrainSetup":
-        """Read what is needed of the data, and begin or continue the folder; `executor` as in pipelines/executors.py."""
+    def prepare(self, executor: Executor) -> "TrainSetup":
+        """Read what is needed of the data, and begin or continue the folder."""
 
 
 class Objective(Protocol):

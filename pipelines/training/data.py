@@ -1,4 +1,4 @@
-"""Images for training: which, in which order, and decoded ahead of the loop, by threads or by Ray Data.
+"""Images for training: which, in which order, and decoded ahead of the loop.
 
 The order is computed from numbers alone (`TrainOrder`), and so is what is drawn for each image: neither depends on how many
 processes there are or on where a run was interrupted. What crosses Ray's object store are uint8 images, and features as they
@@ -7,29 +7,22 @@ are stored. No torch here: the decoding processes start faster without.
 
 import functools
 import json
-import logging
 import threading
 import zlib
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from operators.image import Geometry, ImageRefused, fit, limit_pillow, open_rgb
+from operators.codecs.refusal import ImageRefused
+from operators.image import Geometry, fit, limit_pillow, open_rgb
+from pipelines.executors import Executor
 from pipelines.training.augment import colour_jitter, random_part, training_view
-from storage.paths import Folder
+from storage.paths import Folder, StorageOptions
 from storage.samples import SampleIndex, read_images
 from storage.store import FeatureStore
-
-logger = logging.getLogger(__name__)
-
-WINDOW_ITEMS = 2048
-"""Micro-batches of one Ray Dataset; more are several in a row, so that its list of tasks stays short."""
-
 
 # --- order ------------------------------------------------------------------------------------------------------------
 
@@ -158,7 +151,7 @@ class StoredFeatures:
     """One level of a feature store, looked up by the keys of the images."""
 
     url: str
-    options: Mapping[str, Any]
+    options: StorageOptions
     level: str
 
     def read(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
@@ -173,7 +166,7 @@ class StoredFeatures:
         return out, {key: f"no features in {store.folder.shown}" for key in keys if key not in found}
 
 
-def open_store(url: str, options: Mapping[str, Any]) -> FeatureStore:
+def open_store(url: str, options: StorageOptions) -> FeatureStore:
     """The store, opened once in each process."""
     return _open_store(url, json.dumps(dict(options), sort_keys=True))
 
@@ -214,7 +207,7 @@ class ImageSource:
     "of the index"
     urls: tuple[str, ...]
     "the index's sources, with credentials"
-    options: Mapping[str, Any]
+    options: StorageOptions
     max_image_pixels: int
     seed: int
     view: View
@@ -240,7 +233,7 @@ class ImageSource:
             else:
                 examples[row] = example
         if self.features is not None:
-            self._add_features(examples, failed, {row: records[row]["key"] for row in examples})
+            _add_features(self.features, examples, failed, {row: records[row]["key"] for row in examples})
         names = next(iter(examples.values()), {})
         return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
 
@@ -268,15 +261,21 @@ class ImageSource:
         except ImageRefused as error:
             return f"{error.kind}: {error}"
 
-    def _add_features(self, examples: dict[int, Any], failed: dict[int, str], keys: Mapping[int, str]) -> None:
-        """Put each image's features beside it; an image without any has failed."""
-        values, missing = self.features.read(list(keys.values()))
-        for value, (row, key) in zip(values, keys.items(), strict=True):
-            if key in missing:
-                failed[row] = f"{key}: {missing[key]}"
-                del examples[row]
-            else:
-                examples[row]["features"] = value
+
+def _add_features(
+    stored: StoredFeatures,
+    examples: dict[int, dict[str, np.ndarray]],
+    failed: dict[int, str],
+    keys: Mapping[int, str],
+) -> None:
+    """Put each image's features beside it; an image without any has failed."""
+    values, missing = stored.read(list(keys.values()))
+    for value, (row, key) in zip(values, keys.items(), strict=True):
+        if key in missing:
+            failed[row] = f"{key}: {missing[key]}"
+            del examples[row]
+        else:
+            examples[row]["features"] = value
 
 
 # --- ahead of the loop ------------------------------------------------------------------------------------------------
@@ -294,71 +293,14 @@ class Loaded:
         return len(self.item.rows) - len(self.example.failed)
 
 
-def load_inline(source: ExampleSource, items: Iterator[MicroBatch], ahead: int) -> Iterator[Loaded]:
-    """Micro-batches in order; up to `ahead` are decoded by threads meanwhile."""
-    pending: deque[tuple[MicroBatch, Future[Example]]] = deque()
-    pool = ThreadPoolExecutor(ahead)
-    try:
-        for item in items:
-            pending.append((item, pool.submit(source.load, item.rows, item.epoch)))
-            if len(pending) > ahead:
-                done, future = pending.popleft()
-                yield Loaded(item=done, example=future.result())
-        for done, future in pending:
-            yield Loaded(item=done, example=future.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
+Stream: TypeAlias = Generator[Loaded, None, None]
+"""Micro-batches as they are trained on; to be closed."""
 
 
-def load_on_ray(source: ExampleSource, items: Iterator[MicroBatch], actors: int) -> Iterator[Loaded]:
-    """Micro-batches in order; Ray Data decodes them ahead in so many actors, anywhere in the cluster."""
-    while window := [item for _, item in zip(range(WINDOW_ITEMS), items, strict=False)]:
-        yield from _load_window(source, window, actors)
+def load(source: ExampleSource, items: Iterable[MicroBatch], executor: Executor, loaders: int) -> Stream:
+    """Micro-batches in order, loaded ahead by so many threads or, anywhere in a cluster, processes."""
+    return executor.map(functools.partial(_load, source), items, loaders=loaders)
 
 
-def _load_window(source: ExampleSource, items: Sequence[MicroBatch], actors: int) -> Iterator[Loaded]:
-    import ray
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = None  # one micro-batch is one block
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    rows = [{"position": i, "item": json.dumps(asdict(item))} for i, item in enumerate(items)]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Loader,
-        fn_constructor_kwargs={"source": ray.put(source)},
-        batch_size=1,
-        batch_format="numpy",
-        # The training processes may hold every CPU of the cluster: what asked for one would never start. Actors and not tasks,
-        # since on a node whose CPUs are all held Ray ends idle processes at once, and each task would start one anew.
-        num_cpus=0,
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
-    )
-    for expected, row in enumerate(dataset.iter_rows()):
-        if row["position"] != expected:  # the whole run's order rests on it
-            raise RuntimeError(f"Ray Data gave micro-batch {row['position']} where {expected} was due")
-        failed = {int(number): reason for number, reason in json.loads(row["failed"]).items()}
-        arrays = {name: row[name] for name in json.loads(row["names"])}
-        yield Loaded(item=items[expected], example=Example(arrays=arrays, failed=failed))
-
-
-class _Loader:
-    """What Ray Data calls: one micro-batch at a time."""
-
-    def __init__(self, source: Any):
-        import ray
-
-        self._source: ExampleSource = ray.get(source) if isinstance(source, ray.ObjectRef) else source
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        item = json.loads(str(batch["item"][0]))
-        example = self._source.load(item["rows"], item["epoch"])
-        return {
-            "position": batch["position"],
-            **{name: array[None] for name, array in example.arrays.items()},
-            "names": [json.dumps(list(example.arrays))],
-            "failed": [json.dumps(dict(example.failed))],
-        }
+def _load(source: ExampleSource, item: MicroBatch) -> Loaded:
+    return Loaded(item=item, example=source.load(item.rows, item.epoch))

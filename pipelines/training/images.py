@@ -11,9 +11,10 @@ import torch
 
 from operators.backbone import TimmBackbone, preprocessing
 from pipelines.config import ConfigError, Counts, Found, require_at_least
-from pipelines.extraction.prepare import index_input
+from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle, load_described
 from pipelines.features.config import completed
+from pipelines.indexing import RunInput, report_left_out
 from pipelines.provenance import begin_run
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
@@ -122,8 +123,8 @@ class ResolvedImages:
     held_out_files: Listing
     features: StoredFeatures | None
 
-    def prepare(self, executor: Any) -> ImageSetup:
-        """Index the input, and begin or continue the folder; `executor` scans tars (pipelines/executors.py).
+    def prepare(self, executor: Executor) -> ImageSetup:
+        """Index the input, and begin or continue the folder; `executor` scans tars.
 
         Raises `InputError`, `CheckpointError`, and `ConfigError` where a run was begun with other settings.
         """
@@ -161,12 +162,20 @@ class ResolvedImages:
         folder: Folder,
         files: Listing,
         limit: int | None,
-        executor: Any,
+        executor: Executor,
         features: StoredFeatures | None = None,
     ) -> tuple[ImageSource, SampleIndex]:
         config = self.config
-        rules, in_use = MemberRules(image=config.image_member), read_run(self.folder) is not None
-        index = index_input(folder, files, rules, limit, executor, config.options, in_use=in_use)
+        given = RunInput(
+            files=files,
+            rules=MemberRules(image=config.image_member),
+            limit=limit,
+            options=config.options,
+            executor=executor,
+        )
+        in_use = read_run(self.folder) is not None
+        index = given.index_in_use(folder) if in_use else given.index(folder, folder)
+        report_left_out(index, files)
         source = ImageSource(
             folder=folder,
             digest=index.digest,

@@ -1,7 +1,6 @@
-"""Training on a frozen backbone's features: the loop, in one process or in each of Ray Train's workers.
+"""Training on a frozen backbone's features: the loop, in one process or in each of those that train together.
 
-`Trainer` is the loop, which needs no Ray; `train_inline` and `train_on_ray` run it. The only state is the folder `out`
-(storage/runs.py): whoever starts reads its last checkpoint.
+The only state is the folder `out` (storage/runs.py): whoever starts reads its last checkpoint.
 
 Gradients are summed over all micro-batches of all workers, and divided by what they are the sums of (images, or labelled
 pixels): one all-reduce per step. torch's DDP averages over workers instead, which is another mean where they have unequal
@@ -9,47 +8,35 @@ numbers of images.
 BatchNorm's batch statistics are those of a micro-batch; its running ones are those that worker 0 has seen.
 """
 
-import contextlib
 import itertools
 import logging
-import textwrap
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.resources import accelerator_selector
 from operators.backbone import load_arrays, state_arrays
 from operators.objectives.schedule import learning_rate
+from pipelines.executors import Executor
 from pipelines.training.config import TrainSetup
-from pipelines.training.data import ExampleSource, Loaded, MicroBatch, load_inline, load_on_ray
+from pipelines.training.data import Loaded, load
 from pipelines.training.watch import EventFile
-from storage.documents import Document
+from storage.documents import Document, JsonValue, decode, decode_known
 from storage.errors import RayliftError
-from storage.paths import Folder, StorageError, filesystem
 from storage.runs import (
     Checkpoint,
     read_last,
     read_metrics,
-    read_pointers,
     tidy,
     write_checkpoint,
     write_metrics,
 )
 
 logger = logging.getLogger(__name__)
-
-FOLLOW_S = 5.0
-"""Seconds between looks at a run's metrics."""
-
-Load = Callable[[ExampleSource, Iterator[MicroBatch], int], Iterator[Loaded]]
 
 
 class TrainFailed(RayliftError):
@@ -59,17 +46,17 @@ class TrainFailed(RayliftError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSummary:
-    """What became of a run, from its folder."""
+class Progress:
+    """What a checkpoint says of the images so far."""
 
-    out: str
-    step: int
-    last: str
-    best: str | None
-    metrics: Mapping[str, Any]
-    "the last values of each"
+    images: int
+    "trained on"
+    n_failed: int
+    "left out, each as often as it was due"
     failed: Mapping[str, str]
-    "images left out: row and reason"
+    "those images: row and reason"
+    seconds: float = 0.0
+    "of training; earlier versions had it here"
 
 
 # --- workers that train together --------------------------------------------------------------------------------------
@@ -84,7 +71,7 @@ class Group(Protocol):
     def sum(self, values: Tensor) -> None:
         """Replace `values` by the sum over all processes."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
         """What each process gave, in all of them."""
 
 
@@ -96,7 +83,7 @@ class Alone:
     def sum(self, values: Tensor) -> None:
         pass
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
         return [value]
 
 
@@ -109,8 +96,8 @@ class Distributed:
     def sum(self, values: Tensor) -> None:
         torch.distributed.all_reduce(values)
 
-    def gather(self, value: Any) -> list[Any]:
-        out: list[Any] = [None] * self.world
+    def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
+        out: list[dict[int, str]] = [{}] * self.world
         torch.distributed.all_gather_object(out, value)
         return out
 
@@ -134,7 +121,7 @@ class Trainer:
         self.failed: dict[int, str] = {}
         self.n_failed = 0
         "images left out, each as often as it was due"
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[dict[str, JsonValue]] = []
         self._resume()
         self._started = self._logged = self.images, self.seconds
         "when this process took over; at the last line of metrics"
@@ -143,23 +130,22 @@ class Trainer:
         checkpoint = read_last(self.setup.folder)
         if checkpoint is None:
             return
-        self.step, progress = checkpoint.step, checkpoint.progress
+        self.step = checkpoint.step
         advice = "point checkpoints.json at another step, or use a new --out"
         with Document(self.setup.folder, checkpoint.name, advice).parsing():
             load_arrays(self.net, checkpoint.model)
             _load_optimiser(self.net, self.optimiser, checkpoint.resume)
-            self.images, self.n_failed = int(progress["images"]), int(progress["n_failed"])
-            self.failed = {int(row): reason for row, reason in progress["failed"].items()}
-        self.lines = [
-            line for line in read_metrics(self.setup.folder) if line["step"] <= self.step and "stopped" not in line
-        ]
+            progress = decode_known(Progress, checkpoint.progress)
+            self.images, self.n_failed = progress.images, progress.n_failed
+            self.failed = {int(row): reason for row, reason in progress.failed.items()}
+        lines = read_metrics(self.setup.folder)
+        self.lines = [line for line in lines if decode(int, line["step"]) <= self.step and "stopped" not in line]
         # Time is among what was measured, since a checkpoint is the same bytes however long it took; once it was in there.
-        self.seconds = max(
-            [progress.get("seconds", 0.0), *(line["seconds"] for line in self.lines if "seconds" in line)]
-        )
+        measured = [decode(float, line["seconds"]) for line in self.lines if "seconds" in line]
+        self.seconds = max([progress.seconds, *measured])
         logger.info("going on after step %d of %d", self.step, self.setup.order.steps)
 
-    def run(self, load: Load) -> None:
+    def run(self, executor: Executor) -> None:
         """Train to the end. Raises `TrainFailed`, in every process alike."""
         devices = [self.device] if self.device.type == "cuda" else []
         if self.group.rank == 0:
@@ -169,20 +155,20 @@ class Trainer:
         try:
             self._require_budget()
             with torch.random.fork_rng(devices=devices):
-                self._train(load)
+                self._train(executor)
         except TrainFailed as error:
             if self.group.rank == 0:
                 self.lines.append({"step": self.step, "stopped": str(error)})
                 write_metrics(self.setup.folder, self.lines)
             raise
 
-    def _train(self, load: Load) -> None:
+    def _train(self, executor: Executor) -> None:
         order, group = self.setup.order, self.group
         if self.step >= order.steps:
             return
         events = EventFile(self.setup.folder, self.step) if group.rank == 0 else None
         items = order.micro_batches(self.step, group.rank, group.world)
-        stream = load(self.setup.images, items, self.config.loaders)
+        stream = load(self.setup.images, items, executor, self.config.loaders)
         try:
             if events and not self.step:
                 self._validate(events)  # what the network does untrained
@@ -196,7 +182,8 @@ class Trainer:
         steps, before, started = self.setup.order.steps, self.seconds, time.perf_counter()
         upcoming = next(stream, None)
         while self.step < steps:
-            totals, rows = torch.zeros(4, device=self.device), []
+            rows: list[int] = []
+            totals = torch.zeros(4, device=self.device)
             while upcoming is not None and upcoming.item.step == self.step:
                 totals += self._accumulate(upcoming)
                 rows += upcoming.item.rows
@@ -349,140 +336,3 @@ def _load_optimiser(net: torch.nn.Module, optimiser: torch.optim.Optimizer, arra
         parameter, _, key = name.rpartition(":")
         state.setdefault(names.index(parameter), {})[key] = torch.from_numpy(np.array(array))
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-# --- running it -------------------------------------------------------------------------------------------------------
-
-
-def train_inline(setup: TrainSetup) -> TrainSummary:
-    """Train in this process. Raises `TrainFailed`."""
-    device = setup.config.cluster.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    Trainer(setup, Alone(), torch.device(device)).run(load_inline)
-    return summarise(setup.folder)
-
-
-def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
-    """Train in Ray Train's workers; lost ones are replaced, and all go on from the last checkpoint.
-
-    Needs a connected session. Raises `TrainFailed`, also once --max-failures are used up.
-    """
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
-
-    config, scratch = setup.config, f"{setup.folder.url}/ray_train/{uuid.uuid4().hex}"
-    fs, path = filesystem(scratch, config.options)
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"setup": [ray.put(setup)]},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=device == "cuda",
-            resources_per_worker={"CPU": config.worker_cpus, **({"GPU": 1} if device == "cuda" else {})},
-            label_selector=accelerator_selector(config.cluster.accelerator) if config.cluster.accelerator else None,
-        ),
-        run_config=RunConfig(
-            name="run",
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            **_ray_storage(fs, path),
-        ),
-    )
-    try:
-        with _followed(setup.folder):
-            trainer.fit()
-    except TrainingFailedError as error:
-        reason = textwrap.shorten(str(error), 2000, placeholder=" ...")
-        raise TrainFailed(
-            f"given up after {config.max_failures} restarts (--max-failures); the same command goes on from the last "
-            f"checkpoint. The last failure: {reason}"
-        ) from error
-    finally:
-        _remove_scratch(fs, path)
-    stopped = [line["stopped"] for line in read_metrics(setup.folder) if "stopped" in line]
-    if stopped:
-        raise TrainFailed(stopped[-1])
-    return summarise(setup.folder)
-
-
-@contextlib.contextmanager
-def _followed(folder: Folder) -> Iterator[None]:
-    """Log the metrics as they appear, with each checkpoint: what workers log stays on their nodes."""
-    done = threading.Event()
-
-    def follow() -> None:
-        shown = len(read_metrics(folder))
-        while not done.wait(FOLLOW_S):
-            try:
-                lines = read_metrics(folder)
-            except (OSError, StorageError) as error:  # training goes on without being watched
-                logger.warning("metrics can't be read: %s", error)
-                continue
-            for line in lines[shown:]:
-                logger.info("%s", ", ".join(f"{name} {value}" for name, value in line.items()))
-            shown = len(lines)
-
-    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _ray_storage(fs: Any, path: str) -> dict[str, Any]:
-    """Ray Train's own notes, which every node must be able to reach, lie beside ours; the state isn't in them."""
-    from fsspec.implementations.local import LocalFileSystem
-
-    if isinstance(fs, LocalFileSystem):
-        Path(path).mkdir(parents=True, exist_ok=True)
-        return {"storage_path": path}
-    import pyarrow.fs
-
-    return {"storage_path": path, "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))}
-
-
-def _remove_scratch(fs: Any, path: str) -> None:
-    try:
-        fs.rm(path.rsplit("/", 1)[0], recursive=True)
-    except FileNotFoundError:
-        return
-    except OSError as error:  # never worth a finished run
-        logger.warning("Ray Train's notes could not be removed: %s", error)
-
-
-def _train_worker(settings: Mapping[str, Any]) -> None:
-    """Ray Train's function: one of the processes."""
-    import ray
-    import ray.train.torch
-
-    setup: TrainSetup = ray.get(settings["setup"][0])
-    torch.set_num_threads(setup.config.worker_cpus)
-    device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # where NCCL puts gathered objects
-    try:
-        Trainer(setup, Distributed(), device).run(load_on_ray)
-    except TrainFailed as error:
-        # Starting again would end the same way. The driver finds the reason among the metrics.
-        logger.error("%s", error)
-
-
-def summarise(folder: Folder) -> TrainSummary:
-    """What became of the run in `folder`. Raises `TrainFailed` where it has no checkpoint."""
-    pointers, last = read_pointers(folder), read_last(folder)
-    if pointers is None or last is None:
-        raise TrainFailed(f"{folder.shown} has no checkpoint")
-    metrics: dict[str, Any] = {}
-    for line in read_metrics(folder):
-        metrics |= line
-    return TrainSummary(
-        out=folder.shown,
-        step=last.step,
-        last=pointers.last,
-        best=pointers.best,
-        metrics=metrics,
-        failed=last.progress["failed"],
-    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from operators.backbone import autocast
 from operators.readouts import ReadoutConfig, ReadoutError, build_readout
 from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, require_at_least
+from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import DenseConfig, SizedConfig, completed
 from pipelines.features.sources import Drawing, SourceChoice, pooled_level, require_geometry, resolve_source
@@ -309,7 +310,7 @@ class ResolvedReadout:
     train: LabelledSource
     held_out: LabelledSource
 
-    def prepare(self, executor: Any) -> "ReadoutSetup":  # noqa: ARG002 - nothing is left to be read
+    def prepare(self, executor: Executor) -> "ReadoutSetup":  # noqa: ARG002 - nothing is left to be read
         """Begin or continue the folder. Raises `CheckpointError`, and `ConfigError` where it was begun with other settings."""
         config, digests = self.config, {"images": digest(self.train.items), "held_out": digest(self.held_out.items)}
         # A live model's images may be drawn as a store's aren't.

@@ -1,32 +1,59 @@
-"""What `jobs/train.py` does: a run from its settings to its last checkpoint, and what there is to say of it."""
+"""What `jobs/train.py` does: a run from its settings to its last checkpoint, in this process or in Ray Train's workers."""
 
-from collections.abc import Iterator
+import contextlib
+import logging
+import textwrap
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipelines.executors import InlineExecutor, executor_for
+import torch
+
+from cluster.resources import WorkerRequest, accelerator_selector
+from pipelines.executors import InlineExecutor, RayExecutor, executor_for
 from pipelines.features.config import FeatureConfig
-from pipelines.training.config import TrainConfig
+from pipelines.training.config import TrainConfig, TrainSetup
 from pipelines.training.images import ImageTraining
-from pipelines.training.loop import TrainSummary, train_inline, train_on_ray
-from storage.paths import redact
+from pipelines.training.loop import Alone, Distributed, Progress, Trainer, TrainFailed
+from storage.documents import decode_known
+from storage.paths import Folder, StorageError, filesystem, redact
+from storage.runs import read_last, read_metrics, read_pointers
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+    import ray
+    from fsspec import AbstractFileSystem
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_S = 5.0
+"""Seconds between looks at a run's metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """What became of a run, from its folder."""
+
+    out: str
+    step: int
+    last: str
+    best: str | None
+    metrics: Mapping[str, float]
+    "the last values of each"
+    failed: Mapping[str, str]
+    "images left out: row and reason"
 
 
 def train(config: TrainConfig) -> TrainSummary:
     """Train, or continue, to the end. Raises what `config.resolve` raises, `ClusterError` and `TrainFailed`."""
     resolved = config.resolve()  # before a cluster is started: most mistakes end here
-    with executor_for(
-        inline=config.is_inline, address=config.cluster.ray_address, device=config.cluster.device
-    ) as executor:
-        if isinstance(executor, InlineExecutor):
+    with executor_for(config) as executor:
+        if config.is_inline:
             return train_inline(resolved.prepare(executor))
-        pool = executor.pool(
-            config.cluster.device,
-            config.workers,
-            config.worker_cpus,
-            None,
-            accelerator=config.cluster.accelerator,
-            all_at_once=True,
-            called="worker",
-        )
+        pool = executor.pool(config.worker_request)  # what the cluster can't meet, before the input is indexed
         return train_on_ray(resolved.prepare(executor), pool.device)
 
 
@@ -48,8 +75,9 @@ def main(config: TrainConfig) -> Iterator[str]:
         yield f"try next   python jobs/evaluate.py probe --readouts {best} --data ... --out ..."
         return
     yield f"try next   python jobs/extract.py {_same_features(config)} \\"
-    level = "x4" if config.method == "vit_up" else "x2"
-    yield f"               --levels x1 {level}={config.method}:{best} --data ... --out ..."
+    method: str = config.method  # type: ignore[attr-defined]  # which its subclasses have
+    level = "x4" if method == "vit_up" else "x2"
+    yield f"               --levels x1 {level}={method}:{best} --data ... --out ..."
 
 
 def _same_features(config: ImageTraining) -> str:
@@ -62,3 +90,141 @@ def _same_features(config: ImageTraining) -> str:
             words = " ".join(str(each) for each in value) if isinstance(value, tuple) else value
             flags.append(f"--{name.replace('_', '-')} {words}")
     return redact(" ".join(flags), config.options)
+
+
+# --- in one process, or in several ------------------------------------------------------------------------------------
+
+
+def train_inline(setup: TrainSetup) -> TrainSummary:
+    """Train in this process. Raises `TrainFailed`."""
+    executor = InlineExecutor()
+    device = executor.pool(WorkerRequest(device=setup.config.cluster.device)).device
+    Trainer(setup, Alone(), torch.device(device)).run(executor)
+    return summarise(setup.folder)
+
+
+def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
+    """Train in Ray Train's workers; lost ones are replaced, and all go on from the last checkpoint.
+
+    Needs a connected session. Raises `TrainFailed`, also once --max-failures are used up.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    config, scratch = setup.config, f"{setup.folder.url}/ray_train/{uuid.uuid4().hex}"
+    fs, path = filesystem(scratch, config.options)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"setup": [ray.put(setup)]},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=device == "cuda",
+            resources_per_worker={"CPU": config.worker_cpus, **({"GPU": 1} if device == "cuda" else {})},
+            # What types it has are those of an earlier version.
+            label_selector=accelerator_selector(config.cluster.accelerator) if config.cluster.accelerator else None,  # type: ignore[call-arg]
+        ),
+        run_config=RunConfig(
+            name="run",
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            storage_path=path,
+            storage_filesystem=_ray_storage(fs, path),
+        ),
+    )
+    try:
+        with _followed(setup.folder):
+            trainer.fit()
+    except TrainingFailedError as error:
+        reason = textwrap.shorten(str(error), 2000, placeholder=" ...")
+        raise TrainFailed(
+            f"given up after {config.max_failures} restarts (--max-failures); the same command goes on from the last "
+            f"checkpoint. The last failure: {reason}"
+        ) from error
+    finally:
+        _remove_scratch(fs, path)
+    stopped = [line["stopped"] for line in read_metrics(setup.folder) if "stopped" in line]
+    if stopped:
+        raise TrainFailed(str(stopped[-1]))
+    return summarise(setup.folder)
+
+
+@contextlib.contextmanager
+def _followed(folder: Folder) -> Iterator[None]:
+    """Log the metrics as they appear, with each checkpoint: what workers log stays on their nodes."""
+    done = threading.Event()
+
+    def follow() -> None:
+        shown = len(read_metrics(folder))
+        while not done.wait(FOLLOW_S):
+            try:
+                lines = read_metrics(folder)
+            except (OSError, StorageError) as error:  # training goes on without being watched
+                logger.warning("metrics can't be read: %s", error)
+                continue
+            for line in lines[shown:]:
+                logger.info("%s", ", ".join(f"{name} {value}" for name, value in line.items()))
+            shown = len(lines)
+
+    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _ray_storage(fs: "AbstractFileSystem", path: str) -> "pyarrow.fs.FileSystem | None":
+    """For Ray Train's own notes, which every node must be able to reach, and which lie beside ours; the state isn't in them."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    if isinstance(fs, LocalFileSystem):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        return None
+    import pyarrow.fs
+
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+
+
+def _remove_scratch(fs: "AbstractFileSystem", path: str) -> None:
+    try:
+        fs.rm(path.rsplit("/", 1)[0], recursive=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # never worth a finished run
+        logger.warning("Ray Train's notes could not be removed: %s", error)
+
+
+def _train_worker(settings: "Mapping[str, list[ray.ObjectRef[TrainSetup]]]") -> None:
+    """Ray Train's function: one of the processes."""
+    import ray
+    import ray.train.torch
+
+    setup = ray.get(settings["setup"][0])
+    torch.set_num_threads(setup.config.worker_cpus)
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL puts gathered objects
+    try:
+        Trainer(setup, Distributed(), device).run(RayExecutor())
+    except TrainFailed as error:
+        # Starting again would end the same way. The driver finds the reason among the metrics.
+        logger.error("%s", error)
+
+
+def summarise(folder: Folder) -> TrainSummary:
+    """What became of the run in `folder`. Raises `TrainFailed` where it has no checkpoint."""
+    pointers, last = read_pointers(folder), read_last(folder)
+    if pointers is None or last is None:
+        raise TrainFailed(f"{folder.shown} has no checkpoint")
+    metrics: dict[str, float] = {}
+    for line in read_metrics(folder):
+        metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}
+    return TrainSummary(
+        out=folder.shown,
+        step=last.step,
+        last=pointers.last,
+        best=pointers.best,
+        metrics=metrics,
+        failed=decode_known(Progress, last.progress).failed,
+    )

@@ -1,0 +1,176 @@
+"""A store that goes on with its input: what differs from what was extracted, and what is to be done about it."""
+
+import logging
+import uuid
+from dataclasses import dataclass, replace
+
+from pipelines.config import ConfigError
+from pipelines.executors import Executor
+from pipelines.extraction.config import ExtractConfig
+from pipelines.indexing import RunInput
+from storage.documents import DamagedObject
+from storage.identity import InputState, input_state, order_digest
+from storage.inputs import Listing, expand_inputs
+from storage.ledger import SCHEMA
+from storage.paths import Folder, InputError, is_memory
+from storage.root import read_attributes
+from storage.samples import INDEX, SampleIndex, index_digest, move_index, update_sources
+from storage.sources import other_input, sources_digest
+from storage.spec import FeatureSpec, Layout
+from storage.store import FeatureStore
+from storage.tars import MemberRules
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputUpdate:
+    """What a store that exists needs before it goes on with the input as it is now; decided, but not done."""
+
+    state: InputState
+    index: SampleIndex
+    "of the input as it is now; in memory where it isn't the store's"
+    before: Layout
+    redo: frozenset[int]
+    "blocks with rows whose image is another one now"
+    done: frozenset[int]
+    "blocks that were done when the input was compared with them"
+    is_known: bool
+    "the files are those that the store's index names"
+
+    def apply(self, store: FeatureStore) -> None:
+        """Make blocks pending first, then take over the index: a kill in between leaves a store that is asked again."""
+        digest = sources_digest(self.state.sources)
+        if not self.is_known and store.status == "writing":
+            store.set_writing(digest)  # a driver that reads other files stops here
+        done = store.ledger.done()
+        again = done & self.redo
+        if not self.is_known:
+            again |= done - self.done  # such a driver may have done those
+        if again:
+            store.set_writing(digest)
+            store.revoke(sorted(again))
+            logger.info("%d tasks hold images that changed, and run again", len(again))
+        if self.state.table is not None:
+            logger.info(
+                "the index is written anew: sources hold their samples at other places, or with other text, than before"
+            )
+            store.adopt_index(move_index(self.index, store.folder, store.put))
+            return
+        # One in memory stands for one that was lost.
+        index = move_index(self.index, store.folder, store.put) if is_memory(self.index.folder.url) else self.index
+        if not self.is_known:
+            update_sources(index, self.state.sources)
+
+
+def member_rules(config: ExtractConfig) -> MemberRules:
+    """Which members of a sample are taken. Raises `ConfigError`."""
+    rules = MemberRules(image=config.image_member, carry=config.carry)
+    if taken := [name for name in rules.carry if name in SCHEMA.names]:
+        raise ConfigError(f"--carry {taken[0]}: the ledger has a column of that name; rename the members, or drop it")
+    return rules
+
+
+def input_of(config: ExtractConfig, files: Listing, executor: Executor) -> RunInput:
+    """The input of an extraction."""
+    return RunInput(
+        files=files, rules=member_rules(config), limit=config.limit, options=config.options, executor=executor
+    )
+
+
+def draft() -> Folder:
+    """For an index that isn't to be written yet."""
+    return Folder(f"memory://raylift-index-{uuid.uuid4().hex}")
+
+
+def continue_store(store: FeatureStore, spec: FeatureSpec, given: RunInput, config: ExtractConfig) -> InputUpdate:
+    """What a store needs to go on. Raises `FingerprintMismatch`, and `InputError` for changes that weren't allowed for."""
+    # What was repaired may hold more rows by now, of which there would be larger blocks.
+    store.require(spec, replace(store.layout, block_rows=config.block_rows or store.layout.block_rows))
+    try:
+        index = store.index if store.has_index() else _restored_index(store, given)
+        return _input_update(store, index, given, config)
+    except (InputError, DamagedObject):
+        now = read_attributes(store.folder)
+        if now is None or now["fingerprint"] == store.attributes["fingerprint"]:
+            raise
+    # Another run took over changed input meanwhile.
+    return continue_store(FeatureStore(store.folder, now), spec, given, config)
+
+
+def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:
+    """The index, in memory, of a store that lost it, or whose run was killed before it had one. Raises `InputError` where the
+    input is another one."""
+    table, sources = given.collect()
+    if index_digest(len(table), sources) != store.layout.index:
+        raise InputError(
+            f"{store.folder.shown} has no index of its input, and was begun with other input than this: give --data in the "
+            "same order as then, restore its index from a copy, or use a new --out"
+        )
+    if sources_digest(sources) != store.attributes.get("input"):
+        # Samples of equal names and sizes may be other ones: without a stamp, they are held against the ledger.
+        sources = [replace(source, etag="") for source in sources]
+    index = given.write(draft(), table, sources, prefix=store.index_prefix)
+    index.shown = store.folder.shown
+    return index
+
+
+def _input_update(store: FeatureStore, index: SampleIndex, given: RunInput, config: ExtractConfig) -> InputUpdate:
+    """What the store needs for the input as it is now. Raises `InputError` for changes that weren't allowed for."""
+    done, state = store.ledger.done(), given.state(index, store.input_rows)
+    _require_allowed(index, state, config)
+    rows = state.redo | state.repaired
+    if state.added and index.n_rows % store.layout.block_rows:
+        rows = rows | {index.n_rows - 1}  # the last block wasn't full, and takes the first of the new rows
+    redo = frozenset(row // store.layout.block_rows for row in rows)
+    return InputUpdate(
+        state=state,
+        index=_index_now(index, state, given),
+        before=store.layout,
+        redo=redo,
+        done=frozenset(done),
+        is_known=list(state.sources) == index.sources,
+    )
+
+
+def _index_now(index: SampleIndex, state: InputState, given: RunInput) -> SampleIndex:
+    """The index of the input as it is now: the store's own where its rows still hold, else a new one in memory."""
+    if state.table is None:
+        return index
+    order = order_digest(state.table) if index.order or state.reordered else ""
+    digest = index_digest(len(state.table), state.sources, order)
+    return given.write(draft(), state.table, state.sources, order=order, prefix=f"{INDEX}/{digest[:12]}")
+
+
+def _require_allowed(index: SampleIndex, state: InputState, config: ExtractConfig) -> None:
+    """Raise `InputError` for images that changed, unless the settings say that they are to be extracted again."""
+    if state.redo and not config.replace_changed:
+        advice = "Use --replace-changed to extract what differs again, a new --out, or restore what changed."
+        raise other_input(index, state.changes, advice)
+    if (state.repaired or state.added) and not (config.retry_failed or config.replace_changed):
+        advice = "Only images that had failed differ: use --retry-failed to extract them, a new --out, or restore what changed."
+        raise other_input(index, state.changes, advice)
+
+
+def changed_meanwhile(config: ExtractConfig, store: FeatureStore, executor: Executor) -> list[str]:
+    """Hold the input against the finished rows once more: what differs, in words, where files were replaced while they were read.
+
+    Sources that are gone by now were needed no more. Repaired images of failed rows are logged only.
+    """
+    index = store.index
+    try:
+        files = expand_inputs(config.data, config.options, config.image_member)
+    except InputError as error:
+        logger.warning("whether the input changed while it was read can't be told any more: %s", error)
+        return []
+    scan = input_of(config, files, executor).scan
+    state = input_state(
+        index, files, scan, store.input_rows, config.options, limit=config.limit, gone_is_unchanged=True
+    )
+    if state.redo:
+        return state.changes
+    for change in state.changes:
+        logger.warning("%s; --retry-failed extracts them", change)
+    if state.table is None and list(state.sources) != index.sources:
+        update_sources(index, state.sources)
+    return []
