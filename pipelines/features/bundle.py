@@ -38,13 +38,13 @@ class ModelBundle:
     "learned ones, by level"
 
     def build(self, device: str) -> FeatureModel:
-        return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.fresh)
+        return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.reload)
 
     def backbone(self) -> TimmBackbone:
         """The backbone as it gives the features, on the CPU."""
         spec = self.spec
         return TimmBackbone(
-            self.fresh(),
+            self.reload(),
             facet=spec.facet,
             norm=spec.norm,
             stride=spec.stride,
@@ -56,7 +56,7 @@ class ModelBundle:
         """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
         return normalise(torch.from_numpy(np.array(pixels_BHW3)).to(device), self.spec.mean, self.spec.std)
 
-    def fresh(self) -> nn.Module:
+    def reload(self) -> nn.Module:
         """The timm model with its own position embeddings, which a backbone in use has replaced."""
         return fresh_model(self.spec.model, self.spec.input_size, self.arrays, self.spec.model_args)
 
@@ -136,9 +136,9 @@ def describe_model(
     )
     spec = _spec(features, loaded, backbone, weights_digest(arrays))
     learned = _load_upsamplers(levels, backbone, spec, options, force=features.force_upsampler)
-    fresh = partial(fresh_model, spec.model, spec.input_size, arrays, spec.model_args)
+    reload = partial(fresh_model, spec.model, spec.input_size, arrays, spec.model_args)
     resolved = tuple(
-        resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name), fresh)
+        resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name))
         for choice in levels
     )
     if len({level.name for level in resolved}) != len(resolved) or not resolved:
@@ -146,7 +146,7 @@ def describe_model(
             f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
         )
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
-    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, fresh)
+    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, reload)
 
 
 def _choices(features: FeatureConfig) -> list[LevelChoice]:
