@@ -8,7 +8,7 @@ import json
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ import safetensors.torch
 
 import pipelines
 from operators.upsamplers import UpsamplerError, build_net
-from operators.upsamplers.recursive import NetConfig
 from pipelines.config import ClusterConfig, ConfigError, Identity, JobConfig, SessionConfig, settings_of
 from pipelines.evaluation import readouts as probe
 from pipelines.evaluation.readouts import ProbeConfig
@@ -145,9 +144,9 @@ BASE = FeatureConfig(model="test_vit.r160_in1k", weights="random", size="64", pr
 def upsampler(tmp_path_factory) -> str:
     """A LiFT that says of which features it learned."""
     spec, folder = load_described(BASE)[0].spec, Folder(str(tmp_path_factory.mktemp("lift")))
-    settings = NetConfig(method="lift", channels=64, patch=16)
+    settings = {"method": "lift", "channels": 64, "patch": 16}
     folder.write("model.safetensors", safetensors.torch.save(build_net(settings).state_dict()))
-    saved = {"upsampler": asdict(settings), "backbone": spec.learned()}
+    saved = {"upsampler": settings, "backbone": spec.learned()}
     folder.write("config.json", json.dumps(saved).encode())
     return folder.url
 
