@@ -22,10 +22,8 @@ def self_similarity(map_hwC: Tensor | np.ndarray, cell: tuple[int, int] | None =
         raise ValueError(f"a map [h, w, C] is needed, got {tuple(features.shape)}")
     if not torch.stack(features.aminmax()).isfinite().all():
         raise ValueError("features hold NaN or infinity; rows of failed samples in a store are NaN: leave them out")
-    (h, w, _), (row, column) = (
-        features.shape,
-        centre_cell((features.shape[0], features.shape[1])) if cell is None else cell,
-    )
+    h, w, _ = features.shape
+    row, column = centre_cell((h, w)) if cell is None else cell
     if not (0 <= row < h and 0 <= column < w):
         raise IndexError(f"cell {(row, column)} is outside of {h} x {w} cells")
     similarity = F.cosine_similarity(features, features[row, column], dim=-1)

@@ -7,25 +7,51 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates
+from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates, random_head
 from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
 from operators.upsamplers.vit_up.head import sample
-from pipelines.costs.clocks import BenchmarkFailed, median_ratio, table, timed
+from pipelines.costs.clocks import BenchmarkFailed, median_ratio, timed
+from pipelines.results import table_lines
 
 QUERIES = 3136
-"""At once, in both: the official code's default (specs/lift_vitup.md B11)."""
+"""At once, in both: the official code's default."""
 _TOLERANCE = 1e-4
 "largest difference of the two, of the largest value"
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowSeconds:
+    """Of each run, in rounds of both."""
+
+    head: tuple[float, ...]
+    gather: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowComparison:
+    """The head beside gathering, for one window."""
+
+    window: int | None
+    channels: int
+    blocks: int
+    tokens: tuple[int, int]
+    grid: int
+    queries: int
+    "at once"
+    seconds: WindowSeconds
+    ratio: float
+    "time of gathering to the head's"
+    largest_difference: float
+    largest_value: float
+
+
 def compare_window(
     settings: ViTUpConfig, tokens: tuple[int, int], grid: int, repeat: int, device: torch.device
-) -> dict[str, Any]:
+) -> WindowComparison:
     """The head of `settings`, and `gather_then_attend`, from `tokens` to a square `grid` of one image, in float32.
 
     Weights, hidden states and query grid are random. Raises `BenchmarkFailed` where the two disagree.
@@ -54,28 +80,18 @@ def compare_window(
         raise BenchmarkFailed(
             f"with a window of {settings.window} the head and gathering differ by {difference:.2g}, of values up to {largest:.2g}"
         )
-    return {
-        "window": settings.window,
-        "channels": settings.channels,
-        "blocks": settings.blocks,
-        "tokens": list(tokens),
-        "grid": grid,
-        "queries": QUERIES,
-        "seconds": {"head": of_head, "gather": of_gather},
-        "ratio": median_ratio(of_gather, of_head),
-        "largest_difference": difference,
-        "largest_value": largest,
-    }
-
-
-def random_head(settings: ViTUpConfig) -> ViTUpHead:
-    """A head from a fixed seed whose FiLM does something, as after training; in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        head = ViTUpHead(settings).eval().requires_grad_(False)
-        for block in head.vit_up_blocks:
-            nn.init.normal_(block.featx.gamma_beta_mlp.mlp[-1].weight, std=settings.channels**-0.5)
-    return head
+    return WindowComparison(
+        window=settings.window,
+        channels=settings.channels,
+        blocks=settings.blocks,
+        tokens=tokens,
+        grid=grid,
+        queries=QUERIES,
+        seconds=WindowSeconds(head=tuple(of_head), gather=tuple(of_gather)),
+        ratio=median_ratio(of_gather, of_head),
+        largest_difference=difference,
+        largest_value=largest,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +106,7 @@ class _State:
 def gather_then_attend(
     head: ViTUpHead, query_grid: Tensor, hidden: Sequence[Tensor], coords: Tensor, query_chunk: int | None = None
 ) -> Tensor:
-    """The last layer for coordinates [1, N, 2] of one image: every query gathers keys and values of its own (B5 to B7).
+    """The last layer for coordinates [1, N, 2] of one image: every query gathers keys and values of its own.
 
     The equations of `ViTUpHead`, written plainly; its results are the same up to rounding.
     """
@@ -138,18 +154,18 @@ def _by_head(x_BND: Tensor, heads: int) -> Tensor:
     return x_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def window_report(windows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def window_report(windows: Sequence[WindowComparison]) -> Iterator[str]:
     """The comparisons as Markdown, line by line."""
     for one in windows:
-        grid, (h, w) = one["grid"], one["tokens"]
-        what = f"{one['channels']} channels, {one['blocks']} blocks, {h} x {w} tokens to {grid} x {grid}, fp32"
-        yield f"\nThe head alone with a window of {one['window']}, {what}, {one['queries']:,} queries at once:"
+        grid, (h, w) = one.grid, one.tokens
+        what = f"{one.channels} channels, {one.blocks} blocks, {h} x {w} tokens to {grid} x {grid}, fp32"
+        yield f"\nThe head alone with a window of {one.window}, {what}, {one.queries:,} queries at once:"
         lines = [
-            [name, f"{statistics.median(one['seconds'][key]):.2f}", f"{len(one['seconds'][key])}", ratio]
-            for key, name, ratio in (
-                ("head", "as here", "1.00"),
-                ("gather", "gather for each query, then attend", f"{one['ratio']:.2f}"),
+            [name, f"{statistics.median(seconds):.2f}", f"{len(seconds)}", ratio]
+            for seconds, name, ratio in (
+                (one.seconds.head, "as here", "1.00"),
+                (one.seconds.gather, "gather for each query, then attend", f"{one.ratio:.2f}"),
             )
         ]
-        yield from table(["", "s", "runs", "of as here"], lines)
-        yield f"\nLargest difference of the two: {one['largest_difference']:.1e}, of values up to {one['largest_value']:.1f}."
+        yield from table_lines(["", "s", "runs", "of as here"], lines)
+        yield f"\nLargest difference of the two: {one.largest_difference:.1e}, of values up to {one.largest_value:.1f}."

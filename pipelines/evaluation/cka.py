@@ -6,7 +6,6 @@ The paper's code isn't released, nor are its sizes, images and batches; those he
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +16,8 @@ from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_gram
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
-from pipelines.features.sources import FeatureSource, Recipe, Squash, resolve_source
+from pipelines.features.pictures import Squash
+from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Line, Table
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.images import ImageFile, load_images
@@ -68,8 +68,11 @@ class ScaleInvariance:
             for name, matrix in self._grams(piece, side, source).items():
                 grams.setdefault(name, []).append(matrix)
         number = int(piece.name)
-        settings: dict[str, Any] = {"estimator": self.estimator, "rescale": self.rescale}
-        return [{"row": name, **asdict(terms_of_grams(number, each, **settings))} for name, each in grams.items()]
+        terms = {
+            name: terms_of_grams(number, each, estimator=self.estimator, rescale=self.rescale)
+            for name, each in grams.items()
+        }
+        return [{"row": name, **asdict(each)} for name, each in terms.items()]
 
     def _grams(self, piece: Piece, side: int, source: FeatureSource) -> dict[str, Tensor]:
         """Gram matrices of the batch at one size, by row name: only one size's maps are held."""

@@ -4,7 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -27,7 +27,8 @@ from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import FeatureSource, Geometries, Picture, Recipe, resolve_source
+from pipelines.features.pictures import Geometries, Picture
+from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import LIFT_CORRESPONDENCE, VIT_UP_CORRESPONDENCE
 from pipelines.results import Findings, Line, Table, panel, percent, with_published
 from storage.datasets.files import digest
@@ -35,6 +36,7 @@ from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import ImageFile
 from storage.datasets.registry import PAIRS
 from storage.datasets.spair import Pair
+from storage.documents import JsonValue
 from storage.paths import Folder
 from storage.spread import spread
 
@@ -258,7 +260,7 @@ def _pairs(pck: Pck) -> int:
     return sum(counts.pairs for counts in pck.categories.values())
 
 
-def _details(pck: Pck) -> dict[str, Any]:
+def _details(pck: Pck) -> dict[str, JsonValue]:
     return {
         "mean_of_categories": percent(pck.mean()),
         "all_key_points": percent(pck.per_point()),

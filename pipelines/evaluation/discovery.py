@@ -13,7 +13,8 @@ from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import FeatureSource, LiveRecipe, Picture, Recipe, Size, Squash, resolve_source
+from pipelines.features.pictures import Picture, Squash
+from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, Size, resolve_source
 from pipelines.published import LIFT_DISCOVERY
 from pipelines.results import Findings, Line, Table, panel, with_published
 from storage.datasets.boxes import BoxedImage

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ from storage.differences import differences
 from storage.documents import decode
 from storage.paths import Folder, redact
 from storage.spread import spread
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PIECE_IMAGES = 32
 
@@ -238,7 +241,7 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
 def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Scores of each readout, from all images at once."""
     records, left_out = split_left_out(records)
-    by_readout: dict[str, list[Any]] = {name: [] for name in probe.readouts}
+    by_readout: dict[str, list[DataclassInstance]] = {name: [] for name in probe.readouts}
     for record in records:
         by_readout[record["readout"]].append(decode(probe.task.record, record["judged"]))
     try:

@@ -12,7 +12,8 @@ from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import FeatureSource, Recipe, Size, Squash, resolve_source
+from pipelines.features.pictures import Squash
+from pipelines.features.sources import FeatureSource, Recipe, Size, resolve_source
 from pipelines.results import Findings, Line, Table, panel, shown_size
 from storage.datasets.files import digest
 from storage.datasets.images import ImageFile, load_images

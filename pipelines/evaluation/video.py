@@ -7,7 +7,7 @@ LiFT's protocol (square inputs) and DINO's (aspect kept). Predicted label images
 import io
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -19,15 +19,17 @@ from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import FeatureSource, Recipe, Row, Size, Squash, resolve_source
+from pipelines.features.pictures import Squash
+from pipelines.features.sources import FeatureSource, Recipe, Row, Size, resolve_source
 from pipelines.published import LIFT_VIDEO
-from pipelines.results import Findings, Line, Table, panel, percent, with_published
+from pipelines.results import Cell, Findings, Line, Table, panel, percent, with_published
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn, require_size
 from storage.datasets.labels import COLOURS, label_png, read_labels
 from storage.datasets.registry import CLIPS
+from storage.documents import JsonValue
 from storage.orientation import Orientation
 from storage.paths import Folder
 from storage.spread import spread
@@ -262,13 +264,13 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
     )
 
 
-def _values(summary: Summary) -> list[Any]:
+def _values(summary: Summary) -> list[Cell]:
     j, f = summary.j, summary.f
     shares = [summary.j_and_f, j.mean, f.mean, j.recall, f.recall, j.decay, f.decay]
     return [*percent(shares), summary.objects]
 
 
-def _object(record: Record) -> dict[str, Any]:
+def _object(record: Record) -> dict[str, JsonValue]:
     means = {name: 100 * float(np.mean(record[name])) for name in ("j", "f")}
     return {
         **{name: record[name] for name in ("clip", "object_id", "row", "side")},

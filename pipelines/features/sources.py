@@ -7,25 +7,24 @@ how many workers there are. The low-resolution row and the bilinear rows are mad
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from operators.image import Geometry, ImageRefused, decode
 from pipelines.config import ConfigError
 from pipelines.features.bundle import ModelBundle, cells, describe_model, load_settings
 from pipelines.features.config import LevelConfig, completed
 from pipelines.features.model import FeatureModel
-from pipelines.features.photos import MAX_PIXELS, upright_pixels
+from pipelines.features.pictures import Geometries, Picture, draw
 from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
 from storage.datasets.frames import OrientedImage
-from storage.datasets.images import EncodedImage, orientation_of, unreadable
+from storage.datasets.images import EncodedImage, orientation_of
+from storage.documents import JsonValue
 from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import StorageError, StorageOptions
 from storage.spec import FeatureSpec, Level, Use
@@ -33,8 +32,6 @@ from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 
-Geometries = Literal["pad", "squash", "crop"] | None
-"""How jobs/extract.py places images just as a protocol does; None: in no way."""
 
 CACHE_BYTES = 2**29
 """Maps that one worker keeps for images that come again."""
@@ -42,35 +39,6 @@ CACHE_BYTES = 2**29
 
 class FeaturesMissing(StorageError):
     """A store lacks an image of the data set, or holds it otherwise placed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image as a protocol feeds it to the model."""
-
-    image: EncodedImage
-    size: Size
-    "of the model's input"
-    draw: Callable[[np.ndarray], np.ndarray]
-    "uint8 [height, width, 3] of the upright original to uint8 [*size, 3], as the protocol's code does it"
-    geometry: Geometries
-    "of jobs/extract.py, where it places the image just so; None: none does"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Squash:
-    """Draws images at `size`, whatever their aspect, by Pillow's interpolation, which is antialiased."""
-
-    size: Size
-    interpolation: Literal["bilinear", "bicubic"]
-
-    def __call__(self, pixels_HW3: np.ndarray) -> np.ndarray:
-        method = Image.Resampling[self.interpolation.upper()]
-        return np.array(Image.fromarray(pixels_HW3).resize((self.size[1], self.size[0]), method))
-
-    def of(self, image: EncodedImage) -> Picture:
-        """The image drawn so."""
-        return Picture(image=image, size=self.size, draw=self, geometry="squash")
 
 
 class FeatureSource(Protocol):
@@ -150,7 +118,7 @@ class LiveRecipe:
         """What is no mistake, and who reads the scores should know."""
         return [note for size in self.sizes for note in self.bundle(size).unfamiliar(self.spec(size), self.patch)]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, JsonValue]:
         """What makes the features, as JSON values."""
         spec = next(iter(self.bundles.values())).spec
         said = {name: value for name, value in spec.to_json().items() if name not in FeatureSpec.names(Use.PLACED)}
@@ -233,27 +201,6 @@ class LiveSource:
         return self._models[size]
 
 
-def draw(picture: Picture, data: bytes, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
-    """The upright picture as the model's input, uint8 [*picture.size, 3]; `data`: the image's bytes.
-
-    Raises `DatasetError` where the image can't be decoded.
-    """
-    if drawing == "paper":
-        return picture.draw(upright_pixels(picture.image, data))
-    if picture.geometry is None:
-        raise ConfigError(
-            "this protocol's images are placed as jobs/extract.py can't: use --drawing paper, and no --stores"
-        )
-    height, width = picture.size
-    geometry = Geometry(
-        mode=picture.geometry, height=height, width=width, interpolation=spec.interpolation, mean=spec.mean
-    )
-    try:
-        return decode(data, geometry, max_pixels=MAX_PIXELS).pixels
-    except ImageRefused as error:
-        raise unreadable(picture.image.shown, error) from None
-
-
 # --- stores -----------------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +226,7 @@ class StoreRecipe:
         """What was said when the features were extracted."""
         return [note for store in self.stores.values() for note in store.attributes.get("notes", ())]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, JsonValue]:
         """What made the features, as JSON values."""
         prints = {f"{h}x{w}": self.stores[h, w].attributes["fingerprint"] for h, w in sorted(self.stores)}
         return {"drawing": "extract", "stores": prints}
@@ -310,10 +257,10 @@ class StoreSource:
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
         store = self.recipe.store(size)
         row = self._row(store, image)
-        record = store.records([row], PLACED_COLUMNS).to_pylist()[0]
-        if record["width"] is None:
+        (placed,) = PlacedRow.read(store, [row])
+        if placed.width is None:
             store.pixels(row)  # raises with the reason
-        return orientation_in_store(store, record, image)
+        return placed.oriented(store, image)
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         store = self.recipe.store(picture.size)
@@ -339,25 +286,36 @@ class StoreSource:
         return next(found[key] for key in image.keys if key in found)
 
 
-PLACED_COLUMNS = ("row", "width", "height", "conversion")
-"""Of the ledger: what `orientation_in_store` needs."""
+@dataclass(frozen=True, kw_only=True)
+class PlacedRow:
+    """What a store's ledger says of how a row's image was read."""
 
+    row: int
+    width: int | None
+    "upright, in pixels; None: the row has no features"
+    height: int | None
+    conversion: str | None
 
-def orientation_in_store(store: FeatureStore, record: Mapping[str, Any], image: EncodedImage) -> OrientedImage:
-    """How the image of a ledger row was turned when it was extracted. A store keeps upright sizes, and whether an image was
-    turned, not how: then the image is read. Raises `FeaturesMissing` where it isn't the one that was extracted."""
-    size = record["width"], record["height"]
-    shown = f"{image.shown} (row {record['row']} of {store.folder.shown})"
-    if EXIF_ROTATE not in (record["conversion"] or ""):
-        return OrientedImage(shown, Orientation(width=size[0], height=size[1]))
-    found = image.orientation()
-    if found.exif == 1 or found.upright_size != size:
-        raise FeaturesMissing(
-            f"{store.folder.shown}: row {record['row']} was made of an image that its EXIF turned to {size[0]} x {size[1]} "
-            f"pixels; {image.shown} has the orientation {found.exif} and {found.upright_size[0]} x {found.upright_size[1]}. "
-            "Extract the images again"
-        )
-    return OrientedImage(shown, found)
+    @classmethod
+    def read(cls, store: FeatureStore, rows: Sequence[int]) -> "list[PlacedRow]":
+        """Of rows, in their order."""
+        columns = [field.name for field in fields(cls)]
+        return [cls(**record) for record in store.records(np.array(rows, np.int64), columns).to_pylist()]
+
+    def oriented(self, store: FeatureStore, image: EncodedImage) -> OrientedImage:
+        """How the image was turned when it was extracted. A store keeps upright sizes, and whether an image was turned, not
+        how: then the image is read. Raises `FeaturesMissing` where it isn't the one that was extracted."""
+        shown = f"{image.shown} (row {self.row} of {store.folder.shown})"
+        if EXIF_ROTATE not in (self.conversion or ""):
+            return OrientedImage(shown, Orientation(width=self.width, height=self.height))
+        found = image.orientation()
+        if found.exif == 1 or found.upright_size != (self.width, self.height):
+            raise FeaturesMissing(
+                f"{store.folder.shown}: row {self.row} was made of an image that its EXIF turned to {self.width} x "
+                f"{self.height} pixels; {image.shown} has the orientation {found.exif} and {found.upright_size[0]} x "
+                f"{found.upright_size[1]}. Extract the images again"
+            )
+        return OrientedImage(shown, found)
 
 
 def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
@@ -481,7 +439,7 @@ def _told(recipe: AnyRecipe) -> AnyRecipe:
     return recipe
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
+def describe(recipe: Recipe) -> dict[str, JsonValue]:
     """What made the features, weights' digests included, for a report."""
     if isinstance(recipe, LiveRecipe):
         return json.loads(json.dumps(recipe.identity()))

@@ -7,7 +7,6 @@ config.json holds `readout` (`operators.readouts.ReadoutConfig`), `task` (pipeli
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,7 +16,8 @@ from pipelines.features.weights import WeightsUnavailable, read_state_dict
 from pipelines.readouts.instances import CLASSIFIER
 from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import parse_task
-from storage.paths import Folder
+from storage.documents import JsonValue
+from storage.paths import Folder, StorageOptions
 from storage.runs import read_pointers
 
 
@@ -30,7 +30,7 @@ class TrainedReadout:
     config: ReadoutConfig
     task: Task
     dataset: str
-    features: Mapping[str, Any]
+    features: Mapping[str, JsonValue]
     state: Mapping[str, torch.Tensor]
 
     @property
@@ -45,7 +45,7 @@ class TrainedReadout:
         return readout.eval().requires_grad_(False)
 
 
-def load_readout(url: str, storage_options: Mapping[str, Any] | None = None) -> TrainedReadout:
+def load_readout(url: str, storage_options: StorageOptions | None = None) -> TrainedReadout:
     """The readout at `url`; of a training run, its best. Raises `WeightsUnavailable` where there is none, or it doesn't fit."""
     pointers = read_pointers(Folder(url, storage_options))
     if pointers:
@@ -71,7 +71,7 @@ def load_readout(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     return trained
 
 
-def _features(found: Mapping[str, Any]) -> dict[str, Any]:
+def _features(found: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """What it was trained on, as an evaluation needs it. Raises `KeyError` or `TypeError` where something lacks."""
     level = {name: found["level"][name] for name in ("name", "method")}
     needed = {name: found[name] for name in ("input_size", "mean", "std", "drawing")}

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from operators.image import Geometry, fit
+from pipelines.features.pictures import Picture
 from pipelines.features.rows import Size
-from pipelines.features.sources import Picture
 from pipelines.readouts.task import Placement, Task
 from storage.datasets.images import EncodedImage
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pipelines.readouts.task import Label, Record, Task, TaskSettings
 from storage.datasets.instances import InstanceArrays
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
+from storage.documents import JsonValue
 
 
 class ObjectsTask(Task[Record]):
@@ -128,7 +129,7 @@ class InstanceTask(ObjectsTask[InstanceRecord]):
             )
         return found
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> dict[str, JsonValue]:
         return {**asdict(self), "first_ids": []}
 
     @property

@@ -6,8 +6,8 @@ A record is what judging one image gave, on the host; scores are taken from all 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from operators.readouts import Readout
 from storage.datasets.instances import InstanceArrays
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
+from storage.documents import JsonValue
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -74,11 +75,11 @@ class Task(Generic[Record]):
     "scores that tables show in percent"
 
     @classmethod
-    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task[Any]":
+    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task":
         """From a training run's settings, for a data set's images. Raises `ConfigError`."""
         raise NotImplementedError
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> dict[str, JsonValue]:
         """Its settings, as JSON values."""
         return asdict(self)
 
@@ -115,10 +116,9 @@ class Task(Generic[Record]):
         """The prediction and the truth, uint8 [side, side, 3]."""
         raise NotImplementedError
 
-    def geometry(self, **changes: Any) -> Geometry:
-        """How a label comes to `side`; `changes` for other sizes."""
-        plain = Geometry(mode=self.placement, height=self.side, width=self.side, interpolation="nearest")
-        return replace(plain, **changes)
+    def geometry(self, interpolation: Literal["nearest", "bilinear"] = "nearest") -> Geometry:
+        """How a label comes to `side`, or an image."""
+        return Geometry(mode=self.placement, height=self.side, width=self.side, interpolation=interpolation)
 
     def placed(self, values_HW: np.ndarray) -> np.ndarray:
         """A map [H, W] (uint8, int32 or float32) as the image is placed, by the nearest pixel: [side, side]."""
@@ -126,4 +126,4 @@ class Task(Generic[Record]):
 
     def photo(self, pixels_HW3: np.ndarray) -> np.ndarray:
         """The image, for people: uint8 [side, side, 3]."""
-        return fit(Image.fromarray(pixels_HW3), self.geometry(interpolation="bilinear"))
+        return fit(Image.fromarray(pixels_HW3), self.geometry("bilinear"))

@@ -3,14 +3,14 @@
 What crosses to the training processes are uint8 images or maps as they are stored, and targets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import PLACED_COLUMNS, Drawing, FeaturesMissing, draw, orientation_in_store
+from pipelines.features.pictures import draw
+from pipelines.features.sources import Drawing, FeaturesMissing, PlacedRow
 from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.task import Task
 from pipelines.training.data import Example, open_store
@@ -19,6 +19,7 @@ from storage.datasets.frames import OrientedImage
 from storage.datasets.images import orientation_of
 from storage.datasets.instances import InstanceArrays
 from storage.datasets.labels import LabelledImage
+from storage.paths import StorageOptions
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 
@@ -34,12 +35,10 @@ class StoredMaps:
     """Levels of a feature store, and which of its rows is of which item."""
 
     url: str
-    options: Mapping[str, Any]
+    options: StorageOptions
     levels: tuple[str, ...]
-    rows: tuple[int, ...]
-    "of the items, in their order"
-    placed: tuple[Mapping[str, Any], ...]
-    "the rows' sizes and conversions, as in the ledger"
+    placed: tuple[PlacedRow, ...]
+    "rows of the items, in their order"
 
     @classmethod
     def of(cls, store: FeatureStore, url: str, levels: Sequence[str], items: Sequence[LabelledImage]) -> "StoredMaps":
@@ -52,19 +51,23 @@ class StoredMaps:
                 f"{store.folder.shown} has no features of {len(lacking)} of {len(items)} images, the first is "
                 f"{lacking[0].shown}: none of its keys is {' or '.join(lacking[0].keys)}"
             )
-        placed = store.records(np.array(rows, np.int64), PLACED_COLUMNS).to_pylist()
-        return cls(url=url, options=store.folder.options, levels=tuple(levels), rows=tuple(rows), placed=tuple(placed))
+        return cls(
+            url=url,
+            options=store.folder.options,
+            levels=tuple(levels),
+            placed=tuple(PlacedRow.read(store, rows)),
+        )
 
     def oriented(self, number: int, item: LabelledImage) -> OrientedImage:
         """How the image of an item was turned when it was extracted. Raises `DatasetError` for one that wasn't."""
-        record = self.placed[number]
-        if record["width"] is None:
+        placed = self.placed[number]
+        if placed.width is None:
             raise DatasetError(f"{item.image.shown}: {NOT_THERE}")
-        return orientation_in_store(open_store(self.url, self.options), record, item.image)
+        return placed.oriented(open_store(self.url, self.options), item.image)
 
     def read(self, items: Sequence[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Maps [items, h, w, C] by level, and which of the items have them."""
-        store, rows = open_store(self.url, self.options), np.array([self.rows[i] for i in items], np.int64)
+        store, rows = open_store(self.url, self.options), np.array([self.placed[i].row for i in items], np.int64)
         maps, there = {}, np.ones(len(rows), bool)
         for level in self.levels:
             maps[level], found = store.read_present(rows, level)
