@@ -19,7 +19,7 @@ from functools import partial
 
 from jobs.program import Command, Program
 from operators.readouts import READOUTS
-from operators.upsamplers import LEARNED
+from operators.upsamplers import method_names
 from pipelines import published
 from pipelines.config import GpuConfig
 from pipelines.demo import write_photos
@@ -165,7 +165,7 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 NAMES: dict[str, TrainConfig] = {
-    **{name: X2Config().changed(method=name) for name in LEARNED},
+    **{name: X2Config().changed(method=name) for name in method_names(lambda method: method.trained_by == "lift")},
     "vit-up": ViTUpTraining(),
     **{name: ReadoutTraining().changed(method=name) for name in READOUTS if name != "depth_bins"},
     "probe": PROBE,

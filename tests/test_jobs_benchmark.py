@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from cluster.metrics import TaskReport
 from jobs import benchmark
 from operators.upsamplers.vit_up import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
-from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, Task, _steady, run_fresh
+from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, run_fresh
 from pipelines.benchmarks.read import BestRate, PlaceRead, check
 from pipelines.benchmarks.stores import Place, write_npy, write_store
 from pipelines.config import ConfigError
@@ -24,6 +25,7 @@ from pipelines.costs import clocks as measure
 from pipelines.costs import upsamplers as cost_benchmark
 from pipelines.costs import vit_up as vit_up_benchmark
 from pipelines.costs import windows as window_benchmark
+from pipelines.costs.vit_up_report import vit_up_report
 from pipelines.published import LIFT_OPERATIONS
 
 
@@ -206,22 +208,22 @@ def test_cost_debug_counts_times_and_weighs_everything(tmp_path, capfd):
 def test_cost_counts_what_the_paper_prints():
     counts = [cost_benchmark._count(published) for published in LIFT_OPERATIONS]
 
-    found = [tuple(round(one["paper_count"][what] / 1e9, 2) for what in ("alone", "lift")) for one in counts]
+    found = [tuple(round(one.paper_count[what] / 1e9, 2) for what in ("alone", "lift")) for one in counts]
 
     # LiFT with stride 8 is 19.65 and 81.18 in the paper (0.06 % and 0.3 % off); it prints no LiFT with ViT-B.
     assert found == [(4.34, 5.30), (16.07, 19.64), (17.28, 21.12), (66.60, 81.42), (17.21, 20.70)]
-    assert [(one["alone"], one["lift"]) for one in counts] == [
+    assert [(one.alone, one.lift) for one in counts] == [
         (4.34, 5.30),
         (16.07, 19.65),
         (17.28, 21.12),
         (66.60, 81.18),
         (17.21, None),
     ]
-    assert [one["parameters"]["lift"] for one in counts] == [1_187_280] * 4 + [4_417_296]
-    assert [one["tokens"] for one in counts] == [197, 730, 785, 3026, 197]
-    # specs/lift_vitup.md A4, specs/evaluation.md section 11: multiply-accumulates of LiFT, and of DINO with attention.
-    assert [round(counts[i]["macs"]["lift"] / 1e9, 3) for i in (0, 2, 4)] == [0.752, 3.010, 2.735]
-    assert [counts[i]["macs"]["alone"] / 1e9 for i in (0, 1, 2, 3)] == pytest.approx([4.6, 20.6, 22.6, 149.5], rel=0.01)
+    assert [one.parameters["lift"] for one in counts] == [1_187_280] * 4 + [4_417_296]
+    assert [one.tokens for one in counts] == [197, 730, 785, 3026, 197]
+    # Multiply-accumulates by hand: of LiFT, and of DINO with attention.
+    assert [round(counts[i].macs["lift"] / 1e9, 3) for i in (0, 2, 4)] == [0.752, 3.010, 2.735]
+    assert [counts[i].macs["alone"] / 1e9 for i in (0, 1, 2, 3)] == pytest.approx([4.6, 20.6, 22.6, 149.5], rel=0.01)
 
 
 def test_cost_counts_by_the_rule_it_states():
@@ -252,7 +254,10 @@ def test_cost_refuses_sizes_that_cannot_be_had(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"upsamplers": ("lift", "bilinaer")}, "--upsamplers bilinaer: there are lift, resize_conv, jbu, bilinear"),
+        (
+            {"upsamplers": ("lift", "bilinaer")},
+            "--upsamplers bilinaer: there are bilinear, bicubic, nearest, lift, resize_conv, jbu, and module:Class",
+        ),
         ({"upsamplers": ("average",)}, "--upsamplers average: there are"),
         ({"repeat": 0}, "must be at least 1"),
         ({"precisions": ()}, "--precisions at least one"),
@@ -309,10 +314,10 @@ def test_cost_vit_up_counts_what_the_paper_prints():
     config = vit_up_benchmark.ViTUpBenchmark(size=32, query_size=32)
     parameters = vit_up_benchmark._build(config, torch.device("cpu"), "fp32").parameters
 
-    # specs/lift_vitup.md B4, B9; Table 9 has 24.9 M.
+    # ViT-Up's Table 9 has 24.9 M for both.
     assert (parameters["head"], parameters["lora"]) == (24_273_792, 608_256)
     assert parameters["backbone alone"] == 28_692_480
-    # B10, S+ and B at 448 px: M for each query, and G for each image and at 56, 112, 224 and 448 cells a side.
+    # ViT-S+ and ViT-B at 448 px: M for each query, and G for each image and at 56, 112, 224 and 448 cells a side.
     for channels, of_query, once, totals in (
         (384, 26.03, 1.387, (83, 328, 1308, 5226)),
         (768, 96.59, 5.549, (308, 1217, 4852, 19392)),
@@ -338,9 +343,9 @@ def test_cost_vit_up_leaves_slow_grids_out_on_a_cpu_and_says_so(monkeypatch):
 
     result = vit_up_benchmark.measure_vit_up(config)
 
-    assert result["left_out"] == [56, 112, 224, 448]
-    assert {row["grid"] for row in result["rows"]} == {4, 8}
-    printed = "\n".join(vit_up_benchmark.vit_up_report(config, result, measure.machine()))
+    assert result.left_out == (56, 112, 224, 448)
+    assert {row.grid for row in result.rows} == {4, 8}
+    printed = "\n".join(vit_up_report(config, result, measure.machine()))
     assert "Left out: 56 x 56, 112 x 112, 224 x 224, 448 x 448 (--grids 56 112 224 448 has all" in printed
     assert "gather" not in printed
 
@@ -411,7 +416,10 @@ def test_photos_are_the_same_bytes_every_time(tmp_path):
 def test_steady_rate_counts_tasks_under_way_by_the_work_that_lies_in_the_window():
     seconds = {"read": 0.0, "decode": 2.0, "forward": 8.0}
     # Ten tasks of 10 images in one worker; each is decoded while the one before it computes.
-    tasks = [Task(began=8.0 * n, ended=8.0 * n + 16.0, ok=10, seconds=seconds, batch=10) for n in range(10)]
+    tasks = [
+        TaskReport(block=n, ok=10, seconds=seconds, marks={"began": 8.0 * n, "ended": 8.0 * n + 16.0})
+        for n in range(10)
+    ]
 
     steady = _steady(tasks)
 

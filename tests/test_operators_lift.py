@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from operators.backbone import PatchFeatures, state_arrays, weights_digest
-from operators.upsamplers import UpsamplerError, build_net, learned_upsampler
+from operators.upsamplers import UpsamplerError, build_net, find_method, learned_upsampler
 from operators.upsamplers.lift import LiftNet
 from operators.upsamplers.resize_conv import ResizeConvNet
 from tests.goldens import GOLDEN, hash_tensor
@@ -251,15 +251,20 @@ def test_bf16_stays_within_its_rounding_and_comes_out_as_float32():
 
 
 @pytest.mark.parametrize("method", ["lift", "resize_conv", "jbu"])
-def test_digest_is_that_of_the_weights_as_loaded(method):
+def test_weights_are_loaded_as_they_are(method):
     config = {"method": method, "channels": 8, "patch": 16}
     net = build_net(config, seed=3)
 
-    upsampler = learned_upsampler(config, net.state_dict())
+    loaded = digest_of(config, net.state_dict())
 
-    assert upsampler.digest == weights_digest(state_arrays(net))
-    assert upsampler.digest != learned_upsampler(config, build_net(config, seed=4).state_dict()).digest
-    assert upsampler.layers == ()
+    assert loaded == weights_digest(state_arrays(net))
+    assert loaded != digest_of(config, build_net(config, seed=4).state_dict())
+
+
+def digest_of(config: dict, state: dict[str, torch.Tensor]) -> str:
+    """Of the weights as they are loaded."""
+    method = find_method(config["method"])
+    return weights_digest(state_arrays(method.loaded(method.parse(config), state)))
 
 
 def test_images_are_split_where_their_activations_would_be_too_many(monkeypatch):
@@ -340,15 +345,15 @@ def test_batchnorm_counters_may_be_missing():
     state = build_net(config).state_dict()
     without = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
-    assert learned_upsampler(config, without).digest == learned_upsampler(config, state).digest
+    assert digest_of(config, without) == digest_of(config, state)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lfit"}, "no learned upsampler is called 'lfit'; there are: lift, resize_conv, jbu"),
+        ({"method": "lfit"}, "no upsampler is called 'lfit'; there are: .*lift, resize_conv, jbu"),
         ({"patch": None}, "lack patch"),
-        ({"stride": 8}, "no such upsampler settings: stride; there are: method, channels"),
+        ({"stride": 8}, "no such upsampler settings: stride; there are: channels, patch"),
         ({"radius": 5}, "radius=5 is no setting of lift"),
         ({"method": "jbu", "heads": 6}, "heads=6 is no setting of jbu"),
         ({"heads": 5}, "8 channels don't divide into 5 heads"),

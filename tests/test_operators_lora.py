@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.recursive import UpsamplerError
+from operators.upsamplers.protocol import UpsamplerError
 from operators.upsamplers.vit_up.lora import Lora
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

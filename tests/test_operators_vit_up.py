@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from operators.backbone import PatchFeatures
-from operators.upsamplers.recursive import UpsamplerError
+from operators.upsamplers.protocol import UpsamplerError
 from operators.upsamplers.vit_up import (
     AdaptedBackbone,
     Lora,

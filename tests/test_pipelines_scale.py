@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cluster.metrics import TaskReport
 from cluster.nodes import free_port
 from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, Sample, autoscale_report, draw, measure_autoscaling
 from pipelines.benchmarks.scale import (
@@ -17,7 +18,7 @@ from pipelines.benchmarks.scale import (
     measure_scale,
     scale_report,
 )
-from pipelines.benchmarks.simulated import SimulatedSetup, Turn
+from pipelines.benchmarks.simulated import SimulatedSetup
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import machine
 from pipelines.executors import InlineExecutor
@@ -70,12 +71,13 @@ def test_scale_measures_every_number_of_actors_and_two_runs_more(tmp_path, monke
 
 
 def test_share_of_linear_is_of_the_time_in_which_all_actors_have_work():
-    def turn(process: int, begun: float) -> Turn:
-        return Turn(process=process, begun=begun, ended=begun + 1.0, arrived=begun + 1.25)
+    def turn(process: int, begun: float) -> TaskReport:
+        marks = {"process": process, "begun": begun, "ended": begun + 1.0, "arrived": begun + 1.25}
+        return TaskReport(block=0, marks=marks)
 
     # Actor 2 starts 2 s later and waits 1 s between its tasks; both are at work from 2 s to 6 s.
     turns = [turn(1, t) for t in range(6)] + [turn(2, t) for t in (2, 4, 6, 8)]
-    found = _steady(sorted(turns, key=lambda turn: turn.ended), 2, 1.0)
+    found = _steady(sorted(turns, key=lambda turn: turn.marks["ended"]), 2, 1.0)
 
     assert found.steady_s == 4.0
     np.testing.assert_allclose([found.tasks_per_s, found.linear], [6 / 4, 6 / 8])

@@ -14,7 +14,7 @@ from operators.readouts.baselines import Bicubic, StridedConv, TransposedConv
 from operators.readouts.deap import DeAP
 from operators.readouts.linear import DepthBins, LinearReadout
 from operators.readouts.readout import CODE, Readout, ReadoutError, SplitReadout, decoder_width
-from operators.upsamplers.recursive import UpsamplerError, given_settings
+from operators.upsamplers.protocol import UpsamplerError, given_settings
 from storage.documents import JsonObject
 
 __all__ = [

@@ -1,65 +1,121 @@
-"""Upsamplers: one protocol, two ways to get one.
+"""Upsamplers: methods by name, built in or a user's own, and what makes an upsampler of one.
 
-Parameter-free methods are made by name (`create_upsampler`, a line in `UPSAMPLERS`). Learned ones are made from settings and
-a state dict (`learned_upsampler`); each has a file of its own here and a line in `learned.build_net`.
+A method is a file here and a line in `UPSAMPLERS`, or an importable `module:Class` (operators/DESIGN.md, "Your own upsampler").
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from operators.backbone import PatchFeatures
-from operators.upsamplers.interpolate import AveragePool, Interpolate
-from operators.upsamplers.recursive import (
-    LEARNED,
-    LearnedUpsampler,
-    NetConfig,
+from operators.upsamplers.interpolate import Average, Bicubic, Bilinear, Nearest
+from operators.upsamplers.jbu import Jbu
+from operators.upsamplers.lift import Lift
+from operators.upsamplers.protocol import (
+    AnyMethod,
+    Method,
+    Precision,
+    Settings,
+    Upsampler,
     UpsamplerError,
-    build_net,
-    learned_upsampler,
+    WithoutWeights,
 )
+from operators.upsamplers.resize_conv import ResizeConv
+from operators.upsamplers.vit_up.method import ViTUpMethod
 
 __all__ = [
-    "LEARNED",
     "UPSAMPLERS",
-    "LearnedUpsampler",
-    "NetConfig",
+    "AnyMethod",
+    "Method",
+    "Settings",
     "Upsampler",
     "UpsamplerError",
+    "WithoutWeights",
     "build_net",
     "create_upsampler",
+    "find_method",
     "learned_upsampler",
+    "method_names",
+    "split_method",
 ]
 
-
-class Upsampler(Protocol):
-    """Brings patch features to another grid, with or without the image's help. Not thread-safe: one call at a time."""
-
-    layers: tuple[int, ...]
-    "hidden states it reads besides the maps that are stored; the backbone is asked for them too"
-    digest: str
-    "sha256 of its weights; empty for parameter-free methods"
-
-    def __call__(
-        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
-    ) -> Tensor:
-        """Normalised images and the maps of `layers` to [B, C, *grid]. Cells tile the same area as the backbone's."""
-
-    def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
-        """Upper bound on the device memory that one call takes beyond its arguments; keeps to it by tiling."""
-
-
-UPSAMPLERS: dict[str, Callable[..., Any]] = {
-    "bilinear": lambda: Interpolate("bilinear"),
-    "bicubic": lambda: Interpolate("bicubic"),
-    "nearest": lambda: Interpolate("nearest-exact"),
-    "average": AveragePool,
+UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
+    "bilinear": Bilinear,
+    "bicubic": Bicubic,
+    "nearest": Nearest,
+    "average": Average,
+    "lift": Lift,
+    "resize_conv": ResizeConv,
+    "jbu": Jbu,
+    "vit_up": ViTUpMethod,
 }
+"""What there is, by name."""
+
+_IMPORTABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def find_method(name: str) -> AnyMethod:
+    """The method called `name`: of `UPSAMPLERS`, or `module:Class`, which is imported.
+
+    Raises `UpsamplerError` with the names there are, or with the module that can't be imported.
+    """
+    if name in UPSAMPLERS:
+        return UPSAMPLERS[name](name)
+    if not _IMPORTABLE.fullmatch(name):
+        raise UpsamplerError(
+            f"no upsampler is called {name!r}; there are: {', '.join(UPSAMPLERS)}, and module:Class of your own"
+        )
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UpsamplerError(
+            f"no upsampler is called {name!r}: {module} can't be imported here ({error}). There are: "
+            f"{', '.join(UPSAMPLERS)}; a module of your own must lie in a folder of PYTHONPATH, on every node"
+        ) from error
+    if not (inspect.isclass(found) and issubclass(found, Method)):
+        raise UpsamplerError(f"{name}: {module} has no class {attribute} that is a Method of operators.upsamplers")
+    return found(name)
+
+
+def split_method(text: str) -> tuple[str, str]:
+    """(name, URL of a checkpoint or nothing) of `METHOD[:URL]`, METHOD being a name of `UPSAMPLERS` or `module:Class`."""
+    name, _, url = text.partition(":")
+    own = _IMPORTABLE.match(text)
+    if name in UPSAMPLERS or not own or text[own.end() : own.end() + 1] not in ("", ":"):
+        return name, url
+    return own[0], text[own.end() + 1 :]
+
+
+def method_names(fits: Callable[[AnyMethod], bool]) -> tuple[str, ...]:
+    """The names of `UPSAMPLERS` whose methods fit."""
+    return tuple(name for name in UPSAMPLERS if fits(find_method(name)))
 
 
 def create_upsampler(name: str) -> Upsampler:
-    """The upsampler called `name`. Raises `UpsamplerError` with the names there are."""
-    if name not in UPSAMPLERS:
-        raise UpsamplerError(f"no upsampler is called {name!r}; there are: {', '.join(UPSAMPLERS)}")
-    return UPSAMPLERS[name]()
+    """An upsampler that needs no weights. Raises `UpsamplerError` with the names there are."""
+    method = find_method(name)
+    if method.learned:
+        raise UpsamplerError(f"{name} needs a checkpoint's weights")
+    return method.build(method.parse({}), {}, "fp32", _no_backbone)
+
+
+def build_net(config: Mapping[str, Any], seed: int = 0) -> nn.Module:
+    """The bare network of a learned method's settings (JSON, with `method`), its weights drawn from `seed`, in train mode."""
+    method = find_method(config["method"])
+    return method.initialised(method.parse(config), seed)
+
+
+def learned_upsampler(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], precision: Precision = "fp32"
+) -> Upsampler:
+    """The network of `config` with the weights of `state`, ready to run. Raises `UpsamplerError` where they don't fit."""
+    method = find_method(config["method"])
+    return method.build(method.parse(config), state, precision, _no_backbone)
+
+
+def _no_backbone() -> nn.Module:
+    raise UpsamplerError("this upsampler runs a backbone of its own, which isn't given here")

@@ -1,7 +1,7 @@
 """Parameter-free resampling of feature maps: the baselines that learned upsamplers are held against.
 
-torch's interpolation with an explicit target size, align_corners=False, no antialias (specs/upsamplers.md section 1): cell
-centres sample the map, the border is clamped. Bicubic is the Keys kernel with a = -0.75.
+torch's interpolation with an explicit target size, align_corners=False, no antialias: cell centres sample the map, the
+border is clamped. Bicubic is the Keys kernel with a = -0.75.
 """
 
 from typing import Literal
@@ -10,13 +10,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operators.backbone import PatchFeatures
+from operators.upsamplers.protocol import Need, Settings, Upsampler, UpsamplerError, WithoutWeights
 
 
-class Interpolate:
-    """Bilinear, bicubic or nearest-exact, to any grid."""
+class Bilinear(WithoutWeights):
+    """Bilinear, to any grid."""
 
-    layers: tuple[int, ...] = ()
-    digest = ""
+    needs = frozenset[Need]({"maps"})
+
+    def make(self) -> Upsampler:
+        return Interpolate("bilinear")
+
+
+class Bicubic(Bilinear):
+    """Bicubic, to any grid."""
+
+    def make(self) -> Upsampler:
+        return Interpolate("bicubic")
+
+
+class Nearest(Bilinear):
+    """The cell in which a finer cell's centre lies, to any grid."""
+
+    def make(self) -> Upsampler:
+        return Interpolate("nearest-exact")
+
+
+class Average(Bilinear):
+    """Means of whole cells, to a coarser grid whose sides divide the map's."""
+
+    enlarges = False
+
+    def make(self) -> Upsampler:
+        return AveragePool()
+
+    def require_grid(self, settings: Settings, base: tuple[int, int], grid: tuple[int, int]) -> None:
+        if base[0] % grid[0] or base[1] % grid[1]:
+            raise UpsamplerError(f"{base[0]}x{base[1]} cells don't divide into {grid[0]}x{grid[1]}")
+
+
+class Interpolate(Upsampler):
+    """By torch, to any grid."""
 
     def __init__(self, mode: Literal["bilinear", "bicubic", "nearest-exact"]):
         self.mode = mode
@@ -33,11 +67,8 @@ class Interpolate:
         return 3 * 4 * batch * channels * grid[0] * grid[1]
 
 
-class AveragePool:
+class AveragePool(Upsampler):
     """The mean over the cells of the backbone's map that fall into each coarser cell."""
-
-    layers: tuple[int, ...] = ()
-    digest = ""
 
     def __call__(
         self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]

@@ -1,35 +1,68 @@
 """FeatUp's learnable joint bilateral upsampler: per-pixel filters from the image, the same for all channels.
 
-Written from specs/upsamplers.md section 3; state dicts of FeatUp's modules load as they are. FeatUp's per-pixel filter is a
-CUDA kernel; here it is a sum over shifted views, which holds one more map instead of one per tap, forward and backward.
+State dicts of FeatUp's modules (arXiv 2403.10516) load as they are. FeatUp's per-pixel filter is a CUDA kernel; here it is a sum
+over shifted views, which holds one more map instead of one per tap, forward and backward.
 
 Shapes: B batch, C channels, H W pixels of the guidance, h w cells of the given map, T = (2 radius + 1)^2 taps, row by row.
 """
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from operators.upsamplers.protocol import UpsamplerError, require_counts
+from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
 
-class JointBilateral(nn.Module):
+
+@dataclass(frozen=True, kw_only=True)
+class JbuSettings(X2Settings):
+    """What a state dict doesn't tell about joint bilateral filters."""
+
+    radius: int = 3
+    "of its filters, in cells"
+    stages: int = 1
+    "a stack of so many x2 steps with weights of their own; FeatUp's have 4"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "radius", "stages")
+
+
+class Jbu(OfLiftsPaper[JbuSettings]):
+    """One joint bilateral filter, or FeatUp's stack of them."""
+
+    settings = JbuSettings
+
+    def network(self, settings: JbuSettings) -> "JointBilateral | JointBilateralStack":
+        if settings.stages > 1:
+            return JointBilateralStack(settings.channels, settings.radius, settings.stages)
+        return JointBilateral(settings.radius)
+
+    def passes(self, settings: JbuSettings, base: tuple[int, int], grid: tuple[int, int]) -> int:
+        passes = super().passes(settings, base, grid)
+        if 2 * min(base) <= settings.radius:
+            raise UpsamplerError(f"{self.name} of radius {settings.radius} needs more cells than {base[0]}x{base[1]}")
+        return passes
+
+
+class JointBilateral(X2Net):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2h, 2w]; any C.
 
     The image is average-pooled to 2h x 2w, which must exceed the radius. Raises `ValueError` where it doesn't.
     """
 
-    stages = 1
-    enlarges_image = False
-
     def __init__(self, radius: int = 3, key_dim: int = 32):
         super().__init__()
-        self.radius, taps = radius, (2 * radius + 1) ** 2
+        self.radius, self.key_dim, self.taps = radius, key_dim, (2 * radius + 1) ** 2
         self.range_temp = nn.Parameter(torch.tensor(0.0))
         self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
         self.range_proj = _pointwise(3, key_dim)
-        self.fixup_proj = _pointwise(taps + 3, taps)
+        self.fixup_proj = _pointwise(self.taps + 3, self.taps)
 
     def forward(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
         h, w = maps_BChw.shape[-2:]
@@ -75,19 +108,17 @@ class JointBilateral(nn.Module):
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
         """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
-        taps, keys = self.fixup_proj[3].out_channels, self.range_proj[3].out_channels
+        taps, keys = self.taps, self.key_dim
         padded = (grid[0] + 2 * self.radius) * (grid[1] + 2 * self.radius)
         # Kernels: stacked, scaled, softmax, product, with guidance, two projections. Maps: bicubic, result.
         return grid[0] * grid[1] * (7 * taps + 3 * keys + 9 + 2 * channels) + padded * max(channels, keys)
 
 
-class JointBilateralStack(nn.Module):
+class JointBilateralStack(X2Net):
     """`stages` joint bilateral steps and a 1x1 correction: [B, C, h, w] to [B, C, 2^n h, 2^n w], n = `steps` of `stages`.
 
     Four stages are FeatUp's published `jbu_stack`; with fewer `steps` the same correction follows (as in NAF's copy).
     """
-
-    enlarges_image = False
 
     def __init__(self, channels: int, radius: int = 3, stages: int = 4):
         super().__init__()
@@ -104,7 +135,7 @@ class JointBilateralStack(nn.Module):
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
         """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
-        return self.up1.working_values(grid, channels) + grid[0] * grid[1] * channels
+        return cast(JointBilateral, self.up1).working_values(grid, channels) + grid[0] * grid[1] * channels
 
 
 def _pointwise(channels: int, width: int) -> nn.Sequential:

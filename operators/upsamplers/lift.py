@@ -1,31 +1,91 @@
-"""LiFT (ECCV 2024): one x2 step from a map and its image, a U-Net's decoder with a light image encoder.
+"""LiFT (ECCV 2024, arXiv 2403.14625): one x2 step from a map and its image, a U-Net's decoder with a light image encoder.
 
-Written from specs/lift_vitup.md part A: graph A2, names A3, sizes A6. State dicts of the official files load as they are.
-Their channels are head-minor; `learned.py` takes care of that, and of recursion.
+State dicts of the official files load as they are. Their channels are head-minor, ours head-major.
 
 Shapes: B batch, C channels, H W pixels, h w cells of the given map.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from operators.backbone import TimmBackbone
+from operators.upsamplers.protocol import UpsamplerError, require_counts
+from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
 
-class LiftNet(nn.Module):
+
+@dataclass(frozen=True, kw_only=True)
+class LiftSettings(X2Settings):
+    """What a state dict doesn't tell about a LiFT."""
+
+    image_branch: bool = True
+    "False for the ablation without the image"
+    border_crop: bool = False
+    "the paper's way with 56 px at patch 16"
+    wide: bool = False
+    "the larger variant"
+    heads: int | None = None
+    "the weights expect head-minor channels of so many heads, as official checkpoints do; maps stay head-major"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "heads")
+        if self.channels < 2:
+            raise UpsamplerError("lift needs at least 2 channels")
+        if self.channels % (self.heads or 1):
+            raise UpsamplerError(f"{self.channels} channels don't divide into {self.heads} heads")
+
+
+class Lift(OfLiftsPaper[LiftSettings]):
+    """LiFT's method."""
+
+    settings = LiftSettings
+
+    def network(self, settings: LiftSettings) -> "LiftNet":
+        return LiftNet(
+            settings.channels,
+            settings.patch,
+            image_branch=settings.image_branch,
+            border_crop=settings.border_crop,
+            wide=settings.wide,
+        )
+
+    def with_backbone(self, settings: LiftSettings, backbone: TimmBackbone) -> LiftSettings:
+        return replace(settings, border_crop=True) if backbone.ragged else settings
+
+    def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The channels of facets are head-minor in official files, those of tokens aren't split into heads."""
+        last = state.get("outc.weight")
+        if last is None or last.ndim != 4:
+            return super().official(state, backbone)
+        heads = None if backbone.facet == "token" else backbone.heads
+        return {"channels": len(last), "patch": backbone.patch, "heads": heads}, dict(state)
+
+    def prepared(self, net: X2Net, settings: LiftSettings) -> None:
+        if settings.heads:
+            # Channel (head, dimension) of ours is channel (dimension, head) of the weights.
+            order = torch.arange(settings.channels).view(-1, settings.heads).t().flatten()
+            cast(LiftNet, net).reorder_channels(order)
+
+
+class LiftNet(X2Net):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2h, 2w].
 
     The image encoder halves the image twice and max-pools by k = ceil(patch / 8), which must give 2h x 2w: nothing for patch
-    8, 2x2 for patch 16 (A2), so that official sizes are official results. Where it doesn't give 2h x 2w (the official code
-    raises), the image is first brought to 8k cells a side, 8kh x 8kw pixels, bilinearly: overlapping patches, ragged sizes,
-    patches of 14 or 32. `border_crop`: where 2 pixels less on each border fit at patch 16, that is done instead (A6: what the
-    paper's 56 px columns need).
+    8, 2x2 for patch 16, so that official sizes are official results. Where it doesn't give 2h x 2w (the official code raises),
+    the image is first brought to 8k cells a side, 8kh x 8kw pixels, bilinearly: overlapping patches, ragged sizes, patches of
+    14 or 32. `border_crop`: where 2 pixels less on each border fit at patch 16, that is done instead, which is what
+    the paper's 56 px columns need.
 
     `image_branch=False` is the ablation without the image; its channels are left out (no source says what replaced them).
-    `wide` is our reading of the supplement's ViTDet variant, whose layout isn't published (A4): C/4 image channels and one
+    `wide` is our reading of the supplement's ViTDet variant, whose layout isn't published: C/4 image channels and one
     more convolution in the image encoder, 6.8 M parameters at C = 768.
     """
 
-    stages = 1
     enlarges_image = True
 
     def __init__(
@@ -66,7 +126,7 @@ class LiftNet(nn.Module):
         return self._decode(torch.cat([up, fine], dim=1))
 
     def _decode(self, joined: Tensor) -> Tensor:
-        return self.outc(self.up1["conv_1"]["double_conv"](joined))
+        return self.outc(cast(nn.ModuleDict, self.up1["conv_1"])["double_conv"](joined))
 
     def _fitted(self, images: Tensor, h: int, w: int) -> Tensor:
         height, width = images.shape[-2:]
@@ -83,10 +143,10 @@ class LiftNet(nn.Module):
     def reorder_channels(self, order: Tensor) -> None:
         """Make the network take and give channel `order[i]` of what it was trained on as channel i."""
         with torch.no_grad():
-            up, outc = self.up1["up"].weight, self.outc
+            up = cast(nn.ConvTranspose2d, self.up1["up"]).weight
             up[: self.channels] = up[: self.channels][order]
-            outc.weight.copy_(outc.weight[order])
-            outc.bias.copy_(outc.bias[order])
+            for last in self.outc.parameters():
+                last.copy_(last[order])
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
         """Upper bound on the values held at once while one image is brought to `grid`, the result included."""

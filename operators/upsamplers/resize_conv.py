@@ -1,22 +1,50 @@
 """Resize-convolution (RC): bilinear x2 plus a convolution's correction, guided by the image.
 
-LiFT compares with an RC whose layers aren't published; this is FeatUp's `LayeredResizeConv` (specs/upsamplers.md section 2),
-a stage of which is the natural reading of it. Shapes: B batch, C channels, H W pixels, h w cells of the given map.
+LiFT compares with an RC whose layers aren't published; this is FeatUp's `LayeredResizeConv`, a stage of which is the
+natural reading of it. Shapes: B batch, C channels, H W pixels, h w cells of the given map.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from operators.upsamplers.protocol import UpsamplerError, require_counts
+from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
 
-class ResizeConvNet(nn.Module):
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeConvSettings(X2Settings):
+    """What a state dict doesn't tell about a resize convolution."""
+
+    kernel: int = 1
+    "of its convolutions"
+    stages: int = 1
+    "a stack of so many x2 steps with weights of their own; FeatUp's have 4"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "kernel", "stages")
+        if self.kernel % 2 == 0:
+            raise UpsamplerError(f"kernel must be odd, got {self.kernel}")
+
+
+class ResizeConv(OfLiftsPaper[ResizeConvSettings]):
+    """The method of `ResizeConvNet`."""
+
+    settings = ResizeConvSettings
+
+    def network(self, settings: ResizeConvSettings) -> "ResizeConvNet":
+        return ResizeConvNet(settings.channels, settings.kernel, settings.stages)
+
+
+class ResizeConvNet(X2Net):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2^n h, 2^n w], n = `steps` of `stages`.
 
     A stage: e is the map, bilinearly x2; out = e + activation(conv([e, image resized to e])), ReLU but in the last stage.
     FeatUp's published upsampler has four stages and kernel 1.
     """
-
-    enlarges_image = False
 
     def __init__(self, channels: int, kernel: int = 1, stages: int = 1):
         super().__init__()

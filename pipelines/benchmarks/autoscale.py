@@ -18,7 +18,8 @@ from cluster.nodes import ROOT
 from cluster.session import own_cluster
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
+from pipelines.results import table_lines
 from storage.store import FeatureStore
 
 SAMPLE_S = 0.5
@@ -213,7 +214,7 @@ def autoscale_report(config: AutoscaleBenchmark, result: AutoscaleResult, machin
     rows = [
         [what, f"{at:.0f}", f"{now.nodes}", f"{now.busy_cpus:g}", f"{now.tasks}"] for what, at, now in _events(result)
     ]
-    yield from table(["", "s", "worker nodes", "CPUs in use", "tasks done"], rows)
+    yield from table_lines(["", "s", "worker nodes", "CPUs in use", "tasks done"], rows)
     most = max(sample.nodes for sample in result.samples)
     yield f"\n- {counts.get('ok', 0):,} images ok, {counts.get('failed', 0):,} failed; at most {most} nodes at once."
     yield f"- Idle nodes go after {config.idle_s:g} s."

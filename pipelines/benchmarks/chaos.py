@@ -24,8 +24,9 @@ from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
 from pipelines.executors import NO_PROGRESS_S
+from pipelines.results import table_lines
 
 logger = logging.getLogger(__name__)
 
@@ -422,7 +423,7 @@ def chaos_report(config: ChaosBenchmark, result: ChaosResult, machine: Machine) 
     what, parts = ("trainings", "arrays and losses") if config.train else ("extractions", "objects")
     yield f"## chaos: {sum(result.faults.values())} faults in {result.chaos_s / 60:.1f} minutes of {what}"
     yield f"{machine.line()} Nodes: {config.nodes}, seed {config.seed}."
-    yield from table(["fault", "injected"], [[f"{k}: {WHAT[k]}", str(n)] for k, n in result.faults.items()])
+    yield from table_lines(["fault", "injected"], [[f"{k}: {WHAT[k]}", str(n)] for k, n in result.faults.items()])
     counts = {
         f"{what} completed": result.completed,
         f"{result.unit} expected": result.expected,
@@ -437,4 +438,4 @@ def chaos_report(config: ChaosBenchmark, result: ChaosResult, machine: Machine) 
     rows += [["time lost per fault, s", f"{result.lost_s_per_fault:.1f}"]]
     rows += [["starts of the same command again", f"{result.restarts:,}"]]
     rows += [["of them after an error of its own", f"{result.restarts_after_errors:,}"]]
-    yield from table(["", ""], rows)
+    yield from table_lines(["", ""], rows)

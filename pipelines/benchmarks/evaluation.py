@@ -26,9 +26,9 @@ from pipelines.costs.clocks import (
     device_of,
     median_ratio,
     peak_bytes,
-    table,
     timed,
 )
+from pipelines.results import table_lines
 
 _TOLERANCE = 1e-4
 "largest difference of similarities and of soft labels, which are at most 1"
@@ -261,9 +261,9 @@ def evaluate_report(config: EvaluateBenchmark, result: EvaluateResult, machine: 
     head = ["ms", "plain, ms", "times faster", "peak MB", "plain, MB", "largest difference"]
     size = f"{config.points} points in {config.pixels} x {config.pixels} pixels, similarity"
     lines = [[f"{_cells(one)}, {one.normalise}", *_numbers(one)] for one in result.matching]
-    yield from table([f"matching: {size}", *head], lines)
+    yield from table_lines([f"matching: {size}", *head], lines)
     lines = [[_cells(one), *_numbers(one)] for one in result.propagation]
-    yield from table([f"propagation: clip of {config.frames} frames", *head], lines)
+    yield from table_lines([f"propagation: clip of {config.frames} frames", *head], lines)
     yield f"""
 - Medians of {config.repeat} rounds, in which everything runs once; "times faster": the median of each round's ratio.
 - Plain matching enlarges the map and takes all dot products; plain propagation has all affinities of a frame at once.

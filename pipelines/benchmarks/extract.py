@@ -7,7 +7,7 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,14 +16,14 @@ import numpy as np
 import zarr
 
 from cluster.metrics import TaskReport
-from cluster.resources import WorkerPool
 from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
+from pipelines.benchmarks.simulated import WatchedExecutor
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
-from pipelines.executors import Loaded, MakeWorker, RayExecutor, Worker
+from pipelines.executors import Loaded, MakeWorker, Worker
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import Summary, run_prepared
@@ -153,6 +153,7 @@ class Round:
 
     pipeline: PipelineRun
     loop: LoopRun
+    "that makes the same features"
     bare: BareStages
 
 
@@ -222,57 +223,22 @@ def _clocked(make_worker: MakeWorker, *, model: bool = True) -> _Clocked:
     return _Clocked(make_worker(model=model))
 
 
-class _ClockedExecutor(RayExecutor):
-    """Keeps the reports, with their tasks' times."""
-
-    def __init__(self) -> None:
-        self.tasks: list[Task] = []
-
-    def stream(
-        self,
-        make_worker: MakeWorker,
-        tasks: Sequence[ShardTask],
-        pool: WorkerPool,
-        *,
-        decode_on: str = "actor",
-        solo: bool = False,
-    ) -> Iterator[TaskReport]:
-        clocked = functools.partial(_clocked, make_worker)
-        for report in super().stream(clocked, tasks, pool, decode_on=decode_on, solo=solo):
-            began, ended = (report.marks[name] for name in ("began", "ended"))
-            self.tasks.append(Task(began=began, ended=ended, ok=report.ok, seconds=report.seconds, batch=report.batch))
-            yield report
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A task that a worker did; times in seconds on the monotonic clock."""
-
-    began: float
-    ended: float
-    ok: int
-    "images"
-    seconds: Mapping[str, float]
-    "by stage"
-    batch: int
-
-
-def _pipeline(config: ExtractConfig) -> tuple[Summary, dict[str, float], float, list[Task]]:
+def _pipeline(config: ExtractConfig) -> tuple[Summary, dict[str, float], float, list[TaskReport]]:
     """One extraction, end to end: what came of it, when it got how far and was done, and its tasks."""
     marks = {"imports": time.monotonic()}
     resolved = resolve(config)
     marks["model"] = time.monotonic()
     with connect("local", num_cpus=CORES, num_gpus=0):
         marks["ray"] = time.monotonic()
-        executor = _ClockedExecutor()
+        executor = WatchedExecutor(lambda make_worker: functools.partial(_clocked, make_worker))
         prepared = prepare(resolved, executor)
         marks["index"] = time.monotonic()
         summary = run_prepared(prepared, executor)
         done = time.monotonic()
     if summary.failed:
         raise BenchmarkFailed(f"{summary.failed} images failed, so speeds can't be compared: {summary.reasons}")
-    marks["first task"] = min(task.ended for task in executor.tasks)
-    return summary, marks, done, executor.tasks
+    marks["first task"] = min(report.marks["ended"] for report in executor.reports)
+    return summary, marks, done, executor.reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,16 +259,16 @@ MIN_STEADY_TASKS = 8
 """Below this the steady window opens when the first task begins, since little would be left of it."""
 
 
-def _steady(tasks: Sequence[Task]) -> SteadyWindow:
+def _steady(tasks: Sequence[TaskReport]) -> SteadyWindow:
     """Tasks under way when the window opens count by the part of their stage time that lies in it: read and decode are taken to
     run from a task's beginning, the other stages up to its end (between them it may wait for the model)."""
-    whole = len(tasks) < MIN_STEADY_TASKS
-    first, last = min(task.began if whole else task.ended for task in tasks), max(task.ended for task in tasks)
+    whole, marks = len(tasks) < MIN_STEADY_TASKS, [task.marks for task in tasks]
+    first, last = min(one["began" if whole else "ended"] for one in marks), max(one["ended"] for one in marks)
     images = 0.0
     for task in tasks:
         total = sum(task.seconds.values())
         load = task.seconds.get("read", 0.0) + task.seconds.get("decode", 0.0)
-        parts = ((task.began, load), (task.ended - (total - load), total - load))
+        parts = ((task.marks["began"], load), (task.marks["ended"] - (total - load), total - load))
         inside = sum(min(length, max(0.0, start + length - first)) for start, length in parts)
         images += task.ok * inside / total
     return SteadyWindow(start=first, stop=last, images=images, opens="begin" if whole else "end")
@@ -320,7 +286,7 @@ def _measure_pipeline(config: ExtractConfig) -> PipelineRun:
         steady_from=window.opens,
         steady_cpu_ms={name: 1e3 * seconds / window.images for name, seconds in cpu.items()},
         stage_ms={s: 1e3 * sum(task.seconds.get(s, 0.0) for task in tasks) / summary.ok for s in STAGES},
-        wrap_up_s=done - max(task.ended for task in tasks),
+        wrap_up_s=done - max(task.marks["ended"] for task in tasks),
         bytes_written=summary.bytes_written,
         batch=max(task.batch for task in tasks),
         tasks=len(tasks),

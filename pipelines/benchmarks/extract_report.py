@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from pipelines.benchmarks.extract import BareStages, ExtractBenchmark, ExtractResult, Gap, LoopRun, PipelineRun
-from pipelines.costs.clocks import CORES, Machine, table
+from pipelines.costs.clocks import CORES, Machine
+from pipelines.results import table_lines
 
 
 def extract_report(config: ExtractBenchmark, result: ExtractResult, machine: Machine) -> Iterator[str]:
@@ -24,12 +25,12 @@ def extract_report(config: ExtractBenchmark, result: ExtractResult, machine: Mac
         "(d) the user's loop, whole run": loop.images_per_s,
     }
     rows = [[name, f"{rate:.2f}", f"{rate / bare.bound_images_per_s:.2f}"] for name, rate in rates.items()]
-    yield from table(["", "images/s", "of the bound"], rows)
+    yield from table_lines(["", "images/s", "of the bound"], rows)
     rows = [
         [name, f"{one.target:.2f}" if one.target else "", f"{one.best:.2f}", " ".join(f"{x:.2f}" for x in one.all)]
         for name, one in result.ratios.items()
     ]
-    yield from table(["ratio", "target", "best", "by round"], rows)
+    yield from table_lines(["ratio", "target", "best", "by round"], rows)
     yield from _gap_report(result.gap)
     yield from _process_report(pipeline, loop)
     yield from _notes(pipeline, loop, bare)
@@ -43,7 +44,7 @@ def _gap_report(gap: Gap) -> Iterator[str]:
     rows += [[name, "", "", f"{value:.2f}", f"{value:+.2f}"] for name, value in gap.outside.items()]
     rows += [["all", f"{gap.bare:.2f}", "", f"{gap.total:.2f}", f"{gap.total - gap.bare:+.2f}"]]
     yield "\nWhere it goes, in core milliseconds per image (largest gap first within the stages):"
-    yield from table(["", "bare", "stage clock", "in the run", "gap"], rows)
+    yield from table_lines(["", "bare", "stage clock", "in the run", "gap"], rows)
 
 
 def _process_report(pipeline: PipelineRun, loop: LoopRun) -> Iterator[str]:
@@ -58,7 +59,7 @@ def _process_report(pipeline: PipelineRun, loop: LoopRun) -> Iterator[str]:
     names |= {"workers": "of it workers", "largest_worker": "largest worker", "ray": "of it Ray's daemons"}
     for name, title in names.items():
         rows.append([title, megabytes(pipeline.memory[name]), megabytes(loop.memory[name])])
-    yield from table(["", "pipeline", "user's loop"], rows)
+    yield from table_lines(["", "pipeline", "user's loop"], rows)
 
 
 def _notes(pipeline: PipelineRun, loop: LoopRun, bare: BareStages) -> Iterator[str]:

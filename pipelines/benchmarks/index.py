@@ -9,10 +9,11 @@ from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import durations, run_fresh
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, Machine, NumbersFile, table
+from pipelines.costs.clocks import CORES, Machine, NumbersFile
 from pipelines.executors import RayExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
+from pipelines.results import table_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,12 @@ INDEX_PRESETS = {"default": IndexBenchmark(), "debug": IndexBenchmark(samples=20
 class IndexResult:
     """What indexing took."""
 
-    rows: int
-    sources: int
-    tasks: int
     seconds: Mapping[str, float]
     "by step"
+    rows: int
+    "of the index"
+    sources: int
+    tasks: int
     parquet_bytes: int
     memory: Mapping[str, int]
     "peaks in bytes, by group of processes"
@@ -94,4 +96,4 @@ def index_report(_: IndexBenchmark, result: IndexResult, machine: Machine) -> It
     ]
     rows += [["peak PSS of all, MB", f"{memory['pss'] / 2**20:,.0f}"]]
     rows += [["Parquet, MB", f"{result.parquet_bytes / 1e6:.1f}"]]
-    yield from table(["", ""], rows)
+    yield from table_lines(["", ""], rows)

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from pipelines.benchmarks.read import BY_ROW, IN_ORDER, Rate, ReadBenchmark, ReadResult
-from pipelines.costs.clocks import Machine, table
+from pipelines.costs.clocks import Machine
+from pipelines.results import table_lines
 
 
 def read_report(config: ReadBenchmark, result: ReadResult, machine: Machine) -> Iterator[str]:
@@ -16,10 +17,10 @@ def read_report(config: ReadBenchmark, result: ReadResult, machine: Machine) -> 
         yield from _rates(f"{place}: random rows", one.reads, {"of zarr by row": BY_ROW})
         yield from _rates(f"{place}: an epoch", one.epochs, {"of zarr by row": BY_ROW, "of in order": IN_ORDER[0]})
     rows = [[r.ratio, r.target, *(f"{value:.2f}" for value in r.found.values())] for r in ratios]
-    yield from table(["ratio", "target", *ratios[0].found], rows)
+    yield from table_lines(["ratio", "target", *ratios[0].found], rows)
     steps = [step for one in places.values() for step in one.openings]
     rows = [[s.step, f"{s.first_ms:.1f}", f"{s.ms:.1f}", f"{sum(s.requests.values())}"] for s in steps]
-    yield from table(["new objects and connections", "first, ms", "again (median), ms", "S3 requests"], rows)
+    yield from table_lines(["new objects and connections", "first, ms", "again (median), ms", "S3 requests"], rows)
     yield f"""
 - MB as decoded. CPU is the client's, with its workers. Epochs: the best of up to {config.repeat}.
 - "stopped": not done after {config.seconds:g} s; its rate, also for an epoch, is that of the rows it had read by then.
@@ -36,4 +37,4 @@ def _rates(title: str, contenders: Mapping[str, Rate], bases: Mapping[str, str])
         ratios = [f"{one.rows_per_s / contenders[base].rows_per_s:.2f}" for base in bases.values()]
         rows.append([name, *numbers, f"{one.rows:,}{'' if one.done else ' (stopped)'}", *ratios])
     columns = ["rows/s", "MB/s", "CPU s / 1,000 rows", *(["server's"] if is_served else [])]
-    yield from table([title, *columns, "rows read", *bases], rows)
+    yield from table_lines([title, *columns, "rows read", *bases], rows)

@@ -9,10 +9,11 @@ from typing import Literal
 
 from pipelines.benchmarks.data import write_masks
 from pipelines.config import require_at_least
-from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, steady_rate, table
+from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, steady_rate
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
+from pipelines.results import table_lines
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_inline
 from storage.paths import Folder
@@ -136,7 +137,7 @@ def readout_report(config: ReadoutBenchmark, result: ReadoutResult, machine: Mac
     for method, by_source in result.rates.items():
         live, store = (max(by_source[source]) for source in ("live", "store"))
         rows.append([method, f"{live:.2f}", f"{store:.2f}", f"{store / live:.1f}"])
-    yield from table(["readout", "live, images/s", "from a store, images/s", "times"], rows)
+    yield from table_lines(["readout", "live, images/s", "from a store, images/s", "times"], rows)
     yield f"""
 - After {WARM_UP} steps; reading, decoding and targets count, checkpoints and validation don't.
 - Largest difference between the losses of the two, over all steps: {result.apart:.2g}."""

@@ -8,20 +8,23 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from cluster.metrics import TaskReport
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import run_fresh
-from pipelines.benchmarks.simulated import DriverUse, SimulatedExecutor, Turn
+from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor, simulated
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, table
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
 from pipelines.executors import WINDOW_TASKS
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
+from pipelines.results import table_lines
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +169,7 @@ def measure_scale(config: ScaleBenchmark, folder: Path) -> ScaleResult:
 
 def _drive(
     folder: str, rows: int, block_rows: int, actors: int, forward_s: float
-) -> tuple[int, dict[str, DriverUse], list[Turn]]:
+) -> tuple[int, dict[str, DriverUse], list[TaskReport]]:
     """One extraction with simulated workers, as a process of its own: how many tasks it had, what the driver had used when, and
     who did which task when."""
     tars = write_tiny_tars(Path(folder) / "tars", rows, max(1, rows // 10_000))
@@ -183,7 +186,7 @@ def _drive(
     )
     resolved = resolve(config)
     with connect("local", num_cpus=actors + 1, num_gpus=0):
-        executor = SimulatedExecutor(forward_s)
+        executor = WatchedExecutor(partial(simulated, forward_s=forward_s))
         marks = {"start": DriverUse.now()}
         prepared = prepare(resolved, executor)
         marks["indexed"] = DriverUse.now()
@@ -191,14 +194,14 @@ def _drive(
         marks |= executor.marks | {"finished": DriverUse.now()}
     if summary.ok != rows:
         raise BenchmarkFailed(f"{summary.ok} of {rows} rows are in the store")
-    return prepared.layout.n_blocks, marks, executor.turns
+    return prepared.layout.n_blocks, marks, executor.reports
 
 
 def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s: float) -> Run:
     """`_drive` in a fresh process, what it took, and the sizes of what it wrote; the folder is removed."""
     folder.mkdir()
     try:
-        [(tasks, marks, turns)], usage = run_fresh(_drive, (str(folder), rows, block_rows, actors, forward_s))
+        [(tasks, marks, reports)], usage = run_fresh(_drive, (str(folder), rows, block_rows, actors, forward_s))
         sizes = {
             name: _size(folder / "out.zarr" / name) for name in ("index", "ledger/commits", "ledger/samples", "runs")
         }
@@ -211,7 +214,7 @@ def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s
         "finish": ("last task", "finished"),
     }
     return Run(
-        **vars(_steady(turns, actors, forward_s)),
+        **vars(_steady(reports, actors, forward_s)),
         actors=actors,
         forward_s=forward_s,
         rows=rows,
@@ -227,23 +230,24 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _steady(turns: Sequence[Turn], actors: int, forward_s: float) -> Steady:
+def _steady(reports: Sequence[TaskReport], actors: int, forward_s: float) -> Steady:
     """Over the longest time in which `actors` actors were there, each from its first task to its last one."""
-    by_process: dict[int, list[Turn]] = {}
-    for turn in turns:
-        by_process.setdefault(turn.process, []).append(turn)
-    spans = [(min(turn.begun for turn in mine), max(turn.ended for turn in mine)) for mine in by_process.values()]
+    marks = [report.marks for report in reports]
+    by_process: dict[float, list[Mapping[str, float]]] = {}
+    for one in marks:
+        by_process.setdefault(one["process"], []).append(one)
+    spans = [(min(one["begun"] for one in mine), max(one["ended"] for one in mine)) for mine in by_process.values()]
     begun, ended = _longest(spans, actors)
     seconds = ended - begun
-    shares = [(min(one.ended, ended) - max(one.begun, begun)) / max(one.ended - one.begun, 1e-9) for one in turns]
+    shares = [(min(m["ended"], ended) - max(m["begun"], begun)) / max(m["ended"] - m["begun"], 1e-9) for m in marks]
     count = sum(max(0.0, share) for share in shares)
     return Steady(
         processes=len(by_process),
         steady_s=seconds,
         tasks_per_s=count / seconds if seconds else None,
         linear=count * forward_s / (seconds * actors) if seconds and forward_s else None,
-        fed_per_s=(len(turns) - 1) / max(1e-9, turns[-1].arrived - turns[0].arrived),
-        report_delay_s=float(np.median([turn.arrived - turn.ended for turn in turns])),
+        fed_per_s=(len(marks) - 1) / max(1e-9, marks[-1]["arrived"] - marks[0]["arrived"]),
+        report_delay_s=float(np.median([one["arrived"] - one["ended"] for one in marks])),
     )
 
 
@@ -284,7 +288,7 @@ def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) 
         for run in result.runs
     ]
     head = ["actors", "tasks/s, all", "steady", "of linear", "driver CPU, ms/task", "of a core", "report late, ms"]
-    yield from table([*head, "start, s"], rows)
+    yield from table_lines([*head, "start, s"], rows)
     yield from _fed_report(config, result.fed)
     yield from _long_report(result.long)
     if result.long.rows >= 100_000:  # of fewer, what doesn't grow with them is the larger part
@@ -313,7 +317,7 @@ def _fed_report(config: ScaleBenchmark, run: Run) -> Iterator[str]:
         f"{1e3 * run.cpu_s['workers'] / run.tasks:.1f}",
         f"{bound * 10:,.0f}",
     ]
-    yield from table([*head, "actors fed at 10 s"], [row])
+    yield from table_lines([*head, "actors fed at 10 s"], [row])
 
 
 def _long_report(run: Run) -> Iterator[str]:
@@ -328,9 +332,9 @@ def _long_report(run: Run) -> Iterator[str]:
         ]
         for name, phase in run.phases.items()
     ]
-    yield from table(["driver", "wall, s", "CPU, s", "memory grows by at most, MiB"], rows)
+    yield from table_lines(["driver", "wall, s", "CPU, s", "memory grows by at most, MiB"], rows)
     sizes = [[name, f"{size / millions / 1e6:.1f}"] for name, size in run.sizes.items()]
-    yield from table(["kept in the store", "MB"], sizes)
+    yield from table_lines(["kept in the store", "MB"], sizes)
 
 
 def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
@@ -338,7 +342,7 @@ def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
     times, tasks = TARGET_ROWS / run.rows, TARGET_ROWS // config.block_rows
     phases, sizes = run.phases, run.sizes
     yield f"\n### {TARGET_ROWS:,} images, were all to grow with the rows: {tasks:,} tasks"
-    yield from table(
+    yield from table_lines(
         ["", ""],
         [
             ["index: scanned on these cores, min", f"{phases['index'].wall_s * times / 60:.0f}"],

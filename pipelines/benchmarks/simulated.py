@@ -6,7 +6,7 @@ Needs no torch: a worker process takes 150 MB and 2 s of CPU time, so that tens 
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -71,34 +71,10 @@ class SimulatedWorker:
         return replace(report, marks={"process": os.getpid(), "begun": begun, "ended": ended})
 
 
-class SimulatedExecutor(RayExecutor):
-    """With simulated workers in place of those it is given; keeps when each report came."""
-
-    def __init__(self, forward_s: float):
-        self.forward_s = forward_s
-        self.turns: list[Turn] = []
-        self.marks: dict[str, DriverUse] = {}
-        "when a part of the run begins or ends"
-
-    def stream(
-        self,
-        make_worker: MakeWorker,
-        tasks: Sequence[ShardTask],
-        pool: WorkerPool,
-        *,
-        decode_on: str = "actor",
-        solo: bool = False,
-    ) -> Iterator[TaskReport]:
-        of = cast("WorkerSetup", make_worker)
-        setup = SimulatedSetup(out=of.out, options=of.options, run_id=of.run_id, forward_s=self.forward_s)
-        self.marks["ready"] = DriverUse.now()
-        for report in super().stream(setup, tasks, pool, decode_on=decode_on, solo=solo):
-            if not self.turns:
-                self.marks["first task"] = DriverUse.now()
-            process, begun, ended = (report.marks[name] for name in ("process", "begun", "ended"))
-            self.turns.append(Turn(process=int(process), begun=begun, ended=ended, arrived=time.monotonic()))
-            yield report
-        self.marks["last task"] = DriverUse.now()
+def simulated(make_worker: MakeWorker, forward_s: float) -> SimulatedSetup:
+    """What makes simulated workers for the store that the real ones would fill."""
+    of = cast("WorkerSetup", make_worker)
+    return SimulatedSetup(out=of.out, options=of.options, run_id=of.run_id, forward_s=forward_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +98,29 @@ class DriverUse:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """A task that a simulated worker did; times in seconds on the monotonic clock."""
+class WatchedExecutor(RayExecutor):
+    """Has `instead` make the workers, of what would have made them; keeps the reports, and when each came as their mark
+    `arrived`, in seconds of the monotonic clock."""
 
-    process: int
-    begun: float
-    "when the model began to be busy with it"
-    ended: float
-    arrived: float
-    "when the driver had its report"
+    def __init__(self, instead: Callable[[MakeWorker], MakeWorker]):
+        self._instead = instead
+        self.reports: list[TaskReport] = []
+        self.marks: dict[str, DriverUse] = {}
+        "when the workers are asked for, and when the first and the last report came"
+
+    def stream(
+        self,
+        make_worker: MakeWorker,
+        tasks: Sequence[ShardTask],
+        pool: WorkerPool,
+        *,
+        decode_on: str = "actor",
+        solo: bool = False,
+    ) -> Iterator[TaskReport]:
+        self.marks["ready"] = DriverUse.now()
+        for report in super().stream(self._instead(make_worker), tasks, pool, decode_on=decode_on, solo=solo):
+            if not self.reports:
+                self.marks["first task"] = DriverUse.now()
+            self.reports.append(replace(report, marks={**report.marks, "arrived": time.monotonic()}))
+            yield report
+        self.marks["last task"] = DriverUse.now()

@@ -27,8 +27,9 @@ from cluster.session import connect
 from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import require_at_least
-from pipelines.costs.clocks import CORES, WARM_UP, Machine, NumbersFile, rated_steps, steady_rate, table
+from pipelines.costs.clocks import CORES, WARM_UP, Machine, NumbersFile, rated_steps, steady_rate
 from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.results import table_lines
 from pipelines.training.lift import X2Config
 from pipelines.training.run import train_inline, train_on_ray
 from storage.paths import Folder
@@ -135,7 +136,7 @@ def train_report(config: TrainBenchmark, result: TrainResult, machine: Machine) 
         [name, f"{result.best[name]:.2f}", f"{result.ratios[name]:.2f}", " ".join(f"{r:.1f}" for r in rates)]
         for name, rates in result.rates.items()
     ]
-    yield from table(["", "images/s, best", "of the plain loop", "by round"], rows)
+    yield from table_lines(["", "images/s, best", "of the plain loop", "by round"], rows)
     yield f"""
 - From the {WARM_UP + 1}th step on; waiting for images counts, checkpoints and validation don't (the plain loop has none).
 - Colour jitter and all three scales of the backbone are computed in each."""

@@ -1,4 +1,4 @@
-"""What measurements are made of: clocks, memory, the machine they hold for, and tables."""
+"""What measurements are made of: clocks, memory, and the machine they hold for."""
 
 import contextlib
 import itertools
@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -152,15 +152,6 @@ def machine() -> Machine:
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table, line by line, its first column to the left and the others to the right."""
-    yield ""
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" + "---:|" * (len(head) - 1)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,5 @@
 """Time and peak memory of each method and output grid, in the layout of ViT-Up's Table 9; operations and parameters, as LiFT's
-Tables 5 and 6 have them, too (specs/evaluation.md sections 10, 11).
+Tables 5 and 6 have them, too.
 
 What it takes to bring one random image to a grid of features, backbone included. Weights are random unless a method names a
 checkpoint: the numbers don't depend on them. How things are timed and counted is said in pipelines/costs/upsamplers.py.
@@ -9,8 +9,7 @@ import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib
 import torch
@@ -18,33 +17,23 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from operators.backbone import PatchFeatures, TimmBackbone, autocast, state_arrays
-from operators.upsamplers import UPSAMPLERS, NetConfig, Upsampler, UpsamplerError, build_net, create_upsampler
-from operators.upsamplers.vit_up import Lora, ViTUp, ViTUpHead
+from operators.backbone import PatchFeatures, TimmBackbone, autocast
+from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, timed
-from pipelines.costs.upsamplers import count_operations, count_parameters, counted_macs
-from pipelines.costs.vit_up import bytes_per_query, vit_up_pass, vit_up_settings
-from pipelines.costs.windows import random_head
+from pipelines.costs.upsamplers import OperationCounts, count_operations, counted_macs, require_enlarging
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import LevelConfig
-from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, Row, resolve_source
-from pipelines.features.upsamplers import (
-    METHODS,
-    NetWeights,
-    UpsamplerWeights,
-    ViTUpWeights,
-    load_upsampler,
-)
+from pipelines.features.rows import Row
+from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
+from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, Published, Values
 from pipelines.results import Findings, Line, Table, shown_size, with_published
 from storage.datasets.files import digest
+from storage.documents import decode
 from storage.paths import Folder
-
-_QUERY_SCALE = 8
-"""ViT-Up's query grid is sampled from an image enlarged so much: 3584 px for 448."""
 
 _UNUSED = ("data", "stores", "drawing", "limit")
 """Settings of every evaluation that mean nothing here."""
@@ -56,8 +45,8 @@ class RuntimeConfig(EvaluateConfig):
 
     features: Held[LevelConfig] = LevelConfig(weights="random", levels=("x1",))
     methods: Counts[tuple[str, ...]] = ("bilinear", "lift")
-    """Upsamplers: bilinear (always there), bicubic, nearest; lift, resize_conv, jbu, vit_up with random weights, or with a
-    checkpoint's, as in vit_up:s3://bucket/checkpoint."""
+    """Upsamplers: bilinear (always there), bicubic, nearest; lift, resize_conv, jbu, vit_up, module:Class of your own, with
+    random weights, or with a checkpoint's, as in vit_up:s3://bucket/checkpoint."""
     side: Annotated[Counts[int], tyro.conf.arg(name="size")] = 448
     """Side of the square input in pixels."""
     grids: Counts[tuple[int, ...]] = (56, 112, 224, 448)
@@ -91,16 +80,21 @@ class RuntimeConfig(EvaluateConfig):
             raise ConfigError(f"--size {self.side}: must be at least 1")
         if not self.grids or min(self.grids) < 1 or not self.chunks or min(self.chunks) < 0 or self.row_s <= 0:
             raise ConfigError("--grids must be at least 1, --chunks at least 0, one of each, and --row-s above 0")
-        known = [*(name for name in UPSAMPLERS if name != "average"), *METHODS]
-        for name, _, url in (text.partition(":") for text in self.methods):
-            if name not in known or (url and name not in METHODS):
+        for name, url in self.named_methods:
+            found = require_enlarging("--methods", name)
+            if url and not found.learned:
+                learned = ", ".join(method_names(lambda method: method.learned))
                 raise ConfigError(
-                    f"--methods {name}{':...' if url else ''}: there are {', '.join(known)}; "
-                    f"{', '.join(METHODS)} may have a checkpoint's URL, as in lift:URL"
+                    f"--methods {name}:...: there are no weights of it; {learned} may have a checkpoint's URL"
                 )
-        names = [text.partition(":")[0] for text in self.methods]
+        names = [name for name, _ in self.named_methods]
         if len(set(names)) < len(names):
             raise ConfigError(f"--methods {' '.join(names)}: give each once")
+
+    @property
+    def named_methods(self) -> list[tuple[str, str]]:
+        """(name, URL of a checkpoint or nothing) of `methods`."""
+        return [split_method(text) for text in self.methods]
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -117,6 +111,26 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.row.name}, {self.chunk} x {self.chunk} at once" if self.chunk else self.row.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What was measured of a case."""
+
+    case: str
+    "its name"
+    device: str
+    seconds: tuple[float, ...]
+    macs: int
+    bytes_before: int
+    "weights above all"
+    peak_bytes: int | None
+    "with those; None where the system doesn't tell"
+
+    @property
+    def ms(self) -> float:
+        """Mean of all passes, as the papers have it."""
+        return 1e3 * statistics.mean(self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,36 +153,49 @@ class Runtime:
     def run(self, piece: Piece, source: CachedSource, folder: Folder) -> list[Record]:  # noqa: ARG002
         (number,) = piece.items
         case = self.cases[number]
-        live: LiveSource = source.source  # past the cache: what is timed is done anew
+        live = source.source  # past the cache: what is timed is done anew
+        assert isinstance(live, LiveSource)
         device = torch.device(live.device)
         run = self._program(case, live.recipe, device)
         macs = counted_macs(run)  # the first pass, in which what is done once is done
         timed([run], self.warm_up - 1, self.row_s, device)
         (seconds,) = timed([run], self.repeat, self.row_s, device)
         before, peak = held_bytes(run, device)
-        measured = {"seconds": seconds, "macs": macs, "bytes_before": before, "peak_bytes": peak}
-        return [{"case": case.name, "device": device_name(device), **measured}]
+        timing = Timing(
+            case=case.name,
+            device=device_name(device),
+            seconds=tuple(seconds),
+            macs=macs,
+            bytes_before=before,
+            peak_bytes=peak,
+        )
+        return [asdict(timing)]
 
-    def _program(self, case: Case, recipe: LiveRecipe, device: torch.device) -> Callable[[], Any]:
-        """From an image on the device to the grid. Only what this needs is on the device: ViT-Up has a backbone of its own."""
+    def _program(self, case: Case, recipe: LiveRecipe, device: torch.device) -> Callable[[], object]:
+        """From an image on the device to the grid. Only what this needs is on the device: some have a backbone of their own."""
         bundle = recipe.bundle((self.size, self.size))
         model = bundle.build("cpu")
         spec, backbone = bundle.spec, model.backbone
         images = torch.randn(1, 3, *spec.input_size, generator=torch.Generator().manual_seed(0)).to(device)
-        upsampler = self._upsampler(case, bundle)
-        if isinstance(upsampler, ViTUp):
-            maps = {
-                layer: torch.empty(1, backbone.channels, *recipe.rows(spec.input_size)[0].grid) for layer in spec.layers
-            }
-            features = PatchFeatures(layers=maps, prefix={}, stride=spec.stride)
-            return torch.inference_mode()(partial(vit_up_pass, upsampler, images, features, spec.layers, case.row.grid))
-        backbone.model.to(device)
+        upsampler, given = self._upsampler(case, bundle), None
+        if upsampler and "backbone" in find_method(case.row.method).needs:
+            grid = recipe.rows(spec.input_size)[0].grid
+            maps = {layer: torch.empty(1, backbone.channels, *grid) for layer in spec.layers}
+            given = PatchFeatures(layers=maps, prefix={}, stride=spec.stride)
+        else:
+            backbone.model.to(device)
 
         @torch.inference_mode()
         def run() -> PatchFeatures | Tensor:
-            with autocast(device, spec.precision):
-                features = backbone(images, spec.layers)
-            return upsampler(images, features, spec.layers, case.row.grid) if upsampler else features
+            features = given
+            if features is None:
+                with autocast(device, spec.precision):
+                    features = backbone(images, spec.layers)
+            if upsampler is None:
+                return features
+            out = upsampler(images, features, spec.layers, case.row.grid)
+            upsampler.forget()
+            return out
 
         return run
 
@@ -178,9 +205,9 @@ class Runtime:
             return None
         if method not in self.learned:
             return create_upsampler(method)
-        upsampler = self.learned[method].build(bundle.spec.precision, bundle.fresh)
-        if isinstance(upsampler, ViTUp) and case.chunk:
-            upsampler.working_bytes = case.chunk**2 * bytes_per_query(upsampler)
+        upsampler = self.learned[method].build(bundle.spec.precision, bundle.reload)
+        if case.chunk:
+            upsampler.take_at_once(case.chunk**2)
         return upsampler
 
 
@@ -190,14 +217,15 @@ class Runtime:
 def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
     """The model made, checkpoints loaded, the folder begun: most that can be wrong is wrong here."""
     recipe, ((side, _),) = resolve_source(config.source, [(config.side, config.side)], "squash")
+    assert isinstance(recipe, LiveRecipe)  # since there are no stores
     bundle = recipe.bundle((side, side))
     backbone = bundle.build("cpu").backbone
     learned = {
         method: _load(config, method, url, bundle, backbone)
-        for method, _, url in (text.partition(":") for text in config.methods)
-        if method in METHODS
+        for method, url in config.named_methods
+        if find_method(method).learned
     }
-    cases, left_out = _cases(config, recipe.rows((side, side))[0], learned, bundle)
+    cases, left_out = _cases(config, recipe.rows((side, side))[0], learned)
     task = Runtime(
         cases=cases,
         learned=learned,
@@ -215,32 +243,24 @@ def _load(
     config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone
 ) -> UpsamplerWeights:
     if url:
-        options = {"storage_options": config.options, "force": config.features.force_upsampler}
-        return load_upsampler(method, url, backbone, bundle.spec, **options)
+        force = config.features.force_upsampler
+        return load_upsampler(method, url, backbone, bundle.spec, storage_options=config.options, force=force)
+    found = find_method(method)
     channels = backbone.channels * len(bundle.spec.layers)
-    if method != "vit_up":
-        crops = backbone.ragged and method == "lift"
-        settings = NetConfig(method=method, channels=channels, patch=backbone.patch, border_crop=crops)
-        return NetWeights(settings=settings, arrays=state_arrays(build_net(settings)))
-    vit_up = vit_up_settings(backbone.channels, backbone.n_layers, config.side, _QUERY_SCALE * config.side)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same digest when it is continued
-        lora = Lora(bundle.fresh(), rank=vit_up.rank, alpha=vit_up.alpha, dropout=vit_up.dropout)
-    adapter = {name: tensor.numpy() for name, tensor in lora.peft_state().items()}
-    return ViTUpWeights(settings=vit_up, arrays={**state_arrays(random_head(vit_up)), **adapter})
+    return UpsamplerWeights.of(found, *found.untrained(backbone, channels, config.side, bundle.reload))
 
 
 def _cases(
-    config: RuntimeConfig, low: Row, learned: Mapping[str, UpsamplerWeights], bundle: ModelBundle
+    config: RuntimeConfig, low: Row, learned: Mapping[str, UpsamplerWeights]
 ) -> tuple[tuple[Case, ...], tuple[str, ...]]:
     """The backbone alone, then grid by grid bilinear and the methods; and what can't be had."""
-    names = dict.fromkeys(["bilinear", *(text.partition(":")[0] for text in config.methods)])
-    cases, left_out, digests = [Case(row=low)], [], {}
+    names = dict.fromkeys(["bilinear", *(name for name, _ in config.named_methods)])
+    cases, left_out, digests = [Case(row=low)], [], {name: weights.digest for name, weights in learned.items()}
     for grid in dict.fromkeys((side, side) for side in config.grids):
         for method in names:
             try:
-                if method in learned and (method not in digests or isinstance(learned[method], NetWeights)):
-                    digests[method] = learned[method].check(bundle.fresh, low.grid, grid)
+                if method in learned:
+                    learned[method].require_grid(low.grid, grid)
             except UpsamplerError as error:
                 left_out.append(f"{method} at {shown_size(grid)} ({error})")
                 continue
@@ -252,7 +272,7 @@ def _cases(
                 stride=low.stride,
                 digest=digests.get(method, ""),
             )
-            chunks = [chunk for chunk in config.chunks if chunk <= grid[0]] if method == "vit_up" else [0]
+            chunks = [chunk for chunk in config.chunks if chunk <= grid[0]] if find_method(method).chunked else [0]
             cases += [Case(row=row, chunk=chunk) for chunk in chunks]
     return tuple(cases), tuple(left_out)
 
@@ -267,12 +287,13 @@ def _level_name(grid: tuple[int, int], base: tuple[int, int]) -> str:
 
 def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequence[Record]) -> Findings:
     """Time and memory of each case, and operations of the backbone and of networks that enlarge x2."""
-    devices = list(dict.fromkeys(record["device"] for record in records))
+    found = {timing.case: timing for timing in (decode(Timing, record, "a timing") for record in records)}
+    devices = list(dict.fromkeys(timing.device for timing in found.values()))
     if len(devices) > 1:
         raise ConfigError(f"{config.out} has timings of {' and of '.join(devices)}; give --out a new folder")
     on_gpu = not devices[0].startswith("CPU")
-    found, counts = {record["case"]: record for record in records}, _counts(task, recipe.bundle((task.size, task.size)))
-    lines = [_line(case, task.size, found[case.name], counts["parameters"]) for case in task.cases]
+    counts = _counts(task, recipe.bundle((task.size, task.size)))
+    lines = [_line(case, task.size, found[case.name], counts.parameters) for case in task.cases]
     if config.paper and on_gpu:
         lines = _with_table_9(lines, task)
     memory = "peak MiB" if on_gpu else "peak RSS, MiB"
@@ -284,13 +305,14 @@ def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequ
     return Findings(
         tables=(times, _operations(config, task, counts)),
         choices=_choices(config, task, on_gpu=on_gpu),
-        details={"timings": list(records), "counts": counts, "digests": _digests(task)},
+        details={"timings": list(records), "counts": asdict(counts), "digests": _digests(task)},
         pictures={"runtime.png": plot(task, found)} if config.pictures else {},
     )
 
 
-def _counts(task: Runtime, bundle: ModelBundle) -> dict[str, Any]:
-    nets = [asdict(weights.settings) for weights in task.learned.values() if isinstance(weights, NetWeights)]
+def _counts(task: Runtime, bundle: ModelBundle) -> OperationCounts:
+    trained_by = {method: find_method(method).trained_by for method in task.learned}
+    nets = [weights.settings for method, weights in task.learned.items() if trained_by[method] == "lift"]
     spec = bundle.spec
     counts = count_operations(
         spec.model,
@@ -303,24 +325,18 @@ def _counts(task: Runtime, bundle: ModelBundle) -> dict[str, Any]:
         model_args=spec.model_args,
         nets=nets,
     )
-    for method, weights in task.learned.items():
-        if isinstance(weights, ViTUpWeights):
-            with torch.device("meta"):
-                head = count_parameters(ViTUpHead(weights.settings))
-            adapter = sum(array.size for name, array in weights.arrays.items() if name.startswith("backbone."))
-            counts["parameters"][method] = head + adapter
-    return counts
+    learned = {method: weights.parameters for method, weights in task.learned.items()}
+    return replace(counts, parameters={**counts.parameters, **learned})
 
 
-def _line(case: Case, size: int, record: Record, parameters: Mapping[str, int]) -> Line:
-    times, peak = record["seconds"], record["peak_bytes"]
+def _line(case: Case, size: int, timing: Timing, parameters: Mapping[str, int]) -> Line:
     values = [
-        1e3 * statistics.mean(times),
-        1e3 * statistics.median(times),
-        len(times),
-        None if peak is None else peak / 2**20,
+        timing.ms,
+        1e3 * statistics.median(timing.seconds),
+        len(timing.seconds),
+        None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
         parameters.get(case.row.method, 0) / 1e6,
-        record["macs"] / 1e9,
+        timing.macs / 1e9,
     ]
     return replace(Line.of(case.row, (size, size), values), features=case.name)
 
@@ -335,8 +351,8 @@ def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
     others = [name for name in VIT_UP_RUNTIME.rows if not name.startswith("ViT-Up")]
     by_side = {case.row.grid[0]: line for case, line in zip(task.cases[1:], lines[1:], strict=True)}
     for side, line in by_side.items():
-        found = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
-        out += [_published(line, name, values) for name, values in found.items() if values]
+        beside = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
+        out += [_published(line, name, values) for name, values in beside.items() if values]
     return out
 
 
@@ -347,19 +363,19 @@ def _published(line: Line, name: str, values: Values) -> Line:
     )
 
 
-def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any]) -> Table:
+def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts) -> Table:
     """The layout of LiFT's Table 5. Counted for x2 whatever grids were timed."""
     size, low = (task.size, task.size), task.cases[0].row
     rows = {low.name: low} | {
         f"{method} x2": replace(low, name=f"{method} x2", method=method, grid=(2 * low.grid[0], 2 * low.grid[1]))
-        for method in counts["paper_count"]
+        for method in counts.paper_count
         if method != "alone"
     }
     lines = []
     for row in rows.values():
         name = "alone" if row is low else row.method
-        macs = counts["macs"]["alone"] + (0 if row is low else counts["macs"][name])
-        values = [counts["parameters"][row.method] / 1e6, counts["paper_count"][name] / 1e9, macs / 1e9]
+        macs = counts.macs["alone"] + (0 if row is low else counts.macs[name])
+        values = [counts.parameters[row.method] / 1e6, counts.paper_count[name] / 1e9, macs / 1e9]
         lines.append(Line.of(row, size, values))
     table = Table(
         title="Operations of one image: as LiFT's paper counts them, and multiply-accumulates of the whole model",
@@ -403,20 +419,20 @@ def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str,
 
 
 def _weights(config: RuntimeConfig) -> list[str]:
-    named = [text.partition(":")[::2] for text in config.public()["methods"]]
-    return [f"{method} {url or 'random'}" for method, url in named if method in METHODS]
+    named = [split_method(text) for text in config.public()["methods"]]
+    return [f"{method} {url or 'random'}" for method, url in named if find_method(method).learned]
 
 
 def _digests(task: Runtime) -> dict[str, str]:
     return {case.row.method: case.row.digest for case in task.cases if case.row.digest}
 
 
-def plot(task: Runtime, found: Mapping[str, Record]) -> bytes:
+def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
     """Time against the grid's side, a curve for each method, PNG."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for case in task.cases[1:]:
         name = case.name.replace(case.row.name, case.row.method)
-        curves.setdefault(name, []).append((case.row.grid[0], 1e3 * statistics.mean(found[case.name]["seconds"])))
+        curves.setdefault(name, []).append((case.row.grid[0], found[case.name].ms))
     sides = sorted({side for curve in curves.values() for side, _ in curve})
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
@@ -424,7 +440,7 @@ def plot(task: Runtime, found: Mapping[str, Record]) -> bytes:
         axes.set(xscale="log", yscale="log", xlabel="side of the grid", ylabel="ms for one image, backbone included")
         for name, curve in curves.items():
             axes.plot(*zip(*sorted(curve), strict=True), marker="o", markersize=3, label=name)
-        alone = 1e3 * statistics.mean(found[task.cases[0].name]["seconds"])
+        alone = found[task.cases[0].name].ms
         axes.axhline(alone, color="grey", linewidth=0.8, linestyle="--", label="backbone alone")
         axes.set_xticks(sides, [str(side) for side in sides])
         axes.set_xticks([], minor=True)

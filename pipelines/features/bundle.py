@@ -38,13 +38,13 @@ class ModelBundle:
     "learned ones, by level"
 
     def build(self, device: str) -> FeatureModel:
-        return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.fresh)
+        return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.reload)
 
     def backbone(self) -> TimmBackbone:
         """The backbone as it gives the features, on the CPU."""
         spec = self.spec
         return TimmBackbone(
-            self.fresh(),
+            self.reload(),
             facet=spec.facet,
             norm=spec.norm,
             stride=spec.stride,
@@ -56,7 +56,7 @@ class ModelBundle:
         """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
         return normalise(torch.from_numpy(np.array(pixels_BHW3)).to(device), self.spec.mean, self.spec.std)
 
-    def fresh(self) -> nn.Module:
+    def reload(self) -> nn.Module:
         """The timm model with its own position embeddings, which a backbone in use has replaced."""
         return fresh_model(self.spec.model, self.spec.input_size, self.arrays, self.spec.model_args)
 
@@ -112,6 +112,7 @@ def load_settings(
 def load_described(features: FeatureConfig, options: StorageOptions | None = None) -> tuple[ModelBundle, FeatureModel]:
     """What settings name, loaded and described. Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or
     `ConfigError`."""
+    _choices(features)  # what is wrong there is wrong before anything is fetched
     return describe_model(features, load_settings(features, features.input_size, options), options)
 
 
@@ -122,7 +123,7 @@ def describe_model(
     CPU. `features.size` is for nothing here: the model was made for its size.
 
     Raises `BackboneError`, `UpsamplerError` or `ConfigError`."""
-    levels = [LevelChoice.parse(text, features.encoding) for text in features.levels]
+    levels = _choices(features)
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(loaded.model).items()}
     backbone = TimmBackbone(
@@ -135,9 +136,9 @@ def describe_model(
     )
     spec = _spec(features, loaded, backbone, weights_digest(arrays))
     learned = _load_upsamplers(levels, backbone, spec, options, force=features.force_upsampler)
-    fresh = partial(fresh_model, spec.model, spec.input_size, arrays, spec.model_args)
+    reload = partial(fresh_model, spec.model, spec.input_size, arrays, spec.model_args)
     resolved = tuple(
-        resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name), fresh)
+        resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name))
         for choice in levels
     )
     if len({level.name for level in resolved}) != len(resolved) or not resolved:
@@ -145,7 +146,12 @@ def describe_model(
             f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
         )
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
-    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, fresh)
+    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, reload)
+
+
+def _choices(features: FeatureConfig) -> list[LevelChoice]:
+    """The levels as they are asked for. Raises `ConfigError`."""
+    return [LevelChoice.parse(text, features.encoding) for text in features.levels]
 
 
 def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, digest: str) -> FeatureSpec:

@@ -1,22 +1,17 @@
 """Levels as they are asked for (`--levels x2=lift:URL@float16`), and what they come to for a backbone."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
-from operators.backbone import (
-    TimmBackbone,
-)
-from operators.upsamplers import create_upsampler
+from operators.backbone import TimmBackbone
+from operators.upsamplers import UpsamplerError, find_method, method_names, split_method
 from pipelines.config import ConfigError
-from pipelines.features.upsamplers import (
-    METHODS,
-    UpsamplerWeights,
-)
+from pipelines.features.upsamplers import UpsamplerWeights
 from storage.paths import redact
 from storage.spec import Level
+
+_OF_THE_BACKBONE = ("", "backbone", "mean", "cls")
+"""What a level may be without an upsampler; nothing stands for what suits its grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +29,7 @@ class LevelChoice:
         # Not what lies between an @ and the end of a URL, which may have one of its own.
         body, dtype = re.fullmatch(r"(.*?)(?:@([^@/:]*))?", text).groups()
         name, _, method = body.partition("=")
-        method, _, url = method.partition(":")
+        method, url = split_method(method)
         if not re.fullmatch(r"pooled|x\d+(\.\d+)?|\d+x\d+", name):
             raise ConfigError(
                 f"--levels {redact(text)}: {redact(name)!r} is no level; use x1, x2, x0.5, ..., 112x112 (rows x columns), "
@@ -45,9 +40,14 @@ class LevelChoice:
             raise ConfigError(f"--levels {redact(text)}: {dtype!r} is no encoding; there are float16, float32, int8")
         if name == "pooled" and dtype == "int8":
             dtype = "float16"
-        if bool(url) != (method in METHODS):
+        try:
+            learned = method not in _OF_THE_BACKBONE and find_method(method).learned
+        except UpsamplerError as error:
+            raise ConfigError(f"--levels {redact(text)}: {redact(str(error))}") from None
+        if bool(url) != learned:
+            names = ", ".join(method_names(lambda each: each.learned))
             raise ConfigError(
-                f"--levels {redact(text)}: learned methods ({', '.join(METHODS)}) take the URL of a checkpoint, as in "
+                f"--levels {redact(text)}: learned methods ({names}) take the URL of a checkpoint, as in "
                 "x2=lift:s3://bucket/checkpoint; others take none"
             )
         return cls(name=name, method=method, dtype=dtype, url=url)
@@ -59,7 +59,6 @@ def resolve_level(
     size: tuple[int, int],
     n_layers: int,
     learned: UpsamplerWeights | None = None,
-    fresh: Callable[[], nn.Module] | None = None,
 ) -> Level:
     """A `Level` with everything filled in. Raises `ConfigError` or `UpsamplerError` where the grid can't be had."""
     channels = backbone.channels * n_layers
@@ -77,20 +76,7 @@ def resolve_level(
         method = "backbone"
     elif not method:
         method = "average" if grid[0] < base[0] or grid[1] < base[1] else "bilinear"
-    if method == "average" and (base[0] % grid[0] or base[1] % grid[1]):
-        raise ConfigError(
-            f"--levels {choice.name}=average: {base[0]}x{base[1]} cells don't divide into {grid[0]}x{grid[1]}"
-        )
-    digest = ""
-    if learned:
-        if learned.channels != channels:
-            raise ConfigError(
-                f"--levels {choice.name}={method}: the checkpoint is for maps of {learned.channels} channels; "
-                f"{n_layers} layers of this backbone have {channels}"
-            )
-        digest = learned.check(fresh, base, grid)
-    elif method != "backbone":
-        digest = create_upsampler(method).digest
+    digest = _held_against(choice.name, method, learned, channels, base, grid) if method != "backbone" else ""
     step = tuple(backbone.stride * b / g for b, g in zip(base, grid, strict=True))
     edge = backbone.cell_start() - backbone.stride / 2
     return Level(
@@ -103,6 +89,31 @@ def resolve_level(
         step=(step[0], step[1]),
         digest=digest,
     )
+
+
+def _held_against(
+    name: str,
+    method: str,
+    learned: UpsamplerWeights | None,
+    channels: int,
+    base: tuple[int, int],
+    grid: tuple[int, int],
+) -> str:
+    """The digest of a level's upsampler, where that can bring maps of `base` cells to `grid`; empty without weights."""
+    if learned is None:
+        found = find_method(method)
+        try:
+            found.require_grid(found.parse({}), base, grid)
+        except UpsamplerError as error:
+            raise ConfigError(f"--levels {name}={method}: {error}") from None
+        return ""
+    if learned.channels not in (None, channels):
+        raise ConfigError(
+            f"--levels {name}={method}: the checkpoint is for maps of {learned.channels} channels; the layers that are taken "
+            f"of this backbone have {channels}"
+        )
+    learned.require_grid(base, grid)
+    return learned.digest
 
 
 def _level_grid(name: str, base: tuple[int, int]) -> tuple[int, int]:

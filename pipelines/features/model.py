@@ -3,18 +3,18 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, normalise
 from operators.upsamplers import Upsampler, create_upsampler
-from operators.upsamplers.vit_up import ViTUp
+from operators.upsamplers.protocol import Reload
 from pipelines.features.upsamplers import UpsamplerWeights
 from storage.spec import FeatureSpec, Level
 
@@ -78,19 +78,18 @@ class FeatureModel:
         backbone: TimmBackbone,
         device: torch.device,
         learned: Mapping[str, UpsamplerWeights],
-        fresh: Callable[[], nn.Module],
+        reload: Reload,
     ):
-        """`learned`: weights by level, one object where levels share them; `fresh` makes the backbone's model anew."""
+        """`learned`: weights by level, one object where levels share them; `reload` makes the backbone's model anew."""
         self.spec, self.backbone, self.device = spec, backbone, device
         cast_matmul_weights(backbone.model, spec.precision)
         backbone.model.to(device)
-        built = {id(weights): weights.build(spec.precision, fresh) for weights in learned.values()}
+        built = {id(weights): weights.build(spec.precision, reload) for weights in learned.values()}
         self.upsamplers: dict[str, Upsampler] = {
             level.name: built[id(learned[level.name])] if level.name in learned else create_upsampler(level.method)
             for level in spec.levels
             if level.grid and level.method != "backbone"
         }
-        self._remembering = [upsampler for upsampler in built.values() if isinstance(upsampler, ViTUp)]
         extra = {layer for upsampler in self.upsamplers.values() for layer in upsampler.layers}
         self._asked = (*spec.layers, *sorted(extra - set(spec.layers)))
 
@@ -111,7 +110,7 @@ class FeatureModel:
             if level.digest:  # a network can make what isn't finite of what is
                 bad = bad | _not_finite(rows)
             levels[level.name] = rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous()
-        for upsampler in self._remembering:
+        for upsampler in self.upsamplers.values():
             upsampler.forget()
         timings = Timings(begun=begun, forwarded=forwarded, ended=_now(self.device))
         return Maps(levels=levels, bad=bad, seconds=timings)

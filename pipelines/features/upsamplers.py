@@ -1,10 +1,8 @@
 """Learned upsamplers from where they are kept, held against the backbone that they are to be used with.
 
 A checkpoint is a folder at any URL: `config.json` and `model.safetensors`; a training run's folder stands for its best one.
-config.json holds `upsampler` (`method`, and the settings of `operators.upsamplers.recursive.NetConfig` or
-`operators.upsamplers.vit_up.ViTUpConfig`) and `backbone` (`FeatureSpec.learned`: what made the features it was
-trained on). Official files of LiFT (`.pth`) and ViT-Up hold weights alone; the rest is taken from the backbone that they are used
-with.
+config.json holds `upsampler` (`method`, and the method's settings) and `backbone` (`FeatureSpec.learned`: what made the features
+it was trained on). Official files hold weights alone; the rest is taken from the backbone that they are used with.
 
 `backbone` of a training run says `size` as well, the side of its images in pixels. Maps of another size are no mistake, since
 the papers have them, too; but how good they are nobody knows, so it is said (`unfamiliar_size`).
@@ -13,17 +11,17 @@ the papers have them, too; but how good they are nobody knows, so it is said (`u
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from operators.backbone import TimmBackbone, weights_digest
-from operators.upsamplers import LEARNED, LearnedUpsampler, NetConfig, Upsampler, UpsamplerError, learned_upsampler
-from operators.upsamplers.vit_up import ViTUp, ViTUpConfig, read_checkpoint
+from operators.upsamplers import AnyMethod, Settings, Upsampler, UpsamplerError, find_method
+from operators.upsamplers.protocol import Precision, Reload
 from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
 from storage.differences import differences
 from storage.documents import JsonObject
@@ -33,83 +31,60 @@ from storage.spec import FeatureSpec, Use
 
 logger = logging.getLogger(__name__)
 
-Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
-
-METHODS = (*LEARNED, "vit_up")
-"""Upsamplers whose weights come from a checkpoint."""
-
-
-class UpsamplerWeights(Protocol):
-    """A learned upsampler as it is handed to workers: its settings and its arrays."""
-
-    arrays: Mapping[str, np.ndarray]
-    trained_sides: tuple[int, ...]
-
-    @property
-    def channels(self) -> int:
-        """Of one of the maps it takes."""
-
-    def build(self, precision: Precision, fresh: Callable[[], nn.Module]) -> Upsampler:
-        """Ready to run, on the CPU; `fresh` makes the backbone anew. Raises `UpsamplerError` where weights don't fit."""
-
-    def check(self, fresh: Callable[[], nn.Module], base: tuple[int, int], grid: tuple[int, int]) -> str:
-        """Raises `UpsamplerError` where `base` cells can't be brought to `grid`, or weights don't fit the settings; whether
-        they fit the backbone, `build` tells. Gives the digest: sha256 over the weights and the settings that aren't their
-        defaults, for both change the features."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class NetWeights:
-    """Of a network that enlarges maps."""
+class UpsamplerWeights:
+    """A learned upsampler as it is handed to workers, by name and as plain values: a user's module is imported where it runs."""
 
-    settings: NetConfig
+    method: str
+    settings: Mapping[str, Any]
+    "the method's, as a checkpoint has them"
     arrays: Mapping[str, np.ndarray]
     trained_sides: tuple[int, ...] = ()
     "of the images that it knows from training, in pixels; empty where the checkpoint doesn't say"
 
-    @property
-    def channels(self) -> int:
-        return self.settings.channels
+    @classmethod
+    def of(cls, method: AnyMethod, settings: Settings, state: Mapping[str, Tensor]) -> "UpsamplerWeights":
+        """Of a method's settings and a state dict."""
+        arrays = {name: tensor.detach().numpy() for name, tensor in state.items()}
+        return cls(method=method.name, settings=method.to_json(settings), arrays=arrays)
 
-    def build(self, precision: Precision, fresh: Callable[[], nn.Module] | None = None) -> LearnedUpsampler:  # noqa: ARG002
-        return learned_upsampler(asdict(self.settings), _tensors(self.arrays), precision)
-
-    def check(self, fresh: Callable[[], nn.Module], base: tuple[int, int], grid: tuple[int, int]) -> str:
-        built = self.build("fp32", fresh)
-        built.passes(base, grid)
-        return _digest(built.digest, self.settings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTUpWeights:
-    """Of a ViT-Up: its head's and its adapter's arrays, under the names of the published files."""
-
-    settings: ViTUpConfig
-    arrays: Mapping[str, np.ndarray]
-    trained_sides: tuple[int, ...] = ()
-    "see `NetWeights`"
+    def _found(self) -> tuple[AnyMethod, Settings]:
+        method = find_method(self.method)
+        return method, method.parse(self.settings)
 
     @property
-    def channels(self) -> int:
-        return self.settings.channels
+    def state(self) -> dict[str, Tensor]:
+        """The arrays as tensors, which share their memory."""
+        return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
-    def build(self, precision: Precision, fresh: Callable[[], nn.Module]) -> ViTUp:
-        tensors = _tensors(self.arrays)
-        lora = {name: tensors.pop(name) for name in list(tensors) if name.startswith("backbone.")}
-        return ViTUp(self.settings, fresh(), tensors, lora, precision=precision)
+    @property
+    def channels(self) -> int | None:
+        """Of the maps it takes, several layers' stacked; None: of any number."""
+        return getattr(self._found()[1], "channels", None)
 
-    def check(self, fresh: Callable[[], nn.Module], base: tuple[int, int], grid: tuple[int, int]) -> str:  # noqa: ARG002
-        # Any grid can be had, and what was read with `read_checkpoint` fits its settings: nothing needs to be built.
-        return _digest(weights_digest(self.arrays), self.settings)
+    @property
+    def parameters(self) -> int:
+        """How many there are beside the backbone's."""
+        method, settings = self._found()
+        return method.parameters(settings, self.state)
 
+    @property
+    def digest(self) -> str:
+        """sha256 over the weights and the settings that aren't their defaults, for both change the features."""
+        method, settings = self._found()
+        chosen = json.dumps(method.identity(settings), sort_keys=True)
+        return hashlib.sha256(f"{weights_digest(self.arrays)} {chosen}".encode()).hexdigest()
 
-def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    def require_grid(self, base: tuple[int, int], grid: tuple[int, int]) -> None:
+        """Raise `UpsamplerError` where maps of `base` cells can't be brought to `grid`."""
+        method, settings = self._found()
+        method.require_grid(settings, base, grid)
 
-
-def _digest(weights: str, settings: NetConfig | ViTUpConfig) -> str:
-    chosen = {f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != f.default}
-    return hashlib.sha256(f"{weights} {json.dumps(chosen, sort_keys=True)}".encode()).hexdigest()
+    def build(self, precision: Precision, reload: Reload) -> Upsampler:
+        """Ready to run, on the CPU; `reload` makes the backbone anew. Raises `UpsamplerError` where weights don't fit."""
+        method, settings = self._found()
+        return method.build(settings, self.state, precision, reload)
 
 
 def load_upsampler(
@@ -131,25 +106,29 @@ def load_upsampler(
             url = f"{url.rstrip('/')}/{pointers.best or pointers.last}"
     shown = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
-    if has_extension(url, *WEIGHT_FILES):
-        weights, made_for = _official(method, state, backbone, shown), None
-    else:
-        settings, made_for = _read_config(url, storage_options)
-        if settings.get("method") != method:
-            raise UpsamplerError(f"{shown} holds a {settings.get('method')}, not a {method}")
-        weights = _with_settings(settings, state, backbone)
+    settings, made_for = (None, None) if has_extension(url, *WEIGHT_FILES) else _read_config(url, storage_options)
+    if settings is not None and settings.get("method") != method:
+        raise UpsamplerError(f"{shown} holds a {settings.get('method')}, not a {method}")
+    weights = _read_weights(method, settings, state, backbone, shown)
     if made_for is None:
         logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", shown)
         return weights
     _require_same_features(shown, made_for, spec, force=force)
-    return replace(weights, trained_sides=_trained_sides(method, made_for.get("size")))
+    size = made_for.get("size")
+    sides = find_method(method).trained_sides(size) if type(size) is int and size > 0 else ()
+    return replace(weights, trained_sides=sides)
 
 
-def _trained_sides(method: str, size: Any) -> tuple[int, ...]:
-    """x2 networks learn the maps of images from those of their halves, and those from the quarters' (LiFT's eq. 1)."""
-    if type(size) is not int or size < 1:
-        return ()
-    return (size,) if method == "vit_up" else (size, size // 2, size // 4)
+def _read_weights(
+    name: str, given: Mapping[str, Any] | None, state: Mapping[str, Tensor], backbone: TimmBackbone, shown: str
+) -> UpsamplerWeights:
+    # NumPy has no bfloat16, and what runs is cast anyway.
+    plain = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in state.items()}
+    method = find_method(name)
+    try:
+        return UpsamplerWeights.of(method, *method.read(plain, given, backbone))
+    except UpsamplerError as error:
+        raise UpsamplerError(f"{shown}: {error}") from None
 
 
 def unfamiliar_size(
@@ -165,47 +144,6 @@ def unfamiliar_size(
         f"{level}: its upsampler was trained on images of {trained}; here it is given {size[0]} x {size[1]} px ({base[0]} x "
         f"{base[1]} cells), where it may be worse than bilinear enlargement"
     )
-
-
-def _official(method: str, state: Mapping[str, Tensor], backbone: TimmBackbone, shown: str) -> UpsamplerWeights:
-    """Of a file that holds weights alone: ViT-Up's (B9), or LiFT's, whose facets are head-minor (specs/lift_vitup.md A5)."""
-    if method == "vit_up":
-        return _vit_up(state, None, backbone)
-    if method != "lift" or "outc.weight" not in state or state["outc.weight"].ndim != 4:
-        raise UpsamplerError(
-            f"{shown} holds weights without settings, which is understood of official files of LiFT (x2=lift:...pth) and "
-            "ViT-Up only; give a folder with config.json and model.safetensors"
-        )
-    heads = None if backbone.facet == "token" else backbone.heads
-    settings = {"method": "lift", "channels": len(state["outc.weight"]), "patch": backbone.patch, "heads": heads}
-    return _with_settings(settings, state, backbone)
-
-
-def _with_settings(
-    settings: Mapping[str, Any], state: Mapping[str, Tensor], backbone: TimmBackbone
-) -> UpsamplerWeights:
-    """Raises `UpsamplerError` where settings are unknown or lacking."""
-    if settings["method"] == "vit_up":
-        return _vit_up(state, {name: value for name, value in settings.items() if name != "method"}, backbone)
-    parsed = NetConfig.parse(settings)
-    if backbone.ragged and parsed.method == "lift":
-        parsed = replace(parsed, border_crop=True)
-    return NetWeights(settings=parsed, arrays=_arrays(state))
-
-
-def _vit_up(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None, backbone: TimmBackbone) -> ViTUpWeights:
-    if backbone.facet != "token" or not backbone.norm:
-        raise UpsamplerError(
-            "vit_up gives what the model gives after its final norm: use --facet token, and no --norm False"
-        )
-    config, head, lora = read_checkpoint(state, settings)
-    return ViTUpWeights(settings=config, arrays=_arrays({**head, **lora}))
-
-
-def _arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    # NumPy has no bfloat16, and what runs is cast anyway.
-    plain = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in state.items()}
-    return {name: value.numpy() for name, value in plain.items()}
 
 
 def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,13 +7,14 @@ the final norm, without prefix tokens.
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import tyro
 
 from pipelines.config import ConfigError
+from pipelines.results import table_lines
+from storage.paths import StorageOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,7 @@ class Backbones:
     """Only these."""
 
 
-def find_backbone(word: str, weights: str = "pretrained", options: Mapping[str, Any] | None = None) -> PaperBackbone:
+def find_backbone(word: str, weights: str = "pretrained", options: StorageOptions | None = None) -> PaperBackbone:
     """One of the table's, or `TIMM_NAME[@PIXELS]`, by default at the size that its `weights` (as for jobs/train.py) expect.
 
     Raises `ConfigError` for what timm lacks, and `BackboneError` for names that it hasn't.
@@ -175,12 +176,14 @@ def main(config: Backbones) -> Iterator[str]:
     if unknown := [name for name in names if name not in BY_NAME]:
         raise ConfigError(f"no backbone is called {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
     found = [each for each in BACKBONES if not names or each.name in names]
-    yield "| name | paper | timm | px | grid | channels | mean | deviation | parameters |"
-    yield "|---|---|---|---:|---:|---:|---|---|---:|"
+    rows = []
     for each in found:
         millions = f"{each.parameters / 1e6:.1f} M" if each.parameters else ""
         cells = (each.name, each.label, each.model, each.size, each.cells, each.channels, *_scale(each), millions)
-        yield f"| {' | '.join(map(str, cells))} |"
+        rows.append([str(cell) for cell in cells])
+    head = ["name", "paper", "timm", "px", "grid", "channels", "mean", "deviation", "parameters"]
+    _, *lines = table_lines(head, rows, left=3)
+    yield from lines
     yield ""
     for each in found:
         if each.absent:

@@ -1,11 +1,11 @@
 """Training on images without labels: the frozen backbone loaded, the images indexed.
 
-What is trained on them is said by subclasses of `ImageTraining` (x2.py, vit_up.py).
+What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,9 @@ from storage.tars import MemberRules
 @dataclass(frozen=True, kw_only=True)
 class ImageTraining(TrainConfig):
     """Settings of a training run on images without labels. A subclass also has `method`."""
+
+    level: ClassVar[str] = "x2"
+    "that a finished run says to try next"
 
     data: Found[tuple[str, ...]] = ()
     """WebDataset tars (URLs; braces and globs allowed) or folders of tars or images; labels are not needed."""

@@ -1,11 +1,11 @@
 """Training x2 upsamplers by LiFT's self-supervision: features of the half image, enlarged, against those of the image.
 
-LiFT, and the baselines that its paper trains alike: a resize convolution and a joint bilateral filter (arXiv 2403.14625 eq. 1;
-specs/lift_vitup.md A7).
+LiFT, the baselines that its paper trains alike (a resize convolution and a joint bilateral filter; arXiv 2403.14625 eq. 1), and
+any method that is `trained_by` it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.objectives.lift import averaged, cosine_loss, lower, multi_scale_loss
-from operators.upsamplers import NetConfig, build_net
+from operators.upsamplers import AnyMethod, UpsamplerError, build_net, find_method, method_names
 from pipelines.config import ConfigError, Counts, Found, Held
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import MapConfig, PlacedConfig, SizedConfig
@@ -37,12 +37,16 @@ LIFT_MAPS = SquareMapConfig(size=448, facet="key", geometry="squash")
 """LiFT's: keys of images whose aspect isn't kept."""
 
 
+_OF_METHODS = ("image_branch", "wide", "kernel", "radius")
+"""Fields of `X2Config` that are settings of some methods."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class X2Config(ImageTraining):
     """Settings of one training run: a x2 upsampler learns a frozen backbone's features of larger images (LiFT's eq. 1)."""
 
-    method: Counts[Literal["lift", "resize_conv", "jbu"]] = "lift"
-    """The network."""
+    method: Counts[str] = "lift"
+    """The network: lift, resize_conv, jbu, or module:Class of your own (operators/DESIGN.md)."""
     image_branch: Counts[bool] = True
     """lift: False for the ablation without the image."""
     wide: Counts[bool] = False
@@ -69,6 +73,7 @@ class X2Config(ImageTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._found()
         if not 0 <= self.jitter <= 0.5:
             raise ConfigError(f"--jitter {self.jitter}: must lie between 0 and 0.5")
         if self.stored and self.jitter:
@@ -91,22 +96,29 @@ class X2Config(ImageTraining):
                 f"--size {size}: the image, its half and its quarter go through {model}, so that the side must be a "
                 f"multiple of 4 x {backbone.patch} px; the nearest is {nearest}"
             )
-        own = {"lift": ("image_branch", "wide"), "resize_conv": ("kernel",), "jbu": ("radius",)}
-        given = {name: getattr(self, name) for names in own.values() for name in names}
-        plain = X2Config()
-        misplaced = [n for n in given if n not in own[self.method] and given[n] != getattr(plain, n)]
-        if misplaced:
+        found, cells = self._found(), size // multiple
+        own = {field.name for field in fields(found.settings)}
+        given = {name: getattr(self, name) for name in _OF_METHODS if getattr(self, name) != getattr(X2Config, name)}
+        if misplaced := [name for name in given if name not in own]:
             raise ConfigError(f"--{misplaced[0].replace('_', '-')} is no setting of {self.method}")
-        cells = size // multiple
-        if self.method == "jbu" and 2 * cells <= self.radius:
-            raise ConfigError(f"--radius {self.radius} needs more than the {2 * cells} cells that half of --size has")
-        config = NetConfig(
-            method=self.method,
-            channels=backbone.channels * len(self.features.layers),
-            patch=backbone.patch,
-            **{name: given[name] for name in own[self.method]},
-        )
-        return asdict(config)
+        try:
+            settings = found.settings_for(backbone, backbone.channels * len(self.features.layers), **given)
+            found.require_grid(settings, (cells, cells), (2 * cells, 2 * cells))
+        except UpsamplerError as error:
+            flags = "".join(f" --{name} {getattr(self, name)}" for name in _OF_METHODS if name in own)
+            raise ConfigError(f"--size {size}{flags}: {error}") from None
+        return found.to_json(settings)
+
+    def _found(self) -> AnyMethod:
+        """The method. Raises `ConfigError` where there is none, or it isn't trained so."""
+        try:
+            found = find_method(self.method)
+        except UpsamplerError as error:
+            raise ConfigError(f"--method {self.method}: {error}") from None
+        if found.trained_by != "lift":
+            names = ", ".join(method_names(lambda each: each.trained_by == "lift"))
+            raise ConfigError(f"--method {self.method} isn't trained by LiFT's self-supervision; these are: {names}")
+        return found
 
     def view(self, backbone: ModelBundle) -> JitteredView:
         return JitteredView(geometry=self.geometry_for(backbone), jitter=self.jitter, crop=self.crop)
@@ -192,7 +204,7 @@ class X2Objective:
             return self.net(images, maps).float()
 
     def _upsample_twice(self, images: Tensor, maps: Tensor) -> Tensor:
-        """x4, the image enlarged for the second pass (specs A8)."""
+        """x4, the image enlarged for the second pass, as in LiFT's released code."""
         return self._upsample(_bilinear(images, images), self._upsample(images, maps))
 
     # --- held-out images ----------------------------------------------------------------------------------------------

@@ -76,8 +76,7 @@ def main(config: TrainConfig) -> Iterator[str]:
         return
     yield f"try next   python jobs/extract.py {_same_features(config)} \\"
     method: str = config.method  # type: ignore[attr-defined]  # which its subclasses have
-    level = "x4" if method == "vit_up" else "x2"
-    yield f"               --levels x1 {level}={method}:{best} --data ... --out ..."
+    yield f"               --levels x1 {config.level}={method}:{best} --data ... --out ..."
 
 
 def _same_features(config: ImageTraining) -> str:

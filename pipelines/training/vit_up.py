@@ -4,8 +4,8 @@ arXiv 2606.14024; specs/lift_vitup.md B12 to B15. No sentence or line is taken f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.objectives.lift import cosine_loss
 from operators.objectives.vit_up import LossWeights, Supervision, objective
-from operators.upsamplers import UpsamplerError
+from operators.upsamplers import UpsamplerError, find_method
 from operators.upsamplers.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
 from pipelines.config import ConfigError, Counts, Free
 from pipelines.features.bundle import ModelBundle
@@ -35,6 +35,8 @@ MAX_QUERIES = 4096
 @dataclass(frozen=True, kw_only=True)
 class ViTUpTraining(ImageTraining):
     """Settings of one training run: ViT-Up learns a frozen backbone's features at any coordinates of an image."""
+
+    level: ClassVar[str] = "x4"
 
     method: Counts[Literal["vit_up"]] = "vit_up"
     """The network."""
@@ -129,7 +131,7 @@ class ViTUpTraining(ImageTraining):
             )
         except (UpsamplerError, ValueError) as error:
             raise ConfigError(f"{self.features.model}: {error}") from None
-        return {"method": "vit_up", **asdict(config)}
+        return find_method(self.method).to_json(config)
 
     def view(self, backbone: ModelBundle) -> CanvasView:  # noqa: ARG002
         return CanvasView(size=self.canvas, strength=self.strength)
@@ -233,8 +235,8 @@ class ViTUpObjective:
 
     def __init__(self, config: ViTUpTraining, setup: ImageSetup, device: torch.device):
         self.config, self.setup, self.device = config, setup, device
-        settings = ViTUpConfig.parse({name: value for name, value in setup.upsampler.items() if name != "method"})
-        model = setup.backbone.fresh()
+        settings = find_method(config.method).parse(setup.upsampler)
+        model = setup.backbone.reload()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             head = ViTUpHead(settings)

@@ -10,6 +10,7 @@ import numpy as np
 
 from operators.visual import Panel, Tile, cosine_map, heat
 from pipelines.config import ConfigError
+from pipelines.results import table_lines
 from storage.paths import Folder
 from storage.runs import read_metrics, read_run
 
@@ -91,8 +92,9 @@ def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
         if first["step"] == 0:
             rows.append([f"{name}, untrained", "0", first])
         rows.append([name, f"{last['step']:,}", last])
-    yield f"| run | steps | {' | '.join(names)} |"
-    yield "|---|---:|" + "---:|" * len(names)
-    for run, steps, values in rows:
-        numbers = [f"{values[name]:.4f}" if name in values else "" for name in names]
-        yield f"| {run} | {steps} | {' | '.join(numbers)} |"
+    cells = [
+        [run, steps, *(f"{values[name]:.4f}" if name in values else "" for name in names)]
+        for run, steps, values in rows
+    ]
+    _, *lines = table_lines(["run", "steps", *names], cells)
+    yield from lines

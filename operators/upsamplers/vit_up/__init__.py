@@ -5,6 +5,7 @@ from operators.upsamplers.vit_up.geometry import grid_coordinates
 from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
+from operators.upsamplers.vit_up.method import ViTUpMethod, published_settings, random_head
 from operators.upsamplers.vit_up.upsampler import ViTUp
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "ViTUp",
     "ViTUpConfig",
     "ViTUpHead",
+    "ViTUpMethod",
     "grid_coordinates",
+    "published_settings",
+    "random_head",
     "read_checkpoint",
 ]

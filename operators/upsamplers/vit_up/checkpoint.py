@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.upsamplers.recursive import UpsamplerError, require_fitting
+from operators.upsamplers.protocol import UpsamplerError, require_fitting
 from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
 
-_HEAD_CHANNELS = 64
+HEAD_CHANNELS = 64
+"""Of each head of the published ones' cross-attention."""
 _OUTER = re.compile(r"^(?:(?:vit_up_pl_v2|vit_up_pl|vit_up|module|model|_orig_mod)\.)+")
 _OLD_NAMES = (
     (re.compile(r"^img_encoder\."), "query_embedding."),
@@ -62,7 +63,7 @@ def _settings_of(head: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict
     rank = down[0].shape[0] if down else None
     return {
         "channels": channels,
-        "heads": max(1, channels // _HEAD_CHANNELS),
+        "heads": max(1, channels // HEAD_CHANNELS),
         "layers": _spread(_count(head, r"vit_up_blocks\.(\d+)\."), _count(lora, r".*\.layer\.(\d+)\.")),
         "mlp_channels": head["vit_up_blocks.0.mlp.mlp.0.weight"].shape[0],
         "featx": any(".featx." in name for name in head),

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.recursive import UpsamplerError, given_settings
+from operators.upsamplers.protocol import Settings, UpsamplerError, given_settings, require_counts
 from operators.upsamplers.vit_up.attention import CrossAttention, Windows
 from operators.upsamplers.vit_up.geometry import ENCODING, Rope, encode_offsets, nearest_tokens, offset_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTUpConfig:
+class ViTUpConfig(Settings):
     """What a ViT-Up is made of. The defaults are the published ones; raises `UpsamplerError` where settings are impossible."""
 
     channels: int
@@ -60,11 +60,7 @@ class ViTUpConfig:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        for name in ("channels", "heads", "window", "query_size", "hidden_size", "mlp_channels", "rank"):
-            value = getattr(self, name)
-            optional = name in ("window", "mlp_channels")
-            if not (optional and value is None) and (type(value) is not int or value < 1):
-                raise UpsamplerError(f"{name} must be a whole number of at least 1, got {value!r}")
+        require_counts(self, "channels", "heads", "window", "query_size", "hidden_size", "mlp_channels", "rank")
         if self.channels % (4 * self.heads):
             raise UpsamplerError(
                 f"{self.channels} channels in {self.heads} heads: a head's channels must be a multiple of 4 for its rotary "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from operators.backbone import BackboneError, TimmBackbone
 from operators.timm_models import TimmModel
-from operators.upsamplers.recursive import UpsamplerError
+from operators.upsamplers.protocol import UpsamplerError
 from operators.upsamplers.vit_up.lora import Lora, patch_convolution
 
 

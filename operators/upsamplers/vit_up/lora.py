@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.timm_models import Attention, TimmModel
-from operators.upsamplers.recursive import UpsamplerError, require_fitting
+from operators.upsamplers.protocol import UpsamplerError, require_fitting
 
 _Size = tuple[int, int]
 

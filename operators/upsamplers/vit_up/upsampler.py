@@ -7,15 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from operators.backbone import PatchFeatures, autocast, cast_matmul_weights, weights_digest
-from operators.upsamplers.recursive import UpsamplerError, require_fitting
+from operators.backbone import PatchFeatures, autocast, cast_matmul_weights
+from operators.upsamplers.protocol import Upsampler, UpsamplerError, require_fitting
 from operators.upsamplers.vit_up.geometry import ENCODING, grid_coordinates
 from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
 
 
-class ViTUp:
+class ViTUp(Upsampler):
     """A trained head and its adapted backbone, merged and ready to run.
 
     The low-resolution maps it is given serve to check that they are of the same model; features come from the images. Those
@@ -24,8 +24,6 @@ class ViTUp:
     As published, an image of any aspect is squashed to a square for the hidden states and the query grid, while grids and
     coordinates lie over the image as given. Layers before the last are ViT-Up's (through the next block's norm).
     """
-
-    layers: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -42,8 +40,6 @@ class ViTUp:
         Raises `UpsamplerError` where weights, settings and model don't go together.
         """
         self.config, self.precision, self.working_bytes = config, precision, working_bytes
-        states = {**head_state, **lora_state}
-        self.digest = weights_digest({name: tensor.detach().cpu().numpy() for name, tensor in states.items()})
         self._backbone = _merged_backbone(config, model, lora_state)
         self._head = ViTUpHead(config)
         require_fitting(self._head.state_dict(), head_state, "ViT-Up's settings")
@@ -78,6 +74,9 @@ class ViTUp:
     def forget(self) -> None:
         """Free what is kept of the images seen last."""
         self._seen, self._caches = None, []
+
+    def take_at_once(self, cells: int) -> None:
+        self.working_bytes = cells * self._bytes_per_query(1)
 
     def query_chunk(self, outputs: int = 1) -> int:
         """How many queries are at work at once."""

@@ -1,0 +1,247 @@
+"""What is asked of upsamplers: of a method before it has weights (`Method`), and of an upsampler that runs (`Upsampler`).
+
+A method is one file and one line of `operators.upsamplers.UPSAMPLERS`; whoever extracts, trains, evaluates or measures asks it,
+and tells methods apart in no other way. How to write one is said in operators/DESIGN.md, "Your own upsampler".
+
+Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from operators.backbone import PatchFeatures, TimmBackbone
+from storage.errors import RayliftError
+
+Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
+
+Need: TypeAlias = Literal["maps", "image", "backbone"]
+"""What a result is made of: the backbone's maps, the image, or hidden states of a copy of the backbone, the method's own."""
+
+Reload: TypeAlias = Callable[[], nn.Module]
+"""Makes the backbone's timm model anew, with its own position embeddings, which a backbone in use has replaced."""
+
+
+class UpsamplerError(RayliftError, ValueError):
+    """No such upsampler, or it can't do what was asked."""
+
+
+class Upsampler(Protocol):
+    """Brings patch features to another grid. Subclass it; not thread-safe: one call at a time."""
+
+    layers: tuple[int, ...] = ()
+    "blocks whose maps it reads besides those that are stored; the backbone is asked for them too"
+
+    def __call__(
+        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
+    ) -> Tensor:
+        """Normalised images and the maps of `layers` to float32 [B, C, *grid]. Cells tile the same area as the backbone's."""
+        ...
+
+    def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
+        """Upper bound on the device memory that one call takes beyond its arguments; keeps to it by tiling."""
+        ...
+
+    def forget(self) -> None:
+        """Free what is kept of the images seen last, where several grids share it."""
+        return
+
+    def take_at_once(self, cells: int) -> None:
+        """Make so many cells of a grid at once, whatever memory that takes. Only methods that are `chunked` can."""
+        raise UpsamplerError(f"{type(self).__name__} makes a grid as it is, not {cells} cells at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a state dict doesn't tell about its network: JSON values and tuples of them. Methods that have any subclass this.
+
+    `channels`, where there is one, is that of the maps it takes and gives, several layers' stacked; else it takes any number.
+    `patch` is the backbone's, in pixels.
+    """
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class Method(Generic[S]):
+    """A way of bringing maps to another grid, whatever its weights. Made from the name that it is asked for by."""
+
+    settings: type[S]
+    needs: ClassVar[frozenset[Need]] = frozenset({"maps", "image"})
+    learned: ClassVar[bool] = True
+    "whether its weights come from a checkpoint"
+    trained_by: ClassVar[Literal["lift", "vit_up"] | None] = None
+    "the objective that jobs/train.py has for it; `lift`: its network takes (images, maps) to twice the cells"
+    enlarges: ClassVar[bool] = True
+    "whether it gives finer grids than the maps'"
+    chunked: ClassVar[bool] = False
+    "whether the cells of a grid are made some at a time, and how many may be chosen (`Upsampler.take_at_once`)"
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def network(self, settings: S) -> nn.Module:
+        """The bare network with PyTorch's default initialisation, in train mode; its state dict is what checkpoints hold."""
+        raise NotImplementedError
+
+    def build(self, settings: S, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> Upsampler:
+        """Ready to run, on the CPU. Raises `UpsamplerError` where weights, settings and backbone don't go together."""
+        raise NotImplementedError
+
+    def require_grid(self, settings: S, base: tuple[int, int], grid: tuple[int, int]) -> None:
+        """Raise `UpsamplerError` where maps of `base` cells can't be brought to `grid`."""
+
+    def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Settings, and the network's state, of a file as the method's authors publish it, used with `backbone`."""
+        raise UpsamplerError(
+            f"weights without settings, which aren't understood as an official file of {self.name}; give a folder with "
+            "config.json and model.safetensors"
+        )
+
+    def with_backbone(self, settings: S, backbone: TimmBackbone) -> S:
+        """The settings for use with `backbone`. Raises `UpsamplerError` where the method can't be."""
+        return settings
+
+    def trained_sides(self, size: int) -> tuple[int, ...]:
+        """Sides in pixels of the images whose maps it knows from training on images of `size`."""
+        return (size,)
+
+    # --- the same for all, as a rule ----------------------------------------------------------------------------------
+
+    def parse(self, given: Mapping[str, Any]) -> S:
+        """From a JSON object, which may name the method; absent and null settings take the defaults.
+
+        Raises `UpsamplerError` where settings are unknown, lacking or impossible.
+        """
+        own = {name: value for name, value in given.items() if name != "method"}
+        required = [f.name for f in fields(self.settings) if f.default is MISSING]
+        known = given_settings(self.settings, own, required, "the upsampler")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
+        return self.settings(**values)
+
+    def settings_for(self, backbone: TimmBackbone, channels: int, **given: object) -> S:
+        """The defaults, but for what is `given`, for maps of so many channels of `backbone`."""
+        known = {"channels": channels, "patch": backbone.patch}
+        taken = {f.name for f in fields(self.settings)}
+        return self.parse({**{name: value for name, value in known.items() if name in taken}, **given})
+
+    def to_json(self, settings: S) -> dict[str, Any]:
+        """As checkpoints have them."""
+        return {"method": self.name, **asdict(settings)}
+
+    def identity(self, settings: S) -> dict[str, Any]:
+        """What of the settings makes other features of the same weights: those that aren't the defaults, as JSON values."""
+        values = {f.name: (f.default, getattr(settings, f.name)) for f in fields(settings)}
+        return {"method": self.name} | {name: value for name, (usual, value) in values.items() if value != usual}
+
+    def initialised(self, settings: S, seed: int = 0) -> nn.Module:
+        """`network`, its weights drawn from `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.network(settings)
+
+    def loaded(self, settings: S, state: Mapping[str, Tensor]) -> nn.Module:
+        """`network` with the weights of `state`, strictly: names may begin with `module.`, and BatchNorm's counters may be
+        missing. Raises `UpsamplerError` where anything else is missing, left over or of another shape."""
+        net = self.initialised(settings)
+        expected = net.state_dict()
+        counters = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
+        state = counters | {key.removeprefix("module."): value for key, value in state.items()}
+        require_fitting(expected, state, "the upsampler's settings")
+        net.load_state_dict(state)
+        return net
+
+    def read(
+        self, state: Mapping[str, Tensor], given: Mapping[str, Any] | None, backbone: TimmBackbone
+    ) -> tuple[S, dict[str, Tensor]]:
+        """Settings and the network's state of a checkpoint's; `given`: its settings, None for a file of weights alone.
+
+        Raises `UpsamplerError` where they don't go together, or with the backbone.
+        """
+        if given is None:
+            given, state = self.official(state, backbone)
+        settings = self.with_backbone(self.parse(given), backbone)
+        return settings, self.loaded(settings, state).state_dict()
+
+    def untrained(
+        self, backbone: TimmBackbone, channels: int, size: int, reload: Reload
+    ) -> tuple[S, dict[str, Tensor]]:
+        """Settings and weights from a seed, for images of `size` pixels a side: of what is timed, or counted."""
+        settings = self.with_backbone(self.settings_for(backbone, channels), backbone)
+        return settings, self.initialised(settings).state_dict()
+
+    def parameters(self, settings: S, state: Mapping[str, Tensor]) -> int:
+        """How many there are beside the backbone's."""
+        return sum(parameter.numel() for parameter in self.initialised(settings).parameters())
+
+
+AnyMethod: TypeAlias = Method[Any]
+"""A method whose settings are its own affair."""
+
+
+class WithoutWeights(Method[Settings]):
+    """A method that has neither weights nor settings: `make` gives its upsampler."""
+
+    settings = Settings
+    learned = False
+
+    def make(self) -> Upsampler:
+        """Ready to run."""
+        raise NotImplementedError
+
+    def build(self, settings: Settings, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> Upsampler:
+        return self.make()
+
+    def untrained(
+        self, backbone: TimmBackbone, channels: int, size: int, reload: Reload
+    ) -> tuple[Settings, dict[str, Tensor]]:
+        return Settings(), {}
+
+    def parameters(self, settings: Settings, state: Mapping[str, Tensor]) -> int:
+        return 0
+
+
+# --- for settings and weights from elsewhere --------------------------------------------------------------------------
+
+
+def given_settings(kind: type, settings: Mapping[str, Any], required: Sequence[str], owner: str) -> dict[str, Any]:
+    """Those of a JSON object's settings that aren't null, for the dataclass `kind`.
+
+    Raises `UpsamplerError` where one is unknown, or a `required` one lacks; whose they are (`owner`) is for the message.
+    """
+    names = [field.name for field in fields(kind)]
+    if unknown := sorted(set(settings) - set(names)):
+        raise UpsamplerError(
+            f"no such {owner.removeprefix('the ')} settings: {', '.join(unknown)}; there are: {', '.join(names)}"
+        )
+    if missing := [name for name in required if settings.get(name) is None]:
+        raise UpsamplerError(f"{owner}'s settings lack {', '.join(missing)}: {json.dumps(dict(settings))}")
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def require_counts(settings: Settings, *names: str) -> None:
+    """Raise `UpsamplerError` unless these are whole numbers of at least 1, or None."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UpsamplerError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def require_fitting(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Raise `UpsamplerError` with the first differences where names or shapes aren't those expected of `what`."""
+    differences = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in differences.items() if names]
+    if found:
+        raise UpsamplerError(f"the weights don't fit {what}: {'; '.join(found)}")
