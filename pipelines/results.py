@@ -5,14 +5,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from PIL import Image, ImageFont
 
-from operators.visual import Panel
+from operators.visual import Panel, Tile
 from pipelines.features.rows import Row, Size
 from pipelines.provenance import versions
 from pipelines.published import Published
+from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
 
 Cell = str | float | int | None
@@ -131,28 +131,40 @@ class Findings:
     tables: tuple[Table, ...]
     choices: Mapping[str, str]
     "what was chosen where paper and code, or papers, differ"
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: JsonObject = field(default_factory=dict)
     pictures: Mapping[str, Image.Image | bytes] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
 
 
-def write_results(
-    folder: Folder, task: str, config: Mapping[str, Any], features: Mapping[str, Any], findings: Findings
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What results.json says."""
+
+    task: str
+    tables: tuple[Table, ...]
+    left_out: tuple[LeftOut, ...]
+    choices: Mapping[str, str]
+    details: JsonObject
+    features: JsonObject
+    config: JsonObject
+    versions: Mapping[str, str]
+
+
+def write_results(folder: Folder, task: str, config: JsonObject, features: JsonObject, findings: Findings) -> str:
     """Write results.md, results.json and pictures/; returns the Markdown."""
     for name, picture in findings.pictures.items():
         folder.write(f"pictures/{name}", picture if isinstance(picture, bytes) else _png(picture))
-    document = {
-        "task": task,
-        "tables": [asdict(table) for table in findings.tables],
-        "left_out": [asdict(each) for each in findings.left_out],
-        "choices": dict(findings.choices),
-        "details": dict(findings.details),
-        "features": dict(features),
-        "config": dict(config),
-        "versions": versions(),
-    }
-    folder.write("results.json", json.dumps(_finite(document), indent=1, allow_nan=False).encode())
+    report = Report(
+        task=task,
+        tables=findings.tables,
+        left_out=findings.left_out,
+        choices=findings.choices,
+        details=findings.details,
+        features=features,
+        config=config,
+        versions=versions(),
+    )
+    folder.write("results.json", json.dumps(_finite(asdict(report)), indent=1, allow_nan=False).encode())
     text = _markdown(task, findings)
     folder.write("results.md", text.encode())
     return text
@@ -166,7 +178,7 @@ def _markdown(task: str, findings: Findings) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: JsonValue) -> JsonValue:
     """JSON has no NaN: null instead."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -193,7 +205,7 @@ def shown_size(size: Size) -> str:
 
 
 def panel(
-    tiles: Sequence[Sequence[Any]], columns: Sequence[str], rows: Sequence[str], title: str, tile: Size
+    tiles: Sequence[Sequence[Tile]], columns: Sequence[str], rows: Sequence[str], title: str, tile: Size
 ) -> Image.Image:
     """Tiles with titles as one picture; `tile` is (width, height)."""
     short = [row if len(row) <= 24 else f"...{row[-21:]}" for row in rows]

@@ -25,6 +25,7 @@ from pipelines.costs import clocks as measure
 from pipelines.costs import upsamplers as cost_benchmark
 from pipelines.costs import vit_up as vit_up_benchmark
 from pipelines.costs import windows as window_benchmark
+from pipelines.costs.vit_up_report import vit_up_report
 from pipelines.published import LIFT_OPERATIONS
 
 
@@ -207,22 +208,22 @@ def test_cost_debug_counts_times_and_weighs_everything(tmp_path, capfd):
 def test_cost_counts_what_the_paper_prints():
     counts = [cost_benchmark._count(published) for published in LIFT_OPERATIONS]
 
-    found = [tuple(round(one["paper_count"][what] / 1e9, 2) for what in ("alone", "lift")) for one in counts]
+    found = [tuple(round(one.paper_count[what] / 1e9, 2) for what in ("alone", "lift")) for one in counts]
 
     # LiFT with stride 8 is 19.65 and 81.18 in the paper (0.06 % and 0.3 % off); it prints no LiFT with ViT-B.
     assert found == [(4.34, 5.30), (16.07, 19.64), (17.28, 21.12), (66.60, 81.42), (17.21, 20.70)]
-    assert [(one["alone"], one["lift"]) for one in counts] == [
+    assert [(one.alone, one.lift) for one in counts] == [
         (4.34, 5.30),
         (16.07, 19.65),
         (17.28, 21.12),
         (66.60, 81.18),
         (17.21, None),
     ]
-    assert [one["parameters"]["lift"] for one in counts] == [1_187_280] * 4 + [4_417_296]
-    assert [one["tokens"] for one in counts] == [197, 730, 785, 3026, 197]
+    assert [one.parameters["lift"] for one in counts] == [1_187_280] * 4 + [4_417_296]
+    assert [one.tokens for one in counts] == [197, 730, 785, 3026, 197]
     # Multiply-accumulates by hand: of LiFT, and of DINO with attention.
-    assert [round(counts[i]["macs"]["lift"] / 1e9, 3) for i in (0, 2, 4)] == [0.752, 3.010, 2.735]
-    assert [counts[i]["macs"]["alone"] / 1e9 for i in (0, 1, 2, 3)] == pytest.approx([4.6, 20.6, 22.6, 149.5], rel=0.01)
+    assert [round(counts[i].macs["lift"] / 1e9, 3) for i in (0, 2, 4)] == [0.752, 3.010, 2.735]
+    assert [counts[i].macs["alone"] / 1e9 for i in (0, 1, 2, 3)] == pytest.approx([4.6, 20.6, 22.6, 149.5], rel=0.01)
 
 
 def test_cost_counts_by_the_rule_it_states():
@@ -342,9 +343,9 @@ def test_cost_vit_up_leaves_slow_grids_out_on_a_cpu_and_says_so(monkeypatch):
 
     result = vit_up_benchmark.measure_vit_up(config)
 
-    assert result["left_out"] == [56, 112, 224, 448]
-    assert {row["grid"] for row in result["rows"]} == {4, 8}
-    printed = "\n".join(vit_up_benchmark.vit_up_report(config, result, measure.machine()))
+    assert result.left_out == (56, 112, 224, 448)
+    assert {row.grid for row in result.rows} == {4, 8}
+    printed = "\n".join(vit_up_report(config, result, measure.machine()))
     assert "Left out: 56 x 56, 112 x 112, 224 x 224, 448 x 448 (--grids 56 112 224 448 has all" in printed
     assert "gather" not in printed
 

@@ -26,20 +26,20 @@ def test_cost_deap_prints_the_thirty_published_counts_beside_ours(tmp_path, caps
 
 @pytest.mark.usefixtures("one_thread")
 def test_parameters_and_operations_are_those_of_the_papers_configuration():
-    found = {one["name"]: one for one in measure_deap(DeapCost())["readouts"]}
+    found = {one.name: one for one in measure_deap(DeapCost()).readouts}
 
-    counts = {name: one["parameters"] for name, one in found.items()}
+    counts = {name: one.parameters for name, one in found.items()}
     assert (counts["deap"], counts["deap-8-dim"], counts["bicubic"]) == (47_272, 25_304, 57_246)
     assert counts["linear"] == 768 * 21 + 21
-    assert found["linear"]["macs"] == 37 * 37 * 768 * 21
+    assert found["linear"].macs == 37 * 37 * 768 * 21
     # Keys and values, queries, attention, FFN; the convolutions, c = 10 channels at 28, 56, 112 and 224 px; the skip at 28.
     cells, queries, c = 37 * 37, 28 * 28, 10
     attention = cells * 776 * 48 + queries * 8 * 16 + 8 * queries * cells * (2 + 4)
     ffn = queries * (32 * 64 + 64 * 16)
     drawn = sum(queries * 4**n * (9 * (16 if n == 0 else c) * c + 4 * c * c) for n in range(3))
     outputs = queries * 64 * c * 21 + queries * 16 * 21
-    assert found["deap"]["macs"] == pytest.approx(attention + ffn + drawn + outputs, rel=1e-3)
-    assert found["deap-only-mask"]["macs"] < found["deap"]["macs"]
+    assert found["deap"].macs == pytest.approx(attention + ffn + drawn + outputs, rel=1e-3)
+    assert found["deap-only-mask"].macs < found["deap"].macs
 
 
 def test_channels_that_one_of_them_cannot_group_are_refused():

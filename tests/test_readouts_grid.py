@@ -14,6 +14,7 @@ from jobs import tables as job
 from operators.backbone import TimmBackbone
 from pipelines.config import ConfigError
 from pipelines.costs import speed
+from pipelines.costs.speed import Speed
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.published import DEAP_RESULTS, DEAP_TASKS
 from pipelines.tables import cells as grid
@@ -177,7 +178,7 @@ def test_tables_hold_what_the_runs_measured(sets, tmp_path):
     error = [each["loss"] for each in runs]
     entropy = f"{statistics.fmean(error):.4f} ± {statistics.stdev(error):.4f}"
     row = next(line for line in text.splitlines() if line.startswith(f"| {VIT}"))
-    speed = f"{speeds[VIT]['relative']:.2f}"
+    speed = f"{speeds[VIT].relative:.2f}"
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [VIT, "64", "4", entropy, iou, "0.012", speed]
     assert f"## Methods on {VIT}" in text
     assert re.search(rf"\| {re.escape(VIT)}, deap +\| 12,072 \|", text)
@@ -231,7 +232,7 @@ def test_a_network_that_its_weights_describe_is_the_one_that_is_timed(sets, tmp_
 
     assert [each.grid for each in results] == [(8, 8)]
     assert patches == [8, 16]
-    assert speeds[VIT]["of"] == ["test_vit.r160_in1k", 64, {"patch_size": 8}]
+    assert speeds[VIT].of == ("test_vit.r160_in1k", 64, {"patch_size": 8})
 
 
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeypatch):
@@ -363,6 +364,12 @@ def test_published_rows_stand_below_measured_ones(sets, tmp_path):
     assert re.search(r"\| mae, published +\| 0.047 M \|", text)
 
 
+def relative_speed(relative: float) -> Speed:
+    return Speed(
+        of=(VIT, 64), images_per_s=relative, reference_images_per_s=1.0, relative=relative, batches=2, device="CPU"
+    )
+
+
 def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
     from matplotlib.axes import Axes
 
@@ -379,7 +386,7 @@ def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
         for c in cells
     ]
 
-    png = scatter(entries(cells, results), {"mae": {"relative": 1.0}, "dino": {"relative": 0.2}})
+    png = scatter(entries(cells, results), {"mae": relative_speed(1.0), "dino": relative_speed(0.2)})
 
     assert png.startswith(b"\x89PNG")
     assert points == [((1.0, 0.2), [25.0, 25.0]), ((1.0, 0.2), [0.75, 0.75])]
@@ -455,7 +462,7 @@ def test_ray_runs_cells_replaces_lost_workers_and_tells_failures(sets, tmp_path)
     steps = [line["step"] for line in read_metrics(Folder(cells[0].training.out)) if "loss" in line]
     assert steps == list(range(1, 41))
     assert failed.error.startswith("DatasetError: ")
-    assert grid.measure_speeds(config, cells, [done, failed], RayExecutor())[VIT]["relative"] > 0
+    assert grid.measure_speeds(config, cells, [done, failed], RayExecutor())[VIT].relative > 0
 
 
 def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:

@@ -153,6 +153,7 @@ class Round:
 
     pipeline: PipelineRun
     loop: LoopRun
+    "that makes the same features"
     bare: BareStages
 
 

@@ -40,11 +40,12 @@ INDEX_PRESETS = {"default": IndexBenchmark(), "debug": IndexBenchmark(samples=20
 class IndexResult:
     """What indexing took."""
 
-    rows: int
-    sources: int
-    tasks: int
     seconds: Mapping[str, float]
     "by step"
+    rows: int
+    "of the index"
+    sources: int
+    tasks: int
     parquet_bytes: int
     memory: Mapping[str, int]
     "peaks in bytes, by group of processes"

@@ -221,6 +221,7 @@ class PlaceRead:
     rows: int
     reads: Mapping[str, Rate]
     epochs: Mapping[str, BestRate]
+    "by contender, as `reads`"
     openings: tuple[Opening, ...]
 
 
@@ -230,6 +231,7 @@ class Ratio:
 
     ratio: str
     target: str
+    "what is aimed at; empty: nothing"
     found: Mapping[str, float]
 
 

@@ -24,7 +24,8 @@ from pipelines.costs.clocks import Machine, machine
 from pipelines.costs.precision import PRECISION_PRESETS, measure_precision, precision_report
 from pipelines.costs.readouts import DEAP_PRESETS, deap_report, measure_deap
 from pipelines.costs.upsamplers import COST_PRESETS, cost_report, measure_cost
-from pipelines.costs.vit_up import VIT_UP_PRESETS, measure_vit_up, vit_up_report
+from pipelines.costs.vit_up import VIT_UP_PRESETS, measure_vit_up
+from pipelines.costs.vit_up_report import vit_up_report
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -74,8 +75,6 @@ def _folder(out: str, *, keep: bool) -> Iterator[Path]:
 
 def _public(one: "DataclassInstance") -> dict[str, object]:
     """All fields by name, as JSON has them; where there is a method `public`, what that gives."""
-    if isinstance(one, dict):  # of the measurements in costs/, as yet
-        return one
     public = getattr(one, "public", None)
     return public() if public else asdict(one)
 

@@ -6,7 +6,6 @@ Everything is compared with float32 features of fully decoded images, on the ima
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,8 +43,35 @@ PRECISION_PRESETS = {
 }
 
 
-def measure_precision(config: PrecisionBenchmark, folder: Path) -> dict[str, Any]:
-    """One row per choice: relative L2 error, mean and worst 1 - cosine over cells, bytes a value (encodings only)."""
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """From float32 features of the same images: relative L2 error, mean and worst 1 - cosine over cells."""
+
+    relative_l2: float
+    mean_1_minus_cosine: float
+    worst_1_minus_cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Difference):
+    """What one choice costs."""
+
+    kind: str
+    "encoding, precision or decode"
+    name: str
+    bytes_per_value: float | None = None
+    "as stored; of encodings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionResult:
+    """All choices."""
+
+    rows: tuple[Choice, ...]
+
+
+def measure_precision(config: PrecisionBenchmark, folder: Path) -> PrecisionResult:
+    """Of the images and the model that are named, a row per choice."""
     run = ExtractConfig.of(
         data=config.data,
         out=str(folder / "feats.zarr"),
@@ -57,28 +83,25 @@ def measure_precision(config: PrecisionBenchmark, folder: Path) -> dict[str, Any
         encoding="float32",
         executor="inline",
     )
-    return {"rows": _rows(run)}
+    return PrecisionResult(rows=tuple(_rows(run)))
 
 
-def _rows(config: ExtractConfig) -> list[dict[str, Any]]:
+def _rows(config: ExtractConfig) -> Iterator[Choice]:
     resolved = resolve(config)
     prepared = prepare(resolved, InlineExecutor())
     rows = prepared.index.read(0, min(prepared.index.n_rows, 1024))
     blobs = [blob for blob in read_images(rows, prepared.urls, config.options) if blob]
     exact = _pixels(blobs, config, resolved)
     reference = np.concatenate(list(_features(resolved, exact)))
-    out = [
-        {"kind": "encoding", "name": name, **_encoding_error(reference, name)}
-        for name in ("float32", "float16", "int8")
-    ]
+    for name in ("float32", "float16", "int8"):
+        yield _encoded(reference, name)
     for precision in ("bf16", "fp16"):
         cast = resolve(config.changed(precision=precision))
         features = np.concatenate(list(_features(cast, exact)))
-        out.append({"kind": "precision", "name": precision, **_error(reference, features)})
+        yield Choice(kind="precision", name=precision, **vars(_difference(reference, features)))
     draft = _pixels(blobs, config, resolved, draft=True)
     drafted = np.concatenate(list(_features(resolved, draft)))
-    out.append({"kind": "decode", "name": "jpeg_draft", **_error(reference, drafted)})
-    return out
+    yield Choice(kind="decode", name="jpeg_draft", **vars(_difference(reference, drafted)))
 
 
 def _pixels(blobs: list[bytes], config: ExtractConfig, resolved: Resolved, *, draft: bool = False) -> np.ndarray:
@@ -91,32 +114,32 @@ def _features(resolved: Resolved, pixels: np.ndarray) -> Iterator[np.ndarray]:
         yield resolved.model(pixels[start : start + BATCH]).levels["x1"].numpy()
 
 
-def _encoding_error(reference: np.ndarray, dtype: str) -> dict[str, float]:
+def _encoded(reference: np.ndarray, dtype: str) -> Choice:
     decoded, stored = np.empty_like(reference), 0
     for i, row in enumerate(reference):
         values, scale, _ = encode_row(row, dtype)
         stored += len(compress(values)) + (scale.nbytes if scale is not None else 0)
         decoded[i] = values.astype(np.float32) * (1 if scale is None else scale)
-    return {**_error(reference, decoded), "bytes_per_value": stored / reference.size}
+    difference = vars(_difference(reference, decoded))
+    return Choice(kind="encoding", name=dtype, bytes_per_value=stored / reference.size, **difference)
 
 
-def _error(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
+def _difference(reference: np.ndarray, other: np.ndarray) -> Difference:
     a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (reference, other))
     cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return {
-        "relative_l2": float(np.linalg.norm(a - b) / np.linalg.norm(a)),
-        "mean_1_minus_cosine": float((1 - cosine).mean()),
-        "worst_1_minus_cosine": float((1 - cosine).max()),
-    }
+    return Difference(
+        relative_l2=float(np.linalg.norm(a - b) / np.linalg.norm(a)),
+        mean_1_minus_cosine=float((1 - cosine).mean()),
+        worst_1_minus_cosine=float((1 - cosine).max()),
+    )
 
 
-def precision_report(config: PrecisionBenchmark, result: dict[str, Any], _: Machine) -> Iterator[str]:
+def precision_report(config: PrecisionBenchmark, result: PrecisionResult, _: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
     yield f"## precision: {config.model}, weights {config.weights}"
     head = ["choice", "bytes a value", "relative L2", "1 - cosine, mean", "1 - cosine, worst cell"]
-    names = ("bytes_per_value", "relative_l2", "mean_1_minus_cosine", "worst_1_minus_cosine")
-    rows = [
-        [f"{row['kind']} {row['name']}", *(f"{row[name]:.2g}" if name in row else "" for name in names)]
-        for row in result["rows"]
-    ]
+    rows = []
+    for row in result.rows:
+        numbers = (row.bytes_per_value, row.relative_l2, row.mean_1_minus_cosine, row.worst_1_minus_cosine)
+        rows.append([f"{row.kind} {row.name}", *("" if number is None else f"{number:.2g}" for number in numbers)])
     yield from table_lines(head, rows)

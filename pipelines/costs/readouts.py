@@ -1,12 +1,11 @@
 """What dense readouts cost: DeAP's published parameter counts beside ours, and operations of DeAP and of what it is held against.
 
-`measure_deap` returns plain data, `deap_report` its Markdown. Nothing is timed; each readout runs once, on zeros.
+`measure_deap` gives the numbers, `deap_report` their Markdown. Nothing is timed; each readout runs once, on zeros.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -14,10 +13,11 @@ from operators.readouts import ReadoutConfig, build_readout
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.upsamplers import counted_macs
-from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES
+from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES, Settings
 from pipelines.results import table_lines
+from storage.documents import JsonValue
 
-METHODS: Mapping[str, Mapping[str, Any]] = {
+METHODS: Mapping[str, Settings] = {
     "deap": {"method": "deap"},
     "deap-8-dim": {"method": "deap", "dim": 8},
     "deap-no-sigma": {"method": "deap", "mask": "none"},
@@ -109,43 +109,62 @@ DEAP_PRESETS = {
 }
 
 
-def measure_deap(config: DeapCost) -> dict[str, Any]:
-    """Published counts beside ours, and each readout's parameters and multiply-accumulates."""
-    published = [{**asdict(row), "ours_millions": row.ours / 1e6} for row in published_counts()]
-    return {"published": published, "readouts": [_measure(config, name) for name in METHODS]}
+@dataclass(frozen=True, kw_only=True)
+class ReadoutCost:
+    """Of one readout and one map."""
+
+    name: str
+    parameters: int
+    macs: int
+    "multiply-accumulates"
 
 
-def _measure(config: DeapCost, name: str) -> dict[str, Any]:
-    size, method = (config.side, config.side), METHODS[name]["method"]
-    taken = {"grid": (config.grid, config.grid)} if method in ("transposed", "strided") else {}
-    settings = ReadoutConfig(channels=config.channels, outputs=config.outputs, output=size, **taken, **METHODS[name])
-    readout = build_readout(settings).eval()
+@dataclass(frozen=True, kw_only=True)
+class DeapResult:
+    """Published counts beside ours, and what each readout takes."""
+
+    published: tuple[ParameterCount, ...]
+    readouts: tuple[ReadoutCost, ...]
+
+
+def measure_deap(config: DeapCost) -> DeapResult:
+    """Counts, of which nothing is timed."""
+    readouts = tuple(_measure(config, name) for name in METHODS)
+    return DeapResult(published=tuple(published_counts()), readouts=readouts)
+
+
+def _measure(config: DeapCost, name: str) -> ReadoutCost:
+    size = (config.side, config.side)
+    settings: dict[str, JsonValue] = {"channels": config.channels, "outputs": config.outputs, "output": size}
+    if METHODS[name]["method"] in ("transposed", "strided"):
+        settings["grid"] = (config.grid, config.grid)
+    readout = build_readout(ReadoutConfig.parse({**settings, **METHODS[name]})).eval()
     macs = counted_macs(partial(readout, torch.zeros(1, config.channels, config.grid, config.grid), size))
-    return {"name": name, "parameters": readout.parameter_count(), "macs": macs}
+    return ReadoutCost(name=name, parameters=readout.parameter_count(), macs=macs)
 
 
-def deap_report(config: DeapCost, result: Mapping[str, Any], _: Machine) -> Iterator[str]:
+def deap_report(config: DeapCost, result: DeapResult, _: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
     yield "## cost: DeAP, and what it is held against"
     yield "\nDeAP's learnable parameters, published (10^6) and as built here:"
-    rows = result["published"]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    rows = result.published
+    tasks = list(dict.fromkeys(row.task for row in rows))
     body = []
-    for backbones in dict.fromkeys(row["backbones"] for row in rows):
-        of = {row["task"]: row for row in rows if row["backbones"] == backbones}
-        cells = [f"{of[task]['published_millions']:.3f} / {of[task]['ours']:,}" for task in tasks]
-        body.append([backbones, str(of[tasks[0]]["channels"]), *cells])
+    for backbones in dict.fromkeys(row.backbones for row in rows):
+        of = {row.task: row for row in rows if row.backbones == backbones}
+        cells = [f"{of[task].published_millions:.3f} / {of[task].ours:,}" for task in tasks]
+        body.append([backbones, str(of[tasks[0]].channels), *cells])
     yield from table_lines(["backbones", "channels", *tasks], body)
-    equal = sum(round(row["ours"] / 1e6, 3) == row["published_millions"] for row in rows)
+    equal = sum(round(row.ours / 1e6, 3) == row.published_millions for row in rows)
     yield f"\n{equal} of {len(rows)} round to what is published."
     yield (
         f"\nFor a map of {config.grid} x {config.grid} x {config.channels}, {config.outputs} outputs, {config.side} px, one "
         "image, without the backbone:"
     )
-    first = result["readouts"][0]["macs"]
+    first = result.readouts[0].macs
     body = [
-        [one["name"], f"{one['parameters']:,}", f"{one['macs'] / 1e6:,.1f}", f"{one['macs'] / first:.2f}"]
-        for one in result["readouts"]
+        [one.name, f"{one.parameters:,}", f"{one.macs / 1e6:,.1f}", f"{one.macs / first:.2f}"]
+        for one in result.readouts
     ]
     yield from table_lines(["readout", "parameters", "multiply-accumulates, 10^6", "of DeAP's"], body)
     yield """

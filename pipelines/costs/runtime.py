@@ -8,8 +8,8 @@ checkpoint: the numbers don't depend on them. How things are timed and counted i
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
 import matplotlib
 import torch
@@ -21,16 +21,18 @@ from operators.backbone import PatchFeatures, TimmBackbone, autocast
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, timed
-from pipelines.costs.upsamplers import count_operations, counted_macs, require_enlarging
+from pipelines.costs.upsamplers import OperationCounts, count_operations, counted_macs, require_enlarging
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import LevelConfig
-from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, Row, resolve_source
+from pipelines.features.rows import Row
+from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, Published, Values
 from pipelines.results import Findings, Line, Table, shown_size, with_published
 from storage.datasets.files import digest
+from storage.documents import decode
 from storage.paths import Folder
 
 _UNUSED = ("data", "stores", "drawing", "limit")
@@ -112,6 +114,26 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What was measured of a case."""
+
+    case: str
+    "its name"
+    device: str
+    seconds: tuple[float, ...]
+    macs: int
+    bytes_before: int
+    "weights above all"
+    peak_bytes: int | None
+    "with those; None where the system doesn't tell"
+
+    @property
+    def ms(self) -> float:
+        """Mean of all passes, as the papers have it."""
+        return 1e3 * statistics.mean(self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """What is timed, and how."""
 
@@ -131,17 +153,25 @@ class Runtime:
     def run(self, piece: Piece, source: CachedSource, folder: Folder) -> list[Record]:  # noqa: ARG002
         (number,) = piece.items
         case = self.cases[number]
-        live: LiveSource = source.source  # past the cache: what is timed is done anew
+        live = source.source  # past the cache: what is timed is done anew
+        assert isinstance(live, LiveSource)
         device = torch.device(live.device)
         run = self._program(case, live.recipe, device)
         macs = counted_macs(run)  # the first pass, in which what is done once is done
         timed([run], self.warm_up - 1, self.row_s, device)
         (seconds,) = timed([run], self.repeat, self.row_s, device)
         before, peak = held_bytes(run, device)
-        measured = {"seconds": seconds, "macs": macs, "bytes_before": before, "peak_bytes": peak}
-        return [{"case": case.name, "device": device_name(device), **measured}]
+        timing = Timing(
+            case=case.name,
+            device=device_name(device),
+            seconds=tuple(seconds),
+            macs=macs,
+            bytes_before=before,
+            peak_bytes=peak,
+        )
+        return [asdict(timing)]
 
-    def _program(self, case: Case, recipe: LiveRecipe, device: torch.device) -> Callable[[], Any]:
+    def _program(self, case: Case, recipe: LiveRecipe, device: torch.device) -> Callable[[], object]:
         """From an image on the device to the grid. Only what this needs is on the device: some have a backbone of their own."""
         bundle = recipe.bundle((self.size, self.size))
         model = bundle.build("cpu")
@@ -187,6 +217,7 @@ class Runtime:
 def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
     """The model made, checkpoints loaded, the folder begun: most that can be wrong is wrong here."""
     recipe, ((side, _),) = resolve_source(config.source, [(config.side, config.side)], "squash")
+    assert isinstance(recipe, LiveRecipe)  # since there are no stores
     bundle = recipe.bundle((side, side))
     backbone = bundle.build("cpu").backbone
     learned = {
@@ -212,8 +243,8 @@ def _load(
     config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone
 ) -> UpsamplerWeights:
     if url:
-        options = {"storage_options": config.options, "force": config.features.force_upsampler}
-        return load_upsampler(method, url, backbone, bundle.spec, **options)
+        force = config.features.force_upsampler
+        return load_upsampler(method, url, backbone, bundle.spec, storage_options=config.options, force=force)
     found = find_method(method)
     channels = backbone.channels * len(bundle.spec.layers)
     return UpsamplerWeights.of(found, *found.untrained(backbone, channels, config.side, bundle.reload))
@@ -256,12 +287,13 @@ def _level_name(grid: tuple[int, int], base: tuple[int, int]) -> str:
 
 def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequence[Record]) -> Findings:
     """Time and memory of each case, and operations of the backbone and of networks that enlarge x2."""
-    devices = list(dict.fromkeys(record["device"] for record in records))
+    found = {timing.case: timing for timing in (decode(Timing, record, "a timing") for record in records)}
+    devices = list(dict.fromkeys(timing.device for timing in found.values()))
     if len(devices) > 1:
         raise ConfigError(f"{config.out} has timings of {' and of '.join(devices)}; give --out a new folder")
     on_gpu = not devices[0].startswith("CPU")
-    found, counts = {record["case"]: record for record in records}, _counts(task, recipe.bundle((task.size, task.size)))
-    lines = [_line(case, task.size, found[case.name], counts["parameters"]) for case in task.cases]
+    counts = _counts(task, recipe.bundle((task.size, task.size)))
+    lines = [_line(case, task.size, found[case.name], counts.parameters) for case in task.cases]
     if config.paper and on_gpu:
         lines = _with_table_9(lines, task)
     memory = "peak MiB" if on_gpu else "peak RSS, MiB"
@@ -273,12 +305,12 @@ def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequ
     return Findings(
         tables=(times, _operations(config, task, counts)),
         choices=_choices(config, task, on_gpu=on_gpu),
-        details={"timings": list(records), "counts": counts, "digests": _digests(task)},
+        details={"timings": list(records), "counts": asdict(counts), "digests": _digests(task)},
         pictures={"runtime.png": plot(task, found)} if config.pictures else {},
     )
 
 
-def _counts(task: Runtime, bundle: ModelBundle) -> dict[str, Any]:
+def _counts(task: Runtime, bundle: ModelBundle) -> OperationCounts:
     trained_by = {method: find_method(method).trained_by for method in task.learned}
     nets = [weights.settings for method, weights in task.learned.items() if trained_by[method] == "lift"]
     spec = bundle.spec
@@ -293,19 +325,18 @@ def _counts(task: Runtime, bundle: ModelBundle) -> dict[str, Any]:
         model_args=spec.model_args,
         nets=nets,
     )
-    counts["parameters"] |= {method: weights.parameters for method, weights in task.learned.items()}
-    return counts
+    learned = {method: weights.parameters for method, weights in task.learned.items()}
+    return replace(counts, parameters={**counts.parameters, **learned})
 
 
-def _line(case: Case, size: int, record: Record, parameters: Mapping[str, int]) -> Line:
-    times, peak = record["seconds"], record["peak_bytes"]
+def _line(case: Case, size: int, timing: Timing, parameters: Mapping[str, int]) -> Line:
     values = [
-        1e3 * statistics.mean(times),
-        1e3 * statistics.median(times),
-        len(times),
-        None if peak is None else peak / 2**20,
+        timing.ms,
+        1e3 * statistics.median(timing.seconds),
+        len(timing.seconds),
+        None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
         parameters.get(case.row.method, 0) / 1e6,
-        record["macs"] / 1e9,
+        timing.macs / 1e9,
     ]
     return replace(Line.of(case.row, (size, size), values), features=case.name)
 
@@ -320,8 +351,8 @@ def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
     others = [name for name in VIT_UP_RUNTIME.rows if not name.startswith("ViT-Up")]
     by_side = {case.row.grid[0]: line for case, line in zip(task.cases[1:], lines[1:], strict=True)}
     for side, line in by_side.items():
-        found = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
-        out += [_published(line, name, values) for name, values in found.items() if values]
+        beside = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
+        out += [_published(line, name, values) for name, values in beside.items() if values]
     return out
 
 
@@ -332,19 +363,19 @@ def _published(line: Line, name: str, values: Values) -> Line:
     )
 
 
-def _operations(config: RuntimeConfig, task: Runtime, counts: Mapping[str, Any]) -> Table:
+def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts) -> Table:
     """The layout of LiFT's Table 5. Counted for x2 whatever grids were timed."""
     size, low = (task.size, task.size), task.cases[0].row
     rows = {low.name: low} | {
         f"{method} x2": replace(low, name=f"{method} x2", method=method, grid=(2 * low.grid[0], 2 * low.grid[1]))
-        for method in counts["paper_count"]
+        for method in counts.paper_count
         if method != "alone"
     }
     lines = []
     for row in rows.values():
         name = "alone" if row is low else row.method
-        macs = counts["macs"]["alone"] + (0 if row is low else counts["macs"][name])
-        values = [counts["parameters"][row.method] / 1e6, counts["paper_count"][name] / 1e9, macs / 1e9]
+        macs = counts.macs["alone"] + (0 if row is low else counts.macs[name])
+        values = [counts.parameters[row.method] / 1e6, counts.paper_count[name] / 1e9, macs / 1e9]
         lines.append(Line.of(row, size, values))
     table = Table(
         title="Operations of one image: as LiFT's paper counts them, and multiply-accumulates of the whole model",
@@ -396,12 +427,12 @@ def _digests(task: Runtime) -> dict[str, str]:
     return {case.row.method: case.row.digest for case in task.cases if case.row.digest}
 
 
-def plot(task: Runtime, found: Mapping[str, Record]) -> bytes:
+def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
     """Time against the grid's side, a curve for each method, PNG."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for case in task.cases[1:]:
         name = case.name.replace(case.row.name, case.row.method)
-        curves.setdefault(name, []).append((case.row.grid[0], 1e3 * statistics.mean(found[case.name]["seconds"])))
+        curves.setdefault(name, []).append((case.row.grid[0], found[case.name].ms))
     sides = sorted({side for curve in curves.values() for side, _ in curve})
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
@@ -409,7 +440,7 @@ def plot(task: Runtime, found: Mapping[str, Record]) -> bytes:
         axes.set(xscale="log", yscale="log", xlabel="side of the grid", ylabel="ms for one image, backbone included")
         for name, curve in curves.items():
             axes.plot(*zip(*sorted(curve), strict=True), marker="o", markersize=3, label=name)
-        alone = 1e3 * statistics.mean(found[task.cases[0].name]["seconds"])
+        alone = found[task.cases[0].name].ms
         axes.axhline(alone, color="grey", linewidth=0.8, linestyle="--", label="backbone alone")
         axes.set_xticks(sides, [str(side) for side in sides])
         axes.set_xticks([], minor=True)

@@ -1,19 +1,20 @@
-"""How fast backbones are, relative to one of them: DeAP's Fig. 7 (specs/evaluation.md 12.7).
+"""How fast backbones are, relative to one of them: DeAP's Fig. 7.
 
 Ten batches of eight images in inference mode, random weights, the backbone alone. Each batch has one of the reference beside it:
 what else the machine did then was much the same for both.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import numpy as np
 import torch
 
 from operators.backbone import TimmBackbone, autocast, cast_matmul_weights, create_model
 from pipelines.costs.clocks import device_name, median_ratio, timed
+from storage.documents import JsonObject, JsonValue
 
 logger = logging.getLogger(__name__)
 
@@ -30,47 +31,71 @@ class SpeedProtocol:
     reference_size: int = 224
     batch: int = 8
     batches: int = 10
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+
+
+@dataclass(frozen=True)
+class TimedBackbone:
+    """What is timed."""
+
+    model: str
+    "timm name"
+    size: int
+    "side of the input in pixels"
+    model_args: JsonObject = field(default_factory=dict)
+    "of a network that the name alone doesn't build"
+
+    @property
+    def described(self) -> tuple[JsonValue, ...]:
+        """As a saved speed has it."""
+        return self.model, self.size, *([self.model_args] if self.model_args else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Images per second of a backbone, and of the reference in its time."""
+
+    of: tuple[JsonValue, ...]
+    "the backbone, as `TimedBackbone.described` has it"
+    images_per_s: float
+    reference_images_per_s: float
+    relative: float
+    "above 1 for what is faster than the reference"
+    batches: int
+    device: str
 
 
 @torch.inference_mode()
-def measure_speed(
-    protocol: SpeedProtocol, device: torch.device, model: str, size: int, model_args: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Images per second of a backbone, and of the reference in its time; `relative` is above 1 for faster ones.
-
-    `model_args`: of a network that the name alone doesn't build. Raises `BackboneError`.
-    """
-    runs = [
-        _program(protocol, device, model, size, model_args),
-        _program(protocol, device, protocol.reference, protocol.reference_size),
-    ]
+def measure_speed(protocol: SpeedProtocol, device: torch.device, backbone: TimedBackbone) -> Speed:
+    """Of a backbone, and of the reference between its batches. Raises `BackboneError`."""
+    reference = TimedBackbone(protocol.reference, protocol.reference_size)
+    runs = [_program(protocol, device, each) for each in (backbone, reference)]
     for run in runs:
         run()
-    own, reference = timed(runs, protocol.batches, MEASURE_S, device)
-    found = {
-        "images_per_s": protocol.batch / float(np.median(own)),
-        "reference_images_per_s": protocol.batch / float(np.median(reference)),
-        "relative": 1 / median_ratio(own, reference),
-        "batches": len(own),
-        "device": device_name(device),
-    }
-    logger.info("speed of %s at %d px: %.2f of %s", model, size, found["relative"], protocol.reference)
+    own, others = timed(runs, protocol.batches, MEASURE_S, device)
+    found = Speed(
+        of=backbone.described,
+        images_per_s=protocol.batch / float(np.median(own)),
+        reference_images_per_s=protocol.batch / float(np.median(others)),
+        relative=1 / median_ratio(own, others),
+        batches=len(own),
+        device=device_name(device),
+    )
+    logger.info("speed of %s at %d px: %.2f of %s", backbone.model, backbone.size, found.relative, reference.model)
     return found
 
 
-def _program(
-    protocol: SpeedProtocol, device: torch.device, name: str, size: int, model_args: Mapping[str, Any] | None = None
-) -> Callable[[], Any]:
-    model = create_model(name, (size, size), None, 0, model_args)
-    ragged = size % int(model.feature_info[-1]["reduction"]) > 0
-    backbone = TimmBackbone(model, ragged=ragged)
+def _program(protocol: SpeedProtocol, device: torch.device, of: TimedBackbone) -> Callable[[], object]:
+    size = of.size
+    model = create_model(of.model, (size, size), None, 0, of.model_args)
+    stages = cast("Sequence[Mapping[str, int]]", model.feature_info)
+    backbone = TimmBackbone(model, ragged=size % stages[-1]["reduction"] > 0)
     cast_matmul_weights(model, protocol.precision)
     model.to(device)
     images = torch.randn(protocol.batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     layers = (backbone.n_layers - 1,)
 
-    def run() -> Any:
+    def run() -> object:
         with autocast(device, protocol.precision):
             return backbone(images, layers)
 

@@ -1,15 +1,15 @@
 """What upsampling costs beside the backbone: operations as LiFT's paper counts them and truly, and measured time and memory.
 
-`measure_cost` returns plain data, `cost_report` its Markdown. All weights are random: nothing here depends on them.
+`measure_cost` gives the numbers, `cost_report` their Markdown. All weights are random: nothing here depends on them.
 LiFT prints operations in its Tables 5 and 6; the rule by which it counts was found from their numbers.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from pipelines.config import ConfigError
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, seconds_of
 from pipelines.published import LIFT, LIFT_OPERATIONS, Operations
 from pipelines.results import table_lines
+from storage.documents import JsonObject
 
 BACKBONE = "backbone alone"
 
@@ -86,6 +87,59 @@ def require_enlarging(flag: str, name: str, *, beside_backbone: bool = False) ->
     raise ConfigError(f"{flag} {name}: there are {', '.join(method_names(fits))}, and module:Class of your own")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OperationCounts:
+    """Of one square image."""
+
+    tokens: int
+    parameters: Mapping[str, int]
+    "of the `backbone`, and by method of networks that enlarge its map"
+    paper_count: Mapping[str, int]
+    "by LiFT's rule: of the backbone `alone`, and of it with each network"
+    macs: Mapping[str, int]
+    "true multiply-accumulates: of the backbone `alone`, and of each network without it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedCounts(OperationCounts, Operations):
+    """A row of LiFT's tables, and our counts of the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerCost:
+    """A line of the tables: the backbone alone, or with an upsampler."""
+
+    name: str
+    parameters: int
+    ms_per_image: float
+    time_ratio: float
+    "to the backbone alone in the same round, median of the rounds"
+    time_ratio_quartiles: tuple[float, float]
+    peak_bytes: int
+    memory_ratio: float
+    seconds: tuple[float, ...]
+    "of each round"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionCost:
+    """What was timed under one autocast."""
+
+    precision: Precision
+    grid: tuple[int, int]
+    "cells of the backbone's map"
+    rows: tuple[UpsamplerCost, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostResult:
+    """Counts of the paper's models, and measurements of the configured one."""
+
+    device: str
+    counts: tuple[PublishedCounts, ...]
+    measured: tuple[PrecisionCost, ...]
+
+
 COST_PRESETS = {
     # No network. 2 CPU cores: about 2 minutes, most of them for bf16 where it is emulated.
     "default": CostBenchmark(),
@@ -94,30 +148,26 @@ COST_PRESETS = {
 }
 
 
-def measure_cost(config: CostBenchmark) -> dict[str, Any]:
+def measure_cost(config: CostBenchmark) -> CostResult:
     """Counts of the paper's models, and times and peak memory of the configured one. Raises `BackboneError`, `ConfigError`."""
     device = device_of(config.device)
     try:
         measured = [_measure(config, device, precision) for precision in config.precisions]
     except UpsamplerError as error:
         raise ConfigError(f"{config.model} at {config.size} px: {error}") from None
-    return {
-        "device": device_name(device),
-        "counts": [_count(published) for published in LIFT_OPERATIONS],
-        "measured": measured,
-    }
+    counts = tuple(_count(published) for published in LIFT_OPERATIONS)
+    return CostResult(device=device_name(device), counts=counts, measured=tuple(measured))
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
 
-
 _COUNTED = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 
 
-def _count(published: Operations) -> dict[str, Any]:
+def _count(published: Operations) -> PublishedCounts:
     """Both counts of one row."""
     counts = count_operations(published.model, published.size, stride=published.stride, nets=({"method": "lift"},))
-    return {**asdict(published), **counts}
+    return PublishedCounts(**vars(published), **vars(counts))
 
 
 def count_operations(
@@ -129,9 +179,9 @@ def count_operations(
     pos_embed: Literal["timm", "dino"] | None = "dino",
     layers: Sequence[int] = (-1,),
     ragged: bool = False,
-    model_args: Mapping[str, Any] | None = None,
-    nets: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
+    model_args: JsonObject | None = None,
+    nets: Sequence[JsonObject] = (),
+) -> OperationCounts:
     """Both counts, and parameters, of a backbone and of networks that enlarge its map x2, by method; of one square image.
 
     `model_args`: of a network that the name alone doesn't build. `nets`: settings as checkpoints have them, channels and
@@ -144,7 +194,8 @@ def count_operations(
     images, layers = torch.empty(1, 3, size, size, device="meta"), backbone.resolve_layers(layers)
     features = backbone(images, layers)
     # The whole model, as the paper's extractor runs it; ours stops at the last block's keys, which is 8 % less.
-    macs = {"alone": counted_macs(lambda: model.forward_features(images))}
+    whole = cast("Callable[[Tensor], Tensor]", model.forward_features)
+    macs = {"alone": counted_macs(lambda: whole(images))}
     tokens = math.prod(features.grid) + backbone.n_prefix
     # The paper's extractor runs the whole model, and its hook the last block's qkv a second time.
     again = 0 if facet == "token" else tokens * 3 * backbone.channels**2
@@ -157,16 +208,16 @@ def count_operations(
     grid = (2 * features.grid[0], 2 * features.grid[1])
     for given in nets:
         settings = {"channels": backbone.channels, "patch": backbone.patch, **given}
-        method, net = settings["method"], build_net(settings)
+        method, net = str(settings["method"]), build_net(settings)
         upsampler = learned_upsampler(settings, net.state_dict())
         parameters[method] = count_parameters(net)
         macs[method] = counted_macs(partial(upsampler, images, features, layers, grid))
         paper[method] = paper["alone"] + paper_count(net.to("meta").eval(), pixels, features.stacked(layers))
-    return {"tokens": tokens, "parameters": parameters, "paper_count": paper, "macs": macs}
+    return OperationCounts(tokens=tokens, parameters=parameters, paper_count=paper, macs=macs)
 
 
 @torch.inference_mode()
-def counted_macs(run: Callable[[], Any]) -> int:
+def counted_macs(run: Callable[[], object]) -> int:
     """Multiply-accumulates of matrix products, convolutions and attention in a call, by torch's FlopCounterMode."""
     with FlopCounterMode(display=False) as flops:
         run()
@@ -182,7 +233,7 @@ def paper_count(net: nn.Module, *given: Tensor) -> int:
     """
     found = []
 
-    def count(module: nn.Module, _: Any, out: Tensor) -> None:
+    def count(module: nn.Module, _: object, out: Tensor) -> None:
         if isinstance(module, nn.Linear):
             each = module.in_features
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -208,7 +259,7 @@ def count_parameters(net: nn.Module) -> int:
 # --- time and memory --------------------------------------------------------------------------------------------------
 
 
-def _measure(config: CostBenchmark, device: torch.device, precision: Precision) -> dict[str, Any]:
+def _measure(config: CostBenchmark, device: torch.device, precision: Precision) -> PrecisionCost:
     size = (config.size, config.size)
     reload = partial(create_model, config.model, size, None, 0)
     backbone = TimmBackbone(reload(), facet=config.facet)
@@ -223,9 +274,9 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
         parameters[name] = method.parameters(settings, state)
     images = torch.randn(config.batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
-    def program(upsampler: Upsampler | None) -> Callable[[], Any]:
+    def program(upsampler: Upsampler | None) -> Callable[[], object]:
         @torch.inference_mode()
-        def run() -> Any:
+        def run() -> object:
             with autocast(device, precision):
                 features = backbone(images, layers)
             return upsampler(images, features, layers, (2 * grid[0], 2 * grid[1])) if upsampler else features
@@ -240,21 +291,23 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
         # Of the same round: what else the machine did then was much the same for both.
         low, middle, high = np.percentile(np.divide(seconds[name], seconds[BACKBONE]), (25, 50, 75)).tolist()
         rows.append(
-            {
-                "name": name,
-                "parameters": parameters[name],
-                "ms_per_image": 1e3 * float(np.median(seconds[name])) / config.batch,
-                "time_ratio": middle,
-                "time_ratio_quartiles": [low, high],
-                "peak_bytes": peaks[name],
-                "memory_ratio": peaks[name] / peaks[BACKBONE],
-                "seconds": seconds[name],
-            }
+            UpsamplerCost(
+                name=name,
+                parameters=parameters[name],
+                ms_per_image=1e3 * float(np.median(seconds[name])) / config.batch,
+                time_ratio=middle,
+                time_ratio_quartiles=(low, high),
+                peak_bytes=peaks[name],
+                memory_ratio=peaks[name] / peaks[BACKBONE],
+                seconds=tuple(seconds[name]),
+            )
         )
-    return {"precision": precision, "grid": list(grid), "rows": rows}
+    return PrecisionCost(precision=precision, grid=grid, rows=tuple(rows))
 
 
-def _interleaved(programs: dict[str, Callable[[], Any]], repeat: int, device: torch.device) -> dict[str, list[float]]:
+def _interleaved(
+    programs: dict[str, Callable[[], object]], repeat: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of every program in every round; each round begins with another one."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for first in range(repeat):
@@ -269,14 +322,14 @@ def _interleaved(programs: dict[str, Callable[[], Any]], repeat: int, device: to
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def cost_report(config: CostBenchmark, result: dict[str, Any], machine: Machine) -> Iterator[str]:
+def cost_report(config: CostBenchmark, result: CostResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
     yield f"## cost: upsampling x2 beside {config.model}, random weights"
-    yield machine.usual_line(device=result["device"])
-    yield from _count_report(result["counts"])
-    for one in result["measured"]:
+    yield machine.usual_line(device=result.device)
+    yield from _count_report(result.counts)
+    for one in result.measured:
         yield from _measured_report(config, one)
-    if "bf16" in config.precisions and result["device"].startswith("CPU") and not machine.native_bf16:
+    if "bf16" in config.precisions and result.device.startswith("CPU") and not machine.native_bf16:
         yield "\n**This CPU has no bf16 instructions: bf16 is emulated here, and slow.**"
     yield f"""
 - Times: medians of {config.repeat} rounds, in which everything runs once, in changing order; ratios: medians of each round's,
@@ -285,16 +338,16 @@ def cost_report(config: CostBenchmark, result: dict[str, Any], machine: Machine)
 - LiFT's paper gives +22 % for 224 px at stride 16, in operations by its own count (5.30 / 4.34)."""
 
 
-def _count_report(counts: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _count_report(counts: Sequence[PublishedCounts]) -> Iterator[str]:
     def giga(value: int) -> str:
         return f"{value / 1e9:.2f}"
 
     rows = []
     for one in counts:
-        paper, macs, parameters = one["paper_count"], one["macs"], one["parameters"]
-        name = f"{one['model'].split('_patch')[0]} at {one['size']} px, stride {one['stride']}"
+        paper, macs, parameters = one.paper_count, one.macs, one.parameters
+        name = f"{one.model.split('_patch')[0]} at {one.size} px, stride {one.stride}"
         millions = f"{parameters['backbone'] / 1e6:.1f} + {parameters['lift'] / 1e6:.2f} M"
-        published = [f"{one['alone']:.2f}", "" if one["lift"] is None else f"{one['lift']:.2f}"]
+        published = [f"{one.alone:.2f}", "" if one.lift is None else f"{one.lift:.2f}"]
         ours = [giga(paper["alone"]), published[0], giga(paper["lift"]), published[1]]
         true = [giga(macs["alone"]), giga(macs["alone"] + macs["lift"]), f"{macs['lift'] / macs['alone']:+.1%}"]
         rows.append([name, millions, *ours, *true])
@@ -307,18 +360,18 @@ def _count_report(counts: Sequence[dict[str, Any]]) -> Iterator[str]:
 - Stride 8 with LiFT: no released code runs it. Ours enlarges the image to 16 pixels a cell; how the paper did isn't known."""
 
 
-def _measured_report(config: CostBenchmark, measured: dict[str, Any]) -> Iterator[str]:
-    grid = " x ".join(str(2 * cells) for cells in measured["grid"])
-    head = f"{config.size} px to {grid} cells, batch {config.batch}, {measured['precision']}"
+def _measured_report(config: CostBenchmark, measured: PrecisionCost) -> Iterator[str]:
+    grid = " x ".join(str(2 * cells) for cells in measured.grid)
+    head = f"{config.size} px to {grid} cells, batch {config.batch}, {measured.precision}"
     rows = [
         [
-            one["name"] if one["name"] == BACKBONE else f"with {one['name']}",
-            f"{one['parameters'] / 1e6:.2f} M",
-            f"{one['ms_per_image']:.2f}",
-            "{:.2f} ({:.2f} to {:.2f})".format(one["time_ratio"], *one["time_ratio_quartiles"]),
-            f"{one['peak_bytes'] / 1e6:,.1f}",
-            f"{one['memory_ratio']:.2f}",
+            one.name if one.name == BACKBONE else f"with {one.name}",
+            f"{one.parameters / 1e6:.2f} M",
+            f"{one.ms_per_image:.2f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(one.time_ratio, *one.time_ratio_quartiles),
+            f"{one.peak_bytes / 1e6:,.1f}",
+            f"{one.memory_ratio:.2f}",
         ]
-        for one in measured["rows"]
+        for one in measured.rows
     ]
     yield from table_lines([head, "parameters", "ms per image", "of alone", "peak MB", "of alone"], rows)

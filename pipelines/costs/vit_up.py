@@ -1,16 +1,15 @@
 """What ViT-Up costs beside bilinear and LiFT (its Table 9); its windows, too, through pipelines/costs/windows.py.
 
-`measure_vit_up` returns plain data, `vit_up_report` its Markdown. All weights are random: nothing here depends on them.
-ViT-Up: arXiv 2606.14024, Table 9.
+All weights are random: nothing here depends on them. The numbers' Markdown is in pipelines/costs/vit_up_report.py.
 """
 
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +28,15 @@ from operators.upsamplers.vit_up import (
     random_head,
 )
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
+from pipelines.costs.clocks import NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
 from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs
-from pipelines.costs.windows import compare_window, window_report
-from pipelines.published import VIT_UP_RUNTIME
-from pipelines.results import table_lines
+from pipelines.costs.windows import WindowComparison, compare_window
 
 ALL_GRIDS = (56, 112, 224, 448)
 CPU_GRIDS = (56, 112)
 VIT_UP = "ViT-Up"
+
+Precision: TypeAlias = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,28 +97,80 @@ VIT_UP_PRESETS = {
 }
 
 
-def measure_vit_up(config: ViTUpBenchmark) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ImageMacs:
+    """Multiply-accumulates that ViT-Up takes for an image whatever the grid."""
+
+    backbone: int
+    query_grid: int
+    keys_values: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A measured row."""
+
+    method: str
+    grid: int
+    queries: int | None
+    "at once"
+    parameters: int
+    seconds: tuple[float, ...]
+    ms: float
+    of_alone: float
+    "time to the backbone's alone, median of the rounds"
+    of_bilinear: float | None
+    peak_bytes: int
+    "of the image to the grid, with weights"
+    call_bytes: int
+    "of the part that `declared_bytes` holds for"
+    declared_bytes: int
+    macs: int
+    published_macs: int | None
+
+    @property
+    def label(self) -> str:
+        cells = f"{self.grid} x {self.grid}: {self.method}"
+        return cells if self.queries is None else f"{cells}, {self.queries:,} queries at once"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTUpResult:
+    """All that was measured."""
+
+    device: str
+    precision: Precision
+    left_out: tuple[int, ...]
+    "sides of grids that take minutes here"
+    parameters: Mapping[str, int]
+    macs: ImageMacs
+    rows: tuple[Line, ...]
+    windows: tuple[WindowComparison, ...]
+
+
+def measure_vit_up(config: ViTUpBenchmark) -> ViTUpResult:
     """Operations, times and peak memory of every row. Raises `BackboneError`, `ConfigError`, `UpsamplerError`, and
     `BenchmarkFailed` where windows don't give what gathering gives."""
     device = device_of(config.device)
     on_gpu = device.type == "cuda"
     grids = config.grids or (ALL_GRIDS if on_gpu else CPU_GRIDS)
-    precision = config.precision if config.precision != "auto" else ("bf16" if on_gpu else "fp32")
+    automatic: Precision = "bf16" if on_gpu else "fp32"
+    precision = automatic if config.precision == "auto" else config.precision
     repeat = config.repeat or (50 if on_gpu else 5)
     rig = _build(config, device, precision)
     tokens = rig.features.grid
-    return {
-        "device": device_name(device),
-        "precision": precision,
-        "left_out": [grid for grid in ALL_GRIDS if not config.grids and grid not in grids],
-        "parameters": rig.parameters,
-        "macs": _count_once(config, rig),
-        "rows": _measure(_rows(config, rig, grids), repeat, config.row_s, device),
-        "windows": [
+    return ViTUpResult(
+        device=device_name(device),
+        precision=precision,
+        left_out=tuple(grid for grid in ALL_GRIDS if not config.grids and grid not in grids),
+        parameters=rig.parameters,
+        macs=_count_once(config, rig),
+        rows=tuple(_measure(_rows(config, rig, grids), repeat, config.row_s, device)),
+        windows=tuple(
             compare_window(_windowed(config, window), tokens, config.window_grid, config.window_repeat, device)
             for window in config.windows
-        ],
-    }
+        ),
+    )
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -138,7 +189,7 @@ class Rig:
     parameters: dict[str, int]
     weights: dict[str, int]
     "bytes as they lie on the device"
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -150,7 +201,7 @@ class Rig:
             return self.backbone(self.images, self.layers)
 
 
-def _build(config: ViTUpBenchmark, device: torch.device, precision: Literal["bf16", "fp32"]) -> Rig:
+def _build(config: ViTUpBenchmark, device: torch.device, precision: Precision) -> Rig:
     size = (config.size, config.size)
     reload = partial(create_model, config.model, size, None, 0)
     model = reload()
@@ -212,17 +263,17 @@ def head_macs(settings: ViTUpConfig, tokens: tuple[int, int], queries: int) -> i
     return counted_macs(lambda: head(query_grid, hidden, coords, outputs=[-1]))
 
 
-def _count_once(config: ViTUpBenchmark, rig: Rig) -> dict[str, int]:
+def _count_once(config: ViTUpBenchmark, rig: Rig) -> ImageMacs:
     """What ViT-Up takes for an image whatever the grid: its backbone, the query grid, and keys and values."""
     size = (config.size, config.size)
     backbone = AdaptedBackbone(create_model(config.model, size, None, None).to("meta"))
     images = torch.empty(1, 3, *size, device="meta")
     settings = rig.settings
-    return {
-        "backbone": counted_macs(lambda: backbone.hidden(images, settings.layers)),
-        "query_grid": counted_macs(lambda: backbone.query_grid(images, (config.query_size, config.query_size))),
-        "keys_values": published_macs(settings.channels, math.prod(rig.features.grid), settings.blocks)[1],
-    }
+    return ImageMacs(
+        backbone=counted_macs(lambda: backbone.hidden(images, settings.layers)),
+        query_grid=counted_macs(lambda: backbone.query_grid(images, (config.query_size, config.query_size))),
+        keys_values=published_macs(settings.channels, math.prod(rig.features.grid), settings.blocks)[1],
+    )
 
 
 def _lift_macs(rig: Rig, grid: int) -> int:
@@ -239,13 +290,13 @@ def _lift_macs(rig: Rig, grid: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the tables."""
+    """What is to be measured for a line of the tables."""
 
     method: str
     grid: int
-    run: Callable[[], Any]
+    run: Callable[[], object]
     "what is timed: the image to the output grid"
-    call: Callable[[], Any]
+    call: Callable[[], object]
     "of it what `declared` holds for"
     weights: int
     "bytes behind `run`"
@@ -271,7 +322,7 @@ def _rows(config: ViTUpBenchmark, rig: Rig, grids: Sequence[int]) -> list[Row]:
         call_weights=alone,
         declared=rig.backbone.peak_bytes(1, (config.size, config.size)),
         parameters=rig.parameters[BACKBONE],
-        macs=_count_once(config, rig)["backbone"],
+        macs=_count_once(config, rig).backbone,
     )
     rows = [whole]
     for grid in grids:
@@ -342,7 +393,7 @@ def _vit_up_row(rig: Rig, grid: int, chunk: int) -> Row:
 
 
 @torch.inference_mode()
-def _measure(rows: Sequence[Row], repeat: int, row_s: float, device: torch.device) -> list[dict[str, Any]]:
+def _measure(rows: Sequence[Row], repeat: int, row_s: float, device: torch.device) -> list[Line]:
     """The rows' numbers: peak memory first, then the time."""
     for row in {row.method: row for row in reversed(rows)}.values():
         row.run()  # what is done once (layouts, position embeddings) would count as memory
@@ -350,21 +401,21 @@ def _measure(rows: Sequence[Row], repeat: int, row_s: float, device: torch.devic
     seconds = timed([row.run for row in rows], repeat, row_s, device)
     bilinear = {row.grid: times for row, times in zip(rows, seconds, strict=True) if row.method == "bilinear"}
     return [
-        {
-            "method": row.method,
-            "grid": row.grid,
-            "queries": row.queries,
-            "parameters": row.parameters,
-            "seconds": times,
-            "ms": 1e3 * statistics.median(times),
-            "of_alone": median_ratio(times, seconds[0]),
-            "of_bilinear": median_ratio(times, bilinear[row.grid]) if row.grid in bilinear else None,
-            "peak_bytes": peak,
-            "call_bytes": of_call,
-            "declared_bytes": row.declared,
-            "macs": row.macs,
-            "published_macs": row.published_macs,
-        }
+        Line(
+            method=row.method,
+            grid=row.grid,
+            queries=row.queries,
+            parameters=row.parameters,
+            seconds=tuple(times),
+            ms=1e3 * statistics.median(times),
+            of_alone=median_ratio(times, seconds[0]),
+            of_bilinear=median_ratio(times, bilinear[row.grid]) if row.grid in bilinear else None,
+            peak_bytes=peak,
+            call_bytes=of_call,
+            declared_bytes=row.declared,
+            macs=row.macs,
+            published_macs=row.published_macs,
+        )
         for row, times, (peak, of_call) in zip(rows, seconds, memory, strict=True)
     ]
 
@@ -373,92 +424,3 @@ def _memory(row: Row, device: torch.device) -> tuple[int, int]:
     """Peak bytes of `run` and of `call`, with their weights."""
     peak = row.weights + peak_bytes(row.run, device, warm_up=False)
     return peak, peak if row.call is row.run else row.call_weights + peak_bytes(row.call, device, warm_up=False)
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def vit_up_report(config: ViTUpBenchmark, result: dict[str, Any], machine: Machine) -> Iterator[str]:
-    """The numbers as Markdown, line by line."""
-    parameters, macs = result["parameters"], result["macs"]
-    own = parameters["head"] + parameters["lora"]
-    yield f"## cost --vit-up: {config.model} at {config.size} px, one image, {result['precision']}, random weights"
-    yield machine.usual_line(device=result["device"])
-    yield (
-        f"\nParameters: ViT-Up {own / 1e6:.1f} M (head {parameters['head']:,} + LoRA {parameters['lora']:,}), "
-        f"LiFT {parameters['lift']:,}; the backbone {parameters[BACKBONE]:,}."
-    )
-    yield from _time_report(result["rows"])
-    yield from _memory_report(result["rows"])
-    once = f"backbone {_giga(macs['backbone'])}, query grid {_giga(macs['query_grid'])}"
-    yield f"""
-- Times: medians of rounds of all rows, one after another, and of each round's ratios; "runs" says of how many.
-- Bilinear and LiFT: with the plain backbone's pass. ViT-Up: with its own adapted one, and without the plain one.
-- Peak memory: what torch's allocator holds at once, with weights and result, without the input. Declared: `peak_bytes`.
-- 10^9 multiply-accumulates of the upsampler. ViT-Up's are the head's, with keys and values ({_giga(macs["keys_values"])}); beside
-  it: {once}. By formula: the paper's head, which decodes all layers; counted: what runs, the last one's decoder."""
-    if not result["device"].startswith("CPU"):
-        yield from _published_report()
-    if result["left_out"]:
-        sides = ", ".join(f"{side} x {side}" for side in result["left_out"])
-        yield f"- Left out: {sides} (--grids {' '.join(map(str, ALL_GRIDS))} has all; on a CPU that takes minutes for each row)."
-    yield from window_report(result["windows"])
-
-
-def _published_report() -> Iterator[str]:
-    rows = [
-        [name, *("{:,.1f}, {:,.1f}".format(*values[side]) if side in values else "" for side in ("112", "224", "448"))]
-        for name, values in VIT_UP_RUNTIME.rows.items()
-    ]
-    yield "\nThe paper's Table 9, bf16 on a GPU that it doesn't name, ms and MiB:"
-    yield from table_lines(["", "112 x 112", "224 x 224", "448 x 448"], rows)
-
-
-def _label(row: dict[str, Any]) -> str:
-    cells = f"{row['grid']} x {row['grid']}: {row['method']}"
-    return cells if row["queries"] is None else f"{cells}, {row['queries']:,} queries at once"
-
-
-def _giga(macs: int) -> str:
-    return f"{macs / 1e9:,.1f}" if macs >= 1e10 else f"{macs / 1e9:.3g}"
-
-
-def _mebi(size: float) -> str:
-    return f"{size / 2**20:,.1f}"
-
-
-def _time_report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    lines = [
-        [
-            _label(row),
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['ms']:,.1f}",
-            f"{len(row['seconds'])}",
-            f"{row['of_alone']:.2f}",
-            "" if row["of_bilinear"] is None else f"{row['of_bilinear']:.2f}",
-            _mebi(row["peak_bytes"]),
-        ]
-        for row in rows
-    ]
-    yield from table_lines(["", "parameters", "ms", "runs", "of alone", "of bilinear", "peak MiB"], lines)
-
-
-def _memory_report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    lines = [
-        [
-            _label(row),
-            _mebi(row["call_bytes"]),
-            _mebi(row["declared_bytes"]),
-            f"{row['call_bytes'] / row['declared_bytes']:.2f}",
-            _giga(row["macs"]),
-            "" if row["published_macs"] is None else _giga(row["published_macs"]),
-        ]
-        for row in rows
-    ]
-    yield "\nMemory and operations of that part alone:"
-    yield from table_lines(["", "peak MiB", "declared", "of declared", "10^9, counted", "by formula"], lines)
-    for grid in sorted({row["grid"] for row in rows}):
-        sizes = {row["queries"]: row["call_bytes"] for row in rows if row["grid"] == grid and row["queries"]}
-        if grid**2 in sizes and len(sizes) > 1:
-            ratio = sizes[grid**2] / sizes[min(sizes)]
-            yield f"\n{grid} x {grid}: all queries at once take {ratio:.1f} times the memory of {min(sizes):,} at once."

@@ -7,14 +7,15 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates, random_head
+from operators.upsamplers.vit_up.attention import CrossAttention
 from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
-from operators.upsamplers.vit_up.head import sample
+from operators.upsamplers.vit_up.head import FeatX, ViTUpBlock, sample
 from pipelines.costs.clocks import BenchmarkFailed, median_ratio, timed
 from pipelines.results import table_lines
 
@@ -24,9 +25,35 @@ _TOLERANCE = 1e-4
 "largest difference of the two, of the largest value"
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowSeconds:
+    """Of each run, in rounds of both."""
+
+    head: tuple[float, ...]
+    gather: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowComparison:
+    """The head beside gathering, for one window."""
+
+    window: int | None
+    channels: int
+    blocks: int
+    tokens: tuple[int, int]
+    grid: int
+    queries: int
+    "at once"
+    seconds: WindowSeconds
+    ratio: float
+    "time of gathering to the head's"
+    largest_difference: float
+    largest_value: float
+
+
 def compare_window(
     settings: ViTUpConfig, tokens: tuple[int, int], grid: int, repeat: int, device: torch.device
-) -> dict[str, Any]:
+) -> WindowComparison:
     """The head of `settings`, and `gather_then_attend`, from `tokens` to a square `grid` of one image, in float32.
 
     Weights, hidden states and query grid are random. Raises `BenchmarkFailed` where the two disagree.
@@ -55,18 +82,18 @@ def compare_window(
         raise BenchmarkFailed(
             f"with a window of {settings.window} the head and gathering differ by {difference:.2g}, of values up to {largest:.2g}"
         )
-    return {
-        "window": settings.window,
-        "channels": settings.channels,
-        "blocks": settings.blocks,
-        "tokens": list(tokens),
-        "grid": grid,
-        "queries": QUERIES,
-        "seconds": {"head": of_head, "gather": of_gather},
-        "ratio": median_ratio(of_gather, of_head),
-        "largest_difference": difference,
-        "largest_value": largest,
-    }
+    return WindowComparison(
+        window=settings.window,
+        channels=settings.channels,
+        blocks=settings.blocks,
+        tokens=tokens,
+        grid=grid,
+        queries=QUERIES,
+        seconds=WindowSeconds(head=tuple(of_head), gather=tuple(of_gather)),
+        ratio=median_ratio(of_gather, of_head),
+        largest_difference=difference,
+        largest_value=largest,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +115,8 @@ def gather_then_attend(
     grid, heads = (hidden[0].shape[1], hidden[0].shape[2]), head.config.heads
     turn = Rope.of_tokens(grid, head.config.channels // heads, coords.device)
     states = []
-    for block, state in zip(head.vit_up_blocks, hidden[1:], strict=True):
-        normed, attention = block.norm_h_global(state.flatten(1, 2)), block.cross_attention
+    for (block, attention, _), state in zip(_parts(head), hidden[1:], strict=True):
+        normed = block.norm_h_global(state.flatten(1, 2))
         keys = turn.rotate(_by_head(attention.k_proj(normed), heads))[0]
         values = _by_head(attention.v_proj(normed), heads)[0]
         states.append(_State(tokens=state.flatten(1, 2), keys=keys, values=values))
@@ -97,22 +124,31 @@ def gather_then_attend(
     return torch.cat([_refined(head, sample(query_grid, chunk), chunk, states, grid) for chunk in chunks], dim=1)
 
 
+def _parts(head: ViTUpHead) -> Iterator[tuple[ViTUpBlock, CrossAttention, FeatX]]:
+    """Blocks, and of each its attention and its view of the nearest token, which the heads compared here all have."""
+    for block in cast("Sequence[ViTUpBlock]", head.vit_up_blocks):
+        assert block.cross_attention is not None
+        assert block.featx is not None
+        yield block, block.cross_attention, block.featx
+
+
 def _refined(head: ViTUpHead, x: Tensor, coords: Tensor, states: Sequence[_State], grid: tuple[int, int]) -> Tensor:
     heads, d = head.config.heads, head.config.channels // head.config.heads
     nearest, offsets = nearest_tokens(coords, grid)
     own, at = nearest[0, :, 1] * grid[1] + nearest[0, :, 0], _tokens_seen(nearest[0], head.config.window, grid)
     encoding, turn = encode_offsets(offsets, head.rel_pos_enc.freqs), Rope.of_queries(coords, grid, d)
-    for block, state in zip(head.vit_up_blocks, states, strict=True):
+    for (block, attention, featx), state in zip(_parts(head), states, strict=True):
         x = x + block.transition_mlp(x)
-        queries = turn.rotate(_by_head(block.cross_attention.q_proj(block.norm_q_global(x)), heads))[0]
+        queries = turn.rotate(_by_head(attention.q_proj(block.norm_q_global(x)), heads))[0]
         weights = torch.einsum("hnd,hnkd->hnk", queries, state.keys[:, at]).div(d**0.5).softmax(dim=-1)
         seen = torch.einsum("hnk,hnkd->nhd", weights, state.values[:, at]).flatten(1)[None]
-        x = x + block.cross_attention.out_proj(seen)
-        gamma, beta = block.featx.gamma_beta_mlp(encoding).chunk(2, dim=-1)
-        film = (1 + gamma) * block.featx.norm_input(state.tokens[:, own]) + beta
-        x = x + block.norm_h_local(block.featx.post_mlp(film))
+        x = x + attention.out_proj(seen)
+        gamma, beta = featx.gamma_beta_mlp(encoding).chunk(2, dim=-1)
+        film = (1 + gamma) * featx.norm_input(state.tokens[:, own]) + beta
+        x = x + block.norm_h_local(featx.post_mlp(film))
         x = x + block.mlp(block.norm_post(x))
-    return head.decoder_mlp[-1](x)
+    out: Tensor = head.decoder_mlp[-1](x)
+    return out
 
 
 def _tokens_seen(nearest_N2: Tensor, window: int | None, grid: tuple[int, int]) -> Tensor:
@@ -129,18 +165,18 @@ def _by_head(x_BND: Tensor, heads: int) -> Tensor:
     return x_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def window_report(windows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def window_report(windows: Sequence[WindowComparison]) -> Iterator[str]:
     """The comparisons as Markdown, line by line."""
     for one in windows:
-        grid, (h, w) = one["grid"], one["tokens"]
-        what = f"{one['channels']} channels, {one['blocks']} blocks, {h} x {w} tokens to {grid} x {grid}, fp32"
-        yield f"\nThe head alone with a window of {one['window']}, {what}, {one['queries']:,} queries at once:"
+        grid, (h, w) = one.grid, one.tokens
+        what = f"{one.channels} channels, {one.blocks} blocks, {h} x {w} tokens to {grid} x {grid}, fp32"
+        yield f"\nThe head alone with a window of {one.window}, {what}, {one.queries:,} queries at once:"
         lines = [
-            [name, f"{statistics.median(one['seconds'][key]):.2f}", f"{len(one['seconds'][key])}", ratio]
-            for key, name, ratio in (
-                ("head", "as here", "1.00"),
-                ("gather", "gather for each query, then attend", f"{one['ratio']:.2f}"),
+            [name, f"{statistics.median(seconds):.2f}", f"{len(seconds)}", ratio]
+            for seconds, name, ratio in (
+                (one.seconds.head, "as here", "1.00"),
+                (one.seconds.gather, "gather for each query, then attend", f"{one.ratio:.2f}"),
             )
         ]
         yield from table_lines(["", "s", "runs", "of as here"], lines)
-        yield f"\nLargest difference of the two: {one['largest_difference']:.1e}, of values up to {one['largest_value']:.1f}."
+        yield f"\nLargest difference of the two: {one.largest_difference:.1e}, of values up to {one.largest_value:.1f}."

@@ -7,14 +7,14 @@ the final norm, without prefix tokens.
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import tyro
 
 from pipelines.config import ConfigError
 from pipelines.results import table_lines
+from storage.paths import StorageOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Backbones:
     """Only these."""
 
 
-def find_backbone(word: str, weights: str = "pretrained", options: Mapping[str, Any] | None = None) -> PaperBackbone:
+def find_backbone(word: str, weights: str = "pretrained", options: StorageOptions | None = None) -> PaperBackbone:
     """One of the table's, or `TIMM_NAME[@PIXELS]`, by default at the size that its `weights` (as for jobs/train.py) expect.
 
     Raises `ConfigError` for what timm lacks, and `BackboneError` for names that it hasn't.

@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -22,14 +22,16 @@ from cluster.resources import WorkerPool, WorkerRequest
 from operators.readouts import build_readout
 from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least
 from pipelines.costs.readouts import METHODS as COUNTED
-from pipelines.costs.speed import SpeedProtocol, measure_speed
+from pipelines.costs.speed import Speed, SpeedProtocol, TimedBackbone, measure_speed
 from pipelines.executors import Executor, InlineExecutor, WorkersLost
+from pipelines.published import Settings
 from pipelines.tables.backbones import PaperBackbone, find_backbone
 from pipelines.tables.tasks import TableTask, find_task
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_inline
 from storage.datasets.registry import DATASETS
 from storage.differences import differences
+from storage.documents import JsonObject, JsonValue, as_object, decode, decode_known, parse_json
 from storage.errors import RayliftError
 from storage.paths import Folder, redact
 
@@ -42,7 +44,7 @@ class CellsFailed(RayliftError):
     exit_code = 1
 
 
-METHODS: Mapping[str, Mapping[str, Any]] = {**COUNTED, "depth_bins": {"method": "depth_bins"}}
+METHODS: Mapping[str, Settings] = {**COUNTED, "depth_bins": {"method": "depth_bins"}}
 """Settings of each."""
 
 _GRIDS_OWN = frozenset(
@@ -163,12 +165,12 @@ class GridConfig(JobConfig):
             precision=self.cell.features.precision,
         )
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> dict[str, JsonValue]:
         # Tables have said these two so from the beginning.
         return {**super().flat(), "cell": _given(self.cell), "storage_options": self.cluster.storage_options or "{}"}
 
 
-def _given(training: ReadoutTraining) -> dict[str, Any]:
+def _given(training: ReadoutTraining) -> dict[str, JsonValue]:
     """Settings that differ from the defaults."""
     plain = ReadoutTraining().flat()
     return {name: value for name, value in training.flat().items() if value != plain[name]}
@@ -207,7 +209,7 @@ class CellResult:
     "cells of the map"
     input_size: tuple[int, int] | None = None
     "in pixels"
-    model_args: Mapping[str, Any] = field(default_factory=dict)
+    model_args: JsonObject = field(default_factory=dict)
     "of a network that the backbone's name alone doesn't build"
     steps: int | None = None
     train_seconds: float | None = None
@@ -317,20 +319,16 @@ def run_cell(cell: Cell) -> CellResult:
 def failed(cell: Cell, reason: str) -> CellResult:
     """A cell without numbers."""
     shown = textwrap.shorten(redact(reason, cell.training.options), 600, placeholder=" ...")
-    return CellResult(**_whose(cell), error=shown)
+    return replace(_empty(cell), error=shown)
 
 
-def _whose(cell: Cell) -> dict[str, Any]:
-    return {
-        "name": cell.name,
-        "backbone": cell.backbone.name,
-        "task": cell.task.name,
-        "method": cell.method,
-        "seed": cell.seed,
-    }
+def _empty(cell: Cell) -> CellResult:
+    return CellResult(
+        name=cell.name, backbone=cell.backbone.name, task=cell.task.name, method=cell.method, seed=cell.seed
+    )
 
 
-def _settings(cell: Cell) -> dict[str, Any]:
+def _settings(cell: Cell) -> dict[str, JsonValue]:
     """What a result is the result of, as JSON values."""
     training = cell.training
     more = {name: getattr(training, name) for name in ("epochs", "max_steps", "val_limit")}
@@ -341,15 +339,14 @@ def _settings(cell: Cell) -> dict[str, Any]:
 def _read_result(cell: Cell) -> CellResult | None:
     """Of a cell that is done, with these settings. A damaged file counts as none: the run itself knows how far it is."""
     try:
-        found = json.loads(Folder(cell.training.out, cell.training.options).read(RESULT))
+        found = parse_json(Folder(cell.training.out, cell.training.options).read(RESULT))
         # As for runs: a setting that didn't exist yet counts as its default, None.
-        if differences(found["settings"], _settings(cell)):
+        if differences(as_object(found["settings"]), _settings(cell)):
             return None
-        result = CellResult(**found["result"])
+        result = decode_known(CellResult, found["result"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    sizes = {name: tuple(getattr(result, name)) for name in ("grid", "input_size")}
-    return replace(result, **sizes, train_seconds=None)
+    return replace(result, train_seconds=None)
 
 
 def _train(cell: Cell) -> CellResult:
@@ -364,8 +361,8 @@ def _train(cell: Cell) -> CellResult:
     values = {name: value for name, value in summary.metrics.items() if name.startswith("val_")}
     if not values:
         raise ConfigError(f"no held-out image of {training.dataset} could be read")
-    result = CellResult(
-        **_whose(cell),
+    result = replace(
+        _empty(cell),
         metrics=values,
         parameters=build_readout(setup.readout).parameter_count(),
         grid=tuple(resolved.features["level"]["grid"]),
@@ -423,36 +420,39 @@ SPEEDS = "speed.json"
 
 def measure_speeds(
     config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult], executor: Executor
-) -> dict[str, Any]:
+) -> dict[str, Speed]:
     """Of each backbone that has a result, by name; measured one after another on one machine, or read from an earlier start.
 
     The grid's own cells must be done. Raises `BackboneError`.
     """
     models = {cell.backbone.name: cell.backbone.model for cell in cells}
-    done = [result for result in results if not result.error and result.input_size]
-    wanted = {
-        each.backbone: [models[each.backbone], each.input_size[0], *([each.model_args] if each.model_args else [])]
-        for each in done
-        if each.input_size[0] == each.input_size[1]
-    }
-    protocol, before = asdict(config.speeds), _read_speeds(config.folder)
-    known = before.get("found", {}) if before.get("protocol") == protocol else {}
-    found = {name: known[name] for name in wanted if name in known and known[name]["of"] == wanted[name]}
+    wanted = {}
+    for each in results:
+        height, width = each.input_size or (0, 1)
+        if not each.error and height == width:
+            wanted[each.backbone] = TimedBackbone(models[each.backbone], height, each.model_args)
+    known = _read_speeds(config)
+    found = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.described}
     missing = {name: of for name, of in wanted.items() if name not in found}
     if missing:
         pool = executor.pool(_request(config, 1, None))  # a whole GPU
         worker = functools.partial(_SpeedWorker, config.speeds, pool.device, None if config.is_inline else pool.cpus)
         (measured,) = executor.pieces(worker, [missing], pool, restarts=config.max_failures)
-        found |= {name: {"of": missing[name], **measured[name]} for name in missing}
-        document = {"protocol": protocol, "found": {**known, **found}}
+        found |= measured
+        every = {name: asdict(speed) for name, speed in {**known, **found}.items()}
+        document = {"protocol": asdict(config.speeds), "found": every}
         config.folder.write(SPEEDS, json.dumps(document, indent=1).encode())
     return {name: found[name] for name in wanted}
 
 
-def _read_speeds(folder: Folder) -> dict[str, Any]:
+def _read_speeds(config: GridConfig) -> dict[str, Speed]:
+    """Those of an earlier start that were measured in the same way; a damaged file counts as none."""
     try:
-        return dict(json.loads(folder.read(SPEEDS)))
-    except (FileNotFoundError, ValueError, TypeError):
+        document = parse_json(config.folder.read(SPEEDS))
+        if document["protocol"] != asdict(config.speeds):
+            return {}
+        return {name: decode(Speed, each, name) for name, each in as_object(document["found"]).items()}
+    except (FileNotFoundError, ValueError, KeyError):
         return {}
 
 
@@ -464,5 +464,5 @@ class _SpeedWorker:
         if threads:
             torch.set_num_threads(threads)
 
-    def __call__(self, backbones: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        return {name: measure_speed(self._protocol, self._device, *of) for name, of in backbones.items()}
+    def __call__(self, backbones: Mapping[str, TimedBackbone]) -> dict[str, Speed]:
+        return {name: measure_speed(self._protocol, self._device, of) for name, of in backbones.items()}

@@ -6,16 +6,21 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipelines.costs.readouts import published_counts
+from pipelines.costs.speed import Speed
 from pipelines.executors import executor_for
 from pipelines.provenance import versions
 from pipelines.results import table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from pipelines.tables.cells import Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.tasks import Column, TableTask, published_values
+from storage.documents import JsonObject
 from storage.paths import Folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +71,9 @@ def _entry(group: Sequence[tuple[Cell, CellResult]]) -> Entry:
         method=cell.method,
         scores=tuple(_score(column, done) for column in cell.task.columns),
         due=len(group),
-        parameters=first and first.parameters,
-        grid=first and first.grid,
-        input_size=first and first.input_size,
+        parameters=first.parameters if first else None,
+        grid=first.grid if first else None,
+        input_size=first.input_size if first else None,
     )
 
 
@@ -83,7 +88,9 @@ def _score(column: Column, done: Sequence[CellResult]) -> Score | None:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Any], failed: Sequence[CellResult]) -> str:
+def report(
+    config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Speed], failed: Sequence[CellResult]
+) -> str:
     """The tables as Markdown."""
     parts = ["# Readouts on frozen features"]
     for method in config.methods:
@@ -115,7 +122,7 @@ def _heads(tasks: Sequence[TableTask]) -> list[str]:
     return [f"{task.label} {column.head}" for task in tasks for column in task.columns]
 
 
-def _by_backbone(found: Sequence[Entry], speeds: Mapping[str, Any], *, paper: bool) -> Rows:
+def _by_backbone(found: Sequence[Entry], speeds: Mapping[str, Speed], *, paper: bool) -> Rows:
     """DeAP's Table 3: rows are backbones."""
     tasks = _tasks(found)
     rows = [["backbone", "px", "grid", *_heads(tasks), "learned, M", "speed"]]
@@ -124,7 +131,7 @@ def _by_backbone(found: Sequence[Entry], speeds: Mapping[str, Any], *, paper: bo
         first = next((entry for entry in of.values() if entry.grid), next(iter(of.values())))
         counts = [entry.parameters for entry in of.values() if entry.parameters]
         learned = f"{sum(counts) / 1e6:.3f}" if len(counts) == len(of) else ""
-        speed = f"{speeds[name]['relative']:.2f}" if name in speeds else ""
+        speed = f"{speeds[name].relative:.2f}" if name in speeds else ""
         given = [first.backbone.label, *_input_of(first)]
         rows.append([*given, *(cell for task in tasks for cell in _cells(of[task.name])), learned, speed])
         printed = [cell for task in tasks for cell in _published_cells(of[task.name])]
@@ -157,7 +164,7 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
         of = {e.task.name: e for e in found if (e.backbone.name, e.method) == (name, method)}
         counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
         rows.append([f"{name}, {method}", *counts])
-        channels = BY_NAME[name].channels if name in BY_NAME else None
+        channels = BY_NAME[name].channels or 0 if name in BY_NAME else 0
         millions = [known.get((channels, task.label)) for task in tasks]
         if paper and method == "deap" and any(millions):
             rows.append([f"{name}, published", *(f"{each:.3f} M" if each else "" for each in millions)])
@@ -196,7 +203,7 @@ def _section(title: str, rows: Rows) -> str:
     return "\n".join([f"## {title}", *table_lines(rows[0], rows[1:], padded=True)])
 
 
-def _notes(config: GridConfig, speeds: Mapping[str, Any]) -> Iterator[str]:
+def _notes(config: GridConfig, speeds: Mapping[str, Speed]) -> Iterator[str]:
     over = f"mean ± sample deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
     yield f"- Scores: of held-out images after the last step; {over}."
     yield "- IoU, accuracy and ARI in percent; CE is the mean cross-entropy; AP_lg a share of 1; RMSE in metres."
@@ -205,7 +212,7 @@ def _notes(config: GridConfig, speeds: Mapping[str, Any]) -> Iterator[str]:
         one = next(iter(speeds.values()))
         yield (
             f"- speed: images per second of the backbone alone, of those of {config.speed_reference} at "
-            f"{config.speed_reference_size} px beside it; {one['batches']} batches of {config.speed_batch}, {one['device']}."
+            f"{config.speed_reference_size} px beside it; {one.batches} batches of {config.speed_batch}, {one.device}."
         )
     yield from (
         f"- {name}: {BY_NAME[name].note}." for name in config.backbones if name in BY_NAME and BY_NAME[name].note
@@ -215,7 +222,7 @@ def _notes(config: GridConfig, speeds: Mapping[str, Any]) -> Iterator[str]:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
-def scatter(found: Sequence[Entry], speeds: Mapping[str, Any]) -> bytes:
+def scatter(found: Sequence[Entry], speeds: Mapping[str, Speed]) -> bytes:
     """DeAP's Fig. 7 as a PNG: relative speed across, score up (errors point down), a panel for each task."""
     from matplotlib.figure import Figure
 
@@ -233,11 +240,11 @@ def scatter(found: Sequence[Entry], speeds: Mapping[str, Any]) -> bytes:
     return png.getvalue()
 
 
-def _draw_panel(panel: Any, task: TableTask, found: Sequence[Entry], speeds: Mapping[str, Any]) -> None:
+def _draw_panel(panel: "Axes", task: TableTask, found: Sequence[Entry], speeds: Mapping[str, Speed]) -> None:
     methods = list(dict.fromkeys(entry.method for entry in found))
     for method in methods:
         points = [
-            (speeds[e.backbone.name]["relative"], e.scores[-1], e.backbone.name)
+            (speeds[e.backbone.name].relative, e.scores[-1], e.backbone.name)
             for e in found
             if e.method == method and e.scores[-1] is not None and e.backbone.name in speeds
         ]
@@ -248,7 +255,7 @@ def _draw_panel(panel: Any, task: TableTask, found: Sequence[Entry], speeds: Map
         panel.errorbar(across, up, yerr=spread, fmt="o", capsize=3, label=method)
         for place, name in zip(zip(across, up, strict=True), names, strict=True):
             panel.annotate(name, place, xytext=(0, 5), textcoords="offset points", fontsize=8, ha="center")
-    _scale_speeds(panel, [speeds[entry.backbone.name]["relative"] for entry in found if entry.backbone.name in speeds])
+    _scale_speeds(panel, [speeds[entry.backbone.name].relative for entry in found if entry.backbone.name in speeds])
     panel.set(title=task.label, xlabel="relative speed of the backbone", ylabel=task.columns[-1].head)
     if task.task == "depth":
         panel.invert_yaxis()
@@ -256,7 +263,7 @@ def _draw_panel(panel: Any, task: TableTask, found: Sequence[Entry], speeds: Map
         panel.legend(fontsize=8)
 
 
-def _scale_speeds(panel: Any, relative: Sequence[float]) -> None:
+def _scale_speeds(panel: "Axes", relative: Sequence[float]) -> None:
     """Logarithmic where speeds differ much; room for names at the sides."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -271,41 +278,64 @@ def _scale_speeds(panel: Any, relative: Sequence[float]) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class EntryReport:
+    """An entry, as grid.json has it: scores and published numbers by their columns' heads."""
+
+    backbone: str
+    task: str
+    method: str
+    scores: Mapping[str, Score | None]
+    published: Mapping[str, float | None]
+    parameters: int | None
+
+    @classmethod
+    def of(cls, entry: Entry) -> "EntryReport":
+        heads = [column.head for column in entry.task.columns]
+        return cls(
+            backbone=entry.backbone.name,
+            task=entry.task.name,
+            method=entry.method,
+            scores=dict(zip(heads, entry.scores, strict=True)),
+            published=dict(zip(heads, entry.published, strict=False)),
+            parameters=entry.parameters,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridReport:
+    """What grid.json says."""
+
+    config: JsonObject
+    cells: tuple[CellResult, ...]
+    entries: tuple[EntryReport, ...]
+    speed: Mapping[str, Speed]
+    versions: Mapping[str, str]
+
+
 def write_grid(
     folder: Folder,
     config: GridConfig,
     cells: Sequence[Cell],
     results: Sequence[CellResult],
-    speeds: Mapping[str, Any],
+    speeds: Mapping[str, Speed],
 ) -> str:
     """Write grid.json, grid.md and, with speeds, grid.png; returns the Markdown."""
     found = entries(cells, results)
     failed = [result for result in results if result.error]
     text = report(config, found, speeds, failed)
-    document = {
-        "config": config.public(),
-        "cells": [asdict(result) for result in results],
-        "entries": [_told(entry) for entry in found],
-        "speed": dict(speeds),
-        "versions": versions(),
-    }
-    folder.write("grid.json", json.dumps(document, indent=1).encode())
+    grid = GridReport(
+        config=config.public(),
+        cells=tuple(results),
+        entries=tuple(map(EntryReport.of, found)),
+        speed=speeds,
+        versions=versions(),
+    )
+    folder.write("grid.json", json.dumps(asdict(grid), indent=1).encode())
     if speeds:
         folder.write("grid.png", scatter(found, speeds))
     folder.write("grid.md", text.encode())
     return text
-
-
-def _told(entry: Entry) -> dict[str, Any]:
-    heads = [column.head for column in entry.task.columns]
-    return {
-        "backbone": entry.backbone.name,
-        "task": entry.task.name,
-        "method": entry.method,
-        "scores": {h: score and asdict(score) for h, score in zip(heads, entry.scores, strict=True)},
-        "published": dict(zip(heads, entry.published, strict=False)),
-        "parameters": entry.parameters,
-    }
 
 
 def main(config: GridConfig) -> Iterator[str]:
