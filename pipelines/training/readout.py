@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from storage.datasets.frames import LabelFrame
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.differences import differences
-from storage.documents import JsonObject, JsonValue
+from storage.documents import JsonValue
 from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
 
@@ -311,7 +311,7 @@ class ReadoutSetup(TrainSetup):
     images: LabelledSource
     held_out: LabelledSource
     readout: ReadoutConfig
-    features: JsonObject
+    features: Mapping[str, Any]
     level: str
     pooled: str | None
     bundle: ModelBundle | None
