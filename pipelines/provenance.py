@@ -47,5 +47,5 @@ def begin_run(folder: Folder, made_of: Mapping[str, Any], config: Mapping[str, A
 def require_same(shown: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises `ConfigError` with what differs between a run and its continuation."""
     if found := differences(before, now):
-        lines = found.text("run", "now")
-        raise ConfigError(f"{shown} was begun with other settings:\n{lines}\nUse a new --out, or the settings above.")
+        text = found.text("run", "now")
+        raise ConfigError(f"{shown} was begun with other settings:\n{text}\nUse a new --out, or the settings above.")

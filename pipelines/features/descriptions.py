@@ -164,11 +164,8 @@ def _other_than_default(architecture: str, given: Mapping[str, Any]) -> dict[str
         return dict(given)
     with torch.device("meta"):
         model = timm.create_model(architecture)
-    return {name: value for name, value in given.items() if not _is_same(getattr(model, name, None), value)}
-
-
-def _is_same(default: Any, value: Any) -> bool:
-    return type(default) is type(value) and default == value
+    usual = {name: getattr(model, name, None) for name in given}
+    return {n: value for n, value in given.items() if type(usual[n]) is not type(value) or usual[n] != value}
 
 
 def _image_size(size: Any, shown: str) -> tuple[int, int]:

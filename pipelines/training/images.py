@@ -90,7 +90,10 @@ class ImageTraining(TrainConfig):
         folder = self.begin_folder()
         files = expand_inputs(self.data, self.options, self.image_member)
         held_out = expand_inputs(self.val_data, self.options, self.image_member) if self.val_data else Listing()
-        backbone, upsampler = _load_backbone(self)
+        # Whether the network can be trained on such inputs, it says itself.
+        wanted = completed(self.features, size=str(self.backbone_size), levels=("x1",), ragged=True)
+        backbone, model = load_described(wanted, self.options)
+        upsampler = self.network(model.backbone)
         return ResolvedImages(
             config=self,
             folder=folder,
@@ -232,15 +235,6 @@ class ResolvedImages:
             features=features,
         )
         return source, index
-
-
-def _load_backbone(config: ImageTraining) -> tuple[ModelBundle, dict[str, Any]]:
-    """What makes the features that are learned, and the settings of the network for it."""
-    size = config.backbone_size
-    # Whether the network can be trained on such inputs, it says itself.
-    wanted = completed(config.features, size=str(size), levels=("x1",), ragged=True)
-    bundle, model = load_described(wanted, config.options)
-    return bundle, config.network(model.backbone)
 
 
 def _identity(spec: FeatureSpec) -> dict[str, JsonValue]:
