@@ -186,8 +186,6 @@ def _revoke_failed(store: FeatureStore, done: set[int], input_digest: str) -> se
 
 
 class _Run:
-    """One run's accounting."""
-
     def __init__(self, store: FeatureStore, setup: WorkerSetup, executor: Executor, pool: WorkerPool, rows_done: int):
         self.config, self.store, self.setup, self.executor, self.pool = setup.config, store, setup, executor, pool
         self.progress = Progress(total=store.layout.n_rows, done=rows_done)

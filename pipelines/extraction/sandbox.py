@@ -111,7 +111,6 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         )
 
     def _end(self) -> int:
-        """End the process; returns its exit code."""
         process, self._process = self._process, None
         if process is None:
             return 0

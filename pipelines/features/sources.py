@@ -75,9 +75,8 @@ def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, Tensor], name: str
 
 
 def _vector(values_C: Tensor, name: str) -> Tensor:
-    vector = values_C.float()
-    _require_finite([vector], name)
-    return vector
+    _require_finite([values_C.float()], name)
+    return values_C.float()
 
 
 def _require_finite(features: Iterable[Tensor], name: str) -> None:
@@ -407,7 +406,7 @@ def _load_model(
         raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
     bundles = {}
     for ragged, size in firsts.items():
-        loaded = first if size == first.size else load_settings(features, size, options, first.described)
+        loaded = first if size == first.size else load_settings(features, size, options, first.description)
         wanted = completed(features, ragged=ragged, geometry="squash")
         bundles[ragged], _ = describe_model(wanted, loaded, options)
     return LiveRecipe(bundles=bundles, patch=patch, how_drawn=choice.drawing, sizes=sizes), sizes

@@ -229,7 +229,7 @@ class ReadoutTraining(TrainConfig):
             for items, store in ((train, self.store), (task.judged(held_out), self.val_store or self.store))
         ]
         readout, features = self.readout(task, level), features_of(spec, level)
-        described = {
+        description = {
             "readout": asdict(readout),
             "task": {"name": self.task, "dataset": self.dataset, **task.told()},
             "features": {**features, "drawing": self.how_drawn},
@@ -237,7 +237,7 @@ class ReadoutTraining(TrainConfig):
         return ReadoutSetup(
             config=self,
             folder=folder,
-            described=described,
+            description=description,
             order=self.order(len(train)),
             images=sources[0],
             held_out_rows=tuple(range(len(sources[1].items))),
