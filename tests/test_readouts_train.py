@@ -315,7 +315,7 @@ def test_two_ray_workers_take_the_steps_of_one_process(sets, tmp_path):
         ({"drawing": "extract"}, "drawing          run 'paper'   now 'extract'"),
         ({"limit": 5}, "images           run"),
         ({"val_limit": 3}, "held_out         run"),
-        ({"size": 96}, "features         run"),
+        ({"size": 96}, "features.level.grid run"),
         ({"task": "boundaries", **OF_TASK["boundaries"]}, "task             run 'segmentation'"),
     ],
 )

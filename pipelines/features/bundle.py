@@ -92,8 +92,8 @@ def load_settings(
 
 
 def load_bundle(features: FeatureConfig, options: StorageOptions | None = None) -> tuple[ModelBundle, FeatureModel]:
-    """The model that settings name, and what workers build it from. Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or
-    `ConfigError`."""
+    """What workers build the model from that settings name, and the model. Raises `BackboneError`, `UpsamplerError`,
+    `WeightsUnavailable` or `ConfigError`."""
     _choices(features)  # what is wrong there is wrong before anything is fetched
     return describe_model(features, load_settings(features, features.input_size, options), options)
 
