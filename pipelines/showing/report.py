@@ -80,18 +80,10 @@ def _settings(store: FeatureStore) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Bar:
-    """A stage's part of the workers' time."""
-
-    stage: str
-    share: float
-    colour: str
-
-
-@dataclass(frozen=True)
 class _RunRow:
     run: RunStatus
-    bars: Sequence[_Bar]
+    bars: Sequence[tuple[str, float, str]]
+    "each stage, its part of the workers' time, and a colour"
     bottleneck: str
 
 
@@ -108,8 +100,8 @@ def _runs(status: StoreStatus) -> list[_RunRow]:
     """The latest first."""
     rows = []
     for run in reversed(status.runs):
-        shares = zip(stage_shares(run).items(), itertools.cycle(STAGE_COLOURS), strict=False)
-        bars = [_Bar(stage, share, colour) for (stage, share), colour in shares]
+        shares = stage_shares(run)
+        bars = list(zip(shares, shares.values(), itertools.cycle(STAGE_COLOURS), strict=False))
         rows.append(_RunRow(run, bars, bottleneck(run)))
     return rows
 
@@ -131,9 +123,6 @@ def _panels(store: FeatureStore, count: int, options: StorageOptions | None) -> 
 def _picture(tile: Tile, panel: Panel) -> str:
     """A tile as a data URL: photographs as JPEG, maps as PNG."""
     data, image = io.BytesIO(), tile.image(*panel.tile_size)
-    if tile.is_photo:
-        image.save(data, "JPEG", quality=88)
-    else:
-        image.save(data, "PNG", optimize=True)
     kind = "jpeg" if tile.is_photo else "png"
+    image.save(data, kind, **({"quality": 88} if tile.is_photo else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -15,7 +15,6 @@ from cluster.progress import duration, size_text
 from storage.documents import Document, JsonObject, MissingObject, as_object, decode, decode_known
 from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
 from storage.left_out import LeftOut, left_out_lines
-from storage.spec import Level
 from storage.spread import spread
 from storage.store import FeatureStore
 
@@ -286,6 +285,7 @@ class LevelStatus:
     dtype: str
     method: str
     cell: str
+    "how many input pixels lie between cells"
     row_bytes: int
     stored_bytes: int
     ratio: float
@@ -300,18 +300,13 @@ def level_rows(store: FeatureStore, status: StoreStatus) -> list[LevelStatus]:
             shape=" x ".join(str(n) for n in level.row_shape),
             dtype=level.dtype,
             method=level.method,
-            cell=cell_text(level),
+            cell=f"{level.step[0]:g} x {level.step[1]:g} px" if level.step else "whole image",
             row_bytes=level.row_bytes,
             stored_bytes=status.stored_bytes[level.name],
             ratio=status.stored_bytes[level.name] / max(1, level.row_bytes * status.ok),
         )
         for level in store.spec.levels
     ]
-
-
-def cell_text(level: Level) -> str:
-    """How many input pixels lie between cells."""
-    return f"{level.step[0]:g} x {level.step[1]:g} px" if level.step else "whole image"
 
 
 def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[str]:
@@ -332,8 +327,7 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
         )
     yield ""
     yield f"{'row':>8}  {'photo px':<12} {'status':<8} key"
-    shown = min(first, status.rows)
-    rows = np.arange(shown)
+    rows = np.arange(min(first, status.rows))
     records = store.records(rows, ["row", "status", "width", "height", "conversion"])
     # A row that is not written yet has a key in the index only.
     keys = store.index.take(rows, ["key"])["key"]
@@ -341,5 +335,5 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
         pixels = f"{record['width']} x {record['height']}" if record["width"] else ""
         note = f"  ({record['conversion']})" if record["conversion"] else ""
         yield f"{record['row']:>8}  {pixels:<12} {record['status'] or 'pending':<8} {key}{note}"
-    if shown < status.rows:
-        yield f"     ...  {status.rows - shown:,} more"
+    if len(rows) < status.rows:
+        yield f"     ...  {status.rows - len(rows):,} more"

@@ -432,7 +432,7 @@ def measure_speeds(
         if not each.error and height == width:
             wanted[each.backbone] = TimedBackbone(models[each.backbone], height, each.model_args)
     known = _read_speeds(config)
-    found = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.described}
+    found = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
     missing = {name: of for name, of in wanted.items() if name not in found}
     if missing:
         pool = executor.pool(_request(config, 1, None))  # a whole GPU
