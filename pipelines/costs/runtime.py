@@ -278,10 +278,11 @@ def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequ
         columns=("ms", "median ms", "passes", memory, "parameters, M", "10^9 MACs"),
         lines=tuple(lines),
     )
+    digests = {case.row.method: case.row.digest for case in task.cases if case.row.digest}
     return Findings(
         tables=(times, _operations(config, task, counts)),
         choices=_choices(config, task, on_gpu=on_gpu),
-        details={"timings": list(records), "counts": asdict(counts), "digests": _digests(task)},
+        details={"timings": list(records), "counts": asdict(counts), "digests": digests},
         pictures={"runtime.png": plot(task, found)} if config.pictures else {},
     )
 
@@ -373,6 +374,9 @@ def _lift_published(config: RuntimeConfig, low: Row) -> Published:
 
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:
+    given = config.public()
+    named = map(split_method, given["methods"])
+    learned = [f"{method} {url or 'random'}" for method, url in named if find_method(method).learned]
     choices = {
         "protocol": f"one random image, {config.features.precision} weights and autocast, inference mode; {config.warm_up} "
         f"passes to warm up and {config.repeat} timed, fewer where they would take more than {config.row_s:g} s; one "
@@ -382,7 +386,7 @@ def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str,
         "memory": "the most that torch's allocator holds, weights of that line included"
         if on_gpu
         else "the process's resident memory at its highest in one pass, interpreter and torch included: not Table 9's measure",
-        "weights": ", ".join([f"backbone {config.public()['weights']}", *_weights(config)]),
+        "weights": ", ".join([f"backbone {given['weights']}", *learned]),
         "parameters": "of the backbone in the first line, of what is added to it in the others",
         "operations": "MACs by torch's FlopCounterMode: of what ran, in the first table; LiFT's count leaves attention products "
         "out, charges transposed convolutions fourfold and, for facets, the last block's qkv twice",
@@ -392,15 +396,6 @@ def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str,
     if task.left_out:
         choices["left out"] = "; ".join(task.left_out)
     return choices
-
-
-def _weights(config: RuntimeConfig) -> list[str]:
-    named = [split_method(text) for text in config.public()["methods"]]
-    return [f"{method} {url or 'random'}" for method, url in named if find_method(method).learned]
-
-
-def _digests(task: Runtime) -> dict[str, str]:
-    return {case.row.method: case.row.digest for case in task.cases if case.row.digest}
 
 
 def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
