@@ -34,7 +34,7 @@ class Line:
     def of(cls, row: Row, size: Size, values: Sequence[Cell]) -> "Line":
         return cls(
             features=row.name,
-            input_px=shown_size(size),
+            input_px=sides(size),
             stride=row.stride,
             grid=f"{row.grid[0]}x{row.grid[1]}",
             values=tuple(values),
@@ -57,7 +57,7 @@ class Table:
         """With a line for the title."""
         head = ["features", "input px", "stride", "grid", *self.columns]
         rows = [
-            [line.features, line.input_px, _shown(line.stride), line.grid, *map(_shown, line.values)]
+            [line.features, line.input_px, _text(line.stride), line.grid, *map(_text, line.values)]
             for line in self.lines
         ]
         return "\n".join([self.title, *table_lines(head, rows, padded=True)])
@@ -171,13 +171,13 @@ def _png(picture: Image.Image) -> bytes:
     return data.getvalue()
 
 
-def _shown(value: Cell) -> str:
+def _text(value: Cell) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def shown_size(size: Size) -> str:
+def sides(size: Size) -> str:
     """`448`, or `480x832` where sides differ."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 

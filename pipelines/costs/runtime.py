@@ -29,7 +29,7 @@ from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, Published, Values
-from pipelines.results import Findings, Line, Table, shown_size, with_published
+from pipelines.results import Findings, Line, Table, sides, with_published
 from storage.datasets.files import digest
 from storage.documents import decode
 from storage.paths import Folder
@@ -238,7 +238,7 @@ def _cases(
                 if method in learned:
                     learned[method].require_grid(low.grid, grid)
             except UpsamplerError as error:
-                left_out.append(f"{method} at {shown_size(grid)} ({error})")
+                left_out.append(f"{method} at {sides(grid)} ({error})")
                 continue
             row = Row(
                 name=f"{method} {_level_name(grid, low.grid)}",
@@ -404,7 +404,7 @@ def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
     for case in task.cases[1:]:
         name = case.name.replace(case.row.name, case.row.method)
         curves.setdefault(name, []).append((case.row.grid[0], found[case.name].ms))
-    sides = sorted({side for curve in curves.values() for side, _ in curve})
+    grids = sorted({side for curve in curves.values() for side, _ in curve})
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -413,7 +413,7 @@ def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
             axes.plot(*zip(*sorted(curve), strict=True), marker="o", markersize=3, label=name)
         alone = found[task.cases[0].name].ms
         axes.axhline(alone, color="grey", linewidth=0.8, linestyle="--", label="backbone alone")
-        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.set_xticks(grids, [str(side) for side in grids])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)

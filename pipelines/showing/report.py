@@ -4,7 +4,6 @@ import base64
 import io
 import itertools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,6 @@ from cluster.progress import duration, size_text
 from operators.visual import Panel, Tile
 from pipelines.showing.status import (
     RunStatus,
-    StoreStatus,
     bottleneck,
     failures,
     level_rows,
@@ -51,13 +49,16 @@ def render_report(store: FeatureStore, *, count: int, storage_options: StorageOp
         lstrip_blocks=True,
     )
     environment.filters |= {"size": size_text, "duration": duration, "picture": _picture, "count": "{:,}".format}
-    return environment.get_template("report.html.jinja").render(
+    environment.filters |= {"bars": _bars, "bottleneck": bottleneck}
+    return environment.get_template(
+        "report.html.jinja"
+    ).render(
         status=status,
         state=state_in_words(status),
         spec=store.spec,
         levels=level_rows(store, status),
         settings=_settings(store),
-        runs=_runs(status),
+        runs=status.runs[::-1],  # the latest first
         groups=failures(store)[:20] if status.failed else [],
         panels=_panels(store, count, storage_options),
         attributes=json.dumps(store.attributes, indent=1),
@@ -80,14 +81,6 @@ def _settings(store: FeatureStore) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _RunRow:
-    run: RunStatus
-    bars: Sequence[tuple[str, float, str]]
-    "each stage, its part of the workers' time, and a colour"
-    bottleneck: str
-
-
-@dataclass(frozen=True)
 class _Section:
     """Pictures under a title, or a note that says why there are none."""
 
@@ -96,14 +89,10 @@ class _Section:
     panel: Panel | None = None
 
 
-def _runs(status: StoreStatus) -> list[_RunRow]:
-    """The latest first."""
-    rows = []
-    for run in reversed(status.runs):
-        shares = stage_shares(run)
-        bars = list(zip(shares, shares.values(), itertools.cycle(STAGE_COLOURS), strict=False))
-        rows.append(_RunRow(run, bars, bottleneck(run)))
-    return rows
+def _bars(run: RunStatus) -> list[tuple[str, float, str]]:
+    """Each stage, its part of the workers' time, and a colour."""
+    shares = stage_shares(run)
+    return list(zip(shares, shares.values(), itertools.cycle(STAGE_COLOURS), strict=False))
 
 
 def _panels(store: FeatureStore, count: int, options: StorageOptions | None) -> list[_Section]:

@@ -119,20 +119,20 @@ def view_panel(
     storage_options: StorageOptions | None = None,
 ) -> Panel:
     """One line per row: the photograph as the model saw it, and the PCA colours of every level."""
-    shown = dense_levels(store, levels)
+    wanted = dense_levels(store, levels)
     palettes = {
         level.channels: colours_for(store, level, foreground=foreground, refit=refit, colours_from=colours_from)
-        for level in {level.channels: level for level in shown}.values()
+        for level in {level.channels: level for level in wanted}.values()
     }
-    maps = {level.name: store.read(rows, level.name) for level in shown}
+    maps = {level.name: store.read(rows, level.name) for level in wanted}
     photos = read_photos(store, rows, storage_options)
     tiles = [
-        [Tile(pixels=photo, is_photo=True), *(Tile(pixels=palettes[lv.channels](maps[lv.name][i])) for lv in shown)]
+        [Tile(pixels=photo, is_photo=True), *(Tile(pixels=palettes[lv.channels](maps[lv.name][i])) for lv in wanted)]
         for i, photo in enumerate(photos)
     ]
     return Panel(
         tiles=tiles,
-        columns=["photo", *(_level_title(level) for level in shown)],
+        columns=["photo", *(_level_title(level) for level in wanted)],
         rows=_row_titles(store, rows),
         title=_store_title(store),
         tile_size=_tile_size(store),

@@ -1,7 +1,7 @@
 """A grid of readouts: backbones x tasks x methods x seeds; each cell is a training run, side by side on a cluster or in turn.
 
 A cell's state is its run's folder (pipelines/training/loop.py) and `cell.json`, written last: whoever starts the grid again
-does what isn't there. What fails is told in the tables, and ends nothing else. Tables: pipelines/tables/deap.py.
+does what isn't there. A cell that fails ends no other one; the tables (pipelines/tables/deap.py) say why it did.
 """
 
 import functools
@@ -138,8 +138,8 @@ class GridConfig(JobConfig):
         for text in self.data:
             name, equals, url = text.partition("=")
             if name not in DATASETS or not equals or not url:
-                shown = redact(text, self.options)
-                raise ConfigError(f"--data {shown}: use DATASET=FOLDER; there are {', '.join(DATASETS)}")
+                given = redact(text, self.options)
+                raise ConfigError(f"--data {given}: use DATASET=FOLDER; there are {', '.join(DATASETS)}")
             found[name] = absolute(url)
         return found
 
@@ -318,8 +318,8 @@ def run_cell(cell: Cell) -> CellResult:
 
 def failed(cell: Cell, reason: str) -> CellResult:
     """A cell without numbers."""
-    shown = textwrap.shorten(redact(reason, cell.training.options), 600, placeholder=" ...")
-    return replace(_empty(cell), error=shown)
+    error = textwrap.shorten(redact(reason, cell.training.options), 600, placeholder=" ...")
+    return replace(_empty(cell), error=error)
 
 
 def _empty(cell: Cell) -> CellResult:
@@ -371,8 +371,8 @@ def _train(cell: Cell) -> CellResult:
         steps=summary.step,
         train_seconds=round(time.monotonic() - started, 3),
     )
-    described = {"settings": _settings(cell), "result": asdict(result)}
-    setup.folder.write(RESULT, json.dumps(described, indent=1).encode())
+    document = {"settings": _settings(cell), "result": asdict(result)}
+    setup.folder.write(RESULT, json.dumps(document, indent=1).encode())
     return result
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.costs.readouts import published_counts
 from pipelines.costs.speed import Speed
 from pipelines.executors import executor_for
 from pipelines.provenance import versions
-from pipelines.results import table_lines
+from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS
+from pipelines.results import sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from pipelines.tables.cells import Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.tasks import Column, TableTask, published_values
@@ -159,13 +159,13 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
     """Counts of every readout; DeAP's published ones are in millions."""
     tasks = _tasks(found)
     rows = [["backbone, method", *(task.label for task in tasks)]]
-    known = {(row.channels, row.task): row.published_millions for row in published_counts()}
+    known = {each.channels: dict(zip(DEAP_TASKS, each.millions, strict=True)) for each in DEAP_PARAMETERS}
     for name, method in dict.fromkeys((entry.backbone.name, entry.method) for entry in found):
         of = {e.task.name: e for e in found if (e.backbone.name, e.method) == (name, method)}
         counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
         rows.append([f"{name}, {method}", *counts])
-        channels = BY_NAME[name].channels or 0 if name in BY_NAME else 0
-        millions = [known.get((channels, task.label)) for task in tasks]
+        published = known.get(BY_NAME[name].channels or 0, {}) if name in BY_NAME else {}
+        millions = [published.get(task.name) for task in tasks]
         if paper and method == "deap" and any(millions):
             rows.append([f"{name}, published", *(f"{each:.3f} M" if each else "" for each in millions)])
     return rows
@@ -174,12 +174,8 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
 def _input_of(entry: Entry) -> list[str]:
     """Pixels and cells, measured where something was."""
     if entry.input_size and entry.grid:
-        return [_sides(entry.input_size), _sides(entry.grid)]
+        return [sides(entry.input_size), sides(entry.grid)]
     return [str(entry.backbone.size), str(entry.backbone.grid or "")]
-
-
-def _sides(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def _cells(entry: Entry) -> Iterator[str]:
