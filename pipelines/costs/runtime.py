@@ -32,7 +32,7 @@ from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, P
 from pipelines.results import Findings, Line, Table, sides, with_published
 from storage.datasets.files import digest
 from storage.documents import decode
-from storage.paths import Folder
+from storage.paths import Folder, redact
 
 _UNUSED = ("data", "stores", "drawing", "limit")
 """Settings of every evaluation that mean nothing here."""
@@ -374,8 +374,7 @@ def _lift_published(config: RuntimeConfig, low: Row) -> Published:
 
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:
-    given = config.public()
-    named = map(split_method, given["methods"])
+    named = [split_method(redact(text, config.options)) for text in config.methods]
     learned = [f"{method} {url or 'random'}" for method, url in named if find_method(method).learned]
     choices = {
         "protocol": f"one random image, {config.features.precision} weights and autocast, inference mode; {config.warm_up} "
@@ -386,7 +385,7 @@ def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str,
         "memory": "the most that torch's allocator holds, weights of that line included"
         if on_gpu
         else "the process's resident memory at its highest in one pass, interpreter and torch included: not Table 9's measure",
-        "weights": ", ".join([f"backbone {given['weights']}", *learned]),
+        "weights": ", ".join([f"backbone {config.public()['weights']}", *learned]),
         "parameters": "of the backbone in the first line, of what is added to it in the others",
         "operations": "MACs by torch's FlopCounterMode: of what ran, in the first table; LiFT's count leaves attention products "
         "out, charges transposed convolutions fourfold and, for facets, the last block's qkv twice",
