@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.config import parse_options
 from pipelines.showing.compare import compare, comparison_lines
-from pipelines.showing.report import write_report
+from pipelines.showing.report import render_report
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.showing.views import pick_rows, similar_panel, view_panel
 from pipelines.training.watch import training_lines
@@ -187,8 +187,10 @@ class Report(Show):
     """Photographs to show."""
 
     def lines(self) -> Iterator[str]:
-        size = write_report(self.open(), self.out, count=self.count, storage_options=self.options)
-        yield f"{self.out}: {size / 1e6:.1f} MB, opens without a network"
+        page = render_report(self.open(), count=self.count, storage_options=self.options).encode()
+        folder, _, name = self.out.rpartition("/")
+        Folder(folder or ".", self.options).write(name, page)
+        yield f"{self.out}: {len(page) / 1e6:.1f} MB, opens without a network"
 
 
 @dataclass(frozen=True, kw_only=True)

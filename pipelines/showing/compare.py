@@ -77,7 +77,7 @@ def _require_comparable(a: FeatureStore, b: FeatureStore, first: Level, second: 
     if first.grid is None:
         return
     for name in ("geometry", "crop_pct", "input_size"):
-        if first.grid and getattr(a.spec, name) != getattr(b.spec, name):
+        if getattr(a.spec, name) != getattr(b.spec, name):
             raise ConfigError(
                 f"{places} show other parts of the images ({name} {getattr(a.spec, name)} and {getattr(b.spec, name)}), "
                 "so their cells don't match; compare the pooled vectors"

@@ -22,24 +22,14 @@ from pipelines.showing.status import (
     state_in_words,
 )
 from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
-from storage.paths import Folder, StorageError, StorageOptions
+from storage.paths import StorageError, StorageOptions
 from storage.store import FeatureStore
 
 STAGE_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1")
 
 
-def write_report(
-    store: FeatureStore, out: str, *, count: int = 6, storage_options: StorageOptions | None = None
-) -> int:
-    """Write the page to `out`, a path or fsspec URL, and return its size in bytes. `count` photographs are shown."""
-    data = render_report(store, count=count, storage_options=storage_options).encode()
-    folder, _, name = out.rpartition("/")
-    Folder(folder or ".", storage_options).write(name, data)
-    return len(data)
-
-
 def render_report(store: FeatureStore, *, count: int, storage_options: StorageOptions | None = None) -> str:
-    """The page as text. A store without features yet has no pictures."""
+    """The page as text, with `count` photographs. A store without features yet has no pictures."""
     status = read_status(store)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -159,7 +159,7 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
     """Counts of every readout; DeAP's published ones are in millions."""
     tasks = _tasks(found)
     rows = [["backbone, method", *(task.label for task in tasks)]]
-    known = {each.channels: dict(zip(DEAP_TASKS, each.millions, strict=True)) for each in DEAP_PARAMETERS}
+    known = {channels: dict(zip(DEAP_TASKS, each, strict=True)) for (_, channels), each in DEAP_PARAMETERS.items()}
     for name, method in dict.fromkeys((entry.backbone.name, entry.method) for entry in found):
         of = {e.task.name: e for e in found if (e.backbone.name, e.method) == (name, method)}
         counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
