@@ -159,6 +159,7 @@ def measure_vit_up(config: ViTUpBenchmark) -> ViTUpResult:
     repeat = config.repeat or (50 if on_gpu else 5)
     rig = _build(config, device, precision)
     tokens = rig.features.grid
+    small = published_settings(config.window_channels, 12, config.size, config.query_size)
     return ViTUpResult(
         device=device_name(device),
         precision=precision,
@@ -167,7 +168,7 @@ def measure_vit_up(config: ViTUpBenchmark) -> ViTUpResult:
         macs=_count_once(config, rig),
         rows=tuple(_measure(_rows(config, rig, grids), repeat, config.row_s, device)),
         windows=tuple(
-            compare_window(_windowed(config, window), tokens, config.window_grid, config.window_repeat, device)
+            compare_window(replace(small, window=window), tokens, config.window_grid, config.window_repeat, device)
             for window in config.windows
         ),
     )
@@ -222,7 +223,8 @@ def _build(config: ViTUpBenchmark, device: torch.device, precision: Precision) -
     model.to(device)
     with torch.inference_mode(), autocast(device, precision):
         features = backbone(images, (backbone.n_layers - 1,))
-    weights = {name: _nbytes(net) for name, net in ((BACKBONE, model), ("head", head), ("lift", lift.net))}
+    nets: dict[str, nn.Module] = {BACKBONE: model, "head": head, "lift": lift.net}
+    weights = {name: sum(parameter.nbytes for parameter in net.parameters()) for name, net in nets.items()}
     return Rig(
         settings=settings,
         backbone=backbone,
@@ -234,15 +236,6 @@ def _build(config: ViTUpBenchmark, device: torch.device, precision: Precision) -
         weights=weights,
         precision=precision,
     )
-
-
-def _windowed(config: ViTUpBenchmark, window: int) -> ViTUpConfig:
-    settings = published_settings(config.window_channels, 12, config.size, config.query_size)
-    return replace(settings, window=window)
-
-
-def _nbytes(net: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in net.parameters())
 
 
 # --- operations -------------------------------------------------------------------------------------------------------

@@ -46,11 +46,6 @@ class PaperBackbone:
         """Whether patches don't fill the input."""
         return self.grid is not None and self.size % self.grid > 0
 
-    @property
-    def cells(self) -> str:
-        """Rows and columns, where they're known."""
-        return f"{self.grid}x{self.grid}" if self.grid else ""
-
 
 def _vit(
     name: str,
@@ -149,7 +144,8 @@ def main(config: Backbones) -> Iterator[str]:
     rows = []
     for each in found:
         millions = f"{each.parameters / 1e6:.1f} M" if each.parameters else ""
-        cells = (each.name, each.label, each.model, each.size, each.cells, each.channels, *_scale(each), millions)
+        grid = f"{each.grid}x{each.grid}" if each.grid else ""
+        cells = (each.name, each.label, each.model, each.size, grid, each.channels, *_scale(each), millions)
         rows.append([str(cell) for cell in cells])
     head = ["name", "paper", "timm", "px", "grid", "channels", "mean", "deviation", "parameters"]
     _, *lines = table_lines(head, rows, left=3)
