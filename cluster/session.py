@@ -148,7 +148,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     its own processes know, also where RAY_AUTH_MODE says otherwise. Raises `ClusterError`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if _is_connected():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield _gcs_address()
     elif address == "local":
         logger.info("starting a local Ray (about 8 s)")
@@ -157,14 +157,6 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     else:
         with _session(address):
             yield _gcs_address()
-
-
-def _is_connected() -> bool:
-    if "ray" not in sys.modules:
-        return False
-    import ray
-
-    return ray.is_initialized()
 
 
 def _gcs_address() -> str:

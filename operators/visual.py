@@ -86,13 +86,9 @@ class RgbProjection:
         data: dict[str, JsonValue] = {
             name: getattr(self, name).tolist() for name in ("mean", "components", "low", "high")
         }
-        if self.foreground:
-            mask = self.foreground
-            data["foreground"] = {
-                "mean": mask.mean.tolist(),
-                "direction": mask.direction.tolist(),
-                "threshold": mask.threshold,
-            }
+        if mask := self.foreground:
+            arrays = {"mean": mask.mean.tolist(), "direction": mask.direction.tolist()}
+            data["foreground"] = {**arrays, "threshold": mask.threshold}
         return data
 
     @classmethod

@@ -229,10 +229,7 @@ def _input_file(fs: fsspec.AbstractFileSystem, info: Entry, base: str = "") -> I
     size = info["size"]
     assert size is not None, "files of unknown size are refused where they are listed"
     return InputFile(
-        url=_full_url(fs, info["name"]),
-        size=int(size),
-        etag=_stamp(fs, info),
-        base=base and _full_url(fs, base),
+        url=_full_url(fs, info["name"]), size=int(size), etag=_stamp(fs, info), base=base and _full_url(fs, base)
     )
 
 

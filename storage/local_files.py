@@ -35,7 +35,9 @@ def put_file(root: str, name: str, data: bytes, put: Callable[[Path, Path], obje
         try:
             with _partial_file(root, data) as partial:
                 partial.stat()  # before a folder is made for it
-                put(partial, _ensure_parent(root, name))
+                target = Path(root) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                put(partial, target)
             return
         except FileNotFoundError:
             # Another run that finished may have removed it. Where all is gone, nothing is to be begun anew.
@@ -70,9 +72,3 @@ class _partial_file:
 
     def __exit__(self, *exc: object) -> None:
         self.path.unlink(missing_ok=True)
-
-
-def _ensure_parent(root: str, name: str) -> Path:
-    target = Path(root) / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target

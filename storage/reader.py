@@ -84,7 +84,8 @@ class LevelReader:
             else:
                 parts.append((shard, at))
         for some in _batches(parts, 1024):
-            indexes = self._load_indexes([shard for shard, _ in some])
+            indexes = {shard: index for shard, _ in some if (index := self._indexes.get(shard)) is not None}
+            indexes |= self._fetch_indexes([shard for shard, _ in some if shard not in indexes])
             suspects = self._read_parts(some, indexes, rows, values, there)
             self._refuse_rewritten(suspects, indexes)
         return values, there
@@ -106,13 +107,8 @@ class LevelReader:
         self._decode(jobs)
         return there
 
-    def _load_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray]:
-        """The indexes of those shards that exist."""
-        indexes = {shard: index for shard in shards if (index := self._indexes.get(shard)) is not None}
-        return indexes | self._fetch_indexes([shard for shard in shards if shard not in indexes])
-
     def _fetch_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray]:
-        """The indexes as they are now, for the cache."""
+        """The indexes of those shards that exist, as they are now, for the cache."""
         size = index_bytes(self.shard_rows)
         found = self.folder.read_ranges([(self._shard_name(shard), 0, size) for shard in shards]) if shards else []
         # A shard that isn't there may be, next time.

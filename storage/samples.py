@@ -25,14 +25,7 @@ from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, StorageOptions, UnknownName, read_ranges
 from storage.scans import DuplicateKeys as DuplicateKeys
-from storage.sources import (
-    Source,
-    gone_and_new,
-    other_input,
-    pair,
-    rules_text,
-    sources_left_out,
-)
+from storage.sources import Source, gone_and_new, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules
 
@@ -339,7 +332,7 @@ def write_index(
     for part, start in enumerate(range(0, len(table), PART_ROWS)):
         folder.write(part_name(f"{prefix}/samples", part), table_bytes(table.slice(start, PART_ROWS), meta))
     first_keys = _write_keys(folder, f"{prefix}/keys", table["key"], meta)
-    described = {
+    settings = {
         "n_rows": str(len(table)),
         "n_unreadable": str(len(table) - table["problem"].null_count),
         "digest": meta["index"],
@@ -350,7 +343,7 @@ def write_index(
         "first_keys": json.dumps(first_keys),
         "left_out": left_out_json(merge_left_out(left_out or {}, sources_left_out(sources))),
     }
-    folder.write(f"{prefix}/sources.parquet", _sources_bytes(sources, described))
+    folder.write(f"{prefix}/sources.parquet", _sources_bytes(sources, settings))
     return SampleIndex(folder, prefix)
 
 
@@ -360,7 +353,9 @@ def move_index(index: SampleIndex, folder: Folder, put: Callable[[str, bytes], N
     Nothing is done where it was moved before.
     """
     if SampleIndex.exists(index.folder, index.prefix):
-        names = _object_names(index.prefix, index.n_rows)
+        kinds, parts = ("samples", "keys"), range(-(-index.n_rows // PART_ROWS))
+        names = [part_name(f"{index.prefix}/{kind}", i) for kind in kinds for i in parts]
+        names.append(f"{index.prefix}/sources.parquet")
         for name in names:
             (put or folder.write)(name, index.folder.read(name))
         # Only once all is written: whoever is killed before finds the original, and moves it again.
@@ -375,12 +370,6 @@ def remove_indexes(folder: Folder, but: str) -> None:
     for prefix in {INDEX, *generations} - {but}:
         parts = [f"{prefix}/{kind}/{name}" for kind in ("samples", "keys") for name in folder.sizes(f"{prefix}/{kind}")]
         folder.remove([*(name for name in parts if name.endswith(".parquet")), f"{prefix}/sources.parquet"])
-
-
-def _object_names(prefix: str, n_rows: int) -> list[str]:
-    """The objects of an index, in the order in which they are written."""
-    parts = [part_name(f"{prefix}/{name}", i) for name in ("samples", "keys") for i in range(-(-n_rows // PART_ROWS))]
-    return [*parts, f"{prefix}/sources.parquet"]
 
 
 def update_sources(index: SampleIndex, sources: Sequence[Source]) -> SampleIndex:

@@ -162,6 +162,12 @@ class Counts:
     nearest: tuple[int, ...]
     pair_mean: tuple[Fraction, ...]
 
+    @classmethod
+    def of(cls, score: PairScore) -> "Counts":
+        """Of one pair that has key points."""
+        share = tuple(Fraction(hits, score.points) for hits in score.correct)
+        return cls(pairs=1, points=score.points, correct=score.correct, nearest=score.nearest, pair_mean=share)
+
     def __add__(self, other: "Counts") -> "Counts":
         if len(self.correct) != len(other.correct):
             raise ValueError(f"counts for {len(self.correct)} and {len(other.correct)} alphas can't be added")
@@ -187,18 +193,14 @@ class Pck:
     @classmethod
     def of(cls, scores: Iterable[PairScore]) -> "Pck":
         """Of pairs in any order; pairs without common key points count nowhere."""
-        categories: dict[str, Counts] = {}
-        for score in scores:
-            if score.points:
-                counts = _counts(score)
-                categories[score.category] = (
-                    categories[score.category] + counts if score.category in categories else counts
-                )
-        return cls(categories=dict(sorted(categories.items())))
+        return cls()._with((score.category, Counts.of(score)) for score in scores if score.points)
 
     def __add__(self, other: "Pck") -> "Pck":
+        return self._with(other.categories.items())
+
+    def _with(self, further: Iterable[tuple[str, Counts]]) -> "Pck":
         both = {**self.categories}
-        for name, counts in other.categories.items():
+        for name, counts in further:
             both[name] = both[name] + counts if name in both else counts
         return Pck(categories=dict(sorted(both.items())))
 
@@ -232,16 +234,6 @@ class Pck:
             raise ValueError("no pair has a key point in both of its images: there is nothing to average")
         first, *others = self.categories.values()
         return sum(others, start=first)
-
-
-def _counts(score: PairScore) -> Counts:
-    return Counts(
-        pairs=1,
-        points=score.points,
-        correct=score.correct,
-        nearest=score.nearest,
-        pair_mean=tuple(Fraction(hits, score.points) for hits in score.correct),
-    )
 
 
 def _shares(hits: Sequence[int], points: int) -> tuple[float, ...]:

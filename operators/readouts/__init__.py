@@ -17,14 +17,7 @@ from operators.readouts.readout import CODE, Readout, ReadoutError, SplitReadout
 from operators.upsamplers.protocol import UpsamplerError, given_settings
 from storage.documents import JsonObject
 
-__all__ = [
-    "READOUTS",
-    "Readout",
-    "ReadoutConfig",
-    "ReadoutError",
-    "SplitReadout",
-    "build_readout",
-]
+__all__ = ["READOUTS", "Readout", "ReadoutConfig", "ReadoutError", "SplitReadout", "build_readout"]
 
 _OPTIONS: dict[str, tuple[Callable[..., Readout], set[str]]] = {
     "deap": (

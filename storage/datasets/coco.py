@@ -186,13 +186,11 @@ def _coco_image(entry: RawObject) -> CocoImage:
     return CocoImage(number=int(entry["id"]), file_name=str(entry["file_name"]), width=width, height=height, objects=[])
 
 
-def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, described: Callable[[V], str]) -> dict[K, V]:
+def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, name: Callable[[V], str]) -> dict[K, V]:
     """The pairs added to `found`. Raises `ValueError` for a key that is there twice, with what both are of."""
     for key, value in pairs:
         if key in found:
-            raise ValueError(
-                f"the {what} {key!r} is there twice, for {described(found[key])} and for {described(value)}"
-            )
+            raise ValueError(f"the {what} {key!r} is there twice, for {name(found[key])} and for {name(value)}")
         found[key] = value
     return found
 
