@@ -166,21 +166,12 @@ def _gcs_address() -> str:
 
 
 @contextmanager
-def _session(
-    address: str, *, num_cpus: int | None = None, num_gpus: int | None = None, include_dashboard: bool | None = None
-) -> Iterator[None]:
+def _session(address: str, **options: int | None) -> Iterator[None]:
     import ray
     from ray.exceptions import AuthenticationError
 
     try:
-        ray.init(
-            address=address,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=include_dashboard,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except AuthenticationError:
         raise ClusterError(
             f"the Ray cluster at {address!r} doesn't take this program's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "

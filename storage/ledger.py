@@ -17,39 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.documents import DamagedObject, Document, decode, parse_json
+from storage.documents import DamagedObject, Document, decode, parse_json, schema_of
 from storage.paths import Folder, StorageError
-from storage.samples import PART_ROWS, Parts, RowTable, SampleIndex, part_name, table_bytes
+from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_bytes
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
-
-SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("member", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("status", pa.string()),
-        ("stage", pa.string()),
-        ("error", pa.string()),
-        ("message", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("x_scale", pa.float64()),
-        ("x_offset", pa.float64()),
-        ("y_scale", pa.float64()),
-        ("y_offset", pa.float64()),
-        ("conversion", pa.string()),
-        ("clipped", pa.int64()),
-        ("digest", pa.string()),
-    ]
-)
-
-_LATER = ("digest",)
-"""Columns that format 2 hasn't."""
-
 
 T = TypeVar("T")
 
@@ -89,6 +61,13 @@ class SampleRecord:
     "`image_digest` of the bytes that were read; None where none were"
 
 
+SCHEMA = schema_of(SampleRecord, width=pa.int32(), height=pa.int32())
+"""Columns of the ledger: the fields of `SampleRecord`."""
+
+_LATER = ("digest",)
+"""Columns that format 2 hasn't."""
+
+
 def image_digest(data: bytes) -> str:
     """What identifies an image's bytes: the first 32 hex digits of their sha256."""
     return hashlib.sha256(data).hexdigest()[:32]
@@ -106,7 +85,7 @@ class Ledger:
     ):
         self.folder, self.layout, self.levels = folder, layout, levels
         self.fingerprint, self.unmarked = fingerprint, unmarked
-        self._merged = RowTable(Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER))
+        self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
 
     @staticmethod
     def commit_name(block: int) -> str:
@@ -194,7 +173,7 @@ class Ledger:
             raise ValueError(f"it isn't of rows {task.first} to {task.last}")
         require_rows(table)
         objects = decode(dict[str, int], parse_json(metadata[b"objects"]), "objects")
-        if set(objects) != set(self.layout.object_names(self.levels, block)):
+        if set(objects) != {name for level in self.levels for name in self.layout.shard_names(level, block)}:
             raise ValueError("the objects it lists aren't its task's")
 
     def torn(self, blocks: Sequence[int]) -> dict[int, str]:
@@ -251,7 +230,7 @@ class Ledger:
         parts = range(-(-self.layout.n_rows // PART_ROWS))
         if not self.folder.exists(part_name("ledger/samples", 0)):
             raise FileNotFoundError(f"{self.folder.shown} has no merged ledger yet: its first run has not finished")
-        return pa.concat_tables([self._merged.part(part, columns) for part in parts])
+        return pa.concat_tables([self._merged.read_groups(part, None, columns) for part in parts])
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of the merged ledger by their numbers, in that order; reads only the row groups that hold them."""
