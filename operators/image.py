@@ -94,14 +94,8 @@ class Geometry:
 
 
 def _placement(width: int, height: int, resized: tuple[int, int], corner: tuple[int, int]) -> Placement:
-    return Placement(
-        x_scale=resized[0] / width,
-        x_offset=float(corner[0]),
-        y_scale=resized[1] / height,
-        y_offset=float(corner[1]),
-        resized=resized,
-        corner=corner,
-    )
+    x, y = ((resized[i] / side, float(corner[i])) for i, side in enumerate((width, height)))
+    return Placement(x_scale=x[0], x_offset=x[1], y_scale=y[0], y_offset=y[1], resized=resized, corner=corner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +232,7 @@ def _load(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, Sample
         opened.load()
         return opened, samples, said
     # Pillow brings the values of a PGM to 16 bits by the file's own maximum.
-    samples = Samples(bits=stored_bits(opened), told=opened.format in ("JPEG2000", "PPM"))
+    samples = Samples(bits=stored_bits(opened), in_full=opened.format in ("JPEG2000", "PPM"))
     opened.load()
     if opened.format == "JPEG2000":
         return jpeg2000.widened(opened, jpeg2000.read_header(data)), samples, []

@@ -171,7 +171,8 @@ class Ledger:
             range(task.first, task.last)
         ):
             raise ValueError(f"it isn't of rows {task.first} to {task.last}")
-        require_rows(table)
+        if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
+            raise ValueError("it has rows without a key, or of a status other than ok and failed")
         objects = decode(dict[str, int], parse_json(metadata[b"objects"]), "objects")
         if set(objects) != {name for level in self.levels for name in self.layout.shard_names(level, block)}:
             raise ValueError("the objects it lists aren't its task's")
@@ -264,12 +265,6 @@ class Ledger:
 def committed_objects(record: pa.Table) -> dict[str, int]:
     """Names and sizes in bytes of the objects that a commit record lists."""
     return json.loads(record.schema.metadata[b"objects"])
-
-
-def require_rows(table: pa.Table) -> None:
-    """Raise `ValueError` for ledger rows without key or status, or with a status that there isn't."""
-    if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
-        raise ValueError("it has rows without a key, or of a status other than ok and failed")
 
 
 def _placed(table: pa.Table, places: pa.Table, sources: Sequence[Source]) -> pa.Table:

@@ -31,8 +31,6 @@ class Boxes(NamedTuple):
     "float32 x1, y1, x2, y2"
     scores_N: Tensor
     "float32, 0 to 1"
-    classes_N: Tensor
-    "int64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +153,7 @@ def centernet_boxes(
         y, x = chosen_HW.nonzero(as_tuple=True)
         boxes_N4 = _boxes_in_pixels(x, y, sizes_2HW)
         kept = _best_apart(boxes_N4, heat_HW[y, x], best, overlap)
-        found.append(Boxes(boxes_N4[kept], heat_HW[y, x][kept], torch.zeros_like(kept)))
+        found.append(Boxes(boxes_N4[kept], heat_HW[y, x][kept]))
     return found
 
 

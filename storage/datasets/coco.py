@@ -54,13 +54,13 @@ def load_coco_instances(folder: Folder, split: str, limit: int | None = None) ->
     listed = f"annotations/instances_{split}.json"
     root = require_place(folder, ("", "coco"), listed)
     place = require_place(folder, [joined(root, inside, split) for inside in ("", "images")])
-    where, images, labels = joined(root, listed), [], []
+    where, files, found = joined(root, listed), [], []
     for each in read_coco(folder, where)[:limit]:
         require_plain(each.file_name, f"{folder.shown}/{where}")
-        images.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
-        labels.append(instances_of(folder, where, each))
-    require_files(folder, images)
-    return [LabelledImage(image=image, label=label) for image, label in zip(images, labels, strict=True)]
+        files.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
+        found.append(LabelledImage(image=files[-1], label=instances_of(folder, where, each)))
+    require_files(folder, files)
+    return found
 
 
 def load_coco20k(folder: Folder) -> list[BoxedImage]:
