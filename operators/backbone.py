@@ -118,7 +118,6 @@ class TimmBackbone:
         return possible if norm is None else norm
 
     def _free_patches(self) -> None:
-        """Patches at any stride, and of inputs of any size."""
         patch_embed = getattr(self.model, "patch_embed", None)
         if (
             self.is_hierarchical
@@ -218,9 +217,7 @@ class TimmBackbone:
     def _attention(self, layer: int) -> Attention:
         blocks = getattr(self.model, "blocks", None)
         attention = getattr(blocks[layer], "attn", None) if blocks is not None and not self.is_hierarchical else None
-        if attention is None or (
-            getattr(attention, "qkv", None) is None and getattr(attention, "q_proj", None) is None
-        ):
+        if attention is None or all(getattr(attention, name, None) is None for name in ("qkv", "q_proj")):
             raise BackboneError(
                 f"facet {self.facet} needs blocks with a qkv or q_proj layer; {type(self.model).__name__} has none"
             )

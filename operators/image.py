@@ -255,9 +255,8 @@ def _resample(image: Image.Image, placement: Placement, geometry: Geometry) -> n
         part = image.resize((w, h), method)
         if (w, h) == (geometry.width, geometry.height):
             return np.array(part)
-        canvas = Image.new(
-            "RGB", (geometry.width, geometry.height), tuple(round(255 * value) for value in geometry.mean)
-        )
+        mean = tuple(round(255 * value) for value in geometry.mean)
+        canvas = Image.new("RGB", (geometry.width, geometry.height), mean)
         canvas.paste(part, (x, y))
         return np.array(canvas)
     window = (-x, -y, geometry.width - x, geometry.height - y)

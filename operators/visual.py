@@ -83,9 +83,8 @@ class RgbProjection:
 
     def to_json(self) -> dict[str, JsonValue]:
         """Plain lists; `from_json` is the way back."""
-        data: dict[str, JsonValue] = {
-            name: getattr(self, name).tolist() for name in ("mean", "components", "low", "high")
-        }
+        names = ("mean", "components", "low", "high")
+        data: dict[str, JsonValue] = {name: getattr(self, name).tolist() for name in names}
         if mask := self.foreground:
             arrays = {"mean": mask.mean.tolist(), "direction": mask.direction.tolist()}
             data["foreground"] = {**arrays, "threshold": mask.threshold}

@@ -192,7 +192,6 @@ def _key(path: str) -> str:
 
 
 def _why_not(name: str, *, beside_tars: bool = False) -> str:
-    """Why a file of a listing isn't taken."""
     if _is_tar(name):
         return "tar in a subfolder (name that folder, too)"
     if _COMPRESSED.search(name):

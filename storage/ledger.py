@@ -23,6 +23,9 @@ from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_byte
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
 
+_AGAIN = "remove it, and the same extraction does its task again"
+"""What to do about a damaged commit record."""
+
 T = TypeVar("T")
 
 
@@ -126,7 +129,6 @@ class Ledger:
         return sorted(name for name in self.folder.sizes("ledger/commits") if name and self._block_of(name) is None)
 
     def _block_of(self, name: str) -> int | None:
-        """The block whose record is called `name`."""
         match = re.fullmatch(r"(\d{8,18})\.parquet", name)
         block = int(match[1]) if match else -1
         # `000000001.parquet`, with a zero too many, must not be a second name of block 1.
@@ -153,9 +155,7 @@ class Ledger:
 
     def record(self, block: int) -> pa.Table:
         """The commit record of a block: `SCHEMA`, and the objects among its metadata. Raises `DamagedObject`."""
-        document = Document(
-            self.folder, self.commit_name(block), "remove it, and the same extraction does its task again"
-        )
+        document = Document(self.folder, self.commit_name(block), _AGAIN)
         table = document.table(SCHEMA, optional=_LATER if self.unmarked else ())
         with document.parsing():
             self._require_own(block, table)
@@ -167,9 +167,8 @@ class Ledger:
         made_by = metadata.get(b"fingerprint", b"").decode()
         if made_by != self.fingerprint and (made_by or not self.unmarked):
             raise ValueError(f"it belongs to another store, of fingerprint {made_by or 'unknown'}")
-        if parse_json(metadata[b"task"]) != asdict(task) or table["row"].to_pylist() != list(
-            range(task.first, task.last)
-        ):
+        rows = list(range(task.first, task.last))
+        if parse_json(metadata[b"task"]) != asdict(task) or table["row"].to_pylist() != rows:
             raise ValueError(f"it isn't of rows {task.first} to {task.last}")
         if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
             raise ValueError("it has rows without a key, or of a status other than ok and failed")
@@ -222,7 +221,7 @@ class Ledger:
         if other >= 0:
             row = table["row"][other].as_py()
             name = self.commit_name(row // self.layout.block_rows)
-            raise Document(self.folder, name, "remove it, and the same extraction does its task again").damaged(
+            raise Document(self.folder, name, _AGAIN).damaged(
                 f"calls row {row} {table['key'][other].as_py()!r}, which the index calls {keys[other].as_py()!r}"
             )
 

@@ -101,9 +101,7 @@ class LevelReader:
             return np.zeros(len(at), bool)
         index = self._decode_index(shard, data)
         there = index[positions, 1] > 0
-        jobs = [
-            (data[slice(*index[p])], values[row], shard) for p, row, ok in zip(positions, at, there, strict=True) if ok
-        ]
+        jobs = [(data[slice(*index[p])], values[i], shard) for p, i, ok in zip(positions, at, there, strict=True) if ok]
         self._decode(jobs)
         return there
 
@@ -274,9 +272,8 @@ def _positions_by(rows: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
     order = np.argsort(rows, kind="stable")
     groups = rows[order] // size
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
-    return (
-        [(int(groups[a]), at) for a, at in zip(starts, np.split(order, starts[1:]), strict=True)] if len(rows) else []
-    )
+    parts = zip(starts, np.split(order, starts[1:]), strict=True) if len(rows) else ()
+    return [(int(groups[a]), at) for a, at in parts]
 
 
 def _windows(wanted: Sequence[tuple[int, int, int, int]]) -> Iterable[Sequence[tuple[int, int, int, int]]]:

@@ -96,9 +96,8 @@ class Parts:
 
     def _field(self, name: str) -> pa.Field:
         if name not in self.schema.names:
-            raise UnknownName(
-                f"{self._document(0).shown} has no column {name!r}; it has {', '.join(self.schema.names)}"
-            )
+            names = ", ".join(self.schema.names)
+            raise UnknownName(f"{self._document(0).shown} has no column {name!r}; it has {names}")
         return self.schema.field(name)
 
     def metadata(self, part: int) -> pq.FileMetaData:

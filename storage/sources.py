@@ -114,9 +114,7 @@ def gone_and_new(
     sources: Sequence[Source], paired: Sequence[InputFile | None], new: Sequence[InputFile] = ()
 ) -> list[str]:
     """In words, the sources that no file is `paired` with, and the files that are no source."""
-    gone = [
-        f"{source.url} is gone from the input" for source, file in zip(sources, paired, strict=True) if file is None
-    ]
+    gone = [f"{each.url} is gone from the input" for each, file in zip(sources, paired, strict=True) if file is None]
     return gone + [f"{query_free(file.url)} is new" for file in new]
 
 

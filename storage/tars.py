@@ -196,9 +196,8 @@ class _Samples:
         image = next((name for name in wanted if name in members), "")
         row = _empty_row(group.key, group.problem)
         if not image:
-            row["problem"] = (
-                group.problem or f"no image member (has {', '.join('.' + name for name in sorted(members))})"
-            )
+            has = ", ".join(f".{name}" for name in sorted(members))
+            row["problem"] = group.problem or f"no image member (has {has})"
         elif image in broken:
             row["problem"] = group.problem or f"no image: {broken[image]}"
         else:
@@ -274,15 +273,13 @@ def _cut_short(member: Member, what: str, file: InputFile) -> str | None:
 
 
 def _text(stream: BinaryIO, member: Member, file: InputFile) -> str:
+    shown = f"{query_free(file.url)}: {member.name}"
     if member.size > MAX_TEXT_BYTES:
-        raise InputError(
-            f"{query_free(file.url)}: {member.name} has {member.size} bytes; carried members are at most 1 MiB"
-        )
+        raise InputError(f"{shown} has {member.size} bytes; carried members are at most 1 MiB")
     stream.seek(member.offset)
     try:
         return stream.read(member.size).decode()
     except UnicodeDecodeError:
         raise InputError(
-            f"{query_free(file.url)}: {member.name} is not UTF-8 text, so it can't be carried into the index; drop its "
-            "extension from --carry"
+            f"{shown} is not UTF-8 text, so it can't be carried into the index; drop its extension from --carry"
         ) from None

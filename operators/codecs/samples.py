@@ -48,9 +48,8 @@ class Samples:
         elif self.kind == "float":
             raise ImageRefused("a 32-bit float image has no defined range; convert it to 8 or 16 bit")
         else:
-            low, high = (
-                (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.kind == "int" else (0, 2**self.bits - 1)
-            )
+            half = 2 ** (self.bits - 1)
+            low, high = (-half, half - 1) if self.kind == "int" else (0, 2 * half - 1)
             note = "" if self.in_full else self._check_use(values)
         grey = np.empty(values.shape, np.uint8)
         rows = max(1, _CHUNK // values.shape[1])

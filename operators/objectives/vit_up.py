@@ -58,10 +58,8 @@ class Supervision:
     @property
     def chunks(self) -> tuple[slice, ...]:
         """The blocks of each chunk. A step's loss is the mean over chunks: a shorter one counts as much as the others."""
-        blocks = self.grids[0] ** 2
-        return tuple(
-            slice(first, min(first + self.chunk_blocks, blocks)) for first in range(0, blocks, self.chunk_blocks)
-        )
+        blocks, step = self.grids[0] ** 2, self.chunk_blocks
+        return tuple(slice(first, min(first + step, blocks)) for first in range(0, blocks, step))
 
     def queries(self, boxes_B4: Tensor, chunk: slice) -> Tensor:
         """Centres of the finest grid's cells inside each box, as (x, y) [B, N, 2], of the blocks of `chunk`.
@@ -232,7 +230,6 @@ def objective(
 
 
 def _losses(weights: LossWeights) -> dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]]:
-    """Weight and function of the losses that count."""
     losses: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]] = {
         "l2": (weights.l2, standardised_l2),
         "cosine": (weights.cosine, cosine),

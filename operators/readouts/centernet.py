@@ -82,7 +82,6 @@ def _write_size(sizes_2HW: Tensor, dy2_H: Tensor, dx2_W: Tensor, size: Tensor) -
 
 
 def _span(chosen_N: Tensor) -> slice:
-    """From the first to the last."""
     places = chosen_N.nonzero().flatten().tolist()
     return slice(places[0], places[-1] + 1) if places else slice(0)
 

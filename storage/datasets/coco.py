@@ -195,21 +195,15 @@ def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, name: Ca
     return found
 
 
-def _give_objects(
-    images: Mapping[int, CocoImage], categories: Mapping[object, str], notes: Iterable[RawObject]
-) -> None:
+def _give_objects(images: Mapping[int, CocoImage], kinds: Mapping[object, str], notes: Iterable[RawObject]) -> None:
     """Adds annotations to their images; ids and categories are held against each other where the file has them."""
     seen: dict[object, str] = {}
     for note in notes:
-        image = images.get(int(note["image_id"]))
+        image, what = images.get(int(note["image_id"])), f"annotation {note.get('id', '')}"
         if image is None:
-            raise ValueError(
-                f"annotation {note.get('id', '')} is of image {note['image_id']}, which isn't among the images"
-            )
-        if categories and note["category_id"] not in categories:
-            raise ValueError(
-                f"annotation {note.get('id', '')} has the category {note['category_id']}, which isn't among the categories"
-            )
+            raise ValueError(f"{what} is of image {note['image_id']}, which isn't among the images")
+        if kinds and note["category_id"] not in kinds:
+            raise ValueError(f"{what} has the category {note['category_id']}, which isn't among the categories")
         if "id" in note:
             _unique(seen, [(note["id"], image.file_name)], "annotation id", str)
         image.objects.append(note)

@@ -213,10 +213,8 @@ class ViTUpBlock(nn.Module):
         """The refined queries; without gradients, `x_BND` itself is overwritten."""
         x = _plus(x_BND, self.transition_mlp(x_BND))
         if self.cross_attention is not None:
-            seen = self.cross_attention(
-                self.norm_q_global(x), tokens.keys, tokens.values, queries.rope, queries.windows
-            )
-            x = _plus(x, seen)
+            tokens_seen = (tokens.keys, tokens.values, queries.rope, queries.windows)
+            x = _plus(x, self.cross_attention(self.norm_q_global(x), *tokens_seen))
         if self.featx is not None and tokens.normalised is not None:
             nearest = tokens.normalised.flatten(0, 1)[queries.nearest]
             x = _plus(x, self.norm_h_local(self.featx(nearest, queries.encoding)))
