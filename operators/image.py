@@ -143,17 +143,14 @@ def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:
     return _resample(image, geometry.place(*image.size), geometry)
 
 
-def open_rgb(
-    data: bytes, *, max_pixels: int, at_least: tuple[int, int] | None = None
-) -> tuple[Image.Image, tuple[int, int], str]:
+def open_rgb(data: bytes, *, max_pixels: int) -> tuple[Image.Image, tuple[int, int], str]:
     """Decode image bytes: upright 8-bit RGB, its (width, height), and what was converted, in words.
 
-    With `at_least` = (width, height), a JPEG may come at 1/2, 1/4 or 1/8 of its size while it stays larger than that. Raises
-    `ImageRefused` for whatever is wrong with the bytes, and `MemoryError`, which says nothing about them.
+    Raises `ImageRefused` for whatever is wrong with the bytes, and `MemoryError`, which says nothing about them.
     """
     with decoder_warnings() as warned:
         opened = _open(data, max_pixels)
-        rgb, size, conversions = _load_rgb(opened, data, at_least)
+        rgb, size, conversions = _load_rgb(opened, data, None)
     return rgb, size, ", ".join([*conversions, *_warnings(warned, opened)])
 
 
@@ -203,7 +200,10 @@ def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
 def _load_rgb(
     opened: ImageFile.ImageFile, data: bytes, at_least: tuple[int, int] | None
 ) -> tuple[Image.Image, tuple[int, int], list[str]]:
-    """Upright 8-bit RGB of an opened image, its (width, height), and the conversions in words."""
+    """Upright 8-bit RGB of an opened image, its (width, height), and the conversions in words.
+
+    With `at_least` = (width, height), a JPEG may come at 1/2, 1/4 or 1/8 of its size while it stays larger than that.
+    """
     width, height = opened.size
     if at_least and opened.format == "JPEG":
         opened.draft("RGB", at_least)
