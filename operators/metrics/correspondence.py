@@ -126,12 +126,9 @@ def score_pair(
     distances = np.linalg.norm(predicted[:, None] - truth[None], axis=2)
     own, own_is_nearest = distances.diagonal(), distances.argmin(axis=1) == np.arange(len(truth))
     right = [are_right(own, alpha, canvas, box, protocol) for alpha in alphas]
-    return PairScore(
-        category=category,
-        points=len(truth),
-        correct=tuple(int(hits.sum()) for hits in right),
-        nearest=tuple(int((hits & own_is_nearest).sum()) for hits in right),
-    )
+    correct = tuple(int(hits.sum()) for hits in right)
+    nearest = tuple(int((hits & own_is_nearest).sum()) for hits in right)
+    return PairScore(category=category, points=len(truth), correct=correct, nearest=nearest)
 
 
 def are_right(
@@ -171,14 +168,11 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         if len(self.correct) != len(other.correct):
             raise ValueError(f"counts for {len(self.correct)} and {len(other.correct)} alphas can't be added")
-        return Counts(
-            pairs=self.pairs + other.pairs,
-            points=self.points + other.points,
-            **{
-                name: tuple(a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True))
-                for name in ("correct", "nearest", "pair_mean")
-            },
-        )
+        sums = {
+            name: tuple(a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True))
+            for name in ("correct", "nearest", "pair_mean")
+        }
+        return Counts(pairs=self.pairs + other.pairs, points=self.points + other.points, **sums)
 
 
 @dataclass(frozen=True, kw_only=True)

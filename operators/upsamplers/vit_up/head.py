@@ -119,11 +119,8 @@ class TokenCache:
 
     def backward(self, leaves: "TokenCache") -> None:
         """Send the gradients that `leaves`, this cache's `detached` copy, collected on to the backbone and the head."""
-        pairs = [
-            (own, leaf.grad)
-            for own, leaf in zip(self.tensors(), leaves.tensors(), strict=True)
-            if leaf.grad is not None
-        ]
+        both = zip(self.tensors(), leaves.tensors(), strict=True)
+        pairs = [(own, leaf.grad) for own, leaf in both if leaf.grad is not None]
         if pairs:
             torch.autograd.backward([own for own, _ in pairs], [gradient for _, gradient in pairs])
 
