@@ -334,7 +334,8 @@ def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
 
 def _published(line: Line, name: str, values: Values) -> Line:
     cells = (values[0], None, None, values[1], None, None)
-    return replace(line, features=f"{VIT_UP_RUNTIME.source}: {name}", stride=None, values=cells, published=True)
+    source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"  # without the backbone, which is this run's own
+    return replace(line, features=f"{source}: {name}", stride=None, values=cells, published=True)
 
 
 def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts) -> Table:
