@@ -32,7 +32,8 @@ class ConfigError(RayliftError, ValueError):
 
 
 class Identity(enum.Enum):
-    """Whether a result is another one under another value of a setting, so that work isn't continued under it."""
+    """What a setting means for a result. A training or an evaluation isn't continued under another value that counts; a store
+    isn't where the `FeatureSpec`, the input or the layout that come of its settings are others."""
 
     COUNTS = "its value counts"
     FOUND = "what it names counts, as it is found there: weights and images by their bytes, wherever they lie"
