@@ -14,7 +14,7 @@ from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, Size, resolve_source
-from pipelines.results import Findings, Line, Table, panel, shown_size
+from pipelines.results import Findings, Line, Table, panel, sides
 from storage.datasets.files import digest
 from storage.datasets.images import ImageFile, load_images
 from storage.paths import Folder
@@ -94,7 +94,7 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
 
 
 def _picture(task: SelfSimilarity, shown: dict[tuple[int, str], dict[int, np.ndarray]], tile: int = 160) -> Image.Image:
-    columns = ["photo", *(f"{name}\n{shown_size((side, side))} px" for side, name in shown)]
+    columns = ["photo", *(f"{name}\n{sides((side, side))} px" for side, name in shown)]
     tiles = []
     for number, image in enumerate(task.images):
         row, column = centre_cell(next(iter(shown.values()))[number].shape)
