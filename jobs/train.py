@@ -167,7 +167,7 @@ PRESETS: dict[str, TrainConfig] = {
 NAMES: dict[str, TrainConfig] = {
     **{name: X2Config().changed(method=name) for name in method_names(lambda method: method.trained_by == "lift")},
     "vit-up": ViTUpTraining(),
-    **{name: ReadoutTraining().changed(method=name) for name in READOUTS if name != "depth_bins"},
+    **{name: ReadoutTraining().changed(method=name) for name, kind in READOUTS.items() if kind.only_outputs is None},
     "probe": PROBE,
     **PRESETS,
 }

@@ -4,7 +4,6 @@ A readout is made of settings (`ReadoutConfig`, `build_readout`); each has a cla
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from typing import Literal, get_args
 
@@ -13,28 +12,28 @@ import torch
 from operators.readouts.baselines import Bicubic, StridedConv, TransposedConv
 from operators.readouts.deap import DeAP
 from operators.readouts.linear import DepthBins, LinearReadout
-from operators.readouts.readout import CODE, decoder_width
-from operators.readouts.readout import Readout as Readout
-from operators.readouts.readout import ReadoutError as ReadoutError
-from operators.readouts.readout import SplitReadout as SplitReadout
+from operators.readouts.readout import Readout, ReadoutError, SplitReadout, decoder_width
 from operators.upsamplers.protocol import UpsamplerError, given_settings
 from storage.documents import JsonObject
 
-_OPTIONS: dict[str, tuple[Callable[..., Readout], set[str]]] = {
-    "deap": (
-        DeAP,
-        {"output", "dim", "output_bias", "heads", "mask", "positions", "shared_sigma", "only_mask", "unused_norm"},
-    ),
-    "bicubic": (Bicubic, {"dim", "output_bias"}),
-    "transposed": (TransposedConv, {"output", "grid", "dim", "output_bias"}),
-    "strided": (StridedConv, {"output", "grid", "dim", "output_bias"}),
-    "linear": (LinearReadout, {"resize"}),
-    "depth_bins": (lambda channels, _outputs: DepthBins(channels), set()),
-}
-"""The class of each method, and which settings it takes as they are."""
+__all__ = [
+    "READOUTS",
+    "Readout",
+    "ReadoutConfig",
+    "ReadoutError",
+    "SplitReadout",
+    "build_readout",
+]
 
-READOUTS = tuple(_OPTIONS)
-"""Methods."""
+READOUTS: dict[str, type[Readout]] = {
+    "deap": DeAP,
+    "bicubic": Bicubic,
+    "transposed": TransposedConv,
+    "strided": StridedConv,
+    "linear": LinearReadout,
+    "depth_bins": DepthBins,
+}
+"""Methods by name; each says which settings it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class ReadoutConfig:
     Raises `ReadoutError` where settings are impossible or don't go together.
     """
 
-    method: Literal["deap", "bicubic", "transposed", "strided", "linear", "depth_bins"]
+    method: str
     channels: int
     "of the backbone's maps"
     outputs: int
@@ -91,7 +90,7 @@ class ReadoutConfig:
         for name in ("output", "grid"):
             if _is_count(side := getattr(self, name)):
                 object.__setattr__(self, name, (side, side))
-        if self.method not in _OPTIONS:
+        if self.method not in READOUTS:
             raise ReadoutError(f"no readout is called {self.method!r}; there are: {', '.join(READOUTS)}")
         for field in fields(self)[1:]:
             _check_value(field, getattr(self, field.name))
@@ -106,10 +105,15 @@ class ReadoutConfig:
     @property
     def query_channels(self) -> int:
         """`dim` with its default."""
-        return self.dim or (16 if self.method == "deap" else 48)
+        return self.dim or self.kind.usual_dim
+
+    @property
+    def kind(self) -> type[Readout]:
+        """The method's class."""
+        return READOUTS[self.method]
 
     def _check_options(self) -> None:
-        taken = _OPTIONS[self.method][1]
+        taken = self.kind.settings
         allowed = taken | {"split", "output"} | ({"width", "width_rule"} if "dim" in taken else set())
         for field in fields(self)[3:]:
             value = getattr(self, field.name)
@@ -119,15 +123,18 @@ class ReadoutConfig:
     def _check_fit(self) -> None:
         if sum(self.parts) != self.outputs:
             raise ReadoutError(f"split {self.split} makes {sum(self.split)} outputs, not {self.outputs}")
-        if self.method == "depth_bins" and self.parts != (1,):
-            raise ReadoutError(f"depth_bins has 1 output, not {self.outputs}")
-        divisor = {"deap": self.heads, "strided": 8}.get(self.method, 1)
+        kind, only = self.kind, self.kind.only_outputs
+        if only is not None and self.parts != (only,):
+            raise ReadoutError(f"{self.method} has {only} output{'s' * (only > 1)}, not {self.outputs}")
+        divisor = kind.dim_groups(self.heads)
         if self.query_channels % divisor or self.query_channels < 4:
             raise ReadoutError(
                 f"dim must be a multiple of {divisor} for {self.method}, and at least 4; got {self.query_channels}"
             )
-        if self.method == "strided" and self.channels % 16:
-            raise ReadoutError(f"strided normalises 16 groups of channels; {self.channels} don't divide into them")
+        if self.channels % kind.channel_groups:
+            raise ReadoutError(
+                f"{self.method} normalises {kind.channel_groups} groups of channels; {self.channels} don't divide into them"
+            )
         if self.only_mask and self.mask == "none":
             raise ReadoutError("only_mask without a mask would see nothing; choose one of the two ablations")
 
@@ -166,12 +173,9 @@ def build_readout(config: JsonObject | ReadoutConfig, seed: int = 0) -> Readout:
 
 
 def _build_part(config: ReadoutConfig, outputs: int) -> Readout:
-    make, names = _OPTIONS[config.method]
-    options = {name: getattr(config, name) for name in names}
-    if "dim" in names:
+    options = {name: getattr(config, name) for name in config.kind.settings}
+    if "dim" in options:
         dim = config.query_channels
-        # StridedConv's convolutions see its position channels, too.
-        drawn = dim + CODE if config.method == "strided" else dim
-        width = config.width or decoder_width(drawn, outputs, config.width_rule)
+        width = config.width or decoder_width(dim + config.kind.appended, outputs, config.width_rule)
         options |= {"dim": dim, "width": width}
-    return make(config.channels, outputs, **options)
+    return config.kind(config.channels, outputs, **options)

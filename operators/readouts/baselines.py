@@ -25,6 +25,8 @@ _Size = tuple[int, int]
 class Bicubic(Readout):
     """Projected to D channels, sampled bicubically with aligned corners, then DeAP's feed-forward and convolutions."""
 
+    settings = frozenset({"dim", "output_bias"})
+
     def __init__(self, channels: int, outputs: int, width: int, *, dim: int, output_bias: float):
         super().__init__(channels, outputs)
         self.proj = nn.Conv2d(channels, dim, 1)
@@ -46,6 +48,8 @@ class TransposedConv(Readout):
     reach the queries of `output` pixels; where it overshoots, or other sizes are asked for, bilinear resizing follows.
     """
 
+    settings = frozenset({"output", "grid", "dim", "output_bias"})
+
     def __init__(
         self, channels: int, outputs: int, width: int, *, output: _Size, grid: _Size, dim: int, output_bias: float
     ):
@@ -66,6 +70,10 @@ class StridedConv(Readout):
     begin isn't known: as DeAP's position codes, here. `grid` are the cells of the map that it is trained on.
     """
 
+    settings = TransposedConv.settings
+    appended = CODE
+    channel_groups = 16
+
     def __init__(
         self, channels: int, outputs: int, width: int, *, output: _Size, grid: _Size, dim: int, output_bias: float
     ):
@@ -79,6 +87,10 @@ class StridedConv(Readout):
         self.positions = nn.Parameter(code)
         self.query_norm = nn.GroupNorm(8, dim + CODE)
         self.decoder = PixelDecoder(dim + CODE, outputs, width, output_bias)
+
+    @classmethod
+    def dim_groups(cls, heads: int) -> int:  # noqa: ARG003
+        return 8
 
     def _predict(self, features_BChw: Tensor, size: tuple[int, int], _pooled_BC: Tensor | None) -> Tensor:
         kernel, given = self.down.kernel_size, features_BChw.shape[-2:]

@@ -29,6 +29,10 @@ class DeAP(Readout):
     `dim=8` (8-dim).
     """
 
+    settings = frozenset(
+        {"output", "dim", "output_bias", "heads", "mask", "positions", "shared_sigma", "only_mask", "unused_norm"}
+    )
+    usual_dim = 16
     working_bytes = 2**28
     "queries attend together as far as their attention stays below this"
 
@@ -61,6 +65,10 @@ class DeAP(Readout):
         self.v = nn.Linear(channels + CODE, 2 * dim)
         self.ffn = feed_forward(2 * dim, dim)
         self.decoder = PixelDecoder(dim, outputs, width, output_bias)
+
+    @classmethod
+    def dim_groups(cls, heads: int) -> int:
+        return heads
 
     def _predict(self, features_BChw: Tensor, size: tuple[int, int], _pooled_BC: Tensor | None) -> Tensor:
         grid = query_grid(size)

@@ -19,6 +19,8 @@ NEAREST, FARTHEST = 1e-3, 10.0
 class LinearReadout(Readout):
     """One 1x1 convolution; logits are resized to the output where the map isn't as large. Bilinear resizing commutes with it."""
 
+    settings = frozenset({"resize"})
+
     def __init__(self, channels: int, outputs: int, *, resize: Literal["bilinear", "nearest"] = "bilinear"):
         super().__init__(channels, outputs)
         self.resize = resize
@@ -32,9 +34,10 @@ class DepthBins(Readout):
     """Depth [B, 1, H, W] as the expectation over bins, from each cell's features and the image's normalised CLS vector."""
 
     needs_pooled = True
+    only_outputs = 1
 
-    def __init__(self, channels: int):
-        super().__init__(channels, 1)
+    def __init__(self, channels: int, outputs: int = 1):
+        super().__init__(channels, outputs)
         self.conv = nn.Conv2d(2 * channels, BINS, 1)
         self.register_buffer("depths", torch.linspace(NEAREST, FARTHEST, BINS), persistent=False)
 

@@ -5,6 +5,8 @@ The layers are those of DeAP's release ("Dense Attentive Probing"), which says m
 Shapes: B batch, C backbone channels, D query channels, h w cells of the given map, H W pixels.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,16 @@ class Readout(nn.Module):
     `pooled_BC` is the prefix (CLS) vector, read only where `needs_pooled`.
     """
 
+    settings: ClassVar[frozenset[str]] = frozenset()
+    "those of `ReadoutConfig` that it takes as they are"
+    usual_dim: ClassVar[int] = 48
+    "channels of the query map, where none are given"
+    appended: ClassVar[int] = 0
+    "channels that the convolutions see beside the query map's"
+    channel_groups: ClassVar[int] = 1
+    "into which the map's channels must divide"
+    only_outputs: ClassVar[int | None] = None
+    "how many it has, where it is for one purpose"
     needs_pooled = False
     resize = "bilinear"
     "how a prediction is brought to other sizes than it was made in"
@@ -35,6 +47,11 @@ class Readout(nn.Module):
     def __init__(self, channels: int, outputs: int):
         super().__init__()
         self.channels, self.outputs = channels, outputs
+
+    @classmethod
+    def dim_groups(cls, heads: int) -> int:  # noqa: ARG003
+        """Into which the query map's channels must divide."""
+        return 1
 
     def forward(self, features_BChw: Tensor, size: tuple[int, int], pooled_BC: Tensor | None = None) -> Tensor:
         """Float32 [B, outputs, *size] from a map of any float type, under any autocast; `size` is height, width in pixels.

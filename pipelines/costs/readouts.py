@@ -9,27 +9,14 @@ from functools import partial
 
 import torch
 
-from operators.readouts import ReadoutConfig, build_readout
+from operators.readouts import READOUTS, ReadoutConfig, build_readout
+from operators.readouts.variants import VARIANTS
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.upsamplers import counted_macs
-from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES, Settings
+from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES
 from pipelines.results import table_lines
 from storage.documents import JsonValue
-
-METHODS: Mapping[str, Settings] = {
-    "deap": {"method": "deap"},
-    "deap-8-dim": {"method": "deap", "dim": 8},
-    "deap-no-sigma": {"method": "deap", "mask": "none"},
-    "deap-no-indiv-sigma": {"method": "deap", "shared_sigma": True},
-    "deap-only-mask": {"method": "deap", "only_mask": True},
-    "bicubic": {"method": "bicubic"},
-    "transposed": {"method": "transposed"},
-    "strided": {"method": "strided"},
-    "linear": {"method": "linear"},
-}
-"""DeAP, its ablations (Table 5), what it is held against (Fig. 4; `strided` is the release's transposed convolution), and the
-linear probe: settings of `ReadoutConfig`, and of jobs/train.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,16 +116,16 @@ class DeapResult:
 
 def measure_deap(config: DeapCost) -> DeapResult:
     """Counts, of which nothing is timed."""
-    readouts = tuple(_measure(config, name) for name in METHODS)
+    readouts = tuple(_measure(config, name) for name in VARIANTS)
     return DeapResult(published=tuple(published_counts()), readouts=readouts)
 
 
 def _measure(config: DeapCost, name: str) -> ReadoutCost:
     size = (config.side, config.side)
     settings: dict[str, JsonValue] = {"channels": config.channels, "outputs": config.outputs, "output": size}
-    if METHODS[name]["method"] in ("transposed", "strided"):
+    if "grid" in READOUTS[str(VARIANTS[name]["method"])].settings:
         settings["grid"] = (config.grid, config.grid)
-    readout = build_readout(ReadoutConfig.parse({**settings, **METHODS[name]})).eval()
+    readout = build_readout(ReadoutConfig.parse({**settings, **VARIANTS[name]})).eval()
     macs = counted_macs(partial(readout, torch.zeros(1, config.channels, config.grid, config.grid), size))
     return ReadoutCost(name=name, parameters=readout.parameter_count(), macs=macs)
 

@@ -187,7 +187,7 @@ def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tu
     first = next(iter(readouts.values()))
     choice = config.source
     if not config.stores:
-        wants_pooled = any(each.config.method == "depth_bins" for each in readouts.values())
+        wants_pooled = any(each.config.kind.needs_pooled for each in readouts.values())
         levels = config.features.levels
         pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in levels} else ()
         rendering = config.drawing or first.features["drawing"]
@@ -213,7 +213,7 @@ def _row_of(readout: TrainedReadout, recipe: Recipe, size: Size) -> Row:
     if different := differences({**trained, "level": level}, here):
         lines = different.text("trained on", "now")
         raise ConfigError(f"{readout.shown} was trained on other features:\n{lines}")
-    if readout.config.method == "depth_bins" and pooled_level(spec.levels) is None:
+    if readout.config.kind.needs_pooled and pooled_level(spec.levels) is None:
         raise ConfigError(
             f"{readout.shown} reads the CLS vector, too, which isn't there; extract with --levels pooled=cls"
         )

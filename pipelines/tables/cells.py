@@ -19,9 +19,9 @@ import torch
 import tyro
 
 from cluster.resources import WorkerPool, WorkerRequest
-from operators.readouts import build_readout
+from operators.readouts import READOUTS, build_readout
+from operators.readouts.variants import VARIANTS
 from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least
-from pipelines.costs.readouts import METHODS as COUNTED
 from pipelines.costs.speed import Speed, SpeedProtocol, TimedBackbone, measure_speed
 from pipelines.executors import Executor, InlineExecutor, WorkersLost
 from pipelines.published import Settings
@@ -44,7 +44,7 @@ class CellsFailed(RayliftError):
     exit_code = 1
 
 
-METHODS: Mapping[str, Settings] = {**COUNTED, "depth_bins": {"method": "depth_bins"}}
+METHODS: Mapping[str, Settings] = {**VARIANTS, "depth_bins": {"method": "depth_bins"}}
 """Settings of each."""
 
 _GRIDS_OWN = frozenset(
@@ -266,8 +266,8 @@ def slug(text: str) -> str:
 def _cell(config: GridConfig, backbone: PaperBackbone, task: TableTask, method: str, seed: int) -> Cell:
     name = "-".join(map(slug, (backbone.name, task.name, method, str(seed))))
     settings = {**task.settings, **METHODS[method], **_given(config.cell)}
-    if METHODS[method]["method"] in ("linear", "depth_bins"):
-        settings.pop("width", None)  # they draw no pixels
+    if "dim" not in READOUTS[str(METHODS[method]["method"])].settings:
+        settings.pop("width", None)  # it draws no pixels
     settings |= _stores(config, backbone, task)
     if settings.get("store"):  # which has features of no mirrored image
         settings.pop("flip", None)

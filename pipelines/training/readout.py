@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from operators.backbone import autocast
-from operators.readouts import ReadoutConfig, ReadoutError, build_readout
+from operators.readouts import READOUTS, ReadoutConfig, ReadoutError, build_readout
 from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle
@@ -176,7 +176,7 @@ class ReadoutTraining(TrainConfig):
     def levels(self) -> tuple[str, ...]:
         """The levels that are computed, as an evaluation names them."""
         base = () if self.level_name == "x1" else ("x1",)
-        return (*base, self.level, *(("pooled",) if self.method == "depth_bins" else ()))
+        return (*base, self.level, *(("pooled",) if READOUTS[self.method].needs_pooled else ()))
 
     def build_task(self, train: Sequence[LabelledImage]) -> Task:
         """The task on the images that are trained on. Raises `ConfigError` for settings that aren't its own."""
@@ -186,9 +186,10 @@ class ReadoutTraining(TrainConfig):
         """The readout for maps of a level. Raises `ConfigError`."""
         settings = {"method": self.method, "channels": level.channels, "outputs": task.outputs, "split": task.split}
         settings["output"] = (self.side, self.side)
-        if self.method in ("transposed", "strided"):
+        taken = READOUTS[self.method].settings
+        if "grid" in taken:
             settings["grid"] = level.grid
-        if self.task == "depth" and self.method in ("deap", "bicubic", "transposed", "strided"):
+        if self.task == "depth" and "output_bias" in taken:
             settings["output_bias"] = 1.0
         given = {name: getattr(self, name) for name in ("dim", "mask", "shared_sigma", "only_mask", "width")}
         plain = ReadoutTraining()
@@ -217,7 +218,7 @@ class ReadoutTraining(TrainConfig):
         task = self.build_task(train)
         spec, bundle = self._features(task)
         level = _level(spec, self.level_name, self.store)
-        pooled = _pooled(spec, self.store) if self.method == "depth_bins" else None
+        pooled = _pooled(spec, self.store) if READOUTS[self.method].needs_pooled else None
         sources = [
             LabelledSource(
                 items=tuple(items),
