@@ -118,12 +118,7 @@ class DecodedImage:
 
 
 def decode(
-    data: bytes,
-    geometry: Geometry,
-    *,
-    max_pixels: int,
-    draft: bool = False,
-    memory: DecodeMemory | None = None,
+    data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = False, memory: DecodeMemory | None = None
 ) -> DecodedImage:
     """Decode image bytes and bring them to the input's size.
 

@@ -88,11 +88,10 @@ class ReadoutConfig:
     def parse(cls, settings: JsonObject) -> "ReadoutConfig":
         """From a JSON object; absent and null settings take the defaults."""
         try:
-            given = given_settings(cls, settings, ("method", "channels", "outputs"), "the readout")
+            given = given_settings(cls, settings, "the readout")
         except UpsamplerError as error:
             raise ReadoutError(str(error)) from None
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        return cls(**values)  # type: ignore[arg-type]  # `__post_init__` holds each value against its field
+        return cls(**given)
 
     def __post_init__(self) -> None:
         for name in ("output", "grid"):

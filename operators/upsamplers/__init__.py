@@ -7,45 +7,27 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
-from operators.upsamplers.interpolate import Average, Bicubic, Bilinear, Nearest
+from operators.upsamplers.interpolate import Average, Interpolation
 from operators.upsamplers.jbu import Jbu
 from operators.upsamplers.lift import Lift
-from operators.upsamplers.protocol import (
-    AnyMethod,
-    Method,
-    Precision,
-    Settings,
-    Upsampler,
-    UpsamplerError,
-    WithoutWeights,
-)
+from operators.upsamplers.protocol import AnyMethod as AnyMethod
+from operators.upsamplers.protocol import Method as Method
+from operators.upsamplers.protocol import Precision
+from operators.upsamplers.protocol import Settings as Settings
+from operators.upsamplers.protocol import Upsampler as Upsampler
+from operators.upsamplers.protocol import UpsamplerError as UpsamplerError
+from operators.upsamplers.protocol import WithoutWeights as WithoutWeights
 from operators.upsamplers.resize_conv import ResizeConv
 from operators.upsamplers.vit_up.method import ViTUpMethod
-
-__all__ = [
-    "UPSAMPLERS",
-    "AnyMethod",
-    "Method",
-    "Settings",
-    "Upsampler",
-    "UpsamplerError",
-    "WithoutWeights",
-    "build_net",
-    "create_upsampler",
-    "find_method",
-    "learned_upsampler",
-    "method_names",
-    "split_method",
-]
+from storage.documents import JsonObject
 
 UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
-    "bilinear": Bilinear,
-    "bicubic": Bicubic,
-    "nearest": Nearest,
+    "bilinear": Interpolation,
+    "bicubic": Interpolation,
+    "nearest": Interpolation,
     "average": Average,
     "lift": Lift,
     "resize_conv": ResizeConv,
@@ -103,17 +85,15 @@ def create_upsampler(name: str) -> Upsampler:
     return method.build(method.parse({}), {}, "fp32", _no_backbone)
 
 
-def build_net(config: Mapping[str, Any], seed: int = 0) -> nn.Module:
+def build_net(config: JsonObject, seed: int = 0) -> nn.Module:
     """The bare network of a learned method's settings (JSON, with `method`), its weights drawn from `seed`, in train mode."""
-    method = find_method(config["method"])
+    method = find_method(str(config["method"]))
     return method.initialised(method.parse(config), seed)
 
 
-def learned_upsampler(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], precision: Precision = "fp32"
-) -> Upsampler:
+def learned_upsampler(config: JsonObject, state: Mapping[str, Tensor], precision: Precision = "fp32") -> Upsampler:
     """The network of `config` with the weights of `state`, ready to run. Raises `UpsamplerError` where they don't fit."""
-    method = find_method(config["method"])
+    method = find_method(str(config["method"]))
     return method.build(method.parse(config), state, precision, _no_backbone)
 
 

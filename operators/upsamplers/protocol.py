@@ -7,14 +7,15 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, TimmBackbone
+from storage.documents import JsonObject, JsonValue
 from storage.errors import RayliftError
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
@@ -63,6 +64,17 @@ class Settings:
     `patch` is the backbone's, in pixels.
     """
 
+    owner: ClassVar[str] = "the upsampler"
+    "whose settings they are, in messages"
+
+    @classmethod
+    def parse(cls, given: JsonObject) -> Self:
+        """From a JSON object, which may name the method; absent and null settings take the defaults.
+
+        Raises `UpsamplerError` where settings are unknown, lacking or impossible.
+        """
+        return cls(**given_settings(cls, {name: each for name, each in given.items() if name != "method"}, cls.owner))
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -95,7 +107,7 @@ class Method(Generic[S]):
     def require_grid(self, settings: S, base: tuple[int, int], grid: tuple[int, int]) -> None:
         """Raise `UpsamplerError` where maps of `base` cells can't be brought to `grid`."""
 
-    def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[JsonObject, dict[str, Tensor]]:
         """Settings, and the network's state, of a file as the method's authors publish it, used with `backbone`."""
         raise UpsamplerError(
             f"weights without settings, which aren't understood as an official file of {self.name}; give a folder with "
@@ -112,28 +124,21 @@ class Method(Generic[S]):
 
     # --- the same for all, as a rule ----------------------------------------------------------------------------------
 
-    def parse(self, given: Mapping[str, Any]) -> S:
-        """From a JSON object, which may name the method; absent and null settings take the defaults.
+    def parse(self, given: JsonObject) -> S:
+        """`Settings.parse`, where checkpoints of the method hold anything else too."""
+        return self.settings.parse(given)
 
-        Raises `UpsamplerError` where settings are unknown, lacking or impossible.
-        """
-        own = {name: value for name, value in given.items() if name != "method"}
-        required = [f.name for f in fields(self.settings) if f.default is MISSING]
-        known = given_settings(self.settings, own, required, "the upsampler")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
-        return self.settings(**values)
-
-    def settings_for(self, backbone: TimmBackbone, channels: int, **given: object) -> S:
+    def settings_for(self, backbone: TimmBackbone, channels: int, **given: JsonValue) -> S:
         """The defaults, but for what is `given`, for maps of so many channels of `backbone`."""
         known = {"channels": channels, "patch": backbone.patch}
-        taken = {f.name for f in fields(self.settings)}
-        return self.parse({**{name: value for name, value in known.items() if name in taken}, **given})
+        taken = {f.name: known[f.name] for f in fields(self.settings) if f.name in known}
+        return self.parse({**taken, **given})
 
-    def to_json(self, settings: S) -> dict[str, Any]:
+    def to_json(self, settings: S) -> dict[str, JsonValue]:
         """As checkpoints have them."""
         return {"method": self.name, **asdict(settings)}
 
-    def identity(self, settings: S) -> dict[str, Any]:
+    def identity(self, settings: S) -> dict[str, JsonValue]:
         """What of the settings makes other features of the same weights: those that aren't the defaults, as JSON values."""
         values = {f.name: (f.default, getattr(settings, f.name)) for f in fields(settings)}
         return {"method": self.name} | {name: value for name, (usual, value) in values.items() if value != usual}
@@ -156,7 +161,7 @@ class Method(Generic[S]):
         return net
 
     def read(
-        self, state: Mapping[str, Tensor], given: Mapping[str, Any] | None, backbone: TimmBackbone
+        self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone
     ) -> tuple[S, dict[str, Tensor]]:
         """Settings and the network's state of a checkpoint's; `given`: its settings, None for a file of weights alone.
 
@@ -193,34 +198,30 @@ class WithoutWeights(Method[Settings]):
         """Ready to run."""
         raise NotImplementedError
 
+    def network(self, settings: Settings) -> nn.Module:
+        return nn.Identity()
+
     def build(self, settings: Settings, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> Upsampler:
         return self.make()
-
-    def untrained(
-        self, backbone: TimmBackbone, channels: int, size: int, reload: Reload
-    ) -> tuple[Settings, dict[str, Tensor]]:
-        return Settings(), {}
-
-    def parameters(self, settings: Settings, state: Mapping[str, Tensor]) -> int:
-        return 0
 
 
 # --- for settings and weights from elsewhere --------------------------------------------------------------------------
 
 
-def given_settings(kind: type, settings: Mapping[str, Any], required: Sequence[str], owner: str) -> dict[str, Any]:
-    """Those of a JSON object's settings that aren't null, for the dataclass `kind`.
+def given_settings(kind: type, settings: JsonObject, owner: str) -> dict[str, Any]:
+    """Those of a JSON object's settings that aren't null, for the dataclass `kind`; lists become tuples.
 
-    Raises `UpsamplerError` where one is unknown, or a `required` one lacks; whose they are (`owner`) is for the message.
+    Raises `UpsamplerError` where one is unknown, or one without default lacks; whose they are (`owner`) is for the message.
     """
     names = [field.name for field in fields(kind)]
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if unknown := sorted(set(settings) - set(names)):
         raise UpsamplerError(
             f"no such {owner.removeprefix('the ')} settings: {', '.join(unknown)}; there are: {', '.join(names)}"
         )
     if missing := [name for name in required if settings.get(name) is None]:
         raise UpsamplerError(f"{owner}'s settings lack {', '.join(missing)}: {json.dumps(dict(settings))}")
-    return {name: value for name, value in settings.items() if value is not None}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if v is not None}
 
 
 def require_counts(settings: Settings, *names: str) -> None:

@@ -7,15 +7,15 @@ Shapes: B images, N queries, h w the token grid, D channels.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.protocol import Settings, UpsamplerError, given_settings, require_counts
+from operators.upsamplers.protocol import Settings, UpsamplerError, require_counts
 from operators.upsamplers.vit_up.attention import CrossAttention, Windows
 from operators.upsamplers.vit_up.geometry import ENCODING, Rope, encode_offsets, nearest_tokens, offset_frequencies
 
@@ -24,6 +24,7 @@ from operators.upsamplers.vit_up.geometry import ENCODING, Rope, encode_offsets,
 class ViTUpConfig(Settings):
     """What a ViT-Up is made of. The defaults are the published ones; raises `UpsamplerError` where settings are impossible."""
 
+    owner = "ViT-Up"
     channels: int
     "of the backbone's tokens"
     heads: int
@@ -50,14 +51,6 @@ class ViTUpConfig(Settings):
     "of LoRA: its products are multiplied by alpha / rank"
     dropout: float = 0.05
     "of LoRA's inputs, in training"
-
-    @classmethod
-    def parse(cls, settings: Mapping[str, Any]) -> "ViTUpConfig":
-        """From a JSON object; absent and null settings take the defaults."""
-        given = given_settings(cls, settings, ("channels", "heads"), "ViT-Up")
-        if isinstance(given.get("layers"), list):
-            given["layers"] = tuple(given["layers"])
-        return cls(**given)
 
     def __post_init__(self) -> None:
         require_counts(self, "channels", "heads", "window", "query_size", "hidden_size", "mlp_channels", "rank")

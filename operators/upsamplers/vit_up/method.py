@@ -1,7 +1,7 @@
 """ViT-Up as a method: what its checkpoints hold, what it asks of a backbone, and settings and weights where none are given."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from operators.upsamplers.vit_up.checkpoint import HEAD_CHANNELS, read_checkpoin
 from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.lora import Lora
 from operators.upsamplers.vit_up.upsampler import ViTUp
+from storage.documents import JsonObject, JsonValue
 
 _QUERY_SCALE = 8
 """The query grid is sampled from an image enlarged so much: 3584 px for 448."""
@@ -26,11 +27,8 @@ class ViTUpMethod(Method[ViTUpConfig]):
     trained_by = "vit_up"
     chunked = True
 
-    def parse(self, given: Mapping[str, Any]) -> ViTUpConfig:
-        return ViTUpConfig.parse(_without_method(given))
-
-    def identity(self, settings: ViTUpConfig) -> dict[str, Any]:
-        return _without_method(super().identity(settings))
+    def identity(self, settings: ViTUpConfig) -> dict[str, JsonValue]:
+        return {name: value for name, value in super().identity(settings).items() if name != "method"}
 
     def with_backbone(self, settings: ViTUpConfig, backbone: TimmBackbone) -> ViTUpConfig:
         if backbone.facet != "token" or not backbone.norm:
@@ -40,9 +38,9 @@ class ViTUpMethod(Method[ViTUpConfig]):
         return settings
 
     def read(
-        self, state: Mapping[str, Tensor], given: Mapping[str, Any] | None, backbone: TimmBackbone
+        self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone
     ) -> tuple[ViTUpConfig, dict[str, Tensor]]:
-        settings, head, lora = read_checkpoint(state, given and _without_method(given))
+        settings, head, lora = read_checkpoint(state, given)
         return self.with_backbone(settings, backbone), {**head, **lora}
 
     def build(self, settings: ViTUpConfig, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> ViTUp:
@@ -60,13 +58,8 @@ class ViTUpMethod(Method[ViTUpConfig]):
         return settings, {**random_head(settings).state_dict(), **lora.peft_state()}
 
     def parameters(self, settings: ViTUpConfig, state: Mapping[str, Tensor]) -> int:
-        with torch.device("meta"):
-            head = sum(parameter.numel() for parameter in ViTUpHead(settings).parameters())
-        return head + sum(tensor.numel() for name, tensor in state.items() if name.startswith("backbone."))
-
-
-def _without_method(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name != "method"}
+        # The offset encoding's frequencies are no parameter.
+        return sum(tensor.numel() for name, tensor in state.items() if not name.endswith("freqs"))
 
 
 def published_settings(channels: int, depth: int, size: int, query_size: int) -> ViTUpConfig:
