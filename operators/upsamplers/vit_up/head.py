@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from operators.upsamplers.protocol import Settings, UpsamplerError, require_counts
 from operators.upsamplers.vit_up.attention import CrossAttention, Windows
 from operators.upsamplers.vit_up.geometry import ENCODING, Rope, encode_offsets, nearest_tokens, offset_frequencies
-from storage.documents import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
