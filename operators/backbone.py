@@ -10,7 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,25 +58,12 @@ class PatchFeatures:
         return torch.cat([self.layers[layer].mean(dim=(2, 3)) for layer in layers], dim=-1)
 
 
-class Backbone(Protocol):
-    """A frozen model. Not thread-safe: one call at a time."""
-
-    channels: int
-    stride: int
-    has_cls: bool
-
-    def __call__(self, images_BCHW: Tensor, layers: Sequence[int]) -> PatchFeatures: ...
-
-    def peak_bytes(self, batch: int, size: tuple[int, int]) -> int:
-        """Upper bound on device memory for one call, weights included."""
-
-
 class _AllSeen(Exception):
     """Ends a forward that has gone far enough."""
 
 
 class TimmBackbone:
-    """A timm ViT, or a hierarchical model's last stage, behind the `Backbone` protocol.
+    """A timm ViT, or a hierarchical model's last stage, frozen. Not thread-safe: one call at a time.
 
     `stride` below the patch size makes patches overlap. `pos_embed="dino"` interpolates absolute position embeddings as
     DINO's code does (LiFT's features depend on it): bicubic without antialias, sampled at (h + 0.1) / m; "timm" is
@@ -181,10 +168,6 @@ class TimmBackbone:
             grid.append((side - self.patch) // self.stride + 1)
         return grid[0], grid[1]
 
-    def cell_start(self) -> float:
-        """Centre of the first cell in input pixels; the same on both axes."""
-        return self.patch / 2
-
     def __call__(self, images_BCHW: Tensor, layers: Sequence[int]) -> PatchFeatures:
         """Normalised images [B, 3, H, W] to maps of `layers` (0-based numbers)."""
         grid = self.grid_of((images_BCHW.shape[-2], images_BCHW.shape[-1]))
@@ -280,7 +263,10 @@ class TimmBackbone:
         self._grid = grid
 
     def peak_bytes(self, batch: int, size: tuple[int, int]) -> int:
-        """Weights, and per token the residual stream, norms, qkv, MLP and kept maps: 24 float32 values a channel."""
+        """Upper bound on device memory for one call, in bytes.
+
+        Weights, and per token the residual stream, norms, qkv, MLP and kept maps: 24 float32 values a channel.
+        """
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if self.is_hierarchical:
             # Early stages have 4 x more tokens of half the channels, at a stride of 4.

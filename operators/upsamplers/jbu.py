@@ -107,7 +107,6 @@ class JointBilateral(X2Net):
             yield padded[..., dy : dy + height, dx : dx + width]
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         taps, keys = self.taps, self.key_dim
         padded = (grid[0] + 2 * self.radius) * (grid[1] + 2 * self.radius)
         # Kernels: stacked, scaled, softmax, product, with guidance, two projections. Maps: bicubic, result.
@@ -134,7 +133,6 @@ class JointBilateralStack(X2Net):
         return maps + 0.1 * self.fixup_proj(maps)
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         return cast(JointBilateral, self.up1).working_values(grid, channels) + grid[0] * grid[1] * channels
 
 

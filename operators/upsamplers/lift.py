@@ -144,7 +144,6 @@ class LiftNet(X2Net):
                 last.copy_(last[order])
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         c, image, cells = channels, self.image_channels, grid[0] * grid[1]
         joined, out = (c + image) // 2, c // 2
         decoder = (c + image) // 4 + 2 * joined + image + 2 * out + c

@@ -62,6 +62,5 @@ class ResizeConvNet(X2Net):
         return maps
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         # The enlarged map, the same with the image, the correction before and after ReLU, and the sum.
         return grid[0] * grid[1] * (5 * channels + 6)

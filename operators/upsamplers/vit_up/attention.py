@@ -23,14 +23,6 @@ which stand in each other's way in small calls; windows of 17 at 32 or more. A g
 """
 
 
-def window_sides(window: int | None, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of tokens that a query sees."""
-    if window is None:
-        return grid
-    odd = 2 * (window // 2) + 1
-    return min(odd, grid[0]), min(odd, grid[1])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """The window of each query: its first row and column, int64 [B, N], and what all share."""
@@ -38,6 +30,7 @@ class Windows:
     rows: Tensor
     columns: Tensor
     sides: tuple[int, int]
+    "rows and columns of tokens that a query sees"
     grid: tuple[int, int]
     groups: tuple[tuple[Tensor, tuple[tuple[int, int, int], ...]], ...] | None
     "for each image the queries' order by window, and (row, column, queries) of each; None: attend with a mask"
@@ -45,7 +38,8 @@ class Windows:
     @classmethod
     def around(cls, nearest_BN2: Tensor, grid: tuple[int, int], window: int | None) -> "Windows | None":
         """Windows round the nearest tokens (column, row); None where a window holds all tokens."""
-        sides = window_sides(window, grid)
+        odd = max(grid) if window is None else 2 * (window // 2) + 1
+        sides = min(odd, grid[0]), min(odd, grid[1])
         if sides == tuple(grid):
             return None
         rows, columns = (
