@@ -88,6 +88,8 @@ class Method(Generic[S]):
     "whether its weights come from a checkpoint"
     trained_by: ClassVar[Literal["lift", "vit_up"] | None] = None
     "the objective that jobs/train.py has for it; `lift`: its network takes (images, maps) to twice the cells"
+    trained_factors: ClassVar[tuple[int, ...]] = (1,)
+    "training gives it the maps of images, and of these made smaller by so much a side"
     enlarges: ClassVar[bool] = True
     "whether it gives finer grids than the maps'"
     chunked: ClassVar[bool] = False
@@ -117,10 +119,6 @@ class Method(Generic[S]):
     def with_backbone(self, settings: S, backbone: TimmBackbone) -> S:
         """The settings for use with `backbone`. Raises `UpsamplerError` where the method can't be."""
         return settings
-
-    def trained_sides(self, size: int) -> tuple[int, ...]:
-        """Sides in pixels of the images whose maps it knows from training on images of `size`."""
-        return (size,)
 
     # --- the same for all, as a rule ----------------------------------------------------------------------------------
 

@@ -56,16 +56,14 @@ class Recursive(Method[N]):
     """A method whose network enlarges x2. A subclass has `settings` and `network`, and `prepared` where inference needs it."""
 
     trained_by = "lift"
+    trained_factors = (1, 2, 4)
+    "maps of images are learned from those of their halves, and those from the quarters' (LiFT's eq. 1)"
 
     def network(self, settings: N) -> X2Net:
         raise NotImplementedError
 
     def prepared(self, net: X2Net, settings: N) -> None:
         """Make a trained network, in place, one that takes and gives channels as the maps have them."""
-
-    def trained_sides(self, size: int) -> tuple[int, ...]:
-        """Maps of images are learned from those of their halves, and those from the quarters' (LiFT's eq. 1)."""
-        return size, size // 2, size // 4
 
     def build(
         self, settings: N, state: Mapping[str, Tensor], precision: Precision, reload: Reload
