@@ -24,6 +24,7 @@ from pipelines.training.run import train_on_ray
 from storage.paths import Folder
 from storage.runs import read_last
 from tests.readout_runs import OF_TASK, extract, held_out, losses, prepared, train, training, write_nyu, write_sets
+from tests.stops import Died, dies_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,18 +48,6 @@ def trained(finished, tmp_path):
     """A run of its own, to be damaged."""
     shutil.copytree(finished.out, tmp_path / "run")
     return replace(finished, out=str(tmp_path / "run"))
-
-
-class Died(Exception):
-    pass
-
-
-def dies_after(step: int):
-    def on_step(now: int, rows: list[int]) -> None:
-        if now == step:
-            raise Died
-
-    return on_step
 
 
 def weights(out: object) -> dict[str, np.ndarray]:
