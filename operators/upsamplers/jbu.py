@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
+from operators.upsamplers.recursive import DoublingNet, DoublingSettings, OfLiftsPaper
 
 
 @dataclass(frozen=True, kw_only=True)
-class JbuSettings(X2Settings):
+class JbuSettings(DoublingSettings):
     """What a state dict doesn't tell about joint bilateral filters."""
 
     radius: int = 3
@@ -50,7 +50,7 @@ class Jbu(OfLiftsPaper[JbuSettings]):
         return passes
 
 
-class JointBilateral(X2Net):
+class JointBilateral(DoublingNet):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2h, 2w]; any C.
 
     The image is average-pooled to 2h x 2w, which must exceed the radius. Raises `ValueError` where it doesn't.
@@ -113,7 +113,7 @@ class JointBilateral(X2Net):
         return grid[0] * grid[1] * (7 * taps + 3 * keys + 9 + 2 * channels) + padded * max(channels, keys)
 
 
-class JointBilateralStack(X2Net):
+class JointBilateralStack(DoublingNet):
     """`stages` joint bilateral steps and a 1x1 correction: [B, C, h, w] to [B, C, 2^n h, 2^n w], n = `steps` of `stages`.
 
     Four stages are FeatUp's published `jbu_stack`; with fewer `steps` the same correction follows (as in NAF's copy).

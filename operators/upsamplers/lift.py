@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
+from operators.upsamplers.recursive import DoublingNet, DoublingSettings, OfLiftsPaper
 from storage.documents import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiftSettings(X2Settings):
+class LiftSettings(DoublingSettings):
     """What a state dict doesn't tell about a LiFT."""
 
     image_branch: bool = True
@@ -66,14 +66,14 @@ class Lift(OfLiftsPaper[LiftSettings]):
         heads = None if backbone.facet == "token" else backbone.heads
         return {"channels": len(last), "patch": backbone.patch, "heads": heads}, dict(state)
 
-    def prepared(self, net: X2Net, settings: LiftSettings) -> None:
+    def prepared(self, net: DoublingNet, settings: LiftSettings) -> None:
         if settings.heads:
             # Channel (head, dimension) of ours is channel (dimension, head) of the weights.
             order = torch.arange(settings.channels).view(-1, settings.heads).t().flatten()
             cast(LiftNet, net).reorder_channels(order)
 
 
-class LiftNet(X2Net):
+class LiftNet(DoublingNet):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2h, 2w].
 
     The image encoder halves the image twice and max-pools by k = ceil(patch / 8), which must give 2h x 2w: nothing for patch
