@@ -223,7 +223,8 @@ def objective(
         first = len(layers) - 1 if name == "relational" and weights.relational_layers == "last" else 0
         # Means, not sums, so that a loss counts the same whatever the number of layers and grids.
         pairs = list(zip(predictions, targets, strict=True))[first:]
-        values_LS = torch.stack([_by_scale(loss, *of_layer) for of_layer in pairs])
+        of_scales = [[loss(*pair) for pair in zip(*of_layer, strict=True)] for of_layer in pairs]
+        values_LS = torch.stack([torch.stack(values) for values in of_scales])
         shares_LS = torch.outer(layers[first:], scales).to(values_LS.device)
         mean = (values_LS * shares_LS).sum() / shares_LS.sum()
         total = total + weight * mean
@@ -239,12 +240,6 @@ def _losses(weights: LossWeights) -> dict[str, tuple[float, Callable[[Tensor, Te
         "relational": (weights.relational, partial(relational_kl, tau=weights.tau)),
     }
     return {name: loss for name, loss in losses.items() if loss[0]}
-
-
-def _by_scale(
-    loss: Callable[[Tensor, Tensor], Tensor], predictions: Sequence[Tensor], targets: Sequence[Tensor]
-) -> Tensor:
-    return torch.stack([loss(predicted, target) for predicted, target in zip(predictions, targets, strict=True)])
 
 
 def _weights(weights: tuple[float, ...] | None, count: int, what: str) -> Tensor:

@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ class UpsamplerWeights:
     """A learned upsampler as it is handed to workers, by name and as plain values: a user's module is imported where it runs."""
 
     method: str
-    settings: Mapping[str, Any]
+    settings: JsonObject
     "the method's, as a checkpoint has them"
     arrays: Mapping[str, np.ndarray]
     trained_sides: tuple[int, ...] = ()
@@ -123,7 +122,7 @@ def load_upsampler(
 
 
 def _read_weights(
-    name: str, given: Mapping[str, Any] | None, state: Mapping[str, Tensor], backbone: TimmBackbone, displayed: str
+    name: str, given: JsonObject | None, state: Mapping[str, Tensor], backbone: TimmBackbone, displayed: str
 ) -> UpsamplerWeights:
     # NumPy has no bfloat16, and what runs is cast anyway.
     plain = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in state.items()}
@@ -149,7 +148,7 @@ def unfamiliar_size(
     )
 
 
-def _read_config(url: str, options: StorageOptions | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_config(url: str, options: StorageOptions | None) -> tuple[JsonObject, JsonObject]:
     """`upsampler` and `backbone` of a folder's config.json."""
     folder = Folder(url, options)
     try:
