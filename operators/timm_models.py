@@ -74,17 +74,9 @@ class Preprocessing:
     @classmethod
     def of(cls, config: PretrainedCfg) -> "Preprocessing":
         """As timm describes it."""
-        return cls(
-            size=(config.input_size[1], config.input_size[2]),
-            mean=_three(config.mean),
-            std=_three(config.std),
-            interpolation=config.interpolation,
-        )
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = map(float, values)
-    return red, green, blue
+        _, height, width = config.input_size
+        mean, std = (decode(tuple[float, float, float], tuple(map(float, each))) for each in (config.mean, config.std))
+        return cls(size=(height, width), mean=mean, std=std, interpolation=config.interpolation)
 
 
 def preprocessing(name: str) -> Preprocessing:

@@ -32,11 +32,12 @@ class ConfigError(RayliftError, ValueError):
 
 
 class Identity(enum.Enum):
-    """Whether a result is another one under another value of a setting, so that work isn't continued under it."""
+    """What a setting means for a result. A training or an evaluation isn't continued under another value that counts; a store
+    isn't where the `FeatureSpec`, the input or the layout that come of its settings are others."""
 
     COUNTS = "its value counts"
     FOUND = "what it names counts, as it is found there: weights and images by their bytes, wherever they lie"
-    FREE = "where, how and how far the work is done, and what is shown of it"
+    FREE = "where, how and how far the work is done, and what is reported of it"
 
 
 T = TypeVar("T")
@@ -214,10 +215,10 @@ class JobConfig:
 
     def public(self) -> dict[str, JsonValue]:
         """All settings as JSON values without credentials, for files and logs."""
-        shown = self.flat()
-        if shown["storage_options"]:
-            shown["storage_options"] = json.dumps(public_options(self.options))
-        return {name: _redacted(value, self.options) for name, value in json.loads(json.dumps(shown)).items()}
+        values = self.flat()
+        if values["storage_options"]:
+            values["storage_options"] = json.dumps(public_options(self.options))
+        return {name: _redacted(value, self.options) for name, value in json.loads(json.dumps(values)).items()}
 
     def counted(self, *features: Identity) -> dict[str, JsonValue]:
         """Its own settings whose value counts, as `public` has them, and the settings of `features` that are marked so."""
@@ -240,7 +241,7 @@ class JobConfig:
 
     @property
     def is_inline(self) -> bool:
-        """Whether this process does the work: where it was told to, or other ones can't see the URLs."""
+        """Whether this process does the work: where it was asked to, or other ones can't see the URLs."""
         return self.cluster.executor == "inline" or (
             self.cluster.executor == "auto" and any(map(is_memory, self.places))
         )

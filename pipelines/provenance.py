@@ -46,5 +46,5 @@ def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject) -> None:
 def require_same(shown: str, before: JsonObject, now: JsonObject) -> None:
     """Raises `ConfigError` with what differs between a run and its continuation."""
     if found := differences(before, now):
-        lines = found.text("run", "now")
-        raise ConfigError(f"{shown} was begun with other settings:\n{lines}\nUse a new --out, or the settings above.")
+        text = found.text("run", "now")
+        raise ConfigError(f"{shown} was begun with other settings:\n{text}\nUse a new --out, or the settings above.")

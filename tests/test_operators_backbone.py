@@ -704,7 +704,7 @@ def described(
     features = FeatureConfig(**{"model": TINY, "weights": "random", "precision": "fp32", "levels": ("x1",), **changes})
     said = ModelDescription(name=features.model, expects=preprocessing(features.model))
     network = network or create_model(features.model, size, None, 0)
-    return describe_model(features, LoadedModel(model=network, size=size, source="random", described=said))
+    return describe_model(features, LoadedModel(model=network, size=size, source="random", description=said))
 
 
 def photos(batch: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:

@@ -49,8 +49,8 @@ def samples(image: TiffImage) -> Samples:
             return Samples(bits=bits, kind=kind, white_is_zero=inverted, low=black, high=float(_first(high)))
     # MaxSampleValue is often the brightest value there is, so that only its number of bits is taken.
     if kind == "uint" and 8 < used < bits:
-        return Samples(bits=used, white_is_zero=inverted, is_stated=True)
-    return Samples(bits=bits, kind=kind, white_is_zero=inverted, is_stated=bits == 12 or bits < 8)
+        return Samples(bits=used, white_is_zero=inverted, in_full=True)
+    return Samples(bits=bits, kind=kind, white_is_zero=inverted, in_full=bits == 12 or bits < 8)
 
 
 def _first(value: float | tuple[float, ...]) -> float:

@@ -146,8 +146,8 @@ def sig_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, warm: bool, above: fl
     """SigLoss: sqrt(var(g) + 0.15 mean(g)^2), g the difference of logarithms, on `above` < depth <= 10; per batch.
 
     `warm`: without the variance, for the first `WARM_UP_CALLS` calls. The variance is the sample's (n - 1). Negative
-    predictions count as 0. A perfect prediction gives 1e-6 and no gradient. Fewer than two pixels count as none. Raises
-    `ValueError` where shapes differ.
+    predictions count as 0. A perfect prediction gives 1e-6 and no gradient. Fewer than two pixels count as none.
+    Raises `ValueError` where shapes differ.
     """
     _require_pixels(predicted_B1HW, depth_BHW, channels=1)
     valid = _valid(depth_BHW, above)
@@ -156,8 +156,7 @@ def sig_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, warm: bool, above: fl
         return LossSum(ratio.sum() * 0, 0.0)
     square = MEAN_SHARE * ratio.mean().square() + (0 if warm else ratio.var())
     # At 0 the root's gradient would be NaN.
-    loss = square.clamp(min=1e-12).sqrt()
-    return LossSum(loss * len(depth_BHW), float(len(depth_BHW)))
+    return LossSum(square.clamp(min=1e-12).sqrt() * len(depth_BHW), float(len(depth_BHW)))
 
 
 def gradient_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, form: GradientForm = "released") -> LossSum:

@@ -14,7 +14,7 @@ from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, Size, resolve_source
-from pipelines.results import Findings, Line, Table, panel, shown_size
+from pipelines.results import Findings, Line, Table, panel, sides
 from storage.datasets.files import digest
 from storage.datasets.images import ImageFile, load_images
 from storage.paths import Folder
@@ -87,14 +87,14 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
         choices={
             "cell": "half the cells a side, as in LiFT's code: right and below of the true centre",
             "scale": "each map its own, so that values of different maps can't be compared",
-            "images": f"squashed, {'bilinear' if recipe.how_drawn == 'paper' else 'drawn as extract'}",
+            "images": f"squashed, {'bilinear' if recipe.rendering == 'paper' else 'drawn as extract'}",
         },
         pictures={"similarity.png": _picture(task, shown)} if config.pictures else {},
     )
 
 
 def _picture(task: SelfSimilarity, shown: dict[tuple[int, str], dict[int, np.ndarray]], tile: int = 160) -> Image.Image:
-    columns = ["photo", *(f"{name}\n{shown_size((side, side))} px" for side, name in shown)]
+    columns = ["photo", *(f"{name}\n{sides((side, side))} px" for side, name in shown)]
     tiles = []
     for number, image in enumerate(task.images):
         row, column = centre_cell(next(iter(shown.values()))[number].shape)

@@ -197,7 +197,7 @@ class TrainSetup:
 
     config: TrainConfig
     folder: Folder
-    described: Mapping[str, Any]
+    description: Mapping[str, Any]
     "what a checkpoint's config.json says of the network and the features it was trained on"
     order: TrainOrder
     images: ExampleSource
