@@ -51,7 +51,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[Line, ...] = ()
 
     def markdown(self) -> str:
         """With a line for the title."""

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from operators.readouts import Readout
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, split_left_out
 from pipelines.features.config import LevelConfig
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import (
@@ -31,7 +30,6 @@ from pipelines.features.sources import (
 )
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
-from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.task import Task
 from pipelines.results import Cell, Findings, Line, Table, panel
 from pipelines.training.readout import features_of
@@ -42,9 +40,6 @@ from storage.differences import differences
 from storage.documents import decode
 from storage.paths import Folder, redact
 from storage.spread import spread
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 PIECE_IMAGES = 32
 
@@ -90,11 +85,7 @@ class Probe:
     "images whose predictions are drawn"
 
     def pieces(self) -> list[Piece]:
-        starts = range(0, len(self.images), PIECE_IMAGES)
-        return [
-            Piece(name=f"{start:07d}", items=tuple(range(start, min(start + PIECE_IMAGES, len(self.images)))))
-            for start in starts
-        ]
+        return cut(range(len(self.images)), PIECE_IMAGES, "{start:07d}")
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
         built = {name: readout.build().to(source.device) for name, readout in self.readouts.items()}
@@ -103,7 +94,7 @@ class Probe:
     def _image(self, number: int, built: Mapping[str, Readout], source: FeatureSource, folder: Folder) -> list[Record]:
         item = self.images[number]
         label = item.upright_label(source.oriented(item.image, self.size))
-        arrays, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
+        arrays, picture = self.task.targets(label, number), self.drawn.input_picture(item.image, self.size)
         targets = {name: torch.tensor(values, device=source.device) for name, values in arrays.items()}
         maps, pooled = source.maps(picture), None
         if any(readout.needs_pooled for readout in built.values()):
@@ -145,8 +136,8 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
         size=size,
         shown=frozenset(spread(len(images), config.pictures)),
     )
-    told = {name: [each.features, each.task.told(), each.digest] for name, each in readouts.items()}
-    return probe, recipe, begin(config, "probe", recipe, digest([*images, tuple(sorted(map(str, told.items())))]))
+    trained = {name: [each.features, each.task.as_json(), each.digest] for name, each in readouts.items()}
+    return probe, recipe, begin(config, "probe", recipe, digest([*images, tuple(sorted(map(str, trained.items())))]))
 
 
 def _names(urls: Sequence[str]) -> dict[str, str]:
@@ -241,11 +232,12 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
 def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Scores of each readout, from all images at once."""
     records, left_out = split_left_out(records)
-    by_readout: dict[str, list[DataclassInstance]] = {name: [] for name in probe.readouts}
-    for record in records:
-        by_readout[record["readout"]].append(decode(probe.task.record, record["judged"]))
+    judged = {
+        name: [decode(probe.task.record, record["judged"]) for record in each]
+        for (name,), each in grouped(records, "readout").items()
+    }
     try:
-        scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
+        scores = {name: probe.task.scores(judged.get(name, [])) for name in probe.readouts}
     except ValueError as error:
         raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
     columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
@@ -255,7 +247,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
     first = next(iter(probe.readouts))
     table = Table(
-        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(by_readout[first])} images",
+        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(judged[first])} images",
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=tuple(named),
     )

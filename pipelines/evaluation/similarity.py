@@ -10,7 +10,7 @@ from operators.metrics.similarity import centre_cell, self_similarity
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.run import Piece, Record, begin, cut
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, Size, resolve_source
@@ -39,7 +39,7 @@ class SelfSimilarity:
     sides: tuple[int, ...]
 
     def pieces(self) -> list[Piece]:
-        return [Piece(name=f"{number:05d}", items=(number,)) for number in range(len(self.images))]
+        return cut(range(len(self.images)), 1, "{number:05d}")
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
         (number,) = piece.items

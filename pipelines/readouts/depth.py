@@ -18,13 +18,7 @@ from operators.metrics.depth import (
     pooled_rmse,
     score_depth,
 )
-from operators.objectives.dense import (
-    WARM_UP_CALLS,
-    GradientForm,
-    LossSum,
-    deap_depth_loss,
-    vit_up_depth_loss,
-)
+from operators.objectives.dense import WARM_UP_CALLS, GradientForm, LossSum, deap_depth_loss, vit_up_depth_loss
 from operators.readouts import Readout
 from operators.visual import heat
 from pipelines.config import ConfigError

@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from operators.metrics.boundaries import BoundarySums, boundary_sums, merge
 from operators.metrics.instances import cluster_pixels, foreground_pixels, instance_ari
-from operators.objectives.dense import (
-    LossSum,
-    boundary_loss,
-    instance_loss,
-)
+from operators.objectives.dense import LossSum, boundary_loss, instance_loss
 from operators.objectives.targets import boundary_target, instance_ids
 from operators.readouts import Readout
 from operators.visual import heat
@@ -129,7 +125,7 @@ class InstanceTask(ObjectsTask[InstanceRecord]):
             )
         return found
 
-    def told(self) -> dict[str, JsonValue]:
+    def as_json(self) -> dict[str, JsonValue]:
         return {**asdict(self), "first_ids": []}
 
     @property

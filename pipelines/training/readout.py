@@ -318,7 +318,7 @@ class ResolvedReadout:
         begin_run(self.folder, config.identity(found), config.public())
         described = {
             "readout": asdict(self.readout),
-            "task": {"name": config.task, "dataset": config.dataset, **self.train.task.told()},
+            "task": {"name": config.task, "dataset": config.dataset, **self.train.task.as_json()},
             "features": {**self.features, "drawing": config.how_drawn},
         }
         return ReadoutSetup(
