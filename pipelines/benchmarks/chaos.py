@@ -101,14 +101,9 @@ class ChaosBenchmark:
             raise ConfigError(f"--nodes {self.nodes}: --train has two workers, and needs a node for each")
 
 
-CHAOS_PRESETS = {
-    # No network. At least 30 nodes and 5 drivers are killed. Takes a few minutes longer than --minutes.
-    "default": ChaosBenchmark(),
-    # About 75 seconds on 2 CPU cores that do nothing else.
-    "debug": ChaosBenchmark(
-        minutes=0, faults=3, every=6, early=0, kinds=("node", "node", "driver"), nodes=2, images=512
-    ),
-}
+# No network. About 75 seconds on 2 CPU cores that do nothing else. With the defaults at least 30 nodes and 5 drivers are killed,
+# which takes a few minutes longer than --minutes.
+DEBUG = ChaosBenchmark(minutes=0, faults=3, every=6, early=0, kinds=("node", "node", "driver"), nodes=2, images=512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,18 +419,14 @@ def chaos_report(config: ChaosBenchmark, result: ChaosResult, machine: Machine) 
     yield f"## chaos: {sum(result.faults.values())} faults in {result.chaos_s / 60:.1f} minutes of {what}"
     yield f"{machine.line()} Nodes: {config.nodes}, seed {config.seed}."
     yield from table_lines(["fault", "injected"], [[f"{k}: {WHAT[k]}", str(n)] for k, n in result.faults.items()])
-    counts = {
-        f"{what} completed": result.completed,
-        f"{result.unit} expected": result.expected,
-        f"{result.unit} found": result.found,
-        f"{result.unit} lost": result.lost,
-        f"{result.unit} doubled": result.doubled,
-        f"{parts} compared": result.compared,
-        "of them other bytes": len(result.differ),
-    }
-    rows = [[name, f"{count:,}"] for name, count in counts.items()]
-    rows += [["undisturbed, s", f"{result.undisturbed_s:.1f}"]]
-    rows += [["time lost per fault, s", f"{result.lost_s_per_fault:.1f}"]]
-    rows += [["starts of the same command again", f"{result.restarts:,}"]]
-    rows += [["of them after an error of its own", f"{result.restarts_after_errors:,}"]]
+    rows = [
+        [f"{what} completed", f"{result.completed:,}"],
+        *([f"{result.unit} {name}", f"{getattr(result, name):,}"] for name in ("expected", "found", "lost", "doubled")),
+        [f"{parts} compared", f"{result.compared:,}"],
+        ["of them other bytes", f"{len(result.differ):,}"],
+        ["undisturbed, s", f"{result.undisturbed_s:.1f}"],
+        ["time lost per fault, s", f"{result.lost_s_per_fault:.1f}"],
+        ["starts of the same command again", f"{result.restarts:,}"],
+        ["of them after an error of its own", f"{result.restarts_after_errors:,}"],
+    ]
     yield from table_lines(["", ""], rows)

@@ -1,6 +1,6 @@
 """Speed and memory of extraction, beside the parts it's made of and the loop a competent user would write instead.
 
-What is measured runs in fresh processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
+What is measured runs in new processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
 """
 
 import functools
@@ -19,7 +19,7 @@ from cluster.metrics import TaskReport
 from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
+from pipelines.benchmarks.processes import SPAWN, Usage, durations, in_new_processes
 from pipelines.benchmarks.simulated import WatchedExecutor
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
@@ -68,11 +68,8 @@ class ExtractBenchmark:
             raise ConfigError("int8 levels have no counterpart in the user's loop; use @float16 or @float32")
 
 
-EXTRACT_PRESETS = {
-    "default": ExtractBenchmark(),
-    # No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
-    "debug": ExtractBenchmark(images=32, model="test_vit.r160_in1k", size=64, precision="fp32", stage_s=0.2),
-}
+# No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
+DEBUG = ExtractBenchmark(images=32, model="test_vit.r160_in1k", size=64, precision="fp32", stage_s=0.2)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -275,7 +272,7 @@ def _steady(tasks: Sequence[TaskReport]) -> SteadyWindow:
 
 
 def _measure_pipeline(config: ExtractConfig) -> PipelineRun:
-    [(summary, marks, done, tasks)], usage = run_fresh(_pipeline, (config,))
+    [(summary, marks, done, tasks)], usage = in_new_processes(_pipeline, (config,))
     window = _steady(tasks)
     cpu = usage.cpu_between(window.start, window.stop)
     cpu["idle"] = CORES * window.seconds - sum(cpu.values())
@@ -335,7 +332,7 @@ def _round(run: ExtractConfig, loop_out: str, config: ExtractBenchmark) -> Round
         batch=config.loop_batch,
         stage_s=config.stage_s,
     )
-    [found], usage = run_fresh(user_loop, (job,))
+    [found], usage = in_new_processes(user_loop, (job,))
     loop = LoopRun(
         **vars(WholeRun.of(len(found.keys), {"first batch": found.first_batch}, found.done, usage)),
         steady_images_per_s=found.steady_images_per_s,
@@ -363,7 +360,7 @@ def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
 
 def _measure_bare(job: BaselineJob) -> BareStages:
     barrier = SPAWN.Barrier(CORES)
-    results, _ = run_fresh(bare_stages, *((job, rank, barrier) for rank in range(CORES)))
+    results, _ = in_new_processes(bare_stages, *((job, rank, barrier) for rank in range(CORES)))
     stage_ms = {name: sum(one.stage_ms[name] for one in results) / CORES for name in STAGES}
     return BareStages(
         stage_ms=stage_ms,

@@ -1,6 +1,6 @@
 """Speed of reading features back, at random and whole epochs, beside zarr-python, a memmap, and whole shards in order.
 
-Each place (a local disk, an S3 server) is measured in a fresh process, one contender after another, each with objects of its
+Each place (a local disk, an S3 server) is measured in a new process, one contender after another, each with objects of its
 own.
 """
 
@@ -25,7 +25,7 @@ import psutil
 import zarr
 from torch.utils.data import DataLoader
 
-from pipelines.benchmarks.processes import run_fresh
+from pipelines.benchmarks.processes import in_new_processes
 from pipelines.benchmarks.stores import LEVEL, Place, key_of, s3_place, write_big_store, write_npy, write_store
 from pipelines.config import ConfigError, parse_options, require_at_least
 from pipelines.costs.clocks import BenchmarkFailed, NumbersFile
@@ -83,11 +83,8 @@ class ReadBenchmark:
         return asdict(self) | {"s3": redact(self.s3, options), "storage_options": public_options(options)}
 
 
-READ_PRESETS = {
-    "default": ReadBenchmark(),
-    # No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
-    "debug": ReadBenchmark(rows=96, grid=(4, 4), channels=64, s3_rows=48, reads=100, repeat=1, big_rows=2000),
-}
+# No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
+DEBUG = ReadBenchmark(rows=96, grid=(4, 4), channels=64, s3_rows=48, reads=100, repeat=1, big_rows=2000)
 
 
 # --- contenders: opened at once, then (row numbers, their features) one after another ---------------------------------
@@ -378,7 +375,7 @@ def measure_read(config: ReadBenchmark, folder: Path) -> ReadResult:
 
 def _measure(place: Place, config: ReadBenchmark, also: Sequence[Place]) -> PlaceRead:
     logger.info("%s: opening, epochs, random reads", place.name)
-    [found], _ = run_fresh(measure_place, (place, config, also))
+    [found], _ = in_new_processes(measure_place, (place, config, also))
     check(found)
     return found
 

@@ -16,7 +16,7 @@ import numpy as np
 from cluster.metrics import TaskReport
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
-from pipelines.benchmarks.processes import run_fresh
+from pipelines.benchmarks.processes import in_new_processes
 from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor, simulated
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
@@ -24,7 +24,7 @@ from pipelines.executors import WINDOW_TASKS
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
-from pipelines.results import table_lines
+from pipelines.results import number_lines, table_lines
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +60,11 @@ class ScaleBenchmark:
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
 
 
-SCALE_PRESETS = {
-    # No network. 2 CPU cores: about 10 minutes, 6 GB of memory, 3 GB of disk.
-    "default": ScaleBenchmark(),
-    # 2 CPU cores: about 50 seconds; the numbers mean nothing at this size.
-    "debug": ScaleBenchmark(
-        actors=(1, 3), forward_s=0.1, tasks_each=5, block_rows=16, feed_tasks=20, feed_actors=2, rows=2000
-    ),
-}
+# No network. 2 CPU cores: about 50 seconds, and the numbers mean nothing at this size. The defaults take about 10 minutes, 6 GB
+# of memory and 3 GB of disk.
+DEBUG = ScaleBenchmark(
+    actors=(1, 3), forward_s=0.1, tasks_each=5, block_rows=16, feed_tasks=20, feed_actors=2, rows=2000
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,22 +194,24 @@ def _drive(
     return prepared.layout.n_blocks, marks, executor.reports
 
 
+PHASES = {
+    "index": ("start", "indexed"),
+    "start": ("ready", "first task"),
+    "stream": ("first task", "last task"),
+    "finish": ("last task", "finished"),
+}
+"""Between which of the driver's marks they lie."""
+
+
 def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s: float) -> Run:
-    """`_drive` in a fresh process, what it took, and the sizes of what it wrote; the folder is removed."""
+    """`_drive` in a new process, what it took, and the sizes of what it wrote; the folder is removed."""
     folder.mkdir()
     try:
-        [(tasks, marks, reports)], usage = run_fresh(_drive, (str(folder), rows, block_rows, actors, forward_s))
-        sizes = {
-            name: _size(folder / "out.zarr" / name) for name in ("index", "ledger/commits", "ledger/samples", "runs")
-        }
+        [(tasks, marks, reports)], usage = in_new_processes(_drive, (str(folder), rows, block_rows, actors, forward_s))
+        kept = ("index", "ledger/commits", "ledger/samples", "runs")
+        sizes = {name: _size(folder / "out.zarr" / name) for name in kept}
     finally:
         shutil.rmtree(folder)
-    phases = {
-        "index": ("start", "indexed"),
-        "start": ("ready", "first task"),
-        "stream": ("first task", "last task"),
-        "finish": ("last task", "finished"),
-    }
     return Run(
         **vars(_steady(reports, actors, forward_s)),
         actors=actors,
@@ -220,7 +219,7 @@ def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s
         rows=rows,
         tasks=tasks,
         sizes=sizes,
-        phases={name: Phase.between(marks[first], marks[last]) for name, (first, last) in phases.items()},
+        phases={name: Phase.between(marks[first], marks[last]) for name, (first, last) in PHASES.items()},
         cpu_s=usage.cpu_between(marks["first task"].wall_s, marks["last task"].wall_s),
         memory=usage.peak,
     )
@@ -274,21 +273,14 @@ def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) 
     """The numbers as Markdown, line by line."""
     yield f"## scale: simulated actors, {config.forward_s:g} s a task of {config.block_rows} images"
     yield machine.line(f"{machine.cores} cores")
-    rows = [
-        [
-            f"{run.actors}",
-            f"{run.fed_per_s:.2f}",
-            _number(run.tasks_per_s),
-            _number(run.linear, 3),
-            f"{run.driver_ms:.1f}",
-            f"{run.cpu_s['driver'] / run.phases['stream'].wall_s:.1%}",
-            f"{1e3 * run.report_delay_s:.0f}",
-            f"{run.phases['start'].wall_s:.1f}",
-        ]
-        for run in result.runs
-    ]
-    head = ["actors", "tasks/s, all", "steady", "of linear", "driver CPU, ms/task", "of a core", "report late, ms"]
-    yield from table_lines([*head, "start, s"], rows)
+    columns = {"actors": "", "tasks/s, all": ".2f", "steady": ".2f", "of linear": ".3f", "driver CPU, ms/task": ".1f"}
+    columns |= {"of a core": ".1%", "report late, ms": ".0f", "start, s": ".1f"}
+    rows = []
+    for run in result.runs:
+        rates = [run.actors, run.fed_per_s, run.tasks_per_s, run.linear, run.driver_ms]
+        core = run.cpu_s["driver"] / run.phases["stream"].wall_s
+        rows.append([*rates, core, 1e3 * run.report_delay_s, run.phases["start"].wall_s])
+    yield from number_lines(columns, rows)
     yield from _fed_report(config, result.fed)
     yield from _long_report(result.long)
     if result.long.rows >= 100_000:  # of fewer, what doesn't grow with them is the larger part
@@ -301,40 +293,23 @@ def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) 
 - What isn't simulated shares the cores: workers read the index, encode zeros, and write shards and commits to a local disk."""
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
 def _fed_report(config: ScaleBenchmark, run: Run) -> Iterator[str]:
     bound = 1e3 / run.driver_ms
     yield f"\n### What one driver feeds: {run.tasks:,} tasks that take no time, {run.actors} actors"
-    head = ["tasks/s", "images/s", "driver CPU, ms/task", "bound by it, tasks/s", "workers' CPU, ms/task"]
-    row = [
-        f"{run.fed_per_s:.0f}",
-        f"{run.fed_per_s * config.block_rows:,.0f}",
-        f"{run.driver_ms:.1f}",
-        f"{bound:.0f}",
-        f"{1e3 * run.cpu_s['workers'] / run.tasks:.1f}",
-        f"{bound * 10:,.0f}",
-    ]
-    yield from table_lines([*head, "actors fed at 10 s"], [row])
+    columns = {"tasks/s": ".0f", "images/s": ",.0f", "driver CPU, ms/task": ".1f", "bound by it, tasks/s": ".0f"}
+    columns |= {"workers' CPU, ms/task": ".1f", "actors fed at 10 s": ",.0f"}
+    rates, workers = [run.fed_per_s, run.fed_per_s * config.block_rows], 1e3 * run.cpu_s["workers"] / run.tasks
+    yield from number_lines(columns, [[*rates, run.driver_ms, bound, workers, bound * 10]])
 
 
 def _long_report(run: Run) -> Iterator[str]:
     millions = run.rows / 1e6
     yield f"\n### For 10^6 images (measured over {run.rows:,}, {run.tasks:,} tasks, {run.actors} actors)"
-    rows = [
-        [
-            name,
-            f"{phase.wall_s / millions:.1f}",
-            f"{phase.cpu_s / millions:.1f}",
-            f"{phase.grown / millions / 2**20:.0f}",
-        ]
-        for name, phase in run.phases.items()
-    ]
-    yield from table_lines(["driver", "wall, s", "CPU, s", "memory grows by at most, MiB"], rows)
-    sizes = [[name, f"{size / millions / 1e6:.1f}"] for name, size in run.sizes.items()]
-    yield from table_lines(["kept in the store", "MB"], sizes)
+    columns = {"driver": "", "wall, s": ".1f", "CPU, s": ".1f", "memory grows by at most, MiB": ".0f"}
+    phases = [(name, phase.wall_s, phase.cpu_s, phase.grown / 2**20) for name, phase in run.phases.items()]
+    yield from number_lines(columns, [[name, *(value / millions for value in values)] for name, *values in phases])
+    sizes = [[name, size / millions / 1e6] for name, size in run.sizes.items()]
+    yield from number_lines({"kept in the store": "", "MB": ".1f"}, sizes)
 
 
 def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
@@ -342,16 +317,14 @@ def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
     times, tasks = TARGET_ROWS / run.rows, TARGET_ROWS // config.block_rows
     phases, sizes = run.phases, run.sizes
     yield f"\n### {TARGET_ROWS:,} images, were all to grow with the rows: {tasks:,} tasks"
-    yield from table_lines(
-        ["", ""],
-        [
-            ["index: scanned on these cores, min", f"{phases['index'].wall_s * times / 60:.0f}"],
-            ["index: driver's memory, GiB", f"{phases['index'].grown * times / 2**30:.1f}"],
-            ["stream: driver CPU, h", f"{phases['stream'].cpu_s * times / 3600:.1f}"],
-            ["stream: windows of tasks, each with actors of its own", f"{-(-tasks // WINDOW_TASKS)}"],
-            ["finish: driver, min", f"{phases['finish'].wall_s * times / 60:.0f}"],
-            ["objects under ledger/commits", f"{tasks:,}"],
-            ["commit records, GB", f"{sizes['ledger/commits'] * times / 1e9:.1f}"],
-            ["index and merged ledger, GB", f"{(sizes['index'] + sizes['ledger/samples']) * times / 1e9:.1f}"],
-        ],
-    )
+    rows = [
+        ["index: scanned on these cores, min", f"{phases['index'].wall_s * times / 60:.0f}"],
+        ["index: driver's memory, GiB", f"{phases['index'].grown * times / 2**30:.1f}"],
+        ["stream: driver CPU, h", f"{phases['stream'].cpu_s * times / 3600:.1f}"],
+        ["stream: windows of tasks, each with actors of its own", f"{-(-tasks // WINDOW_TASKS)}"],
+        ["finish: driver, min", f"{phases['finish'].wall_s * times / 60:.0f}"],
+        ["objects under ledger/commits", f"{tasks:,}"],
+        ["commit records, GB", f"{sizes['ledger/commits'] * times / 1e9:.1f}"],
+        ["index and merged ledger, GB", f"{(sizes['index'] + sizes['ledger/samples']) * times / 1e9:.1f}"],
+    ]
+    yield from table_lines(["", ""], rows)
