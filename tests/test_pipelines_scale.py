@@ -49,7 +49,7 @@ def test_a_simulated_run_accounts_for_every_row_and_says_what_it_took(tmp_path):
     assert (run.rows, run.tasks) == (72, 5)
     assert 1 <= run.processes <= 2
     assert run.sizes["ledger/commits"] > run.sizes["ledger/samples"] > 0
-    assert all(phase.cpu_s >= 0 for phase in run.phases.values())
+    assert all(phase["cpu_s"] >= 0 for phase in run.phases.values())
     assert not (tmp_path / "run").exists()
     text = "\n".join(scale_report(ScaleBenchmark(), ScaleResult(runs=[run], fed=run, long=run), machine()))
     assert "5 tasks that take no time" in text

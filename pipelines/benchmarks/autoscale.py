@@ -121,10 +121,7 @@ def _head(config: AutoscaleBenchmark, folder: Path) -> Iterator[AutoscalingClust
     """A head-only cluster, up; all of it is ended at the end."""
     log = folder / "head.log"
     # Not within `folder`: sockets' paths must be short.
-    with (
-        tempfile.TemporaryDirectory(prefix="raylift-", ignore_cleanup_errors=True) as own,
-        own_cluster(Path(own)),
-    ):
+    with tempfile.TemporaryDirectory(prefix="raylift-", ignore_cleanup_errors=True) as own, own_cluster(Path(own)):
         cluster = AutoscalingCluster(port=config.port, nodes=config.nodes, idle_s=config.idle_s, folder=own)
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(cluster).items()]
         command = [sys.executable, "-m", "cluster.autoscaling", *flags]
@@ -192,9 +189,6 @@ class _Watch:
                 tasks=sum(1 for _ in self._commits.iterdir()) if self._commits.exists() else 0,
             )
         )
-
-
-# --- what it says -----------------------------------------------------------------------------------------------------
 
 
 def autoscale_report(config: AutoscaleBenchmark, result: AutoscaleResult, machine: Machine) -> Iterator[str]:

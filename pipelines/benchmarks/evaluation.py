@@ -127,9 +127,6 @@ def measure_evaluate(config: EvaluateBenchmark) -> EvaluateResult:
         torch.set_num_threads(before)
 
 
-# --- matching ---------------------------------------------------------------------------------------------------------
-
-
 def _compare_matching(
     config: EvaluateBenchmark, grid: int, normalise: Normalise, device: torch.device
 ) -> MatchingComparison:
@@ -170,9 +167,6 @@ def similarities(queries_KC: Tensor, map_hwC: Tensor, size: tuple[int, int], nor
     if normalise == "pixels":
         enlarged, queries_KC = F.normalize(enlarged, dim=0), F.normalize(queries_KC, dim=1)
     return (queries_KC @ enlarged.flatten(1)).unflatten(1, size)
-
-
-# --- propagation ------------------------------------------------------------------------------------------------------
 
 
 def _compare_propagation(config: EvaluateBenchmark, grid: int, device: torch.device) -> PropagationComparison:
@@ -219,9 +213,6 @@ def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, setting
         soft.append(torch.cat([known for _, known in context], dim=1) @ affinity)
         latest = [*latest, (target, soft[-1])][-settings.context :] if settings.context else []
     return torch.stack(soft).unflatten(2, (h, w))
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
 
 
 def _clip(frames: int, grid: int, channels: int, generator: torch.Generator) -> Tensor:

@@ -72,9 +72,6 @@ class ExtractBenchmark:
 DEBUG = ExtractBenchmark(images=32, model="test_vit.r160_in1k", size=64, precision="fp32", stage_s=0.2)
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class WholeRun:
     """A program from its start, interpreter and imports included."""
@@ -198,9 +195,6 @@ class ExtractResult:
     rounds: Sequence[Round]
 
 
-# --- the pipeline -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Clocked:
     """A worker whose reports say when their task began and ended."""
@@ -288,9 +282,6 @@ def _measure_pipeline(config: ExtractConfig) -> PipelineRun:
         batch=max(task.batch for task in tasks),
         tasks=len(tasks),
     )
-
-
-# --- rounds -----------------------------------------------------------------------------------------------------------
 
 
 def measure_extract(config: ExtractBenchmark, folder: Path) -> ExtractResult:

@@ -170,9 +170,6 @@ def epoch_contenders(workers: int) -> dict[str, Contender]:
     }
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rate:
     """What one contender read, and how fast. CPU time is for 1,000 rows."""
@@ -239,9 +236,6 @@ class ReadResult:
     places: Mapping[str, PlaceRead]
     server: str
     ratios: tuple[Ratio, ...]
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def measure_place(place: Place, config: ReadBenchmark, also: Sequence[Place]) -> PlaceRead:
@@ -349,9 +343,6 @@ def _counted_requests() -> Iterator[Counter[str]]:
         yield requests
     finally:
         AioBaseClient._make_api_call = call
-
-
-# --- the whole of it --------------------------------------------------------------------------------------------------
 
 
 def measure_read(config: ReadBenchmark, folder: Path) -> ReadResult:

@@ -68,37 +68,6 @@ DEBUG = ScaleBenchmark(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
-    """What the driver used from one mark to another."""
-
-    wall_s: float
-    cpu_s: float
-    rss_before: int
-    rss_after: int
-    peak_bytes: int
-    "the most resident memory so far"
-    new_peak: bool
-    "it was reached in this phase"
-
-    @classmethod
-    def between(cls, a: DriverUse, b: DriverUse) -> "Phase":
-        """From `a` to `b`."""
-        return cls(
-            wall_s=b.wall_s - a.wall_s,
-            cpu_s=b.cpu_s - a.cpu_s,
-            rss_before=a.rss_bytes,
-            rss_after=b.rss_bytes,
-            peak_bytes=b.peak_bytes,
-            new_peak=b.peak_bytes > a.peak_bytes,
-        )
-
-    @property
-    def grown(self) -> int:
-        """Bytes above what the driver had when the phase began; its peak, where that was a new one."""
-        return max(self.rss_after, self.peak_bytes if self.new_peak else 0) - self.rss_before
-
-
-@dataclass(frozen=True, kw_only=True)
 class Steady:
     """Throughput while all actors were there."""
 
@@ -123,7 +92,8 @@ class Run(Steady):
     tasks: int
     sizes: Mapping[str, int]
     "bytes in the store, by folder"
-    phases: Mapping[str, Phase]
+    phases: Mapping[str, Mapping[str, float]]
+    "as `_phase`, by name"
     cpu_s: Mapping[str, float]
     "from the first report to the actors' end, by group of processes"
     memory: Mapping[str, int]
@@ -132,7 +102,7 @@ class Run(Steady):
     @property
     def driver_ms(self) -> float:
         """CPU time of the driver for a task."""
-        return 1e3 * self.phases["stream"].cpu_s / self.tasks
+        return 1e3 * self.phases["stream"]["cpu_s"] / self.tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +129,6 @@ def measure_scale(config: ScaleBenchmark, folder: Path) -> ScaleResult:
         fed=run(config.feed_tasks * config.block_rows, config.feed_actors, 0.0),
         long=run(config.rows, config.feed_actors, config.long_forward_s),
     )
-
-
-# --- one run ----------------------------------------------------------------------------------------------------------
 
 
 def _drive(
@@ -219,10 +186,26 @@ def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s
         rows=rows,
         tasks=tasks,
         sizes=sizes,
-        phases={name: Phase.between(marks[first], marks[last]) for name, (first, last) in PHASES.items()},
+        phases={name: _phase(marks[first], marks[last]) for name, (first, last) in PHASES.items()},
         cpu_s=usage.cpu_between(marks["first task"].wall_s, marks["last task"].wall_s),
         memory=usage.peak,
     )
+
+
+def _phase(a: DriverUse, b: DriverUse) -> dict[str, float]:
+    """What the driver used from `a` to `b`, and the most resident memory so far: `new_peak` if it was reached between them."""
+    spent = {
+        "wall_s": b.wall_s - a.wall_s,
+        "cpu_s": b.cpu_s - a.cpu_s,
+        "rss_before": a.rss_bytes,
+        "rss_after": b.rss_bytes,
+    }
+    return {**spent, "peak_bytes": b.peak_bytes, "new_peak": b.peak_bytes > a.peak_bytes}
+
+
+def _grown(phase: Mapping[str, float]) -> float:
+    """Bytes above what the driver had when the phase began; its peak, where that was a new one."""
+    return max(phase["rss_after"], phase["peak_bytes"] * phase["new_peak"]) - phase["rss_before"]
 
 
 def _size(folder: Path) -> int:
@@ -263,8 +246,6 @@ def _longest(spans: Sequence[tuple[float, float]], least: int) -> tuple[float, f
     return best
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
-
 TARGET_ROWS = 100_000_000
 """What the report extrapolates to."""
 
@@ -278,8 +259,8 @@ def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) 
     rows = []
     for run in result.runs:
         rates = [run.actors, run.fed_per_s, run.tasks_per_s, run.linear, run.driver_ms]
-        core = run.cpu_s["driver"] / run.phases["stream"].wall_s
-        rows.append([*rates, core, 1e3 * run.report_delay_s, run.phases["start"].wall_s])
+        core = run.cpu_s["driver"] / run.phases["stream"]["wall_s"]
+        rows.append([*rates, core, 1e3 * run.report_delay_s, run.phases["start"]["wall_s"]])
     yield from number_lines(columns, rows)
     yield from _fed_report(config, result.fed)
     yield from _long_report(result.long)
@@ -306,7 +287,7 @@ def _long_report(run: Run) -> Iterator[str]:
     millions = run.rows / 1e6
     yield f"\n### For 10^6 images (measured over {run.rows:,}, {run.tasks:,} tasks, {run.actors} actors)"
     columns = {"driver": "", "wall, s": ".1f", "CPU, s": ".1f", "memory grows by at most, MiB": ".0f"}
-    phases = [(name, phase.wall_s, phase.cpu_s, phase.grown / 2**20) for name, phase in run.phases.items()]
+    phases = [(name, one["wall_s"], one["cpu_s"], _grown(one) / 2**20) for name, one in run.phases.items()]
     yield from number_lines(columns, [[name, *(value / millions for value in values)] for name, *values in phases])
     sizes = [[name, size / millions / 1e6] for name, size in run.sizes.items()]
     yield from number_lines({"kept in the store": "", "MB": ".1f"}, sizes)
@@ -318,11 +299,11 @@ def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
     phases, sizes = run.phases, run.sizes
     yield f"\n### {TARGET_ROWS:,} images, were all to grow with the rows: {tasks:,} tasks"
     rows = [
-        ["index: scanned on these cores, min", f"{phases['index'].wall_s * times / 60:.0f}"],
-        ["index: driver's memory, GiB", f"{phases['index'].grown * times / 2**30:.1f}"],
-        ["stream: driver CPU, h", f"{phases['stream'].cpu_s * times / 3600:.1f}"],
+        ["index: scanned on these cores, min", f"{phases['index']['wall_s'] * times / 60:.0f}"],
+        ["index: driver's memory, GiB", f"{_grown(phases['index']) * times / 2**30:.1f}"],
+        ["stream: driver CPU, h", f"{phases['stream']['cpu_s'] * times / 3600:.1f}"],
         ["stream: windows of tasks, each with actors of its own", f"{-(-tasks // WINDOW_TASKS)}"],
-        ["finish: driver, min", f"{phases['finish'].wall_s * times / 60:.0f}"],
+        ["finish: driver, min", f"{phases['finish']['wall_s'] * times / 60:.0f}"],
         ["objects under ledger/commits", f"{tasks:,}"],
         ["commit records, GB", f"{sizes['ledger/commits'] * times / 1e9:.1f}"],
         ["index and merged ledger, GB", f"{(sizes['index'] + sizes['ledger/samples']) * times / 1e9:.1f}"],

@@ -140,7 +140,7 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
     return Findings(
         tables=(table,),
         choices={
-            "protocol": "the specs' recommendation; LiFT's Fig. 4 has no published code, sizes or batches",
+            "protocol": "our choice; LiFT's Fig. 4 has no published code, sizes or batches",
             "images": f"{used} of {len(task.images)}, squashed, {_drawn(recipe)}; batches of {config.batch} in sorted order",
             "estimator": config.estimator,
             "rescaled Gram matrices": str(config.rescale),

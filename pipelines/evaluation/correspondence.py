@@ -97,9 +97,6 @@ _PUBLISHED = {"lift": LIFT_CORRESPONDENCE, "vit-up": VIT_UP_CORRESPONDENCE}
 "by protocol"
 
 
-# --- the work ---------------------------------------------------------------------------------------------------------
-
-
 def draw_pairs(pairs: Sequence[Pair], per_category: int, seed: int) -> dict[int, int]:
     """How often each pair counts, by its number: `per_category` draws with replacement, or each pair once for 0."""
     if not per_category:
@@ -124,7 +121,7 @@ class Correspondence:
     sizes: tuple[int, ...]
     rules: Protocol
     alphas: tuple[float, ...]
-    shown: frozenset[int]
+    pictured: frozenset[int]
     "pairs whose predictions are kept for pictures"
     frame: LabelFrame | None = None
     "of labels, where their size doesn't tell"
@@ -156,7 +153,7 @@ class Correspondence:
             truth, kind = np.array(pair.target_xy), pair.category
             score = score_pair(predicted, truth, canvases[1], pair.box, rules, category=kind, alphas=self.alphas)
             record = {"pair": pair.name, "size": size, "row": row.name, "times": self.times[number], **asdict(score)}
-            records.append({**record, **({"predicted": predicted.tolist()} if number in self.shown else {})})
+            records.append({**record, **({"predicted": predicted.tolist()} if number in self.pictured else {})})
         return records
 
 
@@ -168,9 +165,6 @@ def picture(image: ImageFile, canvas: Canvas) -> Picture:
 def _geometry(mode: CanvasMode) -> Geometries:
     """LiFT's canvas has images where --geometry pad has them, ViT-Up's where no extraction has them."""
     return "pad" if mode == "fit_then_pad" else None
-
-
-# --- what was found ---------------------------------------------------------------------------------------------------
 
 
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], Pck]:
@@ -196,7 +190,7 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
         sizes=tuple(h for h, _ in sizes),
         rules=config.rules,
         alphas=config.alphas,
-        shown=frozenset(spread(len(pairs), config.pictures)),
+        pictured=frozenset(spread(len(pairs), config.pictures)),
         frame=config.label_frame,
     )
     out = begin(config, "correspondence", recipe, digest([*pairs, *times.values()]))
@@ -261,7 +255,7 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
 
 
 def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) -> dict[str, Image.Image]:
-    """Matches of the shown pairs at the largest size: source beside target, right ones green, wrong ones red."""
+    """Matches of the pictured pairs at the largest size: source beside target, right ones green, wrong ones red."""
     size = max(task.sizes)
     kept = [record for record in records if record["size"] == size and "predicted" in record]
     drawn, pairs = grouped(kept, "pair"), {pair.name: pair for pair in task.pairs}

@@ -62,9 +62,6 @@ class DiscoveryConfig(LabelledConfig):
         return TokenCut(tau=default if self.tau is None else self.tau, weighted=self.weighted, solver=self.solver)
 
 
-# --- the work ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class PadToPatches:
     """Draws an image at its own size, `size` with what is missing on the right and below to whole patches."""
@@ -90,7 +87,7 @@ class ObjectDiscovery:
     patch: int
     colour: tuple[int, int, int]
     settings: TokenCut
-    shown: frozenset[int]
+    pictured: frozenset[int]
     "images whose eigenvectors are kept for pictures"
     frame: LabelFrame | None = None
     "of boxes, where their image's size doesn't tell"
@@ -130,7 +127,7 @@ class ObjectDiscovery:
             box = found.box if side else (*found.box[:2], *np.minimum(found.box[2:], boxed.image_size).tolist())
             hit = CorLoc.of(box, truth)
             record = {"image": number, "side": side, "row": name, "box": box, "hits": hit.hits, "images": hit.images}
-            records.append({**record, "found": found.found, **(_eigenvector(found) if number in self.shown else {})})
+            records.append({**record, "found": found.found, **(_eigenvector(found) if number in self.pictured else {})})
         return records
 
 
@@ -169,13 +166,10 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
         patch=recipe.patch if isinstance(recipe, LiveRecipe) else 1,
         colour=(red, green, blue),
         settings=config.settings,
-        shown=frozenset(spread(len(images), config.pictures)),
+        pictured=frozenset(spread(len(images), config.pictures)),
         frame=config.label_frame,
     )
     return task, recipe, begin(config, "discovery", recipe, digest(images))
-
-
-# --- what was found ---------------------------------------------------------------------------------------------------
 
 
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:
@@ -218,7 +212,7 @@ def _choices(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe) -> 
 
 
 def _pictures(task: ObjectDiscovery, records: Sequence[Record], tile: int = 200) -> dict[str, Image.Image]:
-    """Boxes and eigenvectors of the shown images at the largest size."""
+    """Boxes and eigenvectors of the pictured images at the largest size."""
     side = max(task.sides or (0,))
     kept = [record for record in records if record["side"] == side and "eigenvector" in record]
     images = grouped(kept, "image")

@@ -19,15 +19,7 @@ from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, split_left_out
 from pipelines.features.config import LevelConfig
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import (
-    FeatureSource,
-    LiveRecipe,
-    Recipe,
-    Row,
-    Size,
-    pooled_level,
-    resolve_source,
-)
+from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, Row, Size, pooled_level, resolve_source
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
@@ -81,7 +73,7 @@ class Probe:
     "the task as it was trained: images are drawn at its side, whatever the outputs' is"
     size: Size
     "of the model's input"
-    shown: frozenset[int]
+    pictured: frozenset[int]
     "images whose predictions are drawn"
 
     def pieces(self) -> list[Piece]:
@@ -105,7 +97,7 @@ class Probe:
             output = readout(features, (self.task.side, self.task.side), pooled)[0]
             judged = self.task.judge(output, targets, label)
             records.append({"image": number, "readout": name, "judged": asdict(judged)})
-            if number in self.shown:
+            if number in self.pictured:
                 self._draw(folder, number, name, *self.task.pictures(output, targets))
         return records
 
@@ -134,7 +126,7 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
         task=task,
         drawn=first.task,
         size=size,
-        shown=frozenset(spread(len(images), config.pictures)),
+        pictured=frozenset(spread(len(images), config.pictures)),
     )
     trained = {name: [each.features, each.task.as_json(), each.digest] for name, each in readouts.items()}
     return probe, recipe, begin(config, "probe", recipe, digest([*images, tuple(sorted(map(str, trained.items())))]))
@@ -226,9 +218,6 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
             )
 
 
-# --- what was found ---------------------------------------------------------------------------------------------------
-
-
 def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Scores of each readout, from all images at once."""
     records, left_out = split_left_out(records)
@@ -278,15 +267,15 @@ def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequen
     readout, shares = probe.readouts[name], probe.task.shares
     # One readout may have no such score: without foreground, there is none to be right about.
     known = [values.get(each, math.nan) for each in columns]
-    shown = [100 * value if each in shares else f"{value:.4f}" for each, value in zip(columns, known, strict=True)]
-    return [readout.config.method, readout.build().parameter_count(), *shown]
+    cells = [100 * value if each in shares else f"{value:.4f}" for each, value in zip(columns, known, strict=True)]
+    return [readout.config.method, readout.build().parameter_count(), *cells]
 
 
 def _pictures(config: ProbeConfig, probe: Probe, tile: int = 200) -> dict[str, Image.Image]:
     """Those that were drawn: an evaluation may have been begun with fewer --pictures."""
     folder, names = Folder(config.required("out"), config.options), [*probe.readouts, TRUTH]
     there = {name: folder.sizes(f"predictions/{name}") for name in names}
-    drawn = [n for n in sorted(probe.shown) if all(_file(n) in there[name] for name in names)]
+    drawn = [n for n in sorted(probe.pictured) if all(_file(n) in there[name] for name in names)]
     if not drawn:
         return {}
     tiles = []

@@ -73,9 +73,6 @@ class VideoConfig(LabelledConfig):
         return Propagation(context=self.context, top_k=self.top_k, radius=self.radius, temperature=self.temperature)
 
 
-# --- the work ---------------------------------------------------------------------------------------------------------
-
-
 def input_size(protocol: str, side: int, height: int, width: int) -> Size:
     """(height, width) of the model's input for frames of `height` x `width` pixels."""
     if protocol == "lift":
@@ -222,9 +219,6 @@ def _upright_shape(clip: Clip) -> Size:
     require_size(frame.shown, orientation, (labels.shape[1], labels.shape[0]), says)
     width, height = orientation.upright_size
     return height, width
-
-
-# --- what was found ---------------------------------------------------------------------------------------------------
 
 
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], Summary]:

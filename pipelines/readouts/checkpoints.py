@@ -53,14 +53,14 @@ def load_readout(url: str, storage_options: StorageOptions | None = None) -> Tra
     folder = Folder(url, storage_options)
     state = read_state_dict(url, storage_options)
     try:
-        described = json.loads(folder.read("config.json"))
-        config, task = ReadoutConfig.parse(described["readout"]), dict(described["task"])
+        found = json.loads(folder.read("config.json"))
+        config, task = ReadoutConfig.parse(found["readout"]), dict(found["task"])
         trained = TrainedReadout(
             shown=folder.shown,
             config=config,
             dataset=task.pop("dataset"),
             task=parse_task(task),
-            features=_features(described["features"]),
+            features=_features(found["features"]),
             state={name: value for name, value in state.items() if not name.startswith(f"{CLASSIFIER}.")},
         )
         trained.build()
