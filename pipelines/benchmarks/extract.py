@@ -16,17 +16,15 @@ import numpy as np
 import zarr
 
 from cluster.metrics import TaskReport
-from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, in_new_processes
-from pipelines.benchmarks.simulated import WatchedExecutor
+from pipelines.benchmarks.scale import Watched, watched
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
 from pipelines.executors import Loaded, MakeWorker, Worker
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.prepare import prepare, resolve
-from pipelines.extraction.run import Summary, run_prepared
+from pipelines.extraction.prepare import resolve
 from pipelines.features.levels import LevelChoice
 from storage.spec import ShardTask
 from storage.store import FeatureStore
@@ -214,22 +212,12 @@ def _clocked(make_worker: MakeWorker, *, model: bool = True) -> _Clocked:
     return _Clocked(make_worker(model=model))
 
 
-def _pipeline(config: ExtractConfig) -> tuple[Summary, dict[str, float], float, list[TaskReport]]:
-    """One extraction, end to end: what came of it, when it got how far and was done, and its tasks."""
-    marks = {"imports": time.monotonic()}
-    resolved = resolve(config)
-    marks["model"] = time.monotonic()
-    with connect("local", num_cpus=CORES, num_gpus=0):
-        marks["ray"] = time.monotonic()
-        executor = WatchedExecutor(lambda make_worker: functools.partial(_clocked, make_worker))
-        prepared = prepare(resolved, executor)
-        marks["index"] = time.monotonic()
-        summary = run_prepared(prepared, executor)
-        done = time.monotonic()
-    if summary.failed:
-        raise BenchmarkFailed(f"{summary.failed} images failed, so speeds can't be compared: {summary.reasons}")
-    marks["first task"] = min(report.marks["ended"] for report in executor.reports)
-    return summary, marks, done, executor.reports
+def _pipeline(config: ExtractConfig) -> Watched:
+    """One extraction, end to end."""
+    found = watched(config, lambda make_worker: functools.partial(_clocked, make_worker), CORES)
+    if failed := found.summary.failed:
+        raise BenchmarkFailed(f"{failed} images failed, so speeds can't be compared: {found.summary.reasons}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,19 +254,22 @@ def _steady(tasks: Sequence[TaskReport]) -> SteadyWindow:
 
 
 def _measure_pipeline(config: ExtractConfig) -> PipelineRun:
-    [(summary, marks, done, tasks)], usage = in_new_processes(_pipeline, (config,))
+    [found], usage = in_new_processes(_pipeline, (config,))
+    images, tasks, done = found.summary.ok, found.reports, found.marks["finished"].wall_s
+    marks = {name: found.marks[name].wall_s for name in ("imports", "model", "ray", "index")}
+    marks["first task"] = min(task.marks["ended"] for task in tasks)
     window = _steady(tasks)
     cpu = usage.cpu_between(window.start, window.stop)
     cpu["idle"] = CORES * window.seconds - sum(cpu.values())
     return PipelineRun(
-        **vars(WholeRun.of(summary.ok, marks, done, usage)),
+        **vars(WholeRun.of(images, marks, done, usage)),
         steady_images_per_s=window.images / window.seconds,
         steady_s=window.seconds,
         steady_from=window.opens,
         steady_cpu_ms={name: 1e3 * seconds / window.images for name, seconds in cpu.items()},
-        stage_ms={s: 1e3 * sum(task.seconds.get(s, 0.0) for task in tasks) / summary.ok for s in STAGES},
+        stage_ms={s: 1e3 * sum(task.seconds.get(s, 0.0) for task in tasks) / images for s in STAGES},
         wrap_up_s=done - max(task.marks["ended"] for task in tasks),
-        bytes_written=summary.bytes_written,
+        bytes_written=found.summary.bytes_written,
         batch=max(task.batch for task in tasks),
         tasks=len(tasks),
     )

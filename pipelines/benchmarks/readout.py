@@ -77,35 +77,36 @@ def measure_readouts(config: ReadoutBenchmark, folder: Path) -> ReadoutResult:
     for n, method in itertools.product(range(config.repeat), config.methods):
         losses = {}
         for source in ("live", "store"):
-            out = str(folder / f"{n}-{method}-{source}")
-            run = ReadoutTraining.of(
-                method=method,
-                data=data,
-                out=out,
-                val_limit=1,
-                size=config.size,
-                side=config.side,
-                model=config.model,
-                weights="random",
-                precision=config.precision,
-                drawing="extract",
-                batch=config.batch,
-                epochs=config.steps,  # more than enough
-                max_steps=config.steps,
-                log_every=1,
-                executor="inline",
-                device="cpu",
-            )
-            if source == "store":
-                run = replace(run, store=store)
+            settings = _settings(config, method, data, str(folder / f"{n}-{method}-{source}"))
+            run = replace(settings, store=store) if source == "store" else settings
             train_inline(run.resolve().prepare(InlineExecutor()))
-            steps = rated_steps(Folder(out))
-            losses[source] = [step["loss"] for step in steps]
-            rate = steady_rate(steps)
+            steps = rated_steps(Folder(run.out))
+            losses[source], rate = [step["loss"] for step in steps], steady_rate(steps)
             rates[method][source].append(rate)
             logger.info("round %d of %d: %s, %s, %.2f images/s", n + 1, config.repeat, method, source, rate)
         apart = max(apart, *(abs(a - b) for a, b in zip(losses["live"], losses["store"], strict=True)))
     return ReadoutResult(rates=rates, apart=apart)
+
+
+def _settings(config: ReadoutBenchmark, method: str, data: str, out: str) -> ReadoutTraining:
+    return ReadoutTraining.of(
+        method=method,
+        data=data,
+        out=out,
+        val_limit=1,
+        size=config.size,
+        side=config.side,
+        model=config.model,
+        weights="random",
+        precision=config.precision,
+        drawing="extract",
+        batch=config.batch,
+        epochs=config.steps,  # more than enough
+        max_steps=config.steps,
+        log_every=1,
+        executor="inline",
+        device="cpu",
+    )
 
 
 def _extract(config: ReadoutBenchmark, data: str, store: str) -> None:

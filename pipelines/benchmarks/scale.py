@@ -6,7 +6,7 @@ worker's reading, decoding and forward are left out: it writes zeros. So tens of
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,10 @@ from pipelines.benchmarks.processes import in_new_processes
 from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor, simulated
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
-from pipelines.executors import WINDOW_TASKS
+from pipelines.executors import WINDOW_TASKS, MakeWorker
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
-from pipelines.extraction.run import run_prepared
+from pipelines.extraction.run import Summary, run_prepared
 from pipelines.results import number_lines, table_lines
 
 logger = logging.getLogger(__name__)
@@ -131,11 +131,35 @@ def measure_scale(config: ScaleBenchmark, folder: Path) -> ScaleResult:
     )
 
 
-def _drive(
-    folder: str, rows: int, block_rows: int, actors: int, forward_s: float
-) -> tuple[int, dict[str, DriverUse], list[TaskReport]]:
-    """One extraction with simulated workers, as a process of its own: how many tasks it had, what the driver had used when, and
-    who did which task when."""
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """An extraction that was run on a Ray of its own."""
+
+    summary: Summary
+    tasks: int
+    marks: Mapping[str, DriverUse]
+    "what the driver had used when each step was done"
+    reports: Sequence[TaskReport]
+    "of all tasks"
+
+
+def watched(config: ExtractConfig, instead: Callable[[MakeWorker], MakeWorker], cpus: int) -> Watched:
+    """Run an extraction with other workers, as `WatchedExecutor`."""
+    marks = {"imports": DriverUse.now()}
+    resolved = resolve(config)
+    marks["model"] = DriverUse.now()
+    with connect("local", num_cpus=cpus, num_gpus=0):
+        executor = WatchedExecutor(instead)
+        marks["ray"] = DriverUse.now()
+        prepared = prepare(resolved, executor)
+        marks["index"] = DriverUse.now()
+        summary = run_prepared(prepared, executor)
+        marks |= executor.marks | {"finished": DriverUse.now()}
+    return Watched(summary=summary, tasks=prepared.layout.n_blocks, marks=marks, reports=executor.reports)
+
+
+def _drive(folder: str, rows: int, block_rows: int, actors: int, forward_s: float) -> Watched:
+    """One extraction with simulated workers, as a process of its own."""
     tars = write_tiny_tars(Path(folder) / "tars", rows, max(1, rows // 10_000))
     config = ExtractConfig.of(
         data=(tars,),
@@ -148,21 +172,14 @@ def _drive(
         actors=actors,
         actor_cpus=1,
     )
-    resolved = resolve(config)
-    with connect("local", num_cpus=actors + 1, num_gpus=0):
-        executor = WatchedExecutor(partial(simulated, forward_s=forward_s))
-        marks = {"start": DriverUse.now()}
-        prepared = prepare(resolved, executor)
-        marks["indexed"] = DriverUse.now()
-        summary = run_prepared(prepared, executor)
-        marks |= executor.marks | {"finished": DriverUse.now()}
-    if summary.ok != rows:
-        raise BenchmarkFailed(f"{summary.ok} of {rows} rows are in the store")
-    return prepared.layout.n_blocks, marks, executor.reports
+    found = watched(config, partial(simulated, forward_s=forward_s), actors + 1)
+    if found.summary.ok != rows:
+        raise BenchmarkFailed(f"{found.summary.ok} of {rows} rows are in the store")
+    return found
 
 
 PHASES = {
-    "index": ("start", "indexed"),
+    "index": ("ray", "index"),
     "start": ("ready", "first task"),
     "stream": ("first task", "last task"),
     "finish": ("last task", "finished"),
@@ -174,20 +191,20 @@ def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s
     """`_drive` in a new process, what it took, and the sizes of what it wrote; the folder is removed."""
     folder.mkdir()
     try:
-        [(tasks, marks, reports)], usage = in_new_processes(_drive, (str(folder), rows, block_rows, actors, forward_s))
+        [found], usage = in_new_processes(_drive, (str(folder), rows, block_rows, actors, forward_s))
         kept = ("index", "ledger/commits", "ledger/samples", "runs")
         sizes = {name: _size(folder / "out.zarr" / name) for name in kept}
     finally:
         shutil.rmtree(folder)
     return Run(
-        **vars(_steady(reports, actors, forward_s)),
+        **vars(_steady(found.reports, actors, forward_s)),
         actors=actors,
         forward_s=forward_s,
         rows=rows,
-        tasks=tasks,
+        tasks=found.tasks,
         sizes=sizes,
-        phases={name: _phase(marks[first], marks[last]) for name, (first, last) in PHASES.items()},
-        cpu_s=usage.cpu_between(marks["first task"].wall_s, marks["last task"].wall_s),
+        phases={name: _phase(found.marks[first], found.marks[last]) for name, (first, last) in PHASES.items()},
+        cpu_s=usage.cpu_between(found.marks["first task"].wall_s, found.marks["last task"].wall_s),
         memory=usage.peak,
     )
 
