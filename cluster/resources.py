@@ -271,52 +271,16 @@ def read_growth() -> Growth | None:
 
     (head,) = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _IS_HEAD in node["Resources"]]
     there = NodeAffinitySchedulingStrategy(node_id=head, soft=False)
-    ask = ray.remote(num_cpus=0)(_autoscaler_config).options(scheduling_strategy=there)
+    ask = ray.remote(num_cpus=0)(_autoscaler_growth).options(scheduling_strategy=there)
     try:
         is_here = ray.get_runtime_context().get_node_id() == head
-        config = _autoscaler_config() if is_here else ray.get(ask.remote(), timeout=ANSWER_S)
+        growth = _autoscaler_growth() if is_here else ray.get(ask.remote(), timeout=ANSWER_S)
     except ray.exceptions.RayError as error:
         logger.warning("the cluster's head doesn't say what its autoscaler may add: %s", error)
         return None
-    growth = None if config is None else growth_of(config)
     if growth is None or not growth.nodes:
         return growth
     return replace(growth, nodes=(*growth.nodes, *(kind for kind in present_nodes() if kind.head)))
-
-
-class NodeType(TypedDict):
-    """What a launch file says of one kind of nodes."""
-
-    resources: dict[str, float]
-    labels: dict[str, str]
-    max_workers: int
-
-
-class NodeTypes(TypedDict, total=False):
-    """What a launch file says of the nodes that there may be; nothing where there is no autoscaler."""
-
-    head: str | None
-    "the name of the head's type"
-    max_workers: int
-    types: dict[str, NodeType]
-
-
-def growth_of(config: NodeTypes) -> Growth | None:
-    """What a launch file's autoscaler may add, empty without one; None where the file leaves to the nodes what they have."""
-    types = {name: kind for name, kind in config.get("types", {}).items() if name != config.get("head")}
-    # Ray fills in what a cloud's machine type has; without a cloud, each node says it when it joins.
-    if any("CPU" not in kind["resources"] for kind in types.values()):
-        return None
-    nodes = tuple(
-        Nodes(
-            count=kind["max_workers"],
-            cpus=int(kind["resources"]["CPU"]),
-            gpus=int(kind["resources"].get("GPU", 0)),
-            accelerator=kind["labels"].get(ACCELERATOR_LABEL),
-        )
-        for kind in types.values()
-    )
-    return Growth(nodes=nodes, most_workers=config.get("max_workers", 0))
 
 
 def _reachable(growth: Growth, room: Callable[[Nodes], int]) -> list[Nodes]:
@@ -330,8 +294,8 @@ def _reachable(growth: Growth, room: Callable[[Nodes], int]) -> list[Nodes]:
     return [kind for kind in nodes if kind.count]
 
 
-def _autoscaler_config() -> NodeTypes | None:
-    """Runs on the head: node types of the file with which its monitor runs, none without a file; None without a monitor."""
+def _autoscaler_growth() -> Growth | None:
+    """Runs on the head: `growth_of` the file with which its monitor runs, empty without a file; None without a monitor."""
     import psutil
     import ray
 
@@ -342,25 +306,32 @@ def _autoscaler_config() -> NodeTypes | None:
         monitors = any(word.endswith(("_private/monitor.py", "v2/monitor.py")) for word in words)
         if monitors and options.get("--gcs-address", "").endswith(f":{port}"):
             path = options.get("--autoscaling-config")
-            return node_types_of(Path(path).expanduser().read_text()) if path else {}
+            return growth_of(Path(path).expanduser().read_text()) if path else Growth()
     return None
 
 
-def node_types_of(text: str) -> NodeTypes:
-    """The part of a launch file that says what nodes there may be; the rest of it holds credentials."""
+def growth_of(text: str) -> Growth | None:
+    """What the autoscaler of this launch file may add; None where the file leaves to the nodes what they have.
+
+    Nothing else of the file leaves the head: the rest of it holds credentials.
+    """
     import yaml
 
     config = yaml.safe_load(text)
-    types = config.get("available_node_types", {})
-    return {
-        "head": config.get("head_node_type"),
-        "max_workers": config.get("max_workers", 0),
-        "types": {
-            name: {
-                "resources": kind.get("resources", {}),
-                "labels": kind.get("labels") or {},
-                "max_workers": kind.get("max_workers", config.get("max_workers", 0)),
-            }
-            for name, kind in types.items()
-        },
-    }
+    most = config.get("max_workers", 0)
+    types = [
+        kind for name, kind in config.get("available_node_types", {}).items() if name != config.get("head_node_type")
+    ]
+    # Ray fills in what a cloud's machine type has; without a cloud, each node says it when it joins.
+    if any("CPU" not in kind.get("resources", {}) for kind in types):
+        return None
+    nodes = tuple(
+        Nodes(
+            count=kind.get("max_workers", most),
+            cpus=int(kind["resources"]["CPU"]),
+            gpus=int(kind["resources"].get("GPU", 0)),
+            accelerator=(kind.get("labels") or {}).get(ACCELERATOR_LABEL),
+        )
+        for kind in types
+    )
+    return Growth(nodes=nodes, most_workers=most)

@@ -16,8 +16,8 @@ import yaml
 from cluster.autoscaling import AutoscalingCluster
 from cluster.metrics import WorkerMetrics
 from cluster.resources import Growth, Nodes, WorkerRequest, size_pool
-from cluster.validate import LaunchFileError, node_types, validate, validate_kuberay, validate_launcher
 from jobs import extract, show
+from tests.launch_files import LaunchFileError, node_types, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"
@@ -271,11 +271,7 @@ def test_what_is_not_a_launch_file_is_refused(tmp_path):
         validate(path)
 
 
-def test_one_kind_of_file_is_not_taken_for_another(tmp_path):
-    with pytest.raises(LaunchFileError, match="kind: None"):
-        validate_kuberay(CLUSTER / "aws.yaml")
-    with pytest.raises(LaunchFileError, match="cluster_name"):
-        validate_launcher(CLUSTER / "kuberay/rayjob.yaml")
+def test_an_empty_file_is_refused(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("")
     with pytest.raises(LaunchFileError, match="one YAML document"):

@@ -16,7 +16,6 @@ from cluster.resources import (
     WorkerRequest,
     gpu_slots,
     growth_of,
-    node_types_of,
     size_pool,
 )
 from cluster.session import ClusterError, own_environment
@@ -161,32 +160,27 @@ def test_unknown_autoscaler_is_believed_but_told_how_many():
 
 
 def test_launch_file_gives_kinds_of_nodes_and_nothing_else():
-    text = json.dumps(
-        {
-            "max_workers": 5,
-            "head_node_type": "head",
-            "auth": {"ssh_user": "secret"},
-            "available_node_types": {
-                "head": {"resources": {"CPU": 0}, "node_config": {}},
-                "gpu": {
-                    "resources": {"CPU": 8, "GPU": 1},
-                    "max_workers": 3,
-                    "labels": {"ray.io/accelerator-type": "L4"},
-                },
-                "cpu": {"resources": {"CPU": 16}, "node_config": {"password": "secret"}},
+    config = {
+        "max_workers": 5,
+        "head_node_type": "head",
+        "auth": {"ssh_user": "secret"},
+        "available_node_types": {
+            "head": {"resources": {"CPU": 0}, "node_config": {}},
+            "gpu": {
+                "resources": {"CPU": 8, "GPU": 1},
+                "max_workers": 3,
+                "labels": {"ray.io/accelerator-type": "L4"},
             },
-        }
-    )
+            "cpu": {"resources": {"CPU": 16}, "node_config": {"password": "secret"}},
+        },
+    }
 
-    found = node_types_of(text)
-
-    assert "secret" not in json.dumps(found)
     kinds = (Nodes(count=3, cpus=8, gpus=1, accelerator="L4"), Nodes(count=5, cpus=16))
-    assert growth_of(found) == Growth(nodes=kinds, most_workers=5)
-    assert growth_of({}) == FIXED
+    assert growth_of(json.dumps(config)) == Growth(nodes=kinds, most_workers=5)
+    assert growth_of("{}") == FIXED
     # `ray up` on machines at hand: Ray finds out what they have when they are there.
-    found["types"]["cpu"]["resources"] = {}
-    assert growth_of(found) is None
+    config["available_node_types"]["cpu"]["resources"] = {}
+    assert growth_of(json.dumps(config)) is None
 
 
 # --- a CPU for decoding

@@ -475,7 +475,7 @@ def test_retry_of_a_repaired_image_that_is_killed_before_the_index_is_taken_over
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.extraction.prepare.move_index", killed)
+        patch.setattr("pipelines.extraction.continued.move_index", killed)
         with pytest.raises(KeyboardInterrupt):
             extract(config, InlineExecutor())
     extract(config, InlineExecutor())

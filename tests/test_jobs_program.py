@@ -1,5 +1,6 @@
 """How programs end: errors of one base, exit codes, readers that go away."""
 
+import ast
 import importlib
 import inspect
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config import ConfigError
 from storage.errors import RayliftError
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +71,31 @@ for name, run in runs.items():
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_program_is_run_as_a_file_or_as_a_module(name):
-    text = (ROOT / "jobs" / f"{name}.py").read_text()
+def test_a_job_is_its_docstring_its_presets_and_one_program(name):
+    """What it does lies in pipelines/; what all have in common in jobs/program.py."""
+    docstring, *nodes = ast.parse((ROOT / "jobs" / f"{name}.py").read_text()).body
 
-    assert text.endswith('if __name__ == "__main__":\n    sys.exit(run(sys.argv[1:]))\n')
+    assert isinstance(docstring, ast.Expr)
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert sum(node.end_lineno - node.lineno + 1 for node in functions) <= 20  # those that make presets
+    assert {type(node) for node in nodes} - {ast.FunctionDef} <= {
+        ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Expr, ast.If
+    }  # fmt: skip
+    assert [ast.unparse(node) for node in nodes[-2:]] == [
+        "run = program.run",
+        "if __name__ == '__main__':\n    sys.exit(run(sys.argv[1:]))",
+    ]
+
+
+def test_a_word_a_preset_and_flags_make_the_settings():
+    program = importlib.import_module("jobs.train").program
+
+    assert program.parse(["deap-voc", "--backbone=vit_base_patch16_224.mae"]).config.features.model == (
+        "vit_base_patch16_224.mae"
+    )
+    benchmark = importlib.import_module("jobs.benchmark").program
+    call = benchmark.parse(["cost", "debug", "--repeat", "1", "--vit-up"])
+    assert call.command is benchmark.commands["cost --vit-up"]
+    assert (call.preset, call.config.repeat) == ("debug", 1)
+    with pytest.raises(ConfigError, match="no preset of cost --vit-up is called 'debgu'. Did you mean 'debug'"):
+        benchmark.parse(["cost", "--vit-up", "debgu"])

@@ -2,22 +2,23 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco_mask
 from torchvision.ops import nms
 
 from operators.metrics.boundaries import boundary_sums, merge
-from operators.metrics.detection import COCO, DEAP, ApProtocol, ImageDetections, ImageTruth, coco_scores
+from operators.metrics.detection import class_agnostic_scores, coco_scores
 from operators.objectives.targets import boundary_target, instance_ids
 from operators.readouts.centernet import (
     centernet_boxes,
     centernet_loss,
     centernet_targets,
+)
+from tests.original_centernet import (
     gaussian_radius,
     l1_at_cells,
     penalty_reduced_focal,
@@ -416,145 +417,104 @@ def coco_golden() -> dict[str, object]:
     return json.loads((GOLDEN / "eval_coco_ap.json").read_text())
 
 
-def corners(entries: list[dict[str, object]]) -> list[list[float]]:
-    return [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in entries)]
-
-
-def encoded(segmentation: object, height: int, width: int) -> dict[str, object]:
-    if isinstance(segmentation, list):
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, height, width)
-    return segmentation
-
-
-def golden_truth() -> list[ImageTruth]:
-    stored, found = coco_golden()["ground_truth"], []
-    for image in stored["images"]:
-        objects = [each for each in stored["annotations"] if each["image_id"] == image["id"]]
-        found.append(
-            ImageTruth.of(
-                image["id"],
-                corners(objects),
-                categories_N=[each["category_id"] for each in objects],
-                areas_N=[each["area"] for each in objects],
-                crowd_N=[each["iscrowd"] for each in objects],
-                masks=[encoded(each["segmentation"], image["height"], image["width"]) for each in objects],
-            )
-        )
-    return found
-
-
-def golden_detections() -> list[ImageDetections]:
-    stored, found = coco_golden()["detections"], []
-    for image_id in sorted({each["image_id"] for each in stored}):
-        results = [each for each in stored if each["image_id"] == image_id]
-        found.append(
-            ImageDetections.of(
-                image_id,
-                corners(results),
-                [each["score"] for each in results],
-                categories_N=[each["category_id"] for each in results],
-                masks=[each["segmentation"] for each in results],
-            )
-        )
-    return found
+def golden_scores(overlap: str = "bbox", *, agnostic: bool = False, box_areas: bool = False, crowds: bool = True):
+    stored = coco_golden()
+    truth = [each for each in stored["ground_truth"]["annotations"] if crowds or not each["iscrowd"]]
+    change = {"category_id": 1} if agnostic else {}
+    left = {"area"} if box_areas else set()
+    annotations, results = (
+        [{name: value for name, value in {**each, **change}.items() if name not in left} for each in entries]
+        for entries in (truth, stored["detections"])
+    )
+    return coco_scores(stored["ground_truth"]["images"], annotations, results, overlap)
 
 
 @pytest.mark.parametrize(
     ("key", "protocol"),
     [
-        ("bbox", COCO),
-        ("segm", ApProtocol(overlap="masks")),
-        ("bbox_class_agnostic", ApProtocol(class_agnostic=True)),
-        ("bbox_class_agnostic_area_from_box", ApProtocol(class_agnostic=True, area="box")),
-        ("bbox_relabelled_one_class_nocrowd_area_from_box", replace(DEAP, crowd="drop")),
+        ("bbox", {}),
+        ("segm", {"overlap": "segm"}),
+        ("bbox_class_agnostic", {"agnostic": True}),
+        ("bbox_class_agnostic_area_from_box", {"agnostic": True, "box_areas": True}),
+        ("bbox_relabelled_one_class_nocrowd_area_from_box", {"agnostic": True, "box_areas": True, "crowds": False}),
     ],
 )
 def test_scores_are_those_of_pycocotools(key, protocol):
-    scores = coco_scores(golden_truth(), golden_detections(), protocol)
+    scores = golden_scores(**protocol)
 
     np.testing.assert_allclose(list(asdict(scores).values()), coco_golden()["expected"][key], rtol=0, atol=1e-6)
 
 
+def test_deaps_protocol_is_that_of_the_golden_file():
+    stored = coco_golden()
+    images = [image["id"] for image in stored["ground_truth"]["images"]]
+    noted = [each for each in stored["ground_truth"]["annotations"] if not each["iscrowd"]]
+    truth, found = (
+        [[each for each in entries if each["image_id"] == i] for i in images]
+        for entries in (noted, stored["detections"])
+    )
+
+    scores = class_agnostic_scores(
+        [corners(each) for each in truth],
+        [corners(each) for each in found],
+        [[entry["score"] for entry in each] for each in found],
+    )
+
+    expected = stored["expected"]["bbox_relabelled_one_class_nocrowd_area_from_box"]
+    np.testing.assert_allclose(list(asdict(scores).values()), expected, rtol=0, atol=1e-6)
+
+
+def corners(entries: list[dict[str, object]]) -> np.ndarray:
+    boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
 def test_scores_carry_cocos_names_in_their_order():
-    assert [name.upper().replace("_", "") for name in asdict(coco_scores(golden_truth(), []))] == [
-        name.upper().replace("_", "") for name in coco_golden()["stat_names"]
-    ]
-
-
-def test_workers_parts_give_the_same_scores_in_any_order():
-    truth, detections = golden_truth(), golden_detections()
-    whole = coco_scores(truth, detections, DEAP)
-
-    lines = [json.dumps({**asdict(part), "masks": []}) for part in detections[::-1]]
-    parts = [ImageDetections(**json.loads(line)) for line in lines]
-
-    assert coco_scores(truth[3:] + truth[:3], parts, DEAP) == whole
+    names = [name.upper().replace("_", "") for name in asdict(golden_scores())]
+    assert names == [name.upper().replace("_", "") for name in coco_golden()["stat_names"]]
 
 
 def test_nothing_is_printed(capfd):
-    coco_scores(golden_truth(), golden_detections())
+    golden_scores()
 
     assert capfd.readouterr() == ("", "")
 
 
-def test_decoded_boxes_are_scored():
-    truth = ImageTruth.of(7, torch.tensor([[0.0, 0, 100, 100], [120, 0, 130, 10]]))
-    found = ImageDetections.of(7, torch.tensor([[0.0, 0, 100, 100], [120, 0, 130, 6]]), torch.tensor([0.9, 0.8]))
+def scores_of(truth: list[list[list[float]]], boxes: list[list[list[float]]], scores: list[list[float]]):
+    as_boxes = ([np.array(each, np.float64).reshape(-1, 4) for each in images] for images in (truth, boxes))
+    return class_agnostic_scores(*as_boxes, scores)
 
-    scores = coco_scores([truth], [found], DEAP)
+
+def test_decoded_boxes_are_scored():
+    truth, found = [[0, 0, 100, 100], [120, 0, 130, 10]], [[0, 0, 100, 100], [120, 0, 130, 6]]
+
+    scores = scores_of([truth], [found], [[0.9, 0.8]])
 
     assert scores.ap_large == pytest.approx(1)
     assert scores.ap_small == pytest.approx(0.3)  # IoU 0.6 is enough for 0.5, 0.55 and 0.6
     assert math.isnan(scores.ap_medium)
 
 
-def test_a_crowd_is_ignored_or_an_object():
-    truth = [ImageTruth.of(1, [[0, 0, 50, 50], [100, 100, 200, 200]], crowd_N=[False, True])]
-    found = [ImageDetections.of(1, [[0, 0, 50, 50], [110, 110, 150, 150]], [0.5, 0.9])]
-
-    assert coco_scores(truth, found).ap == pytest.approx(1)
-    # The first detection is wrong: at a recall of one in two, or one in one, half of what was found is right.
-    assert coco_scores(truth, found, replace(COCO, crowd="object")).ap == pytest.approx(0.5 * 51 / 101)
-    assert coco_scores(truth, found, replace(COCO, crowd="drop")).ap == pytest.approx(0.5)
-
-
 def test_images_without_detections_or_objects():
-    truth = [ImageTruth.of(1, [[0, 0, 50, 50]]), ImageTruth.of(2, np.zeros((0, 4)))]
-    right = ImageDetections.of(1, [[0, 0, 50, 50]], [0.5])
-    wrong = ImageDetections.of(2, [[0, 0, 50, 50]], [0.6])
+    box = [[0, 0, 50, 50]]
 
-    assert coco_scores(truth, []).ap == 0
-    assert coco_scores(truth, [right]).ap == pytest.approx(1)
-    assert coco_scores(truth, [right, wrong]).ap == pytest.approx(0.5)
-    assert math.isnan(coco_scores(truth[1:], [wrong]).ap)
-
-
-def test_images_that_dont_go_together_are_refused():
-    truth, found = ImageTruth.of(1, [[0, 0, 5, 5]]), ImageDetections.of(1, [[0, 0, 5, 5]], [0.5])
-
-    with pytest.raises(ValueError, match="the truth of image 1 is there twice"):
-        coco_scores([truth, truth], [found])
-    with pytest.raises(ValueError, match="the detections of image 1 is there twice"):
-        coco_scores([truth], [found, found])
-    with pytest.raises(ValueError, match=r"1 images have detections but no truth: \[2\]"):
-        coco_scores([truth], [replace(found, image_id=2)])
-    with pytest.raises(ValueError, match="image 1: 1 boxes, but 0 masks"):
-        coco_scores([truth], [found], ApProtocol(overlap="masks"))
+    assert scores_of([box, []], [[], []], [[], []]).ap == 0
+    assert scores_of([box, []], [box, []], [[0.5], []]).ap == pytest.approx(1)
+    assert scores_of([box, []], [box, box], [[0.5], [0.6]]).ap == pytest.approx(0.5)
+    assert math.isnan(scores_of([[]], [box], [[0.6]]).ap)
     with pytest.raises(ValueError, match="no image to score"):
-        coco_scores([], [])
+        scores_of([], [], [])
 
 
 @pytest.mark.parametrize(
     ("boxes", "scores", "message"),
     [
-        ([[0, 0, 5, 5]], [0.5, 0.6], "image 1: 2 scores for 1 boxes"),
-        ([[5, 0, 0, 5]], [0.5], r"x1 <= x2 and y1 <= y2, got \[5.0, 0.0, 0.0, 5.0\]"),
+        ([[0, 0, 5, 5]], [0.5, 0.6], "longer than argument 1"),
+        ([[5, 0, 0, 5]], [0.5], r"image 0: .*x1 <= x2 and y1 <= y2, got \[\[5.0, 0.0, 0.0, 5.0\]\]"),
         ([[0, 0, 5, math.nan]], [0.5], "got .*nan"),
         ([[0, 0, 5, 5]], [math.nan], "scores hold NaN"),
     ],
 )
 def test_malformed_detections_are_refused(boxes, scores, message):
     with pytest.raises(ValueError, match=message):
-        ImageDetections.of(1, boxes, scores)
+        scores_of([[[0, 0, 5, 5]]], [boxes], [scores])

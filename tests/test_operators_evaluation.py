@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from operators.metrics.canvas import Canvas
-from operators.metrics.cka import cka, gram, hsic_terms
+from operators.metrics.cka import HsicTerms, cka, gram, terms_of_grams
 from operators.metrics.correspondence import LIFT, VIT_UP, PairScore, Pck, View, match, score_pair
 from operators.metrics.discovery import CorLoc, TokenCut, box_iou, discover
 from operators.metrics.matching import best_pixels, pixel_features
@@ -383,6 +383,10 @@ def test_corloc_counts_half_an_overlap_and_no_image_without_objects():
     assert sum([CorLoc(hits=1, images=2), CorLoc(hits=3, images=3)], CorLoc()).share == 0.8
     with pytest.raises(ValueError, match="no image"):
         _ = CorLoc().share
+
+
+def hsic_terms(batch: int, features: list[torch.Tensor], **options: object) -> HsicTerms:
+    return terms_of_grams(batch, [gram(each) for each in features], **options)
 
 
 def cka_features() -> list[torch.Tensor]:

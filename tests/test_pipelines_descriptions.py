@@ -111,7 +111,7 @@ def test_features_are_those_of_timms_own_loading(tmp_path, kind):
     image = pixels(*bundle.spec.input_size)
     expected = timms_own(tmp_path / "w", image)
     for each in (model, bundle.build("cpu")):  # here, and as workers build it
-        found = torch.from_numpy(each(image[None], {})[0]["x1"])[0].flatten(0, 1)
+        found = each(image[None]).levels["x1"][0].flatten(0, 1)
         assert found.shape == expected.shape
         assert F.cosine_similarity(found, expected, dim=-1).min() > 1 - 1e-5
     if args is not None:
@@ -295,7 +295,7 @@ def test_training_and_evaluation_take_the_same_description(tmp_path, make_tars):
     image = pixels(64, 64)
     with torch.inference_mode():
         ours = setup.backbone.backbone()(setup.backbone.input(image[None], torch.device("cpu")), (5,)).layers[5]
-    theirs = recipe.bundle((64, 64)).build("cpu")(image[None], {})[0]["x1"].astype(np.float32)
+    theirs = recipe.bundle((64, 64)).build("cpu")(image[None]).levels["x1"].float().numpy()
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), theirs, atol=2e-2)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from operators.metrics.cka import cka, hsic_terms
+from operators.metrics.cka import cka, gram, terms_of_grams
 from operators.metrics.correspondence import LIFT, VIT_UP, Pck
 from operators.metrics.discovery import CorLoc
 from operators.metrics.propagation import nearest
@@ -907,7 +907,7 @@ def test_cka_is_that_of_fixed_batches(tmp_path):
         )
         for s in (32, 48, 64)
     ]
-    expected = cka([hsic_terms(0, maps)]).numpy()
+    expected = cka([terms_of_grams(0, [gram(each) for each in maps])]).numpy()
     np.testing.assert_allclose(cka_job.scores(records)["low-res"], expected, rtol=0, atol=1e-12)
     lines = findings.tables[0].lines
     assert [(line.features, line.input_px, line.grid) for line in lines[:3]] == [

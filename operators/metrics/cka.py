@@ -29,21 +29,14 @@ class HsicTerms:
     terms: tuple[tuple[float, ...], ...]
 
 
-def hsic_terms(
-    batch: int, features: Sequence[Tensor], *, estimator: Estimator = "unbiased", rescale: bool = False
-) -> HsicTerms:
-    """Terms of a batch from its features at S sizes, each [n, ...] with the same n images in the same order.
-
-    `rescale` maps each Gram matrix to 0..1 by its smallest and largest entry first, as vit_analysis does; that weighs
-    batches otherwise. Raises `ValueError` where n differs, is below 4 (unbiased) or 2, or features hold NaN or infinity.
-    """
-    return terms_of_grams(batch, [gram(each) for each in features], estimator=estimator, rescale=rescale)
-
-
 def terms_of_grams(
     batch: int, grams: Sequence[Tensor], *, estimator: Estimator = "unbiased", rescale: bool = False
 ) -> HsicTerms:
-    """`hsic_terms` from Gram matrices [n, n] (`gram`), where the features of all sizes would take too much memory at once."""
+    """Terms of a batch from the Gram matrices [n, n] (`gram`) of its features at S sizes, of the same images in the same order.
+
+    `rescale` maps each Gram matrix to 0..1 by its smallest and largest entry first, as vit_analysis does; that weighs
+    batches otherwise. Raises `ValueError` where n differs, or is below 4 (unbiased) or 2.
+    """
     count = {len(each) for each in grams}
     least = 4 if estimator == "unbiased" else 2
     if len(count) != 1 or min(count) < least:
@@ -61,7 +54,8 @@ def terms_of_grams(
 def gram(features: Tensor, max_bytes: int = 2**26) -> Tensor:
     """Float64 [n, n] of dot products between flattened maps [n, ...].
 
-    Summed over blocks of channels and cells, whose float64 copies stay below `max_bytes`.
+    Summed over blocks of channels and cells, whose float64 copies stay below `max_bytes`. Raises `ValueError` for NaN or
+    infinity.
     """
     flat = features.flatten(1)
     total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)

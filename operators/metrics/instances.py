@@ -23,6 +23,8 @@ def instance_ari(latents_CHW: Tensor | np.ndarray, ids_HW: Tensor | np.ndarray, 
     latents are; the published test set takes images of more than two. Raises `ValueError` where sizes differ or a latent
     isn't finite.
     """
+    from sklearn.metrics import adjusted_rand_score
+
     latents, ids = torch.as_tensor(latents_CHW), torch.as_tensor(ids_HW)
     if latents.ndim != 3 or latents.shape[1:] != ids.shape:
         raise ValueError(
@@ -31,28 +33,13 @@ def instance_ari(latents_CHW: Tensor | np.ndarray, ids_HW: Tensor | np.ndarray, 
     latents_NC, ids_N = foreground_pixels(latents, ids)
     if not len(ids_N):
         return None
-    return _rand_index(ids_N, cluster_pixels(latents_NC, len(np.unique(ids_N)), seed=seed))
+    return float(adjusted_rand_score(ids_N, cluster_pixels(latents_NC, len(np.unique(ids_N)), seed=seed)))
 
 
 def foreground_pixels(latents_CHW: Tensor, ids_HW: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Latents [N, C] and ids [N] of the pixels whose id isn't 0, on the host: scikit-learn, which clusters them, runs there."""
     foreground = ids_HW != 0
     return latents_CHW[:, foreground].t().cpu().numpy(), ids_HW[foreground].cpu().numpy()
-
-
-def foreground_ari(clusters_HW: np.ndarray, ids_HW: np.ndarray) -> float | None:
-    """ARI of any clustering on the pixels whose id isn't 0; None where there are none. Raises `ValueError` where sizes differ."""
-    clusters, ids = np.asarray(clusters_HW), np.asarray(ids_HW)
-    if clusters.shape != ids.shape:
-        raise ValueError(f"clusters {clusters.shape} and ids {ids.shape} must be of one size")
-    foreground = ids != 0
-    return _rand_index(ids[foreground], clusters[foreground]) if foreground.any() else None
-
-
-def _rand_index(ids_N: np.ndarray, clusters_N: np.ndarray) -> float:
-    from sklearn.metrics import adjusted_rand_score
-
-    return float(adjusted_rand_score(ids_N, clusters_N))
 
 
 def cluster_pixels(latents_NC: np.ndarray, k: int, *, seed: int = 0) -> np.ndarray:

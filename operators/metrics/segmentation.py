@@ -37,16 +37,9 @@ def class_pairs(
     return torch.stack([pairs // classes, pairs % classes, counts], dim=1)
 
 
-def confusion(
-    predicted_HW: Tensor | np.ndarray, labels_HW: Tensor | np.ndarray, classes: int, void: int = VOID
-) -> np.ndarray:
-    """`class_pairs` as a matrix on the host: how often each class (row) was predicted as each (column), int64
-    [classes, classes]."""
-    return matrix_of(class_pairs(predicted_HW, labels_HW, classes, void).tolist(), classes)
-
-
 def matrix_of(pairs: Iterable[Sequence[int]], classes: int) -> np.ndarray:
-    """The sum of images' `class_pairs` as a confusion matrix, int64 [classes, classes]."""
+    """The sum of images' `class_pairs` as a confusion matrix on the host: how often each class (row) was predicted as each
+    (column), int64 [classes, classes]."""
     matrix = np.zeros((classes, classes), np.int64)
     for label, prediction, count in pairs:
         matrix[label, prediction] += count
@@ -81,7 +74,7 @@ class Segmentation:
 
     @classmethod
     def of(cls, matrix_CC: np.ndarray) -> "Segmentation":
-        """From the sum of all images' `confusion`. Raises `ValueError` where it isn't square, or no pixel counts."""
+        """From the sum of all images' confusion matrices. Raises `ValueError` where it isn't square, or no pixel counts."""
         matrix = np.asarray(matrix_CC)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"a confusion matrix must be square, got {matrix.shape}")

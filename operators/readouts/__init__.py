@@ -91,8 +91,7 @@ class ReadoutConfig:
             given = given_settings(cls, settings, ("method", "channels", "outputs"), "the readout")
         except UpsamplerError as error:
             raise ReadoutError(str(error)) from None
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        return cls(**values)  # type: ignore[arg-type]  # `__post_init__` holds each value against its field
+        return cls(**given)
 
     def __post_init__(self) -> None:
         for name in ("output", "grid"):

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from operators.upsamplers.protocol import (
 )
 from operators.upsamplers.resize_conv import ResizeConv
 from operators.upsamplers.vit_up.method import ViTUpMethod
+from storage.documents import JsonObject
 
 __all__ = [
     "UPSAMPLERS",
@@ -103,17 +103,15 @@ def create_upsampler(name: str) -> Upsampler:
     return method.build(method.parse({}), {}, "fp32", _no_backbone)
 
 
-def build_net(config: Mapping[str, Any], seed: int = 0) -> nn.Module:
+def build_net(config: JsonObject, seed: int = 0) -> nn.Module:
     """The bare network of a learned method's settings (JSON, with `method`), its weights drawn from `seed`, in train mode."""
-    method = find_method(config["method"])
+    method = find_method(str(config["method"]))
     return method.initialised(method.parse(config), seed)
 
 
-def learned_upsampler(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], precision: Precision = "fp32"
-) -> Upsampler:
+def learned_upsampler(config: JsonObject, state: Mapping[str, Tensor], precision: Precision = "fp32") -> Upsampler:
     """The network of `config` with the weights of `state`, ready to run. Raises `UpsamplerError` where they don't fit."""
-    method = find_method(config["method"])
+    method = find_method(str(config["method"]))
     return method.build(method.parse(config), state, precision, _no_backbone)
 
 

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the given map.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from operators.backbone import TimmBackbone
 from operators.upsamplers.protocol import UpsamplerError, require_counts
 from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
+from storage.documents import JsonValue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,9 @@ class Lift(OfLiftsPaper[LiftSettings]):
     def with_backbone(self, settings: LiftSettings, backbone: TimmBackbone) -> LiftSettings:
         return replace(settings, border_crop=True) if backbone.ragged else settings
 
-    def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def official(
+        self, state: Mapping[str, Tensor], backbone: TimmBackbone
+    ) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
         """The channels of facets are head-minor in official files, those of tokens aren't split into heads."""
         last = state.get("outc.weight")
         if last is None or last.ndim != 4:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, TimmBackbone
+from storage.documents import JsonObject, JsonValue
 from storage.errors import RayliftError
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
@@ -95,7 +96,9 @@ class Method(Generic[S]):
     def require_grid(self, settings: S, base: tuple[int, int], grid: tuple[int, int]) -> None:
         """Raise `UpsamplerError` where maps of `base` cells can't be brought to `grid`."""
 
-    def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def official(
+        self, state: Mapping[str, Tensor], backbone: TimmBackbone
+    ) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
         """Settings, and the network's state, of a file as the method's authors publish it, used with `backbone`."""
         raise UpsamplerError(
             f"weights without settings, which aren't understood as an official file of {self.name}; give a folder with "
@@ -112,28 +115,26 @@ class Method(Generic[S]):
 
     # --- the same for all, as a rule ----------------------------------------------------------------------------------
 
-    def parse(self, given: Mapping[str, Any]) -> S:
+    def parse(self, given: JsonObject) -> S:
         """From a JSON object, which may name the method; absent and null settings take the defaults.
 
         Raises `UpsamplerError` where settings are unknown, lacking or impossible.
         """
         own = {name: value for name, value in given.items() if name != "method"}
         required = [f.name for f in fields(self.settings) if f.default is MISSING]
-        known = given_settings(self.settings, own, required, "the upsampler")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
-        return self.settings(**values)
+        return self.settings(**given_settings(self.settings, own, required, "the upsampler"))
 
-    def settings_for(self, backbone: TimmBackbone, channels: int, **given: object) -> S:
+    def settings_for(self, backbone: TimmBackbone, channels: int, **given: JsonValue) -> S:
         """The defaults, but for what is `given`, for maps of so many channels of `backbone`."""
         known = {"channels": channels, "patch": backbone.patch}
         taken = {f.name for f in fields(self.settings)}
         return self.parse({**{name: value for name, value in known.items() if name in taken}, **given})
 
-    def to_json(self, settings: S) -> dict[str, Any]:
+    def to_json(self, settings: S) -> dict[str, JsonValue]:
         """As checkpoints have them."""
         return {"method": self.name, **asdict(settings)}
 
-    def identity(self, settings: S) -> dict[str, Any]:
+    def identity(self, settings: S) -> dict[str, JsonValue]:
         """What of the settings makes other features of the same weights: those that aren't the defaults, as JSON values."""
         values = {f.name: (f.default, getattr(settings, f.name)) for f in fields(settings)}
         return {"method": self.name} | {name: value for name, (usual, value) in values.items() if value != usual}
@@ -156,7 +157,7 @@ class Method(Generic[S]):
         return net
 
     def read(
-        self, state: Mapping[str, Tensor], given: Mapping[str, Any] | None, backbone: TimmBackbone
+        self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone
     ) -> tuple[S, dict[str, Tensor]]:
         """Settings and the network's state of a checkpoint's; `given`: its settings, None for a file of weights alone.
 
@@ -208,10 +209,11 @@ class WithoutWeights(Method[Settings]):
 # --- for settings and weights from elsewhere --------------------------------------------------------------------------
 
 
-def given_settings(kind: type, settings: Mapping[str, Any], required: Sequence[str], owner: str) -> dict[str, Any]:
-    """Those of a JSON object's settings that aren't null, for the dataclass `kind`.
+def given_settings(kind: type, settings: JsonObject, required: Sequence[str], owner: str) -> dict[str, Any]:
+    """The arguments of the dataclass `kind`, which checks their values: a JSON object's settings that aren't null.
 
-    Raises `UpsamplerError` where one is unknown, or a `required` one lacks; whose they are (`owner`) is for the message.
+    Lists become tuples. Raises `UpsamplerError` where one is unknown, or a `required` one lacks; whose they are (`owner`) is
+    for the message.
     """
     names = [field.name for field in fields(kind)]
     if unknown := sorted(set(settings) - set(names)):
@@ -220,7 +222,8 @@ def given_settings(kind: type, settings: Mapping[str, Any], required: Sequence[s
         )
     if missing := [name for name in required if settings.get(name) is None]:
         raise UpsamplerError(f"{owner}'s settings lack {', '.join(missing)}: {json.dumps(dict(settings))}")
-    return {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def require_counts(settings: Settings, *names: str) -> None:

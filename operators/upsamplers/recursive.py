@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import ClassVar, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from operators.backbone import PatchFeatures, autocast, cast_matmul_weights
 from operators.upsamplers.protocol import Method, Precision, Reload, Settings, Upsampler, UpsamplerError, require_counts
+from storage.documents import JsonObject, JsonValue
 
 
 class X2Net(nn.Module):
@@ -96,11 +97,11 @@ _SHARED = {
 class OfLiftsPaper(Recursive[N]):
     """One of the three methods that LiFT's paper compares. Their checkpoints were the first, and keep their layout."""
 
-    def to_json(self, settings: N) -> dict[str, Any]:
+    def to_json(self, settings: N) -> dict[str, JsonValue]:
         said = super().to_json(settings)
         return {"method": self.name, "channels": settings.channels, "patch": settings.patch, **_SHARED} | said
 
-    def parse(self, given: Mapping[str, Any]) -> N:
+    def parse(self, given: JsonObject) -> N:
         foreign = _SHARED.keys() & given.keys() - {field.name for field in fields(self.settings)}
         if said := sorted(name for name in foreign if given[name] not in (None, _SHARED[name])):
             raise UpsamplerError(f"{said[0]}={given[said[0]]!r} is no setting of {self.name}")

@@ -5,9 +5,9 @@ what else the machine did then was much the same for both.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class SpeedProtocol:
     reference_size: int = 224
     batch: int = 8
     batches: int = 10
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def measure_speed(protocol: SpeedProtocol, device: torch.device, backbone: Timed
 def _program(protocol: SpeedProtocol, device: torch.device, of: TimedBackbone) -> Callable[[], object]:
     size = of.size
     model = create_model(of.model, (size, size), None, 0, of.model_args)
-    ragged = size % int(model.feature_info[-1]["reduction"]) > 0
-    backbone = TimmBackbone(model, ragged=ragged)
+    stages = cast("Sequence[Mapping[str, int]]", model.feature_info)
+    backbone = TimmBackbone(model, ragged=size % stages[-1]["reduction"] > 0)
     cast_matmul_weights(model, protocol.precision)
     model.to(device)
     images = torch.randn(protocol.batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)

@@ -7,13 +7,15 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates, random_head
+from operators.upsamplers.vit_up.attention import CrossAttention
 from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
-from operators.upsamplers.vit_up.head import sample
+from operators.upsamplers.vit_up.head import FeatX, ViTUpBlock, sample
 from pipelines.costs.clocks import BenchmarkFailed, median_ratio, timed
 from pipelines.results import table_lines
 
@@ -113,8 +115,8 @@ def gather_then_attend(
     grid, heads = (hidden[0].shape[1], hidden[0].shape[2]), head.config.heads
     turn = Rope.of_tokens(grid, head.config.channels // heads, coords.device)
     states = []
-    for block, state in zip(head.vit_up_blocks, hidden[1:], strict=True):
-        normed, attention = block.norm_h_global(state.flatten(1, 2)), block.cross_attention
+    for (block, attention, _), state in zip(_parts(head), hidden[1:], strict=True):
+        normed = block.norm_h_global(state.flatten(1, 2))
         keys = turn.rotate(_by_head(attention.k_proj(normed), heads))[0]
         values = _by_head(attention.v_proj(normed), heads)[0]
         states.append(_State(tokens=state.flatten(1, 2), keys=keys, values=values))
@@ -122,22 +124,31 @@ def gather_then_attend(
     return torch.cat([_refined(head, sample(query_grid, chunk), chunk, states, grid) for chunk in chunks], dim=1)
 
 
+def _parts(head: ViTUpHead) -> Iterator[tuple[ViTUpBlock, CrossAttention, FeatX]]:
+    """Blocks, and of each its attention and its view of the nearest token, which the heads compared here all have."""
+    for block in cast("Sequence[ViTUpBlock]", head.vit_up_blocks):
+        assert block.cross_attention is not None
+        assert block.featx is not None
+        yield block, block.cross_attention, block.featx
+
+
 def _refined(head: ViTUpHead, x: Tensor, coords: Tensor, states: Sequence[_State], grid: tuple[int, int]) -> Tensor:
     heads, d = head.config.heads, head.config.channels // head.config.heads
     nearest, offsets = nearest_tokens(coords, grid)
     own, at = nearest[0, :, 1] * grid[1] + nearest[0, :, 0], _tokens_seen(nearest[0], head.config.window, grid)
     encoding, turn = encode_offsets(offsets, head.rel_pos_enc.freqs), Rope.of_queries(coords, grid, d)
-    for block, state in zip(head.vit_up_blocks, states, strict=True):
+    for (block, attention, featx), state in zip(_parts(head), states, strict=True):
         x = x + block.transition_mlp(x)
-        queries = turn.rotate(_by_head(block.cross_attention.q_proj(block.norm_q_global(x)), heads))[0]
+        queries = turn.rotate(_by_head(attention.q_proj(block.norm_q_global(x)), heads))[0]
         weights = torch.einsum("hnd,hnkd->hnk", queries, state.keys[:, at]).div(d**0.5).softmax(dim=-1)
         seen = torch.einsum("hnk,hnkd->nhd", weights, state.values[:, at]).flatten(1)[None]
-        x = x + block.cross_attention.out_proj(seen)
-        gamma, beta = block.featx.gamma_beta_mlp(encoding).chunk(2, dim=-1)
-        film = (1 + gamma) * block.featx.norm_input(state.tokens[:, own]) + beta
-        x = x + block.norm_h_local(block.featx.post_mlp(film))
+        x = x + attention.out_proj(seen)
+        gamma, beta = featx.gamma_beta_mlp(encoding).chunk(2, dim=-1)
+        film = (1 + gamma) * featx.norm_input(state.tokens[:, own]) + beta
+        x = x + block.norm_h_local(featx.post_mlp(film))
         x = x + block.mlp(block.norm_post(x))
-    return head.decoder_mlp[-1](x)
+    out: Tensor = head.decoder_mlp[-1](x)
+    return out
 
 
 def _tokens_seen(nearest_N2: Tensor, window: int | None, grid: tuple[int, int]) -> Tensor:

@@ -112,6 +112,7 @@ def load_settings(
 def load_described(features: FeatureConfig, options: StorageOptions | None = None) -> tuple[ModelBundle, FeatureModel]:
     """What settings name, loaded and described. Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or
     `ConfigError`."""
+    _choices(features)  # what is wrong there is wrong before anything is fetched
     return describe_model(features, load_settings(features, features.input_size, options), options)
 
 
@@ -122,7 +123,7 @@ def describe_model(
     CPU. `features.size` is for nothing here: the model was made for its size.
 
     Raises `BackboneError`, `UpsamplerError` or `ConfigError`."""
-    levels = [LevelChoice.parse(text, features.encoding) for text in features.levels]
+    levels = _choices(features)
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(loaded.model).items()}
     backbone = TimmBackbone(
@@ -146,6 +147,11 @@ def describe_model(
         )
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
     return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, reload)
+
+
+def _choices(features: FeatureConfig) -> list[LevelChoice]:
+    """The levels as they are asked for. Raises `ConfigError`."""
+    return [LevelChoice.parse(text, features.encoding) for text in features.levels]
 
 
 def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, digest: str) -> FeatureSpec:

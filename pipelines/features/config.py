@@ -5,10 +5,10 @@ the rest (`completed`). Each field is declared once, here; another default is gi
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar
 
-from pipelines.config import ConfigError, Counts, Found, require_at_least, settings_of
+from pipelines.config import ConfigError, Counts, Found, require_at_least
 
 Size = TypeVar("Size", str | None, int, int | None)
 
@@ -112,6 +112,4 @@ class FeatureConfig(LevelConfig, SizedConfig[str | None], PlacedConfig):
 
 def completed(part: BackboneConfig, **others: Any) -> FeatureConfig:
     """All that makes features, from a part of it; `others` are fields that it doesn't have, or has otherwise."""
-    return FeatureConfig(
-        **{name: getattr(part, name) for name in settings_of(type(part)).keys() - others.keys()}, **others
-    )
+    return FeatureConfig(**{each.name: getattr(part, each.name) for each in fields(part)} | others)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operators.metrics.detection import DEAP, ImageDetections, ImageTruth, coco_scores
+from operators.metrics.detection import class_agnostic_scores
 from operators.objectives.dense import LossSum
 from operators.readouts import Readout
 from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
@@ -70,9 +70,9 @@ class DetectionTask(ObjectsTask[FoundBoxes]):
     def scores(self, records: Sequence[FoundBoxes]) -> dict[str, float]:
         """With boxes of 448 px: `large` is above 96^2 px there, whatever the side."""
         scale = 448 / self.side
-        truth = [ImageTruth.of(i, scale * _boxes(record.truth)) for i, record in enumerate(records)]
-        found = [ImageDetections.of(i, scale * _boxes(r.boxes), r.scores) for i, r in enumerate(records)]
-        scores = coco_scores(truth, found, DEAP)
+        truth = [scale * _boxes(record.truth) for record in records]
+        boxes = [scale * _boxes(record.boxes) for record in records]
+        scores = class_agnostic_scores(truth, boxes, [record.scores for record in records])
         return {name: getattr(scores, name) for name in ("ap_large", "ap", "ap_50", "ar_100")}
 
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:

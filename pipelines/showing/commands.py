@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
@@ -19,7 +18,7 @@ from pipelines.showing.status import failures as read_failures
 from pipelines.showing.views import pick_rows, similar_panel, view_panel
 from pipelines.training.watch import training_lines
 from storage.export import export_vectors
-from storage.paths import Folder
+from storage.paths import Folder, StorageOptions
 from storage.store import FeatureStore
 
 
@@ -33,7 +32,7 @@ class Show:
     """JSON for the filesystem, as for jobs/extract.py; also used to read the photographs."""
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> StorageOptions:
         return parse_options(self.storage_options)
 
     def open(self, url: str = "") -> FeatureStore:

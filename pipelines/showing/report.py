@@ -2,17 +2,19 @@
 
 import base64
 import io
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from cluster.progress import duration, size_text
 from operators.visual import Panel, Tile
 from pipelines.showing.status import (
+    RunStatus,
     StoreStatus,
     bottleneck,
     failures,
@@ -22,14 +24,14 @@ from pipelines.showing.status import (
     state_in_words,
 )
 from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
-from storage.paths import Folder, StorageError
+from storage.paths import Folder, StorageError, StorageOptions
 from storage.store import FeatureStore
 
 STAGE_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1")
 
 
 def write_report(
-    store: FeatureStore, out: str, *, count: int = 6, storage_options: Mapping[str, Any] | None = None
+    store: FeatureStore, out: str, *, count: int = 6, storage_options: StorageOptions | None = None
 ) -> int:
     """Write the page to `out`, a path or fsspec URL, and return its size in bytes. `count` photographs are shown."""
     data = render_report(store, count=count, storage_options=storage_options).encode()
@@ -38,7 +40,7 @@ def write_report(
     return len(data)
 
 
-def render_report(store: FeatureStore, *, count: int, storage_options: Mapping[str, Any] | None = None) -> str:
+def render_report(store: FeatureStore, *, count: int, storage_options: StorageOptions | None = None) -> str:
     """The page as text. A store without features yet has no pictures."""
     status = read_status(store)
     environment = jinja2.Environment(
@@ -73,34 +75,56 @@ def _settings(store: FeatureStore) -> dict[str, str]:
         "input": f"{width} x {height} px, {spec.geometry}, {spec.interpolation}",
         "stride": f"{spec.stride} px, position embeddings as in {spec.pos_embed}",
         "precision": spec.precision,
-        "fingerprint": store.attributes["fingerprint"][:16],
+        "fingerprint": str(store.attributes["fingerprint"])[:16],
     }
 
 
-def _runs(status: StoreStatus) -> list[dict[str, Any]]:
-    """Runs for the table, the latest first, with their stages as coloured bars."""
+@dataclass(frozen=True)
+class _Bar:
+    """A stage's part of the workers' time."""
+
+    stage: str
+    share: float
+    colour: str
+
+
+@dataclass(frozen=True)
+class _RunRow:
+    run: RunStatus
+    bars: Sequence[_Bar]
+    bottleneck: str
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Pictures under a title, or a note that says why there are none."""
+
+    title: str
+    note: str
+    panel: Panel | None = None
+
+
+def _runs(status: StoreStatus) -> list[_RunRow]:
+    """The latest first."""
     rows = []
     for run in reversed(status.runs):
-        shares = stage_shares(run)
-        bars = [
-            {"stage": stage, "share": share, "colour": STAGE_COLOURS[i % len(STAGE_COLOURS)]}
-            for i, (stage, share) in enumerate(shares.items())
-        ]
-        rows.append({"run": run, "bars": bars, "bottleneck": bottleneck(run)})
+        shares = zip(stage_shares(run).items(), itertools.cycle(STAGE_COLOURS), strict=False)
+        bars = [_Bar(stage, share, colour) for (stage, share), colour in shares]
+        rows.append(_RunRow(run, bars, bottleneck(run)))
     return rows
 
 
-def _panels(store: FeatureStore, count: int, options: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _panels(store: FeatureStore, count: int, options: StorageOptions | None) -> list[_Section]:
     try:
         rows = pick_rows(store, count)
         dense_levels(store)
     except StorageError as error:
-        return [{"title": "Pictures", "note": str(error), "panel": None}]
+        return [_Section("Pictures", str(error))]
     colours = view_panel(store, rows, storage_options=options)
     alike = similar_panel(store, int(rows[0]), None, rows[1:4].tolist(), storage_options=options)
     return [
-        {"title": "Principal components as colours", "note": colours.title, "panel": colours},
-        {"title": "What is similar to one point", "note": alike.title, "panel": alike},
+        _Section("Principal components as colours", colours.title, colours),
+        _Section("What is similar to one point", alike.title, alike),
     ]
 
 

@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 
 from cluster.progress import duration, size_text
-from storage.documents import Document, MissingObject, decode_known
+from storage.documents import Document, JsonObject, MissingObject, as_object, decode, decode_known
 from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
 from storage.left_out import LeftOut, left_out_lines
 from storage.spec import Level
@@ -57,8 +56,12 @@ class RunStatus:
     stage_seconds: Mapping[str, float]
     bytes_written: int
     errors: Sequence[str]
-    settings: Mapping[str, Any]
+    settings: JsonObject
     "run.json: config, workers, versions, host"
+
+    @property
+    def workers(self) -> "Workers":
+        return decode_known(Workers, self.settings["workers"], "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class StoreStatus:
     def pending(self) -> int:
         return self.rows - self.finished
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self) | {"ok": self.ok, "pending": self.pending}
 
 
@@ -108,13 +111,13 @@ def read_status(store: FeatureStore) -> StoreStatus:
         for name, size in written.items():
             stored[name.split("/", 1)[0]] += size
     scale = len(done) / max(1, len(picked))
-    counts = store.attributes.get("counts")
+    counts = as_object(store.attributes.get("counts") or {}, "counts")
     return StoreStatus(
         out=store.folder.shown,
         status=store.status,
         rows=layout.n_rows,
         finished=sum(layout.task(block).n_rows for block in done),
-        failed=counts.get("failed", 0) if counts else round(failed * scale),
+        failed=decode(int, counts.get("failed", 0)) if counts else round(failed * scale),
         tasks=layout.n_blocks,
         tasks_done=len(done),
         stored_bytes={name: round(size * scale) for name, size in stored.items()},
@@ -122,7 +125,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
         is_sampled=len(picked) < len(done),
         left_out=_left_out(store),
         runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
-        notes=store.attributes.get("notes", ()),
+        notes=decode(tuple[str, ...], store.attributes.get("notes", ()), "notes"),
     )
 
 
@@ -136,7 +139,9 @@ def _left_out(store: FeatureStore) -> Mapping[str, LeftOut]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Workers:
+class Workers:
+    """Of a run."""
+
     size: int
     device: str
     batch: int
@@ -148,7 +153,7 @@ class _Begun:
 
     started: str
     host: str
-    workers: Mapping[str, Any]
+    workers: JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +179,7 @@ def _read_run(store: FeatureStore, run_id: str) -> RunStatus | None:
         return None
     with begun.parsing():
         run = decode_known(_Begun, settings)
-        decode_known(_Workers, run.workers, "workers")
+        decode_known(Workers, run.workers, "workers")
         silent_since = _seconds(run.started)
     document, progress = Document(store.folder, f"runs/{run_id}/progress.json", _NOTES), _Progress()
     with contextlib.suppress(MissingObject), document.parsing():
@@ -224,10 +229,10 @@ def state_in_words(status: StoreStatus) -> str:
 
 
 def _run_lines(status: StoreStatus, run: RunStatus) -> Iterator[str]:
-    workers = run.settings["workers"]
+    workers = run.workers
     yield (
         f"last run {run.run_id} on {run.settings['host']}: {run.ok + run.failed:,} images, {run.images_per_s:.1f} images/s, "
-        f"{workers['size']} {workers['device']} workers, batches of {workers['batch']}"
+        f"{workers.size} {workers.device} workers, batches of {workers.batch}"
     )
     if status.pending and run.images_per_s and run.silent_s <= SILENT_AFTER_S:
         yield f"left     {duration(status.pending / run.images_per_s)} at this rate"
@@ -272,19 +277,34 @@ def failures(store: FeatureStore) -> list[FailureGroup]:
     return group_failures(store.failures(REASON_COLUMNS))
 
 
-def level_rows(store: FeatureStore, status: StoreStatus) -> list[dict[str, Any]]:
-    """One record per level: what is stored, and how much of it."""
+@dataclass(frozen=True, kw_only=True)
+class LevelStatus:
+    """What is stored of a level, and how much of it."""
+
+    name: str
+    shape: str
+    dtype: str
+    method: str
+    cell: str
+    row_bytes: int
+    stored_bytes: int
+    ratio: float
+    "of what is stored to what it would be without compression"
+
+
+def level_rows(store: FeatureStore, status: StoreStatus) -> list[LevelStatus]:
+    """One for each level."""
     return [
-        {
-            "name": level.name,
-            "shape": " x ".join(str(n) for n in level.row_shape),
-            "dtype": level.dtype,
-            "method": level.method,
-            "cell": cell_text(level),
-            "row_bytes": level.row_bytes,
-            "stored_bytes": status.stored_bytes[level.name],
-            "ratio": status.stored_bytes[level.name] / max(1, level.row_bytes * status.ok),
-        }
+        LevelStatus(
+            name=level.name,
+            shape=" x ".join(str(n) for n in level.row_shape),
+            dtype=level.dtype,
+            method=level.method,
+            cell=cell_text(level),
+            row_bytes=level.row_bytes,
+            stored_bytes=status.stored_bytes[level.name],
+            ratio=status.stored_bytes[level.name] / max(1, level.row_bytes * status.ok),
+        )
         for level in store.spec.levels
     ]
 
@@ -307,8 +327,8 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
     yield f"{'level':<8} {'row':<16} {'stored as':<9} {'cell':<14} {'method':<10} {'a row':>10} {'all rows':>10} {'of raw':>7}"
     for row in level_rows(store, status):
         yield (
-            f"{row['name']:<8} {row['shape']:<16} {row['dtype']:<9} {row['cell']:<14} {row['method']:<10} "
-            f"{size_text(row['row_bytes']):>10} {size_text(row['stored_bytes']):>10} {row['ratio']:>7.0%}"
+            f"{row.name:<8} {row.shape:<16} {row.dtype:<9} {row.cell:<14} {row.method:<10} "
+            f"{size_text(row.row_bytes):>10} {size_text(row.stored_bytes):>10} {row.ratio:>7.0%}"
         )
     yield ""
     yield f"{'row':>8}  {'photo px':<12} {'status':<8} key"

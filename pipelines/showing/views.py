@@ -6,15 +6,14 @@ runs. Maps are drawn as squares, one per cell: what is smooth in the picture is 
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from operators.visual import Panel, RgbProjection, Tile, cosine_map, heat
 from pipelines.features.photos import read_photos
 from storage.documents import Document, MissingObject
-from storage.paths import StorageError
+from storage.paths import StorageError, StorageOptions
 from storage.pixels import bilinear, cell_centres, to_cells
 from storage.spec import Level
 from storage.spread import spread
@@ -117,7 +116,7 @@ def view_panel(
     foreground: bool = False,
     refit: bool = False,
     colours_from: FeatureStore | None = None,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> Panel:
     """One line per row: the photograph as the model saw it, and the PCA colours of every level."""
     shown = dense_levels(store, levels)
@@ -150,7 +149,7 @@ def similar_panel(
     others: Sequence[str | int] = (),
     *,
     levels: Sequence[str] = (),
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> Panel:
     """Cosine similarity of one pixel's feature with all cells of its own image and of `others`, per level.
 
@@ -161,17 +160,17 @@ def similar_panel(
     pixels = store.pixels(key)
     height, width = store.spec.input_size
     if point_xy is None:
-        point_xy = tuple(
-            np.clip(pixels.to_original([width / 2, height / 2]), 0, [pixels.width, pixels.height]).tolist()
-        )
-    rows = np.concatenate([store.rows(key), store.rows(list(others))])
+        middle = pixels.to_original(np.array([width / 2, height / 2]))
+        x, y = np.clip(middle, 0, [pixels.width, pixels.height]).tolist()
+        point_xy = x, y
+    rows = np.concatenate([store.rows(each) for each in (key, *others)])
     columns = _similarities(store, key, point_xy, rows, dense_levels(store, levels))
     # One scale for all levels of an image, so that they compare; each image its own, since others are less alike.
     scales = [
         (min(np.percentile(values[i], 2) for _, values in columns), max(values[i].max() for _, values in columns))
         for i in range(len(rows))
     ]
-    placed = pixels.to_input(point_xy) / [width, height]
+    placed = pixels.to_input(np.array(point_xy)) / [width, height]
     tiles = [
         [
             Tile(pixels=photo, is_photo=True, mark=(placed[0], placed[1]) if i == 0 else None),

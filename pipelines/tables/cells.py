@@ -341,7 +341,7 @@ def _read_result(cell: Cell) -> CellResult | None:
     try:
         found = parse_json(Folder(cell.training.out, cell.training.options).read(RESULT))
         # As for runs: a setting that didn't exist yet counts as its default, None.
-        if differences(found["settings"], _settings(cell)):
+        if differences(as_object(found["settings"]), _settings(cell)):
             return None
         result = decode_known(CellResult, found["result"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):

@@ -71,9 +71,9 @@ def _entry(group: Sequence[tuple[Cell, CellResult]]) -> Entry:
         method=cell.method,
         scores=tuple(_score(column, done) for column in cell.task.columns),
         due=len(group),
-        parameters=first and first.parameters,
-        grid=first and first.grid,
-        input_size=first and first.input_size,
+        parameters=first.parameters if first else None,
+        grid=first.grid if first else None,
+        input_size=first.input_size if first else None,
     )
 
 
@@ -164,7 +164,7 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
         of = {e.task.name: e for e in found if (e.backbone.name, e.method) == (name, method)}
         counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
         rows.append([f"{name}, {method}", *counts])
-        channels = BY_NAME[name].channels if name in BY_NAME else None
+        channels = BY_NAME[name].channels or 0 if name in BY_NAME else 0
         millions = [known.get((channels, task.label)) for task in tasks]
         if paper and method == "deap" and any(millions):
             rows.append([f"{name}, published", *(f"{each:.3f} M" if each else "" for each in millions)])

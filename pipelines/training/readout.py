@@ -33,7 +33,7 @@ from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.differences import differences
 from storage.documents import JsonValue
 from storage.paths import Folder
-from storage.spec import FeatureSpec, Level
+from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -287,9 +287,8 @@ def _pooled(spec: FeatureSpec, store: str) -> str:
 
 def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, JsonValue]:
     """What a readout's features are: it makes sense on the same ones only."""
-    found = {**spec.learned(), "input_size": list(spec.input_size)}
-    if not spec.model_args:  # as runs from before there were any have it
-        del found["model_args"]
+    names = (*FeatureSpec.names(Use.LEARNED, Use.LEARNED_LATER), "input_size")
+    found = {name: value for name, value in spec.to_json().items() if name in names}
     if level is None:
         return found
     grid = level.grid and list(level.grid)

@@ -31,24 +31,7 @@ def _coarse_table() -> np.ndarray:
 
 COARSE_OF_FINE = _coarse_table()
 """uint8 [256]: the coarse group of each label of COCO-Stuff's PNGs (category id - 1). 255 stays void, and 182 to 254, which no
-file should have, become void: `coarse_labels` refuses them."""
-
-
-def coarse_labels(fine_HW: np.ndarray) -> np.ndarray:
-    """Coarse groups uint8 [H, W] of fine labels 0 to 181 or 255 (void). Raises `ValueError` for other labels."""
-    fine = whole_numbers("fine labels", fine_HW)
-    wrong = fine[((fine < 0) | (fine > 181)) & (fine != VOID)]
-    if wrong.size:
-        raise ValueError(f"COCO-Stuff's labels are 0 to 181, and {VOID} for void; got {wrong[0]}")
-    return COARSE_OF_FINE[fine]
-
-
-def whole_numbers(what: str, values: np.ndarray) -> np.ndarray:
-    """The values as an array. Raises `ValueError` unless they are whole numbers."""
-    values = np.asarray(values)
-    if values.dtype.kind not in "iub":
-        raise ValueError(f"{what} must be whole numbers, got {values.dtype}")
-    return values
+file should have, are void here: `TABLES` has -1 for them."""
 
 
 # --- the values of each data set's PNGs -------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from operators.upsamplers.protocol import UpsamplerError, require_fitting
 from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
+from storage.documents import JsonObject, JsonValue
 
 HEAD_CHANNELS = 64
 """Of each head of the published ones' cross-attention."""
@@ -26,7 +26,7 @@ _OLD_NAMES = (
 
 
 def read_checkpoint(
-    tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor], settings: JsonObject | None = None
 ) -> tuple[ViTUpConfig, dict[str, Tensor], dict[str, Tensor]]:
     """Settings, the head's state and LoRA's state (`Lora.load_peft_state`) of a published file's tensors, as float32.
 
@@ -55,7 +55,7 @@ def _current_name(name: str) -> str:
     return name
 
 
-def _settings_of(head: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Any]:
+def _settings_of(head: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, JsonValue]:
     if "decoder_mlp.0.mlp.1.weight" not in head or "vit_up_blocks.0.mlp.mlp.0.weight" not in head:
         raise UpsamplerError(f"these aren't ViT-Up's weights: no decoder or block among {', '.join([*head][:5])}")
     channels = head["decoder_mlp.0.mlp.1.weight"].shape[0]

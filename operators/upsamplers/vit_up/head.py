@@ -7,9 +7,9 @@ Shapes: B images, N queries, h w the token grid, D channels.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from operators.upsamplers.protocol import Settings, UpsamplerError, given_settings, require_counts
 from operators.upsamplers.vit_up.attention import CrossAttention, Windows
 from operators.upsamplers.vit_up.geometry import ENCODING, Rope, encode_offsets, nearest_tokens, offset_frequencies
+from storage.documents import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,9 @@ class ViTUpConfig(Settings):
     "of LoRA's inputs, in training"
 
     @classmethod
-    def parse(cls, settings: Mapping[str, Any]) -> "ViTUpConfig":
+    def parse(cls, settings: JsonObject) -> "ViTUpConfig":
         """From a JSON object; absent and null settings take the defaults."""
-        given = given_settings(cls, settings, ("channels", "heads"), "ViT-Up")
-        if isinstance(given.get("layers"), list):
-            given["layers"] = tuple(given["layers"])
-        return cls(**given)
+        return cls(**given_settings(cls, settings, ("channels", "heads"), "ViT-Up"))
 
     def __post_init__(self) -> None:
         require_counts(self, "channels", "heads", "window", "query_size", "hidden_size", "mlp_channels", "rank")

@@ -1,7 +1,7 @@
 """ViT-Up as a method: what its checkpoints hold, what it asks of a backbone, and settings and weights where none are given."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from operators.upsamplers.vit_up.checkpoint import HEAD_CHANNELS, read_checkpoin
 from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.lora import Lora
 from operators.upsamplers.vit_up.upsampler import ViTUp
+from storage.documents import JsonObject, JsonValue
 
 _QUERY_SCALE = 8
 """The query grid is sampled from an image enlarged so much: 3584 px for 448."""
@@ -26,10 +27,10 @@ class ViTUpMethod(Method[ViTUpConfig]):
     trained_by = "vit_up"
     chunked = True
 
-    def parse(self, given: Mapping[str, Any]) -> ViTUpConfig:
+    def parse(self, given: JsonObject) -> ViTUpConfig:
         return ViTUpConfig.parse(_without_method(given))
 
-    def identity(self, settings: ViTUpConfig) -> dict[str, Any]:
+    def identity(self, settings: ViTUpConfig) -> dict[str, JsonValue]:
         return _without_method(super().identity(settings))
 
     def with_backbone(self, settings: ViTUpConfig, backbone: TimmBackbone) -> ViTUpConfig:
@@ -40,7 +41,7 @@ class ViTUpMethod(Method[ViTUpConfig]):
         return settings
 
     def read(
-        self, state: Mapping[str, Tensor], given: Mapping[str, Any] | None, backbone: TimmBackbone
+        self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone
     ) -> tuple[ViTUpConfig, dict[str, Tensor]]:
         settings, head, lora = read_checkpoint(state, given and _without_method(given))
         return self.with_backbone(settings, backbone), {**head, **lora}
@@ -65,7 +66,7 @@ class ViTUpMethod(Method[ViTUpConfig]):
         return head + sum(tensor.numel() for name, tensor in state.items() if name.startswith("backbone."))
 
 
-def _without_method(given: Mapping[str, Any]) -> dict[str, Any]:
+def _without_method(given: JsonObject) -> dict[str, JsonValue]:
     return {name: value for name, value in given.items() if name != "method"}
 
 

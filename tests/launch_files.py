@@ -1,8 +1,8 @@
-"""Checks of the files in this folder that people launch with, without a network: before money is spent on a misspelt key.
+"""Checks of the files in cluster/ that people launch with, without a network: before money is spent on a misspelt key.
 
 What Ray checks in `ray up` (its schema and defaults), what boto3 checks of an EC2 request, KubeRay's structure
-(kuberay/schema.json) and what Ray's autoscaler reads from it; then what makes a cluster of this project a good one: an idle
-head, workers that cost nothing when there is no work, one Ray version.
+(cluster/kuberay/schema.json) and what Ray's autoscaler reads from it; then what makes a cluster of this project a good one: an
+idle head, workers that cost nothing when there is no work, one Ray version.
 """
 
 import copy
@@ -20,6 +20,8 @@ from storage.documents import JsonObject
 
 Yaml: TypeAlias = dict[str, Any]
 """A mapping of a launch file. Schemas check it first, which say more than types could; what reads it then relies on them."""
+
+ROOT = Path(__file__).parent.parent
 
 IMAGE_PYTHON = "3.11"
 """The Python that requirements.txt is locked for."""
@@ -99,16 +101,6 @@ def validate(path: str | Path) -> None:
     documents = _documents(path)
     check = _kuberay_problems if any("apiVersion" in document for document in documents) else _launcher_file_problems
     _raise(path, check(documents))
-
-
-def validate_launcher(path: str | Path) -> None:
-    """Check a YAML of `ray up` for AWS, GCP or machines that are there already. Raises `LaunchFileError`."""
-    _raise(path, _launcher_file_problems(_documents(path)))
-
-
-def validate_kuberay(path: str | Path) -> None:
-    """Check RayCluster and RayJob manifests. Raises `LaunchFileError`."""
-    _raise(path, _kuberay_problems(_documents(path)))
 
 
 def validate_dockerfile(path: str | Path) -> None:
@@ -320,7 +312,7 @@ def _structure_problems(document: Yaml) -> list[str]:
     kind = document.get("kind")
     if kind not in ("RayCluster", "RayJob"):
         return [f"kind: {kind!r}, must be RayCluster or RayJob"]
-    schema = json.loads((Path(__file__).parent / "kuberay" / "schema.json").read_text())
+    schema = json.loads((ROOT / "cluster" / "kuberay" / "schema.json").read_text())
     return _schema_problems(document, {"$ref": f"#/definitions/{kind}", "definitions": schema["definitions"]})
 
 
