@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pipelines.benchmarks import autoscale, chaos, evaluation, extract, index, read, readout, scale, train
 from pipelines.benchmarks.evaluation import evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract_report import extract_report
-from pipelines.benchmarks.read_report import read_report
 from pipelines.costs.clocks import Machine, machine
 from pipelines.costs.precision import PRECISION_PRESETS, measure_precision, precision_report
 from pipelines.costs.readouts import DEAP_PRESETS, deap_report, measure_deap
@@ -82,7 +81,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any, Any]] = {
     "extract": Benchmark(extract.DEBUG, extract.measure_extract, extract_report, keeps=True),
     "precision": Benchmark(PRECISION_PRESETS["debug"], measure_precision, precision_report),
     "index": Benchmark(index.DEBUG, index.measure_index, index.index_report),
-    "read": Benchmark(read.DEBUG, read.measure_read, read_report),
+    "read": Benchmark(read.DEBUG, read.measure_read, read.read_report),
     "cost": Benchmark(COST_PRESETS["debug"], lambda config, _: measure_cost(config), cost_report),
     # With settings of their own, for they have little in common with those of upsamplers.
     "cost --vit-up": Benchmark(VIT_UP_PRESETS["debug"], lambda config, _: measure_vit_up(config), vit_up_report),

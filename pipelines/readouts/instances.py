@@ -29,10 +29,6 @@ class ObjectsTask(Task[Record]):
 
     label: ClassVar[Literal["instances"]] = "instances"
 
-    @classmethod
-    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "ObjectsTask[Record]":  # noqa: ARG003
-        return cls(placement=settings.placement, side=settings.side)
-
     def ids(self, label: InstanceArrays) -> np.ndarray:
         """Int32 [side, side]: 0 for background, n + 1 for annotation n."""
         return self.placed(instance_ids(label.masks))
@@ -71,7 +67,6 @@ class BoundaryTask(ObjectsTask[BoundarySums]):
 
 CLASSIFIER = "classifier"
 """The module that a loss needs and nobody else."""
-
 
 LATENTS = 32
 """Channels in which instances are told apart."""

@@ -90,9 +90,9 @@ class Task(Generic[Record]):
     "scores that tables show in percent"
 
     @classmethod
-    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task":
+    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task[Record]":  # noqa: ARG003
         """From a training run's settings, for a data set's images. Raises `ConfigError`."""
-        raise NotImplementedError
+        return cls(placement=settings.placement, side=settings.side)
 
     def as_json(self) -> dict[str, JsonValue]:
         """Its settings, as JSON values."""
