@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,14 @@ AHEAD = 4
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Reference = TypeVar("Reference")
+
+
+Make: TypeAlias = Callable[[], Callable[[Item], Result]]
+"""What travels to a worker, and makes there what does its items."""
+
+How: TypeAlias = Literal["actor", "cluster", "solo"]
+"""Where tasks' images are loaded: by the actors that compute, or by further processes anywhere. `solo` is by the actors, too,
+one task at a time in one worker."""
 
 
 class WorkersLost(RayliftError):
@@ -119,20 +127,13 @@ class Executor(Protocol):
         """
 
     def stream(
-        self,
-        make_worker: MakeWorker,
-        tasks: Sequence[ShardTask],
-        pool: WorkerPool,
-        *,
-        decode_on: str = "actor",
-        solo: bool = False,
+        self, make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How = "actor"
     ) -> Iterator[TaskReport]:
-        """Reports of tasks as they end, in any order. `decode_on="cluster"`: images are loaded by further processes.
-        `solo`: one task at a time, in one worker."""
+        """Reports of tasks as they end, in any order."""
 
     def pieces(
         self,
-        make_worker: Callable[[], Callable[[Item], Result]],
+        make_worker: Make[Item, Result],
         pieces: Sequence[Item],
         pool: WorkerPool,
         *,
@@ -171,30 +172,14 @@ class InlineExecutor:
             pool.shutdown(cancel_futures=True)
 
     def stream(
-        self,
-        make_worker: MakeWorker,
-        tasks: Sequence[ShardTask],
-        pool: WorkerPool,
-        *,
-        decode_on: str = "actor",
-        solo: bool = False,
+        self, make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How = "actor"
     ) -> Iterator[TaskReport]:
-        worker = make_worker()
-        for task in tasks:
-            yield worker.run(task)
+        yield from map(make_worker().run, tasks)
 
     def pieces(
-        self,
-        make_worker: Callable[[], Callable[[Item], Result]],
-        pieces: Sequence[Item],
-        pool: WorkerPool,
-        *,
-        restarts: int = 3,
-        lost: Callable[[Item, WorkersLost], Result] | None = None,
+        self, make_worker: Make[Item, Result], pieces: Sequence[Item], pool: WorkerPool, **_: object
     ) -> Iterator[Result]:
-        worker = make_worker()
-        for piece in pieces:
-            yield worker(piece)
+        yield from map(make_worker(), pieces)
 
 
 def _in_order(
@@ -237,16 +222,10 @@ class RayExecutor:
             yield from _in_order(lambda item: next(turns).do.remote(item), _fetch, items, AHEAD * loaders)
 
     def stream(
-        self,
-        make_worker: MakeWorker,
-        tasks: Sequence[ShardTask],
-        pool: WorkerPool,
-        *,
-        decode_on: str = "actor",
-        solo: bool = False,
+        self, make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How = "actor"
     ) -> Iterator[TaskReport]:
         for start in range(0, len(tasks), WINDOW_TASKS):
-            dataset = _dataset(make_worker, tasks[start : start + WINDOW_TASKS], pool, decode_on, solo)
+            dataset = _dataset(make_worker, tasks[start : start + WINDOW_TASKS], pool, how)
             try:
                 for row in dataset.iter_rows():
                     yield TaskReport(**json.loads(row["report"]))
@@ -257,7 +236,7 @@ class RayExecutor:
 
     def pieces(
         self,
-        make_worker: Callable[[], Callable[[Item], Result]],
+        make_worker: Make[Item, Result],
         pieces: Sequence[Item],
         pool: WorkerPool,
         *,
@@ -278,15 +257,19 @@ class RayExecutor:
                 if waiting:
                     following = waiting.popleft()
                     running[free.do.remote(following)] = free, following
-                result = _fetch_or_lost(ready, piece, lost)
+                result: Result
+                try:
+                    result = _fetch(ready)
+                except WorkersLost as error:
+                    if piece is None or lost is None:
+                        raise
+                    result = lost(piece, error)
                 if piece is not None:
                     yield result
 
 
 @contextmanager
-def _actors(
-    make: Callable[[], Callable[[Item], Result]], count: int, options: Mapping[str, Any]
-) -> "Iterator[list[ActorHandle[Any]]]":
+def _actors(make: Make[Item, Result], count: int, options: Mapping[str, Any]) -> "Iterator[list[ActorHandle[Any]]]":
     """So many `_Actor`s with these options of Ray, which end with the block. What `make` holds crosses the network once per
     node."""
     import ray
@@ -302,9 +285,9 @@ def _actors(
 
 
 class _Actor(Generic[Item, Result]):
-    """What does one item after another; not made before it is asked for, so that an error of that is told as any other."""
+    """What does one item after another; not made before it is asked for, so that an error of that is raised as any other."""
 
-    def __init__(self, make: Callable[[], Callable[[Item], Result]]):
+    def __init__(self, make: Make[Item, Result]):
         self._make = make
 
     @functools.cached_property
@@ -339,23 +322,10 @@ def _fetch(reference: "ray.ObjectRef[Result]") -> Result:  # type: ignore[type-v
         raise WorkersLost(f"a worker was lost and started again too often: {error}. The same command goes on") from None
 
 
-def _fetch_or_lost(
-    reference: "ray.ObjectRef[Result]", piece: Item | None, lost: Callable[[Item, WorkersLost], Result] | None
-) -> Result:
-    try:
-        return _fetch(reference)
-    except WorkersLost as error:
-        if piece is None or lost is None:
-            raise
-        return lost(piece, error)
-
-
 # --- tasks on Ray Data ------------------------------------------------------------------------------------------------
 
 
-def _dataset(
-    make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, decode_on: str, solo: bool
-) -> "ray.data.Dataset":
+def _dataset(make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How) -> "ray.data.Dataset":
     """Reports of tasks, a row each, as they come."""
     import ray
     import ray.data
@@ -372,10 +342,10 @@ def _dataset(
     factory = ray.put(make_worker)
     items = [asdict(task) for task in tasks]
     dataset: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    if decode_on == "cluster":
+    if how == "cluster":
         load = functools.partial(_load_task, factory=factory)
         dataset = dataset.map_batches(load, batch_size=1, batch_format="numpy", num_cpus=1)
-    size = 1 if solo else min(pool.size, len(tasks))
+    size = 1 if how == "solo" else min(pool.size, len(tasks))
     return dataset.map_batches(
         _TaskActor,
         batch_size=1,
@@ -387,7 +357,7 @@ def _dataset(
             min_size=1,
             max_size=size,
             initial_size=size,
-            max_concurrent_calls_per_actor=1 if solo else 2,
+            max_concurrent_calls_per_actor=1 if how == "solo" else 2,
             enable_true_multi_threading=True,
         ),
     )

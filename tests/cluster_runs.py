@@ -104,7 +104,7 @@ def try_real_clusters(folder: str) -> None:
         pool = choose_pool(WorkerRequest(device="cuda", cpus=1, spare_cpu=True))
         seen["decoded apart"] = sorted(
             (report.block, json.loads(report.error)["given"])
-            for report in RayExecutor().stream(make_worker, tasks, pool, decode_on="cluster")
+            for report in RayExecutor().stream(make_worker, tasks, pool, "cluster")
         )
         pool = choose_pool(WorkerRequest(device="auto", accelerator="A100"))
         seen["kinds"] = [json.loads(report.error)["kind"] for report in RayExecutor().stream(make_worker, tasks, pool)]

@@ -163,30 +163,30 @@ def test_a_crop_lies_anywhere_and_keeps_its_pixels():
 # --- changes ----------------------------------------------------------------------------------------------------------
 
 INTENDED = {
-    "_colours": 0.5,
-    "_grey": 0.1,
-    "_blur": 0.35,
-    "_jpeg": 1.0,
-    "_autocontrast": 0.1,
-    "_equalize": 0.075,
-    "_sharpen": 0.1,
-    "_posterize": 0.05,
-    "_solarize": 0.025,
-    "_invert": 0.01,
-    "_noise": 0.6,
+    "colours": 0.5,
+    "grey": 0.1,
+    "blur": 0.35,
+    "jpeg": 1.0,
+    "autocontrast": 0.1,
+    "equalize": 0.075,
+    "sharpen": 0.1,
+    "posterize": 0.05,
+    "solarize": 0.025,
+    "invert": 0.01,
+    "noise": 0.6,
 }
 MILD = {
-    "_colours": 0.25,
-    "_grey": 0.01,
-    "_blur": 0.1225,
-    "_jpeg": 1.0,
-    "_autocontrast": 0.02,
-    "_equalize": 0.01125,
-    "_sharpen": 0.02,
-    "_posterize": 0.005,
-    "_solarize": 0.00125,
-    "_invert": 0.0002,
-    "_noise": 0.36,
+    "colours": 0.25,
+    "grey": 0.01,
+    "blur": 0.1225,
+    "jpeg": 1.0,
+    "autocontrast": 0.02,
+    "equalize": 0.01125,
+    "sharpen": 0.02,
+    "posterize": 0.005,
+    "solarize": 0.00125,
+    "invert": 0.0002,
+    "noise": 0.36,
 }
 
 
@@ -197,7 +197,7 @@ def test_changes_come_as_often_as_intended_and_in_order(monkeypatch, strength, e
     def spy(name):
         return lambda image, rng: log.append(name) or image
 
-    monkeypatch.setattr(augment, "CHANGES", tuple((p, q, spy(change.__name__)) for p, q, change in CHANGES))
+    monkeypatch.setattr(augment, "CHANGES", {name: (p, q, spy(name)) for name, (p, q, _) in CHANGES.items()})
     pixels, rng, runs = photo(2, 2), np.random.default_rng(0), 4000
     for _ in range(runs):
         seen = len(log)
@@ -224,18 +224,18 @@ def test_a_negative_strength_is_refused():
 
 
 def change(name: str):
-    return {change.__name__: change for _, _, change in CHANGES}[name]
+    return CHANGES[name][2]
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("_grey", lambda image: TF.rgb_to_grayscale(image, num_output_channels=3)),
-        ("_autocontrast", TF.autocontrast),
-        ("_equalize", TF.equalize),
-        ("_sharpen", lambda image: TF.adjust_sharpness(image, 1.5)),
-        ("_posterize", lambda image: TF.posterize(image, 5)),
-        ("_invert", TF.invert),
+        ("grey", lambda image: TF.rgb_to_grayscale(image, num_output_channels=3)),
+        ("autocontrast", TF.autocontrast),
+        ("equalize", TF.equalize),
+        ("sharpen", lambda image: TF.adjust_sharpness(image, 1.5)),
+        ("posterize", lambda image: TF.posterize(image, 5)),
+        ("invert", TF.invert),
     ],
 )
 def test_changes_are_those_of_torchvision(name, expected):
@@ -250,7 +250,7 @@ def test_solarize_inverts_all_but_black():
     pixels = np.array([[[0, 1, 2], [128, 254, 255]]], np.uint8)
     expected = TF.solarize(torch.from_numpy(pixels).permute(2, 0, 1), 0.9).permute(1, 2, 0).numpy()
 
-    got = np.asarray(change("_solarize")(Image.fromarray(pixels), np.random.default_rng(0)))
+    got = np.asarray(change("solarize")(Image.fromarray(pixels), np.random.default_rng(0)))
 
     np.testing.assert_array_equal(got, [[[0, 254, 253], [127, 1, 0]]])
     np.testing.assert_array_equal(got, expected)
@@ -279,7 +279,7 @@ def test_jpeg_has_the_four_qualities_as_often_as_intended(monkeypatch):
     monkeypatch.setattr(Image.Image, "save", spy)
     image, rng = Image.fromarray(photo(16, 16)), np.random.default_rng(0)
     for _ in range(1000):
-        change("_jpeg")(image, rng)
+        change("jpeg")(image, rng)
 
     shares = {quality: qualities.count(quality) / 1000 for quality in sorted(set(qualities))}
     assert shares == pytest.approx({40: 0.15, 60: 0.25, 80: 0.35, 95: 0.25}, abs=0.06)
@@ -288,7 +288,7 @@ def test_jpeg_has_the_four_qualities_as_often_as_intended(monkeypatch):
 def test_noise_has_its_deviation_and_is_truncated():
     image = Image.fromarray(np.full((200, 200, 3), 128, np.uint8))
 
-    levels = np.asarray(change("_noise")(image, np.random.default_rng(0))).astype(float)
+    levels = np.asarray(change("noise")(image, np.random.default_rng(0))).astype(float)
 
     assert levels.std() == pytest.approx(7.65, rel=0.01)
     assert levels.mean() == pytest.approx(127.5, abs=0.1)
@@ -347,7 +347,7 @@ def test_any_photo_becomes_a_view(height, width, strength):
 def test_a_grey_photo_goes_through_all_changes():
     pixels = np.repeat(photo(40, 40)[..., :1], 3, axis=2)
 
-    for _, _, apply in CHANGES:
+    for _, _, apply in CHANGES.values():
         got = apply(Image.fromarray(pixels), np.random.default_rng(0))
         assert got.mode == "RGB"
         assert got.size == (40, 40)

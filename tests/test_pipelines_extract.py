@@ -218,7 +218,7 @@ def test_task_that_kills_its_worker_is_set_aside_and_then_recorded_as_failed(mak
     original = ShardWorker.run
 
     class Dies(InlineExecutor):
-        def stream(self, make_worker, tasks, pool, **options):
+        def stream(self, make_worker, tasks, pool, how="actor"):
             worker = make_worker()
             for task in tasks:
                 starts = 0

@@ -21,7 +21,7 @@ from pipelines.extraction.run import extract
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import TrainOrder
 from pipelines.training.lift import X2Config
-from pipelines.training.loop import Alone, Trainer, TrainFailed, read_metrics
+from pipelines.training.loop import Group, Trainer, TrainFailed, read_metrics
 from pipelines.training.run import summarise, train_inline, train_on_ray
 from storage.paths import Folder, InputError
 from storage.runs import read_checkpoint, read_last, read_pointers
@@ -187,7 +187,7 @@ def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, cap
                 clock[0] += next(waits)
                 yield loaded
 
-    trainer = Trainer(prepared(small(log_every=4)), Alone(), torch.device("cpu"))
+    trainer = Trainer(prepared(small(log_every=4)), Group(), torch.device("cpu"))
     measure = trainer.objective.measure
     validations = []
 
@@ -335,7 +335,7 @@ def test_too_many_unreadable_images_end_the_run_until_they_are_allowed(small, tm
 
 def test_a_diverged_run_ends_with_the_step(small):
     setup = prepared(small(checkpoint_every=1, validate_every=1))
-    trainer = Trainer(setup, Alone(), torch.device("cpu"))
+    trainer = Trainer(setup, Group(), torch.device("cpu"))
     with torch.no_grad():
         next(trainer.net.parameters()).fill_(float("nan"))
 

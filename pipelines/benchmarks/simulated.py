@@ -16,7 +16,7 @@ import psutil
 from cluster.metrics import TaskReport
 from cluster.resources import WorkerPool
 from pipelines.costs.clocks import high_water
-from pipelines.executors import Loaded, MakeWorker, RayExecutor
+from pipelines.executors import How, Loaded, MakeWorker, RayExecutor
 from pipelines.extraction.attempts import attempt, ledger_records, write_and_commit
 from storage.paths import StorageOptions
 from storage.spec import ShardTask
@@ -50,7 +50,7 @@ class SimulatedWorker:
     def load(self, task: ShardTask) -> Loaded:
         """What is known of the task's images, without their pixels."""
         with self._index_lock:
-            rows = self.store.index.read(task.first, task.last).to_pylist()
+            rows = self.store.index.read(task.first, task.last)
         return Loaded(np.empty(0, np.uint8), ledger_records(self.store.index, task, rows))
 
     def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:  # noqa: ARG002
@@ -74,7 +74,7 @@ class SimulatedWorker:
 def simulated(make_worker: MakeWorker, forward_s: float) -> SimulatedSetup:
     """What makes simulated workers for the store that the real ones would fill."""
     of = cast("WorkerSetup", make_worker)
-    return SimulatedSetup(out=of.out, options=of.options, run_id=of.run_id, forward_s=forward_s)
+    return SimulatedSetup(out=of.config.out, options=of.config.options, run_id=of.run_id, forward_s=forward_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +109,10 @@ class WatchedExecutor(RayExecutor):
         "when the workers are asked for, and when the first and the last report came"
 
     def stream(
-        self,
-        make_worker: MakeWorker,
-        tasks: Sequence[ShardTask],
-        pool: WorkerPool,
-        *,
-        decode_on: str = "actor",
-        solo: bool = False,
+        self, make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How = "actor"
     ) -> Iterator[TaskReport]:
         self.marks["ready"] = DriverUse.now()
-        for report in super().stream(self._instead(make_worker), tasks, pool, decode_on=decode_on, solo=solo):
+        for report in super().stream(self._instead(make_worker), tasks, pool, how):
             if not self.reports:
                 self.marks["first task"] = DriverUse.now()
             self.reports.append(replace(report, marks={**report.marks, "arrived": time.monotonic()}))

@@ -2,10 +2,11 @@
 
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
+
+import pyarrow as pa
 
 from cluster.metrics import TaskReport
 from pipelines.executors import Loaded
@@ -20,7 +21,7 @@ from storage.writer import BlockWriter
 def attempt(folder: Folder, run_id: str, task: ShardTask) -> Iterator[int]:
     """Leave a marker while the task runs; yields how many starts of it ended without removing theirs, this one included.
 
-    Markers belong to one run: a killed driver's tasks start afresh in the next one.
+    Markers belong to one run: a killed driver's tasks are counted anew in the next one.
     """
     markers = f"runs/{run_id}/attempts/{task.block:08d}"
     name = f"{markers}/{uuid.uuid4().hex}"
@@ -47,10 +48,10 @@ def suspects(folder: Folder, pending: Collection[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-def ledger_records(index: SampleIndex, task: ShardTask, rows: Sequence[Mapping[str, Any]]) -> list[SampleRecord]:
+def ledger_records(index: SampleIndex, task: ShardTask, rows: pa.Table) -> list[SampleRecord]:
     """Ledger rows of a task before its images are read; those without a readable image already failed."""
     records = []
-    for number, row in enumerate(rows, task.first):
+    for number, row in enumerate(rows.to_pylist(), task.first):
         source = index.sources[row["source"]].url
         record = SampleRecord(
             row=number, key=row["key"], source=source, member=row["member"], offset=row["offset"], size=row["size"]
@@ -61,16 +62,14 @@ def ledger_records(index: SampleIndex, task: ShardTask, rows: Sequence[Mapping[s
 
 def failed(record: SampleRecord, stage: str, error: str, message: str) -> SampleRecord:
     """The record of a sample that failed."""
-    return SampleRecord(
-        **{**asdict(record), "status": "failed", "stage": stage, "error": error, "message": message[:500]}
-    )
+    return replace(record, status="failed", stage=stage, error=error, message=message[:500])
 
 
 def write_and_commit(task: ShardTask, writer: BlockWriter, loaded: Loaded) -> TaskReport:
     """Write a task's shards whole and declare it done; returns its report."""
     t0 = time.perf_counter()
     records = [
-        SampleRecord(**{**asdict(record), "clipped": int(writer.clipped[i])}) if writer.clipped[i] else record
+        replace(record, clipped=int(writer.clipped[i])) if writer.clipped[i] else record
         for i, record in enumerate(loaded.records)
     ]
     objects = writer.write()

@@ -40,14 +40,16 @@ class Resolved:
     "the same model in this process, on the CPU"
     files: Listing
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is no mistake, and who reads the features should know; kept in the store's attributes."""
+        return tuple(self.bundle.unfamiliar(self.bundle.spec, self.model.backbone.patch))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class Prepared(Resolved):
     """An extraction that is ready to run: everything but the workers."""
 
-    config: ExtractConfig
-    bundle: ModelBundle
-    model: FeatureModel
     pool: WorkerPool
     layout: Layout
     index: SampleIndex
@@ -58,11 +60,6 @@ class Prepared:
     "what the input holds that is no row, by reason"
     update: InputUpdate | None = None
     "of a store that exists"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What is no mistake, and who reads the features should know; kept in the store's attributes."""
-        return tuple(self.bundle.unfamiliar(self.bundle.spec, self.model.backbone.patch))
 
     def create_store(self) -> FeatureStore:
         """Create or continue the output. Raises `FingerprintMismatch`, `InputError` and `StoreReplaced` for another run's."""
@@ -123,9 +120,10 @@ def resolve(config: ExtractConfig) -> Resolved:
     read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options, config.image_member)
     bundle, model = load_described(config.features, config.options)
-    for note in bundle.unfamiliar(bundle.spec, model.backbone.patch):
+    found = Resolved(config=config, bundle=bundle, model=model, files=files)
+    for note in found.notes:
         logger.warning("%s", note)
-    return Resolved(config=config, bundle=bundle, model=model, files=files)
+    return found
 
 
 def prepare(resolved: Resolved, executor: Executor) -> Prepared:
@@ -148,9 +146,7 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
         index, urls = update.index, update.state.urls
         layout = replace(update.before, n_rows=index.n_rows, index=index.digest)
     return Prepared(
-        config=config,
-        bundle=resolved.bundle,
-        model=resolved.model,
+        **vars(resolved),
         pool=pool,
         layout=layout,
         index=index,

@@ -126,22 +126,18 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     elif store.status == "complete":
         logger.info("%s is complete; nothing to do", store.folder.shown)
     setup = WorkerSetup(
+        config=config,
         bundle=prepared.bundle,
-        out=config.out,
         fingerprint=store.root.fingerprint,
         input_digest=prepared.input_digest,
-        options=config.options,
         urls=prepared.urls,
         run_id=run_id,
         device=pool.device,
         threads=pool.cpus,
         batch=batch,
-        batch_is_fixed=config.batch is not None,
-        max_image_pixels=config.max_image_pixels,
-        max_image_bytes=config.max_image_bytes,
         suspects=suspects(store.folder, {task.block for task in pending}),
     )
-    run = _Run(config, store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
+    run = _Run(store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
     run.execute(pending)
     if pending and not run.errors and (changes := changed_meanwhile(config, store, executor)):
         raise RunFailed(
@@ -172,13 +168,11 @@ def _check_done(store: FeatureStore) -> set[int]:
     done = store.ledger.done()
     if strangers := store.ledger.strangers():
         logger.warning("ledger/commits holds what is no record of this store; it is left alone: %s", strangers[:10])
-    if store.status == "writing" and done:
-        torn = store.ledger.torn(sorted(done))
-        if torn:
-            reasons = "\n  ".join(list(torn.values())[:5])
-            logger.warning("%d finished tasks are damaged; they run again:\n  %s", len(torn), reasons)
-            store.revoke(torn)
-            done -= set(torn)
+    if store.status == "writing" and done and (torn := store.ledger.torn(sorted(done))):
+        reasons = "\n  ".join(list(torn.values())[:5])
+        logger.warning("%d finished tasks are damaged; they run again:\n  %s", len(torn), reasons)
+        store.revoke(torn)
+        done -= set(torn)
     return done
 
 
@@ -196,16 +190,8 @@ def _revoke_failed(store: FeatureStore, done: set[int], input_digest: str) -> se
 class _Run:
     """One run's accounting."""
 
-    def __init__(
-        self,
-        config: ExtractConfig,
-        store: FeatureStore,
-        setup: WorkerSetup,
-        executor: Executor,
-        pool: WorkerPool,
-        rows_done: int,
-    ):
-        self.config, self.store, self.setup, self.executor, self.pool = config, store, setup, executor, pool
+    def __init__(self, store: FeatureStore, setup: WorkerSetup, executor: Executor, pool: WorkerPool, rows_done: int):
+        self.config, self.store, self.setup, self.executor, self.pool = setup.config, store, setup, executor, pool
         self.progress = Progress(total=store.layout.n_rows, done=rows_done)
         self.errors: list[str] = []
         self.replaced = ""
@@ -220,24 +206,20 @@ class _Run:
             return
         with self.progress, self._heartbeat():
             try:
-                self._execute(pending)
+                if aside := self._drain(pending, solo=False):
+                    said = "%d tasks run again, one at a time: their workers died, hung, or had no memory"
+                    logger.warning(said, len(aside))
+                    stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
+                    self.errors += [f"task {block}: set aside twice" for block in stuck]
             except Exception:
                 self.store.require_in_place()  # if it isn't, that is the reason
                 raise
         self._save_progress()
 
-    def _execute(self, pending: Sequence[ShardTask]) -> None:
-        aside = self._drain(pending, solo=False)
-        if aside:
-            logger.warning("%d tasks run again, one at a time: their workers died, hung, or had no memory", len(aside))
-            stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
-            self.errors += [f"task {block}: set aside twice" for block in stuck]
-
     def _drain(self, tasks: Sequence[ShardTask], *, solo: bool) -> list[int]:
         setup = replace(self.setup, solo=solo)
         aside: list[int] = []
-        decode_on = "actor" if solo else self.config.decode_on
-        for report in self.executor.stream(setup, tasks, self.pool, decode_on=decode_on, solo=solo):
+        for report in self.executor.stream(setup, tasks, self.pool, "solo" if solo else self.config.decode_on):
             if self.replaced or report.outcome == "replaced":
                 raise StoreReplaced(self.replaced or report.error)
             if report.outcome == "set_aside":
@@ -322,16 +304,13 @@ class _Run:
             seconds=time.monotonic() - self.progress.started,
             start_up_s=self.start_up_s,
             stage_seconds=dict(self.progress.seconds),
-            reasons=self._reasons() if failed else [],
+            reasons=commonest_reasons(self.store.failures(REASON_COLUMNS)) if failed else [],
             bytes_written=self.bytes_written,
             left_out=left_out,
         )
 
-    def _reasons(self) -> list[str]:
-        return commonest_reasons(self.store.failures(REASON_COLUMNS))
-
     def _budget_text(self, what: str) -> str:
-        reasons = "\n  ".join(self._reasons())
+        reasons = "\n  ".join(commonest_reasons(self.store.failures(REASON_COLUMNS)))
         return (
             f"{what}, more than the budget of {self.config.max_failed_fraction:.2%} (--max-failed-fraction). The commonest "
             f"reasons:\n  {reasons}\nWhat is written stays; the same command continues, --retry-failed tries the failed again."

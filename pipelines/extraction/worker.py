@@ -20,13 +20,14 @@ from operators.codecs.refusal import ImageRefused
 from operators.image import DecodedImage, decode, limit_pillow
 from pipelines.executors import Loaded
 from pipelines.extraction.attempts import attempt, failed, ledger_records, write_and_commit
+from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
 from pipelines.extraction.host import HostCopy, HostRows
 from pipelines.extraction.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.photos import geometry_of
 from storage.ledger import SampleRecord, image_digest
-from storage.paths import Folder, StorageError, StorageOptions, redact
+from storage.paths import Folder, StorageError, redact
 from storage.root import StoreReplaced, require_same_store
 from storage.samples import read_images
 from storage.spec import Level, ShardTask
@@ -46,22 +47,17 @@ MAX_SOLO_STARTS = 3
 class WorkerSetup:
     """What every worker of a run gets; travels once per node."""
 
+    config: ExtractConfig
     bundle: ModelBundle
-    out: str
     fingerprint: str
     "of the store that the driver continues"
     input_digest: str
     "of the sources as the driver reads them; see `storage.sources.sources_digest`"
-    options: StorageOptions
     urls: tuple[str, ...]
     run_id: str
     device: str
     threads: int
     batch: int
-    batch_is_fixed: bool
-    "the user named it: not reduced where memory is short"
-    max_image_pixels: int
-    max_image_bytes: int
     suspects: frozenset[int] = frozenset()
     "blocks that were under way when an earlier run died"
     solo: bool = False
@@ -75,8 +71,8 @@ class ShardWorker:
     """Does tasks: read, decode, forward, upsample, encode, write, commit. Two calls may overlap; the model is locked."""
 
     def __init__(self, setup: WorkerSetup, *, model: bool = True):
-        self.setup = setup
-        folder = Folder(setup.out, setup.options)
+        self.setup, self.config = setup, setup.config
+        folder = Folder(self.config.out, self.config.options)
         self.store = FeatureStore(folder, require_same_store(folder, setup.fingerprint, setup.input_digest))
         self.index = self.store.index
         self.geometry = geometry_of(self.store.spec)
@@ -85,13 +81,14 @@ class ShardWorker:
         # These only compress, and are idle when a call has returned.
         self._pool = ThreadPoolExecutor(setup.threads)
         self._decoders = DecodeThreads(setup.threads)
-        self._memory = DecodeMemory(setup.max_image_pixels)
-        limit_pillow(setup.max_image_pixels)
+        self._memory = DecodeMemory(self.config.max_image_pixels)
+        limit_pillow(self.config.max_image_pixels)
         if model:
             torch.set_num_threads(setup.threads)
             self.model = setup.bundle.build(setup.device)
             self._host = HostCopy(self.model.device)
-            self.batch = setup.batch if setup.batch_is_fixed else self.model.fit_batch(setup.batch)
+            # What the user named is not reduced where memory is short.
+            self.batch = setup.batch if self.config.batch else self.model.fit_batch(setup.batch)
 
     def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
         """Do one task to its commit record, from its images or from what a separate stage `loaded`; returns a report.
@@ -109,7 +106,7 @@ class ShardWorker:
         except StoreReplaced as error:
             return TaskReport(block=task.block, outcome="replaced", error=str(error))
         except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
-            message = redact(f"{type(error).__name__}: {error}", self.setup.options)
+            message = redact(f"{type(error).__name__}: {error}", self.config.options)
             is_known = isinstance(error, OSError | StorageError)
             logger.warning("task %d did not finish: %s", task.block, message, exc_info=not is_known)
             return TaskReport(block=task.block, outcome="error", error=message)
@@ -122,7 +119,7 @@ class ShardWorker:
         if starts <= MAX_STARTS + MAX_SOLO_STARTS:
             return None
         with self._index_lock:
-            rows = self.index.read(task.first, task.last).to_pylist()
+            rows = self.index.read(task.first, task.last)
         message = f"the worker died {starts - 1} times while on this task: out of memory, or a crash in native code"
         records = [
             record if record.status == "failed" else failed(record, "worker", "WorkerDied", message)
@@ -153,15 +150,10 @@ class ShardWorker:
         t0 = time.perf_counter()
         with self._index_lock:
             table = self.index.read(task.first, task.last)
-        records = [self._within_limit(record) for record in ledger_records(self.index, task, table.to_pylist())]
+        records = [self._within_limit(record) for record in ledger_records(self.index, task, table)]
         readable = [i for i, record in enumerate(records) if record.status == "ok"]
-        blobs = dict(
-            zip(
-                readable,
-                read_images(table.take(pa.array(readable, pa.int64())), self.setup.urls, self.setup.options),
-                strict=True,
-            )
-        )
+        chosen = table.take(pa.array(readable, pa.int64()))
+        blobs = dict(zip(readable, read_images(chosen, self.setup.urls, self.config.options), strict=True))
         t1 = time.perf_counter()
         h, w = self.store.spec.input_size
         pixels = np.zeros((task.n_rows, h, w, 3), np.uint8)
@@ -171,19 +163,17 @@ class ShardWorker:
         return Loaded(pixels, records, seconds, sum(len(blob) for blob in blobs.values() if blob))
 
     def _within_limit(self, record: SampleRecord) -> SampleRecord:
-        limit = self.setup.max_image_bytes
-        if record.status == "failed" or record.size <= limit:
+        limit, size = self.config.max_image_bytes, record.size
+        if record.status == "failed" or size <= limit:
             return record
-        message = (
-            f"{record.size} bytes are more than max_image_bytes = {limit}; raise --max-image-bytes if it's an image"
-        )
+        message = f"{size} bytes are more than max_image_bytes = {limit}; raise --max-image-bytes if it's an image"
         return failed(record, "read", "TooLarge", message)
 
     def _decode_in_threads(
         self, records: list[SampleRecord], blobs: Mapping[int, bytes | None], pixels: np.ndarray
     ) -> None:
         def here(data: bytes) -> DecodedImage:
-            spec, limit = self.store.spec, self.setup.max_image_pixels
+            spec, limit = self.store.spec, self.config.max_image_pixels
             return decode(data, self.geometry, max_pixels=limit, draft=spec.jpeg_draft, memory=self._memory)
 
         def one(i: int) -> SampleRecord | None:
@@ -198,7 +188,7 @@ class ShardWorker:
             records[i] = record or _decoded(records[i], blobs[i], pixels[i], here)
 
     def _decode_apart(self, records: list[SampleRecord], blobs: Mapping[int, bytes | None], pixels: np.ndarray) -> None:
-        limit, draft = self.setup.max_image_pixels, self.store.spec.jpeg_draft
+        limit, draft = self.config.max_image_pixels, self.store.spec.jpeg_draft
         with Sandbox(self.geometry, max_pixels=limit, draft=draft) as sandbox:
             for i, blob in blobs.items():
                 try:
@@ -299,13 +289,5 @@ def _decoded(
         return failed(record, "decode", type(error).__name__, str(error))
     out[:] = image.pixels
     place = image.placement
-    return replace(
-        record,
-        width=image.width,
-        height=image.height,
-        x_scale=place.x_scale,
-        x_offset=place.x_offset,
-        y_scale=place.y_scale,
-        y_offset=place.y_offset,
-        conversion=image.conversion or None,
-    )
+    scales = {name: getattr(place, name) for name in ("x_scale", "x_offset", "y_scale", "y_offset")}
+    return replace(record, width=image.width, height=image.height, conversion=image.conversion or None, **scales)

@@ -3,10 +3,9 @@
 The driver hands the same arrays to every worker: they cross the network once per node, and what was hashed is what runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,11 +17,7 @@ from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
 from pipelines.features.levels import LevelChoice, resolve_level
 from pipelines.features.model import FeatureModel
-from pipelines.features.upsamplers import (
-    UpsamplerWeights,
-    load_upsampler,
-    unfamiliar_size,
-)
+from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler, unfamiliar_size
 from pipelines.features.weights import WeightsChoice, load_model, read_description
 from storage.paths import StorageOptions
 from storage.spec import FeatureSpec
@@ -58,22 +53,16 @@ class ModelBundle:
 
     def reload(self) -> nn.Module:
         """The timm model with its own position embeddings, which a backbone in use has replaced."""
-        return fresh_model(self.spec.model, self.spec.input_size, self.arrays, self.spec.model_args)
+        spec = self.spec
+        return load_arrays(create_model(spec.model, spec.input_size, None, None, spec.model_args), self.arrays)
 
     def unfamiliar(self, spec: FeatureSpec, patch: int) -> list[str]:
         """Sentences, one for each learned level of `spec` (this one's, or of other input) whose maps are of a size that its
         upsampler wasn't trained on; `patch` is the backbone's, in pixels."""
         base = cells(spec.input_size, patch, spec.stride)
-        told = {lv.name: self.upsamplers[lv.name] for lv in spec.levels if lv.name in self.upsamplers}
-        notes = [unfamiliar_size(name, weights, spec.input_size, base, patch) for name, weights in told.items()]
+        names = [level.name for level in spec.levels if level.name in self.upsamplers]
+        notes = [unfamiliar_size(name, self.upsamplers[name], spec.input_size, base, patch) for name in names]
         return [note for note in notes if note]
-
-
-def fresh_model(
-    name: str, size: tuple[int, int], arrays: Mapping[str, np.ndarray], model_args: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """timm's model with the arrays of its weights, whatever a backbone has made of another one of them."""
-    return load_arrays(create_model(name, size, None, None, model_args), arrays)
 
 
 def cells(size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
@@ -135,8 +124,11 @@ def describe_model(
         ragged=features.ragged,
     )
     spec = _spec(features, loaded, backbone, weights_digest(arrays))
-    learned = _load_upsamplers(levels, backbone, spec, options, force=features.force_upsampler)
-    reload = partial(fresh_model, spec.model, spec.input_size, arrays, spec.model_args)
+    # Levels of one method and URL share theirs.
+    places = dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
+    force = features.force_upsampler
+    loaded_once = {each: load_upsampler(*each, backbone, spec, options, force=force) for each in places}
+    learned = {each.name: loaded_once[each.method, each.url] for each in levels if each.url}
     resolved = tuple(
         resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name))
         for choice in levels
@@ -146,7 +138,7 @@ def describe_model(
             f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
         )
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
-    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, reload)
+    return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, bundle.reload)
 
 
 def _choices(features: FeatureConfig) -> list[LevelChoice]:
@@ -177,19 +169,3 @@ def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, 
         levels=(),
         model_args=dict(loaded.described.model_args),
     )
-
-
-def _load_upsamplers(
-    levels: Sequence[LevelChoice],
-    backbone: TimmBackbone,
-    spec: FeatureSpec,
-    options: Mapping[str, Any] | None,
-    *,
-    force: bool,
-) -> dict[str, UpsamplerWeights]:
-    """By level; levels of one method and URL share theirs."""
-    checkpoints = {
-        place: load_upsampler(*place, backbone, spec, storage_options=options, force=force)
-        for place in dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
-    }
-    return {choice.name: checkpoints[choice.method, choice.url] for choice in levels if choice.url}

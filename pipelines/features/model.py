@@ -145,11 +145,8 @@ class FeatureModel:
         rows, columns = self.backbone.grid_of(spec.input_size)
         # Each further layer: its map as kept, stacked with the others, and as rows.
         kept = 3 * 4 * batch * rows * columns * self.backbone.channels * (len(self._asked) - 1)
-        rows = (
-            2
-            * batch
-            * sum(math.prod(level.row_shape) * (2 if level.dtype == "float16" else 4) for level in spec.levels)
-        )
+        widths = {"float16": 2, "float32": 4, "int8": 4}  # int8 is float32 until it is stored
+        rows = 2 * batch * sum(math.prod(level.row_shape) * widths[level.dtype] for level in spec.levels)
         return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + rows + max(ups, default=0)
 
 

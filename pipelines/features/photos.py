@@ -1,8 +1,6 @@
 """Photographs as pixels: of data sets, upright; and those behind stored rows, read again and placed as the model saw them."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +8,7 @@ from operators.image import Geometry, ImageRefused, decode, open_rgb
 from storage.datasets.frames import require_size
 from storage.datasets.images import EncodedImage, orientation_of, unreadable
 from storage.ledger import image_digest
-from storage.paths import StorageError
+from storage.paths import StorageError, StorageOptions
 from storage.samples import read_images
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
@@ -49,7 +47,7 @@ def geometry_of(spec: FeatureSpec) -> Geometry:
 
 
 def read_photos(
-    store: FeatureStore, rows: np.ndarray, storage_options: Mapping[str, Any] | None = None
+    store: FeatureStore, rows: np.ndarray, storage_options: StorageOptions | None = None
 ) -> list[np.ndarray | None]:
     """The model's input of each row, uint8 [height, width, 3]; None, with a warning, where the source can't be read or holds
     another image by now."""

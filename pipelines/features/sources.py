@@ -9,7 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
-
 
 CACHE_BYTES = 2**29
 """Maps that one worker keeps for images that come again."""
@@ -98,16 +97,12 @@ class LiveRecipe:
     bundles: Mapping[bool, ModelBundle]
     "by whether inputs are ragged (not filled by patches)"
     patch: int
-    drawing: Drawing
+    how_drawn: Drawing
     sizes: tuple[Size, ...] = ()
     "of the inputs, as far as they are known beforehand"
 
     def open(self, device: str) -> "LiveSource":
         return LiveSource(self, device)
-
-    @property
-    def how_drawn(self) -> Drawing:
-        return self.drawing
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`."""
@@ -123,7 +118,7 @@ class LiveRecipe:
         spec = next(iter(self.bundles.values())).spec
         said = {name: value for name, value in spec.to_json().items() if name not in FeatureSpec.names(Use.PLACED)}
         said["levels"] = [[level.name, level.method, level.dtype, level.digest] for level in spec.levels]
-        return {"drawing": self.drawing, "model": said}
+        return {"drawing": self.how_drawn, "model": said}
 
     def bundle(self, size: Size) -> ModelBundle:
         """What builds the model for inputs of `size`."""
@@ -175,7 +170,7 @@ class LiveSource:
         spec = self.recipe.spec(picture.size)
         shown, data = self._data
         data = data if shown == picture.image.shown else picture.image.data()
-        pixels = draw(picture, data, spec, self.recipe.drawing)
+        pixels = draw(picture, data, spec, self.recipe.how_drawn)
         found = self._model(picture.size, spec)(pixels[None])
         by_level = {name: rows[0] for name, rows in found.levels.items()}
         pooled = pooled_level(spec.levels)
@@ -209,13 +204,10 @@ class StoreRecipe:
     """Open stores, one per input size."""
 
     stores: Mapping[Size, FeatureStore]
+    how_drawn: ClassVar[Drawing] = "extract"
 
     def open(self, device: str) -> "StoreSource":
         return StoreSource(self, device)
-
-    @property
-    def how_drawn(self) -> Drawing:
-        return "extract"
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`."""
@@ -223,7 +215,7 @@ class StoreRecipe:
         return rows_of(spec.levels, spec.stride, self.store(size).folder.shown)
 
     def notes(self) -> list[str]:
-        """What was said when the features were extracted."""
+        """Those of the extraction."""
         return [note for store in self.stores.values() for note in store.attributes.get("notes", ())]
 
     def identity(self) -> dict[str, JsonValue]:
@@ -328,15 +320,13 @@ def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
     if store.spec.geometry != geometry or (geometry == "crop" and store.spec.crop_pct != 1):
         raise ConfigError(
             f"{store.folder.shown} was extracted with --geometry {store.spec.geometry} --crop-pct {store.spec.crop_pct:g}; this "
-            f"protocol places images as "
-            f"--geometry {geometry} does. Extract with --geometry {geometry} --size {height}x{width}"
+            f"protocol places images as --geometry {geometry} does. Extract with --geometry {geometry} --size {height}x{width}"
         )
 
 
 # --- either -----------------------------------------------------------------------------------------------------------
 
 Recipe = LiveRecipe | StoreRecipe
-AnyRecipe = TypeVar("AnyRecipe", LiveRecipe, StoreRecipe)
 
 
 class CachedSource:
@@ -360,17 +350,16 @@ class CachedSource:
         name = picture.image.shown, picture.size
         if name not in self._kept:
             self._kept[name] = self.source.maps(picture)
-            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > self.max_bytes:
+            while len(self._kept) > 1 and self._bytes() > self.max_bytes:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(name)
         return self._kept[name]
 
+    def _bytes(self) -> int:
+        return sum(each.nbytes for maps in self._kept.values() for each in maps.values())
+
     def pooled(self, picture: Picture) -> Tensor | None:
         return self.source.pooled(picture)
-
-
-def _bytes(maps: Mapping[str, Tensor]) -> int:
-    return sum(each.nbytes for each in maps.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,8 +382,17 @@ def resolve_source(
     `geometry`: how jobs/extract.py would place the protocol's images (`Picture.geometry`).
     Raises `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`, `StorageError`.
     """
-    if choice.stores:
-        return _open_stores(choice, sizes, geometry)
+    recipe, sizes = (_open_stores if choice.stores else _load_model)(choice, sizes, geometry)
+    for size in sizes:
+        recipe.rows(size)
+    for note in recipe.notes():
+        logger.warning("%s", note)
+    return recipe, sizes
+
+
+def _load_model(
+    choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
+) -> tuple[LiveRecipe, tuple[Size, ...]]:
     if choice.drawing == "extract" and geometry is None:
         raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
     features, options = choice.features, choice.options
@@ -412,10 +410,7 @@ def resolve_source(
         loaded = first if size == first.size else load_settings(features, size, options, first.described)
         wanted = completed(features, ragged=ragged, geometry="squash")
         bundles[ragged], _ = describe_model(wanted, loaded, options)
-    recipe = LiveRecipe(bundles=bundles, patch=patch, drawing=choice.drawing, sizes=sizes)
-    for size in sizes:
-        recipe.rows(size)
-    return _told(recipe), sizes
+    return LiveRecipe(bundles=bundles, patch=patch, how_drawn=choice.drawing, sizes=sizes), sizes
 
 
 def _open_stores(
@@ -428,15 +423,8 @@ def _open_stores(
     recipe = StoreRecipe(stores=by_size)
     sizes = tuple(dict.fromkeys(sizes)) or tuple(sorted(by_size))
     for size in sizes:
-        recipe.rows(size)
         require_geometry(recipe.store(size), geometry)
-    return _told(recipe), sizes
-
-
-def _told(recipe: AnyRecipe) -> AnyRecipe:
-    for note in recipe.notes():
-        logger.warning("%s", note)
-    return recipe
+    return recipe, sizes
 
 
 def describe(recipe: Recipe) -> dict[str, JsonValue]:

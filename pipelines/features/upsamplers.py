@@ -25,7 +25,7 @@ from operators.upsamplers.protocol import Precision, Reload
 from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
 from storage.differences import differences
 from storage.documents import JsonObject
-from storage.paths import Folder, has_extension, redact
+from storage.paths import Folder, StorageOptions, has_extension, redact
 from storage.runs import read_pointers
 from storage.spec import FeatureSpec, Use
 
@@ -92,8 +92,8 @@ def load_upsampler(
     url: str,
     backbone: TimmBackbone,
     spec: FeatureSpec,
+    storage_options: StorageOptions | None = None,
     *,
-    storage_options: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> UpsamplerWeights:
     """The upsampler at `url` for `backbone`; `spec` is of the maps that it would be given.
@@ -146,7 +146,7 @@ def unfamiliar_size(
     )
 
 
-def _read_config(url: str, options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_config(url: str, options: StorageOptions | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """`upsampler` and `backbone` of a folder's config.json."""
     folder = Folder(url, options)
     try:

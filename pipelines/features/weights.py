@@ -10,10 +10,9 @@ import socket
 import struct
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import huggingface_hub
 import safetensors.torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from operators.backbone import create_model, preprocessing
 from pipelines.features.descriptions import ModelDescription, describe_weights
 from storage.errors import RayliftError
-from storage.paths import Folder, StorageError, has_extension, read_file, redact
+from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file, redact
 
 
 class WeightsUnavailable(RayliftError):
@@ -56,7 +55,7 @@ class WeightsChoice:
         return cls(source="file", url=text)
 
 
-def read_description(name: str, weights: WeightsChoice, options: Mapping[str, Any] | None) -> ModelDescription:
+def read_description(name: str, weights: WeightsChoice, options: StorageOptions | None) -> ModelDescription:
     """What the model expects, and how its network is built: as timm has it for `name`, or as the weights' own folder says.
 
     Raises `BackboneError`.
@@ -74,7 +73,7 @@ def load_model(
     size: tuple[int, int],
     weights: WeightsChoice,
     revision: str | None,
-    options: Mapping[str, Any] | None,
+    options: StorageOptions | None,
     described: ModelDescription | None = None,
 ) -> torch.nn.Module:
     """The timm model with its weights, on the CPU; `described`: what `read_description` gives, where the caller has it already.
@@ -89,7 +88,7 @@ def load_model(
     return create_model(name, size, _hub_state_dict(name, revision), None)
 
 
-def read_state_dict(url: str, options: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+def read_state_dict(url: str, options: StorageOptions | None = None) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or torch file, or of a folder that holds one of WEIGHT_NAMES, at a path or URL.
 
     Torch files are read with weights_only=True: nothing is unpickled. Raises `WeightsUnavailable`.

@@ -1,7 +1,7 @@
 """ViT-Up's training images: a random square of a photo, changed in colour and sharpness, and the canvas the student sees.
 
 The teacher sees the whole square; the student sees it smaller, somewhere on a canvas of noise, and is asked for features
-inside the box where it lies (specs/lift_vitup.md B12). NumPy and Pillow only: decoding tasks start faster without torch. All
+inside the box where it lies (arXiv 2606.14024). NumPy and Pillow only: decoding tasks start faster without torch. All
 chance comes from the generator that is passed in.
 
 Shapes: H W pixels of the photo, S pixels of the square's and the canvas's side.
@@ -49,7 +49,7 @@ def training_view(
 
 
 def square_crop(pixels_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random square, a view: at least half the long side where the short side has that, and any place (B12.1)."""
+    """A random square, a view: at least half the long side where the short side has that, and any place."""
     height, width = pixels_HWC.shape[:2]
     short, long = min(height, width), max(height, width)
     share = rng.uniform(min(0.5 * long, short) / short, 1.0)
@@ -87,7 +87,7 @@ def student_canvas(square_SSC: np.ndarray, rng: np.random.Generator) -> tuple[np
 def place(
     square_HWC: np.ndarray, noise_SSC: np.ndarray, scale: float, corner: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shrink the square, put it on the noise with its upper left pixel at `corner` (x, y), in place (B12.3, B12.4).
+    """Shrink the square, put it on the noise with its upper left pixel at `corner` (x, y), in place.
 
     Returns the canvas and the box (x0, y0, width, height), float32. As in the official code, the box's side is `scale`
     itself, less than a pixel more than what was pasted, cut off at the canvas's edge.
@@ -145,7 +145,7 @@ def _neighbours(n: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def augment(pixels_HWC: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
-    """ViT-Up's changes of uint8 [H, W, 3] in their order (B12.2); `pixels_HWC` itself at strength 0, as in validation.
+    """ViT-Up's changes of uint8 [H, W, 3] in their order; `pixels_HWC` itself at strength 0, as in validation.
 
     Strength a raises each change's probability p to p^(1/a): 1 is the published run's, less is milder. The noise is added in
     floating point and the result truncated to uint8, of which the teacher sees the 8-bit values (officially, the noise's
@@ -156,10 +156,14 @@ def augment(pixels_HWC: np.ndarray, rng: np.random.Generator, strength: float = 
     if strength == 0:
         return pixels_HWC
     image = Image.fromarray(pixels_HWC)
-    for probability, probability_inside, change in CHANGES:
+    for probability, probability_inside, change in CHANGES.values():
         if rng.random() < probability ** (1 / strength) and rng.random() < probability_inside:
             image = change(image, rng)
     return np.array(image)
+
+
+JITTER = (0.2, 0.2, 0.3, 0.05)
+"""ViT-Up's amounts of `colour_jitter`."""
 
 
 def colour_jitter(
@@ -187,18 +191,6 @@ def photometric_distort(image: Image.Image, rng: np.random.Generator) -> Image.I
     return image
 
 
-def _brightness(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(factor)
-
-
-def _contrast(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(factor)
-
-
-def _saturation(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Color(image).enhance(factor)
-
-
 def _hue(image: Image.Image, part: float) -> Image.Image:
     h, s, v = image.convert("HSV").split()
     shift = int(part * 255)
@@ -207,19 +199,12 @@ def _hue(image: Image.Image, part: float) -> Image.Image:
     return Image.merge("HSV", (turned, s, v)).convert("RGB")
 
 
-_COLOURS = (_brightness, _contrast, _saturation, _hue)
-
-
-def _colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return photometric_distort(colour_jitter(image, rng, (0.2, 0.2, 0.3, 0.05)), rng)
-
-
-def _grey(image: Image.Image, _: np.random.Generator) -> Image.Image:
-    return image.convert("L").convert("RGB")
-
-
-def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return Image.fromarray(gaussian_blur(np.asarray(image), rng.uniform(0.3, 1.5)))
+_COLOURS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
+    lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
+    lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
+    lambda image, factor: ImageEnhance.Color(image).enhance(factor),
+    _hue,
+)
 
 
 def gaussian_blur(pixels_HWC: np.ndarray, sigma: float) -> np.ndarray:
@@ -252,31 +237,6 @@ def _jpeg(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def _autocontrast(image: Image.Image, _: np.random.Generator) -> Image.Image:
-    return ImageOps.autocontrast(image)
-
-
-def _equalize(image: Image.Image, _: np.random.Generator) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-def _sharpen(image: Image.Image, _: np.random.Generator) -> Image.Image:
-    return ImageEnhance.Sharpness(image).enhance(1.5)
-
-
-def _posterize(image: Image.Image, _: np.random.Generator) -> Image.Image:
-    return ImageOps.posterize(image, 5)
-
-
-def _solarize(image: Image.Image, _: np.random.Generator) -> Image.Image:
-    # Officially 0.9 on a scale up to 255: all but black is inverted.
-    return ImageOps.solarize(image, 1)
-
-
-def _invert(image: Image.Image, _: np.random.Generator) -> Image.Image:
-    return ImageOps.invert(image)
-
-
 def _noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     levels = rng.standard_normal((image.height, image.width, 3), np.float32)
     levels *= 0.03 * 255
@@ -289,17 +249,18 @@ def truncate(levels: np.ndarray) -> np.ndarray:
     return np.clip(levels, 0, 255, out=levels).astype(np.uint8)
 
 
-CHANGES: tuple[tuple[float, float, Change], ...] = (
-    (0.5, 1.0, _colours),
-    (0.1, 1.0, _grey),
-    (0.35, 1.0, _blur),
-    (1.0, 1.0, _jpeg),
-    (0.2, 0.5, _autocontrast),
-    (0.15, 0.5, _equalize),
-    (0.2, 0.5, _sharpen),
-    (0.1, 0.5, _posterize),
-    (0.05, 0.5, _solarize),
-    (0.02, 0.5, _invert),
-    (0.6, 1.0, _noise),
-)
+CHANGES: dict[str, tuple[float, float, Change]] = {
+    "colours": (0.5, 1.0, lambda image, rng: photometric_distort(colour_jitter(image, rng, JITTER), rng)),
+    "grey": (0.1, 1.0, lambda image, _: image.convert("L").convert("RGB")),
+    "blur": (0.35, 1.0, lambda image, rng: Image.fromarray(gaussian_blur(np.asarray(image), rng.uniform(0.3, 1.5)))),
+    "jpeg": (1.0, 1.0, _jpeg),
+    "autocontrast": (0.2, 0.5, lambda image, _: ImageOps.autocontrast(image)),
+    "equalize": (0.15, 0.5, lambda image, _: ImageOps.equalize(image)),
+    "sharpen": (0.2, 0.5, lambda image, _: ImageEnhance.Sharpness(image).enhance(1.5)),
+    "posterize": (0.1, 0.5, lambda image, _: ImageOps.posterize(image, 5)),
+    # Officially 0.9 on a scale up to 255: all but black is inverted.
+    "solarize": (0.05, 0.5, lambda image, _: ImageOps.solarize(image, 1)),
+    "invert": (0.02, 0.5, lambda image, _: ImageOps.invert(image)),
+    "noise": (0.6, 1.0, _noise),
+}
 """ViT-Up's changes in order: the probability that strength alters, one that it doesn't (torchvision's own), the change."""

@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from cluster.resources import WorkerRequest
-from pipelines.config import (
-    ConfigError,
-    Counts,
-    Free,
-    GpuConfig,
-    Held,
-    Identity,
-    JobConfig,
-    absolute,
-    require_at_least,
-)
+from operators.objectives.schedule import learning_rate
+from pipelines.config import ConfigError, Counts, Free, GpuConfig, Held, Identity, JobConfig, absolute, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.config import BackboneConfig
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
@@ -158,6 +149,12 @@ class TrainConfig(JobConfig):
             seed=self.seed,
             max_steps=self.max_steps,
         )
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Of a step, from 0, of so many."""
+        if self.schedule == "constant":
+            return self.lr
+        return learning_rate(step, steps=steps, warmup=self.warmup_steps, peak=self.lr, floor=self.final_lr)
 
     def identity(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""

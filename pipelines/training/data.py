@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -67,23 +67,21 @@ class TrainOrder:
     def rows(self, step: int) -> np.ndarray:
         """Rows of the batch of a step (from 0), int64."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        return self._permutation(epoch)[at * self.batch : (at + 1) * self.batch]
+        return _permutation(self.seed, epoch, self.n_rows)[at * self.batch : (at + 1) * self.batch]
 
     def micro_batches(self, first_step: int, rank: int = 0, world: int = 1) -> Iterator[MicroBatch]:
         """What a worker reads from a step on to the end of the run."""
-        permuted, permutation = -1, np.empty(0, np.int64)
         for step in range(first_step, self.steps):
-            epoch, at = divmod(step, self.steps_per_epoch)
-            if epoch != permuted:
-                permuted, permutation = epoch, self._permutation(epoch)
-            rows = permutation[at * self.batch : (at + 1) * self.batch].tolist()
+            rows, epoch = self.rows(step).tolist(), step // self.steps_per_epoch
             starts = range(0, len(rows), self.micro_batch)
             for part in np.array_split(np.arange(len(starts)), world)[rank].tolist():
                 chosen = rows[starts[part] : starts[part] + self.micro_batch]
                 yield MicroBatch(step=step, part=part, epoch=epoch, rows=tuple(chosen))
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, n_rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -185,6 +183,12 @@ class Example:
     failed: Mapping[int, str]
     "by row"
 
+    @classmethod
+    def of(cls, examples: Mapping[int, Mapping[str, np.ndarray]], failed: Mapping[int, str]) -> "Example":
+        """Of each image's arrays, by row."""
+        names = next(iter(examples.values()), {})
+        return cls(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
+
 
 class ExampleSource(Protocol):
     """Where examples come from; travels to whoever loads them."""
@@ -215,10 +219,7 @@ class ImageSource:
     "adds the array `features` of the images, from a store"
 
     def load(self, rows: Sequence[int], epoch: int | None) -> Example:
-        """Arrays of `rows`, in their order, as drawn for `epoch` (None: with nothing random).
-
-        Faults of the storage are raised: an image that can't be had today is no damaged image.
-        """
+        """Faults of the storage are raised: an image that can't be had today is no damaged image."""
         limit_pillow(self.max_image_pixels)
         table = self.index.take(np.array(rows, np.int64))
         blobs = read_images(table, self.urls, self.options)
@@ -233,9 +234,15 @@ class ImageSource:
             else:
                 examples[row] = example
         if self.features is not None:
-            _add_features(self.features, examples, failed, {row: records[row]["key"] for row in examples})
-        names = next(iter(examples.values()), {})
-        return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
+            keys = {row: records[row]["key"] for row in examples}
+            values, missing = self.features.read(list(keys.values()))
+            for value, (row, key) in zip(values, keys.items(), strict=True):
+                if key in missing:
+                    failed[row] = f"{key}: {missing[key]}"
+                    del examples[row]
+                else:
+                    examples[row]["features"] = value
+        return Example.of(examples, failed)
 
     @property
     def index(self) -> SampleIndex:
@@ -262,22 +269,6 @@ class ImageSource:
             return f"{error.kind}: {error}"
 
 
-def _add_features(
-    stored: StoredFeatures,
-    examples: dict[int, dict[str, np.ndarray]],
-    failed: dict[int, str],
-    keys: Mapping[int, str],
-) -> None:
-    """Put each image's features beside it; an image without any has failed."""
-    values, missing = stored.read(list(keys.values()))
-    for value, (row, key) in zip(values, keys.items(), strict=True):
-        if key in missing:
-            failed[row] = f"{key}: {missing[key]}"
-            del examples[row]
-        else:
-            examples[row]["features"] = value
-
-
 # --- ahead of the loop ------------------------------------------------------------------------------------------------
 
 
@@ -293,12 +284,10 @@ class Loaded:
         return len(self.item.rows) - len(self.example.failed)
 
 
-Stream: TypeAlias = Generator[Loaded, None, None]
-"""Micro-batches as they are trained on; to be closed."""
-
-
-def load(source: ExampleSource, items: Iterable[MicroBatch], executor: Executor, loaders: int) -> Stream:
-    """Micro-batches in order, loaded ahead by so many threads or, anywhere in a cluster, processes."""
+def load(
+    source: ExampleSource, items: Iterable[MicroBatch], executor: Executor, loaders: int
+) -> Generator[Loaded, None, None]:
+    """Micro-batches in order, loaded ahead by so many threads or, anywhere in a cluster, processes; to be closed."""
     return executor.map(functools.partial(_load, source), items, loaders=loaders)
 
 

@@ -3,11 +3,13 @@
 What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone, preprocessing
 from pipelines.config import ConfigError, Counts, Found, require_at_least
@@ -18,6 +20,7 @@ from pipelines.indexing import RunInput, report_left_out
 from pipelines.provenance import begin_run
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
+from pipelines.training.watch import similarity_picture
 from storage.documents import JsonValue
 from storage.identity import content_sample
 from storage.inputs import Listing, expand_inputs
@@ -30,7 +33,7 @@ from storage.tars import MemberRules
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTraining(TrainConfig):
-    """Settings of a training run on images without labels. A subclass also has `method`."""
+    """Settings of a training run on images without labels."""
 
     level: ClassVar[str] = "x2"
     "that a finished run says to try next"
@@ -47,6 +50,8 @@ class ImageTraining(TrainConfig):
     """Only the first N samples of --data."""
     max_image_pixels: Counts[int] = 89_478_485
     """Images with more pixels are left out instead of filling the memory; the default is Pillow's."""
+    method: Counts[str] = ""
+    """The network."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +119,48 @@ class ImageSetup(TrainSetup):
         return self.config.objective(self, device)
 
 
+class ImageObjective:
+    """What objectives on images without labels share: how they validate (pipelines/training/config.py, `Objective`)."""
+
+    metrics: ClassVar[tuple[str, ...]]
+    "`val_loss` first; `val_cosine` and `val_cosine_bilinear` are among them"
+    larger: ClassVar[str]
+    "how much larger the image is whose own map is the truth, in words"
+    net: nn.Module
+
+    def __init__(self, config: ImageTraining, setup: ImageSetup, device: torch.device):
+        self.setup, self.device = setup, device
+        self.title, self.at_once = config.method, min(config.forward_images, 16)
+
+    def input(self, pixels_BHW3: np.ndarray) -> Tensor:
+        """uint8 images as the model's input, on the device."""
+        return self.setup.backbone.input(pixels_BHW3, self.device)
+
+    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
+        """Means of `metrics` over the held-out images, and a picture of the first ones as PNG; None if none can be read."""
+        rows, sums = self.setup.held_out_rows, np.zeros(1 + len(self.metrics))
+        panels: list[list[np.ndarray]] = []
+        for start in range(0, len(rows), self.at_once):
+            sums += self.measure_some(rows[start : start + self.at_once], panels)
+        if not sums[0]:
+            return None
+        values = dict(zip(self.metrics, (sums[1:] / sums[0]).tolist(), strict=True))
+        low, high = (" x ".join(map(str, panels[0][i].shape[:2])) for i in (1, 4))
+        columns = [
+            "photo",
+            f"backbone\n{low}",
+            f"bilinear\ncosine {values['val_cosine_bilinear']:.4f}",
+            f"{self.title}\ncosine {values['val_cosine']:.4f}",
+            f"backbone, image {self.larger} as large\n{high}",
+        ]
+        return values, similarity_picture(step, columns, panels)
+
+    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> np.ndarray:
+        """Number of images that can be read, and the sums of `metrics` over them; adds their photos and maps to `panels`: of the
+        backbone, enlarged bilinearly, enlarged by the network, and of the backbone on the larger image."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResolvedImages:
     """Settings held against the model and the input's files, before any cluster is asked for anything."""
@@ -169,13 +216,8 @@ class ResolvedImages:
         features: StoredFeatures | None = None,
     ) -> tuple[ImageSource, SampleIndex]:
         config = self.config
-        given = RunInput(
-            files=files,
-            rules=MemberRules(image=config.image_member),
-            limit=limit,
-            options=config.options,
-            executor=executor,
-        )
+        rules = MemberRules(image=config.image_member)
+        given = RunInput(files=files, rules=rules, limit=limit, options=config.options, executor=executor)
         in_use = read_run(self.folder) is not None
         index = given.index_in_use(folder) if in_use else given.index(folder, folder)
         report_left_out(index, files)

@@ -25,7 +25,6 @@ from storage.store import FeatureStore
 PIXELS = "pixels"
 """The example's image, uint8 [H, W, 3]; other names of inputs are levels of features."""
 
-
 NOT_THERE = "its features in the store are not there, or not finite"
 
 
@@ -50,12 +49,8 @@ class StoredMaps:
                 f"{store.folder.shown} has no features of {len(lacking)} of {len(items)} images, the first is "
                 f"{lacking[0].shown}: none of its keys is {' or '.join(lacking[0].keys)}"
             )
-        return cls(
-            url=url,
-            options=store.folder.options,
-            levels=tuple(levels),
-            placed=tuple(PlacedRow.read(store, rows)),
-        )
+        placed = tuple(PlacedRow.read(store, rows))
+        return cls(url=url, options=store.folder.options, levels=tuple(levels), placed=placed)
 
     def oriented(self, number: int, item: LabelledImage) -> OrientedImage:
         """How the image of an item was turned when it was extracted. Raises `DatasetError` for one that wasn't."""
@@ -96,13 +91,11 @@ class LabelledSource:
         if self.stored is not None and examples:
             maps, there = self.stored.read(list(examples))
             for position, row in enumerate(list(examples)):
-                if there[position]:
-                    examples[row] |= {level: values[position] for level, values in maps.items()}
-                else:
+                examples[row] |= {level: values[position] for level, values in maps.items()}
+                if not there[position]:
                     del examples[row]
                     failed[row] = f"{self.items[row].image.shown}: {NOT_THERE}"
-        names = next(iter(examples.values()), {})
-        return Example(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
+        return Example.of(examples, failed)
 
     def _example(self, row: int) -> dict[str, np.ndarray]:
         if self.stored is not None:

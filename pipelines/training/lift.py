@@ -4,7 +4,7 @@ LiFT, the baselines that its paper trains alike (a resize convolution and a join
 any method that is `trained_by` it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
@@ -22,8 +22,7 @@ from pipelines.config import ConfigError, Counts, Found, Held
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import MapConfig, PlacedConfig, SizedConfig
 from pipelines.training.data import JitteredView, Loaded, StoredFeatures
-from pipelines.training.images import ImageSetup, ImageTraining
-from pipelines.training.watch import similarity_picture
+from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
 from storage.spec import FeatureSpec, Use
 from storage.store import FeatureStore
 
@@ -155,18 +154,28 @@ class X2Config(ImageTraining):
         return StoredFeatures(url=self.stored, options=self.options, level=levels[0].name)
 
     def objective(self, setup: ImageSetup, device: torch.device) -> "X2Objective":
-        """What a training process computes."""
         return X2Objective(self, setup, device)
 
 
-METRICS = ("val_loss", "val_cosine", "val_cosine_twice", "val_cosine_beyond")
+class X2Objective(ImageObjective):
+    """The network, its frozen backbone, and the loss of a micro-batch.
 
+    `val_loss` is the training's, at its scales. `val_cosine` is that of the network's x2 map of an image of half the size
+    with the backbone's own map of the image: the largest scale that was trained on, but resized, not sliced.
+    `val_cosine_twice` is the same from a quarter of the size, the network applied twice; `val_cosine_beyond` from the
+    image to one of twice the size, which was not trained on. Beside each, `..._bilinear` is bilinear enlargement's.
+    """
 
-class X2Objective:
-    """The network, its frozen backbone, and the loss of a micro-batch (pipelines/training/loop.py, `Objective`)."""
+    metrics = tuple(
+        f"val_{name}{suffix}"
+        for name in ("loss", "cosine", "cosine_twice", "cosine_beyond")
+        for suffix in ("", "_bilinear")
+    )
+    larger = "twice"
 
     def __init__(self, config: X2Config, setup: ImageSetup, device: torch.device):
-        self.config, self.setup, self.device = config, setup, device
+        super().__init__(config, setup, device)
+        self.config = config
         self.backbone = setup.backbone.backbone()
         self.backbone.model.to(device)
         self.net = build_net(setup.upsampler, config.seed).to(device)
@@ -174,7 +183,7 @@ class X2Objective:
     def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
         """Adds the gradient of the images' summed loss to the network's; gives that sum and their number."""
         arrays = loaded.example.arrays
-        images = self._input(arrays["pixels"])
+        images = self.input(arrays["pixels"])
         maps = [self._features(self._lower(images, factor)) for factor in (2, 4)]
         if "features" in arrays:
             stored = torch.from_numpy(np.array(arrays["features"])).to(self.device)
@@ -184,9 +193,6 @@ class X2Objective:
         loss = multi_scale_loss(self._upsample, images, [target, *maps], self.config.loss, self._lower) * len(loaded)
         loss.backward()
         return loss.detach(), len(loaded)
-
-    def _input(self, pixels_BHW3: np.ndarray) -> Tensor:
-        return self.setup.backbone.input(pixels_BHW3, self.device)
 
     def _features(self, images: Tensor) -> Tensor:
         """The frozen backbone's maps, float32 [B, C, h, w]."""
@@ -203,79 +209,36 @@ class X2Objective:
         with autocast(self.device, self.config.net_precision):
             return self.net(images, maps).float()
 
-    def _upsample_twice(self, images: Tensor, maps: Tensor) -> Tensor:
-        """x4, the image enlarged for the second pass, as in LiFT's released code."""
-        return self._upsample(_bilinear(images, images), self._upsample(images, maps))
-
     # --- held-out images ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
-        """Metrics on the held-out images, in eval mode, and a picture of the first ones as PNG; None if none can be read.
-
-        `val_loss` is the training's, at its scales. `val_cosine` is that of the network's x2 map of an image of half the size
-        with the backbone's own map of the image: the largest scale that was trained on, but resized, not sliced.
-        `val_cosine_twice` is the same from a quarter of the size, the network applied twice; `val_cosine_beyond` from the
-        image to one of twice the size, which was not trained on. Beside each, `..._bilinear` is bilinear enlargement's.
-        """
-        self.net.eval()
-        rows = self.setup.held_out_rows
-        try:
-            sums, shown = np.zeros(1 + 2 * len(METRICS)), []
-            at_once = min(self.config.forward_images, 16)
-            for start in range(0, len(rows), at_once):
-                sums += self._measure_some(rows[start : start + at_once], shown)
-        finally:
-            self.net.train()
-        if not sums[0]:
-            return None
-        names = [f"{name}{suffix}" for name in METRICS for suffix in ("", "_bilinear")]
-        values = dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=True))
-        return values, self._picture(step, values, shown)
-
-    def _measure_some(self, rows: Sequence[int], shown: list[list[np.ndarray]]) -> np.ndarray:
-        """Number of images, and the sums over them of what `measure` gives; adds photos and maps to `shown`."""
-        octaves = self._octaves(rows)
+    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> np.ndarray:
+        size, geometry = self.config.features.size, self.config.geometry_for(self.setup.backbone)
+        octaves = list(self.setup.held_out.at_sides(rows, geometry, (size // 4, size // 2, size, 2 * size)).values())
         pixels = octaves[2]
         if not len(pixels):
-            return np.zeros(1 + 2 * len(METRICS))
-        quarter, half, images, double = map(self._input, octaves)
+            return np.zeros(1 + len(self.metrics))
+        quarter, half, images, double = map(self.input, octaves)
         target, small, smaller = (self._features(self._lower(images, factor)) for factor in (1, 2, 4))
         tiny, coarse, beyond = (self._features(octave) for octave in (quarter, half, double))
         ours, plain = self._upsample(half, coarse), _bilinear(half, coarse)
-        shown.extend(
+        panels.extend(
             [pixels[i], *(m[i].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, target))]
             for i in range(len(pixels))
         )
+        # x4: the image is enlarged for the second pass, as in LiFT's released code.
+        twice = self._upsample(_bilinear(quarter, quarter), self._upsample(quarter, tiny))
         scales, kind = [target, small, smaller], self.config.loss
         means = [
             multi_scale_loss(self._upsample, images, scales, kind, self._lower),
             multi_scale_loss(_bilinear, images, scales, kind, self._lower),
             1 - cosine_loss(ours, target),
             1 - cosine_loss(plain, target),
-            1 - cosine_loss(self._upsample_twice(quarter, tiny), target),
+            1 - cosine_loss(twice, target),
             1 - cosine_loss(_bilinear(quarter, tiny, 4), target),
             1 - cosine_loss(self._upsample(images, target), beyond),
             1 - cosine_loss(_bilinear(images, target), beyond),
         ]
         return len(pixels) * np.array([1.0, *(float(mean) for mean in means)])
-
-    def _octaves(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """The images at a quarter of --size, half of it, itself and twice it, uint8 [n, side, side, 3]."""
-        size = self.config.features.size
-        geometry = self.config.geometry_for(self.setup.backbone)
-        return list(self.setup.held_out.at_sides(rows, geometry, (size // 4, size // 2, size, 2 * size)).values())
-
-    def _picture(self, step: int, values: Mapping[str, float], shown: Sequence[Sequence[np.ndarray]]) -> bytes:
-        grid, double = shown[0][1].shape[:2], shown[0][4].shape[:2]
-        columns = [
-            "photo",
-            f"backbone\n{grid[0]} x {grid[1]}",
-            f"bilinear\ncosine {values['val_cosine_bilinear']:.4f}",
-            f"{self.config.method}\ncosine {values['val_cosine']:.4f}",
-            f"backbone, image twice as large\n{double[0]} x {double[1]}",
-        ]
-        return similarity_picture(step, columns, shown)
 
 
 def _bilinear(_: Tensor, maps: Tensor, factor: int = 2) -> Tensor:

@@ -13,28 +13,19 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from operators.backbone import load_arrays, state_arrays
-from operators.objectives.schedule import learning_rate
 from pipelines.executors import Executor
 from pipelines.training.config import TrainSetup
 from pipelines.training.data import Loaded, load
 from pipelines.training.watch import EventFile
 from storage.documents import Document, JsonValue, decode, decode_known
 from storage.errors import RayliftError
-from storage.runs import (
-    Checkpoint,
-    read_last,
-    read_metrics,
-    tidy,
-    write_checkpoint,
-    write_metrics,
-)
+from storage.runs import Checkpoint, read_last, read_metrics, tidy, write_checkpoint, write_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -62,44 +53,24 @@ class Progress:
 # --- workers that train together --------------------------------------------------------------------------------------
 
 
-class Group(Protocol):
-    """The processes of a run."""
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The processes of a run; where they are several, torch.distributed's default group, which Ray Train sets up."""
 
-    rank: int
-    world: int
+    rank: int = 0
+    world: int = 1
 
     def sum(self, values: Tensor) -> None:
         """Replace `values` by the sum over all processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
 
     def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
         """What each process gave, in all of them."""
-
-
-class Alone:
-    """One process."""
-
-    rank, world = 0, 1
-
-    def sum(self, values: Tensor) -> None:
-        pass
-
-    def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
-        return [value]
-
-
-class Distributed:
-    """torch.distributed's default group, which Ray Train sets up."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-    def sum(self, values: Tensor) -> None:
-        torch.distributed.all_reduce(values)
-
-    def gather(self, value: dict[int, str]) -> list[dict[int, str]]:
-        out: list[dict[int, str]] = [{}] * self.world
-        torch.distributed.all_gather_object(out, value)
-        return out
+        found = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -150,8 +121,8 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else []
         if self.group.rank == 0:
             tidy(self.setup.folder)
-        if self.lines and self.group.rank == 0:  # without what an earlier start did after its last checkpoint
-            write_metrics(self.setup.folder, self.lines)
+            if self.lines:  # without what an earlier start did after its last checkpoint
+                write_metrics(self.setup.folder, self.lines)
         try:
             self._require_budget()
             with torch.random.fork_rng(devices=devices):
@@ -229,18 +200,10 @@ class Trainer:
                 parameter.grad = part.view_as(parameter)
             if self.config.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
-            self.optimiser.param_groups[0]["lr"] = self._learning_rate()
+            self.optimiser.param_groups[0]["lr"] = self.config.learning_rate(self.step, self.setup.order.steps)
             self.optimiser.step()
         self.optimiser.zero_grad()
         return (loss / divisor if divisor else 0.0), int(images), int(failed)
-
-    def _learning_rate(self) -> float:
-        """Of the step that is about to be taken."""
-        config = self.config
-        if config.schedule == "constant":
-            return config.lr
-        steps = self.setup.order.steps
-        return learning_rate(self.step, steps=steps, warmup=config.warmup_steps, peak=config.lr, floor=config.final_lr)
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
@@ -290,7 +253,12 @@ class Trainer:
 
     def _validate(self, events: EventFile) -> float | None:
         """The loss on the held-out images; None where none of them can be read."""
-        measured = self.objective.measure(self.step)
+        self.net.eval()
+        try:
+            with torch.no_grad():
+                measured = self.objective.measure(self.step)
+        finally:
+            self.net.train()
         if measured is None:
             # Worker 0 alone validates: an error here would leave the others waiting.
             logger.warning("none of the %d held-out images could be read", len(self.setup.held_out_rows))

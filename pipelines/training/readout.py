@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.differences import differences
 from storage.documents import JsonValue
-from storage.paths import Folder
 from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
 
@@ -199,7 +198,7 @@ class ReadoutTraining(TrainConfig):
         except ReadoutError as error:
             raise ConfigError(str(error)) from None
 
-    def resolve(self) -> "ResolvedReadout":
+    def resolve(self) -> "ReadoutSetup":
         """List the data set, load the model or open the stores.
 
         Raises `ConfigError`, `DatasetError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`, `StorageError`.
@@ -229,16 +228,25 @@ class ReadoutTraining(TrainConfig):
             )
             for items, store in ((train, self.store), (task.judged(held_out), self.val_store or self.store))
         ]
-        return ResolvedReadout(
+        readout, features = self.readout(task, level), features_of(spec, level)
+        described = {
+            "readout": asdict(readout),
+            "task": {"name": self.task, "dataset": self.dataset, **task.as_json()},
+            "features": {**features, "drawing": self.how_drawn},
+        }
+        return ReadoutSetup(
             config=self,
             folder=folder,
-            readout=self.readout(task, level),
-            features=features_of(spec, level),
+            described=described,
+            order=self.order(len(train)),
+            images=sources[0],
+            held_out_rows=tuple(range(len(sources[1].items))),
+            held_out=sources[1],
+            readout=readout,
+            features=features,
             level=level.name,
             pooled=pooled,
             bundle=bundle,
-            train=sources[0],
-            held_out=sources[1],
         )
 
     def _features(self, task: Task) -> tuple[FeatureSpec, ModelBundle | None]:
@@ -296,57 +304,26 @@ def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, JsonValue]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedReadout:
-    """Settings held against the data set and the features, before any cluster is asked for anything."""
-
-    config: ReadoutTraining
-    folder: Folder
-    readout: ReadoutConfig
-    features: Mapping[str, Any]
-    level: str
-    pooled: str | None
-    bundle: ModelBundle | None
-    train: LabelledSource
-    held_out: LabelledSource
-
-    def prepare(self, executor: Executor) -> "ReadoutSetup":  # noqa: ARG002 - nothing is left to be read
-        """Begin or continue the folder. Raises `CheckpointError`, and `ConfigError` where it was begun with other settings."""
-        config, digests = self.config, {"images": digest(self.train.items), "held_out": digest(self.held_out.items)}
-        # A live model's images may be drawn as a store's aren't.
-        found = {"features": self.features, "drawing": config.how_drawn, **digests}
-        begin_run(self.folder, config.identity(found), config.public())
-        described = {
-            "readout": asdict(self.readout),
-            "task": {"name": config.task, "dataset": config.dataset, **self.train.task.as_json()},
-            "features": {**self.features, "drawing": config.how_drawn},
-        }
-        return ReadoutSetup(
-            config=config,
-            folder=self.folder,
-            described=described,
-            order=config.order(len(self.train.items)),
-            images=self.train,
-            held_out_rows=tuple(range(len(self.held_out.items))),
-            held_out=self.held_out,
-            readout=self.readout,
-            level=self.level,
-            pooled=self.pooled,
-            bundle=self.bundle,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReadoutSetup(TrainSetup):
-    """A readout's run that is ready."""
+    """A readout's run: settings held against the data set and the features, before any cluster is asked for anything."""
 
     config: ReadoutTraining
     images: LabelledSource
     held_out: LabelledSource
     readout: ReadoutConfig
+    features: Mapping[str, Any]
     level: str
     pooled: str | None
     bundle: ModelBundle | None
     "None: features come from a store"
+
+    def prepare(self, executor: Executor) -> Self:  # noqa: ARG002 - nothing is left to be read
+        """Begin or continue the folder. Raises `CheckpointError`, and `ConfigError` where it was begun with other settings."""
+        # A live model's images may be drawn as a store's aren't.
+        found = {"features": self.features, "drawing": self.config.how_drawn}
+        found |= {"images": digest(self.images.items), "held_out": digest(self.held_out.items)}
+        begin_run(self.folder, self.config.identity(found), self.config.public())
+        return self
 
     def objective(self, device: torch.device) -> Objective:
         return ReadoutObjective(self, device)
@@ -392,15 +369,10 @@ class ReadoutObjective:
 
     # --- held-out images ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
         """The task's scores on the held-out images, and `val_loss`; a picture of the first ones. None if none can be read,
         or scored."""
-        self.net.eval()
-        try:
-            records, losses, shown = self._judge()
-        finally:
-            self.net.train()
+        records, losses, shown = self._judge()
         try:
             scores, divisor = self.task.scores(records), sum(weight for _, weight in losses)
         except ValueError as error:

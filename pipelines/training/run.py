@@ -17,7 +17,7 @@ from pipelines.executors import InlineExecutor, RayExecutor, executor_for
 from pipelines.features.config import FeatureConfig
 from pipelines.training.config import TrainConfig, TrainSetup
 from pipelines.training.images import ImageTraining
-from pipelines.training.loop import Alone, Distributed, Progress, Trainer, TrainFailed
+from pipelines.training.loop import Group, Progress, Trainer, TrainFailed
 from storage.documents import decode_known
 from storage.paths import Folder, StorageError, filesystem, redact
 from storage.runs import read_last, read_metrics, read_pointers
@@ -75,8 +75,7 @@ def main(config: TrainConfig) -> Iterator[str]:
         yield f"try next   python jobs/evaluate.py probe --readouts {best} --data ... --out ..."
         return
     yield f"try next   python jobs/extract.py {_same_features(config)} \\"
-    method: str = config.method  # type: ignore[attr-defined]  # which its subclasses have
-    yield f"               --levels x1 {config.level}={method}:{best} --data ... --out ..."
+    yield f"               --levels x1 {config.level}={config.method}:{best} --data ... --out ..."
 
 
 def _same_features(config: ImageTraining) -> str:
@@ -98,7 +97,7 @@ def train_inline(setup: TrainSetup) -> TrainSummary:
     """Train in this process. Raises `TrainFailed`."""
     executor = InlineExecutor()
     device = executor.pool(WorkerRequest(device=setup.config.cluster.device)).device
-    Trainer(setup, Alone(), torch.device(device)).run(executor)
+    Trainer(setup, Group(), torch.device(device)).run(executor)
     return summarise(setup.folder)
 
 
@@ -204,8 +203,9 @@ def _train_worker(settings: "Mapping[str, list[ray.ObjectRef[TrainSetup]]]") -> 
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL puts gathered objects
+    group = Group(rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
     try:
-        Trainer(setup, Distributed(), device).run(RayExecutor())
+        Trainer(setup, group, device).run(RayExecutor())
     except TrainFailed as error:
         # Starting again would end the same way. The driver finds the reason among the metrics.
         logger.error("%s", error)

@@ -1,6 +1,6 @@
 """Training ViT-Up: a head and an adapter learn, from a small image on a canvas, the frozen model's features of the large one.
 
-arXiv 2606.14024; specs/lift_vitup.md B12 to B15. No sentence or line is taken from its repository, which carries no licence.
+arXiv 2606.14024. No sentence or line is taken from its repository, which carries no licence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,7 @@ from operators.upsamplers.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUp
 from pipelines.config import ConfigError, Counts, Free
 from pipelines.features.bundle import ModelBundle
 from pipelines.training.data import CanvasView, Loaded
-from pipelines.training.images import ImageSetup, ImageTraining
-from pipelines.training.watch import similarity_picture
+from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
 
 ENLARGED = 4
 """Cells of the validation's grid to one of the backbone's, a side."""
@@ -137,7 +136,6 @@ class ViTUpTraining(ImageTraining):
         return CanvasView(size=self.canvas, strength=self.strength)
 
     def objective(self, setup: ImageSetup, device: torch.device) -> "ViTUpObjective":
-        """What a training process computes."""
         return ViTUpObjective(self, setup, device)
 
 
@@ -152,26 +150,24 @@ class ViTUpNet(nn.Module):
             self.backbone = lora
 
 
+@dataclass
 class Distillation:
-    """A student with an adapted backbone, and the plain backbone as its teacher (B13)."""
+    """A student with an adapted backbone, and the plain backbone as its teacher.
 
-    def __init__(
-        self,
-        backbone: AdaptedBackbone,
-        head: ViTUpHead,
-        *,
-        teacher_sizes: Sequence[int],
-        chunk_blocks: int,
-        weights: LossWeights,
-        precision: str = "fp32",
-        net_precision: str = "fp32",
-    ):
-        """Raises `ValueError` for teacher sizes that are no ladder (`Supervision`)."""
-        self.backbone, self.head, self.teacher_sizes, self.weights = backbone, head, teacher_sizes, weights
-        self.supervision = Supervision(
-            grids=tuple(side // backbone.patch for side in teacher_sizes), chunk_blocks=chunk_blocks
-        )
-        self.precision, self.net_precision = precision, net_precision
+    Raises `ValueError` for teacher sizes that are no ladder (`Supervision`).
+    """
+
+    backbone: AdaptedBackbone
+    head: ViTUpHead
+    teacher_sizes: Sequence[int]
+    chunk_blocks: int
+    weights: LossWeights
+    precision: str = "fp32"
+    net_precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        grids = tuple(side // self.backbone.patch for side in self.teacher_sizes)
+        self.supervision = Supervision(grids=grids, chunk_blocks=self.chunk_blocks)
 
     def backward(self, square_BCHW: Tensor, canvas_BCHW: Tensor, boxes_B4: Tensor) -> Tensor:
         """The gradient of the images' summed loss is added to the parameters'; gives that sum.
@@ -230,11 +226,20 @@ class Distillation:
         return objective(predicted, wanted, self.weights).total
 
 
-class ViTUpObjective:
-    """Head, adapter and frozen backbone on a run's images (pipelines/training/loop.py, `Objective`)."""
+class ViTUpObjective(ImageObjective):
+    """Head, adapter and frozen backbone on a run's images.
+
+    `val_loss` is the training's, of views that are drawn once and for all and not augmented. `val_cosine` is that of the
+    network's map of an image of --hidden-size, at four times the backbone's cells a side, with the backbone's own map of
+    the image four times as large. `val_cosine_bilinear` is bilinear enlargement's.
+    """
+
+    metrics = ("val_loss", "val_cosine", "val_cosine_bilinear")
+    larger = f"{ENLARGED} times"
 
     def __init__(self, config: ViTUpTraining, setup: ImageSetup, device: torch.device):
-        self.config, self.setup, self.device = config, setup, device
+        super().__init__(config, setup, device)
+        self.side, self.at_once = config.hidden_size, 1
         settings = find_method(config.method).parse(setup.upsampler)
         model = setup.backbone.reload()
         with torch.random.fork_rng(devices=[]):
@@ -259,62 +264,23 @@ class ViTUpObjective:
     def _batch(self, arrays: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         """What the teacher and the student see, and the boxes."""
         boxes = torch.from_numpy(np.array(arrays["box"])).to(self.device)
-        return self._input(arrays["teacher"]), self._input(arrays["canvas"]), boxes
-
-    def _input(self, pixels_BHW3: np.ndarray) -> Tensor:
-        return self.setup.backbone.input(pixels_BHW3, self.device)
+        return self.input(arrays["teacher"]), self.input(arrays["canvas"]), boxes
 
     # --- held-out images ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
-        """Metrics on the held-out images, in eval mode, and a picture of the first ones as PNG; None if none can be read.
-
-        `val_loss` is the training's, of views that are drawn once and for all and not augmented. `val_cosine` is that of the
-        network's map of an image of --hidden-size, at four times the backbone's cells a side, with the backbone's own map of
-        the image four times as large. `val_cosine_bilinear` is bilinear enlargement's.
-        """
-        self.net.eval()
-        try:
-            sums, shown = np.zeros(4), []
-            for row in self.setup.held_out_rows:
-                sums += self._measure_one(row, shown)
-        finally:
-            self.net.train()
-        if not sums[0]:
-            return None
-        values = dict(
-            zip(("val_loss", "val_cosine", "val_cosine_bilinear"), (sums[1:] / sums[0]).tolist(), strict=True)
-        )
-        grid, fine = shown[0][1].shape[:2], shown[0][4].shape[:2]
-        columns = [
-            "photo",
-            f"backbone\n{grid[0]} x {grid[1]}",
-            f"bilinear\ncosine {values['val_cosine_bilinear']:.4f}",
-            f"vit_up\ncosine {values['val_cosine']:.4f}",
-            f"backbone, image {ENLARGED} times as large\n{fine[0]} x {fine[1]}",
-        ]
-        return values, similarity_picture(step, columns, shown)
-
-    def _measure_one(self, row: int, shown: list[list[np.ndarray]]) -> np.ndarray:
-        """1, the loss and the cosines of one image, or zeros where it can't be read; adds photo and maps to `shown`."""
-        view = self.setup.held_out.load([row], None).arrays
-        small, large = self._held_out(row)
+    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> np.ndarray:
+        view, mean = self.setup.held_out.load(rows, None).arrays, self.setup.backbone.spec.mean
+        geometry = Geometry(mode="crop", height=self.side, width=self.side, interpolation="bilinear", mean=mean)
+        small, large = self.setup.held_out.at_sides(rows, geometry, (self.side, ENLARGED * self.side)).values()
         if not view or not len(small):
             return np.zeros(4)
         loss, last = float(self.task.loss(*self._batch(view))), self.task.head.config.layers[-1:]
         wanted, coarse = (
-            self.task.teacher(self._input(image), image.shape[1], last)[0].permute(0, 3, 1, 2)
+            self.task.teacher(self.input(image), image.shape[1], last)[0].permute(0, 3, 1, 2)
             for image in (large, small)
         )
         plain = F.interpolate(coarse, scale_factor=ENLARGED, mode="bilinear", align_corners=False)
-        ours = self.task.grid(self.task.prepare(self._input(small)), tuple(wanted.shape[-2:]))
-        shown.append([small[0], *(m[0].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, wanted))])
+        ours = self.task.grid(self.task.prepare(self.input(small)), tuple(wanted.shape[-2:]))
+        panels.append([small[0], *(m[0].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, wanted))])
         cosines = [1 - float(cosine_loss(found, wanted)) for found in (ours, plain)]
         return np.array([1.0, loss, *cosines])
-
-    def _held_out(self, row: int) -> list[np.ndarray]:
-        """The centre of a held-out image at two sizes, uint8 [1, side, side, 3]; none where it can't be read."""
-        side, mean = self.config.hidden_size, self.setup.backbone.spec.mean
-        geometry = Geometry(mode="crop", height=side, width=side, interpolation="bilinear", mean=mean)
-        return list(self.setup.held_out.at_sides([row], geometry, (side, ENLARGED * side)).values())
