@@ -1,4 +1,4 @@
-"""The learning rate of every training here: a linear warm-up, then a cosine."""
+"""The learning rate of trainings that ask for a schedule: a linear warm-up, then a cosine."""
 
 import math
 

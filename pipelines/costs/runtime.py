@@ -33,7 +33,7 @@ from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, P
 from pipelines.results import Findings, Line, Table, shown_size, with_published
 from storage.datasets.files import digest
 from storage.documents import decode
-from storage.paths import Folder
+from storage.paths import Folder, redact
 
 _UNUSED = ("data", "stores", "drawing", "limit")
 """Settings of every evaluation that mean nothing here."""
@@ -419,7 +419,7 @@ def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str,
 
 
 def _weights(config: RuntimeConfig) -> list[str]:
-    named = [split_method(text) for text in config.public()["methods"]]
+    named = [split_method(redact(text, config.options)) for text in config.methods]
     return [f"{method} {url or 'random'}" for method, url in named if find_method(method).learned]
 
 

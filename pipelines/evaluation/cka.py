@@ -151,7 +151,7 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
 
 
 def _drawn(recipe: Recipe) -> str:
-    return "bicubic" if recipe.how_drawn == "paper" else "drawn as extract"
+    return "bicubic" if recipe.rendering == "paper" else "drawn as extract"
 
 
 def plot(found: Mapping[str, np.ndarray], sides: Sequence[int]) -> bytes:

@@ -243,7 +243,7 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
         if config.draws
         else drawn,
         "key points": f"of the {config.annotation}' files",
-        "canvas": f"{rules.canvas}, drawn as {recipe.how_drawn}",
+        "canvas": f"{rules.canvas}, drawn as {recipe.rendering}",
         "features": "enlarged bilinearly, as LiFT's code does; its paper says Lanczos, which the code takes for images",
         "similarity": "dot product with cells of length 1, not renormalised after enlargement"
         if rules.normalise == "cells"

@@ -203,7 +203,7 @@ def _choices(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe) -> 
     images = "squashed to squares, bilinear" if task.sides else "own size, padded with the mean colour to whole patches"
     return {
         "protocol": config.protocol,
-        "images": images if recipe.how_drawn == "paper" else "squashed, drawn as extract",
+        "images": images if recipe.rendering == "paper" else "squashed, drawn as extract",
         "turned photographs": config.turned_photographs,
         "tokencut": str(task.settings),
         "objects": "difficult and truncated ones count; crowds and images without objects don't",

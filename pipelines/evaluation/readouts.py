@@ -173,8 +173,8 @@ def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tu
         wants_pooled = any(each.config.method == "depth_bins" for each in readouts.values())
         levels = config.features.levels
         pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in levels} else ()
-        drawing = config.drawing or first.features["drawing"]
-        choice = replace(choice, features=replace(config.features, levels=(*levels, *pooled)), drawing=drawing)
+        rendering = config.drawing or first.features["drawing"]
+        choice = replace(choice, features=replace(config.features, levels=(*levels, *pooled)), rendering=rendering)
     recipe, (size,) = resolve_source(choice, (tuple(first.features["input_size"]),), first.task.placement)
     if isinstance(recipe, LiveRecipe):
         # Readouts may have been trained without the model's normalisation.
@@ -211,7 +211,7 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
             raise ConfigError(
                 f"{each.shown} was trained for {each.task}, {first.shown} for {first.task}; evaluate each alone"
             )
-        if recipe.how_drawn == "paper" and each.task.side != first.task.side:
+        if recipe.rendering == "paper" and each.task.side != first.task.side:
             raise ConfigError(
                 f"{each.shown} was trained on images drawn at {each.task.side} px, {first.shown} at {first.task.side} px; "
                 "evaluate each alone, or with --drawing extract"
@@ -257,9 +257,9 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
 def _drawing(probe: Probe, recipe: Recipe) -> str:
     """How images became the model's input, here and in training where that was otherwise."""
     words = {"paper": "as the paper's code draws them", "extract": "drawn as jobs/extract.py does it"}
-    others = [n for n, each in probe.readouts.items() if each.features["drawing"] != recipe.how_drawn]
+    others = [n for n, each in probe.readouts.items() if each.features["drawing"] != recipe.rendering]
     trained = f"; {', '.join(others)} trained on images drawn otherwise" if others else ""
-    return words[recipe.how_drawn] + trained
+    return words[recipe.rendering] + trained
 
 
 def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequence[str]) -> list[Cell]:

@@ -89,7 +89,7 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
         choices={
             "cell": "half the cells a side, as in LiFT's code: right and below of the true centre",
             "scale": "each map its own, so that values of different maps can't be compared",
-            "images": f"squashed, {'bilinear' if recipe.how_drawn == 'paper' else 'drawn as extract'}",
+            "images": f"squashed, {'bilinear' if recipe.rendering == 'paper' else 'drawn as extract'}",
         },
         pictures={"similarity.png": _picture(task, maps)} if config.pictures else {},
     )

@@ -278,7 +278,7 @@ def _choices(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, str]
     )
     return {
         "protocol": config.protocol,
-        "frames": f"{shape if recipe.how_drawn == 'paper' else 'squashed, drawn as extract'}; every {config.frame_step}.",
+        "frames": f"{shape if recipe.rendering == 'paper' else 'squashed, drawn as extract'}; every {config.frame_step}.",
         "turned photographs": config.turned_photographs,
         "propagation": str(task.propagation),
         "first mask": "nearest neighbour to the grid, void as background; an object that vanishes there scores 0",

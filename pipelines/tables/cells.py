@@ -332,7 +332,7 @@ def _settings(cell: Cell) -> dict[str, JsonValue]:
     """What a result is the result of, as JSON values."""
     training = cell.training
     more = {name: getattr(training, name) for name in ("epochs", "max_steps", "val_limit")}
-    more |= {"weights": redact(training.features.weights, training.options), "drawing": training.how_drawn}
+    more |= {"weights": redact(training.features.weights, training.options), "drawing": training.rendering}
     return {**training.identity({}), **more}
 
 

@@ -201,7 +201,6 @@ class X2Objective(ImageObjective):
             return self.backbone(images.contiguous(), layers).stacked(layers).float()
 
     def _lower(self, images: Tensor, factor: int) -> Tensor:
-        """The images at a part of their size, as training has them."""
         return (lower if self.config.lower == "sliced" else averaged)(images, factor)
 
     def _upsample(self, images: Tensor, maps: Tensor) -> Tensor:
