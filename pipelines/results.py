@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from PIL import Image, ImageFont
@@ -51,7 +51,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[Line, ...] = ()
 
     def markdown(self) -> str:
         """With a line for the title."""
@@ -81,6 +81,17 @@ def table_lines(
     yield f"| {' | '.join(rule)} |" if padded else f"|{'|'.join(rule)}|"
     for row in rows:
         yield f"| {' | '.join(row)} |"
+
+
+def number_lines(columns: Mapping[str, str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """`table_lines` of cells in the format that is given for each column's name. Text stays as it is, and None is empty."""
+    formats = columns.values()
+    cells = [[_formatted(cell, form) for cell, form in zip(row, formats, strict=True)] for row in rows]
+    return table_lines(list(columns), cells)
+
+
+def _formatted(cell: object, form: str) -> str:
+    return "" if cell is None else cell if isinstance(cell, str) else format(cell, form)
 
 
 def percent(shares: Sequence[float]) -> list[float]:

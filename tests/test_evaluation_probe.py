@@ -21,7 +21,6 @@ from pipelines.features.model import FeatureModel
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource
 from pipelines.features.weights import WeightsUnavailable
-from pipelines.readouts.drawing import picture_of
 from storage.datasets.files import DatasetError
 from storage.paths import Folder
 from storage.runs import read_pointers
@@ -165,7 +164,7 @@ def test_the_pooled_vector_comes_from_the_forward_of_the_maps(trained, config_of
         return forward(self, images)
 
     monkeypatch.setattr(FeatureModel, "__call__", counted)
-    pictures = [picture_of(item.image, evaluation.drawn, evaluation.size) for item in evaluation.images[:2]]
+    pictures = [evaluation.drawn.input_picture(item.image, evaluation.size) for item in evaluation.images[:2]]
     cached = CachedSource(recipe.open("cpu"))
     first, second = ((cached.maps(picture), cached.pooled(picture))[1] for picture in pictures)
     assert (calls, first.shape, str(first.dtype)) == ([1, 1], (64,), "torch.float32")
@@ -179,7 +178,7 @@ def test_the_pooled_vector_comes_from_the_forward_of_the_maps(trained, config_of
 
 def test_models_without_that_level_have_no_pooled_vector(trained, config_of):
     evaluation, recipe, _ = probe.prepare(config_of(trained()))
-    picture = picture_of(evaluation.images[0].image, evaluation.drawn, evaluation.size)
+    picture = evaluation.drawn.input_picture(evaluation.images[0].image, evaluation.size)
 
     assert LiveSource(recipe, "cpu").pooled(picture) is None
 
@@ -222,7 +221,7 @@ def test_outputs_may_be_twice_as_large(trained, config_of, tmp_path, task):
     assert found != expected(url)
     plain, _, _ = probe.prepare(config_of(url, task=task, out=str(tmp_path / "plain")))
     image = evaluation.images[0].image
-    drawn = [picture_of(image, each.drawn, each.size).draw(upright_pixels(image)) for each in (plain, evaluation)]
+    drawn = [each.drawn.input_picture(image, each.size).draw(upright_pixels(image)) for each in (plain, evaluation)]
     np.testing.assert_array_equal(*drawn)
     (prediction,) = (tmp_path / "out/predictions/truth").iterdir()
     with Image.open(prediction) as picture:

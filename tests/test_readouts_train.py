@@ -17,7 +17,6 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeaturesMissing
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
-from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.instances import CLASSIFIER
 from pipelines.training.loop import TrainFailed, read_metrics
 from pipelines.training.run import train_on_ray
@@ -442,7 +441,7 @@ def test_papers_drawing_is_small_first_then_enlarged_by_the_nearest_pixel(sets, 
 
     np.testing.assert_array_equal(pixels[::2, ::2], pixels[1::2, 1::2])
     np.testing.assert_array_equal(pixels[::2, ::2], source.photo(0))
-    picture = picture_of(source.items[0].image, source.task, (64, 64))
+    picture = source.task.input_picture(source.items[0].image, (64, 64))
     np.testing.assert_array_equal(picture.draw(upright_pixels(source.items[0].image)), pixels)
 
 

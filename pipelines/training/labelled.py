@@ -11,7 +11,6 @@ import numpy as np
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import draw
 from pipelines.features.sources import FeaturesMissing, PlacedRow, Rendering
-from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.task import Task
 from pipelines.training.data import Example, open_store
 from storage.datasets.files import DatasetError
@@ -103,7 +102,7 @@ class LabelledSource:
             return self.task.targets(self.label(row), row)
         item = self.items[row]
         data = item.image.data()
-        picture = picture_of(item.image, self.task, self.spec.input_size)
+        picture = self.task.input_picture(item.image, self.spec.input_size)
         pixels = draw(picture, data, self.spec, self.rendering)
         label = item.upright_label(OrientedImage(item.image.shown, orientation_of(data, item.image.shown)))
         return {PIXELS: pixels, **self.task.targets(label, row)}

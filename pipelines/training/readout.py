@@ -232,7 +232,7 @@ class ReadoutTraining(TrainConfig):
         readout, features = self.readout(task, level), features_of(spec, level)
         description = {
             "readout": asdict(readout),
-            "task": {"name": self.task, "dataset": self.dataset, **task.told()},
+            "task": {"name": self.task, "dataset": self.dataset, **task.as_json()},
             "features": {**features, "drawing": self.rendering},
         }
         return ReadoutSetup(
