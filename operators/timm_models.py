@@ -73,17 +73,9 @@ class Preprocessing:
     @classmethod
     def of(cls, config: PretrainedCfg) -> "Preprocessing":
         """As timm describes it."""
-        return cls(
-            size=(config.input_size[1], config.input_size[2]),
-            mean=_three(config.mean),
-            std=_three(config.std),
-            interpolation=config.interpolation,
-        )
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = map(float, values)
-    return red, green, blue
+        _, height, width = config.input_size
+        mean, std = (decode(tuple[float, float, float], tuple(map(float, each))) for each in (config.mean, config.std))
+        return cls(size=(height, width), mean=mean, std=std, interpolation=config.interpolation)
 
 
 def preprocessing(name: str) -> Preprocessing:
@@ -98,7 +90,8 @@ def preprocessing(name: str) -> Preprocessing:
 def _require_known(name: str) -> None:
     if ":" in name or "/" in name:
         raise BackboneError(f"{name!r} is a place; name the architecture, and give --weights the file or folder there")
-    if not _known(name):
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture) or (tag and name not in timm.list_pretrained(f"{architecture}.*")):
         raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
 
 
@@ -109,11 +102,6 @@ def _near(name: str) -> list[str]:
         or [known for known in names if name.split(".")[0] in known][:5]
         or timm.list_models("vit_small*", pretrained=True)[:5]
     )
-
-
-def _known(name: str) -> bool:
-    architecture, _, tag = name.partition(".")
-    return timm.is_model(architecture) and (not tag or name in timm.list_pretrained(f"{architecture}.*"))
 
 
 def create_model(

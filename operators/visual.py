@@ -83,16 +83,11 @@ class RgbProjection:
 
     def to_json(self) -> dict[str, JsonValue]:
         """Plain lists; `from_json` is the way back."""
-        data: dict[str, JsonValue] = {
-            name: getattr(self, name).tolist() for name in ("mean", "components", "low", "high")
-        }
-        if self.foreground:
-            mask = self.foreground
-            data["foreground"] = {
-                "mean": mask.mean.tolist(),
-                "direction": mask.direction.tolist(),
-                "threshold": mask.threshold,
-            }
+        names = ("mean", "components", "low", "high")
+        data: dict[str, JsonValue] = {name: getattr(self, name).tolist() for name in names}
+        if mask := self.foreground:
+            arrays = {"mean": mask.mean.tolist(), "direction": mask.direction.tolist()}
+            data["foreground"] = {**arrays, "threshold": mask.threshold}
         return data
 
     @classmethod

@@ -4,13 +4,7 @@ import math
 
 
 def learning_rate(
-    step: int,
-    *,
-    steps: int = 53_381,
-    warmup: int = 2_669,
-    peak: float = 2e-4,
-    start: float = 0.01,
-    floor: float = 1e-6,
+    step: int, *, steps: int = 53_381, warmup: int = 2_669, peak: float = 2e-4, start: float = 0.01, floor: float = 1e-6
 ) -> float:
     """Learning rate of an optimiser step, counted from 0: a line from `start` * `peak` up to `peak`, then a cosine to `floor`.
 

@@ -13,18 +13,12 @@ import torch
 from operators.readouts.baselines import Bicubic, StridedConv, TransposedConv
 from operators.readouts.deap import DeAP
 from operators.readouts.linear import DepthBins, LinearReadout
-from operators.readouts.readout import CODE, Readout, ReadoutError, SplitReadout, decoder_width
+from operators.readouts.readout import CODE, decoder_width
+from operators.readouts.readout import Readout as Readout
+from operators.readouts.readout import ReadoutError as ReadoutError
+from operators.readouts.readout import SplitReadout as SplitReadout
 from operators.upsamplers.protocol import UpsamplerError, given_settings
 from storage.documents import JsonObject
-
-__all__ = [
-    "READOUTS",
-    "Readout",
-    "ReadoutConfig",
-    "ReadoutError",
-    "SplitReadout",
-    "build_readout",
-]
 
 _OPTIONS: dict[str, tuple[Callable[..., Readout], set[str]]] = {
     "deap": (

@@ -4,7 +4,7 @@ torch's interpolation with an explicit target size, align_corners=False, no anti
 border is clamped. Bicubic is the Keys kernel with a = -0.75.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,23 +17,22 @@ class Bilinear(WithoutWeights):
     """Bilinear, to any grid."""
 
     needs = frozenset[Need]({"maps"})
+    mode: ClassVar[Literal["bilinear", "bicubic", "nearest-exact"]] = "bilinear"
 
     def make(self) -> Upsampler:
-        return Interpolate("bilinear")
+        return Interpolate(self.mode)
 
 
 class Bicubic(Bilinear):
     """Bicubic, to any grid."""
 
-    def make(self) -> Upsampler:
-        return Interpolate("bicubic")
+    mode = "bicubic"
 
 
 class Nearest(Bilinear):
     """The cell in which a finer cell's centre lies, to any grid."""
 
-    def make(self) -> Upsampler:
-        return Interpolate("nearest-exact")
+    mode = "nearest-exact"
 
 
 class Average(Bilinear):
@@ -74,8 +73,6 @@ class AveragePool(Upsampler):
         self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
     ) -> Tensor:
         h, w = features.grid
-        if h % grid[0] or w % grid[1]:
-            raise ValueError(f"a map of {h}x{w} cells can't be averaged to {grid[0]}x{grid[1]}: sides must divide")
         return F.avg_pool2d(features.stacked(layers).float(), (h // grid[0], w // grid[1]))
 
     def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:

@@ -92,13 +92,7 @@ class LiftNet(X2Net):
     enlarges_image = True
 
     def __init__(
-        self,
-        channels: int,
-        patch: int,
-        *,
-        image_branch: bool = True,
-        border_crop: bool = False,
-        wide: bool = False,
+        self, channels: int, patch: int, *, image_branch: bool = True, border_crop: bool = False, wide: bool = False
     ):
         super().__init__()
         self.channels, self.patch, self.border_crop = channels, patch, border_crop

@@ -22,7 +22,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, Row, Size, resolve_source
 from pipelines.published import LIFT_VIDEO
-from pipelines.results import Cell, Findings, Table, panel, percent, shown_size
+from pipelines.results import Cell, Findings, Table, panel, percent, sides
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip
 from storage.datasets.files import DatasetError, digest
@@ -241,7 +241,7 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
         LIFT_VIDEO if config.paper and config.protocol == "lift" else None,
         # Clips of other shapes have other inputs; the first one's are printed.
         varied={
-            side: f"{shown_size(size)}, ..."
+            side: f"{sides(size)}, ..."
             for side, size in sizes.items()
             if any(task.size(number, side) != size for number in range(len(task.clips)))
         },

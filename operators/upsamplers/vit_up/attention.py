@@ -8,6 +8,7 @@ Shapes: B images, N queries, S = h * w tokens, H heads of d channels, D = H * d.
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,10 @@ def window_sides(window: int | None, grid: tuple[int, int]) -> tuple[int, int]:
     return min(odd, grid[0]), min(odd, grid[1])
 
 
+Groups: TypeAlias = tuple[tuple[Tensor, tuple[tuple[int, int, int], ...]], ...]
+"""For each image the queries' order by window, and (row, column, queries) of each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """The window of each query: its first row and column, int64 [B, N], and what all share."""
@@ -39,8 +44,8 @@ class Windows:
     columns: Tensor
     sides: tuple[int, int]
     grid: tuple[int, int]
-    groups: tuple[tuple[Tensor, tuple[tuple[int, int, int], ...]], ...] | None
-    "for each image the queries' order by window, and (row, column, queries) of each; None: attend with a mask"
+    groups: Groups | None
+    "None: attend with a mask"
 
     @classmethod
     def around(cls, nearest_BN2: Tensor, grid: tuple[int, int], window: int | None) -> "Windows | None":
@@ -65,9 +70,7 @@ class Windows:
         return seen.flatten(-2).unsqueeze(1)
 
 
-def _grouped(
-    rows: Tensor, columns: Tensor, grid: tuple[int, int]
-) -> tuple[tuple[Tensor, tuple[tuple[int, int, int], ...]], ...] | None:
+def _grouped(rows: Tensor, columns: Tensor, grid: tuple[int, int]) -> Groups | None:
     """Each image's queries by window, or None where there are few of each."""
     groups = []
     for window in rows * grid[1] + columns:

@@ -119,11 +119,8 @@ class TokenCache:
 
     def backward(self, leaves: "TokenCache") -> None:
         """Send the gradients that `leaves`, this cache's `detached` copy, collected on to the backbone and the head."""
-        pairs = [
-            (own, leaf.grad)
-            for own, leaf in zip(self.tensors(), leaves.tensors(), strict=True)
-            if leaf.grad is not None
-        ]
+        both = zip(self.tensors(), leaves.tensors(), strict=True)
+        pairs = [(own, leaf.grad) for own, leaf in both if leaf.grad is not None]
         if pairs:
             torch.autograd.backward([own for own, _ in pairs], [gradient for _, gradient in pairs])
 
@@ -211,10 +208,8 @@ class ViTUpBlock(nn.Module):
         """The refined queries; without gradients, `x_BND` itself is overwritten."""
         x = _plus(x_BND, self.transition_mlp(x_BND))
         if self.cross_attention is not None:
-            seen = self.cross_attention(
-                self.norm_q_global(x), tokens.keys, tokens.values, queries.rope, queries.windows
-            )
-            x = _plus(x, seen)
+            tokens_seen = (tokens.keys, tokens.values, queries.rope, queries.windows)
+            x = _plus(x, self.cross_attention(self.norm_q_global(x), *tokens_seen))
         if self.featx is not None and tokens.normalised is not None:
             nearest = tokens.normalised.flatten(0, 1)[queries.nearest]
             x = _plus(x, self.norm_h_local(self.featx(nearest, queries.encoding)))
