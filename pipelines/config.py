@@ -114,7 +114,7 @@ class SessionConfig:
     """`auto` takes GPUs where the cluster has any."""
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """`storage_options` parsed. Raises `ConfigError`."""
         return parse_options(self.storage_options)
 
@@ -230,7 +230,7 @@ class JobConfig:
         }
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """`storage_options` parsed. Raises `ConfigError`."""
         return self.cluster.options
 
@@ -285,7 +285,7 @@ def absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).expanduser().resolve())
 
 
-def parse_options(text: str | None) -> dict[str, Any]:
+def parse_options(text: str | None) -> dict[str, object]:
     """--storage-options parsed. Raises `ConfigError`, without repeating the text: it may hold secrets."""
     try:
         options = json.loads(text or "{}")

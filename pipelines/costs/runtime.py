@@ -28,7 +28,7 @@ from pipelines.features.config import LevelConfig
 from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
-from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, Published, Values
+from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP_RUNTIME, Published, Values
 from pipelines.results import Findings, Line, Table, sides, with_published
 from storage.datasets.files import digest
 from storage.documents import decode
@@ -334,9 +334,8 @@ def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
 
 def _published(line: Line, name: str, values: Values) -> Line:
     cells = (values[0], None, None, values[1], None, None)
-    return replace(
-        line, features=f"{VIT_UP.name} {VIT_UP_RUNTIME.table}: {name}", stride=None, values=cells, published=True
-    )
+    source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"  # without the backbone, which is this run's own
+    return replace(line, features=f"{source}: {name}", stride=None, values=cells, published=True)
 
 
 def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts) -> Table:

@@ -91,7 +91,7 @@ def _read(folder: Folder, name: str) -> Any:
         raise Unreadable(f"{folder.shown}/{name} is damaged: {error}") from None
 
 
-def _description_in(name: str, config: Any, shown: str) -> ModelDescription:
+def _description_in(name: str, config: object, shown: str) -> ModelDescription:
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise Unreadable(f"{shown} isn't timm's: {_whose(config)}")
     wanted, found = name.partition(".")[0], config["architecture"].partition(".")[0]
@@ -106,7 +106,7 @@ def _description_in(name: str, config: Any, shown: str) -> ModelDescription:
     )
 
 
-def _whose(config: Any) -> str:
+def _whose(config: object) -> str:
     """In words, for a config.json without an architecture."""
     if not isinstance(config, dict):
         return f"it holds a {type(config).__name__}"
@@ -168,21 +168,21 @@ def _other_than_default(architecture: str, given: Mapping[str, Any]) -> dict[str
     return {n: value for n, value in given.items() if type(usual[n]) is not type(value) or usual[n] != value}
 
 
-def _image_size(size: Any, shown: str) -> tuple[int, int]:
+def _image_size(size: object, shown: str) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
     if len(sides) != 2 or not all(map(_side, sides)):
         raise BackboneError(f"{shown}: img_size {size!r} is no height and width in pixels")
     return sides
 
 
-def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
+def _holds(rule: Callable[[Any], bool], value: object) -> bool:
     try:
         return rule(value)
     except (TypeError, LookupError):
         return False
 
 
-def _side(value: Any) -> bool:
+def _side(value: object) -> bool:
     return type(value) is int and value > 0
 
 

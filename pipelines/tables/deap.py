@@ -64,16 +64,16 @@ def entries(cells: Sequence[Cell], results: Sequence[CellResult]) -> list[Entry]
 
 def _entry(group: Sequence[tuple[Cell, CellResult]]) -> Entry:
     cell, done = group[0][0], [result for _, result in group if not result.error]
-    first = done[0] if done else None
+    first = done[0] if done else group[0][1]  # what failed has neither counts nor sizes
     return Entry(
         backbone=cell.backbone,
         task=cell.task,
         method=cell.method,
         scores=tuple(_score(column, done) for column in cell.task.columns),
         due=len(group),
-        parameters=first.parameters if first else None,
-        grid=first.grid if first else None,
-        input_size=first.input_size if first else None,
+        parameters=first.parameters,
+        grid=first.grid,
+        input_size=first.input_size,
     )
 
 

@@ -3,9 +3,9 @@
 What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from pipelines.provenance import begin_run
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
 from pipelines.training.watch import similarity_picture
-from storage.documents import JsonValue
+from storage.documents import JsonObject, JsonValue
 from storage.identity import content_sample
 from storage.inputs import Listing, expand_inputs
 from storage.paths import Folder
@@ -66,7 +66,7 @@ class ImageTraining(TrainConfig):
         """Side of the largest image that the backbone is given, in pixels."""
         raise NotImplementedError
 
-    def network(self, backbone: TimmBackbone) -> dict[str, Any]:
+    def network(self, backbone: TimmBackbone) -> dict[str, JsonValue]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
         raise NotImplementedError
 
@@ -114,7 +114,7 @@ class ImageSetup(TrainSetup):
     held_out: ImageSource
 
     @property
-    def upsampler(self) -> Mapping[str, Any]:
+    def upsampler(self) -> JsonObject:
         """The network's settings."""
         return self.description["upsampler"]
 
@@ -171,7 +171,7 @@ class ResolvedImages:
     config: ImageTraining
     folder: Folder
     backbone: ModelBundle
-    upsampler: Mapping[str, Any]
+    upsampler: JsonObject
     files: Listing
     held_out_files: Listing
     features: StoredFeatures | None

@@ -372,7 +372,7 @@ class ReadoutObjective:
     def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
         """The task's scores on the held-out images, and `val_loss`; a picture of the first ones. None if none can be read,
         or scored."""
-        records, losses, shown = self._judge()
+        records, losses, panels = self._judge()
         try:
             scores, divisor = self.task.scores(records), sum(weight for _, weight in losses)
         except ValueError as error:
@@ -381,14 +381,14 @@ class ReadoutObjective:
         # The best checkpoint is that of the smallest.
         loss = sum(total for total, _ in losses) / divisor if divisor else -scores[self.task.better]
         values = {"val_loss": loss, **{f"val_{name}": value for name, value in scores.items()}}
-        return values, panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], shown)
+        return values, panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], panels)
 
     def _judge(self) -> tuple[list["DataclassInstance"], list[tuple[float, float]], list[list[np.ndarray]]]:
         """Records of all held-out images, losses as (total, divisor), and the first images with what was made of them."""
         source, rows = self.setup.held_out, self.setup.held_out_rows
         records: list[DataclassInstance] = []
         losses: list[tuple[float, float]] = []
-        shown: list[list[np.ndarray]] = []
+        panels: list[list[np.ndarray]] = []
         failed: dict[int, str] = {}
         at_once = min(self.config.forward_images, 16)
         for start in range(0, len(rows), at_once):
@@ -406,9 +406,9 @@ class ReadoutObjective:
                 targets = {name: each[position] for name, each in of_all.items()}
                 label = source.label(row) if self.task.judges_label else None
                 records.append(self.task.judge(outputs[position], targets, label))
-                if len(shown) < 4:
-                    shown.append([source.photo(row), *self.task.pictures(outputs[position], targets)])
+                if len(panels) < 4:
+                    panels.append([source.photo(row), *self.task.pictures(outputs[position], targets)])
         if failed:
             first = next(iter(failed.values()))
             logger.warning("%d of %d held-out images are left out, the first: %s", len(failed), len(rows), first)
-        return records, losses, shown
+        return records, losses, panels
