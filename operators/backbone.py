@@ -167,10 +167,6 @@ class TimmBackbone:
             grid.append((side - self.patch) // self.stride + 1)
         return grid[0], grid[1]
 
-    def cell_start(self) -> float:
-        """Centre of the first cell in input pixels; the same on both axes."""
-        return self.patch / 2
-
     def __call__(self, images_BCHW: Tensor, layers: Sequence[int]) -> PatchFeatures:
         """Normalised images [B, 3, H, W] to maps of `layers` (0-based numbers)."""
         grid = self.grid_of((images_BCHW.shape[-2], images_BCHW.shape[-1]))

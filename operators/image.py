@@ -26,16 +26,8 @@ from operators.codecs.samples import Samples
 from operators.codecs.warned import decoder_warnings
 from storage.orientation import EXIF_ROTATE, TURNS, exif_orientation
 
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-}
-
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 """What Pillow may open. It knows more, and starts Ghostscript on the program that an EPS file is."""
-
 
 MAX_RLE_PIXELS = 2**24
 """Of a run-length encoded BMP, which Pillow decodes in Python: a few bytes can mean a second for each million pixels."""
@@ -250,7 +242,7 @@ def _too_large(size: str, limit: int) -> str:
 
 def _resample(image: Image.Image, placement: Placement, geometry: Geometry) -> np.ndarray:
     (w, h), (x, y) = placement.resized, placement.corner
-    method = _RESAMPLING[geometry.interpolation]
+    method = Image.Resampling[geometry.interpolation.upper()]
     if x >= 0 and y >= 0:
         part = image.resize((w, h), method)
         if (w, h) == (geometry.width, geometry.height):

@@ -3,6 +3,7 @@
 No files are read here: weights come in as arrays or as a state dict.
 """
 
+import contextlib
 import difflib
 import hashlib
 import textwrap
@@ -171,10 +172,8 @@ def _create_strictly(
 
 def _create_any_size(name: str, size: tuple[int, int], kwargs: Mapping[str, Any]) -> nn.Module:
     """Position embeddings that follow the input where the family can, else those of `size`."""
-    try:
+    with contextlib.suppress(TypeError):
         return timm.create_model(name, **{**kwargs, "dynamic_img_size": True})
-    except TypeError:
-        pass
     try:
         return timm.create_model(name, **{**kwargs, "img_size": size})
     except (TypeError, AssertionError, ValueError) as error:

@@ -14,7 +14,7 @@ from torch import nn
 
 from cluster.metrics import TaskReport
 from jobs import benchmark
-from operators.upsamplers.vit_up import ViTUpConfig
+from operators.upsamplers.vit_up.head import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
 from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, in_new_processes

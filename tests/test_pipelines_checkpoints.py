@@ -11,7 +11,9 @@ import torch
 
 from operators.backbone import create_model, state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError
-from operators.upsamplers.vit_up import Lora, ViTUpConfig, random_head
+from operators.upsamplers.vit_up.head import ViTUpConfig
+from operators.upsamplers.vit_up.lora import Lora
+from operators.upsamplers.vit_up.method import random_head
 from pipelines.features.bundle import load_bundle
 from pipelines.features.config import FeatureConfig
 from pipelines.features.upsamplers import UpsamplerWeights

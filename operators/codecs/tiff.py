@@ -15,13 +15,8 @@ _MAX_VALUE, _PLANAR, _COLORMAP, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES =
 _SAMPLE_FORMAT, _LOW, _HIGH, _JPEG_TABLES = 339, 340, 341, 347
 
 _NATIVE = {
-    "I;16S": "I;16NS",
-    "I;16BS": "I;16NS",
-    "I;32S": "I;32NS",
-    "I;32BS": "I;32NS",
-    "F;32F": "F;32NF",
-    "F;32BF": "F;32NF",
-}
+    "I;16S": "I;16NS", "I;16BS": "I;16NS", "I;32S": "I;32NS", "I;32BS": "I;32NS", "F;32F": "F;32NF", "F;32BF": "F;32NF",
+}  # fmt: skip
 
 _KINDS = {1: "uint", 2: "int", 3: "float", 4: "uint"}
 _GREY = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")

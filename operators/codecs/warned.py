@@ -19,7 +19,7 @@ _here = threading.local()
 
 @contextmanager
 def decoder_warnings() -> Iterator[list[str]]:
-    """Collects the texts of Pillow's warnings in this thread, in order, each once. They are not shown.
+    """Collects the texts of Pillow's warnings in this thread, in order, each once. They are not printed.
 
     Not `DecompressionBombWarning`, which says nothing about the pixels that come.
     """

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from operators.metrics.depth import MAX_DEPTH, MIN_DEPTH
 from storage.datasets.classes import VOID
-
-MIN_DEPTH, MAX_DEPTH = 0.001, 10.0
 
 EPS = 0.001
 """Metres, added to depths before their logarithm."""
@@ -114,10 +113,8 @@ def instance_loss(
     latents_NC, ids_N = _sampled(latents_BCHW, ids_BHW, samples_per_image, generator)
     step = max(1, max_bytes // (_BYTES_PER_LOGIT * classifier.out_features))
     total = latents_NC.new_zeros((), dtype=torch.float32)
-    for latents, ids in zip(latents_NC.split(step), ids_N.split(step), strict=True):
-        total = total + checkpoint(
-            _instance_sum, classifier, latents, ids, use_reentrant=False, preserve_rng_state=False
-        )
+    for part in zip(latents_NC.split(step), ids_N.split(step), strict=True):
+        total = total + checkpoint(_instance_sum, classifier, *part, use_reentrant=False, preserve_rng_state=False)
     return LossSum(total, float(len(ids_N)))
 
 

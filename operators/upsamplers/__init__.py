@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from operators.upsamplers.interpolate import Average, Bicubic, Bilinear, Nearest
+from operators.upsamplers.interpolate import Average, Interpolation
 from operators.upsamplers.jbu import Jbu
 from operators.upsamplers.lift import Lift
 from operators.upsamplers.protocol import AnyMethod as AnyMethod
@@ -25,9 +25,9 @@ from operators.upsamplers.vit_up.method import ViTUpMethod
 from storage.documents import JsonObject
 
 UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
-    "bilinear": Bilinear,
-    "bicubic": Bicubic,
-    "nearest": Nearest,
+    "bilinear": Interpolation,
+    "bicubic": Interpolation,
+    "nearest": Interpolation,
     "average": Average,
     "lift": Lift,
     "resize_conv": ResizeConv,

@@ -4,8 +4,6 @@ torch's interpolation with an explicit target size, align_corners=False, no anti
 border is clamped. Bicubic is the Keys kernel with a = -0.75.
 """
 
-from typing import ClassVar, Literal
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,29 +11,16 @@ from operators.backbone import PatchFeatures
 from operators.upsamplers.protocol import Need, Settings, Upsampler, UpsamplerError, WithoutWeights
 
 
-class Bilinear(WithoutWeights):
-    """Bilinear, to any grid."""
+class Interpolation(WithoutWeights):
+    """torch's mode of the method's own name, to any grid; `nearest` is the cell in which a finer cell's centre lies."""
 
     needs = frozenset[Need]({"maps"})
-    mode: ClassVar[Literal["bilinear", "bicubic", "nearest-exact"]] = "bilinear"
 
     def make(self) -> Upsampler:
-        return Interpolate(self.mode)
+        return Interpolate("nearest-exact" if self.name == "nearest" else self.name)
 
 
-class Bicubic(Bilinear):
-    """Bicubic, to any grid."""
-
-    mode = "bicubic"
-
-
-class Nearest(Bilinear):
-    """The cell in which a finer cell's centre lies, to any grid."""
-
-    mode = "nearest-exact"
-
-
-class Average(Bilinear):
+class Average(Interpolation):
     """Means of whole cells, to a coarser grid whose sides divide the map's."""
 
     enlarges = False
@@ -51,7 +36,7 @@ class Average(Bilinear):
 class Interpolate(Upsampler):
     """By torch, to any grid."""
 
-    def __init__(self, mode: Literal["bilinear", "bicubic", "nearest-exact"]):
+    def __init__(self, mode: str):
         self.mode = mode
 
     def __call__(

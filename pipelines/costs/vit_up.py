@@ -19,15 +19,11 @@ from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler
 from operators.upsamplers.lift import Lift, LiftSettings
 from operators.upsamplers.protocol import Precision
 from operators.upsamplers.recursive import LearnedUpsampler
-from operators.upsamplers.vit_up import (
-    AdaptedBackbone,
-    Lora,
-    ViTUp,
-    ViTUpConfig,
-    ViTUpHead,
-    published_settings,
-    random_head,
-)
+from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
+from operators.upsamplers.vit_up.hidden import AdaptedBackbone
+from operators.upsamplers.vit_up.lora import Lora
+from operators.upsamplers.vit_up.method import published_settings, random_head
+from operators.upsamplers.vit_up.upsampler import ViTUp
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
 from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs, image_to_grid

@@ -18,7 +18,10 @@ from operators.image import Geometry
 from operators.objectives.lift import cosine_loss
 from operators.objectives.vit_up import LossWeights, Supervision, objective
 from operators.upsamplers import UpsamplerError, find_method
-from operators.upsamplers.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
+from operators.upsamplers.vit_up.geometry import grid_coordinates
+from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
+from operators.upsamplers.vit_up.hidden import AdaptedBackbone
+from operators.upsamplers.vit_up.lora import Lora
 from pipelines.config import ConfigError, Counts, Free
 from pipelines.features.bundle import ModelBundle
 from pipelines.training.data import CanvasView, Loaded

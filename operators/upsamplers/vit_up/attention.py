@@ -24,14 +24,6 @@ which stand in each other's way in small calls; windows of 17 at 32 or more. A g
 """
 
 
-def window_sides(window: int | None, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of tokens that a query sees."""
-    if window is None:
-        return grid
-    odd = 2 * (window // 2) + 1
-    return min(odd, grid[0]), min(odd, grid[1])
-
-
 Groups: TypeAlias = tuple[tuple[Tensor, tuple[tuple[int, int, int], ...]], ...]
 """For each image the queries' order by window, and (row, column, queries) of each."""
 
@@ -43,6 +35,7 @@ class Windows:
     rows: Tensor
     columns: Tensor
     sides: tuple[int, int]
+    "rows and columns of tokens that a query sees"
     grid: tuple[int, int]
     groups: Groups | None
     "None: attend with a mask"
@@ -50,7 +43,8 @@ class Windows:
     @classmethod
     def around(cls, nearest_BN2: Tensor, grid: tuple[int, int], window: int | None) -> "Windows | None":
         """Windows round the nearest tokens (column, row); None where a window holds all tokens."""
-        sides = window_sides(window, grid)
+        odd = max(grid) if window is None else 2 * (window // 2) + 1
+        sides = min(odd, grid[0]), min(odd, grid[1])
         if sides == tuple(grid):
             return None
         rows, columns = (

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.protocol import Settings, UpsamplerError, given_settings, require_counts
+from operators.upsamplers.protocol import Settings, UpsamplerError, require_counts
 from operators.upsamplers.vit_up.attention import CrossAttention, Windows
 from operators.upsamplers.vit_up.geometry import ENCODING, Rope, encode_offsets, nearest_tokens, offset_frequencies
-from storage.documents import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTUpConfig(Settings):
     """What a ViT-Up is made of. The defaults are the published ones; raises `UpsamplerError` where settings are impossible."""
 
+    owner = "ViT-Up"
     channels: int
     "of the backbone's tokens"
     heads: int
@@ -51,11 +51,6 @@ class ViTUpConfig(Settings):
     "of LoRA: its products are multiplied by alpha / rank"
     dropout: float = 0.05
     "of LoRA's inputs, in training"
-
-    @classmethod
-    def parse(cls, settings: JsonObject) -> "ViTUpConfig":
-        """From a JSON object; absent and null settings take the defaults."""
-        return cls(**given_settings(cls, settings, ("channels", "heads"), "ViT-Up"))
 
     def __post_init__(self) -> None:
         require_counts(self, "channels", "heads", "window", "query_size", "hidden_size", "mlp_channels", "rank")
