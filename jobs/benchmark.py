@@ -27,8 +27,7 @@ program = Program(
     name="benchmark",
     doc=__doc__,
     commands={
-        name: Command(run=each.run, default=each.presets["default"], presets=each.presets)
-        for name, each in BENCHMARKS.items()
+        name: Command(run=each.run, default=each.presets["default"], presets=each.presets) for name, each in BENCHMARKS.items()
     },
     stopped="stopped; nothing was measured",
     pairs=True,

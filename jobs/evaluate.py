@@ -73,9 +73,7 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
         "lift-spair": CkaConfig.of(sizes=tuple(range(56, 449, 56)), **LIFT),
     },
     "similarity": {
-        "debug": SimilarityConfig.of(
-            data="demo/evaluate/SPair-71k", out="demo/eval-similarity", sizes=(64, 128), **DEBUG
-        ),
+        "debug": SimilarityConfig.of(data="demo/evaluate/SPair-71k", out="demo/eval-similarity", sizes=(64, 128), **DEBUG),
         # LiFT's Fig. 5 and 6; --levels x1 x2=lift:URL x4=lift:URL x8=lift:URL x16=lift:URL shows repeated passes.
         "lift-figures": SimilarityConfig.of(sizes=(224, 448), **LIFT),
     },
@@ -99,9 +97,7 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
     },
     "probe": {
         # Of what `jobs/train.py debug-readout` trained.
-        "debug": ProbeConfig.of(
-            data="demo/evaluate/VOC2012", out="demo/eval-probe", readouts=("demo/train-readout",), **DEBUG
-        ),
+        "debug": ProbeConfig.of(data="demo/evaluate/VOC2012", out="demo/eval-probe", readouts=("demo/train-readout",), **DEBUG),
     },
 }
 

@@ -58,9 +58,7 @@ PRESETS: dict[str, GridConfig] = {
         methods=("deap", "deap-8-dim", "deap-no-sigma", "deap-no-indiv-sigma", "deap-only-mask"),
     ),
     # DeAP Fig. 4, which has no numbers: DeAP against what it replaces. Not run here.
-    "deap-fig4": GridConfig(
-        backbones=("dinov2-b",), tasks=DEAP_TASKS, methods=("deap", "bicubic", "transposed", "linear")
-    ),
+    "deap-fig4": GridConfig(backbones=("dinov2-b",), tasks=DEAP_TASKS, methods=("deap", "bicubic", "transposed", "linear")),
     # ViT-Up Table 1's first row: linear probes of the plain map. Not run here.
     "vit-up-table1": GridConfig(
         backbones=(f"{VIT_UP_FEATURES['model']}@448",),

@@ -96,9 +96,7 @@ class TimmBackbone:
         self.norm = self._resolve_norm(norm)
         self._trained_pos_embed = getattr(model, "pos_embed", None)
         if pos_embed == "dino" and self._trained_pos_embed is None:
-            raise BackboneError(
-                f"pos_embed dino: {type(model).__name__} has no absolute position embeddings here; leave it out"
-            )
+            raise BackboneError(f"pos_embed dino: {type(model).__name__} has no absolute position embeddings here; leave it out")
         overlaps = self.stride != self.patch and self._trained_pos_embed is not None
         self.pos_embed = pos_embed or ("dino" if overlaps else "timm")
         self._trained_grid: tuple[int, int] = getattr(getattr(model, "patch_embed", None), "grid_size", (0, 0))
@@ -119,11 +117,7 @@ class TimmBackbone:
 
     def _free_patches(self) -> None:
         patch_embed = getattr(self.model, "patch_embed", None)
-        if (
-            self.is_hierarchical
-            or not isinstance(getattr(patch_embed, "proj", None), nn.Conv2d)
-            or self.patch % self.stride
-        ):
+        if self.is_hierarchical or not isinstance(getattr(patch_embed, "proj", None), nn.Conv2d) or self.patch % self.stride:
             raise BackboneError(
                 f"stride {self.stride}{', ragged,' * self.ragged} is not possible for {type(self.model).__name__} with patch "
                 f"{self.patch}: plain ViTs only, and the stride must divide the patch"
@@ -176,9 +170,7 @@ class TimmBackbone:
         if self.facet != "token":
             tokens = self._facet_tokens(images_BCHW, layers)
         elif self.is_hierarchical:
-            maps = self.model.forward_intermediates(
-                images_BCHW, indices=layers, output_fmt="NCHW", intermediates_only=True
-            )
+            maps = self.model.forward_intermediates(images_BCHW, indices=layers, output_fmt="NCHW", intermediates_only=True)
             empty = maps[0].new_zeros((len(images_BCHW), 0, self.channels))
             return PatchFeatures(
                 layers=dict(zip(layers, maps, strict=True)), prefix=dict.fromkeys(layers, empty), stride=self.stride

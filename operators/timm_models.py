@@ -137,9 +137,7 @@ def create_model(
     return model.eval().requires_grad_(False)
 
 
-def _create_strictly(
-    name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor], given: JsonObject
-) -> nn.Module:
+def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor], given: JsonObject) -> nn.Module:
     """Every tensor of the model comes from `state_dict`, and all of that but the classifier is used.
 
     timm loads without checking either where it drops a classifier, so that another model's weights would pass as random

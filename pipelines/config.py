@@ -91,9 +91,7 @@ def _type_arguments(kind: type) -> dict[Any, Any]:
     """What the type variables of its generic bases stand for."""
     bases = [base for each in kind.__mro__ for base in each.__dict__.get("__orig_bases__", ())]
     pairs = [(get_origin(base), get_args(base)) for base in bases if get_origin(base) not in (None, Generic)]
-    return {
-        name: given for origin, arguments in pairs for name, given in zip(origin.__parameters__, arguments, strict=True)
-    }
+    return {name: given for origin, arguments in pairs for name, given in zip(origin.__parameters__, arguments, strict=True)}
 
 
 # --- where the work is done -------------------------------------------------------------------------------------------
@@ -130,13 +128,9 @@ class GpuConfig(SessionConfig):
         if self.accelerator is None:
             return
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.accelerator):
-            raise ConfigError(
-                f"--accelerator {self.accelerator!r}: give one kind of GPU as Ray calls it, for example L4"
-            )
+            raise ConfigError(f"--accelerator {self.accelerator!r}: give one kind of GPU as Ray calls it, for example L4")
         if self.device == "cpu" or self.executor == "inline":
-            raise ConfigError(
-                f"--accelerator {self.accelerator} chooses among a Ray cluster's GPUs; leave it out on CPU"
-            )
+            raise ConfigError(f"--accelerator {self.accelerator} chooses among a Ray cluster's GPUs; leave it out on CPU")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,9 +236,7 @@ class JobConfig:
     @property
     def is_inline(self) -> bool:
         """Whether this process does the work: where it was asked to, or other ones can't see the URLs."""
-        return self.cluster.executor == "inline" or (
-            self.cluster.executor == "auto" and any(map(is_memory, self.places))
-        )
+        return self.cluster.executor == "inline" or (self.cluster.executor == "auto" and any(map(is_memory, self.places)))
 
 
 def _redacted(value: JsonValue, options: StorageOptions) -> JsonValue:

@@ -176,9 +176,7 @@ class InlineExecutor:
     ) -> Iterator[TaskReport]:
         yield from map(make_worker().run, tasks)
 
-    def pieces(
-        self, make_worker: Make[Item, Result], pieces: Sequence[Item], pool: WorkerPool, **_: object
-    ) -> Iterator[Result]:
+    def pieces(self, make_worker: Make[Item, Result], pieces: Sequence[Item], pool: WorkerPool, **_: object) -> Iterator[Result]:
         yield from map(make_worker(), pieces)
 
 

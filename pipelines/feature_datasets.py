@@ -41,9 +41,7 @@ State: TypeAlias = dict[str, int | str]
 Asked = TypeVar("Asked")
 Made = TypeVar("Made")
 
-LEDGER_COLUMNS = tuple(
-    name for name in SCHEMA.names if name not in ("row", "key", "status", "stage", "error", "message")
-)
+LEDGER_COLUMNS = tuple(name for name in SCHEMA.names if name not in ("row", "key", "status", "stage", "error", "message"))
 """Columns that every store has, beside those that `--carry` took from the samples: sizes, pixel transform, origin."""
 
 
@@ -80,9 +78,7 @@ class _Rows:
         if clash:
             raise ValueError(f"a sample has {sorted(clash)[0]!r} already; leave it out of the columns")
         chosen = _valid_rows(store, rows)
-        return cls(
-            store=copy.copy(store), levels=tuple(levels), rows=chosen, labels=_labels(store, chosen, tuple(columns))
-        )
+        return cls(store=copy.copy(store), levels=tuple(levels), rows=chosen, labels=_labels(store, chosen, tuple(columns)))
 
     def once(self) -> "_Rows":
         """The same in the order of the store. Raises `ValueError` where a row is there twice."""
@@ -118,11 +114,11 @@ def _valid_rows(store: FeatureStore, selection: Selection | None) -> np.ndarray:
     valid = store.valid(rows) if len(rows) else np.zeros(0, bool)
     if selection is not None and not valid.all():
         raise MissingRows(
-            f"{store.folder.shown}: {np.count_nonzero(~valid)} of the rows asked for failed or aren't written yet, the first "
+            f"{store.folder.displayed}: {np.count_nonzero(~valid)} of the rows asked for failed or aren't written yet, the first "
             f"is row {rows[~valid][0]}. `FeatureStore.records` says why; leave `rows` out for all that have features"
         )
     if not valid.any():
-        raise MissingRows(f"{store.folder.shown}: nothing to read, {len(rows)} rows are chosen and none has features")
+        raise MissingRows(f"{store.folder.displayed}: nothing to read, {len(rows)} rows are chosen and none has features")
     return rows[valid]
 
 
@@ -132,7 +128,7 @@ def _labels(store: FeatureStore, rows: np.ndarray, columns: tuple[str, ...]) -> 
     unknown = [name for name in recorded if name not in LEDGER_COLUMNS]
     if unknown:
         there = ", ".join([*store.index.carried, *LEDGER_COLUMNS])
-        raise UnknownName(f"{store.folder.shown} has no column {unknown[0]!r}; it has {there}")
+        raise UnknownName(f"{store.folder.displayed} has no column {unknown[0]!r}; it has {there}")
     table = store.index.take(rows, ["key", *carried])
     if recorded:
         records = store.records(rows, recorded)
@@ -386,9 +382,7 @@ class FeatureStream(IterableDataset[Sample]):
             if state.get(name) != value
         ]
         if wrong:
-            raise StateMismatch(
-                f"the state is of another stream: {'; '.join(wrong)}. Make the stream as it was made then"
-            )
+            raise StateMismatch(f"the state is of another stream: {'; '.join(wrong)}. Make the stream as it was made then")
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -31,20 +31,20 @@ def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject) -> None:
         # Runs of earlier versions didn't look at the images' bytes.
         content = {name: made_of[name] for name in made_of if name.endswith("_content")}
         known = {**content, **as_object(before.get("identity", {}), "identity")}
-        require_same(folder.shown, {**known, **content}, made_of)
+        require_same(folder.displayed, {**known, **content}, made_of)
         if changed := [name.removesuffix("_content") for name in content if known[name] != made_of[name]]:
             raise ConfigError(
-                f"{folder.shown} was begun with other images under the same names and sizes ({', '.join(changed)}): the files "
-                "of --data or --val-data were replaced since. Restore them, or use a new --out."
+                f"{folder.displayed} was begun with other images under the same names and sizes ({', '.join(changed)}): the "
+                "files of --data or --val-data were replaced since. Restore them, or use a new --out."
             )
         return
     if read_pointers(folder) is not None:
-        raise ConfigError(f"{folder.shown} has checkpoints but no run.json; restore it, or use a new --out")
+        raise ConfigError(f"{folder.displayed} has checkpoints but no run.json; restore it, or use a new --out")
     write_run(folder, {"identity": made_of, "config": config, "versions": versions()})
 
 
-def require_same(shown: str, before: JsonObject, now: JsonObject) -> None:
+def require_same(displayed: str, before: JsonObject, now: JsonObject) -> None:
     """Raises `ConfigError` with what differs between a run and its continuation."""
     if found := differences(before, now):
         text = found.text("run", "now")
-        raise ConfigError(f"{shown} was begun with other settings:\n{text}\nUse a new --out, or the settings above.")
+        raise ConfigError(f"{displayed} was begun with other settings:\n{text}\nUse a new --out, or the settings above.")

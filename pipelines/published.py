@@ -25,9 +25,7 @@ class Paper:
 
 LIFT = Paper(name="LiFT", arxiv="2403.14625")
 VIT_UP = Paper(name="ViT-Up", arxiv="2606.14024")
-DEAP = Paper(
-    name="DeAP", title="Characterizing Vision Backbones for Dense Prediction with Dense Attentive Probing (TMLR)"
-)
+DEAP = Paper(name="DeAP", title="Characterizing Vision Backbones for Dense Prediction with Dense Attentive Probing (TMLR)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +250,7 @@ RECIPES: Mapping[str, Recipe] = {
     "detection": _deap("detection", "detection", "coco", limit=100_000, max_steps=20_000),
     # Under 16 minutes on an RTX 2080.
     "voc": _deap("VOC", "segmentation", "voc", placement="squash", max_steps=10_000),
-    "coco-stuff": _deap(
-        "COCO-Stuff", "segmentation", "coco_stuff", outputs=200, width=32, limit=100_000, max_steps=20_000
-    ),
+    "coco-stuff": _deap("COCO-Stuff", "segmentation", "coco_stuff", outputs=200, width=32, limit=100_000, max_steps=20_000),
     "depth": _deap("depth", "depth", "nyu", placement="squash", limit=42_000, max_steps=3_000),
     "probe-coco": _probe("COCO, 27 groups", "coco_stuff27", epochs=5),
     "probe-voc": _probe("VOC, 448 px", "voc"),

@@ -56,16 +56,11 @@ class Table:
     def markdown(self) -> str:
         """With a line for the title."""
         head = ["features", "input px", "stride", "grid", *self.columns]
-        rows = [
-            [line.features, line.input_px, _text(line.stride), line.grid, *map(_text, line.values)]
-            for line in self.lines
-        ]
+        rows = [[line.features, line.input_px, _text(line.stride), line.grid, *map(_text, line.values)] for line in self.lines]
         return "\n".join([self.title, *table_lines(head, rows, padded=True)])
 
 
-def table_lines(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, padded: bool = False
-) -> Iterator[str]:
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, padded: bool = False) -> Iterator[str]:
     """A Markdown table of cells, line by line, after the empty line that separates it from text.
 
     The first `left` columns are aligned to the left and numbers, behind them, to the right. `padded`: all to the left, and as
@@ -193,9 +188,7 @@ def sides(size: Size) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
-def panel(
-    tiles: Sequence[Sequence[Tile]], columns: Sequence[str], rows: Sequence[str], title: str, tile: Size
-) -> Image.Image:
+def panel(tiles: Sequence[Sequence[Tile]], columns: Sequence[str], rows: Sequence[str], title: str, tile: Size) -> Image.Image:
     """Tiles with titles as one picture; `tile` is (width, height)."""
     short = [row if len(row) <= 24 else f"...{row[-21:]}" for row in rows]
     # A title wider than its column would run into the next one's.

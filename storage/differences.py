@@ -28,9 +28,7 @@ class Differences:
 
     def text(self, there: str, here: str) -> str:
         """A line each; `there` and `here` say whose the values are."""
-        return "\n".join(
-            f"  {each.field:<16} {there} {_short(each.there)}   {here} {_short(each.here)}" for each in self.found
-        )
+        return "\n".join(f"  {each.field:<16} {there} {_short(each.there)}   {here} {_short(each.here)}" for each in self.found)
 
 
 def differences(there: JsonObject, here: JsonObject) -> Differences:

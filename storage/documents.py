@@ -61,17 +61,17 @@ class Document:
     error: type[DamagedObject] = DamagedObject
 
     @property
-    def shown(self) -> str:
+    def displayed(self) -> str:
         """Its URL as it may be printed."""
-        return f"{self.folder.shown}/{self.name}"
+        return f"{self.folder.displayed}/{self.name}"
 
     def damaged(self, what: str) -> DamagedObject:
         """The error that says `what` is wrong with it."""
-        return self.error(f"{self.shown} {what}; {self.advice}")
+        return self.error(f"{self.displayed} {what}; {self.advice}")
 
     def missing(self) -> MissingObject:
         """The error that says that it isn't there."""
-        return MissingObject(f"{self.shown} is missing; {self.advice}")
+        return MissingObject(f"{self.displayed} is missing; {self.advice}")
 
     @contextlib.contextmanager
     def parsing(self) -> Iterator[None]:

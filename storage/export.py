@@ -23,9 +23,7 @@ class Export:
     files: int
 
 
-def export_vectors(
-    store: FeatureStore, level: str, target: str, storage_options: StorageOptions | None = None
-) -> Export:
+def export_vectors(store: FeatureStore, level: str, target: str, storage_options: StorageOptions | None = None) -> Export:
     """Write one vector per image to `<target>/part-*.parquet`; maps are averaged over their cells.
 
     Columns: row, key, source (URL), vector (fixed-size list of float32), and what `--carry` kept. Rows without features are
@@ -33,7 +31,7 @@ def export_vectors(
     """
     folder = Folder(target, storage_options)
     if any(name.endswith(".parquet") for name in folder.sizes("")):
-        raise StorageError(f"{folder.shown} holds Parquet files already; choose another folder, or empty this one")
+        raise StorageError(f"{folder.displayed} holds Parquet files already; choose another folder, or empty this one")
     block_rows = store.layout.block_rows
     part_rows = max(1, PART_BYTES // (4 * store.level(level).channels * block_rows)) * block_rows
     tables: list[pa.Table] = []

@@ -118,18 +118,16 @@ def input_state(
     others = [i for i in wanted if i not in moved]
     scans |= dict(zip(others, scan([now[i] for i in others]), strict=True)) if others else {}
     if doubtful:
-        shown = "; ".join(describe_change(index.sources[i], now[i]) or index.sources[i].url for i in doubtful[:3])
+        displayed = "; ".join(describe_change(index.sources[i], now[i]) or index.sources[i].url for i in doubtful[:3])
         logger.warning(
-            "%d sources may have changed since they were indexed; their images are read again: %s", len(doubtful), shown
+            "%d sources may have changed since they were indexed; their images are read again: %s", len(doubtful), displayed
         )
     if scans:
         _Comparison(index, state, scans, set(doubtful), ledger, options, limit).run()
     return state
 
 
-def _moved(
-    index: SampleIndex, paired: list[InputFile | None], new: list[InputFile], scan: Scan
-) -> dict[int, SourceScan]:
+def _moved(index: SampleIndex, paired: list[InputFile | None], new: list[InputFile], scan: Scan) -> dict[int, SourceScan]:
     """Pair sources that are gone with new files whose samples are the same; returns their scans, takes them from `new`."""
     gone = {index.sources[i].digest: i for i, file in enumerate(paired) if file is None}
     found: dict[int, SourceScan] = {}
@@ -242,9 +240,7 @@ class _Comparison:
         statuses, digests = ledger["status"].to_pylist(), ledger["digest"].to_pylist()
         old, new = before.to_pylist(), now.to_pylist()
         # What isn't committed has nothing of another image.
-        asked = [
-            i for i, status in enumerate(statuses) if status and (old[i]["source"] in self.doubtful or old[i] != new[i])
-        ]
+        asked = [i for i, status in enumerate(statuses) if status and (old[i]["source"] in self.doubtful or old[i] != new[i])]
         alike = {i for i in asked if all(old[i][name] == new[i][name] for name in ("key", "size", "problem"))}
         again = [i for i in asked if i in alike and digests[i]]
         there = dict(zip(again, self._digests(now, again), strict=True))

@@ -86,9 +86,7 @@ def _joined(listings: Iterable[Listing]) -> Listing:
     return Listing(files, merge_left_out(*(listing.left_out for listing in listings)))
 
 
-def expand_inputs(
-    patterns: Sequence[str], storage_options: StorageOptions | None = None, image: str | None = None
-) -> Listing:
+def expand_inputs(patterns: Sequence[str], storage_options: StorageOptions | None = None, image: str | None = None) -> Listing:
     """List what `patterns` match: tar files, or the images of plain folders, in the order given, globs sorted.
 
     A pattern is a URL with braces (`{000..127}`) and globs; a folder stands for its tars, or, where it has none, for
@@ -96,9 +94,7 @@ def expand_inputs(
     taken. Raises `InputError` if a pattern matches nothing or names a file that does not exist.
     """
     if not patterns:
-        raise InputError(
-            "no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images"
-        )
+        raise InputError("no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images")
     return _joined(_expand_pattern(pattern, storage_options, image) for pattern in patterns)
 
 
@@ -227,9 +223,7 @@ def _chosen(files: Sequence[InputFile], image: str | None, left_out: dict[str, L
 def _input_file(fs: fsspec.AbstractFileSystem, info: Entry, base: str = "") -> InputFile:
     size = info["size"]
     assert size is not None, "files of unknown size are refused where they are listed"
-    return InputFile(
-        url=_full_url(fs, info["name"]), size=int(size), etag=_stamp(fs, info), base=base and _full_url(fs, base)
-    )
+    return InputFile(url=_full_url(fs, info["name"]), size=int(size), etag=_stamp(fs, info), base=base and _full_url(fs, base))
 
 
 def _stamp(fs: fsspec.AbstractFileSystem, info: Entry) -> str:

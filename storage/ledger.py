@@ -83,9 +83,7 @@ class Ledger:
     be raises `DamagedObject`, which names it.
     """
 
-    def __init__(
-        self, folder: Folder, layout: Layout, levels: Sequence[Level], fingerprint: str, *, unmarked: bool = False
-    ):
+    def __init__(self, folder: Folder, layout: Layout, levels: Sequence[Level], fingerprint: str, *, unmarked: bool = False):
         self.folder, self.layout, self.levels = folder, layout, levels
         self.fingerprint, self.unmarked = fingerprint, unmarked
         self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
@@ -100,9 +98,7 @@ class Ledger:
         `objects` are the names and sizes in bytes of the shards written for it, in the store's folder.
         """
         if [record.row for record in records] != list(range(task.first, task.last)):
-            raise StorageError(
-                f"task {task.block} must commit rows {task.first} to {task.last}, each once and in order"
-            )
+            raise StorageError(f"task {task.block} must commit rows {task.first} to {task.last}, each once and in order")
         # Create-only: the slower of two workers on one task must not put its record over the other's, whose shards may be read.
         return self.folder.write_new(self.commit_name(task.block), self._record_bytes(task, records, objects))
 
@@ -187,7 +183,7 @@ class Ledger:
         except DamagedObject as error:
             return str(error)
         short = next((name for name, size in objects.items() if self.folder.size(name) != size), None)
-        return f"{self.folder.shown}/{short} is missing, or shorter or longer than was committed" if short else ""
+        return f"{self.folder.displayed}/{short} is missing, or shorter or longer than was committed" if short else ""
 
     def merge(self, index: SampleIndex, put: Callable[[str, bytes], None]) -> dict[str, int]:
         """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
@@ -206,7 +202,7 @@ class Ledger:
             expected = range(part * PART_ROWS, min((part + 1) * PART_ROWS, layout.n_rows))
             if len(table) != len(expected) or table["row"].to_pylist() != list(expected):
                 raise StorageError(
-                    f"{self.folder.shown}: the ledger's rows don't add up in part {part}; keep the store, report this"
+                    f"{self.folder.displayed}: the ledger's rows don't add up in part {part}; keep the store, report this"
                 )
             places = index.read(expected.start, expected.stop)
             self._require_keys(table, places["key"])
@@ -229,7 +225,7 @@ class Ledger:
         """The merged ledger. Raises `FileNotFoundError` before the first run has finished."""
         parts = range(-(-self.layout.n_rows // PART_ROWS))
         if not self.folder.exists(part_name("ledger/samples", 0)):
-            raise FileNotFoundError(f"{self.folder.shown} has no merged ledger yet: its first run has not finished")
+            raise FileNotFoundError(f"{self.folder.displayed} has no merged ledger yet: its first run has not finished")
         return pa.concat_tables([self._merged.read_groups(part, None, columns) for part in parts])
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:

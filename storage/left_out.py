@@ -28,8 +28,8 @@ class LeftOut:
 
 def leave_out(left_out: dict[str, LeftOut], reason: str, example: str, *, is_usual: bool = False) -> None:
     """Count one more thing, and keep its name if it is among the first."""
-    shown = example if example.isprintable() else ascii(example)
-    _add(left_out, reason, LeftOut(count=1, examples=(shown,), is_usual=is_usual))
+    displayed = example if example.isprintable() else ascii(example)
+    _add(left_out, reason, LeftOut(count=1, examples=(displayed,), is_usual=is_usual))
 
 
 def merge_left_out(*several: Mapping[str, LeftOut]) -> dict[str, LeftOut]:

@@ -21,9 +21,7 @@ _MULTISCALES = {
 }
 
 
-def zarr_documents(
-    spec: FeatureSpec, layout: Layout, attributes: JsonObject, *, consolidated: bool
-) -> dict[str, bytes]:
+def zarr_documents(spec: FeatureSpec, layout: Layout, attributes: JsonObject, *, consolidated: bool) -> dict[str, bytes]:
     """Every metadata document and coordinate chunk of a store, by object name. Made by zarr-python in memory.
 
     `attributes` are Raylift's own, at the root.

@@ -76,13 +76,13 @@ def redact(text: str, storage_options: StorageOptions | None = None) -> str:
 
 def public_options(options: StorageOptions) -> dict[str, object]:
     """`options` with the value of every secret replaced by `***`, for files and logs."""
-    shown: dict[str, object] = {}
+    displayed: dict[str, object] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
-            shown[name] = public_options(value)
+            displayed[name] = public_options(value)
         else:
-            shown[name] = "***" if _is_secret(name) and isinstance(value, str | list) else value
-    return shown
+            displayed[name] = "***" if _is_secret(name) and isinstance(value, str | list) else value
+    return displayed
 
 
 def _is_secret(name: str) -> bool:
@@ -104,9 +104,7 @@ def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple
     Raises `InputError` for an unknown scheme.
     """
     if url.startswith("pipe:") or "::" in url:
-        raise InputError(
-            f"{redact(url)}: pipes and chained URLs are not opened; give an fsspec URL such as s3://, http://"
-        )
+        raise InputError(f"{redact(url)}: pipes and chained URLs are not opened; give an fsspec URL such as s3://, http://")
     options = _options_for(url, storage_options or {})
     try:
         if url.startswith(("s3://", "s3a://")):
@@ -141,18 +139,18 @@ def is_memory(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def reaching(shown: str) -> Iterator[None]:
+def reaching(displayed: str) -> Iterator[None]:
     """Turn the HTTP libraries' own exceptions, once their retries are used up, into a `StorageError` that names the place."""
     try:
         yield
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, aiohttp.ClientError) as error:
-        raise StorageError(f"{shown} can't be reached: {type(error).__name__}: {redact(str(error))}") from None
+        raise StorageError(f"{displayed} can't be reached: {type(error).__name__}: {redact(str(error))}") from None
 
 
 def _guarded(method: Callable[Concatenate["Folder", P], T]) -> Callable[Concatenate["Folder", P], T]:
     @functools.wraps(method)
     def call(self: "Folder", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with reaching(self.shown):
+        with reaching(self.displayed):
             return method(self, *args, **kwargs)
 
     return call
@@ -173,10 +171,10 @@ class Folder:
         return {"url": self.url, "options": self.options, "_open": None}
 
     def __repr__(self) -> str:
-        return f"Folder({self.shown!r})"
+        return f"Folder({self.displayed!r})"
 
     @property
-    def shown(self) -> str:
+    def displayed(self) -> str:
         """The URL as it may be printed."""
         return redact(self.url, self.options)
 
@@ -194,7 +192,7 @@ class Folder:
         try:
             return fs.cat_file(f"{root}/{name}")
         except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(f"{self.shown}/{name} does not exist") from None
+            raise FileNotFoundError(f"{self.displayed}/{name} does not exist") from None
 
     def read_many(self, names: Sequence[str], workers: int = 32) -> list[bytes]:
         """Several objects at once, in the order of `names`."""
@@ -271,7 +269,7 @@ class Folder:
 
     def _require_inside(self, name: str) -> None:
         if not name or any(part in ("", ".", "..") for part in name.split("/")):
-            raise StorageError(f"{name!r} is no name of an object in {self.shown}")
+            raise StorageError(f"{name!r} is no name of an object in {self.displayed}")
 
     def check_create_only(self, prefix: str) -> None:
         """Raise `StorageError` unless this storage refuses to overwrite in `write_new`; the commit protocol rests on it.
@@ -285,7 +283,7 @@ class Folder:
             self.remove([name])
         if not first or second:
             raise StorageError(
-                f"{self.shown}: this storage ignores create-only writes (If-None-Match), so two workers could both believe "
+                f"{self.displayed}: this storage ignores create-only writes (If-None-Match), so two workers could both believe "
                 "that they finished a task; use S3, Ceph RGW, MinIO, GCS, Azure, or a local disk"
             )
 

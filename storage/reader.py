@@ -199,7 +199,7 @@ class LevelReader:
             ) from None
 
     def _shown(self, shard: int) -> str:
-        return f"{self.folder.shown}/{self._shard_name(shard)}"
+        return f"{self.folder.displayed}/{self._shard_name(shard)}"
 
     # --- vectors: a chunk per block -----------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class LevelReader:
             try:
                 decompress(data, chunks[block])
             except DamagedChunk as error:
-                raise StorageError(f"{self.folder.shown}/{name} is damaged: {error}") from None
+                raise StorageError(f"{self.folder.displayed}/{name} is damaged: {error}") from None
             # One with absent rows may be filled by --retry-failed.
             if not np.isnan(chunks[block][: self.layout.task(block).n_rows, 0]).any():
                 cache.put(block, chunks[block])

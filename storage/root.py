@@ -60,14 +60,14 @@ def read_attributes(folder: Folder) -> dict[str, JsonValue] | None:
     with document.parsing():
         attributes = as_object(found.get("attributes", {}), "attributes")
     if attributes.get("raylift") is None:
-        raise StorageError(f"{folder.shown} is a Zarr store, but not one of Raylift's; choose another --out")
+        raise StorageError(f"{folder.displayed} is a Zarr store, but not one of Raylift's; choose another --out")
     with document.parsing():
         own = as_object(attributes["raylift"], "raylift")
         number = decode(int, own["format"], "format")
     if number not in READABLE:
         advice = "update Raylift" if number > FORMAT else "extract it again, with a new --out"
         readable = " and ".join(map(str, READABLE))
-        raise StorageError(f"{document.shown} has format {number}, this version reads {readable}; {advice}")
+        raise StorageError(f"{document.displayed} has format {number}, this version reads {readable}; {advice}")
     with document.parsing():
         _check(decode_known(RootDocument, own))
         # Of the JSON as it is, not of what it was decoded to: fields that later versions add must not change it.
@@ -99,10 +99,10 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
     """
     attributes = read_attributes(folder)
     if attributes is None:
-        raise StoreReplaced(f"{folder.shown} is gone: it was removed while this run wrote it; nothing more is written")
+        raise StoreReplaced(f"{folder.displayed} is gone: it was removed while this run wrote it; nothing more is written")
     if attributes["fingerprint"] != fingerprint:
         raise StoreReplaced(
-            f"{folder.shown} is another store now: it was removed and begun anew with other settings while this run wrote "
+            f"{folder.displayed} is another store now: it was removed and begun anew with other settings while this run wrote "
             "it; nothing more is written"
         )
     if input_digest is not None and _input_of(folder, decode_known(RootDocument, attributes)) not in (
@@ -110,7 +110,7 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
         input_digest,
     ):
         raise StoreReplaced(
-            f"{folder.shown} is continued by another run, with input that lies elsewhere, or was changed; this run writes "
+            f"{folder.displayed} is continued by another run, with input that lies elsewhere, or was changed; this run writes "
             "nothing more"
         )
     return attributes

@@ -136,7 +136,7 @@ def read_pointers(folder: Folder) -> Pointers | None:
     except (ValueError, RecursionError) as error:
         steps = ", ".join(folder.folders("steps")) or "none"
         raise CheckpointError(
-            f"{folder.shown}/{POINTERS} is damaged ({error}); steps that are there: {steps}. Restore it as "
+            f"{folder.displayed}/{POINTERS} is damaged ({error}); steps that are there: {steps}. Restore it as "
             '{"last": "steps/...", "best": null, "best_loss": null}, or use a new --out'
         ) from None
 
@@ -160,13 +160,13 @@ def _read_part(folder: Folder, name: str, part: str, parse: Callable[[bytes], T]
         raise _damaged(folder, name, part, f"{type(error).__name__}: {error}") from None
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder.shown}/{name} has no {part}: it is incomplete. Point {POINTERS} at another step, or use a new --out"
+            f"{folder.displayed}/{name} has no {part}: it is incomplete. Point {POINTERS} at another step, or use a new --out"
         ) from None
 
 
 def _damaged(folder: Folder, name: str, part: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder.shown}/{name} is damaged: {part}: {what}. Point {POINTERS} at another step, or use a new --out"
+        f"{folder.displayed}/{name} is damaged: {part}: {what}. Point {POINTERS} at another step, or use a new --out"
     )
 
 
@@ -195,9 +195,7 @@ def read_run(folder: Folder) -> dict[str, JsonValue] | None:
 
 def read_metrics(folder: Folder) -> list[dict[str, JsonValue]]:
     """The lines of metrics.jsonl; none where there is no such file. Raises `CheckpointError`."""
-    document = Document(
-        folder, "metrics.jsonl", "remove its damaged lines; nothing but curves rests on them", CheckpointError
-    )
+    document = Document(folder, "metrics.jsonl", "remove its damaged lines; nothing but curves rests on them", CheckpointError)
     try:
         data = document.bytes()
     except FileNotFoundError:

@@ -97,7 +97,7 @@ class Parts:
     def _field(self, name: str) -> pa.Field:
         if name not in self.schema.names:
             names = ", ".join(self.schema.names)
-            raise UnknownName(f"{self._document(0).shown} has no column {name!r}; it has {names}")
+            raise UnknownName(f"{self._document(0).displayed} has no column {name!r}; it has {names}")
         return self.schema.field(name)
 
     def metadata(self, part: int) -> pq.FileMetaData:
@@ -144,11 +144,9 @@ class SampleIndex:
 
     def __init__(self, folder: Folder, prefix: str = INDEX):
         self.folder, self.prefix = folder, prefix
-        self.shown = folder.shown
+        self.displayed = folder.displayed
         "what messages call that which was made from it"
-        document = Document(
-            folder, f"{prefix}/sources.parquet", "the same extraction writes it, where its input is as it was"
-        )
+        document = Document(folder, f"{prefix}/sources.parquet", "the same extraction writes it, where its input is as it was")
         data = document.bytes()
         with document.parsing():
             self._parse(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
@@ -252,7 +250,7 @@ class SampleIndex:
         found = self.find(keys)
         missing = next((key for key in keys if key not in found), None)
         if missing is not None:
-            raise UnknownName(f"{self.folder.shown} has no sample {missing!r}; keys look like {self.first_keys[0]!r}")
+            raise UnknownName(f"{self.folder.displayed} has no sample {missing!r}; keys look like {self.first_keys[0]!r}")
         return np.array([found[key] for key in keys], np.int64)
 
     def find(self, keys: Sequence[str]) -> dict[str, int]:
@@ -408,9 +406,7 @@ def kept_index(folder: Folder) -> SampleIndex | None:
     return index if index.is_whole() else None
 
 
-def read_images(
-    rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None
-) -> list[bytes | None]:
+def read_images(rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None) -> list[bytes | None]:
     """The image bytes of index rows, in order; None where the index says that there is no image.
 
     `urls` are the sources' URLs, credentials included. Bytes may be shorter than the index says if the file shrank.

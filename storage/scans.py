@@ -16,9 +16,7 @@ class DuplicateKeys(InputError):
     """Two samples of the input have the same key."""
 
 
-def collect_index(
-    scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None
-) -> tuple[pa.Table, list[Source]]:
+def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None) -> tuple[pa.Table, list[Source]]:
     """Join scans, in the order of the sources, into one table; stops once `limit` rows are there.
 
     Raises `DuplicateKeys`, and `InputError` for a tar without images or an input without rows.
@@ -32,17 +30,13 @@ def collect_index(
         if not readable:
             nothing = ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
             found = scan.rows["problem"][0].as_py() if len(scan.rows) else nothing
-            raise InputError(
-                f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
-            )
+            raise InputError(f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar")
         problems = "; ".join(scan.problems)
         # A scan, which may run in any process, doesn't know its source's number; it is column 1 of `SCHEMA`.
         ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
         tables.append(scan.rows.set_column(1, "source", ordinal))
         left_out = left_out_json(scan.left_out)
-        sources.append(
-            Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
-        )
+        sources.append(Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out))
         count += len(scan.rows)
         if limit is not None and count >= limit:
             break

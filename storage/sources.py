@@ -110,9 +110,7 @@ def _describe_stamps(before: str, now: str) -> str:
     return f"{name} {then} then, {today} now"
 
 
-def gone_and_new(
-    sources: Sequence[Source], paired: Sequence[InputFile | None], new: Sequence[InputFile] = ()
-) -> list[str]:
+def gone_and_new(sources: Sequence[Source], paired: Sequence[InputFile | None], new: Sequence[InputFile] = ()) -> list[str]:
     """In words, the sources that no file is `paired` with, and the files that are no source."""
     gone = [f"{each.url} is gone from the input" for each, file in zip(sources, paired, strict=True) if file is None]
     return gone + [f"{query_free(file.url)} is new" for file in new]
@@ -121,12 +119,10 @@ def gone_and_new(
 def other_input(index: "SampleIndex", lines: Sequence[str], advice: str = RESTORE) -> InputError:
     """The error for input that isn't what something was made from; `lines` say what differs."""
     listed = "\n  ".join([*lines[:10], *([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])])
-    return InputError(f"{index.shown} was made from other input:\n  {listed}\n{advice}")
+    return InputError(f"{index.displayed} was made from other input:\n  {listed}\n{advice}")
 
 
-def changes_of(
-    index: "SampleIndex", files: Sequence[InputFile], limit: int | None, rules: MemberRules | None
-) -> list[str]:
+def changes_of(index: "SampleIndex", files: Sequence[InputFile], limit: int | None, rules: MemberRules | None) -> list[str]:
     """In words, how files and settings differ from those that were indexed (URL, size, stamp); empty if they don't.
 
     What lies behind a limit that cut the index doesn't count.

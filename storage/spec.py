@@ -178,8 +178,7 @@ class FeatureSpec:
     def differences(self, other: "FeatureSpec", names: Collection[str] | None = None) -> Differences:
         """Fields, all or some, in which `other` isn't as this one."""
         there, here = (
-            {name: value for name, value in each.to_json().items() if names is None or name in names}
-            for each in (self, other)
+            {name: value for name, value in each.to_json().items() if names is None or name in names} for each in (self, other)
         )
         return differences(there, here)
 

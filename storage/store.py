@@ -91,7 +91,7 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{level.name} {level.row_shape}" for level in self.spec.levels)
-        return f"FeatureStore({self.folder.shown!r}, {len(self):,} rows, {self.status}: {levels})"
+        return f"FeatureStore({self.folder.displayed!r}, {len(self):,} rows, {self.status}: {levels})"
 
     @classmethod
     def open(cls, url: str, storage_options: StorageOptions | None = None) -> "FeatureStore":
@@ -100,7 +100,7 @@ class FeatureStore:
         attributes = read_attributes(folder)
         if attributes is None:
             raise NotAStore(
-                f"there is no feature store at {folder.shown}; make one with jobs/extract.py --out {folder.shown}"
+                f"there is no feature store at {folder.displayed}; make one with jobs/extract.py --out {folder.displayed}"
             )
         return cls(folder, attributes)
 
@@ -143,7 +143,7 @@ class FeatureStore:
             return attributes
         found = read_attributes(folder)
         if found is None:
-            raise StoreReplaced(f"{folder.shown} was begun by another run, and removed; run the same command again")
+            raise StoreReplaced(f"{folder.displayed} was begun by another run, and removed; run the same command again")
         return found
 
     def _restore_documents(self) -> None:
@@ -163,7 +163,7 @@ class FeatureStore:
         there, here = ({**each.to_json(), **asdict(cut)} for each, cut in ((self.spec, self.layout), (spec, layout)))
         lines = differences(there, here).text("store", "run")
         raise FingerprintMismatch(
-            f"{self.folder.shown} was written with different features than this run would write.\n{lines}\n"
+            f"{self.folder.displayed} was written with different features than this run would write.\n{lines}\n"
             "Choose another --out, or change the settings above to match the store."
         )
 
@@ -202,7 +202,7 @@ class FeatureStore:
     def level(self, name: str) -> Level:
         """The level called `name`. Raises `UnknownName` (a `KeyError`) with those there are."""
         if name not in self.levels:
-            raise UnknownName(f"{self.folder.shown} has no level {name!r}; it has {', '.join(self.levels)}")
+            raise UnknownName(f"{self.folder.displayed} has no level {name!r}; it has {', '.join(self.levels)}")
         return self.levels[name]
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class FeatureStore:
             raise TypeError(f"rows are a slice, row numbers, keys, or a mask of {len(self)}; got {selection!r}")
         wrong = items[(items < -len(self)) | (items >= len(self))]
         if len(wrong):
-            raise NoSuchRow(f"{self.folder.shown} has {len(self)} rows, there is no row {wrong[0]}")
+            raise NoSuchRow(f"{self.folder.displayed} has {len(self)} rows, there is no row {wrong[0]}")
         items = items.astype(np.int64)
         return np.where(items < 0, items + len(self), items)
 
@@ -317,7 +317,7 @@ class FeatureStore:
         further = [name for name in columns if name not in SCHEMA.names]
         if further and (unknown := [name for name in further if name not in self.index.carried]):
             known = ", ".join([*SCHEMA.names, *self.index.carried])
-            raise UnknownName(f"{self.folder.shown} has no column {unknown[0]!r}; it has {known}")
+            raise UnknownName(f"{self.folder.displayed} has no column {unknown[0]!r}; it has {known}")
         return [name for name in dict.fromkeys(["row", *columns]) if name in SCHEMA.names]
 
     def _with_carried(self, table: pa.Table, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
@@ -356,7 +356,8 @@ class FeatureStore:
         else:
             reason = f"{first['key']!r}, though the ledger says ok: shards are missing"
             reason += "; delete the task's record in ledger/commits and continue the extraction"
-        return f"{self.folder.shown}: {many} {rows[0]}, {reason}. `valid` tells which have; missing='nan' reads the others as NaN"
+        what_to_do = "`valid` tells which have; missing='nan' reads the others as NaN"
+        return f"{self.folder.displayed}: {many} {rows[0]}, {reason}. {what_to_do}"
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -438,7 +439,7 @@ class FeatureStore:
         missing = self.pending()
         if missing:
             raise StorageError(
-                f"{self.folder.shown}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
+                f"{self.folder.displayed}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
         self._restore_documents()
         counts = self.ledger.merge(self.index, self.put)

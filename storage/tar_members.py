@@ -337,7 +337,7 @@ def _parse_pax(payload: bytes) -> dict[str, str]:
 
 
 def _not_a_tar(file: InputFile, block: bytes) -> str:
-    shown = query_free(file.url)
+    displayed = query_free(file.url)
     if block.startswith(b"\x1f\x8b"):
-        return f"{shown} is gzip-compressed: images can't be read from it by range. Decompress it first (gunzip)"
-    return f"{shown} is not a tar archive (its first 512 bytes are no tar header)"
+        return f"{displayed} is gzip-compressed: images can't be read from it by range. Decompress it first (gunzip)"
+    return f"{displayed} is not a tar archive (its first 512 bytes are no tar header)"

@@ -116,7 +116,7 @@ class _Samples:
 
     def __init__(self, stream: BinaryIO, file: InputFile, rules: MemberRules):
         self.stream, self.file, self.rules = stream, file, rules
-        self.shown = query_free(file.url).rsplit("/", 1)[-1]
+        self.displayed = query_free(file.url).rsplit("/", 1)[-1]
         self.left_out: dict[str, LeftOut] = {}
         self._rows: list[_Row | _Group] = []
         self._group: _Group | None = None
@@ -129,7 +129,7 @@ class _Samples:
         elif isinstance(part, Gap):
             # Nobody knows which sample was lost here; the position stands in for its key. Its row comes after that of
             # the sample before it, whose members may go on behind the gap.
-            self._gaps.append(_empty_row(f"{self.shown}@{part.first}-{part.last}", f"damaged tar: {part}"))
+            self._gaps.append(_empty_row(f"{self.displayed}@{part.first}-{part.last}", f"damaged tar: {part}"))
         else:
             self._add_member(part)
 
@@ -170,7 +170,7 @@ class _Samples:
         return [row for row in rows if row is not None]
 
     def _leave_out(self, reason: str, what: str, *, is_usual: bool = False) -> None:
-        leave_out(self.left_out, reason, f"{self.shown}: {what}", is_usual=is_usual)
+        leave_out(self.left_out, reason, f"{self.displayed}: {what}", is_usual=is_usual)
 
     def _linked_row(self, group: _Group, links: "_Links") -> _Row | None:
         """The row of a sample of which members are links; None where they all lead nowhere, so that nothing is there."""
@@ -273,13 +273,13 @@ def _cut_short(member: Member, what: str, file: InputFile) -> str | None:
 
 
 def _text(stream: BinaryIO, member: Member, file: InputFile) -> str:
-    shown = f"{query_free(file.url)}: {member.name}"
+    displayed = f"{query_free(file.url)}: {member.name}"
     if member.size > MAX_TEXT_BYTES:
-        raise InputError(f"{shown} has {member.size} bytes; carried members are at most 1 MiB")
+        raise InputError(f"{displayed} has {member.size} bytes; carried members are at most 1 MiB")
     stream.seek(member.offset)
     try:
         return stream.read(member.size).decode()
     except UnicodeDecodeError:
         raise InputError(
-            f"{shown} is not UTF-8 text, so it can't be carried into the index; drop its extension from --carry"
+            f"{displayed} is not UTF-8 text, so it can't be carried into the index; drop its extension from --carry"
         ) from None

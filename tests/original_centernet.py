@@ -66,9 +66,7 @@ def points_targets(boxes_N4: Tensor, classes_N: Tensor, grid: tuple[int, int], c
     other shapes or classes.
     """
     if boxes_N4.shape != (len(classes_N), 4):
-        raise ValueError(
-            f"boxes must be [N, 4] and classes [N], got {tuple(boxes_N4.shape)} and {tuple(classes_N.shape)}"
-        )
+        raise ValueError(f"boxes must be [N, 4] and classes [N], got {tuple(boxes_N4.shape)} and {tuple(classes_N.shape)}")
     if len(classes_N) and not 0 <= int(classes_N.min()) <= int(classes_N.max()) < classes:
         raise ValueError(f"classes must be 0 to {classes - 1}, got {sorted(set(classes_N.tolist()))}")
     boxes = boxes_N4.double().clamp(min=0).minimum(boxes_N4.new_tensor([grid[1] - 1, grid[0] - 1] * 2).double())

@@ -83,9 +83,7 @@ class Gpu(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         device = kwargs.get("device")
-        there = (
-            any(isinstance(each, There) for each in tensors) if device is None else torch.device(device).type == "cuda"
-        )
+        there = any(isinstance(each, There) for each in tensors) if device is None else torch.device(device).type == "cuda"
         if func is aten._fused_sdp_choice.default:
             return SDPBackend.MATH.value
         if func is aten._local_scalar_dense.default and there:

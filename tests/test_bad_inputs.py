@@ -38,9 +38,7 @@ def png_bomb(side: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(side))) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(side))) + chunk(b"IEND", b"")
 
 
 def rotated() -> bytes:
@@ -162,9 +160,9 @@ def test_every_sample_is_accounted_for_with_a_reason(awkward, tmp_path, monkeypa
 def test_beyond_the_budget_the_exit_code_is_1_and_reasons_are_shown(awkward, capfd):
     assert run(arguments(awkward, "--max-failed-fraction", "0.05")) == 1
 
-    shown = capfd.readouterr().err
-    assert "more than the budget of 5.00%" in shown
-    assert "not an image" in shown
+    displayed = capfd.readouterr().err
+    assert "more than the budget of 5.00%" in displayed
+    assert "not an image" in displayed
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -174,9 +172,7 @@ def test_images_for_which_the_model_gives_no_numbers_fail(tmp_path, value):
     weights["norm.bias"][5] = value
     safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
 
-    code = run(
-        [*arguments(tmp_path / "in", "--max-failed-fraction", "1"), "--weights", str(tmp_path / "w.safetensors")]
-    )
+    code = run([*arguments(tmp_path / "in", "--max-failed-fraction", "1"), "--weights", str(tmp_path / "w.safetensors")])
 
     assert code == 0
     messages = pq.read_table(tmp_path / "out.zarr/ledger/samples")["message"].to_pylist()

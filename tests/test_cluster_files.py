@@ -158,9 +158,7 @@ KUBERAY_FAULTS = {
         rf"{re.escape(POD)}.tolerations\[0\].effect: 'NoSchedul'",
     ),
     "wrong quantity": (
-        put("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limits", "memory")(
-            "26GB"
-        ),
+        put("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limits", "memory")("26GB"),
         r"resources.limits.memory: '26GB'",
     ),
     "no minReplicas": (drop("spec", "workerGroupSpecs", 0, "minReplicas"), f"{re.escape(GROUP)}: 'minReplicas'"),
@@ -180,9 +178,7 @@ KUBERAY_FAULTS = {
     ),
     "head with work": (drop("spec", "headGroupSpec", "rayStartParams", "num-cpus"), "rayStartParams.num-cpus"),
     "GPU request unlike its limit": (
-        put(
-            "spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu"
-        )("2"),
+        put("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu")("2"),
         "resources.requests.nvidia.com/gpu",
     ),
     "no CPU limit": (
@@ -334,9 +330,7 @@ def test_entry_point_is_where_the_image_has_it():
 def test_image_has_every_package():
     folders = {
         package.split(".")[0]
-        for package in re.findall(
-            r'"(\w[\w.]*)"', (ROOT / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0]
-        )
+        for package in re.findall(r'"(\w[\w.]*)"', (ROOT / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0])
     }
     copied = set(re.findall(r"^COPY --chown=ray (\w+) \1$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE))
 
@@ -381,9 +375,7 @@ def test_what_workers_ask_for_fits_a_node(name):
     asked = [parse(args).cluster for args in commands(GUIDE) if "--device" in args]
 
     for config in asked if "kuberay" not in name else [asked[-1], parse(commands(ENTRY_POINT)[0]).cluster]:
-        request = WorkerRequest(
-            device=config.device, actors=config.actors, cpus=config.actor_cpus, gpus=config.actor_gpus
-        )
+        request = WorkerRequest(device=config.device, actors=config.actors, cpus=config.actor_cpus, gpus=config.actor_gpus)
         pool = size_pool(request, [head], lambda: grows)
         assert any(node["CPU"] >= pool.cpus and node.get("GPU", 0) >= pool.gpus > 0 for node in types.values())
     assert any(node["CPU"] >= 1 and "GPU" not in node for node in types.values())

@@ -329,8 +329,6 @@ def test_a_cluster_that_asks_for_a_token_says_so(monkeypatch, tmp_path):
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
     environment.pop("RAY_AUTH_TOKEN", None)
 
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     assert "cluster at '127.0.0.1:1' doesn't take this program's token: set RAY_AUTH_MODE=token" in done.stderr

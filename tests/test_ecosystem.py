@@ -97,9 +97,7 @@ def test_int8_times_its_scale_is_what_the_reader_gives(store, url):
 def test_consolidated_metadata_is_there_and_says_what_the_arrays_say(url, use_consolidated):
     group = zarr.open_group(url, mode="r", use_consolidated=use_consolidated)
 
-    shapes = {
-        name: array.shape for name in ("x1", "x2", "x0.5", "5x3", "pooled") for array in [group[name]["features"]]
-    }
+    shapes = {name: array.shape for name in ("x1", "x2", "x0.5", "5x3", "pooled") for array in [group[name]["features"]]}
 
     assert (group.metadata.consolidated_metadata is not None) is use_consolidated
     assert shapes == {
@@ -166,9 +164,7 @@ def test_int8_level_in_xarray_is_one_product_away(store, url):
     np.testing.assert_array_equal(values, everything(store, "x0.5"))
     # The numbers alone aren't features, and say so where other tools show what they are.
     assert (
-        level["features"]
-        .attrs["long_name"]
-        .startswith("int8 codes of dense features of test_vit.r160_in1k: multiply by scale")
+        level["features"].attrs["long_name"].startswith("int8 codes of dense features of test_vit.r160_in1k: multiply by scale")
     )
     floats = xarray.open_zarr(url, group="x1", chunks=None)["features"]
     assert floats.attrs["long_name"] == "dense features of test_vit.r160_in1k"

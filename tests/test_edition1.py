@@ -240,10 +240,10 @@ def test_finished_training_stays_as_it_is(old, run):
 def test_finished_trainings_are_shown_side_by_side(old, run):
     names = ("lift", "jbu", "vit-up", "deap", "linear")
 
-    shown = run("show", "training", *names)
+    displayed = run("show", "training", *names)
 
-    assert all(re.search(rf"\b{name}\b", shown) for name in names)
-    assert "0.0" in shown
+    assert all(re.search(rf"\b{name}\b", displayed) for name in names)
+    assert "0.0" in displayed
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -278,9 +278,7 @@ def test_half_finished_evaluation_ends_as_the_finished_one(old, run, name):
     after = objects(half)
     assert {each: after[each] for each in begun} == begun
     assert {each for each in lasting(half) if not each.startswith(".partial/")} == lasting(finished).keys()
-    require_close(
-        read_json(half / "results.json"), read_json(finished / "results.json"), {"versions", "out"}, tolerance=0.05
-    )
+    require_close(read_json(half / "results.json"), read_json(finished / "results.json"), {"versions", "out"}, tolerance=0.05)
     for path in (finished / "parts").iterdir():
         require_close(read_lines(half / "parts" / path.name), read_lines(path), tolerance=0.02)
 
@@ -332,6 +330,4 @@ def test_finished_grid_gives_its_tables_again(old, run):
 
     after = lasting(old / "grid")
     assert {each for each in before if after[each] != before[each]} <= {"grid.json"}
-    require_close(
-        read_json(old / "grid/grid.json"), json.loads(before["grid.json"]), {"versions", "train_seconds"}, 1e-9
-    )
+    require_close(read_json(old / "grid/grid.json"), json.loads(before["grid.json"]), {"versions", "train_seconds"}, 1e-9)

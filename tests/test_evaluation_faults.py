@@ -68,9 +68,7 @@ CASES = {
 def test_one_worker_on_a_model_and_four_on_a_store_give_the_same_numbers(task, tmp_path, tiny, monkeypatch):
     module, make, config, images, geometry = CASES[task]
     data = make(tmp_path / "d")
-    stores = tuple(
-        extract(tmp_path, f"s{side}", data / images, tiny, geometry=geometry, size=str(side)) for side in (48, 64)
-    )
+    stores = tuple(extract(tmp_path, f"s{side}", data / images, tiny, geometry=geometry, size=str(side)) for side in (48, 64))
     one, findings = evaluate(module, config(data, tmp_path / "one", sizes=(48, 64), drawing="extract"))
     monkeypatch.setattr(correspondence, "PIECE_PAIRS", 2)
     monkeypatch.setattr(discovery, "PIECE_IMAGES", 1)
@@ -203,9 +201,7 @@ def test_data_stores_and_results_may_be_on_s3(tmp_path, tiny, s3_options):
     for source, name in ((str(data), "d"), (store, "pad.zarr")):
         fs.put(f"{source}/", f"{bucket}/{name}/", recursive=True)
     text = json.dumps({"s3": options})
-    local, _ = evaluate(
-        correspondence, spair_config(data, tmp_path / "local", sizes=(64,), drawing="extract", pictures=1)
-    )
+    local, _ = evaluate(correspondence, spair_config(data, tmp_path / "local", sizes=(64,), drawing="extract", pictures=1))
 
     def on_s3(name: str, **changes: object) -> list[Record]:
         changes = {"sizes": (64,), "pictures": 1, "storage_options": text, **changes}

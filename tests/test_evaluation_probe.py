@@ -305,9 +305,7 @@ def test_credentials_in_urls_of_readouts_are_not_stored():
 )
 def test_what_does_not_fit_the_readout_is_refused(trained, config_of, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        probe.prepare(
-            config_of(*changes.get("readouts", (trained(),)), **{k: v for k, v in changes.items() if k != "readouts"})
-        )
+        probe.prepare(config_of(*changes.get("readouts", (trained(),)), **{k: v for k, v in changes.items() if k != "readouts"}))
     assert not (tmp_path / "out").exists()
 
 
@@ -377,9 +375,7 @@ def test_published_settings_of_readouts_parse():
     presets = [name for name in train_job.PRESETS if name.startswith(("deap", "probe"))]
     assert len(presets) >= 11
     for name in presets:
-        config = train_job.program.parse(
-            [name, "--data", "x", "--out", "y", "--backbone", "vit_base_patch16_224.mae"]
-        ).config
+        config = train_job.program.parse([name, "--data", "x", "--out", "y", "--backbone", "vit_base_patch16_224.mae"]).config
         assert config.features.model == "vit_base_patch16_224.mae"
     deap = train_job.program.parse(["deap-voc"]).config
     assert (deap.side, deap.placement, deap.lr, deap.weight_decay, deap.batch) == (224, "squash", 1e-3, 0.01, 32)

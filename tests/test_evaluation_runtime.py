@@ -56,9 +56,7 @@ def test_a_line_for_each_method_grid_and_chunk(tmp_path):
     ]
     assert findings.choices["left out"].startswith("lift at 12 (lift gives 2, 4, 8, ... times")
     for record, line in zip(records, lines.values(), strict=True):
-        assert line.values[:3] == pytest.approx(
-            (1e3 * np.mean(record["seconds"]), 1e3 * np.median(record["seconds"]), 2)
-        )
+        assert line.values[:3] == pytest.approx((1e3 * np.mean(record["seconds"]), 1e3 * np.median(record["seconds"]), 2))
         assert (line.input_px, line.stride, record["device"]) == ("64", 16, "CPU, 1 threads")
         assert record["peak_bytes"] is None or record["peak_bytes"] > 5e7  # torch alone is more
     macs = {record["case"]: record["macs"] for record in records}

@@ -64,9 +64,7 @@ class Sweep:
         argv = [*self.argv, "--out", folder.url]
         if folder.options:
             argv += ["--storage-options", json.dumps(folder.options)]
-        return Fork(
-            program=self.program, argv=argv, place=watched, log=str(self.logs / f"{number}.log"), number=kill_before
-        )
+        return Fork(program=self.program, argv=argv, place=watched, log=str(self.logs / f"{number}.log"), number=kill_before)
 
     def run(self, at_most: int = 10**6) -> int:
         """Kill before each operation, or before `at_most` of them, the first and the last included; returns how many times."""

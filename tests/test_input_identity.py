@@ -86,9 +86,7 @@ def assert_holds(out: Path | str, samples: dict[str, bytes], features: dict[byte
         if expected is None:
             assert np.isnan(found).all()
         else:
-            np.testing.assert_allclose(
-                found.astype(np.float32), expected.astype(np.float32), atol=2e-3, err_msg=str(row)
-            )
+            np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), atol=2e-3, err_msg=str(row))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, tasks: int) -> None:
@@ -462,9 +460,7 @@ def test_image_members_that_give_the_same_rows_cost_no_reading(tmp_path, monkeyp
     assert read == []
 
 
-def test_retry_of_a_repaired_image_that_is_killed_before_the_index_is_taken_over_goes_on(
-    tmp_path, features, monkeypatch
-):
+def test_retry_of_a_repaired_image_that_is_killed_before_the_index_is_taken_over_goes_on(tmp_path, features, monkeypatch):
     tar = tmp_path / "a.tar"
     write_tar(tar, [*bmps("a", 0, 1), ("a-2.bmp", IMAGES[2][:900]), *bmps("a", 0, 1, 2, 3, 4)[3:]])
     config = config_of([str(tar)], tmp_path / "out.zarr", retry_failed=True)
@@ -646,17 +642,13 @@ class History:
             at, data = self.draw.random(), IMAGES[self.draw.randrange(POOL)]
             self.rewrite(tar, lambda m: m.__setitem__(int(at * len(m)), (m[int(at * len(m))][0], data)))
         elif kind == "swap":
-            self.rewrite(
-                tar, lambda m: m.__setitem__(slice(None), [(k, d) for (k, _), (_, d) in zip(m, m[::-1], strict=True)])
-            )
+            self.rewrite(tar, lambda m: m.__setitem__(slice(None), [(k, d) for (k, _), (_, d) in zip(m, m[::-1], strict=True)]))
         elif kind == "rename":
             # Sometimes to the name that a sample of another tar has.
             name = self.draw.choice([f"{Path(tar).stem}-new", *self.samples()])
             self.rewrite(tar, lambda m: m.__setitem__(0, (f"{name}.bmp", m[0][1])))
         elif kind == "grow":
-            self.rewrite(
-                tar, lambda m: m.append((f"{Path(tar).stem}-more{len(m)}.bmp", IMAGES[self.draw.randrange(POOL)]))
-            )
+            self.rewrite(tar, lambda m: m.append((f"{Path(tar).stem}-more{len(m)}.bmp", IMAGES[self.draw.randrange(POOL)])))
         elif kind == "shrink":
             self.rewrite(tar, lambda m: m.pop() if len(m) > 1 else None)
         elif kind == "cut":
@@ -691,9 +683,7 @@ class History:
         return found
 
 
-def live(
-    history: History, features: dict[bytes, np.ndarray], patch: Callable[[], pytest.MonkeyPatch]
-) -> dict[str, int]:
+def live(history: History, features: dict[bytes, np.ndarray], patch: Callable[[], pytest.MonkeyPatch]) -> dict[str, int]:
     """Runs and changes in turn; what became of the runs."""
     happened = {"right": 0, "refused": 0, "killed": 0}
     out, draw = history.folder / "out.zarr", history.draw
@@ -718,9 +708,7 @@ def live(
     return happened
 
 
-@pytest.mark.parametrize(
-    "seeds", [range(25), pytest.param(range(25, 225), marks=[pytest.mark.soak, pytest.mark.timeout(3000)])]
-)
+@pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 225), marks=[pytest.mark.soak, pytest.mark.timeout(3000)])])
 def test_any_history_of_the_input_ends_in_a_right_store_or_a_refusal(tmp_path, features, seeds):
     total = {"right": 0, "refused": 0, "killed": 0}
     for seed in seeds:

@@ -416,10 +416,7 @@ def test_photos_are_the_same_bytes_every_time(tmp_path):
 def test_steady_rate_counts_tasks_under_way_by_the_work_that_lies_in_the_window():
     seconds = {"read": 0.0, "decode": 2.0, "forward": 8.0}
     # Ten tasks of 10 images in one worker; each is decoded while the one before it computes.
-    tasks = [
-        TaskReport(block=n, ok=10, seconds=seconds, marks={"began": 8.0 * n, "ended": 8.0 * n + 16.0})
-        for n in range(10)
-    ]
+    tasks = [TaskReport(block=n, ok=10, seconds=seconds, marks={"began": 8.0 * n, "ended": 8.0 * n + 16.0}) for n in range(10)]
 
     steady = _steady(tasks)
 

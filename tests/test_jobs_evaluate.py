@@ -71,9 +71,7 @@ def test_published_settings():
 def test_unknown_words_are_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'video'"):
         evaluate.program.parse(["vidio"])
-    with pytest.raises(
-        ConfigError, match="no preset of correspondence is called 'lift-spare'. Did you mean 'lift-spair'"
-    ):
+    with pytest.raises(ConfigError, match="no preset of correspondence is called 'lift-spare'. Did you mean 'lift-spair'"):
         evaluate.program.parse(["correspondence", "lift-spare"])
 
 

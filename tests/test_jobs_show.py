@@ -81,8 +81,7 @@ def test_stored_bytes_are_those_of_the_objects(store):
     status = read_status(store)
 
     on_disk = {
-        name: sum(f.stat().st_size for f in (root / name / "features/c").rglob("*") if f.is_file())
-        for name in store.levels
+        name: sum(f.stat().st_size for f in (root / name / "features/c").rglob("*") if f.is_file()) for name in store.levels
     }
     assert status.stored_bytes == on_disk
     assert status.objects == 20
@@ -337,9 +336,7 @@ def test_store_equals_itself(store, capsys):
 
 
 def test_compare_finds_the_row_that_differs_and_matches_by_key(tmp_path, tiny, capsys):
-    a = tiny(
-        str(write_tar(tmp_path / "a.tar", [(f"{i}.jpg", jpeg(i)) for i in range(8)])), out=str(tmp_path / "a.zarr")
-    )
+    a = tiny(str(write_tar(tmp_path / "a.tar", [(f"{i}.jpg", jpeg(i)) for i in range(8)])), out=str(tmp_path / "a.zarr"))
     members = [(f"{i}.jpg", jpeg(i if i != 5 else 99)) for i in (7, 5, 3, 1, 2)]
     b = tiny(str(write_tar(tmp_path / "b.tar", members)), out=str(tmp_path / "b.zarr"))
     for config in (a, b):
@@ -377,9 +374,7 @@ def test_export_holds_every_vector_with_its_key_and_label(store, tmp_path, capsy
     assert table["key"].to_pylist() == [f"{i:05d}" for i in range(20)]
     assert table["cls"].to_pylist() == [str(i % 7) for i in range(20)]
     assert table["source"][0].as_py().endswith("s-000.tar")
-    np.testing.assert_array_equal(
-        np.stack(table["vector"].to_numpy()), store.read(slice(None), "pooled").astype(np.float32)
-    )
+    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), store.read(slice(None), "pooled").astype(np.float32))
     assert "20 vectors of 64 in 1 files" in capsys.readouterr().out
 
 
@@ -454,9 +449,7 @@ def test_report_of_a_store_without_features_says_so(make_tars, tiny, monkeypatch
 
 @pytest.fixture
 def chromium() -> str:
-    found = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-    )
+    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("no Chromium here; make test-browser installs it")
     return found
@@ -475,7 +468,7 @@ def test_report_opens_in_a_browser_without_requests_errors_or_cut_off_parts(
 ):
     from playwright.sync_api import sync_playwright
 
-    monkeypatch.setattr(type(with_failures.folder), "shown", "s3://a-bucket/" + "a-very-long-name-without-spaces" * 8)
+    monkeypatch.setattr(type(with_failures.folder), "displayed", "s3://a-bucket/" + "a-very-long-name-without-spaces" * 8)
     (tmp_path / "r.html").write_text(render_report(with_failures, count=4))
     asked: list[str] = []
     said: list[str] = []
@@ -512,9 +505,9 @@ def test_everything_works_on_s3(make_tars, tiny, s3_options, tmp_path, capsys):
     show("export", url, "--storage-options", options, "--out", f"s3://{s3_options['bucket']}/vectors")
     show("report", url, "--storage-options", options, "--out", tmp_path / "r.html")
 
-    shown = capsys.readouterr().out + (tmp_path / "r.html").read_text()
-    assert "test-secret-value" not in shown
-    assert "20 ok" in shown
+    displayed = capsys.readouterr().out + (tmp_path / "r.html").read_text()
+    assert "test-secret-value" not in displayed
+    assert "20 ok" in displayed
 
 
 def test_status_tells_of_a_run_that_another_process_writes_to_s3(make_tars, s3_options, capsys):
@@ -532,11 +525,11 @@ def test_status_tells_of_a_run_that_another_process_writes_to_s3(make_tars, s3_o
     finally:
         writer.kill()
         writer.wait()
-    shown = capsys.readouterr().out
+    displayed = capsys.readouterr().out
 
-    assert "being written by run" in shown
-    assert "0 pending" not in shown
-    assert "of 40 done" in shown
+    assert "being written by run" in displayed
+    assert "0 pending" not in displayed
+    assert "of 40 done" in displayed
     assert read_status(FeatureStore.open(url, options)).status == "complete"
 
 

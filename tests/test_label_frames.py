@@ -151,9 +151,7 @@ def test_key_points_score_as_those_of_the_upright_images(tmp_path, tiny):
 
     expected, _ = evaluate(correspondence, spair_config(upright, tmp_path / "0", drawing="extract"))
     live, _ = evaluate(correspondence, spair_config(turned, tmp_path / "1", drawing="extract", **known))
-    from_store, found = evaluate(
-        correspondence, spair_config(turned, tmp_path / "2", sizes=(), stores=(store,), **known)
-    )
+    from_store, found = evaluate(correspondence, spair_config(turned, tmp_path / "2", sizes=(), stores=(store,), **known))
     as_paper, _ = evaluate(correspondence, spair_config(turned, tmp_path / "3", **known))
 
     assert sum(record["points"] for record in expected) == 8 * 4 * 2

@@ -100,8 +100,7 @@ def test_a_scale_that_is_said_counts_in_the_digest(tmp_path):
     data = str(write_depth(tmp_path, "depth", 5000))
 
     plain, same, other = (
-        digest(load_labelled("nyu", data, "all", reading=LabelReading(depth_scale=scale)))
-        for scale in (None, 5000, 1000)
+        digest(load_labelled("nyu", data, "all", reading=LabelReading(depth_scale=scale))) for scale in (None, 5000, 1000)
     )
 
     assert plain == same != other
@@ -191,9 +190,7 @@ def test_corners_that_stay_inside_the_image_are_told_by_the_mask(tmp_path):
 
     found = load_coco_instances(write_coco(tmp_path / "wrong", data), "val2017")
 
-    with pytest.raises(
-        DatasetError, match=r"annotation 2: .* reaches from x, y = 5, 10 to 25, 25, which its box \[5.0, 10"
-    ):
+    with pytest.raises(DatasetError, match=r"annotation 2: .* reaches from x, y = 5, 10 to 25, 25, which its box \[5.0, 10"):
         read_labelled(found[1])
 
 

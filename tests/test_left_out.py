@@ -84,9 +84,7 @@ def test_named_image_member_chooses_among_images_of_one_key(tmp_path):
 
 
 def test_folder_of_tars_says_what_lies_beside_them(tmp_path):
-    put(
-        tmp_path, "a.tar", "b.TAR", "c.Tar", "d.tgz", "e.tar.gz", "f.tar.zst", "photo.jpg", "sub/photo.jpg", "sub/g.tar"
-    )
+    put(tmp_path, "a.tar", "b.TAR", "c.Tar", "d.tgz", "e.tar.gz", "f.tar.zst", "photo.jpg", "sub/photo.jpg", "sub/g.tar")
     put(tmp_path, "README", "notes.txt", "a.tar.idx", ".DS_Store", ".cache/x.tar")
 
     assert taken(tmp_path) == ["a.tar", "b.TAR", "c.Tar"]
@@ -194,9 +192,7 @@ def hub(tmp_path) -> Path:
     return snapshot
 
 
-@pytest.mark.parametrize(
-    "pattern", ["", "*.tar", "?.tar", "{0,1,2}.tar", "../*/*.tar", "../main", "../main/*", "../m*/*.tar"]
-)
+@pytest.mark.parametrize("pattern", ["", "*.tar", "?.tar", "{0,1,2}.tar", "../*/*.tar", "../main", "../main/*", "../m*/*.tar"])
 def test_shards_of_a_hub_cache_are_taken_with_the_size_of_their_data(hub, pattern):
     files = expand_inputs([f"{hub}/{pattern}"])
 
@@ -375,9 +371,7 @@ def test_counts_and_examples_are_bounded_and_survive_json():
 @pytest.fixture
 def mixed(tmp_path, tiny):
     """A folder of two tars and other things; returns the settings."""
-    write_tar(
-        tmp_path / "in/a.tar", [(f"{i}.jpg", jpeg(i)) for i in range(3)] + [("0-readme", b"x"), ("3.jpg", jpeg(3))]
-    )
+    write_tar(tmp_path / "in/a.tar", [(f"{i}.jpg", jpeg(i)) for i in range(3)] + [("0-readme", b"x"), ("3.jpg", jpeg(3))])
     write_tar(tmp_path / "in/b.tar", [("4.jpg", jpeg(4)), ("4.json", b"{}"), ("5.jpg", jpeg(5))])
     with tarfile.open(tmp_path / "in/b.tar", "a") as tar:
         link = tarfile.TarInfo("6.jpg")
@@ -396,9 +390,7 @@ EXPECTED = {
 
 
 def command_line(config, *flags: str) -> list[str]:
-    settings = [
-        f"--{name.replace('_', '-')}={value}" for name, value in (("out", config.out), ("model", config.features.model))
-    ]
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in (("out", config.out), ("model", config.features.model))]
     settings += [f"--size={config.features.size}", "--weights=random", "--executor=inline", "--precision=fp32"]
     return ["--data", *config.data, *settings, *flags]
 

@@ -92,9 +92,7 @@ def test_the_writer_brings_rows_as_they_are_stored(bundle):
         expected = bundle.build("cpu")(photos(2))
     with pretended_gpu() as gpu:
         rows = HostCopy(torch.device("cuda")).begin(bundle.build("cuda")(photos(2)), levels).wait()
-        wanted = [(2, *level.row_shape) for level in levels] + [
-            (2, level.channels) for level in levels if level.dtype == "int8"
-        ]
+        wanted = [(2, *level.row_shape) for level in levels] + [(2, level.channels) for level in levels if level.dtype == "int8"]
         assert sorted(gpu.to_host) == sorted([*wanted, (2,)])
 
     for level in levels:
@@ -137,9 +135,7 @@ def test_quantised_on_the_device_is_what_the_store_does(scale):
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(3, 5, 7, 33, generator=random).clamp(-1, 1) * scale
     rows[0, ..., 3] = 0
-    rows[2] = (
-        torch.randint(-254, 255, (5, 7, 33), generator=random) / 2 * (1 if scale == 1 else 0)
-    )  # halves are rounded to even
+    rows[2] = torch.randint(-254, 255, (5, 7, 33), generator=random) / 2 * (1 if scale == 1 else 0)  # halves are rounded to even
 
     steps, scales = quantised(rows)
 
@@ -242,9 +238,7 @@ def test_readouts_are_trained_and_judged_where_the_maps_are(task, sets, tmp_path
         assert {outputs.device.type, *(each.device.type for each in targets.values())} == {device}
         total, _ = objective._loss(outputs, targets, 0)
         judged = [
-            setup.images.task.judge(
-                outputs[i], {name: each[i] for name, each in targets.items()}, setup.held_out.label(row)
-            )
+            setup.images.task.judge(outputs[i], {name: each[i] for name, each in targets.items()}, setup.held_out.label(row))
             for i, row in enumerate(rows)
         ]
         return outputs, total, judged

@@ -108,9 +108,7 @@ def _is_complete(out: Path) -> bool:
     return (out / "zarr.json").exists() and FeatureStore.open(str(out)).status == "complete"
 
 
-def test_driver_whose_store_was_replaced_stops_and_changes_nothing_of_the_new_one(
-    parent, images, undisturbed, tmp_path
-):
+def test_driver_whose_store_was_replaced_stops_and_changes_nothing_of_the_new_one(parent, images, undisturbed, tmp_path):
     total = undisturbed["one, operations"]
     for number in sorted({round(n) for n in np.linspace(1, total - 1, 5)}):
         replace_under(parent, images, undisturbed, tmp_path / f"{number}.zarr", number)

@@ -724,9 +724,7 @@ def test_levels_have_the_shapes_and_types_of_the_spec():
         "3x5": ((3, 3, 5, 128), torch.float32),  # int8 is quantised when it is written
         "pooled": ((3, 128), torch.float32),
     }
-    assert [found.levels[level.name].shape[1:] for level in bundle.spec.levels] == [
-        x.row_shape for x in bundle.spec.levels
-    ]
+    assert [found.levels[level.name].shape[1:] for level in bundle.spec.levels] == [x.row_shape for x in bundle.spec.levels]
     assert found.bad.tolist() == [False, False, False]
     assert min(found.seconds.forward, found.seconds.upsample) > 0
 

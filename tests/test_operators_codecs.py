@@ -85,9 +85,7 @@ def test_white_is_zero(dtype, compression):
 @pytest.mark.parametrize("tag", ["MaxSampleValue", "SMaxSampleValue"])
 def test_fewer_bits_in_16_by_the_tags(count, photometric, tag):
     top = 2**count - 1
-    tags = (
-        [values_tag(281, "H", top)] if tag == "MaxSampleValue" else [values_tag(340, "H", 0), values_tag(341, "H", top)]
-    )
+    tags = [values_tag(281, "H", top)] if tag == "MaxSampleValue" else [values_tag(340, "H", 0), values_tag(341, "H", top)]
 
     found, conversion = rgb(tiff(bits(count), photometric, extratags=tags))
 

@@ -442,8 +442,7 @@ def test_deaps_protocol_is_that_of_the_golden_file():
     images = [image["id"] for image in stored["ground_truth"]["images"]]
     noted = [each for each in stored["ground_truth"]["annotations"] if not each["iscrowd"]]
     truth, found = (
-        [[each for each in entries if each["image_id"] == i] for i in images]
-        for entries in (noted, stored["detections"])
+        [[each for each in entries if each["image_id"] == i] for i in images] for entries in (noted, stored["detections"])
     )
 
     scores = class_agnostic_scores(

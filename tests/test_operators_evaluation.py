@@ -265,9 +265,7 @@ def random_scores(count: int = 40) -> list[PairScore]:
     for _ in range(count):
         points = int(rng.integers(0, 31))
         correct = tuple(sorted((int(v) for v in rng.integers(0, points + 1, 3)), reverse=True))
-        scores.append(
-            PairScore(category=str(rng.choice(["cat", "dog", "tv"])), points=points, correct=correct, nearest=correct)
-        )
+        scores.append(PairScore(category=str(rng.choice(["cat", "dog", "tv"])), points=points, correct=correct, nearest=correct))
     return scores
 
 

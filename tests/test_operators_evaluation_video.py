@@ -53,9 +53,7 @@ def test_statistics_over_frames_are_the_official_ones(measure, name):
 
 def test_whole_sequences_score_as_in_the_official_evaluation():
     curves = [
-        curve
-        for clip in ("alpha", "beta")
-        for curve in score_clip(clip, DAVIS[f"seq_{clip}_gt"], DAVIS[f"seq_{clip}_pred"])
+        curve for clip in ("alpha", "beta") for curve in score_clip(clip, DAVIS[f"seq_{clip}_gt"], DAVIS[f"seq_{clip}_pred"])
     ]
 
     assert [f"{curve.clip}_{curve.object_id}" for curve in curves] == DAVIS["seq_object_names"].tolist()
@@ -185,9 +183,7 @@ def straightforward(maps: torch.Tensor, labels: torch.Tensor, settings: Propagat
 
 
 @pytest.mark.parametrize("radius", [0, 1, 3, 20])
-@pytest.mark.parametrize(
-    ("grid", "context", "top_k"), [((7, 11), 2, 5), ((1, 5), 3, 1), ((13, 6), 0, 4), ((9, 9), 1, 90)]
-)
+@pytest.mark.parametrize(("grid", "context", "top_k"), [((7, 11), 2, 5), ((1, 5), 3, 1), ((13, 6), 0, 4), ((9, 9), 1, 90)])
 def test_tiles_of_any_size_give_what_all_affinities_give(grid, context, top_k, radius):
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(1, *grid, 4, generator=generator) + 0.5 * torch.randn(5, *grid, 4, generator=generator)

@@ -44,9 +44,7 @@ def decoded(data: bytes, to: Geometry | None = None, **options: object) -> Decod
 # --- geometry -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(96, 72), (72, 96), (65, 64), (301, 77), (33, 500), (64, 64), (17, 13), (1, 9)]
-)
+@pytest.mark.parametrize(("width", "height"), [(96, 72), (72, 96), (65, 64), (301, 77), (33, 500), (64, 64), (17, 13), (1, 9)])
 @pytest.mark.parametrize(("side", "crop_pct"), [(64, 1.0), (70, 0.875), (63, 0.9), (56, 0.95)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_crop_is_resize_and_centre_crop_of_torchvision(width, height, side, crop_pct, interpolation):
@@ -324,9 +322,7 @@ def test_bombs_are_refused_at_once_by_their_header(bomb, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # decode's own limit holds without Pillow's
     start = time.perf_counter()
 
-    with pytest.raises(
-        ImageRefused, match=r"pixels are more than max_image_pixels = 89478485; raise --max-image-pixels"
-    ):
+    with pytest.raises(ImageRefused, match=r"pixels are more than max_image_pixels = 89478485; raise --max-image-pixels"):
         decoded(bomb, max_pixels=89_478_485)
 
     assert time.perf_counter() - start < 0.2

@@ -78,9 +78,7 @@ def test_gradients_are_those_of_the_official_module(radius):
     torch.testing.assert_close(maps.grad, tensors["grad.features"], rtol=5e-4, atol=5e-5)
     for name, parameter in net.named_parameters():
         expected = tensors[f"grad.{name}"]
-        torch.testing.assert_close(
-            parameter.grad, expected, rtol=5e-4, atol=5e-4 * expected.abs().max().item(), msg=name
-        )
+        torch.testing.assert_close(parameter.grad, expected, rtol=5e-4, atol=5e-4 * expected.abs().max().item(), msg=name)
 
 
 def test_the_backward_pass_holds_no_map_per_tap():

@@ -40,9 +40,7 @@ def test_cosine_is_that_of_torch_where_vectors_vanish():
     predicted, target = torch.zeros(1, 4, 1, 2), torch.ones(1, 4, 1, 2)
     predicted[..., 1] = 1e-6
 
-    expected = torch.nn.functional.cosine_embedding_loss(
-        predicted.flatten(2)[0].t(), target.flatten(2)[0].t(), torch.ones(2)
-    )
+    expected = torch.nn.functional.cosine_embedding_loss(predicted.flatten(2)[0].t(), target.flatten(2)[0].t(), torch.ones(2))
 
     torch.testing.assert_close(cosine_loss(predicted, target), expected)
 

@@ -326,9 +326,7 @@ def test_boundary_loss_is_that_of_the_golden_file_however_the_batch_is_split():
 def test_sig_loss_is_that_of_vit_ups_code(warm, key):
     predicted, depth = depth_batch()
     # Small where large logarithms cancel: their rounding, not its own, is what the warm value has.
-    assert sig_loss(predicted[:2], depth[:2], warm=warm).mean.item() == pytest.approx(
-        float(golden("depth")[key]), abs=2e-8
-    )
+    assert sig_loss(predicted[:2], depth[:2], warm=warm).mean.item() == pytest.approx(float(golden("depth")[key]), abs=2e-8)
 
 
 def test_deap_depth_loss_is_that_of_the_golden_file():
@@ -474,9 +472,7 @@ def test_sampled_pixels_are_drawn_from_the_generator_without_repeats():
         return instance_loss(latents, ids, classifier, 7, torch.Generator().manual_seed(seed)).mean.item()
 
     assert value(3) == value(3) != value(4)
-    grads = torch.autograd.grad(
-        instance_loss(latents, ids, classifier, 29, torch.Generator().manual_seed(0)).total, latents
-    )[0]
+    grads = torch.autograd.grad(instance_loss(latents, ids, classifier, 29, torch.Generator().manual_seed(0)).total, latents)[0]
     assert grads.abs().sum(1).flatten(1).count_nonzero(dim=1).tolist() == [29, 29]
 
 

@@ -341,9 +341,7 @@ def test_bicubic_sampling_meets_the_corner_cells():
     readout(features, (64, 48))
 
     projected = readout.proj(features)
-    torch.testing.assert_close(
-        seen[0][0, [0, 0, -1, -1], [0, -1, 0, -1]].T, projected[0, :, [0, 0, -1, -1], [0, -1, 0, -1]]
-    )
+    torch.testing.assert_close(seen[0][0, [0, 0, -1, -1], [0, -1, 0, -1]].T, projected[0, :, [0, 0, -1, -1], [0, -1, 0, -1]])
 
 
 @pytest.mark.parametrize(
@@ -365,9 +363,7 @@ def test_strided_convolution_is_as_large_as_grid_by_queries(grid, stride):
 def test_strided_refuses_a_map_smaller_than_its_kernel():
     readout = build_readout({"method": "strided", "channels": 16, "outputs": 1, "output": 32, "grid": 16})
 
-    with pytest.raises(
-        ReadoutError, match="a map of 4x3 cells is smaller than this readout's strided convolution, 4x4"
-    ):
+    with pytest.raises(ReadoutError, match="a map of 4x3 cells is smaller than this readout's strided convolution, 4x4"):
         readout(random(1, 16, 4, 3), (32, 32))
 
 
@@ -538,9 +534,7 @@ class TestReadout:
 
 
 def test_settings_come_from_json_with_published_defaults():
-    config = ReadoutConfig.parse(
-        json.loads('{"method": "deap", "channels": 768, "outputs": 1, "dim": null, "output": 448}')
-    )
+    config = ReadoutConfig.parse(json.loads('{"method": "deap", "channels": 768, "outputs": 1, "dim": null, "output": 448}'))
 
     assert config == ReadoutConfig(method="deap", channels=768, outputs=1, output=(448, 448))
     assert (config.query_channels, config.heads, config.mask, config.positions) == (16, 8, "released", "trained")

@@ -140,9 +140,7 @@ def small_official(name: str, fused: bool) -> tuple[AdaptedBackbone, ViTUpHead, 
     load_hf(model, under(tensors, "backbone."))
     lora = Lora(model, rank=c["lora_r"], alpha=c["lora_alpha"])
     lora.load_peft_state({key: value for key, value in tensors.items() if ".lora_" in key})
-    head = ViTUpHead(
-        ViTUpConfig(channels=c["D"], heads=c["heads"], layers=tuple(c["layer_indices"]), mlp_channels=c["ff"])
-    )
+    head = ViTUpHead(ViTUpConfig(channels=c["D"], heads=c["heads"], layers=tuple(c["layer_indices"]), mlp_channels=c["ff"]))
     head.load_state_dict(under(tensors, "vit_up."))
     return AdaptedBackbone(model, lora).eval(), head.eval(), tensors, c
 
@@ -392,9 +390,7 @@ def test_the_published_model_gives_the_official_values_from_image_to_every_layer
     backbone_weights = hash_state(published_shapes("splus", "peft_backbone_all"), c["k0"] + 20000)
     adapter = {f"backbone.{key}": value for key, value in backbone_weights.items() if "lora_" in key}
     model = timm.create_model("vit_small_plus_patch16_dinov3_qkvb", num_classes=0)
-    config, head_state, lora_state = read_checkpoint(
-        {**weights, **adapter}, {"hidden_size": c["hidden_layer_img_size"]}
-    )
+    config, head_state, lora_state = read_checkpoint({**weights, **adapter}, {"hidden_size": c["hidden_layer_img_size"]})
     lora = Lora(load_hf(model, backbone_weights), rank=config.rank, alpha=config.alpha)
     lora.load_peft_state(lora_state)
     head, backbone = ViTUpHead(config).eval(), AdaptedBackbone(model, lora).eval()
@@ -435,9 +431,7 @@ def vit_up_of(channels: int = 32, heads: int = 2, seed: int = 0, **changes: obje
     return head
 
 
-def inputs(
-    channels: int = 32, grid: tuple[int, int] = (7, 9), batch: int = 1, states: int = 4
-) -> tuple[Tensor, list[Tensor]]:
+def inputs(channels: int = 32, grid: tuple[int, int] = (7, 9), batch: int = 1, states: int = 4) -> tuple[Tensor, list[Tensor]]:
     hidden = [random(batch, *grid, channels, seed=i) for i in range(states)]
     return random(batch, channels, 16, 20, seed=9), hidden
 
@@ -681,8 +675,7 @@ def test_old_names_and_prefixes_are_taken(prefix):
     published = published_zeros("splus")
     outer = prefix.removesuffix("_orig_mod.").removesuffix("vit_up.")
     renamed = {
-        (outer + name if name.startswith("backbone.") else prefix + old_name(name)): value
-        for name, value in published.items()
+        (outer + name if name.startswith("backbone.") else prefix + old_name(name)): value for name, value in published.items()
     }
 
     _, head, lora = read_checkpoint(renamed)
@@ -729,9 +722,7 @@ def test_impossible_settings_are_refused(settings, message):
 # --- the upsampler ----------------------------------------------------------------------------------------------------
 
 
-def trained(
-    channels: int = 32, **options: object
-) -> tuple[ViTUpConfig, nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+def trained(channels: int = 32, **options: object) -> tuple[ViTUpConfig, nn.Module, dict[str, Tensor], dict[str, Tensor]]:
     """Settings, a small DINOv3, and weights of a head and an adapter that do something."""
     torch.manual_seed(0)
     model = dinov3(channels, 3, 2, 8, 2 * channels, gated=True)

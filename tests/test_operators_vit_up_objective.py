@@ -176,9 +176,7 @@ def test_queries_are_those_of_the_official_blocks():
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
     unit = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 
-    torch.testing.assert_close(
-        SMALL.queries(boxes, ALL_BLOCKS), tensors["out/q_xy_blocks"].flatten(1, 3), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(SMALL.queries(boxes, ALL_BLOCKS), tensors["out/q_xy_blocks"].flatten(1, 3), rtol=0, atol=1e-6)
     torch.testing.assert_close(
         SMALL.queries(unit, ALL_BLOCKS)[0], tensors["out/q_xy_blocks_unit"].flatten(0, 2), rtol=0, atol=1e-7
     )

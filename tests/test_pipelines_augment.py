@@ -374,9 +374,7 @@ def test_at_strength_zero_the_teacher_sees_the_resized_crop():
     np.testing.assert_array_equal(view.teacher, np.asarray(expected))
 
 
-@pytest.mark.parametrize(
-    "pixels", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)]
-)
+@pytest.mark.parametrize("pixels", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)])
 def test_other_arrays_are_refused(pixels):
     with pytest.raises(ValueError, match=r"an image must be uint8 \[H, W, 3\], got"):
         training_view(pixels, np.random.default_rng(0), size=8)

@@ -103,12 +103,8 @@ def test_a_store_without_a_merged_ledger_has_lost_all(extracted):
 def trained(out: Path, weight: float = 1.0, losses: tuple[float, ...] = (3.0, 2.0, 1.0)) -> str:
     folder = Folder(str(out))
     arrays = {"weight": np.full(3, weight, np.float32)}
-    write_checkpoint(
-        folder, Checkpoint(step=3, model=arrays, resume=arrays, progress={"seconds": time.time()}, config={})
-    )
-    write_metrics(
-        folder, [{"step": step, "loss": loss, "images_per_s": time.time()} for step, loss in enumerate(losses, 1)]
-    )
+    write_checkpoint(folder, Checkpoint(step=3, model=arrays, resume=arrays, progress={"seconds": time.time()}, config={}))
+    write_metrics(folder, [{"step": step, "loss": loss, "images_per_s": time.time()} for step, loss in enumerate(losses, 1)])
     return str(out)
 
 
@@ -172,9 +168,7 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 def test_a_result_with_losses_is_a_failure():
     result = replace(RESULT, lost=2, differ=("run-000: x1/c/0",), compared=40)
 
-    with pytest.raises(
-        BenchmarkFailed, match=r"2 rows lost; 1 of 40 parts differ from the undisturbed: run-000: x1/c/0"
-    ):
+    with pytest.raises(BenchmarkFailed, match=r"2 rows lost; 1 of 40 parts differ from the undisturbed: run-000: x1/c/0"):
         require_nothing_lost(result)
     require_nothing_lost(replace(result, lost=0, differ=()))
 

@@ -30,21 +30,15 @@ def adapted() -> UpsamplerWeights:
         torch.manual_seed(0)
         lora = Lora(create_model(NAME, SIZE, None, 0), rank=SETTINGS.rank, alpha=SETTINGS.alpha)
     adapter = {name: tensor.numpy() for name, tensor in lora.peft_state().items()}
-    return UpsamplerWeights(
-        method="vit_up", settings=asdict(SETTINGS), arrays={**state_arrays(random_head(SETTINGS)), **adapter}
-    )
+    return UpsamplerWeights(method="vit_up", settings=asdict(SETTINGS), arrays={**state_arrays(random_head(SETTINGS)), **adapter})
 
 
 def test_digest_of_vit_up_is_that_of_what_runs(adapted):
     chosen = {f.name: getattr(SETTINGS, f.name) for f in fields(SETTINGS) if getattr(SETTINGS, f.name) != f.default}
     assert set(chosen) >= {"channels", "heads", "layers", "hidden_size", "query_size"}
-    expected = hashlib.sha256(
-        f"{weights_digest(adapted.arrays)} {json.dumps(chosen, sort_keys=True)}".encode()
-    ).hexdigest()
+    expected = hashlib.sha256(f"{weights_digest(adapted.arrays)} {json.dumps(chosen, sort_keys=True)}".encode()).hexdigest()
     assert adapted.digest == expected
-    changed = {
-        name: np.where(name == "decoder_mlp.0.mlp.1.bias", array + 1, array) for name, array in adapted.arrays.items()
-    }
+    changed = {name: np.where(name == "decoder_mlp.0.mlp.1.bias", array + 1, array) for name, array in adapted.arrays.items()}
     assert replace(adapted, arrays=changed).digest != expected
 
 
@@ -54,14 +48,10 @@ def spec(**settings: object) -> FeatureSpec:
 
 def save(weights: UpsamplerWeights, url: str, **settings: object) -> None:
     folder = Folder(url)
-    folder.write(
-        "model.safetensors", safetensors.torch.save({k: torch.from_numpy(v) for k, v in weights.arrays.items()})
-    )
+    folder.write("model.safetensors", safetensors.torch.save({k: torch.from_numpy(v) for k, v in weights.arrays.items()}))
     chosen = {**weights.settings, **settings}
     described = spec(weights="random").learned()
-    folder.write(
-        "config.json", json.dumps({"upsampler": {"method": "vit_up", **chosen}, "backbone": described}).encode()
-    )
+    folder.write("config.json", json.dumps({"upsampler": {"method": "vit_up", **chosen}, "backbone": described}).encode())
 
 
 def test_vit_up_deeper_than_its_backbone_is_refused(adapted, tmp_path):

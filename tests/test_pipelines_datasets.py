@@ -299,9 +299,7 @@ def test_even_gives_each_rank_the_same_count(world, count):
     seed=st.integers(0, 2**70),
     shuffle=st.booleans(),
 )
-def test_any_order_gives_every_row_once_within_the_buffer(
-    chosen, block_rows, buffer_rows, world, workers, seed, shuffle
-):
+def test_any_order_gives_every_row_once_within_the_buffer(chosen, block_rows, buffer_rows, world, workers, seed, shuffle):
     rows = np.array(sorted(chosen))
     one = make_order(block_rows=block_rows, buffer_rows=buffer_rows, seed=seed, shuffle=shuffle)
     counts, readers = Counter(), Counter()
@@ -658,9 +656,7 @@ def test_ray_dataset_holds_every_valid_row(store, blocks):
 def test_ray_reads_chosen_rows_from_s3(store, on_s3):
     url, options = on_s3
 
-    batches = list(
-        read_rows(url, ["x1"], rows=["00040", "00003"], storage_options=options).iter_batches(batch_size=None)
-    )
+    batches = list(read_rows(url, ["x1"], rows=["00040", "00003"], storage_options=options).iter_batches(batch_size=None))
 
     values = {int(row): x1 for batch in batches for row, x1 in zip(batch["row"], batch["x1"], strict=True)}
     assert sorted(values) == [3, 40]

@@ -76,9 +76,7 @@ def pixels(height: int, width: int) -> np.ndarray:
 
 
 def described(weights: Path | str, model: str = TINY, **settings: object):
-    return load_bundle(
-        FeatureConfig(model=model, weights=str(weights), precision="fp32", levels=("x1@float32",), **settings)
-    )
+    return load_bundle(FeatureConfig(model=model, weights=str(weights), precision="fp32", levels=("x1@float32",), **settings))
 
 
 NETWORKS = {

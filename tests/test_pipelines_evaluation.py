@@ -431,8 +431,8 @@ class Upright:
 
     def oriented(self, image, size):
         if not image.width:
-            return OrientedImage(image.shown, image.orientation())
-        return OrientedImage(image.shown, Orientation(width=image.width, height=image.height))
+            return OrientedImage(image.displayed, image.orientation())
+        return OrientedImage(image.displayed, Orientation(width=image.width, height=image.height))
 
 
 class Coded(Upright):
@@ -567,9 +567,7 @@ def test_what_was_stopped_goes_on_and_other_settings_are_refused(tmp_path, monke
         evaluate(correspondence, spair_config(data, out))
     assert did == ["48-00000"]
     did.clear()
-    monkeypatch.setattr(
-        run.Work, "run", lambda self, piece, source: did.append(piece.name) or plain(self, piece, source)
-    )
+    monkeypatch.setattr(run.Work, "run", lambda self, piece, source: did.append(piece.name) or plain(self, piece, source))
     records, found = evaluate(correspondence, spair_config(data, out))
 
     assert did == ["64-00000"]
@@ -629,9 +627,7 @@ def test_data_and_results_may_be_at_any_url(tmp_path):
     memory.put(str(tmp_path / "d"), "/spair-mini", recursive=True)
     expected, _ = evaluate(correspondence, spair_config(tmp_path / "d", tmp_path / "out"))
 
-    records, _ = evaluate(
-        correspondence, spair_config("memory://spair-mini", "memory://spair-out", executor="auto", pictures=1)
-    )
+    records, _ = evaluate(correspondence, spair_config("memory://spair-mini", "memory://spair-out", executor="auto", pictures=1))
 
     assert [record["correct"] for record in records] == [record["correct"] for record in expected]
     assert memory.exists("/spair-out/results.json")
@@ -644,9 +640,7 @@ def test_sizes_that_patches_do_not_fill_are_asked_for(tmp_path):
         resolve_source(spair_config(data, tmp_path / "out").source, [(48, 48), (56, 56)], "pad")
     recipe, _ = resolve_source(spair_config(data, tmp_path / "out", ragged=True).source, [(48, 48), (56, 56)], "pad")
     assert [row.grid for row in recipe.rows((56, 56))] == [(3, 3), (6, 6)]
-    absolute, _ = resolve_source(
-        spair_config(data, tmp_path / "out", levels=("x1", "24x24")).source, [(48, 48), (64, 64)], "pad"
-    )
+    absolute, _ = resolve_source(spair_config(data, tmp_path / "out", levels=("x1", "24x24")).source, [(48, 48), (64, 64)], "pad")
     assert [row.grid for row in absolute.rows((64, 64))] == [(4, 4), (24, 24)]
 
 
@@ -733,9 +727,7 @@ def test_inputs_of_the_two_video_protocols():
 
 
 def test_clips_of_other_shapes_have_other_inputs(tmp_path):
-    config = video_config(
-        make_davis(tmp_path / "d"), tmp_path / "out", protocol="dino", sizes=(160,), pictures=0, levels=("x1",)
-    )
+    config = video_config(make_davis(tmp_path / "d"), tmp_path / "out", protocol="dino", sizes=(160,), pictures=0, levels=("x1",))
 
     line = evaluate(video, config)[1].tables[0].lines[0]
 
@@ -902,9 +894,7 @@ def test_cka_is_that_of_fixed_batches(tmp_path):
     assert [piece.items for piece in task.pieces()] == [(0, 1, 2, 3, 4)]
     source = recipe.open("cpu")
     maps = [
-        torch.stack(
-            [source.maps(Squash(size=(s, s), interpolation="bicubic").of(i))["low-res"] for i in task.images[:5]]
-        )
+        torch.stack([source.maps(Squash(size=(s, s), interpolation="bicubic").of(i))["low-res"] for i in task.images[:5]])
         for s in (32, 48, 64)
     ]
     expected = cka([terms_of_grams(0, [gram(each) for each in maps])]).numpy()

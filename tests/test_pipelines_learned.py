@@ -71,9 +71,7 @@ def trained_on(**changes: object) -> dict[str, object]:
     return {**facts, "facet": "key", "norm": False, **changes}
 
 
-def checkpoint(
-    url: Path | str, settings: dict = OFFICIAL, backbone: dict | None = None, seed: int = 0, **options
-) -> str:
+def checkpoint(url: Path | str, settings: dict = OFFICIAL, backbone: dict | None = None, seed: int = 0, **options) -> str:
     """A folder with config.json and model.safetensors."""
     folder = Folder(str(url), options)
     folder.write("model.safetensors", safetensors.torch.save(make_net(settings, seed).state_dict()))
@@ -313,12 +311,12 @@ def test_credentials_in_a_levels_url_are_used_and_shown_nowhere(keys, tmp_path, 
     assert run(arguments(config.data, tmp_path / "b.zarr", "--levels", "x1", f"x2=lift:{url}@int9")) == 2
 
     files = [path for path in (tmp_path / "out.zarr").rglob("*") if path.is_file()]
-    shown = "".join(capfd.readouterr()) + caplog.text
+    displayed = "".join(capfd.readouterr()) + caplog.text
     saved = json.loads(next(path for path in files if path.name == "run.json").read_text())["config"]["levels"]
     assert saved == ["x1", f"x2=lift:http://***@{guarded_server}/lift.pth"]
     assert not [path for path in files if b"hunter2" in path.read_bytes()]
-    assert f"no weights at http://***@{guarded_server}/other.pth" in shown
-    assert "hunter2" not in shown
+    assert f"no weights at http://***@{guarded_server}/other.pth" in displayed
+    assert "hunter2" not in displayed
 
 
 def test_signed_url_of_a_file_is_read_as_a_file(keys, tmp_path, s3_options):
@@ -330,9 +328,7 @@ def test_signed_url_of_a_file_is_read_as_a_file(keys, tmp_path, s3_options):
     extract(config, InlineExecutor())
 
     assert "***" in json.dumps(config.public()["levels"])
-    assert not [
-        p for p in Path(config.out).rglob("*.json") if url.rpartition("Signature=")[2].split("&")[0] in p.read_text()
-    ]
+    assert not [p for p in Path(config.out).rglob("*.json") if url.rpartition("Signature=")[2].split("&")[0] in p.read_text()]
 
 
 # --- the fingerprint --------------------------------------------------------------------------------------------------
@@ -442,9 +438,7 @@ def test_what_an_older_checkpoint_does_not_say_is_said(keys, tmp_path, caplog):
         (None, 96, True),  # nothing is said
     ],
 )
-def test_a_size_that_the_upsampler_was_not_trained_on_is_said_everywhere(
-    keys, tmp_path, capsys, caplog, size, used, known
-):
+def test_a_size_that_the_upsampler_was_not_trained_on_is_said_everywhere(keys, tmp_path, capsys, caplog, size, used, known):
     url = checkpoint(tmp_path / "ckpt", backbone=trained_on(**({} if size is None else {"size": size})))
     args = [*arguments(keys().data, tmp_path / "out.zarr", "--levels", "x1", f"x2=lift:{url}"), "--size", str(used)]
     here = f"here it is given {used} x {used} px ({used // 16} x {used // 16} cells)"
@@ -580,10 +574,10 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(keys, tmp_pa
 
     code = run(arguments(data, tmp_path / "out.zarr", "--levels", "x1", text))
 
-    shown = capfd.readouterr().err
+    displayed = capfd.readouterr().err
     assert code == 2
-    assert "Traceback" not in shown
-    assert re.search(message, shown), shown
+    assert "Traceback" not in displayed
+    assert re.search(message, displayed), displayed
     assert not (tmp_path / "out.zarr").exists()
 
 
@@ -593,9 +587,9 @@ def test_file_for_one_layer_is_refused_for_two_stacked_ones(keys, tmp_path, capf
 
     assert run(args) == 2
 
-    shown = capfd.readouterr().err
-    assert "64 channels" in shown
-    assert "128" in shown
+    displayed = capfd.readouterr().err
+    assert "64 channels" in displayed
+    assert "128" in displayed
     assert not (tmp_path / "out.zarr").exists()
 
 
@@ -643,9 +637,7 @@ def test_plan_counts_the_memory_of_a_learned_level(keys, tmp_path, capsys):
 
     def plan(*levels: str) -> dict:
         out = tmp_path / f"{len(levels)}.zarr"
-        assert (
-            run(arguments(data, out, "--levels", *levels, "--plan", "--json", "--batch", "4", "--block-rows", "4")) == 0
-        )
+        assert run(arguments(data, out, "--levels", *levels, "--plan", "--json", "--batch", "4", "--block-rows", "4")) == 0
         assert not list(out.glob("x*"))
         return json.loads(capsys.readouterr().out)
 

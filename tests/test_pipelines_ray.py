@@ -131,9 +131,7 @@ def test_submitted_job_extracts_on_the_cluster_and_its_counters_reach_prometheus
 
     with scraped(metrics) as counters:
         for _ in range(12):
-            result = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-            )
+            result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
             if "No available agent" not in result.stderr + result.stdout:
                 break
             time.sleep(5)  # the head answers before its job agent does

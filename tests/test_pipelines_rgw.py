@@ -38,9 +38,7 @@ def test_of_sixteen_writers_exactly_one_creates(gateway, bucket):
     folder = Folder(f"s3://{bucket}/x", gateway)
     folder.exists("warm")
     won = []
-    threads = [
-        threading.Thread(target=lambda i=i: won.append(folder.write_new("k", str(i).encode()))) for i in range(16)
-    ]
+    threads = [threading.Thread(target=lambda i=i: won.append(folder.write_new("k", str(i).encode()))) for i in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -49,9 +47,7 @@ def test_of_sixteen_writers_exactly_one_creates(gateway, bucket):
     assert sorted(won) == [False] * 15 + [True]
 
 
-def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(
-    gateway, bucket, make_tars, tiny, tmp_path, monkeypatch
-):
+def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(gateway, bucket, make_tars, tiny, tmp_path, monkeypatch):
 
     local = tiny(make_tars(count=2, each=10))
     upload(tmp_path / "in", bucket, gateway)
@@ -74,7 +70,7 @@ def test_wrong_secret_is_a_clear_error_without_the_secret(gateway, bucket, capfd
     code = run(["--data", f"s3://{bucket}/in.tar", "--out", f"s3://{bucket}/o.zarr", "--storage-options", wrong,
                 "--model", "test_vit.r160_in1k", "--weights", "random", "--executor", "inline"])  # fmt: skip
 
-    shown = "".join(capfd.readouterr())
+    displayed = "".join(capfd.readouterr())
     assert code == 2
-    assert "PermissionError" in shown
-    assert "not-the-real-secret" not in shown
+    assert "PermissionError" in displayed
+    assert "not-the-real-secret" not in displayed

@@ -74,19 +74,17 @@ def test_no_credential_is_written_to_the_store_or_shown_in_errors(tiny, s3_input
     runs = [f"runs/{run_id}/{name}" for run_id in folder.folders("runs") for name in folder.sizes(f"runs/{run_id}")]
     everything = b"".join([*tree(folder).values(), *folder.read_many(runs)])
 
-    wrong = json.dumps(
-        {"key": "AKIAWRONG1", "secret": "s3cr3t-value-x", "endpoint_url": s3_inputs["options"]["endpoint_url"]}
-    )
+    wrong = json.dumps({"key": "AKIAWRONG1", "secret": "s3cr3t-value-x", "endpoint_url": s3_inputs["options"]["endpoint_url"]})
     code = run(["--data", "s3://no-such-bucket/x.tar", "--out", "s3://no-such-bucket/o.zarr", "--storage-options", wrong,
                 "--executor", "inline", "--model", "test_vit.r160_in1k", "--weights", "random"])  # fmt: skip
-    shown = "".join(capfd.readouterr())
+    displayed = "".join(capfd.readouterr())
 
     assert b"test-secret-value" not in everything
     assert b"test-access" not in everything
     assert code == 2
-    assert "no-such-bucket" in shown
-    assert "s3cr3t-value-x" not in shown
-    assert "AKIAWRONG1" not in shown
+    assert "no-such-bucket" in displayed
+    assert "s3cr3t-value-x" not in displayed
+    assert "AKIAWRONG1" not in displayed
 
 
 class FaultyProxy(ThreadingHTTPServer):

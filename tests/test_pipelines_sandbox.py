@@ -343,9 +343,7 @@ def test_waiting_ends_when_there_is_room():
 
 
 def test_image_without_room_ever_is_refused():
-    refused = pytest.raises(
-        ImageRefused, match=r"200 x 200 pixels of PNG take about 480,000 bytes to decode, more than"
-    )
+    refused = pytest.raises(ImageRefused, match=r"200 x 200 pixels of PNG take about 480,000 bytes to decode, more than")
     with refused, DecodeMemory(100 * 100).hold(opened(200)):
         pass
 
@@ -372,9 +370,7 @@ print(high_water() - before, memory.capacity)
 def test_large_images_in_many_threads_take_no_more_than_the_bound():
     """Eight at once would take 800 MB."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, "-c", MEASURED], env=environment, capture_output=True, text=True, check=True
-    )
+    ended = subprocess.run([sys.executable, "-c", MEASURED], env=environment, capture_output=True, text=True, check=True)
 
     taken, bound = map(int, ended.stdout.split())
 

@@ -515,9 +515,7 @@ def test_images_without_stored_features_are_left_out(small, stored, make_tars, t
     settings = stored()
     more = make_tars(count=2, each=9, folder="more")
 
-    summary = train_inline(
-        prepared(small(**settings, data=(more,), out=str(tmp_path / "more"), max_failed_fraction=0.5))
-    )
+    summary = train_inline(prepared(small(**settings, data=(more,), out=str(tmp_path / "more"), max_failed_fraction=0.5)))
 
     assert summary.failed
     assert all("no features in" in reason for reason in summary.failed.values())

@@ -35,9 +35,7 @@ def test_blocks_run_in_order(checkout):
     assert len(found) >= 3
     for language, code in found:
         command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
-        result = subprocess.run(
-            command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0, f"{code}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
@@ -52,9 +50,7 @@ def test_make_targets_exist():
 @pytest.mark.parametrize("folder", ["pipelines", "operators", "storage", "cluster"])
 def test_design_page_has_a_line_for_every_module_and_names_none_that_is_gone(folder):
     named = set(re.findall(r"`([\w/]+\.(?:py|jinja))`", (ROOT / folder / "DESIGN.md").read_text()))
-    modules = {
-        str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"
-    }
+    modules = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
 
     assert modules <= named
     # Those with a folder in front are other folders' (`tests/x.py`), or files of a store.

@@ -461,10 +461,7 @@ CROWD = {"size": [48, 64], "counts": [48 * 60, 24, 24, 24, 24 + 48 * 2]}
 def coco_notes() -> dict:
     """Image ids neither in order nor consecutive, category ids with gaps, overlaps, a crowd, an image without objects."""
     sizes = {785: (64, 48), 139: (53, 80), 1000: (48, 48)}
-    images = [
-        {"id": i, "file_name": f"{i:012d}.jpg", "width": width, "height": height}
-        for i, (width, height) in sizes.items()
-    ]
+    images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": width, "height": height} for i, (width, height) in sizes.items()]
     objects = [
         (785, 18, [rectangle(4, 6, 20, 16)], [4, 6, 16, 10], 160.0, 0),
         (785, 1, CROWD, [60, 0, 2, 24], 48.0, 1),
@@ -651,7 +648,7 @@ def test_photos_are_read_out_of_their_tars(tmp_path, scheme):
     pixels, labels = read_labelled(found[2])
     np.testing.assert_array_equal(pixels, np.array(Image.open(io.BytesIO(jpeg(3, 64, 48)))))
     np.testing.assert_array_equal(labels, blocks(64, 48, 0, 7))
-    assert found[2].image.shown.endswith("photos-open-000001.tar: 003_cat.jpg")
+    assert found[2].image.displayed.endswith("photos-open-000001.tar: 003_cat.jpg")
 
 
 def test_the_first_tar_is_for_training_and_instances_go_with_images_in_tars(tmp_path):
@@ -768,10 +765,7 @@ def test_real_depth_is_that_of_rooms(shared_data):
 
 def test_real_label_ids_become_the_data_sets_own_train_ids(shared_data):
     place = shared_data / "labelled/cityscapes"
-    files = [
-        place / f"gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_{name}.png"
-        for name in ("labelIds", "labelTrainIds")
-    ]
+    files = [place / f"gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_{name}.png" for name in ("labelIds", "labelTrainIds")]
     raw, official = (np.array(Image.open(file)) for file in files)
 
     ours = load_cityscapes(Folder(str(place)), "val")[0].label.read()

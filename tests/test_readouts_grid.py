@@ -104,16 +104,12 @@ def test_published_settings_reach_the_runs(sets, tmp_path):
 
 
 def test_stores_are_named_by_backbone_data_set_and_part(sets, tmp_path):
-    config = tiny_grid(
-        sets, tmp_path, tasks=("probe-voc", "boundaries"), store="s3://bucket/{backbone}-{dataset}-{part}.zarr"
-    )
+    config = tiny_grid(sets, tmp_path, tasks=("probe-voc", "boundaries"), store="s3://bucket/{backbone}-{dataset}-{part}.zarr")
 
     voc, coco = (cell.training for cell in plan_cells(config))
 
     assert (voc.store, voc.val_store) == (f"s3://bucket/{SLUG}-voc-train.zarr", f"s3://bucket/{SLUG}-voc-val.zarr")
-    assert (coco.store, coco.val_store) == tuple(
-        f"s3://bucket/{SLUG}-coco-{part}2017.zarr" for part in ("train", "val")
-    )
+    assert (coco.store, coco.val_store) == tuple(f"s3://bucket/{SLUG}-coco-{part}2017.zarr" for part in ("train", "val"))
     assert not voc.flip
 
 
@@ -322,9 +318,7 @@ def test_a_store_of_another_backbone_is_refused(sets, tiny, tmp_path):
     images = sets / "VOC2012/VOCdevkit/VOC2012/JPEGImages"
     extract(tiny, tmp_path / "other.zarr", images, geometry="squash")
 
-    (result,) = run(
-        tiny_grid(sets, tmp_path / "grid", backbones=("test_vit2.r160_in1k@64",), store=str(tmp_path / "other.zarr"))
-    )
+    (result,) = run(tiny_grid(sets, tmp_path / "grid", backbones=("test_vit2.r160_in1k@64",), store=str(tmp_path / "other.zarr")))
 
     assert "holds features of test_vit.r160_in1k, not of test_vit2.r160_in1k" in result.error
 
@@ -365,9 +359,7 @@ def test_published_rows_stand_below_measured_ones(sets, tmp_path):
 
 
 def relative_speed(relative: float) -> Speed:
-    return Speed(
-        of=(VIT, 64), images_per_s=relative, reference_images_per_s=1.0, relative=relative, batches=2, device="CPU"
-    )
+    return Speed(of=(VIT, 64), images_per_s=relative, reference_images_per_s=1.0, relative=relative, batches=2, device="CPU")
 
 
 def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
@@ -380,9 +372,7 @@ def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
     cells = plan_cells(config)
     metrics = {"val_loss": 0.5, "val_miou": 0.25, "val_rmse_pooled": 0.75}
     results = [
-        CellResult(
-            name=c.name, backbone=c.backbone.name, task=c.task.name, method=c.method, seed=c.seed, metrics=metrics
-        )
+        CellResult(name=c.name, backbone=c.backbone.name, task=c.task.name, method=c.method, seed=c.seed, metrics=metrics)
         for c in cells
     ]
 
@@ -417,9 +407,7 @@ def test_debug_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_published_presets_parse_and_mistakes_end_with_2(capsys):
-    table3 = job.program.parse(
-        ["deap-table3", "--out", "x", "--data", "coco=c", "voc=v", "coco_stuff=s", "nyu=n"]
-    ).config
+    table3 = job.program.parse(["deap-table3", "--out", "x", "--data", "coco=c", "voc=v", "coco_stuff=s", "nyu=n"]).config
     assert len(plan_cells(table3)) == 16 * 6
     table5 = job.program.parse(["deap-table5", "--out", "x", "--data", "coco=c", "voc=v", "nyu=n"]).config
     assert len(plan_cells(table5)) == 3 * 3 * 5
@@ -469,9 +457,7 @@ def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:
     """SIGKILL of the worker that trains the first cell, once it has a checkpoint."""
     while not (killed or ended.wait(0.02)):
         if sign.exists():
-            training = [
-                each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::_Actor.do")
-            ]
+            training = [each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::_Actor.do")]
             for process in training[:1]:
                 process.kill()
                 killed.append(process.pid)

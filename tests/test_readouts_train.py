@@ -456,9 +456,7 @@ def test_depth_is_judged_on_the_labels_own_pixels_and_nyus_in_the_eigen_crop(tmp
     eigen_crop(outside)[:] = False
     assert 0 < outside.mean() < 0.5
     found = torch.full((1, 96, 96), 2.0)
-    record = task.judge(
-        found, {"depth": torch.from_numpy(task.placed(label))}, np.where(outside, 7.0, label).astype(np.float32)
-    )
+    record = task.judge(found, {"depth": torch.from_numpy(task.placed(label))}, np.where(outside, 7.0, label).astype(np.float32))
     assert record.metrics.rmse == 0
     assert record.error.pixels == (~outside).sum()
     label[240, 320] = 4.0

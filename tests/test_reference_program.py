@@ -89,9 +89,7 @@ def test_random_weights_of_many_architectures(name, size, geometry, shared_data,
     check_store(tmp_path / "f.zarr", model, photos(tar), transform(model, size, geometry), rows=3)
 
 
-def check_store(
-    store: Path, model: torch.nn.Module, images: dict[str, Image.Image], prepare: T.Compose, rows: int
-) -> None:
+def check_store(store: Path, model: torch.nn.Module, images: dict[str, Image.Image], prepare: T.Compose, rows: int) -> None:
     group = zarr.open_group(str(store), mode="r")
     ledger = pq.read_table(store / "ledger/samples/part-00000.parquet").to_pylist()
     assert len(ledger) == rows
@@ -121,9 +119,7 @@ def test_pretrained_vit_tiny_and_its_own_head(shared_data, tmp_path):
     check_store(tmp_path / "f.zarr", model, images, prepare, rows=100)
     index = pq.read_table(tmp_path / "f.zarr/index/samples/part-00000.parquet")
     labels = torch.tensor([int(label) for label in index["cls"].to_pylist()])
-    stored = torch.from_numpy(
-        zarr.open_group(str(tmp_path / "f.zarr"), mode="r")["pooled/features"][:].astype(np.float32)
-    )
+    stored = torch.from_numpy(zarr.open_group(str(tmp_path / "f.zarr"), mode="r")["pooled/features"][:].astype(np.float32))
     with torch.inference_mode():
         ours = model.head(stored).argmax(dim=1)
         own = torch.cat([model(prepare(images[key])[None]) for key in index["key"].to_pylist()]).argmax(dim=1)

@@ -280,7 +280,7 @@ def test_folder_is_shown_without_credentials():
     folder = Folder("s3://AKIA:hunter2@bucket/x", {"secret": "other-secret"})
 
     assert repr(folder) == "Folder('s3://***@bucket/x')"
-    assert folder.shown == "s3://***@bucket/x"
+    assert folder.displayed == "s3://***@bucket/x"
 
 
 @pytest.mark.parametrize("write", ["write", "write_new"])

@@ -49,17 +49,13 @@ def placed(mode: str, size: tuple[int, int], input_size: tuple[int, int], crop_p
     return np.array([[resized[0] / w, corner[0]], [resized[1] / h, corner[1]]])
 
 
-def interpolated(
-    features: np.ndarray, input_xy: np.ndarray, base: tuple[int, int], stride: int
-) -> tuple[np.ndarray, np.ndarray]:
+def interpolated(features: np.ndarray, input_xy: np.ndarray, base: tuple[int, int], stride: int) -> tuple[np.ndarray, np.ndarray]:
     """torch's grid_sample of a level [rows, columns, C] at points of the input, whatever the level's own grid: all of them
     cover the same pixels, half a stride beyond the first and last centres of the backbone's `base` grid."""
     edge = PATCH / 2 - stride / 2
     grid = 2 * (input_xy - edge) / (np.array(base[::-1]) * stride) - 1
     maps = torch.from_numpy(features.astype(np.float64)).permute(2, 0, 1)[None]
-    values = F.grid_sample(
-        maps, torch.from_numpy(grid)[None, None], mode="bilinear", padding_mode="border", align_corners=False
-    )
+    values = F.grid_sample(maps, torch.from_numpy(grid)[None, None], mode="bilinear", padding_mode="border", align_corners=False)
     return values[0, :, 0].T.numpy()
 
 
@@ -90,9 +86,7 @@ def test_sample_is_torchs_interpolation_at_the_place_of_the_point(tmp_path, tiny
     seen = 0
 
     for w, h in SIZES:
-        (x_scale, x_offset), (y_scale, y_offset) = placed(
-            settings["geometry"], (w, h), input_size, settings["crop_pct"]
-        )
+        (x_scale, x_offset), (y_scale, y_offset) = placed(settings["geometry"], (w, h), input_size, settings["crop_pct"])
         points = rng.uniform(0, (w, h), (200, 2))
         at = points * [x_scale, y_scale] + [x_offset, y_offset]
         cut = ((at < 0) | (at > input_size[::-1])).any(axis=1)
@@ -137,9 +131,7 @@ def maps_of(input_size: tuple[int, int]) -> tuple[Level, ...]:
     )
 
 
-def by_hand(
-    path: Path, mode: str, input_size: tuple[int, int], sizes: Sequence[tuple[int, int]] = SIZES
-) -> FeatureStore:
+def by_hand(path: Path, mode: str, input_size: tuple[int, int], sizes: Sequence[tuple[int, int]] = SIZES) -> FeatureStore:
     """A store in which the feature of a cell is where its centre lies in the original: (x, y)."""
     n, levels = len(sizes), maps_of(input_size)
     index = write_index(Folder(str(path)), index_table(n), [SOURCE])
@@ -217,9 +209,7 @@ def test_colour_ramp_comes_back_through_the_whole_extraction(tmp_path, tiny, mon
     monkeypatch.setattr(TimmBackbone, "__call__", mean_colour)
     levels = ("x1@float32", "x2@float32", "x4@float32", *(("x0.5@float32",) if stride == 16 else ()))
     members = [(f"{w}-{h}.png", ramp(w, h)) for w, h in sizes]
-    config = tiny(
-        str(write_tar(tmp_path / "in/a.tar", members)), geometry=mode, size="192", stride=stride, levels=levels
-    )
+    config = tiny(str(write_tar(tmp_path / "in/a.tar", members)), geometry=mode, size="192", stride=stride, levels=levels)
     extract(config, InlineExecutor())
     store = FeatureStore.open(config.out)
     mean, std = np.array(store.spec.mean), np.array(store.spec.std)
@@ -267,9 +257,7 @@ def test_points_that_the_crop_cut_away_are_nan_and_those_on_its_edge_are_not(sto
     assert np.isfinite(store.sample(key(3), [(74 * 1000 / 213, 0), (138 * 1000 / 213, 300)], "x1")).all()
 
 
-@pytest.mark.parametrize(
-    "wrong", [(-0.01, 5), (96.01, 5), (5, -1e-3), (5, 72.001), (np.nan, 5), (5, np.inf), (-np.inf, 0)]
-)
+@pytest.mark.parametrize("wrong", [(-0.01, 5), (96.01, 5), (5, -1e-3), (5, 72.001), (np.nan, 5), (5, np.inf), (-np.inf, 0)])
 def test_point_outside_the_image_is_refused_with_the_images_size(store, wrong):
     with pytest.raises(ValueError, match=r"has 96 x 72 pixels, .*; points are \(x, y\)"):
         store.sample(key(0), [(1, 1), wrong], "x1")
@@ -298,9 +286,7 @@ def test_pooled_level_has_no_places(tmp_path, tiny, make_tars):
         lambda: pooled.coords("pooled"),
         lambda: pooled.cells([(1, 1)], "pooled"),
     ):
-        with pytest.raises(
-            ValueError, match="level pooled is one vector per image: it has no cells; name a dense level"
-        ):
+        with pytest.raises(ValueError, match="level pooled is one vector per image: it has no cells; name a dense level"):
             ask()
 
 

@@ -40,9 +40,7 @@ ROWS, BLOCK = 21, 8
 
 X1 = Level(name="x1", method="backbone", grid=(4, 6), channels=5, start=(8.0, 8.0), step=(16.0, 16.0))
 X2 = Level(name="x2", method="bilinear", grid=(8, 12), channels=5, dtype="float32", start=(4.0, 4.0), step=(8.0, 8.0))
-HALF = Level(
-    name="x0.5", method="average", grid=(2, 3), channels=5, dtype="int8", start=(16.0, 16.0), step=(32.0, 32.0)
-)
+HALF = Level(name="x0.5", method="average", grid=(2, 3), channels=5, dtype="int8", start=(16.0, 16.0), step=(32.0, 32.0))
 POOLED = Level(name="pooled", method="cls", grid=None, channels=5)
 LEVELS = (X1, X2, HALF, POOLED)
 NAMES = ["x1", "x2", "x0.5", "pooled"]
@@ -350,9 +348,7 @@ def test_key_that_is_not_there_is_a_key_error_that_names_it_and_the_store(local,
             ask(wrong)
 
 
-@pytest.mark.parametrize(
-    "wrong", [1.5, [0.0, 1.0], None, [[0, 1]], np.ones(ROWS - 1, bool), [True, False], b"x", {}, [None]]
-)
+@pytest.mark.parametrize("wrong", [1.5, [0.0, 1.0], None, [[0, 1]], np.ones(ROWS - 1, bool), [True, False], b"x", {}, [None]])
 def test_selection_of_another_kind_is_a_type_error(local, wrong):
     with pytest.raises(TypeError, match="rows are a slice, row numbers, keys, or a mask of 21; got"):
         local.read(wrong, "x1")
@@ -377,9 +373,7 @@ def test_url_without_a_store_says_how_to_make_one(tmp_path):
 def test_failed_rows_raise_with_the_reason_or_are_nan(stores, where, level):
     store = reopened(stores[f"failed {where}"])
 
-    with pytest.raises(
-        MissingRows, match=rf"no features: row 13, '{key(13)}', which failed: decode: ImageRefused: not an"
-    ):
+    with pytest.raises(MissingRows, match=rf"no features: row 13, '{key(13)}', which failed: decode: ImageRefused: not an"):
         store.read(13, level)
     with pytest.raises(MissingRows, match=r"2 of the rows have no features; the first is row 20, "):
         store.read([3, 20, 5, 4], level)
@@ -515,9 +509,7 @@ def test_open_reader_of_a_growing_store_sees_rows_as_they_are_written(make_tars,
     extract(config, InlineExecutor())
 
     for level in ("x1", "x2", "pooled"):
-        np.testing.assert_array_equal(
-            store.read(slice(None), level), FeatureStore.open(config.out).read(slice(None), level)
-        )
+        np.testing.assert_array_equal(store.read(slice(None), level), FeatureStore.open(config.out).read(slice(None), level))
         assert np.isfinite(store.read("00012", level)).all()
     assert store.valid().all()
     assert store.sample("00012", [(1, 1)], "x1").shape == (1, 64)
@@ -727,9 +719,7 @@ def exit_if_wrong(store: FeatureStore, ask: str, rows: np.ndarray) -> None:
 def completed(store: FeatureStore) -> FeatureStore:
     """The store marked complete, with a merged ledger that was written directly."""
     n = len(store)
-    columns = {
-        name: pa.nulls(n, LEDGER_SCHEMA.field(name).type) for name in ("stage", "error", "message", "conversion")
-    }
+    columns = {name: pa.nulls(n, LEDGER_SCHEMA.field(name).type) for name in ("stage", "error", "message", "conversion")}
     columns |= {"row": np.arange(n), "key": index_table(n)["key"], "source": pa.repeat(SOURCE.url, n)}
     first = record(0)
     for field in LEDGER_SCHEMA:

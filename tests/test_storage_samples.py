@@ -484,9 +484,7 @@ def test_file_of_zero_bytes_is_refused_by_name(tmp_path, four):
 def test_one_key_twice_in_a_tar_names_key_and_places(tmp_path):
     write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("2.jpg", b"y"), ("1.jpg", b"z")])
 
-    with pytest.raises(
-        DuplicateKeys, match=r"1 keys belong.*\n  '1': \S+a\.tar \.jpg at byte 512, \S+a\.tar \.jpg at byte 2560"
-    ):
+    with pytest.raises(DuplicateKeys, match=r"1 keys belong.*\n  '1': \S+a\.tar \.jpg at byte 512, \S+a\.tar \.jpg at byte 2560"):
         index_of(tmp_path / "out", tmp_path / "a.tar")
 
 
@@ -759,9 +757,7 @@ def test_rows_read_across_row_groups_and_parts_are_the_table(tmp_path, monkeypat
 
     index = write_index(Folder(str(tmp_path / "out")), table, sources)
 
-    assert sorted(p.name for p in (tmp_path / "out/index/samples").iterdir()) == [
-        f"part-{i:05d}.parquet" for i in range(3)
-    ]
+    assert sorted(p.name for p in (tmp_path / "out/index/samples").iterdir()) == [f"part-{i:05d}.parquet" for i in range(3)]
     assert pa.concat_tables([index.read(n, min(n + 8, 39)) for n in range(0, 39, 8)]) == table
     assert index.read(38, 39)["key"].to_pylist() == ["2-12"]
     assert index.read(14, 16)["source"].to_pylist() == [1, 1]
@@ -788,8 +784,8 @@ def test_rows_read_across_row_groups_and_parts_are_the_table(tmp_path, monkeypat
         ("plain text, a/b@c.tar", "plain text, a/b@c.tar"),
     ],
 )
-def test_credentials_in_urls_are_blanked(text, shown):
-    assert redact(text) == shown
+def test_credentials_in_urls_are_blanked(text, displayed):
+    assert redact(text) == displayed
 
 
 OPTIONS = {
@@ -800,24 +796,22 @@ OPTIONS = {
         "client_kwargs": {"region_name": "eu-1"},
     },
     "abfs": {"account_name": "acc", "connection_string": "AccountKey=hunter2", "sas_token": "hunter2"},
-    "http": {
-        "client_kwargs": {"headers": {"Authorization": "Bearer hunter2", "Cookie": "id=hunter2", "Accept": "*/*"}}
-    },
+    "http": {"client_kwargs": {"headers": {"Authorization": "Bearer hunter2", "Cookie": "id=hunter2", "Accept": "*/*"}}},
     "gs": {"token": {"private_key": "hunter2", "client_email": "me@x"}},
     "sftp": {"username": "me", "passphrase": "hunter2", "auth": ["me", "hunter2"], "port": 22},
 }
 
 
 def test_secrets_among_options_are_blanked_and_the_rest_is_shown():
-    shown = public_options(OPTIONS)
+    displayed = public_options(OPTIONS)
 
-    assert "hunter2" not in str(shown)
-    assert "AKIDEXAMPLE" not in str(shown)
-    assert shown["s3"]["endpoint_url"] == "http://h:9000"
-    assert shown["s3"]["client_kwargs"] == {"region_name": "eu-1"}
-    assert shown["abfs"]["account_name"] == "acc"
-    assert shown["http"]["client_kwargs"]["headers"]["Accept"] == "*/*"
-    assert (shown["sftp"]["username"], shown["sftp"]["port"]) == ("me", 22)
+    assert "hunter2" not in str(displayed)
+    assert "AKIDEXAMPLE" not in str(displayed)
+    assert displayed["s3"]["endpoint_url"] == "http://h:9000"
+    assert displayed["s3"]["client_kwargs"] == {"region_name": "eu-1"}
+    assert displayed["abfs"]["account_name"] == "acc"
+    assert displayed["http"]["client_kwargs"]["headers"]["Accept"] == "*/*"
+    assert (displayed["sftp"]["username"], displayed["sftp"]["port"]) == ("me", 22)
 
 
 def test_secrets_among_options_are_blanked_in_any_text():

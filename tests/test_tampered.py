@@ -84,7 +84,7 @@ def look(store: FeatureStore) -> str:
     ]
     colours_for(store, store.level("x1"))
     config_from_run(store.folder.url, store.folder.options)
-    return "\n".join(line.partition(" has been silent")[0] for line in lines).replace(store.folder.shown, "")
+    return "\n".join(line.partition(" has been silent")[0] for line in lines).replace(store.folder.displayed, "")
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
@@ -198,10 +198,7 @@ def test_what_file_managers_and_other_tools_leave_is_no_part_of_the_store(pair, 
     assert look(opened) == expected[1]
     (commits / "00000003.parquet").rmdir()
     assert run([*pair.argv, "--out", str(store)]) == 0
-    assert (
-        everything(FeatureStore.open(str(store)))["records"]
-        == everything(FeatureStore.open(str(pair.finished)))["records"]
-    )
+    assert everything(FeatureStore.open(str(store)))["records"] == everything(FeatureStore.open(str(pair.finished)))["records"]
 
 
 def test_folder_markers_on_s3_are_no_part_of_the_store(pair, tmp_path, s3_options):
@@ -244,15 +241,11 @@ def copied(pair, tmp_path) -> Path:
     return shutil.copytree(pair.finished, tmp_path / "parent/copy.zarr")
 
 
-@pytest.mark.parametrize(
-    "change", [{"model": "resnet50"}, {"weights": "0" * 64}, {"layers": [3]}, {"input_size": [32, 32]}]
-)
+@pytest.mark.parametrize("change", [{"model": "resnet50"}, {"weights": "0" * 64}, {"layers": [3]}, {"input_size": [32, 32]}])
 def test_spec_that_does_not_fit_the_fingerprint_is_refused(copied, change):
     edited(copied, lambda own: own["spec"].update(change), consistent=False)
 
-    with pytest.raises(
-        DamagedObject, match=r"copy.zarr/zarr.json was edited or damaged: its fingerprint doesn't match"
-    ):
+    with pytest.raises(DamagedObject, match=r"copy.zarr/zarr.json was edited or damaged: its fingerprint doesn't match"):
         FeatureStore.open(str(copied))
 
 

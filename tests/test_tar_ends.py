@@ -303,8 +303,7 @@ def test_links_of_gnu_tar_are_samples_with_the_data_that_tar_extracts(tmp_path, 
     (tmp_path / "out").mkdir()
     subprocess.run(["tar", "-xf", "../x.tar"], cwd=tmp_path / "out", check=True)
     extracted = {
-        f"./{path.relative_to(tmp_path / 'out').with_suffix('')}": path.read_bytes()
-        for path in (tmp_path / "out").rglob("*.*")
+        f"./{path.relative_to(tmp_path / 'out').with_suffix('')}": path.read_bytes() for path in (tmp_path / "out").rglob("*.*")
     }
 
     assert images(tmp_path / "x.tar") == extracted
@@ -450,9 +449,7 @@ def test_names_in_incremental_dumps_are_those_that_tar_lists(tmp_path):
 
 
 _KINDS = [tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CONTTYPE]
-_NAMES = [
-    f"{folder}{name}" for folder in ("", "d/", "__m__/") for name in ("a.jpg", "a.cls", "a.x.png", "b", "._c.png")
-]
+_NAMES = [f"{folder}{name}" for folder in ("", "d/", "__m__/") for name in ("a.jpg", "a.cls", "a.x.png", "b", "._c.png")]
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

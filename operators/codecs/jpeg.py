@@ -67,9 +67,7 @@ def check_scans(jpeg: bytes, width: int, height: int) -> None:
     if jpeg.count(b"\xff\xda") > limit:
         scans = sum(segment.marker == _SOS for segment in segments(jpeg))
         if scans > limit:
-            raise ImageRefused(
-                f"a JPEG of {width} x {height} pixels with {scans:,} scans: more than {limit:,} never end"
-            )
+            raise ImageRefused(f"a JPEG of {width} x {height} pixels with {scans:,} scans: more than {limit:,} never end")
 
 
 def load(image: Image.Image, jpeg: bytes) -> tuple[Image.Image, list[str]]:

@@ -42,9 +42,7 @@ def check(image: Image.Image, header: CodestreamHeader) -> None:
     if image.mode == "I;16" and depth <= 16:
         return
     if depth > 8:
-        raise ImageRefused(
-            f"a {depth}-bit {image.mode} JPEG 2000, of which white can't be told from black; convert it to PNG"
-        )
+        raise ImageRefused(f"a {depth}-bit {image.mode} JPEG 2000, of which white can't be told from black; convert it to PNG")
     if depth < 8 and (image.mode == "P" or len(set(header.depths)) > 1):
         raise ImageRefused(f"a JPEG 2000 of {depth} bits and mode {image.mode}; convert it to PNG")
 

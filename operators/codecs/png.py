@@ -19,7 +19,5 @@ def check(data: bytes) -> None:
         if kind == b"IDAT" and stop + 4 <= len(data):
             (written,) = struct.unpack_from(">I", data, stop)
             if zlib.crc32(view[position + 4 : stop]) != written:
-                raise ImageDamaged(
-                    f"bytes {position} to {stop + 4} of a PNG don't have the checksum that stands behind them"
-                )
+                raise ImageDamaged(f"bytes {position} to {stop + 4} of a PNG don't have the checksum that stands behind them")
         position = stop + 4

@@ -39,9 +39,7 @@ def to_rgb(image: Image.Image, samples: Samples) -> tuple[Image.Image, str]:
 
 def _high_bytes_to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     if "transparency" in image.info:
-        raise ImageRefused(
-            "16-bit colours of which one is transparent, which Pillow can't find; write an alpha channel"
-        )
+        raise ImageRefused("16-bit colours of which one is transparent, which Pillow can't find; write an alpha channel")
     extrema = cast("tuple[tuple[int, int], ...]", image.getextrema())  # a pair for each of several bands
     # Without the alpha channel, whose brightest value says nothing of the colours.
     refuse_dark(max(high for _, high in extrema[: 4 if image.mode == "CMYK" else 3]), 8)

@@ -29,9 +29,7 @@ class HsicTerms:
     terms: tuple[tuple[float, ...], ...]
 
 
-def terms_of_grams(
-    batch: int, grams: Sequence[Tensor], *, estimator: Estimator = "unbiased", rescale: bool = False
-) -> HsicTerms:
+def terms_of_grams(batch: int, grams: Sequence[Tensor], *, estimator: Estimator = "unbiased", rescale: bool = False) -> HsicTerms:
     """Terms of a batch from the Gram matrices [n, n] (`gram`) of its features at S sizes, of the same images in the same order.
 
     `rescale` maps each Gram matrix to 0..1 by its smallest and largest entry first, as vit_analysis does; that weighs

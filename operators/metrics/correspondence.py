@@ -58,9 +58,7 @@ class View:
     canvas: Canvas
 
 
-def match(
-    source: View, target: View, source_xy: np.ndarray, protocol: Protocol, *, max_bytes: int = 2**26
-) -> np.ndarray:
+def match(source: View, target: View, source_xy: np.ndarray, protocol: Protocol, *, max_bytes: int = 2**26) -> np.ndarray:
     """Predicted key points float64 [K, 2] in the target's `Canvas.compared` coordinates, for `source_xy` [K, 2] in pixels
     of the source image. Raises `ValueError` for maps that aren't square or hold NaN, as `best_pixels` does."""
     points = _points(source_xy)
@@ -131,9 +129,7 @@ def score_pair(
     return PairScore(category=category, points=len(truth), correct=correct, nearest=nearest)
 
 
-def are_right(
-    distances_K: np.ndarray, alpha: float, canvas: Canvas, box: Sequence[float], protocol: Protocol
-) -> np.ndarray:
+def are_right(distances_K: np.ndarray, alpha: float, canvas: Canvas, box: Sequence[float], protocol: Protocol) -> np.ndarray:
     """Which predictions are near enough, bool [K]: `distances_K` are in the target's `Canvas.compared` coordinates.
 
     Raises `ValueError` for a box without extent (of `threshold="box"`).

@@ -173,6 +173,4 @@ def summarise(curves: Iterable[ObjectCurves]) -> Summary:
 def _mean_statistics(statistics: list[Statistics]) -> Statistics:
     # fsum rounds once, so that the order doesn't matter.
     names = ("mean", "recall", "decay")
-    return Statistics(
-        **{name: math.fsum(getattr(each, name) for each in statistics) / len(statistics) for name in names}
-    )
+    return Statistics(**{name: math.fsum(getattr(each, name) for each in statistics) / len(statistics) for name in names})

@@ -69,9 +69,7 @@ def class_agnostic_scores(
 
 def _entries(image: int, boxes_N4: np.ndarray, scores: Sequence[float] | None = None) -> list[CocoEntry]:
     if not (np.isfinite(boxes_N4).all() and (boxes_N4[:, :2] <= boxes_N4[:, 2:]).all()):
-        raise ValueError(
-            f"image {image}: boxes must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2, got {boxes_N4.tolist()}"
-        )
+        raise ValueError(f"image {image}: boxes must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2, got {boxes_N4.tolist()}")
     if not np.isfinite(scores or ()).all():
         raise ValueError(f"image {image}: scores hold NaN or infinity")
     places = np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1).tolist()

@@ -27,9 +27,7 @@ def instance_ari(latents_CHW: Tensor | np.ndarray, ids_HW: Tensor | np.ndarray, 
 
     latents, ids = torch.as_tensor(latents_CHW), torch.as_tensor(ids_HW)
     if latents.ndim != 3 or latents.shape[1:] != ids.shape:
-        raise ValueError(
-            f"latents [C, H, W] for ids [H, W] are needed, got {tuple(latents.shape)} and {tuple(ids.shape)}"
-        )
+        raise ValueError(f"latents [C, H, W] for ids [H, W] are needed, got {tuple(latents.shape)} and {tuple(ids.shape)}")
     latents_NC, ids_N = foreground_pixels(latents, ids)
     if not len(ids_N):
         return None

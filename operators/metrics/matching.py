@@ -53,9 +53,7 @@ def best_pixels(
         normalise = "cells"  # the same where cells are pixels, and cheaper
     # Between neighbouring cells the similarity is linear along each axis, and best at an end; a cosine may peak within.
     # Which pixels these are depends on sizes alone: that is found out on the host, where nobody waits for it.
-    rows, columns = (
-        _candidates(cells, pixels, ends_only=normalise == "cells") for cells, pixels in zip(grid, size, strict=True)
-    )
+    rows, columns = (_candidates(cells, pixels, ends_only=normalise == "cells") for cells, pixels in zip(grid, size, strict=True))
     columns = columns.to(device)
     best = torch.full((len(queries),), -torch.inf, dtype=torch.float64, device=device)
     index = torch.zeros((len(queries), 2), dtype=torch.int64, device=device)
@@ -97,9 +95,7 @@ def pixel_features(map_hwC: Tensor, size: tuple[int, int], xy_K2: Tensor, *, nor
 def _check(queries: Tensor, features: Tensor, size: tuple[int, int]) -> float:
     """The map's largest absolute value."""
     if features.ndim != 3 or queries.ndim != 2 or queries.shape[1] != features.shape[2]:
-        raise ValueError(
-            f"queries [K, C] and a map [h, w, C] are needed, got {tuple(queries.shape)} and {tuple(features.shape)}"
-        )
+        raise ValueError(f"queries [K, C] and a map [h, w, C] are needed, got {tuple(queries.shape)} and {tuple(features.shape)}")
     if 0 in features.shape or min(size) < 1:
         raise ValueError(f"a map {tuple(features.shape)} can't be enlarged to {tuple(size)} pixels")
     # Not isfinite(), whose result would be as large as the map.
@@ -193,7 +189,5 @@ def _enlarged_products(a: Tensor, b: Tensor, columns: _Axis) -> Tensor:
     right = columns.weight
     left = 1 - right
     return (
-        left.square() * same[:, columns.lower]
-        + left * right * mixed[:, columns.lower]
-        + right.square() * same[:, columns.upper]
+        left.square() * same[:, columns.lower] + left * right * mixed[:, columns.lower] + right.square() * same[:, columns.upper]
     )

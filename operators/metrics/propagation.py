@@ -61,9 +61,7 @@ class _Tile:
 class Propagator:
     """Carries labels from frame to frame. Holds `context` + 1 maps of unit features and soft labels, float32."""
 
-    def __init__(
-        self, features_hwC: Tensor, labels_Ohw: Tensor, settings: Propagation, *, max_bytes: int = 2**26
-    ) -> None:
+    def __init__(self, features_hwC: Tensor, labels_Ohw: Tensor, settings: Propagation, *, max_bytes: int = 2**26) -> None:
         """Begin with the first frame's map and its labels (`one_hot`). What a tile needs stays at about `max_bytes`, or it
         is a single cell. Raises `ValueError` for maps of other cells than the labels', NaN or infinity."""
         self.settings = settings

@@ -13,9 +13,7 @@ from torch import Tensor
 from storage.datasets.classes import VOID
 
 
-def class_pairs(
-    predicted_HW: Tensor | np.ndarray, labels_HW: Tensor | np.ndarray, classes: int, void: int = VOID
-) -> Tensor:
+def class_pairs(predicted_HW: Tensor | np.ndarray, labels_HW: Tensor | np.ndarray, classes: int, void: int = VOID) -> Tensor:
     """How often each class was predicted as each, of those that were: int64 [n, 3] of label, prediction and count, sorted,
     where the predictions are.
 

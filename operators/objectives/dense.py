@@ -182,9 +182,7 @@ def gradient_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, form: GradientFo
     return LossSum(total * images, float(images))
 
 
-def vit_up_depth_loss(
-    predicted_B1HW: Tensor, depth_BHW: Tensor, *, warm: bool, form: GradientForm = "released"
-) -> LossSum:
+def vit_up_depth_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, warm: bool, form: GradientForm = "released") -> LossSum:
     """ViT-Up's: `sig_loss` and half of `gradient_loss`; per batch, with its images as weight."""
     total, weight = sig_loss(predicted_B1HW, depth_BHW, warm=warm)
     return LossSum(total + GRADIENT_WEIGHT * gradient_loss(predicted_B1HW, depth_BHW, form=form).total, weight)

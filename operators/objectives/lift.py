@@ -45,8 +45,6 @@ def multi_scale_loss(
     for factor, given, target in ((2, half, full), (4, quarter, half)):
         predicted = net(smaller(images_BCHW, factor), given)
         if predicted.shape != target.shape:
-            raise ValueError(
-                f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must be of one shape"
-            )
+            raise ValueError(f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must be of one shape")
         losses.append(LOSSES[kind](predicted, target))
     return losses[0] + losses[1]

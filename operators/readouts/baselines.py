@@ -50,9 +50,7 @@ class TransposedConv(Readout):
 
     settings = frozenset({"output", "grid", "dim", "output_bias"})
 
-    def __init__(
-        self, channels: int, outputs: int, width: int, *, output: _Size, grid: _Size, dim: int, output_bias: float
-    ):
+    def __init__(self, channels: int, outputs: int, width: int, *, output: _Size, grid: _Size, dim: int, output_bias: float):
         super().__init__(channels, outputs)
         rows, columns = query_grid(output)
         stride = (-(-rows // grid[0]), -(-columns // grid[1]))
@@ -74,9 +72,7 @@ class StridedConv(Readout):
     appended = CODE
     channel_groups = 16
 
-    def __init__(
-        self, channels: int, outputs: int, width: int, *, output: _Size, grid: _Size, dim: int, output_bias: float
-    ):
+    def __init__(self, channels: int, outputs: int, width: int, *, output: _Size, grid: _Size, dim: int, output_bias: float):
         super().__init__(channels, outputs)
         queries = query_grid(output)
         stride = (max(1, grid[0] // queries[0]), max(1, grid[1] // queries[1]))

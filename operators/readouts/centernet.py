@@ -121,9 +121,7 @@ class CenterNetLoss(NamedTuple):
         return self.heat.mean + self.sizes.mean
 
 
-def centernet_loss(
-    heat_logits_B1HW: Tensor, sizes_B2HW: Tensor, heat_BHW: Tensor, target_sizes_B2HW: Tensor
-) -> CenterNetLoss:
+def centernet_loss(heat_logits_B1HW: Tensor, sizes_B2HW: Tensor, heat_BHW: Tensor, target_sizes_B2HW: Tensor) -> CenterNetLoss:
     """Sigmoid focal loss (alpha 0.25, gamma 2) against soft targets over all pixels, and L1 of sizes where targets are above 0.
 
     Targets are stacked `CenterNetTargets`. Raises `ValueError` where shapes differ.
@@ -186,6 +184,4 @@ def _peaks(heat_B1HW: Tensor) -> Tensor:
 
 def _require_same(predicted: Tensor, target: Tensor, what: str) -> None:
     if predicted.shape != target.shape:
-        raise ValueError(
-            f"{what}: {tuple(predicted.shape)} doesn't go with {tuple(target.shape)}; bring maps to one size first"
-        )
+        raise ValueError(f"{what}: {tuple(predicted.shape)} doesn't go with {tuple(target.shape)}; bring maps to one size first")

@@ -151,9 +151,7 @@ def query_grid(size: tuple[int, int]) -> tuple[int, int]:
     return -(-size[0] // PIXELS_PER_QUERY), -(-size[1] // PIXELS_PER_QUERY)
 
 
-def position_code(
-    grid: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0), device: torch.device | None = None
-) -> Tensor:
+def position_code(grid: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0), device: torch.device | None = None) -> Tensor:
     """Sines and cosines of the cells' (column, row) indices times `scale` (rows, columns): [h * w, 8].
 
     Columns first, four numbers for each axis. Float32 whatever the autocast.

@@ -47,9 +47,7 @@ def find_method(name: str) -> AnyMethod:
     if name in UPSAMPLERS:
         return UPSAMPLERS[name](name)
     if not _IMPORTABLE.fullmatch(name):
-        raise UpsamplerError(
-            f"no upsampler is called {name!r}; there are: {', '.join(UPSAMPLERS)}, and module:Class of your own"
-        )
+        raise UpsamplerError(f"no upsampler is called {name!r}; there are: {', '.join(UPSAMPLERS)}, and module:Class of your own")
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute, None)

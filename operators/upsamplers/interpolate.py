@@ -39,9 +39,7 @@ class Interpolate(Upsampler):
     def __init__(self, mode: str):
         self.mode = mode
 
-    def __call__(
-        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
-    ) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
         maps = features.stacked(layers).float()
         corners = {} if self.mode == "nearest-exact" else {"align_corners": False}
         return F.interpolate(maps, size=grid, mode=self.mode, **corners)
@@ -54,9 +52,7 @@ class Interpolate(Upsampler):
 class AveragePool(Upsampler):
     """The mean over the cells of the backbone's map that fall into each coarser cell."""
 
-    def __call__(
-        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
-    ) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
         h, w = features.grid
         return F.avg_pool2d(features.stacked(layers).float(), (h // grid[0], w // grid[1]))
 

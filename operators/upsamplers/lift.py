@@ -89,9 +89,7 @@ class LiftNet(DoublingNet):
 
     enlarges_image = True
 
-    def __init__(
-        self, channels: int, patch: int, *, image_branch: bool = True, border_crop: bool = False, wide: bool = False
-    ):
+    def __init__(self, channels: int, patch: int, *, image_branch: bool = True, border_crop: bool = False, wide: bool = False):
         super().__init__()
         self.channels, self.patch, self.border_crop = channels, patch, border_crop
         self.pool = -(-patch // 8)

@@ -37,9 +37,7 @@ class Upsampler(Protocol):
     layers: tuple[int, ...] = ()
     "blocks whose maps it reads besides those that are stored; the backbone is asked for them too"
 
-    def __call__(
-        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
-    ) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
         """Normalised images and the maps of `layers` to float32 [B, C, *grid]. Cells tile the same area as the backbone's."""
         ...
 
@@ -158,9 +156,7 @@ class Method(Generic[S]):
         net.load_state_dict(state)
         return net
 
-    def read(
-        self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone
-    ) -> tuple[S, dict[str, Tensor]]:
+    def read(self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone) -> tuple[S, dict[str, Tensor]]:
         """Settings and the network's state of a checkpoint's; `given`: its settings, None for a file of weights alone.
 
         Raises `UpsamplerError` where they don't go together, or with the backbone.
@@ -170,9 +166,7 @@ class Method(Generic[S]):
         settings = self.with_backbone(self.parse(given), backbone)
         return settings, self.loaded(settings, state).state_dict()
 
-    def untrained(
-        self, backbone: TimmBackbone, channels: int, size: int, reload: Reload
-    ) -> tuple[S, dict[str, Tensor]]:
+    def untrained(self, backbone: TimmBackbone, channels: int, size: int, reload: Reload) -> tuple[S, dict[str, Tensor]]:
         """Settings and weights from a seed, for images of `size` pixels a side: of what is timed, or counted."""
         settings = self.with_backbone(self.settings_for(backbone, channels), backbone)
         return settings, self.initialised(settings).state_dict()

@@ -65,9 +65,7 @@ class Recursive(Method[N]):
     def prepared(self, net: DoublingNet, settings: N) -> None:
         """Make a trained network, in place, one that takes and gives channels as the maps have them."""
 
-    def build(
-        self, settings: N, state: Mapping[str, Tensor], precision: Precision, reload: Reload
-    ) -> "LearnedUpsampler[N]":
+    def build(self, settings: N, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> "LearnedUpsampler[N]":
         return LearnedUpsampler(self, settings, cast(DoublingNet, self.loaded(settings, state)), precision)
 
     def require_grid(self, settings: N, base: tuple[int, int], grid: tuple[int, int]) -> None:
@@ -127,9 +125,7 @@ class LearnedUpsampler(Upsampler, Generic[N]):
         self.net: DoublingNet = net.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def __call__(
-        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
-    ) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
         """Float32 [B, C, *grid]. Raises `UpsamplerError` for other channels than it was made for, or for a grid that is
         not 2, 4, 8, ... times that of the maps."""
         maps = features.stacked(layers)

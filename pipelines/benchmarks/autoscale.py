@@ -97,9 +97,7 @@ def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> AutoscaleRe
         flags += f"--actors {config.nodes} --actor-cpus 1".split()
         command = job_command("extract.py", photos, str(store), cluster.address, *flags)
         with (folder / "extract.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=cluster.environment(), stdout=log, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(command, cwd=ROOT, env=cluster.environment(), stdout=log, stderr=subprocess.STDOUT)
         try:
             watch.until(lambda: process.poll() is not None, 3600)
         finally:
@@ -231,9 +229,7 @@ def draw(config: AutoscaleBenchmark, samples: Sequence[Sample], path: str) -> No
     left = figure.subplots()
     times = [sample.seconds for sample in samples]
     left.step(times, [sample.nodes for sample in samples], where="post", label="worker nodes", color="tab:blue")
-    left.step(
-        times, [sample.busy_cpus for sample in samples], where="post", ls=":", label="CPUs in use", color="tab:green"
-    )
+    left.step(times, [sample.busy_cpus for sample in samples], where="post", ls=":", label="CPUs in use", color="tab:green")
     left.set(xlabel="seconds", ylabel="nodes, CPUs", ylim=(0, config.nodes + 0.5))
     right = left.twinx()
     width = round(5 / SAMPLE_S)

@@ -190,9 +190,7 @@ def deal(kinds: Sequence[Kind], draw: random.Random) -> Iterator[Kind]:
 class _Runner:
     """Runs a job to its end over and over, and injects faults meanwhile."""
 
-    def __init__(
-        self, config: ChaosBenchmark, job: Job, cluster: LocalCluster, environment: Mapping[str, str], folder: Path
-    ):
+    def __init__(self, config: ChaosBenchmark, job: Job, cluster: LocalCluster, environment: Mapping[str, str], folder: Path):
         self.config, self.job, self.cluster, self.environment, self.folder = config, job, cluster, environment, folder
         self.random = random.Random(config.seed)
         self.kinds = deal(config.kinds, self.random)

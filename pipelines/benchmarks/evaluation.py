@@ -127,9 +127,7 @@ def measure_evaluate(config: EvaluateBenchmark) -> EvaluateResult:
         torch.set_num_threads(before)
 
 
-def _compare_matching(
-    config: EvaluateBenchmark, grid: int, normalise: Normalise, device: torch.device
-) -> MatchingComparison:
+def _compare_matching(config: EvaluateBenchmark, grid: int, normalise: Normalise, device: torch.device) -> MatchingComparison:
     generator = torch.Generator().manual_seed(0)
     map_hwC = _clip(1, grid, config.channels, generator)[0].to(device)
     near = map_hwC.flatten(0, 1)[torch.randint(grid * grid, (config.points,), generator=generator).to(device)]

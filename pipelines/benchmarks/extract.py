@@ -329,9 +329,7 @@ def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
     """Raise `ConfigError` for what the loop and the bare stages have no counterpart of."""
     resolved = resolve(replace(config, out=str(folder / "pipeline-0.zarr")))
     if (folder / "pipeline-0.zarr").exists():
-        raise ConfigError(
-            f"{folder} holds an earlier benchmark's stores, which a run would continue; give another --out"
-        )
+        raise ConfigError(f"{folder} holds an earlier benchmark's stores, which a run would continue; give another --out")
     if any(file.is_image or not file.url.startswith("file://") for file in resolved.files):
         raise ConfigError("the benchmark reads local tars only")
     if resolved.model.backbone.is_hierarchical:
@@ -399,10 +397,7 @@ def _summarise(rounds: Sequence[Round]) -> ExtractResult:
             batch=rounds[-1].bare.batch,
         ),
     )
-    ratios = {
-        name: Ratio(target=target, best=of(best), all=[of(one) for one in rounds])
-        for name, (target, of) in RATIOS.items()
-    }
+    ratios = {name: Ratio(target=target, best=of(best), all=[of(one) for one in rounds]) for name, (target, of) in RATIOS.items()}
     return ExtractResult(best=best, ratios=ratios, gap=_gap(best.pipeline, stage_ms), rounds=rounds)
 
 

@@ -87,9 +87,7 @@ class Usage:
 
     def cpu_between(self, start: float, stop: float) -> dict[str, float]:
         """CPU seconds by group, read between samples by interpolation; `other` is the rest of the machine's."""
-        spent = {
-            name: float(np.diff(np.interp([start, stop], self._times, values))[0]) for name, values in self._cpu.items()
-        }
+        spent = {name: float(np.diff(np.interp([start, stop], self._times, values))[0]) for name, values in self._cpu.items()}
         machine = spent.pop("machine")
         return {**spent, "other": max(0.0, machine - sum(spent.values()))}
 
@@ -107,9 +105,7 @@ def in_new_processes(function: Callable[..., Found], *calls: tuple[object, ...])
     """`function(*call)` for every call, each in a new process, all at once; what they return, and what they took."""
     pipes = [SPAWN.Pipe(duplex=False) for _ in calls]
     started = time.monotonic()
-    processes = [
-        SPAWN.Process(target=_send, args=(send, function, call)) for (_, send), call in zip(pipes, calls, strict=True)
-    ]
+    processes = [SPAWN.Process(target=_send, args=(send, function, call)) for (_, send), call in zip(pipes, calls, strict=True)]
     for process in processes:
         process.start()
     for _, send in pipes:

@@ -378,7 +378,7 @@ def _describe(place: Place | None) -> str:
         return "No S3."
     if place.server is None:
         options = json.dumps(public_options(place.options))
-        return f"S3: {place.store().folder.shown}, options {options}; on the same cores if it runs on this machine."
+        return f"S3: {place.store().folder.displayed}, options {options}; on the same cores if it runs on this machine."
     version, memory = importlib.metadata.version("moto"), psutil.Process(place.server).memory_info().rss
     return (
         f"S3: moto {version}, {memory / 1e6:,.0f} MB of memory, on the same cores. For each range of an object it reads all of"

@@ -62,9 +62,7 @@ class ScaleBenchmark:
 
 # No network. 2 CPU cores: about 50 seconds, and the numbers mean nothing at this size. The defaults take about 10 minutes, 6 GB
 # of memory and 3 GB of disk.
-DEBUG = ScaleBenchmark(
-    actors=(1, 3), forward_s=0.1, tasks_each=5, block_rows=16, feed_tasks=20, feed_actors=2, rows=2000
-)
+DEBUG = ScaleBenchmark(actors=(1, 3), forward_s=0.1, tasks_each=5, block_rows=16, feed_tasks=20, feed_actors=2, rows=2000)
 
 
 @dataclass(frozen=True, kw_only=True)

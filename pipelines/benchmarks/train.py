@@ -203,9 +203,7 @@ def _plain_loop(config: TrainBenchmark, photos: str, workers: int) -> float:
     return counted / (time.perf_counter() - begun)
 
 
-def _plain_step(
-    backbone: nn.Module, net: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, precision: str
-) -> None:
+def _plain_step(backbone: nn.Module, net: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, precision: str) -> None:
     half, quarter = images[..., ::2, ::2].contiguous(), images[..., ::4, ::4].contiguous()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         full, coarse, coarser = backbone(images), backbone(half), backbone(quarter)

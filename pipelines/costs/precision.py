@@ -116,9 +116,7 @@ def _encoded(reference: np.ndarray, dtype: str) -> Choice:
     return _compared("encoding", dtype, reference, decoded, bytes_per_value=stored / reference.size)
 
 
-def _compared(
-    kind: str, name: str, reference: np.ndarray, other: np.ndarray, bytes_per_value: float | None = None
-) -> Choice:
+def _compared(kind: str, name: str, reference: np.ndarray, other: np.ndarray, bytes_per_value: float | None = None) -> Choice:
     a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (reference, other))
     cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return Choice(

@@ -149,10 +149,7 @@ def deap_report(config: DeapCost, result: DeapResult, _: Machine) -> Iterator[st
         "image, without the backbone:"
     )
     first = result.readouts[0].macs
-    body = [
-        [one.name, f"{one.parameters:,}", f"{one.macs / 1e6:,.1f}", f"{one.macs / first:.2f}"]
-        for one in result.readouts
-    ]
+    body = [[one.name, f"{one.parameters:,}", f"{one.macs / 1e6:,.1f}", f"{one.macs / first:.2f}"] for one in result.readouts]
     yield from table_lines(["readout", "parameters", "multiply-accumulates, 10^6", "of DeAP's"], body)
     yield """
 - Multiply-accumulates of matrix products and convolutions, by torch's FlopCounterMode; masks and softmax have none.

@@ -67,13 +67,9 @@ class RuntimeConfig(EvaluateConfig):
         given, plain = self.features.levels, type(self).features.levels
         changed = [name for name in _UNUSED if getattr(self, name) != getattr(type(self), name)]
         if changed := [*changed, *(["levels"] if given != plain else [])]:
-            raise ConfigError(
-                f"--{changed[0]} is not for runtime, which times one random image; see --methods, --grids"
-            )
+            raise ConfigError(f"--{changed[0]} is not for runtime, which times one random image; see --methods, --grids")
         if self.cluster.actors != 1:
-            raise ConfigError(
-                f"--actors {self.cluster.actors}: timings beside each other spoil each other; leave it at 1"
-            )
+            raise ConfigError(f"--actors {self.cluster.actors}: timings beside each other spoil each other; leave it at 1")
         require_at_least(1, self, "warm_up", "repeat")
         if self.side < 1:
             raise ConfigError(f"--size {self.side}: must be at least 1")
@@ -83,9 +79,7 @@ class RuntimeConfig(EvaluateConfig):
             found = require_enlarging("--methods", name)
             if url and not found.learned:
                 learned = ", ".join(method_names(lambda method: method.learned))
-                raise ConfigError(
-                    f"--methods {name}:...: there are no weights of it; {learned} may have a checkpoint's URL"
-                )
+                raise ConfigError(f"--methods {name}:...: there are no weights of it; {learned} may have a checkpoint's URL")
         names = [name for name, _ in self.named_methods]
         if len(set(names)) < len(names):
             raise ConfigError(f"--methods {' '.join(names)}: give each once")
@@ -215,9 +209,7 @@ def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
     return task, recipe, begin(config, "runtime", recipe, digest([case.row.digest for case in cases]))
 
 
-def _load(
-    config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone
-) -> UpsamplerWeights:
+def _load(config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone) -> UpsamplerWeights:
     if url:
         force = config.features.force_upsampler
         return load_upsampler(method, url, backbone, bundle.spec, storage_options=config.options, force=force)
@@ -226,9 +218,7 @@ def _load(
     return UpsamplerWeights.of(found, *found.untrained(backbone, channels, config.side, bundle.reload))
 
 
-def _cases(
-    config: RuntimeConfig, low: Row, learned: Mapping[str, UpsamplerWeights]
-) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+def _cases(config: RuntimeConfig, low: Row, learned: Mapping[str, UpsamplerWeights]) -> tuple[tuple[Case, ...], tuple[str, ...]]:
     """The backbone alone, then grid by grid bilinear and the methods; and what can't be had."""
     names = dict.fromkeys(["bilinear", *(name for name, _ in config.named_methods)])
     cases, left_out, digests = [Case(row=low)], [], {name: weights.digest for name, weights in learned.items()}

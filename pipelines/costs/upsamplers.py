@@ -201,9 +201,7 @@ def count_operations(
     paper = {"alone": paper_count(model, images) + again}
     # As our LiFT runs it: cells of overlapping patches tile less than the image, which is enlarged to 16 pixels a cell.
     overlap = backbone.stride < backbone.patch
-    pixels = (
-        torch.empty(1, 3, *(cells * backbone.patch for cells in features.grid), device="meta") if overlap else images
-    )
+    pixels = torch.empty(1, 3, *(cells * backbone.patch for cells in features.grid), device="meta") if overlap else images
     grid = (2 * features.grid[0], 2 * features.grid[1])
     for given in nets:
         settings = {"channels": backbone.channels, "patch": backbone.patch, **given}
@@ -304,8 +302,7 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
 
     finer = (2 * grid[0], 2 * grid[1])
     runs = {BACKBONE: image_to_grid(images, backbone, layers, precision)} | {
-        name: image_to_grid(images, backbone, layers, precision, upsampler, finer)
-        for name, upsampler in upsamplers.items()
+        name: image_to_grid(images, backbone, layers, precision, upsampler, finer) for name, upsampler in upsamplers.items()
     }
     peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
     seconds = dict(zip(runs, timed(list(runs.values()), config.repeat, math.inf, device), strict=True))

@@ -69,8 +69,7 @@ class ScaleInvariance:
                 grams.setdefault(name, []).append(matrix)
         number = int(piece.name)
         terms = {
-            name: terms_of_grams(number, each, estimator=self.estimator, rescale=self.rescale)
-            for name, each in grams.items()
+            name: terms_of_grams(number, each, estimator=self.estimator, rescale=self.rescale) for name, each in grams.items()
         }
         return [{"row": name, **asdict(each)} for name, each in terms.items()]
 
@@ -96,16 +95,14 @@ def prepare(config: CkaConfig) -> tuple[ScaleInvariance, Recipe, Folder]:
     """The images listed, the model loaded, the folder begun: most that can be wrong is wrong here."""
     images = tuple(load_images(config.required("data"), config.options)[: config.limit])
     if len(images) < LEAST:
-        raise DatasetError(f"{images[0].folder.shown} has {len(images)} images; at least {LEAST} are compared")
+        raise DatasetError(f"{images[0].folder.displayed} has {len(images)} images; at least {LEAST} are compared")
     sides = config.sizes or (() if config.stores else tuple(range(56, 449, 56)))
     recipe, sizes = resolve_source(config.source, [(side, side) for side in sides], "squash")
     if len(sizes) < 2 or any(h != w for h, w in sizes):
         raise ConfigError(f"CKA compares at least two square sizes, got {sizes}; use --sizes, or a store for each")
     rows = [[row.name for row in recipe.rows(size)] for size in sizes]
     if any(each != rows[0] for each in rows):
-        raise ConfigError(
-            "not all sizes have the same rows; name levels by factor (x2), and give stores the same levels"
-        )
+        raise ConfigError("not all sizes have the same rows; name levels by factor (x2), and give stores the same levels")
     task = ScaleInvariance(
         images=images,
         sides=tuple(sorted(h for h, _ in sizes)),

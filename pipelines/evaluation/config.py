@@ -51,13 +51,9 @@ class EvaluateConfig(JobConfig):
         require_at_least(1, self, "limit")
         require_at_least(0, self, "pictures")
         if self.features.encoding == "int8" or any(text.endswith("@int8") for text in self.features.levels):
-            raise ConfigError(
-                "--levels ...@int8: a model's maps aren't quantised; evaluate a store of them with --stores"
-            )
+            raise ConfigError("--levels ...@int8: a model's maps aren't quantised; evaluate a store of them with --stores")
         if self.stores and self.drawing == "paper":
-            raise ConfigError(
-                "--drawing paper needs a model: the images of a store are drawn as jobs/extract.py does it"
-            )
+            raise ConfigError("--drawing paper needs a model: the images of a store are drawn as jobs/extract.py does it")
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -268,12 +268,10 @@ def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) 
 
 
 def _matches(task: Correspondence, pair: Pair, record: Record, side: int) -> Tile:
-    images = (OrientedImage(image.shown, image.orientation()) for image in (pair.source, pair.target))
+    images = (OrientedImage(image.displayed, image.orientation()) for image in (pair.source, pair.target))
     pair = task.upright(pair, *images)
     canvases = [task.rules.place(image.width, image.height, side) for image in (pair.source, pair.target)]
-    drawn = np.concatenate(
-        [c.draw(upright_pixels(i)) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1
-    )
+    drawn = np.concatenate([c.draw(upright_pixels(i)) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1)
     image = Image.fromarray(drawn)
     pen = ImageDraw.Draw(image)
     scored = task.rules.place(pair.target.width, pair.target.height, record["size"])

@@ -152,11 +152,9 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
     loaded = BOXES[config.dataset].load(folder, config.split)
     images = tuple(each for each in loaded if each.boxes)[: config.limit]
     if not images:
-        raise DatasetError(f"{folder.shown}: no image has an object")
+        raise DatasetError(f"{folder.displayed}: no image has an object")
     own_size = config.protocol == "tokencut"
-    recipe, sizes = resolve_source(
-        config.source, [(side, side) for side in config.sizes], None if own_size else "squash"
-    )
+    recipe, sizes = resolve_source(config.source, [(side, side) for side in config.sizes], None if own_size else "squash")
     if any(h != w for h, w in sizes) and not own_size:
         raise ConfigError(f"discovery is done on square inputs, not on {sizes}; use --sizes")
     red, green, blue = (round(255 * value) for value in recipe.spec(sizes[0]).mean)
@@ -226,7 +224,7 @@ def _pictures(task: ObjectDiscovery, records: Sequence[Record], tile: int = 200)
 
 def _tiles(task: ObjectDiscovery, record: Record, side: int, tile: int) -> tuple[Tile, Tile]:
     noted = task.images[record["image"]]
-    boxed = task.upright(noted, OrientedImage(noted.image.shown, noted.image.orientation()))
+    boxed = task.upright(noted, OrientedImage(noted.image.displayed, noted.image.orientation()))
     photo = Image.fromarray(upright_pixels(boxed.image)).resize((tile, tile))
     pen = ImageDraw.Draw(photo)
     width, height = (side, side) if side else boxed.image_size

@@ -152,7 +152,7 @@ def _images(config: ProbeConfig, readout: TrainedReadout) -> list[LabelledImage]
     kind, classes = DATASETS[dataset], getattr(task, "classes", None)
     if (kind.label, kind.classes) != (task.label, classes):
         raise ConfigError(
-            f"--dataset {dataset} has {_labels(kind.label, kind.classes)}, but {readout.shown} was trained for "
+            f"--dataset {dataset} has {_labels(kind.label, kind.classes)}, but {readout.displayed} was trained for "
             f"{_labels(task.label, classes)}, on {readout.dataset}"
         )
     require_depth(dataset, config.depth_scale)
@@ -191,15 +191,13 @@ def _row_of(readout: TrainedReadout, recipe: Recipe, size: Size) -> Row:
     trained.pop("drawing")
     found = next((each for each in spec.levels if each.name == level["name"]), None)
     if found is None:
-        raise ConfigError(f"{readout.shown} reads {level['name']} ({level['method']}), which isn't among --levels")
+        raise ConfigError(f"{readout.displayed} reads {level['name']} ({level['method']}), which isn't among --levels")
     here = features_of(spec, found)
     if different := differences({**trained, "level": level}, here):
         lines = different.text("trained on", "now")
-        raise ConfigError(f"{readout.shown} was trained on other features:\n{lines}")
+        raise ConfigError(f"{readout.displayed} was trained on other features:\n{lines}")
     if readout.config.kind.needs_pooled and pooled_level(spec.levels) is None:
-        raise ConfigError(
-            f"{readout.shown} reads the CLS vector, too, which isn't there; extract with --levels pooled=cls"
-        )
+        raise ConfigError(f"{readout.displayed} reads the CLS vector, too, which isn't there; extract with --levels pooled=cls")
     return next(row for row in recipe.rows(size) if row.level == found.name)
 
 
@@ -209,12 +207,12 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
     for each in readouts.values():
         if replace(each.task, side=first.task.side) != first.task:
             raise ConfigError(
-                f"{each.shown} was trained for {each.task}, {first.shown} for {first.task}; evaluate each alone"
+                f"{each.displayed} was trained for {each.task}, {first.displayed} for {first.task}; evaluate each alone"
             )
         if recipe.rendering == "paper" and each.task.side != first.task.side:
             raise ConfigError(
-                f"{each.shown} was trained on images drawn at {each.task.side} px, {first.shown} at {first.task.side} px; "
-                "evaluate each alone, or with --drawing extract"
+                f"{each.displayed} was trained on images drawn at {each.task.side} px, {first.displayed} at "
+                f"{first.task.side} px; evaluate each alone, or with --drawing extract"
             )
 
 
@@ -230,9 +228,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     except ValueError as error:
         raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
     columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
-    lines = [
-        Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()
-    ]
+    lines = [Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()]
     named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
     first = next(iter(probe.readouts))
     table = Table(

@@ -89,7 +89,7 @@ def records_of(items: Sequence[int], do: Callable[[int], list[Record]]) -> list[
         try:
             records += do(number)
         except FrameUnknown as error:
-            records.append(asdict(Unscored(left_out=CANNOT_TELL, item=number, image=error.shown)))
+            records.append(asdict(Unscored(left_out=CANNOT_TELL, item=number, image=error.displayed)))
     return records
 
 
@@ -163,14 +163,14 @@ def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -
     """The output folder, begun, or held against the settings it was begun with. Raises `ConfigError`."""
     folder = Folder(config.required("out"), config.options)
     if read_attributes(folder) is not None:
-        raise ConfigError(f"{folder.shown} is a feature store; give --out a folder of its own")
+        raise ConfigError(f"{folder.displayed} is a feature store; give --out a folder of its own")
     identity = {"task": task, **config.counted(), **recipe.identity()}
     identity["data"] = data_digest  # where it lies may change, what it holds may not
     before = read_run(folder)
     if before is None:
         write_run(folder, {"identity": identity, "config": config.public(), "versions": versions()})
     else:
-        require_same(folder.shown, as_object(before.get("identity", {})), json.loads(json.dumps(identity)))
+        require_same(folder.displayed, as_object(before.get("identity", {})), json.loads(json.dumps(identity)))
     return folder
 
 

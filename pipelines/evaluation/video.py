@@ -164,23 +164,23 @@ def upright_labels(
     height, width = labels.shape
     turn = Orientation(width=width, height=height)
     if sorted(labels.shape) == sorted(shape):
-        turn = label_turn(image, (width, height), frame, f"but its label {folder.shown}/{clip.masks[t]} has")
+        turn = label_turn(image, (width, height), frame, f"but its label {folder.displayed}/{clip.masks[t]} has")
     if turn.upright_size != (shape[1], shape[0]):
         raise DatasetError(
-            f"{folder.shown}/{clip.masks[t]} has {width} x {height} pixels, the clip's first mask {shape[1]} x {shape[0]}"
+            f"{folder.displayed}/{clip.masks[t]} has {width} x {height} pixels, the clip's first mask {shape[1]} x {shape[0]}"
         )
     return turn.array(np.where(labels == VOID, 0, labels).astype(np.uint8)), turn
 
 
 def _require_objects(clip: Clip, first: np.ndarray) -> None:
     """Raises `DatasetError` unless a clip's first label image shows objects by their numbers."""
-    shown, largest = f"{clip.frames[0].folder.shown}/{clip.masks[0]}", int(first.max())
+    displayed, largest = f"{clip.frames[0].folder.displayed}/{clip.masks[0]}", int(first.max())
     if not largest:
-        raise DatasetError(f"{shown} shows no object")
+        raise DatasetError(f"{displayed} shows no object")
     if largest > MOST_OBJECTS:
         raise DatasetError(
-            f"{shown} has the value {largest}; values are numbers of objects from 1, not grey levels or colours; use the data "
-            "set's own label images"
+            f"{displayed} has the value {largest}; values are numbers of objects from 1, not grey levels or colours; use the "
+            "data set's own label images"
         )
 
 
@@ -214,9 +214,9 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
 def _upright_shape(clip: Clip) -> Size:
     """(height, width) of a clip's first frame. Raises `DatasetError` where its label image isn't of its size."""
     frame, labels = clip.frames[0], read_labels(clip.frames[0].folder, clip.masks[0])
-    says = f"but its label {frame.folder.shown}/{clip.masks[0]} has"
+    says = f"but its label {frame.folder.displayed}/{clip.masks[0]} has"
     orientation = frame.orientation()
-    require_size(frame.shown, orientation, (labels.shape[1], labels.shape[0]), says)
+    require_size(frame.displayed, orientation, (labels.shape[1], labels.shape[0]), says)
     width, height = orientation.upright_size
     return height, width
 
@@ -271,11 +271,7 @@ def _object(record: Record) -> dict[str, JsonValue]:
 
 
 def _choices(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, str]:
-    shape = (
-        "squashed to a square, bicubic"
-        if config.protocol == "lift"
-        else "aspect kept, bilinear (Pillow's, antialiased)"
-    )
+    shape = "squashed to a square, bicubic" if config.protocol == "lift" else "aspect kept, bilinear (Pillow's, antialiased)"
     return {
         "protocol": config.protocol,
         "frames": f"{shape if recipe.rendering == 'paper' else 'squashed, drawn as extract'}; every {config.frame_step}.",
@@ -286,9 +282,7 @@ def _choices(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, str]
     }
 
 
-def _pictures(
-    config: VideoConfig, task: Video, recipe: Recipe, scored: Collection[str]
-) -> dict[str, Image.Image | bytes]:
+def _pictures(config: VideoConfig, task: Video, recipe: Recipe, scored: Collection[str]) -> dict[str, Image.Image | bytes]:
     """Of the first clips that were scored at the largest size: four frames as a panel, and all of them as an animation."""
     side = max(task.sides)
     folder = Folder(config.required("out"), config.options)
@@ -308,13 +302,11 @@ def _pictures(
     return pictures
 
 
-def _strip(
-    task: Video, number: int, t: int, folder: Folder, places: Sequence[str], height: int = 160
-) -> list[np.ndarray]:
+def _strip(task: Video, number: int, t: int, folder: Folder, places: Sequence[str], height: int = 160) -> list[np.ndarray]:
     """A frame of a clip with its true labels, and with those in each of the places."""
     clip = task.clips[number]
     stem = clip.masks[t].rsplit("/", 1)[-1]
-    image = OrientedImage(clip.frames[t].shown, clip.frames[t].orientation())
+    image = OrientedImage(clip.frames[t].displayed, clip.frames[t].orientation())
     truth, turn = upright_labels(clip, t, task.shapes[number], image, task.frame)
     labels = [truth, *(turn.array(read_labels(folder, f"{place}/{stem}")) for place in places)]
     width = max(1, round(height * truth.shape[1] / truth.shape[0]))

@@ -96,7 +96,7 @@ def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractC
         folder = Folder(url, options)
         runs = folder.folders("runs")
         if not runs:
-            raise ConfigError(f"{folder.shown} has no runs; give a store or a run.json")
+            raise ConfigError(f"{folder.displayed} has no runs; give a store or a run.json")
         document = Document(folder, f"runs/{runs[-1]}/run.json", "name another run's run.json")
     else:
         base, _, name = url.rpartition("/")
@@ -106,9 +106,7 @@ def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractC
         saved = as_object(found["config"], "config")
     known = settings_of(ExtractConfig)
     if unknown := saved.keys() - known.keys():
-        raise ConfigError(
-            f"{document.shown} has settings that this version does not know: {', '.join(sorted(unknown))}"
-        )
+        raise ConfigError(f"{document.displayed} has settings that this version does not know: {', '.join(sorted(unknown))}")
     with document.parsing():
         settings = {name: decode(known[name].kind, value, f"config.{name}") for name, value in saved.items()}
     if "***" in str(settings.get("storage_options")):

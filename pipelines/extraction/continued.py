@@ -52,9 +52,7 @@ class InputUpdate:
             store.revoke(sorted(again))
             logger.info("%d tasks hold images that changed, and run again", len(again))
         if self.state.table is not None:
-            logger.info(
-                "the index is written anew: sources hold their samples at other places, or with other text, than before"
-            )
+            logger.info("the index is written anew: sources hold their samples at other places, or with other text, than before")
             store.adopt_index(move_index(self.index, store.folder, store.put))
             return
         # One in memory stands for one that was lost.
@@ -73,9 +71,7 @@ def member_rules(config: ExtractConfig) -> MemberRules:
 
 def input_of(config: ExtractConfig, files: Listing, executor: Executor) -> RunInput:
     """The input of an extraction."""
-    return RunInput(
-        files=files, rules=member_rules(config), limit=config.limit, options=config.options, executor=executor
-    )
+    return RunInput(files=files, rules=member_rules(config), limit=config.limit, options=config.options, executor=executor)
 
 
 def draft() -> Folder:
@@ -104,14 +100,14 @@ def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:
     table, sources = given.collect()
     if index_digest(len(table), sources) != store.layout.index:
         raise InputError(
-            f"{store.folder.shown} has no index of its input, and was begun with other input than this: give --data in the "
+            f"{store.folder.displayed} has no index of its input, and was begun with other input than this: give --data in the "
             "same order as then, restore its index from a copy, or use a new --out"
         )
     if sources_digest(sources) != store.attributes.get("input"):
         # Samples of equal names and sizes may be other ones: without a stamp, they are held against the ledger.
         sources = [replace(source, etag="") for source in sources]
     index = given.write(draft(), table, sources, prefix=store.index_prefix)
-    index.shown = store.folder.shown
+    index.displayed = store.folder.displayed
     return index
 
 
@@ -164,9 +160,7 @@ def changed_meanwhile(config: ExtractConfig, store: FeatureStore, executor: Exec
         logger.warning("whether the input changed while it was read can't be told any more: %s", error)
         return []
     scan = input_of(config, files, executor).scan
-    state = input_state(
-        index, files, scan, store.input_rows, config.options, limit=config.limit, gone_is_unchanged=True
-    )
+    state = input_state(index, files, scan, store.input_rows, config.options, limit=config.limit, gone_is_unchanged=True)
     if state.redo:
         return state.changes
     for change in state.changes:

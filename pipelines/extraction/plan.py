@@ -175,7 +175,7 @@ def make_plan(prepared: Prepared) -> Plan:
         input_size=spec.input_size,
         statistics=_statistics(spec) if spec.weights_source == "file" else "",
         notes=prepared.notes,
-        out=folder.shown,
+        out=folder.displayed,
         state=state,
         tasks=layout.n_blocks,
         pending=pending,
@@ -239,9 +239,7 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
                 images.append(decode(blob or b"", geometry, max_pixels=limit, draft=spec.jpeg_draft).pixels)
         t2 = time.perf_counter()
         if not images:
-            raise ConfigError(
-                f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member"
-            )
+            raise ConfigError(f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member")
         model(np.stack(images[:1]))
         maps = model(np.stack(images))
         by_level = [(level, maps.levels[level.name].cpu().numpy()) for level in spec.levels]

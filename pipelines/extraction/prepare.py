@@ -78,8 +78,8 @@ class Prepared(Resolved):
         except FingerprintMismatch:
             if self.update is None:
                 raise
-            shown = Folder(self.config.out, self.config.options).shown
-            raise StoreReplaced(f"{shown} was changed by another run just now; run the same command again") from None
+            displayed = Folder(self.config.out, self.config.options).displayed
+            raise StoreReplaced(f"{displayed} was changed by another run just now; run the same command again") from None
         if self.update:
             self.update.apply(store)
         else:
@@ -98,8 +98,8 @@ class Prepared(Resolved):
         begun_with = store.attributes.get("input") or sources_digest(store.index.sources)
         if begun_with != self.input_digest:
             raise InputError(
-                f"{store.folder.shown} was begun by another run just now, with other files than those of this --data; run the "
-                "same command again, which compares them, or use another --out"
+                f"{store.folder.displayed} was begun by another run just now, with other files than those of this --data; run "
+                "the same command again, which compares them, or use another --out"
             )
 
     def keep_index(self, put: Callable[[str, bytes], None] | None = None) -> None:

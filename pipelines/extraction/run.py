@@ -122,7 +122,7 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     if pending:
         store.set_writing(prepared.input_digest)
     elif store.status == "complete":
-        logger.info("%s is complete; nothing to do", store.folder.shown)
+        logger.info("%s is complete; nothing to do", store.folder.displayed)
     setup = WorkerSetup(
         config=config,
         bundle=prepared.bundle,
@@ -139,7 +139,7 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     run.execute(pending)
     if pending and not run.errors and (changes := changed_meanwhile(config, store, executor)):
         raise RunFailed(
-            f"{store.folder.shown}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
+            f"{store.folder.displayed}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
             "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
         )
     return run.finish(prepared.left_out)
@@ -273,12 +273,12 @@ class _Run:
         ok, failed = counts.get("ok", 0), counts.get("failed", 0)
         if ok + failed != self.store.layout.n_rows:
             raise RunFailed(
-                f"{self.store.folder.shown}: {ok} ok + {failed} failed rows, but {self.store.layout.n_rows} samples"
+                f"{self.store.folder.displayed}: {ok} ok + {failed} failed rows, but {self.store.layout.n_rows} samples"
             )
         if failed > self.config.max_failed_fraction * self.store.layout.n_rows:
             raise RunFailed(self._budget_text(f"{failed:,} of {ok + failed:,} images failed"))
         return Summary(
-            out=self.store.folder.shown,
+            out=self.store.folder.displayed,
             run_id=self.setup.run_id,
             ok=ok,
             failed=failed,

@@ -68,9 +68,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 timer.cancel()
             if late.is_set():
                 raise DecoderDied(f"decoding it took more than {DECODE_SECONDS:g} s")
-        raise DecoderDied(
-            f"decoding it ended its process twice ({', '.join(ends)}): a crash in native code, or out of memory"
-        )
+        raise DecoderDied(f"decoding it ended its process twice ({', '.join(ends)}): a crash in native code, or out of memory")
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is None:

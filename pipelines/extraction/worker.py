@@ -168,9 +168,7 @@ class ShardWorker:
         message = f"{size} bytes are more than max_image_bytes = {limit}; raise --max-image-bytes if it's an image"
         return failed(record, "read", "TooLarge", message)
 
-    def _decode_in_threads(
-        self, records: list[SampleRecord], blobs: Mapping[int, bytes | None], pixels: np.ndarray
-    ) -> None:
+    def _decode_in_threads(self, records: list[SampleRecord], blobs: Mapping[int, bytes | None], pixels: np.ndarray) -> None:
         def here(data: bytes) -> DecodedImage:
             spec, limit = self.store.spec, self.config.max_image_pixels
             return decode(data, self.geometry, max_pixels=limit, draft=spec.jpeg_draft, memory=self._memory)
@@ -263,9 +261,7 @@ class _Pace:
     "memory didn't suffice once; a second time, the task fails"
 
 
-def _decoded(
-    record: SampleRecord, blob: bytes | None, out: np.ndarray, decoder: Callable[[bytes], DecodedImage]
-) -> SampleRecord:
+def _decoded(record: SampleRecord, blob: bytes | None, out: np.ndarray, decoder: Callable[[bytes], DecodedImage]) -> SampleRecord:
     """Decode one image into `out` [H, W, 3]; the record says how it went. Raises `MemoryError`, which isn't the image's."""
     if blob is None:
         return record

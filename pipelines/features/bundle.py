@@ -116,13 +116,10 @@ def describe_model(
     loaded_once = {each: load_upsampler(*each, backbone, spec, options, force=force) for each in places}
     learned = {each.name: loaded_once[each.method, each.url] for each in levels if each.url}
     resolved = tuple(
-        resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name))
-        for choice in levels
+        resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name)) for choice in levels
     )
     if len({level.name for level in resolved}) != len(resolved) or not resolved:
-        raise ConfigError(
-            f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}"
-        )
+        raise ConfigError(f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}")
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
     return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, bundle.reload)
 

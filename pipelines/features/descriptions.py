@@ -62,7 +62,7 @@ def describe_weights(name: str, folder: Folder, *, is_file: bool) -> ModelDescri
     own = ModelDescription(name=name, expects=preprocessing(name))
     try:
         config = _read(folder, CONFIG)
-        description = own if config is None else _description_in(name, config, f"{folder.shown}/{CONFIG}")
+        description = own if config is None else _description_in(name, config, f"{folder.displayed}/{CONFIG}")
         _require_agreement(description, folder)
     except Unreadable as error:
         if not is_file:
@@ -85,24 +85,24 @@ def _read(folder: Folder, name: str) -> Any:
         return None
     except (PermissionError, StorageError) as error:
         # Object stores answer so for what isn't there, too, where folders may not be listed.
-        logger.warning("%s/%s can't be read, and is taken for absent: %s", folder.shown, name, error)
+        logger.warning("%s/%s can't be read, and is taken for absent: %s", folder.displayed, name, error)
         return None
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{folder.shown}/{name} is damaged: {error}") from None
+        raise Unreadable(f"{folder.displayed}/{name} is damaged: {error}") from None
 
 
-def _description_in(name: str, config: object, shown: str) -> ModelDescription:
+def _description_in(name: str, config: object, displayed: str) -> ModelDescription:
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise Unreadable(f"{shown} isn't timm's: {_whose(config)}")
+        raise Unreadable(f"{displayed} isn't timm's: {_whose(config)}")
     wanted, found = name.partition(".")[0], config["architecture"].partition(".")[0]
     if found != wanted:
-        raise BackboneError(f"{shown} says that the weights are of {found}; --model is {name}. Use --model {found}")
+        raise BackboneError(f"{displayed} says that the weights are of {found}; --model is {name}. Use --model {found}")
     input_config, given = config.get("pretrained_cfg", config), config.get("model_args") or {}
     if not isinstance(input_config, dict) or not isinstance(given, dict):
-        raise Unreadable(f"{shown} is damaged: pretrained_cfg and model_args must be objects")
-    timms = _pretrained_config(input_config, given, shown)
+        raise Unreadable(f"{displayed} is damaged: pretrained_cfg and model_args must be objects")
+    timms = _pretrained_config(input_config, given, displayed)
     return ModelDescription(
-        name=name, expects=Preprocessing.of(timms), model_args=_model_args(wanted, timms, given, shown), source=shown
+        name=name, expects=Preprocessing.of(timms), model_args=_model_args(wanted, timms, given, displayed), source=displayed
     )
 
 
@@ -119,7 +119,7 @@ def _whose(config: object) -> str:
 # --- timm's config.json -----------------------------------------------------------------------------------------------
 
 
-def _pretrained_config(config: Mapping[str, Any], given: Mapping[str, Any], shown: str) -> PretrainedCfg:
+def _pretrained_config(config: Mapping[str, Any], given: Mapping[str, Any], displayed: str) -> PretrainedCfg:
     """The statistics and the input's size, timm's defaults for what isn't there. Raises `BackboneError`."""
     names = ("input_size", "fixed_input_size", "interpolation", "mean", "std")
     defaults = {each.name: each.default for each in fields(PretrainedCfg)}
@@ -133,28 +133,28 @@ def _pretrained_config(config: Mapping[str, Any], given: Mapping[str, Any], show
     for name, holds in rules.items():
         if not _holds(holds, values[name]):
             raise BackboneError(
-                f"{shown}: {name} {values[name]!r} can't be used; there are RGB inputs [3, height, width], means and "
+                f"{displayed}: {name} {values[name]!r} can't be used; there are RGB inputs [3, height, width], means and "
                 f"deviations of three channels, and {', '.join(INTERPOLATIONS)}"
             )
     # As timm has it: a network that may be given any size has a nominal one.
     fixed = bool(values["fixed_input_size"]) and not given.get("dynamic_img_size")
     fixed = fixed and given.get("strict_img_size") is not False
     if fixed and given.get("img_size") is not None:
-        values["input_size"] = (3, *_image_size(given["img_size"], shown))
+        values["input_size"] = (3, *_image_size(given["img_size"], displayed))
     return PretrainedCfg(**{**values, "fixed_input_size": fixed})
 
 
-def _model_args(architecture: str, config: PretrainedCfg, given: Mapping[str, Any], shown: str) -> dict[str, Any]:
+def _model_args(architecture: str, config: PretrainedCfg, given: Mapping[str, Any], displayed: str) -> dict[str, Any]:
     """The arguments without which the network would be another one. Raises `BackboneError`."""
     if given.get("in_chans") not in (None, 3):
-        raise BackboneError(f"{shown}: the network takes {given['in_chans']} channels; images have 3")
+        raise BackboneError(f"{displayed}: the network takes {given['in_chans']} channels; images have 3")
     kept = {name: value for name, value in given.items() if value is not None and name not in _WITHOUT_EFFECT}
     if foreign := sorted(_NOT_THE_NETWORKS & set(kept)):
-        raise BackboneError(f"{shown}: model_args {', '.join(foreign)} can't be honoured; save the network without")
+        raise BackboneError(f"{displayed}: model_args {', '.join(foreign)} can't be honoured; save the network without")
     size = kept.pop("img_size", config.input_size[1:] if config.fixed_input_size else None)
     plain = timm.get_pretrained_cfg(architecture)
-    if size is not None and not (plain.fixed_input_size and tuple(plain.input_size[1:]) == _image_size(size, shown)):
-        kept["img_size"] = list(_image_size(size, shown))
+    if size is not None and not (plain.fixed_input_size and tuple(plain.input_size[1:]) == _image_size(size, displayed)):
+        kept["img_size"] = list(_image_size(size, displayed))
     return _other_than_default(architecture, kept)
 
 
@@ -168,10 +168,10 @@ def _other_than_default(architecture: str, given: Mapping[str, Any]) -> dict[str
     return {n: value for n, value in given.items() if type(usual[n]) is not type(value) or usual[n] != value}
 
 
-def _image_size(size: object, shown: str) -> tuple[int, int]:
+def _image_size(size: object, displayed: str) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
     if len(sides) != 2 or not all(map(_side, sides)):
-        raise BackboneError(f"{shown}: img_size {size!r} is no height and width in pixels")
+        raise BackboneError(f"{displayed}: img_size {size!r} is no height and width in pixels")
     return sides
 
 
@@ -225,8 +225,8 @@ def _require_agreement(description: ModelDescription, folder: Folder) -> None:
             if value is None or value == ours or (name != "interpolation" and _are_close(ours, value)):
                 continue
             text = (
-                f"{folder.shown}/{file} says {name} {value}, but {description.source or f'timm, of {description.name},'} says "
-                f"{ours if name == 'interpolation' else list(ours)}"
+                f"{folder.displayed}/{file} says {name} {value}, but {description.source or f'timm, of {description.name},'}"
+                f" says {ours if name == 'interpolation' else list(ours)}"
             )
             if name != "interpolation":
                 raise Unreadable(f"{text}: remove what isn't about these weights")

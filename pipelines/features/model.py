@@ -125,9 +125,7 @@ class FeatureModel:
 
     def fit_batch(self, batch: int) -> int:
         """`batch`, halved until `peak_bytes` takes at most 0.6 of the device's free memory."""
-        free = (
-            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
-        )
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
         while batch > 1 and self.peak_bytes(batch) > 0.6 * free:
             batch //= 2
         return batch

@@ -26,11 +26,11 @@ def upright_pixels(image: EncodedImage, data: bytes | None = None) -> np.ndarray
     """
     data = image.data() if data is None else data
     if image.width:
-        require_size(image.shown, orientation_of(data, image.shown), (image.width, image.height))
+        require_size(image.displayed, orientation_of(data, image.displayed), (image.width, image.height))
     try:
         pixels, _, _ = open_rgb(data, max_pixels=MAX_PIXELS)
     except ImageRefused as error:
-        raise unreadable(image.shown, error) from None
+        raise unreadable(image.displayed, error) from None
     return np.array(pixels)
 
 
@@ -46,9 +46,7 @@ def geometry_of(spec: FeatureSpec) -> Geometry:
     )
 
 
-def read_photos(
-    store: FeatureStore, rows: np.ndarray, storage_options: StorageOptions | None = None
-) -> list[np.ndarray | None]:
+def read_photos(store: FeatureStore, rows: np.ndarray, storage_options: StorageOptions | None = None) -> list[np.ndarray | None]:
     """The model's input of each row, uint8 [height, width, 3]; None, with a warning, where the source can't be read or holds
     another image by now."""
     digests = store.records(rows, ["digest"])["digest"].to_pylist()

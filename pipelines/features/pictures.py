@@ -55,14 +55,10 @@ def draw(picture: Picture, data: bytes, spec: FeatureSpec, rendering: Rendering)
     if rendering == "paper":
         return picture.draw(upright_pixels(picture.image, data))
     if picture.geometry is None:
-        raise ConfigError(
-            "this protocol's images are placed as jobs/extract.py can't: use --drawing paper, and no --stores"
-        )
+        raise ConfigError("this protocol's images are placed as jobs/extract.py can't: use --drawing paper, and no --stores")
     height, width = picture.size
-    geometry = Geometry(
-        mode=picture.geometry, height=height, width=width, interpolation=spec.interpolation, mean=spec.mean
-    )
+    geometry = Geometry(mode=picture.geometry, height=height, width=width, interpolation=spec.interpolation, mean=spec.mean)
     try:
         return decode(data, geometry, max_pixels=MAX_PIXELS).pixels
     except ImageRefused as error:
-        raise unreadable(picture.image.shown, error) from None
+        raise unreadable(picture.image.displayed, error) from None

@@ -38,12 +38,12 @@ def pooled_level(levels: Sequence[Level]) -> str | None:
     return next((level.name for level in levels if level.grid is None and level.method == "cls"), None)
 
 
-def rows_of(levels: Sequence[Level], stride: int, shown: str) -> tuple[Row, ...]:
+def rows_of(levels: Sequence[Level], stride: int, displayed: str) -> tuple[Row, ...]:
     """The rows for a model's or store's dense levels. Raises `ConfigError` where the low-resolution map isn't among them."""
     dense = [level for level in levels if level.grid]
     base = next((level for level in dense if level.method == "backbone"), None)
     if base is None or base.grid is None:
-        raise ConfigError(f"{shown}: no level is the backbone's own map, which every table shows; add x1 to --levels")
+        raise ConfigError(f"{displayed}: no level is the backbone's own map, which every table shows; add x1 to --levels")
     low = Row(name="low-res", method="backbone", level=base.name, grid=base.grid, stride=stride)
     others = [
         Row(

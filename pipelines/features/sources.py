@@ -162,19 +162,19 @@ class LiveSource:
         return self.recipe.rows(size)
 
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:  # noqa: ARG002
-        self._data = image.shown, image.data()
-        return OrientedImage(image.shown, orientation_of(self._data[1], image.shown))
+        self._data = image.displayed, image.data()
+        return OrientedImage(image.displayed, orientation_of(self._data[1], image.displayed))
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         spec = self.recipe.spec(picture.size)
-        shown, data = self._data
-        data = data if shown == picture.image.shown else picture.image.data()
+        displayed, data = self._data
+        data = data if displayed == picture.image.displayed else picture.image.data()
         pixels = draw(picture, data, spec, self.recipe.rendering)
         found = self._model(picture.size, spec)(pixels[None])
         by_level = {name: rows[0] for name, rows in found.levels.items()}
         pooled = pooled_level(spec.levels)
-        self._vector = picture, _vector(by_level[pooled], picture.image.shown) if pooled else None
-        return _rows_of_maps(self.rows(picture.size), by_level, picture.image.shown)
+        self._vector = picture, _vector(by_level[pooled], picture.image.displayed) if pooled else None
+        return _rows_of_maps(self.rows(picture.size), by_level, picture.image.displayed)
 
     def pooled(self, picture: Picture) -> Tensor | None:
         if self._vector[0] != picture:
@@ -211,7 +211,7 @@ class StoreRecipe:
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
-        return rows_of(spec.levels, spec.stride, self.store(size).folder.shown)
+        return rows_of(spec.levels, spec.stride, self.store(size).folder.displayed)
 
     def notes(self) -> list[str]:
         """Those of the extraction."""
@@ -258,12 +258,12 @@ class StoreSource:
         row = self._row(store, picture.image)
         rows = self.rows(picture.size)
         by_level = {each.level: self._read(store, row, each.level) for each in rows if each.level}
-        return _rows_of_maps(rows, by_level, f"{store.folder.shown}, row {row}")
+        return _rows_of_maps(rows, by_level, f"{store.folder.displayed}, row {row}")
 
     def pooled(self, picture: Picture) -> Tensor | None:
         store = self.recipe.store(picture.size)
         level, row = pooled_level(store.spec.levels), self._row(store, picture.image)
-        return _vector(self._read(store, row, level), f"{store.folder.shown}, row {row}") if level else None
+        return _vector(self._read(store, row, level), f"{store.folder.displayed}, row {row}") if level else None
 
     def _read(self, store: FeatureStore, row: int, level: str) -> Tensor:
         return torch.from_numpy(store.read(row, level)).to(self.device)
@@ -272,7 +272,7 @@ class StoreSource:
         found = store.index.find(image.keys)
         if not found:
             raise FeaturesMissing(
-                f"{store.folder.shown} has no features of {image.shown}: none of its keys is {' or '.join(image.keys)}"
+                f"{store.folder.displayed} has no features of {image.displayed}: none of its keys is {' or '.join(image.keys)}"
             )
         return next(found[key] for key in image.keys if key in found)
 
@@ -296,30 +296,29 @@ class PlacedRow:
     def oriented(self, store: FeatureStore, image: EncodedImage) -> OrientedImage:
         """How the image was turned when it was extracted. A store keeps upright sizes, and whether an image was turned, not
         how: then the image is read. Raises `FeaturesMissing` where it isn't the one that was extracted."""
-        shown = f"{image.shown} (row {self.row} of {store.folder.shown})"
+        displayed = f"{image.displayed} (row {self.row} of {store.folder.displayed})"
         if EXIF_ROTATE not in (self.conversion or ""):
-            return OrientedImage(shown, Orientation(width=self.width, height=self.height))
+            return OrientedImage(displayed, Orientation(width=self.width, height=self.height))
         found = image.orientation()
         if found.exif == 1 or found.upright_size != (self.width, self.height):
             raise FeaturesMissing(
-                f"{store.folder.shown}: row {self.row} was made of an image that its EXIF turned to {self.width} x "
-                f"{self.height} pixels; {image.shown} has the orientation {found.exif} and {found.upright_size[0]} x "
+                f"{store.folder.displayed}: row {self.row} was made of an image that its EXIF turned to {self.width} x "
+                f"{self.height} pixels; {image.displayed} has the orientation {found.exif} and {found.upright_size[0]} x "
                 f"{found.upright_size[1]}. Extract the images again"
             )
-        return OrientedImage(shown, found)
+        return OrientedImage(displayed, found)
 
 
 def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
     """Raise `ConfigError` unless the store's images lie in the model's input as the protocol has them."""
     if geometry is None:
-        raise ConfigError(
-            "no store can serve this protocol: jobs/extract.py doesn't place images so. Leave --stores out"
-        )
+        raise ConfigError("no store can serve this protocol: jobs/extract.py doesn't place images so. Leave --stores out")
     height, width = store.spec.input_size
     if store.spec.geometry != geometry or (geometry == "crop" and store.spec.crop_pct != 1):
         raise ConfigError(
-            f"{store.folder.shown} was extracted with --geometry {store.spec.geometry} --crop-pct {store.spec.crop_pct:g}; this "
-            f"protocol places images as --geometry {geometry} does. Extract with --geometry {geometry} --size {height}x{width}"
+            f"{store.folder.displayed} was extracted with --geometry {store.spec.geometry} --crop-pct {store.spec.crop_pct:g}; "
+            f"this protocol places images as --geometry {geometry} does. Extract with --geometry {geometry} "
+            f"--size {height}x{width}"
         )
 
 
@@ -340,13 +339,13 @@ class CachedSource:
         return self.source.rows(size)
 
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
-        name = image.shown, size
+        name = image.displayed, size
         if name not in self._oriented:
             self._oriented[name] = self.source.oriented(image, size)
         return self._oriented[name]
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
-        name = picture.image.shown, picture.size
+        name = picture.image.displayed, picture.size
         if name not in self._kept:
             self._kept[name] = self.source.maps(picture)
             while len(self._kept) > 1 and self._bytes() > self.max_bytes:
@@ -373,9 +372,7 @@ class SourceChoice:
     options: StorageOptions
 
 
-def resolve_source(
-    choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
-) -> tuple[Recipe, tuple[Size, ...]]:
+def resolve_source(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries) -> tuple[Recipe, tuple[Size, ...]]:
     """The model loaded, or the stores opened; and the input sizes: `sizes`, else the model's own, else the stores'.
 
     `geometry`: how jobs/extract.py would place the protocol's images (`Picture.geometry`).
@@ -389,9 +386,7 @@ def resolve_source(
     return recipe, sizes
 
 
-def _load_model(
-    choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
-) -> tuple[LiveRecipe, tuple[Size, ...]]:
+def _load_model(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries) -> tuple[LiveRecipe, tuple[Size, ...]]:
     if choice.rendering == "extract" and geometry is None:
         raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
     features, options = choice.features, choice.options
@@ -402,8 +397,8 @@ def _load_model(
     for size in sizes:
         firsts.setdefault(is_ragged(size, patch, features.stride or patch), size)
     if True in firsts and not features.ragged:
-        shown = "x".join(map(str, firsts[True]))
-        raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
+        displayed = "x".join(map(str, firsts[True]))
+        raise ConfigError(f"inputs of {displayed} px aren't filled by patches of {patch}; use another size, or --ragged")
     bundles = {}
     for ragged, size in firsts.items():
         loaded = first if size == first.size else load_settings(features, size, options, first.description)
@@ -412,9 +407,7 @@ def _load_model(
     return LiveRecipe(bundles=bundles, patch=patch, rendering=choice.rendering, sizes=sizes), sizes
 
 
-def _open_stores(
-    choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
-) -> tuple[StoreRecipe, tuple[Size, ...]]:
+def _open_stores(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries) -> tuple[StoreRecipe, tuple[Size, ...]]:
     stores = [FeatureStore.open(url, choice.options) for url in choice.stores]
     by_size = {store.spec.input_size: store for store in stores}
     if len(by_size) < len(stores):

@@ -110,9 +110,7 @@ def load_upsampler(
         raise UpsamplerError(f"{displayed} holds a {settings.get('method')}, not a {method}")
     weights = _read_weights(method, settings, state, backbone, displayed)
     if made_for is None:
-        logger.warning(
-            "%s doesn't say which backbone and input size it was trained on; it is taken to be these", displayed
-        )
+        logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", displayed)
         return weights
     _require_same_features(displayed, made_for, spec, force=force)
     size = made_for.get("size")
@@ -133,9 +131,7 @@ def _read_weights(
         raise UpsamplerError(f"{displayed}: {error}") from None
 
 
-def unfamiliar_size(
-    level: str, weights: UpsamplerWeights, size: tuple[int, int], base: tuple[int, int], patch: int
-) -> str:
+def unfamiliar_size(level: str, weights: UpsamplerWeights, size: tuple[int, int], base: tuple[int, int], patch: int) -> str:
     """A sentence where `weights` are given maps of `base` cells, of inputs of `size` pixels, that they weren't trained on; else
     empty. `patch` is the backbone's, in pixels: in training, patches don't overlap."""
     known = {side: side // patch for side in weights.trained_sides}
@@ -155,10 +151,11 @@ def _read_config(url: str, options: StorageOptions | None) -> tuple[JsonObject, 
         config = json.loads(folder.read("config.json"))
         return {**config["upsampler"]}, {**config["backbone"]}
     except FileNotFoundError:
-        raise WeightsUnavailable(f"{folder.shown} has weights but no config.json, which says what they are") from None
+        raise WeightsUnavailable(f"{folder.displayed} has weights but no config.json, which says what they are") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise WeightsUnavailable(
-            f"{folder.shown}/config.json is no upsampler's: {type(error).__name__}: {error}; it needs `upsampler` and `backbone`"
+            f"{folder.displayed}/config.json is no upsampler's: {type(error).__name__}: {error}; "
+            "it needs `upsampler` and `backbone`"
         ) from None
 
 
@@ -171,9 +168,7 @@ def _require_same_features(displayed: str, made_for: JsonObject, here: FeatureSp
     found = differences({name: made_for.get(name) for name in known}, known)
     if not found:
         return
-    text = f"{displayed} was trained on other features than it would be given:\n" + found.text(
-        "trained on", "used with"
-    )
+    text = f"{displayed} was trained on other features than it would be given:\n" + found.text("trained on", "used with")
     if not force:
         raise UpsamplerError(f"{text}\nUse the features it was trained on, or --force-upsampler.")
     logger.warning("%s", text)

@@ -93,19 +93,19 @@ def read_state_dict(url: str, options: StorageOptions | None = None) -> dict[str
 
     Torch files are read with weights_only=True: nothing is unpickled. Raises `WeightsUnavailable`.
     """
-    shown = redact(url, options)
+    displayed = redact(url, options)
     if not has_extension(url, *WEIGHT_FILES):
         folder = Folder(url, options)
-        name, data = _read_first(folder, shown)
-        return _parse_state_dict(data, shown, is_safetensors=has_extension(name, "safetensors"))
+        name, data = _read_first(folder, displayed)
+        return _parse_state_dict(data, displayed, is_safetensors=has_extension(name, "safetensors"))
     try:
         data = read_file(url, options)
     except FileNotFoundError as error:
-        raise WeightsUnavailable(f"no weights at {shown}: {error}") from None
-    return _parse_state_dict(data, shown, is_safetensors=has_extension(url, "safetensors"))
+        raise WeightsUnavailable(f"no weights at {displayed}: {error}") from None
+    return _parse_state_dict(data, displayed, is_safetensors=has_extension(url, "safetensors"))
 
 
-def _read_first(folder: Folder, shown: str) -> tuple[str, bytes]:
+def _read_first(folder: Folder, displayed: str) -> tuple[str, bytes]:
     """Name and bytes of the folder's weights. Raises `WeightsUnavailable`, which says what is there instead."""
     for name in WEIGHT_NAMES:
         try:
@@ -120,28 +120,28 @@ def _read_first(folder: Folder, shown: str) -> tuple[str, bytes]:
     if any(name.endswith(".index.json") for name in there):
         holds += ". Weights in several files aren't read: join them"
     raise WeightsUnavailable(
-        f"no weights at {shown}: {WEIGHT_NAMES[0]} does not exist, nor {', '.join(WEIGHT_NAMES[1:])}{holds}"
+        f"no weights at {displayed}: {WEIGHT_NAMES[0]} does not exist, nor {', '.join(WEIGHT_NAMES[1:])}{holds}"
     )
 
 
-def _parse_state_dict(data: bytes, shown: str, *, is_safetensors: bool) -> dict[str, Tensor]:
+def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> dict[str, Tensor]:
     if is_safetensors:
         try:
             return safetensors.torch.load(data)
         except safetensors.SafetensorError as error:
-            raise WeightsUnavailable(f"{shown} is no whole safetensors file: {error}") from None
+            raise WeightsUnavailable(f"{displayed} is no whole safetensors file: {error}") from None
     try:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, struct.error) as error:
         raise WeightsUnavailable(
-            f"{shown} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
+            f"{displayed} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
             "safetensors where you trust it"
         ) from None
     for key in ("state_dict", "model", "teacher"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsUnavailable(f"{shown} holds no state dict of tensors")
+        raise WeightsUnavailable(f"{displayed} holds no state dict of tensors")
     return {key.removeprefix("module."): value.detach() for key, value in loaded.items()}
 
 
@@ -155,9 +155,7 @@ def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:
         )
     repo, _, pinned = repo.partition("@")
     revision = revision or pinned or None
-    advice = (
-        f"Fetch it where there is a network (hf download {repo}) and give --weights the folder, or use --weights random"
-    )
+    advice = f"Fetch it where there is a network (hf download {repo}) and give --weights the folder, or use --weights random"
     for file in (config.hf_hub_filename,) if getattr(config, "hf_hub_filename", None) else WEIGHT_NAMES:
         cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
         if isinstance(cached, str):
@@ -188,6 +186,4 @@ def _require_host(endpoint: str, what: str, advice: str) -> None:
     try:
         socket.getaddrinfo(host, 443)
     except OSError as error:
-        raise WeightsUnavailable(
-            f"{what} can't be reached: no network to {host} ({error.strerror or error}). {advice}"
-        ) from None
+        raise WeightsUnavailable(f"{what} can't be reached: no network to {host} ({error.strerror or error}). {advice}") from None

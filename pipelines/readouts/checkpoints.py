@@ -26,7 +26,7 @@ from storage.runs import read_pointers
 class TrainedReadout:
     """A readout as it is handed to workers."""
 
-    shown: str
+    displayed: str
     "where it was, as it may be printed"
     config: ReadoutConfig
     task: Task
@@ -57,7 +57,7 @@ def load_readout(url: str, storage_options: StorageOptions | None = None) -> Tra
         found = json.loads(folder.read("config.json"))
         config, task = ReadoutConfig.parse(found["readout"]), dict(found["task"])
         trained = TrainedReadout(
-            shown=folder.shown,
+            displayed=folder.displayed,
             config=config,
             dataset=task.pop("dataset"),
             task=parse_task(task),
@@ -69,7 +69,7 @@ def load_readout(url: str, storage_options: StorageOptions | None = None) -> Tra
         itemgetter("input_size", "mean", "std", "drawing")(trained.features)
         itemgetter("name", "method")(trained.features["level"])
     except FileNotFoundError:
-        raise WeightsUnavailable(f"{folder.shown} has weights but no config.json, which says what they are") from None
+        raise WeightsUnavailable(f"{folder.displayed} has weights but no config.json, which says what they are") from None
     except (ValueError, KeyError, TypeError, RuntimeError, ReadoutError) as error:
-        raise WeightsUnavailable(f"{folder.shown} is no trained readout: {type(error).__name__}: {error}") from None
+        raise WeightsUnavailable(f"{folder.displayed} is no trained readout: {type(error).__name__}: {error}") from None
     return trained

@@ -134,9 +134,7 @@ class Similar(Show):
         others = named_rows(store, self.to, 4)
         if not self.to:
             others = others[others != key][:3]
-        picture = similar_panel(
-            store, key, self.point, others.tolist(), levels=self.levels, storage_options=self.options
-        )
+        picture = similar_panel(store, key, self.point, others.tolist(), levels=self.levels, storage_options=self.options)
         yield _saved(picture.draw(), self.out)
 
 

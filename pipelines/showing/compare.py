@@ -48,9 +48,7 @@ def compare(a: FeatureStore, b: FeatureStore, level_a: str, level_b: str, limit:
             keys.append(names[i])
             cosines.append(cells.mean())
             smallest.append(cells.min())
-    return Comparison(
-        keys=keys, cosines=np.array(cosines), smallest=np.array(smallest), left_out=left_out, same_numbers=same
-    )
+    return Comparison(keys=keys, cosines=np.array(cosines), smallest=np.array(smallest), left_out=left_out, same_numbers=same)
 
 
 def _matched(a: FeatureStore, b: FeatureStore, count: int) -> Iterator[tuple[np.ndarray, list[str], np.ndarray]]:
@@ -69,7 +67,7 @@ def _matched(a: FeatureStore, b: FeatureStore, count: int) -> Iterator[tuple[np.
 
 
 def _require_comparable(a: FeatureStore, b: FeatureStore, first: Level, second: Level) -> None:
-    places = f"{first.name} of {a.folder.shown} and {second.name} of {b.folder.shown}"
+    places = f"{first.name} of {a.folder.displayed} and {second.name} of {b.folder.displayed}"
     if first.channels != second.channels:
         raise ConfigError(f"{places} have {first.channels} and {second.channels} channels: no cosine between them")
     if (first.grid is None) != (second.grid is None):

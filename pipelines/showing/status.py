@@ -112,7 +112,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
     scale = len(done) / max(1, len(picked))
     counts = as_object(store.attributes.get("counts") or {}, "counts")
     return StoreStatus(
-        out=store.folder.shown,
+        out=store.folder.displayed,
         status=store.status,
         rows=layout.n_rows,
         finished=sum(layout.task(block).n_rows for block in done),
@@ -245,11 +245,7 @@ def bottleneck(run: RunStatus) -> str:
 def failure_lines(groups: Sequence[FailureGroup], rows: int) -> Iterator[str]:
     """Failed images by reason, a few keys each."""
     failed = sum(group.count for group in groups)
-    yield (
-        f"{failed:,} of {rows:,} images failed, for {len(groups)} reasons"
-        if groups
-        else f"none of {rows:,} images failed"
-    )
+    yield (f"{failed:,} of {rows:,} images failed, for {len(groups)} reasons" if groups else f"none of {rows:,} images failed")
     for group in groups:
         more = ", ..." if group.count > len(group.keys) else ""
         yield f"{group.count:>9,} x {group.stage}: {group.error}: {group.message}"

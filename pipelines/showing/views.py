@@ -34,13 +34,9 @@ def pick_rows(store: FeatureStore, count: int) -> np.ndarray:
     blocks = [done[i] for i in spread(len(done), count)]
     rows: list[int] = []
     for _, table in store.ledger.records(blocks):
-        rows += [
-            row
-            for row, status in zip(*table.select(["row", "status"]).to_pydict().values(), strict=True)
-            if status == "ok"
-        ]
+        rows += [row for row, status in zip(*table.select(["row", "status"]).to_pydict().values(), strict=True) if status == "ok"]
     if not rows:
-        raise StorageError(f"{store.folder.shown} has no features to show yet: {len(done)} of its tasks are done")
+        raise StorageError(f"{store.folder.displayed} has no features to show yet: {len(done)} of its tasks are done")
     return np.array(rows)[spread(len(rows), count)]
 
 
@@ -49,7 +45,7 @@ def dense_levels(store: FeatureStore, names: Sequence[str] = ()) -> list[Level]:
     levels = [store.level(name) for name in names] if names else list(store.spec.levels)
     dense = sorted((level for level in levels if level.grid), key=lambda level: level.grid or ())
     if not dense:
-        raise StorageError(f"{store.folder.shown} has no maps among {', '.join(level.name for level in levels)}")
+        raise StorageError(f"{store.folder.displayed} has no maps among {', '.join(level.name for level in levels)}")
     return dense
 
 
@@ -82,7 +78,7 @@ def colours_for(
         except MissingObject:
             if colours_from:
                 raise StorageError(
-                    f"{home.folder.shown} has no saved colours for {level.channels} channels; view it first"
+                    f"{home.folder.displayed} has no saved colours for {level.channels} channels; view it first"
                 ) from None
     base = base_level(store, dense_levels(store))
     fitted_on = base if base.channels == level.channels else level
@@ -94,7 +90,7 @@ def colours_for(
         if store.status == "complete":
             store.folder.remove_partial()
     except (OSError, StorageError) as error:
-        logger.warning("colours were not saved in %s (%s); they may differ next time", store.folder.shown, error)
+        logger.warning("colours were not saved in %s (%s); they may differ next time", store.folder.displayed, error)
     return projection
 
 

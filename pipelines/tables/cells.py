@@ -114,9 +114,7 @@ class GridConfig(JobConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(
-            1, self, "max_steps", "limit", "val_limit", "speed_batch", "speed_batches", "speed_reference_size"
-        )
+        require_at_least(1, self, "max_steps", "limit", "val_limit", "speed_batch", "speed_batches", "speed_reference_size")
         require_at_least(1, self, "cell_cpus")
         require_at_least(0, self, "max_failures")
         if self.cell_gpus is not None and not self.cell_gpus > 0:
@@ -250,9 +248,7 @@ def _check_template(flag: str, text: str, backbones: Sequence[PaperBackbone], da
     except ValueError as error:
         raise ConfigError(f"{flag} {redact(text)}: {error}; use {{backbone}}, {{dataset}} and {{part}}") from None
     if unknown := sorted(names - {"backbone", "dataset", "part"}):
-        raise ConfigError(
-            f"{flag} {redact(text)}: {{{unknown[0]}}} means nothing; use {{backbone}}, {{dataset}}, {{part}}"
-        )
+        raise ConfigError(f"{flag} {redact(text)}: {{{unknown[0]}}} means nothing; use {{backbone}}, {{dataset}}, {{part}}")
     for name, several in (("backbone", len(backbones) > 1), ("dataset", len(datasets) > 1)):
         if text and several and name not in names:
             raise ConfigError(f"{flag} {redact(text)}: with several {name}s, a store of each is needed; use {{{name}}}")
@@ -296,9 +292,7 @@ def _stores(config: GridConfig, backbone: PaperBackbone, task: TableTask) -> dic
         return {}
     kind, given = DATASETS[task.dataset], _given(config.cell)
     parts = given.get("split") or kind.splits[0], given.get("val_split") or kind.splits[1]
-    urls = [
-        absolute(config.store.format(backbone=slug(backbone.name), dataset=task.dataset, part=part)) for part in parts
-    ]
+    urls = [absolute(config.store.format(backbone=slug(backbone.name), dataset=task.dataset, part=part)) for part in parts]
     return {"store": urls[0], "val_store": urls[1]}
 
 
@@ -323,9 +317,7 @@ def failed(cell: Cell, reason: str) -> CellResult:
 
 
 def _empty(cell: Cell) -> CellResult:
-    return CellResult(
-        name=cell.name, backbone=cell.backbone.name, task=cell.task.name, method=cell.method, seed=cell.seed
-    )
+    return CellResult(name=cell.name, backbone=cell.backbone.name, task=cell.task.name, method=cell.method, seed=cell.seed)
 
 
 def _settings(cell: Cell) -> dict[str, JsonValue]:
@@ -353,9 +345,7 @@ def _train(cell: Cell) -> CellResult:
     started, training = time.monotonic(), cell.training
     resolved = training.resolve()
     if resolved.features["model"] != training.features.model:
-        raise ConfigError(
-            f"{training.store} holds features of {resolved.features['model']}, not of {training.features.model}"
-        )
+        raise ConfigError(f"{training.store} holds features of {resolved.features['model']}, not of {training.features.model}")
     setup = resolved.prepare(InlineExecutor())
     summary = train_inline(setup)
     values = {name: value for name, value in summary.metrics.items() if name.startswith("val_")}

@@ -88,9 +88,7 @@ def _score(column: Column, done: Sequence[CellResult]) -> Score | None:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def report(
-    config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Speed], failed: Sequence[CellResult]
-) -> str:
+def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Speed], failed: Sequence[CellResult]) -> str:
     """The tables as Markdown."""
     parts = ["# Readouts on frozen features"]
     for method in config.methods:
@@ -210,9 +208,7 @@ def _notes(config: GridConfig, speeds: Mapping[str, Speed]) -> Iterator[str]:
             f"- speed: images per second of the backbone alone, of those of {config.speed_reference} at "
             f"{config.speed_reference_size} px beside it; {one.batches} batches of {config.speed_batch}, {one.device}."
         )
-    yield from (
-        f"- {name}: {BY_NAME[name].note}." for name in config.backbones if name in BY_NAME and BY_NAME[name].note
-    )
+    yield from (f"- {name}: {BY_NAME[name].note}." for name in config.backbones if name in BY_NAME and BY_NAME[name].note)
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -322,6 +318,6 @@ def main(config: GridConfig) -> Iterator[str]:
         if config.speed and failed < len(cells):
             text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results, executor))
     yield text
-    yield f"{folder.shown}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own"
+    yield f"{folder.displayed}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own"
     if failed:
         raise CellsFailed(f"{failed} of {len(cells)} runs failed; the tables say which and why")

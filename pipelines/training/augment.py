@@ -33,9 +33,7 @@ class TrainingView:
     "float32 (x0, y0, width, height) of the square on the canvas, in parts of its side"
 
 
-def training_view(
-    pixels_HWC: np.ndarray, rng: np.random.Generator, *, size: int = 896, strength: float = 1.0
-) -> TrainingView:
+def training_view(pixels_HWC: np.ndarray, rng: np.random.Generator, *, size: int = 896, strength: float = 1.0) -> TrainingView:
     """A random view of an RGB photo uint8 [H, W, 3], `size` pixels a side; see `augment` for `strength`.
 
     Raises `ValueError` for other arrays than such photos.
@@ -84,9 +82,7 @@ def student_canvas(square_SSC: np.ndarray, rng: np.random.Generator) -> tuple[np
     return place(square_SSC, noise, scale, (int(corner[0]), int(corner[1])))
 
 
-def place(
-    square_HWC: np.ndarray, noise_SSC: np.ndarray, scale: float, corner: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def place(square_HWC: np.ndarray, noise_SSC: np.ndarray, scale: float, corner: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Shrink the square, put it on the noise with its upper left pixel at `corner` (x, y), in place.
 
     Returns the canvas and the box (x0, y0, width, height), float32. As in the official code, the box's side is `scale`
@@ -166,9 +162,7 @@ JITTER = (0.2, 0.2, 0.3, 0.05)
 """ViT-Up's amounts of `colour_jitter`."""
 
 
-def colour_jitter(
-    image: Image.Image, rng: np.random.Generator, amounts: tuple[float, float, float, float]
-) -> Image.Image:
+def colour_jitter(image: Image.Image, rng: np.random.Generator, amounts: tuple[float, float, float, float]) -> Image.Image:
     """torchvision's ColorJitter: brightness, contrast and saturation by a factor, hue by a part of the circle, in any order."""
     limits = np.array(amounts[:3])
     factors = (*rng.uniform(1 - limits, 1 + limits), rng.uniform(-amounts[3], amounts[3]))

@@ -137,7 +137,7 @@ class TrainConfig(JobConfig):
             raise ConfigError("no output: give --out a path or URL for the training run")
         folder = Folder(absolute(self.out), self.options)
         if read_attributes(folder) is not None:
-            raise ConfigError(f"{folder.shown} is a feature store; give --out a folder of its own")
+            raise ConfigError(f"{folder.displayed} is a feature store; give --out a folder of its own")
         return folder
 
     def order(self, n_rows: int) -> TrainOrder:

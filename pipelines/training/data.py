@@ -161,7 +161,7 @@ class StoredFeatures:
         out = np.full((len(keys), *values.shape[1:]), np.nan, values.dtype)
         out[known] = values
         found = {keys[i] for i, is_there in zip(known, there, strict=True) if is_there}
-        return out, {key: f"no features in {store.folder.shown}" for key in keys if key not in found}
+        return out, {key: f"no features in {store.folder.displayed}" for key in keys if key not in found}
 
 
 def open_store(url: str, options: StorageOptions) -> FeatureStore:
@@ -282,9 +282,7 @@ class Loaded:
         return len(self.item.rows) - len(self.example.failed)
 
 
-def load(
-    source: ExampleSource, items: Iterable[MicroBatch], executor: Executor, loaders: int
-) -> Generator[Loaded, None, None]:
+def load(source: ExampleSource, items: Iterable[MicroBatch], executor: Executor, loaders: int) -> Generator[Loaded, None, None]:
     """Micro-batches in order, loaded ahead by so many threads or, anywhere in a cluster, processes; to be closed."""
     return executor.map(functools.partial(_load, source), items, loaders=loaders)
 

@@ -46,8 +46,8 @@ class StoredMaps:
         lacking = [item.image for item, row in zip(items, rows, strict=True) if row is None]
         if lacking:
             raise FeaturesMissing(
-                f"{store.folder.shown} has no features of {len(lacking)} of {len(items)} images, the first is "
-                f"{lacking[0].shown}: none of its keys is {' or '.join(lacking[0].keys)}"
+                f"{store.folder.displayed} has no features of {len(lacking)} of {len(items)} images, the first is "
+                f"{lacking[0].displayed}: none of its keys is {' or '.join(lacking[0].keys)}"
             )
         placed = tuple(PlacedRow.read(store, rows))
         return cls(url=url, options=store.folder.options, levels=tuple(levels), placed=placed)
@@ -56,7 +56,7 @@ class StoredMaps:
         """How the image of an item was turned when it was extracted. Raises `DatasetError` for one that wasn't."""
         placed = self.placed[number]
         if placed.width is None:
-            raise DatasetError(f"{item.image.shown}: {NOT_THERE}")
+            raise DatasetError(f"{item.image.displayed}: {NOT_THERE}")
         return placed.oriented(open_store(self.url, self.options), item.image)
 
     def read(self, items: Sequence[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -94,7 +94,7 @@ class LabelledSource:
                 examples[row] |= {level: values[position] for level, values in maps.items()}
                 if not there[position]:
                     del examples[row]
-                    failed[row] = f"{self.items[row].image.shown}: {NOT_THERE}"
+                    failed[row] = f"{self.items[row].image.displayed}: {NOT_THERE}"
         return Example.of(examples, failed)
 
     def _example(self, row: int) -> dict[str, np.ndarray]:
@@ -104,7 +104,7 @@ class LabelledSource:
         data = item.image.data()
         picture = self.task.input_picture(item.image, self.spec.input_size)
         pixels = draw(picture, data, self.spec, self.rendering)
-        label = item.upright_label(OrientedImage(item.image.shown, orientation_of(data, item.image.shown)))
+        label = item.upright_label(OrientedImage(item.image.displayed, orientation_of(data, item.image.displayed)))
         return {PIXELS: pixels, **self.task.targets(label, row)}
 
     def label(self, row: int) -> np.ndarray | InstanceArrays:

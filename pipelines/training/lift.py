@@ -77,9 +77,7 @@ class X2Config(ImageTraining):
         if not 0 <= self.jitter <= 0.5:
             raise ConfigError(f"--jitter {self.jitter}: must lie between 0 and 0.5")
         if self.stored and self.jitter:
-            raise ConfigError(
-                f"--jitter {self.jitter}: images whose --features are stored can't be jittered; use --jitter 0"
-            )
+            raise ConfigError(f"--jitter {self.jitter}: images whose --features are stored can't be jittered; use --jitter 0")
 
     @property
     def backbone_size(self) -> int:
@@ -144,12 +142,12 @@ class X2Config(ImageTraining):
         names = (*learned, "input_size", "geometry", "interpolation", "precision")
         if found := spec.differences(here, names):
             raise ConfigError(
-                f"--features {store.folder.shown} holds other features than the training's:\n{found.text('store', 'now')}"
+                f"--features {store.folder.displayed} holds other features than the training's:\n{found.text('store', 'now')}"
             )
         levels = [level for level in spec.levels if level.method == "backbone" and level.dtype != "int8"]
         if not levels:
             raise ConfigError(
-                f"--features {store.folder.shown}: none of its levels is the backbone's own map in float16 or float32; "
+                f"--features {store.folder.displayed}: none of its levels is the backbone's own map in float16 or float32; "
                 "extract with --levels x1"
             )
         return StoredFeatures(url=self.stored, options=self.options, level=levels[0].name)
@@ -168,9 +166,7 @@ class X2Objective(ImageObjective):
     """
 
     metrics = tuple(
-        f"val_{name}{suffix}"
-        for name in ("loss", "cosine", "cosine_twice", "cosine_beyond")
-        for suffix in ("", "_bilinear")
+        f"val_{name}{suffix}" for name in ("loss", "cosine", "cosine_twice", "cosine_beyond") for suffix in ("", "_bilinear")
     )
     larger = "twice"
 
@@ -222,8 +218,7 @@ class X2Objective(ImageObjective):
         tiny, coarse, beyond = (self._features(octave) for octave in (quarter, half, double))
         ours, plain = self._upsample(half, coarse), _bilinear(half, coarse)
         panels.extend(
-            [pixels[i], *(m[i].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, target))]
-            for i in range(len(pixels))
+            [pixels[i], *(m[i].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, target))] for i in range(len(pixels))
         )
         # x4: the image is enlarged for the second pass, as in LiFT's released code.
         twice = self._upsample(_bilinear(quarter, quarter), self._upsample(quarter, tiny))

@@ -163,9 +163,7 @@ class Trainer:
             self.seconds = before + time.perf_counter() - started
             self.step, self.images, self.n_failed = self.step + 1, self.images + images, self.n_failed + failed
             if not np.isfinite(loss):
-                raise TrainFailed(
-                    f"the loss became {loss} at step {self.step}; lower --lr, or use --net-precision fp32"
-                )
+                raise TrainFailed(f"the loss became {loss} at step {self.step}; lower --lr, or use --net-precision fp32")
             self._log(loss, events)
             if self.step % self.config.checkpoint_every == 0 or self.step == steps:
                 self._checkpoint(events)

@@ -141,18 +141,14 @@ class ReadoutTraining(TrainConfig):
         wanted, has = TASKS[self.task].label, DATASETS[self.dataset].label
         if wanted != has:
             fitting = [name for name, kind in DATASETS.items() if kind.label == wanted]
-            raise ConfigError(
-                f"--task {self.task} needs {wanted}; --dataset {self.dataset} has {has}. Use {', '.join(fitting)}"
-            )
+            raise ConfigError(f"--task {self.task} needs {wanted}; --dataset {self.dataset} has {has}. Use {', '.join(fitting)}")
         require_depth(self.dataset, self.depth_scale)
         if self.store and self.flip:
             raise ConfigError("--flip: features of a store aren't those of the mirrored image; leave it out")
         if self.store and not self.normalise:
             raise ConfigError("--normalise False: a store's images were normalised; leave it out, or --store")
         if self.store and self.drawing == "paper":
-            raise ConfigError(
-                "--drawing paper needs a model: the images of a store are drawn as jobs/extract.py does it"
-            )
+            raise ConfigError("--drawing paper needs a model: the images of a store are drawn as jobs/extract.py does it")
         if self.val_store and not self.store:
             raise ConfigError("--val-store needs --store: both, or a model for both")
         if self.method == "depth_bins" and self.task != "depth":
@@ -257,7 +253,7 @@ class ReadoutTraining(TrainConfig):
             store = FeatureStore.open(self.store, self.options)
             require_geometry(store, task.placement)
             if size not in (None, *store.spec.input_size):
-                raise ConfigError(f"--size {size}: {store.folder.shown} was extracted at {store.spec.input_size}")
+                raise ConfigError(f"--size {size}: {store.folder.displayed} was extracted at {store.spec.input_size}")
             return store.spec, None
         features = completed(self.features, size=None, levels=self.levels)
         choice = SourceChoice(features=features, rendering=self.rendering, options=self.options)
@@ -267,15 +263,13 @@ class ReadoutTraining(TrainConfig):
             bundle = replace(bundle, spec=replace(bundle.spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
         return bundle.spec, bundle
 
-    def _stored(
-        self, items: Sequence[LabelledImage], url: str, spec: FeatureSpec, levels: Sequence[str]
-    ) -> StoredMaps | None:
+    def _stored(self, items: Sequence[LabelledImage], url: str, spec: FeatureSpec, levels: Sequence[str]) -> StoredMaps | None:
         if not url:
             return None
         store = FeatureStore.open(url, self.options)
         if found := differences(features_of(store.spec, None), features_of(spec, None)):
             lines = found.text("--val-store", "--store")
-            raise ConfigError(f"--val-store {store.folder.shown} holds other features than --store:\n{lines}")
+            raise ConfigError(f"--val-store {store.folder.displayed} holds other features than --store:\n{lines}")
         return StoredMaps.of(store, url, levels, items)
 
 

@@ -206,12 +206,12 @@ def summarise(folder: Folder) -> TrainSummary:
     """What became of the run in `folder`. Raises `TrainFailed` where it has no checkpoint."""
     pointers, last = read_pointers(folder), read_last(folder)
     if pointers is None or last is None:
-        raise TrainFailed(f"{folder.shown} has no checkpoint")
+        raise TrainFailed(f"{folder.displayed} has no checkpoint")
     metrics: dict[str, float] = {}
     for line in read_metrics(folder):
         metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}
     return TrainSummary(
-        out=folder.shown,
+        out=folder.displayed,
         step=last.step,
         last=pointers.last,
         best=pointers.best,

@@ -109,9 +109,7 @@ class ViTUpTraining(ImageTraining):
         sides |= {f"--teacher-sizes {' '.join(map(str, self.teacher_sizes))}": side for side in self.teacher_sizes}
         for flag, side in sides.items():
             if side % backbone.patch or side < backbone.patch:
-                raise ConfigError(
-                    f"{flag}: {side} is no multiple of {self.features.model}'s patches of {backbone.patch} px"
-                )
+                raise ConfigError(f"{flag}: {side} is no multiple of {self.features.model}'s patches of {backbone.patch} px")
         if self.hidden_states[-1] != backbone.n_layers:
             raise ConfigError(
                 f"--hidden-states {' '.join(map(str, self.hidden_states))}: the last must be {backbone.n_layers}, what comes "
@@ -220,9 +218,7 @@ class Distillation:
         """The teacher's maps [size][layer]."""
         return [self.teacher(square, side, self.head.config.layers) for side in self.teacher_sizes]
 
-    def _chunk_loss(
-        self, targets: Sequence[Sequence[Tensor]], cache: TokenCache, boxes: Tensor, chunk: slice
-    ) -> Tensor:
+    def _chunk_loss(self, targets: Sequence[Sequence[Tensor]], cache: TokenCache, boxes: Tensor, chunk: slice) -> Tensor:
         with autocast(boxes.device, self.net_precision):
             found = self.head.query(cache, self.supervision.queries(boxes, chunk))
         predicted = [self.supervision.predictions(layer.float()) for layer in found]
@@ -280,8 +276,7 @@ class ViTUpObjective(ImageObjective):
             return np.zeros(4)
         loss, last = float(self.task.loss(*self._batch(view))), self.task.head.config.layers[-1:]
         wanted, coarse = (
-            self.task.teacher(self.input(image), image.shape[1], last)[0].permute(0, 3, 1, 2)
-            for image in (large, small)
+            self.task.teacher(self.input(image), image.shape[1], last)[0].permute(0, 3, 1, 2) for image in (large, small)
         )
         plain = F.interpolate(coarse, scale_factor=ENLARGED, mode="bilinear", align_corners=False)
         ours = self.task.grid(self.task.prepare(self.input(small)), tuple(wanted.shape[-2:]))

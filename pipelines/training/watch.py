@@ -45,22 +45,20 @@ class EventFile:
         shutil.rmtree(self._local, ignore_errors=True)
 
 
-def similarity_picture(step: int, columns: Sequence[str], shown: Sequence[Sequence[np.ndarray]]) -> bytes:
-    """A PNG: for each of the first `shown`, a photo uint8 [H, W, 3] and maps [h, w, C] as the similarity of each cell with the
-    central one, on one scale in a row."""
+def similarity_picture(step: int, columns: Sequence[str], displayed: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """A PNG: for each of the first `displayed`, a photo uint8 [H, W, 3] and maps [h, w, C] as the similarity of each cell with
+    the central one, on one scale in a row."""
     tiles = []
-    for photo, *maps in shown[:_SHOWN]:
+    for photo, *maps in displayed[:_SHOWN]:
         heights = [cosine_map(m[m.shape[0] // 2, m.shape[1] // 2], m) for m in maps]
         low = float(min(h.min() for h in heights))
-        tiles.append(
-            [Tile(pixels=photo, is_photo=True, mark=(0.5, 0.5)), *(Tile(pixels=heat(h, low, 1.0)) for h in heights)]
-        )
+        tiles.append([Tile(pixels=photo, is_photo=True, mark=(0.5, 0.5)), *(Tile(pixels=heat(h, low, 1.0)) for h in heights)])
     return _png(f"step {step}: similarity with the cell in the middle", columns, tiles)
 
 
-def panel_picture(title: str, columns: Sequence[str], shown: Sequence[Sequence[np.ndarray]]) -> bytes:
+def panel_picture(title: str, columns: Sequence[str], displayed: Sequence[Sequence[np.ndarray]]) -> bytes:
     """A PNG of rows of pictures, uint8 [H, W, 3]."""
-    return _png(title, columns, [[Tile(pixels=each, is_photo=True) for each in row] for row in shown])
+    return _png(title, columns, [[Tile(pixels=each, is_photo=True) for each in row] for row in displayed])
 
 
 def _png(title: str, columns: Sequence[str], tiles: Sequence[Sequence[Tile]]) -> bytes:
@@ -79,22 +77,17 @@ def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
     for folder in folders:
         run, lines = read_run(folder), [line for line in read_metrics(folder) if "val_loss" in line]
         if run is None or not lines:
-            raise ConfigError(f"{folder.shown} is no training run, or has not validated yet")
+            raise ConfigError(f"{folder.displayed} is no training run, or has not validated yet")
         first, last = lines[0], lines[-1]
         ours = [name for name in last if name.startswith("val_") and not name.endswith("_bilinear")]
         names += [name for name in ours if name not in names]
         if not rows:
-            plain = {
-                name.removesuffix("_bilinear"): value for name, value in last.items() if name.endswith("_bilinear")
-            }
+            plain = {name.removesuffix("_bilinear"): value for name, value in last.items() if name.endswith("_bilinear")}
             rows.append(["bilinear", "", plain])
         name = folder.url.rstrip("/").rsplit("/", 1)[-1]
         if first["step"] == 0:
             rows.append([f"{name}, untrained", "0", first])
         rows.append([name, f"{last['step']:,}", last])
-    cells = [
-        [run, steps, *(f"{values[name]:.4f}" if name in values else "" for name in names)]
-        for run, steps, values in rows
-    ]
+    cells = [[run, steps, *(f"{values[name]:.4f}" if name in values else "" for name in names)] for run, steps, values in rows]
     _, *lines = table_lines(["run", "steps", *names], cells)
     yield from lines

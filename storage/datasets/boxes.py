@@ -52,9 +52,7 @@ def corner_box(values: Sequence[float], width: int, height: int) -> Box:
     """x1, y1, x2, y2, as VOC and SPair-71k have them. Raises `ValueError` for what can't be the corners of a box."""
     x1, y1, x2, y2 = (float(value) for value in values)
     if x1 > x2 or y1 > y2:
-        raise ValueError(
-            f"the box {list(values)} ends before it begins; it should be x1, y1, x2, y2, not a width and a height"
-        )
+        raise ValueError(f"the box {list(values)} ends before it begins; it should be x1, y1, x2, y2, not a width and a height")
     if x1 == x2 and y1 == y2:
         raise ValueError(f"the box {list(values)} has no extent")
     require_inside([(x1, y1), (x2, y2)], width, height, f"the box {list(values)}")

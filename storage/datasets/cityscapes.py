@@ -14,7 +14,7 @@ def load_cityscapes(folder: Folder, split: str, limit: int | None = None) -> lis
     require_plain(split, "the split")
     images = next((p for p in ("leftImg8bit", "cityscapes/leftImg8bit") if folder.folders(f"{p}/{split}")), None)
     if images is None:
-        raise DatasetError(f"{folder.shown} has no leftImg8bit/{split}/<city>; check --data and the split")
+        raise DatasetError(f"{folder.displayed} has no leftImg8bit/{split}/<city>; check --data and the split")
     labels = images.replace("leftImg8bit", "gtFine")
     endings = ("_leftImg8bit", "_gtFine_labelIds")
     pairs: list[tuple[str, str]] = []

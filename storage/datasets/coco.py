@@ -56,7 +56,7 @@ def load_coco_instances(folder: Folder, split: str, limit: int | None = None) ->
     place = require_place(folder, [joined(root, inside, split) for inside in ("", "images")])
     where, files, found = joined(root, listed), [], []
     for each in read_coco(folder, where)[:limit]:
-        require_plain(each.file_name, f"{folder.shown}/{where}")
+        require_plain(each.file_name, f"{folder.displayed}/{where}")
         files.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
         found.append(LabelledImage(image=files[-1], label=instances_of(folder, where, each)))
     require_files(folder, files)
@@ -68,13 +68,13 @@ def load_coco20k(folder: Folder) -> list[BoxedImage]:
     wanted = [posixpath.basename(line) for line in lines(folder, "coco_20k_filenames.txt")]
     where = next((name for name in COCO20K_ANNOTATIONS if folder.exists(name)), None)
     if where is None:
-        raise DatasetError(f"{folder.shown} has none of {', '.join(COCO20K_ANNOTATIONS)}; check --data")
+        raise DatasetError(f"{folder.displayed} has none of {', '.join(COCO20K_ANNOTATIONS)}; check --data")
     images = {each.file_name: each for each in read_coco(folder, where)}
     place = require_place(folder, COCO20K_IMAGES, wanted[0])
     found = []
     for name in dict.fromkeys(wanted):
         if name not in images:
-            raise DatasetError(f"{folder.shown}/{where} has no image {name}, but coco_20k_filenames.txt lists it")
+            raise DatasetError(f"{folder.displayed}/{where} has no image {name}, but coco_20k_filenames.txt lists it")
         image = ImageFile.at(folder, f"{place}/{name}", images[name].width, images[name].height)
         found.append(BoxedImage(image=image, boxes=_rounded_boxes(folder, where, images[name])))
     require_files(folder, (each.image for each in found))
@@ -83,8 +83,8 @@ def load_coco20k(folder: Folder) -> list[BoxedImage]:
 
 def instances_of(folder: Folder, where: str, image: "CocoImage") -> Instances:
     """The objects of an image of the annotation file `where`. Raises `DatasetError`."""
-    with _annotation_errors(folder, where, image) as shown:
-        return Instances.pack(image.objects, shown, image.width, image.height)
+    with _annotation_errors(folder, where, image) as displayed:
+        return Instances.pack(image.objects, displayed, image.width, image.height)
 
 
 def _rounded_boxes(folder: Folder, where: str, image: "CocoImage") -> tuple[Box, ...]:
@@ -98,13 +98,13 @@ def _rounded_boxes(folder: Folder, where: str, image: "CocoImage") -> tuple[Box,
 @contextmanager
 def _annotation_errors(folder: Folder, where: str, image: "CocoImage") -> Iterator[str]:
     """Gives the name of file and image for messages; what is wrong with an annotation within becomes a `DatasetError`."""
-    shown = f"{folder.shown}/{where}: {image.file_name}"
+    displayed = f"{folder.displayed}/{where}: {image.file_name}"
     try:
-        yield shown
+        yield displayed
     except KeyError as error:
-        raise DatasetError(f"{shown}: an annotation has no field {error}") from None
+        raise DatasetError(f"{displayed}: an annotation has no field {error}") from None
     except (ValueError, TypeError) as error:
-        raise DatasetError(f"{shown}: an annotation is malformed: {error}") from None
+        raise DatasetError(f"{displayed}: an annotation is malformed: {error}") from None
 
 
 # --- COCO-Stuff -------------------------------------------------------------------------------------------------------
@@ -144,9 +144,7 @@ def _all_stuff(folder: Folder, split: str) -> list[tuple[str, str]]:
     places = ["trainval2017", *(f"{name}/trainval2017" for name in folder.folders(""))]
     places += ["annotations", "dataset/annotations", "stuffthingmaps"]
     labels = require_place(folder, [f"{place}/{split}" for place in places])
-    images = require_place(
-        folder, [joined(place, split) for place in ("coco", "images", "dataset/images", "", "coco/images")]
-    )
+    images = require_place(folder, [joined(place, split) for place in ("coco", "images", "dataset/images", "", "coco/images")])
     stems = [name.rsplit(".", 1)[0] for name in names_in(folder, labels, ("png",))]
     return [(f"{images}/{stem}.jpg", f"{labels}/{stem}.png") for stem in stems]
 

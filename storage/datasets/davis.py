@@ -31,7 +31,7 @@ def _clip(folder: Folder, name: str, resolution: str, step: int) -> Clip:
     for frame in names_in(folder, images, ("jpg", "jpeg"))[::step]:
         mask = f"{frame.rsplit('.', 1)[0]}.png"
         if mask not in there:
-            raise DatasetError(f"{folder.shown}/{labels}/{mask} is missing, but its frame is not")
+            raise DatasetError(f"{folder.displayed}/{labels}/{mask} is missing, but its frame is not")
         # A frame's number alone is in every clip, so that no store may call it so.
         frames.append(ImageFile(folder=folder, name=f"{images}/{frame}", keys=keys_of(f"{images}/{frame}")[:-1]))
         masks.append(f"{labels}/{mask}")

@@ -26,13 +26,13 @@ class DepthPng(DatasetFile):
             of_8_bits = image.mode == "L" and self.per_metre < 256
             if image.mode != "I" and not image.mode.startswith("I;16") and not of_8_bits:
                 raise DatasetError(
-                    f"{self.shown} is a {image.mode} image; depth is 16-bit grey. If it is grey of 8 bits, and 255 stands for "
-                    "10 m, give --depth-scale 25.5"
+                    f"{self.displayed} is a {image.mode} image; depth is 16-bit grey. If it is grey of 8 bits, and 255 stands "
+                    "for 10 m, give --depth-scale 25.5"
                 )
             image.load()
             return image
 
-        return np.array(decoded(self.data(), self.shown, deep)) / self.per_metre
+        return np.array(decoded(self.data(), self.displayed, deep)) / self.per_metre
 
     def identity(self) -> object:
         """What `digest` counts."""
@@ -48,18 +48,18 @@ class DepthMap:
     "values per metre of an array; PNGs have their own"
 
     @property
-    def shown(self) -> str:
+    def displayed(self) -> str:
         """Its place as it may be printed."""
-        return self.source.shown
+        return self.source.displayed
 
     def read(self) -> np.ndarray:
         """Metres, float32 [H, W]; 0 where nothing was measured (stored as 0, NaN or infinity). Raises `DatasetError`."""
         depth = self.source.read() / self.array_per_metre
         if depth.ndim != 2:
-            raise DatasetError(f"{self.shown} has the shape {depth.shape}; a depth map has rows and columns only")
+            raise DatasetError(f"{self.displayed} has the shape {depth.shape}; a depth map has rows and columns only")
         depth = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
         if (depth < 0).any():
-            raise DatasetError(f"{self.shown} holds {depth.min():g} m; depth can't be negative, and 0 stands for none")
+            raise DatasetError(f"{self.displayed} holds {depth.min():g} m; depth can't be negative, and 0 stands for none")
         return depth
 
     @property
@@ -118,7 +118,7 @@ def require_plausible(maps: Sequence[DepthMap]) -> None:
         return
     others = ", ".join(f"{name} (value / {each:g}) {median / each:.3g} m" for each, name in CONVENTIONS.items())
     raise DatasetError(
-        f"{chosen[0].shown} and {len(chosen) - 1} others of {len(maps)}: as value / {scale:g}, depth has a median of "
+        f"{chosen[0].displayed} and {len(chosen) - 1} others of {len(maps)}: as value / {scale:g}, depth has a median of "
         f"{median / scale:.3g} m, 5% are below {low / scale:.3g} m and 5% above {high / scale:.3g} m, which NYUv2's rooms don't "
         f"have. The median would be, in {others}. Say how many values are a metre with --depth-scale"
     )

@@ -32,9 +32,9 @@ class DatasetFile:
     "path inside the folder"
 
     @property
-    def shown(self) -> str:
+    def displayed(self) -> str:
         """Its URL as it may be printed."""
-        return f"{self.folder.shown}/{self.name}"
+        return f"{self.folder.displayed}/{self.name}"
 
     def data(self) -> bytes:
         """Its bytes. Raises `DatasetError`."""
@@ -51,7 +51,7 @@ def read(folder: Folder, name: str) -> bytes:
 
 def missing(folder: Folder, name: str) -> DatasetError:
     """The error to raise for an object that isn't there."""
-    return DatasetError(f"{folder.shown}/{name} is missing; check --data, and that the data set is whole")
+    return DatasetError(f"{folder.displayed}/{name} is missing; check --data, and that the data set is whole")
 
 
 def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[RawObject], T]) -> T:
@@ -59,9 +59,9 @@ def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[RawObject], 
     try:
         return parse(json.loads(data))
     except KeyError as error:
-        raise DatasetError(f"{folder.shown}/{name} has no field {error}") from None
+        raise DatasetError(f"{folder.displayed}/{name} has no field {error}") from None
     except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise DatasetError(f"{folder.shown}/{name} is malformed: {type(error).__name__}: {error}") from None
+        raise DatasetError(f"{folder.displayed}/{name} is malformed: {type(error).__name__}: {error}") from None
 
 
 def lines(folder: Folder, name: str) -> list[str]:
@@ -69,10 +69,10 @@ def lines(folder: Folder, name: str) -> list[str]:
     try:
         text = read(folder, name).decode()
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{folder.shown}/{name} is no text: {error}") from None
+        raise DatasetError(f"{folder.displayed}/{name} is no text: {error}") from None
     found = [line.split()[0] for line in text.splitlines() if line.strip()]
     if not found:
-        raise DatasetError(f"{folder.shown}/{name} lists nothing")
+        raise DatasetError(f"{folder.displayed}/{name} lists nothing")
     return found
 
 
@@ -80,7 +80,7 @@ def listed_names(folder: Folder, name: str) -> list[str]:
     """The names that a list has, each once. Raises `DatasetError`, also for one that would lead elsewhere in a path."""
     found = list(dict.fromkeys(lines(folder, name)))
     for each in found:
-        require_plain(each, f"{folder.shown}/{name}")
+        require_plain(each, f"{folder.displayed}/{name}")
     return found
 
 
@@ -88,7 +88,7 @@ def names_in(folder: Folder, name: str, extensions: Sequence[str]) -> list[str]:
     """Sorted names of the files of these types in a folder. Raises `DatasetError` if there is none."""
     names = sorted(each for each in folder.sizes(name) if each.rsplit(".", 1)[-1].lower() in extensions)
     if not names:
-        raise DatasetError(f"{folder.shown}/{name} is missing, or holds no {' or '.join(extensions)}; check --data")
+        raise DatasetError(f"{folder.displayed}/{name} is missing, or holds no {' or '.join(extensions)}; check --data")
     return names
 
 
@@ -106,7 +106,7 @@ def require_files(folder: Folder, files: Iterable[DatasetFile], why: str = "but 
         if parent not in listed:
             listed[parent] = set(folder.sizes(parent))
         if name not in listed[parent]:
-            raise DatasetError(f"{file.shown} is missing, {why}")
+            raise DatasetError(f"{file.displayed} is missing, {why}")
 
 
 def digest(records: Iterable[object]) -> str:

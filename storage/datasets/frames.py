@@ -19,28 +19,28 @@ CANNOT_TELL = (
 
 
 class FrameUnknown(DatasetError):
-    """A label may be of the image as stored or as seen. `shown` is the image."""
+    """A label may be of the image as stored or as seen. `displayed` is the image."""
 
-    def __init__(self, shown: str):
-        super().__init__(f"{shown}: {CANNOT_TELL}")
-        self.shown = shown
+    def __init__(self, displayed: str):
+        super().__init__(f"{displayed}: {CANNOT_TELL}")
+        self.displayed = displayed
 
 
 class OrientedImage(NamedTuple):
     """An image as its pixels, or its features, were had: in words for messages, and how it was turned."""
 
-    shown: str
+    displayed: str
     orientation: Orientation
 
 
-def require_size(shown: str, image: Orientation, size: tuple[int, int], says: str = "its annotation says") -> None:
+def require_size(displayed: str, image: Orientation, size: tuple[int, int], says: str = "its annotation says") -> None:
     """Raises `DatasetError` unless a label of `size` = (width, height) is of the image, as stored or upright."""
     if size in (image.stored_size, image.upright_size):
         return
     (width, height), upright = image.stored_size, image.upright_size
     turned = "" if upright == image.stored_size else f" ({upright[0]} x {upright[1]} upright)"
     raise DatasetError(
-        f"{shown} has {width} x {height} pixels{turned}, {says} {size[0]} x {size[1]}; check that they are of one data set"
+        f"{displayed} has {width} x {height} pixels{turned}, {says} {size[0]} x {size[1]}; check that they are of one data set"
     )
 
 
@@ -53,11 +53,11 @@ def label_turn(
     It doesn't where the image is mirrored, turned by half, or square: then `frame` does. Raises `DatasetError` for a size that
     is neither, and `FrameUnknown` where nothing tells.
     """
-    shown, turn = image
-    require_size(shown, turn, size, says)
+    displayed, turn = image
+    require_size(displayed, turn, size, says)
     upright = Orientation(width=turn.upright_size[0], height=turn.upright_size[1])
     if turn.exif == 1 or turn.stored_size != turn.upright_size:
         return turn if size == turn.stored_size else upright
     if frame is None:
-        raise FrameUnknown(shown)
+        raise FrameUnknown(displayed)
     return turn if frame == "stored" else upright

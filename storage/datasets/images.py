@@ -42,7 +42,7 @@ class EncodedImage(ABC):
 
     @property
     @abstractmethod
-    def shown(self) -> str:
+    def displayed(self) -> str:
         """Its place as it may be printed."""
 
     @abstractmethod
@@ -55,7 +55,7 @@ class EncodedImage(ABC):
 
     def orientation(self) -> Orientation:
         """How the image is turned until it is upright. Raises `DatasetError`."""
-        return orientation_of(self.data(), self.shown)
+        return orientation_of(self.data(), self.displayed)
 
     def sized(self: I, size: tuple[int, int]) -> I:
         """The same image, (width, height) being what its annotation says."""
@@ -93,7 +93,7 @@ def load_images(url: str, options: StorageOptions | None = None) -> list[ImageFi
     files = expand_inputs([folder.url], options)
     log_left_out(files.left_out)
     if not all(file.is_image for file in files):
-        raise DatasetError(f"{folder.shown} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
+        raise DatasetError(f"{folder.displayed} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
     found = []
     for name in (file.url[len(file.base) :].lstrip("/") for file in files):
         stem = name.rsplit(".", 1)[0]
@@ -105,22 +105,22 @@ def load_images(url: str, options: StorageOptions | None = None) -> list[ImageFi
 # --- what Pillow says of bytes ----------------------------------------------------------------------------------------
 
 
-def orientation_of(data: bytes, shown: str) -> Orientation:
+def orientation_of(data: bytes, displayed: str) -> Orientation:
     """How the image file in `data` is turned until it is upright. Raises `DatasetError`."""
-    return decoded(data, shown, Orientation.of)
+    return decoded(data, displayed, Orientation.of)
 
 
-def decoded(data: bytes, shown: str, convert: Callable[[Image.Image], T]) -> T:
+def decoded(data: bytes, displayed: str, convert: Callable[[Image.Image], T]) -> T:
     """What `convert` gives of the image in `data`. Raises `DatasetError` where it's none."""
     try:
         return convert(Image.open(io.BytesIO(data)))
     except _UNREADABLE as error:
-        raise unreadable(shown, error) from None
+        raise unreadable(displayed, error) from None
 
 
-def unreadable(shown: str, error: BaseException) -> DatasetError:
+def unreadable(displayed: str, error: BaseException) -> DatasetError:
     """The error to raise for bytes that are no image."""
-    return DatasetError(f"{shown} can't be read as an image: {type(error).__name__}: {error}")
+    return DatasetError(f"{displayed} can't be read as an image: {type(error).__name__}: {error}")
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------
@@ -154,8 +154,8 @@ class TarImage(EncodedImage):
     member: TarMember
 
     @property
-    def shown(self) -> str:
-        return f"{self.folder.shown}/{self.member.tar}: {self.member.key}.{self.member.extension}"
+    def displayed(self) -> str:
+        return f"{self.folder.displayed}/{self.member.tar}: {self.member.key}.{self.member.extension}"
 
     def data(self) -> bytes:
         return read_span(self.folder, self.member.tar, self.member.span)
@@ -182,11 +182,11 @@ def tar_members(folder: Folder, tars: Iterable[str], extension: str | None = Non
             raise DatasetError(str(error)) from None
         for row in scan.rows.to_pylist():
             if row["problem"]:
-                raise DatasetError(f"{folder.shown}/{tar}, {row['key']}: {row['problem']}; fetch the tar again")
+                raise DatasetError(f"{folder.displayed}/{tar}, {row['key']}: {row['problem']}; fetch the tar again")
             span = Span(offset=row["offset"], size=row["size"])
             found.append(TarMember(tar=tar, key=row["key"], extension=row["member"], span=span))
         if scan.problems:
-            raise DatasetError(f"{folder.shown}/{tar}: {'; '.join(scan.problems)}; fetch the tar again")
+            raise DatasetError(f"{folder.displayed}/{tar}: {'; '.join(scan.problems)}; fetch the tar again")
         log_left_out(scan.left_out)
     return found
 
@@ -198,7 +198,7 @@ def read_span(folder: Folder, name: str, span: Span) -> bytes:
         raise missing(folder, name)
     if len(data) < span.size:
         raise DatasetError(
-            f"{folder.shown}/{name} ends within bytes {span.offset} to {span.offset + span.size}; fetch it again"
+            f"{folder.displayed}/{name} ends within bytes {span.offset} to {span.offset + span.size}; fetch it again"
         )
     return data
 
@@ -231,11 +231,11 @@ class H5Array:
     "along the first axis, of a file that Matlab wrote: there the other axes are in reverse, (channel,) column, row"
 
     @property
-    def shown(self) -> str:
+    def displayed(self) -> str:
         """Its place as it may be printed."""
         where = "" if self.span is None else f", byte {self.span.offset}"
         which = "" if self.entry is None else f"[{self.entry}]"
-        return f"{self.folder.shown}/{self.name}{where}: {self.array}{which}"
+        return f"{self.folder.displayed}/{self.name}{where}: {self.array}{which}"
 
     def read(self) -> np.ndarray:
         """The array as it is stored; of Matlab's, the entry with its axes turned round: [H, W] or [H, W, C].
@@ -259,9 +259,9 @@ class H5Array:
             with in_tar or self.folder.open(self.name) as stream, h5py.File(stream, "r") as file:
                 return take(file[self.array])
         except FileNotFoundError:
-            raise DatasetError(f"{self.folder.shown}/{self.name} is missing; check --data") from None
+            raise DatasetError(f"{self.folder.displayed}/{self.name} is missing; check --data") from None
         except (OSError, KeyError, ValueError, IndexError) as error:
-            raise DatasetError(f"{self.shown} can't be read: {type(error).__name__}: {error}") from None
+            raise DatasetError(f"{self.displayed} can't be read: {type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +272,8 @@ class H5Image(EncodedImage):
     array: H5Array
 
     @property
-    def shown(self) -> str:
-        return self.array.shown
+    def displayed(self) -> str:
+        return self.array.displayed
 
     def data(self) -> bytes:
         """The image as a PNG. Raises `DatasetError`."""
@@ -295,5 +295,5 @@ class H5Image(EncodedImage):
         if self.array.entry is None and pixels.ndim == 3:
             pixels = np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-            raise DatasetError(f"{self.shown} is {pixels.dtype} {pixels.shape}, which is no image of three channels")
+            raise DatasetError(f"{self.displayed} is {pixels.dtype} {pixels.shape}, which is no image of three channels")
         return pixels

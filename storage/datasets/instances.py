@@ -37,7 +37,7 @@ class InstanceArrays:
 class Instances:
     """An image's objects in COCO's annotations. Every record carries its own, so that no worker reads the whole file."""
 
-    shown: str
+    displayed: str
     "annotation file and image, as they may be printed"
     width: int
     height: int
@@ -45,11 +45,11 @@ class Instances:
     "zlib of the annotations' JSON"
 
     @classmethod
-    def pack(cls, objects: Sequence[RawObject], shown: str, width: int, height: int) -> "Instances":
+    def pack(cls, objects: Sequence[RawObject], displayed: str, width: int, height: int) -> "Instances":
         """Raises `KeyError`, `ValueError` or `TypeError` where a field lacks or isn't what it should be."""
         kept = [_kept(each, width, height) for each in objects]
         packed = zlib.compress(json.dumps(kept, separators=(",", ":")).encode(), level=1)
-        return cls(shown=shown, width=width, height=height, packed=packed)
+        return cls(displayed=displayed, width=width, height=height, packed=packed)
 
     def objects(self) -> list[RawObject]:
         """COCO's annotations: `id`, `category_id`, `bbox`, `area`, `iscrowd`, `segmentation`."""
@@ -70,7 +70,7 @@ class Instances:
                 mask[:] = decode_mask(each["segmentation"], self.height, self.width)
                 _require_box_of(mask, each["bbox"])
             except (ValueError, TypeError, KeyError, OverflowError) as error:
-                where = f"{self.shown}, annotation {each['id']}"
+                where = f"{self.displayed}, annotation {each['id']}"
                 raise DatasetError(f"{where}: its segmentation is malformed: {error}") from None
         return InstanceArrays(
             masks=masks,
@@ -90,9 +90,7 @@ def _kept(note: RawObject, width: int, height: int) -> RawObject:
     coco_box(note, width, height)
     box, area = [float(value) for value in note["bbox"]], float(note["area"])
     if not 0 <= area <= 1.1 * width * height:  # not of NaN, either
-        raise ValueError(
-            f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels"
-        )
+        raise ValueError(f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels")
     kept = {"id": int(note["id"]), "category_id": int(note["category_id"]), "bbox": box, "area": area}
     return kept | {"iscrowd": int(note.get("iscrowd", 0)), "segmentation": note["segmentation"]}
 

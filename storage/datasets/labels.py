@@ -15,9 +15,7 @@ from storage.datasets.images import EncodedImage, decoded
 from storage.datasets.instances import InstanceArrays, Instances
 from storage.paths import Folder
 
-COLOURS = np.array(
-    [[0, 0, 0], [240, 70, 60], [60, 200, 90], [70, 120, 250], [240, 200, 40], [200, 80, 220], [60, 210, 220]]
-)
+COLOURS = np.array([[0, 0, 0], [240, 70, 60], [60, 200, 90], [70, 120, 250], [240, 200, 40], [200, 80, 220], [60, 210, 220]])
 """Of objects in pictures, used again from the 7th on."""
 
 
@@ -27,12 +25,12 @@ def read_labels(folder: Folder, name: str) -> np.ndarray:
     def indices(image: Image.Image) -> Image.Image:
         if image.mode not in ("P", "L"):
             raise DatasetError(
-                f"{folder.shown}/{name} is a {image.mode} image; labels are 8-bit indices, with a palette (P) or grey (L)"
+                f"{folder.displayed}/{name} is a {image.mode} image; labels are 8-bit indices, with a palette (P) or grey (L)"
             )
         image.load()
         return image
 
-    return np.array(decoded(read(folder, name), f"{folder.shown}/{name}", indices))
+    return np.array(decoded(read(folder, name), f"{folder.displayed}/{name}", indices))
 
 
 def label_png(labels_HW: np.ndarray) -> bytes:
@@ -59,7 +57,7 @@ class ClassMask(DatasetFile):
         wrong = (classes < 0) | np.isin(values, NEVER.get(self.table, ()))
         if wrong.any():
             raise DatasetError(
-                f"{self.shown} holds the value {values[wrong][0]}, which labels of {self.table} don't have; "
+                f"{self.displayed} holds the value {values[wrong][0]}, which labels of {self.table} don't have; "
                 "check that it is this data set's label file"
             )
         return classes.astype(np.uint8)
@@ -87,10 +85,10 @@ class LabelledImage:
         `image` says how the image was turned where its features come from a store; None: by its file's EXIF. Raises
         `DatasetError`, also where both differ in size, and `FrameUnknown`.
         """
-        image = image or OrientedImage(self.image.shown, self.image.orientation())
+        image = image or OrientedImage(self.image.displayed, self.image.orientation())
         label = self.label.read()
         height, width = label.masks.shape[1:] if isinstance(label, InstanceArrays) else label.shape
-        turn = label_turn(image, (width, height), self.frame, f"but its label {self.label.shown} has")
+        turn = label_turn(image, (width, height), self.frame, f"but its label {self.label.displayed} has")
         return label.turned(turn) if isinstance(label, InstanceArrays) else turn.array(label)
 
     def identity(self) -> object:

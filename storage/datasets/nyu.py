@@ -39,7 +39,7 @@ def load_nyu(folder: Folder, split: str, limit: int | None = None) -> list[Label
         if folder.sizes(place) or folder.folders(place):
             return _nyu_pngs(folder, place, per_metre, split, limit)
     raise DatasetError(
-        f"{folder.shown} has none of nyu_depth_v2_labeled.mat, data/{split}-*.tar, images/ with depth/ or annotations/; "
+        f"{folder.displayed} has none of nyu_depth_v2_labeled.mat, data/{split}-*.tar, images/ with depth/ or annotations/; "
         "check --data"
     )
 
@@ -48,7 +48,7 @@ def _nyu_pngs(folder: Folder, place: str, per_metre: float, split: str, limit: i
     below = f"/{split}"
     if folder.sizes(place):
         if split != "all":
-            raise DatasetError(f"{folder.shown}/{place} isn't divided into splits; ask for the split all")
+            raise DatasetError(f"{folder.displayed}/{place} isn't divided into splits; ask for the split all")
         below = ""
     found = []
     for image, depth in pairs_of_stems(folder, f"images{below}", f"{place}{below}")[:limit]:
@@ -62,9 +62,7 @@ def _nyu_tars(folder: Folder, tars: Sequence[str], split: str, limit: int | None
     prefix = NYU_TARS.get(split)
     wanted = [tar for tar in tars if tar.rsplit("/", 1)[-1].startswith(f"{prefix}-")]
     if prefix is None or not wanted:
-        raise DatasetError(
-            f"{folder.shown} has no shards of the split {split}, only {', '.join(tars[:3])}, ...; check it"
-        )
+        raise DatasetError(f"{folder.displayed} has no shards of the split {split}, only {', '.join(tars[:3])}, ...; check it")
     found: list[LabelledImage] = []
     for tar in wanted:
         for member in tar_members(folder, [tar], "h5"):
@@ -91,7 +89,7 @@ def _mat_numbers(folder: Folder, split: str, count: int) -> list[int]:
     """Matlab's numbers (from 1) of a split's images."""
     if split == "all":
         return list(range(1, count + 1))
-    where = f"{folder.shown}/splits.mat"
+    where = f"{folder.displayed}/splits.mat"
     try:
         numbers = scipy.io.loadmat(io.BytesIO(read(folder, "splits.mat")))[f"{split}Ndxs"].ravel().tolist()
     except KeyError:

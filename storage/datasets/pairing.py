@@ -29,7 +29,7 @@ def require_place(folder: Folder, places: Sequence[str], file: str = "") -> str:
     found = first_place(folder, places, file)
     if found is None:
         tried = ", ".join(joined(place, file) for place in places)
-        raise DatasetError(f"{folder.shown} has none of {tried}; check --data and the split")
+        raise DatasetError(f"{folder.displayed} has none of {tried}; check --data and the split")
     return found
 
 
@@ -44,9 +44,7 @@ def masked_images(folder: Folder, pairs: Iterable[tuple[str, str]], table: str) 
     return [LabelledImage(image=image, label=mask) for image, mask in zip(images, masks, strict=True)]
 
 
-def pairs_of_stems(
-    folder: Folder, images: str, labels: str, endings: tuple[str, str] = ("", "")
-) -> list[tuple[str, str]]:
+def pairs_of_stems(folder: Folder, images: str, labels: str, endings: tuple[str, str] = ("", "")) -> list[tuple[str, str]]:
     """Paths of images and label PNGs in two folders, sorted, paired by what their names have before `endings`.
 
     Raises `DatasetError` for one without the other; official readers pair by position, so one file too many shifts them.
@@ -57,7 +55,7 @@ def pairs_of_stems(
         alone = sorted(here.keys() - there.keys())
         if alone:
             raise DatasetError(
-                f"{folder.shown}/{here[alone[0]]} has no {what}, nor have {len(alone) - 1} others; complete the folders, "
+                f"{folder.displayed}/{here[alone[0]]} has no {what}, nor have {len(alone) - 1} others; complete the folders, "
                 "or remove what doesn't belong there"
             )
     return [(image_of[stem], label_of[stem]) for stem in sorted(image_of)]

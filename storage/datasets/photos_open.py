@@ -23,7 +23,7 @@ def load_photos_open(
     tars = sorted(name for name in folder.sizes("") if name.endswith(".tar"))
     if split not in PHOTOS_SPLITS or not tars[PHOTOS_SPLITS[split]]:
         raise DatasetError(
-            f"{folder.shown} has no tars of the split {split}: {len(tars)} tars, the splits {', '.join(PHOTOS_SPLITS)}; "
+            f"{folder.displayed} has no tars of the split {split}: {len(tars)} tars, the splits {', '.join(PHOTOS_SPLITS)}; "
             "check --data and the split"
         )
     photos, wanted = {member.key: member for member in tar_members(folder, tars)}, tars[PHOTOS_SPLITS[split]]
@@ -48,6 +48,6 @@ def _photos_with(
     """The images in `tars` that have a label; every label must have an image in some tar."""
     for key in labels:
         if key not in photos:
-            raise DatasetError(f"{folder.shown}/{where} has a label for {key}, but no tar there has such an image")
+            raise DatasetError(f"{folder.displayed}/{where} has a label for {key}, but no tar there has such an image")
     members = [photos[key] for key in sorted(labels) if photos[key].tar in tars]
     return [TarImage(folder=folder, member=member, keys=(member.key,)) for member in members]

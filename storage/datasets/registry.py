@@ -47,9 +47,7 @@ class DatasetKind(Generic[R]):
 
 
 DATASETS: Mapping[str, DatasetKind[LabelledImage]] = {
-    "voc": DatasetKind(
-        load=load_voc_seg, label="classes", splits=("train", "val"), classes=21, names=tuple(VOC_NAMES.split())
-    ),
+    "voc": DatasetKind(load=load_voc_seg, label="classes", splits=("train", "val"), classes=21, names=tuple(VOC_NAMES.split())),
     "coco_stuff27": DatasetKind(
         load=partial(load_coco_stuff, layout="vit_up", groups="coarse"),
         label="classes",
@@ -82,14 +80,10 @@ DATASETS: Mapping[str, DatasetKind[LabelledImage]] = {
 }
 """What readouts are trained and judged on: segmentation on classes, depth, and on instances boundaries, detection, instances."""
 
-PAIRS: Mapping[str, DatasetKind[Pair]] = {
-    "spair": DatasetKind(load=load_spair, label="key points", splits=("trn", "test"))
-}
+PAIRS: Mapping[str, DatasetKind[Pair]] = {"spair": DatasetKind(load=load_spair, label="key points", splits=("trn", "test"))}
 """What correspondence is evaluated on."""
 
-CLIPS: Mapping[str, DatasetKind[Clip]] = {
-    "davis": DatasetKind(load=load_davis, label="object masks", splits=("train", "val"))
-}
+CLIPS: Mapping[str, DatasetKind[Clip]] = {"davis": DatasetKind(load=load_davis, label="object masks", splits=("train", "val"))}
 """What label propagation through videos is evaluated on."""
 
 BOXES: Mapping[str, DatasetKind[BoxedImage]] = {

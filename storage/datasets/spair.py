@@ -69,9 +69,7 @@ def _pair(folder: Folder, stem: str, data: RawObject) -> Pair:
     source_xy, target_xy = (_points(data[name]) for name in ("src_kps", "trg_kps"))
     if len(source_xy) != len(target_xy):
         raise ValueError(f"{len(source_xy)} key points in the source, {len(target_xy)} in the target")
-    source, target = (
-        _spair_image(folder, category, data[f"{side}_imname"], data[f"{side}_imsize"]) for side in ("src", "trg")
-    )
+    source, target = (_spair_image(folder, category, data[f"{side}_imname"], data[f"{side}_imsize"]) for side in ("src", "trg"))
     for image, points in ((source, source_xy), (target, target_xy)):
         require_inside(points, image.width, image.height, f"a key point of {image.name}")
     box = corner_box(data["trg_bndbox"], target.width, target.height)
@@ -81,7 +79,7 @@ def _pair(folder: Folder, stem: str, data: RawObject) -> Pair:
 
 def _spair_image(folder: Folder, category: str, name: str, size: Sequence[int]) -> ImageFile:
     for part in (category, name):
-        require_plain(part, f"{folder.shown}: a pair")
+        require_plain(part, f"{folder.displayed}: a pair")
     return ImageFile.at(folder, f"JPEGImages/{category}/{name}", int(size[0]), int(size[1]))
 
 
@@ -101,8 +99,7 @@ def _with_image_points(folder: Folder, pairs: Sequence[Pair]) -> list[Pair]:
     except FileNotFoundError as error:
         raise DatasetError(f"{error}; the key points of images (ViT-Up) need it, those of pairs don't") from None
     found = {
-        name: parsed(folder, name, data, partial(_image_points, *sizes[name]))
-        for name, data in zip(names, files, strict=True)
+        name: parsed(folder, name, data, partial(_image_points, *sizes[name])) for name, data in zip(names, files, strict=True)
     }
     out = []
     for pair in pairs:

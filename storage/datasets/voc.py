@@ -34,7 +34,7 @@ def load_voc(folder: Folder, year: str, split: str = "trainval") -> list[BoxedIm
         raise DatasetError(f"{error}, but {listed} lists it") from None
     found = []
     for each, name, data in zip(ids, names, files, strict=True):
-        width, height, boxes = _objects(f"{folder.shown}/{name}", data)
+        width, height, boxes = _objects(f"{folder.displayed}/{name}", data)
         image = ImageFile.at(folder, f"{root}JPEGImages/{each}.jpg", width, height)
         found.append(BoxedImage(image=image, boxes=boxes))
     require_files(folder, (each.image for each in found))
@@ -48,19 +48,17 @@ def _listed(folder: Folder, year: str, listed: str) -> tuple[str, list[str]]:
     """
     place = first_place(folder, (f"VOC{year}/VOCdevkit/VOC{year}", f"VOCdevkit/VOC{year}", f"VOC{year}", ""), listed)
     if place is None:
-        raise DatasetError(
-            f"{folder.shown} has no VOCdevkit/VOC{year}/{listed}, nor VOC{year}/VOCdevkit/...; check --data"
-        )
+        raise DatasetError(f"{folder.displayed} has no VOCdevkit/VOC{year}/{listed}, nor VOC{year}/VOCdevkit/...; check --data")
     root = f"{place}/" if place else ""
     # Lists of single classes have -1 in a second column; the ids are what is wanted.
     return root, listed_names(folder, root + listed)
 
 
-def _objects(shown: str, data: bytes) -> tuple[int, int, tuple[Box, ...]]:
+def _objects(displayed: str, data: bytes) -> tuple[int, int, tuple[Box, ...]]:
     """Width, height and boxes of an XML annotation; boxes are 1-based and inclusive there."""
     try:
         if b"<!ENTITY" in data:
-            raise DatasetError(f"{shown} declares entities, which annotations have no use for; it is not read")
+            raise DatasetError(f"{displayed} declares entities, which annotations have no use for; it is not read")
         root = ET.fromstring(data)
         width, height = _number(root, "size/width"), _number(root, "size/height")
         names = ("xmin", "ymin", "xmax", "ymax")
@@ -68,7 +66,7 @@ def _objects(shown: str, data: bytes) -> tuple[int, int, tuple[Box, ...]]:
         boxes = tuple(corner_box((x1 - 1, y1 - 1, x2, y2), width, height) for x1, y1, x2, y2 in found)
         return width, height, boxes
     except (ET.ParseError, ValueError) as error:
-        raise DatasetError(f"{shown} is malformed: {error}") from None
+        raise DatasetError(f"{displayed} is malformed: {error}") from None
 
 
 def _number(node: ET.Element, path: str) -> int:

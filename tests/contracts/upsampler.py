@@ -36,9 +36,7 @@ class Case:
     "that interpolation is no step function"
 
     def __str__(self) -> str:
-        return " ".join(
-            [self.method, *(f"{name}={value}" for name, value in self.settings.items()), f"x{self.factor:g}"]
-        )
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.settings.items()), f"x{self.factor:g}"])
 
     def target(self, grid: tuple[int, int]) -> tuple[int, int]:
         return int(grid[0] * self.factor), int(grid[1] * self.factor)
@@ -153,9 +151,7 @@ class UpsamplerContract:
         if "maps" not in find_method(case.method).needs:
             pytest.skip("it makes layers of its own")
         other, last = (features(1, 4, (6, 6), seed=seed).layers[5] for seed in (2, 0))
-        two = PatchFeatures(
-            layers={2: other, 5: last}, prefix={2: torch.zeros(1, 0, 4), 5: torch.zeros(1, 0, 4)}, stride=16
-        )
+        two = PatchFeatures(layers={2: other, 5: last}, prefix={2: torch.zeros(1, 0, 4), 5: torch.zeros(1, 0, 4)}, stride=16)
         one = replace(features_of(two.stacked((5, 2))))
         upsampler, target = case.make(8), case.target((6, 6))
 

@@ -191,9 +191,9 @@ def _tool(command: Sequence[str], cwd: Path | None = None) -> str:
     except subprocess.TimeoutExpired as error:
         raise RgwUnavailable(f"{command[0]} took over {APT_TIMEOUT:.0f} s; {advice}") from error
     if done.returncode != 0:
-        shown = " ".join(command[:6])
+        displayed = " ".join(command[:6])
         raise RgwUnavailable(
-            f"'{shown} ...' ended with {done.returncode}; {advice}\n{_last_lines(done.stderr, TOOL_TAIL_LINES)}"
+            f"'{displayed} ...' ended with {done.returncode}; {advice}\n{_last_lines(done.stderr, TOOL_TAIL_LINES)}"
         )
     return done.stdout
 

@@ -91,9 +91,7 @@ def attend(queries_BHNd: Tensor, keys_BHSd: Tensor, values_BHSd: Tensor, windows
     )])  # fmt: skip
 
 
-def _attend_by_window(
-    queries_HNd: Tensor, keys_HSd: Tensor, values_HSd: Tensor, windows: Windows, image: int
-) -> Tensor:
+def _attend_by_window(queries_HNd: Tensor, keys_HSd: Tensor, values_HSd: Tensor, windows: Windows, image: int) -> Tensor:
     assert windows.groups is not None, "without groups, one mask serves all images"
     order, groups = windows.groups[image]
     keys, values = keys_HSd.unflatten(1, windows.grid), values_HSd.unflatten(1, windows.grid)
@@ -123,9 +121,7 @@ class CrossAttention(nn.Module):
         values = self._split(self.v_proj(tokens_BSD)).contiguous()
         return rope.rotate(self._split(self.k_proj(tokens_BSD))), values
 
-    def forward(
-        self, x_BND: Tensor, keys_BHSd: Tensor, values_BHSd: Tensor, rope: Rope, windows: Windows | None
-    ) -> Tensor:
+    def forward(self, x_BND: Tensor, keys_BHSd: Tensor, values_BHSd: Tensor, rope: Rope, windows: Windows | None) -> Tensor:
         queries = rope.rotate(self._split(self.q_proj(x_BND)))
         return self.out_proj(attend(queries, keys_BHSd, values_BHSd, windows).transpose(1, 2).flatten(-2))
 

@@ -303,9 +303,7 @@ class ViTUpHead(nn.Module):
         shapes = {tuple(state.shape) for state in hidden}
         (shape,) = shapes if len(shapes) == 1 else (None,)
         if shape is None or len(shape) != 4 or shape[-1] != channels or shape[0] != len(query_grid):
-            raise UpsamplerError(
-                f"hidden states must all be [{len(query_grid)}, h, w, {channels}], got {sorted(shapes)}"
-            )
+            raise UpsamplerError(f"hidden states must all be [{len(query_grid)}, h, w, {channels}], got {sorted(shapes)}")
         if query_grid.ndim != 4 or query_grid.shape[1] != channels:
             raise UpsamplerError(f"the query grid must be [B, {channels}, h, w], got {tuple(query_grid.shape)}")
 

@@ -63,9 +63,7 @@ class AdaptedBackbone(nn.Module):
         finally:
             handle.remove()
         return [
-            self._normed(layer, found[layer - 1].permute(0, 2, 3, 1))
-            if layer
-            else embedded[0].reshape(len(images), *grid, -1)
+            self._normed(layer, found[layer - 1].permute(0, 2, 3, 1)) if layer else embedded[0].reshape(len(images), *grid, -1)
             for layer in layers
         ]
 

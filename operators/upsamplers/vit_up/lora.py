@@ -45,9 +45,7 @@ class LowRank(nn.Module):
         return self.scale * (up.flatten(1) @ down.flatten(1)).view(-1, *down.shape[1:])
 
 
-def _pair(
-    base: nn.Linear | nn.Conv2d, outputs: int, rank: int
-) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
+def _pair(base: nn.Linear | nn.Conv2d, outputs: int, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
     """The two factors: to `rank` channels as `base` goes about it, and from those to `outputs`."""
     if isinstance(base, nn.Linear):
         return nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, outputs, bias=False)
@@ -96,9 +94,7 @@ class Lora(nn.Module):
         self._sites.append((base, products))
         self._handles.append(base.register_forward_hook(functools.partial(self._add, products)))
 
-    def _add(
-        self, products: tuple[LowRank, ...], _: nn.Module, args: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
+    def _add(self, products: tuple[LowRank, ...], _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not self._enabled:
             return None
         parts = [product(args[0]) for product in products]

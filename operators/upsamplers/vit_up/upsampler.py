@@ -51,9 +51,7 @@ class ViTUp(Upsampler):
         self._caches: list[TokenCache] = []
 
     @torch.no_grad()
-    def __call__(
-        self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
-    ) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
         """Float32 [B, C, *grid]; several layers are stacked along the channels.
 
         Raises `UpsamplerError` for layers it has no decoder for, and for maps of other channels.

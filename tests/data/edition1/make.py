@@ -51,9 +51,7 @@ VIT_UP = (
 )
 READOUT = f"--data voc --placement squash --side 64 --size {{}} --batch 3 --epochs 3 --lr 1e-2 {FEATURES} {STEPS}"
 PROBE = f"probe --data voc --readouts deap linear {FEATURES} --pictures 0"
-SIMILARITY = (
-    f"similarity --data {VOC_IMAGES} --stores images.zarr --limit 4 --executor inline --device cpu --pictures 0"
-)
+SIMILARITY = f"similarity --data {VOC_IMAGES} --stores images.zarr --limit 4 --executor inline --device cpu --pictures 0"
 CORRESPONDENCE = (
     f"correspondence --data spair --sizes 32 64 --levels x1 x2=lift:lift --facet key --pairs-per-category 6 {FEATURES} "
     "--pictures 0"
@@ -95,9 +93,7 @@ COMMANDS = (
         "images.zarr",
     ),
     Command("train", f"deap --dim 8 --width 8 {READOUT.format(64)}", "deap"),
-    Command(
-        "train", f"deap --dim 8 --width 8 {READOUT.format(64)}", "deap-half", r"steps/00000004/model\.safetensors$"
-    ),
+    Command("train", f"deap --dim 8 --width 8 {READOUT.format(64)}", "deap-half", r"steps/00000004/model\.safetensors$"),
     Command("train", f"linear {READOUT.format(64)}", "linear"),
     Command("train", f"linear {READOUT.format(32)} --store images.zarr --level x2", "linear-stored"),
     Command(
