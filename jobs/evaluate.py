@@ -34,13 +34,7 @@ LIFT = {**LIFT_FEATURES, "ragged": True}
 
 LIFT_SIZES = (56, 112, 224, 448)
 
-DEBUG = {
-    "model": "test_vit.r160_in1k",
-    "weights": "random",
-    "precision": "fp32",
-    "executor": "inline",
-    "device": "cpu",
-}
+DEBUG = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "executor": "inline", "device": "cpu"}
 """No network, no Ray, no GPU: random weights on drawn images. Seconds on 2 CPU cores; what the tests run."""
 
 PRESETS: dict[str, dict[str, EvaluateConfig]] = {
@@ -97,7 +91,7 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
     },
     "probe": {
         # Of what `jobs/train.py debug-readout` trained.
-        "debug": ProbeConfig.of(data="demo/evaluate/VOC2012", out="demo/eval-probe", readouts=("demo/train-readout",), **DEBUG),
+        "debug": ProbeConfig.of(data="demo/evaluate/VOC2012", out="demo/eval-probe", readouts=("demo/train-readout",), **DEBUG)
     },
 }
 

@@ -33,11 +33,7 @@ PRESETS: dict[str, ExtractConfig] = {
         data=("demo/photos-{000..001}.tar",),
         out="demo/debug.zarr",
         features=FeatureConfig(
-            model="test_vit.r160_in1k",
-            weights="random",
-            size="160",
-            levels=("x1", "x2", "x0.5", "pooled"),
-            precision="fp32",
+            model="test_vit.r160_in1k", weights="random", size="160", levels=("x1", "x2", "x0.5", "pooled"), precision="fp32"
         ),
         cluster=ClusterConfig(executor="inline"),
     ),

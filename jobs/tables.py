@@ -35,12 +35,7 @@ PRESETS: dict[str, GridConfig] = {
         backbone_weights="random",
         max_steps=10,
         cell=ReadoutTraining(
-            side=64,
-            batch=3,
-            lr=1e-2,
-            features=ReadConfig(precision="fp32"),
-            checkpoint_every=10,
-            validate_every=20,
+            side=64, batch=3, lr=1e-2, features=ReadConfig(precision="fp32"), checkpoint_every=10, validate_every=20
         ),
         speed_reference="test_vit.r160_in1k",
         speed_reference_size=64,
@@ -61,10 +56,7 @@ PRESETS: dict[str, GridConfig] = {
     "deap-fig4": GridConfig(backbones=("dinov2-b",), tasks=DEAP_TASKS, methods=("deap", "bicubic", "transposed", "linear")),
     # ViT-Up Table 1's first row: linear probes of the plain map. Not run here.
     "vit-up-table1": GridConfig(
-        backbones=(f"{VIT_UP_FEATURES['model']}@448",),
-        tasks=PROBE_TASKS,
-        methods=("linear",),
-        seeds=(VIT_UP_SEED,),
+        backbones=(f"{VIT_UP_FEATURES['model']}@448",), tasks=PROBE_TASKS, methods=("linear",), seeds=(VIT_UP_SEED,)
     ),
 }
 
@@ -73,11 +65,7 @@ program = Program(
     doc=__doc__,
     commands={
         "": Command(
-            run=main,
-            default=GridConfig(),
-            presets=PRESETS,
-            before={"debug": partial(write_demo, "demo/evaluate")},
-            about=__doc__,
+            run=main, default=GridConfig(), presets=PRESETS, before={"debug": partial(write_demo, "demo/evaluate")}, about=__doc__
         )
     },
     stopped="stopped; the same command goes on from what is done",

@@ -186,13 +186,7 @@ class TimmBackbone:
         options = {"return_prefix_tokens": True} if "return_prefix_tokens" in self._forward_options else {}
         ordered = sorted(layers)
         out = self.model.forward_intermediates(
-            images,
-            indices=ordered,
-            norm=self.norm,
-            stop_early=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-            **options,
+            images, indices=ordered, norm=self.norm, stop_early=True, output_fmt="NLC", intermediates_only=True, **options
         )
         by_layer = dict(zip(ordered, map(_with_prefix, out), strict=True))
         return {layer: by_layer[layer] for layer in layers}

@@ -15,15 +15,7 @@ from storage.left_out import LeftOut, log_left_out, merge_left_out
 from storage.paths import Folder, StorageOptions
 from storage.samples import INDEX, SampleIndex, kept_index, update_sources, write_index
 from storage.scans import collect_index
-from storage.sources import (
-    Source,
-    changes_of,
-    is_of_input,
-    limit_changes,
-    other_input,
-    settings_changes,
-    sources_left_out,
-)
+from storage.sources import Source, changes_of, is_of_input, limit_changes, other_input, settings_changes, sources_left_out
 from storage.tars import MemberRules, SourceScan, scan_source
 
 logger = logging.getLogger(__name__)
@@ -58,14 +50,7 @@ class RunInput:
     ) -> SampleIndex:
         """Save an index of these samples under `folder`; `order` as for `index_digest`."""
         return write_index(
-            folder,
-            table,
-            sources,
-            rules=self.rules,
-            limit=self.limit,
-            left_out=self.files.left_out,
-            order=order,
-            prefix=prefix,
+            folder, table, sources, rules=self.rules, limit=self.limit, left_out=self.files.left_out, order=order, prefix=prefix
         )
 
     def index(self, kept_in: Folder, write_to: Folder) -> SampleIndex:

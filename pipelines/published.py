@@ -53,12 +53,7 @@ class Published:
 
 # --- LiFT -------------------------------------------------------------------------------------------------------------
 
-LIFT_FEATURES: Settings = {
-    "model": "vit_small_patch16_224.dino",
-    "facet": "key",
-    "pos_embed": "dino",
-    "precision": "fp32",
-}
+LIFT_FEATURES: Settings = {"model": "vit_small_patch16_224.dino", "facet": "key", "pos_embed": "dino", "precision": "fp32"}
 """What LiFT's tables are of: keys of DINO ViT-S/16's last block, with DINO's own interpolation of position embeddings."""
 
 LIFT_TRAINING: Settings = {"interpolation": "bilinear", "batch": 256, "epochs": 5, "lr": 1e-3, "jitter": 0.0}

@@ -33,11 +33,7 @@ class Line:
     @classmethod
     def of(cls, row: Row, size: Size, values: Sequence[Cell]) -> "Line":
         return cls(
-            features=row.name,
-            input_px=sides(size),
-            stride=row.stride,
-            grid=f"{row.grid[0]}x{row.grid[1]}",
-            values=tuple(values),
+            features=row.name, input_px=sides(size), stride=row.stride, grid=f"{row.grid[0]}x{row.grid[1]}", values=tuple(values)
         )
 
     def like(self, input_px: str, grid: str) -> "Line":

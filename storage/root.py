@@ -105,10 +105,7 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
             f"{folder.displayed} is another store now: it was removed and begun anew with other settings while this run wrote "
             "it; nothing more is written"
         )
-    if input_digest is not None and _input_of(folder, decode_known(RootDocument, attributes)) not in (
-        None,
-        input_digest,
-    ):
+    if input_digest is not None and _input_of(folder, decode_known(RootDocument, attributes)) not in (None, input_digest):
         raise StoreReplaced(
             f"{folder.displayed} is continued by another run, with input that lies elsewhere, or was changed; this run writes "
             "nothing more"

@@ -106,13 +106,7 @@ class FeatureStore:
 
     @classmethod
     def create(
-        cls,
-        url: str,
-        spec: FeatureSpec,
-        layout: Layout,
-        *,
-        provenance: JsonObject,
-        storage_options: StorageOptions | None = None,
+        cls, url: str, spec: FeatureSpec, layout: Layout, *, provenance: JsonObject, storage_options: StorageOptions | None = None
     ) -> "FeatureStore":
         """Create the store's metadata, or continue a store of the same fingerprint.
 

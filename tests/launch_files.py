@@ -62,10 +62,7 @@ _GCP_NODE: JsonObject = {
                 "type": "object",
                 "additionalProperties": False,
                 "required": ["acceleratorType", "acceleratorCount"],
-                "properties": {
-                    "acceleratorType": {"type": "string"},
-                    "acceleratorCount": {"type": "integer", "minimum": 1},
-                },
+                "properties": {"acceleratorType": {"type": "string"}, "acceleratorCount": {"type": "integer", "minimum": 1}},
             },
         },
         "scheduling": {

@@ -127,20 +127,13 @@ LAUNCHER_FAULTS = {
     "local without a head": ("local.yaml", drop("provider", "head_ip"), "ray up: "),
     "local that keeps all": ("local.yaml", drop("min_workers"), "min_workers: missing"),
     "local with too many": ("local.yaml", put("max_workers")(3), "max_workers: 3"),
-    "local head with work": (
-        "local.yaml",
-        put("head_start_ray_commands")(["ray start --head"]),
-        "head_start_ray_commands",
-    ),
+    "local head with work": ("local.yaml", put("head_start_ray_commands")(["ray start --head"]), "head_start_ray_commands"),
 }
 KUBERAY_FAULTS = {
     "wrong apiVersion": (put("apiVersion")("ray.io/v2"), "apiVersion: 'ray.io/v1' was expected"),
     "wrong kind": (put("kind")("RayClutser"), "kind: 'RayClutser'"),
     "misspelt field": (put("spec", "enableInTreeAutoscalling")(True), "spec: .*enableInTreeAutoscalling"),
-    "wrong type": (
-        put("spec", "workerGroupSpecs", 0, "maxReplicas")("16"),
-        f"spec.{re.escape(GROUP)}.maxReplicas: '16'",
-    ),
+    "wrong type": (put("spec", "workerGroupSpecs", 0, "maxReplicas")("16"), f"spec.{re.escape(GROUP)}.maxReplicas: '16'"),
     "number for a start parameter": (
         put("spec", "headGroupSpec", "rayStartParams", "num-cpus")(0),
         "headGroupSpec.rayStartParams.num-cpus: 0",
@@ -185,16 +178,10 @@ KUBERAY_FAULTS = {
         drop("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limits", "cpu"),
         "resources.limits.cpu",
     ),
-    "spot without tolerations": (
-        drop("spec", "workerGroupSpecs", 2, "template", "spec", "tolerations"),
-        "tolerations: missing",
-    ),
+    "spot without tolerations": (drop("spec", "workerGroupSpecs", 2, "template", "spec", "tolerations"), "tolerations: missing"),
     "old autoscaler": (put("spec", "autoscalerOptions", "version")("v1"), "autoscalerOptions.version"),
     "no autoscaler": (put("spec", "enableInTreeAutoscaling")(False), "enableInTreeAutoscaling"),
-    "no idle timeout": (
-        drop("spec", "autoscalerOptions", "idleTimeoutSeconds"),
-        "autoscalerOptions.idleTimeoutSeconds",
-    ),
+    "no idle timeout": (drop("spec", "autoscalerOptions", "idleTimeoutSeconds"), "autoscalerOptions.idleTimeoutSeconds"),
     "another Ray": (put("spec", "rayVersion")("2.59.0"), "spec.rayVersion: '2.59.0'"),
     "another Ray's image": (
         put("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "image")("x/raylift:latest"),
@@ -208,10 +195,7 @@ JOB_FAULTS = {
     "a head that stays": (put("spec", "shutdownAfterJobFinishes")(False), "spec.shutdownAfterJobFinishes"),
     "no cluster": (drop("spec", "rayClusterSpec"), "spec.rayClusterSpec: give it or clusterSelector"),
     "wrong runtime_env": (put("spec", "runtimeEnvYAML")("pip: 3"), "spec.runtimeEnvYAML: "),
-    "wrong cluster": (
-        put("spec", "rayClusterSpec", "workerGroupSpecs", 0, "replicas")(17),
-        "spec.rayClusterSpec.worker",
-    ),
+    "wrong cluster": (put("spec", "rayClusterSpec", "workerGroupSpecs", 0, "replicas")(17), "spec.rayClusterSpec.worker"),
 }
 FAULTS = {
     **{f"launcher: {fault}": case for fault, case in LAUNCHER_FAULTS.items()},
@@ -258,8 +242,7 @@ def test_broken_dockerfile_is_refused(old, new, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("- 1\n", "mapping was expected"), ("a: [", "not YAML"), ("", "one YAML document")],
+    ("text", "message"), [("- 1\n", "mapping was expected"), ("a: [", "not YAML"), ("", "one YAML document")]
 )
 def test_what_is_not_a_launch_file_is_refused(tmp_path, text, message):
     path = tmp_path / "file.yaml"

@@ -10,14 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.resources import (
-    Growth,
-    Nodes,
-    WorkerRequest,
-    gpu_slots,
-    growth_of,
-    size_pool,
-)
+from cluster.resources import Growth, Nodes, WorkerRequest, gpu_slots, growth_of, size_pool
 from cluster.session import ClusterError, own_environment
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
@@ -166,11 +159,7 @@ def test_launch_file_gives_kinds_of_nodes_and_nothing_else():
         "auth": {"ssh_user": "secret"},
         "available_node_types": {
             "head": {"resources": {"CPU": 0}, "node_config": {}},
-            "gpu": {
-                "resources": {"CPU": 8, "GPU": 1},
-                "max_workers": 3,
-                "labels": {"ray.io/accelerator-type": "L4"},
-            },
+            "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3, "labels": {"ray.io/accelerator-type": "L4"}},
             "cpu": {"resources": {"CPU": 16}, "node_config": {"password": "secret"}},
         },
     }

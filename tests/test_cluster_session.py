@@ -102,13 +102,7 @@ print(json.dumps(found))
 """
 """Tries what it's asked to as another user; imports nothing of this project."""
 
-HTTP_PATHS = (
-    "/api/job_agent/jobs/",
-    "/api/jobs/",
-    "/get_or_create_runtime_env",
-    "/delete_runtime_env_if_possible",
-    "/",
-)
+HTTP_PATHS = ("/api/job_agent/jobs/", "/api/jobs/", "/get_or_create_runtime_env", "/delete_runtime_env_if_possible", "/")
 
 
 def attack(token: str = "", user: int = NOBODY if IS_ROOT else 0, **asked: list[Any]) -> dict[str, Any]:
@@ -153,12 +147,7 @@ class Session:
         # A mode that a user may have in his shell; and a folder in which no other session is the latest.
         environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SESSION],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-c", SESSION], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.said = json.loads(self.process.stdout.readline())
         parent = psutil.Process(self.process.pid)

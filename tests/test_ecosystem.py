@@ -100,13 +100,7 @@ def test_consolidated_metadata_is_there_and_says_what_the_arrays_say(url, use_co
     shapes = {name: array.shape for name in ("x1", "x2", "x0.5", "5x3", "pooled") for array in [group[name]["features"]]}
 
     assert (group.metadata.consolidated_metadata is not None) is use_consolidated
-    assert shapes == {
-        "x1": (7, 4, 6, 64),
-        "x2": (7, 8, 12, 64),
-        "x0.5": (7, 2, 3, 64),
-        "5x3": (7, 5, 3, 64),
-        "pooled": (7, 64),
-    }
+    assert shapes == {"x1": (7, 4, 6, 64), "x2": (7, 8, 12, 64), "x0.5": (7, 2, 3, 64), "5x3": (7, 5, 3, 64), "pooled": (7, 64)}
     assert group["x1/features"].shards == (4, 4, 6, 64)
     assert group["x1/features"].chunks == (1, 4, 6, 64)
 
@@ -289,11 +283,7 @@ def test_reading_needs_neither_torch_nor_ray_nor_the_input(store, moved):
     """
 
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=False
     )
 
     assert done.stderr == ""

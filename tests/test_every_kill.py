@@ -202,9 +202,7 @@ def s3_process(tmp_path_factory) -> Iterator[dict[str, str]]:
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("moto") / "log"
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log.open("w"), stderr=subprocess.STDOUT
     )
     options = {"key": "test-access", "secret": "test-secret-value", "endpoint_url": f"http://127.0.0.1:{port}"}
     try:

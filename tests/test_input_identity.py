@@ -268,9 +268,7 @@ def test_replaced_images_of_equal_size_are_refused_and_done_again_where_asked(pl
     computed = []
     original = ShardWorker.compute
     monkeypatch.setattr(
-        ShardWorker,
-        "compute",
-        lambda self, task, loaded: (computed.append(task.block), original(self, task, loaded))[1],
+        ShardWorker, "compute", lambda self, task, loaded: (computed.append(task.block), original(self, task, loaded))[1]
     )
     extract(settings_of(place, replace_changed=True), InlineExecutor())
 

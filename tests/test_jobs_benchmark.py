@@ -240,10 +240,7 @@ def test_cost_counts_by_the_rule_it_states():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["--size", "60"], "the nearest that is: 64"),
-        (["--size", "16"], "at 16 px: jbu of radius 3 needs more cells than 1x1"),
-    ],
+    [(["--size", "60"], "the nearest that is: 64"), (["--size", "16"], "at 16 px: jbu of radius 3 needs more cells than 1x1")],
 )
 def test_cost_refuses_sizes_that_cannot_be_had(arguments, message, capsys):
     assert benchmark.run(["cost", "debug", *arguments]) == 2

@@ -17,9 +17,7 @@ from storage.errors import RayliftError
 ROOT = Path(__file__).parent.parent
 JOBS = ("extract", "train", "evaluate", "tables", "show", "benchmark")
 
-OTHERS = {
-    "_AllSeen": "ends a model's forward that has gone far enough; caught where it was begun",
-}
+OTHERS = {"_AllSeen": "ends a model's forward that has gone far enough; caught where it was begun"}
 """Exceptions without the base, and why: nobody outside their module sees them."""
 
 
@@ -37,15 +35,7 @@ def test_all_errors_have_one_base_and_say_how_a_program_ends():
 
     assert {name for name, kind in found.items() if not issubclass(kind, RayliftError)} == set(OTHERS)
     failures = {name for name, kind in found.items() if issubclass(kind, RayliftError) and kind.exit_code == 1}
-    assert failures == {
-        "BenchmarkFailed",
-        "CellsFailed",
-        "DecodeStuck",
-        "DecoderDied",
-        "RunFailed",
-        "TrainFailed",
-        "WorkersLost",
-    }
+    assert failures == {"BenchmarkFailed", "CellsFailed", "DecodeStuck", "DecoderDied", "RunFailed", "TrainFailed", "WorkersLost"}
 
 
 def test_help_ends_quietly_when_its_reader_goes_away():

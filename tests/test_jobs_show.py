@@ -148,9 +148,7 @@ def test_failures_of_a_store_that_is_being_written(tmp_path, tiny, monkeypatch, 
     write_tar(tmp_path / "in.tar", [("bad.jpg", b""), *((f"{i}.jpg", jpeg(i)) for i in range(9))])
     compute = ShardWorker.compute
     monkeypatch.setattr(
-        ShardWorker,
-        "compute",
-        lambda self, task, loaded: pytest.fail("stop") if task.block == 2 else compute(self, task, loaded),
+        ShardWorker, "compute", lambda self, task, loaded: pytest.fail("stop") if task.block == 2 else compute(self, task, loaded)
     )
     config = tiny(str(tmp_path / "in.tar"), max_failed_fraction=1.0)
     with pytest.raises((RunFailed, pytest.fail.Exception)):

@@ -139,29 +139,20 @@ LOADERS = {"instances": lambda folder: load_coco_instances(folder, "val2017"), "
     ("change", "message"),
     [
         (lambda d: d["images"][1].update(id=3), "the image id 3 is there twice, for 3.jpg and for 7.jpg"),
-        (
-            lambda d: d["images"][1].update(file_name="3.jpg"),
-            "the file name '3.jpg' is there twice, for image 3 and for image 7",
-        ),
+        (lambda d: d["images"][1].update(file_name="3.jpg"), "the file name '3.jpg' is there twice, for image 3 and for image 7"),
         (lambda d: d["annotations"][1].update(id=1), "the annotation id 1 is there twice, for 3.jpg and for 7.jpg"),
         (lambda d: d["annotations"][1].update(image_id=5), "annotation 2 is of image 5, which isn't among the images"),
         (
             lambda d: d["annotations"][1].update(category_id=9),
             "annotation 2 has the category 9, which isn't among the categories",
         ),
-        (
-            lambda d: d["categories"].append({"id": 1, "name": "dog"}),
-            "the category id 1 is there twice, for cat and for dog",
-        ),
+        (lambda d: d["categories"].append({"id": 1, "name": "dog"}), "the category id 1 is there twice, for cat and for dog"),
         (lambda d: d["annotations"][0].update(bbox=[30, 20, -4, 24]), r"annotation 1 has the box .* negative extent"),
         (
             lambda d: d["annotations"][0].update(bbox=[30, 20, 70, 44]),
             r"annotation 1 has the box \[30, 20, 70, 44\]; as x, y, width, height it reaches x = 100",
         ),
-        (
-            lambda d: d["annotations"][0].update(bbox=[-30, 0, 40, 24]),
-            "reaches x = -30, y = 0, outside the image of 80 x 60",
-        ),
+        (lambda d: d["annotations"][0].update(bbox=[-30, 0, 40, 24]), "reaches x = -30, y = 0, outside the image of 80 x 60"),
     ],
 )
 def test_what_contradicts_itself_in_coco_is_refused_by_both_readers(tmp_path, loader, change, message):
@@ -227,12 +218,7 @@ def test_points_and_boxes_outside_of_their_image_are_refused(tmp_path, key_point
         note = {"kps": points, "bndbox": noted["bndbox"], "image_width": 80, "image_height": 60}
         save(tmp_path / f"ImageAnnotation/cat/{n}.json", note)
     pair = {"category": "cat", "src_imname": "0.jpg", "src_imsize": [80, 60, 3], "src_kps": right["kps"]}
-    pair |= {
-        "trg_imname": "1.jpg",
-        "trg_imsize": of_pair["size"],
-        "trg_kps": of_pair["kps"],
-        "trg_bndbox": of_pair["bndbox"],
-    }
+    pair |= {"trg_imname": "1.jpg", "trg_imsize": of_pair["size"], "trg_kps": of_pair["kps"], "trg_bndbox": of_pair["bndbox"]}
     save(tmp_path / "PairAnnotation/test/0-0-1:cat.json", pair)
     if size != [80, 60, 3]:
         message = "the image is 80 x 60 here, and 60 x 80 in its pairs" if key_points == "images" else None

@@ -121,11 +121,7 @@ def test_a_gpus_next_batch_is_begun_before_one_is_waited_for():
             yield number
 
     with pretended_gpu():
-        assert [(each, len(begun)) for each in HostCopy(torch.device("cuda")).ahead(batches())] == [
-            (0, 2),
-            (1, 3),
-            (2, 3),
-        ]
+        assert [(each, len(begun)) for each in HostCopy(torch.device("cuda")).ahead(batches())] == [(0, 2), (1, 3), (2, 3)]
     begun.clear()
     assert [(each, len(begun)) for each in HostCopy(torch.device("cpu")).ahead(batches())] == [(0, 1), (1, 2), (2, 3)]
 
@@ -216,13 +212,7 @@ def test_maps_of_a_store_go_to_the_device_once(sets, tmp_path, tiny):
 # --- readouts ---------------------------------------------------------------------------------------------------------
 
 SIDE = 112
-JUDGED = {
-    "segmentation": 3 * 21**2,
-    "depth": 480 * 640,
-    "boundaries": 1,
-    "detection": 4 * 100,
-    "instances": 32 * 112**2,
-}
+JUDGED = {"segmentation": 3 * 21**2, "depth": 480 * 640, "boundaries": 1, "detection": 4 * 100, "instances": 32 * 112**2}
 """The most values that may come to the host at once: of the output, what is scored there."""
 
 

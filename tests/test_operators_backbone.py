@@ -460,8 +460,7 @@ def saved(tmp_path, reference) -> Path:
     safetensors.torch.save_file(state, tmp_path / "folder/model.safetensors")
     torch.save(state, tmp_path / "w.pth")
     torch.save(
-        {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3},
-        tmp_path / "nested.pth.tar.pt",
+        {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, tmp_path / "nested.pth.tar.pt"
     )
     torch.save({"model": state}, tmp_path / "w.ckpt")
     return tmp_path

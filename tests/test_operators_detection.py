@@ -12,11 +12,7 @@ from torchvision.ops import nms
 from operators.metrics.boundaries import boundary_sums, merge
 from operators.metrics.detection import class_agnostic_scores, coco_scores
 from operators.objectives.targets import boundary_target, instance_ids
-from operators.readouts.centernet import (
-    centernet_boxes,
-    centernet_loss,
-    centernet_targets,
-)
+from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from tests.goldens import GOLDEN
 from tests.goldens import evaluation_golden as golden
 from tests.original_centernet import (

@@ -276,11 +276,7 @@ def test_merged_counts_are_those_of_the_whole_to_the_last_digit():
     for split in (1, 7, 39):
         merged = Pck.of(scores[split:][::-1]) + Pck() + Pck.of(scores[:split])
         assert merged == whole
-        assert (merged.mean(), merged.per_pair(), merged.per_point()) == (
-            whole.mean(),
-            whole.per_pair(),
-            whole.per_point(),
-        )
+        assert (merged.mean(), merged.per_pair(), merged.per_point()) == (whole.mean(), whole.per_pair(), whole.per_point())
 
 
 def test_categories_weigh_the_same_and_pairs_without_points_nothing():

@@ -311,11 +311,7 @@ def png(width: int, height: int, rows: int, row_bytes: int, depth: int, kind: in
 
 @pytest.mark.parametrize(
     "bomb",
-    [
-        png(50_000, 50_000, 50_000, 6_250, 1, 0),
-        png(50_000, 50_000, 1, 150_000, 8, 2),
-        png(2**31 - 1, 2**31 - 1, 0, 0, 8, 2),
-    ],
+    [png(50_000, 50_000, 50_000, 6_250, 1, 0), png(50_000, 50_000, 1, 150_000, 8, 2), png(2**31 - 1, 2**31 - 1, 0, 0, 8, 2)],
     ids=["whole, 1 bit", "header and a row", "largest there can be"],
 )
 def test_bombs_are_refused_at_once_by_their_header(bomb, monkeypatch):

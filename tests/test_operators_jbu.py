@@ -21,8 +21,7 @@ STACK = {"rtol": 2e-4, "atol": 2e-4}
 def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Tensors, weights as float32, and settings; large files are only beside the checkout."""
     path = next(
-        (folder / f"{name}.safetensors" for folder in (GOLDEN, SHARED) if (folder / f"{name}.safetensors").is_file()),
-        None,
+        (folder / f"{name}.safetensors" for folder in (GOLDEN, SHARED) if (folder / f"{name}.safetensors").is_file()), None
     )
     if path is None:
         pytest.skip(f"../shared/golden/{name} is not here")

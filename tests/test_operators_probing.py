@@ -9,15 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from operators.metrics.depth import (
-    DepthMetrics,
-    SquaredError,
-    average,
-    eigen_crop,
-    pooled_rmse,
-    scale_and_shift,
-    score_depth,
-)
+from operators.metrics.depth import DepthMetrics, SquaredError, average, eigen_crop, pooled_rmse, scale_and_shift, score_depth
 from operators.metrics.instances import cluster_pixels, instance_ari
 from operators.metrics.segmentation import Segmentation, class_pairs, matrix_of
 from operators.objectives.dense import (
@@ -94,12 +86,7 @@ def test_void_pixels_do_not_count_whatever_is_predicted_there():
 
 @pytest.mark.parametrize(
     ("predicted", "label", "says"),
-    [
-        (0, 3, "label 3 is none of the 3 classes"),
-        (0, -1, "label -1"),
-        (255, 0, "prediction 255"),
-        (-2, 0, "prediction -2"),
-    ],
+    [(0, 3, "label 3 is none of the 3 classes"), (0, -1, "label -1"), (255, 0, "prediction 255"), (-2, 0, "prediction -2")],
 )
 def test_what_is_no_class_is_named(predicted, label, says):
     with pytest.raises(ValueError, match=says):

@@ -12,13 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from operators.readouts import (
-    READOUTS,
-    Readout,
-    ReadoutConfig,
-    ReadoutError,
-    build_readout,
-)
+from operators.readouts import READOUTS, Readout, ReadoutConfig, ReadoutError, build_readout
 from operators.readouts.deap import DeAP, coordinates, squared_distances
 from operators.readouts.readout import position_code
 from pipelines.costs.readouts import published_counts
@@ -29,12 +23,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 EXACT = {"rtol": 0, "atol": 0}
 CASES = ("c0", "c1", "c2", "c3")
 COUNTS = published_counts()
-ABLATIONS = {
-    "base": {},
-    "no-indiv-sigma": {"shared_sigma": True},
-    "no-sigma": {"mask": "none"},
-    "only-mask": {"only_mask": True},
-}
+ABLATIONS = {"base": {}, "no-indiv-sigma": {"shared_sigma": True}, "no-sigma": {"mask": "none"}, "only-mask": {"only_mask": True}}
 
 
 def golden(case: str) -> dict[str, np.ndarray]:
@@ -543,10 +532,7 @@ def test_settings_come_from_json_with_published_defaults():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"method": "dpt"},
-            "no readout is called 'dpt'; there are: deap, bicubic, transposed, strided, linear, depth_bins",
-        ),
+        ({"method": "dpt"}, "no readout is called 'dpt'; there are: deap, bicubic, transposed, strided, linear, depth_bins"),
         ({"chanels": 4}, "no such readout settings: chanels; there are: method, channels, outputs"),
         ({"outputs": None}, "the readout's settings lack outputs"),
         ({"channels": 0}, "channels must be a whole number of at least 1, got 0"),

@@ -19,13 +19,7 @@ from operators.backbone import PatchFeatures
 from operators.upsamplers.protocol import UpsamplerError
 from operators.upsamplers.vit_up.attention import CrossAttention, Windows, attend
 from operators.upsamplers.vit_up.checkpoint import read_checkpoint
-from operators.upsamplers.vit_up.geometry import (
-    Rope,
-    encode_offsets,
-    grid_coordinates,
-    nearest_tokens,
-    offset_frequencies,
-)
+from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, grid_coordinates, nearest_tokens, offset_frequencies
 from operators.upsamplers.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, ViTUpConfig, ViTUpHead, sample
 from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
@@ -654,10 +648,7 @@ def old_name(name: str) -> str:
 
 
 def published_zeros(kind: str) -> dict[str, Tensor]:
-    shapes = {
-        **published_shapes(kind, "extracted_file_vit_up"),
-        **published_shapes(kind, "extracted_file_backbone_lora"),
-    }
+    shapes = {**published_shapes(kind, "extracted_file_vit_up"), **published_shapes(kind, "extracted_file_backbone_lora")}
     return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
 
 
@@ -689,10 +680,7 @@ def test_old_names_and_prefixes_are_taken(prefix):
         ({"vit_up_blocks.3.norm_post.bias": None}, "1 missing: vit_up_blocks.3.norm_post.bias"),
         ({"backbone.norm.bias": torch.zeros(1)}, "LoRA of rank 16: 1 unexpected: backbone.norm.bias"),
         ({"decoder_mlp.2.mlp.1.bias": torch.zeros(3)}, r"decoder_mlp.2.mlp.1.bias \(3,\) instead of \(384,\)"),
-        (
-            {"backbone.base_model.model.layer.4.attention.q_proj.lora_B.default.weight": None},
-            "LoRA of rank 16: 1 missing",
-        ),
+        ({"backbone.base_model.model.layer.4.attention.q_proj.lora_B.default.weight": None}, "LoRA of rank 16: 1 missing"),
         ({"decoder_mlp.0.mlp.1.weight": None}, "these aren't ViT-Up's weights"),
     ],
 )
@@ -892,8 +880,7 @@ def test_twice_the_grid_pooled_stays_close_to_the_grid(name):
 
     with torch.no_grad():
         cache = head.prepare(
-            backbone.query_grid(images, (c["query_img_in_size"],) * 2),
-            backbone.hidden(images, c["layer_indices"], size),
+            backbone.query_grid(images, (c["query_img_in_size"],) * 2), backbone.hidden(images, c["layer_indices"], size)
         )
         coarse, fine = (
             head.query(cache, grid_coordinates((n, n))[None].expand(len(images), -1, -1), [-1])[0].unflatten(1, (n, n))

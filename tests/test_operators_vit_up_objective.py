@@ -8,15 +8,7 @@ import safetensors
 import torch
 
 from operators.objectives.schedule import learning_rate
-from operators.objectives.vit_up import (
-    LossWeights,
-    Supervision,
-    cosine,
-    objective,
-    relational_kl,
-    standardised_l2,
-    to_blocks,
-)
+from operators.objectives.vit_up import LossWeights, Supervision, cosine, objective, relational_kl, standardised_l2, to_blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES = {"l2": standardised_l2, "cos": cosine, "kl": relational_kl}

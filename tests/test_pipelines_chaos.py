@@ -18,13 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.nodes import processes_in
-from pipelines.benchmarks.chaos import (
-    ChaosBenchmark,
-    ChaosResult,
-    chaos_report,
-    deal,
-    require_nothing_lost,
-)
+from pipelines.benchmarks.chaos import ChaosBenchmark, ChaosResult, chaos_report, deal, require_nothing_lost
 from pipelines.benchmarks.chaos_jobs import ExtractJob, TrainJob
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import BenchmarkFailed, machine

@@ -179,12 +179,7 @@ def test_position_beyond_the_end_is_an_index_error(store, index):
 
 @pytest.mark.parametrize(
     ("rows", "given"),
-    [
-        ([7, 3, 7], [7, 3, 7]),
-        (["00012", "00002"], [12, 2]),
-        (slice(40, None), [40, 41, 42, 43, 44]),
-        (np.arange(ROWS) == 5, [5]),
-    ],
+    [([7, 3, 7], [7, 3, 7]), (["00012", "00002"], [12, 2]), (slice(40, None), [40, 41, 42, 43, 44]), (np.arange(ROWS) == 5, [5])],
 )
 def test_chosen_rows_come_in_the_order_asked(store, rows, given):
     dataset = FeatureDataset(store, ["pooled"], rows=rows)

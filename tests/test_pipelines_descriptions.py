@@ -88,14 +88,8 @@ NETWORKS = {
         {"img_size": (64, 96), "patch_size": 8, "data_config": {"input_size": (3, 64, 96)}},
         {"img_size": [64, 96], "patch_size": 8},
     ),
-    "fixed size": (
-        {"architecture": "vit_tiny_patch16_224", "img_size": 96, "depth": 2},
-        {"img_size": [96, 96], "depth": 2},
-    ),
-    "rotary": (
-        {"architecture": "vit_small_patch16_dinov3", "img_size": 64, "depth": 1},
-        {"img_size": [64, 64], "depth": 1},
-    ),
+    "fixed size": ({"architecture": "vit_tiny_patch16_224", "img_size": 96, "depth": 2}, {"img_size": [96, 96], "depth": 2}),
+    "rotary": ({"architecture": "vit_small_patch16_dinov3", "img_size": 64, "depth": 1}, {"img_size": [64, 64], "depth": 1}),
 }
 
 

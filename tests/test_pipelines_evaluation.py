@@ -90,11 +90,7 @@ def make_spair(root: Path, categories: tuple[str, ...] = ("tvmonitor", "cat"), s
             stem = f"{number:06d}-{source}-{target}"
             pair = {"category": category, "kps_ids": both, "filename": f"{stem}:{category}", "mirror": 0}
             for prefix, (name, width, height, box, points) in (("src", notes[a]), ("trg", notes[b])):
-                pair |= {
-                    f"{prefix}_imname": f"{name}.jpg",
-                    f"{prefix}_imsize": [width, height, 3],
-                    f"{prefix}_bndbox": box,
-                }
+                pair |= {f"{prefix}_imname": f"{name}.jpg", f"{prefix}_imsize": [width, height, 3], f"{prefix}_bndbox": box}
                 pair[f"{prefix}_kps"] = [points[key] for key in both]
             save(root / f"PairAnnotation/test/{stem}{separator}{category}.json", pair)
     return root
@@ -170,24 +166,12 @@ def test_real_spair_texts_parse(shared_data):
     [
         ("PairAnnotation/test", None, r"PairAnnotation/test is missing"),
         ("JPEGImages/cat/2008_000001.jpg", None, r"JPEGImages/cat/2008_000001.jpg is missing"),
-        (
-            "PairAnnotation/test/000000-2008_000000-2008_000001:cat.json",
-            "{",
-            r"2008_000001:cat.json is malformed: JSON",
-        ),
+        ("PairAnnotation/test/000000-2008_000000-2008_000001:cat.json", "{", r"2008_000001:cat.json is malformed: JSON"),
         ("PairAnnotation/test/000000-2008_000000-2008_000001:cat.json", "{}", r":cat.json has no field 'category'"),
         ("PairAnnotation/test/000000-2008_000000-2008_000001:cat.json", "[1]", r":cat.json is malformed"),
-        (
-            "PairAnnotation/test/000000-2008_000000-2008_000001:cat.json",
-            {"trg_kps": [[1, 2]]},
-            "4 key points in the source, 1",
-        ),
+        ("PairAnnotation/test/000000-2008_000000-2008_000001:cat.json", {"trg_kps": [[1, 2]]}, "4 key points in the source, 1"),
         ("PairAnnotation/test/000000-2008_000000-2008_000001:cat.json", {"trg_bndbox": [5, 5, 5, 5]}, "has no extent"),
-        (
-            "PairAnnotation/test/000000-2008_000000-2008_000001:cat.json",
-            {"src_kps": [[1, "a"]] * 4},
-            "is malformed: ValueError",
-        ),
+        ("PairAnnotation/test/000000-2008_000000-2008_000001:cat.json", {"src_kps": [[1, "a"]] * 4}, "is malformed: ValueError"),
     ],
 )
 def test_what_is_missing_or_malformed_is_named(tmp_path, name, content, message):
@@ -271,21 +255,13 @@ def test_clips_are_read_with_their_indices(tmp_path):
         ("Annotations/480p/clip-a/00000.png", "no image", r"clip-a/00000.png can't be read as an image"),
         ("Annotations/480p/clip-a/00000.png", "RGB", r"clip-a/00000.png is a RGB image; labels are 8-bit indices"),
         ("Annotations/480p/clip-a/00000.png", "void", r"clip-a/00000.png shows no object"),
-        (
-            "Annotations/480p/clip-a/00002.png",
-            "small",
-            r"clip-a/00002.png has 10 x 10 pixels, the clip's first mask 107 x 60",
-        ),
+        ("Annotations/480p/clip-a/00002.png", "small", r"clip-a/00002.png has 10 x 10 pixels, the clip's first mask 107 x 60"),
         ("JPEGImages/480p/clip-a/00003.jpg", "no image", r"clip-a/00003.jpg can't be read as an image"),
     ],
 )
 def test_clips_with_what_is_missing_or_malformed_are_named(tmp_path, name, content, message):
     path = make_davis(tmp_path / "d") / name
-    images = {
-        "RGB": Image.new("RGB", (107, 60)),
-        "void": Image.new("L", (107, 60), 255),
-        "small": Image.new("L", (10, 10)),
-    }
+    images = {"RGB": Image.new("RGB", (107, 60)), "void": Image.new("L", (107, 60), 255), "small": Image.new("L", (10, 10))}
     if content is None:
         path.unlink()
     elif content in images:
@@ -368,16 +344,8 @@ def test_real_voc_annotations_parse(shared_data):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt",
-            None,
-            r"has no VOCdevkit/VOC2007/ImageSets/Main/trainval.txt",
-        ),
-        (
-            "VOCdevkit/VOC2007/Annotations/000002.xml",
-            None,
-            r"Annotations/000002.xml does not exist, but .*trainval.txt lists it",
-        ),
+        ("VOCdevkit/VOC2007/ImageSets/Main/trainval.txt", None, r"has no VOCdevkit/VOC2007/ImageSets/Main/trainval.txt"),
+        ("VOCdevkit/VOC2007/Annotations/000002.xml", None, r"Annotations/000002.xml does not exist, but .*trainval.txt lists it"),
         ("VOCdevkit/VOC2007/JPEGImages/000003.jpg", None, r"JPEGImages/000003.jpg is missing"),
         ("VOCdevkit/VOC2007/Annotations/000001.xml", "<annotation>", r"000001.xml is malformed: no element found"),
         (
@@ -385,11 +353,7 @@ def test_real_voc_annotations_parse(shared_data):
             "<annotation/>",
             r"000001.xml is malformed: <annotation> has no <size/width>",
         ),
-        (
-            "VOCdevkit/VOC2007/Annotations/000001.xml",
-            '<!DOCTYPE a [<!ENTITY b "c">]><a/>',
-            r"000001.xml declares entities",
-        ),
+        ("VOCdevkit/VOC2007/Annotations/000001.xml", '<!DOCTYPE a [<!ENTITY b "c">]><a/>', r"000001.xml declares entities"),
     ],
 )
 def test_voc_files_that_are_missing_or_malformed_are_named(tmp_path, name, content, message):
@@ -408,11 +372,7 @@ def test_voc_files_that_are_missing_or_malformed_are_named(tmp_path, name, conte
         ("COCO/annotations/instances_train2014.json", "{}", r"instances_train2014.json has no field 'images'"),
         ("COCO/annotations/instances_train2014.json", '{"images": [', r"instances_train2014.json is malformed: JSON"),
         ("COCO/images/train2014/COCO_train2014_000000000025.jpg", None, r"000000000025.jpg is missing"),
-        (
-            "coco_20k_filenames.txt",
-            "train2014/COCO_train2014_000000000009.jpg other.jpg\nnot.jpg",
-            r"has no image not.jpg",
-        ),
+        ("coco_20k_filenames.txt", "train2014/COCO_train2014_000000000009.jpg other.jpg\nnot.jpg", r"has no image not.jpg"),
     ],
 )
 def test_coco_files_that_are_missing_or_malformed_are_named(tmp_path, name, content, message):

@@ -65,9 +65,7 @@ def test_interrupted_run_continues_without_gap_or_repeat(make_tars, tiny, monkey
 
     computed.clear()
     monkeypatch.setattr(
-        ShardWorker,
-        "compute",
-        lambda self, task, loaded: (computed.append(task.block), original(self, task, loaded))[1],
+        ShardWorker, "compute", lambda self, task, loaded: (computed.append(task.block), original(self, task, loaded))[1]
     )
     summary = extract(config, InlineExecutor())
 

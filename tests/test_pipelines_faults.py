@@ -30,19 +30,7 @@ MODEL = ["--model", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "--weights", "r
 
 
 def launch(data: str, out: str, options: dict | None, log: Path, *where: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "jobs/extract.py",
-        "--data",
-        data,
-        "--out",
-        out,
-        *MODEL,
-        "--levels",
-        "x1",
-        "x2",
-        "pooled",
-    ]
+    command = [sys.executable, "jobs/extract.py", "--data", data, "--out", out, *MODEL, "--levels", "x1", "x2", "pooled"]
     command += ["--block-rows", "4", *(where or ("--executor", "ray", "--ray-address", "local"))]
     if options:
         command += ["--storage-options", json.dumps(options)]

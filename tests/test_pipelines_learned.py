@@ -484,10 +484,7 @@ def test_all_differences_are_named_at_once(keys, tmp_path, capfd):
 
     assert run(arguments(keys().data, tmp_path / "out.zarr", "--levels", "x1", f"x2=lift:{url}")) == 2
 
-    assert [line.split()[0] for line in capfd.readouterr().err.splitlines() if line.startswith("  ")] == [
-        "layers",
-        "facet",
-    ]
+    assert [line.split()[0] for line in capfd.readouterr().err.splitlines() if line.startswith("  ")] == ["layers", "facet"]
 
 
 def cut(path: Path) -> Path:

@@ -149,11 +149,7 @@ def test_submitted_job_extracts_on_the_cluster_and_its_counters_reach_prometheus
 
 def test_working_dir_that_travels_is_small():
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if listed.returncode:
         pytest.skip("not a git checkout")

@@ -218,9 +218,7 @@ def test_large_files_fail_before_they_are_read(config, monkeypatch):
     read = []
     original = worker_module.read_images
     monkeypatch.setattr(
-        worker_module,
-        "read_images",
-        lambda rows, *rest: (read.extend(rows["key"].to_pylist()), original(rows, *rest))[1],
+        worker_module, "read_images", lambda rows, *rest: (read.extend(rows["key"].to_pylist()), original(rows, *rest))[1]
     )
     made = config({4: bytes(100_000)}, max_image_bytes=50_000)
 
@@ -257,16 +255,7 @@ def run_job(config: ExtractConfig, poison: Path, *more: str) -> subprocess.Compl
     (poison / "sitecustomize.py").write_text(POISON_EVERYWHERE)
     path = os.pathsep.join([str(poison), str(ROOT)])
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": path}
-    command = [
-        sys.executable,
-        "jobs/extract.py",
-        "--data",
-        config.data[0],
-        "--out",
-        config.out,
-        "--model",
-        config.features.model,
-    ]
+    command = [sys.executable, "jobs/extract.py", "--data", config.data[0], "--out", config.out, "--model", config.features.model]
     command += ["--weights", "random", "--size", "64", "--precision", "fp32", "--block-rows", "16"]
     command += ["--levels", *config.features.levels]
     command += ["--max-failed-fraction", "0.5", *more]

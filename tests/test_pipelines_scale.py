@@ -10,14 +10,7 @@ import pytest
 from cluster.metrics import TaskReport
 from cluster.nodes import free_port
 from pipelines.benchmarks.autoscale import DEBUG, Sample, autoscale_report, draw, measure_autoscaling
-from pipelines.benchmarks.scale import (
-    ScaleBenchmark,
-    ScaleResult,
-    _steady,
-    measure_run,
-    measure_scale,
-    scale_report,
-)
+from pipelines.benchmarks.scale import ScaleBenchmark, ScaleResult, _steady, measure_run, measure_scale, scale_report
 from pipelines.benchmarks.simulated import SimulatedSetup
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import machine

@@ -89,17 +89,7 @@ def test_cost_tables_take_them(trained, tmp_path):
     flags = ["--facet", "key", "--grids", "8", "--repeat", "1", "--out", str(tmp_path / "runtime")]
 
     assert evaluate.run(["runtime", "debug", *methods, *flags]) == 0
-    cost = [
-        "cost",
-        "debug",
-        "--upsamplers",
-        "my_module:Toy",
-        "my_module:Guided",
-        "--precisions",
-        "fp32",
-        "--repeat",
-        "1",
-    ]
+    cost = ["cost", "debug", "--upsamplers", "my_module:Toy", "my_module:Guided", "--precisions", "fp32", "--repeat", "1"]
     assert benchmark.run([*cost, "--json", str(tmp_path / "cost.json")]) == 0
 
     parameters = 16 * (9 * (64 + 3) + 1) + 64 * (16 + 1)
@@ -107,10 +97,7 @@ def test_cost_tables_take_them(trained, tmp_path):
     counted = {line["features"]: line["values"][0] for line in timed[1]["lines"]}
     assert counted["my_module:Guided x2"] == pytest.approx(parameters / 1e6)
     rows = json.loads((tmp_path / "cost.json").read_text())["measured"][0]["rows"]
-    assert [(row["name"], row["parameters"]) for row in rows[1:]] == [
-        ("my_module:Toy", 0),
-        ("my_module:Guided", parameters),
-    ]
+    assert [(row["name"], row["parameters"]) for row in rows[1:]] == [("my_module:Toy", 0), ("my_module:Guided", parameters)]
 
 
 class Difference(Upsampler):

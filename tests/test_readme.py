@@ -26,11 +26,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def test_blocks_run_in_order(checkout):
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONWARNINGS": "ignore",
-    }
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
     found = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     assert len(found) >= 3
     for language, code in found:

@@ -352,11 +352,7 @@ def npz(**arrays: np.ndarray) -> bytes:
 
 def make_shards(root: Path) -> Path:
     """Two shards to train on, one to evaluate: rgb [3, H, W], depth with a hole of 0 and one of NaN."""
-    for shard, (split, count) in {
-        "train-000000": ("train", 2),
-        "train-000001": ("train", 1),
-        "val-000000": ("val", 1),
-    }.items():
+    for shard, (split, count) in {"train-000000": ("train", 2), "train-000001": ("train", 1), "val-000000": ("val", 1)}.items():
         members = []
         for i in range(count):
             depth = np.full((48, 64), 1.5 + i, np.float32)
@@ -472,11 +468,7 @@ def coco_notes() -> dict:
         {"id": n, "image_id": i, "category_id": c, "segmentation": s, "bbox": box, "area": area, "iscrowd": crowd}
         for n, (i, c, s, box, area, crowd) in enumerate(objects)
     ]
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": c, "name": str(c)} for c in (1, 18, 90)],
-    }
+    return {"images": images, "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in (1, 18, 90)]}
 
 
 def make_coco(folder: Folder, notes: dict | None = None) -> Folder:

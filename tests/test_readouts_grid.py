@@ -89,11 +89,7 @@ def test_published_settings_reach_the_runs(sets, tmp_path):
 
     assert len(cells) == 2 * 3 * 2
     voc = cells["siglip-so-voc-deap-8-dim-0"]
-    assert (voc.features.model, voc.features.size, voc.features.ragged) == (
-        "vit_so400m_patch14_siglip_384.webli",
-        512,
-        True,
-    )
+    assert (voc.features.model, voc.features.size, voc.features.ragged) == ("vit_so400m_patch14_siglip_384.webli", 512, True)
     assert (voc.placement, voc.max_steps, voc.dim, voc.batch, voc.epochs) == ("squash", 10_000, 8, 16, 7)
     weights = voc.features.weights, cells["untrained-voc-linear-0"].features.weights
     assert weights == ("s3://bucket/siglip-so.safetensors", "random")

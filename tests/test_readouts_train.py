@@ -516,10 +516,7 @@ def test_settings_that_contradict_each_other_are_refused(sets, tmp_path, changes
         ({"method": "linear", "dim": 16}, "dim=16 is no setting of linear"),
         ({"method": "linear", "only_mask": True}, "only_mask=True is no setting of linear"),
         ({"size": 70}, "70x70 px .*--ragged"),
-        (
-            {"task": "instances", **OF_TASK["instances"], "many": 9},
-            "none of 4 images has more than 9 objects .*lower --many",
-        ),
+        ({"task": "instances", **OF_TASK["instances"], "many": 9}, "none of 4 images has more than 9 objects .*lower --many"),
     ],
 )
 def test_settings_that_do_not_fit_model_or_data_are_refused(sets, tmp_path, changes, message):

@@ -241,13 +241,7 @@ def test_ranges_are_cut_out_in_order_and_short_at_the_end(tmp_path):
 
     found = read_ranges(ranges, None)
 
-    assert [list(data) for data in found] == [
-        [10, 11, 12, 13, 14],
-        [20, 21, 22],
-        [0, 1],
-        list(range(190, 200)),
-        [],
-    ]
+    assert [list(data) for data in found] == [[10, 11, 12, 13, 14], [20, 21, 22], [0, 1], list(range(190, 200)), []]
 
 
 @pytest.mark.parametrize(("max_gap", "max_bytes"), [(0, 2**25), (2**18, 1), (2**18, 2**25)])

@@ -110,13 +110,7 @@ def store(tmp_path_factory) -> FeatureStore:
 def maps_of(input_size: tuple[int, int]) -> tuple[Level, ...]:
     """The grids of a patch of 16 pixels without overlap, at four resolutions and as an odd one."""
     rows, columns = input_size
-    grids = [
-        (rows // 16, columns // 16),
-        (rows // 8, columns // 8),
-        (rows // 32, columns // 32),
-        (rows, columns),
-        (5, 3),
-    ]
+    grids = [(rows // 16, columns // 16), (rows // 8, columns // 8), (rows // 32, columns // 32), (rows, columns), (5, 3)]
     return tuple(
         Level(
             name=name,

@@ -255,8 +255,7 @@ EMPTY = [[], (), slice(5, 5), slice(30, 40), np.zeros(0, np.int64), np.zeros(ROW
 
 
 @pytest.mark.parametrize(
-    ("level", "dtype", "shape"),
-    [("x1", np.float16, (4, 6, 5)), ("x0.5", np.float32, (2, 3, 5)), ("pooled", "f2", (5,))],
+    ("level", "dtype", "shape"), [("x1", np.float16, (4, 6, 5)), ("x0.5", np.float32, (2, 3, 5)), ("pooled", "f2", (5,))]
 )
 def test_empty_selection_gives_no_rows(store, level, dtype, shape):
     for empty in EMPTY:
@@ -500,10 +499,7 @@ def test_open_reader_of_a_growing_store_sees_rows_as_they_are_written(make_tars,
     with pytest.raises(MissingRows, match="row 12, which is not written yet"):
         store.sample("00012", [(1, 1)], "x1")
     assert store.valid([0, 19, 11, 12]).tolist() == [True, False, True, False]
-    assert store.records([12, 11], ["row", "key"]).to_pylist() == [
-        {"row": 12, "key": None},
-        {"row": 11, "key": "00011"},
-    ]
+    assert store.records([12, 11], ["row", "key"]).to_pylist() == [{"row": 12, "key": None}, {"row": 11, "key": "00011"}]
 
     stop.clear()
     extract(config, InlineExecutor())

@@ -27,18 +27,7 @@ from tests.conftest import run_input, write_tar
 
 AWKWARD_NAMES = [
     *("a.jpg", "a.JPG", "a.B.Jpg", "a.rgb.png", "a..jpg", "a.", "a", "-.jpg", " .jpg", "a b.jpg", "", "."),
-    *(
-        ".hidden",
-        ".hidden.jpg",
-        "d/.jpg",
-        "d/.a.jpg",
-        "d.x/a.jpg",
-        "d.x/a",
-        "./a.jpg",
-        "d/a.b/c.d.e",
-        "d//a.jpg",
-        "a.jpg/",
-    ),
+    *(".hidden", ".hidden.jpg", "d/.jpg", "d/.a.jpg", "d.x/a.jpg", "d.x/a", "./a.jpg", "d/a.b/c.d.e", "d//a.jpg", "a.jpg/"),
     *("../a.jpg", "../../etc/passwd", "../../etc/passwd.jpg", "/abs/a.jpg", "//a.jpg", "d/../a.jpg", "C:\\a.jpg"),
     *("ünï/ß.png", "写真/猫.jpg", "🐈.jpg", "e\u0301.jpg", "x" * 300 + ".jpg", "d" * 200 + "/" + "n" * 200 + ".webp"),
     *("__meta__", "__meta__.json", "__a__/b.jpg", "d/__a__.jpg", "__a.jpg", "a\tb.jpg", "a\nb.jpg", "a.j\npg"),
@@ -179,13 +168,7 @@ def test_sample_without_image_says_what_it_has(tmp_path):
 
 
 def test_carried_members_become_columns(tmp_path):
-    members = [
-        ("1.jpg", b"x"),
-        ("1.cls", b"7"),
-        ("1.JSON", '{"a": "ü"}'.encode()),
-        ("2.jpg", b"y"),
-        ("2.txt", b"left alone"),
-    ]
+    members = [("1.jpg", b"x"), ("1.cls", b"7"), ("1.JSON", '{"a": "ü"}'.encode()), ("2.jpg", b"y"), ("2.txt", b"left alone")]
     write_tar(tmp_path / "a.tar", members)
 
     index, _ = index_of(tmp_path / "out", tmp_path / "a.tar", rules=MemberRules(carry=("cls", "json")))
@@ -775,10 +758,7 @@ def test_rows_read_across_row_groups_and_parts_are_the_table(tmp_path, monkeypat
             "http://h/a.tar?X-Amz-Algorithm=AWS4&X-Amz-Credential=AKIA%2F1&X-Amz-Signature=hunter2&X-Amz-Security-Token=t",
             "http://h/a.tar?X-Amz-Algorithm=AWS4&X-Amz-Credential=***&X-Amz-Signature=***&X-Amz-Security-Token=***",
         ),
-        (
-            "http://h/a?AWSAccessKeyId=AKIA&Signature=hunter2&Expires=9",
-            "http://h/a?AWSAccessKeyId=***&Signature=***&Expires=9",
-        ),
+        ("http://h/a?AWSAccessKeyId=AKIA&Signature=hunter2&Expires=9", "http://h/a?AWSAccessKeyId=***&Signature=***&Expires=9"),
         ("https://acc.blob/x?sv=2024&sp=r&sig=hunter2", "https://acc.blob/x?sv=2024&sp=r&sig=***"),
         ("url='https://h/a?token=hunter2' gone", "url='https://h/a?token=***' gone"),
         ("plain text, a/b@c.tar", "plain text, a/b@c.tar"),
@@ -789,12 +769,7 @@ def test_credentials_in_urls_are_blanked(text, displayed):
 
 
 OPTIONS = {
-    "s3": {
-        "key": "AKIDEXAMPLE",
-        "secret": "hunter2",
-        "endpoint_url": "http://h:9000",
-        "client_kwargs": {"region_name": "eu-1"},
-    },
+    "s3": {"key": "AKIDEXAMPLE", "secret": "hunter2", "endpoint_url": "http://h:9000", "client_kwargs": {"region_name": "eu-1"}},
     "abfs": {"account_name": "acc", "connection_string": "AccountKey=hunter2", "sas_token": "hunter2"},
     "http": {"client_kwargs": {"headers": {"Authorization": "Bearer hunter2", "Cookie": "id=hunter2", "Accept": "*/*"}}},
     "gs": {"token": {"private_key": "hunter2", "client_email": "me@x"}},

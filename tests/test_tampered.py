@@ -77,11 +77,7 @@ def everything(store: FeatureStore) -> dict[str, Any]:
 def look(store: FeatureStore) -> str:
     """What jobs/show.py says of a store, but for times."""
     status = read_status(store)
-    lines = [
-        *row_lines(store, status, 8),
-        *failure_lines(failures(store), status.rows),
-        *list(status_lines(status))[:4],
-    ]
+    lines = [*row_lines(store, status, 8), *failure_lines(failures(store), status.rows), *list(status_lines(status))[:4]]
     colours_for(store, store.level("x1"))
     config_from_run(store.folder.url, store.folder.options)
     return "\n".join(line.partition(" has been silent")[0] for line in lines).replace(store.folder.displayed, "")
@@ -418,7 +414,7 @@ def test_what_a_continued_run_can_do_again_it_does(pair, tmp_path, capfd, change
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "record of other keys": (RECORD, lambda store: _record(store, lambda t: _with(t, "key", ["0", "7"]))),
+    "record of other keys": (RECORD, lambda store: _record(store, lambda t: _with(t, "key", ["0", "7"])))
 }
 
 

@@ -88,9 +88,7 @@ class Statistics:
         ends = np.round(np.linspace(1, len(curve), 5) + 1e-10).astype(int) - 1
         quarters = [curve[ends[i] : ends[i + 1] + 1] for i in (0, 3)]
         return cls(
-            mean=float(curve.mean()),
-            recall=float((curve > 0.5).mean()),
-            decay=float(quarters[0].mean() - quarters[1].mean()),
+            mean=float(curve.mean()), recall=float((curve > 0.5).mean()), decay=float(quarters[0].mean() - quarters[1].mean())
         )
 
 
@@ -105,12 +103,7 @@ class ObjectCurves:
 
 
 def score_clip(
-    clip: str,
-    truth_THW: Sequence[np.ndarray],
-    predicted_THW: Sequence[np.ndarray],
-    *,
-    ends: int = 1,
-    tolerance: float = 0.008,
+    clip: str, truth_THW: Sequence[np.ndarray], predicted_THW: Sequence[np.ndarray], *, ends: int = 1, tolerance: float = 0.008
 ) -> list[ObjectCurves]:
     """Curves of each object of a clip's label images (0 background; in the truth `VOID`, which annotators left open, too).
 

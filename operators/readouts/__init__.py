@@ -16,14 +16,7 @@ from operators.readouts.readout import Readout, ReadoutError, SplitReadout, deco
 from operators.upsamplers.protocol import UpsamplerError, given_settings
 from storage.documents import JsonObject
 
-__all__ = [
-    "READOUTS",
-    "Readout",
-    "ReadoutConfig",
-    "ReadoutError",
-    "SplitReadout",
-    "build_readout",
-]
+__all__ = ["READOUTS", "Readout", "ReadoutConfig", "ReadoutError", "SplitReadout", "build_readout"]
 
 READOUTS: dict[str, type[Readout]] = {
     "deap": DeAP,

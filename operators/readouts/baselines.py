@@ -8,16 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.readouts.readout import (
-    CODE,
-    PixelDecoder,
-    Readout,
-    ReadoutError,
-    feed_forward,
-    position_code,
-    query_grid,
-    resized,
-)
+from operators.readouts.readout import CODE, PixelDecoder, Readout, ReadoutError, feed_forward, position_code, query_grid, resized
 
 _Size = tuple[int, int]
 

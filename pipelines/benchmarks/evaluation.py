@@ -17,16 +17,7 @@ from torch import Tensor
 from operators.metrics.matching import Normalise, best_pixels
 from operators.metrics.propagation import Propagation, Propagator
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import (
-    BenchmarkFailed,
-    Machine,
-    NumbersFile,
-    device_name,
-    device_of,
-    median_ratio,
-    peak_bytes,
-    timed,
-)
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
 from pipelines.results import number_lines
 
 _TOLERANCE = 1e-4
@@ -260,14 +251,7 @@ def evaluate_report(config: EvaluateBenchmark, result: EvaluateResult, machine: 
 
 
 def _comparison_lines(title: str, found: Mapping[str, Comparison]) -> Iterator[str]:
-    columns = {
-        title: "",
-        "ms": ",.1f",
-        "plain, ms": ",.1f",
-        "times faster": ".2f",
-        "peak MB": ",.1f",
-        "plain, MB": ",.1f",
-    }
+    columns = {title: "", "ms": ",.1f", "plain, ms": ",.1f", "times faster": ".2f", "peak MB": ",.1f", "plain, MB": ",.1f"}
     rows = []
     for name, one in found.items():
         milliseconds = [1e3 * statistics.median(seconds) for seconds in one.seconds.values()]

@@ -209,12 +209,7 @@ def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s
 
 def _phase(a: DriverUse, b: DriverUse) -> dict[str, float]:
     """What the driver used from `a` to `b`, and the most resident memory so far: `new_peak` if it was reached between them."""
-    spent = {
-        "wall_s": b.wall_s - a.wall_s,
-        "cpu_s": b.cpu_s - a.cpu_s,
-        "rss_before": a.rss_bytes,
-        "rss_after": b.rss_bytes,
-    }
+    spent = {"wall_s": b.wall_s - a.wall_s, "cpu_s": b.cpu_s - a.cpu_s, "rss_before": a.rss_bytes, "rss_after": b.rss_bytes}
     return {**spent, "peak_bytes": b.peak_bytes, "new_peak": b.peak_bytes > a.peak_bytes}
 
 

@@ -154,12 +154,7 @@ class Runtime:
         (seconds,) = timed([run], config.repeat, config.row_s, device)
         before, peak = held_bytes(run, device)
         timing = Timing(
-            case=case.name,
-            device=device_name(device),
-            seconds=tuple(seconds),
-            macs=macs,
-            bytes_before=before,
-            peak_bytes=peak,
+            case=case.name, device=device_name(device), seconds=tuple(seconds), macs=macs, bytes_before=before, peak_bytes=peak
         )
         return [asdict(timing)]
 

@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, create_model
-from operators.upsamplers import (
-    AnyMethod,
-    Upsampler,
-    UpsamplerError,
-    build_net,
-    find_method,
-    learned_upsampler,
-    method_names,
-)
+from operators.upsamplers import AnyMethod, Upsampler, UpsamplerError, build_net, find_method, learned_upsampler, method_names
 from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, timed

@@ -39,10 +39,7 @@ def vit_up_report(config: ViTUpBenchmark, result: ViTUpResult, machine: Machine)
 
 def _published_report() -> Iterator[str]:
     rows = [
-        [
-            name,
-            *(", ".join(f"{value:,.1f}" for value in values.get(side, ()) if value) for side in ("112", "224", "448")),
-        ]
+        [name, *(", ".join(f"{value:,.1f}" for value in values.get(side, ()) if value) for side in ("112", "224", "448"))]
         for name, values in VIT_UP_RUNTIME.rows.items()
     ]
     yield "\nThe paper's Table 9, bf16 on a GPU that it doesn't name, ms and MiB:"

@@ -3,17 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.config import (
-    ClusterConfig,
-    ConfigError,
-    Counts,
-    Found,
-    Free,
-    Held,
-    JobConfig,
-    absolute,
-    require_at_least,
-)
+from pipelines.config import ClusterConfig, ConfigError, Counts, Found, Free, Held, JobConfig, absolute, require_at_least
 from pipelines.features.config import LevelConfig
 from pipelines.features.rows import Rendering
 from pipelines.features.sources import SourceChoice

@@ -10,18 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from operators.metrics.canvas import Canvas, CanvasMode
-from operators.metrics.correspondence import (
-    ALPHAS,
-    LIFT,
-    VIT_UP,
-    PairScore,
-    Pck,
-    Protocol,
-    View,
-    are_right,
-    match,
-    score_pair,
-)
+from operators.metrics.correspondence import ALPHAS, LIFT, VIT_UP, PairScore, Pck, Protocol, View, are_right, match, score_pair
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig

@@ -263,11 +263,7 @@ def _values(summary: Summary) -> list[Cell]:
 
 def _object(record: Record) -> dict[str, JsonValue]:
     means = {name: 100 * float(np.mean(record[name])) for name in ("j", "f")}
-    return {
-        **{name: record[name] for name in ("clip", "object_id", "row", "side")},
-        **means,
-        "frames": len(record["j"]),
-    }
+    return {**{name: record[name] for name in ("clip", "object_id", "row", "side")}, **means, "frames": len(record["j"])}
 
 
 def _choices(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, str]:

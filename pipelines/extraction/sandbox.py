@@ -75,10 +75,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             path = os.pathsep.join(entry for entry in sys.path if entry)
             environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, self._settings],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
+                [sys.executable, "-c", _PROGRAM, self._settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
             if self._process.stdout.read(1) != b"\n":  # type: ignore[union-attr]
                 self._end()

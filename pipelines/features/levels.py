@@ -54,11 +54,7 @@ class LevelChoice:
 
 
 def resolve_level(
-    choice: LevelChoice,
-    backbone: TimmBackbone,
-    size: tuple[int, int],
-    n_layers: int,
-    learned: UpsamplerWeights | None = None,
+    choice: LevelChoice, backbone: TimmBackbone, size: tuple[int, int], n_layers: int, learned: UpsamplerWeights | None = None
 ) -> Level:
     """A `Level` with everything filled in. Raises `ConfigError` or `UpsamplerError` where the grid can't be had."""
     channels = backbone.channels * n_layers
@@ -92,12 +88,7 @@ def resolve_level(
 
 
 def _held_against(
-    name: str,
-    method: str,
-    learned: UpsamplerWeights | None,
-    channels: int,
-    base: tuple[int, int],
-    grid: tuple[int, int],
+    name: str, method: str, learned: UpsamplerWeights | None, channels: int, base: tuple[int, int], grid: tuple[int, int]
 ) -> str:
     """The digest of a level's upsampler, where that can bring maps of `base` cells to `grid`; empty without weights."""
     if learned is None:

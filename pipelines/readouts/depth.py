@@ -47,10 +47,7 @@ class DepthTask(Task[DepthRecord]):
     @classmethod
     def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "DepthTask":  # noqa: ARG003
         return cls(
-            placement=settings.placement,
-            side=settings.side,
-            objective=settings.depth_loss,
-            gradient=settings.gradient_loss,
+            placement=settings.placement, side=settings.side, objective=settings.depth_loss, gradient=settings.gradient_loss
         )
 
     @property

@@ -12,15 +12,7 @@ import jinja2
 
 from cluster.progress import duration, size_text
 from operators.visual import Panel, Tile
-from pipelines.showing.status import (
-    RunStatus,
-    bottleneck,
-    failures,
-    level_rows,
-    read_status,
-    stage_shares,
-    state_in_words,
-)
+from pipelines.showing.status import RunStatus, bottleneck, failures, level_rows, read_status, stage_shares, state_in_words
 from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
 from storage.paths import StorageError, StorageOptions
 from storage.store import FeatureStore

@@ -58,12 +58,7 @@ def base_level(store: FeatureStore, levels: Sequence[Level]) -> Level:
 
 
 def colours_for(
-    store: FeatureStore,
-    level: Level,
-    *,
-    foreground: bool = False,
-    refit: bool = False,
-    colours_from: FeatureStore | None = None,
+    store: FeatureStore, level: Level, *, foreground: bool = False, refit: bool = False, colours_from: FeatureStore | None = None
 ) -> RgbProjection:
     """The colours of maps with as many channels as `level`: those saved in the store (or in `colours_from`), else fitted.
 

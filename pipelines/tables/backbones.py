@@ -48,14 +48,7 @@ class PaperBackbone:
 
 
 def _vit(
-    name: str,
-    label: str,
-    model: str,
-    size: int,
-    parameters: int,
-    patch: int = 16,
-    channels: int = 768,
-    **more: str,
+    name: str, label: str, model: str, size: int, parameters: int, patch: int = 16, channels: int = 768, **more: str
 ) -> PaperBackbone:
     grid = size // patch
     return PaperBackbone(

@@ -284,11 +284,7 @@ def _entry_report(entry: Entry) -> JsonObject:
 
 
 def write_grid(
-    folder: Folder,
-    config: GridConfig,
-    cells: Sequence[Cell],
-    results: Sequence[CellResult],
-    speeds: Mapping[str, Speed],
+    folder: Folder, config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult], speeds: Mapping[str, Speed]
 ) -> str:
     """Write grid.json, grid.md and, with speeds, grid.png; returns the Markdown."""
     found = entries(cells, results)

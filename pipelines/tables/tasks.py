@@ -40,15 +40,9 @@ class TableTask:
 
 COLUMNS: Mapping[str, tuple[Column, ...]] = {
     "instances": (Column(head="ARI", metric="val_ari", digits=1),),
-    "boundaries": (
-        Column(head="CE", metric="val_cross_entropy"),
-        Column(head="IoU", metric="val_iou", scale=100, digits=1),
-    ),
+    "boundaries": (Column(head="CE", metric="val_cross_entropy"), Column(head="IoU", metric="val_iou", scale=100, digits=1)),
     "detection": (Column(head="AP_lg", metric="val_ap_large"),),
-    "segmentation": (
-        Column(head="CE", metric="val_loss"),
-        Column(head="IoU", metric="val_miou", scale=100, digits=1),
-    ),
+    "segmentation": (Column(head="CE", metric="val_loss"), Column(head="IoU", metric="val_miou", scale=100, digits=1)),
     "depth": (Column(head="RMSE", metric="val_rmse_pooled", digits=3),),
 }
 """By task, as DeAP's Table 3 has them."""

@@ -211,12 +211,7 @@ class ResolvedImages:
         )
 
     def _images(
-        self,
-        folder: Folder,
-        files: Listing,
-        limit: int | None,
-        executor: Executor,
-        features: StoredFeatures | None = None,
+        self, folder: Folder, files: Listing, limit: int | None, executor: Executor, features: StoredFeatures | None = None
     ) -> tuple[ImageSource, SampleIndex]:
         config = self.config
         rules = MemberRules(image=config.image_member)

@@ -206,10 +206,7 @@ class ReadoutTraining(TrainConfig):
         reading = LabelReading(frame=self.label_frame, depth_scale=self.depth_scale)
         train, held_out = (
             load_labelled(self.dataset, absolute(self.data), split, self.options, limit, reading)
-            for split, limit in (
-                (self.split or kind.splits[0], self.limit),
-                (self.val_split or kind.splits[1], self.val_limit),
-            )
+            for split, limit in ((self.split or kind.splits[0], self.limit), (self.val_split or kind.splits[1], self.val_limit))
         )
         task = self.build_task(train)
         spec, bundle = self._features(task)

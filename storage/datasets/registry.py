@@ -56,18 +56,11 @@ DATASETS: Mapping[str, DatasetKind[LabelledImage]] = {
         names=tuple(COARSE_NAMES.split()),
     ),
     "coco_stuff": DatasetKind(
-        load=partial(load_coco_stuff, layout="deap", groups="fine"),
-        label="classes",
-        splits=("train2017", "val2017"),
-        classes=182,
+        load=partial(load_coco_stuff, layout="deap", groups="fine"), label="classes", splits=("train2017", "val2017"), classes=182
     ),
     "ade20k": DatasetKind(load=load_ade20k, label="classes", splits=("training", "validation"), classes=151),
     "cityscapes": DatasetKind(
-        load=load_cityscapes,
-        label="classes",
-        splits=("train", "val"),
-        classes=19,
-        names=tuple(CITYSCAPES_NAMES.split()),
+        load=load_cityscapes, label="classes", splits=("train", "val"), classes=19, names=tuple(CITYSCAPES_NAMES.split())
     ),
     "nyu": DatasetKind(load=load_nyu, label="depth", splits=("train", "val")),
     "coco": DatasetKind(load=load_coco_instances, label="instances", splits=("train2017", "val2017")),

@@ -24,10 +24,7 @@ class TestUpsamplers(UpsamplerContract):
     cases = (
         *(
             Case(
-                method=name,
-                factor=2 if find_method(name).enlarges else 0.5,
-                residual=name in RESIDUAL,
-                smooth=name != "nearest",
+                method=name, factor=2 if find_method(name).enlarges else 0.5, residual=name in RESIDUAL, smooth=name != "nearest"
             )
             for name in UPSAMPLERS
         ),
@@ -43,10 +40,7 @@ def test_unknown_name_is_answered_with_those_there_are():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "no_such_module:Toy",
-            r"no_such_module can't be imported here \(No module named 'no_such_module'\).*PYTHONPATH",
-        ),
+        ("no_such_module:Toy", r"no_such_module can't be imported here \(No module named 'no_such_module'\).*PYTHONPATH"),
         ("json:Toy", "json has no class Toy that is a Method"),
         ("json:JSONDecoder", "json has no class JSONDecoder that is a Method"),
         ("lift", "lift needs a checkpoint's weights"),

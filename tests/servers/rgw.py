@@ -295,12 +295,7 @@ def _lay_out(workdir: Path, capacity: int, ceph: _Ceph) -> _Cluster:
         (folder / name).mkdir()
     mon_port, s3_port = _free_ports(2)
     cluster = _Cluster(
-        ceph=ceph,
-        folder=folder,
-        cluster_id=str(uuid.uuid4()),
-        mon_port=mon_port,
-        s3_port=s3_port,
-        capacity=capacity,
+        ceph=ceph, folder=folder, cluster_id=str(uuid.uuid4()), mon_port=mon_port, s3_port=s3_port, capacity=capacity
     )
     (folder / "ceph.conf").write_text(cluster.config())
     return cluster
@@ -329,9 +324,7 @@ def rgw_server(workdir: Path, *, capacity: int = DEFAULT_CAPACITY) -> Iterator[S
     started = time.monotonic()
     cluster = _lay_out(workdir, capacity, _obtain(cache_folder()))
     server = S3Server(
-        endpoint=f"http://127.0.0.1:{cluster.s3_port}",
-        access_key=secrets.token_hex(10).upper(),
-        secret_key=secrets.token_hex(20),
+        endpoint=f"http://127.0.0.1:{cluster.s3_port}", access_key=secrets.token_hex(10).upper(), secret_key=secrets.token_hex(20)
     )
     with ExitStack() as stack:
         _start_storage(cluster, stack)

@@ -17,10 +17,7 @@ _OLD_NAMES = (
     (re.compile(r"^img_encoder\."), "query_embedding."),
     (re.compile(r"^q_proj\.(\d+)\."), r"vit_up_blocks.\1.transition_mlp."),
     (re.compile(r"^local_feature_decoder\.(\d+)\."), r"vit_up_blocks.\1.featx."),
-    (
-        re.compile(r"^global_local_cross_attention\.(\d+)\.global_cross_attention\."),
-        r"vit_up_blocks.\1.cross_attention.",
-    ),
+    (re.compile(r"^global_local_cross_attention\.(\d+)\.global_cross_attention\."), r"vit_up_blocks.\1.cross_attention."),
     (re.compile(r"^global_local_cross_attention\.(\d+)\."), r"vit_up_blocks.\1."),
 )
 

@@ -20,9 +20,7 @@ _ROPE_BASE = 100.0
 
 
 def grid_coordinates(
-    grid: tuple[int, int],
-    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
-    device: torch.device | str | None = None,
+    grid: tuple[int, int], box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0), device: torch.device | str | None = None
 ) -> Tensor:
     """Centres of the cells of a grid over `box` = (left, top, right, bottom), row by row: float32 [rows * columns, 2]."""
     rows, columns = grid
