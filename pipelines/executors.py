@@ -1,6 +1,6 @@
 """Where work runs: in this process, or on Ray. All that pipelines know of Ray Data and of actors is here.
 
-Both executors give the same bytes (tests/test_pipelines_ray.py). Ray settings were found by experiment with 2.60; each
+Both executors give the same bytes (tests/pipelines/extraction/test_ray.py). Ray settings were found by experiment with 2.60; each
 has its reason beside it. Processes that train together are Ray Train's (pipelines/training/run.py).
 """
 

@@ -1,7 +1,7 @@
 """Rows of one level, straight from the shards: cached shard indexes, concurrent ranged reads, zstd into one array.
 
 Faster than indexing the array with zarr-python, which reads a shard's index again for every row (measured by
-`python jobs/benchmark.py read`); tests/test_storage_reader.py holds the two equal. What is there and what isn't is known
+`python jobs/benchmark.py read`); tests/storage/test_reader.py holds the two equal. What is there and what isn't is known
 from the shard's index, so that an absent row costs nothing and is never a guess from its numbers.
 """
 

@@ -2,7 +2,7 @@
 
 Written here rather than through zarr-python because a whole shard is all we ever write: no read of the old shard first, one
 PUT, rows encoded while the next ones are computed, and 2 to 3 times less CPU than zarr 3.1 (measured by
-`python jobs/benchmark.py extract`). tests/test_storage_shards.py holds the bytes equal to zarr-python's own.
+`python jobs/benchmark.py extract`). tests/storage/test_shards.py holds the bytes equal to zarr-python's own.
 """
 
 from collections.abc import Sequence

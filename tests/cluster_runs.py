@@ -1,4 +1,4 @@
-"""Real clusters of several nodes for tests/test_cluster_resources.py, in a process that ends with them."""
+"""Real clusters of several nodes for tests/cluster/test_resources.py, in a process that ends with them."""
 
 import contextlib
 import json

@@ -19,7 +19,7 @@ from pipelines.extraction.run import extract
 from storage.paths import Folder
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
-from tests.test_pipelines_s3 import tree
+from tests.pipelines.extraction.test_s3 import tree
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = ("x1", "x2@float32", "x0.5@int8", "5x3=bicubic", "pooled")

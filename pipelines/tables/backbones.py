@@ -1,8 +1,8 @@
 """The backbones that DeAP compares: its Table 2 by timm's names, and any other of timm's by the same rules.
 
 Nothing is built here, and nothing downloaded: grids, channels and parameters are written down, and held against the models by
-tests/test_readouts_backbones.py; means and deviations are in timm's own configs. What is read out is the last block's map after
-the final norm, without prefix tokens.
+tests/pipelines/tables/test_backbones.py; means and deviations are in timm's own configs. What is read out is the last block's
+map after the final norm, without prefix tokens.
 """
 
 import difflib

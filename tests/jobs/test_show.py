@@ -1,0 +1,592 @@
+"""jobs/show.py over real stores: complete, being written, with failures, local and on S3; and the page in a browser."""
+
+import base64
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs.show import run
+from pipelines.executors import InlineExecutor
+from pipelines.extraction.run import RunFailed, extract
+from pipelines.extraction.worker import ShardWorker
+from pipelines.showing.report import render_report
+from pipelines.showing.status import BOTTLENECKS, MAX_RECORDS, read_status, status_lines
+from pipelines.showing.views import colours_for, pick_rows, similar_panel, view_panel
+from storage.paths import StorageError
+from storage.store import FeatureStore, MissingRows, NotAStore, OutsideImage
+from tests.conftest import jpeg, write_tar
+from tests.stops import dying_at_task
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def store(make_tars, tiny) -> FeatureStore:
+    """Twenty images, x1, x2, x4 = bicubic, pooled."""
+    config = tiny(make_tars(), levels=("x1", "x2", "x4=bicubic", "pooled"), carry=("cls",))
+    extract(config, InlineExecutor())
+    return FeatureStore.open(config.out)
+
+
+@pytest.fixture
+def stopped(make_tars, tiny) -> FeatureStore:
+    """A store that was killed when three of its five tasks were done."""
+    config = tiny(make_tars())
+    with dying_at_task(3):
+        extract(config, InlineExecutor())
+    return FeatureStore.open(config.out)
+
+
+@pytest.fixture
+def with_failures(tmp_path, tiny) -> FeatureStore:
+    """Ten images, of which three fail for two reasons."""
+    members = [(f"{i:02d}.jpg", jpeg(i)) for i in range(7)]
+    members += [("empty-1.jpg", b""), ("empty-2.jpg", b""), ("text.jpg", b"<html>not found</html>")]
+    write_tar(tmp_path / "in.tar", members)
+    config = tiny(str(tmp_path / "in.tar"), max_failed_fraction=1.0)
+    extract(config, InlineExecutor())
+    return FeatureStore.open(config.out)
+
+
+def show(*args: str) -> None:
+    assert run([str(arg) for arg in args]) == 0
+
+
+# --- status, failures, rows -------------------------------------------------------------------------------------------
+
+
+def test_status_of_a_complete_store(store, capsys):
+    show("status", store.folder.url)
+
+    text = capsys.readouterr().out
+    assert "complete" in text
+    assert "20 ok, 0 failed, 0 pending, 20 in all" in text
+    assert "5 of 5 done" in text
+    assert any(words in text for words in BOTTLENECKS.values())
+
+
+def test_stored_bytes_are_those_of_the_objects(store):
+    root = Path(store.folder.url)
+
+    status = read_status(store)
+
+    on_disk = {
+        name: sum(f.stat().st_size for f in (root / name / "features/c").rglob("*") if f.is_file()) for name in store.levels
+    }
+    assert status.stored_bytes == on_disk
+    assert status.objects == 20
+    assert not status.is_sampled
+
+
+def test_status_scales_up_from_a_sample_of_tasks(store, monkeypatch):
+    exact = read_status(store)
+    monkeypatch.setattr("pipelines.showing.status.MAX_RECORDS", 2)
+
+    status = read_status(store)
+
+    assert MAX_RECORDS > 2
+    assert status.is_sampled
+    assert status.objects == exact.objects
+    assert (status.ok, status.pending) == (20, 0)
+    assert status.stored_bytes["x1"] == pytest.approx(exact.stored_bytes["x1"], rel=0.1)
+    assert "about" in "\n".join(status_lines(status))
+
+
+def test_status_of_a_store_that_is_being_written(stopped, capsys):
+    show("status", stopped.folder.url)
+
+    text = capsys.readouterr().out
+    assert "being written by run" in text
+    assert "12 ok, 0 failed, 8 pending, 20 in all" in text
+    assert "3 of 5 done" in text
+
+
+def test_status_says_when_a_run_has_gone_silent(stopped):
+    status = read_status(stopped)
+    silent = replace(status, runs=[replace(status.runs[-1], silent_s=3700.0)])
+
+    assert "silent for 1 h 01 min" in next(iter(status_lines(silent)))
+    assert "the same command continues" in next(iter(status_lines(silent)))
+
+
+def test_status_as_json_adds_up(with_failures, capsys):
+    show("status", with_failures.folder.url, "--json")
+
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["failed"], found["pending"], found["rows"]) == (7, 3, 0, 10)
+    assert found["runs"][-1]["settings"]["config"]["model"] == "test_vit.r160_in1k"
+
+
+def test_failures_are_grouped_by_reason(with_failures, capsys):
+    show("failures", with_failures.folder.url)
+
+    text = capsys.readouterr().out
+    assert "3 of 10 images failed, for 2 reasons" in text
+    assert "2 x decode: ImageRefused: the image has 0 bytes\n            empty-1, empty-2" in text
+    assert "1 x decode: ImageRefused: not an image" in text
+
+
+def test_failures_as_json_are_ledger_rows(with_failures, capsys):
+    show("failures", with_failures.folder.url, "--json")
+
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["key"] for row in rows] == ["empty-1", "empty-2", "text"]
+    assert all(row["stage"] == "decode" for row in rows)
+
+
+def test_failures_of_a_store_that_is_being_written(tmp_path, tiny, monkeypatch, capsys):
+    write_tar(tmp_path / "in.tar", [("bad.jpg", b""), *((f"{i}.jpg", jpeg(i)) for i in range(9))])
+    compute = ShardWorker.compute
+    monkeypatch.setattr(
+        ShardWorker, "compute", lambda self, task, loaded: pytest.fail("stop") if task.block == 2 else compute(self, task, loaded)
+    )
+    config = tiny(str(tmp_path / "in.tar"), max_failed_fraction=1.0)
+    with pytest.raises((RunFailed, pytest.fail.Exception)):
+        extract(config, InlineExecutor())
+
+    show("failures", config.out)
+
+    assert "1 of 10 images failed, for 1 reasons" in capsys.readouterr().out
+
+
+def test_rows_say_what_a_row_is_and_how_large(store, capsys):
+    show("rows", store.folder.url, "--first", "2")
+
+    text = capsys.readouterr().out
+    assert re.search(r"x1 +4 x 4 x 64 +float16 +16 x 16 px +backbone +2\.0 KB", text)
+    assert re.search(r"pooled +64 +float16 +whole image", text)
+    assert re.search(r"1 +96 x 72 +ok +00001", text)
+    assert "18 more" in text
+
+
+def test_rows_of_pending_tasks_have_their_keys(stopped, capsys):
+    show("rows", stopped.folder.url, "--first", "20")
+
+    assert re.search(r"19 +pending +00019", capsys.readouterr().out)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_colours_are_fitted_once_and_saved(store):
+    first = colours_for(store, store.level("x1"))
+    saved = store.folder.read("views/rgb-64.json")
+
+    again = colours_for(FeatureStore.open(store.folder.url), store.level("x2"))
+
+    assert store.folder.read("views/rgb-64.json") == saved
+    np.testing.assert_array_equal(again.components, first.components)
+
+
+def test_colours_of_an_image_do_not_depend_on_the_others_shown(store):
+    alone = view_panel(store, np.array([7]))
+    together = view_panel(store, np.array([3, 7, 11]))
+
+    np.testing.assert_array_equal(alone.tiles[0][1].pixels, together.tiles[1][1].pixels)
+    np.testing.assert_array_equal(alone.tiles[0][3].pixels, together.tiles[1][3].pixels)
+
+
+def test_colours_of_another_store_can_be_used(store, make_tars, tiny, tmp_path):
+    config = tiny(make_tars(1, 8, "other"), out=str(tmp_path / "other.zarr"))
+    extract(config, InlineExecutor())
+    other = FeatureStore.open(config.out)
+    own = colours_for(store, store.level("x1"))
+
+    borrowed = colours_for(other, other.level("x1"), colours_from=store)
+
+    np.testing.assert_array_equal(borrowed.mean, own.mean)
+    assert not other.folder.exists("views/rgb-64.json")
+
+
+def test_colours_that_were_never_saved_can_not_be_borrowed(store):
+    with pytest.raises(StorageError, match="no saved colours for 64 channels; view it first"):
+        colours_for(store, store.level("x1"), colours_from=store)
+
+
+def test_view_of_a_store_that_can_not_be_written_warns(store, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("storage.paths.Folder.write", refuse)
+
+    view_panel(store, np.array([0]))
+
+    assert "colours were not saved" in caplog.text
+
+
+def test_saved_colours_do_not_disturb_the_store(store):
+    import zarr
+
+    view_panel(store, np.array([0]))
+
+    group = zarr.open_group(store.folder.url, mode="r", use_consolidated=False)
+    assert "views" in dict(group.members())
+
+
+def test_view_shows_photos_and_every_map(store, tmp_path):
+    show("view", store.folder.url, "--rows", "00003", "00007", "--out", tmp_path / "v.png")
+
+    panel = view_panel(store, store.rows(["00003", "00007"]))
+    assert panel.rows == ["00003", "00007"]
+    assert [title.split()[0] for title in panel.columns] == ["photo", "x1", "x2", "x4"]
+    assert panel.tiles[1][0].pixels.shape == (64, 64, 3)
+    assert panel.tiles[1][3].pixels.shape == (16, 16, 3)
+    assert Image.open(tmp_path / "v.png").size == panel.draw().size
+
+
+def test_view_without_the_photographs_goes_on(store, tmp_path, caplog):
+    shutil.rmtree(tmp_path / "in")
+
+    panel = view_panel(store, np.array([0]))
+
+    assert panel.tiles[0][0].pixels is None
+    assert panel.tiles[0][1].pixels is not None
+    assert "no photograph for row 0" in caplog.text
+
+
+def test_view_of_a_store_that_is_being_written(stopped):
+    assert set(pick_rows(stopped, 6)) <= set(range(12))
+
+    assert len(view_panel(stopped, pick_rows(stopped, 6)).tiles) == 6
+
+
+def test_view_of_a_failed_row_says_why(with_failures):
+    with pytest.raises(MissingRows, match="'empty-1', which failed: decode"):
+        view_panel(with_failures, with_failures.rows(["empty-1"]))
+
+
+def test_view_of_a_row_that_is_not_written_yet_says_so(stopped):
+    with pytest.raises(MissingRows, match="not written yet"):
+        view_panel(stopped, np.array([19]))
+
+
+def test_pick_rows_leaves_failed_ones_out(with_failures):
+    assert pick_rows(with_failures, 100).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_similarity_is_one_at_the_point_itself(store):
+    point = tuple(store.coords("x1", "00004")[1, 2])
+
+    panel = similar_panel(store, "00004", point, levels=["x1"])
+
+    yellow = (panel.tiles[0][1].pixels == [253, 231, 37]).all(axis=-1)
+    assert np.argwhere(yellow).tolist() == [[1, 2]]
+    assert panel.rows[0].endswith("to 1.00")
+
+
+def test_similarity_shows_bilinear_beside_what_is_finer(store):
+    panel = similar_panel(store, 0, None, [1, 2])
+
+    assert [" ".join(title.split()) for title in panel.columns] == [
+        "photo",
+        "x1 backbone 4 x 4 cells",
+        "x2 bilinear 8 x 8 cells",
+        "x1 bilinear 16 x 16 cells",
+        "x4 bicubic 16 x 16 cells",
+    ]
+    assert len(panel.tiles) == 3
+    assert panel.tiles[0][0].mark == (0.5, 0.5)
+    assert panel.tiles[1][0].mark is None
+
+
+def test_bilinear_map_beside_a_level_is_the_stored_bilinear_level(make_tars, tiny):
+    config = tiny(make_tars(), levels=("x1", "x2", "8x8=bicubic"))
+    extract(config, InlineExecutor())
+
+    store = FeatureStore.open(config.out)
+
+    # At the centre of an x2 cell both maps have the same query.
+    panel = similar_panel(store, 0, tuple(store.coords("x2", 0)[3, 4]))
+
+    titles = [title.split("\n")[0] for title in panel.columns]
+    made, stored = titles.index("x1 bilinear"), titles.index("x2  bilinear")
+    difference = panel.tiles[0][made].pixels.astype(int) - panel.tiles[0][stored].pixels
+    assert np.abs(difference).max() <= 3
+
+
+def test_point_that_the_crop_cut_away_is_refused(store):
+    with pytest.raises(OutsideImage, match="the crop cut"):
+        similar_panel(store, "00000", (2.0, 30.0))
+    with pytest.raises(OutsideImage, match="96 x 72 pixels"):
+        similar_panel(store, "00000", (200.0, 30.0))
+
+
+# --- compare, export --------------------------------------------------------------------------------------------------
+
+
+def test_store_equals_itself(store, capsys):
+    show("compare", store.folder.url, store.folder.url)
+
+    text = capsys.readouterr().out
+    assert "20 rows compared, 0 left out" in text
+    assert "mean 1.000000" in text
+    assert "20 rows bit for bit" in text
+
+
+def test_compare_finds_the_row_that_differs_and_matches_by_key(tmp_path, tiny, capsys):
+    a = tiny(str(write_tar(tmp_path / "a.tar", [(f"{i}.jpg", jpeg(i)) for i in range(8)])), out=str(tmp_path / "a.zarr"))
+    members = [(f"{i}.jpg", jpeg(i if i != 5 else 99)) for i in (7, 5, 3, 1, 2)]
+    b = tiny(str(write_tar(tmp_path / "b.tar", members)), out=str(tmp_path / "b.zarr"))
+    for config in (a, b):
+        extract(config, InlineExecutor())
+
+    show("compare", a.out, b.out, "--worst", "1")
+
+    text = capsys.readouterr().out
+    assert "5 rows compared, 3 left out" in text
+    assert "4 rows bit for bit" in text
+    assert text.rstrip().endswith("  5")
+
+
+def test_compare_brings_levels_to_one_grid(store, capsys):
+    show("compare", store.folder.url, store.folder.url, "--level", "x1", "--other-level", "x2")
+
+    assert re.search(r"least 0\.99999|least 1\.0", capsys.readouterr().out)
+
+
+def test_compare_refuses_what_has_no_cosine(store, make_tars, tiny, tmp_path, capsys):
+    config = tiny(make_tars(1, 4, "squashed"), geometry="squash", out=str(tmp_path / "squash.zarr"))
+    extract(config, InlineExecutor())
+
+    assert run(["compare", store.folder.url, config.out]) == 2
+    assert "show other parts of the images (geometry crop and squash)" in capsys.readouterr().err
+    assert run(["compare", store.folder.url, store.folder.url, "--level", "x1", "--other-level", "pooled"]) == 2
+    assert "one is a map" in capsys.readouterr().err
+
+
+def test_export_holds_every_vector_with_its_key_and_label(store, tmp_path, capsys):
+    show("export", store.folder.url, "--out", tmp_path / "vectors")
+
+    table = pq.read_table(tmp_path / "vectors")
+    assert table.column_names == ["row", "key", "source", "vector", "cls"]
+    assert table["key"].to_pylist() == [f"{i:05d}" for i in range(20)]
+    assert table["cls"].to_pylist() == [str(i % 7) for i in range(20)]
+    assert table["source"][0].as_py().endswith("s-000.tar")
+    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), store.read(slice(None), "pooled").astype(np.float32))
+    assert "20 vectors of 64 in 1 files" in capsys.readouterr().out
+
+
+def test_export_of_a_map_is_its_mean_and_leaves_failed_rows_out(with_failures, tmp_path, capsys):
+    show("export", with_failures.folder.url, "--level", "x1", "--out", tmp_path / "vectors")
+
+    table = pq.read_table(tmp_path / "vectors")
+    expected = with_failures.read(slice(0, 7), "x1").astype(np.float32).mean(axis=(1, 2))
+    np.testing.assert_allclose(np.stack(table["vector"].to_numpy()), expected, rtol=1e-5, atol=1e-5)
+    assert "3 rows without features left out" in capsys.readouterr().out
+
+
+def test_export_is_cut_into_parts(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("storage.export.PART_BYTES", 4 * 64 * 8)
+
+    show("export", store.folder.url, "--out", tmp_path / "vectors")
+
+    assert [len(pq.read_table(part)) for part in sorted((tmp_path / "vectors").glob("*.parquet"))] == [8, 8, 4]
+    assert pq.read_table(tmp_path / "vectors")["row"].to_pylist() == list(range(20))
+
+
+def test_export_refuses_a_folder_with_parquet_in_it(store, tmp_path, capsys):
+    show("export", store.folder.url, "--out", tmp_path / "vectors")
+
+    assert run(["export", store.folder.url, "--out", str(tmp_path / "vectors")]) == 2
+    assert "holds Parquet files already" in capsys.readouterr().err
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_report_holds_everything_and_no_address(with_failures, tmp_path):
+    show("report", with_failures.folder.url, "--out", tmp_path / "r.html")
+
+    text = (tmp_path / "r.html").read_text()
+    assert "ImageRefused: the image has 0 bytes" in text
+    assert "The weights are random" in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "<script" not in text
+    pictures = re.findall(r"data:image/(?:jpeg|png);base64,([^\"]+)", text)
+    assert len(pictures) == 6 * 3 + 4 * 3
+    assert all(base64.b64decode(picture) for picture in pictures)
+
+
+def test_report_escapes_what_strangers_wrote(tmp_path, tiny):
+    members = [("<script>alert(1)</script>.jpg", jpeg(1)), ("ok.jpg", jpeg(2)), ("bad<b>.jpg", b"")]
+    write_tar(tmp_path / "in.tar", members)
+    config = tiny(str(tmp_path / "in.tar"), max_failed_fraction=1.0)
+    extract(config, InlineExecutor())
+
+    text = render_report(FeatureStore.open(config.out), count=6)
+
+    assert "<script" not in text
+    assert "bad<b>" not in text
+
+
+def test_report_of_a_store_that_is_being_written(stopped):
+    text = render_report(stopped, count=4)
+
+    assert "being written by run" in text
+    assert "None so far." in text
+
+
+def test_report_of_a_store_without_features_says_so(make_tars, tiny, monkeypatch):
+    config = tiny(make_tars())
+    monkeypatch.setattr(ShardWorker, "compute", lambda *_: pytest.fail("stop"))
+    with pytest.raises((RunFailed, pytest.fail.Exception)):
+        extract(config, InlineExecutor())
+
+    assert "has no features to show yet" in render_report(FeatureStore.open(config.out), count=4)
+
+
+@pytest.fixture
+def chromium() -> str:
+    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium here; make test-browser installs it")
+    return found
+
+
+OVERFLOWING = """() => [...document.querySelectorAll('body *')].filter(e => {
+    const box = e.getBoundingClientRect();
+    return box.right > innerWidth + 0.5 || box.left < -0.5
+        || (getComputedStyle(e).display != 'inline' && e.scrollWidth > e.clientWidth + 1);
+}).map(e => e.tagName + ' ' + e.textContent.slice(0, 60))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_report_opens_in_a_browser_without_requests_errors_or_cut_off_parts(
+    with_failures, tmp_path, chromium, width: int, monkeypatch
+):
+    from playwright.sync_api import sync_playwright
+
+    monkeypatch.setattr(type(with_failures.folder), "displayed", "s3://a-bucket/" + "a-very-long-name-without-spaces" * 8)
+    (tmp_path / "r.html").write_text(render_report(with_failures, count=4))
+    asked: list[str] = []
+    said: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(f"file://{tmp_path}/r.html")
+        page.locator("summary").click()
+        broken = page.evaluate("[...document.images].filter(i => !i.naturalWidth).length")
+        overflowing = page.evaluate(OVERFLOWING)
+        browser.close()
+
+    assert [url for url in asked if not url.startswith("data:")] == [f"file://{tmp_path}/r.html"]
+    assert said == []
+    assert broken == 0
+    assert overflowing == []
+
+
+# --- remote, and without torch ----------------------------------------------------------------------------------------
+
+
+def test_everything_works_on_s3(make_tars, tiny, s3_options, tmp_path, capsys):
+    url, options = f"s3://{s3_options['bucket']}/f.zarr", json.dumps(s3_options["options"])
+    config = tiny(make_tars(), out=url, storage_options=options)
+    extract(config, InlineExecutor())
+
+    for command in ("status", "failures", "rows"):
+        show(command, url, "--storage-options", options)
+    show("view", url, "--storage-options", options, "--out", tmp_path / "v.png")
+    show("similar", url, "--key", "00003", "--storage-options", options, "--out", tmp_path / "s.png")
+    show("export", url, "--storage-options", options, "--out", f"s3://{s3_options['bucket']}/vectors")
+    show("report", url, "--storage-options", options, "--out", tmp_path / "r.html")
+
+    displayed = capsys.readouterr().out + (tmp_path / "r.html").read_text()
+    assert "test-secret-value" not in displayed
+    assert "20 ok" in displayed
+
+
+def test_status_tells_of_a_run_that_another_process_writes_to_s3(make_tars, s3_options, capsys):
+    url, options = f"s3://{s3_options['bucket']}/f.zarr", s3_options["options"]
+    settings = f"--out {url} --model test_vit.r160_in1k --weights random --size 64 --precision fp32 --executor inline"
+    command = [sys.executable, "jobs/extract.py", "--data", make_tars(count=4), "--block-rows", "1", *settings.split()]
+    writer = subprocess.Popen([*command, "--storage-options", json.dumps(options)], cwd=ROOT)
+    try:
+        while not _tasks_done(url, options):
+            assert writer.poll() is None
+        writer.send_signal(signal.SIGSTOP)  # so that it is still at it, however slow this one is
+        show("status", url, "--storage-options", json.dumps(options))
+        writer.send_signal(signal.SIGCONT)
+        assert writer.wait() == 0
+    finally:
+        writer.kill()
+        writer.wait()
+    displayed = capsys.readouterr().out
+
+    assert "being written by run" in displayed
+    assert "0 pending" not in displayed
+    assert "of 40 done" in displayed
+    assert read_status(FeatureStore.open(url, options)).status == "complete"
+
+
+def _tasks_done(url: str, options: dict[str, object]) -> int:
+    try:
+        return read_status(FeatureStore.open(url, options)).tasks_done
+    except NotAStore:
+        return 0
+
+
+def test_it_runs_without_torch_and_ray(store, tmp_path):
+    code = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "timm", "ray"):
+            raise ImportError(name + " is not needed to look at a store")
+
+sys.meta_path.insert(0, Blocker())
+from jobs.show import run
+for command in (["status"], ["rows"], ["view", "--out", "v.png"], ["report", "--out", "r.html"]):
+    assert run([command[0], {store.folder.url!r}, *command[1:]]) == 0
+"""
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["stat", "x"], "Did you mean 'status'?"),
+        (["status", "nowhere.zarr"], "there is no feature store at nowhere.zarr"),
+        (["view", "STORE", "--rows", "nobody"], "has no sample 'nobody'"),
+        (["view", "STORE", "--rows", "99"], "there is no row 99"),
+        (["view", "STORE", "--levels", "x9"], "has no level 'x9'; it has x1, x2, x4, pooled"),
+        (["view", "STORE", "--levels", "pooled"], "no maps among pooled"),
+        (["status", "STORE", "--storage-options", "{"], "not valid JSON"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_exit_code_2(store, args, words, capsys):
+    assert run([store.folder.url if arg == "STORE" else arg for arg in args]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_without_a_command_lists_them(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["--help"])
+
+    assert stop.value.code == 0
+    assert "similar" in capsys.readouterr().out
+
+
+def test_the_type_of_a_row_selection_is_a_key_before_it_is_a_number(tmp_path, tiny):
+    """Keys such as `5` are common; the number is only meant where no key is called so."""
+    from pipelines.showing.commands import named_rows
+
+    write_tar(tmp_path / "in.tar", [(f"{i}.jpg", jpeg(i)) for i in (5, 4, 3, 2)])
+    config = tiny(str(tmp_path / "in.tar"))
+    extract(config, InlineExecutor())
+
+    assert named_rows(FeatureStore.open(config.out), ["5", "0", "-1"], 3).tolist() == [0, 0, 3]

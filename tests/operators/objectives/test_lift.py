@@ -1,0 +1,83 @@
+"""Reconstruction losses: LiFT's values, gradients and optimiser steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+
+from operators.objectives.lift import LOSSES, cosine_loss, lower, multi_scale_loss
+from operators.upsamplers import build_net
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+# Mathematically zero gradients that Adam moves by rounding noise (lift_vitup.md A10.7).
+NOISE = ("image_convs_1.0.bias", "image_convs_1.3.bias", "image_convs_2.0.bias")
+
+
+def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])  # noqa: SIM118
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_values_and_gradients_are_those_of_lifts_script(kind):
+    tensors, _ = golden("lift_losses")
+    fine, coarse = (tensors[f"in/gen_{i}"].requires_grad_() for i in (1, 2))
+
+    half = LOSSES[kind](fine, tensors["in/feat1"])
+    quarter = LOSSES[kind](coarse, tensors["in/feat2"])
+    (half + quarter).backward()
+
+    torch.testing.assert_close(half, tensors[f"out/{kind}/term_half"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(quarter, tensors[f"out/{kind}/term_quarter"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(half + quarter, tensors[f"out/{kind}/loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(fine.grad, tensors[f"out/{kind}/grad_gen_1"], rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(coarse.grad, tensors[f"out/{kind}/grad_gen_2"], rtol=2e-3, atol=2e-4)
+
+
+def test_cosine_is_that_of_torch_where_vectors_vanish():
+    predicted, target = torch.zeros(1, 4, 1, 2), torch.ones(1, 4, 1, 2)
+    predicted[..., 1] = 1e-6
+
+    expected = torch.nn.functional.cosine_embedding_loss(predicted.flatten(2)[0].t(), target.flatten(2)[0].t(), torch.ones(2))
+
+    torch.testing.assert_close(cosine_loss(predicted, target), expected)
+
+
+def test_two_training_steps_are_those_of_lifts_script():
+    tensors, config = golden("lift_train_steps_cosine_p8")
+    net = build_net({"method": "lift", "channels": config["in_channels"], "patch": config["patch_size"]})
+    net.load_state_dict({key[8:]: value for key, value in tensors.items() if key.startswith("sd_init/")}, strict=True)
+    optimiser = torch.optim.Adam(net.parameters(), lr=config["lr"])
+    losses, gradients = [], {}
+
+    for step in range(config["steps"]):
+        sides = {1: 8, 2: 4, 3: 2}
+        maps = [tensors[f"in/feat{i}_step{step}"].transpose(1, 2).unflatten(2, (n, n)) for i, n in sides.items()]
+        loss = multi_scale_loss(net, tensors[f"in/image_step{step}"], maps, config["loss"])
+        optimiser.zero_grad()
+        loss.backward()
+        gradients = gradients or {name: p.grad.clone() for name, p in net.named_parameters()}
+        optimiser.step()
+        losses.append(loss.detach().double())
+
+    torch.testing.assert_close(torch.stack(losses), tensors["out/losses"], rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, tensors[f"grad_step0/{name}"], rtol=2e-3, atol=2e-4, msg=name)
+    for name, value in net.state_dict().items():
+        if name not in NOISE:
+            torch.testing.assert_close(value, tensors[f"sd_final/{name}"], rtol=5e-4, atol=5e-4, msg=name)
+
+
+def test_low_resolution_images_are_every_other_pixel_from_the_top_left():
+    images = torch.arange(24.0).reshape(1, 1, 4, 6)
+
+    assert lower(images, 2).tolist() == [[[[0, 2, 4], [12, 14, 16]]]]
+
+
+def test_maps_that_are_not_twice_the_next_are_refused():
+    net = build_net({"method": "resize_conv", "channels": 4, "patch": 16})
+
+    with pytest.raises(ValueError, match=r"predicted \(1, 4, 6, 6\) and target \(1, 4, 5, 5\) must be of one shape"):
+        multi_scale_loss(net, torch.randn(1, 3, 96, 96), [torch.randn(1, 4, n, n) for n in (5, 3, 2)])

@@ -1,0 +1,236 @@
+"""Evaluations that are shared out, killed and continued, on local disk and on S3: the numbers of one undisturbed process."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from cluster.resources import WorkerPool, WorkerRequest
+from jobs import evaluate as job
+from pipelines.evaluation import correspondence, discovery, run, video
+from pipelines.evaluation.run import Piece, Record, run_pieces
+from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.features.sources import FeatureSource
+from storage.paths import Folder
+from tests.pipelines.evaluation.test_evaluation import (
+    discovery_config,
+    evaluate,
+    extract,
+    make_davis,
+    make_spair,
+    make_voc,
+    spair_config,
+    video_config,
+)
+from tests.pipelines.extraction.test_faults import ROOT, ended
+from tests.pipelines.extraction.test_s3 import tree
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def parts(out: object, options: dict | None = None) -> dict[str, bytes]:
+    """What each piece gave."""
+    return tree(Folder(str(out), options), "parts/")
+
+
+# --- shared out -------------------------------------------------------------------------------------------------------
+
+
+def evaluate_by_four(module, config):
+    """As `evaluate`, but by four workers in this process, which take pieces in a random order."""
+    task, recipe, folder = module.prepare(config)
+    work = run.Work(evaluation=task, recipe=recipe, folder=folder, device="cpu", threads=1)
+    workers = [work() for _ in range(4)]
+    pieces = random.Random(3).sample(task.pieces(), len(task.pieces()))
+    for number, piece in enumerate(pieces):
+        workers[number % 4](piece)
+    records = run_pieces(config, task, recipe, folder, InlineExecutor())
+    return pieces, records, module.find(config, task, recipe, records)
+
+
+CASES = {
+    "correspondence": (correspondence, make_spair, spair_config, "JPEGImages", "pad"),
+    "video": (video, make_davis, video_config, "JPEGImages/480p", "squash"),
+    "discovery": (discovery, make_voc, discovery_config, "VOCdevkit/VOC2007/JPEGImages", "squash"),
+}
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_one_worker_on_a_model_and_four_on_a_store_give_the_same_numbers(task, tmp_path, tiny, monkeypatch):
+    module, make, config, images, geometry = CASES[task]
+    data = make(tmp_path / "d")
+    stores = tuple(extract(tmp_path, f"s{side}", data / images, tiny, geometry=geometry, size=str(side)) for side in (48, 64))
+    one, findings = evaluate(module, config(data, tmp_path / "one", sizes=(48, 64), drawing="extract"))
+    monkeypatch.setattr(correspondence, "PIECE_PAIRS", 2)
+    monkeypatch.setattr(discovery, "PIECE_IMAGES", 1)
+
+    pieces, four, found = evaluate_by_four(module, config(data, tmp_path / "four", sizes=(), stores=stores))
+
+    assert len(pieces) >= 4
+    assert four == one
+    assert found.tables == findings.tables
+    assert found.details == findings.details
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """An evaluation whose pieces begin when four workers are there; the first that has done `victim` is killed over it."""
+
+    evaluation: object
+    place: Path
+    victim: str
+
+    def pieces(self) -> list[Piece]:
+        return self.evaluation.pieces()
+
+    def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
+        (self.place / f"worker-{os.getpid()}").touch()
+        deadline = time.monotonic() + 500
+        while len(list(self.place.glob("worker-*"))) < 4:
+            assert time.monotonic() < deadline, "four workers didn't come"
+            time.sleep(0.05)
+        records = self.evaluation.run(piece, source, folder)
+        with (self.place / f"did-{piece.name}").open("a") as file:
+            file.write("1")
+        if piece.name == self.victim and not (self.place / "killed").exists():
+            (self.place / "killed").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return records
+
+
+class HalfCores(WorkerPool):
+    """The tests' Ray has two CPUs: each of four actors takes half of one."""
+
+    placement = property(lambda _: {"num_cpus": 0.5})
+
+
+class FourActors(RayExecutor):
+    def pool(self, request: WorkerRequest) -> WorkerPool:
+        return HalfCores(device="cpu", size=4, cpus=1, gpus=0)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_four_actors_one_of_them_killed_mid_piece_give_the_numbers_of_one_process(tmp_path):
+    data, sizes, place = make_spair(tmp_path / "d"), tuple(range(32, 160, 16)), tmp_path / "place"
+    place.mkdir()
+    one, findings = evaluate(correspondence, spair_config(data, tmp_path / "one", sizes=sizes))
+    config = spair_config(data, tmp_path / "four", sizes=sizes, executor="ray")
+    task, recipe, folder = correspondence.prepare(config)
+
+    records = run_pieces(config, Together(task, place, "80-00000"), recipe, folder, FourActors())
+
+    assert records == one
+    assert correspondence.find(config, task, recipe, records).tables == findings.tables
+    workers = {path.name.removeprefix("worker-") for path in place.glob("worker-*")}
+    assert (place / "killed").read_text() in workers
+    assert len(workers) == 5  # four, and the one started for the one that was killed
+    assert (place / "did-80-00000").read_text() == "11"
+    assert parts(tmp_path / "four") == parts(tmp_path / "one")
+
+
+def hold(argv: list[str]) -> None:
+    """What a subprocess runs: the program, which stands still within its second piece, when its label images are written."""
+    plain, did = video.Video.run, []
+
+    def stands_still(self, piece, source, folder):
+        records = plain(self, piece, source, folder)
+        did.append(piece.name)
+        if len(did) > 1:
+            threading.Event().wait()
+        return records
+
+    video.Video.run = stands_still
+    job.run(argv)
+
+
+def command(data: Path, out: Path) -> list[str]:
+    return [
+        *("video", "--data", str(data), "--out", str(out), "--sizes", "64", "--pictures", "1"),
+        *("--model", "test_vit.r160_in1k", "--weights", "random", "--precision", "fp32"),
+        *("--executor", "inline", "--device", "cpu"),
+    ]
+
+
+def test_a_killed_driver_is_continued_without_doing_what_is_done(tmp_path):
+    data, whole, out = make_davis(tmp_path / "d"), tmp_path / "whole", tmp_path / "out"
+    assert job.run(command(data, whole)) == 0
+    program = f"from tests.pipelines.evaluation.test_faults import hold; hold({command(data, out)!r})"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    with ended(process):
+        # Clip a is the longer one, and comes first; clip b's label images, the last of which ends its piece but for the part.
+        while not (out / "masks/64/bilinear-x2/clip-b/00004.png").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+    assert [*before] == ["64-0000.jsonl"]
+    assert not (out / "results.json").exists()
+
+    assert job.run(command(data, out)) == 0
+
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+    assert sorted(after) == ["64-0000.jsonl", "64-0001.jsonl"]
+    assert before.items() <= after.items()
+    assert parts(out) == parts(whole)
+    assert tree(Folder(str(out)), "masks/") == tree(Folder(str(whole)), "masks/")
+    assert (out / "results.md").read_bytes() == (whole / "results.md").read_bytes()
+
+
+# --- on object storage ------------------------------------------------------------------------------------------------
+
+
+def test_data_stores_and_results_may_be_on_s3(tmp_path, tiny, s3_options):
+    data = make_spair(tmp_path / "d")
+    store = extract(tmp_path, "pad", data / "JPEGImages", tiny, geometry="pad")
+    options, bucket = s3_options["options"], f"s3://{s3_options['bucket']}"
+    fs = s3fs.S3FileSystem(**options)
+    for source, name in ((str(data), "d"), (store, "pad.zarr")):
+        fs.put(f"{source}/", f"{bucket}/{name}/", recursive=True)
+    text = json.dumps({"s3": options})
+    local, _ = evaluate(correspondence, spair_config(data, tmp_path / "local", sizes=(64,), drawing="extract", pictures=1))
+
+    def on_s3(name: str, **changes: object) -> list[Record]:
+        changes = {"sizes": (64,), "pictures": 1, "storage_options": text, **changes}
+        return evaluate(correspondence, spair_config(f"{bucket}/d", f"{bucket}/{name}", **changes))[0]
+
+    assert on_s3("live", drawing="extract") == local
+    assert on_s3("stored", stores=(f"{bucket}/pad.zarr",)) == local
+
+    live = tree(Folder(f"{bucket}/live", options))
+    assert parts(f"{bucket}/live", options) == parts(f"{bucket}/stored", options) == parts(tmp_path / "local")
+    assert {"results.md", "results.json", "run.json", "pictures/matches.png"} <= set(live)
+    assert live["results.md"] == (tmp_path / "local/results.md").read_bytes()
+    assert b"test-secret-value" not in b"".join(live.values())
+    before = fs.info(f"{bucket}/live/parts/64-00000.jsonl")["LastModified"]
+    assert on_s3("live", drawing="extract") == local
+    assert fs.info(f"{bucket}/live/parts/64-00000.jsonl")["LastModified"] == before
+
+
+def test_clips_on_s3_score_as_on_disk(tmp_path, s3_options):
+    data = make_davis(tmp_path / "d")
+    options, bucket = s3_options["options"], f"s3://{s3_options['bucket']}"
+    s3fs.S3FileSystem(**options).put(f"{data}/", f"{bucket}/d/", recursive=True)
+    local, findings = evaluate(video, video_config(data, tmp_path / "local", pictures=1))
+
+    settings = video_config(f"{bucket}/d", f"{bucket}/out", pictures=1, storage_options=json.dumps({"s3": options}))
+    records, found = evaluate(video, settings)
+
+    assert records == local
+    assert found.tables == findings.tables
+    here, there = Folder(str(tmp_path / "local")), Folder(f"{bucket}/out", options)
+    assert tree(there, "masks/") == tree(here, "masks/")
+    assert tree(there, "pictures/") == tree(here, "pictures/")
