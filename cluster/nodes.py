@@ -240,15 +240,10 @@ def run_node(name: str, head: bool, port: int, cpus: int, store_bytes: int) -> N
         no_monitor=True,
     )
     node = Node(settings, head=head, shutdown_at_exit=True, spawn_reaper=True)
-    while not node.dead_processes() and not _input_ended():
+    while not node.dead_processes() and not select.select([sys.stdin], [], [], 0)[0]:  # until the input ends
         time.sleep(0.5)
     _kill(psutil.Process().children(recursive=True))  # agents and workers, too
     node.kill_all_processes(check_alive=False, allow_graceful=False)
-
-
-def _input_ended() -> bool:
-    readable, _, _ = select.select([sys.stdin], [], [], 0)
-    return bool(readable)
 
 
 if __name__ == "__main__":

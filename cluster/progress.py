@@ -1,12 +1,12 @@
 """Progress that tells the truth: a live table on a terminal, one line every 30 s elsewhere."""
 
+import contextlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -46,9 +46,7 @@ class Progress:
             threading.Thread(target=self._print_lines, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         if self._live:
             self._live.stop()
@@ -104,6 +102,24 @@ class Progress:
         for stage, share in self.shares().items():
             shares.add_row(stage, ProgressBar(total=1.0, completed=share, width=30), f"{share:.0%}")
         return Group(ProgressBar(total=self.total, completed=finished, width=60), table, shares)
+
+
+@contextlib.contextmanager
+def every(seconds: float, do: Callable[[], None], name: str) -> Iterator[None]:
+    """Call `do` every so many seconds, in a thread of its own called `name`, until the block ends."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(seconds):
+            do()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def duration(seconds: float | None) -> str:

@@ -318,10 +318,8 @@ def growth_of(text: str) -> Growth | None:
     import yaml
 
     config = yaml.safe_load(text)
-    most = config.get("max_workers", 0)
-    types = [
-        kind for name, kind in config.get("available_node_types", {}).items() if name != config.get("head_node_type")
-    ]
+    most, head = config.get("max_workers", 0), config.get("head_node_type")
+    types = [kind for name, kind in config.get("available_node_types", {}).items() if name != head]
     # Ray fills in what a cloud's machine type has; without a cloud, each node says it when it joins.
     if any("CPU" not in kind.get("resources", {}) for kind in types):
         return None

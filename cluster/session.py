@@ -148,7 +148,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     its own processes know, also where RAY_AUTH_MODE says otherwise. Raises `ClusterError`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if _is_connected():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield _gcs_address()
     elif address == "local":
         logger.info("starting a local Ray (about 8 s)")
@@ -159,14 +159,6 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
             yield _gcs_address()
 
 
-def _is_connected() -> bool:
-    if "ray" not in sys.modules:
-        return False
-    import ray
-
-    return ray.is_initialized()
-
-
 def _gcs_address() -> str:
     import ray
 
@@ -174,21 +166,12 @@ def _gcs_address() -> str:
 
 
 @contextmanager
-def _session(
-    address: str, *, num_cpus: int | None = None, num_gpus: int | None = None, include_dashboard: bool | None = None
-) -> Iterator[None]:
+def _session(address: str, **options: int | None) -> Iterator[None]:
     import ray
     from ray.exceptions import AuthenticationError
 
     try:
-        ray.init(
-            address=address,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=include_dashboard,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except AuthenticationError:
         raise ClusterError(
             f"the Ray cluster at {address!r} doesn't take this program's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "

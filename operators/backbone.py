@@ -10,7 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,25 +58,12 @@ class PatchFeatures:
         return torch.cat([self.layers[layer].mean(dim=(2, 3)) for layer in layers], dim=-1)
 
 
-class Backbone(Protocol):
-    """A frozen model. Not thread-safe: one call at a time."""
-
-    channels: int
-    stride: int
-    has_cls: bool
-
-    def __call__(self, images_BCHW: Tensor, layers: Sequence[int]) -> PatchFeatures: ...
-
-    def peak_bytes(self, batch: int, size: tuple[int, int]) -> int:
-        """Upper bound on device memory for one call, weights included."""
-
-
 class _AllSeen(Exception):
     """Ends a forward that has gone far enough."""
 
 
 class TimmBackbone:
-    """A timm ViT, or a hierarchical model's last stage, behind the `Backbone` protocol.
+    """A frozen timm ViT, or a hierarchical model's last stage. Not thread-safe: one call at a time.
 
     `stride` below the patch size makes patches overlap. `pos_embed="dino"` interpolates absolute position embeddings as
     DINO's code does (LiFT's features depend on it): bicubic without antialias, sampled at (h + 0.1) / m; "timm" is
@@ -131,7 +118,6 @@ class TimmBackbone:
         return possible if norm is None else norm
 
     def _free_patches(self) -> None:
-        """Patches at any stride, and of inputs of any size."""
         patch_embed = getattr(self.model, "patch_embed", None)
         if (
             self.is_hierarchical
@@ -181,10 +167,6 @@ class TimmBackbone:
             grid.append((side - self.patch) // self.stride + 1)
         return grid[0], grid[1]
 
-    def cell_start(self) -> float:
-        """Centre of the first cell in input pixels; the same on both axes."""
-        return self.patch / 2
-
     def __call__(self, images_BCHW: Tensor, layers: Sequence[int]) -> PatchFeatures:
         """Normalised images [B, 3, H, W] to maps of `layers` (0-based numbers)."""
         grid = self.grid_of((images_BCHW.shape[-2], images_BCHW.shape[-1]))
@@ -203,13 +185,9 @@ class TimmBackbone:
             )
         else:
             tokens = self._block_tokens(images_BCHW, layers)
-        return self._features(tokens, grid)
-
-    def _features(self, tokens: Mapping[int, Tensor], grid: tuple[int, int]) -> PatchFeatures:
-        maps = {n: t[:, self.n_prefix :].unflatten(1, grid).permute(0, 3, 1, 2) for n, t in tokens.items()}
-        return PatchFeatures(
-            layers=maps, prefix={n: t[:, : self.n_prefix] for n, t in tokens.items()}, stride=self.stride
-        )
+        cells = {n: t[:, self.n_prefix :].unflatten(1, grid).permute(0, 3, 1, 2) for n, t in tokens.items()}
+        prefix = {n: t[:, : self.n_prefix] for n, t in tokens.items()}
+        return PatchFeatures(layers=cells, prefix=prefix, stride=self.stride)
 
     def _block_tokens(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
         """Tokens after each of `layers`, [B, T + h*w, C]."""
@@ -235,9 +213,7 @@ class TimmBackbone:
     def _attention(self, layer: int) -> Attention:
         blocks = getattr(self.model, "blocks", None)
         attention = getattr(blocks[layer], "attn", None) if blocks is not None and not self.is_hierarchical else None
-        if attention is None or (
-            getattr(attention, "qkv", None) is None and getattr(attention, "q_proj", None) is None
-        ):
+        if attention is None or all(getattr(attention, name, None) is None for name in ("qkv", "q_proj")):
             raise BackboneError(
                 f"facet {self.facet} needs blocks with a qkv or q_proj layer; {type(self.model).__name__} has none"
             )
@@ -280,7 +256,8 @@ class TimmBackbone:
         self._grid = grid
 
     def peak_bytes(self, batch: int, size: tuple[int, int]) -> int:
-        """Weights, and per token the residual stream, norms, qkv, MLP and kept maps: 24 float32 values a channel."""
+        """Upper bound on device memory for one call: weights, and per token the residual stream, norms, qkv, MLP and kept
+        maps: 24 float32 values a channel."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if self.is_hierarchical:
             # Early stages have 4 x more tokens of half the channels, at a stride of 4.

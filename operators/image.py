@@ -26,16 +26,8 @@ from operators.codecs.samples import Samples
 from operators.codecs.warned import decoder_warnings
 from storage.orientation import EXIF_ROTATE, TURNS, exif_orientation
 
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-}
-
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 """What Pillow may open. It knows more, and starts Ghostscript on the program that an EPS file is."""
-
 
 MAX_RLE_PIXELS = 2**24
 """Of a run-length encoded BMP, which Pillow decodes in Python: a few bytes can mean a second for each million pixels."""
@@ -94,14 +86,8 @@ class Geometry:
 
 
 def _placement(width: int, height: int, resized: tuple[int, int], corner: tuple[int, int]) -> Placement:
-    return Placement(
-        x_scale=resized[0] / width,
-        x_offset=float(corner[0]),
-        y_scale=resized[1] / height,
-        y_offset=float(corner[1]),
-        resized=resized,
-        corner=corner,
-    )
+    x, y = ((resized[i] / side, float(corner[i])) for i, side in enumerate((width, height)))
+    return Placement(x_scale=x[0], x_offset=x[1], y_scale=y[0], y_offset=y[1], resized=resized, corner=corner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +104,7 @@ class DecodedImage:
 
 
 def decode(
-    data: bytes,
-    geometry: Geometry,
-    *,
-    max_pixels: int,
-    draft: bool = False,
-    memory: DecodeMemory | None = None,
+    data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = False, memory: DecodeMemory | None = None
 ) -> DecodedImage:
     """Decode image bytes and bring them to the input's size.
 
@@ -154,17 +135,14 @@ def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:
     return _resample(image, geometry.place(*image.size), geometry)
 
 
-def open_rgb(
-    data: bytes, *, max_pixels: int, at_least: tuple[int, int] | None = None
-) -> tuple[Image.Image, tuple[int, int], str]:
+def open_rgb(data: bytes, *, max_pixels: int) -> tuple[Image.Image, tuple[int, int], str]:
     """Decode image bytes: upright 8-bit RGB, its (width, height), and what was converted, in words.
 
-    With `at_least` = (width, height), a JPEG may come at 1/2, 1/4 or 1/8 of its size while it stays larger than that. Raises
-    `ImageRefused` for whatever is wrong with the bytes, and `MemoryError`, which says nothing about them.
+    Raises `ImageRefused` for whatever is wrong with the bytes, and `MemoryError`, which says nothing about them.
     """
     with decoder_warnings() as warned:
         opened = _open(data, max_pixels)
-        rgb, size, conversions = _load_rgb(opened, data, at_least)
+        rgb, size, conversions = _load_rgb(opened, data, None)
     return rgb, size, ", ".join([*conversions, *_warnings(warned, opened)])
 
 
@@ -214,7 +192,10 @@ def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
 def _load_rgb(
     opened: ImageFile.ImageFile, data: bytes, at_least: tuple[int, int] | None
 ) -> tuple[Image.Image, tuple[int, int], list[str]]:
-    """Upright 8-bit RGB of an opened image, its (width, height), and the conversions in words."""
+    """Upright 8-bit RGB of an opened image, its (width, height), and the conversions in words.
+
+    With `at_least` = (width, height), a JPEG may come at 1/2, 1/4 or 1/8 of its size while it stays larger than that.
+    """
     width, height = opened.size
     if at_least and opened.format == "JPEG":
         opened.draft("RGB", at_least)
@@ -243,7 +224,7 @@ def _load(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, Sample
         opened.load()
         return opened, samples, said
     # Pillow brings the values of a PGM to 16 bits by the file's own maximum.
-    samples = Samples(bits=stored_bits(opened), told=opened.format in ("JPEG2000", "PPM"))
+    samples = Samples(bits=stored_bits(opened), in_full=opened.format in ("JPEG2000", "PPM"))
     opened.load()
     if opened.format == "JPEG2000":
         return jpeg2000.widened(opened, jpeg2000.read_header(data)), samples, []
@@ -261,14 +242,13 @@ def _too_large(size: str, limit: int) -> str:
 
 def _resample(image: Image.Image, placement: Placement, geometry: Geometry) -> np.ndarray:
     (w, h), (x, y) = placement.resized, placement.corner
-    method = _RESAMPLING[geometry.interpolation]
+    method = Image.Resampling[geometry.interpolation.upper()]
     if x >= 0 and y >= 0:
         part = image.resize((w, h), method)
         if (w, h) == (geometry.width, geometry.height):
             return np.array(part)
-        canvas = Image.new(
-            "RGB", (geometry.width, geometry.height), tuple(round(255 * value) for value in geometry.mean)
-        )
+        mean = tuple(round(255 * value) for value in geometry.mean)
+        canvas = Image.new("RGB", (geometry.width, geometry.height), mean)
         canvas.paste(part, (x, y))
         return np.array(canvas)
     window = (-x, -y, geometry.width - x, geometry.height - y)

@@ -3,6 +3,7 @@
 No files are read here: weights come in as arrays or as a state dict.
 """
 
+import contextlib
 import difflib
 import hashlib
 import textwrap
@@ -73,17 +74,9 @@ class Preprocessing:
     @classmethod
     def of(cls, config: PretrainedCfg) -> "Preprocessing":
         """As timm describes it."""
-        return cls(
-            size=(config.input_size[1], config.input_size[2]),
-            mean=_three(config.mean),
-            std=_three(config.std),
-            interpolation=config.interpolation,
-        )
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = map(float, values)
-    return red, green, blue
+        _, height, width = config.input_size
+        mean, std = (decode(tuple[float, float, float], tuple(map(float, each))) for each in (config.mean, config.std))
+        return cls(size=(height, width), mean=mean, std=std, interpolation=config.interpolation)
 
 
 def preprocessing(name: str) -> Preprocessing:
@@ -98,7 +91,8 @@ def preprocessing(name: str) -> Preprocessing:
 def _require_known(name: str) -> None:
     if ":" in name or "/" in name:
         raise BackboneError(f"{name!r} is a place; name the architecture, and give --weights the file or folder there")
-    if not _known(name):
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture) or (tag and name not in timm.list_pretrained(f"{architecture}.*")):
         raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
 
 
@@ -109,11 +103,6 @@ def _near(name: str) -> list[str]:
         or [known for known in names if name.split(".")[0] in known][:5]
         or timm.list_models("vit_small*", pretrained=True)[:5]
     )
-
-
-def _known(name: str) -> bool:
-    architecture, _, tag = name.partition(".")
-    return timm.is_model(architecture) and (not tag or name in timm.list_pretrained(f"{architecture}.*"))
 
 
 def create_model(
@@ -183,10 +172,8 @@ def _create_strictly(
 
 def _create_any_size(name: str, size: tuple[int, int], kwargs: Mapping[str, Any]) -> nn.Module:
     """Position embeddings that follow the input where the family can, else those of `size`."""
-    try:
+    with contextlib.suppress(TypeError):
         return timm.create_model(name, **{**kwargs, "dynamic_img_size": True})
-    except TypeError:
-        pass
     try:
         return timm.create_model(name, **{**kwargs, "img_size": size})
     except (TypeError, AssertionError, ValueError) as error:

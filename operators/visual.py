@@ -16,6 +16,9 @@ BACKGROUND = (232, 232, 232)
 """Colour of cells that are not foreground, or have no features."""
 
 
+_COLOUR_ARRAYS = ("mean", "components", "low", "high")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Foreground:
     """Which cells show the objects: those whose projection on the first principal component is above `threshold`.
@@ -78,35 +81,26 @@ class RgbProjection:
         projected = (np.where(there[..., None], features, self.mean) - self.mean) @ self.components.T
         scaled = (projected - self.low) / np.maximum(self.high - self.low, 1e-12)
         colours = (np.clip(scaled, 0, 1) * 255).round().astype(np.uint8)
-        shown = there & self.foreground(features) if self.foreground else there
-        return np.where(shown[..., None], colours, np.array(BACKGROUND, np.uint8))
+        coloured = there & self.foreground(features) if self.foreground else there
+        return np.where(coloured[..., None], colours, np.array(BACKGROUND, np.uint8))
 
     def to_json(self) -> dict[str, JsonValue]:
         """Plain lists; `from_json` is the way back."""
-        data: dict[str, JsonValue] = {
-            name: getattr(self, name).tolist() for name in ("mean", "components", "low", "high")
-        }
-        if self.foreground:
-            mask = self.foreground
-            data["foreground"] = {
-                "mean": mask.mean.tolist(),
-                "direction": mask.direction.tolist(),
-                "threshold": mask.threshold,
-            }
+        data: dict[str, JsonValue] = {name: getattr(self, name).tolist() for name in _COLOUR_ARRAYS}
+        if mask := self.foreground:
+            arrays = {"mean": mask.mean.tolist(), "direction": mask.direction.tolist()}
+            data["foreground"] = {**arrays, "threshold": mask.threshold}
         return data
 
     @classmethod
     def from_json(cls, data: JsonObject) -> "RgbProjection":
-        mean, components, low, high = (np.array(data[name]) for name in ("mean", "components", "low", "high"))
         foreground = None
         if data.get("foreground"):
             mask = as_object(data["foreground"])
-            foreground = Foreground(
-                mean=np.array(mask["mean"]),
-                direction=np.array(mask["direction"]),
-                threshold=decode(float, mask["threshold"], "threshold"),
-            )
-        return cls(mean=mean, components=components, low=low, high=high, foreground=foreground)
+            mean, direction = np.array(mask["mean"]), np.array(mask["direction"])
+            threshold = decode(float, mask["threshold"], "threshold")
+            foreground = Foreground(mean=mean, direction=direction, threshold=threshold)
+        return cls(**{name: np.array(data[name]) for name in _COLOUR_ARRAYS}, foreground=foreground)
 
 
 def _cells(maps: Sequence[np.ndarray], at_most: int = 50_000) -> np.ndarray:

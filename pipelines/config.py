@@ -19,8 +19,9 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, ge
 import tyro
 
 from cluster.resources import WorkerRequest
+from storage.documents import JsonValue
 from storage.errors import RayliftError
-from storage.paths import is_memory, public_options, redact
+from storage.paths import StorageOptions, is_memory, public_options, redact
 
 
 class ConfigError(RayliftError, ValueError):
@@ -31,11 +32,12 @@ class ConfigError(RayliftError, ValueError):
 
 
 class Identity(enum.Enum):
-    """Whether a result is another one under another value of a setting, so that work isn't continued under it."""
+    """What a setting means for a result. A training or an evaluation isn't continued under another value that counts; a store
+    isn't where the `FeatureSpec`, the input or the layout that come of its settings are others."""
 
     COUNTS = "its value counts"
     FOUND = "what it names counts, as it is found there: weights and images by their bytes, wherever they lie"
-    FREE = "where, how and how far the work is done, and what is shown of it"
+    FREE = "where, how and how far the work is done, and what is reported of it"
 
 
 T = TypeVar("T")
@@ -57,13 +59,14 @@ class Setting:
     "as flags (with - for _) and saved documents have it"
     path: tuple[str, ...]
     "attributes that lead to it"
-    kind: Any
+    kind: object
     "its type"
     identity: Identity | None
 
-    def of(self, config: object) -> Any:
+    def of(self, config: object) -> JsonValue:
         """Its value."""
-        return functools.reduce(getattr, self.path, config)
+        value: JsonValue = functools.reduce(getattr, self.path, config)
+        return value
 
 
 def settings_of(kind: type) -> Mapping[str, Setting]:
@@ -74,7 +77,7 @@ def settings_of(kind: type) -> Mapping[str, Setting]:
     for each in fields(kind):
         marks = get_args(hints[each.name])[1:]
         plain = get_args(hints[each.name])[0] if marks else hints[each.name]
-        name = next((mark.name for mark in marks if isinstance(mark, _NAMED)), each.name)
+        name = next((str(getattr(mark, "name", "")) for mark in marks if isinstance(mark, _NAMED)), each.name)
         if name:
             identity = next((mark for mark in marks if isinstance(mark, Identity)), None)
             found[name] = Setting(name=name, path=(each.name,), kind=chosen.get(plain, plain), identity=identity)
@@ -111,7 +114,7 @@ class SessionConfig:
     """`auto` takes GPUs where the cluster has any."""
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """`storage_options` parsed. Raises `ConfigError`."""
         return parse_options(self.storage_options)
 
@@ -206,18 +209,18 @@ class JobConfig:
                 own[first] = value
         return replace(self, **own, **{first: replace(getattr(self, first), **held[first]) for first in held})
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> dict[str, JsonValue]:
         """All settings by name."""
         return {name: setting.of(self) for name, setting in settings_of(type(self)).items()}
 
-    def public(self) -> dict[str, Any]:
+    def public(self) -> dict[str, JsonValue]:
         """All settings as JSON values without credentials, for files and logs."""
-        shown = self.flat()
-        if shown["storage_options"]:
-            shown["storage_options"] = json.dumps(public_options(self.options))
-        return _redacted(json.loads(json.dumps(shown)), self.options)
+        values = self.flat()
+        if values["storage_options"]:
+            values["storage_options"] = json.dumps(public_options(self.options))
+        return {name: _redacted(value, self.options) for name, value in json.loads(json.dumps(values)).items()}
 
-    def counted(self, *features: Identity) -> dict[str, Any]:
+    def counted(self, *features: Identity) -> dict[str, JsonValue]:
         """Its own settings whose value counts, as `public` has them, and the settings of `features` that are marked so."""
         known, public = settings_of(type(self)), self.public()
         return {
@@ -227,7 +230,7 @@ class JobConfig:
         }
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """`storage_options` parsed. Raises `ConfigError`."""
         return self.cluster.options
 
@@ -238,17 +241,17 @@ class JobConfig:
 
     @property
     def is_inline(self) -> bool:
-        """Whether this process does the work: where it was told to, or other ones can't see the URLs."""
+        """Whether this process does the work: where it was asked to, or other ones can't see the URLs."""
         return self.cluster.executor == "inline" or (
             self.cluster.executor == "auto" and any(map(is_memory, self.places))
         )
 
 
-def _redacted(value: Any, options: Mapping[str, Any]) -> Any:
+def _redacted(value: JsonValue, options: StorageOptions) -> JsonValue:
     """JSON values with credentials blanked in every text."""
     if isinstance(value, str):
         return redact(value, options)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _redacted(each, options) for name, each in value.items()}
     return [_redacted(each, options) for each in value] if isinstance(value, list) else value
 
@@ -282,7 +285,7 @@ def absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).expanduser().resolve())
 
 
-def parse_options(text: str | None) -> dict[str, Any]:
+def parse_options(text: str | None) -> dict[str, object]:
     """--storage-options parsed. Raises `ConfigError`, without repeating the text: it may hold secrets."""
     try:
         options = json.loads(text or "{}")

@@ -12,19 +12,9 @@ from pipelines.showing.views import pick_rows, view_panel
 from storage.store import FeatureStore
 
 PHOTOS = (
-    "astronaut",
-    "chelsea",
-    "coffee",
-    "rocket",
-    "camera",
-    "coins",
-    "moon",
-    "motorcycle_left",
-    "grass",
-    "gravel",
-    "brick",
-    "hubble_deep_field",
-)
+    "astronaut", "chelsea", "coffee", "rocket", "camera", "coins",
+    "moon", "motorcycle_left", "grass", "gravel", "brick", "hubble_deep_field",
+)  # fmt: skip
 """Photographs inside the scikit-image wheel."""
 
 

@@ -65,12 +65,16 @@ def _write_davis(root: Path) -> None:
     """One clip of six frames, in which two rectangles move."""
     for t in range(6):
         boxes = [(8 + 4 * t, 20, 40 + 4 * t, 52), (76, 6 + 2 * t, 98, 30 + 2 * t)]
-        labels = np.zeros((64, 107), np.uint8)
-        for number, (x1, y1, x2, y2) in enumerate(boxes, 1):
-            labels[y1:y2, x1:x2] = number
         _save(root / f"JPEGImages/480p/blocks/{t:05d}.jpg", _jpeg(scene(107, 64, boxes, t)))
-        _save(root / f"Annotations/480p/blocks/{t:05d}.png", label_png(labels))
+        _save(root / f"Annotations/480p/blocks/{t:05d}.png", label_png(_labels(107, 64, boxes)))
     _save(root / "ImageSets/2017/val.txt", b"blocks\n")
+
+
+def _labels(width: int, height: int, boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
+    labels = np.zeros((height, width), np.uint8)
+    for number, (x1, y1, x2, y2) in enumerate(boxes, 1):
+        labels[y1:y2, x1:x2] = number
+    return labels
 
 
 def _write_voc(root: Path) -> None:
@@ -98,16 +102,14 @@ def _write_masks(voc: Path, coco: Path) -> None:
         for i in numbers:
             width, height = ((96, 72), (72, 96), (80, 80))[i % 3]
             boxes = [(6 + 3 * i, 8, 36 + 3 * i, 50), (4, 54, 30, 70)][: 1 + i % 2]
-            labels = np.zeros((height, width), np.uint8)
             for number, (x1, y1, x2, y2) in enumerate(boxes, 1):
-                labels[y1:y2, x1:x2] = number
                 polygon = [x1, y1, x2, y1, x2, y2, x1, y2]
                 note = {"id": 10 * i + number, "image_id": i, "category_id": number, "iscrowd": 0}
                 note |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "segmentation": [polygon]}
                 notes.append(note)
             photo = _jpeg(scene(width, height, boxes, 80 + i))
             _save(within / f"JPEGImages/{i:06d}.jpg", photo)
-            _save(within / f"SegmentationClass/{i:06d}.png", label_png(labels))
+            _save(within / f"SegmentationClass/{i:06d}.png", label_png(_labels(width, height, boxes)))
             _save(coco / f"{split}2017/{i:012d}.jpg", photo)
             images.append({"id": i, "file_name": f"{i:012d}.jpg", "width": width, "height": height})
         categories = [{"id": number, "name": name} for number, name in ((1, "red"), (2, "blue"))]

@@ -53,7 +53,7 @@ class StateMismatch(RayliftError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """Chosen rows of a store, and what is told of them beside features. Positions (`at`, int64) count within `rows`."""
+    """Chosen rows of a store, and their labels. Positions (`at`, int64) count within `rows`."""
 
     store: FeatureStore
     "read through `reopened` only: what a fork inherits must hold no lock and no open file"

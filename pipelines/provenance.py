@@ -3,12 +3,11 @@
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipelines.config import ConfigError
 from storage.differences import differences
+from storage.documents import JsonObject, as_object
 from storage.paths import Folder
 from storage.runs import read_pointers, read_run, write_run
 
@@ -24,14 +23,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
 
 
-def begin_run(folder: Folder, made_of: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject) -> None:
     """Write run.json, or hold it against its continuation: `made_of` is the run's identity, `config` all its settings, both
     JSON values without credentials. Raises `ConfigError`."""
     before = read_run(folder)
     if before is not None:
         # Runs of earlier versions didn't look at the images' bytes.
         content = {name: made_of[name] for name in made_of if name.endswith("_content")}
-        known = {**content, **before.get("identity", {})}
+        known = {**content, **as_object(before.get("identity", {}), "identity")}
         require_same(folder.shown, {**known, **content}, made_of)
         if changed := [name.removesuffix("_content") for name in content if known[name] != made_of[name]]:
             raise ConfigError(
@@ -44,8 +43,8 @@ def begin_run(folder: Folder, made_of: Mapping[str, Any], config: Mapping[str, A
     write_run(folder, {"identity": made_of, "config": config, "versions": versions()})
 
 
-def require_same(shown: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def require_same(shown: str, before: JsonObject, now: JsonObject) -> None:
     """Raises `ConfigError` with what differs between a run and its continuation."""
     if found := differences(before, now):
-        lines = found.text("run", "now")
-        raise ConfigError(f"{shown} was begun with other settings:\n{lines}\nUse a new --out, or the settings above.")
+        text = found.text("run", "now")
+        raise ConfigError(f"{shown} was begun with other settings:\n{text}\nUse a new --out, or the settings above.")

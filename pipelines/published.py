@@ -321,26 +321,14 @@ DEAP_ABLATIONS = Published(
 """By method and task, AP_lg, VOC's IoU in percent or RMSE in metres of each backbone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParameterCounts:
-    """Millions of learned parameters that the paper prints of DeAP on some backbones."""
-
-    backbones: str
-    channels: int
-    "of their maps"
-    millions: tuple[float, ...]
-    "by task, as `DEAP_TASKS`"
-
-
-DEAP_PARAMETERS = (
-    ParameterCounts(backbones="ViT-B", channels=768, millions=(0.053, 0.043, 0.087, 0.047, 0.088, 0.043)),
-    ParameterCounts(
-        backbones="ViT-L, Aim2, ViTamin", channels=1024, millions=(0.066, 0.056, 0.112, 0.060, 0.101, 0.056)
-    ),
-    ParameterCounts(backbones="SAM2 B+", channels=256, millions=(0.028, 0.018, 0.035, 0.022, 0.062, 0.018)),
-    ParameterCounts(backbones="Hiera B+", channels=896, millions=(0.060, 0.050, 0.099, 0.054, 0.094, 0.050)),
-    ParameterCounts(backbones="SigLIP-SO", channels=1152, millions=(0.073, 0.062, 0.125, 0.066, 0.107, 0.062)),
-)
+DEAP_PARAMETERS: Mapping[tuple[str, int], tuple[float, ...]] = {
+    ("ViT-B", 768): (0.053, 0.043, 0.087, 0.047, 0.088, 0.043),
+    ("ViT-L, Aim2, ViTamin", 1024): (0.066, 0.056, 0.112, 0.060, 0.101, 0.056),
+    ("SAM2 B+", 256): (0.028, 0.018, 0.035, 0.022, 0.062, 0.018),
+    ("Hiera B+", 896): (0.060, 0.050, 0.099, 0.054, 0.094, 0.050),
+    ("SigLIP-SO", 1152): (0.073, 0.062, 0.125, 0.066, 0.107, 0.062),
+}
+"""By backbones and channels of their maps: millions of learned parameters that the paper prints, by task, as `DEAP_TASKS`."""
 
 
 def deap_values(backbone: str, method: str, task: str) -> Values:

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from PIL import Image, ImageFont
@@ -34,7 +34,7 @@ class Line:
     def of(cls, row: Row, size: Size, values: Sequence[Cell]) -> "Line":
         return cls(
             features=row.name,
-            input_px=shown_size(size),
+            input_px=sides(size),
             stride=row.stride,
             grid=f"{row.grid[0]}x{row.grid[1]}",
             values=tuple(values),
@@ -51,13 +51,13 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[Line, ...] = ()
 
     def markdown(self) -> str:
         """With a line for the title."""
         head = ["features", "input px", "stride", "grid", *self.columns]
         rows = [
-            [line.features, line.input_px, _shown(line.stride), line.grid, *map(_shown, line.values)]
+            [line.features, line.input_px, _text(line.stride), line.grid, *map(_text, line.values)]
             for line in self.lines
         ]
         return "\n".join([self.title, *table_lines(head, rows, padded=True)])
@@ -83,6 +83,17 @@ def table_lines(
         yield f"| {' | '.join(row)} |"
 
 
+def number_lines(columns: Mapping[str, str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """`table_lines` of cells in the format that is given for each column's name. Text stays as it is, and None is empty."""
+    formats = columns.values()
+    cells = [[_formatted(cell, form) for cell, form in zip(row, formats, strict=True)] for row in rows]
+    return table_lines(list(columns), cells)
+
+
+def _formatted(cell: object, form: str) -> str:
+    return "" if cell is None else cell if isinstance(cell, str) else format(cell, form)
+
+
 def percent(shares: Sequence[float]) -> list[float]:
     """Shares of 1 in percent."""
     return [100 * share for share in shares]
@@ -98,17 +109,9 @@ def with_published(table: Table, rows: Mapping[str, Row], published: Published |
         values = published.values(rows[line.features].method, line.input_px)
         if values:
             padded = (*values, *[None] * (len(table.columns) - len(values)))
-            lines.append(
-                Line(
-                    features=published.source,
-                    input_px=line.input_px,
-                    stride=None,
-                    grid="",
-                    values=padded,
-                    published=True,
-                )
-            )
-    return Table(title=table.title, columns=table.columns, lines=tuple(lines))
+            of = replace(line, features=published.source, stride=None, grid="", values=padded, published=True)
+            lines.append(of)
+    return replace(table, lines=tuple(lines))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,35 +139,21 @@ class Findings:
     left_out: tuple[LeftOut, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What results.json says."""
-
-    task: str
-    tables: tuple[Table, ...]
-    left_out: tuple[LeftOut, ...]
-    choices: Mapping[str, str]
-    details: JsonObject
-    features: JsonObject
-    config: JsonObject
-    versions: Mapping[str, str]
-
-
 def write_results(folder: Folder, task: str, config: JsonObject, features: JsonObject, findings: Findings) -> str:
     """Write results.md, results.json and pictures/; returns the Markdown."""
     for name, picture in findings.pictures.items():
         folder.write(f"pictures/{name}", picture if isinstance(picture, bytes) else _png(picture))
-    report = Report(
-        task=task,
-        tables=findings.tables,
-        left_out=findings.left_out,
-        choices=findings.choices,
-        details=findings.details,
-        features=features,
-        config=config,
-        versions=versions(),
-    )
-    folder.write("results.json", json.dumps(_finite(asdict(report)), indent=1, allow_nan=False).encode())
+    report: JsonObject = {
+        "task": task,
+        "tables": [asdict(table) for table in findings.tables],
+        "left_out": [asdict(each) for each in findings.left_out],
+        "choices": findings.choices,
+        "details": findings.details,
+        "features": features,
+        "config": config,
+        "versions": versions(),
+    }
+    folder.write("results.json", json.dumps(_finite(report), indent=1, allow_nan=False).encode())
     text = _markdown(task, findings)
     folder.write("results.md", text.encode())
     return text
@@ -193,13 +182,13 @@ def _png(picture: Image.Image) -> bytes:
     return data.getvalue()
 
 
-def _shown(value: Cell) -> str:
+def _text(value: Cell) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def shown_size(size: Size) -> str:
+def sides(size: Size) -> str:
     """`448`, or `480x832` where sides differ."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 

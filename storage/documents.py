@@ -258,14 +258,18 @@ def with_columns(table: pa.Table, wanted: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=wanted.with_metadata(table.schema.metadata))
 
 
+def schema_of(kind: type[Record], **others: pa.DataType) -> pa.Schema:
+    """The columns of a dataclass of strings and numbers, or None; `others`: of types that aren't the usual ones."""
+    kinds = {name: (*get_args(hint), hint)[0] for name, hint in get_type_hints(kind).items()}
+    return pa.schema([(f.name, others.get(f.name) or _ARROW[kinds[f.name]]) for f in fields(kind)])
+
+
 def rows_as(kind: type[Record], table: pa.Table) -> list[Record]:
     """Rows of a table as dataclasses of strings and numbers. Raises `ValueError` for names, types and nulls that don't fit.
 
     By columns, since there may be a million rows.
     """
-    hints, known = get_type_hints(kind), fields(kind)
-    schema = pa.schema([(f.name, _ARROW[hints[f.name]]) for f in known])
-    require_columns(table.schema, schema, [f.name for f in known if f.default is not MISSING])
+    require_columns(table.schema, schema_of(kind), [f.name for f in fields(kind) if f.default is not MISSING])
     if nulls := [name for name in table.column_names if table[name].null_count]:
         raise ValueError(f"its column {nulls[0]} has nulls")
     return [kind(**row) for row in table.to_pylist()]

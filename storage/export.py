@@ -34,14 +34,13 @@ def export_vectors(
     folder = Folder(target, storage_options)
     if any(name.endswith(".parquet") for name in folder.sizes("")):
         raise StorageError(f"{folder.shown} holds Parquet files already; choose another folder, or empty this one")
-    part_rows = (
-        max(1, PART_BYTES // (4 * store.level(level).channels * store.layout.block_rows)) * store.layout.block_rows
-    )
+    block_rows = store.layout.block_rows
+    part_rows = max(1, PART_BYTES // (4 * store.level(level).channels * block_rows)) * block_rows
     tables: list[pa.Table] = []
     rows = files = 0
     for table in _blocks(store, level):
         tables.append(table)
-        if sum(len(t) for t in tables) + store.layout.block_rows > part_rows:
+        if sum(len(t) for t in tables) + block_rows > part_rows:
             files, rows, tables = files + 1, rows + _write(folder, files, tables), []
     if tables:
         files, rows = files + 1, rows + _write(folder, files, tables)
@@ -58,9 +57,8 @@ def _blocks(store: FeatureStore, level: str) -> Iterator[pa.Table]:
             continue
         vectors = values.astype(np.float32).reshape(len(rows), -1, values.shape[-1]).mean(axis=1)[there]
         known = store.index.take(rows[there], columns)
-        table = pa.table(
-            {"row": rows[there], "key": known["key"], "source": urls.take(known["source"].combine_chunks())}
-        )
+        sources = urls.take(known["source"].combine_chunks())
+        table = pa.table({"row": rows[there], "key": known["key"], "source": sources})
         flat = pa.array(vectors.ravel(), pa.float32())
         table = table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
         for name in store.index.carried:

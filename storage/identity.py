@@ -94,7 +94,10 @@ def input_state(
     """
     paired, new = pair(index.sources, files)
     if gone_is_unchanged:
-        paired = [file or _as_indexed(source) for source, file in zip(index.sources, paired, strict=True)]
+        paired = [
+            file or InputFile(url=source.url, size=source.size, etag=source.etag)
+            for source, file in zip(index.sources, paired, strict=True)
+        ]
         new = []
     if index.order is None:  # an earlier version, which took no other images
         new = [file for file in new if file.is_common]
@@ -105,9 +108,11 @@ def input_state(
         raise other_input(index, lines)
     now = [file for file in paired if file is not None]
     doubtful = [i for i, file in enumerate(now) if not is_unchanged(index.sources[i], file)]
-    state = InputState(
-        files=now, sources=[_source(source, file) for source, file in zip(index.sources, now, strict=True)]
-    )
+    sources = [
+        replace(source, url=query_free(file.url), size=file.size, etag=file.etag)
+        for source, file in zip(index.sources, now, strict=True)
+    ]
+    state = InputState(files=now, sources=sources)
     wanted = list(range(len(now))) if rescan else doubtful
     scans = {i: moved[i] for i in wanted if i in moved}
     others = [i for i in wanted if i not in moved]
@@ -120,14 +125,6 @@ def input_state(
     if scans:
         _Comparison(index, state, scans, set(doubtful), ledger, options, limit).run()
     return state
-
-
-def _as_indexed(source: Source) -> InputFile:
-    return InputFile(url=source.url, size=source.size, etag=source.etag)
-
-
-def _source(source: Source, file: InputFile) -> Source:
-    return replace(source, url=query_free(file.url), size=file.size, etag=file.etag)
 
 
 def _moved(

@@ -192,7 +192,6 @@ def _key(path: str) -> str:
 
 
 def _why_not(name: str, *, beside_tars: bool = False) -> str:
-    """Why a file of a listing isn't taken."""
     if _is_tar(name):
         return "tar in a subfolder (name that folder, too)"
     if _COMPRESSED.search(name):
@@ -229,10 +228,7 @@ def _input_file(fs: fsspec.AbstractFileSystem, info: Entry, base: str = "") -> I
     size = info["size"]
     assert size is not None, "files of unknown size are refused where they are listed"
     return InputFile(
-        url=_full_url(fs, info["name"]),
-        size=int(size),
-        etag=_stamp(fs, info),
-        base=base and _full_url(fs, base),
+        url=_full_url(fs, info["name"]), size=int(size), etag=_stamp(fs, info), base=base and _full_url(fs, base)
     )
 
 

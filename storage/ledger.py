@@ -17,39 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.documents import DamagedObject, Document, decode, parse_json
+from storage.documents import DamagedObject, Document, decode, parse_json, schema_of
 from storage.paths import Folder, StorageError
-from storage.samples import PART_ROWS, Parts, RowTable, SampleIndex, part_name, table_bytes
+from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_bytes
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
 
-SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("member", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("status", pa.string()),
-        ("stage", pa.string()),
-        ("error", pa.string()),
-        ("message", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("x_scale", pa.float64()),
-        ("x_offset", pa.float64()),
-        ("y_scale", pa.float64()),
-        ("y_offset", pa.float64()),
-        ("conversion", pa.string()),
-        ("clipped", pa.int64()),
-        ("digest", pa.string()),
-    ]
-)
-
-_LATER = ("digest",)
-"""Columns that format 2 hasn't."""
-
+_AGAIN = "remove it, and the same extraction does its task again"
+"""What to do about a damaged commit record."""
 
 T = TypeVar("T")
 
@@ -89,6 +64,13 @@ class SampleRecord:
     "`image_digest` of the bytes that were read; None where none were"
 
 
+SCHEMA = schema_of(SampleRecord, width=pa.int32(), height=pa.int32())
+"""Columns of the ledger: the fields of `SampleRecord`."""
+
+_LATER = ("digest",)
+"""Columns that format 2 hasn't."""
+
+
 def image_digest(data: bytes) -> str:
     """What identifies an image's bytes: the first 32 hex digits of their sha256."""
     return hashlib.sha256(data).hexdigest()[:32]
@@ -106,7 +88,7 @@ class Ledger:
     ):
         self.folder, self.layout, self.levels = folder, layout, levels
         self.fingerprint, self.unmarked = fingerprint, unmarked
-        self._merged = RowTable(Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER))
+        self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
 
     @staticmethod
     def commit_name(block: int) -> str:
@@ -147,7 +129,6 @@ class Ledger:
         return sorted(name for name in self.folder.sizes("ledger/commits") if name and self._block_of(name) is None)
 
     def _block_of(self, name: str) -> int | None:
-        """The block whose record is called `name`."""
         match = re.fullmatch(r"(\d{8,18})\.parquet", name)
         block = int(match[1]) if match else -1
         # `000000001.parquet`, with a zero too many, must not be a second name of block 1.
@@ -174,9 +155,7 @@ class Ledger:
 
     def record(self, block: int) -> pa.Table:
         """The commit record of a block: `SCHEMA`, and the objects among its metadata. Raises `DamagedObject`."""
-        document = Document(
-            self.folder, self.commit_name(block), "remove it, and the same extraction does its task again"
-        )
+        document = Document(self.folder, self.commit_name(block), _AGAIN)
         table = document.table(SCHEMA, optional=_LATER if self.unmarked else ())
         with document.parsing():
             self._require_own(block, table)
@@ -188,13 +167,13 @@ class Ledger:
         made_by = metadata.get(b"fingerprint", b"").decode()
         if made_by != self.fingerprint and (made_by or not self.unmarked):
             raise ValueError(f"it belongs to another store, of fingerprint {made_by or 'unknown'}")
-        if parse_json(metadata[b"task"]) != asdict(task) or table["row"].to_pylist() != list(
-            range(task.first, task.last)
-        ):
+        rows = list(range(task.first, task.last))
+        if parse_json(metadata[b"task"]) != asdict(task) or table["row"].to_pylist() != rows:
             raise ValueError(f"it isn't of rows {task.first} to {task.last}")
-        require_rows(table)
+        if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
+            raise ValueError("it has rows without a key, or of a status other than ok and failed")
         objects = decode(dict[str, int], parse_json(metadata[b"objects"]), "objects")
-        if set(objects) != set(self.layout.object_names(self.levels, block)):
+        if set(objects) != {name for level in self.levels for name in self.layout.shard_names(level, block)}:
             raise ValueError("the objects it lists aren't its task's")
 
     def torn(self, blocks: Sequence[int]) -> dict[int, str]:
@@ -242,7 +221,7 @@ class Ledger:
         if other >= 0:
             row = table["row"][other].as_py()
             name = self.commit_name(row // self.layout.block_rows)
-            raise Document(self.folder, name, "remove it, and the same extraction does its task again").damaged(
+            raise Document(self.folder, name, _AGAIN).damaged(
                 f"calls row {row} {table['key'][other].as_py()!r}, which the index calls {keys[other].as_py()!r}"
             )
 
@@ -251,7 +230,7 @@ class Ledger:
         parts = range(-(-self.layout.n_rows // PART_ROWS))
         if not self.folder.exists(part_name("ledger/samples", 0)):
             raise FileNotFoundError(f"{self.folder.shown} has no merged ledger yet: its first run has not finished")
-        return pa.concat_tables([self._merged.part(part, columns) for part in parts])
+        return pa.concat_tables([self._merged.read_groups(part, None, columns) for part in parts])
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of the merged ledger by their numbers, in that order; reads only the row groups that hold them."""
@@ -285,12 +264,6 @@ class Ledger:
 def committed_objects(record: pa.Table) -> dict[str, int]:
     """Names and sizes in bytes of the objects that a commit record lists."""
     return json.loads(record.schema.metadata[b"objects"])
-
-
-def require_rows(table: pa.Table) -> None:
-    """Raise `ValueError` for ledger rows without key or status, or with a status that there isn't."""
-    if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
-        raise ValueError("it has rows without a key, or of a status other than ok and failed")
 
 
 def _placed(table: pa.Table, places: pa.Table, sources: Sequence[Source]) -> pa.Table:

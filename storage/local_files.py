@@ -1,8 +1,9 @@
 """Files of a local disk: ranges of them read at once, and whole ones put under their names in one step."""
 
+import contextlib
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def put_file(root: str, name: str, data: bytes, put: Callable[[Path, Path], obje
         try:
             with _partial_file(root, data) as partial:
                 partial.stat()  # before a folder is made for it
-                put(partial, _ensure_parent(root, name))
+                target = Path(root) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                put(partial, target)
             return
         except FileNotFoundError:
             # Another run that finished may have removed it. Where all is gone, nothing is to be begun anew.
@@ -45,34 +48,19 @@ def put_file(root: str, name: str, data: bytes, put: Callable[[Path, Path], obje
             raise StorageError(f"{root}/{name} is a folder where a file must be; remove it") from None
 
 
-class _partial_file:
+@contextlib.contextmanager
+def _partial_file(root: str, data: bytes) -> Iterator[Path]:
     """A fully written and synced temporary file below `root`, gone at exit unless it was moved.
 
     Synced, because a rename can reach the disk before the data does and a commit says that the data is there.
     """
-
-    def __init__(self, root: str, data: bytes):
-        folder = Path(root) / ".partial"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / uuid.uuid4().hex
-        try:
-            with self.path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            # A full disk would stay full.
-            self.path.unlink(missing_ok=True)
-            raise
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(self, *exc: object) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def _ensure_parent(root: str, name: str) -> Path:
-    target = Path(root) / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
+    path = Path(root) / ".partial" / uuid.uuid4().hex
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)  # also where it couldn't be written: a full disk would stay full

@@ -50,9 +50,8 @@ def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: La
     }
     if level.dtype == "int8":
         # What plots and summaries of other tools show: the numbers alone look like features, and aren't.
-        attributes["long_name"] = (
-            f"int8 codes of {attributes['long_name']}: multiply by scale[sample, channel] beside them"
-        )
+        name = attributes["long_name"]
+        attributes["long_name"] = f"int8 codes of {name}: multiply by scale[sample, channel] beside them"
         attributes["scale"] = "features * scale, per row and channel; a row without scale (NaN) holds no features"
         _create_vectors(group, "scale", level.channels, "float32", {}, layout)
     if level.grid is None:

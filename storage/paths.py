@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Concatenate, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import aiohttp
 import botocore.exceptions
@@ -298,24 +298,21 @@ class Folder:
     @_guarded
     def sizes(self, name: str) -> dict[str, int]:
         """Names and sizes in bytes of the objects directly inside the subfolder `name`; empty if there is none."""
-        fs, root = self._fs()
-        fs.invalidate_cache()
-        try:
-            entries = fs.ls(f"{root}/{name}", detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
+        return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in self._inside(name) if e["type"] == "file"}
 
     @_guarded
     def folders(self, name: str) -> list[str]:
         """Sorted names of the folders directly inside `name`; empty if there is none."""
+        found = (e["name"] for e in self._inside(name) if e["type"] == "directory")
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+    def _inside(self, name: str) -> list[dict[str, Any]]:
         fs, root = self._fs()
         fs.invalidate_cache()
         try:
-            entries = fs.ls(f"{root}/{name}", detail=True)
+            return fs.ls(f"{root}/{name}", detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
 
     @_guarded
     def size(self, name: str) -> int | None:

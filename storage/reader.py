@@ -84,7 +84,8 @@ class LevelReader:
             else:
                 parts.append((shard, at))
         for some in _batches(parts, 1024):
-            indexes = self._load_indexes([shard for shard, _ in some])
+            indexes = {shard: index for shard, _ in some if (index := self._indexes.get(shard)) is not None}
+            indexes |= self._fetch_indexes([shard for shard, _ in some if shard not in indexes])
             suspects = self._read_parts(some, indexes, rows, values, there)
             self._refuse_rewritten(suspects, indexes)
         return values, there
@@ -100,19 +101,12 @@ class LevelReader:
             return np.zeros(len(at), bool)
         index = self._decode_index(shard, data)
         there = index[positions, 1] > 0
-        jobs = [
-            (data[slice(*index[p])], values[row], shard) for p, row, ok in zip(positions, at, there, strict=True) if ok
-        ]
+        jobs = [(data[slice(*index[p])], values[i], shard) for p, i, ok in zip(positions, at, there, strict=True) if ok]
         self._decode(jobs)
         return there
 
-    def _load_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray]:
-        """The indexes of those shards that exist."""
-        indexes = {shard: index for shard in shards if (index := self._indexes.get(shard)) is not None}
-        return indexes | self._fetch_indexes([shard for shard in shards if shard not in indexes])
-
     def _fetch_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray]:
-        """The indexes as they are now, for the cache."""
+        """The indexes of those shards that exist, as they are now, for the cache."""
         size = index_bytes(self.shard_rows)
         found = self.folder.read_ranges([(self._shard_name(shard), 0, size) for shard in shards]) if shards else []
         # A shard that isn't there may be, next time.
@@ -278,9 +272,8 @@ def _positions_by(rows: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
     order = np.argsort(rows, kind="stable")
     groups = rows[order] // size
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
-    return (
-        [(int(groups[a]), at) for a, at in zip(starts, np.split(order, starts[1:]), strict=True)] if len(rows) else []
-    )
+    parts = zip(starts, np.split(order, starts[1:]), strict=True) if len(rows) else ()
+    return [(int(groups[a]), at) for a, at in parts]
 
 
 def _windows(wanted: Sequence[tuple[int, int, int, int]]) -> Iterable[Sequence[tuple[int, int, int, int]]]:

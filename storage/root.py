@@ -94,7 +94,7 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
     """The attributes of the store of this fingerprint, read again. Raises `StoreReplaced` where it isn't there any more, or
     where another run goes on with it from files that aren't those of `input_digest`.
 
-    The second is told by where files lie and how they are stamped. Two drivers that read different copies of the input would
+    Files are the same where their places and stamps are. Two drivers that read different copies of the input would
     otherwise both commit tasks, and the store would hold a mixture.
     """
     attributes = read_attributes(folder)

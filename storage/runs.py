@@ -15,8 +15,9 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 import safetensors
@@ -30,6 +31,12 @@ logger = logging.getLogger(__name__)
 POINTERS = "checkpoints.json"
 _PARTS = ("config.json", "resume.json", "resume.safetensors", "model.safetensors")
 """In the order in which they are removed: without config.json, the step is gone."""
+
+
+_UNREADABLE = (safetensors.SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What parsers raise where an object isn't what was written."""
+
+T = TypeVar("T")
 
 
 class CheckpointError(DamagedObject):
@@ -108,14 +115,10 @@ def _prune(folder: Folder, pointers: Pointers) -> None:
         name = f"steps/{number}"
         if name not in kept:
             folder.remove([f"{name}/{part}" for part in _PARTS])
-            _remove_empty(folder, name)
-
-
-def _remove_empty(folder: Folder, name: str) -> None:
-    """Local disks keep empty folders; object storage has none."""
-    fs, root = filesystem(folder.url, folder.options)
-    with contextlib.suppress(OSError):
-        fs.rmdir(f"{root.rstrip('/')}/{name}")
+            # Local disks keep empty folders; object storage has none.
+            fs, root = filesystem(folder.url, folder.options)
+            with contextlib.suppress(OSError):
+                fs.rmdir(f"{root.rstrip('/')}/{name}")
 
 
 def read_pointers(folder: Folder) -> Pointers | None:
@@ -140,8 +143,9 @@ def read_pointers(folder: Folder) -> Pointers | None:
 
 def read_checkpoint(folder: Folder, name: str) -> Checkpoint:
     """The checkpoint `name` (`steps/...`). Raises `CheckpointError` where a part is missing or damaged."""
-    progress, config = _read_json(folder, name, "resume.json"), _read_json(folder, name, "config.json")
-    model, resume = (_read_arrays(folder, name, part) for part in ("model.safetensors", "resume.safetensors"))
+    progress, config = (_read_part(folder, name, part, parse_json) for part in ("resume.json", "config.json"))
+    load = safetensors.numpy.load
+    model, resume = (_read_part(folder, name, part, load) for part in ("model.safetensors", "resume.safetensors"))
     step = progress.pop("step", None)
     # A folder that was copied or renamed by hand would continue at the wrong learning rate and data.
     if type(step) is not int or step_name(step) != name:
@@ -149,25 +153,11 @@ def read_checkpoint(folder: Folder, name: str) -> Checkpoint:
     return Checkpoint(step=step, model=model, resume=resume, progress=progress, config=config)
 
 
-def _read_json(folder: Folder, name: str, part: str) -> dict[str, JsonValue]:
-    data = _read_part(folder, name, part)
+def _read_part(folder: Folder, name: str, part: str, parse: Callable[[bytes], T]) -> T:
     try:
-        return parse_json(data)
-    except (ValueError, RecursionError) as error:
+        return parse(folder.read(f"{name}/{part}"))
+    except _UNREADABLE as error:
         raise _damaged(folder, name, part, f"{type(error).__name__}: {error}") from None
-
-
-def _read_arrays(folder: Folder, name: str, part: str) -> dict[str, np.ndarray]:
-    data = _read_part(folder, name, part)
-    try:
-        return safetensors.numpy.load(data)
-    except (safetensors.SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise _damaged(folder, name, part, f"{type(error).__name__}: {error}") from None
-
-
-def _read_part(folder: Folder, name: str, part: str) -> bytes:
-    try:
-        return folder.read(f"{name}/{part}")
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder.shown}/{name} has no {part}: it is incomplete. Point {POINTERS} at another step, or use a new --out"

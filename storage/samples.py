@@ -25,14 +25,7 @@ from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, StorageOptions, UnknownName, read_ranges
 from storage.scans import DuplicateKeys as DuplicateKeys
-from storage.sources import (
-    Source,
-    gone_and_new,
-    other_input,
-    pair,
-    rules_text,
-    sources_left_out,
-)
+from storage.sources import Source, gone_and_new, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
 from storage.tars import SCHEMA, MemberRules
 
@@ -51,22 +44,40 @@ KEYS_SCHEMA = pa.schema([("key", pa.string()), ("row", pa.int64())])
 """Keys in order, each with its row."""
 
 
-class RowTable:
-    """A table in Parquet parts of `PART_ROWS` rows, read by row number: only the row groups that are asked for."""
+@dataclass
+class Parts:
+    """A table in Parquet parts of `PART_ROWS` rows, of which only the row groups that are asked for are read.
 
-    def __init__(self, parts: "Parts"):
-        self._parts = parts
+    Parts are opened once in each process: a file that was inherited shares its position. Reading raises `DamagedObject` where
+    a part isn't of `n_rows` rows in all, and of the columns of `schema`; those of `optional` are null where it lacks them.
+    Each part names the `index` that it belongs to, where one is given. One thread reads at a time: two in one ParquetFile end
+    in errors or a crash.
+    """
 
-    def part(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of a part."""
-        return self._parts.read(part, None, columns)
+    folder: Folder
+    prefix: str
+    n_rows: int
+    schema: pa.Schema
+    optional: Sequence[str] = ()
+    index: str | None = None
+    _open: dict[tuple[int, int], pq.ParquetFile] = field(default_factory=dict, init=False)
+    _locks: dict[int, threading.Lock] = field(default_factory=dict, init=False)
+
+    def read_groups(self, part: int, groups: Sequence[int] | None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Some row groups of a part, or all. Raises `UnknownName` for columns that the table hasn't."""
+        wanted = self.schema if columns is None else pa.schema([self._field(name) for name in columns])
+        with self._locks.setdefault(os.getpid(), threading.Lock()), self._document(part).parsing():
+            file = self._file(part)
+            there = [name for name in wanted.names if name in file.schema_arrow.names]
+            groups = range(file.num_row_groups) if groups is None else groups
+            return with_columns(file.read_row_groups(list(groups), columns=there), wanted)
 
     def read(self, first: int, last: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows `first` to `last` (exclusive), in order; they must lie within one part."""
         part = first // PART_ROWS
         start = first - part * PART_ROWS
         groups = range(start // ROW_GROUP_ROWS, -(-(last - part * PART_ROWS) // ROW_GROUP_ROWS))
-        table = self._parts.read(part, groups, columns)
+        table = self.read_groups(part, groups, columns)
         return table.slice(start - groups[0] * ROW_GROUP_ROWS, last - first)
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
@@ -79,43 +90,14 @@ class RowTable:
         for part in np.unique(unique // PART_ROWS):
             within = unique[unique // PART_ROWS == part] - part * PART_ROWS
             groups, group = np.unique(within // ROW_GROUP_ROWS, return_inverse=True)
-            table = self._parts.read(int(part), groups.tolist(), columns)
+            table = self.read_groups(int(part), groups.tolist(), columns)
             tables.append(table.take(group * ROW_GROUP_ROWS + within % ROW_GROUP_ROWS))
         return pa.concat_tables(tables).take(positions)
 
-
-@dataclass
-class Parts:
-    """Parquet parts of one table, opened once in each process: a file that was inherited shares its position.
-
-    Reading raises `DamagedObject` where a part isn't of `n_rows` rows in all, and of the columns of `schema`; those of
-    `optional` are null where it lacks them. Each part names the `index` that it belongs to, where one is given.
-    One thread reads at a time: two in one ParquetFile end in errors or a crash.
-    """
-
-    folder: Folder
-    prefix: str
-    n_rows: int
-    schema: pa.Schema
-    optional: Sequence[str] = ()
-    index: str | None = None
-    _open: dict[tuple[int, int], pq.ParquetFile] = field(default_factory=dict, init=False)
-    _locks: dict[int, threading.Lock] = field(default_factory=dict, init=False)
-
-    def read(self, part: int, groups: Sequence[int] | None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Some row groups of a part, or all. Raises `UnknownName` for columns that the table hasn't."""
-        wanted = self.schema if columns is None else pa.schema([self._field(name) for name in columns])
-        with self._locks.setdefault(os.getpid(), threading.Lock()), self._document(part).parsing():
-            file = self._file(part)
-            there = [name for name in wanted.names if name in file.schema_arrow.names]
-            groups = range(file.num_row_groups) if groups is None else groups
-            return with_columns(file.read_row_groups(list(groups), columns=there), wanted)
-
     def _field(self, name: str) -> pa.Field:
         if name not in self.schema.names:
-            raise UnknownName(
-                f"{self._document(0).shown} has no column {name!r}; it has {', '.join(self.schema.names)}"
-            )
+            names = ", ".join(self.schema.names)
+            raise UnknownName(f"{self._document(0).shown} has no column {name!r}; it has {names}")
         return self.schema.field(name)
 
     def metadata(self, part: int) -> pq.FileMetaData:
@@ -173,7 +155,7 @@ class SampleIndex:
         schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried)])
         # Earlier versions, whose indexes have no `order`, didn't name the index in its parts.
         named = None if self.order is None else self.digest
-        self._table = RowTable(Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named))
+        self._table = Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named)
         self._keys = Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
 
     def _parse(self, table: pa.Table) -> None:
@@ -288,7 +270,7 @@ class SampleIndex:
         groups = [g for g in range(metadata.num_row_groups) if _may_hold(metadata.row_group(g).column(0), keys)]
         if not groups:
             return {}
-        table = self._keys.read(part, groups)
+        table = self._keys.read_groups(part, groups)
         table = table.filter(pc.is_in(table["key"], pa.array(keys, table["key"].type)))
         rows = table["row"].to_pylist()
         if rows and not 0 <= min(rows) <= max(rows) < self.n_rows:
@@ -339,7 +321,7 @@ def write_index(
     for part, start in enumerate(range(0, len(table), PART_ROWS)):
         folder.write(part_name(f"{prefix}/samples", part), table_bytes(table.slice(start, PART_ROWS), meta))
     first_keys = _write_keys(folder, f"{prefix}/keys", table["key"], meta)
-    described = {
+    settings = {
         "n_rows": str(len(table)),
         "n_unreadable": str(len(table) - table["problem"].null_count),
         "digest": meta["index"],
@@ -350,7 +332,7 @@ def write_index(
         "first_keys": json.dumps(first_keys),
         "left_out": left_out_json(merge_left_out(left_out or {}, sources_left_out(sources))),
     }
-    folder.write(f"{prefix}/sources.parquet", _sources_bytes(sources, described))
+    folder.write(f"{prefix}/sources.parquet", _sources_bytes(sources, settings))
     return SampleIndex(folder, prefix)
 
 
@@ -360,7 +342,9 @@ def move_index(index: SampleIndex, folder: Folder, put: Callable[[str, bytes], N
     Nothing is done where it was moved before.
     """
     if SampleIndex.exists(index.folder, index.prefix):
-        names = _object_names(index.prefix, index.n_rows)
+        kinds, parts = ("samples", "keys"), range(-(-index.n_rows // PART_ROWS))
+        names = [part_name(f"{index.prefix}/{kind}", i) for kind in kinds for i in parts]
+        names.append(f"{index.prefix}/sources.parquet")
         for name in names:
             (put or folder.write)(name, index.folder.read(name))
         # Only once all is written: whoever is killed before finds the original, and moves it again.
@@ -375,12 +359,6 @@ def remove_indexes(folder: Folder, but: str) -> None:
     for prefix in {INDEX, *generations} - {but}:
         parts = [f"{prefix}/{kind}/{name}" for kind in ("samples", "keys") for name in folder.sizes(f"{prefix}/{kind}")]
         folder.remove([*(name for name in parts if name.endswith(".parquet")), f"{prefix}/sources.parquet"])
-
-
-def _object_names(prefix: str, n_rows: int) -> list[str]:
-    """The objects of an index, in the order in which they are written."""
-    parts = [part_name(f"{prefix}/{name}", i) for name in ("samples", "keys") for i in range(-(-n_rows // PART_ROWS))]
-    return [*parts, f"{prefix}/sources.parquet"]
 
 
 def update_sources(index: SampleIndex, sources: Sequence[Source]) -> SampleIndex:

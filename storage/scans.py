@@ -30,7 +30,8 @@ def collect_index(
         url = query_free(file.url)
         readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
         if not readable:
-            found = scan.rows["problem"][0].as_py() if len(scan.rows) else _nothing_in(scan)
+            nothing = ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
+            found = scan.rows["problem"][0].as_py() if len(scan.rows) else nothing
             raise InputError(
                 f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar"
             )
@@ -52,10 +53,6 @@ def collect_index(
         table = table.slice(0, limit)
     refuse_duplicates(table, sources)
     return table, sources
-
-
-def _nothing_in(scan: SourceScan) -> str:
-    return ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
 
 
 def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:

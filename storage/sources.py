@@ -104,9 +104,8 @@ def _describe_stamps(before: str, now: str) -> str:
     if not (before.startswith("mtime:") and now.startswith("mtime:")):
         return f"ETag {before} then, {now} now"
     old, new = _times(before), _times(now)
-    name = (
-        "mtime" if old["mtime"] != new["mtime"] else "ctime"
-    )  # the second differs alone where a file keeps its old time
+    # The second differs alone where a file keeps its old time.
+    name = "mtime" if old["mtime"] != new["mtime"] else "ctime"
     then, today = (f"{datetime.fromtimestamp(int(each[name]) / 1e9, UTC):%Y-%m-%d %H:%M:%S.%f}" for each in (old, new))
     return f"{name} {then} then, {today} now"
 
@@ -115,9 +114,7 @@ def gone_and_new(
     sources: Sequence[Source], paired: Sequence[InputFile | None], new: Sequence[InputFile] = ()
 ) -> list[str]:
     """In words, the sources that no file is `paired` with, and the files that are no source."""
-    gone = [
-        f"{source.url} is gone from the input" for source, file in zip(sources, paired, strict=True) if file is None
-    ]
+    gone = [f"{each.url} is gone from the input" for each, file in zip(sources, paired, strict=True) if file is None]
     return gone + [f"{query_free(file.url)} is new" for file in new]
 
 
@@ -170,9 +167,8 @@ def is_of_input(index: "SampleIndex", files: Sequence[InputFile], limit: int | N
 def in_order(index: "SampleIndex", files: Sequence[InputFile], limit: int | None) -> list[InputFile]:
     """The files in the order of the index's sources; new ones take the places of those that are gone, or come last."""
     paired, new = pair(index.sources, files)
-    left = iter(
-        new
-    )  # a file that was moved is new and in place of one that is gone; which it is, its samples will tell
+    # A file that was moved is new and in place of one that is gone; which it is, its samples will tell.
+    left = iter(new)
     ordered = [file or next(left, None) for file in paired]
     behind = [] if index.is_cut and limit == index.n_rows else list(left)
     return [file for file in ordered if file is not None] + behind

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
 
@@ -231,11 +231,6 @@ class Layout:
             shards = range(task.first // each, -(-task.last // each))
             names = [f"{level.name}/features/c/{shard}/0/0/0" for shard in shards]
         return [*names, f"{level.name}/scale/c/{block}/0"] if level.dtype == "int8" else names
-
-    def object_names(self, levels: Sequence[Level], block: int) -> Iterator[str]:
-        """Names of all objects that a task's commit record lists."""
-        for level in levels:
-            yield from self.shard_names(level, block)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,8 @@ class SourceScan:
 def scan_source(file: InputFile, rules: MemberRules, storage_options: StorageOptions | None = None) -> SourceScan:
     """List the samples of one tar (or the one sample of an image file). Raises `InputError` if it's no tar."""
     if file.is_image:
-        return _scan_image_file(file, rules)
+        key, extension = split_name(file.name) or (file.name, "")
+        return _scan_result([_empty_row(key, None) | {"member": extension, "size": file.size}], rules, [], {})
     with open_sequential(file, storage_options) as stream:
         walk = TarWalk(stream, file)
         samples = _Samples(stream, file, rules)
@@ -89,22 +90,12 @@ def scan_source(file: InputFile, rules: MemberRules, storage_options: StorageOpt
 
 
 def _scan_result(rows: list[_Row], rules: MemberRules, problems: list[str], left_out: dict[str, LeftOut]) -> SourceScan:
-    table = pa.Table.from_pylist(rows, schema=index_schema(rules))
+    schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in rules.carry)])
+    table = pa.Table.from_pylist(rows, schema=schema)
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr([row.get(name) for name in table.column_names if name != "source"]).encode())
     return SourceScan(table, digest.hexdigest(), problems, left_out)
-
-
-def index_schema(rules: MemberRules) -> pa.Schema:
-    """`SCHEMA` and a string column for each carried member."""
-    return pa.schema([*SCHEMA, *((name, pa.string()) for name in rules.carry)])
-
-
-def _scan_image_file(file: InputFile, rules: MemberRules) -> SourceScan:
-    key, extension = split_name(file.name) or (file.name, "")
-    row: _Row = {"key": key, "source": 0, "member": extension, "offset": 0, "size": file.size, "problem": None}
-    return _scan_result([row], rules, [], {})
 
 
 @dataclass
@@ -138,8 +129,7 @@ class _Samples:
         elif isinstance(part, Gap):
             # Nobody knows which sample was lost here; the position stands in for its key. Its row comes after that of
             # the sample before it, whose members may go on behind the gap.
-            row = _empty_row(f"{self.shown}@{part.first}-{part.last}", f"damaged tar: {part}")
-            self._gaps.append(row)
+            self._gaps.append(_empty_row(f"{self.shown}@{part.first}-{part.last}", f"damaged tar: {part}"))
         else:
             self._add_member(part)
 
@@ -206,9 +196,8 @@ class _Samples:
         image = next((name for name in wanted if name in members), "")
         row = _empty_row(group.key, group.problem)
         if not image:
-            row["problem"] = (
-                group.problem or f"no image member (has {', '.join('.' + name for name in sorted(members))})"
-            )
+            has = ", ".join(f".{name}" for name in sorted(members))
+            row["problem"] = group.problem or f"no image member (has {has})"
         elif image in broken:
             row["problem"] = group.problem or f"no image: {broken[image]}"
         else:
@@ -284,15 +273,13 @@ def _cut_short(member: Member, what: str, file: InputFile) -> str | None:
 
 
 def _text(stream: BinaryIO, member: Member, file: InputFile) -> str:
+    shown = f"{query_free(file.url)}: {member.name}"
     if member.size > MAX_TEXT_BYTES:
-        raise InputError(
-            f"{query_free(file.url)}: {member.name} has {member.size} bytes; carried members are at most 1 MiB"
-        )
+        raise InputError(f"{shown} has {member.size} bytes; carried members are at most 1 MiB")
     stream.seek(member.offset)
     try:
         return stream.read(member.size).decode()
     except UnicodeDecodeError:
         raise InputError(
-            f"{query_free(file.url)}: {member.name} is not UTF-8 text, so it can't be carried into the index; drop its "
-            "extension from --carry"
+            f"{shown} is not UTF-8 text, so it can't be carried into the index; drop its extension from --carry"
         ) from None

@@ -60,9 +60,8 @@ class BlockWriter:
         self.store.require_in_place()
         written: dict[str, int] = {}
         for level in self.store.spec.levels:
-            for name, data in zip(
-                self.store.layout.shard_names(level, self.task.block), self._objects(level), strict=True
-            ):
+            names = self.store.layout.shard_names(level, self.task.block)
+            for name, data in zip(names, self._objects(level), strict=True):
                 self.store.put(name, data)
                 written[name] = len(data)
         return written

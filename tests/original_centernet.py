@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operators.objectives.dense import LossSum
-from operators.readouts.centernet import Boxes
+
+
+class Boxes(NamedTuple):
+    """Found in one image, best first."""
+
+    boxes_N4: Tensor
+    scores_N: Tensor
+    classes_N: Tensor
+
 
 SIZE_WEIGHT = 0.1
 """Of sizes in the loss; heat and offsets count 1."""

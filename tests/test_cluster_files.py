@@ -261,20 +261,14 @@ def test_broken_dockerfile_is_refused(old, new, message, tmp_path):
         validate(path)
 
 
-def test_what_is_not_a_launch_file_is_refused(tmp_path):
-    path = tmp_path / "list.yaml"
-    path.write_text("- 1\n")
-    with pytest.raises(LaunchFileError, match="mapping was expected"):
-        validate(path)
-    path.write_text("a: [")
-    with pytest.raises(LaunchFileError, match="not YAML"):
-        validate(path)
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    path = tmp_path / "empty.yaml"
-    path.write_text("")
-    with pytest.raises(LaunchFileError, match="one YAML document"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1\n", "mapping was expected"), ("a: [", "not YAML"), ("", "one YAML document")],
+)
+def test_what_is_not_a_launch_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    with pytest.raises(LaunchFileError, match=message):
         validate(path)
 
 

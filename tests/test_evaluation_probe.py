@@ -16,17 +16,16 @@ from pipelines.evaluation import readouts as probe
 from pipelines.evaluation import run
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
-from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.executors import InlineExecutor
 from pipelines.features.model import FeatureModel
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource, describe
+from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource
 from pipelines.features.weights import WeightsUnavailable
-from pipelines.readouts.drawing import picture_of
-from pipelines.results import write_results
 from storage.datasets.files import DatasetError
 from storage.paths import Folder
 from storage.runs import read_pointers
 from tests.readout_runs import OF_TASK, TINY, extract, held_out, train, training, write_sets
+from tests.test_pipelines_evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,18 +68,8 @@ def config_of(sets, tmp_path):
     return make
 
 
-def evaluate(config: ProbeConfig):
-    """All of it; returns the records and what was found."""
-    evaluation, recipe, folder = probe.prepare(config)
-    executor = RayExecutor() if config.cluster.executor == "ray" else InlineExecutor()
-    records = run_pieces(config, evaluation, recipe, folder, executor)
-    findings = probe.find(config, evaluation, recipe, records)
-    write_results(folder, "probe", config.public(), describe(recipe), findings)
-    return records, findings
-
-
 def scores(config: ProbeConfig) -> list[dict[str, float]]:
-    return list(evaluate(config)[1].details["scores"].values())
+    return list(evaluate(probe, config)[1].details["scores"].values())
 
 
 def expected(run_folder: str) -> dict[str, float]:
@@ -101,9 +90,9 @@ def test_scores_are_those_that_training_printed(trained, config_of, task):
 def test_workers_on_ray_give_the_scores_of_one_process(trained, config_of, tmp_path, monkeypatch, ray_session):
     monkeypatch.setattr(probe, "PIECE_IMAGES", 1)
     url = trained()
-    alone = evaluate(config_of(url, out=str(tmp_path / "alone")))
+    alone = evaluate(probe, config_of(url, out=str(tmp_path / "alone")))
 
-    both = evaluate(config_of(url, out=str(tmp_path / "both"), executor="ray", actors=2))
+    both = evaluate(probe, config_of(url, out=str(tmp_path / "both"), executor="ray", actors=2))
 
     assert both[0] == alone[0]
     assert both[1].tables == alone[1].tables
@@ -129,7 +118,7 @@ def test_a_store_gives_the_scores_of_the_run_that_read_it(sets, trained, config_
     assert scores(config_of(url, stores=(store,))) == [expected(url)]
     # Images are drawn for a live model as they were in training, where nothing else is said.
     assert scores(config_of(url, out=str(tmp_path / "live"))) == [expected(url)]
-    other = evaluate(config_of(url, out=str(tmp_path / "paper"), drawing="paper"))[1]
+    other = evaluate(probe, config_of(url, out=str(tmp_path / "paper"), drawing="paper"))[1]
     assert other.details["scores"] != {"run": expected(url)}
     assert other.choices["images"] == "as the paper's code draws them; run trained on images drawn otherwise"
 
@@ -175,7 +164,7 @@ def test_the_pooled_vector_comes_from_the_forward_of_the_maps(trained, config_of
         return forward(self, images)
 
     monkeypatch.setattr(FeatureModel, "__call__", counted)
-    pictures = [picture_of(item.image, evaluation.drawn, evaluation.size) for item in evaluation.images[:2]]
+    pictures = [evaluation.drawn.input_picture(item.image, evaluation.size) for item in evaluation.images[:2]]
     cached = CachedSource(recipe.open("cpu"))
     first, second = ((cached.maps(picture), cached.pooled(picture))[1] for picture in pictures)
     assert (calls, first.shape, str(first.dtype)) == ([1, 1], (64,), "torch.float32")
@@ -189,7 +178,7 @@ def test_the_pooled_vector_comes_from_the_forward_of_the_maps(trained, config_of
 
 def test_models_without_that_level_have_no_pooled_vector(trained, config_of):
     evaluation, recipe, _ = probe.prepare(config_of(trained()))
-    picture = picture_of(evaluation.images[0].image, evaluation.drawn, evaluation.size)
+    picture = evaluation.drawn.input_picture(evaluation.images[0].image, evaluation.size)
 
     assert LiveSource(recipe, "cpu").pooled(picture) is None
 
@@ -200,7 +189,7 @@ def test_models_without_that_level_have_no_pooled_vector(trained, config_of):
 def test_readouts_are_rows_with_their_pictures(trained, config_of, tmp_path):
     urls = trained(), trained(method="linear")
 
-    _, findings = evaluate(config_of(*urls, pictures=2))
+    _, findings = evaluate(probe, config_of(*urls, pictures=2))
 
     (table,) = findings.tables
     names = [Path(url).name for url in urls]
@@ -232,7 +221,7 @@ def test_outputs_may_be_twice_as_large(trained, config_of, tmp_path, task):
     assert found != expected(url)
     plain, _, _ = probe.prepare(config_of(url, task=task, out=str(tmp_path / "plain")))
     image = evaluation.images[0].image
-    drawn = [picture_of(image, each.drawn, each.size).draw(upright_pixels(image)) for each in (plain, evaluation)]
+    drawn = [each.drawn.input_picture(image, each.size).draw(upright_pixels(image)) for each in (plain, evaluation)]
     np.testing.assert_array_equal(*drawn)
     (prediction,) = (tmp_path / "out/predictions/truth").iterdir()
     with Image.open(prediction) as picture:
@@ -241,13 +230,13 @@ def test_outputs_may_be_twice_as_large(trained, config_of, tmp_path, task):
 
 def test_pictures_asked_for_later_are_left_out(trained, config_of, tmp_path):
     url = trained()
-    evaluate(config_of(url, pictures=1))
+    evaluate(probe, config_of(url, pictures=1))
 
-    _, findings = evaluate(config_of(url, pictures=4))
+    _, findings = evaluate(probe, config_of(url, pictures=4))
     assert list(findings.pictures) == ["predictions.png"]
     none = config_of(url, out=str(tmp_path / "none"))
-    evaluate(none)
-    assert evaluate(replace(none, pictures=4))[1].pictures == {}
+    evaluate(probe, none)
+    assert evaluate(probe, replace(none, pictures=4))[1].pictures == {}
 
 
 def test_names_are_made_different(trained, config_of, tmp_path):
@@ -256,7 +245,7 @@ def test_names_are_made_different(trained, config_of, tmp_path):
     best = read_pointers(Folder(trained())).best
     urls = (str(tmp_path / "a/truth"), f"{tmp_path}/b/truth/{best}")
 
-    _, findings = evaluate(config_of(*urls, pictures=1))
+    _, findings = evaluate(probe, config_of(*urls, pictures=1))
 
     assert list(findings.details["scores"]) == ["truth'", "truth''"]
 
@@ -273,13 +262,13 @@ def test_what_was_stopped_goes_on(trained, config_of, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run.Work, "run", stops)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(config)
+        evaluate(probe, config)
     parts = tmp_path / "out/parts"
     assert sorted(path.name for path in parts.iterdir()) == ["0000000.jsonl", "0000001.jsonl"]
     before = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
     monkeypatch.setattr(run.Work, "run", plain)
 
-    _, findings = evaluate(config)
+    _, findings = evaluate(probe, config)
 
     assert list(findings.details["scores"].values()) == [expected(trained())]
     assert {path.name: path.stat().st_mtime_ns for path in parts.iterdir() if path.name in before} == before
@@ -343,7 +332,7 @@ def test_stores_that_do_not_fit_are_refused(sets, trained, config_of, tiny, tmp_
             probe.prepare(config_of(url, stores=(store,)))
     few = extract(tiny, tmp_path / "few.zarr", sets / IMAGES, limit=8)
     with pytest.raises(FeaturesMissing, match=r"no features of .*000008.jpg"):
-        evaluate(config_of(url, stores=(few,)))
+        evaluate(probe, config_of(url, stores=(few,)))
 
 
 def test_what_is_no_readout_is_refused(config_of, tmp_path):
@@ -358,7 +347,7 @@ def test_labels_that_nothing_can_be_told_from_are_named(sets, trained, config_of
         Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
 
     with pytest.raises(DatasetError, match="none of 4 images can be scored: no pixel was scored"):
-        evaluate(config_of(trained(), data=str(data)))
+        evaluate(probe, config_of(trained(), data=str(data)))
 
 
 # --- the programs -----------------------------------------------------------------------------------------------------

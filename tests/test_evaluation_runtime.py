@@ -9,7 +9,7 @@ import timm
 import torch
 
 from operators.upsamplers import build_net
-from operators.upsamplers.vit_up import ViTUpConfig
+from operators.upsamplers.vit_up.head import ViTUpConfig
 from pipelines.config import ConfigError
 from pipelines.costs import runtime
 from pipelines.costs.clocks import held_bytes

@@ -22,7 +22,7 @@ from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import extract
-from pipelines.features.bundle import load_described
+from pipelines.features.bundle import load_bundle
 from pipelines.features.config import BackboneConfig, FeatureConfig, completed
 from pipelines.features.upsamplers import load_upsampler
 from pipelines.training.lift import X2Config
@@ -143,7 +143,7 @@ BASE = FeatureConfig(model="test_vit.r160_in1k", weights="random", size="64", pr
 @pytest.fixture(scope="module")
 def upsampler(tmp_path_factory) -> str:
     """A LiFT that says of which features it learned."""
-    spec, folder = load_described(BASE)[0].spec, Folder(str(tmp_path_factory.mktemp("lift")))
+    spec, folder = load_bundle(BASE)[0].spec, Folder(str(tmp_path_factory.mktemp("lift")))
     settings = {"method": "lift", "channels": 64, "patch": 16}
     folder.write("model.safetensors", safetensors.torch.save(build_net(settings).state_dict()))
     saved = {"upsampler": settings, "backbone": spec.learned()}
@@ -157,14 +157,14 @@ def test_an_upsampler_is_refused(upsampler):
         features = replace(BASE, **{name: value}) if name != "levels" else replace(BASE, levels=("x1", "x4=bicubic"))
         features = replace(features, levels=(*features.levels, level))
         if name not in LEARNED:
-            assert load_described(features)[0].spec.levels[-1].digest
+            assert load_bundle(features)[0].spec.levels[-1].digest
             continue
         with pytest.raises(UpsamplerError, match=rf"  {name} +trained on .* used with (.*\n)+.*--force-upsampler"):
-            load_described(features)
+            load_bundle(features)
 
 
 def test_an_upsampler_is_refused_by_all_that_the_spec_knows(upsampler):
-    bundle, model = load_described(BASE)
+    bundle, model = load_bundle(BASE)
     others = {"mean": (0.1, 0.1, 0.1), "std": (0.2, 0.2, 0.2), "model_args": {"num_heads": 4}, "stride": 8}
     for name, value in others.items():
         with pytest.raises(UpsamplerError, match=rf"  {name}.* +trained on .* used with "):

@@ -14,10 +14,10 @@ from torch import nn
 
 from cluster.metrics import TaskReport
 from jobs import benchmark
-from operators.upsamplers.vit_up import ViTUpConfig
+from operators.upsamplers.vit_up.head import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
-from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, run_fresh
+from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, in_new_processes
 from pipelines.benchmarks.read import BestRate, PlaceRead, check
 from pipelines.benchmarks.stores import Place, write_npy, write_store
 from pipelines.config import ConfigError
@@ -428,7 +428,7 @@ def test_steady_rate_counts_tasks_under_way_by_the_work_that_lies_in_the_window(
 
 def test_process_that_dies_is_an_error_and_not_a_hang():
     with pytest.raises(BenchmarkFailed, match="_exit did not finish"):
-        run_fresh(__import__("os")._exit, (3,))
+        in_new_processes(__import__("os")._exit, (3,))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from pipelines.showing.views import colours_for, pick_rows, similar_panel, view_
 from storage.paths import StorageError
 from storage.store import FeatureStore, MissingRows, NotAStore, OutsideImage
 from tests.conftest import jpeg, write_tar
+from tests.stops import dying_at_task
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,19 +39,11 @@ def store(make_tars, tiny) -> FeatureStore:
 
 
 @pytest.fixture
-def stopped(make_tars, tiny, monkeypatch) -> FeatureStore:
+def stopped(make_tars, tiny) -> FeatureStore:
     """A store that was killed when three of its five tasks were done."""
-    config, compute = tiny(make_tars()), ShardWorker.compute
-
-    def die_at_fourth(self, task, loaded):
-        if task.block == 3:
-            raise KeyboardInterrupt
-        return compute(self, task, loaded)
-
-    monkeypatch.setattr(ShardWorker, "compute", die_at_fourth)
-    with pytest.raises(KeyboardInterrupt):
+    config = tiny(make_tars())
+    with dying_at_task(3):
         extract(config, InlineExecutor())
-    monkeypatch.setattr(ShardWorker, "compute", compute)
     return FeatureStore.open(config.out)
 
 

@@ -180,18 +180,24 @@ EVALUATIONS: dict[str, tuple[object, type, str, dict[str, object], int]] = {
 the graph of the finer map's 36 tokens, terms of pairs of sizes, a map of similarities."""
 
 
+def run_on_both(task, recipe, folder):
+    """All pieces on the CPU and as on CUDA, which must give the same and bring no map to the host; the pretended GPU."""
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = run_on("cpu", task, recipe, folder)
+    with pretended_gpu() as gpu:
+        found = run_on("cuda", task, recipe, folder)
+    assert json.dumps(found) == json.dumps(expected)
+    assert brought_maps(gpu) == []
+    return gpu
+
+
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_evaluations_compute_where_the_maps_are(name, sets, tmp_path):
     module, config_of, data, settings, most = EVALUATIONS[name]
     config = config_of.of(data=str(sets / data), out=str(tmp_path / "out"), **{**TINY, **SIZES, **settings})
     task, recipe, folder = module.prepare(config)
-    with sdpa_kernel(SDPBackend.MATH):
-        expected = run_on("cpu", task, recipe, folder)
-    with pretended_gpu() as gpu:
-        found = run_on("cuda", task, recipe, folder)
+    gpu = run_on_both(task, recipe, folder)
 
-    assert json.dumps(found) == json.dumps(expected)
-    assert brought_maps(gpu) == []
     assert 1 <= gpu.largest <= most
 
 
@@ -263,11 +269,6 @@ def test_an_evaluation_of_readouts_computes_where_the_maps_are(sets, tmp_path):
     train(config)
     settings = {"data": str(sets / "VOC2012"), "readouts": (config.out,), "pictures": 1, **TINY}
     task, recipe, folder = probe.prepare(ProbeConfig.of(out=str(tmp_path / "out"), **settings))
-    with sdpa_kernel(SDPBackend.MATH):
-        expected = run_on("cpu", task, recipe, folder)
-    with pretended_gpu() as gpu:
-        found = run_on("cuda", task, recipe, folder)
+    gpu = run_on_both(task, recipe, folder)
 
-    assert json.dumps(found) == json.dumps(expected)
-    assert brought_maps(gpu) == []
     assert gpu.largest <= SIDE**2  # a label image that is drawn

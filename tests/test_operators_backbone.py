@@ -563,7 +563,10 @@ def test_weights_with_a_classifier_are_taken_without_it(tmp_path, reference):
     assert weights_digest(state_arrays(model)) == weights_digest(state_arrays(reference))
 
 
-def test_no_network_is_said_in_plain_words(monkeypatch):
+@pytest.fixture
+def no_network(monkeypatch) -> None:
+    """No host is known, no proxy is set, and nothing is in the hub's cache."""
+
     def unknown_host(*_: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -571,20 +574,17 @@ def test_no_network_is_said_in_plain_words(monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
 
+
+@pytest.mark.usefixtures("no_network")
+def test_no_network_is_said_in_plain_words():
     with pytest.raises(
         WeightsUnavailable, match=r"no network to \S+ \(.*\)\. Fetch it where there is a network .* --weights random"
     ):
         load_model(TINY, (160, 160), WeightsChoice.parse("pretrained"), None, None)
 
 
-def test_pretrained_weights_that_cannot_be_had_are_named_with_their_repository(monkeypatch):
-    def unknown_host(*_: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
-    monkeypatch.setattr("urllib.request.getproxies", dict)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
-
+@pytest.mark.usefixtures("no_network")
+def test_pretrained_weights_that_cannot_be_had_are_named_with_their_repository():
     with pytest.raises(
         WeightsUnavailable,
         match=r"^pretrained weights of vit_small_patch16_dinov3\.lvd1689m can't be reached: .*"
@@ -704,7 +704,7 @@ def described(
     features = FeatureConfig(**{"model": TINY, "weights": "random", "precision": "fp32", "levels": ("x1",), **changes})
     said = ModelDescription(name=features.model, expects=preprocessing(features.model))
     network = network or create_model(features.model, size, None, 0)
-    return describe_model(features, LoadedModel(model=network, size=size, source="random", described=said))
+    return describe_model(features, LoadedModel(model=network, size=size, source="random", description=said))
 
 
 def photos(batch: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,13 +32,7 @@ from operators.objectives.dense import (
 )
 from storage.datasets.classes import COARSE_OF_FINE
 from tests.goldens import Allocations
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"eval_{name}.npz", allow_pickle=False) as file:
-        return dict(file)
+from tests.goldens import evaluation_golden as golden
 
 
 def nyu(name: str) -> np.ndarray:

@@ -17,18 +17,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from operators.backbone import PatchFeatures
 from operators.upsamplers.protocol import UpsamplerError
-from operators.upsamplers.vit_up import (
-    AdaptedBackbone,
-    Lora,
-    ViTUp,
-    ViTUpConfig,
-    ViTUpHead,
-    grid_coordinates,
-    read_checkpoint,
-)
 from operators.upsamplers.vit_up.attention import CrossAttention, Windows, attend
-from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens, offset_frequencies
-from operators.upsamplers.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, sample
+from operators.upsamplers.vit_up.checkpoint import read_checkpoint
+from operators.upsamplers.vit_up.geometry import (
+    Rope,
+    encode_offsets,
+    grid_coordinates,
+    nearest_tokens,
+    offset_frequencies,
+)
+from operators.upsamplers.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, ViTUpConfig, ViTUpHead, sample
+from operators.upsamplers.vit_up.hidden import AdaptedBackbone
+from operators.upsamplers.vit_up.lora import Lora
+from operators.upsamplers.vit_up.upsampler import ViTUp
 from pipelines.costs.windows import gather_then_attend
 from tests.goldens import GOLDEN, hash_tensor
 

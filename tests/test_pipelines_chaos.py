@@ -19,7 +19,6 @@ import pytest
 
 from cluster.nodes import processes_in
 from pipelines.benchmarks.chaos import (
-    CHAOS_PRESETS,
     ChaosBenchmark,
     ChaosResult,
     chaos_report,
@@ -132,7 +131,7 @@ def test_trainings_are_compared_by_weights_optimiser_and_losses(tmp_path):
 
 
 def test_kinds_are_dealt_like_cards_and_by_the_seed():
-    kinds = CHAOS_PRESETS["default"].kinds
+    kinds = ChaosBenchmark().kinds
 
     dealt = list(itertools.islice(deal(kinds, random.Random(1)), 2 * len(kinds)))
 
@@ -143,7 +142,7 @@ def test_kinds_are_dealt_like_cards_and_by_the_seed():
 
 @pytest.mark.parametrize("seed", range(50))
 def test_the_default_kills_thirty_nodes_and_five_drivers(seed):
-    default = CHAOS_PRESETS["default"]
+    default = ChaosBenchmark()
 
     dealt = list(itertools.islice(deal(default.kinds, random.Random(seed)), default.faults))
 

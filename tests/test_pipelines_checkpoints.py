@@ -11,8 +11,10 @@ import torch
 
 from operators.backbone import create_model, state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError
-from operators.upsamplers.vit_up import Lora, ViTUpConfig, random_head
-from pipelines.features.bundle import load_described
+from operators.upsamplers.vit_up.head import ViTUpConfig
+from operators.upsamplers.vit_up.lora import Lora
+from operators.upsamplers.vit_up.method import random_head
+from pipelines.features.bundle import load_bundle
 from pipelines.features.config import FeatureConfig
 from pipelines.features.upsamplers import UpsamplerWeights
 from storage.paths import Folder
@@ -47,7 +49,7 @@ def test_digest_of_vit_up_is_that_of_what_runs(adapted):
 
 
 def spec(**settings: object) -> FeatureSpec:
-    return load_described(FeatureConfig(model=NAME, size="64", precision="fp32", levels=("x1",), **settings))[0].spec
+    return load_bundle(FeatureConfig(model=NAME, size="64", precision="fp32", levels=("x1",), **settings))[0].spec
 
 
 def save(weights: UpsamplerWeights, url: str, **settings: object) -> None:
@@ -68,10 +70,10 @@ def test_vit_up_deeper_than_its_backbone_is_refused(adapted, tmp_path):
     save(adapted, deep, layers=(0, 4, 8, 12))
     config = {"model": NAME, "weights": "random", "size": "64", "precision": "fp32"}
 
-    bundle, _ = load_described(FeatureConfig(**config, levels=("x1", f"x4=vit_up:{good}")))
+    bundle, _ = load_bundle(FeatureConfig(**config, levels=("x1", f"x4=vit_up:{good}")))
     assert bundle.spec.levels[1].digest == adapted.digest
     with pytest.raises(UpsamplerError, match="doesn't fit a backbone of 64 channels and 6 blocks"):
-        load_described(FeatureConfig(**config, levels=("x1", f"x4=vit_up:{deep}")))
+        load_bundle(FeatureConfig(**config, levels=("x1", f"x4=vit_up:{deep}")))
 
 
 def test_what_an_upsampler_was_trained_on():

@@ -19,7 +19,7 @@ from jobs.extract import run
 from operators.backbone import BackboneError
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.executors import InlineExecutor
-from pipelines.features.bundle import load_described
+from pipelines.features.bundle import load_bundle
 from pipelines.features.config import FeatureConfig
 from pipelines.features.sources import resolve_source
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_description
@@ -76,7 +76,7 @@ def pixels(height: int, width: int) -> np.ndarray:
 
 
 def described(weights: Path | str, model: str = TINY, **settings: object):
-    return load_described(
+    return load_bundle(
         FeatureConfig(model=model, weights=str(weights), precision="fp32", levels=("x1@float32",), **settings)
     )
 
@@ -288,7 +288,7 @@ def test_training_and_evaluation_take_the_same_description(tmp_path, make_tars):
         CorrespondenceConfig.of(model=TINY, weights=str(folder), facet="key", precision="fp32").source, (), "squash"
     )
 
-    spec, backbone = recipe.spec((64, 64)), setup.described["backbone"]
+    spec, backbone = recipe.spec((64, 64)), setup.description["backbone"]
     assert sizes == ((64, 64),)
     assert spec.mean == setup.backbone.spec.mean == tuple(backbone["mean"]) == INPUT["mean"]
     assert spec.model_args == backbone["model_args"] == {"num_heads": 4}

@@ -466,7 +466,7 @@ def test_perfect_features_find_every_point_and_no_wrong_one(rules, moved_by, fou
         target_xy=tuple((x + moved_by, y + moved_by) for x, y in points),
         box=(10.0, 10.0, 50.0, 41.0),
     )
-    task = Correspondence(pairs=(pair,), times=(2,), sizes=(64,), rules=rules, alphas=(0.1,), shown=frozenset())
+    task = Correspondence(pairs=(pair,), times=(2,), sizes=(64,), rules=rules, alphas=(0.1,), pictured=frozenset())
 
     records = task.run(task.pieces()[0], Coded(3), Folder("."))
 

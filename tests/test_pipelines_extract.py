@@ -16,6 +16,7 @@ from storage.paths import Folder
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
+from tests.stops import dying_at_task
 
 
 def test_every_row_of_every_level_is_written_and_accounted_for(make_tars, tiny):
@@ -79,15 +80,8 @@ def test_shard_that_lost_bytes_after_its_commit_is_written_again(make_tars, tiny
     config = tiny(make_tars())
     reference = tiny(config.data, out=config.out.replace("out", "reference"))
     extract(reference, InlineExecutor())
-    original = ShardWorker.compute
-    monkeypatch.setattr(
-        ShardWorker,
-        "compute",
-        lambda self, task, loaded: pytest.fail("stop") if task.block == 3 else original(self, task, loaded),
-    )
-    with pytest.raises(BaseException, match="stop"):
+    with dying_at_task(3):
         extract(config, InlineExecutor())
-    monkeypatch.setattr(ShardWorker, "compute", original)
     shard = Path(config.out) / "x1/features/c/1/0/0/0"
     shard.write_bytes(shard.read_bytes()[:100])
 

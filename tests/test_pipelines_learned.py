@@ -33,12 +33,12 @@ from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.run import evaluate
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.run import extract
-from pipelines.extraction.worker import ShardWorker
 from pipelines.features.levels import LevelChoice
 from pipelines.features.photos import read_photos
 from storage.paths import Folder
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
+from tests.stops import dying_at_task
 from tests.test_pipelines_s3 import same_but_sources, tree
 
 LIFT = {"method": "lift", "channels": 64, "patch": 16}
@@ -360,17 +360,8 @@ def test_interrupted_run_continues_with_the_same_bytes(keys, tmp_path, monkeypat
     config = keys(levels=("x1", f"x2=lift:{url}"))
     whole = keys(levels=config.features.levels, out=str(tmp_path / "whole.zarr"))
     extract(whole, InlineExecutor())
-    compute = ShardWorker.compute
-
-    def stop_at_second(self, task, loaded):
-        if task.block == 1:
-            raise KeyboardInterrupt
-        return compute(self, task, loaded)
-
-    monkeypatch.setattr(ShardWorker, "compute", stop_at_second)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_at_task(1):
         extract(config, InlineExecutor())
-    monkeypatch.setattr(ShardWorker, "compute", compute)
 
     summary = extract(config, InlineExecutor())
 

@@ -10,6 +10,7 @@ from jobs.extract import run
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
 from storage.paths import Folder
+from tests.stops import dying_at_task
 from tests.test_pipelines_s3 import same_but_sources, tree, upload
 
 pytestmark = pytest.mark.rgw
@@ -51,7 +52,6 @@ def test_of_sixteen_writers_exactly_one_creates(gateway, bucket):
 def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(
     gateway, bucket, make_tars, tiny, tmp_path, monkeypatch
 ):
-    from pipelines.extraction.worker import ShardWorker
 
     local = tiny(make_tars(count=2, each=10))
     upload(tmp_path / "in", bucket, gateway)
@@ -59,15 +59,8 @@ def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(
         f"s3://{bucket}/in/s-{{000..001}}.tar", out=f"s3://{bucket}/f.zarr", storage_options=json.dumps({"s3": gateway})
     )
     extract(local, InlineExecutor())
-    original = ShardWorker.compute
-    monkeypatch.setattr(
-        ShardWorker,
-        "compute",
-        lambda self, task, loaded: pytest.fail("stop") if task.block == 3 else original(self, task, loaded),
-    )
-    with pytest.raises(BaseException, match="stop"):
+    with dying_at_task(3):
         extract(remote, InlineExecutor())
-    monkeypatch.setattr(ShardWorker, "compute", original)
 
     summary = extract(remote, InlineExecutor())
 

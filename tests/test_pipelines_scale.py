@@ -9,7 +9,7 @@ import pytest
 
 from cluster.metrics import TaskReport
 from cluster.nodes import free_port
-from pipelines.benchmarks.autoscale import AUTOSCALE_PRESETS, Sample, autoscale_report, draw, measure_autoscaling
+from pipelines.benchmarks.autoscale import DEBUG, Sample, autoscale_report, draw, measure_autoscaling
 from pipelines.benchmarks.scale import (
     ScaleBenchmark,
     ScaleResult,
@@ -49,7 +49,7 @@ def test_a_simulated_run_accounts_for_every_row_and_says_what_it_took(tmp_path):
     assert (run.rows, run.tasks) == (72, 5)
     assert 1 <= run.processes <= 2
     assert run.sizes["ledger/commits"] > run.sizes["ledger/samples"] > 0
-    assert all(phase.cpu_s >= 0 for phase in run.phases.values())
+    assert all(phase["cpu_s"] >= 0 for phase in run.phases.values())
     assert not (tmp_path / "run").exists()
     text = "\n".join(scale_report(ScaleBenchmark(), ScaleResult(runs=[run], fed=run, long=run), machine()))
     assert "5 tasks that take no time" in text
@@ -96,7 +96,7 @@ def test_contradictory_scale_settings_are_refused(setting):
 
 @pytest.mark.soak
 def test_nodes_come_for_an_extraction_and_go_when_idle(tmp_path):
-    config = replace(AUTOSCALE_PRESETS["debug"], port=free_port())
+    config = replace(DEBUG, port=free_port())
 
     result = measure_autoscaling(config, tmp_path)
 
@@ -112,5 +112,5 @@ def test_nodes_come_for_an_extraction_and_go_when_idle(tmp_path):
 
 def test_autoscale_draws_what_was_seen(tmp_path):
     samples = [Sample(seconds=i / 2, nodes=min(i // 10, 2), busy_cpus=1.0, tasks=i) for i in range(40)]
-    draw(AUTOSCALE_PRESETS["debug"], samples, str(tmp_path / "figure.png"))
+    draw(DEBUG, samples, str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -27,6 +27,7 @@ from storage.paths import Folder, InputError
 from storage.runs import read_checkpoint, read_last, read_pointers
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
+from tests.stops import Died, dies_after
 from tests.test_input_identity import bitmap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,18 +162,6 @@ def test_every_step_and_validation_is_in_the_metrics_and_has_its_picture(small):
     run = json.loads(Folder(config.out).read("run.json"))
     assert run["config"]["batch"] == 5
     assert run["identity"]["backbone"]["facet"] == "key"
-
-
-class Died(Exception):
-    pass
-
-
-def dies_after(step: int):
-    def on_step(now: int, rows: list[int]) -> None:
-        if now == step:
-            raise Died
-
-    return on_step
 
 
 def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, caplog):

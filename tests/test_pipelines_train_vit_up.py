@@ -12,7 +12,9 @@ import torch
 from operators.backbone import BackboneError
 from operators.objectives.vit_up import LossWeights
 from operators.upsamplers import UpsamplerError
-from operators.upsamplers.vit_up import AdaptedBackbone, Lora, ViTUpConfig, ViTUpHead
+from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
+from operators.upsamplers.vit_up.hidden import AdaptedBackbone
+from operators.upsamplers.vit_up.lora import Lora
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract

@@ -17,13 +17,13 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import FeaturesMissing
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
-from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.instances import CLASSIFIER
 from pipelines.training.loop import TrainFailed, read_metrics
 from pipelines.training.run import train_on_ray
 from storage.paths import Folder
 from storage.runs import read_last
 from tests.readout_runs import OF_TASK, extract, held_out, losses, prepared, train, training, write_nyu, write_sets
+from tests.stops import Died, dies_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,18 +47,6 @@ def trained(finished, tmp_path):
     """A run of its own, to be damaged."""
     shutil.copytree(finished.out, tmp_path / "run")
     return replace(finished, out=str(tmp_path / "run"))
-
-
-class Died(Exception):
-    pass
-
-
-def dies_after(step: int):
-    def on_step(now: int, rows: list[int]) -> None:
-        if now == step:
-            raise Died
-
-    return on_step
 
 
 def weights(out: object) -> dict[str, np.ndarray]:
@@ -315,7 +303,7 @@ def test_two_ray_workers_take_the_steps_of_one_process(sets, tmp_path):
         ({"drawing": "extract"}, "drawing          run 'paper'   now 'extract'"),
         ({"limit": 5}, "images           run"),
         ({"val_limit": 3}, "held_out         run"),
-        ({"size": 96}, "features         run"),
+        ({"size": 96}, "features.level.grid run"),
         ({"task": "boundaries", **OF_TASK["boundaries"]}, "task             run 'segmentation'"),
     ],
 )
@@ -348,7 +336,7 @@ def test_a_loaded_readout_is_the_trained_one(trained):
     assert not any(parameter.requires_grad for parameter in readout.build().parameters())
     assert readout.task == setup.images.task
     assert (readout.dataset, readout.config) == ("voc", setup.readout)
-    assert readout.features == json.loads(json.dumps({**setup.described["features"]}))
+    assert readout.features == json.loads(json.dumps({**setup.description["features"]}))
     assert load_readout(f"{trained.out}/steps/00000002").digest == readout.digest
 
 
@@ -439,7 +427,7 @@ def test_images_may_be_given_without_normalisation(sets, tmp_path):
     setup = prepared(training(sets, tmp_path / "run", normalise=False))
 
     assert (setup.bundle.spec.mean, setup.bundle.spec.std) == ((0, 0, 0), (1, 1, 1))
-    assert setup.described["features"]["mean"] == [0, 0, 0]
+    assert setup.description["features"]["mean"] == [0, 0, 0]
 
 
 # --- images and targets -----------------------------------------------------------------------------------------------
@@ -453,7 +441,7 @@ def test_papers_drawing_is_small_first_then_enlarged_by_the_nearest_pixel(sets, 
 
     np.testing.assert_array_equal(pixels[::2, ::2], pixels[1::2, 1::2])
     np.testing.assert_array_equal(pixels[::2, ::2], source.photo(0))
-    picture = picture_of(source.items[0].image, source.task, (64, 64))
+    picture = source.task.input_picture(source.items[0].image, (64, 64))
     np.testing.assert_array_equal(picture.draw(upright_pixels(source.items[0].image)), pixels)
 
 

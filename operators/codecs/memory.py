@@ -12,17 +12,9 @@ BYTES_PER_PIXEL = 16
 """What the largest accepted image may take while it is decoded: four copies of 4 bytes a pixel."""
 
 _PIXEL_BYTES = {
-    "JPEG": 14,
-    "MPO": 14,
-    "PNG": 12,
-    "BMP": 9,
-    "DIB": 9,
-    "PPM": 9,
-    "TGA": 9,
-    "GIF": 13,
-    "TIFF": 12,
+    "JPEG": 14, "MPO": 14, "PNG": 12, "BMP": 9, "DIB": 9, "PPM": 9, "TGA": 9, "GIF": 13, "TIFF": 12,
     "JPEG2000": 32,  # OpenJPEG computes in 32-bit integers, on a copy for the tiles
-}
+}  # fmt: skip
 """Bytes a pixel at the peak: the decoder's own (coefficients of a progressive JPEG), its result, and the RGB of that."""
 
 _OTHER_PIXEL_BYTES = 24

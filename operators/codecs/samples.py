@@ -24,7 +24,7 @@ class Samples:
     kind: str = "uint"
     "`uint`, `int` or `float`"
     white_is_zero: bool = False
-    told: bool = False
+    in_full: bool = False
     "the format or the file's tags say that `bits` are used in full"
     low: float | None = None
     "black, where the file says so"
@@ -40,7 +40,7 @@ class Samples:
     def to_8_bit(self, values: np.ndarray) -> tuple[np.ndarray, str]:
         """Grey `values` [H, W] as uint8, 255 white, and the conversion in words.
 
-        Raises `ImageRefused` where the range of the values is neither told nor to be seen.
+        Raises `ImageRefused` where the range of the values is neither said by the file nor to be seen.
         """
         note = ""
         if self.low is not None and self.high is not None:
@@ -48,10 +48,9 @@ class Samples:
         elif self.kind == "float":
             raise ImageRefused("a 32-bit float image has no defined range; convert it to 8 or 16 bit")
         else:
-            low, high = (
-                (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.kind == "int" else (0, 2**self.bits - 1)
-            )
-            note = "" if self.told else self._check_use(values)
+            half = 2 ** (self.bits - 1)
+            low, high = (-half, half - 1) if self.kind == "int" else (0, 2 * half - 1)
+            note = "" if self.in_full else self._check_use(values)
         grey = np.empty(values.shape, np.uint8)
         rows = max(1, _CHUNK // values.shape[1])
         for start in range(0, len(values), rows):

@@ -15,13 +15,8 @@ _MAX_VALUE, _PLANAR, _COLORMAP, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES =
 _SAMPLE_FORMAT, _LOW, _HIGH, _JPEG_TABLES = 339, 340, 341, 347
 
 _NATIVE = {
-    "I;16S": "I;16NS",
-    "I;16BS": "I;16NS",
-    "I;32S": "I;32NS",
-    "I;32BS": "I;32NS",
-    "F;32F": "F;32NF",
-    "F;32BF": "F;32NF",
-}
+    "I;16S": "I;16NS", "I;16BS": "I;16NS", "I;32S": "I;32NS", "I;32BS": "I;32NS", "F;32F": "F;32NF", "F;32BF": "F;32NF",
+}  # fmt: skip
 
 _KINDS = {1: "uint", 2: "int", 3: "float", 4: "uint"}
 _GREY = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -38,10 +33,10 @@ def samples(image: TiffImage) -> Samples:
     """What the values of a grey TIFF mean. Raises `ImageRefused` for tags that Pillow can't follow."""
     tags = image.tag_v2
     bits, kind = int(_first(tags.get(_BITS, 1))), _KINDS.get(int(_first(tags.get(_SAMPLE_FORMAT, 1))), "uint")
-    told = int(_first(tags.get(_MAX_VALUE, 0))).bit_length()
+    used = int(_first(tags.get(_MAX_VALUE, 0))).bit_length()
     low, high = (tags.get(tag) for tag in (_LOW, _HIGH))
     if image.mode not in _GREY:
-        if bits == 16 and (8 < told < 16 or (high is not None and _first(high) < 2**15)):
+        if bits == 16 and (8 < used < 16 or (high is not None and _first(high) < 2**15)):
             raise ImageRefused("a 16-bit colour TIFF whose tags say that it uses fewer bits; convert it to 8 or 16 bit")
         return Samples(bits=bits)
     if _PHOTOMETRIC not in tags:
@@ -53,9 +48,9 @@ def samples(image: TiffImage) -> Samples:
         if _first(high) > black:
             return Samples(bits=bits, kind=kind, white_is_zero=inverted, low=black, high=float(_first(high)))
     # MaxSampleValue is often the brightest value there is, so that only its number of bits is taken.
-    if kind == "uint" and 8 < told < bits:
-        return Samples(bits=told, white_is_zero=inverted, told=True)
-    return Samples(bits=bits, kind=kind, white_is_zero=inverted, told=bits == 12 or bits < 8)
+    if kind == "uint" and 8 < used < bits:
+        return Samples(bits=used, white_is_zero=inverted, in_full=True)
+    return Samples(bits=bits, kind=kind, white_is_zero=inverted, in_full=bits == 12 or bits < 8)
 
 
 def _first(value: float | tuple[float, ...]) -> float:

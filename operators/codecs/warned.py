@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any
 
 _lock = threading.Lock()
 _users = 0
@@ -19,7 +19,7 @@ _here = threading.local()
 
 @contextmanager
 def decoder_warnings() -> Iterator[list[str]]:
-    """Collects the texts of Pillow's warnings in this thread, in order, each once. They are not shown.
+    """Collects the texts of Pillow's warnings in this thread, in order, each once. They are not printed.
 
     Not `DecompressionBombWarning`, which says nothing about the pixels that come.
     """
@@ -42,17 +42,10 @@ def _enter() -> None:
             warnings.filterwarnings("always", category=UserWarning, module=r"PIL\.")
             show = warnings.showwarning
 
-            def keep(
-                message: Warning | str,
-                category: type[Warning],
-                filename: str,
-                lineno: int,
-                file: TextIO | None = None,
-                line: str | None = None,
-            ) -> None:
+            def keep(message: Warning | str, *rest: Any, **named: Any) -> None:
                 texts: list[str] | None = getattr(_here, "texts", None)
                 if texts is None:
-                    show(message, category, filename, lineno, file, line)
+                    show(message, *rest, **named)
                 elif str(message) not in texts:
                     texts.append(str(message))
 

@@ -126,12 +126,9 @@ def score_pair(
     distances = np.linalg.norm(predicted[:, None] - truth[None], axis=2)
     own, own_is_nearest = distances.diagonal(), distances.argmin(axis=1) == np.arange(len(truth))
     right = [are_right(own, alpha, canvas, box, protocol) for alpha in alphas]
-    return PairScore(
-        category=category,
-        points=len(truth),
-        correct=tuple(int(hits.sum()) for hits in right),
-        nearest=tuple(int((hits & own_is_nearest).sum()) for hits in right),
-    )
+    correct = tuple(int(hits.sum()) for hits in right)
+    nearest = tuple(int((hits & own_is_nearest).sum()) for hits in right)
+    return PairScore(category=category, points=len(truth), correct=correct, nearest=nearest)
 
 
 def are_right(
@@ -162,17 +159,20 @@ class Counts:
     nearest: tuple[int, ...]
     pair_mean: tuple[Fraction, ...]
 
+    @classmethod
+    def of(cls, score: PairScore) -> "Counts":
+        """Of one pair that has key points."""
+        share = tuple(Fraction(hits, score.points) for hits in score.correct)
+        return cls(pairs=1, points=score.points, correct=score.correct, nearest=score.nearest, pair_mean=share)
+
     def __add__(self, other: "Counts") -> "Counts":
         if len(self.correct) != len(other.correct):
             raise ValueError(f"counts for {len(self.correct)} and {len(other.correct)} alphas can't be added")
-        return Counts(
-            pairs=self.pairs + other.pairs,
-            points=self.points + other.points,
-            **{
-                name: tuple(a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True))
-                for name in ("correct", "nearest", "pair_mean")
-            },
-        )
+        sums = {
+            name: tuple(a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True))
+            for name in ("correct", "nearest", "pair_mean")
+        }
+        return Counts(pairs=self.pairs + other.pairs, points=self.points + other.points, **sums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,18 +187,14 @@ class Pck:
     @classmethod
     def of(cls, scores: Iterable[PairScore]) -> "Pck":
         """Of pairs in any order; pairs without common key points count nowhere."""
-        categories: dict[str, Counts] = {}
-        for score in scores:
-            if score.points:
-                counts = _counts(score)
-                categories[score.category] = (
-                    categories[score.category] + counts if score.category in categories else counts
-                )
-        return cls(categories=dict(sorted(categories.items())))
+        return cls()._with((score.category, Counts.of(score)) for score in scores if score.points)
 
     def __add__(self, other: "Pck") -> "Pck":
+        return self._with(other.categories.items())
+
+    def _with(self, further: Iterable[tuple[str, Counts]]) -> "Pck":
         both = {**self.categories}
-        for name, counts in other.categories.items():
+        for name, counts in further:
             both[name] = both[name] + counts if name in both else counts
         return Pck(categories=dict(sorted(both.items())))
 
@@ -232,16 +228,6 @@ class Pck:
             raise ValueError("no pair has a key point in both of its images: there is nothing to average")
         first, *others = self.categories.values()
         return sum(others, start=first)
-
-
-def _counts(score: PairScore) -> Counts:
-    return Counts(
-        pairs=1,
-        points=score.points,
-        correct=score.correct,
-        nearest=score.nearest,
-        pair_mean=tuple(Fraction(hits, score.points) for hits in score.correct),
-    )
 
 
 def _shares(hits: Sequence[int], points: int) -> tuple[float, ...]:

@@ -172,9 +172,7 @@ def summarise(curves: Iterable[ObjectCurves]) -> Summary:
 
 def _mean_statistics(statistics: list[Statistics]) -> Statistics:
     # fsum rounds once, so that the order doesn't matter.
+    names = ("mean", "recall", "decay")
     return Statistics(
-        **{
-            name: math.fsum(getattr(each, name) for each in statistics) / len(statistics)
-            for name in ("mean", "recall", "decay")
-        }
+        **{name: math.fsum(getattr(each, name) for each in statistics) / len(statistics) for name in names}
     )

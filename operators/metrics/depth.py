@@ -88,12 +88,8 @@ def average(images: Iterable[DepthMetrics]) -> DepthMetrics:
     if not images:
         raise ValueError("there is no image with depth to average")
     # fsum rounds once, so that the order doesn't matter.
-    return DepthMetrics(
-        **{
-            field.name: math.fsum(getattr(image, field.name) for image in images) / len(images)
-            for field in fields(DepthMetrics)
-        }
-    )
+    names = [field.name for field in fields(DepthMetrics)]
+    return DepthMetrics(**{name: math.fsum(getattr(image, name) for image in images) / len(images) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

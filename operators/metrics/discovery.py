@@ -147,12 +147,7 @@ def _cut(vector: np.ndarray, image_size: tuple[int, int], solver: Solver) -> Dis
         vector, partition = -vector, ~partition
     mask = components == components[seed]
     return Discovery(
-        box=_box(mask, image_size),
-        mask_hw=mask,
-        bipartition_hw=partition,
-        eigenvector_hw=vector,
-        seed=seed,
-        found=True,
+        box=_box(mask, image_size), mask_hw=mask, bipartition_hw=partition, eigenvector_hw=vector, seed=seed, found=True
     )
 
 

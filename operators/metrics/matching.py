@@ -187,8 +187,9 @@ def _squared_lengths(cells: Tensor, rows: _Axis, columns: _Axis, start: int) -> 
 
 def _enlarged_products(a: Tensor, b: Tensor, columns: _Axis) -> Tensor:
     """Dot products [rows, columns] of `a`'s and `b`'s rows of cells, both enlarged along their columns."""
-    same = _dot(a, b)
-    mixed = F.pad(_dot(a[:, :-1], b[:, 1:]) + _dot(a[:, 1:], b[:, :-1]), (0, 1))
+    dot = torch.linalg.vecdot
+    same = dot(a, b)
+    mixed = F.pad(dot(a[:, :-1], b[:, 1:]) + dot(a[:, 1:], b[:, :-1]), (0, 1))
     right = columns.weight
     left = 1 - right
     return (
@@ -196,7 +197,3 @@ def _enlarged_products(a: Tensor, b: Tensor, columns: _Axis) -> Tensor:
         + left * right * mixed[:, columns.lower]
         + right.square() * same[:, columns.upper]
     )
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)

@@ -28,11 +28,8 @@ def class_pairs(
     if predicted.shape != labels.shape:
         raise ValueError(f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)} must be of one shape")
     counted = labels != void
-    of_label, of_prediction = (
-        _whole(what, values)[counted] for what, values in (("labels", labels), ("predictions", predicted))
-    )
-    _require_classes("prediction", of_prediction, classes)
-    _require_classes("label", of_label, classes)
+    of_prediction = _classes("prediction", predicted[counted], classes)
+    of_label = _classes("label", labels[counted], classes)
     pairs, counts = (of_label * classes + of_prediction).unique(return_counts=True)
     return torch.stack([pairs // classes, pairs % classes, counts], dim=1)
 
@@ -46,18 +43,14 @@ def matrix_of(pairs: Iterable[Sequence[int]], classes: int) -> np.ndarray:
     return matrix
 
 
-def _whole(what: str, values: Tensor) -> Tensor:
+def _classes(what: str, values: Tensor, classes: int) -> Tensor:
     if values.is_floating_point():
-        raise ValueError(f"{what} must be whole numbers, got {str(values.dtype).removeprefix('torch.')}")
-    return values.long()
-
-
-def _require_classes(what: str, values: Tensor, classes: int) -> None:
-    if not values.numel():
-        return
-    for value in torch.stack(values.aminmax()).tolist():
+        raise ValueError(f"{what}s must be whole numbers, got {str(values.dtype).removeprefix('torch.')}")
+    whole = values.long()
+    for value in torch.stack(whole.aminmax()).tolist() if whole.numel() else ():
         if not 0 <= value < classes:
             raise ValueError(f"{what} {value} is none of the {classes} classes 0 to {classes - 1}")
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True)

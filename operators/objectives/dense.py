@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from operators.metrics.depth import MAX_DEPTH, MIN_DEPTH
 from storage.datasets.classes import VOID
-
-MIN_DEPTH, MAX_DEPTH = 0.001, 10.0
 
 EPS = 0.001
 """Metres, added to depths before their logarithm."""
@@ -114,10 +113,8 @@ def instance_loss(
     latents_NC, ids_N = _sampled(latents_BCHW, ids_BHW, samples_per_image, generator)
     step = max(1, max_bytes // (_BYTES_PER_LOGIT * classifier.out_features))
     total = latents_NC.new_zeros((), dtype=torch.float32)
-    for latents, ids in zip(latents_NC.split(step), ids_N.split(step), strict=True):
-        total = total + checkpoint(
-            _instance_sum, classifier, latents, ids, use_reentrant=False, preserve_rng_state=False
-        )
+    for part in zip(latents_NC.split(step), ids_N.split(step), strict=True):
+        total = total + checkpoint(_instance_sum, classifier, *part, use_reentrant=False, preserve_rng_state=False)
     return LossSum(total, float(len(ids_N)))
 
 
@@ -142,18 +139,24 @@ def _sampled(latents: Tensor, ids: Tensor, count: int, generator: torch.Generato
 
 def deap_depth_loss(predicted_B1HW: Tensor, depth_BHW: Tensor) -> LossSum:
     """DeAP's: `sig_loss` after warm-up on 0.001 < depth <= 10; per batch, with its images as weight."""
-    return _sig_loss(predicted_B1HW, depth_BHW, warm=False, above=MIN_DEPTH)
+    return sig_loss(predicted_B1HW, depth_BHW, warm=False, above=MIN_DEPTH)
 
 
-def sig_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, warm: bool) -> LossSum:
-    """SigLoss: sqrt(var(g) + 0.15 mean(g)^2), g the difference of logarithms, on 0 < depth <= 10; per batch.
+def sig_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, warm: bool, above: float = 0.0) -> LossSum:
+    """SigLoss: sqrt(var(g) + 0.15 mean(g)^2), g the difference of logarithms, on `above` < depth <= 10; per batch.
 
     `warm`: without the variance, for the first `WARM_UP_CALLS` calls. The variance is the sample's (n - 1). Negative
-    predictions count as 0. A perfect prediction gives 1e-6
-    and no gradient. Fewer than two pixels count as none.
+    predictions count as 0. A perfect prediction gives 1e-6 and no gradient. Fewer than two pixels count as none.
     Raises `ValueError` where shapes differ.
     """
-    return _sig_loss(predicted_B1HW, depth_BHW, warm=warm, above=0.0)
+    _require_pixels(predicted_B1HW, depth_BHW, channels=1)
+    valid = _valid(depth_BHW, above)
+    ratio = _log_ratio(predicted_B1HW[:, 0][valid], depth_BHW[valid])
+    if len(ratio) < 2:
+        return LossSum(ratio.sum() * 0, 0.0)
+    square = MEAN_SHARE * ratio.mean().square() + (0 if warm else ratio.var())
+    # At 0 the root's gradient would be NaN.
+    return LossSum(square.clamp(min=1e-12).sqrt() * len(depth_BHW), float(len(depth_BHW)))
 
 
 def gradient_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, form: GradientForm = "released") -> LossSum:
@@ -185,19 +188,6 @@ def vit_up_depth_loss(
     """ViT-Up's: `sig_loss` and half of `gradient_loss`; per batch, with its images as weight."""
     total, weight = sig_loss(predicted_B1HW, depth_BHW, warm=warm)
     return LossSum(total + GRADIENT_WEIGHT * gradient_loss(predicted_B1HW, depth_BHW, form=form).total, weight)
-
-
-def _sig_loss(predicted_B1HW: Tensor, depth_BHW: Tensor, *, warm: bool, above: float) -> LossSum:
-    _require_pixels(predicted_B1HW, depth_BHW, channels=1)
-    valid = _valid(depth_BHW, above)
-    ratio = _log_ratio(predicted_B1HW[:, 0][valid], depth_BHW[valid])
-    if len(ratio) < 2:
-        return LossSum(ratio.sum() * 0, 0.0)
-    mean = ratio.mean()
-    square = MEAN_SHARE * mean.square() + (0 if warm else ratio.var())
-    # At 0 the root's gradient would be NaN.
-    loss = square.clamp(min=1e-12).sqrt()
-    return LossSum(loss * len(depth_BHW), float(len(depth_BHW)))
 
 
 def _valid(depth: Tensor, above: float) -> Tensor:

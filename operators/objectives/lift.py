@@ -8,25 +8,13 @@ from torch import Tensor, nn
 
 def cosine_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
     """1 - cosine, averaged over cells: `CosineEmbeddingLoss` with target +1, whose eps enters the squared norms."""
-    _require_same_shape(predicted_BCHW, target_BCHW)
     dot = (predicted_BCHW * target_BCHW).sum(dim=1)
     norms = (predicted_BCHW.square().sum(dim=1) + 1e-12) * (target_BCHW.square().sum(dim=1) + 1e-12)
     return (1 - dot / norms.sqrt()).mean()
 
 
-def l1_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean absolute difference over all elements, channels included."""
-    _require_same_shape(predicted_BCHW, target_BCHW)
-    return F.l1_loss(predicted_BCHW, target_BCHW)
-
-
-def l2_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared difference over all elements, channels included."""
-    _require_same_shape(predicted_BCHW, target_BCHW)
-    return F.mse_loss(predicted_BCHW, target_BCHW)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine_loss, "l1": l1_loss, "l2": l2_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine_loss, "l1": F.l1_loss, "l2": F.mse_loss}
+"""Between maps of one shape [B, C, H, W]; the last two are means over all elements, channels included."""
 
 
 def lower(images_BCHW: Tensor, factor: int) -> Tensor:
@@ -53,11 +41,12 @@ def multi_scale_loss(
     ones. Raises `ValueError` where a map isn't twice the next one.
     """
     full, half, quarter = features
-    loss = LOSSES[kind]
-    fine = loss(net(smaller(images_BCHW, 2), half), full)
-    return fine + loss(net(smaller(images_BCHW, 4), quarter), half)
-
-
-def _require_same_shape(predicted: Tensor, target: Tensor) -> None:
-    if predicted.shape != target.shape:
-        raise ValueError(f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must be of one shape")
+    losses = []
+    for factor, given, target in ((2, half, full), (4, quarter, half)):
+        predicted = net(smaller(images_BCHW, factor), given)
+        if predicted.shape != target.shape:
+            raise ValueError(
+                f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must be of one shape"
+            )
+        losses.append(LOSSES[kind](predicted, target))
+    return losses[0] + losses[1]

@@ -1,16 +1,10 @@
-"""The learning rate of every training here: a linear warm-up, then a cosine."""
+"""The learning rate of trainings that ask for a schedule: a linear warm-up, then a cosine."""
 
 import math
 
 
 def learning_rate(
-    step: int,
-    *,
-    steps: int = 53_381,
-    warmup: int = 2_669,
-    peak: float = 2e-4,
-    start: float = 0.01,
-    floor: float = 1e-6,
+    step: int, *, steps: int = 53_381, warmup: int = 2_669, peak: float = 2e-4, start: float = 0.01, floor: float = 1e-6
 ) -> float:
     """Learning rate of an optimiser step, counted from 0: a line from `start` * `peak` up to `peak`, then a cosine to `floor`.
 

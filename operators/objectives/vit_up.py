@@ -58,10 +58,8 @@ class Supervision:
     @property
     def chunks(self) -> tuple[slice, ...]:
         """The blocks of each chunk. A step's loss is the mean over chunks: a shorter one counts as much as the others."""
-        blocks = self.grids[0] ** 2
-        return tuple(
-            slice(first, min(first + self.chunk_blocks, blocks)) for first in range(0, blocks, self.chunk_blocks)
-        )
+        blocks, step = self.grids[0] ** 2, self.chunk_blocks
+        return tuple(slice(first, min(first + step, blocks)) for first in range(0, blocks, step))
 
     def queries(self, boxes_B4: Tensor, chunk: slice) -> Tensor:
         """Centres of the finest grid's cells inside each box, as (x, y) [B, N, 2], of the blocks of `chunk`.
@@ -223,7 +221,7 @@ def objective(
         first = len(layers) - 1 if name == "relational" and weights.relational_layers == "last" else 0
         # Means, not sums, so that a loss counts the same whatever the number of layers and grids.
         pairs = list(zip(predictions, targets, strict=True))[first:]
-        values_LS = torch.stack([_by_scale(loss, *of_layer) for of_layer in pairs])
+        values_LS = torch.stack([torch.stack([*map(loss, *of_layer)]) for of_layer in pairs])
         shares_LS = torch.outer(layers[first:], scales).to(values_LS.device)
         mean = (values_LS * shares_LS).sum() / shares_LS.sum()
         total = total + weight * mean
@@ -232,19 +230,12 @@ def objective(
 
 
 def _losses(weights: LossWeights) -> dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]]:
-    """Weight and function of the losses that count."""
     losses: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]] = {
         "l2": (weights.l2, standardised_l2),
         "cosine": (weights.cosine, cosine),
         "relational": (weights.relational, partial(relational_kl, tau=weights.tau)),
     }
     return {name: loss for name, loss in losses.items() if loss[0]}
-
-
-def _by_scale(
-    loss: Callable[[Tensor, Tensor], Tensor], predictions: Sequence[Tensor], targets: Sequence[Tensor]
-) -> Tensor:
-    return torch.stack([loss(predicted, target) for predicted, target in zip(predictions, targets, strict=True)])
 
 
 def _weights(weights: tuple[float, ...] | None, count: int, what: str) -> Tensor:

@@ -81,7 +81,7 @@ class ReadoutConfig:
     def parse(cls, settings: JsonObject) -> "ReadoutConfig":
         """From a JSON object; absent and null settings take the defaults."""
         try:
-            given = given_settings(cls, settings, ("method", "channels", "outputs"), "the readout")
+            given = given_settings(cls, settings, "the readout")
         except UpsamplerError as error:
             raise ReadoutError(str(error)) from None
         return cls(**given)

@@ -19,13 +19,15 @@ from operators.readouts.readout import (
     resized,
 )
 
+_Size = tuple[int, int]
+
 
 class Bicubic(Readout):
     """Projected to D channels, sampled bicubically with aligned corners, then DeAP's feed-forward and convolutions."""
 
     settings = frozenset({"dim", "output_bias"})
 
-    def __init__(self, channels: int, outputs: int, width: int, *, dim: int = 48, output_bias: float = 0.0):
+    def __init__(self, channels: int, outputs: int, width: int, *, dim: int, output_bias: float):
         super().__init__(channels, outputs)
         self.proj = nn.Conv2d(channels, dim, 1)
         self.ffn = feed_forward(dim, dim)
@@ -49,15 +51,7 @@ class TransposedConv(Readout):
     settings = frozenset({"output", "grid", "dim", "output_bias"})
 
     def __init__(
-        self,
-        channels: int,
-        outputs: int,
-        width: int,
-        *,
-        output: tuple[int, int] = (224, 224),
-        grid: tuple[int, int] = (37, 37),
-        dim: int = 48,
-        output_bias: float = 0.0,
+        self, channels: int, outputs: int, width: int, *, output: _Size, grid: _Size, dim: int, output_bias: float
     ):
         super().__init__(channels, outputs)
         rows, columns = query_grid(output)
@@ -81,15 +75,7 @@ class StridedConv(Readout):
     channel_groups = 16
 
     def __init__(
-        self,
-        channels: int,
-        outputs: int,
-        width: int,
-        *,
-        output: tuple[int, int] = (224, 224),
-        grid: tuple[int, int] = (37, 37),
-        dim: int = 48,
-        output_bias: float = 0.0,
+        self, channels: int, outputs: int, width: int, *, output: _Size, grid: _Size, dim: int, output_bias: float
     ):
         super().__init__(channels, outputs)
         queries = query_grid(output)

@@ -31,8 +31,6 @@ class Boxes(NamedTuple):
     "float32 x1, y1, x2, y2"
     scores_N: Tensor
     "float32, 0 to 1"
-    classes_N: Tensor
-    "int64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,6 @@ def _write_size(sizes_2HW: Tensor, dy2_H: Tensor, dx2_W: Tensor, size: Tensor) -
 
 
 def _span(chosen_N: Tensor) -> slice:
-    """From the first to the last."""
     places = chosen_N.nonzero().flatten().tolist()
     return slice(places[0], places[-1] + 1) if places else slice(0)
 
@@ -155,7 +152,7 @@ def centernet_boxes(
         y, x = chosen_HW.nonzero(as_tuple=True)
         boxes_N4 = _boxes_in_pixels(x, y, sizes_2HW)
         kept = _best_apart(boxes_N4, heat_HW[y, x], best, overlap)
-        found.append(Boxes(boxes_N4[kept], heat_HW[y, x][kept], torch.zeros_like(kept)))
+        found.append(Boxes(boxes_N4[kept], heat_HW[y, x][kept]))
     return found
 
 

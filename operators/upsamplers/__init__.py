@@ -10,42 +10,24 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from operators.upsamplers.interpolate import Average, Bicubic, Bilinear, Nearest
+from operators.upsamplers.interpolate import Average, Interpolation
 from operators.upsamplers.jbu import Jbu
 from operators.upsamplers.lift import Lift
-from operators.upsamplers.protocol import (
-    AnyMethod,
-    Method,
-    Precision,
-    Settings,
-    Upsampler,
-    UpsamplerError,
-    WithoutWeights,
-)
+from operators.upsamplers.protocol import AnyMethod as AnyMethod
+from operators.upsamplers.protocol import Method as Method
+from operators.upsamplers.protocol import Precision
+from operators.upsamplers.protocol import Settings as Settings
+from operators.upsamplers.protocol import Upsampler as Upsampler
+from operators.upsamplers.protocol import UpsamplerError as UpsamplerError
+from operators.upsamplers.protocol import WithoutWeights as WithoutWeights
 from operators.upsamplers.resize_conv import ResizeConv
 from operators.upsamplers.vit_up.method import ViTUpMethod
 from storage.documents import JsonObject
 
-__all__ = [
-    "UPSAMPLERS",
-    "AnyMethod",
-    "Method",
-    "Settings",
-    "Upsampler",
-    "UpsamplerError",
-    "WithoutWeights",
-    "build_net",
-    "create_upsampler",
-    "find_method",
-    "learned_upsampler",
-    "method_names",
-    "split_method",
-]
-
 UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
-    "bilinear": Bilinear,
-    "bicubic": Bicubic,
-    "nearest": Nearest,
+    "bilinear": Interpolation,
+    "bicubic": Interpolation,
+    "nearest": Interpolation,
     "average": Average,
     "lift": Lift,
     "resize_conv": ResizeConv,

@@ -4,8 +4,6 @@ torch's interpolation with an explicit target size, align_corners=False, no anti
 border is clamped. Bicubic is the Keys kernel with a = -0.75.
 """
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,30 +11,16 @@ from operators.backbone import PatchFeatures
 from operators.upsamplers.protocol import Need, Settings, Upsampler, UpsamplerError, WithoutWeights
 
 
-class Bilinear(WithoutWeights):
-    """Bilinear, to any grid."""
+class Interpolation(WithoutWeights):
+    """torch's mode of the method's own name, to any grid; `nearest` is the cell in which a finer cell's centre lies."""
 
     needs = frozenset[Need]({"maps"})
 
     def make(self) -> Upsampler:
-        return Interpolate("bilinear")
+        return Interpolate("nearest-exact" if self.name == "nearest" else self.name)
 
 
-class Bicubic(Bilinear):
-    """Bicubic, to any grid."""
-
-    def make(self) -> Upsampler:
-        return Interpolate("bicubic")
-
-
-class Nearest(Bilinear):
-    """The cell in which a finer cell's centre lies, to any grid."""
-
-    def make(self) -> Upsampler:
-        return Interpolate("nearest-exact")
-
-
-class Average(Bilinear):
+class Average(Interpolation):
     """Means of whole cells, to a coarser grid whose sides divide the map's."""
 
     enlarges = False
@@ -52,7 +36,7 @@ class Average(Bilinear):
 class Interpolate(Upsampler):
     """By torch, to any grid."""
 
-    def __init__(self, mode: Literal["bilinear", "bicubic", "nearest-exact"]):
+    def __init__(self, mode: str):
         self.mode = mode
 
     def __call__(
@@ -74,8 +58,6 @@ class AveragePool(Upsampler):
         self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]
     ) -> Tensor:
         h, w = features.grid
-        if h % grid[0] or w % grid[1]:
-            raise ValueError(f"a map of {h}x{w} cells can't be averaged to {grid[0]}x{grid[1]}: sides must divide")
         return F.avg_pool2d(features.stacked(layers).float(), (h // grid[0], w // grid[1]))
 
     def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:

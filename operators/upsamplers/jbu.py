@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
+from operators.upsamplers.recursive import DoublingNet, DoublingSettings, OfLiftsPaper
 
 
 @dataclass(frozen=True, kw_only=True)
-class JbuSettings(X2Settings):
+class JbuSettings(DoublingSettings):
     """What a state dict doesn't tell about joint bilateral filters."""
 
     radius: int = 3
@@ -50,7 +50,7 @@ class Jbu(OfLiftsPaper[JbuSettings]):
         return passes
 
 
-class JointBilateral(X2Net):
+class JointBilateral(DoublingNet):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2h, 2w]; any C.
 
     The image is average-pooled to 2h x 2w, which must exceed the radius. Raises `ValueError` where it doesn't.
@@ -107,14 +107,13 @@ class JointBilateral(X2Net):
             yield padded[..., dy : dy + height, dx : dx + width]
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         taps, keys = self.taps, self.key_dim
         padded = (grid[0] + 2 * self.radius) * (grid[1] + 2 * self.radius)
         # Kernels: stacked, scaled, softmax, product, with guidance, two projections. Maps: bicubic, result.
         return grid[0] * grid[1] * (7 * taps + 3 * keys + 9 + 2 * channels) + padded * max(channels, keys)
 
 
-class JointBilateralStack(X2Net):
+class JointBilateralStack(DoublingNet):
     """`stages` joint bilateral steps and a 1x1 correction: [B, C, h, w] to [B, C, 2^n h, 2^n w], n = `steps` of `stages`.
 
     Four stages are FeatUp's published `jbu_stack`; with fewer `steps` the same correction follows (as in NAF's copy).
@@ -134,7 +133,6 @@ class JointBilateralStack(X2Net):
         return maps + 0.1 * self.fixup_proj(maps)
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         return cast(JointBilateral, self.up1).working_values(grid, channels) + grid[0] * grid[1] * channels
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
-from storage.documents import JsonValue
+from operators.upsamplers.recursive import DoublingNet, DoublingSettings, OfLiftsPaper
+from storage.documents import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiftSettings(X2Settings):
+class LiftSettings(DoublingSettings):
     """What a state dict doesn't tell about a LiFT."""
 
     image_branch: bool = True
@@ -58,9 +58,7 @@ class Lift(OfLiftsPaper[LiftSettings]):
     def with_backbone(self, settings: LiftSettings, backbone: TimmBackbone) -> LiftSettings:
         return replace(settings, border_crop=True) if backbone.ragged else settings
 
-    def official(
-        self, state: Mapping[str, Tensor], backbone: TimmBackbone
-    ) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
+    def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[JsonObject, dict[str, Tensor]]:
         """The channels of facets are head-minor in official files, those of tokens aren't split into heads."""
         last = state.get("outc.weight")
         if last is None or last.ndim != 4:
@@ -68,14 +66,14 @@ class Lift(OfLiftsPaper[LiftSettings]):
         heads = None if backbone.facet == "token" else backbone.heads
         return {"channels": len(last), "patch": backbone.patch, "heads": heads}, dict(state)
 
-    def prepared(self, net: X2Net, settings: LiftSettings) -> None:
+    def prepared(self, net: DoublingNet, settings: LiftSettings) -> None:
         if settings.heads:
             # Channel (head, dimension) of ours is channel (dimension, head) of the weights.
             order = torch.arange(settings.channels).view(-1, settings.heads).t().flatten()
             cast(LiftNet, net).reorder_channels(order)
 
 
-class LiftNet(X2Net):
+class LiftNet(DoublingNet):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2h, 2w].
 
     The image encoder halves the image twice and max-pools by k = ceil(patch / 8), which must give 2h x 2w: nothing for patch
@@ -92,13 +90,7 @@ class LiftNet(X2Net):
     enlarges_image = True
 
     def __init__(
-        self,
-        channels: int,
-        patch: int,
-        *,
-        image_branch: bool = True,
-        border_crop: bool = False,
-        wide: bool = False,
+        self, channels: int, patch: int, *, image_branch: bool = True, border_crop: bool = False, wide: bool = False
     ):
         super().__init__()
         self.channels, self.patch, self.border_crop = channels, patch, border_crop
@@ -152,7 +144,6 @@ class LiftNet(X2Net):
                 last.copy_(last[order])
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         c, image, cells = channels, self.image_channels, grid[0] * grid[1]
         joined, out = (c + image) // 2, c // 2
         decoder = (c + image) // 4 + 2 * joined + image + 2 * out + c

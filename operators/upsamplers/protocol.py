@@ -7,9 +7,9 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,17 @@ class Settings:
     `patch` is the backbone's, in pixels.
     """
 
+    owner: ClassVar[str] = "the upsampler"
+    "whose settings they are, in messages"
+
+    @classmethod
+    def parse(cls, given: JsonObject) -> Self:
+        """From a JSON object, which may name the method; absent and null settings take the defaults.
+
+        Raises `UpsamplerError` where settings are unknown, lacking or impossible.
+        """
+        return cls(**given_settings(cls, {name: each for name, each in given.items() if name != "method"}, cls.owner))
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -77,6 +88,8 @@ class Method(Generic[S]):
     "whether its weights come from a checkpoint"
     trained_by: ClassVar[Literal["lift", "vit_up"] | None] = None
     "the objective that jobs/train.py has for it; `lift`: its network takes (images, maps) to twice the cells"
+    trained_factors: ClassVar[tuple[int, ...]] = (1,)
+    "training gives it the maps of images, and of these made smaller by so much a side"
     enlarges: ClassVar[bool] = True
     "whether it gives finer grids than the maps'"
     chunked: ClassVar[bool] = False
@@ -96,9 +109,7 @@ class Method(Generic[S]):
     def require_grid(self, settings: S, base: tuple[int, int], grid: tuple[int, int]) -> None:
         """Raise `UpsamplerError` where maps of `base` cells can't be brought to `grid`."""
 
-    def official(
-        self, state: Mapping[str, Tensor], backbone: TimmBackbone
-    ) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
+    def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[JsonObject, dict[str, Tensor]]:
         """Settings, and the network's state, of a file as the method's authors publish it, used with `backbone`."""
         raise UpsamplerError(
             f"weights without settings, which aren't understood as an official file of {self.name}; give a folder with "
@@ -109,26 +120,17 @@ class Method(Generic[S]):
         """The settings for use with `backbone`. Raises `UpsamplerError` where the method can't be."""
         return settings
 
-    def trained_sides(self, size: int) -> tuple[int, ...]:
-        """Sides in pixels of the images whose maps it knows from training on images of `size`."""
-        return (size,)
-
     # --- the same for all, as a rule ----------------------------------------------------------------------------------
 
     def parse(self, given: JsonObject) -> S:
-        """From a JSON object, which may name the method; absent and null settings take the defaults.
-
-        Raises `UpsamplerError` where settings are unknown, lacking or impossible.
-        """
-        own = {name: value for name, value in given.items() if name != "method"}
-        required = [f.name for f in fields(self.settings) if f.default is MISSING]
-        return self.settings(**given_settings(self.settings, own, required, "the upsampler"))
+        """`Settings.parse`, where checkpoints of the method hold anything else too."""
+        return self.settings.parse(given)
 
     def settings_for(self, backbone: TimmBackbone, channels: int, **given: JsonValue) -> S:
         """The defaults, but for what is `given`, for maps of so many channels of `backbone`."""
         known = {"channels": channels, "patch": backbone.patch}
-        taken = {f.name for f in fields(self.settings)}
-        return self.parse({**{name: value for name, value in known.items() if name in taken}, **given})
+        taken = {f.name: known[f.name] for f in fields(self.settings) if f.name in known}
+        return self.parse({**taken, **given})
 
     def to_json(self, settings: S) -> dict[str, JsonValue]:
         """As checkpoints have them."""
@@ -194,36 +196,30 @@ class WithoutWeights(Method[Settings]):
         """Ready to run."""
         raise NotImplementedError
 
+    def network(self, settings: Settings) -> nn.Module:
+        return nn.Identity()
+
     def build(self, settings: Settings, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> Upsampler:
         return self.make()
-
-    def untrained(
-        self, backbone: TimmBackbone, channels: int, size: int, reload: Reload
-    ) -> tuple[Settings, dict[str, Tensor]]:
-        return Settings(), {}
-
-    def parameters(self, settings: Settings, state: Mapping[str, Tensor]) -> int:
-        return 0
 
 
 # --- for settings and weights from elsewhere --------------------------------------------------------------------------
 
 
-def given_settings(kind: type, settings: JsonObject, required: Sequence[str], owner: str) -> dict[str, Any]:
-    """The arguments of the dataclass `kind`, which checks their values: a JSON object's settings that aren't null.
+def given_settings(kind: type, settings: JsonObject, owner: str) -> dict[str, Any]:
+    """Those of a JSON object's settings that aren't null, for the dataclass `kind`; lists become tuples.
 
-    Lists become tuples. Raises `UpsamplerError` where one is unknown, or a `required` one lacks; whose they are (`owner`) is
-    for the message.
+    Raises `UpsamplerError` where one is unknown, or one without default lacks; whose they are (`owner`) is for the message.
     """
     names = [field.name for field in fields(kind)]
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if unknown := sorted(set(settings) - set(names)):
         raise UpsamplerError(
             f"no such {owner.removeprefix('the ')} settings: {', '.join(unknown)}; there are: {', '.join(names)}"
         )
     if missing := [name for name in required if settings.get(name) is None]:
         raise UpsamplerError(f"{owner}'s settings lack {', '.join(missing)}: {json.dumps(dict(settings))}")
-    given = {name: value for name, value in settings.items() if value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if v is not None}
 
 
 def require_counts(settings: Settings, *names: str) -> None:

@@ -1,6 +1,6 @@
 """Networks that enlarge a map x2 with the help of its image, applied again for x4, x8, ... (LiFT, section 3.3 of its paper).
 
-Such a method is an `X2Net` and a `Recursive`: training has the bare network, extraction a folded copy (`LearnedUpsampler`).
+Such a method is an `DoublingNet` and a `Recursive`: training has the bare network, extraction a folded copy (`LearnedUpsampler`).
 
 Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 """
@@ -20,7 +20,7 @@ from operators.upsamplers.protocol import Method, Precision, Reload, Settings, U
 from storage.documents import JsonObject, JsonValue
 
 
-class X2Net(nn.Module):
+class DoublingNet(nn.Module):
     """A network that takes normalised images [B, 3, H, W] and maps [B, C, h, w] to [B, C, 2h, 2w].
 
     One of several stages with weights of their own, which isn't repeated, takes `steps` as a third argument: 2^steps times
@@ -37,7 +37,7 @@ class X2Net(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class X2Settings(Settings):
+class DoublingSettings(Settings):
     """Of a network that enlarges x2. Raises `UpsamplerError` where settings don't go together."""
 
     channels: int
@@ -49,28 +49,26 @@ class X2Settings(Settings):
         require_counts(self, "channels", "patch")
 
 
-N = TypeVar("N", bound=X2Settings)
+N = TypeVar("N", bound=DoublingSettings)
 
 
 class Recursive(Method[N]):
     """A method whose network enlarges x2. A subclass has `settings` and `network`, and `prepared` where inference needs it."""
 
     trained_by = "lift"
+    trained_factors = (1, 2, 4)
+    "maps of images are learned from those of their halves, and those from the quarters' (LiFT's eq. 1)"
 
-    def network(self, settings: N) -> X2Net:
+    def network(self, settings: N) -> DoublingNet:
         raise NotImplementedError
 
-    def prepared(self, net: X2Net, settings: N) -> None:
+    def prepared(self, net: DoublingNet, settings: N) -> None:
         """Make a trained network, in place, one that takes and gives channels as the maps have them."""
-
-    def trained_sides(self, size: int) -> tuple[int, ...]:
-        """Maps of images are learned from those of their halves, and those from the quarters' (LiFT's eq. 1)."""
-        return size, size // 2, size // 4
 
     def build(
         self, settings: N, state: Mapping[str, Tensor], precision: Precision, reload: Reload
     ) -> "LearnedUpsampler[N]":
-        return LearnedUpsampler(self, settings, cast(X2Net, self.loaded(settings, state)), precision)
+        return LearnedUpsampler(self, settings, cast(DoublingNet, self.loaded(settings, state)), precision)
 
     def require_grid(self, settings: N, base: tuple[int, int], grid: tuple[int, int]) -> None:
         self.passes(settings, base, grid)
@@ -88,7 +86,7 @@ class Recursive(Method[N]):
         return passes
 
 
-_SHARED = {
+_SHARED: dict[str, JsonValue] = {
     "image_branch": True, "border_crop": False, "wide": False, "heads": None, "kernel": 1, "radius": 3, "stages": 1,
 }  # fmt: skip
 """Settings that checkpoints of the methods of LiFT's paper hold of each other, too, at the values that say nothing."""
@@ -120,13 +118,13 @@ class LearnedUpsampler(Upsampler, Generic[N]):
     working_bytes: ClassVar[int] = 2**28
     "images are taken together as far as their activations stay below this"
 
-    def __init__(self, method: Recursive[N], settings: N, net: X2Net, precision: Precision = "fp32"):
+    def __init__(self, method: Recursive[N], settings: N, net: DoublingNet, precision: Precision = "fp32"):
         self.method, self.settings, self.precision = method, settings, precision
         net = copy.deepcopy(net).eval().requires_grad_(False)
         method.prepared(net, settings)
         _fold_batchnorms(net)
         cast_matmul_weights(net, precision)
-        self.net: X2Net = net.to(memory_format=torch.channels_last)
+        self.net: DoublingNet = net.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(

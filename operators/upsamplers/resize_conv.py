@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import OfLiftsPaper, X2Net, X2Settings
+from operators.upsamplers.recursive import DoublingNet, DoublingSettings, OfLiftsPaper
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizeConvSettings(X2Settings):
+class ResizeConvSettings(DoublingSettings):
     """What a state dict doesn't tell about a resize convolution."""
 
     kernel: int = 1
@@ -39,7 +39,7 @@ class ResizeConv(OfLiftsPaper[ResizeConvSettings]):
         return ResizeConvNet(settings.channels, settings.kernel, settings.stages)
 
 
-class ResizeConvNet(X2Net):
+class ResizeConvNet(DoublingNet):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2^n h, 2^n w], n = `steps` of `stages`.
 
     A stage: e is the map, bilinearly x2; out = e + activation(conv([e, image resized to e])), ReLU but in the last stage.
@@ -62,6 +62,5 @@ class ResizeConvNet(X2Net):
         return maps
 
     def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         # The enlarged map, the same with the image, the correction before and after ReLU, and the sum.
         return grid[0] * grid[1] * (5 * channels + 6)

@@ -16,10 +16,11 @@ import psutil
 from cluster.autoscaling import AutoscalingCluster
 from cluster.nodes import ROOT
 from cluster.session import own_cluster
+from pipelines.benchmarks.chaos_jobs import job_command
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
-from pipelines.results import table_lines
+from pipelines.results import number_lines
 from storage.store import FeatureStore
 
 SAMPLE_S = 0.5
@@ -55,12 +56,8 @@ class AutoscaleBenchmark:
             raise ConfigError(f"--idle-s {self.idle_s:g}: must be above 0")
 
 
-AUTOSCALE_PRESETS = {
-    # No network. 2 CPU cores: about 3 minutes.
-    "default": AutoscaleBenchmark(),
-    # 2 CPU cores: about 1 minute.
-    "debug": AutoscaleBenchmark(images=64, size=64, block_rows=8, nodes=2, idle_s=4.0, picture=""),
-}
+# No network. 2 CPU cores: about 1 minute; the defaults take about 3.
+DEBUG = AutoscaleBenchmark(images=64, size=64, block_rows=8, nodes=2, idle_s=4.0, picture="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,9 @@ def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> AutoscaleRe
         watch = _Watch(cluster, store)
         watch.until(lambda: len(watch.samples) >= 4, 60)
         started = watch.samples[-1].seconds
-        command = extract_command(config, photos, str(store), cluster.address)
+        flags = f"--size {config.size} --levels x1 pooled --block-rows {config.block_rows}".split()
+        flags += f"--actors {config.nodes} --actor-cpus 1".split()
+        command = job_command("extract.py", photos, str(store), cluster.address, *flags)
         with (folder / "extract.log").open("wb") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=cluster.environment(), stdout=log, stderr=subprocess.STDOUT
@@ -117,23 +116,12 @@ def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> AutoscaleRe
     return AutoscaleResult(started=started, ended=ended, counts=counts, samples=watch.samples)
 
 
-def extract_command(config: AutoscaleBenchmark, photos: str, out: str, address: str) -> list[str]:
-    """What a person would type."""
-    settings = f"--model test_vit.r160_in1k --weights random --size {config.size} --levels x1 pooled --precision fp32"
-    where = f"--block-rows {config.block_rows} --actors {config.nodes} --actor-cpus 1 --ray-address {address}"
-    program = [sys.executable, "jobs/extract.py", "--data", photos, "--out", out]
-    return [*program, *settings.split(), *where.split()]
-
-
 @contextlib.contextmanager
 def _head(config: AutoscaleBenchmark, folder: Path) -> Iterator[AutoscalingCluster]:
     """A head-only cluster, up; all of it is ended at the end."""
     log = folder / "head.log"
     # Not within `folder`: sockets' paths must be short.
-    with (
-        tempfile.TemporaryDirectory(prefix="raylift-", ignore_cleanup_errors=True) as own,
-        own_cluster(Path(own)),
-    ):
+    with tempfile.TemporaryDirectory(prefix="raylift-", ignore_cleanup_errors=True) as own, own_cluster(Path(own)):
         cluster = AutoscalingCluster(port=config.port, nodes=config.nodes, idle_s=config.idle_s, folder=own)
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(cluster).items()]
         command = [sys.executable, "-m", "cluster.autoscaling", *flags]
@@ -203,18 +191,13 @@ class _Watch:
         )
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
-
-
 def autoscale_report(config: AutoscaleBenchmark, result: AutoscaleResult, machine: Machine) -> Iterator[str]:
     """The numbers as Markdown, line by line."""
     counts = result.counts
     yield f"## autoscale: {config.images:,} images on a head without CPUs and up to {config.nodes} nodes"
     yield machine.line(f"{machine.cores} cores")
-    rows = [
-        [what, f"{at:.0f}", f"{now.nodes}", f"{now.busy_cpus:g}", f"{now.tasks}"] for what, at, now in _events(result)
-    ]
-    yield from table_lines(["", "s", "worker nodes", "CPUs in use", "tasks done"], rows)
+    rows = [[what, at, now.nodes, now.busy_cpus, now.tasks] for what, at, now in _events(result)]
+    yield from number_lines({"": "", "s": ".0f", "worker nodes": "", "CPUs in use": "g", "tasks done": ""}, rows)
     most = max(sample.nodes for sample in result.samples)
     yield f"\n- {counts.get('ok', 0):,} images ok, {counts.get('failed', 0):,} failed; at most {most} nodes at once."
     yield f"- Idle nodes go after {config.idle_s:g} s."

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import IO, Literal, TypeAlias
 
 from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
@@ -39,6 +39,9 @@ WHAT: Mapping[Kind, str] = {
     "head": "SIGKILL to the head, the driver and all nodes; the same command on a new cluster",
 }
 
+COUNTS = ("expected", "found", "lost", "doubled")
+"""Rows or steps that are found of a job, by field."""
+
 POLL_S = 0.5
 REJOIN_S = (2.0, 8.0)
 """Until another node is started in place of one that is gone, drawn from this range."""
@@ -48,9 +51,6 @@ NOTICE_S = 5.0
 
 STALLED_S = NO_PROGRESS_S + 300.0
 """A job that gets on by nothing for this long hangs, and its own guard didn't see it."""
-
-COUNTED = ("expected", "found", "lost", "doubled", "compared")
-"""Fields of what is found of a job that are added up over jobs."""
 
 MAX_EXITS = 12
 """Ends of its own accord, with an error, that a job may have without getting on in between."""
@@ -101,14 +101,9 @@ class ChaosBenchmark:
             raise ConfigError(f"--nodes {self.nodes}: --train has two workers, and needs a node for each")
 
 
-CHAOS_PRESETS = {
-    # No network. At least 30 nodes and 5 drivers are killed. Takes a few minutes longer than --minutes.
-    "default": ChaosBenchmark(),
-    # About 75 seconds on 2 CPU cores that do nothing else.
-    "debug": ChaosBenchmark(
-        minutes=0, faults=3, every=6, early=0, kinds=("node", "node", "driver"), nodes=2, images=512
-    ),
-}
+# No network. About 75 seconds on 2 CPU cores that do nothing else. With the defaults at least 30 nodes and 5 drivers are killed,
+# which takes a few minutes longer than --minutes.
+DEBUG = ChaosBenchmark(minutes=0, faults=3, every=6, early=0, kinds=("node", "node", "driver"), nodes=2, images=512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +220,6 @@ class _Runner:
                 process.kill()
                 process.wait()
 
-    # --- jobs ---------------------------------------------------------------------------------------------------------
-
     def measure(self) -> ChaosResult:
         undisturbed_s = self._run("reference")
         self.job.keep(self.out)
@@ -273,25 +266,24 @@ class _Runner:
         self.launches += 1
         self.at_launch, self.is_working = self.job.progress(self.out), False
         with self.log.open("wb") as log:
-            self.driver = subprocess.Popen(
-                self.job.command(self.out, self.cluster.address),
-                # Without git, stores don't say which commit made them: one that is made meanwhile isn't a fault.
-                env={**self.environment, "GIT_DIR": os.devnull},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self.started.append(self.driver)
+            self.driver = self._start(self.job.command(self.out, self.cluster.address), log)
+
+    def _start(self, command: Sequence[str], log: IO[bytes] | int) -> subprocess.Popen[bytes]:
+        """A process that uses the cluster, and ends with the benchmark."""
+        # Without git, stores don't say which commit made them: one that is made meanwhile isn't a fault.
+        environment = {**self.environment, "GIT_DIR": os.devnull}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+        self.started.append(process)
+        return process
 
     def _ended(self, code: int) -> None:
-        said = self._said()
-        logger.warning("the driver ended with %d: %s", code, said)
-        self.exits.append(Exit(run=Path(self.out).name, code=code, said=said))
+        logger.warning("the driver ended with %d: %s", code, self._said())
+        self.exits.append(Exit(run=Path(self.out).name, code=code, said=self._said()))
 
     def _said(self) -> str:
         return self.log.read_text(errors="replace")[-1500:]
-
-    # --- faults -------------------------------------------------------------------------------------------------------
 
     def _next_fault(self) -> None:
         self.kind, self.is_early = next(self.kinds), self.random.random() < self.config.early
@@ -341,15 +333,7 @@ class _Runner:
     def _fault_store(self) -> bool:
         code = "import sys; from cluster.nodes import fill_stores; fill_stores(sys.argv[1], *map(float, sys.argv[2:]))"
         arguments = [self.cluster.address, str(1.5e6 * self.config.store_mb), str(self.config.every)]
-        self.started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code, *arguments],
-                cwd=ROOT,
-                env=self.environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        )
+        self._start([sys.executable, "-c", code, *arguments], subprocess.DEVNULL)
         return True
 
     def _fault_head(self) -> bool:
@@ -384,15 +368,13 @@ class _Runner:
         if self.cluster.head and not self.cluster.head.is_up:
             raise BenchmarkFailed("the head ended by itself; see the log of Ray's gcs_server")
 
-    # --- the result ---------------------------------------------------------------------------------------------------
-
     def _result(self, undisturbed_s: float, runs: Sequence[Run]) -> ChaosResult:
         chaos_s = sum(run.seconds for run in runs)
         return ChaosResult(
             unit=self.job.unit,
             faults=dict(sorted(Counter(fault.kind for fault in self.faults).items())),
             completed=len(runs),
-            **{name: sum(getattr(run, name) for run in runs) for name in COUNTED},
+            **{name: sum(getattr(run, name) for run in runs) for name in (*COUNTS, "compared")},
             differ=tuple(f"run-{n:03d}: {name}" for n, run in enumerate(runs) for name in run.differ),
             undisturbed_s=undisturbed_s,
             chaos_s=chaos_s,
@@ -412,8 +394,8 @@ def require_nothing_lost(result: ChaosResult) -> None:
     counts = {"lost": result.lost, "doubled": result.doubled}
     wrong = [f"{count} {result.unit} {name}" for name, count in counts.items() if count]
     if result.differ:
-        shown = ", ".join(result.differ[:5])
-        wrong.append(f"{len(result.differ)} of {result.compared} parts differ from the undisturbed: {shown}")
+        first = ", ".join(result.differ[:5])
+        wrong.append(f"{len(result.differ)} of {result.compared} parts differ from the undisturbed: {first}")
     if wrong:
         raise BenchmarkFailed("; ".join(wrong))
 
@@ -424,18 +406,14 @@ def chaos_report(config: ChaosBenchmark, result: ChaosResult, machine: Machine) 
     yield f"## chaos: {sum(result.faults.values())} faults in {result.chaos_s / 60:.1f} minutes of {what}"
     yield f"{machine.line()} Nodes: {config.nodes}, seed {config.seed}."
     yield from table_lines(["fault", "injected"], [[f"{k}: {WHAT[k]}", str(n)] for k, n in result.faults.items()])
-    counts = {
-        f"{what} completed": result.completed,
-        f"{result.unit} expected": result.expected,
-        f"{result.unit} found": result.found,
-        f"{result.unit} lost": result.lost,
-        f"{result.unit} doubled": result.doubled,
-        f"{parts} compared": result.compared,
-        "of them other bytes": len(result.differ),
-    }
-    rows = [[name, f"{count:,}"] for name, count in counts.items()]
-    rows += [["undisturbed, s", f"{result.undisturbed_s:.1f}"]]
-    rows += [["time lost per fault, s", f"{result.lost_s_per_fault:.1f}"]]
-    rows += [["starts of the same command again", f"{result.restarts:,}"]]
-    rows += [["of them after an error of its own", f"{result.restarts_after_errors:,}"]]
+    rows = [
+        [f"{what} completed", f"{result.completed:,}"],
+        *([f"{result.unit} {name}", f"{getattr(result, name):,}"] for name in COUNTS),
+        [f"{parts} compared", f"{result.compared:,}"],
+        ["of them other bytes", f"{len(result.differ):,}"],
+        ["undisturbed, s", f"{result.undisturbed_s:.1f}"],
+        ["time lost per fault, s", f"{result.lost_s_per_fault:.1f}"],
+        ["starts of the same command again", f"{result.restarts:,}"],
+        ["of them after an error of its own", f"{result.restarts_after_errors:,}"],
+    ]
     yield from table_lines(["", ""], rows)

@@ -53,7 +53,8 @@ class Job(Protocol):
         """Hold `out` against the reference."""
 
 
-def _program(name: str, data: str, out: str, address: str, *flags: str) -> list[str]:
+def job_command(name: str, data: str, out: str, address: str, *flags: str) -> list[str]:
+    """What a person would type to have a job done on a cluster, by timm's test_vit with random weights."""
     place = ["--data", data, "--out", out, "--executor", "ray", "--ray-address", address]
     return [sys.executable, str(ROOT / "jobs" / name.split()[0]), *name.split()[1:], *place, *MODEL, *flags]
 
@@ -71,7 +72,7 @@ class ExtractJob:
         self._reference: dict[str, str] = {}
 
     def command(self, out: str, address: str) -> list[str]:
-        return _program("extract.py", self._data, out, address, *self._flags)
+        return job_command("extract.py", self._data, out, address, *self._flags)
 
     def progress(self, out: str) -> int:
         try:
@@ -125,7 +126,7 @@ class TrainJob:
         self._reference: dict[str, object] = {}
 
     def command(self, out: str, address: str) -> list[str]:
-        return _program("train.py lift", self._data, out, address, *self._flags)
+        return job_command("train.py lift", self._data, out, address, *self._flags)
 
     def progress(self, out: str) -> int:
         last = read_last(Folder(out))

@@ -8,8 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from pipelines.costs.clocks import (
     peak_bytes,
     timed,
 )
-from pipelines.results import table_lines
+from pipelines.results import number_lines
 
 _TOLERANCE = 1e-4
 "largest difference of similarities and of soft labels, which are at most 1"
@@ -67,12 +66,9 @@ class EvaluateBenchmark:
         device_of(self.device)
 
 
-EVALUATE_PRESETS = {
-    # No network. 2 CPU cores: about 4 minutes and 3 GB, nearly all for the plain propagation on 56 x 56 cells.
-    "default": EvaluateBenchmark(),
-    # 2 CPU cores: a second; the times mean nothing at this size.
-    "debug": EvaluateBenchmark(grids=(4, 9), channels=8, pixels=36, points=3, frames=11, repeat=2),
-}
+# No network. 2 CPU cores: a second, and the times mean nothing at this size. The defaults take about 4 minutes and 3 GB, nearly
+# all for the plain propagation on 56 x 56 cells.
+DEBUG = EvaluateBenchmark(grids=(4, 9), channels=8, pixels=36, points=3, frames=11, repeat=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +85,11 @@ class Comparison:
     "median of the rounds' ratios, plain by ours"
     largest_difference: float
 
+    @property
+    def cells(self) -> str:
+        """Of a map."""
+        return f"{self.grid} x {self.grid} cells"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingComparison(Comparison):
@@ -99,9 +100,6 @@ class MatchingComparison(Comparison):
 class PropagationComparison(Comparison):
     frames: int
     "of the clip"
-
-
-Compared = TypeVar("Compared", bound=Comparison)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +127,6 @@ def measure_evaluate(config: EvaluateBenchmark) -> EvaluateResult:
         torch.set_num_threads(before)
 
 
-# --- matching ---------------------------------------------------------------------------------------------------------
-
-
 def _compare_matching(
     config: EvaluateBenchmark, grid: int, normalise: Normalise, device: torch.device
 ) -> MatchingComparison:
@@ -147,14 +142,15 @@ def _compare_matching(
         scores = [similarity.gather(1, xy[:, 1:] * size[1] + xy[:, :1]) for xy in (ours, plain)]
         return (scores[0] - scores[1]).abs().max().item() / similarity.abs().max().item()
 
-    return _compare(
+    compared = _compare(
         config,
         f"the pixels found in {grid} x {grid} cells",
-        partial(MatchingComparison, grid=grid, normalise=normalise),
+        grid,
         lambda: best_pixels(queries, map_hwC, size, normalise=normalise).xy_K2,
         lambda: enlarge_then_match(queries, map_hwC, size, normalise),
         difference,
     )
+    return MatchingComparison(**vars(compared), normalise=normalise)
 
 
 def enlarge_then_match(queries_KC: Tensor, map_hwC: Tensor, size: tuple[int, int], normalise: Normalise) -> Tensor:
@@ -173,9 +169,6 @@ def similarities(queries_KC: Tensor, map_hwC: Tensor, size: tuple[int, int], nor
     return (queries_KC @ enlarged.flatten(1)).unflatten(1, size)
 
 
-# --- propagation ------------------------------------------------------------------------------------------------------
-
-
 def _compare_propagation(config: EvaluateBenchmark, grid: int, device: torch.device) -> PropagationComparison:
     generator, settings = torch.Generator().manual_seed(0), Propagation()
     maps = _clip(config.frames, grid, config.channels, generator).to(device)
@@ -186,14 +179,15 @@ def _compare_propagation(config: EvaluateBenchmark, grid: int, device: torch.dev
         propagator = Propagator(maps[0], labels, settings)
         return torch.stack([propagator.step(each) for each in maps[1:]])
 
-    return _compare(
+    compared = _compare(
         config,
         f"the soft labels of {grid} x {grid} cells",
-        partial(PropagationComparison, grid=grid, frames=config.frames),
+        grid,
         ours,
         lambda: propagate_with_all_affinities(maps, labels, settings),
         lambda ours, plain: (ours - plain).abs().max().item(),
     )
+    return PropagationComparison(**vars(compared), frames=config.frames)
 
 
 def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, settings: Propagation) -> Tensor:
@@ -221,9 +215,6 @@ def propagate_with_all_affinities(maps_ThwC: Tensor, labels_Ohw: Tensor, setting
     return torch.stack(soft).unflatten(2, (h, w))
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
-
-
 def _clip(frames: int, grid: int, channels: int, generator: torch.Generator) -> Tensor:
     """Random maps [frames, grid, grid, channels] that are smooth from cell to cell, and alike from frame to frame."""
     coarse = torch.randn(1, channels, -(-grid // 4), -(-grid // 4), generator=generator)
@@ -234,19 +225,20 @@ def _clip(frames: int, grid: int, channels: int, generator: torch.Generator) -> 
 def _compare(
     config: EvaluateBenchmark,
     what: str,
-    result: Callable[..., Compared],
+    grid: int,
     ours: Callable[[], Tensor],
     plain: Callable[[], Tensor],
     difference: Callable[[Tensor, Tensor], float],
-) -> Compared:
-    """A `result` with what both ways took, and the `difference` of what they gave. Raises `BenchmarkFailed` if it is one."""
+) -> Comparison:
+    """What both ways took, and the `difference` of what they gave. Raises `BenchmarkFailed` if it is one."""
     device, found = device_of(config.device), dict[str, Tensor]()
     runs = (lambda: found.update(ours=ours()), lambda: found.update(plain=plain()))
     peaks = [peak_bytes(run, device, warm_up=False) for run in runs]  # and so they are warm
     of_ours, of_plain = timed(runs, config.repeat, math.inf, device)
     if not (apart := difference(found["ours"], found["plain"])) <= _TOLERANCE:
         raise BenchmarkFailed(f"{what} differ by {apart:.2g} between the two ways")
-    return result(
+    return Comparison(
+        grid=grid,
         seconds={"ours": of_ours, "plain": of_plain},
         peak_bytes=dict(zip(("ours", "plain"), peaks, strict=True)),
         ratio=median_ratio(of_plain, of_ours),
@@ -258,23 +250,29 @@ def evaluate_report(config: EvaluateBenchmark, result: EvaluateResult, machine: 
     """The numbers as Markdown, line by line."""
     yield f"## evaluate: matching and propagation beside plain code, {config.channels} channels, float32"
     yield machine.usual_line(device=result.device)
-    head = ["ms", "plain, ms", "times faster", "peak MB", "plain, MB", "largest difference"]
     size = f"{config.points} points in {config.pixels} x {config.pixels} pixels, similarity"
-    lines = [[f"{_cells(one)}, {one.normalise}", *_numbers(one)] for one in result.matching]
-    yield from table_lines([f"matching: {size}", *head], lines)
-    lines = [[_cells(one), *_numbers(one)] for one in result.propagation]
-    yield from table_lines([f"propagation: clip of {config.frames} frames", *head], lines)
+    matching = {f"{one.cells}, {one.normalise}": one for one in result.matching}
+    yield from _comparison_lines(f"matching: {size}", matching)
+    propagation = {one.cells: one for one in result.propagation}
+    yield from _comparison_lines(f"propagation: clip of {config.frames} frames", propagation)
     yield f"""
 - Medians of {config.repeat} rounds, in which everything runs once; "times faster": the median of each round's ratio.
 - Plain matching enlarges the map and takes all dot products; plain propagation has all affinities of a frame at once.
 - Peak: what torch's allocator holds at once beyond the input, with the result."""
 
 
-def _cells(one: Comparison) -> str:
-    return f"{one.grid} x {one.grid} cells"
-
-
-def _numbers(one: Comparison) -> list[str]:
-    milliseconds = [f"{1e3 * statistics.median(seconds):,.1f}" for seconds in one.seconds.values()]
-    megabytes = [f"{peak / 2**20:,.1f}" for peak in one.peak_bytes.values()]
-    return [*milliseconds, f"{one.ratio:.2f}", *megabytes, f"{one.largest_difference:.1e}"]
+def _comparison_lines(title: str, found: Mapping[str, Comparison]) -> Iterator[str]:
+    columns = {
+        title: "",
+        "ms": ",.1f",
+        "plain, ms": ",.1f",
+        "times faster": ".2f",
+        "peak MB": ",.1f",
+        "plain, MB": ",.1f",
+    }
+    rows = []
+    for name, one in found.items():
+        milliseconds = [1e3 * statistics.median(seconds) for seconds in one.seconds.values()]
+        megabytes = [peak / 2**20 for peak in one.peak_bytes.values()]
+        rows.append([name, *milliseconds, one.ratio, *megabytes, one.largest_difference])
+    return number_lines({**columns, "largest difference": ".1e"}, rows)

@@ -1,6 +1,6 @@
 """Speed and memory of extraction, beside the parts it's made of and the loop a competent user would write instead.
 
-What is measured runs in fresh processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
+What is measured runs in new processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
 """
 
 import functools
@@ -16,17 +16,15 @@ import numpy as np
 import zarr
 
 from cluster.metrics import TaskReport
-from cluster.session import connect
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import write_photos
-from pipelines.benchmarks.processes import SPAWN, Usage, durations, run_fresh
-from pipelines.benchmarks.simulated import WatchedExecutor
+from pipelines.benchmarks.processes import SPAWN, Usage, durations, in_new_processes
+from pipelines.benchmarks.scale import Watched, watched
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
 from pipelines.executors import Loaded, MakeWorker, Worker
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.prepare import prepare, resolve
-from pipelines.extraction.run import Summary, run_prepared
+from pipelines.extraction.prepare import resolve
 from pipelines.features.levels import LevelChoice
 from storage.spec import ShardTask
 from storage.store import FeatureStore
@@ -68,14 +66,8 @@ class ExtractBenchmark:
             raise ConfigError("int8 levels have no counterpart in the user's loop; use @float16 or @float32")
 
 
-EXTRACT_PRESETS = {
-    "default": ExtractBenchmark(),
-    # No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
-    "debug": ExtractBenchmark(images=32, model="test_vit.r160_in1k", size=64, precision="fp32", stage_s=0.2),
-}
-
-
-# --- what is measured -------------------------------------------------------------------------------------------------
+# No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
+DEBUG = ExtractBenchmark(images=32, model="test_vit.r160_in1k", size=64, precision="fp32", stage_s=0.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,9 +193,6 @@ class ExtractResult:
     rounds: Sequence[Round]
 
 
-# --- the pipeline -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Clocked:
     """A worker whose reports say when their task began and ended."""
@@ -223,22 +212,12 @@ def _clocked(make_worker: MakeWorker, *, model: bool = True) -> _Clocked:
     return _Clocked(make_worker(model=model))
 
 
-def _pipeline(config: ExtractConfig) -> tuple[Summary, dict[str, float], float, list[TaskReport]]:
-    """One extraction, end to end: what came of it, when it got how far and was done, and its tasks."""
-    marks = {"imports": time.monotonic()}
-    resolved = resolve(config)
-    marks["model"] = time.monotonic()
-    with connect("local", num_cpus=CORES, num_gpus=0):
-        marks["ray"] = time.monotonic()
-        executor = WatchedExecutor(lambda make_worker: functools.partial(_clocked, make_worker))
-        prepared = prepare(resolved, executor)
-        marks["index"] = time.monotonic()
-        summary = run_prepared(prepared, executor)
-        done = time.monotonic()
-    if summary.failed:
-        raise BenchmarkFailed(f"{summary.failed} images failed, so speeds can't be compared: {summary.reasons}")
-    marks["first task"] = min(report.marks["ended"] for report in executor.reports)
-    return summary, marks, done, executor.reports
+def _pipeline(config: ExtractConfig) -> Watched:
+    """One extraction, end to end."""
+    found = watched(config, lambda make_worker: functools.partial(_clocked, make_worker), CORES)
+    if failed := found.summary.failed:
+        raise BenchmarkFailed(f"{failed} images failed, so speeds can't be compared: {found.summary.reasons}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,25 +254,25 @@ def _steady(tasks: Sequence[TaskReport]) -> SteadyWindow:
 
 
 def _measure_pipeline(config: ExtractConfig) -> PipelineRun:
-    [(summary, marks, done, tasks)], usage = run_fresh(_pipeline, (config,))
+    [found], usage = in_new_processes(_pipeline, (config,))
+    images, tasks, done = found.summary.ok, found.reports, found.marks["finished"].wall_s
+    marks = {name: found.marks[name].wall_s for name in ("imports", "model", "ray", "index")}
+    marks["first task"] = min(task.marks["ended"] for task in tasks)
     window = _steady(tasks)
     cpu = usage.cpu_between(window.start, window.stop)
     cpu["idle"] = CORES * window.seconds - sum(cpu.values())
     return PipelineRun(
-        **vars(WholeRun.of(summary.ok, marks, done, usage)),
+        **vars(WholeRun.of(images, marks, done, usage)),
         steady_images_per_s=window.images / window.seconds,
         steady_s=window.seconds,
         steady_from=window.opens,
         steady_cpu_ms={name: 1e3 * seconds / window.images for name, seconds in cpu.items()},
-        stage_ms={s: 1e3 * sum(task.seconds.get(s, 0.0) for task in tasks) / summary.ok for s in STAGES},
+        stage_ms={s: 1e3 * sum(task.seconds.get(s, 0.0) for task in tasks) / images for s in STAGES},
         wrap_up_s=done - max(task.marks["ended"] for task in tasks),
-        bytes_written=summary.bytes_written,
+        bytes_written=found.summary.bytes_written,
         batch=max(task.batch for task in tasks),
         tasks=len(tasks),
     )
-
-
-# --- rounds -----------------------------------------------------------------------------------------------------------
 
 
 def measure_extract(config: ExtractBenchmark, folder: Path) -> ExtractResult:
@@ -335,7 +314,7 @@ def _round(run: ExtractConfig, loop_out: str, config: ExtractBenchmark) -> Round
         batch=config.loop_batch,
         stage_s=config.stage_s,
     )
-    [found], usage = run_fresh(user_loop, (job,))
+    [found], usage = in_new_processes(user_loop, (job,))
     loop = LoopRun(
         **vars(WholeRun.of(len(found.keys), {"first batch": found.first_batch}, found.done, usage)),
         steady_images_per_s=found.steady_images_per_s,
@@ -363,7 +342,7 @@ def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
 
 def _measure_bare(job: BaselineJob) -> BareStages:
     barrier = SPAWN.Barrier(CORES)
-    results, _ = run_fresh(bare_stages, *((job, rank, barrier) for rank in range(CORES)))
+    results, _ = in_new_processes(bare_stages, *((job, rank, barrier) for rank in range(CORES)))
     stage_ms = {name: sum(one.stage_ms[name] for one in results) / CORES for name in STAGES}
     return BareStages(
         stage_ms=stage_ms,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pipelines.benchmarks.extract import BareStages, ExtractBenchmark, ExtractResult, Gap, LoopRun, PipelineRun
 from pipelines.costs.clocks import CORES, Machine
-from pipelines.results import table_lines
+from pipelines.results import number_lines, table_lines
 
 
 def extract_report(config: ExtractBenchmark, result: ExtractResult, machine: Machine) -> Iterator[str]:
@@ -24,13 +24,10 @@ def extract_report(config: ExtractBenchmark, result: ExtractResult, machine: Mac
         "(d) the user's loop, steady": loop.steady_images_per_s,
         "(d) the user's loop, whole run": loop.images_per_s,
     }
-    rows = [[name, f"{rate:.2f}", f"{rate / bare.bound_images_per_s:.2f}"] for name, rate in rates.items()]
-    yield from table_lines(["", "images/s", "of the bound"], rows)
-    rows = [
-        [name, f"{one.target:.2f}" if one.target else "", f"{one.best:.2f}", " ".join(f"{x:.2f}" for x in one.all)]
-        for name, one in result.ratios.items()
-    ]
-    yield from table_lines(["ratio", "target", "best", "by round"], rows)
+    rows = [[name, rate, rate / bare.bound_images_per_s] for name, rate in rates.items()]
+    yield from number_lines({"": "", "images/s": ".2f", "of the bound": ".2f"}, rows)
+    ratios = [[name, r.target, r.best, " ".join(f"{x:.2f}" for x in r.all)] for name, r in result.ratios.items()]
+    yield from number_lines({"ratio": "", "target": ".2f", "best": ".2f", "by round": ""}, ratios)
     yield from _gap_report(result.gap)
     yield from _process_report(pipeline, loop)
     yield from _notes(pipeline, loop, bare)
@@ -38,13 +35,11 @@ def extract_report(config: ExtractBenchmark, result: ExtractResult, machine: Mac
 
 def _gap_report(gap: Gap) -> Iterator[str]:
     """Where the time between the bound and the steady rate goes."""
-    rows = [
-        [one.stage, f"{one.bare:.2f}", f"{one.clock:.2f}", f"{one.cpu:.2f}", f"{one.gap:+.2f}"] for one in gap.stages
-    ]
-    rows += [[name, "", "", f"{value:.2f}", f"{value:+.2f}"] for name, value in gap.outside.items()]
-    rows += [["all", f"{gap.bare:.2f}", "", f"{gap.total:.2f}", f"{gap.total - gap.bare:+.2f}"]]
     yield "\nWhere it goes, in core milliseconds per image (largest gap first within the stages):"
-    yield from table_lines(["", "bare", "stage clock", "in the run", "gap"], rows)
+    rows: list[list[object]] = [[one.stage, one.bare, one.clock, one.cpu, one.gap] for one in gap.stages]
+    rows += [[name, None, None, value, value] for name, value in gap.outside.items()]
+    rows += [["all", gap.bare, None, gap.total, gap.total - gap.bare]]
+    yield from number_lines({"": "", "bare": ".2f", "stage clock": ".2f", "in the run": ".2f", "gap": "+.2f"}, rows)
 
 
 def _process_report(pipeline: PipelineRun, loop: LoopRun) -> Iterator[str]:

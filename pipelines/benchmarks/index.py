@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
-from pipelines.benchmarks.processes import durations, run_fresh
+from pipelines.benchmarks.processes import durations, in_new_processes
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import CORES, Machine, NumbersFile
 from pipelines.executors import RayExecutor
@@ -33,7 +33,7 @@ class IndexBenchmark:
             raise ConfigError("--tars must be at least 1 and at most --samples, and those at most 10^9")
 
 
-INDEX_PRESETS = {"default": IndexBenchmark(), "debug": IndexBenchmark(samples=2000, tars=4)}
+DEBUG = IndexBenchmark(samples=2000, tars=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def measure_index(config: IndexBenchmark, folder: Path) -> IndexResult:
     """Index the input, list the tasks, and validate the index again, on a local Ray; no features are computed."""
     pattern = write_tiny_tars(folder / "tars", config.samples, config.tars)
     run = ExtractConfig.of(data=(pattern,), out=str(folder / "feats.zarr"), weights="random", executor="ray")
-    [(rows, sources, tasks, marks)], usage = run_fresh(_index, (run,))
+    [(rows, sources, tasks, marks)], usage = in_new_processes(_index, (run,))
     parquet = (Path(run.out) / "index").rglob("*.parquet")
     return IndexResult(
         rows=rows,

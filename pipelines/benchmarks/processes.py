@@ -1,4 +1,4 @@
-"""Fresh processes to measure in, and what they take: memory, and CPU time by group. For benchmarks only."""
+"""New processes to measure in, and what they take: memory, and CPU time by group. For benchmarks only."""
 
 import contextlib
 import multiprocessing
@@ -103,7 +103,7 @@ def _pss(pid: int) -> int:
     return 0
 
 
-def run_fresh(function: Callable[..., Found], *calls: tuple[object, ...]) -> tuple[list[Found], Usage]:
+def in_new_processes(function: Callable[..., Found], *calls: tuple[object, ...]) -> tuple[list[Found], Usage]:
     """`function(*call)` for every call, each in a new process, all at once; what they return, and what they took."""
     pipes = [SPAWN.Pipe(duplex=False) for _ in calls]
     started = time.monotonic()

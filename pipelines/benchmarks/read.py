@@ -1,6 +1,6 @@
 """Speed of reading features back, at random and whole epochs, beside zarr-python, a memmap, and whole shards in order.
 
-Each place (a local disk, an S3 server) is measured in a fresh process, one contender after another, each with objects of its
+Each place (a local disk, an S3 server) is measured in a new process, one contender after another, each with objects of its
 own.
 """
 
@@ -25,11 +25,12 @@ import psutil
 import zarr
 from torch.utils.data import DataLoader
 
-from pipelines.benchmarks.processes import run_fresh
+from pipelines.benchmarks.processes import in_new_processes
 from pipelines.benchmarks.stores import LEVEL, Place, key_of, s3_place, write_big_store, write_npy, write_store
 from pipelines.config import ConfigError, parse_options, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, NumbersFile
+from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
 from pipelines.feature_datasets import FeatureDataset, FeatureStream, Sample
+from pipelines.results import number_lines
 from storage.paths import public_options, redact
 
 logger = logging.getLogger(__name__)
@@ -83,11 +84,8 @@ class ReadBenchmark:
         return asdict(self) | {"s3": redact(self.s3, options), "storage_options": public_options(options)}
 
 
-READ_PRESETS = {
-    "default": ReadBenchmark(),
-    # No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
-    "debug": ReadBenchmark(rows=96, grid=(4, 4), channels=64, s3_rows=48, reads=100, repeat=1, big_rows=2000),
-}
+# No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
+DEBUG = ReadBenchmark(rows=96, grid=(4, 4), channels=64, s3_rows=48, reads=100, repeat=1, big_rows=2000)
 
 
 # --- contenders: opened at once, then (row numbers, their features) one after another ---------------------------------
@@ -173,9 +171,6 @@ def epoch_contenders(workers: int) -> dict[str, Contender]:
     }
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rate:
     """What one contender read, and how fast. CPU time is for 1,000 rows."""
@@ -242,9 +237,6 @@ class ReadResult:
     places: Mapping[str, PlaceRead]
     server: str
     ratios: tuple[Ratio, ...]
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def measure_place(place: Place, config: ReadBenchmark, also: Sequence[Place]) -> PlaceRead:
@@ -354,9 +346,6 @@ def _counted_requests() -> Iterator[Counter[str]]:
         AioBaseClient._make_api_call = call
 
 
-# --- the whole of it --------------------------------------------------------------------------------------------------
-
-
 def measure_read(config: ReadBenchmark, folder: Path) -> ReadResult:
     """All of it, in `folder`. Raises `BenchmarkFailed` if a contender gives wrong features, or an epoch not every row once."""
     _refuse_unfit(folder, config)
@@ -378,7 +367,7 @@ def measure_read(config: ReadBenchmark, folder: Path) -> ReadResult:
 
 def _measure(place: Place, config: ReadBenchmark, also: Sequence[Place]) -> PlaceRead:
     logger.info("%s: opening, epochs, random reads", place.name)
-    [found], _ = run_fresh(measure_place, (place, config, also))
+    [found], _ = in_new_processes(measure_place, (place, config, also))
     check(found)
     return found
 
@@ -417,3 +406,37 @@ def _refuse_unfit(folder: Path, config: ReadBenchmark) -> None:
     if need > free:
         text = f"{free / 1e9:.1f} GB free, this takes {need / 1e9:.1f} GB"
         raise ConfigError(f"{folder.parent} has {text}; give --out another folder, or ask for fewer --rows")
+
+
+def read_report(config: ReadBenchmark, result: ReadResult, machine: Machine) -> Iterator[str]:
+    """The numbers as Markdown, line by line."""
+    places, ratios = result.places, result.ratios
+    shape = f"{config.grid[0]} x {config.grid[1]} x {config.channels} float16"
+    yield f"## read: rows of {shape}: " + ", ".join(f"{one.rows:,} {place}" for place, one in places.items())
+    yield machine.usual_line()
+    for place, one in places.items():
+        yield from _rates(f"{place}: random rows", one.reads, {"of zarr by row": BY_ROW})
+        yield from _rates(f"{place}: an epoch", one.epochs, {"of zarr by row": BY_ROW, "of in order": IN_ORDER[0]})
+    columns = {"ratio": "", "target": "", **dict.fromkeys(ratios[0].found, ".2f")}
+    yield from number_lines(columns, [[r.ratio, r.target, *r.found.values()] for r in ratios])
+    steps = [step for one in places.values() for step in one.openings]
+    columns = {"new objects and connections": "", "first, ms": ".1f", "again (median), ms": ".1f", "S3 requests": ""}
+    yield from number_lines(columns, [[s.step, s.first_ms, s.ms, sum(s.requests.values())] for s in steps])
+    yield f"""
+- MB as decoded. CPU is the client's, with its workers. Epochs: the best of up to {config.repeat}.
+- "stopped": not done after {config.seconds:g} s; its rate, also for an epoch, is that of the rows it had read by then.
+- What every contender read was compared with what was written, and every whole epoch had each row once.
+- Local reads come from the page cache. {result.server}"""
+
+
+def _rates(title: str, contenders: Mapping[str, Rate], bases: Mapping[str, str]) -> Iterator[str]:
+    is_served = any(one.server_cpu_s_per_1000 is not None for one in contenders.values())
+    columns = {title: "", "rows/s": ",.0f", "MB/s": ",.0f", "CPU s / 1,000 rows": ",.2f"}
+    columns |= {"server's": ",.2f"} if is_served else {}
+    rows = []
+    for name, one in contenders.items():
+        served = [one.server_cpu_s_per_1000 or 0.0] if is_served else []
+        ratios = [one.rows_per_s / contenders[base].rows_per_s for base in bases.values()]
+        count = f"{one.rows:,}{'' if one.done else ' (stopped)'}"
+        rows.append([name, one.rows_per_s, one.mb_per_s, one.cpu_s_per_1000, *served, count, *ratios])
+    return number_lines({**columns, "rows read": "", **dict.fromkeys(bases, ".2f")}, rows)

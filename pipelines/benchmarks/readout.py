@@ -13,7 +13,7 @@ from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, s
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
-from pipelines.results import table_lines
+from pipelines.results import number_lines
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_inline
 from storage.paths import Folder
@@ -50,12 +50,8 @@ class ReadoutBenchmark:
         require_at_least(WARM_UP + 1, self, "steps")
 
 
-READOUT_PRESETS = {
-    # No network. 2 CPU cores: about 5 minutes.
-    "default": ReadoutBenchmark(),
-    # 2 CPU cores: about 15 seconds; the numbers mean nothing at this size.
-    "debug": ReadoutBenchmark(images=8, model="test_vit.r160_in1k", size=64, side=64, batch=4, steps=4, repeat=1),
-}
+# No network. 2 CPU cores: about 15 seconds, and the numbers mean nothing at this size; the defaults take about 5 minutes.
+DEBUG = ReadoutBenchmark(images=8, model="test_vit.r160_in1k", size=64, side=64, batch=4, steps=4, repeat=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,35 +77,36 @@ def measure_readouts(config: ReadoutBenchmark, folder: Path) -> ReadoutResult:
     for n, method in itertools.product(range(config.repeat), config.methods):
         losses = {}
         for source in ("live", "store"):
-            out = str(folder / f"{n}-{method}-{source}")
-            run = ReadoutTraining.of(
-                method=method,
-                data=data,
-                out=out,
-                val_limit=1,
-                size=config.size,
-                side=config.side,
-                model=config.model,
-                weights="random",
-                precision=config.precision,
-                drawing="extract",
-                batch=config.batch,
-                epochs=config.steps,  # more than enough
-                max_steps=config.steps,
-                log_every=1,
-                executor="inline",
-                device="cpu",
-            )
-            if source == "store":
-                run = replace(run, store=store)
+            settings = _settings(config, method, data, str(folder / f"{n}-{method}-{source}"))
+            run = replace(settings, store=store) if source == "store" else settings
             train_inline(run.resolve().prepare(InlineExecutor()))
-            steps = rated_steps(Folder(out))
-            losses[source] = [step["loss"] for step in steps]
-            rate = steady_rate(steps)
+            steps = rated_steps(Folder(run.out))
+            losses[source], rate = [step["loss"] for step in steps], steady_rate(steps)
             rates[method][source].append(rate)
             logger.info("round %d of %d: %s, %s, %.2f images/s", n + 1, config.repeat, method, source, rate)
         apart = max(apart, *(abs(a - b) for a, b in zip(losses["live"], losses["store"], strict=True)))
     return ReadoutResult(rates=rates, apart=apart)
+
+
+def _settings(config: ReadoutBenchmark, method: str, data: str, out: str) -> ReadoutTraining:
+    return ReadoutTraining.of(
+        method=method,
+        data=data,
+        out=out,
+        val_limit=1,
+        size=config.size,
+        side=config.side,
+        model=config.model,
+        weights="random",
+        precision=config.precision,
+        drawing="extract",
+        batch=config.batch,
+        epochs=config.steps,  # more than enough
+        max_steps=config.steps,
+        log_every=1,
+        executor="inline",
+        device="cpu",
+    )
 
 
 def _extract(config: ReadoutBenchmark, data: str, store: str) -> None:
@@ -136,8 +133,9 @@ def readout_report(config: ReadoutBenchmark, result: ReadoutResult, machine: Mac
     rows = []
     for method, by_source in result.rates.items():
         live, store = (max(by_source[source]) for source in ("live", "store"))
-        rows.append([method, f"{live:.2f}", f"{store:.2f}", f"{store / live:.1f}"])
-    yield from table_lines(["readout", "live, images/s", "from a store, images/s", "times"], rows)
+        rows.append([method, live, store, store / live])
+    columns = {"readout": "", "live, images/s": ".2f", "from a store, images/s": ".2f", "times": ".1f"}
+    yield from number_lines(columns, rows)
     yield f"""
 - After {WARM_UP} steps; reading, decoding and targets count, checkpoints and validation don't.
 - Largest difference between the losses of the two, over all steps: {result.apart:.2g}."""

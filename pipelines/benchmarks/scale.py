@@ -6,7 +6,7 @@ worker's reading, decoding and forward are left out: it writes zeros. So tens of
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,15 @@ import numpy as np
 from cluster.metrics import TaskReport
 from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
-from pipelines.benchmarks.processes import run_fresh
+from pipelines.benchmarks.processes import in_new_processes
 from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor, simulated
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
-from pipelines.executors import WINDOW_TASKS
+from pipelines.executors import WINDOW_TASKS, MakeWorker
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
-from pipelines.extraction.run import run_prepared
-from pipelines.results import table_lines
+from pipelines.extraction.run import Summary, run_prepared
+from pipelines.results import number_lines, table_lines
 
 logger = logging.getLogger(__name__)
 
@@ -60,45 +60,11 @@ class ScaleBenchmark:
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
 
 
-SCALE_PRESETS = {
-    # No network. 2 CPU cores: about 10 minutes, 6 GB of memory, 3 GB of disk.
-    "default": ScaleBenchmark(),
-    # 2 CPU cores: about 50 seconds; the numbers mean nothing at this size.
-    "debug": ScaleBenchmark(
-        actors=(1, 3), forward_s=0.1, tasks_each=5, block_rows=16, feed_tasks=20, feed_actors=2, rows=2000
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """What the driver used from one mark to another."""
-
-    wall_s: float
-    cpu_s: float
-    rss_before: int
-    rss_after: int
-    peak_bytes: int
-    "the most resident memory so far"
-    new_peak: bool
-    "it was reached in this phase"
-
-    @classmethod
-    def between(cls, a: DriverUse, b: DriverUse) -> "Phase":
-        """From `a` to `b`."""
-        return cls(
-            wall_s=b.wall_s - a.wall_s,
-            cpu_s=b.cpu_s - a.cpu_s,
-            rss_before=a.rss_bytes,
-            rss_after=b.rss_bytes,
-            peak_bytes=b.peak_bytes,
-            new_peak=b.peak_bytes > a.peak_bytes,
-        )
-
-    @property
-    def grown(self) -> int:
-        """Bytes above what the driver had when the phase began; its peak, where that was a new one."""
-        return max(self.rss_after, self.peak_bytes if self.new_peak else 0) - self.rss_before
+# No network. 2 CPU cores: about 50 seconds, and the numbers mean nothing at this size. The defaults take about 10 minutes, 6 GB
+# of memory and 3 GB of disk.
+DEBUG = ScaleBenchmark(
+    actors=(1, 3), forward_s=0.1, tasks_each=5, block_rows=16, feed_tasks=20, feed_actors=2, rows=2000
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +92,8 @@ class Run(Steady):
     tasks: int
     sizes: Mapping[str, int]
     "bytes in the store, by folder"
-    phases: Mapping[str, Phase]
+    phases: Mapping[str, Mapping[str, float]]
+    "as `_phase`, by name"
     cpu_s: Mapping[str, float]
     "from the first report to the actors' end, by group of processes"
     memory: Mapping[str, int]
@@ -135,7 +102,7 @@ class Run(Steady):
     @property
     def driver_ms(self) -> float:
         """CPU time of the driver for a task."""
-        return 1e3 * self.phases["stream"].cpu_s / self.tasks
+        return 1e3 * self.phases["stream"]["cpu_s"] / self.tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +131,35 @@ def measure_scale(config: ScaleBenchmark, folder: Path) -> ScaleResult:
     )
 
 
-# --- one run ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """An extraction that was run on a Ray of its own."""
+
+    summary: Summary
+    tasks: int
+    marks: Mapping[str, DriverUse]
+    "what the driver had used when each step was done"
+    reports: Sequence[TaskReport]
+    "of all tasks"
 
 
-def _drive(
-    folder: str, rows: int, block_rows: int, actors: int, forward_s: float
-) -> tuple[int, dict[str, DriverUse], list[TaskReport]]:
-    """One extraction with simulated workers, as a process of its own: how many tasks it had, what the driver had used when, and
-    who did which task when."""
+def watched(config: ExtractConfig, instead: Callable[[MakeWorker], MakeWorker], cpus: int) -> Watched:
+    """Run an extraction with other workers, as `WatchedExecutor`."""
+    marks = {"imports": DriverUse.now()}
+    resolved = resolve(config)
+    marks["model"] = DriverUse.now()
+    with connect("local", num_cpus=cpus, num_gpus=0):
+        executor = WatchedExecutor(instead)
+        marks["ray"] = DriverUse.now()
+        prepared = prepare(resolved, executor)
+        marks["index"] = DriverUse.now()
+        summary = run_prepared(prepared, executor)
+        marks |= executor.marks | {"finished": DriverUse.now()}
+    return Watched(summary=summary, tasks=prepared.layout.n_blocks, marks=marks, reports=executor.reports)
+
+
+def _drive(folder: str, rows: int, block_rows: int, actors: int, forward_s: float) -> Watched:
+    """One extraction with simulated workers, as a process of its own."""
     tars = write_tiny_tars(Path(folder) / "tars", rows, max(1, rows // 10_000))
     config = ExtractConfig.of(
         data=(tars,),
@@ -184,46 +172,57 @@ def _drive(
         actors=actors,
         actor_cpus=1,
     )
-    resolved = resolve(config)
-    with connect("local", num_cpus=actors + 1, num_gpus=0):
-        executor = WatchedExecutor(partial(simulated, forward_s=forward_s))
-        marks = {"start": DriverUse.now()}
-        prepared = prepare(resolved, executor)
-        marks["indexed"] = DriverUse.now()
-        summary = run_prepared(prepared, executor)
-        marks |= executor.marks | {"finished": DriverUse.now()}
-    if summary.ok != rows:
-        raise BenchmarkFailed(f"{summary.ok} of {rows} rows are in the store")
-    return prepared.layout.n_blocks, marks, executor.reports
+    found = watched(config, partial(simulated, forward_s=forward_s), actors + 1)
+    if found.summary.ok != rows:
+        raise BenchmarkFailed(f"{found.summary.ok} of {rows} rows are in the store")
+    return found
+
+
+PHASES = {
+    "index": ("ray", "index"),
+    "start": ("ready", "first task"),
+    "stream": ("first task", "last task"),
+    "finish": ("last task", "finished"),
+}
+"""Between which of the driver's marks they lie."""
 
 
 def measure_run(folder: Path, rows: int, block_rows: int, actors: int, forward_s: float) -> Run:
-    """`_drive` in a fresh process, what it took, and the sizes of what it wrote; the folder is removed."""
+    """`_drive` in a new process, what it took, and the sizes of what it wrote; the folder is removed."""
     folder.mkdir()
     try:
-        [(tasks, marks, reports)], usage = run_fresh(_drive, (str(folder), rows, block_rows, actors, forward_s))
-        sizes = {
-            name: _size(folder / "out.zarr" / name) for name in ("index", "ledger/commits", "ledger/samples", "runs")
-        }
+        [found], usage = in_new_processes(_drive, (str(folder), rows, block_rows, actors, forward_s))
+        kept = ("index", "ledger/commits", "ledger/samples", "runs")
+        sizes = {name: _size(folder / "out.zarr" / name) for name in kept}
     finally:
         shutil.rmtree(folder)
-    phases = {
-        "index": ("start", "indexed"),
-        "start": ("ready", "first task"),
-        "stream": ("first task", "last task"),
-        "finish": ("last task", "finished"),
-    }
     return Run(
-        **vars(_steady(reports, actors, forward_s)),
+        **vars(_steady(found.reports, actors, forward_s)),
         actors=actors,
         forward_s=forward_s,
         rows=rows,
-        tasks=tasks,
+        tasks=found.tasks,
         sizes=sizes,
-        phases={name: Phase.between(marks[first], marks[last]) for name, (first, last) in phases.items()},
-        cpu_s=usage.cpu_between(marks["first task"].wall_s, marks["last task"].wall_s),
+        phases={name: _phase(found.marks[first], found.marks[last]) for name, (first, last) in PHASES.items()},
+        cpu_s=usage.cpu_between(found.marks["first task"].wall_s, found.marks["last task"].wall_s),
         memory=usage.peak,
     )
+
+
+def _phase(a: DriverUse, b: DriverUse) -> dict[str, float]:
+    """What the driver used from `a` to `b`, and the most resident memory so far: `new_peak` if it was reached between them."""
+    spent = {
+        "wall_s": b.wall_s - a.wall_s,
+        "cpu_s": b.cpu_s - a.cpu_s,
+        "rss_before": a.rss_bytes,
+        "rss_after": b.rss_bytes,
+    }
+    return {**spent, "peak_bytes": b.peak_bytes, "new_peak": b.peak_bytes > a.peak_bytes}
+
+
+def _grown(phase: Mapping[str, float]) -> float:
+    """Bytes above what the driver had when the phase began; its peak, where that was a new one."""
+    return max(phase["rss_after"], phase["peak_bytes"] * phase["new_peak"]) - phase["rss_before"]
 
 
 def _size(folder: Path) -> int:
@@ -264,8 +263,6 @@ def _longest(spans: Sequence[tuple[float, float]], least: int) -> tuple[float, f
     return best
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
-
 TARGET_ROWS = 100_000_000
 """What the report extrapolates to."""
 
@@ -274,21 +271,14 @@ def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) 
     """The numbers as Markdown, line by line."""
     yield f"## scale: simulated actors, {config.forward_s:g} s a task of {config.block_rows} images"
     yield machine.line(f"{machine.cores} cores")
-    rows = [
-        [
-            f"{run.actors}",
-            f"{run.fed_per_s:.2f}",
-            _number(run.tasks_per_s),
-            _number(run.linear, 3),
-            f"{run.driver_ms:.1f}",
-            f"{run.cpu_s['driver'] / run.phases['stream'].wall_s:.1%}",
-            f"{1e3 * run.report_delay_s:.0f}",
-            f"{run.phases['start'].wall_s:.1f}",
-        ]
-        for run in result.runs
-    ]
-    head = ["actors", "tasks/s, all", "steady", "of linear", "driver CPU, ms/task", "of a core", "report late, ms"]
-    yield from table_lines([*head, "start, s"], rows)
+    columns = {"actors": "", "tasks/s, all": ".2f", "steady": ".2f", "of linear": ".3f", "driver CPU, ms/task": ".1f"}
+    columns |= {"of a core": ".1%", "report late, ms": ".0f", "start, s": ".1f"}
+    rows = []
+    for run in result.runs:
+        rates = [run.actors, run.fed_per_s, run.tasks_per_s, run.linear, run.driver_ms]
+        core = run.cpu_s["driver"] / run.phases["stream"]["wall_s"]
+        rows.append([*rates, core, 1e3 * run.report_delay_s, run.phases["start"]["wall_s"]])
+    yield from number_lines(columns, rows)
     yield from _fed_report(config, result.fed)
     yield from _long_report(result.long)
     if result.long.rows >= 100_000:  # of fewer, what doesn't grow with them is the larger part
@@ -301,40 +291,23 @@ def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) 
 - What isn't simulated shares the cores: workers read the index, encode zeros, and write shards and commits to a local disk."""
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
 def _fed_report(config: ScaleBenchmark, run: Run) -> Iterator[str]:
     bound = 1e3 / run.driver_ms
     yield f"\n### What one driver feeds: {run.tasks:,} tasks that take no time, {run.actors} actors"
-    head = ["tasks/s", "images/s", "driver CPU, ms/task", "bound by it, tasks/s", "workers' CPU, ms/task"]
-    row = [
-        f"{run.fed_per_s:.0f}",
-        f"{run.fed_per_s * config.block_rows:,.0f}",
-        f"{run.driver_ms:.1f}",
-        f"{bound:.0f}",
-        f"{1e3 * run.cpu_s['workers'] / run.tasks:.1f}",
-        f"{bound * 10:,.0f}",
-    ]
-    yield from table_lines([*head, "actors fed at 10 s"], [row])
+    columns = {"tasks/s": ".0f", "images/s": ",.0f", "driver CPU, ms/task": ".1f", "bound by it, tasks/s": ".0f"}
+    columns |= {"workers' CPU, ms/task": ".1f", "actors fed at 10 s": ",.0f"}
+    rates, workers = [run.fed_per_s, run.fed_per_s * config.block_rows], 1e3 * run.cpu_s["workers"] / run.tasks
+    yield from number_lines(columns, [[*rates, run.driver_ms, bound, workers, bound * 10]])
 
 
 def _long_report(run: Run) -> Iterator[str]:
     millions = run.rows / 1e6
     yield f"\n### For 10^6 images (measured over {run.rows:,}, {run.tasks:,} tasks, {run.actors} actors)"
-    rows = [
-        [
-            name,
-            f"{phase.wall_s / millions:.1f}",
-            f"{phase.cpu_s / millions:.1f}",
-            f"{phase.grown / millions / 2**20:.0f}",
-        ]
-        for name, phase in run.phases.items()
-    ]
-    yield from table_lines(["driver", "wall, s", "CPU, s", "memory grows by at most, MiB"], rows)
-    sizes = [[name, f"{size / millions / 1e6:.1f}"] for name, size in run.sizes.items()]
-    yield from table_lines(["kept in the store", "MB"], sizes)
+    columns = {"driver": "", "wall, s": ".1f", "CPU, s": ".1f", "memory grows by at most, MiB": ".0f"}
+    phases = [(name, one["wall_s"], one["cpu_s"], _grown(one) / 2**20) for name, one in run.phases.items()]
+    yield from number_lines(columns, [[name, *(value / millions for value in values)] for name, *values in phases])
+    sizes = [[name, size / millions / 1e6] for name, size in run.sizes.items()]
+    yield from number_lines({"kept in the store": "", "MB": ".1f"}, sizes)
 
 
 def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
@@ -342,16 +315,14 @@ def _extrapolation(config: ScaleBenchmark, run: Run) -> Iterator[str]:
     times, tasks = TARGET_ROWS / run.rows, TARGET_ROWS // config.block_rows
     phases, sizes = run.phases, run.sizes
     yield f"\n### {TARGET_ROWS:,} images, were all to grow with the rows: {tasks:,} tasks"
-    yield from table_lines(
-        ["", ""],
-        [
-            ["index: scanned on these cores, min", f"{phases['index'].wall_s * times / 60:.0f}"],
-            ["index: driver's memory, GiB", f"{phases['index'].grown * times / 2**30:.1f}"],
-            ["stream: driver CPU, h", f"{phases['stream'].cpu_s * times / 3600:.1f}"],
-            ["stream: windows of tasks, each with actors of its own", f"{-(-tasks // WINDOW_TASKS)}"],
-            ["finish: driver, min", f"{phases['finish'].wall_s * times / 60:.0f}"],
-            ["objects under ledger/commits", f"{tasks:,}"],
-            ["commit records, GB", f"{sizes['ledger/commits'] * times / 1e9:.1f}"],
-            ["index and merged ledger, GB", f"{(sizes['index'] + sizes['ledger/samples']) * times / 1e9:.1f}"],
-        ],
-    )
+    rows = [
+        ["index: scanned on these cores, min", f"{phases['index']['wall_s'] * times / 60:.0f}"],
+        ["index: driver's memory, GiB", f"{_grown(phases['index']) * times / 2**30:.1f}"],
+        ["stream: driver CPU, h", f"{phases['stream']['cpu_s'] * times / 3600:.1f}"],
+        ["stream: windows of tasks, each with actors of its own", f"{-(-tasks // WINDOW_TASKS)}"],
+        ["finish: driver, min", f"{phases['finish']['wall_s'] * times / 60:.0f}"],
+        ["objects under ledger/commits", f"{tasks:,}"],
+        ["commit records, GB", f"{sizes['ledger/commits'] * times / 1e9:.1f}"],
+        ["index and merged ledger, GB", f"{(sizes['index'] + sizes['ledger/samples']) * times / 1e9:.1f}"],
+    ]
+    yield from table_lines(["", ""], rows)

@@ -29,7 +29,7 @@ from pipelines.benchmarks.data import write_photos
 from pipelines.config import require_at_least
 from pipelines.costs.clocks import CORES, WARM_UP, Machine, NumbersFile, rated_steps, steady_rate
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.results import table_lines
+from pipelines.results import number_lines
 from pipelines.training.lift import X2Config
 from pipelines.training.run import train_inline, train_on_ray
 from storage.paths import Folder
@@ -66,12 +66,8 @@ class TrainBenchmark:
         require_at_least(WARM_UP + 1, self, "steps")
 
 
-TRAIN_PRESETS = {
-    # No network. 2 CPU cores: about 5 minutes.
-    "default": TrainBenchmark(),
-    # 2 CPU cores: about 15 seconds; the numbers mean nothing at this size.
-    "debug": TrainBenchmark(images=16, model="test_vit.r160_in1k", size=64, batch=4, steps=4, repeat=1, ray=False),
-}
+# No network. 2 CPU cores: about 15 seconds, and the numbers mean nothing at this size; the defaults take about 5 minutes.
+DEBUG = TrainBenchmark(images=16, model="test_vit.r160_in1k", size=64, batch=4, steps=4, repeat=1, ray=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +128,9 @@ def train_report(config: TrainBenchmark, result: TrainResult, machine: Machine) 
     """The numbers as Markdown, line by line."""
     yield f"## train: LiFT on {config.model} at {config.size} px, {config.precision}, batches of {config.batch}"
     yield machine.usual_line()
-    rows = [
-        [name, f"{result.best[name]:.2f}", f"{result.ratios[name]:.2f}", " ".join(f"{r:.1f}" for r in rates)]
-        for name, rates in result.rates.items()
-    ]
-    yield from table_lines(["", "images/s, best", "of the plain loop", "by round"], rows)
+    rounds = {name: " ".join(f"{rate:.1f}" for rate in rates) for name, rates in result.rates.items()}
+    rows = [[name, result.best[name], result.ratios[name], text] for name, text in rounds.items()]
+    yield from number_lines({"": "", "images/s, best": ".2f", "of the plain loop": ".2f", "by round": ""}, rows)
     yield f"""
 - From the {WARM_UP + 1}th step on; waiting for images counts, checkpoints and validation don't (the plain loop has none).
 - Colour jitter and all three scales of the backbone are computed in each."""

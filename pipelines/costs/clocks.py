@@ -42,10 +42,14 @@ def steady_rate(lines: Sequence[Mapping[str, float]]) -> float:
 
 
 def timed(runs: Sequence[Callable[[], object]], repeat: int, row_s: float, device: torch.device) -> list[list[float]]:
-    """Seconds of each in rounds of all, `repeat` of them; one that would come beyond `row_s` is left out of further ones."""
+    """Seconds of each in `repeat` rounds of all, each of which begins with another one.
+
+    One that would come beyond `row_s` is left out of further rounds.
+    """
     seconds: list[list[float]] = [[] for _ in runs]
     for number in range(repeat):
-        for run, times in zip(runs, seconds, strict=True):
+        for turn in range(len(runs)):
+            run, times = runs[at := (number + turn) % len(runs)], seconds[at]
             if number == 0 or (len(times) == number and sum(times) * (number + 1) / number <= row_s):
                 times.append(seconds_of(run, device))
     return seconds

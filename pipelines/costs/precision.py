@@ -44,18 +44,13 @@ PRECISION_PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
-    """From float32 features of the same images: relative L2 error, mean and worst 1 - cosine over cells."""
+class Choice:
+    """What one choice costs: the difference from float32 features of the same images."""
 
     relative_l2: float
     mean_1_minus_cosine: float
+    "over cells, as the worst one"
     worst_1_minus_cosine: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice(Difference):
-    """What one choice costs."""
-
     kind: str
     "encoding, precision or decode"
     name: str
@@ -97,11 +92,9 @@ def _rows(config: ExtractConfig) -> Iterator[Choice]:
         yield _encoded(reference, name)
     for precision in ("bf16", "fp16"):
         cast = resolve(config.changed(precision=precision))
-        features = np.concatenate(list(_features(cast, exact)))
-        yield Choice(kind="precision", name=precision, **vars(_difference(reference, features)))
+        yield _compared("precision", precision, reference, np.concatenate(list(_features(cast, exact))))
     draft = _pixels(blobs, config, resolved, draft=True)
-    drafted = np.concatenate(list(_features(resolved, draft)))
-    yield Choice(kind="decode", name="jpeg_draft", **vars(_difference(reference, drafted)))
+    yield _compared("decode", "jpeg_draft", reference, np.concatenate(list(_features(resolved, draft))))
 
 
 def _pixels(blobs: list[bytes], config: ExtractConfig, resolved: Resolved, *, draft: bool = False) -> np.ndarray:
@@ -120,14 +113,18 @@ def _encoded(reference: np.ndarray, dtype: str) -> Choice:
         values, scale, _ = encode_row(row, dtype)
         stored += len(compress(values)) + (scale.nbytes if scale is not None else 0)
         decoded[i] = values.astype(np.float32) * (1 if scale is None else scale)
-    difference = vars(_difference(reference, decoded))
-    return Choice(kind="encoding", name=dtype, bytes_per_value=stored / reference.size, **difference)
+    return _compared("encoding", dtype, reference, decoded, bytes_per_value=stored / reference.size)
 
 
-def _difference(reference: np.ndarray, other: np.ndarray) -> Difference:
+def _compared(
+    kind: str, name: str, reference: np.ndarray, other: np.ndarray, bytes_per_value: float | None = None
+) -> Choice:
     a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (reference, other))
     cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return Difference(
+    return Choice(
+        kind=kind,
+        name=name,
+        bytes_per_value=bytes_per_value,
         relative_l2=float(np.linalg.norm(a - b) / np.linalg.norm(a)),
         mean_1_minus_cosine=float((1 - cosine).mean()),
         worst_1_minus_cosine=float((1 - cosine).max()),

@@ -53,14 +53,14 @@ def published_counts() -> list[ParameterCount]:
     COCO-Stuff has 200 outputs, and that the released rule gives the decoder's width.
     """
     rows = []
-    for printed in DEAP_PARAMETERS:
-        for task, millions in zip(DEAP_TASKS, printed.millions, strict=True):
+    for (backbones, channels), printed in DEAP_PARAMETERS.items():
+        for task, millions in zip(DEAP_TASKS, printed, strict=True):
             with torch.device("meta"):
-                readout = build_readout(replace(_COUNTED[task], channels=printed.channels))
+                readout = build_readout(replace(_COUNTED[task], channels=channels))
             rows.append(
                 ParameterCount(
-                    backbones=printed.backbones,
-                    channels=printed.channels,
+                    backbones=backbones,
+                    channels=channels,
                     task=RECIPES[task].label,
                     published_millions=millions,
                     ours=readout.parameter_count(),

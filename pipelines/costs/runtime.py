@@ -15,13 +15,12 @@ import matplotlib
 import torch
 import tyro
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from operators.backbone import PatchFeatures, TimmBackbone, autocast
+from operators.backbone import PatchFeatures, TimmBackbone
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, timed
-from pipelines.costs.upsamplers import OperationCounts, count_operations, counted_macs, require_enlarging
+from pipelines.costs.upsamplers import OperationCounts, count_operations, counted_macs, image_to_grid, require_enlarging
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
@@ -29,11 +28,11 @@ from pipelines.features.config import LevelConfig
 from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
-from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP, VIT_UP_RUNTIME, Published, Values
-from pipelines.results import Findings, Line, Table, shown_size, with_published
+from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP_RUNTIME, Published, Values
+from pipelines.results import Findings, Line, Table, sides, with_published
 from storage.datasets.files import digest
 from storage.documents import decode
-from storage.paths import Folder
+from storage.paths import Folder, redact
 
 _UNUSED = ("data", "stores", "drawing", "limit")
 """Settings of every evaluation that mean nothing here."""
@@ -137,13 +136,12 @@ class Timing:
 class Runtime:
     """What is timed, and how."""
 
+    config: RuntimeConfig
     cases: tuple[Case, ...]
     learned: Mapping[str, UpsamplerWeights]
     "by method"
     size: int
-    warm_up: int
-    repeat: int
-    row_s: float
+    "side of the input that the model takes, in pixels"
     left_out: tuple[str, ...]
     "method and grid of what can't be had, with the reason"
 
@@ -152,14 +150,14 @@ class Runtime:
 
     def run(self, piece: Piece, source: CachedSource, folder: Folder) -> list[Record]:  # noqa: ARG002
         (number,) = piece.items
-        case = self.cases[number]
+        case, config = self.cases[number], self.config
         live = source.source  # past the cache: what is timed is done anew
         assert isinstance(live, LiveSource)
         device = torch.device(live.device)
         run = self._program(case, live.recipe, device)
         macs = counted_macs(run)  # the first pass, in which what is done once is done
-        timed([run], self.warm_up - 1, self.row_s, device)
-        (seconds,) = timed([run], self.repeat, self.row_s, device)
+        timed([run], config.warm_up - 1, config.row_s, device)
+        (seconds,) = timed([run], config.repeat, config.row_s, device)
         before, peak = held_bytes(run, device)
         timing = Timing(
             case=case.name,
@@ -184,20 +182,7 @@ class Runtime:
             given = PatchFeatures(layers=maps, prefix={}, stride=spec.stride)
         else:
             backbone.model.to(device)
-
-        @torch.inference_mode()
-        def run() -> PatchFeatures | Tensor:
-            features = given
-            if features is None:
-                with autocast(device, spec.precision):
-                    features = backbone(images, spec.layers)
-            if upsampler is None:
-                return features
-            out = upsampler(images, features, spec.layers, case.row.grid)
-            upsampler.forget()
-            return out
-
-        return run
+        return image_to_grid(images, backbone, spec.layers, spec.precision, upsampler, case.row.grid, given)
 
     def _upsampler(self, case: Case, bundle: ModelBundle) -> Upsampler | None:
         method = case.row.method
@@ -226,17 +211,8 @@ def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
         if find_method(method).learned
     }
     cases, left_out = _cases(config, recipe.rows((side, side))[0], learned)
-    task = Runtime(
-        cases=cases,
-        learned=learned,
-        size=side,
-        warm_up=config.warm_up,
-        repeat=config.repeat,
-        row_s=config.row_s,
-        left_out=left_out,
-    )
-    digests = [case.row.digest for case in cases]
-    return task, recipe, begin(config, "runtime", recipe, digest(digests))
+    task = Runtime(config=config, cases=cases, learned=learned, size=side, left_out=left_out)
+    return task, recipe, begin(config, "runtime", recipe, digest([case.row.digest for case in cases]))
 
 
 def _load(
@@ -262,7 +238,7 @@ def _cases(
                 if method in learned:
                     learned[method].require_grid(low.grid, grid)
             except UpsamplerError as error:
-                left_out.append(f"{method} at {shown_size(grid)} ({error})")
+                left_out.append(f"{method} at {sides(grid)} ({error})")
                 continue
             row = Row(
                 name=f"{method} {_level_name(grid, low.grid)}",
@@ -287,8 +263,8 @@ def _level_name(grid: tuple[int, int], base: tuple[int, int]) -> str:
 
 def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequence[Record]) -> Findings:
     """Time and memory of each case, and operations of the backbone and of networks that enlarge x2."""
-    found = {timing.case: timing for timing in (decode(Timing, record, "a timing") for record in records)}
-    devices = list(dict.fromkeys(timing.device for timing in found.values()))
+    timings = [decode(Timing, record, "a timing") for record in records]
+    found, devices = {timing.case: timing for timing in timings}, list(dict.fromkeys(one.device for one in timings))
     if len(devices) > 1:
         raise ConfigError(f"{config.out} has timings of {' and of '.join(devices)}; give --out a new folder")
     on_gpu = not devices[0].startswith("CPU")
@@ -302,17 +278,17 @@ def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequ
         columns=("ms", "median ms", "passes", memory, "parameters, M", "10^9 MACs"),
         lines=tuple(lines),
     )
+    digests = {case.row.method: case.row.digest for case in task.cases if case.row.digest}
     return Findings(
         tables=(times, _operations(config, task, counts)),
         choices=_choices(config, task, on_gpu=on_gpu),
-        details={"timings": list(records), "counts": asdict(counts), "digests": _digests(task)},
+        details={"timings": list(records), "counts": asdict(counts), "digests": digests},
         pictures={"runtime.png": plot(task, found)} if config.pictures else {},
     )
 
 
 def _counts(task: Runtime, bundle: ModelBundle) -> OperationCounts:
-    trained_by = {method: find_method(method).trained_by for method in task.learned}
-    nets = [weights.settings for method, weights in task.learned.items() if trained_by[method] == "lift"]
+    nets = [weights.settings for method, weights in task.learned.items() if find_method(method).trained_by == "lift"]
     spec = bundle.spec
     counts = count_operations(
         spec.model,
@@ -358,9 +334,8 @@ def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
 
 def _published(line: Line, name: str, values: Values) -> Line:
     cells = (values[0], None, None, values[1], None, None)
-    return replace(
-        line, features=f"{VIT_UP.name} {VIT_UP_RUNTIME.table}: {name}", stride=None, values=cells, published=True
-    )
+    source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"  # without the backbone, which is this run's own
+    return replace(line, features=f"{source}: {name}", stride=None, values=cells, published=True)
 
 
 def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts) -> Table:
@@ -398,15 +373,18 @@ def _lift_published(config: RuntimeConfig, low: Row) -> Published:
 
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:
+    named = [split_method(redact(text, config.options)) for text in config.methods]
+    learned = [f"{method} {url or 'random'}" for method, url in named if find_method(method).learned]
     choices = {
-        "protocol": f"one random image, {config.features.precision} weights and autocast, inference mode; {task.warm_up} passes "
-        f"to warm up and {task.repeat} timed, fewer where they would take more than {task.row_s:g} s; one line at a time",
+        "protocol": f"one random image, {config.features.precision} weights and autocast, inference mode; {config.warm_up} "
+        f"passes to warm up and {config.repeat} timed, fewer where they would take more than {config.row_s:g} s; one "
+        "line at a time",
         "time": "mean, as published, and median; the backbone's pass included. ViT-Up with its own adapted backbone, and "
         "without the plain one",
         "memory": "the most that torch's allocator holds, weights of that line included"
         if on_gpu
         else "the process's resident memory at its highest in one pass, interpreter and torch included: not Table 9's measure",
-        "weights": ", ".join([f"backbone {config.public()['weights']}", *_weights(config)]),
+        "weights": ", ".join([f"backbone {config.public()['weights']}", *learned]),
         "parameters": "of the backbone in the first line, of what is added to it in the others",
         "operations": "MACs by torch's FlopCounterMode: of what ran, in the first table; LiFT's count leaves attention products "
         "out, charges transposed convolutions fourfold and, for facets, the last block's qkv twice",
@@ -418,22 +396,13 @@ def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str,
     return choices
 
 
-def _weights(config: RuntimeConfig) -> list[str]:
-    named = [split_method(text) for text in config.public()["methods"]]
-    return [f"{method} {url or 'random'}" for method, url in named if find_method(method).learned]
-
-
-def _digests(task: Runtime) -> dict[str, str]:
-    return {case.row.method: case.row.digest for case in task.cases if case.row.digest}
-
-
 def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
     """Time against the grid's side, a curve for each method, PNG."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for case in task.cases[1:]:
         name = case.name.replace(case.row.name, case.row.method)
         curves.setdefault(name, []).append((case.row.grid[0], found[case.name].ms))
-    sides = sorted({side for curve in curves.values() for side, _ in curve})
+    grids = sorted({side for curve in curves.values() for side, _ in curve})
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -442,7 +411,7 @@ def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
             axes.plot(*zip(*sorted(curve), strict=True), marker="o", markersize=3, label=name)
         alone = found[task.cases[0].name].ms
         axes.axhline(alone, color="grey", linewidth=0.8, linestyle="--", label="backbone alone")
-        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.set_xticks(grids, [str(side) for side in grids])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)

@@ -12,8 +12,9 @@ from typing import Literal, cast
 import numpy as np
 import torch
 
-from operators.backbone import TimmBackbone, autocast, cast_matmul_weights, create_model
+from operators.backbone import TimmBackbone, cast_matmul_weights, create_model
 from pipelines.costs.clocks import device_name, median_ratio, timed
+from pipelines.costs.upsamplers import image_to_grid
 from storage.documents import JsonObject, JsonValue
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class TimedBackbone:
     "of a network that the name alone doesn't build"
 
     @property
-    def described(self) -> tuple[JsonValue, ...]:
+    def saved(self) -> tuple[JsonValue, ...]:
         """As a saved speed has it."""
         return self.model, self.size, *([self.model_args] if self.model_args else [])
 
@@ -56,7 +57,7 @@ class Speed:
     """Images per second of a backbone, and of the reference in its time."""
 
     of: tuple[JsonValue, ...]
-    "the backbone, as `TimedBackbone.described` has it"
+    "the backbone, as `TimedBackbone.saved` has it"
     images_per_s: float
     reference_images_per_s: float
     relative: float
@@ -65,7 +66,6 @@ class Speed:
     device: str
 
 
-@torch.inference_mode()
 def measure_speed(protocol: SpeedProtocol, device: torch.device, backbone: TimedBackbone) -> Speed:
     """Of a backbone, and of the reference between its batches. Raises `BackboneError`."""
     reference = TimedBackbone(protocol.reference, protocol.reference_size)
@@ -74,7 +74,7 @@ def measure_speed(protocol: SpeedProtocol, device: torch.device, backbone: Timed
         run()
     own, others = timed(runs, protocol.batches, MEASURE_S, device)
     found = Speed(
-        of=backbone.described,
+        of=backbone.saved,
         images_per_s=protocol.batch / float(np.median(own)),
         reference_images_per_s=protocol.batch / float(np.median(others)),
         relative=1 / median_ratio(own, others),
@@ -93,10 +93,4 @@ def _program(protocol: SpeedProtocol, device: torch.device, of: TimedBackbone) -
     cast_matmul_weights(model, protocol.precision)
     model.to(device)
     images = torch.randn(protocol.batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    layers = (backbone.n_layers - 1,)
-
-    def run() -> object:
-        with autocast(device, protocol.precision):
-            return backbone(images, layers)
-
-    return run
+    return image_to_grid(images, backbone, (backbone.n_layers - 1,), protocol.precision)

@@ -4,7 +4,6 @@
 LiFT prints operations in its Tables 5 and 6; the rule by which it counts was found from their numbers.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from operators.backbone import TimmBackbone, autocast, cast_matmul_weights, create_model
+from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, create_model
 from operators.upsamplers import (
     AnyMethod,
     Upsampler,
@@ -28,7 +27,7 @@ from operators.upsamplers import (
 )
 from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, seconds_of
+from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, timed
 from pipelines.published import LIFT, LIFT_OPERATIONS, Operations
 from pipelines.results import table_lines
 from storage.documents import JsonObject
@@ -259,6 +258,35 @@ def count_parameters(net: nn.Module) -> int:
 # --- time and memory --------------------------------------------------------------------------------------------------
 
 
+def image_to_grid(
+    images: Tensor,
+    backbone: TimmBackbone,
+    layers: tuple[int, ...],
+    precision: Precision,
+    upsampler: Upsampler | None = None,
+    grid: tuple[int, int] = (0, 0),
+    given: PatchFeatures | None = None,
+) -> Callable[[], PatchFeatures | Tensor]:
+    """What is timed of every method: from images on a device to the backbone's map and, with an upsampler, to its finer `grid`.
+
+    With features `given`, the backbone's pass is left out.
+    """
+
+    @torch.inference_mode()
+    def run() -> PatchFeatures | Tensor:
+        features = given
+        if features is None:
+            with autocast(images.device, precision):
+                features = backbone(images, layers)
+        if upsampler is None:
+            return features
+        out = upsampler(images, features, layers, grid)
+        upsampler.forget()  # else the next call would find what this one did
+        return out
+
+    return run
+
+
 def _measure(config: CostBenchmark, device: torch.device, precision: Precision) -> PrecisionCost:
     size = (config.size, config.size)
     reload = partial(create_model, config.model, size, None, 0)
@@ -274,20 +302,15 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
         parameters[name] = method.parameters(settings, state)
     images = torch.randn(config.batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
-    def program(upsampler: Upsampler | None) -> Callable[[], object]:
-        @torch.inference_mode()
-        def run() -> object:
-            with autocast(device, precision):
-                features = backbone(images, layers)
-            return upsampler(images, features, layers, (2 * grid[0], 2 * grid[1])) if upsampler else features
-
-        return run
-
-    programs = {BACKBONE: program(None)} | {name: program(one) for name, one in upsamplers.items()}
-    peaks = {name: peak_bytes(run, device) for name, run in programs.items()}
-    seconds = _interleaved(programs, config.repeat, device)
+    finer = (2 * grid[0], 2 * grid[1])
+    runs = {BACKBONE: image_to_grid(images, backbone, layers, precision)} | {
+        name: image_to_grid(images, backbone, layers, precision, upsampler, finer)
+        for name, upsampler in upsamplers.items()
+    }
+    peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+    seconds = dict(zip(runs, timed(list(runs.values()), config.repeat, math.inf, device), strict=True))
     rows = []
-    for name in programs:
+    for name in runs:
         # Of the same round: what else the machine did then was much the same for both.
         low, middle, high = np.percentile(np.divide(seconds[name], seconds[BACKBONE]), (25, 50, 75)).tolist()
         rows.append(
@@ -303,20 +326,6 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
             )
         )
     return PrecisionCost(precision=precision, grid=grid, rows=tuple(rows))
-
-
-def _interleaved(
-    programs: dict[str, Callable[[], object]], repeat: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of every program in every round; each round begins with another one."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for first in range(repeat):
-        names = itertools.islice(
-            itertools.cycle(programs), first % len(programs), first % len(programs) + len(programs)
-        )
-        for name in names:
-            seconds[name].append(seconds_of(programs[name], device))
-    return seconds
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,21 @@ from torch import Tensor, nn
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, create_model
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler
 from operators.upsamplers.lift import Lift, LiftSettings
+from operators.upsamplers.protocol import Precision
 from operators.upsamplers.recursive import LearnedUpsampler
-from operators.upsamplers.vit_up import (
-    AdaptedBackbone,
-    Lora,
-    ViTUp,
-    ViTUpConfig,
-    ViTUpHead,
-    published_settings,
-    random_head,
-)
+from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
+from operators.upsamplers.vit_up.hidden import AdaptedBackbone
+from operators.upsamplers.vit_up.lora import Lora
+from operators.upsamplers.vit_up.method import published_settings, random_head
+from operators.upsamplers.vit_up.upsampler import ViTUp
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
-from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs
+from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs, image_to_grid
 from pipelines.costs.windows import WindowComparison, compare_window
 
 ALL_GRIDS = (56, 112, 224, 448)
 CPU_GRIDS = (56, 112)
 VIT_UP = "ViT-Up"
-
-Precision: TypeAlias = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,25 +103,26 @@ class ImageMacs:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A measured row."""
+    """A row of the tables; what is measured has its values last."""
 
     method: str
     grid: int
-    queries: int | None
+    queries: int | None = None
     "at once"
     parameters: int
-    seconds: tuple[float, ...]
-    ms: float
-    of_alone: float
+    seconds: tuple[float, ...] = ()
+    ms: float = 0
+    of_alone: float = 1
     "time to the backbone's alone, median of the rounds"
-    of_bilinear: float | None
-    peak_bytes: int
+    of_bilinear: float | None = None
+    peak_bytes: int = 0
     "of the image to the grid, with weights"
-    call_bytes: int
+    call_bytes: int = 0
     "of the part that `declared_bytes` holds for"
     declared_bytes: int
     macs: int
-    published_macs: int | None
+    "of that part; for ViT-Up the head's"
+    published_macs: int | None = None
 
     @property
     def label(self) -> str:
@@ -159,6 +155,7 @@ def measure_vit_up(config: ViTUpBenchmark) -> ViTUpResult:
     repeat = config.repeat or (50 if on_gpu else 5)
     rig = _build(config, device, precision)
     tokens = rig.features.grid
+    small = published_settings(config.window_channels, 12, config.size, config.query_size)
     return ViTUpResult(
         device=device_name(device),
         precision=precision,
@@ -167,7 +164,7 @@ def measure_vit_up(config: ViTUpBenchmark) -> ViTUpResult:
         macs=_count_once(config, rig),
         rows=tuple(_measure(_rows(config, rig, grids), repeat, config.row_s, device)),
         windows=tuple(
-            compare_window(_windowed(config, window), tokens, config.window_grid, config.window_repeat, device)
+            compare_window(replace(small, window=window), tokens, config.window_grid, config.window_repeat, device)
             for window in config.windows
         ),
     )
@@ -195,10 +192,11 @@ class Rig:
     def layers(self) -> tuple[int, ...]:
         return (self.backbone.n_layers - 1,)
 
-    @torch.inference_mode()
-    def run_backbone(self) -> PatchFeatures:
-        with autocast(self.images.device, self.precision):
-            return self.backbone(self.images, self.layers)
+    def image_to_grid(
+        self, upsampler: Upsampler | None = None, side: int = 0, given: PatchFeatures | None = None
+    ) -> Callable[[], object]:
+        """From the image, or from features `given` of it, to a square grid, or to the backbone's own."""
+        return image_to_grid(self.images, self.backbone, self.layers, self.precision, upsampler, (side, side), given)
 
 
 def _build(config: ViTUpBenchmark, device: torch.device, precision: Precision) -> Rig:
@@ -221,7 +219,8 @@ def _build(config: ViTUpBenchmark, device: torch.device, precision: Precision) -
     model.to(device)
     with torch.inference_mode(), autocast(device, precision):
         features = backbone(images, (backbone.n_layers - 1,))
-    weights = {name: _nbytes(net) for name, net in ((BACKBONE, model), ("head", head), ("lift", lift.net))}
+    nets: dict[str, nn.Module] = {BACKBONE: model, "head": head, "lift": lift.net}
+    weights = {name: sum(parameter.nbytes for parameter in net.parameters()) for name, net in nets.items()}
     return Rig(
         settings=settings,
         backbone=backbone,
@@ -233,15 +232,6 @@ def _build(config: ViTUpBenchmark, device: torch.device, precision: Precision) -
         weights=weights,
         precision=precision,
     )
-
-
-def _windowed(config: ViTUpBenchmark, window: int) -> ViTUpConfig:
-    settings = published_settings(config.window_channels, 12, config.size, config.query_size)
-    return replace(settings, window=window)
-
-
-def _nbytes(net: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in net.parameters())
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -290,48 +280,38 @@ def _lift_macs(rig: Rig, grid: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What is to be measured for a line of the tables."""
+    """What is run for a line of the tables."""
 
-    method: str
-    grid: int
+    line: Line
+    "without what is measured"
     run: Callable[[], object]
     "what is timed: the image to the output grid"
     call: Callable[[], object]
-    "of it what `declared` holds for"
+    "of it what the line's `declared_bytes` hold for"
     weights: int
     "bytes behind `run`"
     call_weights: int
-    declared: int
-    parameters: int
-    macs: int
-    "of `call`; for ViT-Up the head's"
-    published_macs: int | None = None
-    queries: int | None = None
-    "at once"
 
 
 def _rows(config: ViTUpBenchmark, rig: Rig, grids: Sequence[int]) -> list[Row]:
     """The backbone alone, then bilinear, LiFT where it can, and ViT-Up for every grid."""
     (side, _), alone = rig.features.grid, rig.weights[BACKBONE]
-    whole = Row(
+    run = rig.image_to_grid()
+    line = Line(
         method=BACKBONE,
         grid=side,
-        run=rig.run_backbone,
-        call=rig.run_backbone,
-        weights=alone,
-        call_weights=alone,
-        declared=rig.backbone.peak_bytes(1, (config.size, config.size)),
+        declared_bytes=rig.backbone.peak_bytes(1, (config.size, config.size)),
         parameters=rig.parameters[BACKBONE],
         macs=_count_once(config, rig).backbone,
     )
-    rows = [whole]
+    rows = [Row(line=line, run=run, call=run, weights=alone, call_weights=alone)]
     for grid in grids:
         rows.append(_beside_backbone(rig, "bilinear", create_upsampler("bilinear"), grid))
         if _enlarges(rig, grid):
             rows.append(_beside_backbone(rig, "lift", rig.lift, grid, _lift_macs(rig, grid)))
         of_grid = [_vit_up_row(rig, grid, chunk) for chunk in config.chunks if chunk <= grid]
         # Small grids fit the default: another chunk may be the same.
-        rows += {row.queries: row for row in of_grid}.values()
+        rows += {row.line.queries: row for row in of_grid}.values()
     return rows
 
 
@@ -345,22 +325,20 @@ def _enlarges(rig: Rig, grid: int) -> bool:
 
 def _beside_backbone(rig: Rig, method: str, upsampler: Upsampler, grid: int, macs: int = 0) -> Row:
     """An upsampler of the plain backbone's map."""
-    size = (grid, grid)
-
-    def call(features: PatchFeatures = rig.features) -> Tensor:
-        return upsampler(rig.images, features, rig.layers, size)
-
     weights = rig.weights.get(method, 0)
-    return Row(
+    line = Line(
         method=method,
         grid=grid,
-        run=lambda: call(rig.run_backbone()),
-        call=call,
-        weights=rig.weights[BACKBONE] + weights,
-        call_weights=weights,
-        declared=upsampler.peak_bytes(1, rig.backbone.channels, size),
+        declared_bytes=upsampler.peak_bytes(1, rig.backbone.channels, (grid, grid)),
         parameters=rig.parameters.get(method, 0),
         macs=macs,
+    )
+    return Row(
+        line=line,
+        run=rig.image_to_grid(upsampler, grid),
+        call=rig.image_to_grid(upsampler, grid, rig.features),
+        weights=rig.weights[BACKBONE] + weights,
+        call_weights=weights,
     )
 
 
@@ -370,51 +348,36 @@ def _vit_up_row(rig: Rig, grid: int, chunk: int) -> Row:
     if chunk:
         vit_up.take_at_once(chunk**2)
     of_query, once = published_macs(channels, math.prod(tokens), rig.settings.blocks)
-    weights = rig.weights[BACKBONE] + rig.weights["head"]
-
-    def run() -> Tensor:
-        out = vit_up(rig.images, rig.features, rig.layers, (grid, grid))
-        vit_up.forget()
-        return out
-
-    return Row(
+    weights, run = rig.weights[BACKBONE] + rig.weights["head"], rig.image_to_grid(vit_up, grid, rig.features)
+    line = Line(
         method=VIT_UP,
         grid=grid,
-        run=run,
-        call=run,
-        weights=weights,
-        call_weights=weights,
-        declared=vit_up.peak_bytes(1, channels, (grid, grid)),
+        declared_bytes=vit_up.peak_bytes(1, channels, (grid, grid)),
         parameters=rig.parameters["head"] + rig.parameters["lora"],
         macs=head_macs(rig.settings, tokens, grid**2),
         published_macs=grid**2 * of_query + once,
         queries=min(vit_up.query_chunk(), grid**2),
     )
+    return Row(line=line, run=run, call=run, weights=weights, call_weights=weights)
 
 
 @torch.inference_mode()
 def _measure(rows: Sequence[Row], repeat: int, row_s: float, device: torch.device) -> list[Line]:
     """The rows' numbers: peak memory first, then the time."""
-    for row in {row.method: row for row in reversed(rows)}.values():
+    for row in {row.line.method: row for row in reversed(rows)}.values():
         row.run()  # what is done once (layouts, position embeddings) would count as memory
     memory = [_memory(row, device) for row in rows]
     seconds = timed([row.run for row in rows], repeat, row_s, device)
-    bilinear = {row.grid: times for row, times in zip(rows, seconds, strict=True) if row.method == "bilinear"}
+    bilinear = {row.line.grid: times for row, times in zip(rows, seconds, strict=True) if row.line.method == "bilinear"}
     return [
-        Line(
-            method=row.method,
-            grid=row.grid,
-            queries=row.queries,
-            parameters=row.parameters,
+        replace(
+            row.line,
             seconds=tuple(times),
             ms=1e3 * statistics.median(times),
             of_alone=median_ratio(times, seconds[0]),
-            of_bilinear=median_ratio(times, bilinear[row.grid]) if row.grid in bilinear else None,
+            of_bilinear=median_ratio(times, bilinear[row.line.grid]) if row.line.grid in bilinear else None,
             peak_bytes=peak,
             call_bytes=of_call,
-            declared_bytes=row.declared,
-            macs=row.macs,
-            published_macs=row.published_macs,
         )
         for row, times, (peak, of_call) in zip(rows, seconds, memory, strict=True)
     ]

@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from operators.upsamplers.vit_up import ViTUpConfig, ViTUpHead, grid_coordinates, random_head
 from operators.upsamplers.vit_up.attention import CrossAttention
-from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, nearest_tokens
-from operators.upsamplers.vit_up.head import FeatX, ViTUpBlock, sample
+from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, grid_coordinates, nearest_tokens
+from operators.upsamplers.vit_up.head import FeatX, ViTUpBlock, ViTUpConfig, ViTUpHead, sample
+from operators.upsamplers.vit_up.method import random_head
 from pipelines.costs.clocks import BenchmarkFailed, median_ratio, timed
 from pipelines.results import table_lines
 

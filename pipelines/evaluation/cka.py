@@ -15,12 +15,13 @@ from torch import Tensor
 from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.run import Piece, Record, begin, cut, grouped
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Line, Table
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.images import ImageFile, load_images
+from storage.documents import decode_known
 from storage.paths import Folder
 from storage.spread import spread
 
@@ -58,9 +59,8 @@ class ScaleInvariance:
     rescale: bool
 
     def pieces(self) -> list[Piece]:
-        starts = range(0, len(self.images), self.batch)
-        batches = [tuple(range(start, min(start + self.batch, len(self.images)))) for start in starts]
-        return [Piece(name=f"{number:05d}", items=items) for number, items in enumerate(batches) if len(items) >= LEAST]
+        pieces = cut(range(len(self.images)), self.batch, "{number:05d}")
+        return [piece for piece in pieces if len(piece.items) >= LEAST]
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
         grams: dict[str, list[Tensor]] = {}
@@ -118,13 +118,8 @@ def prepare(config: CkaConfig) -> tuple[ScaleInvariance, Recipe, Folder]:
 
 def scores(records: Sequence[Record]) -> dict[str, np.ndarray]:
     """CKA [S, S] by row."""
-    groups: dict[str, list[HsicTerms]] = {}
-    for record in records:
-        terms = HsicTerms(
-            batch=record["batch"], images=record["images"], terms=tuple(tuple(line) for line in record["terms"])
-        )
-        groups.setdefault(record["row"], []).append(terms)
-    return {name: cka(batches).numpy() for name, batches in groups.items()}
+    groups = grouped(records, "row").items()
+    return {name: cka([decode_known(HsicTerms, record) for record in each]).numpy() for (name,), each in groups}
 
 
 def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequence[Record]) -> Findings:
@@ -145,7 +140,7 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
     return Findings(
         tables=(table,),
         choices={
-            "protocol": "the specs' recommendation; LiFT's Fig. 4 has no published code, sizes or batches",
+            "protocol": "our choice; LiFT's Fig. 4 has no published code, sizes or batches",
             "images": f"{used} of {len(task.images)}, squashed, {_drawn(recipe)}; batches of {config.batch} in sorted order",
             "estimator": config.estimator,
             "rescaled Gram matrices": str(config.rescale),
@@ -156,7 +151,7 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
 
 
 def _drawn(recipe: Recipe) -> str:
-    return "bicubic" if recipe.how_drawn == "paper" else "drawn as extract"
+    return "bicubic" if recipe.rendering == "paper" else "drawn as extract"
 
 
 def plot(found: Mapping[str, np.ndarray], sides: Sequence[int]) -> bytes:

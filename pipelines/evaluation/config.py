@@ -15,7 +15,7 @@ from pipelines.config import (
     require_at_least,
 )
 from pipelines.features.config import LevelConfig
-from pipelines.features.rows import Drawing
+from pipelines.features.rows import Rendering
 from pipelines.features.sources import SourceChoice
 from storage.datasets.frames import LabelFrame
 
@@ -33,7 +33,7 @@ class EvaluateConfig(JobConfig):
 
     features: Held[LevelConfig] = LevelConfig(levels=("x1", "x2"))
 
-    drawing: Found[Drawing | None] = None
+    drawing: Found[Rendering | None] = None
     """`paper`: images are drawn as the protocol's code does it; `extract`: as jobs/extract.py does it. Default: paper with a
     model, extract with stores (which can't be otherwise)."""
 
@@ -64,15 +64,14 @@ class EvaluateConfig(JobConfig):
         return self.data, self.out, *self.stores
 
     @property
-    def how_drawn(self) -> Drawing:
+    def rendering(self) -> Rendering:
         """`drawing`, its default resolved."""
         return self.drawing or ("extract" if self.stores else "paper")
 
     @property
     def source(self) -> SourceChoice:
         """Where the features come from."""
-        drawing = self.how_drawn
-        return SourceChoice(features=self.features, stores=self.stores, drawing=drawing, options=self.options)
+        return SourceChoice(features=self.features, stores=self.stores, rendering=self.rendering, options=self.options)
 
     def required(self, name: Literal["data", "out"]) -> str:
         """The URL called `name`, which other processes on this machine find, too. Raises `ConfigError` where it is empty."""

@@ -3,7 +3,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -25,18 +25,18 @@ from operators.metrics.correspondence import (
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import LIFT_CORRESPONDENCE, VIT_UP_CORRESPONDENCE
-from pipelines.results import Findings, Line, Table, panel, percent, with_published
+from pipelines.results import Findings, Table, panel, percent
 from storage.datasets.files import digest
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import ImageFile
 from storage.datasets.registry import PAIRS
 from storage.datasets.spair import Pair
-from storage.documents import JsonValue
+from storage.documents import JsonValue, decode_known
 from storage.paths import Folder
 from storage.spread import spread
 
@@ -97,9 +97,6 @@ _PUBLISHED = {"lift": LIFT_CORRESPONDENCE, "vit-up": VIT_UP_CORRESPONDENCE}
 "by protocol"
 
 
-# --- the work ---------------------------------------------------------------------------------------------------------
-
-
 def draw_pairs(pairs: Sequence[Pair], per_category: int, seed: int) -> dict[int, int]:
     """How often each pair counts, by its number: `per_category` draws with replacement, or each pair once for 0."""
     if not per_category:
@@ -124,7 +121,7 @@ class Correspondence:
     sizes: tuple[int, ...]
     rules: Protocol
     alphas: tuple[float, ...]
-    shown: frozenset[int]
+    pictured: frozenset[int]
     "pairs whose predictions are kept for pictures"
     frame: LabelFrame | None = None
     "of labels, where their size doesn't tell"
@@ -132,12 +129,7 @@ class Correspondence:
     def pieces(self) -> list[Piece]:
         """Pairs with common images beside each other."""
         order = sorted(range(len(self.pairs)), key=lambda i: (self.pairs[i].category, self.pairs[i].name))
-        groups = [tuple(order[i : i + PIECE_PAIRS]) for i in range(0, len(order), PIECE_PAIRS)]
-        return [
-            Piece(name=f"{size}-{number:05d}", items=group, side=size)
-            for size in self.sizes
-            for number, group in enumerate(groups)
-        ]
+        return cut(order, PIECE_PAIRS, "{side}-{number:05d}", self.sizes)
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
         return records_of(piece.items, lambda number: self._pair(number, piece.side, source))
@@ -158,28 +150,10 @@ class Correspondence:
         for row in source.rows((size, size)):
             views = [View(features=each[row.name], canvas=canvas) for each, canvas in zip(maps, canvases, strict=True)]
             predicted = match(*views, np.array(pair.source_xy), rules)
-            score = score_pair(
-                predicted,
-                np.array(pair.target_xy),
-                canvases[1],
-                pair.box,
-                rules,
-                category=pair.category,
-                alphas=self.alphas,
-            )
-            records.append(
-                {
-                    "pair": pair.name,
-                    "size": size,
-                    "row": row.name,
-                    "times": self.times[number],
-                    "category": score.category,
-                    "points": score.points,
-                    "correct": score.correct,
-                    "nearest": score.nearest,
-                    **({"predicted": predicted.tolist()} if number in self.shown else {}),
-                }
-            )
+            truth, kind = np.array(pair.target_xy), pair.category
+            score = score_pair(predicted, truth, canvases[1], pair.box, rules, category=kind, alphas=self.alphas)
+            record = {"pair": pair.name, "size": size, "row": row.name, "times": self.times[number], **asdict(score)}
+            records.append({**record, **({"predicted": predicted.tolist()} if number in self.pictured else {})})
         return records
 
 
@@ -193,21 +167,11 @@ def _geometry(mode: CanvasMode) -> Geometries:
     return "pad" if mode == "fit_then_pad" else None
 
 
-# --- what was found ---------------------------------------------------------------------------------------------------
-
-
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], Pck]:
     """PCK by row and size."""
-    groups: dict[tuple[str, int], list[PairScore]] = {}
-    for record in records:
-        score = PairScore(
-            category=record["category"],
-            points=record["points"],
-            correct=tuple(record["correct"]),
-            nearest=tuple(record["nearest"]),
-        )
-        groups.setdefault((record["row"], record["size"]), []).extend([score] * record["times"])
-    return {name: Pck.of(each) for name, each in groups.items()}
+    groups = grouped(records, "row", "size").items()
+    # A pair counts as often as it was drawn.
+    return {name: Pck.of([s for r in each for s in [decode_known(PairScore, r)] * r["times"]]) for name, each in groups}
 
 
 def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folder]:
@@ -226,7 +190,7 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
         sizes=tuple(h for h, _ in sizes),
         rules=config.rules,
         alphas=config.alphas,
-        shown=frozenset(spread(len(pairs), config.pictures)),
+        pictured=frozenset(spread(len(pairs), config.pictures)),
         frame=config.label_frame,
     )
     out = begin(config, "correspondence", recipe, digest([*pairs, *times.values()]))
@@ -237,18 +201,16 @@ def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, rec
     """PCK per row and size, in percent: the mean of the categories, as both papers have it."""
     records, left_out = split_left_out(records)
     found = scores(records)
-    sizes = [(side, side) for side in task.sizes]
-    rows = {row.name: row for size in sizes for row in recipe.rows(size)}
-    lines = [
-        Line.of(row, size, [*percent(found[row.name, size[0]].mean()), _pairs(found[row.name, size[0]])])
-        for size in sizes
-        for row in recipe.rows(size)
-    ]
     columns = (*(f"PCK@{alpha:g}" for alpha in task.alphas), "pairs")
-    table = Table(title="PCK, %, mean of the categories", columns=columns, lines=tuple(lines))
-    published = _PUBLISHED[config.protocol] if config.paper else None
+    table = score_table(
+        Table(title="PCK, %, mean of the categories", columns=columns),
+        recipe,
+        {side: (side, side) for side in task.sizes},
+        lambda row, size: [*percent(found[row, size].mean()), _pairs(found[row, size])],
+        _PUBLISHED[config.protocol] if config.paper else None,
+    )
     return Findings(
-        tables=(with_published(table, rows, published),),
+        tables=(table,),
         choices=_choices(config, recipe),
         details={f"{name} at {size} px": _details(pck) for (name, size), pck in found.items()},
         pictures=_pictures(task, records),
@@ -281,7 +243,7 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
         if config.draws
         else drawn,
         "key points": f"of the {config.annotation}' files",
-        "canvas": f"{rules.canvas}, drawn as {recipe.how_drawn}",
+        "canvas": f"{rules.canvas}, drawn as {recipe.rendering}",
         "features": "enlarged bilinearly, as LiFT's code does; its paper says Lanczos, which the code takes for images",
         "similarity": "dot product with cells of length 1, not renormalised after enlargement"
         if rules.normalise == "cells"
@@ -293,19 +255,16 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
 
 
 def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) -> dict[str, Image.Image]:
-    """Matches of the shown pairs at the largest size: source beside target, right ones green, wrong ones red."""
+    """Matches of the pictured pairs at the largest size: source beside target, right ones green, wrong ones red."""
     size = max(task.sizes)
     kept = [record for record in records if record["size"] == size and "predicted" in record]
-    names = list(dict.fromkeys(record["row"] for record in kept))
-    pairs = {pair.name: pair for pair in task.pairs}
-    lines: dict[str, dict[str, Tile]] = {}
-    for record in kept:
-        lines.setdefault(record["pair"], {})[record["row"]] = _matches(task, pairs[record["pair"]], record, side)
-    if not lines:
+    drawn, pairs = grouped(kept, "pair"), {pair.name: pair for pair in task.pairs}
+    if not drawn:
         return {}
     title = f"matches at {size} px; green: right at alpha {task.alphas[0]:g}; ring: the true place"
-    tiles = [[line[name] for name in names] for line in lines.values()]
-    return {"matches.png": panel(tiles, names, list(lines), title, (2 * side, side))}
+    tiles = [[_matches(task, pairs[name], record, side) for record in each] for (name,), each in drawn.items()]
+    columns = [row for (row,) in grouped(kept, "row")]
+    return {"matches.png": panel(tiles, columns, [name for (name,) in drawn], title, (2 * side, side))}
 
 
 def _matches(task: Correspondence, pair: Pair, record: Record, side: int) -> Tile:

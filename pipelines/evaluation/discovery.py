@@ -11,16 +11,17 @@ from operators.metrics.discovery import CorLoc, Discovery, TokenCut, discover
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture, Squash
 from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, Size, resolve_source
 from pipelines.published import LIFT_DISCOVERY
-from pipelines.results import Findings, Line, Table, panel, with_published
+from pipelines.results import Findings, Table, panel
 from storage.datasets.boxes import BoxedImage
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.registry import BOXES
+from storage.documents import decode_known
 from storage.paths import Folder
 from storage.spread import spread
 
@@ -61,9 +62,6 @@ class DiscoveryConfig(LabelledConfig):
         return TokenCut(tau=default if self.tau is None else self.tau, weighted=self.weighted, solver=self.solver)
 
 
-# --- the work ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class PadToPatches:
     """Draws an image at its own size, `size` with what is missing on the right and below to whole patches."""
@@ -89,18 +87,13 @@ class ObjectDiscovery:
     patch: int
     colour: tuple[int, int, int]
     settings: TokenCut
-    shown: frozenset[int]
+    pictured: frozenset[int]
     "images whose eigenvectors are kept for pictures"
     frame: LabelFrame | None = None
     "of boxes, where their image's size doesn't tell"
 
     def pieces(self) -> list[Piece]:
-        numbers = range(len(self.images))
-        return [
-            Piece(name=f"{side}-{start:06d}", items=tuple(numbers[start : start + PIECE_IMAGES]), side=side)
-            for side in self.sides or (0,)
-            for start in numbers[::PIECE_IMAGES]
-        ]
+        return cut(range(len(self.images)), PIECE_IMAGES, "{side}-{start:06d}", self.sides or (0,))
 
     def size(self, number: int, side: int) -> Size:
         """The model's input, of the image as annotated; `side` 0 stands for the image's own size."""
@@ -134,7 +127,7 @@ class ObjectDiscovery:
             box = found.box if side else (*found.box[:2], *np.minimum(found.box[2:], boxed.image_size).tolist())
             hit = CorLoc.of(box, truth)
             record = {"image": number, "side": side, "row": name, "box": box, "hits": hit.hits, "images": hit.images}
-            records.append({**record, "found": found.found, **(_eigenvector(found) if number in self.shown else {})})
+            records.append({**record, "found": found.found, **(_eigenvector(found) if number in self.pictured else {})})
         return records
 
 
@@ -173,40 +166,32 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
         patch=recipe.patch if isinstance(recipe, LiveRecipe) else 1,
         colour=(red, green, blue),
         settings=config.settings,
-        shown=frozenset(spread(len(images), config.pictures)),
+        pictured=frozenset(spread(len(images), config.pictures)),
         frame=config.label_frame,
     )
     return task, recipe, begin(config, "discovery", recipe, digest(images))
 
 
-# --- what was found ---------------------------------------------------------------------------------------------------
-
-
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:
     """CorLoc by row and side."""
-    found: dict[tuple[str, int], CorLoc] = {}
-    for record in records:
-        name = record["row"], record["side"]
-        found[name] = found.get(name, CorLoc()) + CorLoc(hits=record["hits"], images=record["images"])
-    return found
+    groups = grouped(records, "row", "side").items()
+    return {name: sum((decode_known(CorLoc, record) for record in each), CorLoc()) for name, each in groups}
 
 
 def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """CorLoc per row and size, in percent."""
     records, left_out = split_left_out(records)
     found = scores(records)
-    lines, rows = [], {}
-    for side in task.sides or (0,):
-        size = task.size(0, side)
-        for row in recipe.rows(size):
-            rows[row.name] = row
-            corloc = found[row.name, side]
-            line = Line.of(row, size, [100 * corloc.share, corloc.images])
-            lines.append(line if side else line.like(ORIGINAL, f"{line.grid}, ..."))
-    table = Table(title=f"CorLoc on {config.dataset}, %", columns=("CorLoc", "images"), lines=tuple(lines))
-    published = LIFT_DISCOVERY[config.dataset] if config.paper and task.sides else None
+    table = score_table(
+        Table(title=f"CorLoc on {config.dataset}, %", columns=("CorLoc", "images")),
+        recipe,
+        {side: task.size(0, side) for side in task.sides or (0,)},
+        lambda row, side: [100 * found[row, side].share, found[row, side].images],
+        LIFT_DISCOVERY[config.dataset] if config.paper and task.sides else None,
+        varied={0: ORIGINAL},
+    )
     return Findings(
-        tables=(with_published(table, rows, published),),
+        tables=(table,),
         choices=_choices(config, task, recipe),
         details={"without an object's box": sum(not record["found"] for record in records)},
         pictures=_pictures(task, records),
@@ -218,7 +203,7 @@ def _choices(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe) -> 
     images = "squashed to squares, bilinear" if task.sides else "own size, padded with the mean colour to whole patches"
     return {
         "protocol": config.protocol,
-        "images": images if recipe.how_drawn == "paper" else "squashed, drawn as extract",
+        "images": images if recipe.rendering == "paper" else "squashed, drawn as extract",
         "turned photographs": config.turned_photographs,
         "tokencut": str(task.settings),
         "objects": "difficult and truncated ones count; crowds and images without objects don't",
@@ -227,22 +212,16 @@ def _choices(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe) -> 
 
 
 def _pictures(task: ObjectDiscovery, records: Sequence[Record], tile: int = 200) -> dict[str, Image.Image]:
-    """Boxes and eigenvectors of the shown images at the largest size."""
+    """Boxes and eigenvectors of the pictured images at the largest size."""
     side = max(task.sides or (0,))
     kept = [record for record in records if record["side"] == side and "eigenvector" in record]
-    names = list(dict.fromkeys(record["row"] for record in kept))
-    by_image: dict[int, dict[str, Record]] = {}
-    for record in kept:
-        by_image.setdefault(record["image"], {})[record["row"]] = record
-    if not by_image:
+    images = grouped(kept, "image")
+    if not images:
         return {}
-    tiles = [
-        [drawn for name in names for drawn in _tiles(task, by_image[number][name], side, tile)] for number in by_image
-    ]
-    columns = [text for name in names for text in (f"{name}\nboxes", f"{name}\neigenvector")]
-    shown = [task.images[number].image.name.rsplit("/", 1)[-1] for number in by_image]
-    title = "red: what was found; green: objects"
-    return {"boxes.png": panel(tiles, columns, shown, title, (tile, tile))}
+    tiles = [[drawn for record in each for drawn in _tiles(task, record, side, tile)] for each in images.values()]
+    columns = [f"{name}\n{what}" for (name,) in grouped(kept, "row") for what in ("boxes", "eigenvector")]
+    names = [task.images[number].image.name.rsplit("/", 1)[-1] for (number,) in images]
+    return {"boxes.png": panel(tiles, columns, names, "red: what was found; green: objects", (tile, tile))}
 
 
 def _tiles(task: ObjectDiscovery, record: Record, side: int, tile: int) -> tuple[Tile, Tile]:

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,21 +16,12 @@ from operators.readouts import Readout
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, split_left_out
 from pipelines.features.config import LevelConfig
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import (
-    FeatureSource,
-    LiveRecipe,
-    Recipe,
-    Row,
-    Size,
-    pooled_level,
-    resolve_source,
-)
+from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, Row, Size, pooled_level, resolve_source
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
-from pipelines.readouts.drawing import picture_of
 from pipelines.readouts.task import Task
 from pipelines.results import Cell, Findings, Line, Table, panel
 from pipelines.training.readout import features_of
@@ -42,9 +32,6 @@ from storage.differences import differences
 from storage.documents import decode
 from storage.paths import Folder, redact
 from storage.spread import spread
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 PIECE_IMAGES = 32
 
@@ -86,15 +73,11 @@ class Probe:
     "the task as it was trained: images are drawn at its side, whatever the outputs' is"
     size: Size
     "of the model's input"
-    shown: frozenset[int]
+    pictured: frozenset[int]
     "images whose predictions are drawn"
 
     def pieces(self) -> list[Piece]:
-        starts = range(0, len(self.images), PIECE_IMAGES)
-        return [
-            Piece(name=f"{start:07d}", items=tuple(range(start, min(start + PIECE_IMAGES, len(self.images)))))
-            for start in starts
-        ]
+        return cut(range(len(self.images)), PIECE_IMAGES, "{start:07d}")
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
         built = {name: readout.build().to(source.device) for name, readout in self.readouts.items()}
@@ -103,7 +86,7 @@ class Probe:
     def _image(self, number: int, built: Mapping[str, Readout], source: FeatureSource, folder: Folder) -> list[Record]:
         item = self.images[number]
         label = item.upright_label(source.oriented(item.image, self.size))
-        arrays, picture = self.task.targets(label, number), picture_of(item.image, self.drawn, self.size)
+        arrays, picture = self.task.targets(label, number), self.drawn.input_picture(item.image, self.size)
         targets = {name: torch.tensor(values, device=source.device) for name, values in arrays.items()}
         maps, pooled = source.maps(picture), None
         if any(readout.needs_pooled for readout in built.values()):
@@ -114,7 +97,7 @@ class Probe:
             output = readout(features, (self.task.side, self.task.side), pooled)[0]
             judged = self.task.judge(output, targets, label)
             records.append({"image": number, "readout": name, "judged": asdict(judged)})
-            if number in self.shown:
+            if number in self.pictured:
                 self._draw(folder, number, name, *self.task.pictures(output, targets))
         return records
 
@@ -143,10 +126,10 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
         task=task,
         drawn=first.task,
         size=size,
-        shown=frozenset(spread(len(images), config.pictures)),
+        pictured=frozenset(spread(len(images), config.pictures)),
     )
-    told = {name: [each.features, each.task.told(), each.digest] for name, each in readouts.items()}
-    return probe, recipe, begin(config, "probe", recipe, digest([*images, tuple(sorted(map(str, told.items())))]))
+    trained = {name: [each.features, each.task.as_json(), each.digest] for name, each in readouts.items()}
+    return probe, recipe, begin(config, "probe", recipe, digest([*images, tuple(sorted(map(str, trained.items())))]))
 
 
 def _names(urls: Sequence[str]) -> dict[str, str]:
@@ -190,8 +173,8 @@ def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tu
         wants_pooled = any(each.config.kind.needs_pooled for each in readouts.values())
         levels = config.features.levels
         pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in levels} else ()
-        drawing = config.drawing or first.features["drawing"]
-        choice = replace(choice, features=replace(config.features, levels=(*levels, *pooled)), drawing=drawing)
+        rendering = config.drawing or first.features["drawing"]
+        choice = replace(choice, features=replace(config.features, levels=(*levels, *pooled)), rendering=rendering)
     recipe, (size,) = resolve_source(choice, (tuple(first.features["input_size"]),), first.task.placement)
     if isinstance(recipe, LiveRecipe):
         # Readouts may have been trained without the model's normalisation.
@@ -228,24 +211,22 @@ def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) ->
             raise ConfigError(
                 f"{each.shown} was trained for {each.task}, {first.shown} for {first.task}; evaluate each alone"
             )
-        if recipe.how_drawn == "paper" and each.task.side != first.task.side:
+        if recipe.rendering == "paper" and each.task.side != first.task.side:
             raise ConfigError(
                 f"{each.shown} was trained on images drawn at {each.task.side} px, {first.shown} at {first.task.side} px; "
                 "evaluate each alone, or with --drawing extract"
             )
 
 
-# --- what was found ---------------------------------------------------------------------------------------------------
-
-
 def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Scores of each readout, from all images at once."""
     records, left_out = split_left_out(records)
-    by_readout: dict[str, list[DataclassInstance]] = {name: [] for name in probe.readouts}
-    for record in records:
-        by_readout[record["readout"]].append(decode(probe.task.record, record["judged"]))
+    judged = {
+        name: [decode(probe.task.record, record["judged"]) for record in each]
+        for (name,), each in grouped(records, "readout").items()
+    }
     try:
-        scores = {name: probe.task.scores(judged) for name, judged in by_readout.items()}
+        scores = {name: probe.task.scores(judged.get(name, [])) for name in probe.readouts}
     except ValueError as error:
         raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
     columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
@@ -255,7 +236,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
     first = next(iter(probe.readouts))
     table = Table(
-        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(by_readout[first])} images",
+        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(judged[first])} images",
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=tuple(named),
     )
@@ -276,9 +257,9 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
 def _drawing(probe: Probe, recipe: Recipe) -> str:
     """How images became the model's input, here and in training where that was otherwise."""
     words = {"paper": "as the paper's code draws them", "extract": "drawn as jobs/extract.py does it"}
-    others = [n for n, each in probe.readouts.items() if each.features["drawing"] != recipe.how_drawn]
+    others = [n for n, each in probe.readouts.items() if each.features["drawing"] != recipe.rendering]
     trained = f"; {', '.join(others)} trained on images drawn otherwise" if others else ""
-    return words[recipe.how_drawn] + trained
+    return words[recipe.rendering] + trained
 
 
 def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequence[str]) -> list[Cell]:
@@ -286,15 +267,15 @@ def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequen
     readout, shares = probe.readouts[name], probe.task.shares
     # One readout may have no such score: without foreground, there is none to be right about.
     known = [values.get(each, math.nan) for each in columns]
-    shown = [100 * value if each in shares else f"{value:.4f}" for each, value in zip(columns, known, strict=True)]
-    return [readout.config.method, readout.build().parameter_count(), *shown]
+    cells = [100 * value if each in shares else f"{value:.4f}" for each, value in zip(columns, known, strict=True)]
+    return [readout.config.method, readout.build().parameter_count(), *cells]
 
 
 def _pictures(config: ProbeConfig, probe: Probe, tile: int = 200) -> dict[str, Image.Image]:
     """Those that were drawn: an evaluation may have been begun with fewer --pictures."""
     folder, names = Folder(config.required("out"), config.options), [*probe.readouts, TRUTH]
     there = {name: folder.sizes(f"predictions/{name}") for name in names}
-    drawn = [n for n in sorted(probe.shown) if all(_file(n) in there[name] for name in names)]
+    drawn = [n for n in sorted(probe.pictured) if all(_file(n) in there[name] for name in names)]
     if not drawn:
         return {}
     tiles = []

@@ -8,7 +8,7 @@ order in which they finish.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -17,12 +17,14 @@ import torch
 from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.executors import Executor, executor_for
+from pipelines.features.rows import Size
 from pipelines.features.sources import CachedSource, FeatureSource, Recipe, describe
 from pipelines.provenance import require_same, versions
-from pipelines.results import Findings, LeftOut, write_results
+from pipelines.published import Published
+from pipelines.results import Cell, Findings, LeftOut, Line, Table, with_published, write_results
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import CANNOT_TELL, FrameUnknown
-from storage.documents import Document, JsonObject, as_object, decode, parse_json
+from storage.documents import Document, JsonObject, JsonValue, as_object, decode, parse_json
 from storage.paths import Folder, redact
 from storage.root import read_attributes
 from storage.runs import read_run, write_run
@@ -54,6 +56,20 @@ class Piece:
     "numbers of what it is made of, in the evaluation's own order"
     side: int = 0
     "of the model's input in pixels, where pieces have one each; 0: as the evaluation has it"
+
+
+def cut(items: Sequence[int], each: int, name: str, sides: Sequence[int] = (0,)) -> list[Piece]:
+    """Pieces of up to so many items, for each side. `name` is a format of `side`, of the piece's `number`, and of the place where
+    it starts (`start`) and the `item` there."""
+    return [
+        Piece(
+            name=name.format(side=side, start=start, number=start // each, item=items[start]),
+            items=tuple(items[start : start + each]),
+            side=side,
+        )
+        for side in sides
+        for start in range(0, len(items), each)
+    ]
 
 
 class Evaluation(Protocol):
@@ -90,6 +106,34 @@ def split_left_out(records: Sequence[Record]) -> tuple[list[Record], tuple[LeftO
     if found and not scored:
         raise DatasetError(f"nothing is left to be scored: {'; '.join(map(str, found))}")
     return scored, found
+
+
+def grouped(records: Sequence[Record], *names: str) -> dict[tuple[JsonValue, ...], list[Record]]:
+    """Records that have the same values under `names`, by those values, in the order of the first of each."""
+    groups: dict[tuple[JsonValue, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[name] for name in names), []).append(record)
+    return groups
+
+
+def score_table(
+    table: Table,
+    recipe: Recipe,
+    sizes: Mapping[int, Size],
+    values: Callable[[str, int], Sequence[Cell]],
+    published: Published | None = None,
+    varied: Mapping[int, str] | None = None,
+) -> Table:
+    """`table` with a line of `values` for each side and each row of features, and the paper's below it.
+
+    `sizes`: the input's, by side. `varied`: what tables say of the input where other items' sizes are others.
+    """
+    lines, rows = [], {}
+    for side, size in sizes.items():
+        for row in recipe.rows(size):
+            rows[row.name], line = row, Line.of(row, size, values(row.name, side))
+            lines.append(line.like(varied[side], f"{line.grid}, ...") if varied and side in varied else line)
+    return with_published(replace(table, lines=tuple(lines)), rows, published)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Panels of self-similarity: how alike all features are to the centre's (LiFT Fig. 5, 6)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +10,14 @@ from operators.metrics.similarity import centre_cell, self_similarity
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.run import Piece, Record, begin, cut, grouped
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, Size, resolve_source
-from pipelines.results import Findings, Line, Table, panel, shown_size
+from pipelines.results import Findings, Line, Table, panel
 from storage.datasets.files import digest
 from storage.datasets.images import ImageFile, load_images
+from storage.documents import JsonValue
 from storage.paths import Folder
 
 
@@ -39,7 +40,7 @@ class SelfSimilarity:
     sides: tuple[int, ...]
 
     def pieces(self) -> list[Piece]:
-        return [Piece(name=f"{number:05d}", items=(number,)) for number in range(len(self.images))]
+        return cut(range(len(self.images)), 1, "{number:05d}")
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
         (number,) = piece.items
@@ -69,14 +70,15 @@ def prepare(config: SimilarityConfig) -> tuple[SelfSimilarity, Recipe, Folder]:
 
 def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """A panel, and which maps are in it, with the share of cells in the upper half of the map's own scale."""
-    shown: dict[tuple[int, str], dict[int, np.ndarray]] = {}
-    for record in records:
-        shown.setdefault((record["side"], record["row"]), {})[record["image"]] = np.array(record["map"])
+    maps = {
+        name: {record["image"]: np.array(record["map"]) for record in each}
+        for name, each in grouped(records, "side", "row").items()
+    }
     rows = {(side, row.name): row for side in task.sides for row in recipe.rows((side, side))}
     lines = []
-    for (side, name), maps in shown.items():
-        share = float(np.mean([(each >= 0.5).mean() for each in maps.values()]))
-        lines.append(Line.of(rows[side, name], (side, side), [100 * share, len(maps)]))
+    for (side, name), of_images in maps.items():
+        share = float(np.mean([(each >= 0.5).mean() for each in of_images.values()]))
+        lines.append(Line.of(rows[side, name], (side, side), [100 * share, len(of_images)]))
     table = Table(
         title="Self-similarity of the centre cell, each map stretched to 0..1",
         columns=("cells above 0.5, %", "images"),
@@ -87,22 +89,23 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
         choices={
             "cell": "half the cells a side, as in LiFT's code: right and below of the true centre",
             "scale": "each map its own, so that values of different maps can't be compared",
-            "images": f"squashed, {'bilinear' if recipe.how_drawn == 'paper' else 'drawn as extract'}",
+            "images": f"squashed, {'bilinear' if recipe.rendering == 'paper' else 'drawn as extract'}",
         },
-        pictures={"similarity.png": _picture(task, shown)} if config.pictures else {},
+        pictures={"similarity.png": _picture(task, maps)} if config.pictures else {},
     )
 
 
-def _picture(task: SelfSimilarity, shown: dict[tuple[int, str], dict[int, np.ndarray]], tile: int = 160) -> Image.Image:
-    columns = ["photo", *(f"{name}\n{shown_size((side, side))} px" for side, name in shown)]
+def _picture(
+    task: SelfSimilarity, maps: Mapping[tuple[JsonValue, ...], Mapping[int, np.ndarray]], tile: int = 160
+) -> Image.Image:
+    columns = ["photo", *(f"{name}\n{side} px" for side, name in maps)]
     tiles = []
     for number, image in enumerate(task.images):
-        row, column = centre_cell(next(iter(shown.values()))[number].shape)
-        cells = next(iter(shown.values()))[number].shape
+        cells = next(iter(maps.values()))[number].shape
+        row, column = centre_cell(cells)
         mark = ((column + 0.5) / cells[1], (row + 0.5) / cells[0])
-        photo = Tile(
-            pixels=np.array(Image.fromarray(upright_pixels(image)).resize((tile, tile))), is_photo=True, mark=mark
-        )
-        tiles.append([photo, *(Tile(pixels=heat(maps[number], 0, 1)) for maps in shown.values())])
+        pixels = np.array(Image.fromarray(upright_pixels(image)).resize((tile, tile)))
+        photo = Tile(pixels=pixels, is_photo=True, mark=mark)
+        tiles.append([photo, *(Tile(pixels=heat(each[number], 0, 1)) for each in maps.values())])
     names = [image.name.rsplit("/", 1)[-1] for image in task.images]
     return panel(tiles, columns, names, "cosine with the ringed cell, blue to yellow", (tile, tile))

@@ -17,19 +17,19 @@ from operators.metrics.propagation import Propagation, Propagator, label_image, 
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, records_of, split_left_out
+from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, Row, Size, resolve_source
 from pipelines.published import LIFT_VIDEO
-from pipelines.results import Cell, Findings, Line, Table, panel, percent, with_published
+from pipelines.results import Cell, Findings, Table, panel, percent, sides
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn, require_size
 from storage.datasets.labels import COLOURS, label_png, read_labels
 from storage.datasets.registry import CLIPS
-from storage.documents import JsonValue
+from storage.documents import JsonValue, decode_known
 from storage.orientation import Orientation
 from storage.paths import Folder
 from storage.spread import spread
@@ -73,9 +73,6 @@ class VideoConfig(LabelledConfig):
         return Propagation(context=self.context, top_k=self.top_k, radius=self.radius, temperature=self.temperature)
 
 
-# --- the work ---------------------------------------------------------------------------------------------------------
-
-
 def input_size(protocol: str, side: int, height: int, width: int) -> Size:
     """(height, width) of the model's input for frames of `height` x `width` pixels."""
     if protocol == "lift":
@@ -101,8 +98,7 @@ class Video:
     def pieces(self) -> list[Piece]:
         """A clip at one size each; the longest ones first, so that none is waited for at the end."""
         order = sorted(range(len(self.clips)), key=lambda i: (-len(self.clips[i].frames), i))
-        sides = sorted(self.sides, reverse=True)
-        return [Piece(name=f"{side}-{i:04d}", items=(i,), side=side) for side in sides for i in order]
+        return cut(order, 1, "{side}-{item:04d}", sorted(self.sides, reverse=True))
 
     def size(self, number: int, side: int) -> Size:
         """The model's input for a clip."""
@@ -225,38 +221,33 @@ def _upright_shape(clip: Clip) -> Size:
     return height, width
 
 
-# --- what was found ---------------------------------------------------------------------------------------------------
-
-
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], Summary]:
     """J and F by row and side: each object counts once."""
-    groups: dict[tuple[str, int], list[ObjectCurves]] = {}
-    for record in records:
-        curves = ObjectCurves(
-            clip=record["clip"], object_id=record["object_id"], j=tuple(record["j"]), f=tuple(record["f"])
-        )
-        groups.setdefault((record["row"], record["side"]), []).append(curves)
-    return {name: summarise(curves) for name, curves in groups.items()}
+    groups = grouped(records, "row", "side").items()
+    return {name: summarise([decode_known(ObjectCurves, record) for record in each]) for name, each in groups}
 
 
 def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """J&F and its parts, in percent, and each object's own."""
     records, left_out = split_left_out(records)
     found = scores(records)
-    lines, rows = [], {}
-    for side in task.sides:
-        size = task.size(0, side)
-        alike = all(task.size(number, side) == size for number in range(len(task.clips)))
-        for row in recipe.rows(size):
-            rows[row.name] = row
-            line = Line.of(row, size, _values(found[row.name, side]))
-            # Clips of other shapes have other inputs; the first one's are shown.
-            lines.append(line if alike else line.like(f"{line.input_px}, ...", f"{line.grid}, ..."))
+    sizes = {side: task.size(0, side) for side in task.sides}
     columns = ("J&F", "J", "F", "J recall", "F recall", "J decay", "F decay", "objects")
-    table = Table(title="DAVIS-2017 semi-supervised, %, mean of the objects", columns=columns, lines=tuple(lines))
-    published = LIFT_VIDEO if config.paper and config.protocol == "lift" else None
+    table = score_table(
+        Table(title="DAVIS-2017 semi-supervised, %, mean of the objects", columns=columns),
+        recipe,
+        sizes,
+        lambda row, side: _values(found[row, side]),
+        LIFT_VIDEO if config.paper and config.protocol == "lift" else None,
+        # Clips of other shapes have other inputs; the first one's are printed.
+        varied={
+            side: f"{sides(size)}, ..."
+            for side, size in sizes.items()
+            if any(task.size(number, side) != size for number in range(len(task.clips)))
+        },
+    )
     return Findings(
-        tables=(with_published(table, rows, published),),
+        tables=(table,),
         choices=_choices(config, task, recipe),
         details={"objects": [_object(record) for record in records]},
         pictures=_pictures(config, task, recipe, {record["clip"] for record in records}),
@@ -287,7 +278,7 @@ def _choices(config: VideoConfig, task: Video, recipe: Recipe) -> dict[str, str]
     )
     return {
         "protocol": config.protocol,
-        "frames": f"{shape if recipe.how_drawn == 'paper' else 'squashed, drawn as extract'}; every {config.frame_step}.",
+        "frames": f"{shape if recipe.rendering == 'paper' else 'squashed, drawn as extract'}; every {config.frame_step}.",
         "turned photographs": config.turned_photographs,
         "propagation": str(task.propagation),
         "first mask": "nearest neighbour to the grid, void as background; an object that vanishes there scores 0",

@@ -78,7 +78,16 @@ class ExtractConfig(JobConfig):
 
     def content(self) -> dict[str, JsonValue]:
         """What decides what is in a store, as opposed to where and how it is made: this goes into its attributes."""
-        return self.counted(Identity.COUNTS, Identity.FOUND)
+        found = self.counted(Identity.COUNTS, Identity.FOUND)
+        return {name: found[name] for name in sorted(found, key=lambda name: (*_FIRST, name).index(name))}
+
+
+_FIRST = (
+    "model", "weights", "revision", "size", "ragged", "geometry", "crop_pct", "layers", "facet", "norm", "stride",
+    "pos_embed", "precision", "jpeg_draft", "levels", "force_upsampler", "encoding",
+)  # fmt: skip
+"""The order in which stores have said these from the beginning, so that a store's root keeps its bytes; what else there is
+follows as it is declared."""
 
 
 def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractConfig:

@@ -71,13 +71,10 @@ class HostCopy:
 
     def ahead(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches; on a GPU each once the one after it was begun."""
-        if self._stream is None:
-            yield from batches
-            return
         begun: list[Item] = []
         for batch in batches:
             begun.append(batch)
-            if len(begun) > 1:
+            if self._stream is None or len(begun) > 1:
                 yield begun.pop(0)
         yield from begun
 

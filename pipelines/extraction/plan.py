@@ -3,11 +3,11 @@
 Nothing here computes features, except the micro-batch that the time is extrapolated from.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from pipelines.config import ConfigError
 from pipelines.extraction.prepare import Prepared, default_batch
 from pipelines.features.model import FeatureModel
 from pipelines.features.photos import geometry_of
+from storage.documents import JsonObject
 from storage.left_out import LeftOut, left_out_lines
 from storage.paths import Folder, redact
 from storage.samples import read_images
@@ -91,76 +92,58 @@ class Plan:
         """Time for the pending tasks on `actors` workers like the timed one."""
         return self.pending * self.block_rows * self.seconds_per_image / max(self.actors, 1)
 
-    def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        data |= {"total_bytes": self.total_bytes, "total_objects": self.total_objects, "estimate_s": self.estimate_s}
-        return json.loads(json.dumps(data))
+    def to_json(self) -> JsonObject:
+        sums = {name: getattr(self, name) for name in ("total_bytes", "total_objects", "estimate_s")}
+        return json.loads(json.dumps(asdict(self) | sums))
 
     def describe(self) -> str:
         """The plan as text for people."""
+        height, width = self.input_size
         lines = [
-            _line(
+            (
                 "input",
                 " ".join(self.inputs),
                 f"{self.images:,} images (index of {self.sources:,} sources, {self.unreadable} unreadable)",
             ),
-            _line(
-                "model", f"timm {self.model}", f"{self.input_size[0]} x {self.input_size[1]} px, weights {self.weights}"
-            ),
+            *(("left out", line, "") for line in left_out_lines(self.left_out)),
+            ("model", f"timm {self.model}", f"{height} x {width} px, weights {self.weights}"),
         ]
-        lines[1:1] = [_line("left out", line, "") for line in left_out_lines(self.left_out)]
         if self.statistics:
-            lines.append(_line("", self.statistics, ""))
+            lines.append(("", self.statistics, ""))
         for i, cost in enumerate(self.levels):
-            level = cost.level
-            shape = " x ".join(str(n) for n in level.row_shape)
-            lines.append(
-                _line(
-                    "levels" if i == 0 else "",
-                    f"{level.name:<6} {shape:<18} {level.dtype:<8} {level.method}",
-                    f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}",
-                )
-            )
-        lines += [_line("note", note, "") for note in self.notes]
+            level, shape = cost.level, " x ".join(str(n) for n in cost.level.row_shape)
+            size = f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}"
+            what = f"{level.name:<6} {shape:<18} {level.dtype:<8} {level.method}"
+            lines.append(("" if i else "levels", what, size))
+        lines += [("note", note, "") for note in self.notes]
+        stages = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in self.stage_seconds.items())
         lines += [
-            _line(
+            (
                 "store",
                 f"{self.out}  ({self.state})",
                 f"{size_text(self.total_bytes)}, {self.tasks:,} tasks of {self.block_rows} images, "
                 f"{self.total_objects:,} objects",
             ),
-            _line(
+            (
                 "memory",
                 f"{self.device} {size_text(self.device_bytes)} for batches of {self.batch}",
                 f"host {size_text(self.host_bytes - self.decode_bytes)} per actor, and up to {size_text(self.decode_bytes)} "
                 "to decode large images",
             ),
-            _line(
+            (
                 "time",
                 f"timed on {self.timed_images} images: {1 / self.seconds_per_image:.1f} images/s per worker",
                 f"{_hours(self.estimate_s)} on {self.actors} {self.device} workers for {self.pending:,} pending tasks",
             ),
-            _line(
-                "",
-                "per image: " + ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in self.stage_seconds.items()),
-                "",
-            ),
+            ("", f"per image: {stages}", ""),
         ]
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def _line(head: str, left: str, right: str) -> str:
-    return f"{head:<10} {left:<58} {right}"
+        return "\n".join(f"{head:<10} {left:<58} {right}".rstrip() for head, left, right in lines)
 
 
 def _hours(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def make_plan(prepared: Prepared) -> Plan:
@@ -179,7 +162,7 @@ def make_plan(prepared: Prepared) -> Plan:
     input_bytes = 2 * prepared.index.largest_block_bytes(layout.block_rows, config.max_image_bytes)
     decode_bytes = DecodeMemory(config.max_image_pixels).capacity
     bundle = prepared.bundle
-    networks = (bundle.arrays, *(upsampler.arrays for upsampler in bundle.upsamplers.values()))
+    networks = (bundle.arrays, *(each.arrays for each in bundle.upsamplers.values()))
     weights_bytes = sum(array.nbytes for arrays in networks for array in arrays.values())
     return Plan(
         inputs=tuple(redact(url, config.options) for url in config.data),
@@ -249,16 +232,11 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
         t0 = time.perf_counter()
         blobs = read_images(rows.take(keep), prepared.urls, prepared.config.options)
         t1 = time.perf_counter()
-        images = []
+        images, limit = [], prepared.config.max_image_pixels
         for blob in blobs:
-            try:
-                images.append(
-                    decode(
-                        blob or b"", geometry, max_pixels=prepared.config.max_image_pixels, draft=spec.jpeg_draft
-                    ).pixels
-                )
-            except ImageRefused:
-                continue  # the run itself will say why; here it only leaves the sample
+            # The run itself will say why an image is refused; here it only leaves the sample.
+            with contextlib.suppress(ImageRefused):
+                images.append(decode(blob or b"", geometry, max_pixels=limit, draft=spec.jpeg_draft).pixels)
         t2 = time.perf_counter()
         if not images:
             raise ConfigError(
@@ -266,10 +244,10 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
             )
         model(np.stack(images[:1]))
         maps = model(np.stack(images))
-        rows_of = {name: rows.cpu().numpy() for name, rows in maps.levels.items()}
+        by_level = [(level, maps.levels[level.name].cpu().numpy()) for level in spec.levels]
         t3 = time.perf_counter()
-        for level in spec.levels:
-            for row in rows_of[level.name]:
+        for level, made in by_level:
+            for row in made:
                 compress(encode_row(row, level.dtype)[0])
         t4 = time.perf_counter()
     finally:

@@ -13,7 +13,7 @@ from pipelines.config import ConfigError
 from pipelines.executors import Executor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import InputUpdate, continue_store, draft, input_of, member_rules
-from pipelines.features.bundle import ModelBundle, load_described
+from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.model import FeatureModel
 from pipelines.indexing import report_left_out
 from pipelines.provenance import versions
@@ -119,7 +119,7 @@ def resolve(config: ExtractConfig) -> Resolved:
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
     files = expand_inputs(config.data, config.options, config.image_member)
-    bundle, model = load_described(config.features, config.options)
+    bundle, model = load_bundle(config.features, config.options)
     found = Resolved(config=config, bundle=bundle, model=model, files=files)
     for note in found.notes:
         logger.warning("%s", note)

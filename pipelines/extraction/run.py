@@ -1,11 +1,9 @@
 """The driver of the main job: run pending tasks, account for every sample, finish the store."""
 
-import contextlib
 import json
 import logging
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from cluster.metrics import TaskReport
-from cluster.progress import Progress
+from cluster.progress import Progress, every
 from cluster.resources import WorkerPool
 from pipelines.executors import Executor, executor_for
 from pipelines.extraction.attempts import suspects
@@ -188,8 +186,6 @@ def _revoke_failed(store: FeatureStore, done: set[int], input_digest: str) -> se
 
 
 class _Run:
-    """One run's accounting."""
-
     def __init__(self, store: FeatureStore, setup: WorkerSetup, executor: Executor, pool: WorkerPool, rows_done: int):
         self.config, self.store, self.setup, self.executor, self.pool = setup.config, store, setup, executor, pool
         self.progress = Progress(total=store.layout.n_rows, done=rows_done)
@@ -204,7 +200,8 @@ class _Run:
         """Run `pending`; tasks whose workers died, hung or ran out of memory run again, alone."""
         if not pending:
             return
-        with self.progress, self._heartbeat():
+        # Also while no task is finished: a slow task must not look like a dead run.
+        with self.progress, every(SAVE_INTERVAL_S, self._beat, "progress"):
             try:
                 if aside := self._drain(pending, solo=False):
                     said = "%d tasks run again, one at a time: their workers died, hung, or had no memory"
@@ -243,28 +240,13 @@ class _Run:
         if failed > budget and (failed > budget + 256 or (seen >= 256 and failed > seen / 2)):
             raise RunFailed(self._budget_text(f"{failed:,} of the first {seen:,} images failed"))
 
-    @contextlib.contextmanager
-    def _heartbeat(self) -> Iterator[None]:
-        """Save progress now and then, also while no task is finished: a slow task must not look like a dead run."""
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(SAVE_INTERVAL_S):
-                try:
-                    self._save_progress()
-                except StoreReplaced as error:
-                    self.replaced = str(error)
-                    return
-                except (OSError, StorageError) as error:
-                    logger.warning("progress was not saved: %s", error)
-
-        thread = threading.Thread(target=beat, name="progress", daemon=True)
-        thread.start()
+    def _beat(self) -> None:
         try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+            self._save_progress()
+        except StoreReplaced as error:
+            self.replaced = str(error)
+        except (OSError, StorageError) as error:
+            logger.warning("progress was not saved: %s", error)
 
     def _save_progress(self) -> None:
         """Rates and stage times where `show` finds them, also from another machine. Raises `StoreReplaced`."""

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -32,7 +31,6 @@ _PROGRAM = "from pipelines.extraction.sandbox import serve; serve()"
 _SPARE_BYTES = 2**30
 """Address space of the process beyond what decoding may take."""
 
-
 _REFUSALS = {kind.__name__: kind for kind in (ImageRefused, ImageDamaged)}
 
 
@@ -42,7 +40,7 @@ class DecoderDied(RayliftError):
     exit_code = 1
 
 
-class Sandbox:
+class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     """A process that decodes images as `decode` does; closed by `with`. One thread at a time."""
 
     def __init__(self, geometry: Geometry, *, max_pixels: int, draft: bool):
@@ -50,12 +48,7 @@ class Sandbox:
         self._shape = (geometry.height, geometry.width, 3)
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "Sandbox":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     def decode(self, data: bytes) -> DecodedImage:
@@ -69,7 +62,8 @@ class Sandbox:
             try:
                 return self._ask(process, data)
             except (BrokenPipeError, EOFError):
-                ends.append(_how_it_ended(self._end()))
+                code = self._end()
+                ends.append(signal.Signals(-code).name if code < 0 else f"exit code {code}")
             finally:
                 timer.cancel()
             if late.is_set():
@@ -117,7 +111,6 @@ class Sandbox:
         )
 
     def _end(self) -> int:
-        """End the process; returns its exit code."""
         process, self._process = self._process, None
         if process is None:
             return 0
@@ -136,10 +129,6 @@ def _exactly(pipe: BinaryIO, count: int) -> bytes:
     if len(data) < count:
         raise EOFError
     return data
-
-
-def _how_it_ended(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def serve() -> None:

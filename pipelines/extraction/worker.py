@@ -98,8 +98,7 @@ class ShardWorker:
         """
         try:
             with attempt(self.store.folder, self.setup.run_id, task) as starts:
-                given_up = self._give_up(task, starts)
-                if given_up:
+                if given_up := self._give_up(task, starts):
                     return given_up
                 ready = loaded or self._load_or_set_aside(task, starts)
                 return TaskReport(block=task.block, outcome="set_aside") if ready.aside else self.compute(task, ready)
@@ -215,7 +214,9 @@ class ShardWorker:
             stop = min(start + pace.batch, task.n_rows)
             if any(record.status == "ok" for record in loaded.records[start:stop]):
                 try:
-                    rows = self._rows(loaded.pixels[start:stop])
+                    # Failed images are in the batch, as zeros: the others' numbers don't depend on who failed.
+                    with self._device_lock:
+                        rows = self._host.begin(self.model(loaded.pixels[start:stop]), self.store.spec.levels)
                 except torch.OutOfMemoryError:
                     if pace.halved or pace.batch == 1:
                         raise
@@ -223,11 +224,6 @@ class ShardWorker:
                     continue
                 yield start, rows
             start = stop
-
-    def _rows(self, pixels_BHWC: np.ndarray) -> HostRows:
-        """Failed images are in the batch, as zeros: the others' numbers don't depend on who failed."""
-        with self._device_lock:
-            return self._host.begin(self.model(pixels_BHWC), self.store.spec.levels)
 
     def _halve(self, task: ShardTask, pace: "_Pace") -> None:
         batch = pace.batch // 2

@@ -37,15 +37,8 @@ class ModelBundle:
 
     def backbone(self) -> TimmBackbone:
         """The backbone as it gives the features, on the CPU."""
-        spec = self.spec
-        return TimmBackbone(
-            self.reload(),
-            facet=spec.facet,
-            norm=spec.norm,
-            stride=spec.stride,
-            pos_embed=spec.pos_embed,
-            ragged=any(side % spec.stride for side in spec.input_size),
-        )
+        ragged = any(side % self.spec.stride for side in self.spec.input_size)
+        return _backbone(self.reload(), self.spec, ragged=ragged)
 
     def input(self, pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
         """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
@@ -78,29 +71,29 @@ class LoadedModel:
     size: tuple[int, int]
     "of the input that it was made for"
     source: Literal["pretrained", "file", "random"]
-    described: ModelDescription
+    description: ModelDescription
 
 
 def load_settings(
     features: BackboneConfig,
     size: tuple[int, int] | None,
     options: StorageOptions | None = None,
-    described: ModelDescription | None = None,
+    description: ModelDescription | None = None,
 ) -> LoadedModel:
-    """The model for inputs of `size` (None: its own); `described` where the caller has it already.
+    """The model for inputs of `size` (None: its own); `description` where the caller has it already.
 
     Raises `BackboneError`, `WeightsUnavailable` or `ConfigError`.
     """
     weights = WeightsChoice.parse(features.weights)
-    described = described or read_description(features.model, weights, options)
-    size = size or described.expects.size
-    model = load_model(features.model, size, weights, features.revision, options, described)
-    return LoadedModel(model=model, size=size, source=weights.source, described=described)
+    description = description or read_description(features.model, weights, options)
+    size = size or description.expects.size
+    model = load_model(features.model, size, weights, features.revision, options, description)
+    return LoadedModel(model=model, size=size, source=weights.source, description=description)
 
 
-def load_described(features: FeatureConfig, options: StorageOptions | None = None) -> tuple[ModelBundle, FeatureModel]:
-    """What settings name, loaded and described. Raises `BackboneError`, `UpsamplerError`, `WeightsUnavailable` or
-    `ConfigError`."""
+def load_bundle(features: FeatureConfig, options: StorageOptions | None = None) -> tuple[ModelBundle, FeatureModel]:
+    """What workers build the model from that settings name, and the model. Raises `BackboneError`, `UpsamplerError`,
+    `WeightsUnavailable` or `ConfigError`."""
     _choices(features)  # what is wrong there is wrong before anything is fetched
     return describe_model(features, load_settings(features, features.input_size, options), options)
 
@@ -115,14 +108,7 @@ def describe_model(
     levels = _choices(features)
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(loaded.model).items()}
-    backbone = TimmBackbone(
-        loaded.model,
-        facet=features.facet,
-        norm=features.norm,
-        stride=features.stride,
-        pos_embed=features.pos_embed,
-        ragged=features.ragged,
-    )
+    backbone = _backbone(loaded.model, features, ragged=features.ragged)
     spec = _spec(features, loaded, backbone, weights_digest(arrays))
     # Levels of one method and URL share theirs.
     places = dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
@@ -146,9 +132,14 @@ def _choices(features: FeatureConfig) -> list[LevelChoice]:
     return [LevelChoice.parse(text, features.encoding) for text in features.levels]
 
 
+def _backbone(model: nn.Module, asked: FeatureConfig | FeatureSpec, *, ragged: bool) -> TimmBackbone:
+    options = {name: getattr(asked, name) for name in ("facet", "norm", "stride", "pos_embed")}
+    return TimmBackbone(model, ragged=ragged, **options)
+
+
 def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, digest: str) -> FeatureSpec:
     """What the features are, but for the levels. Raises `BackboneError` for layers that the backbone hasn't."""
-    expects = loaded.described.expects
+    expects = loaded.description.expects
     return FeatureSpec(
         model=features.model,
         weights=digest,
@@ -167,5 +158,5 @@ def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, 
         precision=features.precision,
         jpeg_draft=features.jpeg_draft,
         levels=(),
-        model_args=dict(loaded.described.model_args),
+        model_args=dict(loaded.description.model_args),
     )

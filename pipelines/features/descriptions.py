@@ -62,8 +62,8 @@ def describe_weights(name: str, folder: Folder, *, is_file: bool) -> ModelDescri
     own = ModelDescription(name=name, expects=preprocessing(name))
     try:
         config = _read(folder, CONFIG)
-        described = own if config is None else _described(name, config, f"{folder.shown}/{CONFIG}")
-        _require_agreement(described, folder)
+        description = own if config is None else _description_in(name, config, f"{folder.shown}/{CONFIG}")
+        _require_agreement(description, folder)
     except Unreadable as error:
         if not is_file:
             raise Unreadable(
@@ -72,9 +72,9 @@ def describe_weights(name: str, folder: Folder, *, is_file: bool) -> ModelDescri
             ) from None
         logger.warning("%s; the input is %s's own", error, name)
         return own
-    if described.expects != own.expects:
-        logger.info("%s says what the input is: %s", described.source, described.expects)
-    return described
+    if description.expects != own.expects:
+        logger.info("%s says what the input is: %s", description.source, description.expects)
+    return description
 
 
 def _read(folder: Folder, name: str) -> Any:
@@ -91,7 +91,7 @@ def _read(folder: Folder, name: str) -> Any:
         raise Unreadable(f"{folder.shown}/{name} is damaged: {error}") from None
 
 
-def _described(name: str, config: Any, shown: str) -> ModelDescription:
+def _description_in(name: str, config: object, shown: str) -> ModelDescription:
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise Unreadable(f"{shown} isn't timm's: {_whose(config)}")
     wanted, found = name.partition(".")[0], config["architecture"].partition(".")[0]
@@ -106,7 +106,7 @@ def _described(name: str, config: Any, shown: str) -> ModelDescription:
     )
 
 
-def _whose(config: Any) -> str:
+def _whose(config: object) -> str:
     """In words, for a config.json without an architecture."""
     if not isinstance(config, dict):
         return f"it holds a {type(config).__name__}"
@@ -164,28 +164,25 @@ def _other_than_default(architecture: str, given: Mapping[str, Any]) -> dict[str
         return dict(given)
     with torch.device("meta"):
         model = timm.create_model(architecture)
-    return {name: value for name, value in given.items() if not _is_same(getattr(model, name, None), value)}
+    usual = {name: getattr(model, name, None) for name in given}
+    return {n: value for n, value in given.items() if type(usual[n]) is not type(value) or usual[n] != value}
 
 
-def _is_same(default: Any, value: Any) -> bool:
-    return type(default) is type(value) and default == value
-
-
-def _image_size(size: Any, shown: str) -> tuple[int, int]:
+def _image_size(size: object, shown: str) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
     if len(sides) != 2 or not all(map(_side, sides)):
         raise BackboneError(f"{shown}: img_size {size!r} is no height and width in pixels")
     return sides
 
 
-def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
+def _holds(rule: Callable[[Any], bool], value: object) -> bool:
     try:
         return rule(value)
     except (TypeError, LookupError):
         return False
 
 
-def _side(value: Any) -> bool:
+def _side(value: object) -> bool:
     return type(value) is int and value > 0
 
 
@@ -217,18 +214,18 @@ _OTHERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _require_agreement(described: ModelDescription, folder: Folder) -> None:
+def _require_agreement(description: ModelDescription, folder: Folder) -> None:
     """Raises `Unreadable` where another file beside the weights says another mean or deviation; warns of another
     interpolation, in which such files often differ from what the weights were trained with."""
     for file, read in _OTHERS.items():
         config = _read(folder, file)
         said = read(config) if isinstance(config, dict) else {}
         for name, value in said.items():
-            ours = getattr(described.expects, name)
+            ours = getattr(description.expects, name)
             if value is None or value == ours or (name != "interpolation" and _are_close(ours, value)):
                 continue
             text = (
-                f"{folder.shown}/{file} says {name} {value}, but {described.source or f'timm, of {described.name},'} says "
+                f"{folder.shown}/{file} says {name} {value}, but {description.source or f'timm, of {description.name},'} says "
                 f"{ours if name == 'interpolation' else list(ours)}"
             )
             if name != "interpolation":

@@ -78,7 +78,7 @@ def resolve_level(
         method = "average" if grid[0] < base[0] or grid[1] < base[1] else "bilinear"
     digest = _held_against(choice.name, method, learned, channels, base, grid) if method != "backbone" else ""
     step = tuple(backbone.stride * b / g for b, g in zip(base, grid, strict=True))
-    edge = backbone.cell_start() - backbone.stride / 2
+    edge = (backbone.patch - backbone.stride) / 2
     return Level(
         name=choice.name,
         method=method,

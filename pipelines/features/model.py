@@ -145,9 +145,13 @@ class FeatureModel:
         rows, columns = self.backbone.grid_of(spec.input_size)
         # Each further layer: its map as kept, stacked with the others, and as rows.
         kept = 3 * 4 * batch * rows * columns * self.backbone.channels * (len(self._asked) - 1)
-        widths = {"float16": 2, "float32": 4, "int8": 4}  # int8 is float32 until it is stored
-        rows = 2 * batch * sum(math.prod(level.row_shape) * widths[level.dtype] for level in spec.levels)
-        return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + rows + max(ups, default=0)
+        # int8 is float32 until it is quantised, which takes absolute values, quotients and the result of one level at a time.
+        values = {level.name: batch * math.prod(level.row_shape) for level in spec.levels}
+        quantising = [(4 + 4 + 1) * values[level.name] for level in spec.levels if level.dtype == "int8"]
+        widths = {"float16": 2, "float32": 4, "int8": 4}
+        rows = 2 * sum(values[level.name] * widths[level.dtype] for level in spec.levels)
+        once = max([*ups, *quantising], default=0)
+        return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + rows + once
 
 
 def _not_finite(values_B: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 from operators.image import Geometry, ImageRefused, decode
 from pipelines.config import ConfigError
 from pipelines.features.photos import MAX_PIXELS, upright_pixels
-from pipelines.features.rows import Drawing, Size
+from pipelines.features.rows import Rendering, Size
 from storage.datasets.images import EncodedImage, unreadable
 from storage.spec import FeatureSpec
 
@@ -47,12 +47,12 @@ class Squash:
         return Picture(image=image, size=self.size, draw=self, geometry="squash")
 
 
-def draw(picture: Picture, data: bytes, spec: FeatureSpec, drawing: Drawing) -> np.ndarray:
+def draw(picture: Picture, data: bytes, spec: FeatureSpec, rendering: Rendering) -> np.ndarray:
     """The upright picture as the model's input, uint8 [*picture.size, 3]; `data`: the image's bytes.
 
     Raises `DatasetError` where the image can't be decoded.
     """
-    if drawing == "paper":
+    if rendering == "paper":
         return picture.draw(upright_pixels(picture.image, data))
     if picture.geometry is None:
         raise ConfigError(

@@ -11,7 +11,7 @@ Size = tuple[int, int]
 """(height, width) in pixels, or (rows, columns) of cells."""
 
 
-Drawing = Literal["paper", "extract"]
+Rendering = Literal["paper", "extract"]
 """How images become the model's input: as the protocol's code does it, or as jobs/extract.py does it (the model's own
 interpolation, and its mean colour around a padded image), which is what a store holds."""
 

@@ -21,7 +21,7 @@ from pipelines.features.bundle import ModelBundle, cells, describe_model, load_s
 from pipelines.features.config import LevelConfig, completed
 from pipelines.features.model import FeatureModel
 from pipelines.features.pictures import Geometries, Picture, draw
-from pipelines.features.rows import Drawing, Row, Size, pooled_level, rows_of
+from pipelines.features.rows import Rendering, Row, Size, pooled_level, rows_of
 from storage.datasets.frames import OrientedImage
 from storage.datasets.images import EncodedImage, orientation_of
 from storage.documents import JsonValue
@@ -75,9 +75,8 @@ def _rows_of_maps(rows: Sequence[Row], by_level: Mapping[str, Tensor], name: str
 
 
 def _vector(values_C: Tensor, name: str) -> Tensor:
-    vector = values_C.float()
-    _require_finite([vector], name)
-    return vector
+    _require_finite([values_C.float()], name)
+    return values_C.float()
 
 
 def _require_finite(features: Iterable[Tensor], name: str) -> None:
@@ -97,7 +96,7 @@ class LiveRecipe:
     bundles: Mapping[bool, ModelBundle]
     "by whether inputs are ragged (not filled by patches)"
     patch: int
-    how_drawn: Drawing
+    rendering: Rendering
     sizes: tuple[Size, ...] = ()
     "of the inputs, as far as they are known beforehand"
 
@@ -118,7 +117,7 @@ class LiveRecipe:
         spec = next(iter(self.bundles.values())).spec
         said = {name: value for name, value in spec.to_json().items() if name not in FeatureSpec.names(Use.PLACED)}
         said["levels"] = [[level.name, level.method, level.dtype, level.digest] for level in spec.levels]
-        return {"drawing": self.how_drawn, "model": said}
+        return {"drawing": self.rendering, "model": said}
 
     def bundle(self, size: Size) -> ModelBundle:
         """What builds the model for inputs of `size`."""
@@ -170,7 +169,7 @@ class LiveSource:
         spec = self.recipe.spec(picture.size)
         shown, data = self._data
         data = data if shown == picture.image.shown else picture.image.data()
-        pixels = draw(picture, data, spec, self.recipe.how_drawn)
+        pixels = draw(picture, data, spec, self.recipe.rendering)
         found = self._model(picture.size, spec)(pixels[None])
         by_level = {name: rows[0] for name, rows in found.levels.items()}
         pooled = pooled_level(spec.levels)
@@ -204,7 +203,7 @@ class StoreRecipe:
     """Open stores, one per input size."""
 
     stores: Mapping[Size, FeatureStore]
-    how_drawn: ClassVar[Drawing] = "extract"
+    rendering: ClassVar[Rendering] = "extract"
 
     def open(self, device: str) -> "StoreSource":
         return StoreSource(self, device)
@@ -370,7 +369,7 @@ class SourceChoice:
     "of a model"
     stores: tuple[str, ...] = ()
     "read instead of running a model, one per input size"
-    drawing: Drawing
+    rendering: Rendering
     options: StorageOptions
 
 
@@ -393,7 +392,7 @@ def resolve_source(
 def _load_model(
     choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries
 ) -> tuple[LiveRecipe, tuple[Size, ...]]:
-    if choice.drawing == "extract" and geometry is None:
+    if choice.rendering == "extract" and geometry is None:
         raise ConfigError("--drawing extract: jobs/extract.py doesn't place images as this protocol does; use paper")
     features, options = choice.features, choice.options
     first = load_settings(features, next(iter(sizes), None), options)
@@ -407,10 +406,10 @@ def _load_model(
         raise ConfigError(f"inputs of {shown} px aren't filled by patches of {patch}; use another size, or --ragged")
     bundles = {}
     for ragged, size in firsts.items():
-        loaded = first if size == first.size else load_settings(features, size, options, first.described)
+        loaded = first if size == first.size else load_settings(features, size, options, first.description)
         wanted = completed(features, ragged=ragged, geometry="squash")
         bundles[ragged], _ = describe_model(wanted, loaded, options)
-    return LiveRecipe(bundles=bundles, patch=patch, how_drawn=choice.drawing, sizes=sizes), sizes
+    return LiveRecipe(bundles=bundles, patch=patch, rendering=choice.rendering, sizes=sizes), sizes
 
 
 def _open_stores(

@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ class UpsamplerWeights:
     """A learned upsampler as it is handed to workers, by name and as plain values: a user's module is imported where it runs."""
 
     method: str
-    settings: Mapping[str, Any]
+    settings: JsonObject
     "the method's, as a checkpoint has them"
     arrays: Mapping[str, np.ndarray]
     trained_sides: tuple[int, ...] = ()
@@ -104,23 +103,26 @@ def load_upsampler(
         pointers = read_pointers(Folder(url, storage_options))
         if pointers:
             url = f"{url.rstrip('/')}/{pointers.best or pointers.last}"
-    shown = redact(url, storage_options)
+    displayed = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
     settings, made_for = (None, None) if has_extension(url, *WEIGHT_FILES) else _read_config(url, storage_options)
     if settings is not None and settings.get("method") != method:
-        raise UpsamplerError(f"{shown} holds a {settings.get('method')}, not a {method}")
-    weights = _read_weights(method, settings, state, backbone, shown)
+        raise UpsamplerError(f"{displayed} holds a {settings.get('method')}, not a {method}")
+    weights = _read_weights(method, settings, state, backbone, displayed)
     if made_for is None:
-        logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", shown)
+        logger.warning(
+            "%s doesn't say which backbone and input size it was trained on; it is taken to be these", displayed
+        )
         return weights
-    _require_same_features(shown, made_for, spec, force=force)
+    _require_same_features(displayed, made_for, spec, force=force)
     size = made_for.get("size")
-    sides = find_method(method).trained_sides(size) if type(size) is int and size > 0 else ()
-    return replace(weights, trained_sides=sides)
+    if type(size) is not int or size <= 0:
+        return weights
+    return replace(weights, trained_sides=tuple(size // factor for factor in find_method(method).trained_factors))
 
 
 def _read_weights(
-    name: str, given: Mapping[str, Any] | None, state: Mapping[str, Tensor], backbone: TimmBackbone, shown: str
+    name: str, given: JsonObject | None, state: Mapping[str, Tensor], backbone: TimmBackbone, displayed: str
 ) -> UpsamplerWeights:
     # NumPy has no bfloat16, and what runs is cast anyway.
     plain = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in state.items()}
@@ -128,7 +130,7 @@ def _read_weights(
     try:
         return UpsamplerWeights.of(method, *method.read(plain, given, backbone))
     except UpsamplerError as error:
-        raise UpsamplerError(f"{shown}: {error}") from None
+        raise UpsamplerError(f"{displayed}: {error}") from None
 
 
 def unfamiliar_size(
@@ -146,7 +148,7 @@ def unfamiliar_size(
     )
 
 
-def _read_config(url: str, options: StorageOptions | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_config(url: str, options: StorageOptions | None) -> tuple[JsonObject, JsonObject]:
     """`upsampler` and `backbone` of a folder's config.json."""
     folder = Folder(url, options)
     try:
@@ -160,16 +162,18 @@ def _read_config(url: str, options: StorageOptions | None) -> tuple[dict[str, An
         ) from None
 
 
-def _require_same_features(shown: str, made_for: JsonObject, here: FeatureSpec, *, force: bool) -> None:
+def _require_same_features(displayed: str, made_for: JsonObject, here: FeatureSpec, *, force: bool) -> None:
     # Until weights' own config.json was read, networks were built as their name says.
     made_for = {"model_args": {}, **made_for}
     if unsaid := [name for name in FeatureSpec.names(Use.LEARNED_LATER) if name not in made_for]:
-        logger.warning("%s doesn't say %s of what it was trained on; taken to be as here", shown, ", ".join(unsaid))
+        logger.warning("%s doesn't say %s of what it was trained on; taken to be as here", displayed, ", ".join(unsaid))
     known = {name: value for name, value in here.learned().items() if name not in unsaid}
     found = differences({name: made_for.get(name) for name in known}, known)
     if not found:
         return
-    text = f"{shown} was trained on other features than it would be given:\n" + found.text("trained on", "used with")
+    text = f"{displayed} was trained on other features than it would be given:\n" + found.text(
+        "trained on", "used with"
+    )
     if not force:
         raise UpsamplerError(f"{text}\nUse the features it was trained on, or --force-upsampler.")
     logger.warning("%s", text)

@@ -74,17 +74,17 @@ def load_model(
     weights: WeightsChoice,
     revision: str | None,
     options: StorageOptions | None,
-    described: ModelDescription | None = None,
+    description: ModelDescription | None = None,
 ) -> torch.nn.Module:
-    """The timm model with its weights, on the CPU; `described`: what `read_description` gives, where the caller has it already.
+    """The timm model with its weights, on the CPU; `description`: what `read_description` gives, where the caller has it already.
 
     Raises `WeightsUnavailable` or `BackboneError`.
     """
-    described = described or read_description(name, weights, options)
+    description = description or read_description(name, weights, options)
     if weights.source == "random":
         return create_model(name, size, None, weights.seed)
     if weights.source == "file":
-        return create_model(name, size, read_state_dict(weights.url, options), None, described.model_args)
+        return create_model(name, size, read_state_dict(weights.url, options), None, description.model_args)
     return create_model(name, size, _hub_state_dict(name, revision), None)
 
 

@@ -7,6 +7,7 @@ config.json holds `readout` (`operators.readouts.ReadoutConfig`), `task` (pipeli
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
@@ -53,26 +54,22 @@ def load_readout(url: str, storage_options: StorageOptions | None = None) -> Tra
     folder = Folder(url, storage_options)
     state = read_state_dict(url, storage_options)
     try:
-        described = json.loads(folder.read("config.json"))
-        config, task = ReadoutConfig.parse(described["readout"]), dict(described["task"])
+        found = json.loads(folder.read("config.json"))
+        config, task = ReadoutConfig.parse(found["readout"]), dict(found["task"])
         trained = TrainedReadout(
             shown=folder.shown,
             config=config,
             dataset=task.pop("dataset"),
             task=parse_task(task),
-            features=_features(described["features"]),
+            features=found["features"],
             state={name: value for name, value in state.items() if not name.startswith(f"{CLASSIFIER}.")},
         )
         trained.build()
+        # What an evaluation needs to know of the features.
+        itemgetter("input_size", "mean", "std", "drawing")(trained.features)
+        itemgetter("name", "method")(trained.features["level"])
     except FileNotFoundError:
         raise WeightsUnavailable(f"{folder.shown} has weights but no config.json, which says what they are") from None
     except (ValueError, KeyError, TypeError, RuntimeError, ReadoutError) as error:
         raise WeightsUnavailable(f"{folder.shown} is no trained readout: {type(error).__name__}: {error}") from None
     return trained
-
-
-def _features(found: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """What it was trained on, as an evaluation needs it. Raises `KeyError` or `TypeError` where something lacks."""
-    level = {name: found["level"][name] for name in ("name", "method")}
-    needed = {name: found[name] for name in ("input_size", "mean", "std", "drawing")}
-    return {**found, **needed, "level": {**found["level"], **level}}

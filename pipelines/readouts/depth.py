@@ -9,22 +9,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from operators.metrics.depth import (
-    NYU_SIZE,
-    DepthMetrics,
-    SquaredError,
-    average,
-    eigen_crop,
-    pooled_rmse,
-    score_depth,
-)
-from operators.objectives.dense import (
-    WARM_UP_CALLS,
-    GradientForm,
-    LossSum,
-    deap_depth_loss,
-    vit_up_depth_loss,
-)
+from operators.metrics.depth import NYU_SIZE, DepthMetrics, SquaredError, average, eigen_crop, pooled_rmse, score_depth
+from operators.objectives.dense import WARM_UP_CALLS, GradientForm, LossSum, deap_depth_loss, vit_up_depth_loss
 from operators.readouts import Readout
 from operators.visual import heat
 from pipelines.config import ConfigError

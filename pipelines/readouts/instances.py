@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from operators.metrics.boundaries import BoundarySums, boundary_sums, merge
 from operators.metrics.instances import cluster_pixels, foreground_pixels, instance_ari
-from operators.objectives.dense import (
-    LossSum,
-    boundary_loss,
-    instance_loss,
-)
+from operators.objectives.dense import LossSum, boundary_loss, instance_loss
 from operators.objectives.targets import boundary_target, instance_ids
 from operators.readouts import Readout
 from operators.visual import heat
@@ -32,10 +28,6 @@ class ObjectsTask(Task[Record]):
     """What tasks on instances share."""
 
     label: ClassVar[Literal["instances"]] = "instances"
-
-    @classmethod
-    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "ObjectsTask[Record]":  # noqa: ARG003
-        return cls(placement=settings.placement, side=settings.side)
 
     def ids(self, label: InstanceArrays) -> np.ndarray:
         """Int32 [side, side]: 0 for background, n + 1 for annotation n."""
@@ -75,7 +67,6 @@ class BoundaryTask(ObjectsTask[BoundarySums]):
 
 CLASSIFIER = "classifier"
 """The module that a loss needs and nobody else."""
-
 
 LATENTS = 32
 """Channels in which instances are told apart."""
@@ -129,7 +120,7 @@ class InstanceTask(ObjectsTask[InstanceRecord]):
             )
         return found
 
-    def told(self) -> dict[str, JsonValue]:
+    def as_json(self) -> dict[str, JsonValue]:
         return {**asdict(self), "first_ids": []}
 
     @property

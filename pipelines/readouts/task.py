@@ -16,6 +16,9 @@ from torch import Tensor
 from operators.image import Geometry, fit
 from operators.objectives.dense import GradientForm, LossSum
 from operators.readouts import Readout
+from pipelines.features.pictures import Picture
+from pipelines.features.rows import Size
+from storage.datasets.images import EncodedImage
 from storage.datasets.instances import InstanceArrays
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DatasetKind
@@ -49,6 +52,18 @@ class TaskSettings(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Square:
+    """Draws images as DeAP's code does: at the task's side, bilinearly, then at the model's by the nearest pixel."""
+
+    geometry: Geometry
+    size: Size
+
+    def __call__(self, pixels_HW3: np.ndarray) -> np.ndarray:
+        small = Image.fromarray(fit(Image.fromarray(pixels_HW3), self.geometry))
+        return np.array(small.resize((self.size[1], self.size[0]), Image.Resampling.NEAREST))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task(Generic[Record]):
     """A readout's job; abstract."""
 
@@ -75,11 +90,11 @@ class Task(Generic[Record]):
     "scores that tables show in percent"
 
     @classmethod
-    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task":
+    def of(cls, settings: TaskSettings, kind: DatasetKind, train: Sequence[LabelledImage]) -> "Task[Record]":  # noqa: ARG003
         """From a training run's settings, for a data set's images. Raises `ConfigError`."""
-        raise NotImplementedError
+        return cls(placement=settings.placement, side=settings.side)
 
-    def told(self) -> dict[str, JsonValue]:
+    def as_json(self) -> dict[str, JsonValue]:
         """Its settings, as JSON values."""
         return asdict(self)
 
@@ -123,6 +138,11 @@ class Task(Generic[Record]):
     def placed(self, values_HW: np.ndarray) -> np.ndarray:
         """A map [H, W] (uint8, int32 or float32) as the image is placed, by the nearest pixel: [side, side]."""
         return fit(Image.fromarray(values_HW), self.geometry())
+
+    def input_picture(self, image: EncodedImage, size: Size) -> Picture:
+        """The image as the task places it, `size` (height, width) being the model's input."""
+        draws = Square(geometry=self.geometry("bilinear"), size=size)
+        return Picture(image=image, size=size, draw=draws, geometry=self.placement)
 
     def photo(self, pixels_HW3: np.ndarray) -> np.ndarray:
         """The image, for people: uint8 [side, side, 3]."""

@@ -12,10 +12,9 @@ from storage.documents import JsonValue
 TASKS: Mapping[str, type[Task]] = {
     each.name: each for each in (SegmentationTask, DepthTask, BoundaryTask, DetectionTask, InstanceTask)
 }
-"""By name."""
 
 
-def parse_task(told: Mapping[str, JsonValue]) -> Task:
-    """From `told` and the `name`, as a checkpoint has them. Raises `ValueError`, `KeyError` or `TypeError`."""
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+def parse_task(found: Mapping[str, JsonValue]) -> Task:
+    """From `Task.as_json` and the `name`, as a checkpoint has them. Raises `ValueError`, `KeyError` or `TypeError`."""
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     return TASKS[settings.pop("name")](**settings)

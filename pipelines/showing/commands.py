@@ -1,4 +1,4 @@
-"""What `jobs/show.py` shows: the settings of each command, and the lines that it prints."""
+"""The commands of `jobs/show.py`: the settings of each, and the lines that it prints."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,9 @@ import tyro
 from PIL import Image
 
 from pipelines.config import parse_options
-from pipelines.showing.compare import compare as compare_stores
-from pipelines.showing.compare import comparison_lines
-from pipelines.showing.report import write_report
-from pipelines.showing.status import failure_lines, read_status, row_lines, status_lines
-from pipelines.showing.status import failures as read_failures
+from pipelines.showing.compare import compare, comparison_lines
+from pipelines.showing.report import render_report
+from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.showing.views import pick_rows, similar_panel, view_panel
 from pipelines.training.watch import training_lines
 from storage.export import export_vectors
@@ -47,6 +45,13 @@ class Status(Show):
     json: bool = False
     """All of it as JSON."""
 
+    def lines(self) -> Iterator[str]:
+        found = read_status(self.open())
+        if self.json:
+            yield json.dumps(found.to_json(), indent=1)
+        else:
+            yield from status_lines(found)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failures(Show):
@@ -55,6 +60,13 @@ class Failures(Show):
     json: bool = False
     """Every failed row, a JSON object a line."""
 
+    def lines(self) -> Iterator[str]:
+        store = self.open()
+        if self.json:
+            yield from map(json.dumps, store.failures().to_pylist())
+        else:
+            yield from failure_lines(failures(store), len(store))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(Show):
@@ -62,6 +74,10 @@ class Rows(Show):
 
     first: int = 10
     """How many rows to list."""
+
+    def lines(self) -> Iterator[str]:
+        store = self.open()
+        yield from row_lines(store, read_status(store), self.first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +99,19 @@ class View(Show):
     refit: bool = False
     """Fit and save colours anew."""
 
+    def lines(self) -> Iterator[str]:
+        store = self.open()
+        picture = view_panel(
+            store,
+            named_rows(store, self.rows, self.count),
+            levels=self.levels,
+            foreground=self.foreground,
+            refit=self.refit,
+            colours_from=self.open(self.colours_from) if self.colours_from else None,
+            storage_options=self.options,
+        )
+        yield _saved(picture.draw(), self.out)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Similar(Show):
@@ -98,6 +127,17 @@ class Similar(Show):
     """Levels to show; default: all maps."""
     out: str = "similar.png"
     """The picture to write."""
+
+    def lines(self) -> Iterator[str]:
+        store = self.open()
+        key = int(named_rows(store, [self.key], 1)[0])
+        others = named_rows(store, self.to, 4)
+        if not self.to:
+            others = others[others != key][:3]
+        picture = similar_panel(
+            store, key, self.point, others.tolist(), levels=self.levels, storage_options=self.options
+        )
+        yield _saved(picture.draw(), self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +155,11 @@ class Compare(Show):
     worst: int = 5
     """How many of the least similar rows to list."""
 
+    def lines(self) -> Iterator[str]:
+        a, b = self.open(), self.open(self.other)
+        result = compare(a, b, self.level, self.other_level or self.level, self.limit)
+        yield from comparison_lines(result, self.worst)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Show):
@@ -124,6 +169,12 @@ class Export(Show):
     """The folder to write, a path or fsspec URL; must hold no Parquet yet."""
     level: str = "pooled"
     """Vectors of this level; a map is averaged over its cells."""
+
+    def lines(self) -> Iterator[str]:
+        store = self.open()
+        done = export_vectors(store, self.level, self.out, self.options)
+        left_out = f"; {done.left_out:,} rows without features left out" if done.left_out else ""
+        yield f"{self.out}: {done.rows:,} vectors of {store.level(self.level).channels} in {done.files} files{left_out}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +186,12 @@ class Report(Show):
     count: int = 6
     """Photographs to show."""
 
+    def lines(self) -> Iterator[str]:
+        page = render_report(self.open(), count=self.count, storage_options=self.options).encode()
+        folder, _, name = self.out.rpartition("/")
+        Folder(folder or ".", self.options).write(name, page)
+        yield f"{self.out}: {len(page) / 1e6:.1f} MB, opens without a network"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -145,74 +202,8 @@ class Training:
     storage_options: str = ""
     """JSON for the filesystem, as for jobs/extract.py."""
 
-
-def status(config: Status) -> Iterator[str]:
-    found = read_status(config.open())
-    if config.json:
-        yield json.dumps(found.to_json(), indent=1)
-    else:
-        yield from status_lines(found)
-
-
-def failures(config: Failures) -> Iterator[str]:
-    store = config.open()
-    if config.json:
-        yield from map(json.dumps, store.failures().to_pylist())
-    else:
-        yield from failure_lines(read_failures(store), len(store))
-
-
-def rows(config: Rows) -> Iterator[str]:
-    store = config.open()
-    yield from row_lines(store, read_status(store), config.first)
-
-
-def view(config: View) -> Iterator[str]:
-    store = config.open()
-    picture = view_panel(
-        store,
-        named_rows(store, config.rows, config.count),
-        levels=config.levels,
-        foreground=config.foreground,
-        refit=config.refit,
-        colours_from=config.open(config.colours_from) if config.colours_from else None,
-        storage_options=config.options,
-    )
-    yield _saved(picture.draw(), config.out)
-
-
-def similar(config: Similar) -> Iterator[str]:
-    store = config.open()
-    key = int(named_rows(store, [config.key], 1)[0])
-    others = named_rows(store, config.to, 4)
-    if not config.to:
-        others = others[others != key][:3]
-    picture = similar_panel(
-        store, key, config.point, others.tolist(), levels=config.levels, storage_options=config.options
-    )
-    yield _saved(picture.draw(), config.out)
-
-
-def compare(config: Compare) -> Iterator[str]:
-    a, b = config.open(), config.open(config.other)
-    result = compare_stores(a, b, config.level, config.other_level or config.level, config.limit)
-    yield from comparison_lines(result, config.worst)
-
-
-def export(config: Export) -> Iterator[str]:
-    store = config.open()
-    done = export_vectors(store, config.level, config.out, config.options)
-    left_out = f"; {done.left_out:,} rows without features left out" if done.left_out else ""
-    yield f"{config.out}: {done.rows:,} vectors of {store.level(config.level).channels} in {done.files} files{left_out}"
-
-
-def report(config: Report) -> Iterator[str]:
-    size = write_report(config.open(), config.out, count=config.count, storage_options=config.options)
-    yield f"{config.out}: {size / 1e6:.1f} MB, opens without a network"
-
-
-def training(config: Training) -> Iterator[str]:
-    yield from training_lines([Folder(url, parse_options(config.storage_options)) for url in config.runs])
+    def lines(self) -> Iterator[str]:
+        yield from training_lines([Folder(url, parse_options(self.storage_options)) for url in self.runs])
 
 
 def named_rows(store: FeatureStore, names: Sequence[str], count: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.config import ConfigError
-from storage.pixels import bilinear, cell_centres, to_cells
+from pipelines.showing.views import enlarged
 from storage.samples import ROW_GROUP_ROWS
 from storage.spec import Level
 from storage.store import FeatureStore
@@ -25,11 +25,6 @@ class Comparison:
     "rows of the first store that failed, or that the second one lacks"
     same_numbers: int
     "rows that are equal bit for bit"
-
-    def worst(self, count: int) -> list[tuple[str, float, float]]:
-        """Key, cosine, and smallest cosine of the least similar rows."""
-        order = np.argsort(self.cosines, kind="stable")[:count]
-        return [(self.keys[i], float(self.cosines[i]), float(self.smallest[i])) for i in order]
 
 
 def compare(a: FeatureStore, b: FeatureStore, level_a: str, level_b: str, limit: int | None = None) -> Comparison:
@@ -82,7 +77,7 @@ def _require_comparable(a: FeatureStore, b: FeatureStore, first: Level, second: 
     if first.grid is None:
         return
     for name in ("geometry", "crop_pct", "input_size"):
-        if first.grid and getattr(a.spec, name) != getattr(b.spec, name):
+        if getattr(a.spec, name) != getattr(b.spec, name):
             raise ConfigError(
                 f"{places} show other parts of the images ({name} {getattr(a.spec, name)} and {getattr(b.spec, name)}), "
                 "so their cells don't match; compare the pooled vectors"
@@ -93,13 +88,8 @@ def _on_one_grid(first: Level, second: Level, a: np.ndarray, b: np.ndarray) -> t
     if first.grid == second.grid or not (first.grid and second.grid):
         return a, b
     if first.grid > second.grid:
-        return a, _brought_to(first, second, b)
-    return _brought_to(second, first, a), b
-
-
-def _brought_to(target: Level, source: Level, values: np.ndarray) -> np.ndarray:
-    assert target.grid
-    return bilinear(values, to_cells(source, cell_centres(target)).reshape(-1, 2)).reshape(*target.grid, -1)
+        return a, enlarged(b, second, first)
+    return enlarged(a, first, second), b
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -119,5 +109,5 @@ def comparison_lines(result: Comparison, worst: int) -> Iterator[str]:
     yield f"cosine   mean {cosines.mean():.6f}, median {middle:.6f}, 1 % below {low:.6f}, least {cosines.min():.6f}"
     yield f"equal    {result.same_numbers:,} rows bit for bit"
     yield "worst rows: cosine, least similar cell, key"
-    for key, cosine, least in result.worst(worst):
-        yield f"  {cosine:9.6f} {least:9.6f}  {key}"
+    for i in np.argsort(cosines, kind="stable")[:worst]:
+        yield f"  {cosines[i]:9.6f} {result.smallest[i]:9.6f}  {result.keys[i]}"

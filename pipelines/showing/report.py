@@ -4,7 +4,6 @@ import base64
 import io
 import itertools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,6 @@ from cluster.progress import duration, size_text
 from operators.visual import Panel, Tile
 from pipelines.showing.status import (
     RunStatus,
-    StoreStatus,
     bottleneck,
     failures,
     level_rows,
@@ -24,24 +22,14 @@ from pipelines.showing.status import (
     state_in_words,
 )
 from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
-from storage.paths import Folder, StorageError, StorageOptions
+from storage.paths import StorageError, StorageOptions
 from storage.store import FeatureStore
 
 STAGE_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1")
 
 
-def write_report(
-    store: FeatureStore, out: str, *, count: int = 6, storage_options: StorageOptions | None = None
-) -> int:
-    """Write the page to `out`, a path or fsspec URL, and return its size in bytes. `count` photographs are shown."""
-    data = render_report(store, count=count, storage_options=storage_options).encode()
-    folder, _, name = out.rpartition("/")
-    Folder(folder or ".", storage_options).write(name, data)
-    return len(data)
-
-
 def render_report(store: FeatureStore, *, count: int, storage_options: StorageOptions | None = None) -> str:
-    """The page as text. A store without features yet has no pictures."""
+    """The page as text, with `count` photographs. A store without features yet has no pictures."""
     status = read_status(store)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -51,13 +39,16 @@ def render_report(store: FeatureStore, *, count: int, storage_options: StorageOp
         lstrip_blocks=True,
     )
     environment.filters |= {"size": size_text, "duration": duration, "picture": _picture, "count": "{:,}".format}
-    return environment.get_template("report.html.jinja").render(
+    environment.filters |= {"bars": _bars, "bottleneck": bottleneck}
+    return environment.get_template(
+        "report.html.jinja"
+    ).render(
         status=status,
         state=state_in_words(status),
         spec=store.spec,
         levels=level_rows(store, status),
         settings=_settings(store),
-        runs=_runs(status),
+        runs=status.runs[::-1],  # the latest first
         groups=failures(store)[:20] if status.failed else [],
         panels=_panels(store, count, storage_options),
         attributes=json.dumps(store.attributes, indent=1),
@@ -80,22 +71,6 @@ def _settings(store: FeatureStore) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Bar:
-    """A stage's part of the workers' time."""
-
-    stage: str
-    share: float
-    colour: str
-
-
-@dataclass(frozen=True)
-class _RunRow:
-    run: RunStatus
-    bars: Sequence[_Bar]
-    bottleneck: str
-
-
-@dataclass(frozen=True)
 class _Section:
     """Pictures under a title, or a note that says why there are none."""
 
@@ -104,14 +79,10 @@ class _Section:
     panel: Panel | None = None
 
 
-def _runs(status: StoreStatus) -> list[_RunRow]:
-    """The latest first."""
-    rows = []
-    for run in reversed(status.runs):
-        shares = zip(stage_shares(run).items(), itertools.cycle(STAGE_COLOURS), strict=False)
-        bars = [_Bar(stage, share, colour) for (stage, share), colour in shares]
-        rows.append(_RunRow(run, bars, bottleneck(run)))
-    return rows
+def _bars(run: RunStatus) -> list[tuple[str, float, str]]:
+    """Each stage, its part of the workers' time, and a colour."""
+    shares = stage_shares(run)
+    return list(zip(shares, shares.values(), itertools.cycle(STAGE_COLOURS), strict=False))
 
 
 def _panels(store: FeatureStore, count: int, options: StorageOptions | None) -> list[_Section]:
@@ -131,9 +102,6 @@ def _panels(store: FeatureStore, count: int, options: StorageOptions | None) -> 
 def _picture(tile: Tile, panel: Panel) -> str:
     """A tile as a data URL: photographs as JPEG, maps as PNG."""
     data, image = io.BytesIO(), tile.image(*panel.tile_size)
-    if tile.is_photo:
-        image.save(data, "JPEG", quality=88)
-    else:
-        image.save(data, "PNG", optimize=True)
     kind = "jpeg" if tile.is_photo else "png"
+    image.save(data, kind, **({"quality": 88} if tile.is_photo else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

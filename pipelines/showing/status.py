@@ -6,7 +6,7 @@ Text and plain data for `jobs/show.py` and the report; pictures are in pipelines
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 
 import numpy as np
@@ -15,7 +15,6 @@ from cluster.progress import duration, size_text
 from storage.documents import Document, JsonObject, MissingObject, as_object, decode, decode_known
 from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
 from storage.left_out import LeftOut, left_out_lines
-from storage.spec import Level
 from storage.spread import spread
 from storage.store import FeatureStore
 
@@ -40,22 +39,22 @@ BOTTLENECKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One run of the extraction, from its run.json and progress.json."""
+    """One run of the extraction, from its run.json and, once it has written that, progress.json."""
 
     run_id: str
     started: str
-    updated: str | None
+    updated: str | None = None
     "ISO time of the last sign of life; None before the first task is finished"
-    silent_s: float
+    silent_s: float = 0.0
     "seconds since then, or since the start"
-    ok: int
-    failed: int
-    rows_before: int
+    ok: int = 0
+    failed: int = 0
+    rows_before: int = 0
     "rows that earlier runs had finished"
-    images_per_s: float
-    stage_seconds: Mapping[str, float]
-    bytes_written: int
-    errors: Sequence[str]
+    images_per_s: float = 0.0
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes_written: int = 0
+    errors: tuple[str, ...] = ()
     settings: JsonObject
     "run.json: config, workers, versions, host"
 
@@ -156,18 +155,8 @@ class _Begun:
     workers: JsonObject
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Progress:
-    """What is read of progress.json; a run that has not come to write it has none."""
-
-    updated: str | None = None
-    ok: int = 0
-    failed: int = 0
-    rows_before: int = 0
-    images_per_s: float = 0.0
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    bytes_written: int = 0
-    errors: tuple[str, ...] = ()
+_FROM_RUN = ("run_id", "started", "silent_s", "settings")
+"""What progress.json doesn't say of a run."""
 
 
 def _read_run(store: FeatureStore, run_id: str) -> RunStatus | None:
@@ -178,20 +167,15 @@ def _read_run(store: FeatureStore, run_id: str) -> RunStatus | None:
     except MissingObject:
         return None
     with begun.parsing():
-        run = decode_known(_Begun, settings)
-        decode_known(Workers, run.workers, "workers")
-        silent_since = _seconds(run.started)
-    document, progress = Document(store.folder, f"runs/{run_id}/progress.json", _NOTES), _Progress()
-    with contextlib.suppress(MissingObject), document.parsing():
-        progress = decode_known(_Progress, document.json())
-        silent_since = _seconds(progress.updated or run.started)
-    return RunStatus(
-        run_id=run_id,
-        started=run.started,
-        silent_s=max(0.0, time.time() - silent_since),
-        settings=settings,
-        **{f.name: getattr(progress, f.name) for f in fields(progress)},
-    )
+        started = decode_known(_Begun, settings)
+        decode_known(Workers, started.workers, "workers")
+        silent_since = _seconds(started.started)
+    run = RunStatus(run_id=run_id, started=started.started, settings=settings)
+    progress = Document(store.folder, f"runs/{run_id}/progress.json", _NOTES)
+    with contextlib.suppress(MissingObject), progress.parsing():
+        run = decode_known(RunStatus, {**progress.json(), **{name: getattr(run, name) for name in _FROM_RUN}})
+        silent_since = _seconds(run.updated or run.started)
+    return replace(run, silent_s=max(0.0, time.time() - silent_since))
 
 
 def _seconds(iso: str) -> float:
@@ -286,6 +270,7 @@ class LevelStatus:
     dtype: str
     method: str
     cell: str
+    "how many input pixels lie between cells"
     row_bytes: int
     stored_bytes: int
     ratio: float
@@ -300,18 +285,13 @@ def level_rows(store: FeatureStore, status: StoreStatus) -> list[LevelStatus]:
             shape=" x ".join(str(n) for n in level.row_shape),
             dtype=level.dtype,
             method=level.method,
-            cell=cell_text(level),
+            cell=f"{level.step[0]:g} x {level.step[1]:g} px" if level.step else "whole image",
             row_bytes=level.row_bytes,
             stored_bytes=status.stored_bytes[level.name],
             ratio=status.stored_bytes[level.name] / max(1, level.row_bytes * status.ok),
         )
         for level in store.spec.levels
     ]
-
-
-def cell_text(level: Level) -> str:
-    """How many input pixels lie between cells."""
-    return f"{level.step[0]:g} x {level.step[1]:g} px" if level.step else "whole image"
 
 
 def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[str]:
@@ -332,8 +312,7 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
         )
     yield ""
     yield f"{'row':>8}  {'photo px':<12} {'status':<8} key"
-    shown = min(first, status.rows)
-    rows = np.arange(shown)
+    rows = np.arange(min(first, status.rows))
     records = store.records(rows, ["row", "status", "width", "height", "conversion"])
     # A row that is not written yet has a key in the index only.
     keys = store.index.take(rows, ["key"])["key"]
@@ -341,5 +320,5 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
         pixels = f"{record['width']} x {record['height']}" if record["width"] else ""
         note = f"  ({record['conversion']})" if record["conversion"] else ""
         yield f"{record['row']:>8}  {pixels:<12} {record['status'] or 'pending':<8} {key}{note}"
-    if shown < status.rows:
-        yield f"     ...  {status.rows - shown:,} more"
+    if len(rows) < status.rows:
+        yield f"     ...  {status.rows - len(rows):,} more"

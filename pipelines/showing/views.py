@@ -119,20 +119,20 @@ def view_panel(
     storage_options: StorageOptions | None = None,
 ) -> Panel:
     """One line per row: the photograph as the model saw it, and the PCA colours of every level."""
-    shown = dense_levels(store, levels)
+    wanted = dense_levels(store, levels)
     palettes = {
         level.channels: colours_for(store, level, foreground=foreground, refit=refit, colours_from=colours_from)
-        for level in {level.channels: level for level in shown}.values()
+        for level in {level.channels: level for level in wanted}.values()
     }
-    maps = {level.name: store.read(rows, level.name) for level in shown}
+    maps = {level.name: store.read(rows, level.name) for level in wanted}
     photos = read_photos(store, rows, storage_options)
     tiles = [
-        [Tile(pixels=photo, is_photo=True), *(Tile(pixels=palettes[lv.channels](maps[lv.name][i])) for lv in shown)]
+        [Tile(pixels=photo, is_photo=True), *(Tile(pixels=palettes[lv.channels](maps[lv.name][i])) for lv in wanted)]
         for i, photo in enumerate(photos)
     ]
     return Panel(
         tiles=tiles,
-        columns=["photo", *(_level_title(level) for level in shown)],
+        columns=["photo", *(_level_title(level) for level in wanted)],
         rows=_row_titles(store, rows),
         title=_store_title(store),
         tile_size=_tile_size(store),
@@ -200,13 +200,18 @@ def _similarities(
     columns = []
     for level in levels:
         if level.grid and base.grid and level.grid > base.grid and level.method != "bilinear":
-            at = to_cells(base, cell_centres(level)).reshape(-1, 2)
-            finer = np.stack([bilinear(m, at).reshape(*level.grid, -1) for m in base_maps])
+            finer = np.stack([enlarged(m, base, level) for m in base_maps])
             columns.append((f"{base.name} bilinear\n{_grid(level)}", cosine_map(base_query, finer)))
         query = base_query if level == base else store.sample(key, [point_xy], level.name)[0]
         maps = base_maps if level == base else store.read(rows, level.name)
         columns.append((_level_title(level), cosine_map(query, maps)))
     return columns
+
+
+def enlarged(values: np.ndarray, of: Level, to: Level) -> np.ndarray:
+    """A map [h, w, C] of the level `of`, brought bilinearly to the grid of the level `to`."""
+    assert to.grid
+    return bilinear(values, to_cells(of, cell_centres(to)).reshape(-1, 2)).reshape(*to.grid, -1)
 
 
 # --- words and sizes --------------------------------------------------------------------------------------------------

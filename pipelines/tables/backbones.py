@@ -46,95 +46,60 @@ class PaperBackbone:
         """Whether patches don't fill the input."""
         return self.grid is not None and self.size % self.grid > 0
 
-    @property
-    def cells(self) -> str:
-        """Rows and columns, where they're known."""
-        return f"{self.grid}x{self.grid}" if self.grid else ""
 
-
-def _vit_b(
-    name: str, label: str, model: str, size: int, parameters: int, patch: int = 16, **more: str
+def _vit(
+    name: str,
+    label: str,
+    model: str,
+    size: int,
+    parameters: int,
+    patch: int = 16,
+    channels: int = 768,
+    **more: str,
 ) -> PaperBackbone:
+    grid = size // patch
     return PaperBackbone(
-        name=name,
-        label=label,
-        model=model,
-        size=size,
-        grid=size // patch,
-        channels=768,
-        parameters=parameters,
-        **more,
-    )
-
-
-def _vit_l(name: str, label: str, model: str, size: int, parameters: int, patch: int = 14) -> PaperBackbone:
-    return PaperBackbone(
-        name=name, label=label, model=model, size=size, grid=size // patch, channels=1024, parameters=parameters
+        name=name, label=label, model=model, size=size, grid=grid, channels=channels, parameters=parameters, **more
     )
 
 
 _MAE = "vit_base_patch16_224.mae"
 
 BACKBONES: tuple[PaperBackbone, ...] = (
-    _vit_b("untrained", "untrained", _MAE, 224, 85_798_656, weights="random"),
-    _vit_b(
-        "supervised",
-        "ImageNet sup.",
-        "vit_base_patch16_224.orig_in21k",
-        224,
-        85_798_656,
+    _vit("untrained", "untrained", _MAE, 224, 85_798_656, weights="random"),
+    _vit(
+        "supervised", "ImageNet sup.", "vit_base_patch16_224.orig_in21k", 224, 85_798_656,
         note="ImageNet-21k in the release; the paper's table says ImageNet",
     ),
     PaperBackbone(
-        name="sam2",
-        label="SAM2 B+",
-        model="",
-        size=1024,
-        grid=64,
-        channels=256,
+        name="sam2", label="SAM2 B+", model="", size=1024, grid=64, channels=256,
         absent="its neck, whose map is what DeAP reads; sam2_hiera_base_plus.fb_r896 is the trunk alone",
     ),
-    _vit_b(
-        "moco-v3",
-        "MoCo v3",
-        _MAE,
-        224,
-        85_798_656,
+    _vit(
+        "moco-v3", "MoCo v3", _MAE, 224, 85_798_656,
         absent=f"its weights; {_MAE} takes them as --weights URL, a state dict with timm's names",
     ),
-    _vit_b("dino", "DINO", "vit_base_patch8_224.dino", 224, 85_807_872, 8),
-    _vit_b("dinov2-b", "DINOv2 B", "vit_base_patch14_reg4_dinov2.lvd142m", 518, 86_582_016, 14),
-    _vit_l("dinov2-l", "DINOv2 L", "vit_large_patch14_reg4_dinov2.lvd142m", 518, 304_370_688),
-    _vit_b("mae", "MAE", _MAE, 224, 85_798_656),
-    PaperBackbone(
-        name="hiera",
-        label="Hiera B+",
-        model="hiera_base_plus_224.mae",
-        size=224,
-        grid=7,
-        channels=896,
-        parameters=68_999_616,
+    _vit("dino", "DINO", "vit_base_patch8_224.dino", 224, 85_807_872, 8),
+    _vit("dinov2-b", "DINOv2 B", "vit_base_patch14_reg4_dinov2.lvd142m", 518, 86_582_016, 14),
+    _vit("dinov2-l", "DINOv2 L", "vit_large_patch14_reg4_dinov2.lvd142m", 518, 304_370_688, 14, 1024),
+    _vit("mae", "MAE", _MAE, 224, 85_798_656),
+    _vit(
+        "hiera", "Hiera B+", "hiera_base_plus_224.mae", 224, 68_999_616, 32, 896,
         note="the last stage as it is: its norm comes after pooling",
     ),
-    _vit_b("clip-b", "CLIP B", "vit_base_patch16_clip_224.openai", 224, 85_799_424),
-    _vit_l("clip-l", "CLIP L", "vit_large_patch14_clip_336.openai", 336, 303_507_456),
-    _vit_b("metaclip", "MetaCLIP", "vit_base_patch16_clip_224.metaclip_2pt5b", 224, 85_799_424),
-    _vit_b("siglip-224", "SigLIP 224", "vit_base_patch16_siglip_224.webli", 224, 92_884_224),
-    _vit_b("siglip-384", "SigLIP 384", "vit_base_patch16_siglip_384.webli", 384, 93_176_064),
-    _vit_b("siglip-512", "SigLIP 512", "vit_base_patch16_siglip_512.webli", 512, 93_520_128),
-    PaperBackbone(
-        name="siglip-so",
-        label="SigLIP SO",
-        model="vit_so400m_patch14_siglip_384.webli",
-        size=512,
-        grid=36,
-        channels=1152,
-        parameters=428_225_600,
+    _vit("clip-b", "CLIP B", "vit_base_patch16_clip_224.openai", 224, 85_799_424),
+    _vit("clip-l", "CLIP L", "vit_large_patch14_clip_336.openai", 336, 303_507_456, 14, 1024),
+    _vit("metaclip", "MetaCLIP", "vit_base_patch16_clip_224.metaclip_2pt5b", 224, 85_799_424),
+    _vit("siglip-224", "SigLIP 224", "vit_base_patch16_siglip_224.webli", 224, 92_884_224),
+    _vit("siglip-384", "SigLIP 384", "vit_base_patch16_siglip_384.webli", 384, 93_176_064),
+    _vit("siglip-512", "SigLIP 512", "vit_base_patch16_siglip_512.webli", 512, 93_520_128),
+    _vit(
+        "siglip-so", "SigLIP SO", "vit_so400m_patch14_siglip_384.webli", 512, 428_225_600, 14, 1152,
         note="made for 384 px and run at 512, where the last 8 px aren't seen",
     ),
-    _vit_l("aim2", "Aim2", "aimv2_large_patch14_336.apple_pt", 336, 309_525_504),
-    _vit_l("vitamin", "ViTamin", "vitamin_large2_384.datacomp1b_clip", 384, 332_920_736, 16),
-)
+    _vit("aim2", "Aim2", "aimv2_large_patch14_336.apple_pt", 336, 309_525_504, 14, 1024),
+    _vit("vitamin", "ViTamin", "vitamin_large2_384.datacomp1b_clip", 384, 332_920_736, 16, 1024),
+)  # fmt: skip
 """In the order of the paper's results."""
 
 BY_NAME = {each.name: each for each in BACKBONES}
@@ -179,7 +144,8 @@ def main(config: Backbones) -> Iterator[str]:
     rows = []
     for each in found:
         millions = f"{each.parameters / 1e6:.1f} M" if each.parameters else ""
-        cells = (each.name, each.label, each.model, each.size, each.cells, each.channels, *_scale(each), millions)
+        grid = f"{each.grid}x{each.grid}" if each.grid else ""
+        cells = (each.name, each.label, each.model, each.size, grid, each.channels, *_scale(each), millions)
         rows.append([str(cell) for cell in cells])
     head = ["name", "paper", "timm", "px", "grid", "channels", "mean", "deviation", "parameters"]
     _, *lines = table_lines(head, rows, left=3)

@@ -1,7 +1,7 @@
 """A grid of readouts: backbones x tasks x methods x seeds; each cell is a training run, side by side on a cluster or in turn.
 
 A cell's state is its run's folder (pipelines/training/loop.py) and `cell.json`, written last: whoever starts the grid again
-does what isn't there. What fails is told in the tables, and ends nothing else. Tables: pipelines/tables/deap.py.
+does what isn't there. A cell that fails ends no other one; the tables (pipelines/tables/deap.py) say why it did.
 """
 
 import functools
@@ -11,7 +11,7 @@ import re
 import string
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
@@ -138,8 +138,8 @@ class GridConfig(JobConfig):
         for text in self.data:
             name, equals, url = text.partition("=")
             if name not in DATASETS or not equals or not url:
-                shown = redact(text, self.options)
-                raise ConfigError(f"--data {shown}: use DATASET=FOLDER; there are {', '.join(DATASETS)}")
+                given = redact(text, self.options)
+                raise ConfigError(f"--data {given}: use DATASET=FOLDER; there are {', '.join(DATASETS)}")
             found[name] = absolute(url)
         return found
 
@@ -318,8 +318,8 @@ def run_cell(cell: Cell) -> CellResult:
 
 def failed(cell: Cell, reason: str) -> CellResult:
     """A cell without numbers."""
-    shown = textwrap.shorten(redact(reason, cell.training.options), 600, placeholder=" ...")
-    return replace(_empty(cell), error=shown)
+    error = textwrap.shorten(redact(reason, cell.training.options), 600, placeholder=" ...")
+    return replace(_empty(cell), error=error)
 
 
 def _empty(cell: Cell) -> CellResult:
@@ -332,7 +332,7 @@ def _settings(cell: Cell) -> dict[str, JsonValue]:
     """What a result is the result of, as JSON values."""
     training = cell.training
     more = {name: getattr(training, name) for name in ("epochs", "max_steps", "val_limit")}
-    more |= {"weights": redact(training.features.weights, training.options), "drawing": training.how_drawn}
+    more |= {"weights": redact(training.features.weights, training.options), "drawing": training.rendering}
     return {**training.identity({}), **more}
 
 
@@ -371,8 +371,8 @@ def _train(cell: Cell) -> CellResult:
         steps=summary.step,
         train_seconds=round(time.monotonic() - started, 3),
     )
-    described = {"settings": _settings(cell), "result": asdict(result)}
-    setup.folder.write(RESULT, json.dumps(described, indent=1).encode())
+    document = {"settings": _settings(cell), "result": asdict(result)}
+    setup.folder.write(RESULT, json.dumps(document, indent=1).encode())
     return result
 
 
@@ -387,7 +387,7 @@ def run_cells(config: GridConfig, cells: Sequence[Cell], executor: Executor) -> 
 
     found: dict[str, CellResult] = {}
     pool = executor.pool(_request(config, config.cluster.actors, config.cell_gpus))
-    worker = functools.partial(_CellWorker, None if config.is_inline else pool)
+    worker = functools.partial(_cell_worker, None if config.is_inline else pool)
     for result in executor.pieces(worker, cells, pool, restarts=config.max_failures, lost=lost):
         found[result.name] = result
         outcome = result.error or ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
@@ -399,18 +399,13 @@ def _request(config: GridConfig, actors: int | None, gpus: float | None) -> Work
     return WorkerRequest(device=config.cluster.device, actors=actors, cpus=config.cell_cpus, gpus=gpus, called="cell")
 
 
-class _CellWorker:
+def _cell_worker(pool: WorkerPool | None) -> Callable[[Cell], CellResult]:
     """Does cells with what a pool has for each; without a pool, with what this process has."""
-
-    def __init__(self, pool: WorkerPool | None):
-        self._pool = pool
-        if pool:
-            torch.set_num_threads(pool.cpus)
-
-    def __call__(self, cell: Cell) -> CellResult:
-        if self._pool:
-            cell = replace(cell, training=cell.training.changed(device=self._pool.device))
-        return run_cell(cell)
+    if pool is None:
+        return run_cell
+    torch.set_num_threads(pool.cpus)
+    device = pool.device
+    return lambda cell: run_cell(replace(cell, training=cell.training.changed(device=device)))
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -432,11 +427,11 @@ def measure_speeds(
         if not each.error and height == width:
             wanted[each.backbone] = TimedBackbone(models[each.backbone], height, each.model_args)
     known = _read_speeds(config)
-    found = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.described}
+    found = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
     missing = {name: of for name, of in wanted.items() if name not in found}
     if missing:
         pool = executor.pool(_request(config, 1, None))  # a whole GPU
-        worker = functools.partial(_SpeedWorker, config.speeds, pool.device, None if config.is_inline else pool.cpus)
+        worker = functools.partial(_speed_worker, config.speeds, pool.device, None if config.is_inline else pool.cpus)
         (measured,) = executor.pieces(worker, [missing], pool, restarts=config.max_failures)
         found |= measured
         every = {name: asdict(speed) for name, speed in {**known, **found}.items()}
@@ -456,13 +451,11 @@ def _read_speeds(config: GridConfig) -> dict[str, Speed]:
         return {}
 
 
-class _SpeedWorker:
+def _speed_worker(
+    protocol: SpeedProtocol, device: str, threads: int | None
+) -> Callable[[Mapping[str, TimedBackbone]], dict[str, Speed]]:
     """Measures the speeds of some backbones, by name."""
-
-    def __init__(self, protocol: SpeedProtocol, device: str, threads: int | None):
-        self._protocol, self._device = protocol, torch.device(device)
-        if threads:
-            torch.set_num_threads(threads)
-
-    def __call__(self, backbones: Mapping[str, TimedBackbone]) -> dict[str, Speed]:
-        return {name: measure_speed(self._protocol, self._device, of) for name, of in backbones.items()}
+    if threads:
+        torch.set_num_threads(threads)
+    where = torch.device(device)
+    return lambda backbones: {name: measure_speed(protocol, where, of) for name, of in backbones.items()}

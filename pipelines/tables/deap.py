@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.costs.readouts import published_counts
 from pipelines.costs.speed import Speed
 from pipelines.executors import executor_for
 from pipelines.provenance import versions
-from pipelines.results import table_lines
+from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS
+from pipelines.results import sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from pipelines.tables.cells import Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.tasks import Column, TableTask, published_values
@@ -64,16 +64,16 @@ def entries(cells: Sequence[Cell], results: Sequence[CellResult]) -> list[Entry]
 
 def _entry(group: Sequence[tuple[Cell, CellResult]]) -> Entry:
     cell, done = group[0][0], [result for _, result in group if not result.error]
-    first = done[0] if done else None
+    first = done[0] if done else group[0][1]  # what failed has neither counts nor sizes
     return Entry(
         backbone=cell.backbone,
         task=cell.task,
         method=cell.method,
         scores=tuple(_score(column, done) for column in cell.task.columns),
         due=len(group),
-        parameters=first.parameters if first else None,
-        grid=first.grid if first else None,
-        input_size=first.input_size if first else None,
+        parameters=first.parameters,
+        grid=first.grid,
+        input_size=first.input_size,
     )
 
 
@@ -129,14 +129,8 @@ def _by_backbone(found: Sequence[Entry], speeds: Mapping[str, Speed], *, paper: 
     for name in dict.fromkeys(entry.backbone.name for entry in found):
         of = {entry.task.name: entry for entry in found if entry.backbone.name == name}
         first = next((entry for entry in of.values() if entry.grid), next(iter(of.values())))
-        counts = [entry.parameters for entry in of.values() if entry.parameters]
-        learned = f"{sum(counts) / 1e6:.3f}" if len(counts) == len(of) else ""
         speed = f"{speeds[name].relative:.2f}" if name in speeds else ""
-        given = [first.backbone.label, *_input_of(first)]
-        rows.append([*given, *(cell for task in tasks for cell in _cells(of[task.name])), learned, speed])
-        printed = [cell for task in tasks for cell in _published_cells(of[task.name])]
-        if paper and any(printed):
-            rows.append([f"{first.backbone.label}, published", *_input_of(first), *printed, "", ""])
+        rows += _rows(first.backbone.label, [of[task.name] for task in tasks], _input_of(first), [speed], paper=paper)
     return rows
 
 
@@ -146,12 +140,18 @@ def _by_method(found: Sequence[Entry], *, paper: bool) -> Rows:
     rows = [["method", *_heads(tasks), "learned, M"]]
     for method in dict.fromkeys(entry.method for entry in found):
         of = {entry.task.name: entry for entry in found if entry.method == method}
-        counts = [entry.parameters for entry in of.values() if entry.parameters]
-        learned = f"{sum(counts) / 1e6:.3f}" if len(counts) == len(of) else ""
-        rows.append([method, *(cell for task in tasks for cell in _cells(of[task.name])), learned])
-        printed = [cell for task in tasks for cell in _published_cells(of[task.name])]
-        if paper and any(printed):
-            rows.append([f"{method}, published", *printed, ""])
+        rows += _rows(method, [of[task.name] for task in tasks], [], [], paper=paper)
+    return rows
+
+
+def _rows(label: str, found: Sequence[Entry], before: list[str], after: list[str], *, paper: bool) -> Rows:
+    """A row of scores and learned parameters between other cells; below it the published one, if there is any."""
+    counts = [entry.parameters for entry in found if entry.parameters]
+    learned = f"{sum(counts) / 1e6:.3f}" if len(counts) == len(found) else ""
+    rows = [[label, *before, *(cell for entry in found for cell in _cells(entry)), learned, *after]]
+    printed = [cell for entry in found for cell in _published_cells(entry)]
+    if paper and any(printed):
+        rows.append([f"{label}, published", *before, *printed, "", *([""] * len(after))])
     return rows
 
 
@@ -159,13 +159,13 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
     """Counts of every readout; DeAP's published ones are in millions."""
     tasks = _tasks(found)
     rows = [["backbone, method", *(task.label for task in tasks)]]
-    known = {(row.channels, row.task): row.published_millions for row in published_counts()}
+    known = {channels: dict(zip(DEAP_TASKS, each, strict=True)) for (_, channels), each in DEAP_PARAMETERS.items()}
     for name, method in dict.fromkeys((entry.backbone.name, entry.method) for entry in found):
         of = {e.task.name: e for e in found if (e.backbone.name, e.method) == (name, method)}
         counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
         rows.append([f"{name}, {method}", *counts])
-        channels = BY_NAME[name].channels or 0 if name in BY_NAME else 0
-        millions = [known.get((channels, task.label)) for task in tasks]
+        published = known.get(BY_NAME[name].channels or 0, {}) if name in BY_NAME else {}
+        millions = [published.get(task.name) for task in tasks]
         if paper and method == "deap" and any(millions):
             rows.append([f"{name}, published", *(f"{each:.3f} M" if each else "" for each in millions)])
     return rows
@@ -174,12 +174,8 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
 def _input_of(entry: Entry) -> list[str]:
     """Pixels and cells, measured where something was."""
     if entry.input_size and entry.grid:
-        return [_sides(entry.input_size), _sides(entry.grid)]
+        return [sides(entry.input_size), sides(entry.grid)]
     return [str(entry.backbone.size), str(entry.backbone.grid or "")]
-
-
-def _sides(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def _cells(entry: Entry) -> Iterator[str]:
@@ -278,39 +274,17 @@ def _scale_speeds(panel: "Axes", relative: Sequence[float]) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class EntryReport:
+def _entry_report(entry: Entry) -> JsonObject:
     """An entry, as grid.json has it: scores and published numbers by their columns' heads."""
-
-    backbone: str
-    task: str
-    method: str
-    scores: Mapping[str, Score | None]
-    published: Mapping[str, float | None]
-    parameters: int | None
-
-    @classmethod
-    def of(cls, entry: Entry) -> "EntryReport":
-        heads = [column.head for column in entry.task.columns]
-        return cls(
-            backbone=entry.backbone.name,
-            task=entry.task.name,
-            method=entry.method,
-            scores=dict(zip(heads, entry.scores, strict=True)),
-            published=dict(zip(heads, entry.published, strict=False)),
-            parameters=entry.parameters,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridReport:
-    """What grid.json says."""
-
-    config: JsonObject
-    cells: tuple[CellResult, ...]
-    entries: tuple[EntryReport, ...]
-    speed: Mapping[str, Speed]
-    versions: Mapping[str, str]
+    heads = [column.head for column in entry.task.columns]
+    return {
+        "backbone": entry.backbone.name,
+        "task": entry.task.name,
+        "method": entry.method,
+        "scores": {head: asdict(score) if score else None for head, score in zip(heads, entry.scores, strict=True)},
+        "published": dict(zip(heads, entry.published, strict=False)),
+        "parameters": entry.parameters,
+    }
 
 
 def write_grid(
@@ -324,14 +298,14 @@ def write_grid(
     found = entries(cells, results)
     failed = [result for result in results if result.error]
     text = report(config, found, speeds, failed)
-    grid = GridReport(
-        config=config.public(),
-        cells=tuple(results),
-        entries=tuple(map(EntryReport.of, found)),
-        speed=speeds,
-        versions=versions(),
-    )
-    folder.write("grid.json", json.dumps(asdict(grid), indent=1).encode())
+    document = {
+        "config": config.public(),
+        "cells": [asdict(result) for result in results],
+        "entries": [_entry_report(entry) for entry in found],
+        "speed": {name: asdict(speed) for name, speed in speeds.items()},
+        "versions": versions(),
+    }
+    folder.write("grid.json", json.dumps(document, indent=1).encode())
     if speeds:
         folder.write("grid.png", scatter(found, speeds))
     folder.write("grid.md", text.encode())

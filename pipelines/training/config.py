@@ -18,6 +18,7 @@ from pipelines.config import ConfigError, Counts, Free, GpuConfig, Held, Identit
 from pipelines.executors import Executor
 from pipelines.features.config import BackboneConfig
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
+from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
 from storage.store import read_attributes
 
@@ -156,7 +157,7 @@ class TrainConfig(JobConfig):
             return self.lr
         return learning_rate(step, steps=steps, warmup=self.warmup_steps, peak=self.lr, floor=self.final_lr)
 
-    def identity(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def identity(self, found: JsonObject) -> dict[str, JsonValue]:
         """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""
         settings = self.counted(Identity.COUNTS)
         settings["micro_batch"] = self.forward_images
@@ -196,7 +197,7 @@ class TrainSetup:
 
     config: TrainConfig
     folder: Folder
-    described: Mapping[str, Any]
+    description: Mapping[str, Any]
     "what a checkpoint's config.json says of the network and the features it was trained on"
     order: TrainOrder
     images: ExampleSource

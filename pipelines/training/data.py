@@ -260,7 +260,6 @@ class ImageSource:
         return {side: arrays.get(str(side), np.empty((0, side, side, 3), np.uint8)) for side in sides}
 
     def _view(self, blob: bytes, size: int, rng: np.random.Generator | None) -> dict[str, np.ndarray] | str:
-        """The example, or what went wrong."""
         if len(blob) < size:
             return f"{len(blob)} of {size} bytes: the source is shorter than when indexed"
         try:
@@ -279,8 +278,7 @@ class Loaded:
     item: MicroBatch
     example: Example
 
-    def __len__(self) -> int:
-        """Images that could be read."""
+    def __len__(self) -> int:  # images that could be read
         return len(self.item.rows) - len(self.example.failed)
 
 

@@ -3,9 +3,9 @@
 What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from operators.backbone import TimmBackbone, preprocessing
 from pipelines.config import ConfigError, Counts, Found, require_at_least
 from pipelines.executors import Executor
-from pipelines.features.bundle import ModelBundle, load_described
+from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.config import completed
 from pipelines.indexing import RunInput, report_left_out
 from pipelines.provenance import begin_run
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
 from pipelines.training.watch import similarity_picture
-from storage.documents import JsonValue
+from storage.documents import JsonObject, JsonValue
 from storage.identity import content_sample
 from storage.inputs import Listing, expand_inputs
 from storage.paths import Folder
@@ -66,7 +66,7 @@ class ImageTraining(TrainConfig):
         """Side of the largest image that the backbone is given, in pixels."""
         raise NotImplementedError
 
-    def network(self, backbone: TimmBackbone) -> dict[str, Any]:
+    def network(self, backbone: TimmBackbone) -> dict[str, JsonValue]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
         raise NotImplementedError
 
@@ -90,7 +90,10 @@ class ImageTraining(TrainConfig):
         folder = self.begin_folder()
         files = expand_inputs(self.data, self.options, self.image_member)
         held_out = expand_inputs(self.val_data, self.options, self.image_member) if self.val_data else Listing()
-        backbone, upsampler = _load_backbone(self)
+        # Whether the network can be trained on such inputs, it says itself.
+        wanted = completed(self.features, size=str(self.backbone_size), levels=("x1",), ragged=True)
+        backbone, model = load_bundle(wanted, self.options)
+        upsampler = self.network(model.backbone)
         return ResolvedImages(
             config=self,
             folder=folder,
@@ -111,9 +114,9 @@ class ImageSetup(TrainSetup):
     held_out: ImageSource
 
     @property
-    def upsampler(self) -> Mapping[str, Any]:
+    def upsampler(self) -> JsonObject:
         """The network's settings."""
-        return self.described["upsampler"]
+        return self.description["upsampler"]
 
     def objective(self, device: torch.device) -> Objective:
         return self.config.objective(self, device)
@@ -168,7 +171,7 @@ class ResolvedImages:
     config: ImageTraining
     folder: Folder
     backbone: ModelBundle
-    upsampler: Mapping[str, Any]
+    upsampler: JsonObject
     files: Listing
     held_out_files: Listing
     features: StoredFeatures | None
@@ -200,7 +203,7 @@ class ResolvedImages:
             config=config,
             folder=folder,
             backbone=self.backbone,
-            described={"upsampler": dict(self.upsampler), "backbone": _described(self.backbone.spec)},
+            description={"upsampler": dict(self.upsampler), "backbone": _description(self.backbone.spec)},
             order=config.order(n_rows),
             images=images,
             held_out=held_out,
@@ -234,23 +237,14 @@ class ResolvedImages:
         return source, index
 
 
-def _load_backbone(config: ImageTraining) -> tuple[ModelBundle, dict[str, Any]]:
-    """What makes the features that are learned, and the settings of the network for it."""
-    size = config.backbone_size
-    # Whether the network can be trained on such inputs, it says itself.
-    wanted = completed(config.features, size=str(size), levels=("x1",), ragged=True)
-    bundle, model = load_described(wanted, config.options)
-    return bundle, config.network(model.backbone)
-
-
 def _identity(spec: FeatureSpec) -> dict[str, JsonValue]:
     """What makes a run's features what they are. Runs from before the weights' own config.json was read go on where that says
     nothing else than timm does of the name; the stride is the patch, always."""
     plain = preprocessing(spec.model)
     usual = {"stride": spec.stride, "model_args": {}, "mean": list(plain.mean), "std": list(plain.std)}
-    return {name: value for name, value in _described(spec).items() if name not in usual or usual[name] != value}
+    return {name: value for name, value in _description(spec).items() if name not in usual or usual[name] != value}
 
 
-def _described(spec: FeatureSpec) -> dict[str, JsonValue]:
+def _description(spec: FeatureSpec) -> dict[str, JsonValue]:
     """What a checkpoint says of the features that it learned from; see pipelines/features/upsamplers.py."""
     return {**spec.learned(), "size": spec.input_size[0]}

@@ -10,8 +10,7 @@ import numpy as np
 
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import draw
-from pipelines.features.sources import Drawing, FeaturesMissing, PlacedRow
-from pipelines.readouts.drawing import picture_of
+from pipelines.features.sources import FeaturesMissing, PlacedRow, Rendering
 from pipelines.readouts.task import Task
 from pipelines.training.data import Example, open_store
 from storage.datasets.files import DatasetError
@@ -77,7 +76,7 @@ class LabelledSource:
     items: tuple[LabelledImage, ...]
     task: Task
     spec: FeatureSpec
-    drawing: Drawing
+    rendering: Rendering
     stored: StoredMaps | None
     "None: images for a live model"
 
@@ -103,8 +102,8 @@ class LabelledSource:
             return self.task.targets(self.label(row), row)
         item = self.items[row]
         data = item.image.data()
-        picture = picture_of(item.image, self.task, self.spec.input_size)
-        pixels = draw(picture, data, self.spec, self.drawing)
+        picture = self.task.input_picture(item.image, self.spec.input_size)
+        pixels = draw(picture, data, self.spec, self.rendering)
         label = item.upright_label(OrientedImage(item.image.shown, orientation_of(data, item.image.shown)))
         return {PIXELS: pixels, **self.task.targets(label, row)}
 

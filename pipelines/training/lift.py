@@ -6,7 +6,7 @@ any method that is `trained_by` it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import MapConfig, PlacedConfig, SizedConfig
 from pipelines.training.data import JitteredView, Loaded, StoredFeatures
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
+from storage.documents import JsonValue
 from storage.spec import FeatureSpec, Use
 from storage.store import FeatureStore
 
@@ -85,7 +86,7 @@ class X2Config(ImageTraining):
         """Side of the largest image that the backbone is given."""
         return self.features.size
 
-    def network(self, backbone: TimmBackbone) -> dict[str, Any]:
+    def network(self, backbone: TimmBackbone) -> dict[str, JsonValue]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for a size that can't be halved twice."""
         multiple = 4 * backbone.patch
         size, model = self.features.size, self.features.model
@@ -201,7 +202,6 @@ class X2Objective(ImageObjective):
             return self.backbone(images.contiguous(), layers).stacked(layers).float()
 
     def _lower(self, images: Tensor, factor: int) -> Tensor:
-        """The images at a part of their size, as training has them."""
         return (lower if self.config.lower == "sliced" else averaged)(images, factor)
 
     def _upsample(self, images: Tensor, maps: Tensor) -> Tensor:

@@ -279,7 +279,7 @@ class Trainer:
                 "n_failed": self.n_failed,
                 "failed": {str(row): reason for row, reason in sorted(self.failed.items())},
             },
-            config={**self.setup.described, "step": self.step, "images": self.images},
+            config={**self.setup.description, "step": self.step, "images": self.images},
         )
 
 

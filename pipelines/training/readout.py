@@ -17,7 +17,7 @@ from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, r
 from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import DenseConfig, SizedConfig, completed
-from pipelines.features.sources import Drawing, SourceChoice, pooled_level, require_geometry, resolve_source
+from pipelines.features.sources import Rendering, SourceChoice, pooled_level, require_geometry, resolve_source
 from pipelines.provenance import begin_run
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
@@ -80,7 +80,7 @@ class ReadoutTraining(TrainConfig):
     """How images and labels become square: the centre, or with other proportions."""
     side: Counts[int] = 224
     """Of the readout's output and of the labels, in pixels. DeAP asks a query for each 8 x 8."""
-    drawing: Found[Drawing | None] = None
+    drawing: Found[Rendering | None] = None
     """`paper`: images are drawn at --side, then enlarged by the nearest pixel, as DeAP's code does it; `extract`: as
     jobs/extract.py does it. Default: paper with a model, extract with a store (which can't be otherwise)."""
     flip: Counts[bool] = False
@@ -163,7 +163,7 @@ class ReadoutTraining(TrainConfig):
         return self.data, self.store, self.val_store, self.out
 
     @property
-    def how_drawn(self) -> Drawing:
+    def rendering(self) -> Rendering:
         """`drawing`, its default resolved."""
         return self.drawing or ("extract" if self.store else "paper")
 
@@ -224,21 +224,21 @@ class ReadoutTraining(TrainConfig):
                 items=tuple(items),
                 task=task,
                 spec=spec,
-                drawing=self.how_drawn,
+                rendering=self.rendering,
                 stored=self._stored(items, store, spec, [name for name in (level.name, pooled) if name]),
             )
             for items, store in ((train, self.store), (task.judged(held_out), self.val_store or self.store))
         ]
         readout, features = self.readout(task, level), features_of(spec, level)
-        described = {
+        description = {
             "readout": asdict(readout),
-            "task": {"name": self.task, "dataset": self.dataset, **task.told()},
-            "features": {**features, "drawing": self.how_drawn},
+            "task": {"name": self.task, "dataset": self.dataset, **task.as_json()},
+            "features": {**features, "drawing": self.rendering},
         }
         return ReadoutSetup(
             config=self,
             folder=folder,
-            described=described,
+            description=description,
             order=self.order(len(train)),
             images=sources[0],
             held_out_rows=tuple(range(len(sources[1].items))),
@@ -260,7 +260,7 @@ class ReadoutTraining(TrainConfig):
                 raise ConfigError(f"--size {size}: {store.folder.shown} was extracted at {store.spec.input_size}")
             return store.spec, None
         features = completed(self.features, size=None, levels=self.levels)
-        choice = SourceChoice(features=features, drawing=self.how_drawn, options=self.options)
+        choice = SourceChoice(features=features, rendering=self.rendering, options=self.options)
         recipe, (found,) = resolve_source(choice, ((size, size),) if size else (), task.placement)
         bundle = recipe.bundle(found)
         if not self.normalise:
@@ -321,7 +321,7 @@ class ReadoutSetup(TrainSetup):
     def prepare(self, executor: Executor) -> Self:  # noqa: ARG002 - nothing is left to be read
         """Begin or continue the folder. Raises `CheckpointError`, and `ConfigError` where it was begun with other settings."""
         # A live model's images may be drawn as a store's aren't.
-        found = {"features": self.features, "drawing": self.config.how_drawn}
+        found = {"features": self.features, "drawing": self.config.rendering}
         found |= {"images": digest(self.images.items), "held_out": digest(self.held_out.items)}
         begin_run(self.folder, self.config.identity(found), self.config.public())
         return self
@@ -373,7 +373,7 @@ class ReadoutObjective:
     def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
         """The task's scores on the held-out images, and `val_loss`; a picture of the first ones. None if none can be read,
         or scored."""
-        records, losses, shown = self._judge()
+        records, losses, panels = self._judge()
         try:
             scores, divisor = self.task.scores(records), sum(weight for _, weight in losses)
         except ValueError as error:
@@ -382,14 +382,14 @@ class ReadoutObjective:
         # The best checkpoint is that of the smallest.
         loss = sum(total for total, _ in losses) / divisor if divisor else -scores[self.task.better]
         values = {"val_loss": loss, **{f"val_{name}": value for name, value in scores.items()}}
-        return values, panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], shown)
+        return values, panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], panels)
 
     def _judge(self) -> tuple[list["DataclassInstance"], list[tuple[float, float]], list[list[np.ndarray]]]:
         """Records of all held-out images, losses as (total, divisor), and the first images with what was made of them."""
         source, rows = self.setup.held_out, self.setup.held_out_rows
         records: list[DataclassInstance] = []
         losses: list[tuple[float, float]] = []
-        shown: list[list[np.ndarray]] = []
+        panels: list[list[np.ndarray]] = []
         failed: dict[int, str] = {}
         at_once = min(self.config.forward_images, 16)
         for start in range(0, len(rows), at_once):
@@ -407,9 +407,9 @@ class ReadoutObjective:
                 targets = {name: each[position] for name, each in of_all.items()}
                 label = source.label(row) if self.task.judges_label else None
                 records.append(self.task.judge(outputs[position], targets, label))
-                if len(shown) < 4:
-                    shown.append([source.photo(row), *self.task.pictures(outputs[position], targets)])
+                if len(panels) < 4:
+                    panels.append([source.photo(row), *self.task.pictures(outputs[position], targets)])
         if failed:
             first = next(iter(failed.values()))
             logger.warning("%d of %d held-out images are left out, the first: %s", len(failed), len(rows), first)
-        return records, losses, shown
+        return records, losses, panels

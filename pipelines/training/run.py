@@ -1,9 +1,7 @@
 """What `jobs/train.py` does: a run from its settings to its last checkpoint, in this process or in Ray Train's workers."""
 
-import contextlib
 import logging
 import textwrap
-import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cluster.progress import every
 from cluster.resources import WorkerRequest, accelerator_selector
 from pipelines.executors import InlineExecutor, RayExecutor, executor_for
 from pipelines.features.config import FeatureConfig
@@ -130,7 +129,7 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
         ),
     )
     try:
-        with _followed(setup.folder):
+        with every(FOLLOW_S, _Follower(setup.folder, len(read_metrics(setup.folder))), "follow-metrics"):
             trainer.fit()
     except TrainingFailedError as error:
         reason = textwrap.shorten(str(error), 2000, placeholder=" ...")
@@ -146,30 +145,22 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
     return summarise(setup.folder)
 
 
-@contextlib.contextmanager
-def _followed(folder: Folder) -> Iterator[None]:
-    """Log the metrics as they appear, with each checkpoint: what workers log stays on their nodes."""
-    done = threading.Event()
+@dataclass
+class _Follower:
+    """Logs a run's metrics as they appear, with each checkpoint: what workers log stays on their nodes."""
 
-    def follow() -> None:
-        shown = len(read_metrics(folder))
-        while not done.wait(FOLLOW_S):
-            try:
-                lines = read_metrics(folder)
-            except (OSError, StorageError) as error:  # training goes on without being watched
-                logger.warning("metrics can't be read: %s", error)
-                continue
-            for line in lines[shown:]:
-                logger.info("%s", ", ".join(f"{name} {value}" for name, value in line.items()))
-            shown = len(lines)
+    folder: Folder
+    seen: int
 
-    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    def __call__(self) -> None:
+        try:
+            lines = read_metrics(self.folder)
+        except (OSError, StorageError) as error:  # training goes on without being watched
+            logger.warning("metrics can't be read: %s", error)
+            return
+        for line in lines[self.seen :]:
+            logger.info("%s", ", ".join(f"{name} {value}" for name, value in line.items()))
+        self.seen = len(lines)
 
 
 def _ray_storage(fs: "AbstractFileSystem", path: str) -> "pyarrow.fs.FileSystem | None":

@@ -5,7 +5,7 @@ arXiv 2606.14024. No sentence or line is taken from its repository, which carrie
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,11 +18,15 @@ from operators.image import Geometry
 from operators.objectives.lift import cosine_loss
 from operators.objectives.vit_up import LossWeights, Supervision, objective
 from operators.upsamplers import UpsamplerError, find_method
-from operators.upsamplers.vit_up import AdaptedBackbone, Lora, TokenCache, ViTUpConfig, ViTUpHead, grid_coordinates
+from operators.upsamplers.vit_up.geometry import grid_coordinates
+from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
+from operators.upsamplers.vit_up.hidden import AdaptedBackbone
+from operators.upsamplers.vit_up.lora import Lora
 from pipelines.config import ConfigError, Counts, Free
 from pipelines.features.bundle import ModelBundle
 from pipelines.training.data import CanvasView, Loaded
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
+from storage.documents import JsonValue
 
 ENLARGED = 4
 """Cells of the validation's grid to one of the backbone's, a side."""
@@ -99,7 +103,7 @@ class ViTUpTraining(ImageTraining):
         """Side of the image that the student's backbone is given."""
         return self.hidden_size
 
-    def network(self, backbone: TimmBackbone) -> dict[str, Any]:
+    def network(self, backbone: TimmBackbone) -> dict[str, JsonValue]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
         sides = {"--hidden-size": self.hidden_size, "--query-size": self.query_size}
         sides |= {f"--teacher-sizes {' '.join(map(str, self.teacher_sizes))}": side for side in self.teacher_sizes}

@@ -54,13 +54,13 @@ def load_coco_instances(folder: Folder, split: str, limit: int | None = None) ->
     listed = f"annotations/instances_{split}.json"
     root = require_place(folder, ("", "coco"), listed)
     place = require_place(folder, [joined(root, inside, split) for inside in ("", "images")])
-    where, images, labels = joined(root, listed), [], []
+    where, files, found = joined(root, listed), [], []
     for each in read_coco(folder, where)[:limit]:
         require_plain(each.file_name, f"{folder.shown}/{where}")
-        images.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
-        labels.append(instances_of(folder, where, each))
-    require_files(folder, images)
-    return [LabelledImage(image=image, label=label) for image, label in zip(images, labels, strict=True)]
+        files.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
+        found.append(LabelledImage(image=files[-1], label=instances_of(folder, where, each)))
+    require_files(folder, files)
+    return found
 
 
 def load_coco20k(folder: Folder) -> list[BoxedImage]:
@@ -186,32 +186,24 @@ def _coco_image(entry: RawObject) -> CocoImage:
     return CocoImage(number=int(entry["id"]), file_name=str(entry["file_name"]), width=width, height=height, objects=[])
 
 
-def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, described: Callable[[V], str]) -> dict[K, V]:
+def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, name: Callable[[V], str]) -> dict[K, V]:
     """The pairs added to `found`. Raises `ValueError` for a key that is there twice, with what both are of."""
     for key, value in pairs:
         if key in found:
-            raise ValueError(
-                f"the {what} {key!r} is there twice, for {described(found[key])} and for {described(value)}"
-            )
+            raise ValueError(f"the {what} {key!r} is there twice, for {name(found[key])} and for {name(value)}")
         found[key] = value
     return found
 
 
-def _give_objects(
-    images: Mapping[int, CocoImage], categories: Mapping[object, str], notes: Iterable[RawObject]
-) -> None:
+def _give_objects(images: Mapping[int, CocoImage], kinds: Mapping[object, str], notes: Iterable[RawObject]) -> None:
     """Adds annotations to their images; ids and categories are held against each other where the file has them."""
     seen: dict[object, str] = {}
     for note in notes:
-        image = images.get(int(note["image_id"]))
+        image, what = images.get(int(note["image_id"])), f"annotation {note.get('id', '')}"
         if image is None:
-            raise ValueError(
-                f"annotation {note.get('id', '')} is of image {note['image_id']}, which isn't among the images"
-            )
-        if categories and note["category_id"] not in categories:
-            raise ValueError(
-                f"annotation {note.get('id', '')} has the category {note['category_id']}, which isn't among the categories"
-            )
+            raise ValueError(f"{what} is of image {note['image_id']}, which isn't among the images")
+        if kinds and note["category_id"] not in kinds:
+            raise ValueError(f"{what} has the category {note['category_id']}, which isn't among the categories")
         if "id" in note:
             _unique(seen, [(note["id"], image.file_name)], "annotation id", str)
         image.objects.append(note)

@@ -92,7 +92,7 @@ CONVENTIONS: Mapping[float, str] = {
 """Values per metre that depth files come in."""
 
 RIVALS = (1.0, 1000.0, 5000.0)
-"""Those that NYUv2 comes in, far enough apart to be told from each other by a median."""
+"""Those that NYUv2 comes in, far enough apart for a median to tell which it is."""
 
 TYPICAL_M = 2.7
 """Median depth of NYUv2's rooms."""

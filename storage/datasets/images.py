@@ -8,11 +8,10 @@ import io
 import posixpath
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -95,13 +94,12 @@ def load_images(url: str, options: StorageOptions | None = None) -> list[ImageFi
     log_left_out(files.left_out)
     if not all(file.is_image for file in files):
         raise DatasetError(f"{folder.shown} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
-    return [_plain_image(folder, file.url[len(file.base) :].lstrip("/")) for file in files]
-
-
-def _plain_image(folder: Folder, name: str) -> ImageFile:
-    stem = name.rsplit(".", 1)[0]
-    keys = dict.fromkeys((f"JPEGImages/{stem}", stem, posixpath.basename(stem)))
-    return ImageFile(folder=folder, name=name, keys=tuple(keys))
+    found = []
+    for name in (file.url[len(file.base) :].lstrip("/") for file in files):
+        stem = name.rsplit(".", 1)[0]
+        keys = dict.fromkeys((f"JPEGImages/{stem}", stem, posixpath.basename(stem)))
+        found.append(ImageFile(folder=folder, name=name, keys=tuple(keys)))
+    return found
 
 
 # --- what Pillow says of bytes ----------------------------------------------------------------------------------------
@@ -257,20 +255,13 @@ class H5Array:
     def _of(self, take: Callable[[Any], T]) -> T:
         h5py = require_h5py()
         try:
-            with self._opened() as stream, h5py.File(stream, "r") as file:
+            in_tar = None if self.span is None else io.BytesIO(read_span(self.folder, self.name, self.span))
+            with in_tar or self.folder.open(self.name) as stream, h5py.File(stream, "r") as file:
                 return take(file[self.array])
         except FileNotFoundError:
             raise DatasetError(f"{self.folder.shown}/{self.name} is missing; check --data") from None
         except (OSError, KeyError, ValueError, IndexError) as error:
             raise DatasetError(f"{self.shown} can't be read: {type(error).__name__}: {error}") from None
-
-    @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
-        if self.span is not None:
-            yield io.BytesIO(read_span(self.folder, self.name, self.span))
-            return
-        with self.folder.open(self.name) as stream:
-            yield stream
 
 
 @dataclass(frozen=True, kw_only=True)

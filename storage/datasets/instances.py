@@ -70,9 +70,8 @@ class Instances:
                 mask[:] = decode_mask(each["segmentation"], self.height, self.width)
                 _require_box_of(mask, each["bbox"])
             except (ValueError, TypeError, KeyError, OverflowError) as error:
-                raise DatasetError(
-                    f"{self.shown}, annotation {each['id']}: its segmentation is malformed: {error}"
-                ) from None
+                where = f"{self.shown}, annotation {each['id']}"
+                raise DatasetError(f"{where}: its segmentation is malformed: {error}") from None
         return InstanceArrays(
             masks=masks,
             boxes=boxes.astype(np.float32),

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import scipy.io
 from scipy.io.matlab import MatReadError
@@ -80,9 +81,7 @@ def _nyu_mat(folder: Folder, name: str, split: str, limit: int | None) -> list[L
     count = images.entries()
     found = []
     for number in _mat_numbers(folder, split, count)[:limit]:
-        image, depth = (
-            H5Array(folder=folder, name=name, array=each.array, entry=number - 1) for each in (images, depths)
-        )
+        image, depth = (replace(each, entry=number - 1) for each in (images, depths))
         keys = (f"{number:06d}", str(number))
         found.append(LabelledImage(image=H5Image(array=image, keys=keys), label=DepthMap(source=depth)))
     return found

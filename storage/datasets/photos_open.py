@@ -30,27 +30,24 @@ def load_photos_open(
     found = []
     if label == "classes":
         masks = {name.removesuffix(".png"): name for name in names_in(folder, "seg", ("png",))}
-        for member in _photos_with(folder, photos, masks, "seg", wanted)[:limit]:
-            mask = ClassMask(folder=folder, name=f"seg/{masks[member.key]}", table="photos_open")
-            found.append(LabelledImage(image=_in_tar(folder, member), label=mask))
+        for image in _photos_with(folder, photos, masks, "seg", wanted)[:limit]:
+            mask = ClassMask(folder=folder, name=f"seg/{masks[image.member.key]}", table="photos_open")
+            found.append(LabelledImage(image=image, label=mask))
         return found
     notes = {keys_of(each.file_name)[0]: each for each in read_coco(folder, "instances.json")}
-    for member in _photos_with(folder, photos, notes, "instances.json", wanted)[:limit]:
-        note = notes[member.key]
-        image = _in_tar(folder, member, note.width, note.height)
-        found.append(LabelledImage(image=image, label=instances_of(folder, "instances.json", note)))
+    for image in _photos_with(folder, photos, notes, "instances.json", wanted)[:limit]:
+        note = notes[image.member.key]
+        objects = instances_of(folder, "instances.json", note)
+        found.append(LabelledImage(image=image.sized((note.width, note.height)), label=objects))
     return found
 
 
 def _photos_with(
     folder: Folder, photos: Mapping[str, TarMember], labels: Iterable[str], where: str, tars: Sequence[str]
-) -> list[TarMember]:
-    """Members of `tars` that have a label; every label must have an image in some tar."""
+) -> list[TarImage]:
+    """The images in `tars` that have a label; every label must have an image in some tar."""
     for key in labels:
         if key not in photos:
             raise DatasetError(f"{folder.shown}/{where} has a label for {key}, but no tar there has such an image")
-    return [photos[key] for key in sorted(labels) if photos[key].tar in tars]
-
-
-def _in_tar(folder: Folder, member: TarMember, width: int = 0, height: int = 0) -> TarImage:
-    return TarImage(folder=folder, member=member, keys=(member.key,), width=width, height=height)
+    members = [photos[key] for key in sorted(labels) if photos[key].tar in tars]
+    return [TarImage(folder=folder, member=member, keys=(member.key,)) for member in members]

@@ -72,17 +72,11 @@ def _pair(folder: Folder, stem: str, data: RawObject) -> Pair:
     source, target = (
         _spair_image(folder, category, data[f"{side}_imname"], data[f"{side}_imsize"]) for side in ("src", "trg")
     )
-    require_inside(source_xy, source.width, source.height, f"a key point of {source.name}")
-    require_inside(target_xy, target.width, target.height, f"a key point of {target.name}")
-    return Pair(
-        name=canonical,
-        category=category,
-        source=source,
-        target=target,
-        source_xy=source_xy,
-        target_xy=target_xy,
-        box=corner_box(data["trg_bndbox"], target.width, target.height),
-    )
+    for image, points in ((source, source_xy), (target, target_xy)):
+        require_inside(points, image.width, image.height, f"a key point of {image.name}")
+    box = corner_box(data["trg_bndbox"], target.width, target.height)
+    images = {"source": source, "target": target}
+    return Pair(name=canonical, category=category, **images, source_xy=source_xy, target_xy=target_xy, box=box)
 
 
 def _spair_image(folder: Folder, category: str, name: str, size: Sequence[int]) -> ImageFile:

@@ -63,15 +63,12 @@ def _objects(shown: str, data: bytes) -> tuple[int, int, tuple[Box, ...]]:
             raise DatasetError(f"{shown} declares entities, which annotations have no use for; it is not read")
         root = ET.fromstring(data)
         width, height = _number(root, "size/width"), _number(root, "size/height")
-        return width, height, tuple(_box_of(each, width, height) for each in root.iter("object"))
+        names = ("xmin", "ymin", "xmax", "ymax")
+        found = [[_number(each, f"bndbox/{name}") for name in names] for each in root.iter("object")]
+        boxes = tuple(corner_box((x1 - 1, y1 - 1, x2, y2), width, height) for x1, y1, x2, y2 in found)
+        return width, height, boxes
     except (ET.ParseError, ValueError) as error:
         raise DatasetError(f"{shown} is malformed: {error}") from None
-
-
-def _box_of(node: ET.Element, width: int, height: int) -> Box:
-    names = ("xmin", "ymin", "xmax", "ymax")
-    x1, y1, x2, y2 = (_number(node, f"bndbox/{name}") for name in names)
-    return corner_box((x1 - 1, y1 - 1, x2, y2), width, height)
 
 
 def _number(node: ET.Element, path: str) -> int:

@@ -8,6 +8,7 @@ Shapes: B images, N queries, S = h * w tokens, H heads of d channels, D = H * d.
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,8 @@ which stand in each other's way in small calls; windows of 17 at 32 or more. A g
 """
 
 
-def window_sides(window: int | None, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of tokens that a query sees."""
-    if window is None:
-        return grid
-    odd = 2 * (window // 2) + 1
-    return min(odd, grid[0]), min(odd, grid[1])
+Groups: TypeAlias = tuple[tuple[Tensor, tuple[tuple[int, int, int], ...]], ...]
+"""For each image the queries' order by window, and (row, column, queries) of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +35,16 @@ class Windows:
     rows: Tensor
     columns: Tensor
     sides: tuple[int, int]
+    "rows and columns of tokens that a query sees"
     grid: tuple[int, int]
-    groups: tuple[tuple[Tensor, tuple[tuple[int, int, int], ...]], ...] | None
-    "for each image the queries' order by window, and (row, column, queries) of each; None: attend with a mask"
+    groups: Groups | None
+    "None: attend with a mask"
 
     @classmethod
     def around(cls, nearest_BN2: Tensor, grid: tuple[int, int], window: int | None) -> "Windows | None":
         """Windows round the nearest tokens (column, row); None where a window holds all tokens."""
-        sides = window_sides(window, grid)
+        odd = max(grid) if window is None else 2 * (window // 2) + 1
+        sides = min(odd, grid[0]), min(odd, grid[1])
         if sides == tuple(grid):
             return None
         rows, columns = (
@@ -65,9 +64,7 @@ class Windows:
         return seen.flatten(-2).unsqueeze(1)
 
 
-def _grouped(
-    rows: Tensor, columns: Tensor, grid: tuple[int, int]
-) -> tuple[tuple[Tensor, tuple[tuple[int, int, int], ...]], ...] | None:
+def _grouped(rows: Tensor, columns: Tensor, grid: tuple[int, int]) -> Groups | None:
     """Each image's queries by window, or None where there are few of each."""
     groups = []
     for window in rows * grid[1] + columns:

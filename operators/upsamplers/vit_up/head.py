@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.upsamplers.protocol import Settings, UpsamplerError, given_settings, require_counts
+from operators.upsamplers.protocol import Settings, UpsamplerError, require_counts
 from operators.upsamplers.vit_up.attention import CrossAttention, Windows
 from operators.upsamplers.vit_up.geometry import ENCODING, Rope, encode_offsets, nearest_tokens, offset_frequencies
-from storage.documents import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTUpConfig(Settings):
     """What a ViT-Up is made of. The defaults are the published ones; raises `UpsamplerError` where settings are impossible."""
 
+    owner = "ViT-Up"
     channels: int
     "of the backbone's tokens"
     heads: int
@@ -51,11 +51,6 @@ class ViTUpConfig(Settings):
     "of LoRA: its products are multiplied by alpha / rank"
     dropout: float = 0.05
     "of LoRA's inputs, in training"
-
-    @classmethod
-    def parse(cls, settings: JsonObject) -> "ViTUpConfig":
-        """From a JSON object; absent and null settings take the defaults."""
-        return cls(**given_settings(cls, settings, ("channels", "heads"), "ViT-Up"))
 
     def __post_init__(self) -> None:
         require_counts(self, "channels", "heads", "window", "query_size", "hidden_size", "mlp_channels", "rank")
@@ -119,11 +114,8 @@ class TokenCache:
 
     def backward(self, leaves: "TokenCache") -> None:
         """Send the gradients that `leaves`, this cache's `detached` copy, collected on to the backbone and the head."""
-        pairs = [
-            (own, leaf.grad)
-            for own, leaf in zip(self.tensors(), leaves.tensors(), strict=True)
-            if leaf.grad is not None
-        ]
+        both = zip(self.tensors(), leaves.tensors(), strict=True)
+        pairs = [(own, leaf.grad) for own, leaf in both if leaf.grad is not None]
         if pairs:
             torch.autograd.backward([own for own, _ in pairs], [gradient for _, gradient in pairs])
 
@@ -211,10 +203,8 @@ class ViTUpBlock(nn.Module):
         """The refined queries; without gradients, `x_BND` itself is overwritten."""
         x = _plus(x_BND, self.transition_mlp(x_BND))
         if self.cross_attention is not None:
-            seen = self.cross_attention(
-                self.norm_q_global(x), tokens.keys, tokens.values, queries.rope, queries.windows
-            )
-            x = _plus(x, seen)
+            tokens_seen = (tokens.keys, tokens.values, queries.rope, queries.windows)
+            x = _plus(x, self.cross_attention(self.norm_q_global(x), *tokens_seen))
         if self.featx is not None and tokens.normalised is not None:
             nearest = tokens.normalised.flatten(0, 1)[queries.nearest]
             x = _plus(x, self.norm_h_local(self.featx(nearest, queries.encoding)))

@@ -27,11 +27,8 @@ class ViTUpMethod(Method[ViTUpConfig]):
     trained_by = "vit_up"
     chunked = True
 
-    def parse(self, given: JsonObject) -> ViTUpConfig:
-        return ViTUpConfig.parse(_without_method(given))
-
     def identity(self, settings: ViTUpConfig) -> dict[str, JsonValue]:
-        return _without_method(super().identity(settings))
+        return {name: value for name, value in super().identity(settings).items() if name != "method"}
 
     def with_backbone(self, settings: ViTUpConfig, backbone: TimmBackbone) -> ViTUpConfig:
         if backbone.facet != "token" or not backbone.norm:
@@ -43,7 +40,7 @@ class ViTUpMethod(Method[ViTUpConfig]):
     def read(
         self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone
     ) -> tuple[ViTUpConfig, dict[str, Tensor]]:
-        settings, head, lora = read_checkpoint(state, given and _without_method(given))
+        settings, head, lora = read_checkpoint(state, given)
         return self.with_backbone(settings, backbone), {**head, **lora}
 
     def build(self, settings: ViTUpConfig, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> ViTUp:
@@ -61,13 +58,8 @@ class ViTUpMethod(Method[ViTUpConfig]):
         return settings, {**random_head(settings).state_dict(), **lora.peft_state()}
 
     def parameters(self, settings: ViTUpConfig, state: Mapping[str, Tensor]) -> int:
-        with torch.device("meta"):
-            head = sum(parameter.numel() for parameter in ViTUpHead(settings).parameters())
-        return head + sum(tensor.numel() for name, tensor in state.items() if name.startswith("backbone."))
-
-
-def _without_method(given: JsonObject) -> dict[str, JsonValue]:
-    return {name: value for name, value in given.items() if name != "method"}
+        # The offset encoding's frequencies are no parameter.
+        return sum(tensor.numel() for name, tensor in state.items() if not name.endswith("freqs"))
 
 
 def published_settings(channels: int, depth: int, size: int, query_size: int) -> ViTUpConfig:

@@ -72,7 +72,6 @@ class ViTUp(Upsampler):
         return out.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
 
     def forget(self) -> None:
-        """Free what is kept of the images seen last."""
         self._seen, self._caches = None, []
 
     def take_at_once(self, cells: int) -> None:
