@@ -534,7 +534,7 @@ def test_what_was_stopped_goes_on_and_other_settings_are_refused(tmp_path, monke
     assert (records, found.tables) == (expected, findings.tables)
     for changes, message in [
         ({"threshold": "image"}, "threshold        run 'box'   now 'image'"),
-        ({"weights": "random:1"}, "model            run"),
+        ({"weights": "random:1"}, "model.weights    run"),
         ({"limit": 2}, "data             run"),
     ]:
         with pytest.raises(ConfigError, match=message):
