@@ -20,7 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.documents import DamagedObject, Document, MissingObject, decode, require_columns, rows_as, with_columns
+from storage.documents import (
+    DamagedObject,
+    Document,
+    MissingObject,
+    decode,
+    parquet_table,
+    require_columns,
+    rows_as,
+    with_columns,
+)
 from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, StorageOptions, UnknownName, read_ranges
@@ -149,7 +158,7 @@ class SampleIndex:
         document = Document(folder, f"{prefix}/sources.parquet", "the same extraction writes it, where its input is as it was")
         data = document.bytes()
         with document.parsing():
-            self._parse(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
+            self._parse(parquet_table(data))
         schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried)])
         # Earlier versions, whose indexes have no `order`, didn't name the index in its parts.
         named = None if self.order is None else self.digest
@@ -362,7 +371,7 @@ def remove_indexes(folder: Folder, but: str) -> None:
 def update_sources(index: SampleIndex, sources: Sequence[Source]) -> SampleIndex:
     """Save how the sources are named and stamped now; the rows stay as they are."""
     name = f"{index.prefix}/sources.parquet"
-    meta = pq.read_table(pa.BufferReader(index.folder.read(name))).schema.metadata or {}
+    meta = parquet_table(index.folder.read(name)).schema.metadata or {}
     index.folder.write(name, _sources_bytes(sources, {key.decode(): value.decode() for key, value in meta.items()}))
     return SampleIndex(index.folder, index.prefix)
 
