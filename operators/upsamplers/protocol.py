@@ -135,7 +135,8 @@ class Method(Generic[S]):
         return {"method": self.name, **asdict(settings)}
 
     def identity(self, settings: S) -> dict[str, JsonValue]:
-        """What of the settings makes other features of the same weights: those that aren't the defaults, as JSON values."""
+        """The settings that aren't the defaults, as JSON values: beside the weights they go into the digest of a level, since the
+        same weights make other features under others."""
         values = {f.name: (f.default, getattr(settings, f.name)) for f in fields(settings)}
         return {"method": self.name} | {name: value for name, (usual, value) in values.items() if value != usual}
 

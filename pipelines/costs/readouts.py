@@ -29,6 +29,7 @@ class ParameterCount:
     "its label"
     published_millions: float
     ours: int
+    ours_millions: float
 
 
 def _deap(outputs: int, *, split: tuple[int, ...] = (), width: int | None = None) -> ReadoutConfig:
@@ -56,14 +57,15 @@ def published_counts() -> list[ParameterCount]:
     for (backbones, channels), printed in DEAP_PARAMETERS.items():
         for task, millions in zip(DEAP_TASKS, printed, strict=True):
             with torch.device("meta"):
-                readout = build_readout(replace(_COUNTED[task], channels=channels))
+                ours = build_readout(replace(_COUNTED[task], channels=channels)).parameter_count()
             rows.append(
                 ParameterCount(
                     backbones=backbones,
                     channels=channels,
                     task=RECIPES[task].label,
                     published_millions=millions,
-                    ours=readout.parameter_count(),
+                    ours=ours,
+                    ours_millions=ours / 1e6,
                 )
             )
     return rows
