@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.session import ClusterError, own_cluster, own_environment, private_folder
+from cluster.session import KEPT, ClusterError, _set_environment, own_cluster, own_environment, private_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -256,7 +256,16 @@ def test_after_all_that_the_session_ends_well_and_gives_the_environment_back(ses
 # --- its folder and environment
 
 
-def test_the_environment_is_given_back(tmp_path, monkeypatch):
+@pytest.fixture
+def read_again() -> Iterator[None]:
+    """Ray reads at the end what it read at the beginning: another test's session may be open in this process."""
+    before = {name: os.environ.get(name) for name in KEPT}
+    yield
+    _set_environment({"RAY_AUTH_MODE": "disabled"})
+    _set_environment(before)
+
+
+def test_the_environment_is_given_back(read_again, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:8265")
     monkeypatch.delenv("RAY_EXTRA", raising=False)
