@@ -11,12 +11,15 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 import yaml
 
 from cluster.session import LOOPBACK, private_folder
-from storage.documents import JsonValue
+
+if TYPE_CHECKING:  # loading it takes half a second, of a process that only starts Ray
+    from storage.documents import JsonValue
 
 HOST = "127.0.0.1"
 HEAD_ID = "f" * 51 + "00000"
@@ -42,7 +45,7 @@ class AutoscalingCluster:
     def address(self) -> str:
         return f"{HOST}:{self.port}"
 
-    def launch_file(self) -> dict[str, JsonValue]:
+    def launch_file(self) -> "dict[str, JsonValue]":
         """What `ray up` would send to the head, with processes for machines."""
         lists = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
         return {

@@ -3,15 +3,16 @@
 import contextlib
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+
+from cluster.repeated import every
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +35,21 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._console = Console(file=sys.stderr)
-        self._live: Live | None = None
-        self._stop = threading.Event()
         self._begun: float | None = None  # when the first task to be finished was begun
 
     def __enter__(self) -> "Progress":
+        self._shown: contextlib.AbstractContextManager[object]
         if self._console.is_terminal:
-            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=False)
-            self._live.start()
+            self._shown = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=False)
         else:
-            threading.Thread(target=self._print_lines, daemon=True).start()
+            self._shown = every(LINE_INTERVAL_S, self._log_line, "progress lines")
+        self._shown.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        if self._live:
-            self._live.stop()
-        else:
-            logger.info("%s", self.line())
+        self._shown.__exit__(None, None, None)
+        if not self._console.is_terminal:
+            self._log_line()
 
     def add(self, ok: int, failed: int, seconds: Mapping[str, float]) -> None:
         """Count one finished task."""
@@ -77,8 +75,7 @@ class Progress:
 
     def shares(self) -> dict[str, float]:
         """Each stage's part of the workers' time."""
-        total = sum(self.seconds.values())
-        return {stage: value / total for stage, value in self.seconds.items()} if total else {}
+        return stage_shares(self.seconds)
 
     def line(self) -> str:
         """The state in one line."""
@@ -88,9 +85,8 @@ class Progress:
         where = f" | {stages}" if stages else f" | {self.note}, {duration(time.monotonic() - self.started)}"
         return f"{finished:,} of {self.total:,} images, {self.failed:,} failed, {self.rate:.1f}/s{eta}{where}"
 
-    def _print_lines(self) -> None:
-        while not self._stop.wait(LINE_INTERVAL_S):
-            logger.info("%s", self.line())
+    def _log_line(self) -> None:
+        logger.info("%s", self.line())
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
@@ -104,22 +100,10 @@ class Progress:
         return Group(ProgressBar(total=self.total, completed=finished, width=60), table, shares)
 
 
-@contextlib.contextmanager
-def every(seconds: float, do: Callable[[], None], name: str) -> Iterator[None]:
-    """Call `do` every so many seconds, in a thread of its own called `name`, until the block ends."""
-    stop = threading.Event()
-
-    def repeat() -> None:
-        while not stop.wait(seconds):
-            do()
-
-    thread = threading.Thread(target=repeat, name=name, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def stage_shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each stage's part of the time of all."""
+    total = sum(seconds.values()) or 1.0
+    return {stage: value / total for stage, value in seconds.items()}
 
 
 def duration(seconds: float | None) -> str:

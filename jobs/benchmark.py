@@ -27,7 +27,9 @@ program = Program(
     name="benchmark",
     doc=__doc__,
     commands={
-        name: Command(run=each.run, default=each.presets["default"], presets=each.presets) for name, each in BENCHMARKS.items()
+        name: Command(run=each.run, default=presets["default"], presets=presets)
+        for name, each in BENCHMARKS.items()
+        for presets in [each.presets]
     },
     stopped="stopped; nothing was measured",
     pairs=True,

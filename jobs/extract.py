@@ -14,6 +14,7 @@ from functools import partial
 from jobs.program import Command, Program
 from pipelines import demo
 from pipelines.config import ClusterConfig
+from pipelines.demo_datasets import write_photos
 from pipelines.extraction import run as extraction
 from pipelines.extraction.config import ExtractConfig, start_from_run
 from pipelines.features.config import FeatureConfig
@@ -50,7 +51,7 @@ program = Program(
             run=extraction.main,
             default=ExtractConfig(),
             presets=PRESETS,
-            before=dict.fromkeys(("demo", "debug"), partial(demo.write_photos, "demo")),
+            before=dict.fromkeys(("demo", "debug"), partial(write_photos, "demo")),
             instead={"demo": demo.main},
             start=start_from_run,
             about=f"{__doc__}\n--from RUN: settings of an earlier run (run.json or store)",

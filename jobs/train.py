@@ -6,7 +6,7 @@
     python jobs/train.py vit-up-dinov3-splus-imagenet --data ... --out ...
     python jobs/extract.py --levels x1 x2=lift:s3://bucket/lift ...
     python jobs/train.py deap --task segmentation --dataset voc --data VOC2012 --backbone vit_base_patch16_224.mae --out ...
-    python jobs/train.py probe --dataset ade20k --data ADE20K --store s3://bucket/ade-448.zarr --out ...
+    python jobs/train.py probe --dataset ade20k --data ADE20K --store s3://bucket/ade-448.zarr --no-flip --out ...
 
 The first word is an upsampler (lift, resize_conv, jbu, vit-up), a readout (deap, bicubic, transposed, strided, linear; probe for
 ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes: 0 finished, 1 not (diverged, too
@@ -22,8 +22,7 @@ from operators.readouts import READOUTS
 from operators.upsamplers import method_names
 from pipelines import published
 from pipelines.config import GpuConfig
-from pipelines.demo import write_photos
-from pipelines.demo_datasets import write_demo
+from pipelines.demo_datasets import write_demo, write_photos
 from pipelines.features.config import BackboneConfig
 from pipelines.training import run as training
 from pipelines.training.config import TrainConfig

@@ -19,12 +19,6 @@ from torch import Tensor, nn
 
 from operators.timm_models import Attention, TimmModel
 from operators.timm_models import BackboneError as BackboneError
-from operators.timm_models import Preprocessing as Preprocessing
-from operators.timm_models import create_model as create_model
-from operators.timm_models import load_arrays as load_arrays
-from operators.timm_models import preprocessing as preprocessing
-from operators.timm_models import state_arrays as state_arrays
-from operators.timm_models import weights_digest as weights_digest
 
 Facet = Literal["token", "key", "query", "value"]
 

@@ -69,6 +69,7 @@ class Setting:
         return value
 
 
+@functools.cache
 def settings_of(kind: type) -> Mapping[str, Setting]:
     """The settings of a job's class by name, in the order of their fields; those that it holds in the place of what holds
     them."""

@@ -373,7 +373,7 @@ class FeatureStream(IterableDataset[Sample]):
         self._loaded = dict(state)
 
     def _identity(self) -> State:
-        return {**asdict(self._here()), "rows": self._chosen, "store": self._rows.store.attributes["fingerprint"]}
+        return {**asdict(self._here()), "rows": self._chosen, "store": self._rows.store.root.fingerprint}
 
     def _check(self, state: Mapping[str, int | str]) -> None:
         wrong = [

@@ -1,5 +1,6 @@
 """Where results come from: the software that made them, and whether a run goes on with the settings it was begun with."""
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -8,10 +9,12 @@ from pathlib import Path
 from pipelines.config import ConfigError
 from storage.differences import differences
 from storage.documents import JsonObject, as_object
-from storage.paths import Folder
+from storage.paths import Folder, StorageOptions
+from storage.root import read_attributes
 from storage.runs import read_pointers, read_run, write_run
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Software that made the numbers."""
     names = ("ray", "torch", "torchvision", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
@@ -21,6 +24,14 @@ def versions() -> dict[str, str]:
         ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
+
+
+def run_folder(out: str, options: StorageOptions) -> Folder:
+    """The folder of a run's `out`. Raises `ConfigError` for a feature store."""
+    folder = Folder(out, options)
+    if read_attributes(folder) is not None:
+        raise ConfigError(f"{folder.displayed} is a feature store; give --out a folder of its own")
+    return folder
 
 
 def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject) -> None:

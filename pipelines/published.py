@@ -20,12 +20,12 @@ class Paper:
     name: str
     arxiv: str = ""
     "its number; empty where it isn't there"
-    title: str = ""
 
 
 LIFT = Paper(name="LiFT", arxiv="2403.14625")
 VIT_UP = Paper(name="ViT-Up", arxiv="2606.14024")
-DEAP = Paper(name="DeAP", title="Characterizing Vision Backbones for Dense Prediction with Dense Attentive Probing (TMLR)")
+DEAP = Paper(name="DeAP")
+"""Characterizing Vision Backbones for Dense Prediction with Dense Attentive Probing (TMLR)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,12 +294,10 @@ DEAP_RESULTS = Published(
 """By backbone (pipelines/tables/backbones.py) and task: ARI in percent; cross-entropy and IoU in percent; AP_lg, of 1; twice
 cross-entropy and IoU in percent; RMSE in metres."""
 
-_ABLATED = ("dinov2-b", "siglip-384", "mae")
-
 DEAP_ABLATIONS = Published(
     paper=DEAP,
     table="Table 5",
-    columns=_ABLATED,
+    columns=("dinov2-b", "siglip-384", "mae"),
     rows={
         "deap-8-dim": {"detection": (0.2448, 0.1722, 0.2529), "voc": (82.8, 70.4, 55.6), "depth": (0.4697, 0.6626, 0.6111)},
         "deap-no-sigma": {"detection": (0.1791, 0.1196, 0.1712), "voc": (50.5, 38.1, 35.1), "depth": (0.6660, 0.8362, 0.7360)},
@@ -326,7 +324,7 @@ def deap_values(backbone: str, method: str, task: str) -> Values:
     """What Table 3 or 5 has of the task's columns (of VOC, Table 5 has the second alone); () where neither has any."""
     if method == "deap":
         return DEAP_RESULTS.values(backbone, task)
-    found = dict(zip(_ABLATED, DEAP_ABLATIONS.values(method, task), strict=False))
+    found = dict(zip(DEAP_ABLATIONS.columns, DEAP_ABLATIONS.values(method, task), strict=False))
     if backbone not in found:
         return ()
     return (None, found[backbone]) if task == "voc" else (found[backbone],)

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from storage.documents import DamagedObject, Document, JsonObject, JsonValue, as_object, decode, parse_json
-from storage.paths import Folder, filesystem
+from storage.paths import Folder, StorageOptions, filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,14 @@ def read_pointers(folder: Folder) -> Pointers | None:
             f"{folder.displayed}/{POINTERS} is damaged ({error}); steps that are there: {steps}. Restore it as "
             '{"last": "steps/...", "best": null, "best_loss": null}, or use a new --out'
         ) from None
+
+
+def best_checkpoint(url: str, options: StorageOptions | None = None) -> str:
+    """The URL of a training run's best checkpoint, or of its last one before there is a best; of anything else, `url`.
+
+    Raises `CheckpointError` as `read_pointers`."""
+    pointers = read_pointers(Folder(url, options))
+    return f"{url.rstrip('/')}/{pointers.best or pointers.last}" if pointers else url
 
 
 def read_checkpoint(folder: Folder, name: str) -> Checkpoint:

@@ -160,16 +160,6 @@ def is_of_input(index: "SampleIndex", files: Sequence[InputFile], limit: int | N
     return as_given and not changes_of(index, files, limit, rules)
 
 
-def in_order(index: "SampleIndex", files: Sequence[InputFile], limit: int | None) -> list[InputFile]:
-    """The files in the order of the index's sources; new ones take the places of those that are gone, or come last."""
-    paired, new = pair(index.sources, files)
-    # A file that was moved is new and in place of one that is gone; which it is, its samples will tell.
-    left = iter(new)
-    ordered = [file or next(left, None) for file in paired]
-    behind = [] if index.is_cut and limit == index.n_rows else list(left)
-    return [file for file in ordered if file is not None] + behind
-
-
 def rules_text(rules: MemberRules | None) -> str:
     """Which members of a sample are taken, as an index keeps it and a message says it."""
     rules = rules or MemberRules()

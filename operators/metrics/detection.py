@@ -70,12 +70,15 @@ def class_agnostic_scores(
 def _entries(image: int, boxes_N4: np.ndarray, scores: Sequence[float] | None = None) -> list[CocoEntry]:
     if not (np.isfinite(boxes_N4).all() and (boxes_N4[:, :2] <= boxes_N4[:, 2:]).all()):
         raise ValueError(f"image {image}: boxes must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2, got {boxes_N4.tolist()}")
-    if not np.isfinite(scores or ()).all():
+    scores = [0.0] * len(boxes_N4) if scores is None else scores
+    if len(scores) != len(boxes_N4):
+        raise ValueError(f"image {image}: {len(scores)} scores for {len(boxes_N4)} boxes")
+    if not np.isfinite(scores).all():
         raise ValueError(f"image {image}: scores hold NaN or infinity")
     places = np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1).tolist()
     return [
         {"image_id": image, "category_id": 1, "bbox": place, "iscrowd": 0, "score": score}
-        for place, score in zip(places, [0.0] * len(places) if scores is None else scores, strict=True)
+        for place, score in zip(places, scores, strict=True)
     ]
 
 

@@ -20,6 +20,8 @@ from scipy import linalg, ndimage
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
+from operators.metrics.similarity import finite_map
+
 EPSILON = 1e-5
 """Weight of the edges between tokens that are not alike."""
 
@@ -69,11 +71,7 @@ def discover(map_hwC: Tensor | np.ndarray, image_size: tuple[int, int], settings
     image. Raises `ValueError` on an empty map, NaN or infinity.
     """
     settings = settings or TokenCut()
-    features = torch.as_tensor(map_hwC, dtype=torch.float32)
-    if features.ndim != 3 or not features.numel():
-        raise ValueError(f"a map [h, w, C] is needed, got {tuple(features.shape)}")
-    if not torch.stack(features.aminmax()).isfinite().all():
-        raise ValueError("features hold NaN or infinity; rows of failed samples in a store are NaN: leave them out")
+    features = finite_map(map_hwC)
     grid = features.shape[0], features.shape[1]
     graph = affinity(features.flatten(0, 1), settings)
     if _is_uniform(graph):

@@ -13,19 +13,19 @@ from torch import Tensor
 from storage.datasets.classes import VOID
 
 
-def class_pairs(predicted_HW: Tensor | np.ndarray, labels_HW: Tensor | np.ndarray, classes: int, void: int = VOID) -> Tensor:
+def class_pairs(predicted_HW: Tensor | np.ndarray, labels_HW: Tensor | np.ndarray, classes: int) -> Tensor:
     """How often each class was predicted as each, of those that were: int64 [n, 3] of label, prediction and count, sorted,
     where the predictions are.
 
-    Pixels whose label is `void` don't count, whatever was predicted there. Raises `ValueError` where shapes differ, either
-    isn't of whole numbers, a label or prediction is none of 0 to `classes` - 1, or `void` is one of the classes.
+    Pixels whose label is `VOID` don't count, whatever was predicted there. Raises `ValueError` where shapes differ, either
+    isn't of whole numbers, a label or prediction is none of 0 to `classes` - 1, or `VOID` is one of the classes.
     """
-    if 0 <= void < classes:
-        raise ValueError(f"void {void} is one of the {classes} classes; give another number to void pixels")
+    if classes > VOID:
+        raise ValueError(f"void {VOID} is one of the {classes} classes; give another number to void pixels")
     predicted, labels = torch.as_tensor(predicted_HW), torch.as_tensor(labels_HW)
     if predicted.shape != labels.shape:
         raise ValueError(f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)} must be of one shape")
-    counted = labels != void
+    counted = labels != VOID
     of_prediction = _classes("prediction", predicted[counted], classes)
     of_label = _classes("label", labels[counted], classes)
     pairs, counts = (of_label * classes + of_prediction).unique(return_counts=True)

@@ -5,7 +5,6 @@ Such a method is an `DoublingNet` and a `Recursive`: training has the bare netwo
 Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Generic, TypeVar, cast
@@ -110,7 +109,7 @@ class LearnedUpsampler(Upsampler, Generic[N]):
     A stack of several stages stops early instead of being repeated. Maps of overlapping patches are given the part of the
     image that their cells tile.
 
-    What runs is a copy for inference: BatchNorm folded into the convolutions before it, channels last.
+    The network is taken over and made ready for inference: BatchNorm folded into the convolutions before it, channels last.
     """
 
     working_bytes: ClassVar[int] = 2**28
@@ -118,7 +117,7 @@ class LearnedUpsampler(Upsampler, Generic[N]):
 
     def __init__(self, method: Recursive[N], settings: N, net: DoublingNet, precision: Precision = "fp32"):
         self.method, self.settings, self.precision = method, settings, precision
-        net = copy.deepcopy(net).eval().requires_grad_(False)
+        net = net.eval().requires_grad_(False)
         method.prepared(net, settings)
         _fold_batchnorms(net)
         cast_matmul_weights(net, precision)

@@ -19,7 +19,8 @@ from cluster.session import own_cluster
 from pipelines.benchmarks.chaos_jobs import job_command
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
+from pipelines.costs.clocks import Machine, NumbersFile
+from pipelines.costs.process import BenchmarkFailed
 from pipelines.results import number_lines
 from storage.store import FeatureStore
 

@@ -25,7 +25,7 @@ from zarr.codecs import ZstdCodec
 
 from operators.backbone import autocast, cast_matmul_weights, normalise
 from operators.image import Geometry
-from pipelines.costs.clocks import CORES
+from pipelines.costs.process import CORES
 from pipelines.features.photos import geometry_of
 from pipelines.features.weights import WeightsChoice, load_model
 from storage.spec import FeatureSpec

@@ -24,7 +24,8 @@ from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
+from pipelines.costs.clocks import Machine, NumbersFile
+from pipelines.costs.process import BenchmarkFailed
 from pipelines.executors import NO_PROGRESS_S
 from pipelines.results import table_lines
 

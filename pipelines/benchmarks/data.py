@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.costs.clocks import CORES
-from pipelines.demo import PHOTOS
+from pipelines.costs.process import CORES
+from pipelines.demo_datasets import PHOTOS
 
 
 def _sources() -> list[Image.Image]:

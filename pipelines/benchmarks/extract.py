@@ -21,7 +21,8 @@ from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, in_new_processes
 from pipelines.benchmarks.scale import Watched, watched
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import CORES, BenchmarkFailed, NumbersFile
+from pipelines.costs.clocks import NumbersFile
+from pipelines.costs.process import CORES, BenchmarkFailed
 from pipelines.executors import Loaded, MakeWorker, Worker
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import resolve

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from pipelines.benchmarks.extract import BareStages, ExtractBenchmark, ExtractResult, Gap, LoopRun, PipelineRun
-from pipelines.costs.clocks import CORES, Machine
+from pipelines.costs.clocks import Machine
+from pipelines.costs.process import CORES
 from pipelines.results import number_lines, table_lines
 
 

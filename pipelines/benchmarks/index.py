@@ -9,7 +9,8 @@ from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import durations, in_new_processes
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import CORES, Machine, NumbersFile
+from pipelines.costs.clocks import Machine, NumbersFile
+from pipelines.costs.process import CORES
 from pipelines.executors import RayExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import psutil
 
-from pipelines.costs.clocks import BenchmarkFailed
+from pipelines.costs.process import BenchmarkFailed
 
 Found = TypeVar("Found")
 

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from pipelines.benchmarks.processes import in_new_processes
 from pipelines.benchmarks.stores import LEVEL, Place, key_of, s3_place, write_big_store, write_npy, write_store
 from pipelines.config import ConfigError, parse_options, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
+from pipelines.costs.clocks import Machine, NumbersFile
+from pipelines.costs.process import BenchmarkFailed
 from pipelines.feature_datasets import FeatureDataset, FeatureStream, Sample
 from pipelines.results import number_lines
 from storage.paths import public_options, redact

@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pipelines.benchmarks import autoscale, chaos, evaluation, extract, index, read, readout, scale, train
 from pipelines.benchmarks.evaluation import evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract_report import extract_report
+from pipelines.costs import precision, readouts, upsamplers, vit_up
 from pipelines.costs.clocks import Machine, machine
-from pipelines.costs.precision import PRECISION_PRESETS, measure_precision, precision_report
-from pipelines.costs.readouts import DEAP_PRESETS, deap_report, measure_deap
-from pipelines.costs.upsamplers import COST_PRESETS, cost_report, measure_cost
-from pipelines.costs.vit_up import VIT_UP_PRESETS, measure_vit_up
 from pipelines.costs.vit_up_report import vit_up_report
 
 if TYPE_CHECKING:
@@ -79,13 +76,13 @@ def _public(one: "DataclassInstance") -> dict[str, object]:
 
 BENCHMARKS: Mapping[str, Benchmark[Any, Any]] = {
     "extract": Benchmark(extract.DEBUG, extract.measure_extract, extract_report, keeps=True),
-    "precision": Benchmark(PRECISION_PRESETS["debug"], measure_precision, precision_report),
+    "precision": Benchmark(precision.DEBUG, precision.measure_precision, precision.precision_report),
     "index": Benchmark(index.DEBUG, index.measure_index, index.index_report),
     "read": Benchmark(read.DEBUG, read.measure_read, read.read_report),
-    "cost": Benchmark(COST_PRESETS["debug"], lambda config, _: measure_cost(config), cost_report),
+    "cost": Benchmark(upsamplers.DEBUG, lambda config, _: upsamplers.measure_cost(config), upsamplers.cost_report),
     # With settings of their own, for they have little in common with those of upsamplers.
-    "cost --vit-up": Benchmark(VIT_UP_PRESETS["debug"], lambda config, _: measure_vit_up(config), vit_up_report),
-    "cost --deap": Benchmark(DEAP_PRESETS["debug"], lambda config, _: measure_deap(config), deap_report),
+    "cost --vit-up": Benchmark(vit_up.DEBUG, lambda config, _: vit_up.measure_vit_up(config), vit_up_report),
+    "cost --deap": Benchmark(readouts.DEBUG, lambda config, _: readouts.measure_deap(config), readouts.deap_report),
     "train": Benchmark(train.DEBUG, train.measure_training, train.train_report),
     "readout": Benchmark(readout.DEBUG, readout.measure_readouts, readout.readout_report),
     "evaluate": Benchmark(evaluation.DEBUG, lambda config, _: measure_evaluate(config), evaluate_report),

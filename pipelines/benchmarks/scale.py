@@ -19,7 +19,8 @@ from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import in_new_processes
 from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor, simulated
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import BenchmarkFailed, Machine, NumbersFile
+from pipelines.costs.clocks import Machine, NumbersFile
+from pipelines.costs.process import BenchmarkFailed
 from pipelines.executors import WINDOW_TASKS, MakeWorker
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve

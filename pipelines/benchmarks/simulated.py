@@ -15,7 +15,7 @@ import psutil
 
 from cluster.metrics import TaskReport
 from cluster.resources import WorkerPool
-from pipelines.costs.clocks import high_water
+from pipelines.costs.process import high_water
 from pipelines.executors import How, Loaded, MakeWorker, RayExecutor
 from pipelines.extraction.attempts import attempt, ledger_records, write_and_commit
 from storage.paths import StorageOptions

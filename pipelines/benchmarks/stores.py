@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from pipelines.costs.clocks import BenchmarkFailed
+from pipelines.costs.process import BenchmarkFailed
 from storage.ledger import SCHEMA as LEDGER_SCHEMA
 from storage.ledger import SampleRecord
 from storage.paths import Folder, StorageOptions, filesystem

@@ -27,7 +27,8 @@ from cluster.session import connect
 from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import require_at_least
-from pipelines.costs.clocks import CORES, WARM_UP, Machine, NumbersFile, rated_steps, steady_rate
+from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, steady_rate
+from pipelines.costs.process import CORES
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.results import number_lines
 from pipelines.training.lift import X2Config

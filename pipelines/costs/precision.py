@@ -37,10 +37,7 @@ class PrecisionBenchmark:
     json: NumbersFile = ""
 
 
-PRECISION_PRESETS = {
-    "default": PrecisionBenchmark(),
-    "debug": PrecisionBenchmark(model="test_vit.r160_in1k", weights="random", size="64"),
-}
+DEBUG = PrecisionBenchmark(model="test_vit.r160_in1k", weights="random", size="64")
 
 
 @dataclass(frozen=True, kw_only=True)

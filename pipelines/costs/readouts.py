@@ -91,11 +91,8 @@ class DeapCost:
             raise ConfigError(f"--channels {self.channels}: must be a multiple of 16, the release's groups of channels")
 
 
-DEAP_PRESETS = {
-    # No network, no timing: seconds, most of them for imports.
-    "default": DeapCost(),
-    "debug": DeapCost(channels=64, grid=4, side=32),
-}
+# No network, no timing: seconds, as with the defaults, most of them for imports.
+DEBUG = DeapCost(channels=64, grid=4, side=32)
 
 
 @dataclass(frozen=True, kw_only=True)

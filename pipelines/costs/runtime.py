@@ -193,7 +193,7 @@ def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
     recipe, ((side, _),) = resolve_source(config.source, [(config.side, config.side)], "squash")
     assert isinstance(recipe, LiveRecipe)  # since there are no stores
     bundle = recipe.bundle((side, side))
-    backbone = bundle.build("cpu").backbone
+    backbone = bundle.backbone()
     learned = {
         method: _load(config, method, url, bundle, backbone)
         for method, url in config.named_methods

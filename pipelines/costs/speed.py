@@ -12,7 +12,8 @@ from typing import Literal, cast
 import numpy as np
 import torch
 
-from operators.backbone import TimmBackbone, cast_matmul_weights, create_model
+from operators.backbone import TimmBackbone, cast_matmul_weights
+from operators.timm_models import create_model
 from pipelines.costs.clocks import device_name, median_ratio, timed
 from pipelines.costs.upsamplers import image_to_grid
 from storage.documents import JsonObject, JsonValue

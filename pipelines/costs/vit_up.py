@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, create_model
+from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights
+from operators.timm_models import create_model
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler
 from operators.upsamplers.lift import Lift, LiftSettings
 from operators.upsamplers.protocol import Precision
@@ -71,25 +72,23 @@ class ViTUpBenchmark:
             raise ConfigError("--size, --query-size, --grids, --windows and --window-... must be at least 1")
         if not self.chunks or min(self.repeat, *self.chunks) < 0 or self.row_s <= 0:
             raise ConfigError("--chunks (at least one) and --repeat must be at least 0, and --row-s above 0")
-        device_of(self.device)
+        if self.device == "cuda":  # asked of no driver otherwise, since defaults are made when a program starts
+            device_of(self.device)
 
 
-VIT_UP_PRESETS = {
-    # No network. 2 CPU cores: about 6 minutes alone, 16 with a load of 6; about half an hour more with all grids.
-    "default": ViTUpBenchmark(),
-    # 2 CPU cores: about 20 seconds; the times mean nothing at this size.
-    "debug": ViTUpBenchmark(
-        model="test_vit.r160_in1k",
-        size=64,
-        query_size=128,
-        grids=(8, 12),
-        chunks=(0, 4, 12),
-        repeat=2,
-        windows=(3,),
-        window_grid=16,
-        window_channels=64,
-    ),
-}
+# No network. 2 CPU cores: about 20 seconds; the times mean nothing at this size. The defaults take about 6 minutes alone, 16 with
+# a load of 6, and about half an hour more with all grids.
+DEBUG = ViTUpBenchmark(
+    model="test_vit.r160_in1k",
+    size=64,
+    query_size=128,
+    grids=(8, 12),
+    chunks=(0, 4, 12),
+    repeat=2,
+    windows=(3,),
+    window_grid=16,
+    window_channels=64,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +153,7 @@ def measure_vit_up(config: ViTUpBenchmark) -> ViTUpResult:
     precision = automatic if config.precision == "auto" else config.precision
     repeat = config.repeat or (50 if on_gpu else 5)
     rig = _build(config, device, precision)
+    macs = _count_once(config, rig)
     tokens = rig.features.grid
     small = published_settings(config.window_channels, 12, config.size, config.query_size)
     return ViTUpResult(
@@ -161,8 +161,8 @@ def measure_vit_up(config: ViTUpBenchmark) -> ViTUpResult:
         precision=precision,
         left_out=tuple(grid for grid in ALL_GRIDS if not config.grids and grid not in grids),
         parameters=rig.parameters,
-        macs=_count_once(config, rig),
-        rows=tuple(_measure(_rows(config, rig, grids), repeat, config.row_s, device)),
+        macs=macs,
+        rows=tuple(_measure(_rows(config, rig, grids, macs.backbone), repeat, config.row_s, device)),
         windows=tuple(
             compare_window(replace(small, window=window), tokens, config.window_grid, config.window_repeat, device)
             for window in config.windows
@@ -293,7 +293,7 @@ class Row:
     call_weights: int
 
 
-def _rows(config: ViTUpBenchmark, rig: Rig, grids: Sequence[int]) -> list[Row]:
+def _rows(config: ViTUpBenchmark, rig: Rig, grids: Sequence[int], backbone_macs: int) -> list[Row]:
     """The backbone alone, then bilinear, LiFT where it can, and ViT-Up for every grid."""
     (side, _), alone = rig.features.grid, rig.weights[BACKBONE]
     run = rig.image_to_grid()
@@ -302,14 +302,15 @@ def _rows(config: ViTUpBenchmark, rig: Rig, grids: Sequence[int]) -> list[Row]:
         grid=side,
         declared_bytes=rig.backbone.peak_bytes(1, (config.size, config.size)),
         parameters=rig.parameters[BACKBONE],
-        macs=_count_once(config, rig).backbone,
+        macs=backbone_macs,
     )
     rows = [Row(line=line, run=run, call=run, weights=alone, call_weights=alone)]
     for grid in grids:
         rows.append(_beside_backbone(rig, "bilinear", create_upsampler("bilinear"), grid))
         if _enlarges(rig, grid):
             rows.append(_beside_backbone(rig, "lift", rig.lift, grid, _lift_macs(rig, grid)))
-        of_grid = [_vit_up_row(rig, grid, chunk) for chunk in config.chunks if chunk <= grid]
+        macs = head_macs(rig.settings, rig.features.grid, grid**2)
+        of_grid = [_vit_up_row(rig, grid, chunk, macs) for chunk in config.chunks if chunk <= grid]
         # Small grids fit the default: another chunk may be the same.
         rows += {row.line.queries: row for row in of_grid}.values()
     return rows
@@ -342,7 +343,7 @@ def _beside_backbone(rig: Rig, method: str, upsampler: Upsampler, grid: int, mac
     )
 
 
-def _vit_up_row(rig: Rig, grid: int, chunk: int) -> Row:
+def _vit_up_row(rig: Rig, grid: int, chunk: int, macs: int) -> Row:
     """ViT-Up with so many queries at once, a square's; 0: as extraction. Its backbone is adapted, and its own."""
     vit_up, channels, tokens = copy.copy(rig.vit_up), rig.settings.channels, rig.features.grid
     if chunk:
@@ -354,7 +355,7 @@ def _vit_up_row(rig: Rig, grid: int, chunk: int) -> Row:
         grid=grid,
         declared_bytes=vit_up.peak_bytes(1, channels, (grid, grid)),
         parameters=rig.parameters["head"] + rig.parameters["lora"],
-        macs=head_macs(rig.settings, tokens, grid**2),
+        macs=macs,
         published_macs=grid**2 * of_query + once,
         queries=min(vit_up.query_chunk(), grid**2),
     )

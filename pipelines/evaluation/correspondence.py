@@ -170,7 +170,7 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
     recipe, sizes = resolve_source(config.source, [(side, side) for side in config.sizes], geometry)
     if any(h != w for h, w in sizes):
         raise ConfigError(f"correspondence is done on square inputs, not on {sizes}; use --sizes")
-    everything = PAIRS["spair"].load(folder, config.split, config.annotation)[: config.limit]
+    everything = PAIRS["spair"](folder, config.split, config.annotation)[: config.limit]
     times = draw_pairs(everything, config.draws, config.seed)
     pairs = tuple(everything[number] for number in times)
     task = Correspondence(
@@ -251,23 +251,28 @@ def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) 
     if not drawn:
         return {}
     title = f"matches at {size} px; green: right at alpha {task.alphas[0]:g}; ring: the true place"
-    tiles = [[_matches(task, pairs[name], record, side) for record in each] for (name,), each in drawn.items()]
+    tiles = [_matches(task, pairs[name], each, side) for (name,), each in drawn.items()]
     columns = [row for (row,) in grouped(kept, "row")]
     return {"matches.png": panel(tiles, columns, [name for (name,) in drawn], title, (2 * side, side))}
 
 
-def _matches(task: Correspondence, pair: Pair, record: Record, side: int) -> Tile:
+def _matches(task: Correspondence, pair: Pair, records: Sequence[Record], side: int) -> list[Tile]:
+    """A pair's tiles, one for each record."""
     images = (OrientedImage(image.displayed, image.orientation()) for image in (pair.source, pair.target))
     pair = task.upright(pair, *images)
     canvases = [task.rules.place(image.width, image.height, side) for image in (pair.source, pair.target)]
     drawn = np.concatenate([c.draw(upright_pixels(i)) for c, i in zip(canvases, (pair.source, pair.target), strict=True)], axis=1)
-    image = Image.fromarray(drawn)
+    return [_matched(task, pair, record, side, canvases[0], Image.fromarray(drawn)) for record in records]
+
+
+def _matched(task: Correspondence, pair: Pair, record: Record, side: int, canvas: Canvas, image: Image.Image) -> Tile:
+    """A record's matches, drawn into `image`: the upright pair side by side, the source as `canvas` places it."""
     pen = ImageDraw.Draw(image)
     scored = task.rules.place(pair.target.width, pair.target.height, record["size"])
     predicted = np.array(record["predicted"]).reshape(-1, 2)
     truth = scored.compared(np.array(pair.target_xy).reshape(-1, 2))
     right = are_right(np.linalg.norm(predicted - truth, axis=1), task.alphas[0], scored, pair.box, task.rules)
-    starts = _on_canvas(canvases[0], canvases[0].compared(np.array(pair.source_xy).reshape(-1, 2)), side)
+    starts = _on_canvas(canvas, canvas.compared(np.array(pair.source_xy).reshape(-1, 2)), side)
     ends, places = (_on_canvas(scored, points, side) for points in (predicted, truth))
     ends[:, 0] += side  # the target's picture is right of the source's
     places[:, 0] += side

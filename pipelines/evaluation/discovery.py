@@ -14,7 +14,8 @@ from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture, Squash
-from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, Size, resolve_source
+from pipelines.features.rows import Size
+from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolve_source
 from pipelines.published import LIFT_DISCOVERY
 from pipelines.results import Findings, Table, panel
 from storage.datasets.boxes import BoxedImage
@@ -149,7 +150,7 @@ def _eigenvector(found: Discovery) -> Record:
 def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    loaded = BOXES[config.dataset].load(folder, config.split)
+    loaded = BOXES[config.dataset](folder, config.split)
     images = tuple(each for each in loaded if each.boxes)[: config.limit]
     if not images:
         raise DatasetError(f"{folder.displayed}: no image has an object")
@@ -216,19 +217,25 @@ def _pictures(task: ObjectDiscovery, records: Sequence[Record], tile: int = 200)
     images = grouped(kept, "image")
     if not images:
         return {}
-    tiles = [[drawn for record in each for drawn in _tiles(task, record, side, tile)] for each in images.values()]
+    tiles = [_tiles(task, each, side, tile) for each in images.values()]
     columns = [f"{name}\n{what}" for (name,) in grouped(kept, "row") for what in ("boxes", "eigenvector")]
     names = [task.images[number].image.name.rsplit("/", 1)[-1] for (number,) in images]
     return {"boxes.png": panel(tiles, columns, names, "red: what was found; green: objects", (tile, tile))}
 
 
-def _tiles(task: ObjectDiscovery, record: Record, side: int, tile: int) -> tuple[Tile, Tile]:
-    noted = task.images[record["image"]]
+def _tiles(task: ObjectDiscovery, records: Sequence[Record], side: int, tile: int) -> list[Tile]:
+    """An image's tiles, two for each record."""
+    noted = task.images[records[0]["image"]]
     boxed = task.upright(noted, OrientedImage(noted.image.displayed, noted.image.orientation()))
     photo = Image.fromarray(upright_pixels(boxed.image)).resize((tile, tile))
+    return [drawn for record in records for drawn in _found(boxed, record, side, photo.copy())]
+
+
+def _found(boxed: BoxedImage, record: Record, side: int, photo: Image.Image) -> tuple[Tile, Tile]:
+    """A record's box, drawn into `photo`, and its eigenvector."""
     pen = ImageDraw.Draw(photo)
     width, height = (side, side) if side else boxed.image_size
-    scale = np.array([tile / width, tile / height] * 2)
+    scale = np.array([photo.width / width, photo.height / height] * 2)
     for boxes, colour in ((_scaled(boxed, side), (60, 220, 90)), ([record["box"]], (240, 50, 40))):
         for box in boxes:
             pen.rectangle((np.array(box) * scale - [0, 0, 1, 1]).clip(0).tolist(), outline=colour, width=2)

@@ -19,7 +19,8 @@ from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, split_left_out
 from pipelines.features.config import LevelConfig
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, Row, Size, pooled_level, resolve_source
+from pipelines.features.rows import Row, Size, pooled_level
+from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolve_source
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task

@@ -14,20 +14,17 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.executors import Executor, executor_for
 from pipelines.features.rows import Size
 from pipelines.features.sources import CachedSource, FeatureSource, Recipe, describe
-from pipelines.provenance import require_same, versions
+from pipelines.provenance import begin_run, run_folder
 from pipelines.published import Published
 from pipelines.results import Cell, Findings, LeftOut, Line, Table, with_published, write_results
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import CANNOT_TELL, FrameUnknown
-from storage.documents import Document, JsonObject, JsonValue, as_object, decode, parse_json
+from storage.documents import Document, JsonObject, JsonValue, decode, parse_json
 from storage.paths import Folder, redact
-from storage.root import read_attributes
-from storage.runs import read_run, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -161,16 +158,10 @@ class Work:
 
 def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -> Folder:
     """The output folder, begun, or held against the settings it was begun with. Raises `ConfigError`."""
-    folder = Folder(config.required("out"), config.options)
-    if read_attributes(folder) is not None:
-        raise ConfigError(f"{folder.displayed} is a feature store; give --out a folder of its own")
+    folder = run_folder(config.required("out"), config.options)
     identity = {"task": task, **config.counted(), **recipe.identity()}
     identity["data"] = data_digest  # where it lies may change, what it holds may not
-    before = read_run(folder)
-    if before is None:
-        write_run(folder, {"identity": identity, "config": config.public(), "versions": versions()})
-    else:
-        require_same(folder.displayed, as_object(before.get("identity", {})), json.loads(json.dumps(identity)))
+    begin_run(folder, json.loads(json.dumps(identity)), config.public())
     return folder
 
 

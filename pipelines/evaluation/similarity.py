@@ -13,7 +13,8 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Piece, Record, begin, cut, grouped
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
-from pipelines.features.sources import FeatureSource, Recipe, Size, resolve_source
+from pipelines.features.rows import Size
+from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Line, Table, panel
 from storage.datasets.files import digest
 from storage.datasets.images import ImageFile, load_images

@@ -20,7 +20,8 @@ from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
-from pipelines.features.sources import FeatureSource, Recipe, Row, Size, resolve_source
+from pipelines.features.rows import Row, Size
+from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import LIFT_VIDEO
 from pipelines.results import Cell, Findings, Table, panel, percent, sides
 from storage.datasets.classes import VOID
@@ -192,7 +193,7 @@ def mask_folder(side: int, row: str, clip: str) -> str:
 def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    clips = tuple(CLIPS["davis"].load(folder, config.split, config.resolution, config.frame_step)[: config.limit])
+    clips = tuple(CLIPS["davis"](folder, config.split, config.resolution, config.frame_step)[: config.limit])
     shapes = tuple(_upright_shape(clip) for clip in clips)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
     wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]

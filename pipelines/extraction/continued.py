@@ -88,7 +88,7 @@ def continue_store(store: FeatureStore, spec: FeatureSpec, given: RunInput, conf
         return _input_update(store, index, given, config)
     except (InputError, DamagedObject):
         now = read_attributes(store.folder)
-        if now is None or now["fingerprint"] == store.attributes["fingerprint"]:
+        if now is None or now["fingerprint"] == store.root.fingerprint:
             raise
     # Another run took over changed input meanwhile.
     return continue_store(FeatureStore(store.folder, now), spec, given, config)
@@ -103,7 +103,7 @@ def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:
             f"{store.folder.displayed} has no index of its input, and was begun with other input than this: give --data in the "
             "same order as then, restore its index from a copy, or use a new --out"
         )
-    if sources_digest(sources) != store.attributes.get("input"):
+    if sources_digest(sources) != store.root.input:
         # Samples of equal names and sizes may be other ones: without a stamp, they are held against the ledger.
         sources = [replace(source, etag="") for source in sources]
     index = given.write(draft(), table, sources, prefix=store.index_prefix)

@@ -26,7 +26,6 @@ from storage.paths import Folder, redact
 from storage.samples import read_images
 from storage.shards import compress, encode_row
 from storage.spec import FeatureSpec, Layout, Level
-from storage.store import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +149,7 @@ def make_plan(prepared: Prepared) -> Plan:
     """Count and time."""
     config, spec, layout, pool = prepared.config, prepared.bundle.spec, prepared.layout, prepared.pool
     folder = Folder(config.out, config.options)
-    pending, state = _state(prepared, folder)
+    pending, state = _state(prepared)
     on_gpu = pool.device == "cuda" and torch.cuda.is_available()
     model = prepared.bundle.build("cuda") if on_gpu else prepared.model
     batch = default_batch(config, layout, pool.device)
@@ -193,15 +192,14 @@ def make_plan(prepared: Prepared) -> Plan:
     )
 
 
-def _state(prepared: Prepared, folder: Folder) -> tuple[int, str]:
+def _state(prepared: Prepared) -> tuple[int, str]:
     """How many tasks are to be done, and what there is already, in words."""
     update, n_blocks = prepared.update, prepared.layout.n_blocks
     if update is None:
         return n_blocks, "new"
-    done = FeatureStore.open(folder.url, folder.options).ledger.done()
-    again = len(done & update.redo)
+    again = len(update.done & update.redo)
     words = f", {again:,} run again for changed images" if again else ""
-    return n_blocks - len(done - update.redo), f"{len(done):,} of {n_blocks:,} tasks done{words}"
+    return n_blocks - len(update.done - update.redo), f"{len(update.done):,} of {n_blocks:,} tasks done{words}"
 
 
 def _statistics(spec: FeatureSpec) -> str:

@@ -95,7 +95,7 @@ class Prepared(Resolved):
 
     def _require_begun_with_this(self, store: FeatureStore) -> None:
         """Raise `InputError` where another run was quicker and reads other files, which may have the same names and sizes."""
-        begun_with = store.attributes.get("input") or sources_digest(store.index.sources)
+        begun_with = store.root.input or sources_digest(store.index.sources)
         if begun_with != self.input_digest:
             raise InputError(
                 f"{store.folder.displayed} was begun by another run just now, with other files than those of this --data; run "

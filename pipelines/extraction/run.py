@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from cluster.metrics import TaskReport
-from cluster.progress import Progress, every
+from cluster.progress import Progress, stage_shares
+from cluster.repeated import every
 from cluster.resources import WorkerPool
 from pipelines.executors import Executor, executor_for
 from pipelines.extraction.attempts import suspects
@@ -67,8 +68,7 @@ class Summary:
         yield from (f"  {reason}" for reason in self.reasons)
         yield from (f"  left out of the input: {line}" for line in left_out_lines(self.left_out))
         if self.this_run:
-            total = sum(self.stage_seconds.values()) or 1
-            stages = ", ".join(f"{stage} {value / total:.0%}" for stage, value in self.stage_seconds.items())
+            stages = ", ".join(f"{stage} {share:.0%}" for stage, share in stage_shares(self.stage_seconds).items())
             yield (
                 f"this run: {self.this_run:,} images in {self.seconds:.1f} s (first task after {self.start_up_s:.1f} s), "
                 f"{self.bytes_written / 1e6:.1f} MB written; worker time: {stages}"
@@ -151,7 +151,7 @@ def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, poo
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.public(),
         "workers": asdict(pool) | {"batch": batch},
-        "fingerprint": store.attributes["fingerprint"],
+        "fingerprint": store.root.fingerprint,
         "weights_sha256": store.spec.weights,
         "versions": versions(),
         "host": socket.gethostname(),

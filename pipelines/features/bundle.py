@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from operators.backbone import TimmBackbone, create_model, load_arrays, normalise, state_arrays, weights_digest
+from operators.backbone import TimmBackbone, normalise
+from operators.timm_models import create_model, load_arrays, state_arrays, weights_digest
 from pipelines.config import ConfigError
 from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription

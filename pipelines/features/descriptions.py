@@ -16,7 +16,8 @@ import timm
 import torch
 from timm.models import PretrainedCfg
 
-from operators.backbone import BackboneError, Preprocessing, preprocessing
+from operators.backbone import BackboneError
+from operators.timm_models import Preprocessing, preprocessing
 from storage.paths import Folder, StorageError
 
 logger = logging.getLogger(__name__)

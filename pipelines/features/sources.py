@@ -4,7 +4,6 @@ Maps are made one image at a time, so that an image's features don't depend on w
 how many workers there are. The low-resolution row and the bilinear rows are made here, by the same code for both sources.
 """
 
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -215,11 +214,11 @@ class StoreRecipe:
 
     def notes(self) -> list[str]:
         """Those of the extraction."""
-        return [note for store in self.stores.values() for note in store.attributes.get("notes", ())]
+        return [note for store in self.stores.values() for note in store.root.notes or ()]
 
     def identity(self) -> dict[str, JsonValue]:
         """What made the features, as JSON values."""
-        prints = {f"{h}x{w}": self.stores[h, w].attributes["fingerprint"] for h, w in sorted(self.stores)}
+        prints = {f"{h}x{w}": self.stores[h, w].root.fingerprint for h, w in sorted(self.stores)}
         return {"drawing": "extract", "stores": prints}
 
     def spec(self, size: Size) -> FeatureSpec:
@@ -241,13 +240,15 @@ class StoreSource:
 
     def __init__(self, recipe: StoreRecipe, device: str):
         self.recipe, self.device = recipe, torch.device(device)
+        self._row_of: dict[tuple[str, Size], int] = {}
+        "by image and input size: each is asked for as maps, as a vector, and for its orientation"
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
 
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
         store = self.recipe.store(size)
-        row = self._row(store, image)
+        row = self._row(size, image)
         (placed,) = PlacedRow.read(store, [row])
         if placed.width is None:
             store.pixels(row)  # raises with the reason
@@ -255,20 +256,27 @@ class StoreSource:
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         store = self.recipe.store(picture.size)
-        row = self._row(store, picture.image)
+        row = self._row(picture.size, picture.image)
         rows = self.rows(picture.size)
         by_level = {each.level: self._read(store, row, each.level) for each in rows if each.level}
         return _rows_of_maps(rows, by_level, f"{store.folder.displayed}, row {row}")
 
     def pooled(self, picture: Picture) -> Tensor | None:
         store = self.recipe.store(picture.size)
-        level, row = pooled_level(store.spec.levels), self._row(store, picture.image)
+        level, row = pooled_level(store.spec.levels), self._row(picture.size, picture.image)
         return _vector(self._read(store, row, level), f"{store.folder.displayed}, row {row}") if level else None
 
     def _read(self, store: FeatureStore, row: int, level: str) -> Tensor:
         return torch.from_numpy(store.read(row, level)).to(self.device)
 
-    def _row(self, store: FeatureStore, image: EncodedImage) -> int:
+    def _row(self, size: Size, image: EncodedImage) -> int:
+        asked = image.displayed, size
+        if asked not in self._row_of:
+            self._row_of[asked] = self._found_row(self.recipe.store(size), image)
+        return self._row_of[asked]
+
+    @staticmethod
+    def _found_row(store: FeatureStore, image: EncodedImage) -> int:
         found = store.index.find(image.keys)
         if not found:
             raise FeaturesMissing(
@@ -422,5 +430,5 @@ def _open_stores(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometri
 def describe(recipe: Recipe) -> dict[str, JsonValue]:
     """What made the features, weights' digests included, for a report."""
     if isinstance(recipe, LiveRecipe):
-        return json.loads(json.dumps(recipe.identity()))
+        return recipe.identity()
     return {**recipe.identity(), "specs": [store.spec.to_json() for store in recipe.stores.values()]}

@@ -8,6 +8,7 @@ it was trained on). Official files hold weights alone; the rest is taken from th
 the papers have them, too; but how good they are nobody knows, so it is said (`unfamiliar_size`).
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -18,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operators.backbone import TimmBackbone, weights_digest
+from operators.backbone import TimmBackbone
+from operators.timm_models import weights_digest
 from operators.upsamplers import AnyMethod, Settings, Upsampler, UpsamplerError, find_method
 from operators.upsamplers.protocol import Precision, Reload
 from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
 from storage.differences import differences
 from storage.documents import JsonObject
 from storage.paths import Folder, StorageOptions, has_extension, redact
-from storage.runs import read_pointers
+from storage.runs import best_checkpoint
 from storage.spec import FeatureSpec, Use
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class UpsamplerWeights:
         method, settings = self._found()
         return method.parameters(settings, self.state)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 over the weights and the settings that aren't their defaults, for both change the features."""
         method, settings = self._found()
@@ -100,9 +102,7 @@ def load_upsampler(
     Raises `WeightsUnavailable`, and `UpsamplerError` for another method or (unless `force`) another backbone.
     """
     if not has_extension(url, *WEIGHT_FILES):
-        pointers = read_pointers(Folder(url, storage_options))
-        if pointers:
-            url = f"{url.rstrip('/')}/{pointers.best or pointers.last}"
+        url = best_checkpoint(url, storage_options)
     displayed = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
     settings, made_for = (None, None) if has_extension(url, *WEIGHT_FILES) else _read_config(url, storage_options)

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 
-from operators.backbone import create_model, preprocessing
+from operators.timm_models import create_model, preprocessing
 from pipelines.features.descriptions import ModelDescription, describe_weights
 from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file, redact

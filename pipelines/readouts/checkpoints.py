@@ -11,15 +11,15 @@ from operator import itemgetter
 
 import torch
 
-from operators.backbone import weights_digest
 from operators.readouts import Readout, ReadoutConfig, ReadoutError, build_readout
+from operators.timm_models import weights_digest
 from pipelines.features.weights import WeightsUnavailable, read_state_dict
 from pipelines.readouts.instances import CLASSIFIER
 from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import parse_task
 from storage.documents import JsonValue
 from storage.paths import Folder, StorageOptions
-from storage.runs import read_pointers
+from storage.runs import best_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,7 @@ class TrainedReadout:
 
 def load_readout(url: str, storage_options: StorageOptions | None = None) -> TrainedReadout:
     """The readout at `url`; of a training run, its best. Raises `WeightsUnavailable` where there is none, or it doesn't fit."""
-    pointers = read_pointers(Folder(url, storage_options))
-    if pointers:
-        url = f"{url.rstrip('/')}/{pointers.best or pointers.last}"
+    url = best_checkpoint(url, storage_options)
     folder = Folder(url, storage_options)
     state = read_state_dict(url, storage_options)
     try:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jinja2
 
-from cluster.progress import duration, size_text
+from cluster.progress import duration, size_text, stage_shares
 from operators.visual import Panel, Tile
-from pipelines.showing.status import RunStatus, bottleneck, failures, level_rows, read_status, stage_shares, state_in_words
+from pipelines.showing.status import RunStatus, bottleneck, failures, level_rows, read_status, state_in_words
 from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
 from storage.paths import StorageError, StorageOptions
 from storage.store import FeatureStore
@@ -58,7 +58,7 @@ def _settings(store: FeatureStore) -> dict[str, str]:
         "input": f"{width} x {height} px, {spec.geometry}, {spec.interpolation}",
         "stride": f"{spec.stride} px, position embeddings as in {spec.pos_embed}",
         "precision": spec.precision,
-        "fingerprint": str(store.attributes["fingerprint"])[:16],
+        "fingerprint": store.root.fingerprint[:16],
     }
 
 
@@ -73,7 +73,7 @@ class _Section:
 
 def _bars(run: RunStatus) -> list[tuple[str, float, str]]:
     """Each stage, its part of the workers' time, and a colour."""
-    shares = stage_shares(run)
+    shares = stage_shares(run.stage_seconds)
     return list(zip(shares, shares.values(), itertools.cycle(STAGE_COLOURS), strict=False))
 
 

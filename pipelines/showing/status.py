@@ -11,8 +11,8 @@ from datetime import datetime
 
 import numpy as np
 
-from cluster.progress import duration, size_text
-from storage.documents import Document, JsonObject, MissingObject, as_object, decode, decode_known
+from cluster.progress import duration, size_text, stage_shares
+from storage.documents import Document, JsonObject, MissingObject, decode_known
 from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
 from storage.left_out import LeftOut, left_out_lines
 from storage.spread import spread
@@ -110,13 +110,13 @@ def read_status(store: FeatureStore) -> StoreStatus:
         for name, size in written.items():
             stored[name.split("/", 1)[0]] += size
     scale = len(done) / max(1, len(picked))
-    counts = as_object(store.attributes.get("counts") or {}, "counts")
+    counts = store.root.counts
     return StoreStatus(
         out=store.folder.displayed,
         status=store.status,
         rows=layout.n_rows,
         finished=sum(layout.task(block).n_rows for block in done),
-        failed=decode(int, counts.get("failed", 0)) if counts else round(failed * scale),
+        failed=counts.get("failed", 0) if counts else round(failed * scale),
         tasks=layout.n_blocks,
         tasks_done=len(done),
         stored_bytes={name: round(size * scale) for name, size in stored.items()},
@@ -124,7 +124,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
         is_sampled=len(picked) < len(done),
         left_out=_left_out(store),
         runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
-        notes=decode(tuple[str, ...], store.attributes.get("notes", ()), "notes"),
+        notes=store.root.notes or (),
     )
 
 
@@ -221,21 +221,15 @@ def _run_lines(status: StoreStatus, run: RunStatus) -> Iterator[str]:
     if status.pending and run.images_per_s and run.silent_s <= SILENT_AFTER_S:
         yield f"left     {duration(status.pending / run.images_per_s)} at this rate"
     if run.stage_seconds:
-        yield "workers  " + ", ".join(f"{stage} {share:.0%}" for stage, share in stage_shares(run).items())
+        yield "workers  " + ", ".join(f"{stage} {share:.0%}" for stage, share in stage_shares(run.stage_seconds).items())
         yield f"         {bottleneck(run)}"
     for error in run.errors:
         yield f"error    {error}"
 
 
-def stage_shares(run: RunStatus) -> dict[str, float]:
-    """Each stage's part of the workers' time."""
-    total = sum(run.stage_seconds.values()) or 1.0
-    return {stage: seconds / total for stage, seconds in run.stage_seconds.items()}
-
-
 def bottleneck(run: RunStatus) -> str:
     """What took most of the workers' time, in words; empty before the first task is finished."""
-    shares = stage_shares(run)
+    shares = stage_shares(run.stage_seconds)
     if not shares:
         return ""
     stage = max(shares, key=shares.__getitem__)

@@ -155,7 +155,7 @@ def main(config: Backbones) -> Iterator[str]:
 
 def _scale(backbone: PaperBackbone) -> tuple[str, str]:
     """Mean and deviation that its input is normalised with."""
-    from operators.backbone import preprocessing  # timm, and so torch, which jobs/show.py needs for nothing else
+    from operators.timm_models import preprocessing
 
     if not backbone.model:
         return "", ""

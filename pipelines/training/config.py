@@ -17,10 +17,10 @@ from operators.objectives.schedule import learning_rate
 from pipelines.config import ConfigError, Counts, Free, GpuConfig, Held, Identity, JobConfig, absolute, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.config import BackboneConfig
+from pipelines.provenance import run_folder
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
-from storage.store import read_attributes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +135,7 @@ class TrainConfig(JobConfig):
         """The folder of `out`. Raises `ConfigError` where there is none, or it is a feature store."""
         if not self.out:
             raise ConfigError("no output: give --out a path or URL for the training run")
-        folder = Folder(absolute(self.out), self.options)
-        if read_attributes(folder) is not None:
-            raise ConfigError(f"{folder.displayed} is a feature store; give --out a folder of its own")
-        return folder
+        return run_folder(absolute(self.out), self.options)
 
     def order(self, n_rows: int) -> TrainOrder:
         """Which of the rows each step takes."""

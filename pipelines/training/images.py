@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from operators.backbone import TimmBackbone, preprocessing
+from operators.backbone import TimmBackbone
+from operators.timm_models import preprocessing
 from pipelines.config import ConfigError, Counts, Found, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle, load_bundle

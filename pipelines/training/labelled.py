@@ -10,7 +10,8 @@ import numpy as np
 
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import draw
-from pipelines.features.sources import FeaturesMissing, PlacedRow, Rendering
+from pipelines.features.rows import Rendering
+from pipelines.features.sources import FeaturesMissing, PlacedRow
 from pipelines.readouts.task import Task
 from pipelines.training.data import Example, open_store
 from storage.datasets.files import DatasetError

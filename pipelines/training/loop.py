@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operators.backbone import load_arrays, state_arrays
+from operators.timm_models import load_arrays, state_arrays
 from pipelines.executors import Executor
 from pipelines.training.config import TrainSetup
 from pipelines.training.data import Loaded, load

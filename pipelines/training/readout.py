@@ -1,9 +1,10 @@
 """Training readouts on a frozen backbone's features: DeAP, its baselines, linear probes (ViT-Up's tables); live, or from an
 extracted store."""
 
+import functools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -17,7 +18,8 @@ from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, r
 from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import DenseConfig, SizedConfig, completed
-from pipelines.features.sources import Rendering, SourceChoice, pooled_level, require_geometry, resolve_source
+from pipelines.features.rows import Rendering, pooled_level
+from pipelines.features.sources import SourceChoice, require_geometry, resolve_source
 from pipelines.provenance import begin_run
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
@@ -30,7 +32,6 @@ from storage.datasets.files import digest
 from storage.datasets.frames import LabelFrame
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
-from storage.differences import differences
 from storage.documents import JsonValue
 from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
@@ -209,7 +210,9 @@ class ReadoutTraining(TrainConfig):
             for split, limit in ((self.split or kind.splits[0], self.limit), (self.val_split or kind.splits[1], self.val_limit))
         )
         task = self.build_task(train)
-        spec, bundle = self._features(task)
+        # Once each: opening reads a store's root, and its index is read when samples are looked up.
+        opened = functools.cache(lambda url: FeatureStore.open(url, self.options))
+        spec, bundle = self._features(task, opened)
         level = _level(spec, self.level_name, self.store)
         pooled = _pooled(spec, self.store) if READOUTS[self.method].needs_pooled else None
         sources = [
@@ -218,7 +221,7 @@ class ReadoutTraining(TrainConfig):
                 task=task,
                 spec=spec,
                 rendering=self.rendering,
-                stored=self._stored(items, store, spec, [name for name in (level.name, pooled) if name]),
+                stored=self._stored(items, store, opened, spec, [name for name in (level.name, pooled) if name]),
             )
             for items, store in ((train, self.store), (task.judged(held_out), self.val_store or self.store))
         ]
@@ -243,11 +246,11 @@ class ReadoutTraining(TrainConfig):
             bundle=bundle,
         )
 
-    def _features(self, task: Task) -> tuple[FeatureSpec, ModelBundle | None]:
+    def _features(self, task: Task, opened: Callable[[str], FeatureStore]) -> tuple[FeatureSpec, ModelBundle | None]:
         """What the features are, and the model where it runs."""
         size = self.features.size
         if self.store:
-            store = FeatureStore.open(self.store, self.options)
+            store = opened(self.store)
             require_geometry(store, task.placement)
             if size not in (None, *store.spec.input_size):
                 raise ConfigError(f"--size {size}: {store.folder.displayed} was extracted at {store.spec.input_size}")
@@ -260,11 +263,18 @@ class ReadoutTraining(TrainConfig):
             bundle = replace(bundle, spec=replace(bundle.spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
         return bundle.spec, bundle
 
-    def _stored(self, items: Sequence[LabelledImage], url: str, spec: FeatureSpec, levels: Sequence[str]) -> StoredMaps | None:
+    def _stored(
+        self,
+        items: Sequence[LabelledImage],
+        url: str,
+        opened: Callable[[str], FeatureStore],
+        spec: FeatureSpec,
+        levels: Sequence[str],
+    ) -> StoredMaps | None:
         if not url:
             return None
-        store = FeatureStore.open(url, self.options)
-        if found := differences(features_of(store.spec, None), features_of(spec, None)):
+        store = opened(url)
+        if found := store.spec.differences(spec, READ):
             lines = found.text("--val-store", "--store")
             raise ConfigError(f"--val-store {store.folder.displayed} holds other features than --store:\n{lines}")
         return StoredMaps.of(store, url, levels, items)
@@ -285,12 +295,13 @@ def _pooled(spec: FeatureSpec, store: str) -> str:
     return found
 
 
-def features_of(spec: FeatureSpec, level: Level | None) -> dict[str, JsonValue]:
+READ = (*FeatureSpec.names(Use.LEARNED, Use.LEARNED_LATER), "input_size")
+"""The fields of a spec that a readout's features depend on, beside the level that it reads."""
+
+
+def features_of(spec: FeatureSpec, level: Level) -> dict[str, JsonValue]:
     """What a readout's features are: it makes sense on the same ones only."""
-    names = (*FeatureSpec.names(Use.LEARNED, Use.LEARNED_LATER), "input_size")
-    found = {name: value for name, value in spec.to_json().items() if name in names}
-    if level is None:
-        return found
+    found = {name: value for name, value in spec.to_json().items() if name in READ}
     grid = level.grid and list(level.grid)
     return found | {"level": {"name": level.name, "method": level.method, "grid": grid, "digest": level.digest}}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cluster.progress import every
+from cluster.repeated import every
 from cluster.resources import WorkerRequest, accelerator_selector
 from pipelines.executors import InlineExecutor, RayExecutor, executor_for
 from pipelines.features.config import FeatureConfig

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 from storage.datasets.ade20k import load_ade20k
 from storage.datasets.boxes import BoxedImage
@@ -28,16 +28,14 @@ from storage.datasets.spair import Pair, load_spair
 from storage.datasets.voc import load_voc, load_voc_seg
 from storage.paths import Folder, StorageOptions
 
-R = TypeVar("R")
-
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetKind(Generic[R]):
-    """A data set as tasks ask for it; `R`: the records that its loader gives."""
+class DatasetKind:
+    """A data set as readouts' tasks ask for it."""
 
-    load: Callable[..., list[R]]
+    load: Callable[..., list[LabelledImage]]
     "takes the folder, the split, and then what is the data set's own"
-    label: Literal["classes", "depth", "instances", "key points", "object masks", "boxes"]
+    label: Literal["classes", "depth", "instances"]
     splits: tuple[str, str]
     "that are trained and evaluated on"
     classes: int | None = None
@@ -46,7 +44,7 @@ class DatasetKind(Generic[R]):
     "of the classes, where they're known here"
 
 
-DATASETS: Mapping[str, DatasetKind[LabelledImage]] = {
+DATASETS: Mapping[str, DatasetKind] = {
     "voc": DatasetKind(load=load_voc_seg, label="classes", splits=("train", "val"), classes=21, names=tuple(VOC_NAMES.split())),
     "coco_stuff27": DatasetKind(
         load=partial(load_coco_stuff, layout="vit_up", groups="coarse"),
@@ -73,24 +71,16 @@ DATASETS: Mapping[str, DatasetKind[LabelledImage]] = {
 }
 """What readouts are trained and judged on: segmentation on classes, depth, and on instances boundaries, detection, instances."""
 
-PAIRS: Mapping[str, DatasetKind[Pair]] = {"spair": DatasetKind(load=load_spair, label="key points", splits=("trn", "test"))}
-"""What correspondence is evaluated on."""
+PAIRS: Mapping[str, Callable[..., list[Pair]]] = {"spair": load_spair}
+"""What correspondence is evaluated on: loaders of a folder, its split, and what is the data set's own."""
 
-CLIPS: Mapping[str, DatasetKind[Clip]] = {"davis": DatasetKind(load=load_davis, label="object masks", splits=("train", "val"))}
+CLIPS: Mapping[str, Callable[..., list[Clip]]] = {"davis": load_davis}
 """What label propagation through videos is evaluated on."""
 
-BOXES: Mapping[str, DatasetKind[BoxedImage]] = {
-    "voc07": DatasetKind(
-        load=lambda folder, split: load_voc(folder, "2007", split), label="boxes", splits=("trainval", "trainval")
-    ),
-    "voc12": DatasetKind(
-        load=lambda folder, split: load_voc(folder, "2012", split), label="boxes", splits=("trainval", "trainval")
-    ),
-    "coco20k": DatasetKind(
-        load=lambda folder, split: load_coco20k(folder),  # noqa: ARG005 - its list is its only split
-        label="boxes",
-        splits=("train2014", "train2014"),
-    ),
+BOXES: Mapping[str, Callable[[Folder, str], list[BoxedImage]]] = {
+    "voc07": lambda folder, split: load_voc(folder, "2007", split),
+    "voc12": lambda folder, split: load_voc(folder, "2012", split),
+    "coco20k": lambda folder, split: load_coco20k(folder),  # noqa: ARG005 - its list is its only split
 }
 """What object discovery, which isn't trained, is evaluated on."""
 

@@ -14,10 +14,10 @@ from storage.datasets.pairing import first_place, masked_images
 from storage.paths import Folder
 
 
-def load_voc_seg(folder: Folder, split: str, limit: int | None = None, year: str = "2012") -> list[LabelledImage]:
+def load_voc_seg(folder: Folder, split: str, limit: int | None = None) -> list[LabelledImage]:
     """Class masks of the images that `ImageSets/Segmentation/<split>.txt` lists, in its order. Raises `DatasetError`."""
     require_plain(split, "the split")
-    root, ids = _listed(folder, year, f"ImageSets/Segmentation/{split}.txt")
+    root, ids = _listed(folder, "2012", f"ImageSets/Segmentation/{split}.txt")
     pairs = ((f"{root}JPEGImages/{each}.jpg", f"{root}SegmentationClass/{each}.png") for each in ids[:limit])
     return masked_images(folder, pairs, "voc")
 
