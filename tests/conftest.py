@@ -111,6 +111,14 @@ def tiny(tmp_path: Path) -> Callable[..., ExtractConfig]:
     return make
 
 
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The labelled sets that readouts and evaluations are tried on, in their official layouts."""
+    from tests.readout_runs import write_sets
+
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """A moto S3 server on loopback with the bucket `bkt`; yields its endpoint."""

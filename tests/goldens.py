@@ -1,8 +1,10 @@
 """What several tests need of golden files (tests/golden/README.md) and of memory."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +15,18 @@ def evaluation_golden(name: str) -> dict[str, np.ndarray]:
     """The arrays of `eval_<name>.npz`."""
     with np.load(GOLDEN / f"eval_{name}.npz", allow_pickle=False) as file:
         return dict(file)
+
+
+def tensor_golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The tensors of `<name>.safetensors`, and the settings that they were made with."""
+    with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        config = json.loads((file.metadata() or {}).get("config", "{}"))
+        return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118
+
+
+def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names begin with `prefix`, by the rest of their names."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def hash_tensor(key: str, position: int, shape: tuple[int, ...]) -> torch.Tensor:

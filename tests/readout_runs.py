@@ -30,7 +30,7 @@ OF_TASK: dict[str, dict[str, object]] = {
 
 
 def write_sets(root: Path) -> Path:
-    """The demo's data sets, and two splits of an NYUv2 of PNGs (specs/mini_datasets.md 9)."""
+    """The demo's data sets, and two splits of an NYUv2 of PNGs."""
     write_demo(str(root))
     sizes = {"train": ((96, 72), (72, 96), (80, 80), (81, 53), (96, 64)), "val": ((640, 480), (80, 60), (64, 81))}
     for split, of_split in sizes.items():

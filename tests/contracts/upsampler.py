@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -152,7 +152,7 @@ class UpsamplerContract:
             pytest.skip("it makes layers of its own")
         other, last = (features(1, 4, (6, 6), seed=seed).layers[5] for seed in (2, 0))
         two = PatchFeatures(layers={2: other, 5: last}, prefix={2: torch.zeros(1, 0, 4), 5: torch.zeros(1, 0, 4)}, stride=16)
-        one = replace(features_of(two.stacked((5, 2))))
+        one = features_of(two.stacked((5, 2)))
         upsampler, target = case.make(8), case.target((6, 6))
 
         out = upsampler(images(1, (6, 6)), two, (5, 2), target)

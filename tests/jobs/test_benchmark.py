@@ -334,7 +334,7 @@ def test_cost_vit_up_counts_what_runs_as_the_formula_but_for_decoders_it_leaves_
 
 
 def test_cost_vit_up_leaves_slow_grids_out_on_a_cpu_and_says_so(monkeypatch):
-    debug = vit_up_benchmark.VIT_UP_PRESETS["debug"]
+    debug = vit_up_benchmark.DEBUG
     config = dataclasses.replace(debug, grids=(), chunks=(0,), repeat=1, windows=(), device="cpu")
     monkeypatch.setattr(vit_up_benchmark, "CPU_GRIDS", (8,))
 
@@ -418,6 +418,7 @@ def test_steady_rate_counts_tasks_under_way_by_the_work_that_lies_in_the_window(
     steady = _steady(tasks)
 
     assert (steady.start, steady.stop, steady.images, steady.opens) == (16.0, 88.0, pytest.approx(8 * 10 + 8), "end")
+    assert steady.images / steady.seconds == pytest.approx(88 / 72)
 
 
 def test_process_that_dies_is_an_error_and_not_a_hang():

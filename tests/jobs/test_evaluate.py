@@ -59,6 +59,7 @@ def test_published_settings():
     call = evaluate.program.parse(["correspondence", "lift-spair", "--sizes", "224"])
     preset, config = call.preset, call.config
 
+    assert call.command is evaluate.program.commands["correspondence"]
     assert (preset, config.sizes, config.features.facet) == ("lift-spair", (224,), "key")
     assert (config.draws, config.annotation, config.rules.strict) == (100, "pairs", True)
     config = evaluate.program.parse(["correspondence", "vit-up-spair"]).config

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import os
 import pickle
 import socket
@@ -19,25 +18,15 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch.profiler import ProfilerActivity, profile
 
-from operators.backbone import (
-    BackboneError,
-    TimmBackbone,
-    autocast,
-    cast_matmul_weights,
-    create_model,
-    load_arrays,
-    normalise,
-    preprocessing,
-    state_arrays,
-    weights_digest,
-)
+from operators.backbone import BackboneError, TimmBackbone, autocast, cast_matmul_weights, normalise
+from operators.timm_models import create_model, load_arrays, preprocessing, state_arrays, weights_digest
 from pipelines.features.bundle import LoadedModel, ModelBundle, describe_model
 from pipelines.features.config import FeatureConfig
 from pipelines.features.descriptions import ModelDescription
 from pipelines.features.model import FeatureModel
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
+from tests.goldens import tensor_golden
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = "test_vit.r160_in1k"
 
 # Each family's own configuration, with two narrow blocks.
@@ -264,9 +253,7 @@ CASES = [
 
 def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object], VisionTransformer]:
     """Tensors, settings, and timm's model with the golden's weights."""
-    with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors, config = tensor_golden(name)
     model = VisionTransformer(
         img_size=config["pos_img_size"],
         patch_size=config["patch"],

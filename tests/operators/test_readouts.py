@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from operators.readouts import READOUTS, Readout, ReadoutConfig, ReadoutError, b
 from operators.readouts.deap import DeAP, coordinates, squared_distances
 from operators.readouts.readout import position_code
 from pipelines.costs.readouts import published_counts
+from tests.goldens import evaluation_golden
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "eval_deap_readout.npz"
 # README_eval.md suggests 1e-4; float32 noise against the golden file is 5e-7.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 EXACT = {"rtol": 0, "atol": 0}
@@ -27,8 +26,8 @@ ABLATIONS = {"base": {}, "no-indiv-sigma": {"shared_sigma": True}, "no-sigma": {
 
 
 def golden(case: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as data:
-        return {key.removeprefix(f"{case}_"): data[key] for key in data.files if key.startswith(f"{case}_")}
+    stored = evaluation_golden("deap_readout")
+    return {key.removeprefix(f"{case}_"): value for key, value in stored.items() if key.startswith(f"{case}_")}
 
 
 def golden_readout(case: str, **changes: object) -> tuple[DeAP, dict[str, Tensor]]:

@@ -113,17 +113,6 @@ def cache_folder() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "raylift-test" / "ceph"
 
 
-def is_available() -> bool:
-    """Whether the packages are unpacked already, or apt knows where to get them. Downloads nothing."""
-    if _is_unpacked(cache_folder() / "root"):
-        return True
-    try:
-        return bool(_package_names())
-    except RgwUnavailable as error:
-        LOG.info("no RGW server here: %s", error)
-        return False
-
-
 def _is_unpacked(root: Path) -> bool:
     # The folder gets its name only after everything is in it, so its presence is enough.
     return (root / "usr" / "bin" / "radosgw").is_file()

@@ -31,6 +31,7 @@ from pipelines.indexing import RunInput
 from storage.paths import Folder, InputError
 from storage.store import FeatureStore
 from tests.conftest import run_input, write_tar
+from tests.stops import dying_at_task
 
 POOL = 24
 """Different images there are in these tests."""
@@ -118,10 +119,8 @@ def all_samples(tars: list[str]) -> dict[str, bytes]:
 
 def test_tars_in_another_order_continue_a_stopped_store(tmp_path, features, monkeypatch):
     tars = write_tars(tmp_path, {"a": [0, 1, 2], "b": [3, 4, 5], "c": [6, 7, 8]})
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
+    with dying_at_task(1):
+        extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
 
     extract(config_of([tars[2], tars[0], tars[1]], tmp_path / "out.zarr"), InlineExecutor())
 
@@ -136,10 +135,8 @@ def test_folders_in_another_order_continue_a_stopped_store(tmp_path, features, m
         for n in numbers:
             (tmp_path / folder / f"{folder}{n}.bmp").write_bytes(IMAGES[n])
     x, y = str(tmp_path / "x"), str(tmp_path / "y")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            extract(config_of([x, y], tmp_path / "out.zarr"), InlineExecutor())
+    with dying_at_task(1):
+        extract(config_of([x, y], tmp_path / "out.zarr"), InlineExecutor())
 
     extract(config_of([y, x], tmp_path / "out.zarr"), InlineExecutor())
 
@@ -150,10 +147,8 @@ def test_folders_in_another_order_continue_a_stopped_store(tmp_path, features, m
 @pytest.mark.parametrize("moved", ["move", "copy"])
 def test_tars_elsewhere_with_the_same_images_continue_a_stopped_store(tmp_path, features, monkeypatch, moved):
     tars = write_tars(tmp_path / "in", {"a": [0, 1, 2, 3, 4], "b": [5, 6, 7]})
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
+    with dying_at_task(1):
+        extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
     (tmp_path / "there").mkdir()
     for tar in tars:
         getattr(shutil, moved)(tar, tmp_path / "there")

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 import storage.spec
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
-from pipelines.extraction.worker import ShardWorker
 from storage.ledger import SCHEMA as LEDGER_SCHEMA
 from storage.ledger import Ledger, SampleRecord
 from storage.paths import Folder, StorageError, UnknownName
@@ -34,6 +33,7 @@ from storage.spec import FeatureSpec, Layout, Level
 from storage.store import FeatureStore, MissingRows, NotAStore
 from storage.tars import SCHEMA as INDEX_SCHEMA
 from tests.conftest import jpeg, write_tar
+from tests.stops import dying_at_task
 
 ROWS, BLOCK = 21, 8
 """Of most stores here: two whole blocks and a tail of five rows."""
@@ -432,7 +432,7 @@ def test_corrupt_photograph_raises_with_key_stage_and_reason(tmp_path, tiny):
 
 
 @pytest.fixture(params=["writing", "complete"])
-def labelled(request, tiny, tmp_path, monkeypatch) -> FeatureStore:
+def labelled(request, tiny, tmp_path) -> FeatureStore:
     """Nine images with their class carried along, the second unreadable; while it is written, the last task is missing."""
     members = [
         (f"{n}.{kind}", data)
@@ -441,14 +441,7 @@ def labelled(request, tiny, tmp_path, monkeypatch) -> FeatureStore:
     ]
     data = str(write_tar(tmp_path / "labelled.tar", members))
     config = tiny(data, levels=("pooled",), carry=("cls",), max_failed_fraction=0.5)
-    original = ShardWorker.compute
-    if request.param == "writing":
-        monkeypatch.setattr(
-            ShardWorker,
-            "compute",
-            lambda self, task, loaded: pytest.fail("stop") if task.block == 2 else original(self, task, loaded),
-        )
-    with pytest.raises(BaseException, match="stop") if request.param == "writing" else contextlib.nullcontext():
+    with dying_at_task(2) if request.param == "writing" else contextlib.nullcontext():
         extract(config, InlineExecutor())
     store = FeatureStore.open(config.out)
     assert store.status == request.param
@@ -475,16 +468,9 @@ def test_a_column_that_there_isnt_is_an_error_that_names_those_there_are(labelle
             ask(["cls", "label", "status"])
 
 
-def test_open_reader_of_a_growing_store_sees_rows_as_they_are_written(make_tars, tiny, monkeypatch):
+def test_open_reader_of_a_growing_store_sees_rows_as_they_are_written(make_tars, tiny):
     config = tiny(make_tars(), levels=("x1", "x2@int8", "pooled"))
-    original = ShardWorker.compute
-    stop = {3}
-    monkeypatch.setattr(
-        ShardWorker,
-        "compute",
-        lambda self, task, loaded: pytest.fail("stop") if task.block in stop else original(self, task, loaded),
-    )
-    with pytest.raises(BaseException, match="stop"):
+    with dying_at_task(3):
         extract(config, InlineExecutor())
     store = FeatureStore.open(config.out)
 
@@ -501,7 +487,6 @@ def test_open_reader_of_a_growing_store_sees_rows_as_they_are_written(make_tars,
     assert store.valid([0, 19, 11, 12]).tolist() == [True, False, True, False]
     assert store.records([12, 11], ["row", "key"]).to_pylist() == [{"row": 12, "key": None}, {"row": 11, "key": "00011"}]
 
-    stop.clear()
     extract(config, InlineExecutor())
 
     for level in ("x1", "x2", "pooled"):

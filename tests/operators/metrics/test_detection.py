@@ -496,7 +496,7 @@ def test_images_without_detections_or_objects():
 @pytest.mark.parametrize(
     ("boxes", "scores", "message"),
     [
-        ([[0, 0, 5, 5]], [0.5, 0.6], "longer than argument 1"),
+        ([[0, 0, 5, 5]], [0.5, 0.6], "image 0: 2 scores for 1 boxes"),
         ([[5, 0, 0, 5]], [0.5], r"image 0: .*x1 <= x2 and y1 <= y2, got \[\[5.0, 0.0, 0.0, 5.0\]\]"),
         ([[0, 0, 5, math.nan]], [0.5], "got .*nan"),
         ([[0, 0, 5, 5]], [math.nan], "scores hold NaN"),

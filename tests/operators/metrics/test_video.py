@@ -164,7 +164,7 @@ def test_propagation_is_that_of_lifts_script(case, max_bytes):
 
 
 def straightforward(maps: torch.Tensor, labels: torch.Tensor, settings: Propagation) -> torch.Tensor:
-    """All affinities at once, float64, step by step as specs/evaluation.md has them."""
+    """All affinities at once, float64, step by step as DINO's code has them."""
     _, h, w, _ = maps.shape
     unit = F.normalize(maps.double(), dim=-1).flatten(1, 2)
     y, x = (each.flatten() for each in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))

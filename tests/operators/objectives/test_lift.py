@@ -1,23 +1,14 @@
 """Reconstruction losses: LiFT's values, gradients and optimiser steps."""
 
-import json
-from pathlib import Path
-
 import pytest
-import safetensors
 import torch
 
 from operators.objectives.lift import LOSSES, cosine_loss, lower, multi_scale_loss
 from operators.upsamplers import build_net
+from tests.goldens import tensor_golden as golden
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-# Mathematically zero gradients that Adam moves by rounding noise (lift_vitup.md A10.7).
+# Mathematically zero gradients that Adam moves by rounding noise.
 NOISE = ("image_convs_1.0.bias", "image_convs_1.3.bias", "image_convs_2.0.bias")
-
-
-def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])  # noqa: SIM118
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -1,23 +1,16 @@
 """ViT-Up's supervision, losses and learning rate against values of its official code."""
 
 import json
-from pathlib import Path
 
 import pytest
-import safetensors
 import torch
 
 from operators.objectives.schedule import learning_rate
 from operators.objectives.vit_up import LossWeights, Supervision, cosine, objective, relational_kl, standardised_l2, to_blocks
+from tests.goldens import GOLDEN, tensor_golden
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 LOSSES = {"l2": standardised_l2, "cos": cosine, "kl": relational_kl}
 RTOL = {"l2": 1e-5, "cos": 1e-5, "kl": 1e-4}
-
-
-def golden(name: str) -> dict[str, torch.Tensor]:
-    with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def composite(tensors: dict[str, torch.Tensor], side: str) -> list[list[torch.Tensor]]:
@@ -29,7 +22,7 @@ def composite(tensors: dict[str, torch.Tensor], side: str) -> list[list[torch.Te
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_values_and_gradients_are_those_of_the_official_losses(kind):
-    tensors = golden("vitup_losses")
+    tensors = tensor_golden("vitup_losses")[0]
     predicted = tensors["in/pred"].requires_grad_()
 
     value = LOSSES[kind](predicted, tensors["in/gt"])
@@ -41,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_official_losses(kind):
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_norms_have_the_official_floor(kind):
-    tensors = golden("vitup_losses")
+    tensors = tensor_golden("vitup_losses")[0]
 
     value = LOSSES[kind](tensors["tiny/in/pred"], tensors["in/gt"])
 
@@ -58,7 +51,7 @@ def test_losses_of_equal_tokens_are_zero_and_half_precision_is_computed_in_float
 
 
 def test_relations_are_computed_in_float32_under_autocast():
-    tensors = golden("vitup_losses")
+    tensors = tensor_golden("vitup_losses")[0]
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = relational_kl(tensors["in/pred"], tensors["in/gt"])
@@ -77,7 +70,7 @@ def test_a_single_token_has_no_relations():
 
 
 def test_relations_depend_on_the_temperature():
-    tensors = golden("vitup_losses")
+    tensors = tensor_golden("vitup_losses")[0]
 
     values = [relational_kl(tensors["in/pred"], tensors["in/gt"], tau).item() for tau in (0.25, 0.5, 1.0)]
 
@@ -97,7 +90,7 @@ UNEQUAL = LossWeights(cosine=0.5, relational=2.0, layers=(1.0, 3.0), scales=(1.0
 
 @pytest.mark.parametrize(("out", "weights"), [("out", UNEQUAL), ("out_uniform", LossWeights())])
 def test_the_sum_is_that_of_the_official_module(out, weights):
-    tensors = golden("vitup_losses")
+    tensors = tensor_golden("vitup_losses")[0]
 
     value = objective(composite(tensors, "pred"), composite(tensors, "gt"), weights)
 
@@ -109,7 +102,7 @@ def test_the_sum_is_that_of_the_official_module(out, weights):
 
 @pytest.mark.parametrize("name", ["l2", "cosine", "relational"])
 def test_a_loss_of_weight_zero_is_left_out(name):
-    tensors = golden("vitup_losses")
+    tensors = tensor_golden("vitup_losses")[0]
     pairs = composite(tensors, "pred"), composite(tensors, "gt")
     whole = objective(*pairs, LossWeights())
 
@@ -120,7 +113,7 @@ def test_a_loss_of_weight_zero_is_left_out(name):
 
 
 def test_only_the_total_is_differentiated():
-    tensors = golden("vitup_losses")
+    tensors = tensor_golden("vitup_losses")[0]
     predictions = [[tokens.requires_grad_() for tokens in layer] for layer in composite(tensors, "pred")]
 
     value = objective(predictions, composite(tensors, "gt"), LossWeights())
@@ -131,7 +124,7 @@ def test_only_the_total_is_differentiated():
 
 
 def test_predictions_of_too_few_layers_are_refused():
-    tensors = golden("vitup_losses")
+    tensors = tensor_golden("vitup_losses")[0]
 
     with pytest.raises(ValueError, match=r"predictions of 1 layers x \[3\] scales don't match targets of 2 layers x 3"):
         objective(composite(tensors, "pred")[:1], composite(tensors, "gt"), LossWeights())
@@ -163,7 +156,7 @@ ALL_BLOCKS = slice(0, 9)
 
 
 def test_queries_are_those_of_the_official_blocks():
-    tensors = golden("vitup_supervision_blocks")
+    tensors = tensor_golden("vitup_supervision_blocks")[0]
     corners = tensors["in/bbox_x1y1x2y2"]
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
     unit = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
@@ -175,7 +168,7 @@ def test_queries_are_those_of_the_official_blocks():
 
 
 def test_predictions_are_pooled_as_officially():
-    tensors = golden("vitup_supervision_blocks")
+    tensors = tensor_golden("vitup_supervision_blocks")[0]
 
     pooled = SMALL.predictions(tensors["in/q_feats"].flatten(1, 3))
 
@@ -184,7 +177,7 @@ def test_predictions_are_pooled_as_officially():
 
 
 def test_targets_are_the_teachers_tokens_of_the_official_blocks():
-    tensors = golden("vitup_supervision_blocks")
+    tensors = tensor_golden("vitup_supervision_blocks")[0]
     row_and_column = [torch.stack(torch.meshgrid(*[torch.arange(n)] * 2, indexing="ij"), dim=-1) for n in SMALL.grids]
 
     targets = SMALL.targets([indices[None] for indices in row_and_column], ALL_BLOCKS)

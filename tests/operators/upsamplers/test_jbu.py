@@ -1,7 +1,6 @@
 """FeatUp's joint bilateral upsampler: its own code's kernels, outputs and gradients."""
 
 import json
-from pathlib import Path
 
 import pytest
 import safetensors
@@ -10,9 +9,9 @@ import torch
 from operators.backbone import PatchFeatures
 from operators.upsamplers import UpsamplerError, build_net, learned_upsampler
 from operators.upsamplers.jbu import JointBilateral, JointBilateralStack
+from tests.conftest import SHARED
+from tests.goldens import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-SHARED = Path(__file__).resolve().parents[4] / "shared" / "golden"
 # README_upsamplers.md: the official modules in float64 differ by about as much.
 SINGLE = {"rtol": 5e-5, "atol": 5e-5}
 STACK = {"rtol": 2e-4, "atol": 2e-4}
@@ -21,7 +20,8 @@ STACK = {"rtol": 2e-4, "atol": 2e-4}
 def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Tensors, weights as float32, and settings; large files are only beside the checkout."""
     path = next(
-        (folder / f"{name}.safetensors" for folder in (GOLDEN, SHARED) if (folder / f"{name}.safetensors").is_file()), None
+        (folder / f"{name}.safetensors" for folder in (GOLDEN, SHARED / "golden") if (folder / f"{name}.safetensors").is_file()),
+        None,
     )
     if path is None:
         pytest.skip(f"../shared/golden/{name} is not here")

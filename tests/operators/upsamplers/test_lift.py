@@ -3,29 +3,20 @@
 import json
 
 import pytest
-import safetensors
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from operators.backbone import PatchFeatures, state_arrays, weights_digest
+from operators.backbone import PatchFeatures
+from operators.timm_models import state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError, build_net, find_method, learned_upsampler
 from operators.upsamplers.lift import LiftNet
 from operators.upsamplers.resize_conv import ResizeConvNet
-from tests.goldens import GOLDEN, hash_tensor
+from tests.goldens import GOLDEN, hash_tensor, under
+from tests.goldens import tensor_golden as golden
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # LiFT's, of README_lift_vitup.md: float32 noise is 4e-6
 EXACT = {"rtol": 0, "atol": 0}
-
-
-def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118
-
-
-def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def maps_of(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -258,6 +249,7 @@ def test_weights_are_loaded_as_they_are(method):
     loaded = digest_of(config, net.state_dict())
 
     assert loaded == weights_digest(state_arrays(net))
+    assert learned_upsampler(config, net.state_dict()).layers == ()
     assert loaded != digest_of(config, build_net(config, seed=4).state_dict())
 
 
@@ -351,7 +343,10 @@ def test_batchnorm_counters_may_be_missing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lfit"}, "no upsampler is called 'lfit'; there are: .*lift, resize_conv, jbu"),
+        (
+            {"method": "lfit"},
+            "no upsampler is called 'lfit'; there are: bilinear, bicubic, nearest, average, lift, resize_conv, jbu",
+        ),
         ({"patch": None}, "lack patch"),
         ({"stride": 8}, "no such upsampler settings: stride; there are: channels, patch"),
         ({"radius": 5}, "radius=5 is no setting of lift"),

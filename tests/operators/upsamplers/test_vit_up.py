@@ -7,7 +7,6 @@ import json
 import re
 
 import pytest
-import safetensors
 import timm
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
 from operators.upsamplers.vit_up.upsampler import ViTUp
 from pipelines.costs.windows import gather_then_attend
-from tests.goldens import GOLDEN, hash_tensor
+from tests.goldens import GOLDEN, hash_tensor, tensor_golden, under
 
 # Of README_lift_vitup.md, with the float32 noise measured there.
 SUBMODULE = {"rtol": 1e-4, "atol": 1e-4}  # 4e-6
@@ -37,17 +36,11 @@ MODEL = "base_model.model."
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, object]]:
-    with safetensors.safe_open(GOLDEN / f"vitup_{name}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118
+    return tensor_golden(f"vitup_{name}")
 
 
 def key_tables(kind: str) -> dict[str, dict[str, dict[str, object]]]:
     return json.loads((GOLDEN / f"vitup_state_dict_keys_dinov3_{kind}.json").read_text())
-
-
-def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

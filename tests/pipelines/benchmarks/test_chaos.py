@@ -21,7 +21,8 @@ from cluster.nodes import processes_in
 from pipelines.benchmarks.chaos import ChaosBenchmark, ChaosResult, chaos_report, deal, require_nothing_lost
 from pipelines.benchmarks.chaos_jobs import ExtractJob, TrainJob
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import BenchmarkFailed, machine
+from pipelines.costs.clocks import machine
+from pipelines.costs.process import BenchmarkFailed
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
 from storage.paths import Folder

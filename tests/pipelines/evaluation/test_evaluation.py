@@ -32,7 +32,8 @@ from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
-from pipelines.features.sources import FeaturesMissing, Row, describe, resolve_source
+from pipelines.features.rows import Row
+from pipelines.features.sources import FeaturesMissing, describe, resolve_source
 from pipelines.results import write_results
 from storage.datasets.coco import load_coco20k
 from storage.datasets.davis import load_davis

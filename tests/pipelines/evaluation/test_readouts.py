@@ -25,17 +25,12 @@ from storage.datasets.files import DatasetError
 from storage.paths import Folder
 from storage.runs import read_pointers
 from tests.pipelines.evaluation.test_evaluation import evaluate
-from tests.readout_runs import OF_TASK, TINY, extract, held_out, train, training, write_sets
+from tests.readout_runs import OF_TASK, TINY, extract, held_out, train, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = {"batch": 2, "micro_batch": 1, "epochs": 10, "max_steps": 24, "checkpoint_every": 24, "validate_every": 24}
 IMAGES = "VOC2012/VOCdevkit/VOC2012/JPEGImages"
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> Path:
-    return write_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import zarr
 from PIL import Image
 
 from jobs.extract import run
-from operators.backbone import create_model
+from operators.timm_models import create_model
 from tests.conftest import jpeg, write_tar
 
 

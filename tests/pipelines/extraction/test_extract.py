@@ -49,21 +49,11 @@ def test_second_run_of_a_complete_store_does_nothing(make_tars, tiny, monkeypatc
 
 def test_interrupted_run_continues_without_gap_or_repeat(make_tars, tiny, monkeypatch):
     config = tiny(make_tars())
-    computed = []
-    original = ShardWorker.compute
-
-    def interrupt_third(self, task, loaded):
-        if len(computed) == 2:
-            raise KeyboardInterrupt
-        computed.append(task.block)
-        return original(self, task, loaded)
-
-    monkeypatch.setattr(ShardWorker, "compute", interrupt_third)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_at_task(2):
         extract(config, InlineExecutor())
     assert FeatureStore.open(config.out).status == "writing"
 
-    computed.clear()
+    computed, original = [], ShardWorker.compute
     monkeypatch.setattr(
         ShardWorker, "compute", lambda self, task, loaded: (computed.append(task.block), original(self, task, loaded))[1]
     )
@@ -74,7 +64,7 @@ def test_interrupted_run_continues_without_gap_or_repeat(make_tars, tiny, monkey
     assert FeatureStore.open(config.out).status == "complete"
 
 
-def test_shard_that_lost_bytes_after_its_commit_is_written_again(make_tars, tiny, monkeypatch):
+def test_shard_that_lost_bytes_after_its_commit_is_written_again(make_tars, tiny):
     config = tiny(make_tars())
     reference = tiny(config.data, out=config.out.replace("out", "reference"))
     extract(reference, InlineExecutor())

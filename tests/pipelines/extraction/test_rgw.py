@@ -47,8 +47,7 @@ def test_of_sixteen_writers_exactly_one_creates(gateway, bucket):
     assert sorted(won) == [False] * 15 + [True]
 
 
-def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(gateway, bucket, make_tars, tiny, tmp_path, monkeypatch):
-
+def test_store_on_ceph_has_the_bytes_of_the_local_one_and_continues(gateway, bucket, make_tars, tiny, tmp_path):
     local = tiny(make_tars(count=2, each=10))
     upload(tmp_path / "in", bucket, gateway)
     remote = tiny(

@@ -342,7 +342,7 @@ import io
 from PIL import Image
 from operators.codecs.memory import DecodeMemory
 from operators.image import Geometry, decode, limit_pillow
-from pipelines.costs.clocks import high_water
+from pipelines.costs.process import high_water
 from pipelines.extraction.decoding import DecodeThreads
 out = io.BytesIO()
 Image.new("RGB", (5000, 5000), (1, 2, 3)).save(out, "PNG")

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from operators.backbone import create_model, state_arrays, weights_digest
+from operators.timm_models import create_model, state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError
 from operators.upsamplers.vit_up.head import ViTUpConfig
 from operators.upsamplers.vit_up.lora import Lora

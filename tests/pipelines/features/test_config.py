@@ -9,7 +9,6 @@ import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -28,7 +27,7 @@ from pipelines.features.upsamplers import load_upsampler
 from pipelines.training.lift import X2Config
 from storage.paths import Folder
 from storage.spec import FeatureSpec, FingerprintMismatch, Use
-from tests.readout_runs import TINY, train, training, write_sets
+from tests.readout_runs import TINY, train, training
 
 COUNTS, FOUND, FREE = Identity.COUNTS, Identity.FOUND, Identity.FREE
 
@@ -169,11 +168,6 @@ def test_an_upsampler_is_refused_by_all_that_the_spec_knows(upsampler):
     for name, value in others.items():
         with pytest.raises(UpsamplerError, match=rf"  {name}.* +trained on .* used with "):
             load_upsampler("lift", upsampler, model.backbone, replace(bundle.spec, **{name: value}))
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> Path:
-    return write_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.mark.usefixtures("one_thread")

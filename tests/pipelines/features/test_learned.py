@@ -24,7 +24,8 @@ from torch import nn
 
 from jobs.extract import run
 from jobs.show import run as show
-from operators.backbone import BackboneError, TimmBackbone, create_model, normalise, state_arrays, weights_digest
+from operators.backbone import BackboneError, TimmBackbone, normalise
+from operators.timm_models import create_model, state_arrays, weights_digest
 from operators.upsamplers import build_net, create_upsampler, learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.demo_datasets import write_demo
@@ -351,7 +352,7 @@ def test_digest_covers_weights_and_settings_and_is_part_of_the_fingerprint(keys,
     assert (again.ok, again.this_run) == (6, 0)
 
 
-def test_interrupted_run_continues_with_the_same_bytes(keys, tmp_path, monkeypatch):
+def test_interrupted_run_continues_with_the_same_bytes(keys, tmp_path):
     url = official_file(tmp_path / "lift.pth")
     config = keys(levels=("x1", f"x2=lift:{url}"))
     whole = keys(levels=config.features.levels, out=str(tmp_path / "whole.zarr"))

@@ -2,7 +2,6 @@
 give what they give on the CPU, without bringing any map to the host."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,16 +29,11 @@ from storage.shards import encode_row
 from tests.operators.test_backbone import described, photos
 from tests.pipelines.features.test_learned import LIFT, checkpoint, official_file
 from tests.pretended_gpu import Gpu, There, pretended_gpu
-from tests.readout_runs import OF_TASK, TINY, prepared, train, training, write_sets
+from tests.readout_runs import OF_TASK, TINY, prepared, train, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 JBU = {**LIFT, "method": "jbu"}
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> Path:
-    return write_sets(tmp_path_factory.mktemp("sets"))
 
 
 # --- the pretended GPU itself -----------------------------------------------------------------------------------------

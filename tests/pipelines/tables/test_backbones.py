@@ -5,7 +5,8 @@ import timm
 import torch
 
 from jobs import show
-from operators.backbone import BackboneError, TimmBackbone, create_model
+from operators.backbone import BackboneError, TimmBackbone
+from operators.timm_models import create_model
 from pipelines.config import ConfigError
 from pipelines.tables.backbones import BACKBONES, BY_NAME, find_backbone
 

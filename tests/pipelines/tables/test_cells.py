@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -24,8 +25,10 @@ from pipelines.tables.deap import entries, main, report, scatter, write_grid
 from pipelines.tables.tasks import PUBLISHED, find_task, published_values
 from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
+from pipelines.training.run import train_inline
 from storage.paths import Folder
 from tests.readout_runs import extract, held_out, losses, write_sets
+from tests.stops import Died, dies_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,8 +234,8 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeyp
     config = tiny_grid(sets, tmp_path / "grid", max_steps=8)
     (cell,) = plan_cells(config)
     with monkeypatch.context() as patched:
-        patched.setattr(grid, "train_inline", lambda setup: stop_after(5, setup))
-        with pytest.raises(KeyboardInterrupt):
+        patched.setattr(grid, "train_inline", lambda setup: train_inline(replace(setup, on_step=dies_after(5))))
+        with pytest.raises(Died):
             run_cell(cell)
     written = losses(cell.training.out)
     assert len(written) == 4
@@ -243,18 +246,6 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeyp
     assert losses(cell.training.out)[:4] == written
     assert result.metrics == whole.metrics
     assert result.steps == 8
-
-
-def stop_after(step: int, setup):
-    from dataclasses import replace
-
-    from pipelines.training.run import train_inline
-
-    def on_step(number: int, rows: list[int]) -> None:
-        if number == step:
-            raise KeyboardInterrupt
-
-    return train_inline(replace(setup, on_step=on_step))
 
 
 def test_more_steps_go_on_and_other_settings_are_refused(sets, tmp_path):

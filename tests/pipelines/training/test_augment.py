@@ -24,8 +24,7 @@ from pipelines.training.augment import (
     training_view,
     truncate,
 )
-
-GOLDEN = Path(__file__).parents[2] / "golden"
+from tests.goldens import GOLDEN
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -18,7 +18,6 @@ from operators.upsamplers import learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
-from pipelines.training.config import TrainConfig
 from pipelines.training.data import TrainOrder
 from pipelines.training.lift import X2Config
 from pipelines.training.loop import Group, Trainer, TrainFailed, read_metrics
@@ -27,6 +26,7 @@ from storage.paths import Folder, InputError
 from storage.runs import read_checkpoint, read_last, read_pointers
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
+from tests.readout_runs import losses, prepared
 from tests.stops import Died, dies_after
 from tests.storage.test_input_identity import bitmap
 
@@ -59,14 +59,6 @@ def small(tmp_path, make_tars):
         return X2Config.of(**{**values, **changes})
 
     return make
-
-
-def prepared(config: TrainConfig, on_step=None):
-    return replace(config.resolve().prepare(InlineExecutor()), on_step=on_step)
-
-
-def losses(out: str) -> list[float]:
-    return [line["loss"] for line in read_metrics(Folder(out)) if "loss" in line]
 
 
 # --- order and images -------------------------------------------------------------------------------------------------

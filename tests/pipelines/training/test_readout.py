@@ -22,17 +22,12 @@ from pipelines.training.loop import TrainFailed, read_metrics
 from pipelines.training.run import train_on_ray
 from storage.paths import Folder
 from storage.runs import read_last
-from tests.readout_runs import OF_TASK, extract, held_out, losses, prepared, train, training, write_nyu, write_sets
+from tests.readout_runs import OF_TASK, extract, held_out, losses, prepared, train, training, write_nyu
 from tests.stops import Died, dies_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGES = "VOCdevkit/VOC2012/JPEGImages"
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> Path:
-    return write_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture(scope="module")

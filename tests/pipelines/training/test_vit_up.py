@@ -1,7 +1,6 @@
 """ViT-Up trained by the job: the official loss and gradients, the loop, and its checkpoint in extraction."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,8 @@ from storage.paths import Folder
 from storage.runs import read_checkpoint, read_last
 from storage.store import FeatureStore
 from tests.operators.upsamplers.test_vit_up import dinov3, golden, load_hf, under
+from tests.readout_runs import prepared
+from tests.stops import Died, dies_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,26 +123,13 @@ def small(tmp_path, make_tars):
     return make
 
 
-def prepared(config: ViTUpTraining, on_step=None):
-    return replace(config.resolve().prepare(InlineExecutor()), on_step=on_step)
-
-
-class Died(Exception):
-    pass
-
-
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path):
     """LoRA's dropout, the views and the schedule included."""
-
-    def die(step: int, rows: list[int]) -> None:
-        if step == 3:
-            raise Died
-
     whole, broken = small(out=str(tmp_path / "whole")), small(out=str(tmp_path / "broken"))
     train_inline(prepared(whole))
 
     with pytest.raises(Died):
-        train_inline(prepared(broken, die))
+        train_inline(prepared(broken, dies_after(3)))
     train_inline(prepared(broken))
 
     expected, found = read_last(Folder(whole.out)), read_last(Folder(broken.out))

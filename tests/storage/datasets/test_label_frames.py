@@ -21,14 +21,12 @@ from pipelines.evaluation import readouts as probe
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
-from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.video import VideoConfig
-from pipelines.executors import InlineExecutor
-from pipelines.features.sources import FeaturesMissing, describe
-from pipelines.results import write_results
+from pipelines.features.sources import FeaturesMissing
 from storage.datasets.files import DatasetError
 from storage.datasets.labels import label_png
 from storage.orientation import Orientation
+from tests.pipelines.evaluation.test_evaluation import evaluate
 from tests.readout_runs import TINY, extract, prepared, train, training, write_nyu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,14 +79,6 @@ def box(corners: tuple[int, int, int, int], size: tuple[int, int], exif: int) ->
 def save(path: Path, data: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-
-
-def evaluate(module, config):
-    task, recipe, folder = module.prepare(config)
-    records = run_pieces(config, task, recipe, folder, InlineExecutor())
-    findings = module.find(config, task, recipe, records)
-    write_results(folder, "task", config.public(), describe(recipe), findings)
-    return records, findings
 
 
 def results(config) -> dict:
