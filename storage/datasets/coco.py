@@ -11,21 +11,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from storage.datasets.boxes import Box, BoxedImage, coco_box
-from storage.datasets.files import (
-    DatasetError,
-    RawObject,
-    lines,
-    listed_names,
-    names_in,
-    parsed,
-    read,
-    require_files,
-    require_plain,
-)
+from storage.datasets.files import DatasetError, RawObject, lines, listed_names, parsed, read, require_files, require_plain
 from storage.datasets.images import ImageFile
 from storage.datasets.instances import Instances
 from storage.datasets.labels import LabelledImage
-from storage.datasets.pairing import joined, masked_images, require_place
+from storage.datasets.pairing import joined, masked_images, pairs_of_stems, require_place
 from storage.paths import Folder
 
 K = TypeVar("K")
@@ -145,8 +135,7 @@ def _all_stuff(folder: Folder, split: str) -> list[tuple[str, str]]:
     places += ["annotations", "dataset/annotations", "stuffthingmaps"]
     labels = require_place(folder, [f"{place}/{split}" for place in places])
     images = require_place(folder, [joined(place, split) for place in ("coco", "images", "dataset/images", "", "coco/images")])
-    stems = [name.rsplit(".", 1)[0] for name in names_in(folder, labels, ("png",))]
-    return [(f"{images}/{stem}.jpg", f"{labels}/{stem}.png") for stem in stems]
+    return pairs_of_stems(folder, images, labels)
 
 
 # --- annotation files -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from storage.datasets.files import DatasetError, listed_names, names_in
 from storage.datasets.images import ImageFile, keys_of
+from storage.datasets.pairing import by_name
 from storage.paths import Folder
 
 
@@ -21,18 +22,25 @@ class Clip:
 
 
 def load_davis(folder: Folder, split: str = "val", resolution: str = "480p", step: int = 1) -> list[Clip]:
-    """The clips of a split's list, every `step`-th frame. Raises `DatasetError`, also where a mask is missing."""
+    """The clips of a split's list, every `step`-th frame. Raises `DatasetError`, also where a mask or a frame is missing."""
     return [_clip(folder, name, resolution, step) for name in listed_names(folder, f"ImageSets/2017/{split}.txt")]
 
 
 def _clip(folder: Folder, name: str, resolution: str, step: int) -> Clip:
     images, labels = f"JPEGImages/{resolution}/{name}", f"Annotations/{resolution}/{name}"
-    there, frames, masks = set(folder.sizes(labels)), [], []
-    for frame in names_in(folder, images, ("jpg", "jpeg"))[::step]:
-        mask = f"{frame.rsplit('.', 1)[0]}.png"
+    stems = ((frame.rsplit(".", 1)[0], frame) for frame in names_in(folder, images, ("jpg", "jpeg")))
+    there, of_number = set(folder.sizes(labels)), by_name(folder, stems, lambda frame: f"{images}/{frame}")
+    frames, masks = [], []
+    for number, frame in list(of_number.items())[::step]:
+        mask = f"{number}.png"
         if mask not in there:
             raise DatasetError(f"{folder.displayed}/{labels}/{mask} is missing, but its frame is not")
         # A frame's number alone is in every clip, so that no store may call it so.
         frames.append(ImageFile(folder=folder, name=f"{images}/{frame}", keys=keys_of(f"{images}/{frame}")[:-1]))
         masks.append(f"{labels}/{mask}")
+    # A clip with holes is another video: what lies between two frames is what labels are carried over.
+    if lost := sorted(mask for mask in there if mask.endswith(".png") and mask.removesuffix(".png") not in of_number):
+        raise DatasetError(
+            f"{folder.displayed}/{labels}/{lost[0]} has no frame in {images}, nor have {len(lost) - 1} other masks"
+        )
     return Clip(name=name, frames=tuple(frames), masks=tuple(masks))

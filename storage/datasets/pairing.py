@@ -1,6 +1,7 @@
 """Where in a folder a data set's images and labels lie, and which label is of which image."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from storage.datasets.files import DatasetError, names_in, require_files
 from storage.datasets.images import ImageFile
@@ -8,6 +9,22 @@ from storage.datasets.labels import ClassMask, LabelledImage
 from storage.paths import Folder
 
 IMAGE_TYPES = ("jpg", "jpeg", "png")
+
+V = TypeVar("V")
+
+
+def by_name(folder: Folder, named: Iterable[tuple[str, V]], displayed: Callable[[V], str]) -> dict[str, V]:
+    """What is called by each name; `displayed` is its place inside the folder. Raises `DatasetError` where two things have one
+    name: nothing would tell which of them a label is of."""
+    found: dict[str, V] = {}
+    for name, value in named:
+        if name in found:
+            raise DatasetError(
+                f"{folder.displayed} has {name} twice, as {displayed(found[name])} and as {displayed(value)}: which of them a "
+                "label is of can't be told. Remove or rename one"
+            )
+        found[name] = value
+    return found
 
 
 def joined(*parts: str) -> str:
@@ -62,6 +79,9 @@ def pairs_of_stems(folder: Folder, images: str, labels: str, endings: tuple[str,
 
 
 def _by_stem(folder: Folder, place: str, extensions: Sequence[str], ending: str) -> dict[str, str]:
-    """Paths of a folder's files by their names without `ending` and extension; those that end otherwise are left out."""
+    """Paths of a folder's files by their names without `ending` and extension; those that end otherwise are left out.
+
+    Raises `DatasetError`, also for two files that differ in their extension only."""
     stems = [(name.rpartition(".")[0], name) for name in names_in(folder, place, extensions)]
-    return {stem.removesuffix(ending): f"{place}/{name}" for stem, name in stems if stem.endswith(ending)}
+    named = ((stem.removesuffix(ending), f"{place}/{name}") for stem, name in stems if stem.endswith(ending))
+    return by_name(folder, named, str)

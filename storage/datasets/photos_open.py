@@ -7,6 +7,7 @@ from storage.datasets.coco import instances_of, read_coco
 from storage.datasets.files import DatasetError, names_in
 from storage.datasets.images import TarImage, TarMember, keys_of, tar_members
 from storage.datasets.labels import ClassMask, LabelledImage
+from storage.datasets.pairing import by_name
 from storage.paths import Folder
 
 PHOTOS_SPLITS: Mapping[str, slice] = {"all": slice(None), "train": slice(0, 1), "val": slice(1, None)}
@@ -26,7 +27,8 @@ def load_photos_open(
             f"{folder.displayed} has no tars of the split {split}: {len(tars)} tars, the splits {', '.join(PHOTOS_SPLITS)}; "
             "check --data and the split"
         )
-    photos, wanted = {member.key: member for member in tar_members(folder, tars)}, tars[PHOTOS_SPLITS[split]]
+    members, wanted = ((member.key, member) for member in tar_members(folder, tars)), tars[PHOTOS_SPLITS[split]]
+    photos = by_name(folder, members, lambda member: f"{member.tar}: {member.key}.{member.extension}")
     found = []
     if label == "classes":
         masks = {name.removesuffix(".png"): name for name in names_in(folder, "seg", ("png",))}
@@ -34,7 +36,8 @@ def load_photos_open(
             mask = ClassMask(folder=folder, name=f"seg/{masks[image.member.key]}", table="photos_open")
             found.append(LabelledImage(image=image, label=mask))
         return found
-    notes = {keys_of(each.file_name)[0]: each for each in read_coco(folder, "instances.json")}
+    annotated = ((keys_of(each.file_name)[0], each) for each in read_coco(folder, "instances.json"))
+    notes = by_name(folder, annotated, lambda each: f"instances.json: {each.file_name}")
     for image in _photos_with(folder, photos, notes, "instances.json", wanted)[:limit]:
         note = notes[image.member.key]
         objects = instances_of(folder, "instances.json", note)

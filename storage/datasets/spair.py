@@ -47,9 +47,9 @@ class Pair:
 def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -> list[Pair]:
     """The pairs of a split, sorted by name, each once.
 
-    File names separate the category by a colon, or by an underscore where colons aren't allowed; where a pair is there in
-    both spellings, it is one. `key_points`: of the `pairs`' own files (LiFT), or of the `images`' (ViT-Up: those that both
-    images have, whatever the pair file says). Raises `DatasetError`.
+    File names separate the category by a colon, or by an underscore where colons aren't allowed; a pair that is there in both
+    spellings is one, and must say the same. `key_points`: of the `pairs`' own files (LiFT), or of the `images`' (ViT-Up: those
+    that both images have, whatever the pair file says). Raises `DatasetError`.
     """
     root = f"PairAnnotation/{split}"
     names = names_in(folder, root, ("json",))
@@ -57,7 +57,11 @@ def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -
     found: dict[str, Pair] = {}
     for name, data in zip(names, files, strict=True):
         pair = parsed(folder, f"{root}/{name}", data, partial(_pair, folder, name.removesuffix(".json")))
-        found.setdefault(pair.name, pair)
+        if found.setdefault(pair.name, pair) != pair:
+            raise DatasetError(
+                f"{folder.displayed}/{root} has the pair {pair.name} in both spellings, with a colon and with an underscore, and "
+                "they say different things; remove the one that isn't SPair-71k's"
+            )
     pairs = [found[name] for name in sorted(found)]
     require_files(folder, (image for pair in pairs for image in (pair.source, pair.target)))
     return _with_image_points(folder, pairs) if key_points == "images" else pairs

@@ -4,6 +4,7 @@ The folder may be the one above VOCdevkit (TokenCut's, with or without VOC<year>
 `ImageSets/{Main,Segmentation}/<split>.txt`, `JPEGImages/<id>.jpg`, `Annotations/<id>.xml` and `SegmentationClass/<id>.png`.
 """
 
+import re
 import xml.etree.ElementTree as ET
 
 from storage.datasets.boxes import Box, BoxedImage, corner_box
@@ -32,13 +33,22 @@ def load_voc(folder: Folder, year: str, split: str = "trainval") -> list[BoxedIm
         files = folder.read_many(names)
     except FileNotFoundError as error:
         raise DatasetError(f"{error}, but {listed} lists it") from None
-    found = []
+    found, years = [], set[str]()
     for each, name, data in zip(ids, names, files, strict=True):
-        width, height, boxes = _objects(f"{folder.displayed}/{name}", data)
+        (width, height, boxes), said = _objects(f"{folder.displayed}/{name}", data)
+        years |= said
         image = ImageFile.at(folder, f"{root}JPEGImages/{each}.jpg", width, height)
         found.append(BoxedImage(image=image, boxes=boxes))
+    if years and year not in years:
+        raise _other_year(folder, root, year, f"its annotations say VOC{', VOC'.join(sorted(years))}")
     require_files(folder, (each.image for each in found))
     return found
+
+
+def _other_year(folder: Folder, root: str, year: str, why: str) -> DatasetError:
+    """The error for a folder of another year than the one that was asked for."""
+    place = f"{folder.displayed}/{root}".rstrip("/")
+    return DatasetError(f"{place} isn't VOC{year}: {why}. Give --data VOC{year}'s folder, or ask for the year that it is")
 
 
 def _listed(folder: Folder, year: str, listed: str) -> tuple[str, list[str]]:
@@ -50,12 +60,16 @@ def _listed(folder: Folder, year: str, listed: str) -> tuple[str, list[str]]:
     if place is None:
         raise DatasetError(f"{folder.displayed} has no VOCdevkit/VOC{year}/{listed}, nor VOC{year}/VOCdevkit/...; check --data")
     root = f"{place}/" if place else ""
+    named = re.fullmatch(r"VOC(\d{4})", folder.url.rstrip("/").rsplit("/", 1)[-1])
+    if not root and named and named[1] != year:
+        raise _other_year(folder, root, year, "its folder's name says so")
     # Lists of single classes have -1 in a second column; the ids are what is wanted.
     return root, listed_names(folder, root + listed)
 
 
-def _objects(displayed: str, data: bytes) -> tuple[int, int, tuple[Box, ...]]:
-    """Width, height and boxes of an XML annotation; boxes are 1-based and inclusive there."""
+def _objects(displayed: str, data: bytes) -> tuple[tuple[int, int, tuple[Box, ...]], set[str]]:
+    """Width, height and boxes of an XML annotation, and the year that it says it is of, if any; boxes are 1-based and inclusive
+    there."""
     try:
         if b"<!ENTITY" in data:
             raise DatasetError(f"{displayed} declares entities, which annotations have no use for; it is not read")
@@ -64,7 +78,7 @@ def _objects(displayed: str, data: bytes) -> tuple[int, int, tuple[Box, ...]]:
         names = ("xmin", "ymin", "xmax", "ymax")
         found = [[_number(each, f"bndbox/{name}") for name in names] for each in root.iter("object")]
         boxes = tuple(corner_box((x1 - 1, y1 - 1, x2, y2), width, height) for x1, y1, x2, y2 in found)
-        return width, height, boxes
+        return (width, height, boxes), set(re.findall(r"^VOC(\d{4})$", (root.findtext("folder") or "").strip()))
     except (ET.ParseError, ValueError) as error:
         raise DatasetError(f"{displayed} is malformed: {error}") from None
 
