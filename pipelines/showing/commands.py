@@ -95,7 +95,8 @@ class View(Show):
     foreground: bool = False
     """Only the objects: cells above Otsu's threshold on the first component, coloured by a PCA of their own."""
     colours_from: str = ""
-    """Another store whose saved colours to use, so that pictures of both compare."""
+    """Another store of the same features (model, weights, layers, facet, norm) whose saved colours to use, so that pictures of
+    both compare."""
     refit: bool = False
     """Fit and save colours anew."""
 
@@ -150,12 +151,14 @@ class Compare(Show):
     """Level of the second; default: of the same name."""
     limit: int | None = None
     """Only the first N rows."""
+    other_images: bool = False
+    """Compare also rows whose images aren't the same bytes, as of copies that were encoded anew: by key alone."""
     worst: int = 5
     """How many of the least similar rows to list."""
 
     def lines(self) -> Iterator[str]:
         a, b = self.open(), self.open(self.other)
-        result = compare(a, b, self.level, self.other_level or self.level, self.limit)
+        result = compare(a, b, self.level, self.other_level or self.level, self.limit, other_images=self.other_images)
         yield from comparison_lines(result, self.worst)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from pipelines.config import ConfigError
 from pipelines.showing.views import enlarged
+from storage.differences import Differences
 from storage.samples import ROW_GROUP_ROWS
 from storage.spec import Level
 from storage.store import FeatureStore
@@ -23,32 +24,71 @@ class Comparison:
     "float64 [n]: the least similar cell"
     left_out: int
     "rows of the first store that failed, or that the second one lacks"
+    other_images: int
+    "rows that both have under one key, of images that aren't the same"
+    with_other_images: bool
+    "whether those are compared, or left out"
     same_numbers: int
     "rows that are equal bit for bit"
+    differing: Differences
+    "what made the features of the second store otherwise than the first one's"
 
 
-def compare(a: FeatureStore, b: FeatureStore, level_a: str, level_b: str, limit: int | None = None) -> Comparison:
+def compare(
+    a: FeatureStore, b: FeatureStore, level_a: str, level_b: str, limit: int | None = None, *, other_images: bool = False
+) -> Comparison:
     """Cosine between level `level_a` of `a` and `level_b` of `b`, row by row, matched by key.
 
+    Keys recur (WebDataset's `000000`), so that images count, too: rows whose images aren't the same bytes, or where no digest
+    tells, the same size, are left out and counted; with `other_images` they are compared and counted.
     Maps of other grids are brought to the finer one's bilinearly. Holds one block of each at a time. Raises `ConfigError` if
-    the levels can't be compared.
+    the levels can't be compared, or if no image is the same.
     """
     first, second = a.level(level_a), b.level(level_b)
     _require_comparable(a, b, first, second)
     keys: list[str] = []
-    cosines, smallest, left_out, same = [], [], 0, 0
+    cosines, smallest, left_out, others, same = [], [], 0, 0, 0
     for rows, names, other in _matched(a, b, len(a) if limit is None else min(limit, len(a))):
         values_a, there_a = a.read_present(rows, level_a)
         values_b, there_b = b.read_present(np.maximum(other, 0), level_b)
         both = np.flatnonzero(there_a & there_b & (other >= 0))
         left_out += len(rows) - len(both)
-        for i in both:
+        alike = _same_images(a, b, rows[both], other[both])
+        others += int(np.count_nonzero(~alike))
+        for i in both if other_images else both[alike]:
             same += values_a[i].shape == values_b[i].shape and bool((values_a[i] == values_b[i]).all())
             cells = _cosines(*_on_one_grid(first, second, values_a[i], values_b[i]))
             keys.append(names[i])
             cosines.append(cells.mean())
             smallest.append(cells.min())
-    return Comparison(keys=keys, cosines=np.array(cosines), smallest=np.array(smallest), left_out=left_out, same_numbers=same)
+    if others and not keys:
+        raise ConfigError(
+            f"{a.folder.displayed} and {b.folder.displayed} are of other images: {others:,} rows have a key in common, and none "
+            "of them is of the same bytes. Copies that were encoded anew are compared with --other-images"
+        )
+    return Comparison(
+        keys=keys,
+        cosines=np.array(cosines),
+        smallest=np.array(smallest),
+        left_out=left_out,
+        other_images=others,
+        with_other_images=other_images,
+        same_numbers=same,
+        differing=a.spec.differences(b.spec, set(a.spec.to_json()) - {"levels"}),
+    )
+
+
+def _same_images(a: FeatureStore, b: FeatureStore, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
+    """Which rows are of one image, bool [n], by what both ledgers say: the bytes' digest, else the size in pixels."""
+    if not len(rows_a):
+        return np.zeros(0, bool)
+    columns = ["digest", "width", "height"]
+    pairs = zip(*(store.records(rows, columns).to_pylist() for store, rows in ((a, rows_a), (b, rows_b))), strict=True)
+    alike = []
+    for one, other in pairs:
+        told = ["digest"] if one["digest"] and other["digest"] else ["width", "height"]
+        alike.append(all(one[name] == other[name] for name in told))
+    return np.array(alike)
 
 
 def _matched(a: FeatureStore, b: FeatureStore, count: int) -> Iterator[tuple[np.ndarray, list[str], np.ndarray]]:
@@ -101,6 +141,12 @@ def comparison_lines(result: Comparison, worst: int) -> Iterator[str]:
     """The result in words, a line each."""
     n, cosines = len(result.cosines), result.cosines
     yield f"{n:,} rows compared, {result.left_out:,} left out (failed, not written, or not in both)"
+    if result.other_images:
+        what = "of those compared" if result.with_other_images else "more left out"
+        yield f"{result.other_images:,} rows {what}: the second store has another image under their key"
+    if result.differing:
+        yield "the stores' features were made otherwise:"
+        yield result.differing.text("first", "second")
     if not n:
         return
     low, middle = np.percentile(cosines, [1, 50])

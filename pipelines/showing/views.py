@@ -15,7 +15,7 @@ from pipelines.features.photos import read_photos
 from storage.documents import Document, MissingObject
 from storage.paths import StorageError, StorageOptions
 from storage.pixels import bilinear, cell_centres, to_cells
-from storage.spec import Level
+from storage.spec import FeatureSpec, Level, Use
 from storage.spread import spread
 from storage.store import FeatureStore, OutsideImage
 
@@ -62,9 +62,15 @@ def colours_for(
 ) -> RgbProjection:
     """The colours of maps with as many channels as `level`: those saved in the store (or in `colours_from`), else fitted.
 
-    New ones are fitted on the base level of SAMPLE_ROWS rows, and saved if the store can be written.
+    New ones are fitted on the base level of SAMPLE_ROWS rows, and saved if the store can be written. Raises `StorageError` for
+    another store of other features, whose components mean nothing here.
     """
     home = colours_from or store
+    if different := home.spec.differences(store.spec, FeatureSpec.names(Use.LEARNED)):
+        raise StorageError(
+            f"the colours of {home.folder.displayed} are components of other features than {store.folder.displayed} holds:\n"
+            f"{different.text('there', 'here')}\nLeave --colours-from out, so that this store has colours of its own"
+        )
     name = f"views/rgb-{level.channels}{'-foreground' if foreground else ''}.json"
     if not refit:
         saved = Document(home.folder, name, "remove it, or have the colours fitted anew")

@@ -203,6 +203,18 @@ def test_colours_of_another_store_can_be_used(store, make_tars, tiny, tmp_path):
     assert not other.folder.exists("views/rgb-64.json")
 
 
+def test_colours_of_other_features_are_not_borrowed(store, make_tars, tiny, tmp_path, capsys):
+    config = tiny(make_tars(1, 8, "keys"), facet="key", out=str(tmp_path / "keys.zarr"))
+    extract(config, InlineExecutor())
+    show("view", config.out, "--out", tmp_path / "keys.png")
+    picture = tmp_path / "borrowed.png"
+
+    assert run(["view", store.folder.url, "--colours-from", config.out, "--out", str(picture)]) == 2
+
+    assert re.search(r"components of other features .*\n +facet +there 'key' +here 'token'", capsys.readouterr().err)
+    assert not picture.exists()
+
+
 def test_colours_that_were_never_saved_can_not_be_borrowed(store):
     with pytest.raises(StorageError, match="no saved colours for 64 channels; view it first"):
         colours_for(store, store.level("x1"), colours_from=store)
@@ -335,12 +347,37 @@ def test_compare_finds_the_row_that_differs_and_matches_by_key(tmp_path, tiny, c
     for config in (a, b):
         extract(config, InlineExecutor())
 
-    show("compare", a.out, b.out, "--worst", "1")
+    show("compare", a.out, b.out, "--worst", "1", "--other-images")
 
     text = capsys.readouterr().out
     assert "5 rows compared, 3 left out" in text
+    assert "1 rows of those compared: the second store has another image under their key" in text
     assert "4 rows bit for bit" in text
     assert text.rstrip().endswith("  5")
+
+    show("compare", a.out, b.out)
+
+    text = capsys.readouterr().out
+    assert "4 rows compared, 3 left out" in text
+    assert "1 rows more left out: the second store has another image under their key" in text
+    assert "least 1.000000" in text
+
+
+def test_compare_refuses_other_photographs_under_the_same_keys(tmp_path, tiny, capsys):
+    out = []
+    for name, first in (("a", 0), ("b", 100)):
+        tar = write_tar(tmp_path / f"{name}.tar", [(f"{i:06d}.jpg", jpeg(first + i)) for i in range(4)])
+        out.append(tiny(str(tar), out=str(tmp_path / f"{name}.zarr"), **({"facet": "key"} if first else {})))
+        extract(out[-1], InlineExecutor())
+
+    assert run(["compare", out[0].out, out[1].out, "--level", "pooled"]) == 2
+    assert "are of other images: 4 rows have a key in common, and none of them is of the same bytes" in capsys.readouterr().err
+
+    show("compare", out[0].out, out[1].out, "--other-images")
+
+    text = capsys.readouterr().out
+    assert "4 rows of those compared" in text
+    assert re.search(r"facet +first 'token' +second 'key'", text)
 
 
 def test_compare_brings_levels_to_one_grid(store, capsys):
@@ -369,6 +406,9 @@ def test_export_holds_every_vector_with_its_key_and_label(store, tmp_path, capsy
     assert table["source"][0].as_py().endswith("s-000.tar")
     np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), store.read(slice(None), "pooled").astype(np.float32))
     assert "20 vectors of 64 in 1 files" in capsys.readouterr().out
+    said = json.loads(table.schema.metadata[b"raylift"])
+    assert (said["level"]["name"], said["fingerprint"]) == ("pooled", store.root.fingerprint)
+    assert said["features"]["weights"] == store.spec.weights
 
 
 def test_export_of_a_map_is_its_mean_and_leaves_failed_rows_out(with_failures, tmp_path, capsys):
