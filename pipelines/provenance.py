@@ -26,6 +26,17 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
 
 
+_CONTENTS = {
+    "images_content": "images",
+    "labels_content": "labels",
+    "held_out_content": "held-out images",
+    "held_out_labels_content": "labels of held-out images",
+    "rows_content": "rows of the store",
+    "held_out_rows_content": "rows of the held-out images' store",
+}
+"""What a run's identity calls what files hold, in words."""
+
+
 def run_folder(out: str, options: StorageOptions) -> Folder:
     """The folder of a run's `out`. Raises `ConfigError` for a feature store."""
     folder = Folder(out, options)
@@ -39,14 +50,16 @@ def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject) -> None:
     JSON values without credentials. Raises `ConfigError`."""
     before = read_run(folder)
     if before is not None:
-        # Runs of earlier versions didn't look at the images' bytes.
-        content = {name: made_of[name] for name in made_of if name.endswith("_content")}
-        known = {**content, **as_object(before.get("identity", {}), "identity")}
+        # Runs of earlier versions didn't look at what files hold, nor at all that makes the numbers of features.
+        later = {name: made_of[name] for name in made_of if name.endswith("_content") or name == "numbers"}
+        known = {**later, **as_object(before.get("identity", {}), "identity")}
+        content = {name: made_of[name] for name in later if name != "numbers"}
         require_same(folder.displayed, {**known, **content}, made_of)
-        if changed := [name.removesuffix("_content") for name in content if known[name] != made_of[name]]:
+        if changed := [name for name in content if known[name] != made_of[name]]:
+            what = ", ".join(_CONTENTS.get(name, name) for name in changed)
             raise ConfigError(
-                f"{folder.displayed} was begun with other images under the same names and sizes ({', '.join(changed)}): the "
-                "files of --data or --val-data were replaced since. Restore them, or use a new --out."
+                f"{folder.displayed} was begun with other {what} under the same names: what the data's files or the store's rows "
+                "hold was changed since. Restore it, or use a new --out."
             )
         return
     if read_pointers(folder) is not None:

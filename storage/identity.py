@@ -274,14 +274,18 @@ class _Comparison:
         return f"{what}: {len(keys)} of its images differ, for example {keys[0]!r}"
 
 
-def content_sample(index: SampleIndex, urls: Sequence[str], options: StorageOptions | None = None) -> str:
-    """sha256 over the bytes of up to `SAMPLE_IMAGES` images, spread evenly: tells other images under the same names and sizes
-    where there is no ledger to tell it of each."""
+def sample_images(index: SampleIndex, urls: Sequence[str], options: StorageOptions | None = None) -> dict[str, bytes]:
+    """Up to `SAMPLE_IMAGES` images, spread evenly, by key: they tell other images under the same names and sizes where there is
+    no ledger to tell it of each."""
     rows = np.unique(np.linspace(0, index.n_rows - 1, min(SAMPLE_IMAGES, index.n_rows)).astype(np.int64))
-    digest = hashlib.sha256()
-    for blob in read_images(index.take(rows), urls, options):
-        digest.update(image_digest(blob or b"").encode())
-    return digest.hexdigest()
+    table = index.take(rows)
+    blobs = [blob or b"" for blob in read_images(table, urls, options)]
+    return dict(zip(table["key"].to_pylist(), blobs, strict=True))
+
+
+def content_of(images: Mapping[str, bytes]) -> str:
+    """sha256 over the digests of some images."""
+    return hashlib.sha256("".join(map(image_digest, images.values())).encode()).hexdigest()
 
 
 def order_digest(table: pa.Table) -> str:

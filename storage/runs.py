@@ -69,6 +69,11 @@ class Pointers:
     best: str | None = None
     best_loss: float | None = None
 
+    @property
+    def last_step(self) -> int:
+        """How far the run is."""
+        return int(self.last.rpartition("/")[2])
+
 
 def step_name(step: int) -> str:
     """The folder of a step, below the run's."""

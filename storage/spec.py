@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
 
 from storage.differences import Differences, differences
@@ -174,6 +174,11 @@ class FeatureSpec:
         """What a network that learned from such features must be given again, as its checkpoint says it."""
         data = {"model_args": {}, **self.to_json()}
         return {name: data[name] for name in self.names(Use.LEARNED, Use.LEARNED_LATER)}
+
+    def numbers(self, levels: Collection[str]) -> dict[str, JsonValue]:
+        """All that makes the numbers of some of its levels, what only rounds them included, as JSON values."""
+        said = replace(self, levels=tuple(level for level in self.levels if level.name in levels)).to_json()
+        return {name: value for name, value in said.items() if name != "weights_source"}
 
     def differences(self, other: "FeatureSpec", names: Collection[str] | None = None) -> Differences:
         """Fields, all or some, in which `other` isn't as this one."""

@@ -22,7 +22,7 @@ from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_a
 from pipelines.costs.clocks import device_name, held_bytes, timed
 from pipelines.costs.upsamplers import OperationCounts, count_operations, counted_macs, image_to_grid, require_enlarging
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Piece, Record, begin
+from pipelines.evaluation.run import Evaluated, Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import LevelConfig
 from pipelines.features.rows import Row
@@ -30,7 +30,6 @@ from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, res
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP_RUNTIME, Published, Values
 from pipelines.results import Findings, Line, Table, sides, with_published
-from storage.datasets.files import digest
 from storage.documents import decode
 from storage.paths import Folder, redact
 
@@ -201,7 +200,7 @@ def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
     }
     cases, left_out = _cases(config, recipe.rows((side, side))[0], learned)
     task = Runtime(config=config, cases=cases, learned=learned, size=side, left_out=left_out)
-    return task, recipe, begin(config, "runtime", recipe, digest([case.row.digest for case in cases]))
+    return task, *begin(config, "runtime", recipe, Evaluated(records=[case.row.digest for case in cases]))
 
 
 def _load(config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone) -> UpsamplerWeights:

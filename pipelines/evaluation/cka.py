@@ -15,11 +15,11 @@ from torch import Tensor
 from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Piece, Record, begin, cut, grouped
+from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Line, Table
-from storage.datasets.files import DatasetError, digest
+from storage.datasets.files import DatasetError
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import decode_known
 from storage.paths import Folder
@@ -110,7 +110,7 @@ def prepare(config: CkaConfig) -> tuple[ScaleInvariance, Recipe, Folder]:
         estimator=config.estimator,
         rescale=config.rescale,
     )
-    return task, recipe, begin(config, "cka", recipe, digest(images))
+    return task, *begin(config, "cka", recipe, Evaluated(records=images, images=dict.fromkeys(sizes, images)))
 
 
 def scores(records: Sequence[Record]) -> dict[str, np.ndarray]:

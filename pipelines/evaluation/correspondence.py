@@ -14,13 +14,12 @@ from operators.metrics.correspondence import ALPHAS, LIFT, VIT_UP, PairScore, Pc
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
+from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import LIFT_CORRESPONDENCE, VIT_UP_CORRESPONDENCE
 from pipelines.results import Findings, Table, panel, percent
-from storage.datasets.files import digest
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import ImageFile
 from storage.datasets.registry import PAIRS
@@ -182,8 +181,9 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
         pictured=frozenset(spread(len(pairs), config.pictures)),
         frame=config.label_frame,
     )
-    out = begin(config, "correspondence", recipe, digest([*pairs, *times.values()]))
-    return task, recipe, out
+    images = [image for pair in pairs for image in (pair.source, pair.target)]
+    of = Evaluated(records=[*pairs, *times.values()], images=dict.fromkeys(sizes, images))
+    return task, *begin(config, "correspondence", recipe, of)
 
 
 def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, records: Sequence[Record]) -> Findings:

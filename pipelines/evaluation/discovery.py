@@ -11,7 +11,18 @@ from operators.metrics.discovery import CorLoc, Discovery, TokenCut, discover
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
+from pipelines.evaluation.run import (
+    Evaluated,
+    Piece,
+    Record,
+    begin,
+    by_size,
+    cut,
+    grouped,
+    records_of,
+    score_table,
+    split_left_out,
+)
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture, Squash
 from pipelines.features.rows import Size
@@ -19,7 +30,7 @@ from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolv
 from pipelines.published import LIFT_DISCOVERY
 from pipelines.results import Findings, Table, panel
 from storage.datasets.boxes import BoxedImage
-from storage.datasets.files import DatasetError, digest
+from storage.datasets.files import DatasetError
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.registry import BOXES
 from storage.documents import decode_known
@@ -168,7 +179,8 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
         pictured=frozenset(spread(len(images), config.pictures)),
         frame=config.label_frame,
     )
-    return task, recipe, begin(config, "discovery", recipe, digest(images))
+    asked = by_size((task.size(i, side), boxed.image) for side in task.sides or (0,) for i, boxed in enumerate(images))
+    return task, *begin(config, "discovery", recipe, Evaluated(records=images, images=asked))
 
 
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:

@@ -16,7 +16,7 @@ from operators.readouts import Readout
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, split_left_out
+from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped, records_of, split_left_out
 from pipelines.features.config import LevelConfig
 from pipelines.features.photos import upright_pixels
 from pipelines.features.rows import Row, Size, pooled_level
@@ -26,7 +26,7 @@ from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
 from pipelines.results import Cell, Findings, Line, Table, panel
 from pipelines.training.readout import features_of
-from storage.datasets.files import DatasetError, digest
+from storage.datasets.files import DatasetError
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.differences import differences
@@ -130,7 +130,12 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
         pictured=frozenset(spread(len(images), config.pictures)),
     )
     trained = {name: [each.features, each.task.as_json(), each.digest] for name, each in readouts.items()}
-    return probe, recipe, begin(config, "probe", recipe, digest([*images, tuple(sorted(map(str, trained.items())))]))
+    of = Evaluated(
+        records=[*images, tuple(sorted(map(str, trained.items())))],
+        images={size: [each.image for each in images]},
+        labels=[each.label for each in images],
+    )
+    return probe, *begin(config, "probe", recipe, of)
 
 
 def _names(urls: Sequence[str]) -> dict[str, str]:

@@ -8,8 +8,8 @@ order in which they finish.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -17,17 +17,20 @@ import torch
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.executors import Executor, executor_for
 from pipelines.features.rows import Size
-from pipelines.features.sources import CachedSource, FeatureSource, Recipe, describe
+from pipelines.features.sources import CachedSource, FeatureSource, LiveRecipe, Recipe, StoreRecipe, describe
 from pipelines.provenance import begin_run, run_folder
 from pipelines.published import Published
 from pipelines.results import Cell, Findings, LeftOut, Line, Table, with_published, write_results
-from storage.datasets.files import DatasetError
-from storage.datasets.frames import CANNOT_TELL, FrameUnknown
+from storage.datasets.content import HasContent, content_digests, joint_digest
+from storage.datasets.files import DatasetError, ItemLeftOut, digest
+from storage.datasets.images import EncodedImage
 from storage.documents import Document, JsonObject, JsonValue, decode, parse_json
 from storage.paths import Folder, redact
 
 logger = logging.getLogger(__name__)
 
+
+R = TypeVar("R", LiveRecipe, StoreRecipe)
 
 Record = JsonObject
 """What one item gave, as JSON values."""
@@ -80,13 +83,14 @@ class Evaluation(Protocol):
 
 
 def records_of(items: Sequence[int], do: Callable[[int], list[Record]]) -> list[Record]:
-    """What `do` gives of each item; of one whose labels can't be placed, a record that says why it was left out."""
+    """What `do` gives of each item; of one that can't be scored (its labels can't be placed, its store has no features of it), a
+    record that says why it was left out."""
     records: list[Record] = []
     for number in items:
         try:
             records += do(number)
-        except FrameUnknown as error:
-            records.append(asdict(Unscored(left_out=CANNOT_TELL, item=number, image=error.displayed)))
+        except ItemLeftOut as error:
+            records.append(asdict(Unscored(left_out=error.reason, item=number, image=error.displayed)))
     return records
 
 
@@ -156,13 +160,39 @@ class Work:
         return piece.name
 
 
-def begin(config: EvaluateConfig, task: str, recipe: Recipe, data_digest: str) -> Folder:
-    """The output folder, begun, or held against the settings it was begun with. Raises `ConfigError`."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation is of, as its identity has it, wherever it lies."""
+
+    records: Sequence[object]
+    "what was read of lists and annotations, and what is computed once for all items"
+    images: Mapping[Size, Sequence[EncodedImage]] = field(default_factory=dict)
+    "by the model's input size: those whose features are asked for"
+    labels: Sequence[HasContent] = ()
+    "files that are read beside them"
+
+
+def by_size(asked: Iterable[tuple[Size, EncodedImage]]) -> dict[Size, list[EncodedImage]]:
+    """Images by the size of the input that they are drawn at."""
+    found: dict[Size, list[EncodedImage]] = {}
+    for size, image in asked:
+        found.setdefault(size, []).append(image)
+    return found
+
+
+def begin(config: EvaluateConfig, task: str, recipe: R, of: Evaluated) -> tuple[R, Folder]:
+    """Features joined with the images that they are asked of; and the output folder, begun, or held against the settings and the
+    data that it was begun with. Raises `ConfigError`, and `FeaturesMissing` where a store doesn't fit the data."""
     folder = run_folder(config.required("out"), config.options)
+    images = list({image.displayed: image for each in of.images.values() for image in each}.values())
+    contents = dict(zip((image.displayed for image in images), content_digests(images), strict=True))
+    recipe = recipe.joined(of.images, contents)
     identity = {"task": task, **config.counted(), **recipe.identity()}
-    identity["data"] = data_digest  # where it lies may change, what it holds may not
+    identity["data"] = digest(of.records)  # where it lies may change, what it holds may not
+    identity["images_content"] = joint_digest(contents.values())
+    identity["labels_content"] = joint_digest(content_digests(of.labels))
     begin_run(folder, json.loads(json.dumps(identity)), config.public())
-    return folder
+    return recipe, folder
 
 
 def run_pieces(
@@ -183,31 +213,30 @@ def run_pieces(
 
 
 Settings = TypeVar("Settings", bound=EvaluateConfig, contravariant=True)
-Evaluated = TypeVar("Evaluated", bound=Evaluation)
+Evaluating = TypeVar("Evaluating", bound=Evaluation)
 
 
-class Task(Protocol[Settings, Evaluated]):
+class Task(Protocol[Settings, Evaluating]):
     """A module of this folder, or another like them: one word of `jobs/evaluate.py`."""
 
-    def prepare(self, config: Settings, /) -> tuple[Evaluated, Recipe, Folder]:
+    def prepare(self, config: Settings, /) -> tuple[Evaluating, Recipe, Folder]:
         """The work, the features it is done on, and the output folder, begun or continued."""
 
-    def find(self, config: Settings, evaluation: Evaluated, recipe: Recipe, records: Sequence[Record], /) -> Findings:
+    def find(self, config: Settings, evaluation: Evaluating, recipe: Recipe, records: Sequence[Record], /) -> Findings:
         """What the records of all pieces come to."""
 
 
-def evaluate(name: str, task: Task[Settings, Evaluated], config: Settings) -> str:
+def evaluate(name: str, task: Task[Settings, Evaluating], config: Settings) -> str:
     """Evaluate, or go on with it, to the end, and write what was found; returns the tables as Markdown."""
     evaluation, recipe, folder = task.prepare(config)  # before a cluster is started: most mistakes end here
     with executor_for(config) as executor:
         records = run_pieces(config, evaluation, recipe, folder, executor)
     findings = task.find(config, evaluation, recipe, records)
-    if notes := recipe.notes():
-        findings = replace(findings, choices={**findings.choices, "upsamplers": "; ".join(notes)})
+    findings = replace(findings, choices={**findings.choices, **recipe.said()})
     return write_results(folder, name, config.public(), describe(recipe), findings)
 
 
-def main(name: str, task: Task[Settings, Evaluated], config: Settings) -> Iterator[str]:
+def main(name: str, task: Task[Settings, Evaluating], config: Settings) -> Iterator[str]:
     """`evaluate`, and what there is to say of it."""
     yield evaluate(name, task, config)
     yield f"written to {redact(config.out, config.options)}"

@@ -10,13 +10,12 @@ from operators.metrics.similarity import centre_cell, self_similarity
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Piece, Record, begin, cut, grouped
+from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Size
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Line, Table, panel
-from storage.datasets.files import digest
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import JsonValue
 from storage.paths import Folder
@@ -66,7 +65,8 @@ def prepare(config: SimilarityConfig) -> tuple[SelfSimilarity, Recipe, Folder]:
     if not config.sizes and not config.stores:
         sides = (sides[0], 2 * sides[0])
     task = SelfSimilarity(images=images, sides=sides)
-    return task, recipe, begin(config, "similarity", recipe, digest([*images, *sides]))
+    of = Evaluated(records=[*images, *sides], images={(side, side): images for side in sides})
+    return task, *begin(config, "similarity", recipe, of)
 
 
 def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records: Sequence[Record]) -> Findings:

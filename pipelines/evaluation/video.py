@@ -17,7 +17,18 @@ from operators.metrics.propagation import Propagation, Propagator, label_image, 
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
+from pipelines.evaluation.run import (
+    Evaluated,
+    Piece,
+    Record,
+    begin,
+    by_size,
+    cut,
+    grouped,
+    records_of,
+    score_table,
+    split_left_out,
+)
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row, Size
@@ -26,7 +37,7 @@ from pipelines.published import LIFT_VIDEO
 from pipelines.results import Cell, Findings, Table, panel, percent, sides
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip
-from storage.datasets.files import DatasetError, digest
+from storage.datasets.files import DatasetError, DatasetFile
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn, require_size
 from storage.datasets.labels import COLOURS, label_png, read_labels
 from storage.datasets.registry import CLIPS
@@ -209,7 +220,13 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     for side in task.sides:
         for number in range(len(clips)):
             recipe.rows(task.size(number, side))  # a store of just that size, or a model that takes it
-    return task, recipe, begin(config, "video", recipe, digest([*clips, *shapes]))
+    at = [(clip, task.size(number, side)) for side in task.sides for number, clip in enumerate(clips)]
+    of = Evaluated(
+        records=[*clips, *shapes],
+        images=by_size((size, frame) for clip, size in at for frame in clip.frames),
+        labels=[DatasetFile(folder=folder, name=name) for clip in clips for name in clip.masks],
+    )
+    return task, *begin(config, "video", recipe, of)
 
 
 def _upright_shape(clip: Clip) -> Size:

@@ -7,10 +7,9 @@ how many workers there are. The low-resolution row and the bilinear rows are mad
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,13 +17,15 @@ from torch import Tensor
 from pipelines.config import ConfigError
 from pipelines.features.bundle import ModelBundle, cells, describe_model, load_settings
 from pipelines.features.config import LevelConfig, completed
+from pipelines.features.join import Join, PlacedRow, Wanted, join
 from pipelines.features.model import FeatureModel
 from pipelines.features.pictures import Geometries, Picture, draw
 from pipelines.features.rows import Rendering, Row, Size, pooled_level, rows_of
+from storage.datasets.content import joint_digest
 from storage.datasets.frames import OrientedImage
 from storage.datasets.images import EncodedImage, orientation_of
+from storage.differences import differences
 from storage.documents import JsonValue
-from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import StorageError, StorageOptions
 from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
@@ -33,10 +34,6 @@ logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 2**29
 """Maps that one worker keeps for images that come again."""
-
-
-class FeaturesMissing(StorageError):
-    """A store lacks an image of the data set, or holds it otherwise placed."""
 
 
 class FeatureSource(Protocol):
@@ -110,6 +107,15 @@ class LiveRecipe:
     def notes(self) -> list[str]:
         """What is no mistake, and who reads the scores should know."""
         return [note for size in self.sizes for note in self.bundle(size).unfamiliar(self.spec(size), self.patch)]
+
+    def said(self) -> dict[str, str]:
+        """What results say of the features, in words."""
+        upsamplers = {"upsamplers": "; ".join(notes)} if (notes := self.notes()) else {}
+        return {"features": in_words(next(iter(self.bundles.values())).spec), **upsamplers}
+
+    def joined(self, images: Mapping[Size, Sequence[EncodedImage]], contents: Mapping[str, str]) -> "LiveRecipe":  # noqa: ARG002
+        """Itself: a model runs on the very images."""
+        return self
 
     def identity(self) -> dict[str, JsonValue]:
         """What makes the features, as JSON values."""
@@ -202,6 +208,8 @@ class StoreRecipe:
     """Open stores, one per input size."""
 
     stores: Mapping[Size, FeatureStore]
+    joins: Mapping[Size, Join] = field(default_factory=dict)
+    "with the images that are asked for"
     rendering: ClassVar[Rendering] = "extract"
 
     def open(self, device: str) -> "StoreSource":
@@ -216,10 +224,29 @@ class StoreRecipe:
         """Those of the extraction."""
         return [note for store in self.stores.values() for note in store.root.notes or ()]
 
+    def said(self) -> dict[str, str]:
+        """What results say of the features, in words."""
+        of = [f"{store.folder.displayed}: {in_words(store.spec)}" for store in self.stores.values()]
+        notes = {"upsamplers": self.notes(), "stores": [note for each in self.joins.values() for note in each.notes()]}
+        return {"features": "; ".join(of), **{name: "; ".join(each) for name, each in notes.items() if each}}
+
+    def joined(self, images: Mapping[Size, Sequence[EncodedImage]], contents: Mapping[str, str]) -> "StoreRecipe":
+        """Itself, with the row of each image. `images`: by input size; `contents`: digests of their bytes, by their displayed
+        names. Raises `FeaturesMissing`, and `ConfigError` where there is no store of a size."""
+        joins = {
+            size: join(self.store(size), [Wanted.of(image, contents[image.displayed]) for image in distinct(wanted)])
+            for size, wanted in images.items()
+        }
+        for each in joins.values():
+            for note in each.notes():
+                logger.warning("%s", note)
+        return replace(self, joins=joins)
+
     def identity(self) -> dict[str, JsonValue]:
         """What made the features, as JSON values."""
         prints = {f"{h}x{w}": self.stores[h, w].root.fingerprint for h, w in sorted(self.stores)}
-        return {"drawing": "extract", "stores": prints}
+        rows = {"rows_content": joint_digest(self.joins[size].content for size in sorted(self.joins))} if self.joins else {}
+        return {"drawing": "extract", "stores": prints, **rows}
 
     def spec(self, size: Size) -> FeatureSpec:
         """The spec of the store of that size. Raises `ConfigError` if there is none."""
@@ -240,81 +267,34 @@ class StoreSource:
 
     def __init__(self, recipe: StoreRecipe, device: str):
         self.recipe, self.device = recipe, torch.device(device)
-        self._row_of: dict[tuple[str, Size], int] = {}
-        "by image and input size: each is asked for as maps, as a vector, and for its orientation"
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
 
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
-        store = self.recipe.store(size)
-        row = self._row(size, image)
-        (placed,) = PlacedRow.read(store, [row])
-        if placed.width is None:
-            store.pixels(row)  # raises with the reason
-        return placed.oriented(store, image)
+        return self._placed(image, size).oriented(self.recipe.store(size), image)
 
     def maps(self, picture: Picture) -> dict[str, Tensor]:
-        store = self.recipe.store(picture.size)
-        row = self._row(picture.size, picture.image)
+        store, row = self.recipe.store(picture.size), self._row(picture)
         rows = self.rows(picture.size)
         by_level = {each.level: self._read(store, row, each.level) for each in rows if each.level}
         return _rows_of_maps(rows, by_level, f"{store.folder.displayed}, row {row}")
 
     def pooled(self, picture: Picture) -> Tensor | None:
-        store = self.recipe.store(picture.size)
-        level, row = pooled_level(store.spec.levels), self._row(picture.size, picture.image)
+        store, row = self.recipe.store(picture.size), self._row(picture)
+        level = pooled_level(store.spec.levels)
         return _vector(self._read(store, row, level), f"{store.folder.displayed}, row {row}") if level else None
 
     def _read(self, store: FeatureStore, row: int, level: str) -> Tensor:
         return torch.from_numpy(store.read(row, level)).to(self.device)
 
-    def _row(self, size: Size, image: EncodedImage) -> int:
-        asked = image.displayed, size
-        if asked not in self._row_of:
-            self._row_of[asked] = self._found_row(self.recipe.store(size), image)
-        return self._row_of[asked]
+    def _row(self, picture: Picture) -> int:
+        placed = self._placed(picture.image, picture.size)
+        placed.require(picture.image.displayed)
+        return placed.row
 
-    @staticmethod
-    def _found_row(store: FeatureStore, image: EncodedImage) -> int:
-        found = store.index.find(image.keys)
-        if not found:
-            raise FeaturesMissing(
-                f"{store.folder.displayed} has no features of {image.displayed}: none of its keys is {' or '.join(image.keys)}"
-            )
-        return next(found[key] for key in image.keys if key in found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacedRow:
-    """What a store's ledger says of how a row's image was read."""
-
-    row: int
-    width: int | None
-    "upright, in pixels; None: the row has no features"
-    height: int | None
-    conversion: str | None
-
-    @classmethod
-    def read(cls, store: FeatureStore, rows: Sequence[int]) -> "list[PlacedRow]":
-        """Of rows, in their order."""
-        columns = [field.name for field in fields(cls)]
-        return [cls(**record) for record in store.records(np.array(rows, np.int64), columns).to_pylist()]
-
-    def oriented(self, store: FeatureStore, image: EncodedImage) -> OrientedImage:
-        """How the image was turned when it was extracted. A store keeps upright sizes, and whether an image was turned, not
-        how: then the image is read. Raises `FeaturesMissing` where it isn't the one that was extracted."""
-        displayed = f"{image.displayed} (row {self.row} of {store.folder.displayed})"
-        if EXIF_ROTATE not in (self.conversion or ""):
-            return OrientedImage(displayed, Orientation(width=self.width, height=self.height))
-        found = image.orientation()
-        if found.exif == 1 or found.upright_size != (self.width, self.height):
-            raise FeaturesMissing(
-                f"{store.folder.displayed}: row {self.row} was made of an image that its EXIF turned to {self.width} x "
-                f"{self.height} pixels; {image.displayed} has the orientation {found.exif} and {found.upright_size[0]} x "
-                f"{found.upright_size[1]}. Extract the images again"
-            )
-        return OrientedImage(displayed, found)
+    def _placed(self, image: EncodedImage, size: Size) -> PlacedRow:
+        return self.recipe.joins[size].of(image.displayed)
 
 
 def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
@@ -333,6 +313,19 @@ def require_geometry(store: FeatureStore, geometry: Geometries) -> None:
 # --- either -----------------------------------------------------------------------------------------------------------
 
 Recipe = LiveRecipe | StoreRecipe
+
+
+def distinct(images: Sequence[EncodedImage]) -> list[EncodedImage]:
+    """Each image once."""
+    return list({image.displayed: image for image in images}.values())
+
+
+def in_words(spec: FeatureSpec) -> str:
+    """What the features are, for people: all that `FeatureSpec` says, but for how images are placed and the levels."""
+    what = {"token": "tokens", "key": "keys", "query": "queries", "value": "values"}[spec.facet]
+    layers, norm = " ".join(map(str, spec.layers)), ", normalised" if spec.norm else ""
+    made = f"{spec.model}, {spec.weights_source} weights {spec.weights[:12]}"
+    return f"{made}, {what} of block {layers}{norm}, stride {spec.stride}, {spec.precision}"
 
 
 class CachedSource:
@@ -420,6 +413,8 @@ def _open_stores(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometri
     by_size = {store.spec.input_size: store for store in stores}
     if len(by_size) < len(stores):
         raise ConfigError("--stores: two of them have one input size; give one store per size")
+    for store in stores[1:]:
+        require_alike(stores[0], store)
     recipe = StoreRecipe(stores=by_size)
     sizes = tuple(dict.fromkeys(sizes)) or tuple(sorted(by_size))
     for size in sizes:
@@ -427,8 +422,29 @@ def _open_stores(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometri
     return recipe, sizes
 
 
+def require_alike(first: FeatureStore, other: FeatureStore) -> None:
+    """Raises `ConfigError` unless two stores, of different sizes, hold the same features otherwise: their lines stand in one
+    table under one name."""
+    names = FeatureSpec.names(*(use for use in Use if use is not Use.PLACED))
+    common = first.levels.keys() & other.levels.keys()
+
+    def made_of(spec: FeatureSpec) -> dict[str, JsonValue]:
+        said = {name: value for name, value in spec.to_json().items() if name in names}
+        # Whatever their grids: those are of the size.
+        levels = [{n: getattr(level, n) for n in ("name", "method", "dtype", "digest")} for level in spec.levels]
+        return {**said, "levels": [level for level in levels if level["name"] in common]}
+
+    there, here = made_of(first.spec), made_of(other.spec)
+    if found := differences(there, here):
+        raise ConfigError(
+            f"--stores: {other.folder.displayed} holds other features than {first.folder.displayed}:\n"
+            f"{found.text('the first', 'this one')}\nEvaluate them one after the other, each with an --out of its own."
+        )
+
+
 def describe(recipe: Recipe) -> dict[str, JsonValue]:
     """What made the features, weights' digests included, for a report."""
     if isinstance(recipe, LiveRecipe):
         return recipe.identity()
-    return {**recipe.identity(), "specs": [store.spec.to_json() for store in recipe.stores.values()]}
+    specs = [store.spec.to_json() for store in recipe.stores.values()]
+    return {**recipe.identity(), "specs": specs, "joins": [each.to_json() for each in recipe.joins.values()]}

@@ -27,10 +27,9 @@ from pipelines.executors import Executor, InlineExecutor, WorkersLost
 from pipelines.published import Settings
 from pipelines.tables.backbones import PaperBackbone, find_backbone
 from pipelines.tables.tasks import TableTask, find_task
-from pipelines.training.readout import ReadoutTraining
+from pipelines.training.readout import ReadoutSetup, ReadoutTraining
 from pipelines.training.run import train_inline
 from storage.datasets.registry import DATASETS
-from storage.differences import differences
 from storage.documents import JsonObject, JsonValue, as_object, decode, decode_known, parse_json
 from storage.errors import RayliftError
 from storage.paths import Folder, redact
@@ -304,7 +303,9 @@ RESULT = "cell.json"
 def run_cell(cell: Cell) -> CellResult:
     """Train it, go on with it, or read what it came to; an error is a result, too."""
     try:
-        return _read_result(cell) or _train(cell)
+        # Whether it is done is asked of what it would be now: settings, weights, images, labels, stores.
+        setup = _prepared(cell)
+        return _read_result(cell, setup) or _train(cell, setup)
     except Exception as error:  # the boundary between cells: one that fails must not end the others
         logger.exception("%s failed", cell.name)
         return failed(cell, f"{type(error).__name__}: {error}")
@@ -320,33 +321,29 @@ def _empty(cell: Cell) -> CellResult:
     return CellResult(name=cell.name, backbone=cell.backbone.name, task=cell.task.name, method=cell.method, seed=cell.seed)
 
 
-def _settings(cell: Cell) -> dict[str, JsonValue]:
-    """What a result is the result of, as JSON values."""
+def _prepared(cell: Cell) -> ReadoutSetup:
+    """Its run, begun or held against what it was begun with. Raises what `ReadoutTraining.resolve` and `prepare` raise."""
     training = cell.training
-    more = {name: getattr(training, name) for name in ("epochs", "max_steps", "val_limit")}
-    more |= {"weights": redact(training.features.weights, training.options), "drawing": training.rendering}
-    return {**training.identity({}), **more}
+    resolved = training.resolve()
+    if resolved.features["model"] != training.features.model:
+        raise ConfigError(f"{training.store} holds features of {resolved.features['model']}, not of {training.features.model}")
+    return resolved.prepare(InlineExecutor())
 
 
-def _read_result(cell: Cell) -> CellResult | None:
-    """Of a cell that is done, with these settings. A damaged file counts as none: the run itself knows how far it is."""
+def _read_result(cell: Cell, setup: ReadoutSetup) -> CellResult | None:
+    """Of a cell that is done, all its steps; its run is known to be of these settings and data. A damaged file counts as none:
+    the run itself knows how far it is."""
     try:
-        found = parse_json(Folder(cell.training.out, cell.training.options).read(RESULT))
-        # As for runs: a setting that didn't exist yet counts as its default, None.
-        if differences(as_object(found["settings"]), _settings(cell)):
-            return None
-        result = decode_known(CellResult, found["result"])
+        result = decode_known(CellResult, parse_json(setup.folder.read(RESULT))["result"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if result.name != cell.name or result.steps != setup.order.steps:
         return None
     return replace(result, train_seconds=None)
 
 
-def _train(cell: Cell) -> CellResult:
+def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
     started, training = time.monotonic(), cell.training
-    resolved = training.resolve()
-    if resolved.features["model"] != training.features.model:
-        raise ConfigError(f"{training.store} holds features of {resolved.features['model']}, not of {training.features.model}")
-    setup = resolved.prepare(InlineExecutor())
     summary = train_inline(setup)
     values = {name: value for name, value in summary.metrics.items() if name.startswith("val_")}
     if not values:
@@ -355,14 +352,13 @@ def _train(cell: Cell) -> CellResult:
         _empty(cell),
         metrics=values,
         parameters=build_readout(setup.readout).parameter_count(),
-        grid=tuple(resolved.features["level"]["grid"]),
-        input_size=tuple(resolved.features["input_size"]),
-        model_args=resolved.features.get("model_args", {}),
+        grid=tuple(setup.features["level"]["grid"]),
+        input_size=tuple(setup.features["input_size"]),
+        model_args=setup.features.get("model_args", {}),
         steps=summary.step,
         train_seconds=round(time.monotonic() - started, 3),
     )
-    document = {"settings": _settings(cell), "result": asdict(result)}
-    setup.folder.write(RESULT, json.dumps(document, indent=1).encode())
+    setup.folder.write(RESULT, json.dumps({"result": asdict(result)}, indent=1).encode())
     return result
 
 

@@ -17,10 +17,11 @@ from operators.objectives.schedule import learning_rate
 from pipelines.config import ConfigError, Counts, Free, GpuConfig, Held, Identity, JobConfig, absolute, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.config import BackboneConfig
-from pipelines.provenance import run_folder
+from pipelines.provenance import begin_run, run_folder
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
+from storage.runs import read_pointers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,17 @@ class TrainConfig(JobConfig):
         if self.schedule != "constant":  # the learning rate of every step depends on the last one's number
             settings |= {"epochs": self.epochs, "max_steps": self.max_steps}
         return {**settings, **json.loads(json.dumps(found))}
+
+    def begin(self, folder: Folder, found: JsonObject, order: TrainOrder) -> None:
+        """Begin the run's folder, or hold it against what it was begun with: `found` is as for `identity`. Raises `ConfigError`,
+        also where more steps are done than are asked for: the network of fewer isn't there any more."""
+        begin_run(folder, self.identity(found), self.public())
+        pointers = read_pointers(folder)
+        if pointers and pointers.last_step > order.steps:
+            raise ConfigError(
+                f"{folder.displayed} has gone {pointers.last_step:,} steps, and {order.steps:,} are asked for (--epochs, "
+                "--max-steps); use a new --out for fewer"
+            )
 
     def resolve(self) -> "Resolved":
         """Find what the settings name, before any cluster is asked for anything: most that can be wrong is wrong here."""

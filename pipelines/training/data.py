@@ -19,7 +19,11 @@ from PIL import Image
 from operators.codecs.refusal import ImageRefused
 from operators.image import Geometry, fit, limit_pillow, open_rgb
 from pipelines.executors import Executor
+from pipelines.features.join import Join, Wanted, join
 from pipelines.training.augment import colour_jitter, random_part, training_view
+from storage.datasets.images import orientation_of
+from storage.documents import JsonObject
+from storage.ledger import image_digest
 from storage.paths import Folder, StorageOptions
 from storage.samples import SampleIndex, read_images
 from storage.store import FeatureStore
@@ -146,22 +150,37 @@ class CanvasView:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFeatures:
-    """One level of a feature store, looked up by the keys of the images."""
+    """One level of a feature store, looked up by the keys and the bytes of the images."""
 
     url: str
     options: StorageOptions
     level: str
+    numbers: JsonObject
+    "all that makes the features' numbers"
 
-    def read(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
-        """Rows [keys, h, w, C], NaN where there are none; and why there are none, by key."""
-        store = open_store(self.url, self.options)
-        numbers = store.index.find(keys)
-        known = [i for i, key in enumerate(keys) if key in numbers]
-        values, there = store.read_present(np.array([numbers[keys[i]] for i in known], np.int64), self.level)
+    def read(self, blobs: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str, str]]:
+        """Rows [keys, h, w, C] of images by key, NaN where there are none; and why there are none, by key.
+
+        Raises `FeaturesMissing` where a key's row is another image's.
+        """
+        keys, store = list(blobs), open_store(self.url, self.options)
+        joined = self.join(blobs)
+        places = {key: keys.index(key) for key in joined.by_image}
+        values, there = store.read_present(np.array([row.row for row in joined.rows], np.int64), self.level)
         out = np.full((len(keys), *values.shape[1:]), np.nan, values.dtype)
-        out[known] = values
-        found = {keys[i] for i, is_there in zip(known, there, strict=True) if is_there}
+        out[list(places.values())] = values
+        found = {key for key, is_there in zip(places, there, strict=True) if is_there}
         return out, {key: f"no features in {store.folder.displayed}" for key in keys if key not in found}
+
+    def join(self, blobs: Mapping[str, bytes]) -> Join:
+        """Of those images that the store has a row of. Raises `FeaturesMissing` where one of these is another image's."""
+        store = open_store(self.url, self.options)
+        numbers = store.index.find(list(blobs))
+        return join(store, [_wanted(key, blob) for key, blob in blobs.items() if key in numbers], numbers)
+
+
+def _wanted(key: str, blob: bytes) -> Wanted:
+    return Wanted(displayed=key, keys=(key,), digest=image_digest(blob), size=lambda: orientation_of(blob, key).upright_size)
 
 
 def open_store(url: str, options: StorageOptions) -> FeatureStore:
@@ -235,7 +254,8 @@ class ImageSource:
                 examples[row] = example
         if self.features is not None:
             keys = {row: records[row]["key"] for row in examples}
-            values, missing = self.features.read(list(keys.values()))
+            there = dict(zip(records, blobs, strict=True))
+            values, missing = self.features.read({key: there[row] or b"" for row, key in keys.items()})
             for value, (row, key) in zip(values, keys.items(), strict=True):
                 if key in missing:
                     failed[row] = f"{key}: {missing[key]}"

@@ -3,6 +3,7 @@
 What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,18 +19,19 @@ from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.config import completed
 from pipelines.indexing import RunInput, report_left_out
-from pipelines.provenance import begin_run
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
 from pipelines.training.watch import similarity_picture
 from storage.documents import JsonObject, JsonValue
-from storage.identity import content_sample
+from storage.identity import content_of, sample_images
 from storage.inputs import Listing, expand_inputs
 from storage.paths import Folder
 from storage.runs import read_run
 from storage.samples import SampleIndex
 from storage.spec import FeatureSpec
 from storage.tars import MemberRules
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,17 +197,25 @@ class ResolvedImages:
                 f"--val-rows {config.val_rows} leaves none of the {index.n_rows} images of --data to train on; use fewer, or "
                 "give --val-data"
             )
-        digests = {"images": images.digest, "held_out": held_out.digest}
+        found: dict[str, JsonValue] = {"backbone": _identity(self.backbone.spec), "numbers": {"stored": None}}
         for name, source in (("images", images), ("held_out", held_out)):
             # The index knows names and sizes; other pixels under them would be learned on without a word.
-            digests[f"{name}_content"] = content_sample(source.index, source.urls, config.options)
-        begin_run(folder, config.identity({"backbone": _identity(self.backbone.spec), **digests}), config.public())
+            some = sample_images(source.index, source.urls, config.options)
+            found |= {name: source.digest, f"{name}_content": content_of(some)}
+            if source.features is not None:
+                # All are held against the store when they're read; a store of others is found before a cluster works.
+                joined = source.features.join(some)
+                for note in joined.notes():
+                    logger.warning("%s", note)
+                found["numbers"] = {"stored": source.features.numbers}
+        order = config.order(n_rows)
+        config.begin(folder, found, order)
         return ImageSetup(
             config=config,
             folder=folder,
             backbone=self.backbone,
             description={"upsampler": dict(self.upsampler), "backbone": _description(self.backbone.spec)},
-            order=config.order(n_rows),
+            order=order,
             images=images,
             held_out=held_out,
             held_out_rows=tuple(rows),

@@ -3,15 +3,16 @@
 What crosses to the training processes are uint8 images or maps as they are stored, and targets.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.features.join import FeaturesMissing, Join, Wanted, join
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import draw
 from pipelines.features.rows import Rendering
-from pipelines.features.sources import FeaturesMissing, PlacedRow
 from pipelines.readouts.task import Task
 from pipelines.training.data import Example, open_store
 from storage.datasets.files import DatasetError
@@ -22,6 +23,8 @@ from storage.datasets.labels import LabelledImage
 from storage.paths import StorageOptions
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 PIXELS = "pixels"
 """The example's image, uint8 [H, W, 3]; other names of inputs are levels of features."""
@@ -36,33 +39,27 @@ class StoredMaps:
     url: str
     options: StorageOptions
     levels: tuple[str, ...]
-    placed: tuple[PlacedRow, ...]
+    join: Join
     "rows of the items, in their order"
 
     @classmethod
-    def of(cls, store: FeatureStore, url: str, levels: Sequence[str], items: Sequence[LabelledImage]) -> "StoredMaps":
-        """Raises `FeaturesMissing` where the store lacks an image."""
-        numbers = store.index.find([key for item in items for key in item.image.keys])
-        rows = [next((numbers[key] for key in item.image.keys if key in numbers), None) for item in items]
-        lacking = [item.image for item, row in zip(items, rows, strict=True) if row is None]
-        if lacking:
-            raise FeaturesMissing(
-                f"{store.folder.displayed} has no features of {len(lacking)} of {len(items)} images, the first is "
-                f"{lacking[0].displayed}: none of its keys is {' or '.join(lacking[0].keys)}"
-            )
-        placed = tuple(PlacedRow.read(store, rows))
-        return cls(url=url, options=store.folder.options, levels=tuple(levels), placed=placed)
+    def of(
+        cls, store: FeatureStore, levels: Sequence[str], items: Sequence[LabelledImage], contents: Sequence[str]
+    ) -> "StoredMaps":
+        """`contents`: digests of the images' bytes. Raises `FeaturesMissing` where the store doesn't fit the items."""
+        wanted = [Wanted.of(item.image, content) for item, content in zip(items, contents, strict=True)]
+        joined = join(store, wanted)
+        for note in joined.notes():
+            logger.warning("%s", note)
+        return cls(url=store.folder.url, options=store.folder.options, levels=tuple(levels), join=joined)
 
     def oriented(self, number: int, item: LabelledImage) -> OrientedImage:
         """How the image of an item was turned when it was extracted. Raises `DatasetError` for one that wasn't."""
-        placed = self.placed[number]
-        if placed.width is None:
-            raise DatasetError(f"{item.image.displayed}: {NOT_THERE}")
-        return placed.oriented(open_store(self.url, self.options), item.image)
+        return self.join.rows[number].oriented(open_store(self.url, self.options), item.image)
 
     def read(self, items: Sequence[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Maps [items, h, w, C] by level, and which of the items have them."""
-        store, rows = open_store(self.url, self.options), np.array([self.placed[i].row for i in items], np.int64)
+        store, rows = open_store(self.url, self.options), np.array([self.join.rows[i].row for i in items], np.int64)
         maps, there = {}, np.ones(len(rows), bool)
         for level in self.levels:
             maps[level], found = store.read_present(rows, level)
@@ -75,6 +72,8 @@ class LabelledSource:
     """A data set's images for a task; travels to whoever loads them (pipelines/training/data.py, `ExampleSource`)."""
 
     items: tuple[LabelledImage, ...]
+    contents: tuple[str, ...]
+    "digests of the images' bytes"
     task: Task
     spec: FeatureSpec
     rendering: Rendering

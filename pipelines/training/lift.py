@@ -24,7 +24,6 @@ from pipelines.features.config import MapConfig, PlacedConfig, SizedConfig
 from pipelines.training.data import JitteredView, Loaded, StoredFeatures
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
 from storage.documents import JsonValue
-from storage.spec import FeatureSpec, Use
 from storage.store import FeatureStore
 
 
@@ -76,8 +75,11 @@ class X2Config(ImageTraining):
         self._found()
         if not 0 <= self.jitter <= 0.5:
             raise ConfigError(f"--jitter {self.jitter}: must lie between 0 and 0.5")
-        if self.stored and self.jitter:
-            raise ConfigError(f"--jitter {self.jitter}: images whose --features are stored can't be jittered; use --jitter 0")
+        for name, plain in (("jitter", 0), ("crop", 1)):
+            if self.stored and (value := getattr(self, name)) != plain:
+                raise ConfigError(
+                    f"--{name} {value:g}: the stored --features are of the images as they are; use --{name} {plain}, or no store"
+                )
 
     @property
     def backbone_size(self) -> int:
@@ -138,9 +140,7 @@ class X2Config(ImageTraining):
         store = FeatureStore.open(self.stored, self.options)
         spec = store.spec
         here = replace(backbone.spec, interpolation=self.interpolation)
-        learned = FeatureSpec.names(Use.LEARNED, Use.LEARNED_LATER)
-        names = (*learned, "input_size", "geometry", "interpolation", "precision")
-        if found := spec.differences(here, names):
+        if found := spec.differences(here, [name for name in spec.to_json() if name not in ("levels", "weights_source")]):
             raise ConfigError(
                 f"--features {store.folder.displayed} holds other features than the training's:\n{found.text('store', 'now')}"
             )
@@ -150,7 +150,8 @@ class X2Config(ImageTraining):
                 f"--features {store.folder.displayed}: none of its levels is the backbone's own map in float16 or float32; "
                 "extract with --levels x1"
             )
-        return StoredFeatures(url=self.stored, options=self.options, level=levels[0].name)
+        name = levels[0].name
+        return StoredFeatures(url=self.stored, options=self.options, level=name, numbers=spec.numbers([name]))
 
     def objective(self, setup: ImageSetup, device: torch.device) -> "X2Objective":
         return X2Objective(self, setup, device)

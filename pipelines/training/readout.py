@@ -20,7 +20,6 @@ from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import DenseConfig, SizedConfig, completed
 from pipelines.features.rows import Rendering, pooled_level
 from pipelines.features.sources import SourceChoice, require_geometry, resolve_source
-from pipelines.provenance import begin_run
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import TASKS
@@ -28,11 +27,13 @@ from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import Loaded
 from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps
 from pipelines.training.watch import panel_picture
+from storage.datasets.content import content_digests, joint_digest
 from storage.datasets.files import digest
 from storage.datasets.frames import LabelFrame
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
-from storage.documents import JsonValue
+from storage.differences import differences
+from storage.documents import JsonObject, JsonValue
 from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
 
@@ -215,15 +216,10 @@ class ReadoutTraining(TrainConfig):
         spec, bundle = self._features(task, opened)
         level = _level(spec, self.level_name, self.store)
         pooled = _pooled(spec, self.store) if READOUTS[self.method].needs_pooled else None
+        read = [name for name in (level.name, pooled) if name]
         sources = [
-            LabelledSource(
-                items=tuple(items),
-                task=task,
-                spec=spec,
-                rendering=self.rendering,
-                stored=self._stored(items, store, opened, spec, [name for name in (level.name, pooled) if name]),
-            )
-            for items, store in ((train, self.store), (task.judged(held_out), self.val_store or self.store))
+            self._source(items, task, spec, opened(url) if url else None, read)
+            for items, url in ((train, self.store), (task.judged(held_out), self.val_store or self.store))
         ]
         readout, features = self.readout(task, level), features_of(spec, level)
         description = {
@@ -241,6 +237,7 @@ class ReadoutTraining(TrainConfig):
             held_out=sources[1],
             readout=readout,
             features=features,
+            numbers=spec.numbers(read),
             level=level.name,
             pooled=pooled,
             bundle=bundle,
@@ -263,21 +260,19 @@ class ReadoutTraining(TrainConfig):
             bundle = replace(bundle, spec=replace(bundle.spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
         return bundle.spec, bundle
 
-    def _stored(
-        self,
-        items: Sequence[LabelledImage],
-        url: str,
-        opened: Callable[[str], FeatureStore],
-        spec: FeatureSpec,
-        levels: Sequence[str],
-    ) -> StoredMaps | None:
-        if not url:
-            return None
-        store = opened(url)
-        if found := store.spec.differences(spec, READ):
-            lines = found.text("--val-store", "--store")
-            raise ConfigError(f"--val-store {store.folder.displayed} holds other features than --store:\n{lines}")
-        return StoredMaps.of(store, url, levels, items)
+    def _source(
+        self, items: Sequence[LabelledImage], task: Task, spec: FeatureSpec, store: FeatureStore | None, levels: Sequence[str]
+    ) -> LabelledSource:
+        """Examples of `items`, of `levels` of the store if there is one. Raises `ConfigError` where it isn't of `spec`."""
+        contents, stored = content_digests([item.image for item in items]), None
+        if store is not None:
+            if found := differences(store.spec.numbers(levels), spec.numbers(levels)):
+                lines = found.text("--val-store", "--store")
+                raise ConfigError(f"--val-store {store.folder.displayed} holds other features than --store:\n{lines}")
+            stored = StoredMaps.of(store, levels, items, contents)
+        return LabelledSource(
+            items=tuple(items), contents=tuple(contents), task=task, spec=spec, rendering=self.rendering, stored=stored
+        )
 
 
 def _level(spec: FeatureSpec, name: str, store: str) -> Level:
@@ -315,6 +310,8 @@ class ReadoutSetup(TrainSetup):
     held_out: LabelledSource
     readout: ReadoutConfig
     features: Mapping[str, Any]
+    numbers: JsonObject
+    "all that makes the features' numbers, what only rounds them included"
     level: str
     pooled: str | None
     bundle: ModelBundle | None
@@ -323,9 +320,16 @@ class ReadoutSetup(TrainSetup):
     def prepare(self, executor: Executor) -> Self:  # noqa: ARG002 - nothing is left to be read
         """Begin or continue the folder. Raises `CheckpointError`, and `ConfigError` where it was begun with other settings."""
         # A live model's images may be drawn as a store's aren't.
-        found = {"features": self.features, "drawing": self.config.rendering}
-        found |= {"images": digest(self.images.items), "held_out": digest(self.held_out.items)}
-        begin_run(self.folder, self.config.identity(found), self.config.public())
+        found = {"features": self.features, "drawing": self.config.rendering, "numbers": self.numbers}
+        for name, labels, rows, source in (
+            ("images", "labels_content", "rows_content", self.images),
+            ("held_out", "held_out_labels_content", "held_out_rows_content", self.held_out),
+        ):
+            found |= {name: digest(source.items), f"{name}_content": joint_digest(source.contents)}
+            found[labels] = joint_digest(content_digests([item.label for item in source.items]))
+            if source.stored is not None:
+                found[rows] = source.stored.join.content
+        self.config.begin(self.folder, found, self.order)
         return self
 
     def objective(self, device: torch.device) -> Objective:

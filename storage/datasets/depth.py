@@ -73,6 +73,10 @@ class DepthMap:
             return replace(self, source=replace(self.source, per_metre=float(per_metre)))
         return replace(self, array_per_metre=float(per_metre))
 
+    def content(self) -> bytes:
+        """What `content_digests` counts. Raises `DatasetError`."""
+        return self.source.content()
+
     def identity(self) -> object:
         """What `digest` counts."""
         return {"source": self.source} | ({} if self.array_per_metre == 1 else {"per_metre": self.array_per_metre})

@@ -23,6 +23,14 @@ class DatasetError(StorageError):
     """A file of a data set is missing, malformed, or contradicts another one."""
 
 
+class ItemLeftOut(DatasetError):
+    """Nothing is wrong with the data set, but an item of it can't be trained on or scored."""
+
+    def __init__(self, displayed: str, reason: str):
+        super().__init__(f"{displayed}: {reason}")
+        self.displayed, self.reason = displayed, reason
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetFile:
     """A file of a data set."""
@@ -39,6 +47,10 @@ class DatasetFile:
     def data(self) -> bytes:
         """Its bytes. Raises `DatasetError`."""
         return read(self.folder, self.name)
+
+    def content(self) -> bytes:
+        """What `content_digests` counts. Raises `DatasetError`."""
+        return self.data()
 
 
 def read(folder: Folder, name: str) -> bytes:

@@ -6,7 +6,7 @@ that reads it here; its labels are turned with it, unless they are of the uprigh
 
 from typing import Literal, NamedTuple, TypeAlias
 
-from storage.datasets.files import DatasetError
+from storage.datasets.files import DatasetError, ItemLeftOut
 from storage.orientation import Orientation
 
 LabelFrame: TypeAlias = Literal["stored", "upright"]
@@ -18,12 +18,11 @@ CANNOT_TELL = (
 )
 
 
-class FrameUnknown(DatasetError):
+class FrameUnknown(ItemLeftOut):
     """A label may be of the image as stored or as seen. `displayed` is the image."""
 
     def __init__(self, displayed: str):
-        super().__init__(f"{displayed}: {CANNOT_TELL}")
-        self.displayed = displayed
+        super().__init__(displayed, CANNOT_TELL)
 
 
 class OrientedImage(NamedTuple):

@@ -5,7 +5,6 @@ Nothing is decoded when a data set is listed, and nothing here decodes an image 
 """
 
 import io
-import posixpath
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -48,6 +47,10 @@ class EncodedImage(ABC):
     @abstractmethod
     def data(self) -> bytes:
         """Its bytes, of an image file. Raises `DatasetError`."""
+
+    def content(self) -> bytes:
+        """What `content_digests` counts. Raises `DatasetError`."""
+        return self.data()
 
     @abstractmethod
     def identity(self) -> object:
@@ -94,12 +97,8 @@ def load_images(url: str, options: StorageOptions | None = None) -> list[ImageFi
     log_left_out(files.left_out)
     if not all(file.is_image for file in files):
         raise DatasetError(f"{folder.displayed} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
-    found = []
-    for name in (file.url[len(file.base) :].lstrip("/") for file in files):
-        stem = name.rsplit(".", 1)[0]
-        keys = dict.fromkeys((f"JPEGImages/{stem}", stem, posixpath.basename(stem)))
-        found.append(ImageFile(folder=folder, name=name, keys=tuple(keys)))
-    return found
+    names = [file.url[len(file.base) :].lstrip("/") for file in files]
+    return [ImageFile(folder=folder, name=name, keys=keys_of(f"JPEGImages/{name}")) for name in names]
 
 
 # --- what Pillow says of bytes ----------------------------------------------------------------------------------------
@@ -248,6 +247,10 @@ class H5Array:
         """How long its first axis is. Raises `DatasetError`."""
         return self._of(lambda array: int(array.shape[0]))
 
+    def content(self) -> bytes:
+        """What `content_digests` counts. Raises `DatasetError`."""
+        return self.read().tobytes()
+
     def identity(self) -> object:
         """A member's place in its tar stands for its name."""
         return [self.name, self.array, self.span and self.span.offset, self.entry]
@@ -280,6 +283,9 @@ class H5Image(EncodedImage):
         out = io.BytesIO()
         Image.fromarray(self._pixels()).save(out, "PNG", compress_level=1)
         return out.getvalue()
+
+    def content(self) -> bytes:
+        return self.array.content()
 
     def identity(self) -> object:
         return self.array.identity()
