@@ -111,7 +111,7 @@ class LiveRecipe:
     def said(self) -> dict[str, str]:
         """What results say of the features, in words."""
         upsamplers = {"upsamplers": "; ".join(notes)} if (notes := self.notes()) else {}
-        return {"features": in_words(next(iter(self.bundles.values())).spec), **upsamplers}
+        return {"backbone": in_words(next(iter(self.bundles.values())).spec), **upsamplers}
 
     def joined(self, images: Mapping[Size, Sequence[EncodedImage]], contents: Mapping[str, str]) -> "LiveRecipe":  # noqa: ARG002
         """Itself: a model runs on the very images."""
@@ -228,7 +228,7 @@ class StoreRecipe:
         """What results say of the features, in words."""
         of = [f"{store.folder.displayed}: {in_words(store.spec)}" for store in self.stores.values()]
         notes = {"upsamplers": self.notes(), "stores": [note for each in self.joins.values() for note in each.notes()]}
-        return {"features": "; ".join(of), **{name: "; ".join(each) for name, each in notes.items() if each}}
+        return {"backbone": "; ".join(of), **{name: "; ".join(each) for name, each in notes.items() if each}}
 
     def joined(self, images: Mapping[Size, Sequence[EncodedImage]], contents: Mapping[str, str]) -> "StoreRecipe":
         """Itself, with the row of each image. `images`: by input size; `contents`: digests of their bytes, by their displayed

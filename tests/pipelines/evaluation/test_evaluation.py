@@ -30,10 +30,11 @@ from pipelines.evaluation.video import VideoConfig
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
+from pipelines.features.join import FeaturesMissing
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row
-from pipelines.features.sources import FeaturesMissing, describe, resolve_source
+from pipelines.features.sources import describe, resolve_source
 from pipelines.results import write_results
 from storage.datasets.coco import load_coco20k
 from storage.datasets.davis import load_davis
@@ -576,7 +577,9 @@ def test_stores_that_cannot_serve_a_protocol_say_how_to_extract_one(tmp_path, ti
         attempt(padded, sizes=(64,), protocol="vit-up")
     with pytest.raises(ConfigError, match=r"add x1 to --levels"):
         attempt(only_x2, sizes=(64,))
-    with pytest.raises(FeaturesMissing, match=r"no features of .*tvmonitor/2008_001000.jpg: none of its keys is"):
+    with pytest.raises(
+        FeaturesMissing, match=r"images are not in it; the first: .*tvmonitor/2008_001000.jpg: none of its keys is"
+    ):
         attempt(padded, sizes=(64,))
     with pytest.raises(ConfigError, match="--drawing paper needs a model"):
         attempt(padded, drawing="paper")

@@ -17,9 +17,10 @@ from pipelines.evaluation import run
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.executors import InlineExecutor
+from pipelines.features.join import FeaturesMissing
 from pipelines.features.model import FeatureModel
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import CachedSource, FeaturesMissing, LiveSource
+from pipelines.features.sources import CachedSource, LiveSource
 from pipelines.features.weights import WeightsUnavailable
 from storage.datasets.files import DatasetError
 from storage.paths import Folder
@@ -324,7 +325,7 @@ def test_stores_that_do_not_fit_are_refused(sets, trained, config_of, tiny, tmp_
         with pytest.raises(ConfigError, match=message):
             probe.prepare(config_of(url, stores=(store,)))
     few = extract(tiny, tmp_path / "few.zarr", sets / IMAGES, limit=8)
-    with pytest.raises(FeaturesMissing, match=r"no features of .*000008.jpg"):
+    with pytest.raises(FeaturesMissing, match=r"2 of 4 images are not in it; the first: .*000008.jpg"):
         evaluate(probe, config_of(url, stores=(few,)))
 
 

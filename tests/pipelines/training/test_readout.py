@@ -13,8 +13,8 @@ from PIL import Image
 
 from operators.readouts import ReadoutConfig, build_readout
 from pipelines.config import ConfigError
+from pipelines.features.join import FeaturesMissing
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import FeaturesMissing
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
 from pipelines.readouts.instances import CLASSIFIER
@@ -188,7 +188,7 @@ def test_training_and_validation_may_have_a_store_each(sets, tmp_path, tiny):
     train(training(sets, tmp_path / "run", val_store=second, **settings))
 
     assert held_out(str(tmp_path / "run"))["iou"] >= 0
-    with pytest.raises(FeaturesMissing, match=r"no features of 4 of 4 images, the first is .*000000000006.jpg"):
+    with pytest.raises(FeaturesMissing, match=r"4 of 4 images are not in it; the first: .*000000000006.jpg"):
         prepared(training(sets, tmp_path / "one", **settings))
     other = extract(tiny, tmp_path / "other.zarr", sets / "coco/val2017", facet="key")
     with pytest.raises(ConfigError, match="--val-store .* holds other features than --store"):
@@ -228,7 +228,7 @@ def test_images_without_finite_features_are_left_out(sets, tmp_path, store, monk
         ({}, {"placement": "squash"}, "--geometry squash"),
         ({}, {"size": 96}, "--size 96: .*store.zarr was extracted at"),
         ({}, {"level": "x2"}, "--level x2: .*store.zarr has the maps x1"),
-        ({"limit": 5}, {}, "no features of 1 of 6 images, the first is .*000005.jpg"),
+        ({"limit": 5}, {}, "1 of 6 images are not in it; the first: .*000005.jpg"),
         (
             {"levels": ("x1", "pooled=mean")},
             {"task": "depth", "method": "depth_bins", **OF_TASK["depth"], "placement": "crop"},
