@@ -87,7 +87,7 @@ def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def require_close(found: object, expected: object, without: set[str] = MEASURED, tolerance: float = 2e-3) -> None:
-    """JSON values equal but for some entries, what is said since then, and the last bits of numbers: processors differ in them."""
+    """JSON values equal but for some entries, what is said since, and the last bits of numbers: processors differ in them."""
     ours, theirs = (dict(leaves(plain(each, without))) for each in (found, expected))
     assert ours.keys() >= theirs.keys()
     for name, value in theirs.items():
