@@ -81,6 +81,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
+def processor_of(device: torch.device) -> str:
+    """Which CPU times on it hold for, as times that are kept must say; empty for a GPU, whose name says it."""
+    return "" if device.type == "cuda" else cpu_name()
+
+
 def finish(device: torch.device) -> None:
     """Wait for what an accelerator still computes."""
     if device.type == "cuda":
@@ -140,9 +145,8 @@ class Machine:
 def machine() -> Machine:
     """This one, now."""
     capabilities: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    name = next((line for line in _cpuinfo() if line.startswith("model name")), platform.processor())
     return Machine(
-        cpu=name.split(":")[-1].strip() or platform.machine(),
+        cpu=cpu_name(),
         cores=CORES,
         memory_bytes=psutil.virtual_memory().total,
         torch=torch.__version__,
@@ -150,6 +154,12 @@ def machine() -> Machine:
         native_bf16=any(value for flag, value in capabilities.items() if "bf16" in flag),
         load=os.getloadavg()[0],
     )
+
+
+def cpu_name() -> str:
+    """Of this machine, as the system calls it."""
+    name = next((line for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    return name.split(":")[-1].strip() or platform.machine()
 
 
 def _cpuinfo() -> list[str]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from operators.backbone import PatchFeatures, TimmBackbone
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
-from pipelines.costs.clocks import device_name, held_bytes, timed
+from pipelines.costs.clocks import device_name, held_bytes, processor_of, timed
 from pipelines.costs.upsamplers import OperationCounts, count_operations, counted_macs, image_to_grid, require_enlarging
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Evaluated, Piece, Record, begin
@@ -118,6 +118,13 @@ class Timing:
     "weights above all"
     peak_bytes: int | None
     "with those; None where the system doesn't tell"
+    cpu: str = ""
+    "the processor, of a timing on a CPU; earlier versions didn't say it"
+
+    @property
+    def where(self) -> str:
+        """What it holds for."""
+        return f"{self.device}, {self.cpu}" if self.cpu else self.device
 
     @property
     def ms(self) -> float:
@@ -153,7 +160,13 @@ class Runtime:
         (seconds,) = timed([run], config.repeat, config.row_s, device)
         before, peak = held_bytes(run, device)
         timing = Timing(
-            case=case.name, device=device_name(device), seconds=tuple(seconds), macs=macs, bytes_before=before, peak_bytes=peak
+            case=case.name,
+            device=device_name(device),
+            seconds=tuple(seconds),
+            macs=macs,
+            bytes_before=before,
+            peak_bytes=peak,
+            cpu=processor_of(device),
         )
         return [asdict(timing)]
 
@@ -248,10 +261,13 @@ def _level_name(grid: tuple[int, int], base: tuple[int, int]) -> str:
 def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequence[Record]) -> Findings:
     """Time and memory of each case, and operations of the backbone and of networks that enlarge x2."""
     timings = [decode(Timing, record, "a timing") for record in records]
-    found, devices = {timing.case: timing for timing in timings}, list(dict.fromkeys(one.device for one in timings))
+    found, devices = {timing.case: timing for timing in timings}, list(dict.fromkeys(one.where for one in timings))
     if len(devices) > 1:
         raise ConfigError(f"{config.out} has timings of {' and of '.join(devices)}; give --out a new folder")
     on_gpu = not devices[0].startswith("CPU")
+    if (asked := config.cluster.device) not in ("auto", "cuda" if on_gpu else "cpu"):
+        # An earlier start's: which device takes them is no part of what a run is begun with.
+        raise ConfigError(f"--device {asked}: {config.out} has timings of {devices[0]}; give --out a new folder")
     counts = _counts(task, recipe.bundle((task.size, task.size)))
     lines = [_line(case, task.size, found[case.name], counts.parameters) for case in task.cases]
     if config.paper and on_gpu:

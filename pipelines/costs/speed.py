@@ -14,7 +14,7 @@ import torch
 
 from operators.backbone import TimmBackbone, cast_matmul_weights
 from operators.timm_models import create_model
-from pipelines.costs.clocks import device_name, median_ratio, timed
+from pipelines.costs.clocks import device_name, median_ratio, processor_of, timed
 from pipelines.costs.upsamplers import image_to_grid
 from storage.documents import JsonObject, JsonValue
 
@@ -65,6 +65,17 @@ class Speed:
     "above 1 for what is faster than the reference"
     batches: int
     device: str
+    cpu: str = ""
+    "the processor, of a speed on a CPU; earlier versions didn't say it"
+
+    @property
+    def where(self) -> str:
+        """What it holds for."""
+        return f"{self.device}, {self.cpu}" if self.cpu else self.device
+
+    def was_measured_on(self, device: torch.device) -> bool:
+        """Whether it holds for this process's device."""
+        return (self.device, self.cpu) == (device_name(device), processor_of(device))
 
 
 def measure_speed(protocol: SpeedProtocol, device: torch.device, backbone: TimedBackbone) -> Speed:
@@ -81,6 +92,7 @@ def measure_speed(protocol: SpeedProtocol, device: torch.device, backbone: Timed
         relative=1 / median_ratio(own, others),
         batches=len(own),
         device=device_name(device),
+        cpu=processor_of(device),
     )
     logger.info("speed of %s at %d px: %.2f of %s", backbone.model, backbone.size, found.relative, reference.model)
     return found

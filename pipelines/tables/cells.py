@@ -402,7 +402,8 @@ SPEEDS = "speed.json"
 def measure_speeds(
     config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult], executor: Executor
 ) -> dict[str, Speed]:
-    """Of each backbone that has a result, by name; measured one after another on one machine, or read from an earlier start.
+    """Of each backbone that has a result, by name; measured one after another on one machine, or read from an earlier start
+    that measured on such a device. All are of one machine: where some were measured on another, they are measured again.
 
     The grid's own cells must be done. Raises `BackboneError`.
     """
@@ -412,25 +413,26 @@ def measure_speeds(
         height, width = each.input_size or (0, 1)
         if not each.error and height == width:
             wanted[each.backbone] = TimedBackbone(models[each.backbone], height, each.model_args)
-    known = _read_speeds(config)
-    found = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
-    missing = {name: of for name, of in wanted.items() if name not in found}
-    if missing:
-        pool = executor.pool(_request(config, 1, None))  # a whole GPU
-        worker = functools.partial(_speed_worker, config.speeds, pool.device, None if config.is_inline else pool.cpus)
-        (measured,) = executor.pieces(worker, [missing], pool, restarts=config.max_failures)
-        found |= measured
-        every = {name: asdict(speed) for name, speed in {**known, **found}.items()}
-        document = {"protocol": asdict(config.speeds), "found": every}
-        config.folder.write(SPEEDS, json.dumps(document, indent=1).encode())
+    pool = executor.pool(_request(config, 1, None))  # a whole GPU
+    protocol = {**asdict(config.speeds), "device": pool.device, "threads": pool.cpus if pool.device == "cpu" else None}
+    known = _read_speeds(config, protocol)
+    kept = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
+    if len(kept) == len(wanted) and len({(speed.device, speed.cpu) for speed in kept.values()}) <= 1:
+        return kept
+    worker = functools.partial(_speed_worker, config.speeds, pool.device, None if config.is_inline else pool.cpus)
+    (found,) = executor.pieces(
+        worker, [{name: (of, kept.get(name)) for name, of in wanted.items()}], pool, restarts=config.max_failures
+    )
+    document = {"protocol": protocol, "found": {name: asdict(speed) for name, speed in {**known, **found}.items()}}
+    config.folder.write(SPEEDS, json.dumps(document, indent=1).encode())
     return {name: found[name] for name in wanted}
 
 
-def _read_speeds(config: GridConfig) -> dict[str, Speed]:
+def _read_speeds(config: GridConfig, protocol: JsonObject) -> dict[str, Speed]:
     """Those of an earlier start that were measured in the same way; a damaged file counts as none."""
     try:
         document = parse_json(config.folder.read(SPEEDS))
-        if document["protocol"] != asdict(config.speeds):
+        if document["protocol"] != protocol:
             return {}
         return {name: decode(Speed, each, name) for name, each in as_object(document["found"]).items()}
     except (FileNotFoundError, ValueError, KeyError):
@@ -439,9 +441,13 @@ def _read_speeds(config: GridConfig) -> dict[str, Speed]:
 
 def _speed_worker(
     protocol: SpeedProtocol, device: str, threads: int | None
-) -> Callable[[Mapping[str, TimedBackbone]], dict[str, Speed]]:
-    """Measures the speeds of some backbones, by name."""
+) -> Callable[[Mapping[str, tuple[TimedBackbone, Speed | None]]], dict[str, Speed]]:
+    """Measures the speeds of some backbones, by name; those that are known of this very machine are as they are."""
     if threads:
         torch.set_num_threads(threads)
     where = torch.device(device)
-    return lambda backbones: {name: measure_speed(protocol, where, of) for name, of in backbones.items()}
+
+    def speed_of(backbone: TimedBackbone, known: Speed | None) -> Speed:
+        return known if known and known.was_measured_on(where) else measure_speed(protocol, where, backbone)
+
+    return lambda backbones: {name: speed_of(*each) for name, each in backbones.items()}

@@ -206,7 +206,7 @@ def _notes(config: GridConfig, speeds: Mapping[str, Speed]) -> Iterator[str]:
         one = next(iter(speeds.values()))
         yield (
             f"- speed: images per second of the backbone alone, of those of {config.speed_reference} at "
-            f"{config.speed_reference_size} px beside it; {one.batches} batches of {config.speed_batch}, {one.device}."
+            f"{config.speed_reference_size} px beside it; {one.batches} batches of {config.speed_batch}, {one.where}."
         )
     yield from (f"- {name}: {BY_NAME[name].note}." for name in config.backbones if name in BY_NAME and BY_NAME[name].note)
 
@@ -286,7 +286,7 @@ def _entry_report(entry: Entry) -> JsonObject:
 def write_grid(
     folder: Folder, config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult], speeds: Mapping[str, Speed]
 ) -> str:
-    """Write grid.json, grid.md and, with speeds, grid.png; returns the Markdown."""
+    """Write grid.json, grid.md and, with speeds, grid.png, of which none is left otherwise; returns the Markdown."""
     found = entries(cells, results)
     failed = [result for result in results if result.error]
     text = report(config, found, speeds, failed)
@@ -300,6 +300,8 @@ def write_grid(
     folder.write("grid.json", json.dumps(document, indent=1).encode())
     if speeds:
         folder.write("grid.png", scatter(found, speeds))
+    else:
+        folder.remove(["grid.png"])  # an earlier start's, of other scores
     folder.write("grid.md", text.encode())
     return text
 
@@ -310,10 +312,11 @@ def main(config: GridConfig) -> Iterator[str]:
     with executor_for(config) as executor:
         results = run_cells(config, cells, executor)
         failed = sum(bool(result.error) for result in results)
-        text = write_grid(folder, config, cells, results, {})
+        text, speeds = write_grid(folder, config, cells, results, {}), {}
         if config.speed and failed < len(cells):
-            text = write_grid(folder, config, cells, results, measure_speeds(config, cells, results, executor))
+            speeds = measure_speeds(config, cells, results, executor)
+            text = write_grid(folder, config, cells, results, speeds)
     yield text
-    yield f"{folder.displayed}: grid.md, grid.json{', grid.png' if config.speed else ''}; each run in a folder of its own"
+    yield f"{folder.displayed}: grid.md, grid.json{', grid.png' if speeds else ''}; each run in a folder of its own"
     if failed:
         raise CellsFailed(f"{failed} of {len(cells)} runs failed; the tables say which and why")

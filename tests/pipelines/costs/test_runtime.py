@@ -110,7 +110,7 @@ def without_model() -> dict[str, object]:
 
 
 def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
-    settings = config(tmp_path / "out", methods=("vit_up",), grids=(56, 112), chunks=(0, 112), paper=True)
+    settings = config(tmp_path / "out", device="auto", methods=("vit_up",), grids=(56, 112), chunks=(0, 112), paper=True)
 
     _, on_gpu = found_by(settings, "NVIDIA H200")
     _, on_cpu = found_by(settings)
@@ -135,10 +135,22 @@ def test_timings_of_two_devices_are_no_table(tmp_path):
     settings = config(tmp_path / "out", methods=())
     task, recipe, folder = runtime.prepare(settings)
     records = run_pieces(settings, task, recipe, folder, InlineExecutor())
-    records[1]["device"] = "NVIDIA H200"
+    records[1] |= {"device": "NVIDIA H200", "cpu": ""}
 
-    with pytest.raises(ConfigError, match=r"timings of CPU, 1 threads and of NVIDIA H200; give --out a new folder"):
+    with pytest.raises(ConfigError, match=r"timings of CPU, 1 threads, .* and of NVIDIA H200; give --out a new folder"):
         runtime.find(settings, task, recipe, records)
+
+    records[1] |= {"device": "CPU, 1 threads", "cpu": "another one"}
+    with pytest.raises(ConfigError, match=r"and of CPU, 1 threads, another one; give --out a new folder"):
+        runtime.find(settings, task, recipe, records)
+
+
+def test_timings_of_another_device_than_asked_for_are_refused(tmp_path):
+    asked = config(tmp_path / "out", methods=(), device="cpu")
+
+    with pytest.raises(ConfigError, match=r"--device cpu: \S+ has timings of NVIDIA H200; give --out a new folder"):
+        found_by(asked, device="NVIDIA H200")
+    assert found_by(asked.changed(device="auto"), device="NVIDIA H200")[1].tables[0].title.count("H200")
 
 
 def test_checkpoints_are_timed_as_they_are(tmp_path):

@@ -198,6 +198,52 @@ def test_what_is_done_is_not_done_again(sets, tmp_path, monkeypatch):
     assert grid.measure_speeds(config, cells, second, InlineExecutor()) == speeds
 
 
+@pytest.mark.parametrize("change", [{"cpu": "another one"}, {"device": "CPU, 64 threads"}])
+def test_speeds_of_a_table_are_of_one_machine(sets, tmp_path, change):
+    """A backbone that comes to those of another machine, or of an earlier version, has them measured again."""
+    config, both = tiny_grid(sets, tmp_path), ("test_vit.r160_in1k@32", VIT)
+    grid.measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
+    path = tmp_path / "speed.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"found": {VIT: {**written["found"][VIT], **change, "images_per_s": 1e9}}}))
+    config = config.changed(backbones=both)
+
+    speeds = grid.measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
+
+    assert list(speeds) == list(both)
+    assert len({each.where for each in speeds.values()}) == 1
+    assert speeds[VIT].images_per_s < 1e9
+    assert speeds[VIT].cpu
+    again = grid.measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
+    assert again == speeds
+
+
+@pytest.mark.parametrize("change", [{"device": "cuda"}, {"threads": 64}, None])
+def test_speeds_of_another_device_are_measured_again(sets, tmp_path, change):
+    config = tiny_grid(sets, tmp_path)
+    cells, results = plan_cells(config), run(config)
+    grid.measure_speeds(config, cells, results, InlineExecutor())
+    path = tmp_path / "speed.json"
+    written = json.loads(path.read_text())
+    if change is None:  # as an earlier version wrote it
+        del written["protocol"]["device"], written["protocol"]["threads"]
+    written["protocol"] |= change or {}
+    written["found"][VIT]["images_per_s"] = 1e9
+    path.write_text(json.dumps(written))
+
+    assert grid.measure_speeds(config, cells, results, InlineExecutor())[VIT].images_per_s < 1e9
+
+
+def test_a_picture_of_earlier_scores_does_not_stay(sets, tmp_path):
+    list(main(tiny_grid(sets, tmp_path)))
+    assert (tmp_path / "grid.png").exists()
+
+    *_, last = main(tiny_grid(sets, tmp_path, speed=False))
+
+    assert not (tmp_path / "grid.png").exists()
+    assert "grid.png" not in last + (tmp_path / "grid.md").read_text()
+
+
 def test_what_an_earlier_version_did_counts(sets, tmp_path, monkeypatch):
     """Whose run says less of what it was made of."""
     config = tiny_grid(sets, tmp_path)
