@@ -30,6 +30,11 @@ class Differences:
         """A line each; `there` and `here` say whose the values are."""
         return "\n".join(f"  {each.field:<16} {there} {_short(each.there)}   {here} {_short(each.here)}" for each in self.found)
 
+    def line(self, there: str, here: str) -> str:
+        """As `text`, in one line."""
+        said = (f"{each.field} {there} {_short(each.there)}, {here} {_short(each.here)}" for each in self.found)
+        return "; ".join(said)
+
 
 def differences(there: JsonObject, here: JsonObject) -> Differences:
     """The fields that differ, in the order of `there`; a field that isn't said is None."""

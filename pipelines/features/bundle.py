@@ -18,7 +18,7 @@ from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
 from pipelines.features.levels import LevelChoice, resolve_level
 from pipelines.features.model import FeatureModel
-from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler, unfamiliar_size
+from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler, unfamiliar
 from pipelines.features.weights import WeightsChoice, load_model, read_description
 from storage.paths import StorageOptions
 from storage.spec import FeatureSpec
@@ -51,12 +51,11 @@ class ModelBundle:
         return load_arrays(create_model(spec.model, spec.input_size, None, None, spec.model_args), self.arrays)
 
     def unfamiliar(self, spec: FeatureSpec, patch: int) -> list[str]:
-        """Sentences, one for each learned level of `spec` (this one's, or of other input) whose maps are of a size that its
-        upsampler wasn't trained on; `patch` is the backbone's, in pixels."""
+        """Sentences on learned levels of `spec` (this one's, or of other input) whose upsamplers weren't, or may not have been,
+        trained on such features, or on maps of such a size; `patch` is the backbone's, in pixels."""
         base = cells(spec.input_size, patch, spec.stride)
         names = [level.name for level in spec.levels if level.name in self.upsamplers]
-        notes = [unfamiliar_size(name, self.upsamplers[name], spec.input_size, base, patch) for name in names]
-        return [note for note in notes if note]
+        return [note for name in names for note in unfamiliar(name, self.upsamplers[name], spec.input_size, base, patch)]
 
 
 def cells(size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:

@@ -106,7 +106,8 @@ class LiveRecipe:
 
     def notes(self) -> list[str]:
         """What is no mistake, and who reads the scores should know."""
-        return [note for size in self.sizes for note in self.bundle(size).unfamiliar(self.spec(size), self.patch)]
+        notes = (note for size in self.sizes for note in self.bundle(size).unfamiliar(self.spec(size), self.patch))
+        return list(dict.fromkeys(notes))
 
     def said(self) -> dict[str, str]:
         """What results say of the features, in words."""

@@ -5,7 +5,8 @@ config.json holds `upsampler` (`method`, and the method's settings) and `backbon
 it was trained on). Official files hold weights alone; the rest is taken from the backbone that they are used with.
 
 `backbone` of a training run says `size` as well, the side of its images in pixels. Maps of another size are no mistake, since
-the papers have them, too; but how good they are nobody knows, so it is said (`unfamiliar_size`).
+the papers have them, too; but how good they are nobody knows, so it is said (`unfamiliar`), as is that a checkpoint was forced,
+or doesn't say what it was trained on.
 """
 
 import functools
@@ -43,6 +44,8 @@ class UpsamplerWeights:
     arrays: Mapping[str, np.ndarray]
     trained_sides: tuple[int, ...] = ()
     "of the images that it knows from training, in pixels; empty where the checkpoint doesn't say"
+    remark: str = ""
+    "a sentence on what it was trained on, where that isn't known to be what it is given, or known not to be"
 
     @classmethod
     def of(cls, method: AnyMethod, settings: Settings, state: Mapping[str, Tensor]) -> "UpsamplerWeights":
@@ -111,8 +114,8 @@ def load_upsampler(
     weights = _read_weights(method, settings, state, backbone, displayed)
     if made_for is None:
         logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", displayed)
-        return weights
-    _require_same_features(displayed, made_for, spec, force=force)
+        return replace(weights, remark="its upsampler's file doesn't say what it was trained on; taken to be these features")
+    weights = replace(weights, remark=_require_same_features(displayed, made_for, spec, force=force))
     size = made_for.get("size")
     if type(size) is not int or size <= 0:
         return weights
@@ -131,17 +134,19 @@ def _read_weights(
         raise UpsamplerError(f"{displayed}: {error}") from None
 
 
-def unfamiliar_size(level: str, weights: UpsamplerWeights, size: tuple[int, int], base: tuple[int, int], patch: int) -> str:
-    """A sentence where `weights` are given maps of `base` cells, of inputs of `size` pixels, that they weren't trained on; else
-    empty. `patch` is the backbone's, in pixels: in training, patches don't overlap."""
+def unfamiliar(level: str, weights: UpsamplerWeights, size: tuple[int, int], base: tuple[int, int], patch: int) -> list[str]:
+    """Sentences where `weights` are given features, or maps of `base` cells, of inputs of `size` pixels, that they weren't, or
+    may not have been, trained on. `patch` is the backbone's, in pixels: in training, patches don't overlap."""
+    said = [f"{level}: {weights.remark}"] if weights.remark else []
     known = {side: side // patch for side in weights.trained_sides}
     if not known or base in {(n, n) for n in known.values()}:
-        return ""
+        return said
     trained = ", ".join(f"{side} x {side} px ({n} x {n} cells)" for side, n in known.items())
-    return (
+    return [
+        *said,
         f"{level}: its upsampler was trained on images of {trained}; here it is given {size[0]} x {size[1]} px ({base[0]} x "
-        f"{base[1]} cells), where it may be worse than bilinear enlargement"
-    )
+        f"{base[1]} cells), where it may be worse than bilinear enlargement",
+    ]
 
 
 def _read_config(url: str, options: StorageOptions | None) -> tuple[JsonObject, JsonObject]:
@@ -159,7 +164,8 @@ def _read_config(url: str, options: StorageOptions | None) -> tuple[JsonObject, 
         ) from None
 
 
-def _require_same_features(displayed: str, made_for: JsonObject, here: FeatureSpec, *, force: bool) -> None:
+def _require_same_features(displayed: str, made_for: JsonObject, here: FeatureSpec, *, force: bool) -> str:
+    """A sentence where the features aren't those, and it was forced; else empty. Raises `UpsamplerError`."""
     # Until weights' own config.json was read, networks were built as their name says.
     made_for = {"model_args": {}, **made_for}
     if unsaid := [name for name in FeatureSpec.names(Use.LEARNED_LATER) if name not in made_for]:
@@ -167,8 +173,9 @@ def _require_same_features(displayed: str, made_for: JsonObject, here: FeatureSp
     known = {name: value for name, value in here.learned().items() if name not in unsaid}
     found = differences({name: made_for.get(name) for name in known}, known)
     if not found:
-        return
+        return ""
     text = f"{displayed} was trained on other features than it would be given:\n" + found.text("trained on", "used with")
     if not force:
         raise UpsamplerError(f"{text}\nUse the features it was trained on, or --force-upsampler.")
     logger.warning("%s", text)
+    return f"its upsampler was trained on other features (--force-upsampler): {found.line('then', 'here')}"

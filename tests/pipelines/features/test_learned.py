@@ -415,7 +415,11 @@ def test_checkpoint_of_another_backbone_is_refused_unless_forced(keys, tmp_path,
     with caplog.at_level(logging.WARNING):
         assert run([*args, "--force-upsampler"]) == 0
     assert f"trained on {other}   used with {here}" in caplog.text
-    assert len(FeatureStore.open(str(tmp_path / "out.zarr"))) == 6
+    store = FeatureStore.open(str(tmp_path / "out.zarr"))
+    assert len(store) == 6
+    # Whoever reads the features is told, too.
+    [note] = store.root.notes
+    assert note == f"x2: its upsampler was trained on other features (--force-upsampler): {field} then {other}, here {here}"
 
 
 def test_what_an_older_checkpoint_does_not_say_is_said(keys, tmp_path, caplog):
@@ -478,6 +482,28 @@ def test_an_evaluation_says_it_of_each_size_live_and_from_a_store(tiny, tmp_path
         assert "here it is given 96 x 96 px (6 x 6 cells)" in choices["upsamplers"]
         assert "given 64 x 64" not in choices["upsamplers"]
         assert "given 32 x 32" not in choices["upsamplers"]
+
+
+@pytest.mark.parametrize("kind", ["forced", "unsaid"])
+def test_an_evaluation_says_what_upsamplers_were_not_trained_on_live_and_from_a_store(tiny, tmp_path, kind):
+    write_demo(tmp_path / "sets")
+    if kind == "forced":
+        url, text = checkpoint(tmp_path / "ckpt", backbone=trained_on(facet="token")), "facet then 'token', here 'key'"
+    else:
+        url, text = official_file(tmp_path / "lift.pth"), "file doesn't say what it was trained on; taken to be these features"
+    levels, force = ("x1", f"x2=lift:{url}"), {"force_upsampler": kind == "forced"}
+    settings = {"data": str(tmp_path / "sets/SPair-71k"), "limit": 1, "pictures": 0, "executor": "inline", "sizes": (64,)}
+    model = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "facet": "key", **force}
+    live = CorrespondenceConfig.of(**settings, **model, levels=levels, out=str(tmp_path / "live"))
+    images = tiny(f"{settings['data']}/JPEGImages", geometry="pad", facet="key", levels=levels, **force)
+    extract(images, InlineExecutor())
+    stored = CorrespondenceConfig.of(**settings, stores=(images.out,), out=str(tmp_path / "stored"))
+
+    for config in (live, stored):
+        evaluate("correspondence", correspondence, config)
+        said = json.loads((Path(config.out) / "results.json").read_text())["choices"]["upsamplers"]
+        assert said.startswith("x2: its upsampler")
+        assert text in said
 
 
 def test_all_differences_are_named_at_once(keys, tmp_path, capfd):
