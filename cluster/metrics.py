@@ -21,6 +21,8 @@ class TaskReport:
     "rows with features"
     failed: int = 0
     "rows without"
+    clipped: int = 0
+    "rows with values that their encoding couldn't hold"
     seconds: Mapping[str, float] = field(default_factory=dict)
     "by stage"
     bytes_read: int = 0

@@ -8,6 +8,7 @@ import copy
 import functools
 import hashlib
 import itertools
+import logging
 import math
 import os
 import threading
@@ -25,9 +26,12 @@ from storage.errors import RayliftError
 from storage.ledger import SCHEMA
 from storage.paths import StorageOptions, UnknownName
 from storage.store import FeatureStore, MissingRows, Selection
+from storage.totals import clipped_lines, float16_levels
 
 if TYPE_CHECKING:
     import ray.data
+
+logger = logging.getLogger(__name__)
 
 Sample: TypeAlias = dict[str, int | float | str | torch.Tensor | None]
 """A row: `row` int, `key` str, the columns asked for, and a tensor per level, [*row_shape], float16 or float32."""
@@ -78,6 +82,7 @@ class _Rows:
         if clash:
             raise ValueError(f"a sample has {sorted(clash)[0]!r} already; leave it out of the columns")
         chosen = _valid_rows(store, rows)
+        _warn_of_clamped(store, levels)
         return cls(store=copy.copy(store), levels=tuple(levels), rows=chosen, labels=_labels(store, chosen, tuple(columns)))
 
     def once(self) -> "_Rows":
@@ -122,6 +127,14 @@ def _valid_rows(store: FeatureStore, selection: Selection | None) -> np.ndarray:
     return rows[valid]
 
 
+def _warn_of_clamped(store: FeatureStore, levels: Sequence[str]) -> None:
+    """Say what the store's root says of values beyond float16's range; the ledger isn't read for it."""
+    chosen, known = [store.level(name) for name in levels], store.root.clipped
+    if known is not None and float16_levels(chosen):
+        for line in clipped_lines(known, (store.root.counts or {}).get("ok", 0), store.spec.levels):
+            logger.warning("%s: %s", store.folder.displayed, line)
+
+
 def _labels(store: FeatureStore, rows: np.ndarray, columns: tuple[str, ...]) -> pa.Table:
     carried = [name for name in columns if name in store.index.carried]
     recorded = [name for name in columns if name not in carried]
@@ -143,6 +156,9 @@ class FeatureDataset(Dataset[Sample]):
     `rows` are given in the order asked; by default they are all rows that have features. `columns` are those that
     `--carry` took from the samples (strings), or of `LEDGER_COLUMNS`; a value that a sample lacks is None, which PyTorch's
     default collate refuses. They and the keys are kept in memory, as Arrow. `transform` is applied to each sample.
+
+    Where the store's root says that it has values beyond float16's range, which are clamped, a warning is logged; the column
+    `clipped` has their number in each row.
 
     Raises `NotAStore`, `MissingRows` for rows without features, `UnknownName` (a `KeyError`) for levels and columns that
     aren't there. Safe in forked and spawned DataLoader workers. Reading many rows at random is what `FeatureStream` avoids.

@@ -22,6 +22,7 @@ from storage.paths import Folder, StorageError
 from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_bytes
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
+from storage.totals import Totals
 
 _AGAIN = "remove it, and the same extraction does its task again"
 """What to do about a damaged commit record."""
@@ -59,7 +60,7 @@ class SampleRecord:
     conversion: str | None = None
     "what was done to the image beyond decoding, for example `exif-rotate, grey->rgb`"
     clipped: int = 0
-    "feature values beyond float16's range, clamped"
+    "feature values beyond float16's range, of all levels, that were clamped"
     digest: str | None = None
     "`image_digest` of the bytes that were read; None where none were"
 
@@ -185,15 +186,14 @@ class Ledger:
         short = next((name for name, size in objects.items() if self.folder.size(name) != size), None)
         return f"{self.folder.displayed}/{short} is missing, or shorter or longer than was committed" if short else ""
 
-    def merge(self, index: SampleIndex, put: Callable[[str, bytes], None]) -> dict[str, int]:
-        """Join all commit records into `ledger/samples/part-*.parquet`; returns counts by status.
+    def merge(self, index: SampleIndex, put: Callable[[str, bytes], None]) -> Totals:
+        """Join all commit records into `ledger/samples/part-*.parquet`; returns what they come to.
 
         `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been
         repaired, since a task was done. Raises `StorageError` unless every row of the layout has exactly one record, of
         its key in the index.
         """
-        counts: dict[str, int] = {}
-        layout = self.layout
+        totals, layout = Totals(), self.layout
         blocks_per_part = PART_ROWS // layout.block_rows
         for part, first in enumerate(range(0, layout.n_blocks, blocks_per_part)):
             blocks = list(range(first, min(first + blocks_per_part, layout.n_blocks)))
@@ -207,10 +207,9 @@ class Ledger:
             places = index.read(expected.start, expected.stop)
             self._require_keys(table, places["key"])
             table = _placed(table, places, index.sources)
-            for item in pc.value_counts(table["status"]).to_pylist():
-                counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
+            totals += Totals.of(table)
             put(part_name("ledger/samples", part), table_bytes(table))
-        return counts
+        return totals
 
     def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:
         other = pc.index(pc.not_equal(table["key"], keys), True).as_py()

@@ -10,6 +10,7 @@ from storage.paths import Folder, StorageError
 from storage.samples import INDEX, SampleIndex
 from storage.sources import sources_digest
 from storage.spec import FeatureSpec, Layout, fingerprint_of
+from storage.totals import Clipped
 
 ROOT = "zarr.json"
 
@@ -34,6 +35,10 @@ class RootDocument:
     spec: FeatureSpec
     layout: Layout
     counts: Mapping[str, int] | None = None
+    clipped: Clipped | None = None
+    "as `conversions`, of a complete store; None also where an earlier version completed it"
+    conversions: Mapping[str, int] | None = None
+    "rows by what was done to their images beyond decoding"
     upgraded_from: int | None = None
     index: str | None = None
     "the index's folder, where it isn't the first one: input was repaired"
@@ -86,6 +91,8 @@ def _check(found: RootDocument) -> None:
     counts = found.counts or {}
     if set(counts) - {"ok", "failed"} or any(count < 0 for count in counts.values()):
         raise ValueError(f"counts can't be {dict(counts)}")
+    if found.clipped is not None and not 0 <= found.clipped.rows <= found.clipped.values:
+        raise ValueError(f"clipped can't be {found.clipped}")
     if found.status == "complete" and sum(counts.values()) != found.layout.n_rows:
         raise ValueError(f"counts {dict(counts)} don't add up to {found.layout.n_rows} rows")
 

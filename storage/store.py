@@ -26,12 +26,16 @@ from storage.root import FORMAT, ROOT, RootDocument, StoreReplaced, read_attribu
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, fingerprint
+from storage.totals import Clipped, Totals, float16_levels
 from storage.writer import BlockWriter
 
 logger = logging.getLogger(__name__)
 
 _PROBE = "runs/.probe"
 """How objects begin that a new store tries create-only writes with."""
+
+_TOTALS = tuple(field.name for field in fields(Totals))
+"""Attributes that say what the rows of a complete store come to."""
 
 Selection = str | int | slice | Sequence[str] | Sequence[int] | np.ndarray
 """Rows by key, number, slice, several of them, or a mask."""
@@ -329,6 +333,21 @@ class FeatureStore:
         statuses = self.records(wanted, ["status"])["status"]
         return pc.fill_null(pc.equal(statuses, "ok"), False).to_numpy(zero_copy_only=False)
 
+    def clipped(self, rows: Selection = slice(None), levels: Sequence[str] | None = None) -> Clipped:
+        """Which of the rows, each once, have values that float16 couldn't hold. `levels`: of interest; if none of them is
+        float16, the answer is none. The ledger counts values of all levels of a row together.
+
+        The root of a complete store answers where it can. Raises `UnknownName` for levels that aren't there.
+        """
+        if not float16_levels([self.level(name) for name in (self.levels if levels is None else levels)]):
+            return Clipped()
+        known = self.root.clipped
+        if known is not None and not known.rows:
+            return known
+        if known is not None and isinstance(rows, slice) and rows == slice(None):
+            return known
+        return Clipped.of(self.records(np.unique(self.rows(rows)), ["key", "clipped"]))
+
     def failures(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
         """Ledger rows of all that failed so far: `columns` of the ledger, or carried ones. Raises `UnknownName` for others."""
         own = self._ledger_columns([*columns, "status"])
@@ -409,7 +428,7 @@ class FeatureStore:
 
     def _kept(self) -> dict[str, JsonValue]:
         """The attributes that say no more than what was begun."""
-        return {name: value for name, value in self.attributes.items() if name not in ("counts", "input")}
+        return {name: value for name, value in self.attributes.items() if name not in (*_TOTALS, "input")}
 
     def revoke(self, blocks: Iterable[int]) -> None:
         """Make tasks pending again. Driver only. Raises `StoreReplaced`: another store's records are not to be removed."""
@@ -436,9 +455,9 @@ class FeatureStore:
                 f"{self.folder.displayed}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
         self._restore_documents()
-        counts = self.ledger.merge(self.index, self.put)
+        totals = asdict(self.ledger.merge(self.index, self.put))
         self.require_in_place()
-        self._write_root({**self._kept(), "status": "complete", "counts": counts}, consolidated=True)
+        self._write_root({**self._kept(), "status": "complete", **totals}, consolidated=True)
 
     def _write_root(self, attributes: JsonObject, *, consolidated: bool) -> None:
         """Write the root document with these attributes, in today's format, and go by them. Raises `StoreReplaced`."""

@@ -58,6 +58,18 @@ def jpeg(seed: int, width: int = 96, height: int = 72) -> bytes:
     return out.getvalue()
 
 
+def loud_weights(path: Path, scale: float = 1e5) -> Path:
+    """Weights for test_vit at 64 px, whose final norm's outputs are `scale` times as large: beyond float16 for about half."""
+    import safetensors.torch
+
+    from operators.timm_models import create_model
+
+    weights = create_model("test_vit.r160_in1k", (64, 64), None, 0).state_dict()
+    weights["norm.weight"] *= scale
+    safetensors.torch.save_file(weights, path)
+    return path
+
+
 def run_input(files: Listing, rules: MemberRules | None = None, limit: int | None = None) -> RunInput:
     """The input of a run in this process."""
     return RunInput(files=files, rules=rules or MemberRules(), limit=limit, options={}, executor=InlineExecutor())

@@ -80,6 +80,7 @@ def write_and_commit(task: ShardTask, writer: BlockWriter, loaded: Loaded) -> Ta
         block=task.block,
         ok=len(records) - n_failed,
         failed=n_failed,
+        clipped=sum(record.clipped > 0 for record in records),
         seconds=loaded.seconds,
         bytes_read=loaded.bytes_read,
         bytes_written=sum(objects.values()),

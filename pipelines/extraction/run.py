@@ -27,8 +27,9 @@ from storage.ledger import REASON_COLUMNS, commonest_reasons
 from storage.left_out import LeftOut, left_out_lines
 from storage.paths import StorageError
 from storage.root import StoreReplaced
-from storage.spec import ShardTask
+from storage.spec import Level, ShardTask
 from storage.store import FeatureStore
+from storage.totals import Clipped, clipped_lines, clipping_advice, conversion_lines, float16_levels
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +62,31 @@ class Summary:
     bytes_written: int
     left_out: Mapping[str, LeftOut]
     "what the input holds that is no row, by reason"
+    clipped: Clipped | None
+    "values that float16 couldn't hold; None: an earlier version completed the store"
+    conversions: Mapping[str, int]
+    "images by what was done to them beyond decoding"
+    levels: Sequence[Level]
 
     def lines(self) -> Iterator[str]:
         """What became of the images, and how fast."""
         yield f"{self.out}: {self.ok:,} images ok, {self.failed:,} failed"
         yield from (f"  {reason}" for reason in self.reasons)
         yield from (f"  left out of the input: {line}" for line in left_out_lines(self.left_out))
+        yield from (f"  converted: {line}" for line in conversion_lines(self.conversions))
+        yield from (f"  {line}" for line in self._clipped_lines())
         if self.this_run:
             stages = ", ".join(f"{stage} {share:.0%}" for stage, share in stage_shares(self.stage_seconds).items())
             yield (
                 f"this run: {self.this_run:,} images in {self.seconds:.1f} s (first task after {self.start_up_s:.1f} s), "
                 f"{self.bytes_written / 1e6:.1f} MB written; worker time: {stages}"
             )
+
+    def _clipped_lines(self) -> Iterator[str]:
+        if self.clipped is not None:
+            yield from clipped_lines(self.clipped, self.ok, self.levels)
+        elif float16_levels(self.levels):
+            yield "values beyond float16's range weren't counted when the store was completed; jobs/show.py status does it"
 
 
 def extract(config: ExtractConfig, executor: Executor) -> Summary:
@@ -195,6 +209,8 @@ class _Run:
         self.bytes_written = 0
         self.start_up_s = 0.0
         self.finished_tasks = 0
+        self.has_clipped = False
+        "a warning of clamped values was given"
 
     def execute(self, pending: Sequence[ShardTask]) -> None:
         """Run `pending`; tasks whose workers died, hung or ran out of memory run again, alone."""
@@ -235,6 +251,10 @@ class _Run:
         self.finished_tasks += 1
         self.bytes_written += report.bytes_written
         self.progress.add(report.ok, report.failed, report.seconds)
+        if report.clipped and not self.has_clipped:
+            self.has_clipped = True
+            said = "%d of the %d images of task %d have values beyond float16's range, which are clamped, and counted in the end"
+            logger.warning(f"{said}. %s", report.clipped, report.ok, report.block, clipping_advice(self.store.spec.levels))
         seen, failed = self.progress.ok + self.progress.failed, self.progress.failed
         budget = self.config.max_failed_fraction * self.store.layout.n_rows
         if failed > budget and (failed > budget + 256 or (seen >= 256 and failed > seen / 2)):
@@ -289,6 +309,9 @@ class _Run:
             reasons=commonest_reasons(self.store.failures(REASON_COLUMNS)) if failed else [],
             bytes_written=self.bytes_written,
             left_out=left_out,
+            clipped=self.store.root.clipped,
+            conversions=self.store.root.conversions or {},
+            levels=self.store.spec.levels,
         )
 
     def _budget_text(self, what: str) -> str:

@@ -12,10 +12,11 @@ import jinja2
 
 from cluster.progress import duration, size_text, stage_shares
 from operators.visual import Panel, Tile
-from pipelines.showing.status import RunStatus, bottleneck, failures, level_rows, read_status, state_in_words
+from pipelines.showing.status import RunStatus, bottleneck, clamped_lines, failures, level_rows, read_status, state_in_words
 from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
 from storage.paths import StorageError, StorageOptions
 from storage.store import FeatureStore
+from storage.totals import conversion_lines
 
 STAGE_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1")
 
@@ -42,6 +43,8 @@ def render_report(store: FeatureStore, *, count: int, storage_options: StorageOp
         settings=_settings(store),
         runs=status.runs[::-1],  # the latest first
         groups=failures(store)[:20] if status.failed else [],
+        converted=list(conversion_lines(status.conversions, "" if status.is_counted else "about ")),
+        clamped=list(clamped_lines(status)),
         panels=_panels(store, count, storage_options),
         attributes=json.dumps(store.attributes, indent=1),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

@@ -15,8 +15,10 @@ from cluster.progress import duration, size_text, stage_shares
 from storage.documents import Document, JsonObject, MissingObject, decode_known
 from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
 from storage.left_out import LeftOut, left_out_lines
+from storage.spec import Level
 from storage.spread import spread
 from storage.store import FeatureStore
+from storage.totals import Clipped, Totals, clipped_lines, conversion_lines, float16_levels
 
 MAX_RECORDS = 1024
 """Commit records that are read for sizes and failures; of more tasks, a sample of this many."""
@@ -81,6 +83,13 @@ class StoreStatus:
     left_out: Mapping[str, LeftOut]
     "what the input held that is no row, by reason"
     runs: Sequence[RunStatus]
+    clipped: Clipped | None
+    "values that float16 couldn't hold; None: a sample has none, and of the others it isn't known"
+    conversions: Mapping[str, int]
+    "images by what was done to them beyond decoding"
+    is_counted: bool
+    "both are of all rows that are finished, and not scaled up"
+    levels: Sequence[Level]
     notes: Sequence[str] = ()
     "what was said when it was begun: no mistake, but worth knowing"
 
@@ -101,27 +110,33 @@ def read_status(store: FeatureStore) -> StoreStatus:
     done = sorted(store.ledger.done())
     layout = store.layout
     picked = [done[i] for i in spread(len(done), MAX_RECORDS)]
-    stored, objects, failed, rows = dict.fromkeys(store.levels, 0), 0, 0, 0
+    stored, objects, found = dict.fromkeys(store.levels, 0), 0, Totals()
     for _, table in store.ledger.records(picked):
-        rows += len(table)
-        failed += table["status"].to_pylist().count("failed")
+        found += Totals.of(table)
         written = committed_objects(table)
         objects += len(written)
         for name, size in written.items():
             stored[name.split("/", 1)[0]] += size
-    scale = len(done) / max(1, len(picked))
-    counts = store.root.counts
+    scale, root = len(done) / max(1, len(picked)), store.root
+    is_sampled = len(picked) < len(done)
+    found = found.scaled(scale)
+    # Where a sample has none, others may have some.
+    clipped = found.clipped if found.clipped.rows or not is_sampled else None
     return StoreStatus(
         out=store.folder.displayed,
         status=store.status,
         rows=layout.n_rows,
         finished=sum(layout.task(block).n_rows for block in done),
-        failed=counts.get("failed", 0) if counts else round(failed * scale),
+        failed=(root.counts or found.counts).get("failed", 0),
         tasks=layout.n_blocks,
         tasks_done=len(done),
         stored_bytes={name: round(size * scale) for name, size in stored.items()},
         objects=round(objects * scale),
-        is_sampled=len(picked) < len(done),
+        is_sampled=is_sampled,
+        clipped=clipped if root.clipped is None else root.clipped,
+        conversions=found.conversions if root.conversions is None else root.conversions,
+        is_counted=not is_sampled or root.clipped is not None,
+        levels=store.spec.levels,
         left_out=_left_out(store),
         runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
         notes=store.root.notes or (),
@@ -189,12 +204,24 @@ def status_lines(status: StoreStatus) -> Iterator[str]:
     yield f"images   {status.ok:,} ok, {about}{status.failed:,} failed, {status.pending:,} pending, {status.rows:,} in all"
     for line in left_out_lines(status.left_out):
         yield f"left out {line}"
+    for line in conversion_lines(status.conversions, "" if status.is_counted else about):
+        yield f"converted {line}"
+    for line in clamped_lines(status):
+        yield f"clamped  {line}"
     yield f"tasks    {status.tasks_done:,} of {status.tasks:,} done"
     yield f"stored   {about}{size_text(sum(status.stored_bytes.values()))} in {about}{status.objects:,} objects"
     for note in status.notes:
         yield f"note     {note}"
     if status.runs:
         yield from _run_lines(status, status.runs[-1])
+
+
+def clamped_lines(status: StoreStatus) -> Iterator[str]:
+    """Values that float16 couldn't hold, in words; no line for none."""
+    if status.clipped is not None:
+        yield from clipped_lines(status.clipped, status.ok, status.levels, "" if status.is_counted else "about ")
+    elif float16_levels(status.levels):
+        yield f"no value beyond float16's range in a sample of {MAX_RECORDS:,} tasks; of the others it isn't known"
 
 
 def state_in_words(status: StoreStatus) -> str:
