@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from PIL import Image, ImageFont
 
 from operators.visual import Panel, Tile
+from pipelines.features.clipping import ClippedFeatures
 from pipelines.features.rows import Row, Size
 from pipelines.provenance import versions
 from pipelines.published import Published
@@ -128,6 +129,8 @@ class Findings:
     details: JsonObject = field(default_factory=dict)
     pictures: Mapping[str, Image.Image | bytes] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
+    clipped: ClippedFeatures | None = None
+    "values that float16 couldn't hold"
 
 
 def write_results(folder: Folder, task: str, config: JsonObject, features: JsonObject, findings: Findings) -> str:
@@ -138,6 +141,7 @@ def write_results(folder: Folder, task: str, config: JsonObject, features: JsonO
         "task": task,
         "tables": [asdict(table) for table in findings.tables],
         "left_out": [asdict(each) for each in findings.left_out],
+        "clipped": asdict(findings.clipped) if findings.clipped else None,
         "choices": findings.choices,
         "details": findings.details,
         "features": features,
@@ -154,6 +158,7 @@ def _markdown(task: str, findings: Findings) -> str:
     parts = [f"# {task}", *(table.markdown() for table in findings.tables)]
     parts.append("\n".join(f"- {name}: {value}" for name, value in findings.choices.items()))
     parts += [f"**{each}**" for each in findings.left_out]
+    parts += [f"**{findings.clipped}**"] if findings.clipped and findings.clipped.images else []
     parts += [f"![{name}](pictures/{name})" for name in findings.pictures]
     return "\n\n".join(parts) + "\n"
 

@@ -15,6 +15,8 @@ from storage.errors import RayliftError
 
 FLOAT16_MAX = 65504.0
 
+_MAX_BITS = np.float16(FLOAT16_MAX).view(np.uint16)
+
 _ABSENT = np.uint64(2**64 - 1)
 
 # The checksum turns a flipped bit from silently wrong numbers into an error, for 4 bytes a chunk.
@@ -60,6 +62,16 @@ def encode_row(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray |
     scale = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0) / 127
     quantised = np.rint(values / np.where(scale > 0, scale, 1)).astype(np.int8)
     return quantised, scale.astype(np.float32), 0
+
+
+def count_clipped(values: np.ndarray) -> np.ndarray:
+    """How many values of each row, [n, ...] as they are read from a store, have float16's largest value, int64 [n]: those that
+    it couldn't hold, and the few that are rounded to it."""
+    if values.dtype != np.float16:
+        return np.zeros(len(values), np.int64)
+    # Their bits but for the sign: NumPy computes with float16 in software.
+    bits = np.ascontiguousarray(values).view(np.uint16).reshape(len(values), -1)
+    return np.count_nonzero(bits & 0x7FFF == _MAX_BITS, axis=1)
 
 
 def encode_shard(chunks: Sequence[bytes | None]) -> bytes:

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.shards import FLOAT16_MAX
 from storage.spec import Level
+
+CLAMPED = f"clamped to {FLOAT16_MAX:,.0f} or -{FLOAT16_MAX:,.0f}"
 
 FIRST_KEYS = 3
 """Keys that are kept of the rows with clamped values."""
@@ -49,13 +52,17 @@ class Clipped:
     def text(self, n_rows: int, levels: Sequence[Level], about: str = "") -> str:
         """In words, of so many rows with features; `about` stands before numbers that aren't exact."""
         in_all = self.rows * sum(math.prod(level.row_shape) for level in levels if level.dtype == "float16")
-        share = self.values / max(1, in_all)
-        percent = f"{share:.2%}" if share >= 1e-4 else "less than 0.01%"
         more = ", ..." if self.rows > len(self.first) else ""
         return (
             f"{about}{self.rows:,} of {n_rows:,} images have values beyond float16's range: {about}{self.values:,} of their "
-            f"{in_all:,} float16 values ({percent}) are clamped to 65,504 or -65,504 ({', '.join(self.first)}{more})"
+            f"{in_all:,} float16 values ({share_text(self.values, in_all)}) are {CLAMPED} ({', '.join(self.first)}{more})"
         )
+
+
+def share_text(part: int, whole: int) -> str:
+    """In percent."""
+    share = part / max(1, whole)
+    return f"{share:.2%}" if share >= 1e-4 else "less than 0.01%"
 
 
 def float16_levels(levels: Sequence[Level]) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.executors import Executor, executor_for
+from pipelines.features.clipping import ClippedFeatures, ClippedImage
 from pipelines.features.rows import Size
 from pipelines.features.sources import CachedSource, FeatureSource, LiveRecipe, Recipe, StoreRecipe, describe
 from pipelines.provenance import begin_run, run_folder
@@ -153,9 +154,11 @@ class Work:
         return lambda piece: self.run(piece, source)
 
     def run(self, piece: Piece, source: FeatureSource) -> str:
-        """Do a piece and write its records; returns its name."""
+        """Do a piece and write its records, and before them what float16 couldn't hold; returns its name."""
         records = self.evaluation.run(piece, source, self.folder)
         lines = "".join(f"{json.dumps(record)}\n" for record in records)
+        if clipped := source.clipped.take():
+            self.folder.write(_clipped(piece.name), "".join(f"{json.dumps(asdict(each))}\n" for each in clipped).encode())
         self.folder.write(_part(piece.name), lines.encode())
         return piece.name
 
@@ -231,8 +234,10 @@ def evaluate(name: str, task: Task[Settings, Evaluating], config: Settings) -> s
     evaluation, recipe, folder = task.prepare(config)  # before a cluster is started: most mistakes end here
     with executor_for(config) as executor:
         records = run_pieces(config, evaluation, recipe, folder, executor)
-    findings = task.find(config, evaluation, recipe, records)
-    findings = replace(findings, choices={**findings.choices, **recipe.said()})
+    findings, clipped = task.find(config, evaluation, recipe, records), clipped_features(folder, evaluation.pieces())
+    if clipped.images:
+        logger.warning("%s", clipped)
+    findings = replace(findings, choices={**findings.choices, **recipe.said()}, clipped=clipped)
     return write_results(folder, name, config.public(), describe(recipe), findings)
 
 
@@ -242,13 +247,27 @@ def main(name: str, task: Task[Settings, Evaluating], config: Settings) -> Itera
     yield f"written to {redact(config.out, config.options)}"
 
 
+def clipped_features(folder: Folder, pieces: Sequence[Piece]) -> ClippedFeatures:
+    """What float16 couldn't hold in the features of these pieces."""
+    there = folder.sizes("clipped")
+    names = [_clipped(piece.name) for piece in pieces if f"{piece.name}.jsonl" in there]
+    return ClippedFeatures.of_images(decode(ClippedImage, each) for each in _lines(folder, names))
+
+
 def _records(folder: Folder, pieces: Sequence[Piece]) -> list[Record]:
+    return _lines(folder, [_part(piece.name) for piece in pieces])
+
+
+def _lines(folder: Folder, names: Sequence[str]) -> list[Record]:
     records: list[Record] = []
-    names = [_part(piece.name) for piece in pieces]
     for name, data in zip(names, folder.read_many(names), strict=True):
         with Document(folder, name, "delete it and run the same command").parsing():
             records += [parse_json(line) for line in data.decode().splitlines()]
     return records
+
+
+def _clipped(name: str) -> str:
+    return f"clipped/{name}.jsonl"
 
 
 def _part(name: str) -> str:

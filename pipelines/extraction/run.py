@@ -253,8 +253,9 @@ class _Run:
         self.progress.add(report.ok, report.failed, report.seconds)
         if report.clipped and not self.has_clipped:
             self.has_clipped = True
-            said = "%d of the %d images of task %d have values beyond float16's range, which are clamped, and counted in the end"
-            logger.warning(f"{said}. %s", report.clipped, report.ok, report.block, clipping_advice(self.store.spec.levels))
+            task = f"{report.clipped} of the {report.ok} images of task {report.block}"
+            said = "%s have values beyond float16's range, which are clamped; all are counted at the end. %s"
+            logger.warning(said, task, clipping_advice(self.store.spec.levels))
         seen, failed = self.progress.ok + self.progress.failed, self.progress.failed
         budget = self.config.max_failed_fraction * self.store.layout.n_rows
         if failed > budget and (failed > budget + 256 or (seen >= 256 and failed > seen / 2)):

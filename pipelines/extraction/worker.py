@@ -25,6 +25,7 @@ from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
 from pipelines.extraction.host import HostCopy, HostRows
 from pipelines.extraction.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
 from pipelines.features.bundle import ModelBundle
+from pipelines.features.model import not_finite
 from pipelines.features.photos import geometry_of
 from storage.ledger import SampleRecord, image_digest
 from storage.paths import Folder, StorageError, redact
@@ -237,8 +238,7 @@ class ShardWorker:
         good = []
         for at, record in enumerate(loaded.records[start : start + len(rows.bad)]):
             if record.status == "ok" and rows.bad[at]:
-                message = f"the model gave NaN or infinity in {self.store.spec.precision}; try --precision fp32"
-                loaded.records[start + at] = failed(record, "forward", "NonFinite", message)
+                loaded.records[start + at] = failed(record, "forward", "NonFinite", not_finite(self.store.spec))
             elif record.status == "ok":
                 good.append(at)
 

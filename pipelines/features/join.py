@@ -7,7 +7,7 @@ as in HDF5) must at least be of images of the same size, each of another image.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -19,7 +19,9 @@ from storage.datasets.images import EncodedImage, H5Image
 from storage.documents import JsonValue
 from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import StorageError
+from storage.spec import Level
 from storage.store import FeatureStore
+from storage.totals import FIRST_KEYS, Clipped, clipped_lines, float16_levels
 
 
 class FeaturesMissing(StorageError):
@@ -167,11 +169,15 @@ class Join:
             yield f"{self.displayed} has no features of {counts.without_features} of {counts.images} images (the first: {first})"
         if counts.by_size:
             yield f"{self.displayed} has no digests of {counts.by_size} of {counts.images} images: found by name and size alone"
-        if counts.clipped_rows:
-            yield (
-                f"{self.displayed}: {counts.clipped_values:,} values of {counts.clipped_rows} of {counts.images} images were "
-                "beyond float16's range and clamped; extract with --encoding float32"
-            )
+
+    def clipped_lines(self, levels: Sequence[Level], read: Collection[str]) -> Iterator[str]:
+        """What float16 couldn't hold of these images, and what to do, for the log. `levels`: the store's, of which those called
+        `read` are read; if none of them is float16, there is nothing to say."""
+        if float16_levels([level for level in levels if level.name in read]):
+            first = [image for image, row in zip(self.images, self.rows, strict=True) if row.clipped][:FIRST_KEYS]
+            found = Clipped(rows=self.counts.clipped_rows, values=self.counts.clipped_values, first=tuple(first))
+            for line in clipped_lines(found, self.counts.images - self.counts.without_features, levels):
+                yield f"{self.displayed}: {line}"
 
     def to_json(self) -> dict[str, JsonValue]:
         """The counts, with the store's name."""

@@ -16,6 +16,7 @@ from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmu
 from operators.upsamplers import Upsampler, create_upsampler
 from operators.upsamplers.protocol import Reload
 from pipelines.features.upsamplers import UpsamplerWeights
+from storage.shards import FLOAT16_MAX
 from storage.spec import FeatureSpec, Level
 
 logger = logging.getLogger(__name__)
@@ -63,10 +64,18 @@ class Maps:
     """What a model made of B images; tensors on its device, which may still be at work on them."""
 
     levels: Mapping[str, Tensor]
-    "rows [B, *row_shape] of each level: float16 where the level is stored so, else float32"
+    "rows [B, *row_shape] of each level: float16 where the level is stored so, else float32; infinite beyond float16's range"
     bad: Tensor
     "bool [B]: whether an image's features hold NaN or infinity, before they are cast"
     seconds: Timings
+
+    def as_stored(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`levels` as they are read from a store, with float16's largest value in place of those beyond it; and by level how many
+        these are in each image, int64 [B]."""
+        halves = {name: rows for name, rows in self.levels.items() if rows.dtype == torch.float16}
+        clamped = {name: rows.clamp(-FLOAT16_MAX, FLOAT16_MAX) for name, rows in halves.items()}
+        counts = {name: rows.isinf().flatten(1).sum(dim=1) for name, rows in halves.items()}
+        return {**self.levels, **clamped}, counts
 
 
 class FeatureModel:
@@ -150,6 +159,11 @@ class FeatureModel:
         rows = 2 * sum(values[level.name] * widths[level.dtype] for level in spec.levels)
         once = max([*ups, *quantising], default=0)
         return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + rows + once
+
+
+def not_finite(spec: FeatureSpec) -> str:
+    """What is wrong with an image that is `bad`."""
+    return f"the model gave NaN or infinity in {spec.precision}; try --precision fp32"
 
 
 def _not_finite(values_B: Tensor) -> Tensor:

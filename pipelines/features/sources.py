@@ -10,15 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.config import ConfigError
 from pipelines.features.bundle import ModelBundle, cells, describe_model, load_settings
+from pipelines.features.clipping import ClippedCounts, What
 from pipelines.features.config import LevelConfig, completed
 from pipelines.features.join import Join, PlacedRow, Wanted, join
-from pipelines.features.model import FeatureModel
+from pipelines.features.model import FeatureModel, not_finite
 from pipelines.features.pictures import Geometries, Picture, draw
 from pipelines.features.rows import Rendering, Row, Size, pooled_level, rows_of
 from storage.datasets.content import joint_digest
@@ -27,6 +29,7 @@ from storage.datasets.images import EncodedImage, orientation_of
 from storage.differences import differences
 from storage.documents import JsonValue
 from storage.paths import StorageError, StorageOptions
+from storage.shards import count_clipped
 from storage.spec import FeatureSpec, Level, Use
 from storage.store import FeatureStore
 
@@ -41,6 +44,8 @@ class FeatureSource(Protocol):
 
     device: torch.device
     "where its tensors are, and what is done with them is to be done"
+    clipped: ClippedCounts
+    "what float16 couldn't hold, of the maps and vectors that were asked for"
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
@@ -157,7 +162,7 @@ class LiveSource:
     """Runs a model, one for each input size. Not thread-safe."""
 
     def __init__(self, recipe: LiveRecipe, device: str):
-        self.recipe, self.device = recipe, torch.device(device)
+        self.recipe, self.device, self.clipped = recipe, torch.device(device), ClippedCounts()
         self._models: OrderedDict[Size, FeatureModel] = OrderedDict()
         self._vector: tuple[Picture | None, Tensor | None] = (None, None)
         "of the last picture"
@@ -177,8 +182,12 @@ class LiveSource:
         data = data if displayed == picture.image.displayed else picture.image.data()
         pixels = draw(picture, data, spec, self.recipe.rendering)
         found = self._model(picture.size, spec)(pixels[None])
-        by_level = {name: rows[0] for name, rows in found.levels.items()}
-        pooled = pooled_level(spec.levels)
+        if found.bad.any():  # before what is infinite is clamped
+            raise StorageError(f"{picture.image.displayed}: {not_finite(spec)}")
+        levels, clipped = found.as_stored()
+        by_level, pooled = {name: rows[0] for name, rows in levels.items()}, pooled_level(spec.levels)
+        for what, names in (("maps", {row.level for row in self.rows(picture.size)}), ("pooled", {pooled})):
+            self.clipped.add(picture, what, {name: n[0] for name, n in clipped.items() if name in names}, spec.levels)
         self._vector = picture, _vector(by_level[pooled], picture.image.displayed) if pooled else None
         return _rows_of_maps(self.rows(picture.size), by_level, picture.image.displayed)
 
@@ -238,8 +247,9 @@ class StoreRecipe:
             size: join(self.store(size), [Wanted.of(image, contents[image.displayed]) for image in distinct(wanted)])
             for size, wanted in images.items()
         }
-        for each in joins.values():
-            for note in each.notes():
+        for size, each in joins.items():
+            read = {row.level for row in self.rows(size) if row.level}
+            for note in (*each.notes(), *each.clipped_lines(self.spec(size).levels, read)):
                 logger.warning("%s", note)
         return replace(self, joins=joins)
 
@@ -267,7 +277,7 @@ class StoreSource:
     """Reads rows of stores; what is read goes to the device once, as it is stored."""
 
     def __init__(self, recipe: StoreRecipe, device: str):
-        self.recipe, self.device = recipe, torch.device(device)
+        self.recipe, self.device, self.clipped = recipe, torch.device(device), ClippedCounts()
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
@@ -278,21 +288,29 @@ class StoreSource:
     def maps(self, picture: Picture) -> dict[str, Tensor]:
         store, row = self.recipe.store(picture.size), self._row(picture)
         rows = self.rows(picture.size)
-        by_level = {each.level: self._read(store, row, each.level) for each in rows if each.level}
-        return _rows_of_maps(rows, by_level, f"{store.folder.displayed}, row {row}")
+        by_level = self._read(picture, "maps", store, row, [each.level for each in rows if each.level])
+        return _rows_of_maps(rows, by_level, f"{store.folder.displayed}, row {row.row}")
 
     def pooled(self, picture: Picture) -> Tensor | None:
         store, row = self.recipe.store(picture.size), self._row(picture)
         level = pooled_level(store.spec.levels)
-        return _vector(self._read(store, row, level), f"{store.folder.displayed}, row {row}") if level else None
+        if level is None:
+            return None
+        return _vector(self._read(picture, "pooled", store, row, [level])[level], f"{store.folder.displayed}, row {row.row}")
 
-    def _read(self, store: FeatureStore, row: int, level: str) -> Tensor:
-        return torch.from_numpy(store.read(row, level)).to(self.device)
+    def _read(
+        self, picture: Picture, what: What, store: FeatureStore, row: PlacedRow, levels: Sequence[str]
+    ) -> dict[str, Tensor]:
+        values = {level: store.read([row.row], level) for level in levels}
+        # The ledger says how many there are in all levels of the row; what is merely rounded to the limit isn't among them.
+        halves = {n: min(row.clipped or 0, int(count_clipped(each)[0])) for n, each in values.items() if each.dtype == np.float16}
+        self.clipped.add(picture, what, halves, store.spec.levels)
+        return {level: torch.from_numpy(each[0]).to(self.device) for level, each in values.items()}
 
-    def _row(self, picture: Picture) -> int:
+    def _row(self, picture: Picture) -> PlacedRow:
         placed = self._placed(picture.image, picture.size)
         placed.require(picture.image.displayed)
-        return placed.row
+        return placed
 
     def _placed(self, image: EncodedImage, size: Size) -> PlacedRow:
         return self.recipe.joins[size].of(image.displayed)
@@ -333,7 +351,7 @@ class CachedSource:
     """A source that keeps the maps used last, where they are, at most `max_bytes` of them, or of one image."""
 
     def __init__(self, source: FeatureSource, max_bytes: int = CACHE_BYTES):
-        self.source, self.max_bytes, self.device = source, max_bytes, source.device
+        self.source, self.max_bytes, self.device, self.clipped = source, max_bytes, source.device, source.clipped
         self._kept: OrderedDict[tuple[str, Size], dict[str, Tensor]] = OrderedDict()
         self._oriented: dict[tuple[str, Size], OrientedImage] = {}
 
@@ -353,12 +371,14 @@ class CachedSource:
             while len(self._kept) > 1 and self._bytes() > self.max_bytes:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(name)
+        self.clipped.use(picture, "maps")
         return self._kept[name]
 
     def _bytes(self) -> int:
         return sum(each.nbytes for maps in self._kept.values() for each in maps.values())
 
     def pooled(self, picture: Picture) -> Tensor | None:
+        self.clipped.use(picture, "pooled")
         return self.source.pooled(picture)
 
 

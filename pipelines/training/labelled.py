@@ -49,7 +49,7 @@ class StoredMaps:
         """`contents`: digests of the images' bytes. Raises `FeaturesMissing` where the store doesn't fit the items."""
         wanted = [Wanted.of(item.image, content) for item, content in zip(items, contents, strict=True)]
         joined = join(store, wanted)
-        for note in joined.notes():
+        for note in (*joined.notes(), *joined.clipped_lines(store.spec.levels, levels)):
             logger.warning("%s", note)
         return cls(url=store.folder.url, options=store.folder.options, levels=tuple(levels), join=joined)
 

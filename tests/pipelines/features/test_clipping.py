@@ -1,0 +1,208 @@
+"""Features beyond float16's range, of a real model: what extraction clamps is said by everything that reads it."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import extract, show
+from pipelines.evaluation import similarity
+from pipelines.evaluation.run import evaluate
+from pipelines.evaluation.similarity import SimilarityConfig
+from pipelines.feature_datasets import FeatureDataset, FeatureStream
+from storage.documents import parse_json
+from storage.paths import StorageError
+from storage.store import FeatureStore
+from tests.conftest import jpeg, loud_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LIVE = ("--model", "test_vit.r160_in1k", "--precision", "fp32")
+INLINE = ("--executor", "inline")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return loud_weights(tmp_path_factory.mktemp("weights") / "w.safetensors")
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(5):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i, 80, 60))
+    Image.open(folder / "0.jpg").convert("L").save(folder / "grey.png")
+    return folder
+
+
+def extracted(photos: Path, weights: Path, out: Path, *more: str) -> FeatureStore:
+    settings = ["--data", str(photos), "--weights", str(weights), "--out", str(out), "--size", "64", "--block-rows", "2"]
+    assert extract.run([*LIVE, *INLINE, "--geometry", "squash", *settings, *more]) == 0
+    return FeatureStore.open(str(out))
+
+
+def clipped_values(photos: Path, weights: Path, out: Path) -> dict[str, int]:
+    """Values beyond 65504 by key, counted in the same features as float32."""
+    exact = extracted(photos, weights, out, "--encoding", "float32")
+    levels = [exact.read(slice(None), name).reshape(len(exact), -1) for name in exact.levels]
+    # What is rounded to 65504 isn't clamped.
+    over = np.concatenate(levels, axis=1)
+    with np.errstate(over="ignore"):
+        counts = np.isinf(over.astype(np.float16)).sum(axis=1)
+    return dict(zip(exact.index.take(np.arange(len(exact)), ["key"])["key"].to_pylist(), counts.tolist(), strict=True))
+
+
+def test_extract_status_and_report_say_what_was_clamped_and_converted(photos, weights, tmp_path, capsys, caplog):
+    store = extracted(photos, weights, tmp_path / "s.zarr", "--levels", "x1", "pooled")
+    said = capsys.readouterr().out
+    expected = clipped_values(photos, weights, tmp_path / "exact.zarr")
+
+    assert sum(expected.values()) > 0.3 * 6 * 17 * 64
+    words = (
+        f"6 of 6 images have values beyond float16's range: {sum(expected.values()):,} of their {6 * 17 * 64:,} float16 values"
+    )
+    assert words in said
+    assert "--levels x1@float32 pooled@float32" in said
+    assert "converted: 1 x grey->rgb" in said
+    # While it runs: once, of the first task.
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [text for text in warned if "2 of the 2 images of task 0 have values beyond float16's range" in text]
+    assert len([text for text in warned if "beyond float16's range" in text]) == 1
+    assert store.records(slice(None), ["clipped"])["clipped"].to_pylist() == list(expected.values())
+    assert show.run(["status", store.folder.url]) == 0
+    status = capsys.readouterr().out
+    assert words in status
+    assert "converted 1 x grey->rgb" in status
+    assert show.run(["status", store.folder.url, "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["clipped"] == {"rows": 6, "values": sum(expected.values()), "first": list(expected)[:3]}
+    assert numbers["conversions"] == {"grey->rgb": 1}
+    assert show.run(["report", store.folder.url, "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert words.replace("'", "&#39;") in page
+    assert "1 x grey-&gt;rgb" in page
+
+
+def test_what_float16_holds_is_not_talked_about(photos, tmp_path, capsys, caplog):
+    store = extracted(photos, "random", tmp_path / "s.zarr")
+    FeatureStream(store, ["x1"])
+    show.run(["status", store.folder.url])
+
+    assert "float16's range" not in capsys.readouterr().out + caplog.text
+    assert store.root.clipped is not None
+    assert store.clipped().rows == 0
+
+
+def test_a_store_that_an_earlier_version_completed_is_counted_by_its_ledger(photos, weights, tmp_path, capsys, monkeypatch):
+    store = extracted(photos, weights, tmp_path / "s.zarr")
+    known = store.clipped()
+    root = tmp_path / "s.zarr/zarr.json"
+    document = json.loads(root.read_text())
+    for name in ("clipped", "conversions"):
+        del document["attributes"]["raylift"][name]
+    root.write_text(json.dumps(document))
+    capsys.readouterr()
+
+    older = FeatureStore.open(store.folder.url)
+    assert older.root.fingerprint == store.root.fingerprint
+    assert older.clipped() == known
+    assert older.clipped([0, 2]).values == sum(store.records([0, 2], ["clipped"])["clipped"].to_pylist())
+    show.run(["status", store.folder.url])
+    status = capsys.readouterr().out
+    assert f"6 of 6 images have values beyond float16's range: {known.values:,} of" in status
+    assert "converted 1 x grey->rgb" in status
+    # Of a sample, about; and a sample that has none doesn't speak for the others.
+    monkeypatch.setattr("pipelines.showing.status.MAX_RECORDS", 2)
+    show.run(["status", store.folder.url])
+    assert "about 6 of 6 images have values beyond float16's range: about " in capsys.readouterr().out
+    assert extract.run([*LIVE, *INLINE, "--from", store.folder.url]) == 0
+    assert "weren't counted when the store was completed" in capsys.readouterr().out
+
+
+def test_a_sample_without_clamped_values_does_not_speak_for_the_others(photos, tmp_path, capsys, monkeypatch):
+    store = extracted(photos, "random", tmp_path / "s.zarr")
+    root = tmp_path / "s.zarr/zarr.json"
+    document = json.loads(root.read_text())
+    del document["attributes"]["raylift"]["clipped"]
+    root.write_text(json.dumps(document))
+    capsys.readouterr()
+    monkeypatch.setattr("pipelines.showing.status.MAX_RECORDS", 2)
+
+    show.run(["status", store.folder.url])
+
+    assert "no value beyond float16's range in a sample of 2 tasks; of the others it isn't known" in capsys.readouterr().out
+
+
+def test_data_sets_warn_where_a_float16_level_is_read(photos, weights, tmp_path, caplog):
+    store = extracted(photos, weights, tmp_path / "s.zarr", "--levels", "x1@float32", "pooled")
+    caplog.clear()
+
+    FeatureDataset(store, ["x1"])
+    assert not caplog.records
+    FeatureDataset(store, ["pooled"])
+    assert "6 of 6 images have values beyond float16's range" in caplog.text
+    caplog.clear()
+    FeatureStream(store.folder.url, ["x1", "pooled"])
+    assert "6 of 6 images have values beyond float16's range" in caplog.text
+    assert store.clipped(levels=["x1"]).rows == 0
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluated(photos: Path, out: Path, **settings: object) -> dict:
+    common = {"data": str(photos), "out": str(out), "executor": "inline", "device": "cpu", "limit": None, "pictures": 0}
+    evaluate("similarity", similarity, SimilarityConfig.of(**common, **settings))
+    return parse_json((out / "results.json").read_bytes())
+
+
+def live(weights: Path | str, **settings: object) -> dict[str, object]:
+    model = {"model": "test_vit.r160_in1k", "weights": str(weights), "precision": "fp32", "levels": ("x1",), "sizes": (64,)}
+    return {**model, "drawing": "extract", **settings}
+
+
+def test_evaluations_live_and_from_a_store_clamp_alike_and_say_so(photos, weights, tmp_path, caplog):
+    store = extracted(photos, weights, tmp_path / "s.zarr", "--levels", "x1")
+    caplog.clear()
+
+    stored = evaluated(photos, tmp_path / "stored", stores=(store.folder.url,))
+    from_store = caplog.text
+    caplog.clear()
+    found = evaluated(photos, tmp_path / "live", **live(weights))
+
+    assert found["tables"] == stored["tables"]
+    assert found["clipped"] == stored["clipped"]
+    assert found["clipped"] | {"first": ""} == {"images": 6, "values": store.clipped().values, "of": 6 * 16 * 64, "first": ""}
+    for out, log in (("stored", from_store), ("live", caplog.text)):
+        words = f"6 images have values beyond float16's range: {store.clipped().values:,} of their {6 * 16 * 64:,} float16 values"
+        assert words in (tmp_path / out / "results.md").read_text()
+        assert words in log
+    # As float32 they are other features, with nothing to be said.
+    exact = evaluated(photos, tmp_path / "exact", **live(weights, encoding="float32"))
+    assert exact["tables"] != found["tables"]
+    assert exact["clipped"] == {"images": 0, "values": 0, "of": 0, "first": None}
+    assert "float16" not in (tmp_path / "exact/results.md").read_text()
+
+
+def test_an_evaluation_that_goes_on_knows_what_was_clamped_before(photos, weights, tmp_path):
+    whole = evaluated(photos, tmp_path / "whole", **live(weights))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    for name in ("00001", "00004"):
+        (tmp_path / f"half/parts/{name}.jsonl").unlink()
+        (tmp_path / f"half/clipped/{name}.jsonl").unlink()
+
+    again = evaluated(photos, tmp_path / "half", **live(weights))
+
+    assert again["clipped"] == whole["clipped"]
+
+
+def test_a_live_model_that_gives_no_numbers_is_not_taken_for_clamped(photos, tmp_path):
+    path = loud_weights(tmp_path / "w.safetensors", float("inf"))
+
+    with pytest.raises(StorageError, match="the model gave NaN or infinity in fp32"):
+        evaluated(photos, tmp_path / "out", **live(path))
