@@ -95,8 +95,10 @@ class _Rows:
         return replace(self, rows=rows, labels=self.labels.take(order))
 
     def reopened(self) -> "_Rows":
-        """The same, to be read from by one thread or process."""
-        return replace(self, store=copy.copy(self.store))
+        """The same, to be read from by one thread or process. Raises `StoreReplaced` where the rows aren't these any more."""
+        store = copy.copy(self.store)
+        store.require_unreplaced()
+        return replace(self, store=store)
 
     def part(self, at: np.ndarray) -> "_Rows":
         """Some of them, in memory of their own."""
@@ -161,7 +163,9 @@ class FeatureDataset(Dataset[Sample]):
     `clipped` has their number in each row.
 
     Raises `NotAStore`, `MissingRows` for rows without features, `UnknownName` (a `KeyError`) for levels and columns that
-    aren't there. Safe in forked and spawned DataLoader workers. Reading many rows at random is what `FeatureStream` avoids.
+    aren't there; and once a process begins to read, `StoreReplaced` where another store lies at the URL by then, whose rows the
+    keys and columns aren't of. Safe in forked and spawned DataLoader workers. Reading many rows at random is what
+    `FeatureStream` avoids.
     """
 
     def __init__(
@@ -499,6 +503,7 @@ def _tables(parts: Sequence[_Rows]) -> Iterator[pa.Table]:
     """One Arrow table per part; runs in Ray's workers."""
     from ray.data.extensions import ArrowTensorArray
 
+    parts[0].store.require_unreplaced()
     for part in parts:
         table = part.labels.add_column(0, "row", pa.array(part.rows))
         for level in part.levels:

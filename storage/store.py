@@ -358,6 +358,17 @@ class FeatureStore:
             table = self.ledger.failed(sorted(self.ledger.done()))
         return self._with_carried(table, table["row"].to_numpy(), columns)
 
+    def require_unreplaced(self) -> None:
+        """For those who keep rows, keys or labels of it: raise `StoreReplaced` where by now there is another store, or none, or
+        the same with its samples on other rows. One request."""
+        now = read_attributes(self.folder)
+        if now is None or now["fingerprint"] != self.root.fingerprint:
+            what = "is gone" if now is None else "is another store now, or has its samples on other rows"
+            raise StoreReplaced(
+                f"{self.folder.displayed} {what} since it was opened: keys and labels that were read then aren't those of its "
+                "rows. Open it again"
+            )
+
     def _why_missing(self, rows: np.ndarray) -> str:
         columns = ["row", "key", "status", "stage", "error", "message"]
         first = self.records(rows[:1], columns).to_pylist()[0]

@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +24,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
-from pipelines.feature_datasets import FeatureDataset, FeatureStream, StateMismatch, StreamOrder, read_rows
+from pipelines.feature_datasets import FeatureDataset, FeatureStream, StateMismatch, StreamOrder, _Rows, _tables, read_rows
 from storage.paths import Folder, StorageError
+from storage.root import StoreReplaced
 from storage.store import FeatureStore, MissingRows
 from tests.conftest import jpeg, write_tar
 
@@ -262,6 +263,37 @@ def test_shard_that_vanished_is_an_error_in_both_datasets(own):
 
 
 # --- the order of a stream --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replaced(own, store, tmp_path) -> Callable[[], None]:
+    """Puts a store of other photographs under the same keys in the place of `own`."""
+
+    def replace_it() -> None:
+        members = [(f"{n:05d}.jpg", jpeg(1000 + n)) for n in range(ROWS)]
+        settings = {**store.root.config, "data": (str(write_tar(tmp_path / "b.tar", members)),), "out": str(own), "carry": ()}
+        shutil.rmtree(own)
+        extract(ExtractConfig.of(**settings, executor="inline"), InlineExecutor())
+
+    return replace_it
+
+
+@pytest.mark.parametrize("read", ["dataset", "stream", "second epoch", "ray"])
+def test_rows_of_a_store_that_was_replaced_since_are_not_given_with_its_labels(own, replaced, read):
+    """Keys and columns were read when the data set was made; of that place's rows by now they aren't."""
+    dataset = {
+        "dataset": lambda: FeatureDataset(str(own), ["x1"], columns=["cls"]),
+        "ray": lambda: _Rows.choose(str(own), ["x1"], ["cls"], None, None),
+    }.get(read, lambda: FeatureStream(str(own), ["x1"], columns=["cls"]))()
+    if read == "second epoch":
+        assert len(list(dataset)) == len(VALID)
+    replaced()
+
+    with pytest.raises(StoreReplaced, match=r"own\.zarr is another store now, .* since it was opened.* Open it again"):
+        next(_tables([dataset]) if read == "ray" else iter(DataLoader(dataset, batch_size=None)))
+    shutil.rmtree(own)
+    with pytest.raises(StoreReplaced, match=r"own\.zarr is gone since it was opened"):
+        next(_tables([dataset]) if read == "ray" else iter(DataLoader(dataset, batch_size=None)))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
