@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.config import ConfigError
 from storage.differences import differences
-from storage.documents import JsonObject, as_object
+from storage.documents import JsonObject, JsonValue, as_object
 from storage.paths import Folder, StorageOptions
 from storage.root import read_attributes
 from storage.runs import read_pointers, read_run, write_run
@@ -45,9 +45,9 @@ def run_folder(out: str, options: StorageOptions) -> Folder:
     return folder
 
 
-def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject) -> None:
-    """Write run.json, or hold it against its continuation: `made_of` is the run's identity, `config` all its settings, both
-    JSON values without credentials. Raises `ConfigError`."""
+def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject, **said: JsonValue) -> None:
+    """Write run.json, or hold it against its continuation: `made_of` is the run's identity, `config` all its settings, and `said`
+    what else it says of its beginning; JSON values without credentials. Raises `ConfigError`."""
     before = read_run(folder)
     if before is not None:
         # Runs of earlier versions didn't look at what files hold, nor at all that makes the numbers of features.
@@ -64,7 +64,7 @@ def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject) -> None:
         return
     if read_pointers(folder) is not None:
         raise ConfigError(f"{folder.displayed} has checkpoints but no run.json; restore it, or use a new --out")
-    write_run(folder, {"identity": made_of, "config": config, "versions": versions()})
+    write_run(folder, {"identity": made_of, "config": config, **said, "versions": versions()})
 
 
 def require_same(displayed: str, before: JsonObject, now: JsonObject) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped
+from pipelines.evaluation.run import Evaluated, Piece, Record, Unscored, begin, cut, grouped, records_of, split_left_out
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Line, Table
@@ -27,6 +27,8 @@ from storage.spread import spread
 
 LEAST = 4
 """Images of a batch; the unbiased estimate needs so many."""
+
+TOO_FEW = f"too few images are left of its batch, which needs {LEAST}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +65,32 @@ class ScaleInvariance:
         return [piece for piece in pieces if len(piece.items) >= LEAST]
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
+        left_out = records_of(piece.items, lambda number: self._require(number, source))
+        numbers = sorted({*piece.items} - {record["item"] for record in left_out})
+        if len(numbers) < LEAST:
+            few = [Unscored(left_out=TOO_FEW, item=number, image=self.images[number].displayed) for number in numbers]
+            return [*left_out, *map(asdict, few)]
         grams: dict[str, list[Tensor]] = {}
         for side in self.sides:
-            for name, matrix in self._grams(piece, side, source).items():
+            for name, matrix in self._grams(numbers, side, source).items():
                 grams.setdefault(name, []).append(matrix)
         number = int(piece.name)
         terms = {
             name: terms_of_grams(number, each, estimator=self.estimator, rescale=self.rescale) for name, each in grams.items()
         }
-        return [{"row": name, **asdict(each)} for name, each in terms.items()]
+        return [*left_out, *({"row": name, **asdict(each)} for name, each in terms.items())]
 
-    def _grams(self, piece: Piece, side: int, source: FeatureSource) -> dict[str, Tensor]:
+    def _require(self, number: int, source: FeatureSource) -> list[Record]:
+        """Nothing. Raises `ItemLeftOut` for an image that has no features at one of the sizes."""
+        for side in self.sides:
+            source.require(self.images[number], (side, side))
+        return []
+
+    def _grams(self, numbers: Sequence[int], side: int, source: FeatureSource) -> dict[str, Tensor]:
         """Gram matrices of the batch at one size, by row name: only one size's maps are held."""
         squash = Squash(size=(side, side), interpolation="bicubic")
         maps: dict[str, list[Tensor]] = {}
-        for number in piece.items:
+        for number in numbers:
             for name, each in source.maps(squash.of(self.images[number])).items():
                 maps.setdefault(name, []).append(each.flatten())
         # A row at a time, emptied as it is stacked.
@@ -121,6 +134,7 @@ def scores(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """A line per row and size: CKA with every size."""
+    records, left_out = split_left_out(records)
     found = scores(records)
     lines = [
         Line.of(row, (side, side), [float(value) for value in found[row.name][i]])
@@ -144,6 +158,7 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
         },
         details={"cka": {name: matrix.tolist() for name, matrix in found.items()}, "sizes": list(task.sides)},
         pictures={"cka.png": plot(found, task.sides)} if config.pictures else {},
+        left_out=left_out,
     )
 
 

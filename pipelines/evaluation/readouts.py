@@ -114,10 +114,10 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
     if not config.readouts:
         raise ConfigError("no readouts: give --readouts the folders of training runs, or checkpoints")
     readouts = {name: load_readout(absolute(url), config.options) for name, url in _names(config.readouts).items()}
+    _require_alike(config, readouts)
     first = next(iter(readouts.values()))
     recipe, size = _features(config, readouts)
     rows = {name: _row_of(each, recipe, size) for name, each in readouts.items()}
-    _require_one_task(readouts, recipe)
     task = replace(first.task, side=config.side or first.task.side)
     images = tuple(task.judged(_images(config, first)))
     probe = Probe(
@@ -207,15 +207,27 @@ def _row_of(readout: TrainedReadout, recipe: Recipe, size: Size) -> Row:
     return next(row for row in recipe.rows(size) if row.level == found.name)
 
 
-def _require_one_task(readouts: Mapping[str, TrainedReadout], recipe: Recipe) -> None:
-    """Raises `ConfigError` unless one label, and one drawing of the image, serve all readouts."""
+def _require_alike(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> None:
+    """Raises `ConfigError` unless one data set, one label and one drawing of the image serve all readouts: what settings don't
+    say is taken from the readouts, and must not depend on which of them is named first."""
     first = next(iter(readouts.values()))
+    drawing = config.drawing or ("extract" if config.stores else None)
     for each in readouts.values():
         if replace(each.task, side=first.task.side) != first.task:
             raise ConfigError(
                 f"{each.displayed} was trained for {each.task}, {first.displayed} for {first.task}; evaluate each alone"
             )
-        if recipe.rendering == "paper" and each.task.side != first.task.side:
+        for flag, given, theirs, ours in (
+            ("--dataset", config.dataset, each.dataset, first.dataset),
+            ("--drawing", drawing, each.features["drawing"], first.features["drawing"]),
+            ("--side", config.side, each.task.side, first.task.side),
+        ):
+            if given is None and theirs != ours:
+                raise ConfigError(
+                    f"{each.displayed} was trained with {flag} {theirs}, {first.displayed} with {flag} {ours}; say by which "
+                    f"all are judged with {flag}, or evaluate each alone"
+                )
+        if (drawing or first.features["drawing"]) == "paper" and each.task.side != first.task.side:
             raise ConfigError(
                 f"{each.displayed} was trained on images drawn at {each.task.side} px, {first.displayed} at "
                 f"{first.task.side} px; evaluate each alone, or with --drawing extract"

@@ -10,7 +10,7 @@ from operators.metrics.similarity import centre_cell, self_similarity
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped
+from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped, records_of, split_left_out
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Size
@@ -43,8 +43,10 @@ class SelfSimilarity:
         return cut(range(len(self.images)), 1, "{number:05d}")
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
-        (number,) = piece.items
-        records = []
+        return records_of(piece.items, lambda number: self._image(number, source))
+
+    def _image(self, number: int, source: FeatureSource) -> list[Record]:
+        records: list[Record] = []
         for side in self.sides:
             squash = Squash(size=(side, side), interpolation="bilinear")
             maps = source.maps(squash.of(self.images[number]))
@@ -71,6 +73,7 @@ def prepare(config: SimilarityConfig) -> tuple[SelfSimilarity, Recipe, Folder]:
 
 def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """A panel, and which maps are in it, with the share of cells in the upper half of the map's own scale."""
+    records, left_out = split_left_out(records)
     maps = {
         name: {record["image"]: np.array(record["map"]) for record in each}
         for name, each in grouped(records, "side", "row").items()
@@ -93,6 +96,7 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
             "images": f"squashed, {'bilinear' if recipe.rendering == 'paper' else 'drawn as extract'}",
         },
         pictures={"similarity.png": _picture(task, maps)} if config.pictures else {},
+        left_out=left_out,
     )
 
 
@@ -101,12 +105,13 @@ def _picture(
 ) -> Image.Image:
     columns = ["photo", *(f"{name}\n{side} px" for side, name in maps)]
     tiles = []
-    for number, image in enumerate(task.images):
+    shown = [(number, image) for number, image in enumerate(task.images) if number in next(iter(maps.values()))]
+    for number, image in shown:
         cells = next(iter(maps.values()))[number].shape
         row, column = centre_cell(cells)
         mark = ((column + 0.5) / cells[1], (row + 0.5) / cells[0])
         pixels = np.array(Image.fromarray(upright_pixels(image)).resize((tile, tile)))
         photo = Tile(pixels=pixels, is_photo=True, mark=mark)
         tiles.append([photo, *(Tile(pixels=heat(each[number], 0, 1)) for each in maps.values())])
-    names = [image.name.rsplit("/", 1)[-1] for image in task.images]
+    names = [image.name.rsplit("/", 1)[-1] for _, image in shown]
     return panel(tiles, columns, names, "cosine with the ringed cell, blue to yellow", (tile, tile))

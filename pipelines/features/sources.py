@@ -50,6 +50,9 @@ class FeatureSource(Protocol):
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
 
+    def require(self, image: EncodedImage, size: Size) -> None:
+        """Raises `ItemLeftOut` where there are no features of the image for inputs of `size`: its extraction failed."""
+
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
         """How the image was turned for the maps of inputs of `size`: what `label_turn` needs. Raises `DatasetError`,
         `StorageError`."""
@@ -172,6 +175,9 @@ class LiveSource:
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
 
+    def require(self, image: EncodedImage, size: Size) -> None:
+        """A model runs on whatever it is given."""
+
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:  # noqa: ARG002
         self._data = image.displayed, image.data()
         return OrientedImage(image.displayed, orientation_of(self._data[1], image.displayed))
@@ -282,6 +288,9 @@ class StoreSource:
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
 
+    def require(self, image: EncodedImage, size: Size) -> None:
+        self._placed(image, size).require(image.displayed)
+
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
         return self._placed(image, size).oriented(self.recipe.store(size), image)
 
@@ -308,9 +317,8 @@ class StoreSource:
         return {level: torch.from_numpy(each[0]).to(self.device) for level, each in values.items()}
 
     def _row(self, picture: Picture) -> PlacedRow:
-        placed = self._placed(picture.image, picture.size)
-        placed.require(picture.image.displayed)
-        return placed
+        self.require(picture.image, picture.size)
+        return self._placed(picture.image, picture.size)
 
     def _placed(self, image: EncodedImage, size: Size) -> PlacedRow:
         return self.recipe.joins[size].of(image.displayed)
@@ -357,6 +365,9 @@ class CachedSource:
 
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.source.rows(size)
+
+    def require(self, image: EncodedImage, size: Size) -> None:
+        self.source.require(image, size)
 
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
         name = image.displayed, size

@@ -5,7 +5,8 @@ What is wrong with the settings is wrong before anything is computed. What is tr
 """
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,11 +18,14 @@ from operators.objectives.schedule import learning_rate
 from pipelines.config import ConfigError, Counts, Free, GpuConfig, Held, Identity, JobConfig, absolute, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.config import BackboneConfig
+from pipelines.features.join import Join
 from pipelines.provenance import begin_run, run_folder
 from pipelines.training.data import ExampleSource, Loaded, TrainOrder
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
 from storage.runs import read_pointers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +167,13 @@ class TrainConfig(JobConfig):
             settings |= {"epochs": self.epochs, "max_steps": self.max_steps}
         return {**settings, **json.loads(json.dumps(found))}
 
-    def begin(self, folder: Folder, found: JsonObject, order: TrainOrder) -> None:
-        """Begin the run's folder, or hold it against what it was begun with: `found` is as for `identity`. Raises `ConfigError`,
-        also where more steps are done than are asked for: the network of fewer isn't there any more."""
-        begin_run(folder, self.identity(found), self.public())
+    def begin(self, folder: Folder, found: JsonObject, order: TrainOrder, joins: Sequence[Join] = ()) -> None:
+        """Begin the run's folder, or hold it against what it was begun with: `found` is as for `identity`; `joins` are those of
+        stores and images. Raises `ConfigError`, also where more steps are done than are asked for: the network of fewer isn't
+        there any more."""
+        for note in (note for each in joins for note in each.notes()):
+            logger.warning("%s", note)
+        begin_run(folder, self.identity(found), self.public(), joins=[each.to_json() for each in joins])
         pointers = read_pointers(folder)
         if pointers and pointers.last_step > order.steps:
             raise ConfigError(

@@ -3,7 +3,6 @@
 What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +17,7 @@ from pipelines.config import ConfigError, Counts, Found, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.config import completed
+from pipelines.features.join import Join
 from pipelines.indexing import RunInput, report_left_out
 from pipelines.training.config import Objective, TrainConfig, TrainSetup
 from pipelines.training.data import ImageSource, StoredFeatures, View
@@ -30,8 +30,6 @@ from storage.runs import read_run
 from storage.samples import SampleIndex
 from storage.spec import FeatureSpec
 from storage.tars import MemberRules
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +195,7 @@ class ResolvedImages:
                 f"--val-rows {config.val_rows} leaves none of the {index.n_rows} images of --data to train on; use fewer, or "
                 "give --val-data"
             )
+        joins: list[Join] = []
         found: dict[str, JsonValue] = {"backbone": _identity(self.backbone.spec), "numbers": {"stored": None}}
         for name, source in (("images", images), ("held_out", held_out)):
             # The index knows names and sizes; other pixels under them would be learned on without a word.
@@ -204,12 +203,10 @@ class ResolvedImages:
             found |= {name: source.digest, f"{name}_content": content_of(some)}
             if source.features is not None:
                 # All are held against the store when they're read; a store of others is found before a cluster works.
-                joined = source.features.join(some)
-                for note in joined.notes():
-                    logger.warning("%s", note)
+                joins.append(source.features.join(some))
                 found["numbers"] = {"stored": source.features.numbers}
         order = config.order(n_rows)
-        config.begin(folder, found, order)
+        config.begin(folder, found, order, joins)
         return ImageSetup(
             config=config,
             folder=folder,

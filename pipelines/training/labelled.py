@@ -49,8 +49,8 @@ class StoredMaps:
         """`contents`: digests of the images' bytes. Raises `FeaturesMissing` where the store doesn't fit the items."""
         wanted = [Wanted.of(item.image, content) for item, content in zip(items, contents, strict=True)]
         joined = join(store, wanted)
-        for note in (*joined.notes(), *joined.clipped_lines(store.spec.levels, levels)):
-            logger.warning("%s", note)
+        for line in joined.clipped_lines(store.spec.levels, levels):
+            logger.warning("%s", line)
         return cls(url=store.folder.url, options=store.folder.options, levels=tuple(levels), join=joined)
 
     def oriented(self, number: int, item: LabelledImage) -> OrientedImage:

@@ -327,9 +327,9 @@ class ReadoutSetup(TrainSetup):
         ):
             found |= {name: digest(source.items), f"{name}_content": joint_digest(source.contents)}
             found[labels] = joint_digest(content_digests([item.label for item in source.items]))
-            if source.stored is not None:
-                found[rows] = source.stored.join.content
-        self.config.begin(self.folder, found, self.order)
+            found[rows] = source.stored.join.content if source.stored else ""
+        joins = [source.stored.join for source in (self.images, self.held_out) if source.stored is not None]
+        self.config.begin(self.folder, found, self.order, joins)
         return self
 
     def objective(self, device: torch.device) -> Objective:

@@ -309,9 +309,18 @@ def test_readouts_of_different_tasks_or_sides_are_refused(trained, config_of, tm
     with pytest.raises(ConfigError, match=r"was trained for BoundaryTask.*evaluate each alone"):
         probe.prepare(config_of(trained(), trained("boundaries")))
     other = trained(side=128)
-    with pytest.raises(ConfigError, match="drawn at 128 px, .* at 64 px"):
+    with pytest.raises(ConfigError, match="--side 128, .* with --side 64; say by which all are judged with --side"):
         probe.prepare(config_of(trained(), other))
-    assert len(scores(config_of(trained(), other, drawing="extract"))) == 2
+    with pytest.raises(ConfigError, match="drawn at 128 px, .* at 64 px"):
+        probe.prepare(config_of(trained(), other, side=64))
+    either = {"drawing": "extract", "side": 128}
+    one_way = scores(config_of(trained(), other, out=str(tmp_path / "one"), **either))
+    assert one_way == scores(config_of(other, trained(), out=str(tmp_path / "other"), **either))[::-1]
+    drawn = trained(drawing="extract")
+    with pytest.raises(
+        ConfigError, match="--drawing extract, .* with --drawing paper; say by which all are judged with --drawing"
+    ):
+        probe.prepare(config_of(trained(), drawn))
 
 
 def test_stores_that_do_not_fit_are_refused(sets, trained, config_of, tiny, tmp_path):
