@@ -78,6 +78,9 @@ class DepthTask(Task[DepthRecord]):
         predicted = found.clamp(min=0).cpu().numpy()
         return DepthRecord(error=SquaredError.of(predicted, truth), metrics=score_depth(predicted, truth))
 
+    def is_empty(self, record: DepthRecord) -> bool:
+        return record.metrics is None
+
     def scores(self, records: Sequence[DepthRecord]) -> dict[str, float]:
         means = average(record.metrics for record in records if record.metrics)
         return {"rmse_pooled": pooled_rmse(record.error for record in records), **asdict(means)}

@@ -146,6 +146,9 @@ class InstanceTask(ObjectsTask[InstanceRecord]):
     def judge(self, output_CHW: Tensor, targets: Mapping[str, Tensor], label: Label | None) -> InstanceRecord:  # noqa: ARG002
         return InstanceRecord(ari=instance_ari(output_CHW, targets["ids"]))
 
+    def is_empty(self, record: InstanceRecord) -> bool:
+        return record.ari is None
+
     def scores(self, records: Sequence[InstanceRecord]) -> dict[str, float]:
         found = [record.ari for record in records if record.ari is not None]
         if not found:

@@ -69,6 +69,9 @@ class SegmentationTask(Task[ClassPairs]):
         found = class_pairs(output_CHW.argmax(0), targets["classes"], self.outputs)
         return ClassPairs(pairs=tuple(map(tuple, found.tolist())))
 
+    def is_empty(self, record: ClassPairs) -> bool:
+        return not record.pairs
+
     def scores(self, records: Sequence[ClassPairs]) -> dict[str, float]:
         matrix = matrix_of((pair for record in records for pair in record.pairs), self.outputs)
         found = Segmentation.of(matrix)

@@ -123,6 +123,10 @@ class Task(Generic[Record]):
         """What one image says of the score: its output, and its targets on the same device; `label` where `judges_label`."""
         raise NotImplementedError
 
+    def is_empty(self, record: Record) -> bool:  # noqa: ARG002
+        """Whether an image's label held nothing to be judged, so that it counts in no score."""
+        return False
+
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         """Over all images. Raises `ValueError` where nothing could be judged."""
         raise NotImplementedError

@@ -29,6 +29,7 @@ from pipelines.tables.backbones import PaperBackbone, find_backbone
 from pipelines.tables.tasks import TableTask, find_task
 from pipelines.training.readout import ReadoutSetup, ReadoutTraining
 from pipelines.training.run import train_inline
+from pipelines.training.watch import COUNTS
 from storage.datasets.registry import DATASETS
 from storage.documents import JsonObject, JsonValue, as_object, decode, decode_known, parse_json
 from storage.errors import RayliftError
@@ -211,6 +212,8 @@ class CellResult:
     steps: int | None = None
     train_seconds: float | None = None
     "of this start; nothing where it was done before"
+    notes: tuple[str, ...] = ()
+    "what of its settings had no effect, or another than one may think"
     error: str = ""
     "why there is nothing"
 
@@ -346,7 +349,7 @@ def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
     started, training = time.monotonic(), cell.training
     summary = train_inline(setup)
     values = {name: value for name, value in summary.metrics.items() if name.startswith("val_")}
-    if not values:
+    if not values.keys() - set(COUNTS):
         raise ConfigError(f"no held-out image of {training.dataset} could be read")
     result = replace(
         _empty(cell),
@@ -356,6 +359,7 @@ def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
         input_size=tuple(setup.features["input_size"]),
         model_args=setup.features.get("model_args", {}),
         steps=summary.step,
+        notes=summary.notes,
         train_seconds=round(time.monotonic() - started, 3),
     )
     setup.folder.write(RESULT, json.dumps({"result": asdict(result)}, indent=1).encode())

@@ -16,6 +16,7 @@ from pipelines.results import sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from pipelines.tables.cells import Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.tasks import Column, TableTask, published_values
+from pipelines.training.watch import COUNTS, held_out_words
 from storage.documents import JsonObject
 from storage.paths import Folder
 
@@ -88,8 +89,9 @@ def _score(column: Column, done: Sequence[CellResult]) -> Score | None:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Speed], failed: Sequence[CellResult]) -> str:
+def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Speed], results: Sequence[CellResult]) -> str:
     """The tables as Markdown."""
+    failed = [result for result in results if result.error]
     parts = ["# Readouts on frozen features"]
     for method in config.methods:
         rows = _by_backbone([entry for entry in found if entry.method == method], speeds, paper=config.paper)
@@ -99,7 +101,7 @@ def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Spee
             rows = _by_method([entry for entry in found if entry.backbone.name == name], paper=config.paper)
             parts.append(_section(f"Methods on {name}", rows))
     parts.append(_section("Learned parameters", _parameters(found, paper=config.paper)))
-    parts.append("\n".join(_notes(config, speeds)))
+    parts.append("\n".join([*_notes(config, speeds), *_cell_notes(results)]))
     if failed:
         lines = "\n".join(f"- {each.name}: {each.error}" for each in failed)
         parts.append(f"## Failed: {len(failed)}\n\n{lines}")
@@ -211,6 +213,14 @@ def _notes(config: GridConfig, speeds: Mapping[str, Speed]) -> Iterator[str]:
     yield from (f"- {name}: {BY_NAME[name].note}." for name in config.backbones if name in BY_NAME and BY_NAME[name].note)
 
 
+def _cell_notes(results: Sequence[CellResult]) -> Iterator[str]:
+    """What of a cell's run isn't as a reader would think."""
+    for result in results:
+        if any(result.metrics.get(name) for name in COUNTS if name != "val_images"):
+            yield f"- {result.name}: scores {held_out_words(result.metrics)}."
+        yield from (f"- {result.name}: {note}" for note in result.notes)
+
+
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
@@ -288,8 +298,7 @@ def write_grid(
 ) -> str:
     """Write grid.json, grid.md and, with speeds, grid.png, of which none is left otherwise; returns the Markdown."""
     found = entries(cells, results)
-    failed = [result for result in results if result.error]
-    text = report(config, found, speeds, failed)
+    text = report(config, found, speeds, results)
     document = {
         "config": config.public(),
         "cells": [asdict(result) for result in results],

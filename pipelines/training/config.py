@@ -6,8 +6,8 @@ What is wrong with the settings is wrong before anything is computed. What is tr
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -63,7 +63,7 @@ class TrainConfig(JobConfig):
     """Of the network's weights, the order of the images, and what is drawn for each."""
 
     max_failed_fraction: Free[float] = 0.01
-    """With a larger part of the images left out as unreadable, the run ends with an error."""
+    """With a larger part of the images left out as unreadable, or of the held-out ones, the run ends with an error."""
 
     log_every: Free[int] = 10
     """Steps between lines of metrics."""
@@ -159,6 +159,25 @@ class TrainConfig(JobConfig):
             return self.lr
         return learning_rate(step, steps=steps, warmup=self.warmup_steps, peak=self.lr, floor=self.final_lr)
 
+    def notes(self, order: TrainOrder) -> Iterator[str]:
+        """See `TrainSetup.notes`."""
+        steps, images = order.steps, order.n_rows
+        if self.schedule == "cosine" and self.warmup_steps >= steps:
+            highest = max(self.learning_rate(step, steps) for step in (0, steps - 1))
+            yield (
+                f"--warmup-steps {self.warmup_steps:,} of a run of {steps:,} steps: the learning rate rises to {highest:.3g} at "
+                f"most and never reaches --lr {self.lr:g}; give fewer --warmup-steps, or train longer."
+            )
+        if self.schedule == "constant" and self.final_lr != type(self).final_lr:
+            yield f"--final-lr {self.final_lr:g} has no effect: --schedule constant keeps the learning rate at {self.lr:g}."
+        if self.max_steps is not None and steps < self.max_steps:
+            yield (
+                f"--max-steps {self.max_steps:,} aren't reached: --epochs {self.epochs:,} of {images:,} images end after "
+                f"{steps:,} steps; give more --epochs."
+            )
+        if self.batch > images:
+            yield f"--batch {self.batch:,}: there are {images:,} images to train on, so that each step has only those."
+
     def identity(self, found: JsonObject) -> dict[str, JsonValue]:
         """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""
         settings = self.counted(Identity.COUNTS)
@@ -193,6 +212,27 @@ class Resolved(Protocol):
         """Read what is needed of the data, and begin or continue the folder."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What was found on the held-out images."""
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    "metrics, `val_loss` among them; empty where no image could be scored"
+    picture: bytes = b""
+    "of the first ones, as PNG; empty where there are no values"
+    images: int = 0
+    "that the metrics are over"
+    empty: int = 0
+    "that could be read, and whose label holds nothing to be judged: void alone, no depth, no object"
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    "those that couldn't be read: row and reason"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many of them are what, as lines of metrics have it."""
+        return {"val_images": self.images, "val_left_out": len(self.left_out), "val_empty": self.empty}
+
+
 class Objective(Protocol):
     """What is trained, and how its loss is computed."""
 
@@ -203,8 +243,8 @@ class Objective(Protocol):
         """Add the gradient of a micro-batch's summed loss; gives that sum, and what it is to be divided by: the number of
         images, or of pixels. A step's loss is the sum of the sums over that of the divisors."""
 
-    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
-        """Metrics on the held-out images, `val_loss` among them, and a picture as PNG; None where no image can be read."""
+    def measure(self, step: int) -> Validation:
+        """Judge the held-out images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +258,15 @@ class TrainSetup:
     order: TrainOrder
     images: ExampleSource
     held_out_rows: tuple[int, ...]
+    seen: int = 0
+    "held-out images that are trained on, too"
     on_step: Callable[[int, list[int]], None] | None = None
     "called after each step with its number from 1 and the rows that this process read for it: for tests"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the settings has no effect on so many images and steps, or another than one may think; a sentence each."""
+        return tuple(self.config.notes(self.order))
 
     def objective(self, device: torch.device) -> Objective:
         """What a training process computes."""

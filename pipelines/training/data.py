@@ -273,11 +273,10 @@ class ImageSource:
                 _indexes[name] = SampleIndex(self.folder)
             return _indexes[name]
 
-    def at_sides(self, rows: Sequence[int], geometry: Geometry, sides: Sequence[int]) -> dict[int, np.ndarray]:
-        """The images at several sizes, each decoded once: uint8 [n, side, side, 3] by side, of those that can be read."""
+    def at_sides(self, rows: Sequence[int], geometry: Geometry, sides: Sequence[int]) -> Example:
+        """The images at several sizes, each decoded once: uint8 [n, side, side, 3], named by the side."""
         view = SidesView(geometry=geometry, sides=tuple(sides))
-        arrays = replace(self, view=view, features=None).load(rows, None).arrays
-        return {side: arrays.get(str(side), np.empty((0, side, side, 3), np.uint8)) for side in sides}
+        return replace(self, view=view, features=None).load(rows, None)
 
     def _view(self, blob: bytes, size: int, rng: np.random.Generator | None) -> dict[str, np.ndarray] | str:
         if len(blob) < size:

@@ -3,7 +3,7 @@
 What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.config import completed
 from pipelines.features.join import Join
 from pipelines.indexing import RunInput, report_left_out
-from pipelines.training.config import Objective, TrainConfig, TrainSetup
+from pipelines.training.config import Objective, TrainConfig, TrainSetup, Validation
 from pipelines.training.data import ImageSource, StoredFeatures, View
 from pipelines.training.watch import similarity_picture
 from storage.documents import JsonObject, JsonValue
@@ -140,15 +140,18 @@ class ImageObjective:
         """uint8 images as the model's input, on the device."""
         return self.setup.backbone.input(pixels_BHW3, self.device)
 
-    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
-        """Means of `metrics` over the held-out images, and a picture of the first ones as PNG; None if none can be read."""
-        rows, sums = self.setup.held_out_rows, np.zeros(1 + len(self.metrics))
+    def measure(self, step: int) -> Validation:
+        """Means of `metrics` over those held-out images that can be read."""
+        rows, sums, n = self.setup.held_out_rows, np.zeros(len(self.metrics)), 0
         panels: list[list[np.ndarray]] = []
+        left_out: dict[int, str] = {}
         for start in range(0, len(rows), self.at_once):
-            sums += self.measure_some(rows[start : start + self.at_once], panels)
-        if not sums[0]:
-            return None
-        values = dict(zip(self.metrics, (sums[1:] / sums[0]).tolist(), strict=True))
+            asked = rows[start : start + self.at_once]
+            added, failed = self.measure_some(asked, panels)
+            sums, n, left_out = sums + added, n + len(asked) - len(failed), left_out | dict(failed)
+        if not n:
+            return Validation(left_out=left_out)
+        values = dict(zip(self.metrics, (sums / n).tolist(), strict=True))
         low, high = (" x ".join(map(str, panels[0][i].shape[:2])) for i in (1, 4))
         columns = [
             "photo",
@@ -157,11 +160,11 @@ class ImageObjective:
             f"{self.title}\ncosine {values['val_cosine']:.4f}",
             f"backbone, image {self.larger} as large\n{high}",
         ]
-        return values, similarity_picture(step, columns, panels)
+        return Validation(values=values, picture=similarity_picture(step, columns, panels), images=n, left_out=left_out)
 
-    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> np.ndarray:
-        """Number of images that can be read, and the sums of `metrics` over them; adds their photos and maps to `panels`: of the
-        backbone, enlarged bilinearly, enlarged by the network, and of the backbone on the larger image."""
+    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> tuple[np.ndarray, Mapping[int, str]]:
+        """Sums of `metrics` over the images that can be read, and why others can't, by row; adds photos and maps to `panels`:
+        of the backbone, enlarged bilinearly, enlarged by the network, and of the backbone on the larger image."""
         raise NotImplementedError
 
 

@@ -4,7 +4,7 @@ LiFT, the baselines that its paper trains alike (a resize convolution and a join
 any method that is `trained_by` it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
@@ -208,13 +208,14 @@ class X2Objective(ImageObjective):
 
     # --- held-out images ----------------------------------------------------------------------------------------------
 
-    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> np.ndarray:
+    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> tuple[np.ndarray, Mapping[int, str]]:
         size, geometry = self.config.features.size, self.config.geometry_for(self.setup.backbone)
-        octaves = list(self.setup.held_out.at_sides(rows, geometry, (size // 4, size // 2, size, 2 * size)).values())
-        pixels = octaves[2]
-        if not len(pixels):
-            return np.zeros(1 + len(self.metrics))
-        quarter, half, images, double = map(self.input, octaves)
+        sides = (size // 4, size // 2, size, 2 * size)
+        found = self.setup.held_out.at_sides(rows, geometry, sides)
+        if not found.arrays:
+            return np.zeros(len(self.metrics)), found.failed
+        pixels = found.arrays[str(size)]
+        quarter, half, images, double = (self.input(found.arrays[str(side)]) for side in sides)
         target, small, smaller = (self._features(self._lower(images, factor)) for factor in (1, 2, 4))
         tiny, coarse, beyond = (self._features(octave) for octave in (quarter, half, double))
         ours, plain = self._upsample(half, coarse), _bilinear(half, coarse)
@@ -234,7 +235,7 @@ class X2Objective(ImageObjective):
             1 - cosine_loss(self._upsample(images, target), beyond),
             1 - cosine_loss(_bilinear(images, target), beyond),
         ]
-        return len(pixels) * np.array([1.0, *(float(mean) for mean in means)])
+        return len(pixels) * np.array([float(mean) for mean in means]), found.failed
 
 
 def _bilinear(_: Tensor, maps: Tensor, factor: int = 2) -> Tensor:

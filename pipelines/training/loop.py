@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from operators.timm_models import load_arrays, state_arrays
 from pipelines.executors import Executor
-from pipelines.training.config import TrainSetup
+from pipelines.training.config import TrainSetup, Validation
 from pipelines.training.data import Loaded, load
-from pipelines.training.watch import EventFile
+from pipelines.training.watch import EventFile, held_out_words
 from storage.documents import Document, JsonValue, decode, decode_known
 from storage.errors import RayliftError
 from storage.runs import Checkpoint, read_last, read_metrics, tidy, write_checkpoint, write_metrics
@@ -46,6 +46,8 @@ class Progress:
     "left out, each as often as it was due"
     failed: Mapping[str, str]
     "those images: row and reason"
+    held_out: Mapping[str, str] = field(default_factory=dict)
+    "held-out images that the last validation left out: row and reason; earlier versions don't say"
     seconds: float = 0.0
     "of training; earlier versions had it here"
 
@@ -92,6 +94,8 @@ class Trainer:
         self.failed: dict[int, str] = {}
         self.n_failed = 0
         "images left out, each as often as it was due"
+        self.held_out: dict[int, str] = {}
+        "held-out images that the last validation left out"
         self.lines: list[dict[str, JsonValue]] = []
         self._resume()
         self._started = self._logged = self.images, self.seconds
@@ -109,6 +113,7 @@ class Trainer:
             progress = decode_known(Progress, checkpoint.progress)
             self.images, self.n_failed = progress.images, progress.n_failed
             self.failed = {int(row): reason for row, reason in progress.failed.items()}
+            self.held_out = {int(row): reason for row, reason in progress.held_out.items()}
         lines = read_metrics(self.setup.folder)
         self.lines = [line for line in lines if decode(int, line["step"]) <= self.step and "stopped" not in line]
         # Time is among what was measured, since a checkpoint is the same bytes however long it took; once it was in there.
@@ -141,8 +146,9 @@ class Trainer:
         items = order.micro_batches(self.step, group.rank, group.world)
         stream = load(self.setup.images, items, executor, self.config.loaders)
         try:
-            if events and not self.step:
+            if not self.step:
                 self._validate(events)  # what the network does untrained
+                self._require_budget()
             self._loop(stream, events)
         finally:
             stream.close()
@@ -229,10 +235,9 @@ class Trainer:
         """Validate where it's due and save all of it; the checkpoint last, so that what it rests on is there."""
         for failed in self.group.gather(self.failed):
             self.failed |= failed
+        is_due = self.step % self.config.validate_every == 0 or self.step == self.setup.order.steps
+        loss = self._validate(events) if is_due else None
         if events is not None:
-            loss = None
-            if self.step % self.config.validate_every == 0 or self.step == self.setup.order.steps:
-                loss = self._validate(events)
             self.lines.append({"step": self.step, "seconds": round(self.seconds, 3)})
             write_metrics(self.setup.folder, self.lines)
             events.save()
@@ -240,34 +245,57 @@ class Trainer:
         self._require_budget()
 
     def _require_budget(self) -> None:
-        """Raises `TrainFailed` with too many images left out: of an epoch, or early when it's most of them."""
+        """Raises `TrainFailed` with too many images left out: of an epoch, or early when it's most of them; or of those held
+        out."""
         due, part = self.images + self.n_failed, self.config.max_failed_fraction
         if self.n_failed > min(part * max(due, self.setup.order.n_rows), max(part, 0.5) * due):
-            reasons = "\n".join(f"  row {row}, {reason}" for row, reason in itertools.islice(self.failed.items(), 5))
-            raise TrainFailed(
-                f"{self.n_failed} of {due} images could not be read, more than --max-failed-fraction "
-                f"{self.config.max_failed_fraction}:\n{reasons}"
-            )
+            raise self._too_many(f"{self.n_failed} of {due} images", self.failed)
+        of = len(self.setup.held_out_rows)
+        if len(self.held_out) > part * of:
+            raise self._too_many(f"{len(self.held_out)} of {of} held-out images", self.held_out)
 
-    def _validate(self, events: EventFile) -> float | None:
-        """The loss on the held-out images; None where none of them can be read."""
+    def _too_many(self, what: str, failed: Mapping[int, str]) -> TrainFailed:
+        reasons = "\n".join(f"  row {row}, {reason}" for row, reason in itertools.islice(failed.items(), 5))
+        part = self.config.max_failed_fraction
+        return TrainFailed(f"{what} could not be read, more than --max-failed-fraction {part}:\n{reasons}")
+
+    def _validate(self, events: EventFile | None) -> float | None:
+        """The loss on the held-out images; None where there is none, and in all processes but worker 0, which alone validates.
+
+        What it had to leave out, all of them know: an error in one would leave the others waiting.
+        """
+        validation = Validation()
+        if events is not None:
+            validation = self._measure()
+            for row, reason in validation.left_out.items():
+                if row not in self.held_out:
+                    logger.warning("left out: held-out row %d, %s", row, reason)
+            self._report(validation, events)
+        self.held_out = dict(self.group.gather(dict(validation.left_out))[0])
+        return validation.values.get("val_loss")
+
+    def _measure(self) -> Validation:
+        if not self.setup.held_out_rows:
+            return Validation()
         self.net.eval()
         try:
             with torch.no_grad():
-                measured = self.objective.measure(self.step)
+                return self.objective.measure(self.step)
         finally:
             self.net.train()
-        if measured is None:
-            # Worker 0 alone validates: an error here would leave the others waiting.
-            logger.warning("none of the %d held-out images could be read", len(self.setup.held_out_rows))
-            return None
-        values, picture = measured
-        self._add(values, events)
-        self.setup.folder.write(f"pictures/step-{self.step:08d}.png", picture)
-        logger.info("step %d, held out: %s", self.step, ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
-        return values["val_loss"]
+
+    def _report(self, validation: Validation, events: EventFile) -> None:
+        if not self.setup.held_out_rows:
+            return
+        counts = {**validation.counts, "val_seen": self.setup.seen}
+        self._add({**validation.values, **counts}, events)
+        if validation.picture:
+            self.setup.folder.write(f"pictures/step-{self.step:08d}.png", validation.picture)
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in validation.values.items()) or "no scores"
+        logger.info("step %d, held out: %s; %s", self.step, scores, held_out_words(counts))
 
     def _state(self) -> Checkpoint:
+        held_out = {"held_out": {str(row): reason for row, reason in sorted(self.held_out.items())}} if self.held_out else {}
         return Checkpoint(
             step=self.step,
             model=state_arrays(self.net),
@@ -276,6 +304,7 @@ class Trainer:
                 "images": self.images,
                 "n_failed": self.n_failed,
                 "failed": {str(row): reason for row, reason in sorted(self.failed.items())},
+                **held_out,
             },
             config={**self.setup.description, "step": self.step, "images": self.images},
         )

@@ -23,7 +23,7 @@ from pipelines.features.sources import SourceChoice, require_geometry, resolve_s
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import TASKS
-from pipelines.training.config import Objective, TrainConfig, TrainSetup
+from pipelines.training.config import Objective, TrainConfig, TrainSetup, Validation
 from pipelines.training.data import Loaded
 from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps
 from pipelines.training.watch import panel_picture
@@ -376,22 +376,25 @@ class ReadoutObjective:
 
     # --- held-out images ----------------------------------------------------------------------------------------------
 
-    def measure(self, step: int) -> tuple[dict[str, float], bytes] | None:
-        """The task's scores on the held-out images, and `val_loss`; a picture of the first ones. None if none can be read,
-        or scored."""
-        records, losses, panels = self._judge()
+    def measure(self, step: int) -> Validation:
+        """The task's scores on the held-out images, and `val_loss`."""
+        records, losses, panels, left_out = self._judge()
         try:
             scores, divisor = self.task.scores(records), sum(weight for _, weight in losses)
         except ValueError as error:
-            logger.warning("held-out images can't be scored: %s", error)
-            return None
+            if records:
+                logger.warning("held-out images can't be scored: %s", error)
+            return Validation(empty=len(records), left_out=left_out)
         # The best checkpoint is that of the smallest.
         loss = sum(total for total, _ in losses) / divisor if divisor else -scores[self.task.better]
         values = {"val_loss": loss, **{f"val_{name}": value for name, value in scores.items()}}
-        return values, panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], panels)
+        picture = panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], panels)
+        empty = sum(map(self.task.is_empty, records))
+        return Validation(values=values, picture=picture, images=len(records) - empty, empty=empty, left_out=left_out)
 
-    def _judge(self) -> tuple[list["DataclassInstance"], list[tuple[float, float]], list[list[np.ndarray]]]:
-        """Records of all held-out images, losses as (total, divisor), and the first images with what was made of them."""
+    def _judge(self) -> tuple[list["DataclassInstance"], list[tuple[float, float]], list[list[np.ndarray]], dict[int, str]]:
+        """Records of the held-out images, losses as (total, divisor), the first images with what was made of them, and why
+        others are left out, by row."""
         source, rows = self.setup.held_out, self.setup.held_out_rows
         records: list[DataclassInstance] = []
         losses: list[tuple[float, float]] = []
@@ -415,7 +418,4 @@ class ReadoutObjective:
                 records.append(self.task.judge(outputs[position], targets, label))
                 if len(panels) < 4:
                     panels.append([source.photo(row), *self.task.pictures(outputs[position], targets)])
-        if failed:
-            first = next(iter(failed.values()))
-            logger.warning("%d of %d held-out images are left out, the first: %s", len(failed), len(rows), first)
-        return records, losses, panels
+        return records, losses, panels, failed

@@ -4,7 +4,7 @@ import logging
 import textwrap
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from pipelines.features.config import FeatureConfig
 from pipelines.training.config import TrainConfig, TrainSetup
 from pipelines.training.images import ImageTraining
 from pipelines.training.loop import Group, Progress, Trainer, TrainFailed
+from pipelines.training.watch import COUNTS, held_out_words
 from storage.documents import decode_known
 from storage.paths import Folder, StorageError, filesystem, redact
 from storage.runs import read_last, read_metrics, read_pointers
@@ -44,6 +45,10 @@ class TrainSummary:
     "the last values of each"
     failed: Mapping[str, str]
     "images left out: row and reason"
+    held_out: Mapping[str, str] = field(default_factory=dict)
+    "held-out images that the last validation left out: row and reason"
+    notes: tuple[str, ...] = ()
+    "see `TrainSetup.notes`"
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -65,9 +70,15 @@ def main(config: TrainConfig) -> Iterator[str]:
     yield f"{summary.out}: {summary.step:,} steps, {images}"
     for row, reason in list(summary.failed.items())[:5]:
         yield f"  row {row}, {reason}"
-    held_out = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val_"))
-    if held_out:
-        yield f"held out   {held_out}"
+    scores = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val_") and name not in COUNTS]
+    over = held_out_words(metrics)
+    if scores or over:
+        yield f"held out   {', '.join(scores) or 'no scores'}"
+    if over:
+        yield f"           {over}"
+    for row, reason in list(summary.held_out.items())[:5]:
+        yield f"  held-out row {row}, {reason}"
+    yield from (f"note       {note}" for note in summary.notes)
     best = f"{summary.out}/{summary.best or summary.last}"
     yield f"best       {best}"
     if not isinstance(config, ImageTraining):
@@ -94,10 +105,16 @@ def _same_features(config: ImageTraining) -> str:
 
 def train_inline(setup: TrainSetup) -> TrainSummary:
     """Train in this process. Raises `TrainFailed`."""
+    _log_notes(setup)
     executor = InlineExecutor()
     device = executor.pool(WorkerRequest(device=setup.config.cluster.device)).device
     Trainer(setup, Group(), torch.device(device)).run(executor)
-    return summarise(setup.folder)
+    return replace(summarise(setup.folder), notes=setup.notes)
+
+
+def _log_notes(setup: TrainSetup) -> None:
+    for note in setup.notes:
+        logger.warning("%s", note)
 
 
 def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
@@ -109,6 +126,7 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    _log_notes(setup)
     config, scratch = setup.config, f"{setup.folder.url}/ray_train/{uuid.uuid4().hex}"
     fs, path = filesystem(scratch, config.options)
     trainer = TorchTrainer(
@@ -142,7 +160,7 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
     stopped = [line["stopped"] for line in read_metrics(setup.folder) if "stopped" in line]
     if stopped:
         raise TrainFailed(str(stopped[-1]))
-    return summarise(setup.folder)
+    return replace(summarise(setup.folder), notes=setup.notes)
 
 
 @dataclass
@@ -209,12 +227,16 @@ def summarise(folder: Folder) -> TrainSummary:
         raise TrainFailed(f"{folder.displayed} has no checkpoint")
     metrics: dict[str, float] = {}
     for line in read_metrics(folder):
+        if any(name.startswith("val_") for name in line):  # nothing of an earlier validation beside it
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("val_")}
         metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}
+    progress = decode_known(Progress, last.progress)
     return TrainSummary(
         out=folder.displayed,
         step=last.step,
         last=pointers.last,
         best=pointers.best,
         metrics=metrics,
-        failed=decode_known(Progress, last.progress).failed,
+        failed=progress.failed,
+        held_out=progress.held_out,
     )

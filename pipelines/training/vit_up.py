@@ -268,13 +268,15 @@ class ViTUpObjective(ImageObjective):
 
     # --- held-out images ----------------------------------------------------------------------------------------------
 
-    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> np.ndarray:
-        view, mean = self.setup.held_out.load(rows, None).arrays, self.setup.backbone.spec.mean
+    def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> tuple[np.ndarray, Mapping[int, str]]:
+        view, mean = self.setup.held_out.load(rows, None), self.setup.backbone.spec.mean
         geometry = Geometry(mode="crop", height=self.side, width=self.side, interpolation="bilinear", mean=mean)
-        small, large = self.setup.held_out.at_sides(rows, geometry, (self.side, ENLARGED * self.side)).values()
-        if not view or not len(small):
-            return np.zeros(4)
-        loss, last = float(self.task.loss(*self._batch(view))), self.task.head.config.layers[-1:]
+        sides = (self.side, ENLARGED * self.side)
+        found = self.setup.held_out.at_sides(rows, geometry, sides)
+        if failed := {**found.failed, **view.failed}:  # of one row
+            return np.zeros(len(self.metrics)), failed
+        small, large = (found.arrays[str(side)] for side in sides)
+        loss, last = float(self.task.loss(*self._batch(view.arrays))), self.task.head.config.layers[-1:]
         wanted, coarse = (
             self.task.teacher(self.input(image), image.shape[1], last)[0].permute(0, 3, 1, 2) for image in (large, small)
         )
@@ -282,4 +284,4 @@ class ViTUpObjective(ImageObjective):
         ours = self.task.grid(self.task.prepare(self.input(small)), tuple(wanted.shape[-2:]))
         panels.append([small[0], *(m[0].permute(1, 2, 0).cpu().numpy() for m in (coarse, plain, ours, wanted))])
         cosines = [1 - float(cosine_loss(found, wanted)) for found in (ours, plain)]
-        return np.array([1.0, loss, *cosines])
+        return np.array([loss, *cosines]), {}

@@ -14,8 +14,25 @@ from pipelines.results import table_lines
 from storage.paths import Folder
 from storage.runs import read_metrics, read_run
 
+COUNTS = ("val_images", "val_left_out", "val_empty", "val_seen")
+"""Numbers of held-out images among the metrics: that the others are over, that couldn't be read, whose label holds nothing to be
+judged, and that are trained on, too."""
+
 _SHOWN = 4
 """Held-out images in a picture."""
+
+
+def held_out_words(values: Mapping[str, object]) -> str:
+    """Over how many held-out images the metrics of a line are, and what became of the others; empty where it doesn't say so."""
+    images, left_out, empty, seen = (values.get(name, 0) for name in COUNTS)
+    if "val_left_out" not in values or not all(isinstance(each, int | float) for each in (images, left_out, empty, seen)):
+        return ""
+    of = images + left_out + empty
+    words = [f"over {images:g} of {of:g} held-out images"]
+    words += [f"{left_out:g} left out"] if left_out else []
+    words += [f"{empty:g} with nothing to judge in their labels"] if empty else []
+    words += [f"{seen:g} of the {of:g} are trained on"] if seen else []
+    return ", ".join(words)
 
 
 class EventFile:
@@ -73,13 +90,13 @@ def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
 
     Raises `ConfigError` for a folder without metrics.
     """
-    rows, names = [], []
+    rows, names, over = [], [], []
     for folder in folders:
         run, lines = read_run(folder), [line for line in read_metrics(folder) if "val_loss" in line]
         if run is None or not lines:
             raise ConfigError(f"{folder.displayed} is no training run, or has not validated yet")
         first, last = lines[0], lines[-1]
-        ours = [name for name in last if name.startswith("val_") and not name.endswith("_bilinear")]
+        ours = [name for name in last if name.startswith("val_") and not name.endswith("_bilinear") and name not in COUNTS]
         names += [name for name in ours if name not in names]
         if not rows:
             plain = {name.removesuffix("_bilinear"): value for name, value in last.items() if name.endswith("_bilinear")}
@@ -88,6 +105,9 @@ def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
         if first["step"] == 0:
             rows.append([f"{name}, untrained", "0", first])
         rows.append([name, f"{last['step']:,}", last])
+        if words := held_out_words(last):
+            over.append(f"- {name}: {words}.")
     cells = [[run, steps, *(f"{values[name]:.4f}" if name in values else "" for name in names)] for run, steps, values in rows]
     _, *lines = table_lines(["run", "steps", *names], cells)
     yield from lines
+    yield from ["", *over] if over else []

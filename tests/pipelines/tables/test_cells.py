@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 import threading
 from dataclasses import replace
@@ -390,6 +391,23 @@ def test_published_rows_stand_below_measured_ones(sets, tmp_path):
         ["MAE, published", "224", "14", "0.3471", "60.2", "", ""],
     ]
     assert re.search(r"\| mae, published +\| 0.047 M \|", text)
+
+
+def test_cells_that_left_held_out_images_out_say_so(sets, tmp_path):
+    data = tmp_path / "damaged"
+    shutil.copytree(sets / "VOC2012", data)
+    (data / "VOCdevkit/VOC2012/JPEGImages/000007.jpg").write_bytes(b"no image")
+    cell = cells_with(max_failed_fraction=0.25, schedule="cosine", warmup_steps=99)
+    config = tiny_grid(sets, tmp_path / "grid", data=(f"voc={data}",), max_steps=1, cell=cell)
+    cells, results = plan_cells(config), run(config)
+
+    text = write_grid(config.folder, config, cells, results, {})
+
+    assert f"- {cells[0].name}: scores over 3 of 4 held-out images, 1 left out." in text
+    assert f"- {cells[0].name}: --warmup-steps 99 of a run of 1 steps" in text
+    saved = json.loads((tmp_path / "grid/grid.json").read_text())["cells"][0]
+    assert (saved["metrics"]["val_images"], saved["metrics"]["val_left_out"]) == (3, 1)
+    assert run(config)[0].notes == results[0].notes
 
 
 def relative_speed(relative: float) -> Speed:

@@ -18,10 +18,11 @@ from operators.upsamplers import learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
+from pipelines.training.config import TrainSetup
 from pipelines.training.data import TrainOrder
-from pipelines.training.lift import X2Config
+from pipelines.training.lift import X2Config, X2Objective
 from pipelines.training.loop import Group, Trainer, TrainFailed, read_metrics
-from pipelines.training.run import summarise, train_inline, train_on_ray
+from pipelines.training.run import main, summarise, train_inline, train_on_ray
 from storage.paths import Folder, InputError
 from storage.runs import read_checkpoint, read_last, read_pointers
 from storage.store import FeatureStore
@@ -265,14 +266,17 @@ class Together:
         values.copy_(sum(self.gather(values.clone())))
 
 
+def together(setup: TrainSetup, world: int) -> list[Trainer]:
+    shared = SimpleNamespace(barrier=threading.Barrier(world, timeout=60), values=[None] * world)
+    return [Trainer(setup, Together(rank, world, shared), torch.device("cpu")) for rank in range(world)]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_workers_take_the_steps_of_one(small, tmp_path, world):
     """Of the epoch's last batch, two images, two micro-batches are left: the third worker has none."""
     train_inline(prepared(small(out=str(tmp_path / "one"), micro_batch=1)))
     setup = prepared(small(out=str(tmp_path / "many"), micro_batch=1))
-    shared = SimpleNamespace(barrier=threading.Barrier(world, timeout=60), values=[None] * world)
-    groups = [Together(rank, world, shared) for rank in range(world)]
-    trainers = [Trainer(setup, group, torch.device("cpu")) for group in groups]
+    trainers = together(setup, world)
 
     with ThreadPoolExecutor(world) as pool:
         list(pool.map(lambda trainer: trainer.run(InlineExecutor()), trainers))
@@ -312,6 +316,83 @@ def test_too_many_unreadable_images_end_the_run_until_they_are_allowed(small, tm
         train_inline(prepared(config))
     train_inline(prepared(replace(config, max_failed_fraction=0.6)))
     assert not any("stopped" in line for line in read_metrics(Folder(config.out)))
+
+
+def damaged(folder: Path, *numbers: int) -> str:
+    """A tar of 6 images, some of which are none."""
+    members = [(f"{n:03d}.jpg", b"nothing" if n in numbers else jpeg(100 + n)) for n in range(6)]
+    return str(write_tar(folder / "held-out.tar", members))
+
+
+def validations(config: X2Config) -> list[dict[str, float]]:
+    return [line for line in read_metrics(Folder(config.out)) if "val_left_out" in line]
+
+
+def test_held_out_images_that_cannot_be_read_are_counted_and_said_once_each(small, tmp_path, make_tars, caplog):
+    good = write_tar(tmp_path / "good.tar", [(f"{n:03d}.jpg", jpeg(100 + n)) for n in (0, 2, 3, 5)])
+    config = small(val_rows=6, val_data=(damaged(tmp_path, 1, 4),), max_failed_fraction=0.4, out=str(tmp_path / "bad"))
+    other = small(val_rows=6, val_data=(str(good),), out=str(tmp_path / "good"))
+
+    summary = train_inline(prepared(config))
+    train_inline(prepared(other))
+
+    assert sorted(summary.held_out) == ["1", "4"]
+    assert summary.held_out["4"].startswith("004: ")
+    assert summary.failed == {}
+    said = [record.message for record in caplog.records if record.message.startswith("left out: held-out row")]
+    assert [message.partition(",")[0] for message in said] == ["left out: held-out row 1", "left out: held-out row 4"]
+    assert [line["step"] for line in validations(config)] == [0, 4, 8, 9]
+    for line, same in zip(validations(config), validations(other), strict=True):
+        assert (line["val_images"], line["val_left_out"], same["val_images"], same["val_left_out"]) == (4, 2, 4, 0)
+        assert line["val_loss"] == pytest.approx(same["val_loss"], rel=1e-4)
+    printed = "\n".join(main(config))
+    assert "over 4 of 6 held-out images, 2 left out" in printed
+    assert "held-out row 1, 001: " in printed
+
+
+def test_too_many_unreadable_held_out_images_end_the_run_until_they_are_allowed(small, tmp_path):
+    config = small(val_rows=6, val_data=(damaged(tmp_path, 1, 4),), max_failed_fraction=0.3)
+
+    with pytest.raises(TrainFailed, match=r"2 of 6 held-out images .* more than --max-failed-fraction 0.3:\n  row 1, 001"):
+        train_inline(prepared(config))
+    assert (read_metrics(Folder(config.out))[-1]["step"], read_last(Folder(config.out))) == (0, None)
+    summary = train_inline(prepared(replace(config, max_failed_fraction=0.4)))
+
+    assert (summary.step, summary.metrics["val_images"]) == (9, 4)
+    with pytest.raises(TrainFailed, match="2 of 6 held-out"):
+        train_inline(prepared(config))
+
+
+def test_a_validation_of_nothing_ends_the_run(small, tmp_path):
+    config = small(val_rows=6, val_data=(damaged(tmp_path, *range(6)),), max_failed_fraction=0.99)
+
+    with pytest.raises(TrainFailed, match="6 of 6 held-out images"):
+        train_inline(prepared(config))
+    summary = train_inline(prepared(replace(config, max_failed_fraction=1.0)))
+    assert (summary.best, summary.metrics["val_images"], summary.metrics["val_left_out"]) == (None, 0, 6)
+    assert "val_loss" not in summary.metrics
+
+
+@pytest.mark.parametrize("after", [0, 4, 9])
+def test_all_workers_end_together_with_too_many_held_out_images_unreadable(small, tmp_path, monkeypatch, after):
+    """At the first validation, in the middle, and at the end, though one of them alone validates."""
+    setup = prepared(small(micro_batch=1, val_rows=6, val_data=(damaged(tmp_path),)))
+    measure = X2Objective.measure
+
+    def later(self, step):
+        found = measure(self, step)
+        return replace(found, left_out={3: "gone"}) if step >= after else found
+
+    monkeypatch.setattr(X2Objective, "measure", later)
+    trainers = together(setup, 2)
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(trainer.run, InlineExecutor()) for trainer in trainers]
+
+    assert [str(end.exception()) for end in ends] == [
+        "1 of 6 held-out images could not be read, more than --max-failed-fraction 0.01:\n  row 3, gone"
+    ] * 2
+    assert [trainer.step for trainer in trainers] == [after] * 2
 
 
 def test_a_diverged_run_ends_with_the_step(small):

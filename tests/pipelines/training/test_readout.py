@@ -20,6 +20,7 @@ from pipelines.readouts.checkpoints import load_readout
 from pipelines.readouts.instances import CLASSIFIER
 from pipelines.training.loop import TrainFailed, read_metrics
 from pipelines.training.run import train_on_ray
+from pipelines.training.watch import training_lines
 from storage.paths import Folder
 from storage.runs import read_last
 from tests.readout_runs import OF_TASK, extract, held_out, losses, prepared, train, training, write_nyu
@@ -120,7 +121,8 @@ def test_images_that_can_not_be_scored_do_not_end_a_run(sets, tmp_path):
     summary = train(training(sets, tmp_path / "run", data=str(data)))
 
     assert (summary.step, summary.best) == (6, None)
-    assert not any(name.startswith("val_") for name in summary.metrics)
+    scores = {name: value for name, value in summary.metrics.items() if name.startswith("val_")}
+    assert scores == {"val_images": 0, "val_left_out": 0, "val_empty": 4, "val_seen": 0}
 
 
 def test_damaged_images_are_left_out_and_counted(sets, tmp_path):
@@ -128,16 +130,38 @@ def test_damaged_images_are_left_out_and_counted(sets, tmp_path):
     shutil.copytree(sets / "VOC2012", data)
     (data / IMAGES / "000002.jpg").write_bytes(b"no image")
     (data / IMAGES / "000008.jpg").write_bytes(b"no image")
-    config = training(sets, tmp_path / "run", data=str(data), max_failed_fraction=0.2)
+    config = training(sets, tmp_path / "run", data=str(data), max_failed_fraction=0.3)
 
     summary = train(config)
 
     assert list(summary.failed) == ["2"]
+    assert list(summary.held_out) == ["2"]
+    assert "000008.jpg can't be read as an image" in summary.held_out["2"]
+    assert (summary.metrics["val_images"], summary.metrics["val_left_out"]) == (3, 1)
     assert "000002.jpg can't be read as an image" in summary.failed["2"]
     assert (summary.metrics["images"], summary.metrics["failed"]) == (15, 3)
     assert summary.metrics["val_miou"] > 0
-    with pytest.raises(TrainFailed, match="max-failed-fraction"):
-        train(training(sets, tmp_path / "strict", data=str(data)))
+    with pytest.raises(TrainFailed, match="1 of 4 held-out images could not be read"):
+        train(training(sets, tmp_path / "strict", data=str(data), max_failed_fraction=0.2))
+
+
+def test_held_out_labels_that_cannot_be_read_are_counted_and_void_ones_apart(sets, tmp_path):
+    data = tmp_path / "damaged"
+    shutil.copytree(sets / "VOC2012", data)
+    labels = data / "VOCdevkit/VOC2012/SegmentationClass"
+    (labels / "000006.png").write_bytes(b"no mask")
+    Image.fromarray(np.full_like(np.array(Image.open(labels / "000009.png")), 255)).save(labels / "000009.png")
+    config = training(sets, tmp_path / "run", data=str(data), max_steps=1, max_failed_fraction=0.25)
+
+    summary = train(config)
+
+    assert list(summary.held_out) == ["0"]
+    assert "000006.png" in summary.held_out["0"]
+    counts = [summary.metrics[name] for name in ("val_images", "val_left_out", "val_empty")]
+    assert counts == [2, 1, 1]
+    table = "\n".join(training_lines([Folder(config.out)]))
+    assert "- run: over 2 of 4 held-out images, 1 left out, 1 with nothing to judge in their labels." in table
+    assert "val_left_out" not in table
 
 
 # --- from a store -----------------------------------------------------------------------------------------------------
@@ -200,13 +224,14 @@ def test_images_without_finite_features_are_left_out(sets, tmp_path, store, monk
 
     read = FeatureStore.read_present
     url = store()
-    keys = FeatureStore.open(url).index.find(["000001", "000003"])
+    keys = FeatureStore.open(url).index.find(["000001", "000003", "000007"])
 
     def holey(self, rows, level):
         """NaN in one row, and another that isn't there."""
         values, there = (each.copy() for each in read(self, rows, level))
         values[rows == keys["000001"], 0, 0, 0] = np.nan
         there[rows == keys["000003"]] = False
+        values[rows == keys["000007"], -1, -1, -1] = np.inf
         return values, there
 
     monkeypatch.setattr(FeatureStore, "read_present", holey)
@@ -215,7 +240,9 @@ def test_images_without_finite_features_are_left_out(sets, tmp_path, store, monk
     summary = train(config)
 
     assert sorted(summary.failed) == ["1", "3"]
-    assert all("not there, or not finite" in reason for reason in summary.failed.values())
+    assert list(summary.held_out) == ["1"]
+    assert (summary.metrics["val_images"], summary.metrics["val_left_out"]) == (3, 1)
+    assert all("not there, or not finite" in reason for reason in (*summary.failed.values(), *summary.held_out.values()))
     assert (summary.metrics["images"], summary.metrics["failed"]) == (12, 6)
     assert np.isfinite(losses(config.out)).all()
 

@@ -17,12 +17,13 @@ from operators.upsamplers.vit_up.lora import Lora
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
-from pipelines.training.loop import read_metrics
-from pipelines.training.run import train_inline
+from pipelines.training.loop import TrainFailed, read_metrics
+from pipelines.training.run import main, train_inline
 from pipelines.training.vit_up import Distillation, ViTUpNet, ViTUpTraining
 from storage.paths import Folder
 from storage.runs import read_checkpoint, read_last
 from storage.store import FeatureStore
+from tests.conftest import jpeg, write_tar
 from tests.operators.upsamplers.test_vit_up import dinov3, golden, load_hf, under
 from tests.readout_runs import prepared
 from tests.stops import Died, dies_after
@@ -166,6 +167,47 @@ def test_ablations_train(small, part):
     assert any(".lora_" in name for name in names) == (part != "lora")
     assert any(".featx." in name for name in names) == (part != "featx")
     assert any(".cross_attention." in name for name in names) == (part != "cross_attention")
+
+
+def test_held_out_images_that_cannot_be_read_are_counted(small, tmp_path):
+    members = [(f"{n:03d}.jpg", b"nothing" if n == 1 else jpeg(100 + n)) for n in range(4)]
+    data = str(write_tar(tmp_path / "held-out.tar", members))
+
+    summary = train_inline(prepared(small(val_data=(data,), val_rows=4, max_steps=1, max_failed_fraction=0.25)))
+
+    assert list(summary.held_out) == ["1"]
+    assert (summary.metrics["val_images"], summary.metrics["val_left_out"]) == (3, 1)
+    with pytest.raises(TrainFailed, match="1 of 4 held-out images could not be read"):
+        train_inline(prepared(small(val_data=(data,), val_rows=4, out=str(tmp_path / "strict"))))
+
+
+def test_a_warm_up_longer_than_the_run_is_said_at_its_start_and_end(small, caplog):
+    config = small(warmup_steps=2669, max_steps=2)
+
+    printed = list(main(config))
+
+    said = (
+        "--warmup-steps 2,669 of a run of 2 steps: the learning rate rises to 2.07e-06 at most and never reaches --lr 0.0002; "
+        "give fewer --warmup-steps, or train longer."
+    )
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [said]
+    assert f"note       {said}" in printed
+    assert not prepared(small(warmup_steps=5, out=config.out + "2")).notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"warmup_steps": 6}, "--warmup-steps 6 of a run of 6 steps"),
+        ({"schedule": "constant", "warmup_steps": 0, "final_lr": 1e-5}, "--final-lr 1e-05 has no effect"),
+        ({"max_steps": 7}, "--max-steps 7 aren't reached: --epochs 2 of 6 images end after 6 steps"),
+        ({"batch": 7, "warmup_steps": 1}, "--batch 7: there are 6 images to train on"),
+    ],
+)
+def test_settings_without_their_effect_are_named(small, changes, note):
+    (found,) = prepared(small(**changes)).notes
+
+    assert found.startswith(note)
 
 
 def test_another_number_of_steps_is_another_schedule(small):
