@@ -1,0 +1,81 @@
+"""A run that is asked for again after an object of its input was replaced: by content of the same size, name and time.
+
+Objects are found by looking, not listed: of every kind of run, all that lies in the folders that it is given.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from pipelines.training.readout import ReadoutTraining
+from storage.datasets.registry import DATASETS
+from storage.spec import FeatureSpec, Use
+from tests.other_bytes import InputObject, objects_in
+from tests.second_runs import KINDS, Held, Refused, complaint, write_world
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CALLED: Mapping[str, tuple[str, ...]] = {
+    "data": ("data", "images", "labels", "held_out"),
+    "val_data": ("val_data", "val-data", "held_out", "held-out"),
+    "weights": ("weights", *FeatureSpec.names(*Use)),
+    "levels": ("levels", "x2"),
+}
+"""What a refusal may call what a setting names; default: as the setting."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def test_all_labelled_sets_are_tried(world):
+    configs = [kind.config(world) for kind in KINDS.values()]
+
+    assert {each.dataset for each in configs if isinstance(each, ReadoutTraining)} == DATASETS.keys()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_replaced_object_is_refused_by_name_or_counts(name, world, tmp_path):
+    kind = KINDS[name]
+    config = kind.config(world)
+    held = Held(kind, config, tmp_path)
+    wrong, counting = [], Counter[str]()
+    for folder in kind.reads:
+        words = [word for flag in _given_by(config.public(), world / folder) for word in CALLED.get(flag, (flag,))]
+        for each in objects_in(world / folder):
+            found = _replaced(held, each, [str(world / folder), *words], counting)
+            if found:
+                wrong.append(f"{name}: {folder}/{each.name} {found}")
+
+    assert not wrong, "\n".join(wrong)
+    # The test itself: what is replaced is looked at.
+    print(counting)
+    assert {".jpg"} <= counting.keys(), counting
+
+
+def _given_by(settings: Mapping[str, object], folder: Path) -> list[str]:
+    """The settings that name a folder, or what lies in it."""
+    return [name for name, value in settings.items() if str(folder) in str(value)]
+
+
+def _replaced(held: Held, found: InputObject, words: list[str], counting: Counter[str]) -> str:
+    """What is wrong with a second run after an object was replaced. What kinds of objects count is counted: of those, other
+    contents have other results."""
+    others = list(found.others())
+    assert others, f"{found.name}: no other content of {found.size} bytes"
+    for data in others:
+        with found.holding(data):
+            again = held.again()
+            fresh = None if isinstance(again, Refused) and counting[found.path.suffix] else held.fresh()
+        text = complaint(again, lambda fresh=fresh: fresh, words)
+        if text:
+            return text
+        if fresh is None:
+            return ""
+        if fresh != held.first and not isinstance(fresh, Refused):
+            counting[Path(found.name).suffix] += 1
+            return ""
+    return ""

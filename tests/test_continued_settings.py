@@ -1,0 +1,212 @@
+"""A run that is asked for again with another value of one setting: every setting of every job, as they are declared.
+
+A new setting is in here by itself: where its type doesn't say another value, it has to be given one in `OTHERS`.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from pipelines.config import ConfigError, JobConfig, Setting, settings_of
+from storage.spec import FeatureSpec, Use
+from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint, write_world
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TRIED = (
+    "x2", "vit_up", "readout: voc", "readout: nyu", "grid", "correspondence: lift", "video", "discovery", "cka", "similarity",
+    "probe", "extract",
+)  # fmt: skip
+"""A kind of run for each class of settings, and one that trains on depth."""
+
+
+def test_all_classes_of_settings_are_tried():
+    tried, known = ({type(KINDS[kind].config(Path("WORLD"))) for kind in kinds} for kinds in (TRIED, KINDS))
+
+    assert tried == known
+
+
+ELSEWHERE = {
+    "out": "the folder is what is asked for again",
+    "executor": "Ray comes to what one process comes to: tests of each job",
+    "store": "tests/test_continued_stores.py",
+    "val_store": "tests/test_continued_stores.py",
+    "stores": "tests/test_continued_stores.py",
+    "features": "tests/test_continued_stores.py",
+    "cell": "each of the settings that it holds",
+}
+"""Settings that aren't changed here, and why."""
+
+OTHERS: Mapping[str, tuple[object, ...]] = {
+    "accelerator": ("L4",),
+    "actor_cpus": (1,),
+    "actor_gpus": (1.0,),
+    "actors": (1,),
+    "alphas": ((0.2,),),
+    "backbones": ((f"{VIT}@128",),),
+    "batch": (3,),
+    "block_rows": (4,),
+    "carry": (("cls",),),
+    "cell_cpus": (1,),
+    "cell_gpus": (0.5,),
+    "clip": (0.5,),
+    "crop": (0.5,),
+    "crop_pct": (0.875,),
+    "data": (),
+    "dataset": ("photos_open",),
+    "depth_scale": (4000.0,),
+    "dim": (8,),
+    "drawing": ("extract",),
+    "hidden_size": (128,),
+    "hidden_states": ((0, 6),),
+    "image_member": ("png",),
+    "key_points": ("images",),
+    "label_frame": ("stored",),
+    "layers": ((0,),),
+    "level": ("x2",),
+    "levels": (("x1", "x2"), ("x1", "x2=resize_conv:WORLD/upsampler_b")),
+    "limit": (2,),
+    "cka: limit": (4,),
+    "max_steps": (1, 5),
+    "method": ("jbu",),
+    "methods": (("deap",),),
+    "micro_batch": (1,),
+    "model": ("test_vit2.r160_in1k",),
+    "norm": (False,),
+    "outputs": (30,),
+    "pairs_per_category": (3,),
+    "pos_embed": ("dino",),
+    "query_size": (256,),
+    "ray_address": ("127.0.0.1:1",),
+    "readouts": (("WORLD/readout_b",),),
+    "resolution": ("240p",),
+    "revision": ("other",),
+    "seeds": ((1,),),
+    "side": (128,),
+    "size": (128,),
+    "sizes": ((32, 96),),
+    "speed_reference": ("test_vit2.r160_in1k",),
+    "split": ("val",),
+    "storage_options": ('{"file": {}}',),
+    "stride": (8,),
+    "tasks": (("probe-voc",),),
+    "tau": (0.3,),
+    "teacher_sizes": ((64, 128),),
+    "val_data": (),
+    "val_limit": (1,),
+    "val_split": ("train",),
+    "weights": ("WORLD/weights_b", "random"),
+    "width": (8,),
+    "window": (3,),
+}
+"""Other values of settings whose type doesn't say any, for a kind of run or for all. Where data lie doesn't count: that is a
+test of its own."""
+
+
+CALLED: Mapping[str, tuple[str, ...]] = {
+    "weights": FeatureSpec.names(*Use),
+    "dataset": ("--data",),
+    "levels": ("x2",),
+    "val_limit": ("held_out", "held-out"),
+}
+"""What a refusal may call a setting, beside its name and its value."""
+
+
+def other_values(kind_of_run: str, setting: Setting, now: object) -> Iterator[object]:
+    """Values that aren't `now`. Raises `KeyError` where nothing says any."""
+    kind = setting.kind
+    if kind is bool:
+        yield not now
+    elif get_origin(kind) is Literal:
+        yield from [value for value in get_args(kind) if value != now][:1]
+    elif kind is float and isinstance(now, float):
+        yield now * 0.5 if now else 0.25
+    elif kind is int and isinstance(now, int) and setting.name not in OTHERS:
+        yield now + 1
+    else:
+        of_type = str if kind is str or str in get_args(kind) else None
+        for value in OTHERS.get(f"{kind_of_run}: {setting.name}", OTHERS[setting.name]):
+            yield str(value) if of_type and isinstance(value, int) else value
+
+
+def cases() -> Iterator[tuple[str, str, object]]:
+    """Kind of run, setting, other value."""
+    for kind in TRIED:
+        config = KINDS[kind].config(Path("WORLD"))
+        held = {"": config, **({"cell.": config.cell} if kind == "grid" else {})}
+        for prefix, each in held.items():
+            for name, setting in settings_of(type(each)).items():
+                if name not in ELSEWHERE:
+                    for value in other_values(kind, setting, setting.of(each)):
+                        if value != setting.of(each):
+                            yield kind, f"{prefix}{name}", value
+
+
+CASES = list(cases())
+
+
+def changed(config: JobConfig, name: str, value: object) -> JobConfig:
+    """The settings with another value; `cell.lr` is one of those that a grid's cells have."""
+    if name.startswith("cell."):
+        return config.changed(cell=config.cell.changed(**{name.removeprefix("cell."): value}))
+    return config.changed(**{name: value})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def held(world, tmp_path_factory):
+    """The first run of a kind, done once."""
+    found: dict[str, Held] = {}
+
+    def of(kind: str) -> Held:
+        if kind not in found:
+            found[kind] = Held(KINDS[kind], KINDS[kind].config(world), tmp_path_factory.mktemp("runs"))
+        return found[kind]
+
+    return of
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), CASES, ids=[f"{kind}: {name} {value}" for kind, name, value in CASES])
+def test_other_value_is_refused_by_name_or_counts(kind, name, value, held, world):
+    first = held(kind)
+    value = _placed(value, world)
+    plain = name.rpartition(".")[2]
+    words = [plain, plain.replace("_", "-"), *CALLED.get(plain, ()), *_words(value)]
+    try:
+        config = changed(first.config, name, value)
+    except ConfigError as error:
+        again: Outcome = Refused(str(error))
+    else:
+        again = first.again(config)
+
+    assert complaint(again, lambda: first.fresh(config), words) == ""
+
+
+def _placed(value: object, world: Path) -> object:
+    if isinstance(value, tuple):
+        return tuple(_placed(each, world) for each in value)
+    return value.replace("WORLD", str(world)) if isinstance(value, str) else value
+
+
+def _words(value: object) -> list[str]:
+    """The texts in a value."""
+    if isinstance(value, tuple):
+        return [word for each in value for word in _words(each)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_input_that_lies_elsewhere_changes_nothing(kind, held, world, tmp_path):
+    first, moved = held(kind), tmp_path / "moved"
+    shutil.copytree(world, moved)
+
+    again = first.again(KINDS[kind].config(moved))
+
+    assert again == first.first
