@@ -175,7 +175,7 @@ def _write_layout(root: Path, parts: tuple[str, str], image: str, mask: str, lis
         for n, name in enumerate(names, 2 * p):
             x1, x2 = 10 + 4 * n, 44 + 4 * n
             _save(root / image.format(part=part, n=name), _jpeg(scene(96, 72, [(x1, 10, x2, 50)], 300 + n)))
-            _save(root / mask.format(part=part, n=name), label_png(_rectangle(x1, x2, 7 if n % 2 else 11)))
+            _save(root / mask.format(part=part, n=name), label_png(_rectangle(x1, x2, 7 + n % 2)))
         if listed:
             _save(root / listed.format(part=part), "".join(f"{name}\n" for name in names).encode())
 

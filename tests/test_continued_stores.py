@@ -136,7 +136,7 @@ CONSUMERS: Mapping[str, Consumer] = {
         ),
         "store",
         VOC,
-        "crop",
+        "squash",
     ),
     "probe": Consumer(
         kind_of(ProbeConfig, evaluated("probe", readouts), data="WORLD/VOC2012", readouts=("WORLD/readout",), pictures=0, **HERE),
