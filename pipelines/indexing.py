@@ -15,7 +15,7 @@ from storage.left_out import LeftOut, log_left_out, merge_left_out
 from storage.paths import Folder, StorageOptions
 from storage.samples import INDEX, SampleIndex, kept_index, update_sources, write_index
 from storage.scans import collect_index
-from storage.sources import Source, changes_of, is_of_input, limit_changes, other_input, settings_changes, sources_left_out
+from storage.sources import LIMIT, Source, changes_of, is_of_input, limit_changes, other_input, settings_changes, sources_left_out
 from storage.tars import MemberRules, SourceScan, scan_source
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ class RunInput:
     limit: int | None
     options: StorageOptions
     executor: Executor
+    limited_by: str = LIMIT
+    "the flag that says `limit`"
 
     def scan(self, files: Sequence[InputFile]) -> Iterator[SourceScan]:
         """Scan sources, in order."""
@@ -68,12 +70,12 @@ class RunInput:
             return self.write(folder, *self.collect())
         state = self.state(kept, _nothing_committed)
         if not state.stands:
-            raise other_input(kept, changes_of(kept, self.files, self.limit, self.rules))
+            raise other_input(kept, changes_of(kept, self.files, self.limit, self.rules, self.limited_by))
         return kept if state.sources == kept.sources else update_sources(kept, state.sources)
 
     def state(self, index: SampleIndex, ledger: LedgerRows) -> InputState:
         """The input as it is now, beside `index`. Raises `InputError` where it was indexed with settings that make other rows."""
-        settings = settings_changes(index, self.limit, self.rules)
+        settings = settings_changes(index, self.limit, self.rules, self.limited_by)
         if limit_changes(index, self.limit) or index.carried != list(self.rules.carry):
             raise other_input(index, settings)
         state = input_state(index, self.files, self.scan, ledger, self.options, limit=self.limit, rescan=bool(settings))

@@ -33,6 +33,7 @@ _CONTENTS = {
     "held_out_labels_content": "labels of held-out images",
     "rows_content": "rows of the store",
     "held_out_rows_content": "rows of the held-out images' store",
+    "readouts_content": "trained readouts",
 }
 """What a run's identity calls what files hold, in words."""
 
@@ -54,9 +55,9 @@ def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject, **said: J
         later = {name: made_of[name] for name in made_of if name.endswith("_content") or name == "numbers"}
         known = {**later, **as_object(before.get("identity", {}), "identity")}
         content = {name: made_of[name] for name in later if name != "numbers"}
-        require_same(folder.displayed, {**known, **content}, made_of)
-        if changed := [name for name in content if known[name] != made_of[name]]:
-            what = ", ".join(_CONTENTS.get(name, name) for name in changed)
+        what = ", ".join(_CONTENTS.get(name, name) for name in content if known[name] != made_of[name])
+        require_same(folder.displayed, {**known, **content}, made_of, f"Other {what}, too." if what else "")
+        if what:
             raise ConfigError(
                 f"{folder.displayed} was begun with other {what} under the same names: what the data's files or the store's rows "
                 "hold was changed since. Restore it, or use a new --out."
@@ -67,8 +68,8 @@ def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject, **said: J
     write_run(folder, {"identity": made_of, "config": config, **said, "versions": versions()})
 
 
-def require_same(displayed: str, before: JsonObject, now: JsonObject) -> None:
-    """Raises `ConfigError` with what differs between a run and its continuation."""
+def require_same(displayed: str, before: JsonObject, now: JsonObject, also: str = "") -> None:
+    """Raises `ConfigError` with what differs between a run and its continuation; `also`: what else does, in words."""
     if found := differences(before, now):
-        text = found.text("run", "now")
+        text = "\n".join(filter(None, [found.text("run", "now"), also]))
         raise ConfigError(f"{displayed} was begun with other settings:\n{text}\nUse a new --out, or the settings above.")

@@ -18,6 +18,9 @@ from storage.tars import MemberRules
 if TYPE_CHECKING:
     from storage.samples import SampleIndex
 
+LIMIT = "--limit"
+"""The flag that says how many samples are taken, where no other one does."""
+
 RESTORE = "Use a new --out, or restore what changed."
 """What to do about input that isn't what something was made from."""
 
@@ -122,7 +125,9 @@ def other_input(index: "SampleIndex", lines: Sequence[str], advice: str = RESTOR
     return InputError(f"{index.displayed} was made from other input:\n  {listed}\n{advice}")
 
 
-def changes_of(index: "SampleIndex", files: Sequence[InputFile], limit: int | None, rules: MemberRules | None) -> list[str]:
+def changes_of(
+    index: "SampleIndex", files: Sequence[InputFile], limit: int | None, rules: MemberRules | None, limited_by: str = LIMIT
+) -> list[str]:
     """In words, how files and settings differ from those that were indexed (URL, size, stamp); empty if they don't.
 
     What lies behind a limit that cut the index doesn't count.
@@ -134,23 +139,23 @@ def changes_of(index: "SampleIndex", files: Sequence[InputFile], limit: int | No
         for source, file in zip(index.sources, paired, strict=True)
         if file is not None and (text := describe_change(source, file))
     ]
-    return sorted(changes) + settings_changes(index, limit, rules)
+    return sorted(changes) + settings_changes(index, limit, rules, limited_by)
 
 
-def settings_changes(index: "SampleIndex", limit: int | None, rules: MemberRules | None) -> list[str]:
+def settings_changes(index: "SampleIndex", limit: int | None, rules: MemberRules | None, limited_by: str = LIMIT) -> list[str]:
     """In words, how the settings of an index differ from these."""
-    changes = limit_changes(index, limit)
+    changes = limit_changes(index, limit, limited_by)
     if index.rules != rules_text(rules):
         changes.append(f"it was indexed with {index.rules}, this run has {rules_text(rules)}")
     return changes
 
 
-def limit_changes(index: "SampleIndex", limit: int | None) -> list[str]:
+def limit_changes(index: "SampleIndex", limit: int | None, limited_by: str = LIMIT) -> list[str]:
     """In words, how the limit that an index was made with differs from this one."""
     if index.n_rows > (limit or index.n_rows):
-        return [f"its index holds {index.n_rows} samples, this run asks for --limit {limit}"]
+        return [f"its index holds {index.n_rows} samples, this run asks for {limited_by} {limit}"]
     if index.is_cut and limit != index.n_rows:
-        return [f"its index holds the first {index.n_rows} samples only (--limit)"]
+        return [f"its index holds the first {index.n_rows} samples only ({limited_by})"]
     return []
 
 

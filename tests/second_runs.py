@@ -212,7 +212,7 @@ def _write_checkpoints(root: Path) -> None:
     kinds = {"upsampler": "x2", "readout": "readout: voc"}
     made = [(f"{name}{suffix}", kind, seed) for name, kind in kinds.items() for suffix, seed in (("", 0), ("_b", 1))]
     for name, kind, seed in made:
-        config = KINDS[kind].config(root).changed(out=str(root / f"{name}-run"), seed=seed)
+        config = KINDS[kind].config(root).changed(out=str(root / f"{name}-run"), seed=seed, epochs=10)  # else, all is background
         KINDS[kind].run(config)
         shutil.copytree(best_checkpoint(config.flat()["out"]), root / name)
         shutil.rmtree(root / f"{name}-run")

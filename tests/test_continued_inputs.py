@@ -52,7 +52,6 @@ def test_replaced_object_is_refused_by_name_or_counts(name, world, tmp_path):
 
     assert not wrong, "\n".join(wrong)
     # The test itself: what is replaced is looked at.
-    print(counting)
     assert {".jpg"} <= counting.keys(), counting
 
 

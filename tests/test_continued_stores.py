@@ -200,17 +200,23 @@ def _broken(found: InputObject) -> bytes:
 OF_IMAGES: Mapping[str, Callable[[InputObject], bytes]] = {
     "photographs": _photographs,
     "squashed copies": _squashed,
-    "failed": _broken,
+    "broken": _broken,
     "lacking": lambda found: b"",
+    "failed": InputObject.data,
 }
-"""What the images are that another store was made of; of the last two, one image."""
+"""What the images are that another store was made of; of the last ones, one image. That it `failed` isn't the image's fault."""
 
 ALL_OF_THEM = ("photographs", "squashed copies")
 
 
+def _photographs_in(images: Path) -> list[InputObject]:
+    """In a folder, or in the tar of one."""
+    return [each for each in objects_in(images if images.is_dir() else images.parent) if each.name.endswith(".jpg")]
+
+
 def _copy_of(images: Path, place: Path, change: str) -> Path:
     """The images, all or the last of them changed, or left out."""
-    photographs = [each for each in objects_in(images if images.is_dir() else images.parent) if each.name.endswith(".jpg")]
+    photographs = _photographs_in(images)
     of = OF_IMAGES[change]
     members = [(each, of(each) if change in ALL_OF_THEM or each is photographs[-1] else each.data()) for each in photographs]
     if not images.is_dir():
@@ -251,6 +257,8 @@ def stores(world, tmp_path_factory):
             images = world / consumer.images
             if variant in OF_IMAGES:
                 images = _copy_of(images, place, variant)
+            if variant == "failed":
+                settings["max_image_bytes"] = max(each.size for each in _photographs_in(images)) - 1
             config = kind_of(ExtractConfig, extracted, **settings, max_failed_fraction=1.0, data=(str(images),)).config(world)
             extracted(config.changed(out=str(place / "store.zarr")))
             made[key] = place / "store.zarr"
@@ -313,7 +321,7 @@ def test_other_store_is_refused_by_name_or_counts(name, variant, place, held, st
     else:
         again = first.again(config)
 
-    words = [consumer.setting, str(url), str(other), *_differing(stores(consumer), other)]
+    words = [consumer.setting, "rows of the store", str(url), str(other), *_differing(stores(consumer), other)]
     assert complaint(again, lambda: first.fresh(config), words) == ""
 
 

@@ -26,6 +26,7 @@ from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
 from pipelines.results import Cell, Findings, Line, Table, panel
 from pipelines.training.readout import features_of
+from storage.datasets.content import joint_digest
 from storage.datasets.files import DatasetError
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
@@ -129,11 +130,12 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
         size=size,
         pictured=frozenset(spread(len(images), config.pictures)),
     )
-    trained = {name: [each.features, each.task.as_json(), each.digest] for name, each in readouts.items()}
+    trained = sorted(str((name, [each.features, each.task.as_json(), each.digest])) for name, each in readouts.items())
     of = Evaluated(
-        records=[*images, tuple(sorted(map(str, trained.items())))],
+        records=[*images, tuple(trained)],
         images={size: [each.image for each in images]},
         labels=[each.label for each in images],
+        contents={"readouts": joint_digest(trained)},
     )
     return probe, *begin(config, "probe", recipe, of)
 

@@ -173,6 +173,8 @@ class Evaluated:
     "by the model's input size: those whose features are asked for"
     labels: Sequence[HasContent] = ()
     "files that are read beside them"
+    contents: Mapping[str, str] = field(default_factory=dict)
+    "digests of what else is read, by name: what a refusal is to name of its own"
 
 
 def by_size(asked: Iterable[tuple[Size, EncodedImage]]) -> dict[Size, list[EncodedImage]]:
@@ -194,6 +196,7 @@ def begin(config: EvaluateConfig, task: str, recipe: R, of: Evaluated) -> tuple[
     identity["data"] = digest(of.records)  # where it lies may change, what it holds may not
     identity["images_content"] = joint_digest(contents.values())
     identity["labels_content"] = joint_digest(content_digests(of.labels))
+    identity |= {f"{name}_content": content for name, content in of.contents.items()}
     begin_run(folder, json.loads(json.dumps(identity)), config.public())
     return recipe, folder
 

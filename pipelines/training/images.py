@@ -22,12 +22,14 @@ from pipelines.indexing import RunInput, report_left_out
 from pipelines.training.config import Objective, TrainConfig, TrainSetup, Validation
 from pipelines.training.data import ImageSource, StoredFeatures, View
 from pipelines.training.watch import similarity_picture
+from storage.datasets.content import joint_digest
 from storage.documents import JsonObject, JsonValue
 from storage.identity import content_of, sample_images
 from storage.inputs import Listing, expand_inputs
 from storage.paths import Folder
 from storage.runs import read_run
 from storage.samples import SampleIndex
+from storage.sources import LIMIT
 from storage.spec import FeatureSpec
 from storage.tars import MemberRules
 
@@ -191,7 +193,7 @@ class ResolvedImages:
         n_rows = rows.start
         if self.held_out_files:
             below = Folder(f"{folder.url}/validation", config.options)
-            held_out, found = self._images(below, self.held_out_files, config.val_rows, executor)
+            held_out, found = self._images(below, self.held_out_files, config.val_rows, executor, limited_by="--val-rows")
             rows, n_rows = range(found.n_rows), index.n_rows
         if n_rows < 1:
             raise ConfigError(
@@ -207,7 +209,12 @@ class ResolvedImages:
             if source.features is not None:
                 # All are held against the store when they're read; a store of others is found before a cluster works.
                 joins.append(source.features.join(some))
-                found["numbers"] = {"stored": source.features.numbers}
+                # Those without a row are left out of the training.
+                lacking = [key for key in some if key not in joins[-1].by_image]
+                found |= {
+                    "numbers": {"stored": source.features.numbers},
+                    "rows_content": joint_digest([joins[-1].content, *lacking]),
+                }
         order = config.order(n_rows)
         config.begin(folder, found, order, joins)
         return ImageSetup(
@@ -222,11 +229,18 @@ class ResolvedImages:
         )
 
     def _images(
-        self, folder: Folder, files: Listing, limit: int | None, executor: Executor, features: StoredFeatures | None = None
+        self,
+        folder: Folder,
+        files: Listing,
+        limit: int | None,
+        executor: Executor,
+        features: StoredFeatures | None = None,
+        limited_by: str = LIMIT,
     ) -> tuple[ImageSource, SampleIndex]:
         config = self.config
         rules = MemberRules(image=config.image_member)
-        given = RunInput(files=files, rules=rules, limit=limit, options=config.options, executor=executor)
+        options = config.options
+        given = RunInput(files=files, rules=rules, limit=limit, options=options, executor=executor, limited_by=limited_by)
         in_use = read_run(self.folder) is not None
         index = given.index_in_use(folder) if in_use else given.index(folder, folder)
         report_left_out(index, files)
