@@ -146,12 +146,34 @@ def read_pointers(folder: Folder) -> Pointers | None:
         ) from None
 
 
-def best_checkpoint(url: str, options: StorageOptions | None = None) -> str:
-    """The URL of a training run's best checkpoint, or of its last one before there is a best; of anything else, `url`.
+@dataclass(frozen=True, kw_only=True)
+class NamedCheckpoint:
+    """What a URL stands for where a checkpoint is asked for."""
 
-    Raises `CheckpointError` as `read_pointers`."""
+    url: str
+    step: str = ""
+    "in words, which of its run's steps it is; empty where the URL isn't a run's folder, and so is the checkpoint itself"
+
+
+def named_checkpoint(url: str, options: StorageOptions | None = None) -> NamedCheckpoint:
+    """A training run's best checkpoint, or its last one before there is a best; of anything else, `url` itself.
+
+    A run may still be under way: the same URL is another checkpoint later. Raises `CheckpointError` as `read_pointers`."""
     pointers = read_pointers(Folder(url, options))
-    return f"{url.rstrip('/')}/{pointers.best or pointers.last}" if pointers else url
+    if pointers is None:
+        return NamedCheckpoint(url=url)
+    name, last = pointers.best or pointers.last, _number(pointers.last)
+    which = (
+        f"the best by its held-out loss of a run that is at step {last}"
+        if pointers.best
+        else "its run's last; none is the best yet"
+    )
+    return NamedCheckpoint(url=f"{url.rstrip('/')}/{name}", step=f"step {_number(name)}, {which}")
+
+
+def _number(step: str) -> int:
+    """Of a step's folder."""
+    return int(step.rpartition("/")[2])
 
 
 def read_checkpoint(folder: Folder, name: str) -> Checkpoint:

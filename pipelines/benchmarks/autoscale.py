@@ -17,7 +17,7 @@ from cluster.autoscaling import AutoscalingCluster
 from cluster.nodes import ROOT
 from cluster.session import own_cluster
 from pipelines.benchmarks.chaos_jobs import job_command
-from pipelines.benchmarks.data import write_photos
+from pipelines.benchmarks.data import require_fresh, write_photos
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.process import BenchmarkFailed
@@ -88,6 +88,7 @@ class AutoscaleResult:
 
 def measure_autoscaling(config: AutoscaleBenchmark, folder: Path) -> AutoscaleResult:
     """Start a head, extract on it from a process of its own, wait until its nodes are gone, and draw it."""
+    require_fresh(folder, "feats.zarr", "photos")
     photos = write_photos(folder / "photos", config.images)
     store = folder / "feats.zarr"
     with _head(config, folder) as cluster:

@@ -7,8 +7,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines.config import ConfigError
 from pipelines.costs.process import CORES
 from pipelines.demo_datasets import PHOTOS
+
+
+def require_fresh(folder: Path, *patterns: str) -> None:
+    """Raise `ConfigError` where an earlier benchmark left what this one would go on with, and take for its own work."""
+    if left := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
+        raise ConfigError(f"{folder} holds an earlier benchmark's {', '.join(left)}; remove them, or give another --out")
 
 
 def _sources() -> list[Image.Image]:

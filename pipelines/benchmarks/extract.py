@@ -17,7 +17,7 @@ import zarr
 
 from cluster.metrics import TaskReport
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
-from pipelines.benchmarks.data import write_photos
+from pipelines.benchmarks.data import require_fresh, write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, in_new_processes
 from pipelines.benchmarks.scale import Watched, watched
 from pipelines.config import ConfigError, require_at_least
@@ -281,6 +281,8 @@ def measure_extract(config: ExtractBenchmark, folder: Path) -> ExtractResult:
 
     Raises `BenchmarkFailed` if one fails, or if the loop's features differ from the pipeline's, and what `resolve` raises.
     """
+    # One that was stopped half way would be continued, and all of its images counted as done in the rest of the time.
+    require_fresh(folder, "pipeline-*.zarr", "loop-*.zarr", *([] if config.data else ["photos"]))
     run = ExtractConfig.of(
         data=config.data or (write_photos(folder / "photos", config.images),),
         model=config.model,
@@ -329,8 +331,6 @@ def _round(run: ExtractConfig, loop_out: str, config: ExtractBenchmark) -> Round
 def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
     """Raise `ConfigError` for what the loop and the bare stages have no counterpart of."""
     resolved = resolve(replace(config, out=str(folder / "pipeline-0.zarr")))
-    if (folder / "pipeline-0.zarr").exists():
-        raise ConfigError(f"{folder} holds an earlier benchmark's stores, which a run would continue; give another --out")
     if any(file.is_image or not file.url.startswith("file://") for file in resolved.files):
         raise ConfigError("the benchmark reads local tars only")
     if resolved.model.backbone.is_hierarchical:

@@ -260,6 +260,9 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         tables=(table,),
         choices={
             "task": str(probe.task),
+            "readouts": "; ".join(
+                f"{name}: {each.step or 'the checkpoint that was named'}" for name, each in probe.readouts.items()
+            ),
             "images": _drawing(probe, recipe),
             "turned photographs": config.turned_photographs,
             "scores": "counts and sums of all images, divided once",

@@ -119,8 +119,10 @@ class LiveRecipe:
 
     def said(self) -> dict[str, str]:
         """What results say of the features, in words."""
-        upsamplers = {"upsamplers": "; ".join(notes)} if (notes := self.notes()) else {}
-        return {"backbone": in_words(next(iter(self.bundles.values())).spec), **upsamplers}
+        bundle = next(iter(self.bundles.values()))
+        steps = [f"{level}: {weights.step}" for level, weights in bundle.upsamplers.items() if weights.step]
+        found = {"upsamplers": self.notes(), "checkpoints": steps}
+        return {"backbone": in_words(bundle.spec), **{name: "; ".join(each) for name, each in found.items() if each}}
 
     def joined(self, images: Mapping[Size, Sequence[EncodedImage]], contents: Mapping[str, str]) -> "LiveRecipe":  # noqa: ARG002
         """Itself: a model runs on the very images."""

@@ -28,7 +28,7 @@ from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_st
 from storage.differences import differences
 from storage.documents import JsonObject
 from storage.paths import Folder, StorageOptions, has_extension, redact
-from storage.runs import best_checkpoint
+from storage.runs import NamedCheckpoint, named_checkpoint
 from storage.spec import FeatureSpec, Use
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ class UpsamplerWeights:
     arrays: Mapping[str, np.ndarray]
     trained_sides: tuple[int, ...] = ()
     "of the images that it knows from training, in pixels; empty where the checkpoint doesn't say"
+    step: str = ""
+    "in words, which of its run's steps it is, where a run was named"
     remark: str = ""
     "a sentence on what it was trained on, where that isn't known to be what it is given, or known not to be"
 
@@ -104,14 +106,14 @@ def load_upsampler(
 
     Raises `WeightsUnavailable`, and `UpsamplerError` for another method or (unless `force`) another backbone.
     """
-    if not has_extension(url, *WEIGHT_FILES):
-        url = best_checkpoint(url, storage_options)
+    named = NamedCheckpoint(url=url) if has_extension(url, *WEIGHT_FILES) else named_checkpoint(url, storage_options)
+    url = named.url
     displayed = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
     settings, made_for = (None, None) if has_extension(url, *WEIGHT_FILES) else _read_config(url, storage_options)
     if settings is not None and settings.get("method") != method:
         raise UpsamplerError(f"{displayed} holds a {settings.get('method')}, not a {method}")
-    weights = _read_weights(method, settings, state, backbone, displayed)
+    weights = replace(_read_weights(method, settings, state, backbone, displayed), step=named.step)
     if made_for is None:
         logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", displayed)
         return replace(weights, remark="its upsampler's file doesn't say what it was trained on; taken to be these features")

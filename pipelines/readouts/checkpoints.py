@@ -19,7 +19,7 @@ from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import parse_task
 from storage.documents import JsonValue
 from storage.paths import Folder, StorageOptions
-from storage.runs import best_checkpoint
+from storage.runs import named_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class TrainedReadout:
     dataset: str
     features: Mapping[str, JsonValue]
     state: Mapping[str, torch.Tensor]
+    step: str = ""
+    "in words, which of its run's steps it is, where a run was named"
 
     @property
     def digest(self) -> str:
@@ -48,7 +50,8 @@ class TrainedReadout:
 
 def load_readout(url: str, storage_options: StorageOptions | None = None) -> TrainedReadout:
     """The readout at `url`; of a training run, its best. Raises `WeightsUnavailable` where there is none, or it doesn't fit."""
-    url = best_checkpoint(url, storage_options)
+    named = named_checkpoint(url, storage_options)
+    url = named.url
     folder = Folder(url, storage_options)
     state = read_state_dict(url, storage_options)
     try:
@@ -60,6 +63,7 @@ def load_readout(url: str, storage_options: StorageOptions | None = None) -> Tra
             dataset=task.pop("dataset"),
             task=parse_task(task),
             features=found["features"],
+            step=named.step,
             state={name: value for name, value in state.items() if not name.startswith(f"{CLASSIFIER}.")},
         )
         trained.build()

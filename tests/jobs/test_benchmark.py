@@ -441,13 +441,21 @@ def test_wrong_settings_end_with_code_2_and_say_what_to_do(argv, message, capsys
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_with_earlier_stores_is_refused(tmp_path, capsys):
-    Path(tmp_path / "pipeline-0.zarr").mkdir()
+@pytest.mark.parametrize(
+    ("benchmark_of", "left"),
+    [
+        *(("extract", left) for left in ("pipeline-0.zarr", "pipeline-1.zarr", "loop-1.zarr", "photos")),
+        *(("autoscale", left) for left in ("feats.zarr", "photos")),
+    ],
+)
+def test_a_folder_with_what_an_earlier_benchmark_left_is_refused(tmp_path, capsys, benchmark_of, left):
+    """Also of a later round: one that was stopped would be continued, and its finished part counted as done in no time."""
+    Path(tmp_path / left).mkdir()
 
-    code = benchmark.run(["extract", "debug", "--images", "2", "--out", str(tmp_path)])
+    code = benchmark.run([benchmark_of, "debug", "--images", "2", "--out", str(tmp_path)])
 
     assert code == 2
-    assert "give another --out" in capsys.readouterr().err
+    assert f"holds an earlier benchmark's {left}; remove them, or give another --out" in capsys.readouterr().err
 
 
 def test_readout_trains_the_same_from_a_store_and_says_how_much_faster(tmp_path, capsys):

@@ -10,6 +10,7 @@ from storage.runs import (
     Checkpoint,
     CheckpointError,
     Pointers,
+    named_checkpoint,
     read_checkpoint,
     read_last,
     read_metrics,
@@ -58,6 +59,23 @@ def test_only_the_last_and_the_best_are_kept(folder):
     assert read_pointers(folder) == Pointers(last="steps/00000004", best="steps/00000002", best_loss=0.3)
     assert read_checkpoint(folder, "steps/00000002").step == 2
     assert folder.folders("steps") == ["00000002", "00000004"]
+
+
+def test_a_run_stands_for_its_best_checkpoint_and_says_which_that_is(folder):
+    assert (named_checkpoint(folder.url, folder.options).url, named_checkpoint(folder.url, folder.options).step) == (
+        folder.url,
+        "",
+    )
+    write_checkpoint(folder, checkpoint(2))
+    assert named_checkpoint(folder.url, folder.options).step == "step 2, its run's last; none is the best yet"
+    for step, loss in ((4, 0.3), (40, 0.4)):
+        write_checkpoint(folder, checkpoint(step), loss)
+
+    named = named_checkpoint(f"{folder.url}/", folder.options)
+
+    assert named.url == f"{folder.url}/steps/00000004"
+    assert named.step == "step 4, the best by its held-out loss of a run that is at step 40"
+    assert named_checkpoint(named.url, folder.options).step == ""
 
 
 def test_a_folder_without_checkpoints_has_none(folder):

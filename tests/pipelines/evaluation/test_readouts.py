@@ -193,6 +193,8 @@ def test_readouts_are_rows_with_their_pictures(trained, config_of, tmp_path):
     assert [line.values[0] for line in table.lines] == ["deap", "linear"]
     assert table.lines[1].values[1] == 64 * 21 + 21
     assert [findings.details["scores"][name] for name in names] == [expected(url) for url in urls]
+    said = "step 24, the best by its held-out loss of a run that is at step 24"
+    assert findings.choices["readouts"] == f"{names[0]}: {said}; {names[1]}: {said}"
     for name in (*names, "truth"):
         assert len(list((tmp_path / "out/predictions" / name).iterdir())) == 2
     with Image.open(tmp_path / "out/pictures/predictions.png") as picture:

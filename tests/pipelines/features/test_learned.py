@@ -506,6 +506,23 @@ def test_an_evaluation_says_what_upsamplers_were_not_trained_on_live_and_from_a_
         assert text in said
 
 
+def test_an_evaluation_says_which_step_of_a_training_run_a_level_is_of(tmp_path):
+    write_demo(tmp_path / "sets")
+    best = checkpoint(tmp_path / "run/steps/00000004", backbone=trained_on())
+    pointers = {"last": "steps/00000009", "best": "steps/00000004", "best_loss": 0.5}
+    (tmp_path / "run/checkpoints.json").write_text(json.dumps(pointers))
+    settings = {"data": str(tmp_path / "sets/SPair-71k"), "limit": 1, "pictures": 0, "executor": "inline", "sizes": (64,)}
+    settings |= {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "facet": "key"}
+
+    for url, said in (
+        (str(tmp_path / "run"), "x2: step 4, the best by its held-out loss of a run that is at step 9"),
+        (best, None),
+    ):
+        config = CorrespondenceConfig.of(**settings, levels=("x1", f"x2=lift:{url}"), out=str(tmp_path / f"out-{bool(said)}"))
+        evaluate("correspondence", correspondence, config)
+        assert json.loads((Path(config.out) / "results.json").read_text())["choices"].get("checkpoints") == said
+
+
 def test_all_differences_are_named_at_once(keys, tmp_path, capfd):
     url = checkpoint(tmp_path / "ckpt", backbone=trained_on(facet="query", layers=[3]))
 
