@@ -19,11 +19,17 @@ def versions() -> dict[str, str]:
     """Software that made the numbers."""
     names = ("ray", "torch", "torchvision", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
     found = {name: importlib.metadata.version(name) for name in names}
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {"python": platform.python_version(), **found, "raylift_commit": commit or "unknown"}
+    return {"python": platform.python_version(), **found, "raylift_commit": _commit() or "unknown"}
+
+
+def _commit() -> str:
+    """Of the checkout that this program runs from; empty where there is none, or no git to ask."""
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        root = Path(__file__).resolve().parent.parent
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git in PATH, or one that may not be run
+        return ""
 
 
 _CONTENTS = {

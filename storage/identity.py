@@ -20,7 +20,7 @@ from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
 from storage.paths import StorageOptions, query_free
-from storage.samples import SampleIndex, read_images
+from storage.samples import SampleIndex, Unread, try_images
 from storage.scans import refuse_duplicates
 from storage.sources import Source, describe_change, gone_and_new, is_unchanged, other_input, pair
 from storage.tars import SourceScan
@@ -259,8 +259,11 @@ class _Comparison:
         windows = [positions[i : i + CHECK_ROWS] for i in range(0, len(positions), CHECK_ROWS)]
 
         def digests(window: Sequence[int]) -> list[str]:
-            blobs = read_images(rows.take(pa.array(window, pa.int64())), self.state.urls, self.options)
-            return [image_digest(blob or b"") for blob in blobs]
+            blobs = try_images(rows.take(pa.array(window, pa.int64())), self.state.urls, self.options)
+            for blob in blobs:
+                if isinstance(blob, Unread):  # it can't be told to be the same
+                    logger.warning("an image can't be read any more: %s", blob.message)
+            return [image_digest(blob if isinstance(blob, bytes) else b"") for blob in blobs]
 
         with ThreadPoolExecutor(4) as pool:
             for found in pool.map(digests, windows):
@@ -279,7 +282,7 @@ def sample_images(index: SampleIndex, urls: Sequence[str], options: StorageOptio
     no ledger to tell it of each."""
     rows = np.unique(np.linspace(0, index.n_rows - 1, min(SAMPLE_IMAGES, index.n_rows)).astype(np.int64))
     table = index.take(rows)
-    blobs = [blob or b"" for blob in read_images(table, urls, options)]
+    blobs = [blob if isinstance(blob, bytes) else b"" for blob in try_images(table, urls, options)]
     return dict(zip(table["key"].to_pylist(), blobs, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import io
 import os
 import re
@@ -99,8 +100,9 @@ def expand_inputs(patterns: Sequence[str], storage_options: StorageOptions | Non
 
 
 def _expand_pattern(pattern: str, options: StorageOptions | None, image: str | None) -> Listing:
+    is_there = _is_there(pattern)
     try:
-        urls = list(braceexpand(pattern))
+        urls = [pattern] if is_there else list(braceexpand(pattern))
     except ValueError:  # braceexpand's UnbalancedBracesError, which its type stub lacks
         raise InputError(f"{redact(pattern, options)}: unbalanced braces") from None
     with ThreadPoolExecutor(min(16, len(urls))) as pool:
@@ -119,12 +121,28 @@ def _expand_pattern(pattern: str, options: StorageOptions | None, image: str | N
     return listing
 
 
+def _is_there(url: str) -> bool:
+    """Whether a local file or folder has just this name, braces and brackets included."""
+    if "*" in url or "?" in url or ("://" in url and not url.startswith("file://")):
+        return False
+    return os.path.lexists(filesystem(url)[1])
+
+
+def _literal_folders(pattern: str) -> str:
+    """A glob on a local disk, in which the brackets of folders that have just this name are no wildcards."""
+    folders, slash, last = pattern.rpartition("/")
+    while folders and not _is_there(folders):
+        folders, slash, name = folders.rpartition("/")
+        last = f"{name}/{last}"
+    return f"{glob.escape(folders)}{slash}{last}" if "[" in folders else pattern
+
+
 def _expand_url(url: str, options: StorageOptions | None, image: str | None) -> Listing | None:
     """The files of one URL without braces; None if it names nothing that exists."""
     with reaching(redact(url, options)):
         fs, path = filesystem(url, options)
-        if not url.startswith(("http://", "https://")) and any(c in path for c in "*?["):
-            return _list_glob(fs, path, image)
+        if not url.startswith(("http://", "https://")) and any(c in path for c in "*?[") and not _is_there(url):
+            return _list_glob(fs, _literal_folders(path) if isinstance(fs, LocalFileSystem) else path, image)
         try:
             info = fs.info(path)
         except (FileNotFoundError, NotADirectoryError):

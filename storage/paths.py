@@ -103,17 +103,31 @@ def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple
 
     Raises `InputError` for an unknown scheme.
     """
-    if url.startswith("pipe:") or "::" in url:
+    if url.startswith("pipe:") or _is_chained(url):
         raise InputError(f"{redact(url)}: pipes and chained URLs are not opened; give an fsspec URL such as s3://, http://")
     options = _options_for(url, storage_options or {})
     try:
         if url.startswith(("s3://", "s3a://")):
             options = {**_S3_OPTIONS, **options}
             options["config_kwargs"] = {**_S3_CONFIG, **_below(options, "config_kwargs")}
+        if "::" in url:
+            return _unchained(url, options)
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"cannot open {redact(url, options)}: {redact(str(error), options)}") from None
     return fs, path
+
+
+def _is_chained(url: str) -> bool:
+    """Whether `::` joins URLs, as fsspec has it; it may be part of a file's name, too."""
+    first, *others = url.split("::")
+    return any("://" in part for part in others) or (bool(others) and first in fsspec.available_protocols())
+
+
+def _unchained(url: str, options: Mapping[str, object]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """`fsspec.core.url_to_fs`, but for what that makes of `::`."""
+    kind = fsspec.get_filesystem_class(url.split("://", 1)[0] if "://" in url else "file")
+    return kind(**{**kind._get_kwargs_from_urls(url), **options}), kind._strip_protocol(url)
 
 
 def _options_for(url: str, options: StorageOptions) -> dict[str, object]:
@@ -364,14 +378,59 @@ def read_ranges(
     Returns the bytes of each range in order; shorter than asked where the file ends. Raises what the filesystem raises
     once its own retries are used up.
     """
+    found = try_ranges(ranges, storage_options, max_gap=max_gap, max_bytes=max_bytes)
+    blobs = [blob for blob in found if isinstance(blob, bytes)]
+    if len(blobs) < len(found):
+        raise next(error for error in found if not isinstance(error, bytes))
+    return blobs
+
+
+def try_ranges(
+    ranges: Sequence[tuple[str, int, int]],
+    storage_options: StorageOptions | None,
+    *,
+    max_gap: int = 2**18,
+    max_bytes: int = 2**25,
+) -> list[bytes | OSError]:
+    """`read_ranges`, with the error in the place of bytes where it may be one object's own (`_is_of_one_object`): whoever asks
+    knows whether the storage answers for others. Raises what else the filesystem raises."""
     merged = merge_ranges(ranges, max_gap=max_gap, max_bytes=max_bytes)
     requests = [(ranges[a][0], ranges[a][1], ranges[b][1] + ranges[b][2]) for a, b in merged]
     with ThreadPoolExecutor(min(8, max(1, len(requests)))) as pool:
-        blobs = list(pool.map(functools.partial(_read_range, storage_options), *zip(*requests, strict=True)))
-    out: list[bytes] = []
+        blobs = list(pool.map(functools.partial(_try_range, storage_options), *zip(*requests, strict=True)))
+    out: list[bytes | OSError] = []
     for (a, b), (_, start, _), blob in zip(merged, requests, blobs, strict=True):
-        out += [blob[offset - start : offset - start + size] for _, offset, size in ranges[a : b + 1]]
+        these = ranges[a : b + 1]
+        if isinstance(blob, bytes):
+            out += [blob[offset - start : offset - start + size] for _, offset, size in these]
+        elif isinstance(blob, _NO_ACCESS):
+            out += [blob] * len(these)
+        else:  # part of the file can't be read: which, each range says for itself
+            out += [_try_range(storage_options, url, offset, offset + size) for url, offset, size in these]
     return out
+
+
+_NO_ACCESS = (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+_OF_ONE_FILE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ELOOP, errno.ENAMETOOLONG)
+"""Of a local disk: a bad sector, a checksum of the filesystem that is wrong, a name that leads nowhere."""
+
+_NOT_FOR_US = (401, 403, 410, 451)
+"""Answers of web servers that are about one file, beside 404, which fsspec knows."""
+
+
+def _is_of_one_object(error: OSError) -> bool:
+    """Whether the fault may be of the object that was asked for, and others be readable. Whoever gets no answer, or is told to
+    come back later, once the retries are used up, knows nothing of the object."""
+    return isinstance(error, _NO_ACCESS) or error.errno in _OF_ONE_FILE
+
+
+def can_be_read(url: str, storage_options: StorageOptions | None) -> bool:
+    """Whether there is a byte at `url` to be had."""
+    try:
+        return len(_read_range(storage_options, url, 0, 1)) == 1
+    except (OSError, StorageError):
+        return False
 
 
 def merge_ranges(
@@ -398,10 +457,25 @@ def _read_range(options: StorageOptions | None, url: str, start: int, end: int) 
     if start == end:
         return b""
     fs, path = filesystem(url, options)
-    with reaching(redact(url, options)):
-        data = fs.cat_file(path, start=start, end=end)
+    displayed = redact(url, options)
+    with reaching(displayed):
+        try:
+            data = fs.cat_file(path, start=start, end=end)
+        except aiohttp.ClientResponseError as error:
+            if error.status not in _NOT_FOR_US:
+                raise
+            raise PermissionError(f"{displayed}: the server answers {error.status} {error.message}") from None
     # A web server without Range support (Python's http.server, say) answers with the whole file.
     return data[start:end] if len(data) > end - start else data
+
+
+def _try_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes | OSError:
+    try:
+        return _read_range(options, url, start, end)
+    except OSError as error:
+        if not _is_of_one_object(error):
+            raise
+        return error
 
 
 def read_file(url: str, storage_options: StorageOptions | None = None) -> bytes:
@@ -413,7 +487,8 @@ def read_file(url: str, storage_options: StorageOptions | None = None) -> bytes:
 
 def extension(url: str) -> str:
     """What stands behind the last dot of the file's name, in lower case; a signed URL's query is no part of the name."""
-    name = (url.partition("?")[0] if "://" in url else url).rsplit("/", 1)[-1]
+    has_query = "://" in url and not url.startswith("file://")
+    name = (url.partition("?")[0] if has_query else url).rsplit("/", 1)[-1]
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 

@@ -32,10 +32,11 @@ from storage.documents import (
 )
 from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
-from storage.paths import Folder, StorageOptions, UnknownName, read_ranges
+from storage.paths import Folder, StorageOptions, UnknownName, can_be_read, read_ranges, redact, try_ranges
 from storage.scans import DuplicateKeys as DuplicateKeys
 from storage.sources import Source, gone_and_new, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
+from storage.spread import spread
 from storage.tars import SCHEMA, MemberRules
 
 logger = logging.getLogger(__name__)
@@ -415,15 +416,54 @@ def kept_index(folder: Folder) -> SampleIndex | None:
     return index if index.is_whole() else None
 
 
+@dataclass(frozen=True)
+class Unread:
+    """Why an image can't be read, while the storage answers for others."""
+
+    error: str
+    "the exception's name"
+    message: str
+
+
 def read_images(rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None) -> list[bytes | None]:
     """The image bytes of index rows, in order; None where the index says that there is no image.
 
     `urls` are the sources' URLs, credentials included. Bytes may be shorter than the index says if the file shrank.
+    Raises what the filesystem raises.
     """
+    wanted, ranges = _image_ranges(rows, urls)
+    blobs: list[bytes | None] = [None] * len(rows)
+    for i, blob in zip(wanted, read_ranges(ranges, storage_options), strict=True):
+        blobs[i] = blob
+    return blobs
+
+
+ASKED = 8
+"""Other sources of an input that are asked for a byte, where none of the images of a task can be read."""
+
+
+def try_images(rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None) -> list[bytes | Unread | None]:
+    """`read_images`, but for images that can't be read while the input's storage answers: those are `Unread`.
+
+    Raises what the filesystem raises where no other image of these rows can be read either, nor one of `ASKED` other sources:
+    then it's the storage (its credentials, a mount that is gone), which may be well again tomorrow.
+    """
+    wanted, ranges = _image_ranges(rows, urls)
+    found = try_ranges(ranges, storage_options)
+    errors = {url: blob for (url, _, _), blob in zip(ranges, found, strict=True) if isinstance(blob, OSError)}
+    if errors and not any(isinstance(blob, bytes) and blob for blob in found):
+        others = [url for url in dict.fromkeys(urls) if url not in errors]
+        asked = [others[i] for i in spread(len(others), ASKED)]
+        if not any(can_be_read(url, storage_options) for url in asked):
+            raise next(iter(errors.values()))
+    blobs: list[bytes | Unread | None] = [None] * len(rows)
+    for i, blob in zip(wanted, found, strict=True):
+        blobs[i] = blob if isinstance(blob, bytes) else Unread(type(blob).__name__, redact(str(blob), storage_options))
+    return blobs
+
+
+def _image_ranges(rows: pa.Table, urls: Sequence[str]) -> tuple[list[int], list[tuple[str, int, int]]]:
+    """Positions of the rows that have an image, and where those lie: (url, offset, size)."""
     wanted = [i for i, problem in enumerate(rows["problem"].to_pylist()) if problem is None]
     source, offset, size = (rows[name].to_pylist() for name in ("source", "offset", "size"))
-    blobs = read_ranges([(urls[source[i]], offset[i], size[i]) for i in wanted], storage_options)
-    out: list[bytes | None] = [None] * len(rows)
-    for i, blob in zip(wanted, blobs, strict=True):
-        out[i] = blob
-    return out
+    return wanted, [(urls[source[i]], offset[i], size[i]) for i in wanted]

@@ -23,7 +23,7 @@ from pipelines.features.photos import geometry_of
 from storage.documents import JsonObject
 from storage.left_out import LeftOut, left_out_lines
 from storage.paths import Folder, redact
-from storage.samples import read_images
+from storage.samples import try_images
 from storage.shards import compress, encode_row
 from storage.spec import FeatureSpec, Layout, Level
 
@@ -228,13 +228,14 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
     torch.set_num_threads(threads)
     try:
         t0 = time.perf_counter()
-        blobs = read_images(rows.take(keep), prepared.urls, prepared.config.options)
+        blobs = try_images(rows.take(keep), prepared.urls, prepared.config.options)
         t1 = time.perf_counter()
         images, limit = [], prepared.config.max_image_pixels
         for blob in blobs:
             # The run itself will say why an image is refused; here it only leaves the sample.
             with contextlib.suppress(ImageRefused):
-                images.append(decode(blob or b"", geometry, max_pixels=limit, draft=spec.jpeg_draft).pixels)
+                data = blob if isinstance(blob, bytes) else b""
+                images.append(decode(data, geometry, max_pixels=limit, draft=spec.jpeg_draft).pixels)
         t2 = time.perf_counter()
         if not images:
             raise ConfigError(f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member")

@@ -30,12 +30,15 @@ from pipelines.features.photos import geometry_of
 from storage.ledger import SampleRecord, image_digest
 from storage.paths import Folder, StorageError, redact
 from storage.root import StoreReplaced, require_same_store
-from storage.samples import read_images
+from storage.samples import Unread, try_images
 from storage.spec import Level, ShardTask
 from storage.store import FeatureStore
 from storage.writer import BlockWriter
 
 logger = logging.getLogger(__name__)
+
+_Blobs = Mapping[int, bytes | Unread | None]
+"""The bytes of images by their position in the task."""
 
 MAX_STARTS = 3
 """Starts of a task, within one run, after which it's set aside: its worker keeps dying, or its neighbours' workers do."""
@@ -153,14 +156,14 @@ class ShardWorker:
         records = [self._within_limit(record) for record in ledger_records(self.index, task, table)]
         readable = [i for i, record in enumerate(records) if record.status == "ok"]
         chosen = table.take(pa.array(readable, pa.int64()))
-        blobs = dict(zip(readable, read_images(chosen, self.setup.urls, self.config.options), strict=True))
+        blobs = dict(zip(readable, try_images(chosen, self.setup.urls, self.config.options), strict=True))
         t1 = time.perf_counter()
         h, w = self.store.spec.input_size
         pixels = np.zeros((task.n_rows, h, w, 3), np.uint8)
         decode_all = self._decode_apart if apart else self._decode_in_threads
         decode_all(records, blobs, pixels)
         seconds = {"read": t1 - t0, "decode": time.perf_counter() - t1}
-        return Loaded(pixels, records, seconds, sum(len(blob) for blob in blobs.values() if blob))
+        return Loaded(pixels, records, seconds, sum(len(blob) for blob in blobs.values() if isinstance(blob, bytes)))
 
     def _within_limit(self, record: SampleRecord) -> SampleRecord:
         limit, size = self.config.max_image_bytes, record.size
@@ -169,7 +172,7 @@ class ShardWorker:
         message = f"{size} bytes are more than max_image_bytes = {limit}; raise --max-image-bytes if it's an image"
         return failed(record, "read", "TooLarge", message)
 
-    def _decode_in_threads(self, records: list[SampleRecord], blobs: Mapping[int, bytes | None], pixels: np.ndarray) -> None:
+    def _decode_in_threads(self, records: list[SampleRecord], blobs: "_Blobs", pixels: np.ndarray) -> None:
         def here(data: bytes) -> DecodedImage:
             spec, limit = self.store.spec, self.config.max_image_pixels
             return decode(data, self.geometry, max_pixels=limit, draft=spec.jpeg_draft, memory=self._memory)
@@ -185,7 +188,7 @@ class ShardWorker:
             # Memory that others hold is no fault of the image: again, without those.
             records[i] = record or _decoded(records[i], blobs[i], pixels[i], here)
 
-    def _decode_apart(self, records: list[SampleRecord], blobs: Mapping[int, bytes | None], pixels: np.ndarray) -> None:
+    def _decode_apart(self, records: list[SampleRecord], blobs: "_Blobs", pixels: np.ndarray) -> None:
         limit, draft = self.config.max_image_pixels, self.store.spec.jpeg_draft
         with Sandbox(self.geometry, max_pixels=limit, draft=draft) as sandbox:
             for i, blob in blobs.items():
@@ -261,10 +264,14 @@ class _Pace:
     "memory didn't suffice once; a second time, the task fails"
 
 
-def _decoded(record: SampleRecord, blob: bytes | None, out: np.ndarray, decoder: Callable[[bytes], DecodedImage]) -> SampleRecord:
+def _decoded(
+    record: SampleRecord, blob: bytes | Unread | None, out: np.ndarray, decoder: Callable[[bytes], DecodedImage]
+) -> SampleRecord:
     """Decode one image into `out` [H, W, 3]; the record says how it went. Raises `MemoryError`, which isn't the image's."""
     if blob is None:
         return record
+    if isinstance(blob, Unread):
+        return failed(record, "read", blob.error, blob.message)
     if len(blob) < record.size:
         message = f"{len(blob)} of {record.size} bytes: the source is shorter than when indexed"
         return failed(record, "read", "ShortRead", message)

@@ -25,7 +25,7 @@ from storage.datasets.images import orientation_of
 from storage.documents import JsonObject
 from storage.ledger import image_digest
 from storage.paths import Folder, StorageOptions
-from storage.samples import SampleIndex, read_images
+from storage.samples import SampleIndex, Unread, try_images
 from storage.store import FeatureStore
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -238,16 +238,19 @@ class ImageSource:
     "adds the array `features` of the images, from a store"
 
     def load(self, rows: Sequence[int], epoch: int | None) -> Example:
-        """Faults of the storage are raised: an image that can't be had today is no damaged image."""
+        """Faults of the storage are raised: an image that can't be had today is no damaged image. One that can't be read while
+        others can is."""
         limit_pillow(self.max_image_pixels)
         table = self.index.take(np.array(rows, np.int64))
-        blobs = read_images(table, self.urls, self.options)
+        found = try_images(table, self.urls, self.options)
+        unread = {row: blob.message for row, blob in zip(rows, found, strict=True) if isinstance(blob, Unread)}
+        blobs = [blob if isinstance(blob, bytes) else b"" for blob in found]
         records = dict(zip(rows, table.to_pylist(), strict=True))
         examples: dict[int, dict[str, np.ndarray]] = {}
         failed: dict[int, str] = {}
         for (row, record), blob in zip(records.items(), blobs, strict=True):
             rng = None if epoch is None else np.random.default_rng([self.seed, epoch, row])
-            example = record["problem"] or self._view(blob or b"", record["size"], rng)
+            example = record["problem"] or unread.get(row) or self._view(blob, record["size"], rng)
             if isinstance(example, str):
                 failed[row] = f"{record['key']}: {example}"[:500]
             else:
@@ -255,7 +258,7 @@ class ImageSource:
         if self.features is not None:
             keys = {row: records[row]["key"] for row in examples}
             there = dict(zip(records, blobs, strict=True))
-            values, missing = self.features.read({key: there[row] or b"" for row, key in keys.items()})
+            values, missing = self.features.read({key: there[row] for row, key in keys.items()})
             for value, (row, key) in zip(values, keys.items(), strict=True):
                 if key in missing:
                     failed[row] = f"{key}: {missing[key]}"

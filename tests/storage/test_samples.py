@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
@@ -19,8 +20,8 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_itera
 from pipelines.indexing import RunInput
 from storage import samples
 from storage.inputs import expand_inputs
-from storage.paths import Folder, InputError, StorageError, public_options, query_free, redact
-from storage.samples import DuplicateKeys, SampleIndex, read_images, write_index
+from storage.paths import Folder, InputError, StorageError, public_options, query_free, read_ranges, redact
+from storage.samples import DuplicateKeys, SampleIndex, read_images, try_images, write_index
 from storage.scans import collect_index
 from storage.tars import MemberRules, SourceScan, scan_source, split_name
 from tests.conftest import run_input, write_tar
@@ -798,3 +799,111 @@ def test_secrets_among_options_are_blanked_in_any_text():
 def test_stored_url_keeps_place_and_drops_query_and_credentials():
     assert query_free("https://me:pw@h/d/a.tar?X-Amz-Signature=s#f") == "https://***@h/d/a.tar"
     assert query_free("s3://key:secret@bucket/a.tar") == "s3://***@bucket/a.tar"
+
+
+ODD_NAMES = ("a::b", "a#b", "a?b", "a%20b", "a*b", "a[1]b", "a{1,2}b", "~b", "a b", "s3:b", "zip::b", "a\\b")
+
+
+@pytest.mark.parametrize("odd", ODD_NAMES)
+def test_names_that_urls_and_globs_give_a_meaning_are_read_as_they_are(odd, tmp_path):
+    below = tmp_path / f"folder {odd}"
+    below.mkdir()
+    (below / f"{odd}.jpg").write_bytes(b"this")
+    (tmp_path / "folder a1b").mkdir()
+    (tmp_path / "folder a1b/other.jpg").write_bytes(b"that")
+    for pattern in (str(tmp_path), f"file://{tmp_path}"):
+        files = [file for file in expand_inputs([pattern]) if file.name != "folder a1b/other.jpg"]
+        assert [file.name for file in files] == [f"folder {odd}/{odd}.jpg"]
+        assert read_ranges([(files[0].url, 0, 4)], None) == [b"this"]
+
+
+@pytest.mark.parametrize("odd", [odd for odd in ODD_NAMES if "*" not in odd and "?" not in odd and "\\" not in odd])
+def test_name_that_is_given_and_is_there_is_no_pattern(odd, tmp_path):
+    below = tmp_path / f"folder {odd}"
+    below.mkdir()
+    (below / f"{odd}.jpg").write_bytes(b"this")
+    for pattern in (below, below / f"{odd}.jpg"):
+        assert [file.url for file in expand_inputs([str(pattern)])] == [f"file://{below}/{odd}.jpg"]
+    if "{" not in odd:
+        assert [file.url for file in expand_inputs([f"{below}/*.jpg"])] == [f"file://{below}/{odd}.jpg"]
+
+
+@pytest.mark.parametrize("chained", ["zip://a.jpg::file:///a.zip", "simplecache::s3://bucket/a.tar", "filecache::/a.tar"])
+def test_chained_urls_are_refused(chained):
+    with pytest.raises(InputError, match="chained URLs are not opened"):
+        expand_inputs([chained])
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Files whose names end so can't be opened, as without read permission (tests may run as root)."""
+    real = LocalFileSystem._open
+
+    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
+        if path.endswith(names):
+            raise PermissionError(13, "Permission denied", path)
+        return real(fs, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "_open", open_)
+
+
+def folder_rows(folder: Path) -> tuple[pa.Table, list[str]]:
+    files = expand_inputs([str(folder)])
+    table, _ = collect_index((file, scan_source(file, MemberRules())) for file in files)
+    return table, [file.url for file in files]
+
+
+def test_image_that_cannot_be_read_among_others_says_why(tmp_path, monkeypatch):
+    for name in "abcd":
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+    table, urls = folder_rows(tmp_path)
+    unreadable(monkeypatch, "/b.jpg")
+    (tmp_path / "c.jpg").unlink()
+    (tmp_path / "d.jpg").unlink()
+    (tmp_path / "d.jpg").mkdir()
+    found = try_images(table, urls)
+    assert found[0] == b"a"
+    assert [each.error for each in found[1:]] == ["PermissionError", "FileNotFoundError", "IsADirectoryError"]
+    assert "Permission denied" in found[1].message
+
+
+def test_images_of_which_none_can_be_read_are_a_fault_of_the_storage_unless_other_sources_answer(tmp_path, monkeypatch):
+    for name in "abcd":
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+    table, urls = folder_rows(tmp_path)
+    unreadable(monkeypatch, "/a.jpg", "/b.jpg")
+    assert [each.error for each in try_images(table.slice(0, 2), urls)] == ["PermissionError"] * 2
+    unreadable(monkeypatch, ".jpg")
+    with pytest.raises(PermissionError):
+        try_images(table.slice(0, 2), urls)
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), OSError(16, "SlowDown"), ConnectionResetError(104, "reset")])
+def test_storage_that_gives_no_answer_costs_no_image(error, tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+    table, urls = folder_rows(tmp_path)
+    real = LocalFileSystem._open
+
+    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
+        if path.endswith("b.jpg"):
+            raise error
+        return real(fs, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "_open", open_)
+    with pytest.raises(type(error)):
+        try_images(table, urls)
+
+
+def test_bad_sector_of_a_tar_costs_the_image_that_lies_there(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"one"), ("2.jpg", b"two"), ("3.jpg", b"three")])
+    table, urls = folder_rows(tmp_path)
+    real = LocalFileSystem.cat_file
+
+    def cat_file(fs: LocalFileSystem, path: str, start: int, end: int) -> bytes:
+        if start <= table["offset"][1].as_py() < end:
+            raise OSError(5, "Input/output error")
+        return real(fs, path, start=start, end=end)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    one, two, three = try_images(table, urls)
+    assert (one, two.error, three) == (b"one", "OSError", b"three")

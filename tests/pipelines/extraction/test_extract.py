@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.executors import InlineExecutor
 from pipelines.extraction import worker as worker_module
 from pipelines.extraction.run import RunFailed, extract
 from pipelines.extraction.worker import ShardWorker
+from pipelines.provenance import versions
 from storage.paths import Folder
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
@@ -218,3 +220,37 @@ def test_task_that_kills_its_worker_is_set_aside_and_then_recorded_as_failed(mak
 
     assert (summary.ok, summary.failed) == (16, 4)
     assert "worker: WorkerDied: the worker died" in summary.reasons[0]
+
+
+def test_image_that_cannot_be_read_is_a_failed_row_and_its_neighbours_are_written(tmp_path, tiny, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, name in enumerate(("a", "b::b", "c", "d", "e")):
+        (folder / f"{name}.jpg").write_bytes(jpeg(i))
+    real = LocalFileSystem._open
+
+    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
+        if path.endswith("/c.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(fs, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "_open", open_)
+    config = tiny(str(folder), max_failed_fraction=0.5)
+    summary = extract(config, InlineExecutor())
+    store = FeatureStore.open(config.out)
+    assert (summary.ok, summary.failed) == (4, 1)
+    (failure,) = store.failures().to_pylist()
+    assert (failure["key"], failure["stage"], failure["error"]) == ("c", "read", "PermissionError")
+    assert "Permission denied" in failure["message"]
+    monkeypatch.undo()
+    assert extract(config.changed(retry_failed=True), InlineExecutor()).ok == 5
+
+
+def test_without_git_the_commit_is_unknown_and_nothing_is_lost(make_tars, tiny, monkeypatch):
+    versions.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    try:
+        assert versions()["raylift_commit"] == "unknown"
+        assert extract(tiny(make_tars(1, 2)), InlineExecutor()).ok == 2
+    finally:
+        versions.cache_clear()
