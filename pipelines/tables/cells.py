@@ -309,6 +309,8 @@ def run_cell(cell: Cell) -> CellResult:
         # Whether it is done is asked of what it would be now: settings, weights, images, labels, stores.
         setup = _prepared(cell)
         return _read_result(cell, setup) or _train(cell, setup)
+    except RayliftError as error:  # in words, which the tables have
+        return failed(cell, f"{type(error).__name__}: {error}")
     except Exception as error:  # the boundary between cells: one that fails must not end the others
         logger.exception("%s failed", cell.name)
         return failed(cell, f"{type(error).__name__}: {error}")

@@ -237,7 +237,7 @@ class ReadoutTraining(TrainConfig):
             held_out=sources[1],
             readout=readout,
             features=features,
-            numbers=spec.numbers(read),
+            numbers={name: value for name, value in spec.numbers(read).items() if name not in features},
             level=level.name,
             pooled=pooled,
             bundle=bundle,
@@ -311,7 +311,7 @@ class ReadoutSetup(TrainSetup):
     readout: ReadoutConfig
     features: Mapping[str, Any]
     numbers: JsonObject
-    "all that makes the features' numbers, what only rounds them included"
+    "what else makes the features' numbers, and be it that it only rounds them"
     level: str
     pooled: str | None
     bundle: ModelBundle | None
