@@ -5,6 +5,7 @@ Nothing is decoded when a data set is listed, and nothing here decodes an image 
 """
 
 import io
+import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -119,7 +120,9 @@ def decoded(data: bytes, displayed: str, convert: Callable[[Image.Image], T]) ->
 
 def unreadable(displayed: str, error: BaseException) -> DatasetError:
     """The error to raise for bytes that are no image."""
-    return DatasetError(f"{displayed} can't be read as an image: {type(error).__name__}: {error}")
+    # Pillow names the buffer by its address, which is another one in every run: reasons are kept beside results.
+    why = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
+    return DatasetError(f"{displayed} can't be read as an image: {type(error).__name__}: {why}")
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------
