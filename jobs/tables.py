@@ -17,7 +17,7 @@ from functools import partial
 from jobs.program import Command, Program
 from pipelines.config import ActorsConfig
 from pipelines.demo_datasets import write_demo
-from pipelines.published import DEAP_ABLATIONS, DEAP_TASKS, PROBE_TASKS, VIT_UP_FEATURES, VIT_UP_SEED
+from pipelines.published import DEAP_ABLATED, DEAP_ABLATIONS, DEAP_TASKS, PROBE_TASKS, VIT_UP_FEATURES, VIT_UP_SEED, VIT_UP_SIZE
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import GridConfig
 from pipelines.tables.deap import main
@@ -48,13 +48,13 @@ PRESETS: dict[str, GridConfig] = {
     "deap-table3": GridConfig(backbones=tuple(each.name for each in BACKBONES if not each.absent), tasks=DEAP_TASKS),
     # DeAP Table 5, the ablations. Not run here.
     "deap-table5": GridConfig(
-        backbones=DEAP_ABLATIONS.columns, tasks=("detection", "voc", "depth"), methods=("deap", *DEAP_ABLATIONS.rows)
+        backbones=DEAP_ABLATED, tasks=("detection", "voc", "depth"), methods=("deap", *DEAP_ABLATIONS.rows)
     ),
     # DeAP Fig. 4, which has no numbers: DeAP against what it replaces. Not run here.
     "deap-fig4": GridConfig(backbones=("dinov2-b",), tasks=DEAP_TASKS, methods=("deap", "bicubic", "transposed", "linear")),
     # ViT-Up Table 1's first row: linear probes of the plain map. Not run here.
     "vit-up-table1": GridConfig(
-        backbones=(f"{VIT_UP_FEATURES['model']}@448",), tasks=PROBE_TASKS, methods=("linear",), seeds=(VIT_UP_SEED,)
+        backbones=(f"{VIT_UP_FEATURES['model']}@{VIT_UP_SIZE}",), tasks=PROBE_TASKS, methods=("linear",), seeds=(VIT_UP_SEED,)
     ),
 }
 

@@ -5,9 +5,12 @@ Numbers are in the units of their tables. Reports ask for them with `--paper`; p
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-Values: TypeAlias = tuple[float | None, ...]
+from storage.documents import JsonObject
+
+Values: TypeAlias = Mapping[str, float]
+"""By the name of the column, as our reports have it: a number belongs to its name, wherever that stands in a table."""
 
 Settings: TypeAlias = Mapping[str, bool | int | float | str]
 """Settings of a job by their flat names, as flags have them (with `_` for `-`)."""
@@ -37,9 +40,11 @@ class Published:
     "as it is called there; `paper` where our notes don't say which it is"
     of: str = ""
     "the backbone"
-    columns: tuple[str, ...] = ()
-    "what values are, where they are the same for all keys"
     rows: Mapping[str, Mapping[str, Values]] = field(default_factory=dict)
+    finer: Literal["x2", "pixels"] = "x2"
+    "the grid of all rows but the backbone's: of its own a multiple, or the input's pixels"
+    settings: JsonObject = field(default_factory=dict)
+    "what else they are of, as this code has it: fields of a `FeatureSpec`, and settings of the evaluation with their defaults"
 
     @property
     def source(self) -> str:
@@ -47,8 +52,8 @@ class Published:
         return f"{self.paper.name} {self.table}{', ' if self.of else ''}{self.of}"
 
     def values(self, row: str, key: str) -> Values:
-        """Of the columns; () where the paper has none."""
-        return self.rows.get(row, {}).get(key, ())
+        """Of the columns; none where the paper has none."""
+        return self.rows.get(row, {}).get(key, {})
 
 
 # --- LiFT -------------------------------------------------------------------------------------------------------------
@@ -56,71 +61,86 @@ class Published:
 LIFT_FEATURES: Settings = {"model": "vit_small_patch16_224.dino", "facet": "key", "pos_embed": "dino", "precision": "fp32"}
 """What LiFT's tables are of: keys of DINO ViT-S/16's last block, with DINO's own interpolation of position embeddings."""
 
+_LIFT_MAPS: JsonObject = {
+    "model": "vit_small_patch16_224.dino", "weights": "pretrained", "model_args": {}, "layers": [11], "facet": "key",
+    "stride": 16, "pos_embed": "dino",
+}  # fmt: skip
+"""The same, as a `FeatureSpec` has it."""
+
 LIFT_TRAINING: Settings = {"interpolation": "bilinear", "batch": 256, "epochs": 5, "lr": 1e-3, "jitter": 0.0}
 """On ImageNet-1k without labels, 25,025 steps of Adam, cosine distance; images squashed to 448 px. No jitter, as the official
 script has it there. The paper says about 8 h on one A6000."""
 
 
-def _by_size(*columns: Sequence[float]) -> dict[str, Values]:
+def _by_size(columns: Mapping[str, Sequence[float]]) -> dict[str, Values]:
     """The values of each column at 56, 112, 224 and 448 px."""
-    return dict(zip(("56", "112", "224", "448"), zip(*columns, strict=True), strict=True))
+    sizes = ("56", "112", "224", "448")
+    return {size: {name: values[i] for name, values in columns.items()} for i, size in enumerate(sizes)}
 
 
-def _lift(table: str, columns: tuple[str, ...], **rows: Mapping[str, Values]) -> Published:
-    return Published(paper=LIFT, table=table, of="DINO ViT-S/16", columns=columns, rows=rows)
+def _lift(table: str, columns: Sequence[str], settings: JsonObject, **rows: Sequence[Sequence[float]]) -> Published:
+    """Of each row, the columns, each with its values by size."""
+    found = {name: _by_size(dict(zip(columns, values, strict=True))) for name, values in rows.items()}
+    every = {**_LIFT_MAPS, "drawing": "paper", "limit": None, "left_out": 0}
+    return Published(paper=LIFT, table=table, of="DINO ViT-S/16", rows=found, settings={**every, **settings})
 
 
 LIFT_CORRESPONDENCE = _lift(
     "Table 1",
-    ("PCK@0.1, %", "PCK@0.05, %", "PCK@0.01, %"),
-    backbone=_by_size([2.04, 12.67, 24.76, 28.6], [0.51, 3.61, 9.54, 15.33], [0.01, 0.2, 0.54, 1.4]),
-    bilinear=_by_size([3.81, 13.71, 26.72, 30.48], [1.01, 4.23, 11.37, 16.75], [0.02, 0.14, 0.5, 1.64]),
-    resize_conv=_by_size([3.87, 14.02, 26.09, 30.21], [0.94, 4.41, 11.51, 16.76], [0.03, 0.16, 0.51, 1.7]),
-    jbu=_by_size([3.08, 12.26, 24.87, 29.11], [0.82, 3.82, 10.6, 16.01], [0.03, 0.17, 0.47, 1.42]),
-    lift=_by_size([5.05, 17.72, 28.68, 31.38], [1.19, 6.29, 14.72, 18.90], [0.06, 0.29, 0.91, 2.52]),
+    ("PCK@0.1", "PCK@0.05", "PCK@0.01"),
+    {"split": "test", "pairs_per_category": 100, "key_points": "pairs", "threshold": "box", "candidates": "pixels"},
+    backbone=[[2.04, 12.67, 24.76, 28.6], [0.51, 3.61, 9.54, 15.33], [0.01, 0.2, 0.54, 1.4]],
+    bilinear=[[3.81, 13.71, 26.72, 30.48], [1.01, 4.23, 11.37, 16.75], [0.02, 0.14, 0.5, 1.64]],
+    resize_conv=[[3.87, 14.02, 26.09, 30.21], [0.94, 4.41, 11.51, 16.76], [0.03, 0.16, 0.51, 1.7]],
+    jbu=[[3.08, 12.26, 24.87, 29.11], [0.82, 3.82, 10.6, 16.01], [0.03, 0.17, 0.47, 1.42]],
+    lift=[[5.05, 17.72, 28.68, 31.38], [1.19, 6.29, 14.72, 18.90], [0.06, 0.29, 0.91, 2.52]],
 )
 """SPair-71k, by method and side of the input."""
 
 LIFT_VIDEO = _lift(
     "paper",
-    ("J&F, %", "J, %", "F, %"),
-    backbone=_by_size([7.4, 17.5, 33.0, 50.9], [9.5, 21.9, 37.8, 52.1], [5.2, 13.1, 28.1, 49.7]),
-    bilinear=_by_size([10.8, 23.7, 37.0, 53.0], [13.7, 29.4, 42.8, 54.0], [7.9, 17.9, 31.2, 52.0]),
-    resize_conv=_by_size([11.0, 24.0, 37.4, 53.2], [13.8, 29.6, 43.0, 53.9], [8.2, 18.4, 31.9, 52.5]),
-    jbu=_by_size([11.2, 26.2, 39.0, 54.5], [13.9, 30.6, 42.8, 54.9], [8.6, 21.7, 35.1, 54.1]),
-    lift=_by_size([13.0, 28.0, 44.3, 61.1], [16.27, 33.04, 48.07, 59.43], [9.72, 23.0, 40.56, 62.79]),
+    ("J&F", "J", "F"),
+    {"split": "val", "resolution": "480p", "frame_step": 1, "context": 7, "top_k": 5, "radius": 12, "temperature": 0.1},
+    backbone=[[7.4, 17.5, 33.0, 50.9], [9.5, 21.9, 37.8, 52.1], [5.2, 13.1, 28.1, 49.7]],
+    bilinear=[[10.8, 23.7, 37.0, 53.0], [13.7, 29.4, 42.8, 54.0], [7.9, 17.9, 31.2, 52.0]],
+    resize_conv=[[11.0, 24.0, 37.4, 53.2], [13.8, 29.6, 43.0, 53.9], [8.2, 18.4, 31.9, 52.5]],
+    jbu=[[11.2, 26.2, 39.0, 54.5], [13.9, 30.6, 42.8, 54.9], [8.6, 21.7, 35.1, 54.1]],
+    lift=[[13.0, 28.0, 44.3, 61.1], [16.27, 33.04, 48.07, 59.43], [9.72, 23.0, 40.56, 62.79]],
 )
 """DAVIS-2017, by method and side of the input."""
 
-_CORLOC = ("CorLoc, %",)
+_CORLOC = ("CorLoc",)
 
 LIFT_DISCOVERY: Mapping[str, Published] = {
     "voc07": _lift(
         "paper",
         _CORLOC,
-        backbone=_by_size([20.74, 50.07, 65.60, 68.27]),
-        bilinear=_by_size([21.27, 46.96, 64.70, 68.37]),
-        resize_conv=_by_size([28.96, 55.00, 66.85, 68.87]),
-        jbu=_by_size([26.16, 56.60, 66.75, 69.03]),
-        lift=_by_size([36.54, 62.02, 68.79, 69.65]),
+        {"split": "trainval", "tau": 0.2, "weighted": False, "solver": "official"},
+        backbone=[[20.74, 50.07, 65.60, 68.27]],
+        bilinear=[[21.27, 46.96, 64.70, 68.37]],
+        resize_conv=[[28.96, 55.00, 66.85, 68.87]],
+        jbu=[[26.16, 56.60, 66.75, 69.03]],
+        lift=[[36.54, 62.02, 68.79, 69.65]],
     ),
     "voc12": _lift(
         "paper",
         _CORLOC,
-        backbone=_by_size([23.27, 55.33, 69.01, 71.64]),
-        bilinear=_by_size([23.46, 52.64, 68.53, 71.55]),
-        resize_conv=_by_size([31.63, 59.96, 68.87, 71.47]),
-        jbu=_by_size([28.97, 61.67, 69.13, 71.54]),
-        lift=_by_size([40.56, 66.21, 70.91, 71.71]),
+        {"split": "trainval", "tau": 0.2, "weighted": False, "solver": "official"},
+        backbone=[[23.27, 55.33, 69.01, 71.64]],
+        bilinear=[[23.46, 52.64, 68.53, 71.55]],
+        resize_conv=[[31.63, 59.96, 68.87, 71.47]],
+        jbu=[[28.97, 61.67, 69.13, 71.54]],
+        lift=[[40.56, 66.21, 70.91, 71.71]],
     ),
     "coco20k": _lift(
         "paper",
         _CORLOC,
-        backbone=_by_size([16.28, 40.08, 53.98, 57.99]),
-        bilinear=_by_size([17.78, 35.62, 51.53, 56.84]),
-        resize_conv=_by_size([22.92, 42.53, 54.52, 58.40]),
-        jbu=_by_size([21.36, 43.87, 55.45, 58.82]),
-        lift=_by_size([27.72, 50.20, 58.03, 60.50]),
+        {"tau": 0.3, "weighted": False, "solver": "official"},
+        backbone=[[16.28, 40.08, 53.98, 57.99]],
+        bilinear=[[17.78, 35.62, 51.53, 56.84]],
+        resize_conv=[[22.92, 42.53, 54.52, 58.40]],
+        jbu=[[21.36, 43.87, 55.45, 58.82]],
+        lift=[[27.72, 50.20, 58.03, 60.50]],
     ),
 }
 """By data set; of each, by method and side of the input."""
@@ -150,6 +170,14 @@ LIFT_OPERATIONS = (
 VIT_UP_FEATURES: Settings = {"model": "vit_small_plus_patch16_dinov3.lvd1689m", "precision": "bf16"}
 """What ViT-Up's tables are of, at 448 px: DINOv3 ViT-S+/16."""
 
+VIT_UP_SIZE = 448
+
+_VIT_UP_MAPS: JsonObject = {
+    "model": VIT_UP_FEATURES["model"], "weights": "pretrained", "model_args": {}, "layers": [11], "facet": "token", "norm": True,
+    "stride": 16,
+}  # fmt: skip
+"""The same, as a `FeatureSpec` has it."""
+
 VIT_UP_TRAINING: Settings = {"max_steps": 53_381}
 """One epoch of ImageNet-1k in batches of 24; what else there is to set has the published value by default."""
 
@@ -164,48 +192,63 @@ VIT_UP_CORRESPONDENCE = Published(
     paper=VIT_UP,
     table="Table 2",
     of="DINOv3-S+",
-    columns=("PCK@0.1, %", "PCK@0.05, %", "PCK@0.01, %"),
-    rows={"bilinear": {"448": (51.27, 33.74, 3.83)}, "vit_up": {"448": (55.44, 39.07, 7.30)}},
-)
+    rows={
+        "bilinear": {"448": {"PCK@0.1": 51.27, "PCK@0.05": 33.74, "PCK@0.01": 3.83}},
+        "vit_up": {"448": {"PCK@0.1": 55.44, "PCK@0.05": 39.07, "PCK@0.01": 7.30}},
+    },
+    finer="pixels",
+    settings={
+        **_VIT_UP_MAPS,
+        "split": "test", "pairs_per_category": 0, "key_points": "images", "threshold": "box", "candidates": "pixels",
+        "drawing": "paper", "limit": None, "left_out": 0,
+    },
+)  # fmt: skip
 """SPair-71k, by method and side of the input."""
 
 VIT_UP_PROBES = Published(
     paper=VIT_UP,
     table="Table 1",
     of="DINOv3-S+",
-    columns=("mIoU, %", "accuracy, %"),
     rows={
         "bilinear": {
-            "probe-coco": (63.10, 81.85),
-            "probe-voc": (84.88, 96.45),
-            "probe-ade20k": (43.27, 76.17),
-            "probe-cityscapes": (61.36, 93.44),
+            "probe-coco": {"mIoU": 63.10, "acc": 81.85},
+            "probe-voc": {"mIoU": 84.88, "acc": 96.45},
+            "probe-ade20k": {"mIoU": 43.27, "acc": 76.17},
+            "probe-cityscapes": {"mIoU": 61.36, "acc": 93.44},
         },
         "vit_up": {
-            "probe-coco": (64.09, 82.49),
-            "probe-voc": (87.47, 97.14),
-            "probe-ade20k": (44.73, 77.06),
-            "probe-cityscapes": (65.41, 94.73),
+            "probe-coco": {"mIoU": 64.09, "acc": 82.49},
+            "probe-voc": {"mIoU": 87.47, "acc": 97.14},
+            "probe-ade20k": {"mIoU": 44.73, "acc": 77.06},
+            "probe-cityscapes": {"mIoU": 65.41, "acc": 94.73},
         },
     },
 )
 """By method and task; `bilinear` is the backbone's own map, whose logits are enlarged."""
 
+
+def _cost(ms: float, mebibytes: float) -> Values:
+    return {"ms": ms, "peak MiB": mebibytes}
+
+
 VIT_UP_RUNTIME = Published(
     paper=VIT_UP,
     table="Table 9",
     of="DINOv3-S+",
-    columns=("ms", "MiB"),
     rows={
-        "JAFAR": {"112": (41.3, 541.0), "224": (43.5, 1721.6), "448": (52.9, 6448.5)},
-        "AnyUp": {"112": (6.8, 485.9), "224": (15.3, 774.1), "448": (59.8, 2760.7)},
-        "UPLiFT": {"112": (6.4, 606.6), "224": (7.2, 765.7), "448": (10.1, 1391.5)},
-        "NAF": {"112": (29.1, 602.6), "224": (30.7, 602.9), "448": (37.4, 1780.5)},
-        "ViT-Up, 112 x 112 at once": {"112": (14.2, 503.7), "224": (24.1, 503.9), "448": (62.6, 626.7)},
-        "ViT-Up, 224 x 224 at once": {"224": (22.1, 1069.6), "448": (55.4, 1143.6)},
-        "ViT-Up, 448 x 448 at once": {"448": (52.0, 3709.3)},
+        "JAFAR": {"112": _cost(41.3, 541.0), "224": _cost(43.5, 1721.6), "448": _cost(52.9, 6448.5)},
+        "AnyUp": {"112": _cost(6.8, 485.9), "224": _cost(15.3, 774.1), "448": _cost(59.8, 2760.7)},
+        "UPLiFT": {"112": _cost(6.4, 606.6), "224": _cost(7.2, 765.7), "448": _cost(10.1, 1391.5)},
+        "NAF": {"112": _cost(29.1, 602.6), "224": _cost(30.7, 602.9), "448": _cost(37.4, 1780.5)},
+        "ViT-Up, 112 x 112 at once": {"112": _cost(14.2, 503.7), "224": _cost(24.1, 503.9), "448": _cost(62.6, 626.7)},
+        "ViT-Up, 224 x 224 at once": {"224": _cost(22.1, 1069.6), "448": _cost(55.4, 1143.6)},
+        "ViT-Up, 448 x 448 at once": {"448": _cost(52.0, 3709.3)},
     },
-)
+    settings={
+        "model": "vit_small_plus_patch16_dinov3", "model_args": {}, "layers": [11], "stride": 16, "precision": "bf16",
+        "size": VIT_UP_SIZE,
+    },
+)  # fmt: skip
 """bf16, on a GPU that the paper doesn't name: by method and side of the output grid. ViT-Up's, by its queries at once."""
 
 # --- DeAP -------------------------------------------------------------------------------------------------------------
@@ -264,7 +307,8 @@ PROBE_TASKS = tuple(name for name, recipe in RECIPES.items() if recipe.paper is 
 def _row(
     ari: float, bd: tuple[float, float], ap: float, voc: tuple[float, float], stuff: tuple[float, float], rmse: float
 ) -> dict[str, Values]:
-    return dict(zip(DEAP_TASKS, ((ari,), bd, (ap,), voc, stuff, (rmse,)), strict=True))
+    both = [dict(zip(("CE", "IoU"), each, strict=True)) for each in (bd, voc, stuff)]
+    return dict(zip(DEAP_TASKS, ({"ARI": ari}, both[0], {"AP_lg": ap}, both[1], both[2], {"RMSE": rmse}), strict=True))
 
 
 DEAP_RESULTS = Published(
@@ -294,19 +338,26 @@ DEAP_RESULTS = Published(
 """By backbone (pipelines/tables/backbones.py) and task: ARI in percent; cross-entropy and IoU in percent; AP_lg, of 1; twice
 cross-entropy and IoU in percent; RMSE in metres."""
 
+DEAP_ABLATED = ("dinov2-b", "siglip-384", "mae")
+"""The backbones of its Table 5."""
+
+
+def _ablation(detection: Sequence[float], voc: Sequence[float], depth: Sequence[float]) -> Mapping[str, Values]:
+    """By task, of `DEAP_ABLATED`."""
+    tasks = {"detection": detection, "voc": voc, "depth": depth}
+    return {task: dict(zip(DEAP_ABLATED, values, strict=True)) for task, values in tasks.items()}
+
+
 DEAP_ABLATIONS = Published(
     paper=DEAP,
     table="Table 5",
-    columns=("dinov2-b", "siglip-384", "mae"),
     rows={
-        "deap-8-dim": {"detection": (0.2448, 0.1722, 0.2529), "voc": (82.8, 70.4, 55.6), "depth": (0.4697, 0.6626, 0.6111)},
-        "deap-no-sigma": {"detection": (0.1791, 0.1196, 0.1712), "voc": (50.5, 38.1, 35.1), "depth": (0.6660, 0.8362, 0.7360)},
-        "deap-no-indiv-sigma": {
-            "detection": (0.2409, 0.1520, 0.2429), "voc": (83.8, 70.2, 58.6), "depth": (0.4797, 0.6552, 0.6657)
-        },
-        "deap-only-mask": {"detection": (0.2606, 0.1934, 0.2673), "voc": (82.7, 73.0, 60.0), "depth": (0.4712, 0.6378, 0.5887)},
+        "deap-8-dim": _ablation((0.2448, 0.1722, 0.2529), (82.8, 70.4, 55.6), (0.4697, 0.6626, 0.6111)),
+        "deap-no-sigma": _ablation((0.1791, 0.1196, 0.1712), (50.5, 38.1, 35.1), (0.6660, 0.8362, 0.7360)),
+        "deap-no-indiv-sigma": _ablation((0.2409, 0.1520, 0.2429), (83.8, 70.2, 58.6), (0.4797, 0.6552, 0.6657)),
+        "deap-only-mask": _ablation((0.2606, 0.1934, 0.2673), (82.7, 73.0, 60.0), (0.4712, 0.6378, 0.5887)),
     },
-)  # fmt: skip
+)
 """By method and task, AP_lg, VOC's IoU in percent or RMSE in metres of each backbone."""
 
 
@@ -321,10 +372,9 @@ DEAP_PARAMETERS: Mapping[tuple[str, int], tuple[float, ...]] = {
 
 
 def deap_values(backbone: str, method: str, task: str) -> Values:
-    """What Table 3 or 5 has of the task's columns (of VOC, Table 5 has the second alone); () where neither has any."""
+    """What Table 3 or 5 has of the task, by the columns of DeAP's tables (of VOC, Table 5 has IoU alone)."""
     if method == "deap":
         return DEAP_RESULTS.values(backbone, task)
-    found = dict(zip(DEAP_ABLATIONS.columns, DEAP_ABLATIONS.values(method, task), strict=False))
-    if backbone not in found:
-        return ()
-    return (None, found[backbone]) if task == "voc" else (found[backbone],)
+    found = DEAP_ABLATIONS.values(method, task)
+    head = {"detection": "AP_lg", "voc": "IoU", "depth": "RMSE"}
+    return {head[task]: found[backbone]} if backbone in found else {}

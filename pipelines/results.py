@@ -12,7 +12,8 @@ from operators.visual import Panel, Tile
 from pipelines.features.clipping import ClippedFeatures
 from pipelines.features.rows import Row, Size
 from pipelines.provenance import versions
-from pipelines.published import Published
+from pipelines.published import Published, Values
+from storage.differences import Differences, differences
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
 
@@ -49,12 +50,15 @@ class Table:
     title: str
     columns: tuple[str, ...]
     lines: tuple[Line, ...] = ()
+    notes: tuple[str, ...] = ()
+    "what is to be known of its lines, in sentences"
 
     def markdown(self) -> str:
-        """With a line for the title."""
+        """With a line for the title, and its notes below it."""
         head = ["features", "input px", "stride", "grid", *self.columns]
         rows = [[line.features, line.input_px, _text(line.stride), line.grid, *map(_text, line.values)] for line in self.lines]
-        return "\n".join([self.title, *table_lines(head, rows, padded=True)])
+        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([self.title, *table_lines(head, rows, padded=True), *notes])
 
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, padded: bool = False) -> Iterator[str]:
@@ -91,19 +95,65 @@ def percent(shares: Sequence[float]) -> list[float]:
     return [100 * share for share in shares]
 
 
-def with_published(table: Table, rows: Mapping[str, Row], published: Published | None) -> Table:
-    """The table with the paper's line below each line that has one."""
-    if published is None:
-        return table
-    lines = []
-    for line in table.lines:
-        lines.append(line)
-        values = published.values(rows[line.features].method, line.input_px)
-        if values:
-            padded = (*values, *[None] * (len(table.columns) - len(values)))
-            of = replace(line, features=published.source, stride=None, grid="", values=padded, published=True)
-            lines.append(of)
-    return replace(table, lines=tuple(lines))
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A measured line, and what a paper's numbers must be of to stand below it."""
+
+    line: Line
+    row: Row
+    low: Row
+    "the backbone's own map of the same input"
+    size: Size
+    "of the input"
+    settings: JsonObject = field(default_factory=dict)
+    "what else it is of, by the names that `Published.settings` have"
+
+    def published(self, numbers: Published) -> Values:
+        """The paper's of the same method, input size and grid, by column."""
+        rows, columns = self.low.grid
+        finer = {"x2": (2 * rows, 2 * columns), "pixels": self.size}[numbers.finer]
+        if self.row.grid != (self.low.grid if self.row.method == self.low.method else finer):
+            return {}
+        return numbers.values(self.row.method, sides(self.size))
+
+    def differences(self, numbers: Published) -> Differences:
+        """Between what the paper's are of, and this line."""
+        return differences(numbers.settings, {name: self.settings.get(name) for name in numbers.settings})
+
+
+def with_published(table: Table, measured: Sequence[Measured], numbers: Published | None) -> Table:
+    """The table with all that was measured, and the paper's line below each that has one, its numbers under their names.
+
+    Columns that the paper hasn't stay empty. A line of other settings than this run's says so, and the table's notes say in
+    what they differ, and of which lines the paper has nothing.
+    """
+    if numbers is None:
+        return replace(table, lines=tuple(each.line for each in measured))
+    lines, alone, others = [], [], []
+    for each in measured:
+        lines.append(each.line)
+        values = each.published(numbers)
+        cells = tuple(values.get(column) for column in table.columns)
+        if all(cell is None for cell in cells):
+            alone.append(f"{each.line.features} at {each.line.input_px} px")
+            continue
+        different = each.differences(numbers)
+        name = f"{numbers.source}, of other settings" if different else numbers.source
+        others += [differing(different)] if different else []
+        lines.append(replace(each.line, features=name, stride=None, grid="", values=cells, published=True))
+    notes = [f"{numbers.source} is of other settings than this run: {each}" for each in dict.fromkeys(others)]
+    if alone:
+        notes.append(f"{numbers.source} has nothing of {', '.join(alone)}")
+    return replace(table, lines=tuple(lines), notes=(*table.notes, *notes))
+
+
+def differing(found: Differences) -> str:
+    """What a paper's numbers are of, and what this run's are: `limit none (here 5)`."""
+
+    def said(value: JsonValue) -> str:
+        return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+    return "; ".join(f"{each.field} {said(each.there)} (here {said(each.here)})" for each in found.found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +170,60 @@ class LeftOut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A part of the data set's items that was asked for; those beyond it aren't left out."""
+
+    how: str
+    "`the first`, `drawn`"
+    count: int
+    of: int | None
+    "that there are; None where they weren't counted, since listing ends with the last one that is taken"
+    unit: str
+    flag: str
+    "that asked for it"
+
+    def __str__(self) -> str:
+        of = "" if self.of is None else f" of {self.of:,}"
+        return f"{self.how} {self.count:,}{of} {self.unit} ({self.flag})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """What a result was computed over. Raises `ValueError` where that isn't said."""
+
+    scored: Mapping[str, int]
+    "by unit, the data set's items first, then what there is of it in them: pairs, key points"
+    left_out: tuple[LeftOut, ...] = ()
+    taken: tuple[Taken, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.scored:
+            raise ValueError("a result says over how many items of which unit it was computed")
+
+    def __str__(self) -> str:
+        over = ", ".join(f"{count:,} {unit}" for unit, count in self.scored.items())
+        return "; ".join([f"over {over}", *map(str, self.taken), *map(str, self.left_out)])
+
+    def to_json(self) -> JsonObject:
+        """As results.json has it."""
+        return {
+            "scored": dict(self.scored),
+            "taken": [asdict(each) for each in self.taken],
+            "left_out": [asdict(each) for each in self.left_out],
+            "left_out_count": sum(each.count for each in self.left_out),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """All that an evaluation found. `details` are further numbers as JSON values; pictures are by file name."""
 
     tables: tuple[Table, ...]
+    items: Items
     choices: Mapping[str, str]
     "what was chosen where paper and code, or papers, differ"
     details: JsonObject = field(default_factory=dict)
     pictures: Mapping[str, Image.Image | bytes] = field(default_factory=dict)
-    left_out: tuple[LeftOut, ...] = ()
     clipped: ClippedFeatures | None = None
     "values that float16 couldn't hold"
 
@@ -140,7 +235,8 @@ def write_results(folder: Folder, task: str, config: JsonObject, features: JsonO
     report: JsonObject = {
         "task": task,
         "tables": [asdict(table) for table in findings.tables],
-        "left_out": [asdict(each) for each in findings.left_out],
+        "items": findings.items.to_json(),
+        "left_out": [asdict(each) for each in findings.items.left_out],
         "clipped": asdict(findings.clipped) if findings.clipped else None,
         "choices": findings.choices,
         "details": findings.details,
@@ -156,8 +252,9 @@ def write_results(folder: Folder, task: str, config: JsonObject, features: JsonO
 
 def _markdown(task: str, findings: Findings) -> str:
     parts = [f"# {task}", *(table.markdown() for table in findings.tables)]
+    # What was left out shouldn't be overlooked.
+    parts.append(f"**{findings.items}**" if findings.items.left_out else str(findings.items))
     parts.append("\n".join(f"- {name}: {value}" for name, value in findings.choices.items()))
-    parts += [f"**{each}**" for each in findings.left_out]
     parts += [f"**{findings.clipped}**"] if findings.clipped and findings.clipped.images else []
     parts += [f"![{name}](pictures/{name})" for name in findings.pictures]
     return "\n\n".join(parts) + "\n"

@@ -6,9 +6,10 @@ checkpoint: the numbers don't depend on them. How things are timed and counted i
 """
 
 import io
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Annotated
 
 import matplotlib
@@ -29,9 +30,11 @@ from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP_RUNTIME, Published, Values
-from pipelines.results import Findings, Line, Table, sides, with_published
+from pipelines.results import Findings, Items, LeftOut, Line, Measured, Table, differing, sides, with_published
+from storage.differences import Differences, differences
 from storage.documents import decode
 from storage.paths import Folder, redact
+from storage.spec import FeatureSpec
 
 _UNUSED = ("data", "stores", "drawing", "limit")
 """Settings of every evaluation that mean nothing here."""
@@ -142,8 +145,8 @@ class Runtime:
     "by method"
     size: int
     "side of the input that the model takes, in pixels"
-    left_out: tuple[str, ...]
-    "method and grid of what can't be had, with the reason"
+    left_out: tuple[LeftOut, ...]
+    "lines that can't be had, the method and the grid of each with the reason"
 
     def pieces(self) -> list[Piece]:
         return [Piece(name=f"{number:03d}", items=(number,)) for number in range(len(self.cases))]
@@ -225,17 +228,20 @@ def _load(config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, bac
     return UpsamplerWeights.of(found, *found.untrained(backbone, channels, config.side, bundle.reload))
 
 
-def _cases(config: RuntimeConfig, low: Row, learned: Mapping[str, UpsamplerWeights]) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+def _cases(
+    config: RuntimeConfig, low: Row, learned: Mapping[str, UpsamplerWeights]
+) -> tuple[tuple[Case, ...], tuple[LeftOut, ...]]:
     """The backbone alone, then grid by grid bilinear and the methods; and what can't be had."""
     names = dict.fromkeys(["bilinear", *(name for name, _ in config.named_methods)])
-    cases, left_out, digests = [Case(row=low)], [], {name: weights.digest for name, weights in learned.items()}
+    cases, digests = [Case(row=low)], {name: weights.digest for name, weights in learned.items()}
+    left_out: list[LeftOut] = []
     for grid in dict.fromkeys((side, side) for side in config.grids):
         for method in names:
             try:
                 if method in learned:
                     learned[method].require_grid(low.grid, grid)
             except UpsamplerError as error:
-                left_out.append(f"{method} at {sides(grid)} ({error})")
+                left_out.append(LeftOut(reason=str(error), count=1, first=f"{method} at {sides(grid)}"))
                 continue
             row = Row(
                 name=f"{method} {_level_name(grid, low.grid)}",
@@ -245,8 +251,10 @@ def _cases(config: RuntimeConfig, low: Row, learned: Mapping[str, UpsamplerWeigh
                 stride=low.stride,
                 digest=digests.get(method, ""),
             )
-            chunks = [chunk for chunk in config.chunks if chunk <= grid[0]] if find_method(method).chunked else [0]
-            cases += [Case(row=row, chunk=chunk) for chunk in chunks]
+            chunks = config.chunks if find_method(method).chunked else (0,)
+            cases += [Case(row=row, chunk=chunk) for chunk in chunks if chunk <= grid[0]]
+            larger = [f"{method} at {sides(grid)}, {chunk} x {chunk} at once" for chunk in chunks if chunk > grid[0]]
+            left_out += [LeftOut(reason="more queries at once than the grid has", count=1, first=each) for each in larger]
     return tuple(cases), tuple(left_out)
 
 
@@ -270,17 +278,22 @@ def find(config: RuntimeConfig, task: Runtime, recipe: LiveRecipe, records: Sequ
         raise ConfigError(f"--device {asked}: {config.out} has timings of {devices[0]}; give --out a new folder")
     counts = _counts(task, recipe.bundle((task.size, task.size)))
     lines = [_line(case, task.size, found[case.name], counts.parameters) for case in task.cases]
+    notes: list[str] = []
     if config.paper and on_gpu:
-        lines = _with_table_9(lines, task)
+        lines, notes = _with_table_9(lines, task, recipe.spec((task.size, task.size)))
     memory = "peak MiB" if on_gpu else "peak RSS, MiB"
     times = Table(
         title=f"One image, from pixels to the grid: {devices[0]}, {config.features.precision}",
         columns=("ms", "median ms", "passes", memory, "parameters, M", "10^9 MACs"),
         lines=tuple(lines),
+        notes=tuple(notes),
     )
     digests = {case.row.method: case.row.digest for case in task.cases if case.row.digest}
     return Findings(
-        tables=(times, _operations(config, task, counts)),
+        tables=(times, _operations(config, task, counts, recipe.spec((task.size, task.size)))),
+        items=Items(
+            scored={"lines": len(task.cases), "timed passes": sum(len(one.seconds) for one in timings)}, left_out=task.left_out
+        ),
         choices=_choices(config, task, on_gpu=on_gpu),
         details={"timings": list(records), "counts": asdict(counts), "digests": digests},
         pictures={"runtime.png": plot(task, found)} if config.pictures else {},
@@ -317,28 +330,63 @@ def _line(case: Case, size: int, timing: Timing, parameters: Mapping[str, int]) 
     return replace(Line.of(case.row, (size, size), values), features=case.name)
 
 
-def _with_table_9(lines: Sequence[Line], task: Runtime) -> list[Line]:
-    """Below each of ViT-Up's lines the paper's, and at the end its other methods at the grids that were timed."""
+_SAME_COST = ("heads", "border_crop", "dropout", "rank", "alpha")
+"""Settings of networks that change neither time nor operations in what is measured here, but for a few parts in a thousand."""
+
+
+def _is_published(task: Runtime, method: str) -> bool:
+    """Whether a network has the settings that its paper's numbers are of: the defaults. A checkpoint may have others."""
+    weights = task.learned[method]
+    settings = find_method(method).parse(weights.settings)
+    plain = [each for each in fields(settings) if each.default is not MISSING and each.name not in _SAME_COST]
+    return all(getattr(settings, each.name) == each.default for each in plain)
+
+
+def _from_table_9(task: Runtime, spec: FeatureSpec) -> Differences:
+    """Between what Table 9 is of, and what was timed."""
+    here = {
+        **{"model_args": {}, **spec.to_json()},
+        "model": re.sub(r"(_qkvb)?(\.\w+)?$", "", spec.model),  # neither biases nor weights change a time
+        "size": task.size,
+    }
+    return differences(VIT_UP_RUNTIME.settings, {name: here[name] for name in VIT_UP_RUNTIME.settings})
+
+
+def _with_table_9(lines: Sequence[Line], task: Runtime, spec: FeatureSpec) -> tuple[list[Line], list[str]]:
+    """Below each of ViT-Up's lines the paper's, and at the end its other methods at the grids that were timed; and what is to be
+    said of it. Nothing where it is of another backbone or input: times and memory of those tell nothing."""
+    source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"
+    if different := _from_table_9(task, spec):
+        return list(lines), [f"{source} has nothing of this, so nothing of it is printed: {differing(different)}"]
     out: list[Line] = []
+    alone: list[str] = []
     for case, line in zip(task.cases, lines, strict=True):
-        side = case.row.grid[0]
-        found = VIT_UP_RUNTIME.values(f"ViT-Up, {case.chunk} x {case.chunk} at once", str(side)) if case.chunk else ()
+        found = _of_table_9(case, task)
         out += [line, *([_published(line, line.features, found)] if found else [])]
+        alone += [] if found else [line.features]
     others = [name for name in VIT_UP_RUNTIME.rows if not name.startswith("ViT-Up")]
     by_side = {case.row.grid[0]: line for case, line in zip(task.cases[1:], lines[1:], strict=True)}
     for side, line in by_side.items():
         beside = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
         out += [_published(line, name, values) for name, values in beside.items() if values]
-    return out
+    notes = [f"{source} is of a GPU that the paper doesn't name"]
+    return out, notes + ([f"{source} has nothing of {', '.join(alone)}"] if alone else [])
+
+
+def _of_table_9(case: Case, task: Runtime) -> Values:
+    """The paper's of a case; nothing of what it hasn't, or of a ViT-Up that isn't the published one."""
+    if case.row.method != "vit_up" or not case.chunk or not _is_published(task, case.row.method):
+        return {}
+    return VIT_UP_RUNTIME.values(f"ViT-Up, {case.chunk} x {case.chunk} at once", str(case.row.grid[0]))
 
 
 def _published(line: Line, name: str, values: Values) -> Line:
-    cells = (values[0], None, None, values[1], None, None)
-    source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"  # without the backbone, which is this run's own
+    cells = tuple(values.get(column) for column in ("ms", "median ms", "passes", "peak MiB", "parameters, M", "10^9 MACs"))
+    source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"
     return replace(line, features=f"{source}: {name}", stride=None, values=cells, published=True)
 
 
-def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts) -> Table:
+def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts, spec: FeatureSpec) -> Table:
     """The layout of LiFT's Table 5. Counted for x2 whatever grids were timed."""
     size, low = (task.size, task.size), task.cases[0].row
     rows = {low.name: low} | {
@@ -346,30 +394,33 @@ def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts) -
         for method in counts.paper_count
         if method != "alone"
     }
-    lines = []
+    measured = []
     for row in rows.values():
         name = "alone" if row is low else row.method
         macs = counts.macs["alone"] + (0 if row is low else counts.macs[name])
         values = [counts.parameters[row.method] / 1e6, counts.paper_count[name] / 1e9, macs / 1e9]
-        lines.append(Line.of(row, size, values))
+        measured.append(Measured(line=Line.of(row, size, values), row=row, low=low, size=size))
     table = Table(
         title="Operations of one image: as LiFT's paper counts them, and multiply-accumulates of the whole model",
-        columns=("parameters, M", "10^9, LiFT's count", "10^9 MACs"),
-        lines=tuple(lines),
+        columns=("parameters, M", _LIFTS_COUNT, "10^9 MACs"),
     )
-    return with_published(table, rows, _lift_published(config, low) if config.paper else None)
+    return with_published(table, measured, _lift_published(task, spec) if config.paper else None)
 
 
-def _lift_published(config: RuntimeConfig, low: Row) -> Published:
-    """LiFT's Table 5 where it has this model, size and stride."""
+_LIFTS_COUNT = "10^9, LiFT's count"
+
+
+def _lift_published(task: Runtime, spec: FeatureSpec) -> Published:
+    """LiFT's Table 5 where it has this model, size and stride: it counts the last block's keys, and LiFT as it is published."""
+    is_keys = spec.facet == "key" and spec.layers == (11,) and not spec.model_args
     rows = {
-        method: {str(config.side): (None, operations)}
+        method: {str(task.size): {_LIFTS_COUNT: operations}}
         for one in LIFT_OPERATIONS
-        if (one.model, one.size, one.stride) == (config.features.model, config.side, low.stride)
+        if (one.model, one.size, one.stride) == (spec.model, task.size, spec.stride) and is_keys
         for method, operations in (("backbone", one.alone), ("lift", one.lift))
-        if operations is not None
+        if operations is not None and (method == "backbone" or (method in task.learned and _is_published(task, method)))
     }
-    return Published(paper=LIFT, table="Table 5", rows=rows)
+    return Published(paper=LIFT, table="Table 5", of="DINO's keys", rows=rows)
 
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:
@@ -392,7 +443,7 @@ def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str,
     if config.paper and not on_gpu:
         choices["published"] = "Table 9 is of a GPU: not shown beside times of a CPU"
     if task.left_out:
-        choices["left out"] = "; ".join(task.left_out)
+        choices["left out"] = "; ".join(f"{each.first} ({each.reason})" for each in task.left_out)
     return choices
 
 

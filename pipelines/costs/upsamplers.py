@@ -332,7 +332,7 @@ def cost_report(config: CostBenchmark, result: CostResult, machine: Machine) -> 
 - Times: medians of {config.repeat} rounds, in which everything runs once, in changing order; ratios: medians of each round's,
   and their middle half. The backbone runs anew for every upsampler.
 - Peak memory: what torch's allocator holds at once, with the result, without weights and input.
-- LiFT's paper gives +22 % for 224 px at stride 16, in operations by its own count (5.30 / 4.34)."""
+- LiFT's paper gives +22 % for DINO ViT-S/16's keys of 224 px at stride 16, in operations by its own count (5.30 / 4.34)."""
 
 
 def _count_report(counts: Sequence[PublishedCounts]) -> Iterator[str]:

@@ -7,7 +7,9 @@ from pipelines.costs.upsamplers import BACKBONE
 from pipelines.costs.vit_up import ALL_GRIDS, Line, ViTUpBenchmark, ViTUpResult
 from pipelines.costs.windows import window_report
 from pipelines.published import VIT_UP_RUNTIME
-from pipelines.results import table_lines
+from pipelines.results import differing, table_lines
+from storage.differences import differences
+from storage.documents import JsonValue
 
 
 def vit_up_report(config: ViTUpBenchmark, result: ViTUpResult, machine: Machine) -> Iterator[str]:
@@ -30,19 +32,25 @@ def vit_up_report(config: ViTUpBenchmark, result: ViTUpResult, machine: Machine)
 - 10^9 multiply-accumulates of the upsampler. ViT-Up's are the head's, with keys and values ({_giga(macs.keys_values)}); beside
   it: {once}. By formula: the paper's head, which decodes all layers; counted: what runs, the last one's decoder."""
     if not result.device.startswith("CPU"):
-        yield from _published_report()
+        yield from _published_report(config, result)
     if result.left_out:
         sides = ", ".join(f"{side} x {side}" for side in result.left_out)
         yield f"- Left out: {sides} (--grids {' '.join(map(str, ALL_GRIDS))} has all; on a CPU that takes minutes for each row)."
     yield from window_report(result.windows)
 
 
-def _published_report() -> Iterator[str]:
+def _published_report(config: ViTUpBenchmark, result: ViTUpResult) -> Iterator[str]:
+    """Table 9 beside what it is of, and not beside anything else."""
+    model = config.model.split(".")[0].removesuffix("_qkvb")
+    here: dict[str, JsonValue] = {"model": model, "size": config.size, "precision": result.precision}
+    if different := differences({name: VIT_UP_RUNTIME.settings[name] for name in here}, here):
+        yield f"- The paper's Table 9 has nothing of this, so it isn't printed: {differing(different)}."
+        return
     rows = [
-        [name, *(", ".join(f"{value:,.1f}" for value in values.get(side, ()) if value) for side in ("112", "224", "448"))]
+        [name, *(", ".join(f"{value:,.1f}" for value in values.get(side, {}).values()) for side in ("112", "224", "448"))]
         for name, values in VIT_UP_RUNTIME.rows.items()
     ]
-    yield "\nThe paper's Table 9, bf16 on a GPU that it doesn't name, ms and MiB:"
+    yield f"\nThe paper's Table 9, {VIT_UP_RUNTIME.of} at {config.size} px, bf16 on a GPU that it doesn't name, ms and MiB:"
     yield from table_lines(["", "112 x 112", "224 x 224", "448 x 448"], rows)
 
 

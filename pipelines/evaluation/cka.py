@@ -15,10 +15,22 @@ from torch import Tensor
 from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Evaluated, Piece, Record, Unscored, begin, cut, grouped, records_of, split_left_out
+from pipelines.evaluation.run import (
+    Evaluated,
+    Piece,
+    Record,
+    Unscored,
+    begin,
+    cut,
+    grouped,
+    left_out_of_listing,
+    limited,
+    records_of,
+    split_left_out,
+)
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
-from pipelines.results import Findings, Line, Table
+from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken
 from storage.datasets.files import DatasetError
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import decode_known
@@ -59,10 +71,21 @@ class ScaleInvariance:
     batch: int
     estimator: Estimator
     rescale: bool
+    left_out: tuple[LeftOut, ...] = ()
+    "of the folder"
+    taken: tuple[Taken, ...] = ()
 
     def pieces(self) -> list[Piece]:
-        pieces = cut(range(len(self.images)), self.batch, "{number:05d}")
-        return [piece for piece in pieces if len(piece.items) >= LEAST]
+        return [piece for piece in self._batches() if len(piece.items) >= LEAST]
+
+    def too_few(self) -> tuple[LeftOut, ...]:
+        """The images of a last batch that isn't compared."""
+        few = [number for piece in self._batches() if len(piece.items) < LEAST for number in piece.items]
+        reason = f"the last batch has fewer than {LEAST} images (--batch {self.batch})"
+        return (LeftOut(reason=reason, count=len(few), first=self.images[few[0]].displayed),) if few else ()
+
+    def _batches(self) -> list[Piece]:
+        return cut(range(len(self.images)), self.batch, "{number:05d}")
 
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:  # noqa: ARG002
         left_out = records_of(piece.items, lambda number: self._require(number, source))
@@ -106,7 +129,8 @@ def _stacked(maps: list[Tensor]) -> Tensor:
 
 def prepare(config: CkaConfig) -> tuple[ScaleInvariance, Recipe, Folder]:
     """The images listed, the model loaded, the folder begun: most that can be wrong is wrong here."""
-    images = tuple(load_images(config.required("data"), config.options)[: config.limit])
+    listed = load_images(config.required("data"), config.options)
+    images, taken = limited(listed, config.limit, "images")
     if len(images) < LEAST:
         raise DatasetError(f"{images[0].folder.displayed} has {len(images)} images; at least {LEAST} are compared")
     sides = config.sizes or (() if config.stores else tuple(range(56, 449, 56)))
@@ -122,6 +146,8 @@ def prepare(config: CkaConfig) -> tuple[ScaleInvariance, Recipe, Folder]:
         batch=config.batch,
         estimator=config.estimator,
         rescale=config.rescale,
+        left_out=left_out_of_listing(listed.left_out),
+        taken=taken,
     )
     return task, *begin(config, "cka", recipe, Evaluated(records=images, images=dict.fromkeys(sizes, images)))
 
@@ -146,10 +172,16 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
         title="CKA with the same images' features at other sizes (1: alike)",
         columns=tuple(f"{side} px" for side in task.sides),
         lines=tuple(lines),
+        notes=("LiFT's Fig. 4 has curves, no numbers to print",) if config.paper else (),
     )
     used = sum(record["images"] for record in records) // len(found)
     return Findings(
         tables=(table,),
+        items=Items(
+            scored={"images": used, "batches": len(records) // len(found)},
+            left_out=(*task.left_out, *left_out, *task.too_few()),
+            taken=task.taken,
+        ),
         choices={
             "protocol": "our choice; LiFT's Fig. 4 has no published code, sizes or batches",
             "images": f"{used} of {len(task.images)}, squashed, {_drawn(recipe)}; batches of {config.batch} in sorted order",
@@ -158,7 +190,6 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
         },
         details={"cka": {name: matrix.tolist() for name, matrix in found.items()}, "sizes": list(task.sides)},
         pictures={"cka.png": plot(found, task.sides)} if config.pictures else {},
-        left_out=left_out,
     )
 
 

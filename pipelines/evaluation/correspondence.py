@@ -14,12 +14,26 @@ from operators.metrics.correspondence import ALPHAS, LIFT, VIT_UP, PairScore, Pc
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped, records_of, score_table, split_left_out
+from pipelines.evaluation.run import (
+    Evaluated,
+    Piece,
+    Record,
+    begin,
+    count_of,
+    cut,
+    grouped,
+    limited,
+    records_of,
+    score_table,
+    set_aside,
+    split_left_out,
+)
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import LIFT_CORRESPONDENCE, VIT_UP_CORRESPONDENCE
-from pipelines.results import Findings, Table, panel, percent
+from pipelines.results import Findings, Items, Table, Taken, panel, percent
+from storage.datasets.files import DatasetError
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import ImageFile
 from storage.datasets.registry import PAIRS
@@ -31,6 +45,8 @@ from storage.spread import spread
 PROTOCOLS: dict[str, Protocol] = {"lift": LIFT, "vit-up": VIT_UP}
 
 PIECE_PAIRS = 32
+
+NO_POINTS = "its images have no key point in common"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +76,8 @@ class CorrespondenceConfig(LabelledConfig):
         super().__post_init__()
         if not self.alphas or min(self.alphas) <= 0:
             raise ConfigError(f"--alphas {self.alphas}: must be above 0, at least one")
+        if len(set(map(_column, self.alphas))) < len(self.alphas):
+            raise ConfigError(f"--alphas {' '.join(map(str, self.alphas))}: give each once, six digits of it count")
         if self.pairs_per_category is not None and self.pairs_per_category < 0:
             raise ConfigError(f"--pairs-per-category {self.pairs_per_category}: must be at least 0")
 
@@ -79,6 +97,11 @@ class CorrespondenceConfig(LabelledConfig):
     def annotation(self) -> Literal["pairs", "images"]:
         """`key_points`, its default resolved."""
         return self.key_points or ("pairs" if self.protocol == "lift" else "images")
+
+
+def _column(alpha: float) -> str:
+    """The name of a score, by which the paper's stands below it."""
+    return f"PCK@{alpha:g}"
 
 
 _PUBLISHED = {"lift": LIFT_CORRESPONDENCE, "vit-up": VIT_UP_CORRESPONDENCE}
@@ -113,6 +136,8 @@ class Correspondence:
     "pairs whose predictions are kept for pictures"
     frame: LabelFrame | None = None
     "of labels, where their size doesn't tell"
+    taken: tuple[Taken, ...] = ()
+    "which of the split's pairs"
 
     def pieces(self) -> list[Piece]:
         """Pairs with common images beside each other."""
@@ -169,9 +194,12 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
     recipe, sizes = resolve_source(config.source, [(side, side) for side in config.sizes], geometry)
     if any(h != w for h, w in sizes):
         raise ConfigError(f"correspondence is done on square inputs, not on {sizes}; use --sizes")
-    everything = PAIRS["spair"](folder, config.split, config.annotation)[: config.limit]
+    everything, taken = limited(PAIRS["spair"](folder, config.split, config.annotation), config.limit, "pairs")
     times = draw_pairs(everything, config.draws, config.seed)
     pairs = tuple(everything[number] for number in times)
+    if config.draws:
+        flag = f"--pairs-per-category {config.draws}"
+        taken += (Taken(how="drawn", count=len(pairs), of=len(everything), unit="pairs", flag=flag),)
     task = Correspondence(
         pairs=pairs,
         times=tuple(times.values()),
@@ -180,6 +208,7 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
         alphas=config.alphas,
         pictured=frozenset(spread(len(pairs), config.pictures)),
         frame=config.label_frame,
+        taken=taken,
     )
     images = [image for pair in pairs for image in (pair.source, pair.target)]
     of = Evaluated(records=[*pairs, *times.values()], images=dict.fromkeys(sizes, images))
@@ -189,21 +218,36 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
 def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """PCK per row and size, in percent: the mean of the categories, as both papers have it."""
     records, left_out = split_left_out(records)
+    records, without = set_aside(records, lambda each: not each["points"], NO_POINTS, lambda each: each["pair"])
+    if not records:
+        raise DatasetError(f"no pair can be scored: {'; '.join(map(str, (*left_out, *without)))}")
     found = scores(records)
-    columns = (*(f"PCK@{alpha:g}" for alpha in task.alphas), "pairs")
+    columns = (*map(_column, task.alphas), "pairs")
     table = score_table(
         Table(title="PCK, %, mean of the categories", columns=columns),
         recipe,
         {side: (side, side) for side in task.sizes},
         lambda row, size: [*percent(found[row, size].mean()), _pairs(found[row, size])],
         _PUBLISHED[config.protocol] if config.paper else None,
+        {
+            "split": config.split,
+            "pairs_per_category": config.draws,
+            "key_points": config.annotation,
+            "threshold": config.threshold,
+            "candidates": config.candidates,
+            "limit": config.limit,
+            "left_out": count_of(left_out),
+        },
     )
+    points = {record["pair"]: record["points"] for record in records}
     return Findings(
         tables=(table,),
+        items=Items(
+            scored={"pairs": len(points), "key points": sum(points.values())}, left_out=(*left_out, *without), taken=task.taken
+        ),
         choices=_choices(config, recipe),
         details={f"{name} at {size} px": _details(pck) for (name, size), pck in found.items()},
         pictures=_pictures(task, records),
-        left_out=left_out,
     )
 
 

@@ -1,7 +1,7 @@
 """Unsupervised discovery of one object per image with TokenCut, on VOC07, VOC12 and COCO20k: CorLoc."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,9 @@ from pipelines.evaluation.run import (
     Record,
     begin,
     by_size,
+    count_of,
     cut,
+    first_of,
     grouped,
     records_of,
     score_table,
@@ -28,7 +30,7 @@ from pipelines.features.pictures import Picture, Squash
 from pipelines.features.rows import Size
 from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolve_source
 from pipelines.published import LIFT_DISCOVERY
-from pipelines.results import Findings, Table, panel
+from pipelines.results import Findings, Items, LeftOut, Table, Taken, panel
 from storage.datasets.boxes import BoxedImage
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
@@ -38,6 +40,8 @@ from storage.paths import Folder
 from storage.spread import spread
 
 PIECE_IMAGES = 16
+
+NO_OBJECT = "its annotation has no object; crowds don't count"
 
 ORIGINAL = "original"
 """A line's input where images keep their own size."""
@@ -66,6 +70,8 @@ class DiscoveryConfig(LabelledConfig):
         super().__post_init__()
         if self.protocol == "tokencut" and self.sizes:
             raise ConfigError("--sizes are for --protocol lift; tokencut takes images at their own size")
+        if self.dataset == "coco20k" and self.split != type(self).split:
+            raise ConfigError(f"--split {self.split}: coco20k is one list, coco_20k_filenames.txt; leave --split out")
 
     @property
     def settings(self) -> TokenCut:
@@ -103,6 +109,9 @@ class ObjectDiscovery:
     "images whose eigenvectors are kept for pictures"
     frame: LabelFrame | None = None
     "of boxes, where their image's size doesn't tell"
+    left_out: tuple[LeftOut, ...] = ()
+    "of the images that the data set lists, up to the last that is taken"
+    taken: tuple[Taken, ...] = ()
 
     def pieces(self) -> list[Piece]:
         return cut(range(len(self.images)), PIECE_IMAGES, "{side}-{start:06d}", self.sides or (0,))
@@ -161,8 +170,7 @@ def _eigenvector(found: Discovery) -> Record:
 def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    loaded = BOXES[config.dataset](folder, config.split)
-    images = tuple(each for each in loaded if each.boxes)[: config.limit]
+    images, left_out, taken = _with_objects(BOXES[config.dataset](folder, config.split), config.limit)
     if not images:
         raise DatasetError(f"{folder.displayed}: no image has an object")
     own_size = config.protocol == "tokencut"
@@ -178,9 +186,23 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
         settings=config.settings,
         pictured=frozenset(spread(len(images), config.pictures)),
         frame=config.label_frame,
+        left_out=left_out,
+        taken=taken,
     )
     asked = by_size((task.size(i, side), boxed.image) for side in task.sides or (0,) for i, boxed in enumerate(images))
     return task, *begin(config, "discovery", recipe, Evaluated(records=images, images=asked))
+
+
+def _with_objects(
+    listed: Sequence[BoxedImage], limit: int | None
+) -> tuple[tuple[BoxedImage, ...], tuple[LeftOut, ...], tuple[Taken, ...]]:
+    """The first images with objects, those before the last of them that have none, and how many of all that is."""
+    numbers = [number for number, each in enumerate(listed) if each.boxes][:limit]
+    seen = listed[: numbers[-1] + 1] if limit is not None and len(numbers) == limit else listed
+    empty = [each for each in seen if not each.boxes]
+    left_out = (LeftOut(reason=NO_OBJECT, count=len(empty), first=empty[0].image.displayed),) if empty else ()
+    taken = (first_of(len(seen), len(listed), "images"),) if len(seen) < len(listed) else ()
+    return tuple(listed[number] for number in numbers), left_out, taken
 
 
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:
@@ -193,20 +215,28 @@ def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records
     """CorLoc per row and size, in percent."""
     records, left_out = split_left_out(records)
     found = scores(records)
+    published = LIFT_DISCOVERY[config.dataset] if config.paper and task.sides else None
+    notes = (f"no paper has numbers of --protocol {config.protocol} here",) if config.paper and not published else ()
     table = score_table(
-        Table(title=f"CorLoc on {config.dataset}, %", columns=("CorLoc", "images")),
+        Table(title=f"CorLoc on {config.dataset}, %", columns=("CorLoc", "images"), notes=notes),
         recipe,
         {side: task.size(0, side) for side in task.sides or (0,)},
         lambda row, side: [100 * found[row, side].share, found[row, side].images],
-        LIFT_DISCOVERY[config.dataset] if config.paper and task.sides else None,
+        published,
+        {"split": config.split, **asdict(task.settings), "limit": config.limit, "left_out": count_of(left_out)},
         varied={0: ORIGINAL},
     )
+    scored = {record["image"] for record in records}
     return Findings(
         tables=(table,),
+        items=Items(
+            scored={"images": len(scored), "objects": sum(len(task.images[number].boxes) for number in scored)},
+            left_out=(*task.left_out, *left_out),
+            taken=task.taken,
+        ),
         choices=_choices(config, task, recipe),
         details={"without an object's box": sum(not record["found"] for record in records)},
         pictures=_pictures(task, records),
-        left_out=left_out,
     )
 
 

@@ -16,7 +16,18 @@ from operators.readouts import Readout
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
 from pipelines.evaluation.config import LabelledConfig
-from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped, records_of, split_left_out
+from pipelines.evaluation.run import (
+    Evaluated,
+    Piece,
+    Record,
+    begin,
+    cut,
+    first_of,
+    grouped,
+    left_out_of_listing,
+    records_of,
+    split_left_out,
+)
 from pipelines.features.config import LevelConfig
 from pipelines.features.photos import upright_pixels
 from pipelines.features.rows import Row, Size, pooled_level
@@ -24,10 +35,10 @@ from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolv
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
-from pipelines.results import Cell, Findings, Line, Table, panel
+from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, Taken, panel
 from pipelines.training.readout import features_of
 from storage.datasets.content import joint_digest
-from storage.datasets.files import DatasetError
+from storage.datasets.files import DatasetError, Listed
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.differences import differences
@@ -77,6 +88,9 @@ class Probe:
     "of the model's input"
     pictured: frozenset[int]
     "images whose predictions are drawn"
+    left_out: tuple[LeftOut, ...] = ()
+    "of the data set's images that were asked for"
+    taken: tuple[Taken, ...] = ()
 
     def pieces(self) -> list[Piece]:
         return cut(range(len(self.images)), PIECE_IMAGES, "{start:07d}")
@@ -120,7 +134,8 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
     recipe, size = _features(config, readouts)
     rows = {name: _row_of(each, recipe, size) for name, each in readouts.items()}
     task = replace(first.task, side=config.side or first.task.side)
-    images = tuple(task.judged(_images(config, first)))
+    listed = _images(config, first)
+    images = tuple(task.judged(listed))
     probe = Probe(
         images=images,
         readouts=readouts,
@@ -129,6 +144,8 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
         drawn=first.task,
         size=size,
         pictured=frozenset(spread(len(images), config.pictures)),
+        left_out=(*left_out_of_listing(listed.left_out), *_not_judged(task, listed, images)),
+        taken=(first_of(len(listed), listed.of, "images"),) if listed.of != len(listed) else (),
     )
     trained = sorted(str((name, [each.features, each.task.as_json(), each.digest])) for name, each in readouts.items())
     of = Evaluated(
@@ -152,7 +169,13 @@ def _names(urls: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _images(config: ProbeConfig, readout: TrainedReadout) -> list[LabelledImage]:
+def _not_judged(task: Task, listed: Sequence[LabelledImage], judged: Sequence[LabelledImage]) -> tuple[LeftOut, ...]:
+    kept = {each.image.displayed for each in judged}
+    others = [each.image.displayed for each in listed if each.image.displayed not in kept]
+    return (LeftOut(reason=task.judged_only, count=len(others), first=others[0]),) if others else ()
+
+
+def _images(config: ProbeConfig, readout: TrainedReadout) -> Listed[LabelledImage]:
     """Those of the data set. Raises `ConfigError` where its labels aren't what the readout was trained for."""
     dataset, task = config.dataset or readout.dataset, readout.task
     if dataset not in DATASETS:
@@ -247,17 +270,23 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         scores = {name: probe.task.scores(judged.get(name, [])) for name in probe.readouts}
     except ValueError as error:
         raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
+    empty = _empty(probe, records)
+    scored = {record["image"] for record in records} - {*empty}
     columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
     lines = [Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()]
     named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
     first = next(iter(probe.readouts))
     table = Table(
-        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(judged[first])} images",
+        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(scored)} images",
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=tuple(named),
+        notes=("what papers publish of readouts is printed by jobs/tables.py --paper",) if config.paper else (),
     )
+    if empty:
+        left_out += (LeftOut(reason=probe.task.empty, count=len(empty), first=probe.images[empty[0]].image.displayed),)
     return Findings(
         tables=(table,),
+        items=Items(scored={"images": len(scored)}, left_out=(*probe.left_out, *left_out), taken=probe.taken),
         choices={
             "task": str(probe.task),
             "readouts": "; ".join(
@@ -269,8 +298,13 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         },
         details={"scores": scores, "trained on": {name: dict(r.features) for name, r in probe.readouts.items()}},
         pictures=_pictures(config, probe),
-        left_out=left_out,
     )
+
+
+def _empty(probe: Probe, records: Sequence[Record]) -> tuple[int, ...]:
+    """The numbers of images that were judged and say nothing of any score."""
+    judged = ((record["image"], decode(probe.task.record, record["judged"])) for record in records)
+    return tuple(sorted({number for number, record in judged if probe.task.is_empty(record)}))
 
 
 def _drawing(probe: Probe, recipe: Recipe) -> str:

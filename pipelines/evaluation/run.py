@@ -21,11 +21,12 @@ from pipelines.features.rows import Size
 from pipelines.features.sources import CachedSource, FeatureSource, LiveRecipe, Recipe, StoreRecipe, describe
 from pipelines.provenance import begin_run, run_folder
 from pipelines.published import Published
-from pipelines.results import Cell, Findings, LeftOut, Line, Table, with_published, write_results
+from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, with_published, write_results
 from storage.datasets.content import HasContent, content_digests, joint_digest
 from storage.datasets.files import DatasetError, ItemLeftOut, digest
 from storage.datasets.images import EncodedImage
 from storage.documents import Document, JsonObject, JsonValue, decode, parse_json
+from storage.left_out import LeftOut as NotListed
 from storage.paths import Folder, redact
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,40 @@ def split_left_out(records: Sequence[Record]) -> tuple[list[Record], tuple[LeftO
     return scored, found
 
 
+def set_aside(
+    records: Sequence[Record], is_empty: Callable[[Record], bool], reason: str, name: Callable[[Record], str]
+) -> tuple[list[Record], tuple[LeftOut, ...]]:
+    """The records without those that say nothing of any score, and how many items those are of: each `name` once."""
+    names = list(dict.fromkeys(name(record) for record in records if is_empty(record)))
+    if not names:
+        return list(records), ()
+    kept = [record for record in records if not is_empty(record)]
+    return kept, (LeftOut(reason=reason, count=len(names), first=names[0]),)
+
+
+T = TypeVar("T")
+
+
+def limited(items: Sequence[T], limit: int | None, unit: str) -> tuple[tuple[T, ...], tuple[Taken, ...]]:
+    """The first items, as --limit has it, and what is to be said of it."""
+    first = tuple(items[:limit])
+    return first, () if len(first) == len(items) else (first_of(len(first), len(items), unit),)
+
+
+def first_of(count: int, of: int | None, unit: str) -> Taken:
+    """What --limit takes."""
+    return Taken(how="the first", count=count, of=of, unit=unit, flag="--limit")
+
+
+def left_out_of_listing(found: Mapping[str, NotListed]) -> tuple[LeftOut, ...]:
+    """What was found beside a data set's files and may have been meant as some of them."""
+    return tuple(
+        LeftOut(reason=reason, count=each.count, first=next(iter(each.examples), ""))
+        for reason, each in found.items()
+        if not each.is_usual
+    )
+
+
 def grouped(records: Sequence[Record], *names: str) -> dict[tuple[JsonValue, ...], list[Record]]:
     """Records that have the same values under `names`, by those values, in the order of the first of each."""
     groups: dict[tuple[JsonValue, ...], list[Record]] = {}
@@ -124,18 +159,35 @@ def score_table(
     sizes: Mapping[int, Size],
     values: Callable[[str, int], Sequence[Cell]],
     published: Published | None = None,
+    settings: JsonObject | None = None,
     varied: Mapping[int, str] | None = None,
 ) -> Table:
     """`table` with a line of `values` for each side and each row of features, and the paper's below it.
 
-    `sizes`: the input's, by side. `varied`: what tables say of the input where other items' sizes are others.
+    `sizes`: the input's, by side. `settings`: the evaluation's, defaults resolved, by which the paper's numbers are told from
+    those of other settings. `varied`: what tables say of the input where other items' sizes are others.
     """
-    lines, rows = [], {}
+    measured = []
     for side, size in sizes.items():
-        for row in recipe.rows(size):
-            rows[row.name], line = row, Line.of(row, size, values(row.name, side))
-            lines.append(line.like(varied[side], f"{line.grid}, ...") if varied and side in varied else line)
-    return with_published(replace(table, lines=tuple(lines)), rows, published)
+        low, *_ = rows = recipe.rows(size)
+        here = {**_features_of(recipe, size), **(settings or {})}
+        for row in rows:
+            line = Line.of(row, size, values(row.name, side))
+            line = line.like(varied[side], f"{line.grid}, ...") if varied and side in varied else line
+            measured.append(Measured(line=line, row=row, low=low, size=size, settings=here))
+    return with_published(table, measured, published)
+
+
+def _features_of(recipe: Recipe, size: Size) -> dict[str, JsonValue]:
+    """What made the maps, by the names that `Published.settings` have. A file may hold the paper's weights; random ones don't."""
+    spec = recipe.spec(size)
+    weights = "random" if spec.weights_source == "random" else "pretrained"
+    return {"model_args": {}, **spec.to_json(), "weights": weights, "drawing": recipe.rendering}
+
+
+def count_of(left_out: Sequence[LeftOut]) -> int:
+    """Items, for whichever reason."""
+    return sum(each.count for each in left_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,23 @@ from operators.metrics.similarity import centre_cell, self_similarity
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.run import Evaluated, Piece, Record, begin, cut, grouped, records_of, split_left_out
+from pipelines.evaluation.run import (
+    Evaluated,
+    Piece,
+    Record,
+    begin,
+    cut,
+    grouped,
+    left_out_of_listing,
+    limited,
+    records_of,
+    split_left_out,
+)
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Size
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
-from pipelines.results import Findings, Line, Table, panel
+from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, panel
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import JsonValue
 from storage.paths import Folder
@@ -38,6 +49,9 @@ class SelfSimilarity:
 
     images: tuple[ImageFile, ...]
     sides: tuple[int, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    "of the folder"
+    taken: tuple[Taken, ...] = ()
 
     def pieces(self) -> list[Piece]:
         return cut(range(len(self.images)), 1, "{number:05d}")
@@ -58,7 +72,8 @@ class SelfSimilarity:
 
 def prepare(config: SimilarityConfig) -> tuple[SelfSimilarity, Recipe, Folder]:
     """The images listed, the model loaded, the folder begun: most that can be wrong is wrong here."""
-    images = tuple(load_images(config.required("data"), config.options)[: config.limit])
+    listed = load_images(config.required("data"), config.options)
+    images, taken = limited(listed, config.limit, "images")
     wanted: Sequence[Size] = [(side, side) for side in config.sizes]
     recipe, sizes = resolve_source(config.source, wanted, "squash")
     if any(h != w for h, w in sizes):
@@ -66,7 +81,7 @@ def prepare(config: SimilarityConfig) -> tuple[SelfSimilarity, Recipe, Folder]:
     sides = tuple(sorted(h for h, _ in sizes))
     if not config.sizes and not config.stores:
         sides = (sides[0], 2 * sides[0])
-    task = SelfSimilarity(images=images, sides=sides)
+    task = SelfSimilarity(images=images, sides=sides, left_out=left_out_of_listing(listed.left_out), taken=taken)
     of = Evaluated(records=[*images, *sides], images={(side, side): images for side in sides})
     return task, *begin(config, "similarity", recipe, of)
 
@@ -87,16 +102,21 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
         title="Self-similarity of the centre cell, each map stretched to 0..1",
         columns=("cells above 0.5, %", "images"),
         lines=tuple(lines),
+        notes=("LiFT's Fig. 5 and 6 are pictures, with no numbers to print",) if config.paper else (),
     )
     return Findings(
         tables=(table,),
+        items=Items(
+            scored={"images": len({record["image"] for record in records})},
+            left_out=(*task.left_out, *left_out),
+            taken=task.taken,
+        ),
         choices={
             "cell": "half the cells a side, as in LiFT's code: right and below of the true centre",
             "scale": "each map its own, so that values of different maps can't be compared",
             "images": f"squashed, {'bilinear' if recipe.rendering == 'paper' else 'drawn as extract'}",
         },
         pictures={"similarity.png": _picture(task, maps)} if config.pictures else {},
-        left_out=left_out,
     )
 
 

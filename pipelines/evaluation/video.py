@@ -23,8 +23,10 @@ from pipelines.evaluation.run import (
     Record,
     begin,
     by_size,
+    count_of,
     cut,
     grouped,
+    limited,
     records_of,
     score_table,
     split_left_out,
@@ -34,7 +36,7 @@ from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row, Size
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import LIFT_VIDEO
-from pipelines.results import Cell, Findings, Table, panel, percent, sides
+from pipelines.results import Cell, Findings, Items, Table, Taken, panel, percent, sides
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip
 from storage.datasets.files import DatasetError, DatasetFile
@@ -106,6 +108,8 @@ class Video:
     propagation: Propagation
     frame: LabelFrame | None = None
     "of label images, where their size doesn't tell"
+    taken: tuple[Taken, ...] = ()
+    "which of the list's clips"
 
     def pieces(self) -> list[Piece]:
         """A clip at one size each; the longest ones first, so that none is waited for at the end."""
@@ -204,7 +208,8 @@ def mask_folder(side: int, row: str, clip: str) -> str:
 def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    clips = tuple(CLIPS["davis"](folder, config.split, config.resolution, config.frame_step)[: config.limit])
+    listed = CLIPS["davis"](folder, config.split, config.resolution, config.frame_step)
+    clips, taken = limited(listed, config.limit, "clips")
     shapes = tuple(_upright_shape(clip) for clip in clips)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
     wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]
@@ -216,6 +221,7 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
         protocol=config.protocol,
         propagation=config.propagation,
         frame=config.label_frame,
+        taken=taken,
     )
     for side in task.sides:
         for number in range(len(clips)):
@@ -251,12 +257,19 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
     found = scores(records)
     sizes = {side: task.size(0, side) for side in task.sides}
     columns = ("J&F", "J", "F", "J recall", "F recall", "J decay", "F decay", "objects")
+    published = LIFT_VIDEO if config.paper and config.protocol == "lift" else None
+    notes = (f"no paper has numbers of --protocol {config.protocol} here",) if config.paper and not published else ()
     table = score_table(
-        Table(title="DAVIS-2017 semi-supervised, %, mean of the objects", columns=columns),
+        Table(title="DAVIS-2017 semi-supervised, %, mean of the objects", columns=columns, notes=notes),
         recipe,
         sizes,
         lambda row, side: _values(found[row, side]),
-        LIFT_VIDEO if config.paper and config.protocol == "lift" else None,
+        published,
+        {
+            **{name: getattr(config, name) for name in ("split", "resolution", "frame_step", "limit")},
+            **asdict(config.propagation),
+            "left_out": count_of(left_out),
+        },
         # Clips of other shapes have other inputs; the first one's are printed.
         varied={
             side: f"{sides(size)}, ..."
@@ -264,12 +277,18 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
             if any(task.size(number, side) != size for number in range(len(task.clips)))
         },
     )
+    frames = {(record["clip"], record["object_id"]): len(record["j"]) for record in records}
+    of_clips = {clip: count for (clip, _), count in frames.items()}
     return Findings(
         tables=(table,),
+        items=Items(
+            scored={"clips": len(of_clips), "objects": len(frames), "frames": sum(of_clips.values())},
+            left_out=left_out,
+            taken=task.taken,
+        ),
         choices=_choices(config, task, recipe),
         details={"objects": [_object(record) for record in records]},
         pictures=_pictures(config, task, recipe, {record["clip"] for record in records}),
-        left_out=left_out,
     )
 
 

@@ -41,6 +41,7 @@ class DepthTask(Task[DepthRecord]):
     judges_label: ClassVar[bool] = True
     target_names: ClassVar[tuple[str, ...]] = ("depth",)
     record: ClassVar[type[DepthRecord]] = DepthRecord
+    empty: ClassVar[str] = "no depth was measured in what is judged of it"
     better: ClassVar[str] = "rmse_pooled"
     shares: ClassVar[tuple[str, ...]] = ("d1", "d2", "d3")
 

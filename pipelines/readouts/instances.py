@@ -96,6 +96,7 @@ class InstanceTask(ObjectsTask[InstanceRecord]):
     has_held_out_loss: ClassVar[bool] = False
     target_names: ClassVar[tuple[str, ...]] = ("ids",)
     record: ClassVar[type[InstanceRecord]] = InstanceRecord
+    empty: ClassVar[str] = "no object is left of it once it is placed"
     better: ClassVar[str] = "ari"
 
     @classmethod
@@ -119,6 +120,10 @@ class InstanceTask(ObjectsTask[InstanceRecord]):
                 "are judged; lower --many or --large-area, or give more images"
             )
         return found
+
+    @property
+    def judged_only(self) -> str:
+        return f"it hasn't more than {self.many} objects of above {self.large_area:,.0f} px, which are judged"
 
     def as_json(self) -> dict[str, JsonValue]:
         return {**asdict(self), "first_ids": []}

@@ -39,6 +39,7 @@ class SegmentationTask(Task[ClassPairs]):
     label: ClassVar[Literal["classes"]] = "classes"
     target_names: ClassVar[tuple[str, ...]] = ("classes",)
     record: ClassVar[type[ClassPairs]] = ClassPairs
+    empty: ClassVar[str] = "all of it is void"
     better: ClassVar[str] = "miou"
     shares: ClassVar[tuple[str, ...]] = ("miou", "pixel_accuracy", "mean_accuracy", "foreground_iou")
 

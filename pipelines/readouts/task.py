@@ -84,6 +84,8 @@ class Task(Generic[Record]):
     "of the arrays that `targets` gives"
     record: ClassVar[type["DataclassInstance"]]
     "what `judge` gives: `Record`"
+    empty: ClassVar[str] = ""
+    "what is said of an image that `is_empty`"
     better: ClassVar[str]
     "the score that tables are about"
     shares: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +103,11 @@ class Task(Generic[Record]):
     def judged(self, items: Sequence[LabelledImage]) -> Sequence[LabelledImage]:
         """Those of the held-out images that scores are about. Raises `ConfigError` where there is none."""
         return items
+
+    @property
+    def judged_only(self) -> str:
+        """Of the images that `judged` doesn't take: why."""
+        return ""
 
     @property
     def outputs(self) -> int:

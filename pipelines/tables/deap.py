@@ -8,16 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from pipelines.config import Identity, settings_of
 from pipelines.costs.speed import Speed
 from pipelines.executors import executor_for
 from pipelines.provenance import versions
-from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS
-from pipelines.results import sides, table_lines
+from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, Values
+from pipelines.results import differing, sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
-from pipelines.tables.cells import Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
+from pipelines.tables.cells import METHODS, Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.tasks import Column, TableTask, published_values
+from pipelines.training.readout import ReadoutTraining
 from pipelines.training.watch import COUNTS, held_out_words
-from storage.documents import JsonObject
+from storage.differences import Differences, differences
+from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
 
 if TYPE_CHECKING:
@@ -48,11 +51,13 @@ class Entry:
     parameters: int | None
     grid: tuple[int, int] | None
     input_size: tuple[int, int] | None
+    other_settings: Differences
+    "between what a paper's numbers of the task are of, and these runs"
 
     @property
-    def published(self) -> tuple[float | None, ...]:
-        """Of the task's columns; () where no paper has any."""
-        return published_values(self.backbone.name, self.backbone.model, self.method, self.task.name)
+    def published(self) -> Values:
+        """By the heads of the task's columns; empty where no paper has any."""
+        return published_values(self.backbone, self.method, self.task.name)
 
 
 def entries(cells: Sequence[Cell], results: Sequence[CellResult]) -> list[Entry]:
@@ -75,7 +80,32 @@ def _entry(group: Sequence[tuple[Cell, CellResult]]) -> Entry:
         parameters=first.parameters,
         grid=first.grid,
         input_size=first.input_size,
+        other_settings=_other_settings(cell),
     )
+
+
+_RUNS_OWN = ("data", "store", "val_store", "revision", "seed", "micro_batch", "weights", "drawing")
+"""Settings that aren't what papers' numbers are of, or are said by what comes of them."""
+
+_NETWORK = ("dim", "width", "outputs", "mask", "shared_sigma", "only_mask")
+"""Those that decide how many parameters a readout has."""
+
+
+def _other_settings(cell: Cell) -> Differences:
+    """Between the recipe that a paper has for the task, and what the cell's runs are."""
+    recipe = {"ragged": cell.backbone.ragged, **cell.task.settings, **METHODS[cell.method]}
+    own = {"model": cell.backbone.model, "size": cell.backbone.size, "task": cell.task.task, "dataset": cell.task.dataset}
+    published = ReadoutTraining.of(**{**recipe, **own}, weights=cell.backbone.weights or "pretrained")
+    return differences(_what_counts(published), _what_counts(cell.training))
+
+
+def _what_counts(training: ReadoutTraining) -> dict[str, JsonValue]:
+    """Settings that a score depends on. A file may hold the paper's weights; random ones don't."""
+    known, values = settings_of(ReadoutTraining), training.flat()
+    counted = [name for name, each in known.items() if each.identity in (Identity.COUNTS, Identity.FOUND)]
+    found = {name: values[name] for name in (*counted, "epochs", "max_steps") if name not in _RUNS_OWN}
+    weights = "random" if str(values["weights"]).startswith("random") else "pretrained"
+    return {**found, "weights": weights, "drawing": training.rendering}
 
 
 def _score(column: Column, done: Sequence[CellResult]) -> Score | None:
@@ -101,7 +131,8 @@ def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Spee
             rows = _by_method([entry for entry in found if entry.backbone.name == name], paper=config.paper)
             parts.append(_section(f"Methods on {name}", rows))
     parts.append(_section("Learned parameters", _parameters(found, paper=config.paper)))
-    parts.append("\n".join([*_notes(config, speeds), *_cell_notes(results)]))
+    published = _notes_of_published(found) if config.paper else ()
+    parts.append("\n".join([*_notes(config, speeds), *published, *_cell_notes(results)]))
     if failed:
         lines = "\n".join(f"- {each.name}: {each.error}" for each in failed)
         parts.append(f"## Failed: {len(failed)}\n\n{lines}")
@@ -151,7 +182,9 @@ def _rows(label: str, found: Sequence[Entry], before: list[str], after: list[str
     rows = [[label, *before, *(cell for entry in found for cell in _cells(entry)), learned, *after]]
     printed = [cell for entry in found for cell in _published_cells(entry)]
     if paper and any(printed):
-        rows.append([f"{label}, published", *before, *printed, "", *([""] * len(after))])
+        others = any(entry.published and entry.other_settings for entry in found)
+        name = f"{label}, published, of other settings" if others else f"{label}, published"
+        rows.append([name, *before, *printed, "", *([""] * len(after))])
     return rows
 
 
@@ -165,10 +198,14 @@ def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
         counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
         rows.append([f"{name}, {method}", *counts])
         published = known.get(BY_NAME[name].channels or 0, {}) if name in BY_NAME else {}
-        millions = [published.get(task.name) for task in tasks]
+        millions = [None if _is_other_network(of[task.name]) else published.get(task.name) for task in tasks]
         if paper and method == "deap" and any(millions):
             rows.append([f"{name}, published", *(f"{each:.3f} M" if each else "" for each in millions)])
     return rows
+
+
+def _is_other_network(entry: Entry) -> bool:
+    return any(each.field in _NETWORK for each in entry.other_settings.found)
 
 
 def _input_of(entry: Entry) -> list[str]:
@@ -190,8 +227,8 @@ def _cells(entry: Entry) -> Iterator[str]:
 
 
 def _published_cells(entry: Entry) -> Iterator[str]:
-    values = entry.published or [None] * len(entry.task.columns)
-    for column, value in zip(entry.task.columns, values, strict=True):
+    for column in entry.task.columns:
+        value = entry.published.get(column.head)
         yield "" if value is None else f"{value:.{column.digits}f}"
 
 
@@ -219,6 +256,16 @@ def _cell_notes(results: Sequence[CellResult]) -> Iterator[str]:
         if any(result.metrics.get(name) for name in COUNTS if name != "val_images"):
             yield f"- {result.name}: scores {held_out_words(result.metrics)}."
         yield from (f"- {result.name}: {note}" for note in result.notes)
+
+
+def _notes_of_published(found: Sequence[Entry]) -> Iterator[str]:
+    """In what the papers' runs are others than these, and of what they have nothing."""
+    names = {f"{entry.backbone.name}, {entry.method}, {entry.task.label}": entry for entry in found}
+    for name, entry in names.items():
+        if entry.published and entry.other_settings:
+            yield f"- Published of {name}: of other settings than this run: {differing(entry.other_settings)}."
+    if alone := [name for name, entry in names.items() if not entry.published]:
+        yield f"- Nothing is published of {'; '.join(alone)}."
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -288,7 +335,8 @@ def _entry_report(entry: Entry) -> JsonObject:
         "task": entry.task.name,
         "method": entry.method,
         "scores": {head: asdict(score) if score else None for head, score in zip(heads, entry.scores, strict=True)},
-        "published": dict(zip(heads, entry.published, strict=False)),
+        "published": {head: entry.published.get(head) for head in heads} if entry.published else {},
+        "published_differs": [asdict(each) for each in entry.other_settings.found] if entry.published else [],
         "parameters": entry.parameters,
     }
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipelines.config import ConfigError
-from pipelines.published import PROBE_TASKS, RECIPES, VIT_UP_FEATURES, VIT_UP_PROBES, Settings, Values, deap_values
+from pipelines.published import PROBE_TASKS, RECIPES, VIT_UP_FEATURES, VIT_UP_PROBES, VIT_UP_SIZE, Settings, Values, deap_values
 from pipelines.readouts.tasks import TASKS
+from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from storage.datasets.registry import DATASETS
 
 
@@ -18,6 +19,7 @@ class Column:
     """A number of a table."""
 
     head: str
+    "as papers' numbers have it, too (pipelines/published.py)"
     metric: str
     "of a training run, as metrics.jsonl has it"
     scale: float = 1.0
@@ -82,8 +84,8 @@ def find_task(word: str) -> TableTask:
     return TableTask(name=word, label=f"{task}, {dataset}", task=task, dataset=dataset, columns=COLUMNS[task])
 
 
-def published_values(backbone: str, model: str, method: str, task: str) -> Values:
-    """What a paper has for the task's columns; () where it has nothing. `backbone` as pipelines/tables/backbones.py has it."""
-    if method == "linear" and model == VIT_UP_FEATURES["model"]:
+def published_values(backbone: PaperBackbone, method: str, task: str) -> Values:
+    """What a paper has of the task, by its columns' heads; empty where it has nothing of this backbone at this size."""
+    if method == "linear" and (backbone.model, backbone.size) == (VIT_UP_FEATURES["model"], VIT_UP_SIZE):
         return VIT_UP_PROBES.values("bilinear", task)
-    return deap_values(backbone, method, task)
+    return deap_values(backbone.name, method, task) if BY_NAME.get(backbone.name) == backbone else {}

@@ -1,12 +1,14 @@
 """Cityscapes: `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and `gtFine/<split>/<city>/*_gtFine_labelIds.png`."""
 
-from storage.datasets.files import DatasetError, require_plain
+from dataclasses import replace
+
+from storage.datasets.files import DatasetError, Listed, require_plain
 from storage.datasets.labels import LabelledImage
 from storage.datasets.pairing import masked_images, pairs_of_stems
 from storage.paths import Folder
 
 
-def load_cityscapes(folder: Folder, split: str, limit: int | None = None) -> list[LabelledImage]:
+def load_cityscapes(folder: Folder, split: str, limit: int | None = None) -> Listed[LabelledImage]:
     """Cityscapes' 19 train ids, made of labelIds; cities and images sorted. The folder may be the one above `cityscapes`.
 
     instanceIds, which official readers open, too, aren't asked for. Raises `DatasetError`.
@@ -21,5 +23,6 @@ def load_cityscapes(folder: Folder, split: str, limit: int | None = None) -> lis
     for city in folder.folders(f"{images}/{split}"):
         pairs += pairs_of_stems(folder, f"{images}/{split}/{city}", f"{labels}/{split}/{city}", endings)
         if limit is not None and len(pairs) >= limit:
-            break
-    return masked_images(folder, pairs[:limit], "cityscapes")
+            # What further cities hold isn't looked at.
+            return replace(masked_images(folder, pairs, "cityscapes", limit), of=None)
+    return masked_images(folder, pairs, "cityscapes", limit)

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from storage.datasets.boxes import Box, BoxedImage, coco_box
-from storage.datasets.files import DatasetError, RawObject, lines, listed_names, parsed, read, require_files, require_plain
+from storage.datasets.files import (
+    DatasetError,
+    Listed,
+    RawObject,
+    each_once,
+    lines,
+    listed_names,
+    parsed,
+    read,
+    require_files,
+    require_plain,
+)
 from storage.datasets.images import ImageFile
 from storage.datasets.instances import Instances
 from storage.datasets.labels import LabelledImage
@@ -35,34 +46,36 @@ COCO20K_IMAGES = ("COCO/images/train2014", "images/train2014", "train2014", "COC
 # --- instances and boxes ----------------------------------------------------------------------------------------------
 
 
-def load_coco_instances(folder: Folder, split: str, limit: int | None = None) -> list[LabelledImage]:
+def load_coco_instances(folder: Folder, split: str, limit: int | None = None) -> Listed[LabelledImage]:
     """COCO's images of `annotations/instances_<split>.json` by id, those without objects included, and crowds.
 
     The folder may be the one above `coco`. The whole JSON is read: train2017's takes gigabytes meanwhile. Raises `DatasetError`.
     """
     require_plain(split, "the split")
-    listed = f"annotations/instances_{split}.json"
-    root = require_place(folder, ("", "coco"), listed)
+    notes = f"annotations/instances_{split}.json"
+    root = require_place(folder, ("", "coco"), notes)
     place = require_place(folder, [joined(root, inside, split) for inside in ("", "images")])
-    where, files, found = joined(root, listed), [], []
-    for each in read_coco(folder, where)[:limit]:
+    where, files, found = joined(root, notes), [], []
+    listed = Listed.first(read_coco(folder, where), limit)
+    for each in listed:
         require_plain(each.file_name, f"{folder.displayed}/{where}")
         files.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
         found.append(LabelledImage(image=files[-1], label=instances_of(folder, where, each)))
     require_files(folder, files)
-    return found
+    return Listed(tuple(found), listed.of)
 
 
 def load_coco20k(folder: Folder) -> list[BoxedImage]:
     """The images of coco_20k_filenames.txt, in its order, with their boxes; crowds don't count. Raises `DatasetError`."""
-    wanted = [posixpath.basename(line) for line in lines(folder, "coco_20k_filenames.txt")]
+    listed = [posixpath.basename(line) for line in lines(folder, "coco_20k_filenames.txt")]
+    wanted = each_once(f"{folder.displayed}/coco_20k_filenames.txt", listed)
     where = next((name for name in COCO20K_ANNOTATIONS if folder.exists(name)), None)
     if where is None:
         raise DatasetError(f"{folder.displayed} has none of {', '.join(COCO20K_ANNOTATIONS)}; check --data")
     images = {each.file_name: each for each in read_coco(folder, where)}
     place = require_place(folder, COCO20K_IMAGES, wanted[0])
     found = []
-    for name in dict.fromkeys(wanted):
+    for name in wanted:
         if name not in images:
             raise DatasetError(f"{folder.displayed}/{where} has no image {name}, but coco_20k_filenames.txt lists it")
         image = ImageFile.at(folder, f"{place}/{name}", images[name].width, images[name].height)
@@ -106,7 +119,7 @@ def load_coco_stuff(
     limit: int | None = None,
     layout: Literal["vit_up", "deap"] = "vit_up",
     groups: Literal["coarse", "fine"] = "coarse",
-) -> list[LabelledImage]:
+) -> Listed[LabelledImage]:
     """COCO-Stuff's 182 classes or their 27 groups, split `train2017` or `val2017`.
 
     `vit_up`: the images of `curated/<split>/Coco164kFull_Stuff_Coarse.txt`, which are fewer than the folder's. `deap`: every
@@ -117,7 +130,7 @@ def load_coco_stuff(
     require_plain(split, "the split")
     table = "coco_stuff27" if groups == "coarse" else "coco_stuff"
     pairs = (_curated_stuff if layout == "vit_up" else _all_stuff)(folder, split)
-    return masked_images(folder, pairs[:limit], table)
+    return masked_images(folder, pairs, table, limit)
 
 
 def _curated_stuff(folder: Folder, split: str) -> list[tuple[str, str]]:

@@ -6,14 +6,19 @@ in a `DatasetError` that names the file.
 
 import hashlib
 import json
+import logging
 import posixpath
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, TypeAlias, TypeVar, overload
 
+from storage.left_out import LeftOut
 from storage.paths import Folder, StorageError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 RawObject: TypeAlias = Mapping[str, Any]
 """An object of a data set's JSON as it was parsed: any field may lack, or be something else."""
@@ -29,6 +34,32 @@ class ItemLeftOut(DatasetError):
     def __init__(self, displayed: str, reason: str):
         super().__init__(f"{displayed}: {reason}")
         self.displayed, self.reason = displayed, reason
+
+
+@dataclass(frozen=True)
+class Listed(Sequence[Item]):
+    """The items of a data set that were asked for, and what there is beside them."""
+
+    items: tuple[Item, ...]
+    of: int | None = None
+    "items that there are, asked for or not; None where listing ended with the last that is"
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    "what there is and is no item, by reason"
+
+    @classmethod
+    def first(cls, items: Sequence[Item], limit: int | None) -> "Listed[Item]":
+        """The first `limit` of all items."""
+        return cls(tuple(items[:limit]), len(items))
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
+    def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +121,17 @@ def lines(folder: Folder, name: str) -> list[str]:
 
 def listed_names(folder: Folder, name: str) -> list[str]:
     """The names that a list has, each once. Raises `DatasetError`, also for one that would lead elsewhere in a path."""
-    found = list(dict.fromkeys(lines(folder, name)))
+    found = each_once(f"{folder.displayed}/{name}", lines(folder, name))
     for each in found:
         require_plain(each, f"{folder.displayed}/{name}")
+    return found
+
+
+def each_once(displayed: str, names: Sequence[str]) -> list[str]:
+    """The names that a list has, each once: what is listed again is no further item, and the log says so."""
+    found = list(dict.fromkeys(names))
+    if len(found) < len(names):
+        logger.warning("%s lists %d names more than once; each counts once", displayed, len(names) - len(found))
     return found
 
 

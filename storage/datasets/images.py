@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from storage.datasets.files import DatasetError, DatasetFile, missing
+from storage.datasets.files import DatasetError, DatasetFile, Listed, missing
 from storage.inputs import IMAGE_EXTENSIONS, InputFile, expand_inputs
 from storage.left_out import log_left_out
 from storage.orientation import Orientation
@@ -86,7 +86,7 @@ def keys_of(name: str) -> tuple[str, ...]:
     return tuple("/".join(parts[i:]) for i in range(len(parts)))
 
 
-def load_images(url: str, options: StorageOptions | None = None) -> list[ImageFile]:
+def load_images(url: str, options: StorageOptions | None = None) -> Listed[ImageFile]:
     """The images of a folder and those below it, sorted; of a data set in SPair's layout, those in JPEGImages.
 
     Raises `DatasetError`, `InputError`.
@@ -99,7 +99,8 @@ def load_images(url: str, options: StorageOptions | None = None) -> list[ImageFi
     if not all(file.is_image for file in files):
         raise DatasetError(f"{folder.displayed} holds tars; give a folder of images ({', '.join(IMAGE_EXTENSIONS)})")
     names = [file.url[len(file.base) :].lstrip("/") for file in files]
-    return [ImageFile(folder=folder, name=name, keys=keys_of(f"JPEGImages/{name}")) for name in names]
+    found = tuple(ImageFile(folder=folder, name=name, keys=keys_of(f"JPEGImages/{name}")) for name in names)
+    return Listed(found, len(found), files.left_out)
 
 
 # --- what Pillow says of bytes ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import scipy.io
 from scipy.io.matlab import MatReadError
 
 from storage.datasets.depth import DepthMap, DepthPng
-from storage.datasets.files import DatasetError, read, require_plain
+from storage.datasets.files import DatasetError, Listed, read, require_plain
 from storage.datasets.images import H5Array, H5Image, ImageFile, keys_of, require_h5py, tar_members
 from storage.datasets.labels import LabelledImage
 from storage.datasets.pairing import joined, pairs_of_stems
@@ -21,7 +21,7 @@ NYU_TARS: Mapping[str, str] = {"train": "train", "val": "val", "validation": "va
 """The Hugging Face repository's shards of a split; its validation is the official test set of 654 images."""
 
 
-def load_nyu(folder: Folder, split: str, limit: int | None = None) -> list[LabelledImage]:
+def load_nyu(folder: Folder, split: str, limit: int | None = None) -> Listed[LabelledImage]:
     """NYUv2 with depth in metres, in whichever layout the folder has.
 
     `nyu_depth_v2_labeled.mat` with `splits.mat` beside it (`train`, `test`; `all` needs no splits.mat); shards
@@ -44,20 +44,20 @@ def load_nyu(folder: Folder, split: str, limit: int | None = None) -> list[Label
     )
 
 
-def _nyu_pngs(folder: Folder, place: str, per_metre: float, split: str, limit: int | None) -> list[LabelledImage]:
+def _nyu_pngs(folder: Folder, place: str, per_metre: float, split: str, limit: int | None) -> Listed[LabelledImage]:
     below = f"/{split}"
     if folder.sizes(place):
         if split != "all":
             raise DatasetError(f"{folder.displayed}/{place} isn't divided into splits; ask for the split all")
         below = ""
-    found = []
-    for image, depth in pairs_of_stems(folder, f"images{below}", f"{place}{below}")[:limit]:
+    found, pairs = [], pairs_of_stems(folder, f"images{below}", f"{place}{below}")
+    for image, depth in pairs[:limit]:
         label = DepthMap(source=DepthPng(folder=folder, name=depth, per_metre=per_metre))
         found.append(LabelledImage(image=ImageFile.at(folder, image), label=label))
-    return found
+    return Listed(tuple(found), len(pairs))
 
 
-def _nyu_tars(folder: Folder, tars: Sequence[str], split: str, limit: int | None) -> list[LabelledImage]:
+def _nyu_tars(folder: Folder, tars: Sequence[str], split: str, limit: int | None) -> Listed[LabelledImage]:
     require_h5py()
     prefix = NYU_TARS.get(split)
     wanted = [tar for tar in tars if tar.rsplit("/", 1)[-1].startswith(f"{prefix}-")]
@@ -65,24 +65,24 @@ def _nyu_tars(folder: Folder, tars: Sequence[str], split: str, limit: int | None
         raise DatasetError(f"{folder.displayed} has no shards of the split {split}, only {', '.join(tars[:3])}, ...; check it")
     found: list[LabelledImage] = []
     for tar in wanted:
+        if limit is not None and len(found) >= limit:
+            return Listed(tuple(found[:limit]))
         for member in tar_members(folder, [tar], "h5"):
             rgb, depth = (H5Array(folder=folder, name=tar, array=name, span=member.span) for name in ("rgb", "depth"))
             image = H5Image(array=rgb, keys=keys_of(member.key))
             found.append(LabelledImage(image=image, label=DepthMap(source=depth)))
-        if limit is not None and len(found) >= limit:
-            break
-    return found[:limit]
+    return Listed.first(found, limit)
 
 
-def _nyu_mat(folder: Folder, name: str, split: str, limit: int | None) -> list[LabelledImage]:
+def _nyu_mat(folder: Folder, name: str, split: str, limit: int | None) -> Listed[LabelledImage]:
     images, depths = (H5Array(folder=folder, name=name, array=array) for array in ("images", "depths"))
     count = images.entries()
-    found = []
-    for number in _mat_numbers(folder, split, count)[:limit]:
+    found, numbers = [], _mat_numbers(folder, split, count)
+    for number in numbers[:limit]:
         image, depth = (replace(each, entry=number - 1) for each in (images, depths))
         keys = (f"{number:06d}", str(number))
         found.append(LabelledImage(image=H5Image(array=image, keys=keys), label=DepthMap(source=depth)))
-    return found
+    return Listed(tuple(found), len(numbers))
 
 
 def _mat_numbers(folder: Folder, split: str, count: int) -> list[int]:

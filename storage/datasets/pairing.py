@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from storage.datasets.files import DatasetError, names_in, require_files
+from storage.datasets.files import DatasetError, Listed, names_in, require_files
 from storage.datasets.images import ImageFile
 from storage.datasets.labels import ClassMask, LabelledImage
 from storage.paths import Folder
@@ -50,15 +50,19 @@ def require_place(folder: Folder, places: Sequence[str], file: str = "") -> str:
     return found
 
 
-def masked_images(folder: Folder, pairs: Iterable[tuple[str, str]], table: str) -> list[LabelledImage]:
-    """Images with class masks, both by path, whose values are those of `table`. Raises `DatasetError` unless both are there."""
+def masked_images(
+    folder: Folder, pairs: Sequence[tuple[str, str]], table: str, limit: int | None = None
+) -> Listed[LabelledImage]:
+    """The first `limit` images with class masks, both by path, whose values are those of `table`. Raises `DatasetError` unless
+    both are there."""
     images, masks = [], []
-    for image, mask in pairs:
+    for image, mask in pairs[:limit]:
         images.append(ImageFile.at(folder, image))
         masks.append(ClassMask(folder=folder, name=mask, table=table))
     require_files(folder, images, "but it is listed, or has a label")
     require_files(folder, masks, "but its image is listed, or there")
-    return [LabelledImage(image=image, label=mask) for image, mask in zip(images, masks, strict=True)]
+    found = tuple(LabelledImage(image=image, label=mask) for image, mask in zip(images, masks, strict=True))
+    return Listed(found, len(pairs))
 
 
 def pairs_of_stems(folder: Folder, images: str, labels: str, endings: tuple[str, str] = ("", "")) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from storage.datasets.classes import CITYSCAPES_NAMES, COARSE_NAMES, PHOTOS_NAME
 from storage.datasets.coco import load_coco20k, load_coco_instances, load_coco_stuff
 from storage.datasets.davis import Clip, load_davis
 from storage.datasets.depth import DepthMap, require_plausible
-from storage.datasets.files import DatasetError
+from storage.datasets.files import DatasetError, Listed
 from storage.datasets.frames import LabelFrame
 from storage.datasets.labels import Label, LabelledImage
 from storage.datasets.nyu import load_nyu
@@ -33,7 +33,7 @@ from storage.paths import Folder, StorageOptions
 class DatasetKind:
     """A data set as readouts' tasks ask for it."""
 
-    load: Callable[..., list[LabelledImage]]
+    load: Callable[..., Listed[LabelledImage]]
     "takes the folder, the split, and then what is the data set's own"
     label: Literal["classes", "depth", "instances"]
     splits: tuple[str, str]
@@ -102,7 +102,7 @@ def load_labelled(
     options: StorageOptions | None = None,
     limit: int | None = None,
     reading: LabelReading = LabelReading(),
-) -> list[LabelledImage]:
+) -> Listed[LabelledImage]:
     """The images of a data set's split, the first `limit` of them. `options`: of the storage. Raises `DatasetError`, also where
     a sample of depth maps isn't plausible."""
     if name not in DATASETS:
@@ -111,14 +111,12 @@ def load_labelled(
         raise DatasetError(f"no data set {name!r}; {hint}")
     if limit is not None and limit < 1:
         raise DatasetError(f"a limit of {limit} leaves no image; give 1 or more, or none")
-    found = [
-        replace(each, label=_scaled(each.label, reading.depth_scale), frame=reading.frame)
-        for each in DATASETS[name].load(Folder(url, options), split, limit)
-    ]
+    listed = DATASETS[name].load(Folder(url, options), split, limit)
+    found = tuple(replace(each, label=_scaled(each.label, reading.depth_scale), frame=reading.frame) for each in listed)
     maps = [each.label for each in found if isinstance(each.label, DepthMap)]
     if maps and reading.depth_scale is None:
         require_plausible(maps)
-    return found
+    return replace(listed, items=found)
 
 
 def _scaled(label: Label, per_metre: float | None) -> Label:

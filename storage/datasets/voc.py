@@ -8,19 +8,19 @@ import re
 import xml.etree.ElementTree as ET
 
 from storage.datasets.boxes import Box, BoxedImage, corner_box
-from storage.datasets.files import DatasetError, listed_names, require_files, require_plain
+from storage.datasets.files import DatasetError, Listed, listed_names, require_files, require_plain
 from storage.datasets.images import ImageFile
 from storage.datasets.labels import LabelledImage
 from storage.datasets.pairing import first_place, masked_images
 from storage.paths import Folder
 
 
-def load_voc_seg(folder: Folder, split: str, limit: int | None = None) -> list[LabelledImage]:
+def load_voc_seg(folder: Folder, split: str, limit: int | None = None) -> Listed[LabelledImage]:
     """Class masks of the images that `ImageSets/Segmentation/<split>.txt` lists, in its order. Raises `DatasetError`."""
     require_plain(split, "the split")
     root, ids = _listed(folder, "2012", f"ImageSets/Segmentation/{split}.txt")
-    pairs = ((f"{root}JPEGImages/{each}.jpg", f"{root}SegmentationClass/{each}.png") for each in ids[:limit])
-    return masked_images(folder, pairs, "voc")
+    pairs = [(f"{root}JPEGImages/{each}.jpg", f"{root}SegmentationClass/{each}.png") for each in ids]
+    return masked_images(folder, pairs, "voc", limit)
 
 
 def load_voc(folder: Folder, year: str, split: str = "trainval") -> list[BoxedImage]:

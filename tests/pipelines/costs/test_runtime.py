@@ -95,9 +95,9 @@ def test_lifts_table_5_is_counted_and_shown_beside(tmp_path):
     lines = findings.tables[1].lines
     assert [(line.features, line.grid, line.published) for line in lines] == [
         ("low-res", "14x14", False),
-        ("LiFT Table 5", "", True),
+        ("LiFT Table 5, DINO's keys", "", True),
         ("lift x2", "28x28", False),
-        ("LiFT Table 5", "", True),
+        ("LiFT Table 5, DINO's keys", "", True),
     ]
     counted = [tuple(None if value is None else round(value, 2) for value in line.values) for line in lines]
     assert counted == [(21.67, 4.34, 4.6), (None, 4.34, None), (1.19, 5.3, 5.35), (None, 5.3, None)]
@@ -109,22 +109,67 @@ def without_model() -> dict[str, object]:
     return {name: value for name, value in TINY.items() if name != "model"} | {"methods": ("lift",)}
 
 
+@pytest.mark.parametrize("changes", [{"facet": "token"}, {"layers": (5,)}, {"size": 208}, {"stride": 4}])
+def test_table_5_does_not_stand_beside_what_it_is_not_of(tmp_path, changes):
+    dino = {"model": "vit_small_patch16_224.dino", "facet": "key", "pos_embed": "dino", "ragged": True, "size": 224}
+    settings = {**dino, **without_model(), "grids": (28,), "paper": True, **changes}
+
+    _, findings = found_by(config(tmp_path / "out", **settings))
+
+    assert not any(line.published for line in findings.tables[1].lines)
+    assert findings.tables[1].notes[0].startswith("LiFT Table 5, DINO's keys has nothing of low-res at ")
+
+
+def test_what_has_more_queries_than_its_grid_is_left_out_and_said(tmp_path):
+    task, findings = found_by(config(tmp_path / "out", methods=("vit_up",), chunks=(12,)))
+
+    assert findings.items.scored == {"lines": len(task.cases), "timed passes": 2 * len(task.cases)}
+    (left_out,) = findings.items.left_out
+    assert left_out.first == "vit_up at 8, 12 x 12 at once"
+    assert "vit_up at 8, 12 x 12 at once (more queries at once than the grid has)" in findings.choices["left out"]
+
+
+SPLUS = {"model": "vit_small_plus_patch16_dinov3.lvd1689m", "precision": "bf16", "size": 448, "device": "auto"}
+"""What Table 9 is of."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"size": 224}, "size 448 (here 224)"),
+        ({"precision": "fp32"}, "precision bf16 (here fp32)"),
+        ({"layers": (5,)}, "layers 11 (here 5)"),
+        ({"model": "vit_small_plus_patch16_dinov3_qkvb.lvd1689m", "stride": 8}, "stride 16 (here 8)"),
+        ({"model": "test_vit.r160_in1k"}, "model vit_small_plus_patch16_dinov3 (here test_vit)"),
+    ],
+)
+def test_table_9_does_not_stand_beside_what_it_is_not_of(tmp_path, changes, difference):
+    more = {"methods": (), "grids": (112,), "paper": True}
+
+    _, findings = found_by(config(tmp_path / "out", **{**SPLUS, **more, **changes}), "NVIDIA H200")
+
+    assert not any(line.published for line in findings.tables[0].lines)
+    (note,) = findings.tables[0].notes
+    assert note.startswith("ViT-Up Table 9 has nothing of this")
+    assert difference in note
+
+
 def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
-    settings = config(tmp_path / "out", device="auto", methods=("vit_up",), grids=(56, 112), chunks=(0, 112), paper=True)
+    settings = config(tmp_path / "out", methods=("vit_up",), grids=(56, 112), chunks=(0, 112), paper=True, **SPLUS)
 
     _, on_gpu = found_by(settings, "NVIDIA H200")
     _, on_cpu = found_by(settings)
 
     names = [line.features for line in on_gpu.tables[0].lines if line.published]
     assert names == [
-        "ViT-Up Table 9: vit_up x28, 112 x 112 at once",
+        "ViT-Up Table 9: vit_up x4, 112 x 112 at once",
         *(f"ViT-Up Table 9: {name}" for name in ("JAFAR", "AnyUp", "UPLiFT", "NAF")),
     ]
     lines = {line.features: line for line in on_gpu.tables[0].lines}
     assert lines[names[0]].values == (14.2, None, None, 503.7, None, None)
     assert lines[names[4]].values == (29.1, None, None, 602.6, None, None)
     assert lines[names[4]].grid == "112x112"
-    assert lines["vit_up x28"].values[:4] == (2.0, 2.0, 2, 1.0)
+    assert lines["vit_up x4"].values[:4] == (2.0, 2.0, 2, 1.0)
     assert on_gpu.tables[0].columns[3] == "peak MiB"
     assert on_cpu.tables[0].columns[3] == "peak RSS, MiB"
     assert not any(line.published for line in on_cpu.tables[0].lines)

@@ -1,6 +1,7 @@
 """Evaluations end to end: official layouts, live and stored features, one process and several, stopped and continued."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -482,12 +483,82 @@ def test_a_table_has_low_res_and_bilinear_rows_with_pixels_stride_and_grid(tmp_p
 def test_published_rows_stand_below_the_measured_ones(tmp_path):
     config = spair_config(make_spair(tmp_path / "d"), tmp_path / "out", sizes=(56,), ragged=True, paper=True)
 
-    lines = evaluate(correspondence, config)[1].tables[0].lines
+    (table,) = evaluate(correspondence, config)[1].tables
 
+    lines = table.lines
     assert [line.published for line in lines] == [False, True, False, True]
     assert lines[1].values == (2.04, 0.51, 0.01, None)
     assert lines[3].values == (3.81, 1.01, 0.02, None)
-    assert lines[1].features == "LiFT Table 1, DINO ViT-S/16"
+    assert lines[1].features == "LiFT Table 1, DINO ViT-S/16, of other settings"
+    (note,) = table.notes
+    for difference in ("model vit_small_patch16_224.dino (here test_vit.r160_in1k)", "weights pretrained (here random)"):
+        assert difference in note
+    assert "pairs_per_category 100 (here 0)" in note
+    assert "split" not in note
+    assert note in (tmp_path / "out/results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("alphas", "published"),
+    [((0.01, 0.05, 0.1), (0.01, 0.51, 2.04, None)), ((0.2, 0.1), (None, 2.04, None)), ((0.05,), (0.51, None)), ((0.2,), None)],
+)
+def test_published_numbers_stand_below_their_own_alpha(tmp_path, alphas, published):
+    data = make_spair(tmp_path / "d", categories=("cat",))
+    config = spair_config(data, tmp_path / "out", sizes=(56,), ragged=True, paper=True, alphas=alphas, levels=("x1",))
+
+    (table,) = evaluate(correspondence, config)[1].tables
+
+    assert [line.values for line in table.lines if line.published][:1] == ([published] if published else [])
+    nothing = "LiFT Table 1, DINO ViT-S/16 has nothing of low-res at 56 px, bilinear x2 at 56 px"
+    assert (nothing in table.notes) == (published is None)
+
+
+def test_published_numbers_are_of_twice_the_grid_and_of_their_size_alone(tmp_path):
+    data = make_spair(tmp_path / "d", categories=("cat",))
+    levels = ("x1", "x2=bilinear", "x4=bilinear")
+    config = spair_config(data, tmp_path / "out", sizes=(56, 64), ragged=True, paper=True, levels=levels)
+
+    (table,) = evaluate(correspondence, config)[1].tables
+
+    named = [(a.features, a.input_px) for a, b in itertools.pairwise(table.lines) if b.published]
+    assert named == [("low-res", "56"), ("bilinear x2", "56")]
+    assert "has nothing of bilinear x4 at 56 px, low-res at 64 px, bilinear x2 at 64 px, bilinear x4 at 64 px" in table.notes[-1]
+
+
+def test_pairs_that_are_scored_left_out_and_not_asked_for_are_counted(tmp_path):
+    data = make_spair(tmp_path / "d")
+    path = sorted((data / "PairAnnotation/test").glob("*cat.json"))[1]
+    save(path, {**json.loads(path.read_text()), "src_kps": [], "trg_kps": []})
+
+    found = evaluate(correspondence, spair_config(data, tmp_path / "out", limit=5))[1].items
+    drawn = evaluate(correspondence, spair_config(data, tmp_path / "drawn", pairs_per_category=1))[1].items
+
+    (left_out,), (taken,) = found.left_out, found.taken
+    assert (left_out.reason, left_out.count, left_out.first) == (correspondence.NO_POINTS, 1, path.stem)
+    assert str(taken) == "the first 5 of 6 pairs (--limit)"
+    assert found.scored == {"pairs": 4, "key points": 4 * 3 + 2}
+    saved = json.loads((tmp_path / "out/results.json").read_text())
+    assert saved["items"]["left_out_count"] == 1
+    assert saved["items"]["taken"][0] | {"count": 5, "of": 6} == saved["items"]["taken"][0]
+    assert (
+        "**over 4 pairs, 14 key points; the first 5 of 6 pairs (--limit); 1 left out: its images have no key point"
+        in (tmp_path / "out/results.md").read_text()
+    )
+    assert str(drawn.taken[0]) == "drawn 2 of 6 pairs (--pairs-per-category 1)"
+
+
+def test_pairs_of_which_none_has_key_points_are_no_result(tmp_path):
+    data = make_spair(tmp_path / "d", categories=("cat",))
+    for path in (data / "PairAnnotation/test").iterdir():
+        save(path, {**json.loads(path.read_text()), "src_kps": [], "trg_kps": []})
+
+    with pytest.raises(DatasetError, match="no pair can be scored: 3 left out: its images have no key point in common"):
+        evaluate(correspondence, spair_config(data, tmp_path / "out"))
+
+
+def test_alphas_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--alphas 0.1 0.1000001: give each once"):
+        spair_config(tmp_path, tmp_path, alphas=(0.1, 0.1000001))
 
 
 def test_the_score_is_the_same_on_ray(tmp_path, ray_session):
@@ -712,9 +783,19 @@ def test_clips_from_a_store_score_as_from_a_model(tmp_path, tiny):
 def test_published_rows_of_davis_and_settings_of_propagation(tmp_path):
     config = video_config(make_davis(tmp_path / "d"), tmp_path / "out", sizes=(112,), paper=True, pictures=0)
 
-    lines = evaluate(video, config)[1].tables[0].lines
+    findings = evaluate(video, config)[1]
 
-    assert lines[1].values == (17.5, 21.9, 13.1, None, None, None, None, None)
+    (table,) = findings.tables
+    assert table.lines[1].values == (17.5, 21.9, 13.1, None, None, None, None, None)
+    assert "frame_step" not in table.notes[0]
+    assert list(findings.items.scored) == ["clips", "objects", "frames"]
+    thinned = video_config(tmp_path / "d", tmp_path / "thin", sizes=(112,), paper=True, pictures=0, frame_step=2, limit=1)
+    found = evaluate(video, thinned)[1]
+    assert "frame_step 1 (here 2)" in found.tables[0].notes[0]
+    assert "limit none (here 1)" in found.tables[0].notes[0]
+    assert (found.items.scored["clips"], found.items.taken[0].count) == (1, 1)
+    dino = video_config(tmp_path / "d", tmp_path / "dino", protocol="dino", sizes=(64,), paper=True, pictures=0, limit=1)
+    assert evaluate(video, dino)[1].tables[0].notes == ("no paper has numbers of --protocol dino here",)
     with pytest.raises(ConfigError, match="impossible settings"):
         video_config(tmp_path / "d", tmp_path / "out", top_k=0)
     with pytest.raises(ConfigError, match="--frame-step 0"):
@@ -806,8 +887,16 @@ def test_images_without_objects_do_not_count_and_coco_has_a_tau_of_its_own(tmp_p
     _, findings = evaluate(discovery, config)
 
     assert {line.values[1] for line in findings.tables[0].lines} == {3}
+    (left_out,) = findings.items.left_out
+    assert (left_out.count, left_out.first[-10:]) == (1, "000025.jpg")
+    assert findings.items.scored == {"images": 3, "objects": 4}
+    first = evaluate(discovery, dataclasses.replace(config, out=str(tmp_path / "2"), limit=2))[1].items
+    assert (first.scored, first.left_out) == ({"images": 2, "objects": 3}, ())
+    assert str(first.taken[0]) == "the first 2 of 4 images (--limit)"
     assert "tau=0.3" in findings.choices["tokencut"]
     assert DiscoveryConfig.of(dataset="coco20k", protocol="tokencut").settings.tau == 0.2
+    with pytest.raises(ConfigError, match="--split val: coco20k is one list"):
+        DiscoveryConfig.of(dataset="coco20k", split="val")
 
 
 def test_tokencuts_own_protocol_pads_images_to_whole_patches(tmp_path):
@@ -849,7 +938,8 @@ def cka_config(data: object, out: Path, **changes: object) -> CkaConfig:
 
 
 def test_cka_is_that_of_fixed_batches(tmp_path):
-    config = cka_config(make_spair(tmp_path / "d"), tmp_path / "out")
+    config = cka_config(make_spair(tmp_path / "d"), tmp_path / "out", paper=True)
+    (tmp_path / "d/JPEGImages/cat/notes.doc").write_text("no image")
 
     task, recipe, _ = cka_job.prepare(config)
     records, findings = evaluate(cka_job, config)
@@ -872,6 +962,12 @@ def test_cka_is_that_of_fixed_batches(tmp_path):
     assert lines[3].features == "bilinear x2"
     assert lines[1].values == pytest.approx(expected[1])
     assert findings.choices["images"].startswith("5 of 8")
+    assert findings.items.scored == {"images": 5, "batches": 1}
+    assert [(each.count, each.first.rsplit("/", 1)[-1]) for each in findings.items.left_out] == [
+        (1, "notes.doc"),
+        (3, task.images[5].name.rsplit("/", 1)[-1]),
+    ]
+    assert findings.tables[0].notes == ("LiFT's Fig. 4 has curves, no numbers to print",)
     with Image.open(tmp_path / "out/pictures/cka.png") as picture:
         assert picture.width > 1000
 
@@ -915,6 +1011,8 @@ def test_panels_of_self_similarity(tmp_path):
         ("bilinear x2", "64", "8x8", 3),
         ("low-res", "128", "8x8", 3),
     ]
+    assert findings.items.scored == {"images": 3}
+    assert str(findings.items.taken[0]) == "the first 3 of 8 images (--limit)"
     maps = [np.array(record["map"]) for record in records]
     assert all((each.min(), each.max()) == (0, 1) for each in maps)
     assert maps[0][2, 2] == 1

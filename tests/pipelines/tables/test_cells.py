@@ -5,7 +5,7 @@ import re
 import shutil
 import statistics
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ from pipelines.costs.speed import Speed
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.published import DEAP_RESULTS, DEAP_TASKS
 from pipelines.tables import cells as grid
-from pipelines.tables.backbones import BACKBONES
+from pipelines.tables.backbones import BACKBONES, BY_NAME, PaperBackbone
 from pipelines.tables.cells import CellResult, CellsFailed, GridConfig, plan_cells, run_cell, run_cells
 from pipelines.tables.deap import entries, main, report, scatter, write_grid
 from pipelines.tables.tasks import PUBLISHED, find_task, published_values
@@ -365,12 +365,34 @@ def test_papers_numbers_are_complete():
     assert set(DEAP_RESULTS.rows) == {each.name for each in BACKBONES}
     for backbone in DEAP_RESULTS.rows:
         for task in DEAP_TASKS:
-            assert len(published_values(backbone, "", "deap", task)) == len(PUBLISHED[task].columns)
-    assert published_values("mae", "", "deap-no-sigma", "voc") == (None, 35.1)
-    assert published_values("siglip-384", "", "deap-only-mask", "depth") == (0.6378,)
-    assert published_values("dino", "", "deap-only-mask", "depth") == ()
-    splus = "vit_small_plus_patch16_dinov3.lvd1689m"
-    assert published_values(splus, splus, "linear", "probe-voc") == (84.88, 96.45)
+            heads = [column.head for column in PUBLISHED[task].columns]
+            assert list(published_values(BY_NAME[backbone], "deap", task)) == heads
+    assert published_values(BY_NAME["mae"], "deap-no-sigma", "voc") == {"IoU": 35.1}
+    assert published_values(BY_NAME["siglip-384"], "deap-only-mask", "depth") == {"RMSE": 0.6378}
+    assert published_values(BY_NAME["dino"], "deap-only-mask", "depth") == {}
+
+
+def test_probes_are_published_at_448_px_alone():
+    name = "vit_small_plus_patch16_dinov3.lvd1689m"
+
+    at_448, at_224 = (PaperBackbone(name=f"{name}@{size}", label=name, model=name, size=size) for size in (448, 224))
+
+    assert published_values(at_448, "linear", "probe-voc") == {"mIoU": 84.88, "acc": 96.45}
+    assert published_values(at_224, "linear", "probe-voc") == {}
+    assert [column.head for column in PUBLISHED["probe-voc"].columns] == ["mIoU", "acc"]
+
+
+def test_a_run_by_the_papers_recipe_is_of_its_settings(sets, tmp_path):
+    changes = {"backbones": ("mae", "untrained"), "methods": ("deap", "deap-8-dim"), "weights": "pretrained", "max_steps": None}
+    config = tiny_grid(sets, tmp_path, **changes, cell=ReadoutTraining(), paper=True)
+    cells = plan_cells(config)
+
+    found = entries(cells, [CellResult(**{**asdict(grid._empty(cell)), "error": "not run"}) for cell in cells])
+
+    assert [bool(entry.other_settings) for entry in found] == [False] * 4
+    text = report(config, found, {}, [])
+    assert "of other settings" not in text
+    assert "- Nothing is published of untrained, deap-8-dim, VOC." in text
 
 
 def test_published_rows_stand_below_measured_ones(sets, tmp_path):
@@ -388,8 +410,12 @@ def test_published_rows_stand_below_measured_ones(sets, tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| MAE")]
     assert rows == [
         ["MAE", "224", "14", "0.3512 (1 of 2)", "60.4 (1 of 2)", "0.047", ""],
-        ["MAE, published", "224", "14", "0.3471", "60.2", "", ""],
+        ["MAE, published, of other settings", "224", "14", "0.3471", "60.2", "", ""],
     ]
+    (note,) = [line for line in text.splitlines() if line.startswith("- Published of mae, deap, VOC")]
+    for difference in ("max_steps 10000 (here 4)", "side 224 (here 64)", "weights pretrained (here random)"):
+        assert difference in note
+    assert "model " not in note
     assert re.search(r"\| mae, published +\| 0.047 M \|", text)
 
 

@@ -641,6 +641,8 @@ def test_photos_are_read_out_of_their_tars(tmp_path, scheme):
     np.testing.assert_array_equal(pixels, np.array(Image.open(io.BytesIO(jpeg(3, 64, 48)))))
     np.testing.assert_array_equal(labels, blocks(64, 48, 0, 7))
     assert found[2].image.displayed.endswith("photos-open-000001.tar: 003_cat.jpg")
+    (without,) = found.left_out.values()
+    assert (found.of, without.count) == (4, 2)
 
 
 def test_the_first_tar_is_for_training_and_instances_go_with_images_in_tars(tmp_path):
@@ -648,7 +650,7 @@ def test_the_first_tar_is_for_training_and_instances_go_with_images_in_tars(tmp_
 
     train, val = (load_photos_open(folder, split, label="instances") for split in ("train", "val"))
 
-    assert [each.image.keys[0] for each in train + val] == ["000_cat", "002_cat", "003_cat", "005_cat"]
+    assert [each.image.keys[0] for each in (*train, *val)] == ["000_cat", "002_cat", "003_cat", "005_cat"]
     pixels, label = read_labelled(pickle.loads(pickle.dumps(val))[0])
     assert pixels.shape == (48, 64, 3)
     assert label.masks[0, 8:24, 8:24].all()

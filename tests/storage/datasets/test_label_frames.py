@@ -149,7 +149,7 @@ def test_key_points_score_as_those_of_the_upright_images(tmp_path, tiny):
     assert live == expected
     assert from_store == expected
     assert as_paper == evaluate(correspondence, spair_config(upright, tmp_path / "4"))[0]
-    assert found.left_out == ()
+    assert found.items.left_out == ()
     assert "else stored" in found.choices["turned photographs"]
 
 
@@ -181,7 +181,14 @@ def test_what_no_size_tells_is_left_out_and_counted(tmp_path, tiny, from_store):
     (left_out,) = results(config)["left_out"]
     assert left_out["count"] == 2
     assert left_out["first"].partition(" ")[0].endswith("cat/2.jpg")
-    assert "2 left out: its EXIF turns it" in (tmp_path / "out/results.md").read_text()
+    assert results(config)["items"] == {
+        "scored": {"pairs": 2, "key points": findings.items.scored["key points"]},
+        "taken": [],
+        "left_out": [left_out],
+        "left_out_count": 2,
+    }
+    assert "**over 2 pairs, " in (tmp_path / "out/results.md").read_text()
+    assert "; 2 left out: its EXIF turns it" in (tmp_path / "out/results.md").read_text()
 
 
 def test_a_set_of_which_nothing_can_be_scored_is_refused(tmp_path):
@@ -413,7 +420,8 @@ def test_a_readout_scores_turned_photographs_as_upright_ones(both_sets, tmp_path
 
     assert live == expected
     assert from_store == expected
-    assert sum("left_out" in record for record in without) == findings.left_out[0].count == 4
+    assert sum("left_out" in record for record in without) == findings.items.left_out[0].count == 4
+    assert findings.items.scored == {"images": 2}
     assert "2 images" in findings.tables[0].title
 
 
