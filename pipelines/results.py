@@ -139,21 +139,12 @@ def with_published(table: Table, measured: Sequence[Measured], numbers: Publishe
             continue
         different = each.differences(numbers)
         name = f"{numbers.source}, of other settings" if different else numbers.source
-        others += [differing(different)] if different else []
+        others += [different.line("published", "here")] if different else []
         lines.append(replace(each.line, features=name, stride=None, grid="", values=cells, published=True))
     notes = [f"{numbers.source} is of other settings than this run: {each}" for each in dict.fromkeys(others)]
     if alone:
         notes.append(f"{numbers.source} has nothing of {', '.join(alone)}")
     return replace(table, lines=tuple(lines), notes=(*table.notes, *notes))
-
-
-def differing(found: Differences) -> str:
-    """What a paper's numbers are of, and what this run's are: `limit none (here 5)`."""
-
-    def said(value: JsonValue) -> str:
-        return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-    return "; ".join(f"{each.field} {said(each.there)} (here {said(each.here)})" for each in found.found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -267,6 +267,10 @@ def test_other_images_under_the_same_names_are_refused(old, run):
 EVALUATED = ("correspondence", "similarity", "probe")
 
 
+SAID_SINCE = {"versions", "items", "clipped"}
+"""What is another version's, or wasn't said by the first one."""
+
+
 @pytest.mark.parametrize("name", EVALUATED)
 def test_half_finished_evaluation_ends_as_the_finished_one(old, run, name):
     half, finished = old / f"{name}-half", old / name
@@ -279,7 +283,10 @@ def test_half_finished_evaluation_ends_as_the_finished_one(old, run, name):
     assert {each: after[each] for each in begun} == begun
     assert {each for each in lasting(half) if not each.startswith(".partial/")} == lasting(finished).keys()
     require_close(
-        read_json(half / "results.json"), read_json(finished / "results.json"), {"versions", "out", "items", "clipped"}, tolerance=0.05
+        read_json(half / "results.json"),
+        read_json(finished / "results.json"),
+        {"versions", "out", "items", "clipped"},
+        tolerance=0.05,
     )
     for path in (finished / "parts").iterdir():
         require_close(read_lines(half / "parts" / path.name), read_lines(path), tolerance=0.02)
@@ -295,7 +302,7 @@ def test_finished_evaluation_gives_its_report_again(old, run, name):
     after = objects(old / name)
     assert {each for each in before if after[each] != before[each]} <= {"results.json", "results.md"}
     expected = json.loads(before["results.json"])
-    require_close(read_json(old / name / "results.json"), expected, {"versions", "items", "clipped"}, tolerance=1e-9)
+    require_close(read_json(old / name / "results.json"), expected, SAID_SINCE, tolerance=1e-9)
 
 
 def test_settings_of_an_evaluation_are_those_it_was_begun_with(old, run):

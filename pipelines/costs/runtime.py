@@ -30,7 +30,7 @@ from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP_RUNTIME, Published, Values
-from pipelines.results import Findings, Items, LeftOut, Line, Measured, Table, differing, sides, with_published
+from pipelines.results import Findings, Items, LeftOut, Line, Measured, Table, sides, with_published
 from storage.differences import Differences, differences
 from storage.documents import decode
 from storage.paths import Folder, redact
@@ -82,6 +82,10 @@ class RuntimeConfig(EvaluateConfig):
             if url and not found.learned:
                 learned = ", ".join(method_names(lambda method: method.learned))
                 raise ConfigError(f"--methods {name}:...: there are no weights of it; {learned} may have a checkpoint's URL")
+        if self.chunks != type(self).chunks and not any(find_method(name).chunked for name, _ in self.named_methods):
+            raise ConfigError(
+                f"--chunks {' '.join(map(str, self.chunks))}: none of --methods takes queries in chunks; vit_up does"
+            )
         names = [name for name, _ in self.named_methods]
         if len(set(names)) < len(names):
             raise ConfigError(f"--methods {' '.join(names)}: give each once")
@@ -357,7 +361,7 @@ def _with_table_9(lines: Sequence[Line], task: Runtime, spec: FeatureSpec) -> tu
     said of it. Nothing where it is of another backbone or input: times and memory of those tell nothing."""
     source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"
     if different := _from_table_9(task, spec):
-        return list(lines), [f"{source} has nothing of this, so nothing of it is printed: {differing(different)}"]
+        return list(lines), [f"{source} has nothing of this, so nothing of it is printed: {different.line('published', 'here')}"]
     out: list[Line] = []
     alone: list[str] = []
     for case, line in zip(task.cases, lines, strict=True):

@@ -7,7 +7,7 @@ from pipelines.costs.upsamplers import BACKBONE
 from pipelines.costs.vit_up import ALL_GRIDS, Line, ViTUpBenchmark, ViTUpResult
 from pipelines.costs.windows import window_report
 from pipelines.published import VIT_UP_RUNTIME
-from pipelines.results import differing, table_lines
+from pipelines.results import table_lines
 from storage.differences import differences
 from storage.documents import JsonValue
 
@@ -44,7 +44,7 @@ def _published_report(config: ViTUpBenchmark, result: ViTUpResult) -> Iterator[s
     model = config.model.split(".")[0].removesuffix("_qkvb")
     here: dict[str, JsonValue] = {"model": model, "size": config.size, "precision": result.precision}
     if different := differences({name: VIT_UP_RUNTIME.settings[name] for name in here}, here):
-        yield f"- The paper's Table 9 has nothing of this, so it isn't printed: {differing(different)}."
+        yield f"- The paper's Table 9 has nothing of this, so it isn't printed: {different.line('published', 'here')}."
         return
     rows = [
         [name, *(", ".join(f"{value:,.1f}" for value in values.get(side, {}).values()) for side in ("112", "224", "448"))]

@@ -109,6 +109,10 @@ def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractC
         raise ConfigError(f"{document.displayed} has settings that this version does not know: {', '.join(sorted(unknown))}")
     with document.parsing():
         settings = {name: decode(known[name].kind, value, f"config.{name}") for name, value in saved.items()}
+    # Those runs had them without any use, which is refused now.
+    settings["json"] = False
+    if settings.get("geometry", "crop") != "crop":
+        settings["crop_pct"] = 1.0
     if "***" in str(settings.get("storage_options")):
         logger.warning("credentials were not saved in %s; give --storage-options again", redact(url))
         settings["storage_options"] = None

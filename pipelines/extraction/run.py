@@ -14,6 +14,7 @@ from cluster.metrics import TaskReport
 from cluster.progress import Progress, stage_shares
 from cluster.repeated import every
 from cluster.resources import WorkerPool
+from pipelines.config import ConfigError
 from pipelines.executors import Executor, executor_for
 from pipelines.extraction.attempts import suspects
 from pipelines.extraction.config import ExtractConfig
@@ -100,6 +101,8 @@ def extract(config: ExtractConfig, executor: Executor) -> Summary:
 
 def main(config: ExtractConfig) -> Iterator[str]:
     """Run the extraction, or only plan it, and give what there is to say of it, line by line. Raises what `extract` raises."""
+    if config.json and not config.plan:
+        raise ConfigError("--json is how --plan is printed; give --plan, too, or leave --json out")
     resolved = resolve(config)  # before a cluster is started: most mistakes end here
     with executor_for(config) as executor:
         prepared = prepare(resolved, executor)

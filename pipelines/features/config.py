@@ -98,6 +98,10 @@ class FeatureConfig(LevelConfig, SizedConfig[str | None], PlacedConfig):
         super().__post_init__()
         if not 0 < self.crop_pct <= 1:
             raise ConfigError(f"--crop-pct {self.crop_pct}: must be above 0 and at most 1")
+        if self.crop_pct != 1 and self.geometry != "crop":
+            raise ConfigError(
+                f"--crop-pct {self.crop_pct} is for --geometry crop; --geometry {self.geometry} shows the whole image"
+            )
 
     @property
     def input_size(self) -> tuple[int, int] | None:

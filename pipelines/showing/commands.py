@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from pipelines.config import parse_options
+from pipelines.config import ConfigError, parse_options
 from pipelines.showing.compare import compare, comparison_lines
 from pipelines.showing.report import render_report
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
@@ -98,7 +98,13 @@ class View(Show):
     """Another store of the same features (model, weights, layers, facet, norm) whose saved colours to use, so that pictures of
     both compare."""
     refit: bool = False
-    """Fit and save colours anew."""
+    """Fit colours anew on this store, and save them in it in the place of those that it has."""
+
+    def __post_init__(self) -> None:
+        if self.colours_from and self.refit:
+            raise ConfigError("--refit fits this store's own colours, and --colours-from takes another store's; give one of them")
+        if self.rows and self.count != type(self).count:
+            raise ConfigError(f"--count {self.count}: --rows names the {len(self.rows)} that are shown; give one of them")
 
     def lines(self) -> Iterator[str]:
         store = self.open()
@@ -196,7 +202,7 @@ class Report(Show):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training runs measured on their held-out images, side by side."""
+    """What training runs measured on their held-out images, side by side: untrained, at the best checkpoint, and last."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """The runs' folders, paths or fsspec URLs."""

@@ -13,7 +13,7 @@ from pipelines.costs.speed import Speed
 from pipelines.executors import executor_for
 from pipelines.provenance import versions
 from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, Values
-from pipelines.results import differing, sides, table_lines
+from pipelines.results import sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from pipelines.tables.cells import METHODS, Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
 from pipelines.tables.tasks import Column, TableTask, published_values
@@ -263,7 +263,7 @@ def _notes_of_published(found: Sequence[Entry]) -> Iterator[str]:
     names = {f"{entry.backbone.name}, {entry.method}, {entry.task.label}": entry for entry in found}
     for name, entry in names.items():
         if entry.published and entry.other_settings:
-            yield f"- Published of {name}: of other settings than this run: {differing(entry.other_settings)}."
+            yield f"- Published of {name}: of other settings than this run: {entry.other_settings.line('published', 'here')}."
     if alone := [name for name, entry in names.items() if not entry.published]:
         yield f"- Nothing is published of {'; '.join(alone)}."
 

@@ -17,7 +17,7 @@ from pipelines.features.config import FeatureConfig
 from pipelines.training.config import TrainConfig, TrainSetup
 from pipelines.training.images import ImageTraining
 from pipelines.training.loop import Group, Progress, Trainer, TrainFailed
-from pipelines.training.watch import COUNTS, held_out_words
+from pipelines.training.watch import Validations
 from storage.documents import decode_known
 from storage.paths import Folder, StorageError, filesystem, redact
 from storage.runs import read_last, read_metrics, read_pointers
@@ -42,7 +42,9 @@ class TrainSummary:
     last: str
     best: str | None
     metrics: Mapping[str, float]
-    "the last values of each"
+    "the last values of each; of held-out images, those of the last validation alone"
+    validations: Validations | None
+    "of the last step and of the best checkpoint; None: there was none yet"
     failed: Mapping[str, str]
     "images left out: row and reason"
     held_out: Mapping[str, str] = field(default_factory=dict)
@@ -70,22 +72,32 @@ def main(config: TrainConfig) -> Iterator[str]:
     yield f"{summary.out}: {summary.step:,} steps, {images}"
     for row, reason in list(summary.failed.items())[:5]:
         yield f"  row {row}, {reason}"
-    scores = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val_") and name not in COUNTS]
-    over = held_out_words(metrics)
-    if scores or over:
-        yield f"held out   {', '.join(scores) or 'no scores'}"
-    if over:
-        yield f"           {over}"
-    for row, reason in list(summary.held_out.items())[:5]:
-        yield f"  held-out row {row}, {reason}"
+    yield from _held_out_lines(summary)
     yield from (f"note       {note}" for note in summary.notes)
     best = f"{summary.out}/{summary.best or summary.last}"
-    yield f"best       {best}"
+    yield f"{'best' if summary.best else 'last'}       {best}"
     if not isinstance(config, ImageTraining):
         yield f"try next   python jobs/evaluate.py probe --readouts {best} --data ... --out ..."
         return
     yield f"try next   python jobs/extract.py {_same_features(config)} \\"
     yield f"               --levels x1 {config.level}={config.method}:{best} --data ... --out ..."
+
+
+def _held_out_lines(summary: TrainSummary) -> Iterator[str]:
+    """The scores of the last validation and, where that is another one, of the best checkpoint's, each with its step; and over
+    how many images they are."""
+    found = summary.validations
+    if found is None:
+        yield "held out   nothing was judged, so that there is no best checkpoint"
+        return
+    last = "the last and, by val_loss, the best" if found.best == found.last else "the last"
+    yield f"held out   step {found.last.step:,}, {last}: {found.last}"
+    if found.last.over:
+        yield f"           {found.last.over}"
+    for row, reason in list(summary.held_out.items())[:5]:
+        yield f"  held-out row {row}, {reason}"
+    if found.best and found.best != found.last:
+        yield f"           step {found.best.step:,}, the best by val_loss: {found.best}"
 
 
 def _same_features(config: ImageTraining) -> str:
@@ -237,6 +249,7 @@ def summarise(folder: Folder) -> TrainSummary:
         last=pointers.last,
         best=pointers.best,
         metrics=metrics,
+        validations=Validations.read(folder),
         failed=progress.failed,
         held_out=progress.held_out,
     )

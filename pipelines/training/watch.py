@@ -3,7 +3,9 @@
 import io
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ import numpy as np
 from operators.visual import Panel, Tile, cosine_map, heat
 from pipelines.config import ConfigError
 from pipelines.results import table_lines
+from storage.differences import differences
+from storage.documents import JsonObject, JsonValue, as_object, decode
 from storage.paths import Folder
-from storage.runs import read_metrics, read_run
+from storage.runs import read_metrics, read_pointers, read_run, step_name
 
 COUNTS = ("val_images", "val_left_out", "val_empty", "val_seen")
 """Numbers of held-out images among the metrics: that the others are over, that couldn't be read, whose label holds nothing to be
@@ -85,29 +89,118 @@ def _png(title: str, columns: Sequence[str], tiles: Sequence[Sequence[Tile]]) ->
     return png.getvalue()
 
 
-def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
-    """Markdown: what each run measured last on its held-out images, and before it began; bilinear enlargement of the same.
+# --- what was measured on held-out images -----------------------------------------------------------------------------
 
-    Raises `ConfigError` for a folder without metrics.
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutScores:
+    """What a run measured on its held-out images after some step, by the names that metrics.jsonl has."""
+
+    step: int
+    values: Mapping[str, float]
+    "`COUNTS` among them, and no scores where no image could be judged"
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Those that aren't `COUNTS`."""
+        return {name: value for name, value in self.values.items() if name not in COUNTS}
+
+    @property
+    def over(self) -> str:
+        """Over how many images they are, in words; empty where the run doesn't say it."""
+        return held_out_words(self.values)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items()) or "no scores"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validations:
+    """A run's validations."""
+
+    untrained: HeldOutScores | None
+    last: HeldOutScores
+    best: HeldOutScores | None
+    "of the best checkpoint, which has the smallest `val_loss`; None before there is one"
+
+    @classmethod
+    def read(cls, folder: Folder) -> "Validations | None":
+        """None where nothing was validated yet. Raises `CheckpointError` where metrics or pointers are damaged."""
+        lines = [(decode(int, line["step"]), _of_held_out(line)) for line in read_metrics(folder)]
+        scores = [HeldOutScores(step=step, values=values) for step, values in lines if values]
+        if not scores:
+            return None
+        pointers, by_name = read_pointers(folder), {step_name(each.step): each for each in scores}
+        return cls(
+            untrained=scores[0] if scores[0].step == 0 else None,
+            last=scores[-1],
+            best=by_name.get(pointers.best) if pointers and pointers.best else None,
+        )
+
+
+def _of_held_out(line: JsonObject) -> dict[str, float]:
+    return {name: decode(float, value, name) for name, value in line.items() if name.startswith("val_")}
+
+
+def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
+    """Markdown: what each run measured on its held-out images: before it began, at its best checkpoint, and last; and bilinear
+    enlargement of the same images, for each run its own.
+
+    Below the table, which runs weren't judged on the same images by the same measure. Raises `ConfigError` for a folder without
+    metrics.
     """
-    rows, names, over = [], [], []
-    for folder in folders:
-        run, lines = read_run(folder), [line for line in read_metrics(folder) if "val_loss" in line]
-        if run is None or not lines:
+    rows: list[tuple[str, int | None, Mapping[str, float]]] = []
+    judged: dict[str, dict[str, JsonValue]] = {}
+    over: list[str] = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        run, found = read_run(folder), Validations.read(folder)
+        if run is None or found is None:
             raise ConfigError(f"{folder.displayed} is no training run, or has not validated yet")
-        first, last = lines[0], lines[-1]
-        ours = [name for name in last if name.startswith("val_") and not name.endswith("_bilinear") and name not in COUNTS]
-        names += [name for name in ours if name not in names]
-        if not rows:
-            plain = {name.removesuffix("_bilinear"): value for name, value in last.items() if name.endswith("_bilinear")}
-            rows.append(["bilinear", "", plain])
-        name = folder.url.rstrip("/").rsplit("/", 1)[-1]
-        if first["step"] == 0:
-            rows.append([f"{name}, untrained", "0", first])
-        rows.append([name, f"{last['step']:,}", last])
-        if words := held_out_words(last):
-            over.append(f"- {name}: {words}.")
-    cells = [[run, steps, *(f"{values[name]:.4f}" if name in values else "" for name in names)] for run, steps, values in rows]
-    _, *lines = table_lines(["run", "steps", *names], cells)
+        judged[name] = _measure(as_object(run["identity"], "identity"))
+        plain = {each.removesuffix(_PLAIN): value for each, value in found.last.scores.items() if each.endswith(_PLAIN)}
+        if plain:
+            rows.append((f"{name}, bilinear", None, plain))
+        if found.untrained and found.last.step:
+            rows.append((f"{name}, untrained", 0, found.untrained.scores))
+        if found.best and found.best.step != found.last.step:
+            rows.append((f"{name}, best", found.best.step, found.best.scores))
+        last = f"{name}, last and best" if found.best == found.last else f"{name}, last"
+        rows.append((last, found.last.step, found.last.scores))
+        if found.last.over:
+            over.append(f"- {name}, last: {found.last.over}.")
+    names = dict.fromkeys(name for *_, values in rows for name in values if not name.endswith(_PLAIN))
+    cells = [
+        [run, "" if step is None else f"{step:,}", *(f"{values[name]:.4f}" if name in values else "" for name in names)]
+        for run, step, values in rows
+    ]
+    _, *lines = table_lines(["run", "step", *names], cells)
     yield from lines
-    yield from ["", *over] if over else []
+    yield ""
+    yield from over
+    yield "- best: the checkpoint of the smallest val_loss, among those that were validated."
+    first, *others = judged
+    for name in others:
+        if different := differences(judged[first], judged[name]):
+            yield f"- {name} wasn't judged as {first} was, so that their numbers don't compare: {different.line(first, name)}."
+
+
+_PLAIN = "_bilinear"
+
+_MEASURE = (
+    *("val_rows", "max_image_pixels", "backbone", "features", "dataset", "task", "val_split", "label_frame", "depth_scale"),
+    *("size", "side", "placement", "geometry", "interpolation", "crop", "drawing", "normalise"),
+    *("loss", "lower", "teacher_sizes", "l2_weight", "cosine_weight", "relational_weight"),
+    *("depth_loss", "gradient_loss", "outputs", "large_area", "many"),
+)
+"""What numbers of held-out images depend on beside the network, of a run's identity; and all that begins with `held_out`."""
+
+
+def _measure(identity: JsonObject) -> dict[str, JsonValue]:
+    return {name: value for name, value in identity.items() if name in _MEASURE or name.startswith("held_out")}
+
+
+def _names(folders: Sequence[Folder]) -> list[str]:
+    """Of runs, as tables have them: the folder's own, or all of its place where others are called so, too."""
+    short = [folder.url.rstrip("/").rsplit("/", 1)[-1] for folder in folders]
+    often = Counter(short)
+    return [name if often[name] == 1 else folder.displayed for name, folder in zip(short, folders, strict=True)]

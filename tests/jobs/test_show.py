@@ -624,3 +624,22 @@ def test_the_type_of_a_row_selection_is_a_key_before_it_is_a_number(tmp_path, ti
     extract(config, InlineExecutor())
 
     assert named_rows(FeatureStore.open(config.out), ["5", "0", "-1"], 3).tolist() == [0, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--colours-from", "other.zarr", "--refit"), "--refit fits this store's own colours, and --colours-from takes another"),
+        (("--rows", "0", "1", "--count", "4"), "--count 4: --rows names the 2 that are shown"),
+    ],
+)
+def test_flags_that_contradict_each_other_change_nothing(store, tmp_path, capsys, flags, message):
+    show("view", store.folder.url, "--out", str(tmp_path / "view.png"))
+    before = {path: path.read_bytes() for path in Path(store.folder.url, "views").iterdir()}
+    assert before
+
+    assert run(["view", store.folder.url, *flags, "--out", str(tmp_path / "other.png")]) == 2
+
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path(store.folder.url, "views").iterdir()} == before
+    assert not (tmp_path / "other.png").exists()

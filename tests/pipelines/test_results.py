@@ -1,6 +1,13 @@
-"""Tables of reports."""
+"""Tables of reports, papers' numbers in them, and the items that they are of."""
 
-from pipelines.results import table_lines
+from dataclasses import replace
+
+import pytest
+
+from pipelines.evaluation.run import set_aside
+from pipelines.features.rows import Row
+from pipelines.published import Paper, Published
+from pipelines.results import Items, LeftOut, Line, Measured, Table, Taken, table_lines, with_published
 
 
 def test_a_table_has_numbers_to_the_right_or_is_padded():
@@ -21,3 +28,74 @@ def test_a_table_has_numbers_to_the_right_or_is_padded():
         "| longer | s    | 3    |",
     ]
     assert list(table_lines(head, [])) == ["", "| name | unit | ms |", "|---|---:|---:|"]
+
+
+# --- papers' numbers --------------------------------------------------------------------------------------------------
+
+NUMBERS = Published(
+    paper=Paper(name="P"),
+    table="T",
+    rows={"backbone": {"64": {"loss": 1.0, "score": 2.0}}, "lift": {"64": {"score": 3.0}}},
+    settings={"model": "m", "limit": None},
+)
+
+
+def measured(method: str, factor: int, side: int = 64, **settings: object) -> Measured:
+    low, grid = (Row(name="low-res", method="backbone", level="x1", grid=(n, n), stride=16) for n in (4, 4 * factor))
+    row = replace(grid, name=f"{method} x{factor}", method=method)
+    line = Line.of(row, (side, side), (10.0, 20.0, 30))
+    return Measured(line=line, row=row, low=low, size=(side, side), settings={"model": "m", "limit": None, **settings})
+
+
+def test_papers_numbers_are_joined_by_the_names_of_columns():
+    table = Table(title="", columns=("score", "loss", "items"))
+
+    found = with_published(table, [measured("backbone", 1), measured("lift", 2)], NUMBERS)
+
+    assert [line.values for line in found.lines if line.published] == [(2.0, 1.0, None), (3.0, None, None)]
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize("other", [measured("lift", 4), measured("lift", 2, side=32), measured("jbu", 2)])
+def test_a_line_of_another_grid_size_or_method_has_no_published_one(other):
+    found = with_published(Table(title="", columns=("score",)), [other], NUMBERS)
+
+    assert found.lines == (other.line,)
+    assert found.notes == (f"P T has nothing of {other.line.features} at {other.line.input_px} px",)
+
+
+def test_a_line_of_other_settings_says_so_and_in_what():
+    table = Table(title="title", columns=("score", "loss", "items"))
+
+    found = with_published(table, [measured("lift", 2, model="n", limit=5)], NUMBERS)
+
+    assert found.lines[1].features == "P T, of other settings"
+    assert found.notes == ("P T is of other settings than this run: model published 'm', here 'n'; limit published None, here 5",)
+    assert f"\n\n- {found.notes[0]}" in found.markdown()
+
+
+# --- over how many items ----------------------------------------------------------------------------------------------
+
+
+def test_items_are_said_in_words_and_as_numbers():
+    items = Items(
+        scored={"pairs": 1200, "key points": 3},
+        left_out=(LeftOut(reason="why", count=2, first="a"), LeftOut(reason="also", count=1, first="b")),
+        taken=(Taken(how="the first", count=1203, of=None, unit="pairs", flag="--limit"),),
+    )
+
+    assert str(items) == (
+        "over 1,200 pairs, 3 key points; the first 1,203 pairs (--limit); 2 left out: why (the first: a); 1 left out: also "
+        "(the first: b)"
+    )
+    assert items.to_json()["left_out_count"] == 3
+    with pytest.raises(ValueError, match="over how many items"):
+        Items(scored={})
+
+
+def test_items_of_one_name_are_set_aside_once():
+    records = [{"n": 1, "points": 0}, {"n": 2, "points": 4}, {"n": 1, "points": 0}]
+
+    kept, left_out = set_aside(records, lambda each: not each["points"], "no points", lambda each: str(each["n"]))
+
+    assert (kept, left_out) == ([records[1]], (LeftOut(reason="no points", count=1, first="1"),))

@@ -491,9 +491,12 @@ def test_published_rows_stand_below_the_measured_ones(tmp_path):
     assert lines[3].values == (3.81, 1.01, 0.02, None)
     assert lines[1].features == "LiFT Table 1, DINO ViT-S/16, of other settings"
     (note,) = table.notes
-    for difference in ("model vit_small_patch16_224.dino (here test_vit.r160_in1k)", "weights pretrained (here random)"):
+    for difference in (
+        "model published 'vit_small_patch16_224.dino', here 'test_vit.r160_in1k'",
+        "weights published 'pretrained', here 'random'",
+    ):
         assert difference in note
-    assert "pairs_per_category 100 (here 0)" in note
+    assert "pairs_per_category published 100, here 0" in note
     assert "split" not in note
     assert note in (tmp_path / "out/results.md").read_text()
 
@@ -791,8 +794,8 @@ def test_published_rows_of_davis_and_settings_of_propagation(tmp_path):
     assert list(findings.items.scored) == ["clips", "objects", "frames"]
     thinned = video_config(tmp_path / "d", tmp_path / "thin", sizes=(112,), paper=True, pictures=0, frame_step=2, limit=1)
     found = evaluate(video, thinned)[1]
-    assert "frame_step 1 (here 2)" in found.tables[0].notes[0]
-    assert "limit none (here 1)" in found.tables[0].notes[0]
+    assert "frame_step published 1, here 2" in found.tables[0].notes[0]
+    assert "limit published None, here 1" in found.tables[0].notes[0]
     assert (found.items.scored["clips"], found.items.taken[0].count) == (1, 1)
     dino = video_config(tmp_path / "d", tmp_path / "dino", protocol="dino", sizes=(64,), paper=True, pictures=0, limit=1)
     assert evaluate(video, dino)[1].tables[0].notes == ("no paper has numbers of --protocol dino here",)

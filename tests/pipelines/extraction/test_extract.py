@@ -9,9 +9,10 @@ import pytest
 import zarr
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction import worker as worker_module
-from pipelines.extraction.run import RunFailed, extract
+from pipelines.extraction.run import RunFailed, extract, main
 from pipelines.extraction.worker import ShardWorker
 from pipelines.provenance import versions
 from storage.paths import Folder
@@ -254,3 +255,11 @@ def test_without_git_the_commit_is_unknown_and_nothing_is_lost(make_tars, tiny, 
         assert extract(tiny(make_tars(1, 2)), InlineExecutor()).ok == 2
     finally:
         versions.cache_clear()
+
+
+def test_json_is_how_a_plan_is_printed(make_tars, tiny):
+    config = tiny(make_tars(), json=True)
+
+    with pytest.raises(ConfigError, match="--json is how --plan is printed"):
+        list(main(config))
+    assert not Path(config.out).exists()

@@ -205,3 +205,8 @@ def test_parts_are_completed_with_the_defaults_of_the_rest():
 
     assert (whole.facet, whole.geometry, whole.size, whole.levels) == ("key", "squash", "448", ("x1",))
     assert (whole.stride, whole.encoding, whole.crop_pct) == (None, "float16", 1.0)
+
+
+def test_what_crop_pct_would_not_change_is_refused():
+    with pytest.raises(ConfigError, match=r"--crop-pct 0.875 is for --geometry crop; --geometry squash shows the whole image"):
+        FeatureConfig(geometry="squash", crop_pct=0.875)

@@ -413,7 +413,11 @@ def test_published_rows_stand_below_measured_ones(sets, tmp_path):
         ["MAE, published, of other settings", "224", "14", "0.3471", "60.2", "", ""],
     ]
     (note,) = [line for line in text.splitlines() if line.startswith("- Published of mae, deap, VOC")]
-    for difference in ("max_steps 10000 (here 4)", "side 224 (here 64)", "weights pretrained (here random)"):
+    for difference in (
+        "max_steps published 10000, here 4",
+        "side published 224, here 64",
+        "weights published 'pretrained', here 'random'",
+    ):
         assert difference in note
     assert "model " not in note
     assert re.search(r"\| mae, published +\| 0.047 M \|", text)

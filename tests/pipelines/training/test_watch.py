@@ -1,0 +1,127 @@
+"""What is said of a run's held-out images: whose scores they are, and of which step."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.training.run import main
+from pipelines.training.watch import Validations, training_lines
+from storage.documents import JsonValue
+from storage.paths import Folder
+from storage.runs import write_metrics, write_run
+from tests.pipelines.training.test_lift import small  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def validated(step: int, loss: float, bilinear: float) -> dict[str, JsonValue]:
+    return {
+        "step": step,
+        "val_loss": loss,
+        "val_cosine": 1 - loss,
+        "val_loss_bilinear": bilinear,
+        "val_cosine_bilinear": 1 - bilinear,
+    }
+
+
+def point_at(folder: Folder, best: int | None, last: int) -> None:
+    pointers = {"last": f"steps/{last:08d}", "best": None if best is None else f"steps/{best:08d}", "best_loss": None}
+    folder.write("checkpoints.json", json.dumps(pointers).encode())
+
+
+def run_of(path: Path, losses: dict[int, float], bilinear: float, **identity: JsonValue) -> Folder:
+    """A run that was validated after these steps, and was best at the smallest loss."""
+    folder = Folder(str(path))
+    write_run(folder, {"identity": {"size": 64, "held_out": "a" * 64, "seed": 0, **identity}, "config": {}})
+    lines = [validated(step, loss, bilinear) for step, loss in losses.items()]
+    write_metrics(folder, [line for each in lines for line in ({"step": each["step"], "loss": 9.0}, each)])
+    trained = {step: loss for step, loss in losses.items() if step}
+    point_at(folder, min(trained, key=trained.__getitem__), max(losses))
+    return folder
+
+
+def rows_of(lines: list[str]) -> dict[str, list[str]]:
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_every_run_stands_beside_its_own_bilinear_row(tmp_path):
+    """The second one loses to its own bilinear enlargement, and would win against the first one's."""
+    first = run_of(tmp_path / "first", {0: 0.9, 4: 0.3}, bilinear=0.4)
+    second = run_of(tmp_path / "second", {0: 0.9, 4: 0.2}, bilinear=0.1, size=32)
+
+    rows = rows_of(list(training_lines([first, second])))
+
+    assert rows["run"] == ["step", "val_loss", "val_cosine"]
+    assert rows["first, bilinear"] == ["", "0.4000", "0.6000"]
+    assert rows["second, bilinear"] == ["", "0.1000", "0.9000"]
+    assert rows["second, untrained"] == ["0", "0.9000", "0.1000"]
+    assert rows["second, last and best"] == ["4", "0.2000", "0.8000"]
+
+
+def test_the_best_and_the_last_scores_have_their_names_and_steps(tmp_path):
+    lines = list(training_lines([run_of(tmp_path / "run", {0: 0.9, 4: 0.2, 8: 0.5}, bilinear=0.4)]))
+
+    rows = rows_of(lines)
+    assert rows["run, best"] == ["4", "0.2000", "0.8000"]
+    assert rows["run, last"] == ["8", "0.5000", "0.5000"]
+    assert "run, last and best" not in rows
+
+
+@pytest.mark.parametrize(
+    ("identity", "difference"),
+    [
+        ({"size": 32}, "size a 64, b 32"),
+        ({"held_out": "b" * 64}, f"held_out a '{'a' * 12}…', b '{'b' * 12}…'"),
+        ({"seed": 5}, None),
+    ],
+)
+def test_runs_that_were_judged_otherwise_are_named(tmp_path, identity, difference):
+    folders = [run_of(tmp_path / "a", {4: 0.3}, 0.4), run_of(tmp_path / "b", {4: 0.2}, 0.4, **identity)]
+
+    said = [line for line in training_lines(folders) if "don't compare" in line]
+
+    assert said == ([f"- b wasn't judged as a was, so that their numbers don't compare: {difference}."] if difference else [])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [run_of(tmp_path / place / "run", {4: 0.3}, 0.4) for place in ("a", "b")]
+
+    assert {f"{tmp_path}/a/run, last and best", f"{tmp_path}/b/run, last and best"} <= rows_of(
+        list(training_lines(folders))
+    ).keys()
+
+
+def test_the_end_of_a_training_says_of_which_step_its_scores_are(small):  # noqa: F811
+    config = small(max_steps=4)
+    folder = Folder(config.out)
+    first = list(main(config))
+    done = Validations.read(folder)
+    assert f"held out   step 4, the last and, by val_loss, the best: {done.last}" in first
+    assert f"best       {config.out}/steps/00000004" in first
+
+    write_metrics(folder, [validated(2, 0.125, 0.5), validated(4, 0.75, 0.5), {"step": 4, "seconds": 1.0}])
+    point_at(folder, best=2, last=4)
+    printed = list(main(config))
+
+    assert [line for line in printed if "val_loss 0." in line] == [
+        "held out   step 4, the last: val_loss 0.7500, val_cosine 0.2500, val_loss_bilinear 0.5000, val_cosine_bilinear 0.5000",
+        "           step 2, the best by val_loss: val_loss 0.1250, val_cosine 0.8750, val_loss_bilinear 0.5000, "
+        "val_cosine_bilinear 0.5000",
+    ]
+    assert f"best       {config.out}/steps/00000002" in printed
+
+
+def test_a_training_without_validations_has_no_best_checkpoint(small):  # noqa: F811
+    config = small(max_steps=2)
+    list(main(config))
+    folder = Folder(config.out)
+    write_metrics(folder, [{"step": 2, "loss": 1.0}])
+    point_at(folder, best=None, last=2)
+
+    printed = list(main(config))
+
+    assert "held out   nothing was judged, so that there is no best checkpoint" in printed
+    assert f"last       {config.out}/steps/00000002" in printed
+    assert not any(line.startswith("best") for line in printed)
