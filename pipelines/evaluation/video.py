@@ -210,6 +210,7 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     folder = Folder(config.required("data"), config.options)
     listed = CLIPS["davis"](folder, config.split, config.resolution, config.frame_step)
     clips, taken = limited(listed, config.limit, "clips")
+    _require_scored(clips)
     shapes = tuple(_upright_shape(clip) for clip in clips)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
     wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]
@@ -233,6 +234,16 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
         labels=[DatasetFile(folder=folder, name=name) for clip in clips for name in clip.masks],
     )
     return task, *begin(config, "video", recipe, of)
+
+
+def _require_scored(clips: Sequence[Clip]) -> None:
+    """Raises `DatasetError` for a clip of which no frame would be scored: the first one is given, the last one isn't scored."""
+    for clip in clips:
+        if len(clip.frames) < 3:
+            raise DatasetError(
+                f"{clip.frames[0].folder.displayed}: {len(clip.frames)} frames of the clip {clip.name} are looked at, and the "
+                "first and the last of them aren't scored; use a smaller --frame-step, or leave the clip out of the list"
+            )
 
 
 def _upright_shape(clip: Clip) -> Size:

@@ -100,13 +100,11 @@ class View(Show):
     refit: bool = False
     """Fit colours anew on this store, and save them in it in the place of those that it has."""
 
-    def __post_init__(self) -> None:
+    def lines(self) -> Iterator[str]:
         if self.colours_from and self.refit:
             raise ConfigError("--refit fits this store's own colours, and --colours-from takes another store's; give one of them")
         if self.rows and self.count != type(self).count:
             raise ConfigError(f"--count {self.count}: --rows names the {len(self.rows)} that are shown; give one of them")
-
-    def lines(self) -> Iterator[str]:
         store = self.open()
         picture = view_panel(
             store,

@@ -799,6 +799,8 @@ def test_published_rows_of_davis_and_settings_of_propagation(tmp_path):
     assert (found.items.scored["clips"], found.items.taken[0].count) == (1, 1)
     dino = video_config(tmp_path / "d", tmp_path / "dino", protocol="dino", sizes=(64,), paper=True, pictures=0, limit=1)
     assert evaluate(video, dino)[1].tables[0].notes == ("no paper has numbers of --protocol dino here",)
+    with pytest.raises(DatasetError, match=r"2 frames of the clip \S+ are looked at, and the first and the last of them aren't"):
+        evaluate(video, dataclasses.replace(thinned, out=str(tmp_path / "few"), frame_step=5))
     with pytest.raises(ConfigError, match="impossible settings"):
         video_config(tmp_path / "d", tmp_path / "out", top_k=0)
     with pytest.raises(ConfigError, match="--frame-step 0"):
