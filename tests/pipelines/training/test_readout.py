@@ -160,7 +160,7 @@ def test_held_out_labels_that_cannot_be_read_are_counted_and_void_ones_apart(set
     counts = [summary.metrics[name] for name in ("val_images", "val_left_out", "val_empty")]
     assert counts == [2, 1, 1]
     table = "\n".join(training_lines([Folder(config.out)]))
-    assert "- run: over 2 of 4 held-out images, 1 left out, 1 with nothing to judge in their labels." in table
+    assert "- run, last: over 2 of 4 held-out images, 1 left out, 1 with nothing to judge in their labels." in table
     assert "val_left_out" not in table
 
 
