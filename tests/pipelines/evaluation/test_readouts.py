@@ -69,8 +69,10 @@ def scores(config: ProbeConfig) -> list[dict[str, float]]:
 
 
 def expected(run_folder: str) -> dict[str, float]:
-    """What training printed, but for the loss."""
-    return {name: value for name, value in held_out(run_folder).items() if name != "loss"}
+    """What training printed, but for the loss and the counts; over how many images it is, is a score of instances."""
+    found = held_out(run_folder)
+    others = {"loss", "left_out", "empty", "seen"} | (set() if "ari" in found else {"images"})
+    return {name: value for name, value in found.items() if name not in others}
 
 
 # --- the scores of training -------------------------------------------------------------------------------------------
