@@ -40,6 +40,7 @@ _CONTENTS = {
     "rows_content": "rows of the store",
     "held_out_rows_content": "rows of the held-out images' store",
     "readouts_content": "trained readouts",
+    "upsamplers_content": "upsamplers",
 }
 """What a run's identity calls what files hold, in words."""
 

@@ -160,7 +160,7 @@ def _boxes(found: InputObject) -> Iterator[bytes]:
 
 
 def _tensors(found: InputObject) -> Iterator[bytes]:
-    """A quarter more of every weight."""
+    """Every tensor's values in reverse order."""
     data = found.data()
     start = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:start])
@@ -168,7 +168,7 @@ def _tensors(found: InputObject) -> Iterator[bytes]:
     for name, tensor in header.items():
         if name != "__metadata__" and tensor["dtype"] == "F32":
             first, last = (start + each for each in tensor["data_offsets"])
-            values[first:last] = (np.frombuffer(data[first:last], "<f4") * np.float32(1.25)).tobytes()
+            values[first:last] = np.frombuffer(data[first:last], "<f4")[::-1].tobytes()
     yield bytes(values)
 
 

@@ -18,6 +18,8 @@ from PIL import Image
 from jobs.program import PATH_ERRORS
 from operators.timm_models import create_model, weights_digest
 from pipelines.config import JobConfig
+from pipelines.costs import runtime
+from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import scene
 from pipelines.evaluation import cka, correspondence, discovery, readouts, similarity, video
 from pipelines.evaluation.cka import CkaConfig
@@ -74,6 +76,8 @@ class Kind:
     "does it to the end; what it came to"
     reads: Collection[str]
     "top folders of the world that it is given"
+    ends_with: str = ""
+    "a pattern of what is written last: without these objects, the run stopped before its end"
 
 
 # --- the world --------------------------------------------------------------------------------------------------------
@@ -239,6 +243,13 @@ def evaluated(name: str, task: Task) -> Callable[[JobConfig], JsonValue]:
     return run
 
 
+def timed(config: JobConfig) -> JsonValue:
+    """All but the times, which no two runs have alike."""
+    evaluate("runtime", runtime, config)
+    details = json.loads((Path(config.out) / "results.json").read_text())["details"]
+    return {"cases": {each["case"]: each["macs"] for each in details.pop("timings")}, **details}
+
+
 class CellRefused(RayliftError):
     """A cell of a grid says why it has no result."""
 
@@ -269,7 +280,9 @@ def extracted(config: JobConfig) -> JsonValue:
 STEPS = {"batch": 2, "epochs": 1, "lr": 1e-2, "log_every": 1, "checkpoint_every": 1, "validate_every": 2}
 
 
-def kind_of(kind: type[JobConfig], run: Callable[[JobConfig], JsonValue], *reads: str, **settings: object) -> Kind:
+def kind_of(
+    kind: type[JobConfig], run: Callable[[JobConfig], JsonValue], *reads: str, ends_with: str = "", **settings: object
+) -> Kind:
     """`WORLD` in settings is the world's folder."""
 
     def config(world: Path) -> JobConfig:
@@ -280,17 +293,20 @@ def kind_of(kind: type[JobConfig], run: Callable[[JobConfig], JsonValue], *reads
 
         return kind.of(**{name: placed(value) for name, value in settings.items()})
 
-    return Kind(config=config, run=run, reads=reads)
+    return Kind(config=config, run=run, reads=reads, ends_with=ends_with)
+
+
+_READOUT = {**SETTINGS, **STEPS, "weights": "WORLD/weights", "data": "WORLD/VOC2012", "side": 64, "size": 64}
 
 
 def _readout(dataset: str, data: str, **settings: object) -> Kind:
-    given = {**SETTINGS, **STEPS, "weights": "WORLD/weights", "data": f"WORLD/{data}", "dataset": dataset, "side": 64, "size": 64}
-    return kind_of(ReadoutTraining, trained, data, "weights", **{**given, **settings})
+    given = {**_READOUT, "data": f"WORLD/{data}", "dataset": dataset, **settings}
+    return kind_of(ReadoutTraining, trained, data, "weights", **given)
 
 
 def _evaluation(name: str, task: Task, kind: type[JobConfig], data: str, *reads: str, **settings: object) -> Kind:
     given = {**SETTINGS, "weights": "WORLD/weights", "data": f"WORLD/{data}", "pictures": 0, **settings}
-    return kind_of(kind, evaluated(name, task), data, "weights", *reads, **given)
+    return kind_of(kind, evaluated(name, task), data, "weights", *reads, ends_with="parts/*", **given)
 
 
 _ON_IMAGES = {
@@ -322,6 +338,7 @@ KINDS: Mapping[str, Kind] = {
     "x2": kind_of(X2Config, trained, *_IMAGES, **X2),
     "vit_up": kind_of(ViTUpTraining, trained, *_IMAGES, **_VIT_UP),
     "readout: voc": _readout("voc", "VOC2012"),
+    "readout: level": kind_of(ReadoutTraining, trained, "upsampler", **_READOUT, level="x2=resize_conv:WORLD/upsampler"),
     "readout: photos_open": _readout("photos_open", "photos_open"),
     "readout: nyu": _readout("nyu", "NYU", task="depth", placement="squash"),
     "readout: coco": _readout("coco", "coco", task="boundaries"),
@@ -332,6 +349,7 @@ KINDS: Mapping[str, Kind] = {
         tabled,
         "VOC2012",
         "weights",
+        ends_with="*/cell.json",
         backbones=(f"{VIT}@64",),
         tasks=("voc",),
         methods=("linear",),
@@ -356,6 +374,21 @@ KINDS: Mapping[str, Kind] = {
     "cka": _evaluation("cka", cka, CkaConfig, "VOC2012/VOCdevkit/VOC2012/JPEGImages", sizes=(32, 64)),
     "similarity": _evaluation("similarity", similarity, SimilarityConfig, "SPair-71k/JPEGImages", sizes=(64,)),
     "probe": _evaluation("probe", readouts, ProbeConfig, "VOC2012", "readout", readouts=("WORLD/readout",)),
+    "runtime": kind_of(
+        RuntimeConfig,
+        timed,
+        "weights",
+        "upsampler",
+        ends_with="parts/*",
+        weights="WORLD/weights",
+        size=64,
+        grids=(8,),
+        methods=("resize_conv:WORLD/upsampler",),
+        warm_up=1,
+        repeat=2,
+        pictures=0,
+        **SETTINGS,
+    ),
     "extract": kind_of(
         ExtractConfig,
         extracted,
@@ -387,10 +420,16 @@ class Held:
         self.first = self._run(config, folder / "first")
         assert not isinstance(self.first, Refused), self.first.text
 
-    def again(self, config: JobConfig | None = None) -> Outcome:
-        """What a second run into the first one's folder comes to, with its settings or others."""
+    def again(self, config: JobConfig | None = None, *, stopped: bool = False) -> Outcome:
+        """What a second run into the first one's folder comes to, with its settings or others. `stopped`: the first one stopped
+        before its end."""
         place = self._place()
-        shutil.copytree(self.folder / "first", place, symlinks=True)
+        shutil.copytree(self.folder / "first", place)
+        if stopped:
+            last = list(place.glob(self.kind.ends_with))
+            assert last
+            for path in last:
+                path.unlink()
         return self._run(config or self.config, place)
 
     def fresh(self, config: JobConfig | None = None) -> Outcome:

@@ -10,8 +10,8 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from pipelines.config import ConfigError, JobConfig, Setting, settings_of
-from pipelines.evaluation.readouts import ProbeConfig
+from jobs import evaluate, extract, tables, train
+from pipelines.config import ConfigError, Identity, JobConfig, Setting, settings_of
 from storage.spec import FeatureSpec, Use
 from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint, write_world
 
@@ -19,15 +19,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRIED = (
     "x2", "vit_up", "readout: voc", "readout: nyu", "grid", "correspondence: lift", "video", "discovery", "cka", "similarity",
-    "probe", "extract",
+    "probe", "runtime", "extract",
 )  # fmt: skip
 """A kind of run for each class of settings, and one that trains on depth."""
 
 
 def test_all_classes_of_settings_are_tried():
-    tried, known = ({type(KINDS[kind].config(Path("WORLD"))) for kind in kinds} for kinds in (TRIED, KINDS))
+    tried = {type(KINDS[kind].config(Path("WORLD"))) for kind in TRIED}
+    jobs = [*extract.PRESETS.values(), *train.NAMES.values(), *tables.PRESETS.values()]
+    jobs += [preset for presets in evaluate.PRESETS.values() for preset in presets.values()]
 
-    assert tried == known
+    assert tried == {type(each) for each in jobs}
 
 
 ELSEWHERE = {
@@ -61,6 +63,8 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "depth_scale": (4000.0,),
     "dim": (8,),
     "drawing": ("extract",),
+    "grids": ((4,),),
+    "chunks": ((4,),),
     "hidden_size": (128,),
     "hidden_states": ((0, 6),),
     "image_member": ("png",),
@@ -74,6 +78,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "max_steps": (1, 5),
     "method": ("jbu",),
     "methods": (("deap",),),
+    "runtime: methods": (("jbu",), ("resize_conv:WORLD/upsampler_b",)),
     "micro_batch": (1,),
     "model": ("test_vit2.r160_in1k",),
     "norm": (False,),
@@ -111,6 +116,7 @@ CALLED: Mapping[str, tuple[str, ...]] = {
     "weights": FeatureSpec.names(*Use),
     "dataset": ("--data",),
     "levels": ("x2",),
+    "methods": ("upsamplers",),
     "val_limit": ("held_out", "held-out"),
 }
 """What a refusal may call a setting, beside its name and its value."""
@@ -208,9 +214,9 @@ def test_input_that_lies_elsewhere_changes_nothing(kind, held, world, tmp_path):
     first, moved = held(kind), tmp_path / "moved"
     shutil.copytree(world, moved)
 
-    config = KINDS[kind].config(moved)
-    if isinstance(config, ProbeConfig):  # readouts are known by where they are, which names their rows
-        config = config.changed(readouts=first.config.readouts)
-    again = first.again(config)
+    known = settings_of(type(first.config)).values()
+    # Checkpoints in levels, methods and readouts are told by where they are.
+    told = {each.name: each.of(first.config) for each in known if each.identity is Identity.COUNTS}
+    again = first.again(KINDS[kind].config(moved).changed(**told))
 
     assert again == first.first

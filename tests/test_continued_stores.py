@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LEARNED = "x2=resize_conv:WORLD/upsampler"
 
-PLAIN = {**SETTINGS, "weights": "WORLD/weights", "size": "64", "levels": ("x1", LEARNED), "force_upsampler": True}
+PLAIN = {**SETTINGS, "weights": "WORLD/weights", "levels": ("x1", LEARNED), "force_upsampler": True}
 """What all stores are made with, where nothing else is said."""
 
 OF_FIELD: Mapping[str, Mapping[str, object]] = {
@@ -244,14 +244,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stores(world, tmp_path_factory):
-    """Stores by the images, the geometry and the variant, each made once."""
-    made: dict[tuple[str, str, str], Path] = {}
+    """Stores by the images, the geometry, the variant and the size, each made once."""
+    made: dict[tuple[str, ...], Path] = {}
 
-    def of(consumer: Consumer, variant: str = "") -> Path:
-        key = consumer.images, consumer.geometry, variant
+    def of(consumer: Consumer, variant: str = "", size: str = "64") -> Path:
+        key = consumer.images, consumer.geometry, variant, size
         if key not in made:
             place = tmp_path_factory.mktemp("store")
-            settings = {**PLAIN, "geometry": consumer.geometry, **OF_FIELD.get(variant, {})}
+            settings = {**PLAIN, "geometry": consumer.geometry, "size": size, **OF_FIELD.get(variant, {})}
             if variant == "geometry":
                 settings["geometry"] = OTHER_GEOMETRY[consumer.geometry]
             images = world / consumer.images
@@ -355,3 +355,18 @@ def test_validation_on_another_store_is_refused_or_the_same(variant, held, store
     found = first.fresh(first.config.changed(val_store=str(other)))
 
     assert found == first.first or (isinstance(found, Refused) and str(other) in found.text), found
+
+
+OF_TWO_SIZES = tuple(each for each in (*OF_FIELD, *ALL_OF_THEM) if each not in ("input_size", "level name", "crop_pct"))
+
+
+@pytest.mark.parametrize("variant", OF_TWO_SIZES)
+def test_stores_of_two_sizes_are_refused_or_alike(variant, held, stores):
+    """Their lines stand in one table."""
+    consumer, (first, url) = CONSUMERS["similarity"], held("similarity")
+    other, plain = stores(consumer, variant, size="96"), stores(consumer, size="96")
+
+    found = first.fresh(first.config.changed(stores=(str(url), str(other))))
+
+    expected = first.fresh(first.config.changed(stores=(str(url), str(plain))))
+    assert found == expected or (isinstance(found, Refused) and str(other) in found.text), found

@@ -31,6 +31,7 @@ from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, res
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP_RUNTIME, Published, Values
 from pipelines.results import Findings, Items, LeftOut, Line, Measured, Table, sides, with_published
+from storage.datasets.content import joint_digest
 from storage.differences import Differences, differences
 from storage.documents import decode
 from storage.paths import Folder, redact
@@ -220,7 +221,8 @@ def prepare(config: RuntimeConfig) -> tuple[Runtime, LiveRecipe, Folder]:
     }
     cases, left_out = _cases(config, recipe.rows((side, side))[0], learned)
     task = Runtime(config=config, cases=cases, learned=learned, size=side, left_out=left_out)
-    return task, *begin(config, "runtime", recipe, Evaluated(records=[case.row.digest for case in cases]))
+    digests = [case.row.digest for case in cases]
+    return task, *begin(config, "runtime", recipe, Evaluated(records=digests, contents={"upsamplers": joint_digest(digests)}))
 
 
 def _load(config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, backbone: TimmBackbone) -> UpsamplerWeights:

@@ -344,7 +344,8 @@ def _read_result(cell: Cell, setup: ReadoutSetup) -> CellResult | None:
         return None
     if result.name != cell.name or result.steps != setup.order.steps:
         return None
-    return replace(result, train_seconds=None)
+    # Of what it is asked for now: --max-steps beyond the epochs may be others.
+    return replace(result, notes=setup.notes, train_seconds=None)
 
 
 def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
