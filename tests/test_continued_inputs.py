@@ -27,6 +27,10 @@ CALLED: Mapping[str, tuple[str, ...]] = {
 """What a refusal may call what a setting names; default: as the setting."""
 
 
+UNREAD = {"readout: photos_open_instances": {".png"}}
+"""What lies beside the data set and is another one's."""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
@@ -54,7 +58,7 @@ def test_replaced_object_is_refused_by_name_or_counts(name, world, tmp_path):
     assert not wrong, "\n".join(wrong)
     # The test itself: what is replaced has an influence on the result. Of notes, lists and weights, not all have.
     suffixes = {Path(each.name).suffix for folder in kind.reads for each in objects_in(world / folder)}
-    assert suffixes & {".jpg", ".png", ".xml"} <= counting.keys(), counting
+    assert (suffixes & {".jpg", ".png", ".xml"}) - UNREAD.get(name, set()) <= counting.keys(), counting
 
 
 def _given_by(settings: Mapping[str, object], folder: Path) -> list[str]:
