@@ -44,7 +44,7 @@ from storage.datasets.registry import DATASETS
 from storage.documents import JsonValue
 from storage.errors import RayliftError
 from storage.paths import Folder
-from storage.runs import best_checkpoint, read_last
+from storage.runs import named_checkpoint, read_last
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
 from tests.readout_runs import held_out, train, write_sets
@@ -218,7 +218,7 @@ def _write_checkpoints(root: Path) -> None:
     for name, kind, seed in made:
         config = KINDS[kind].config(root).changed(out=str(root / f"{name}-run"), seed=seed, epochs=10)  # else, all is background
         KINDS[kind].run(config)
-        shutil.copytree(best_checkpoint(config.flat()["out"]), root / name)
+        shutil.copytree(named_checkpoint(config.flat()["out"]).url, root / name)
         shutil.rmtree(root / f"{name}-run")
         for path in (root / name).iterdir():
             if path.name not in ("config.json", "model.safetensors"):
