@@ -10,6 +10,9 @@ logger = logging.getLogger(__name__)
 MAX_EXAMPLES = 3
 """Examples that are kept of each reason."""
 
+MAX_EXAMPLE_CHARS = 300
+"""Characters of an example that are kept: names in a tar may have a million."""
+
 MAX_REASONS = 50
 """Reasons that are kept apart, since some of them have a name's extension in them; what exceeds that is `FURTHER`."""
 
@@ -28,7 +31,8 @@ class LeftOut:
 
 def leave_out(left_out: dict[str, LeftOut], reason: str, example: str, *, is_usual: bool = False) -> None:
     """Count one more thing, and keep its name if it is among the first."""
-    displayed = example if example.isprintable() else ascii(example)
+    displayed = example if len(example) <= MAX_EXAMPLE_CHARS else f"{example[:MAX_EXAMPLE_CHARS]}..."
+    displayed = displayed if displayed.isprintable() else ascii(displayed)
     _add(left_out, reason, LeftOut(count=1, examples=(displayed,), is_usual=is_usual))
 
 

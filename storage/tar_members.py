@@ -19,7 +19,10 @@ from storage.paths import InputError, query_free
 BLOCK = tarfile.BLOCKSIZE
 
 MAX_TEXT_BYTES = 2**20
-"""Largest long name, pax header or carried member that is read."""
+"""Largest name or carried member that is taken."""
+
+MAX_PAX_BYTES = 2**26
+"""Largest pax header that is read: attributes and ACLs of files may fill megabytes."""
 
 NO_END = "no end-of-archive marker: the tar may have been cut short"
 JOINED = "end of an archive inside a tar, where archives were joined"
@@ -50,7 +53,7 @@ _OTHER = {
 _RECORDS = (10_240, *(2**n for n in range(15, 23)))
 """Sizes in bytes to a multiple of which writers pad an archive: the usual one, and powers of two up to 4 MiB."""
 
-_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
+_PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=\n]{1,1000})=")
 
 _FIRST_STEP, _MAX_STEP = 8 * BLOCK, 2**20
 
@@ -70,6 +73,8 @@ class Member:
     target: str | None = None
     "for links: what they lead to, as the archive has it"
     is_symlink: bool = False
+    problem: str | None = None
+    "why its data can't be read by range"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,8 @@ class _Said:
     name: str = ""
     target: str = ""
     pax: Mapping[str, str] = field(default_factory=dict)
+    why_not: str = ""
+    "why nobody knows what it is called"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +154,8 @@ class TarWalk:
         self.problems.append(NO_END)
 
     def _read(self, position: int, size: int) -> bytes:
+        if position >= self.file.size:  # headers may name places beyond what a filesystem can seek to
+            return b""
         self.stream.seek(position)
         return self.stream.read(size)
 
@@ -179,9 +188,11 @@ class TarWalk:
             return
         said, self._said = self._said, _Said()
         name = _text(said.pax.get("GNU.sparse.name") or said.pax.get("path") or said.name or info.name)
-        if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said.pax):
-            last = data + _padded(size)
-            yield Gap(start, last, f"are no plain file: {name} is stored sparse; repack without --sparse")
+        if said.why_not:
+            yield Gap(start, data + _padded(size), said.why_not)
+        elif info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said.pax):
+            why = f"{name} is stored sparse; repack the tar with its holes filled (tar without --sparse, bsdtar --no-read-sparse)"
+            yield Member(name, data, size, problem=why)
         elif info.type in _OTHER:
             yield Aside(_OTHER[info.type], name, is_usual=info.type == tarfile.DIRTYPE)
         elif info.type in _LINKS:
@@ -191,9 +202,17 @@ class TarWalk:
             yield Member(name, data, size)
 
     def _extended(self, info: tarfile.TarInfo, data: int) -> _Said:
-        payload = self._read(data, info.size) if info.size <= MAX_TEXT_BYTES else b""
-        if info.type in _PAX:
-            return replace(self._said, pax=_parse_pax(payload))
+        is_pax = info.type in _PAX
+        if info.size > (MAX_PAX_BYTES if is_pax else MAX_TEXT_BYTES):
+            what = "pax header" if is_pax else "name"
+            return replace(self._said, why_not=f"are a member whose {what} has {info.size} bytes")
+        payload = self._read(data, info.size)
+        if is_pax:
+            pax, is_whole = _parse_pax(payload)
+            why_not = self._said.why_not if is_whole else "are a member whose pax header is damaged"
+            if max(map(len, pax.values()), default=0) > MAX_TEXT_BYTES:
+                why_not = f"are a member whose name has more than {MAX_TEXT_BYTES} bytes"
+            return replace(self._said, pax=pax, why_not=why_not)
         text = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
         is_name = info.type == tarfile.GNUTYPE_LONGNAME
         return replace(self._said, name=text) if is_name else replace(self._said, target=text)
@@ -202,7 +221,7 @@ class TarWalk:
 
     def _stretch(self, first: int, block: bytes) -> _Stretch:
         """Look for the next header behind `first`, in steps that grow, so that small damage costs little."""
-        if first == 0 and not _is_zero(block):
+        if first == 0 and _compression(block):
             raise InputError(_not_a_tar(self.file, block))
         position, step = first, _FIRST_STEP
         zeros_to, data_to = None, first
@@ -316,28 +335,50 @@ def _find_header(chunk: bytes, first: int, last: int) -> int | None:
     blocks = np.frombuffer(chunk, np.uint8, len(chunk) // BLOCK * BLOCK).reshape(-1, BLOCK)
     checksums = blocks[:, 148:156]
     maybe = _IS_OCTAL[checksums].all(axis=1) & _IS_DIGIT[checksums].any(axis=1)
-    offsets = {int(n) * BLOCK for n in np.flatnonzero(maybe)}
-    offsets |= {match.start() - 257 for match in re.finditer(b"ustar", chunk)}
-    inside = sorted(offset for offset in offsets if first <= offset < last)
+    magic = np.fromiter((match.start() - 257 for match in re.finditer(b"ustar", chunk)), np.int64)
+    magic = magic[(magic >= first) & (magic < min(last, len(chunk) - BLOCK + 1))]
+    checksums = np.frombuffer(chunk, np.uint8)[magic[:, None] + np.arange(148, 156)]
+    magic = magic[_IS_OCTAL[checksums].all(axis=1) & _IS_DIGIT[checksums].any(axis=1)]
+    offsets = np.union1d(np.flatnonzero(maybe) * BLOCK, magic)
+    inside = offsets[(offsets >= first) & (offsets < last)].tolist()
     return next((offset for offset in inside if _header(chunk[offset : offset + BLOCK], {}) is not None), None)
 
 
-def _parse_pax(payload: bytes) -> dict[str, str]:
-    """Records `<length> <name>=<value>\\n` of a pax extended header."""
+_PAX_WANTED = ("path", "linkpath", "size")
+
+
+def _parse_pax(payload: bytes) -> tuple[dict[str, str], bool]:
+    """Of the records `<length> <name>=<value>\\n` of a pax extended header, those that say where and what a member is; and
+    whether all could be read."""
     records: dict[str, str] = {}
     start = 0
     while match := _PAX_RECORD.match(payload, start):
         end = start + int(match.group(1))
-        if end <= match.end():
+        if not match.end() < end <= len(payload):
             break
-        value = payload[match.end() : end - 1]
-        records[match.group(2).decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        name = match.group(2).decode("utf-8", "replace")
+        if name in _PAX_WANTED or name.startswith("GNU.sparse."):
+            records[name] = payload[match.end() : end - 1].decode("utf-8", "surrogateescape")
         start = end
-    return records
+    return records, not payload[start:].strip(b"\0")
+
+
+_MAGIC = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"BZh": ("bzip2", "bunzip2"),
+}
+"""What compressed files begin with; by what, and what undoes it."""
+
+
+def _compression(block: bytes) -> tuple[str, str] | None:
+    return next((found for magic, found in _MAGIC.items() if block.startswith(magic)), None)
 
 
 def _not_a_tar(file: InputFile, block: bytes) -> str:
     displayed = query_free(file.url)
-    if block.startswith(b"\x1f\x8b"):
-        return f"{displayed} is gzip-compressed: images can't be read from it by range. Decompress it first (gunzip)"
-    return f"{displayed} is not a tar archive (its first 512 bytes are no tar header)"
+    if found := _compression(block):
+        name, undo = found
+        return f"{displayed} is {name}-compressed: images can't be read from it by range. Decompress it first ({undo})"
+    return f"{displayed} is not a tar archive (there is no tar header in it)"

@@ -191,18 +191,17 @@ def test_carried_member_with_the_name_of_a_column_is_refused():
         MemberRules(carry=("cls", "size"))
 
 
-def test_carried_member_that_is_no_text_is_refused_by_name(tmp_path):
-    write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.npy", b"\x93NUMPY\xff\xfe")])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(b"\x93NUMPY\xff\xfe", "member to carry that is no UTF-8 text"), (b"t" * (2**20 + 1), "member to carry of more than 1 MiB")],
+)
+def test_carried_member_that_is_no_text_or_large_is_null_and_counted(text, why, tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.txt", text), ("2.jpg", b"y"), ("2.txt", b"good")])
 
-    with pytest.raises(InputError, match=r"a\.tar: 1\.npy is not UTF-8 text.*drop its extension from --carry"):
-        rows_of(tmp_path / "a.tar", MemberRules(carry=("npy",)))
+    scanned = scan(tmp_path / "a.tar", MemberRules(carry=("txt",)))
 
-
-def test_carried_member_beyond_a_mebibyte_is_refused(tmp_path):
-    write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.txt", b"t" * (2**20 + 1))])
-
-    with pytest.raises(InputError, match=r"1\.txt has 1048577 bytes; carried members are at most 1 MiB"):
-        rows_of(tmp_path / "a.tar", MemberRules(carry=("txt",)))
+    assert [(row["problem"], row["txt"]) for row in scanned.rows.to_pylist()] == [(None, None), (None, "good")]
+    assert [(reason, each.count, each.is_usual) for reason, each in scanned.left_out.items()] == [(why, 1, False)]
 
 
 # --- damage -------------------------------------------------------------------------------------------------------------
