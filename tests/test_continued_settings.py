@@ -40,6 +40,8 @@ ELSEWHERE = {
     "stores": "tests/test_continued_stores.py",
     "features": "tests/test_continued_stores.py",
     "cell": "each of the settings that it holds",
+    "data": "tests/test_continued_inputs.py, and below: where they lie doesn't count",
+    "val_data": "likewise",
 }
 """Settings that aren't changed here, and why."""
 
@@ -48,6 +50,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "actor_cpus": (1,),
     "actor_gpus": (1.0,),
     "actors": (1,),
+    "runtime: actors": (2,),
     "alphas": ((0.2,),),
     "backbones": ((f"{VIT}@128",),),
     "batch": (3,),
@@ -58,7 +61,6 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "clip": (0.5,),
     "crop": (0.5,),
     "crop_pct": (0.875,),
-    "data": (),
     "dataset": ("photos_open",),
     "depth_scale": (4000.0,),
     "dim": (8,),
@@ -93,23 +95,23 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "seeds": ((1,),),
     "side": (128,),
     "size": (128,),
+    "vit_up: size": (256,),
     "sizes": ((32, 96),),
     "speed_reference": ("test_vit2.r160_in1k",),
     "split": ("val",),
+    "video: split": ("train",),
     "storage_options": ('{"file": {}}',),
     "stride": (8,),
     "tasks": (("probe-voc",),),
     "tau": (0.3,),
     "teacher_sizes": ((64, 128),),
-    "val_data": (),
     "val_limit": (1,),
     "val_split": ("train",),
     "weights": ("WORLD/weights_b", "random"),
     "width": (8,),
     "window": (3,),
 }
-"""Other values of settings whose type doesn't say any, for a kind of run or for all. Where data lie doesn't count: that is a
-test of its own."""
+"""Other values of settings whose type doesn't say any, or none that goes with the others: for a kind of run or for all."""
 
 
 CALLED: Mapping[str, tuple[str, ...]] = {
@@ -122,21 +124,26 @@ CALLED: Mapping[str, tuple[str, ...]] = {
 """What a refusal may call a setting, beside its name and its value."""
 
 
-def other_values(kind_of_run: str, setting: Setting, now: object) -> Iterator[object]:
-    """Values that aren't `now`. Raises `KeyError` where nothing says any."""
-    kind = setting.kind
+def other_values(kind_of_run: str, setting: Setting, now: object) -> list[object]:
+    """Values that aren't `now`. Raises `LookupError` where nothing says any."""
+    kind, own = setting.kind, f"{kind_of_run}: {setting.name}"
     if kind is bool:
-        yield not now
-    elif get_origin(kind) is Literal:
-        yield from [value for value in get_args(kind) if value != now][:1]
+        return [not now]
+    if get_origin(kind) is Literal:
+        return [value for value in get_args(kind) if value != now][:1]
+    if own in OTHERS or setting.name in OTHERS:
+        found = OTHERS[own if own in OTHERS else setting.name]
+        is_text = kind is str or str in get_args(kind)
+        others = [str(value) if is_text and isinstance(value, int) else value for value in found]
     elif kind is float and isinstance(now, float):
-        yield now * 0.5 if now else 0.25
-    elif kind is int and isinstance(now, int) and setting.name not in OTHERS:
-        yield now + 1
+        others = [now * 0.5 if now else 0.25]
+    elif kind is int and isinstance(now, int):
+        others = [now + 1]
     else:
-        of_type = str if kind is str or str in get_args(kind) else None
-        for value in OTHERS.get(f"{kind_of_run}: {setting.name}", OTHERS[setting.name]):
-            yield str(value) if of_type and isinstance(value, int) else value
+        others = []
+    if not (others := [value for value in others if value != now]):
+        raise LookupError(f"{kind_of_run}: nothing says another value of {setting.name} than {now!r}; give OTHERS one")
+    return others
 
 
 def cases() -> Iterator[tuple[str, str, object]]:
@@ -147,9 +154,7 @@ def cases() -> Iterator[tuple[str, str, object]]:
         for prefix, each in held.items():
             for name, setting in settings_of(type(each)).items():
                 if name not in ELSEWHERE:
-                    for value in other_values(kind, setting, setting.of(each)):
-                        if value != setting.of(each):
-                            yield kind, f"{prefix}{name}", value
+                    yield from ((kind, f"{prefix}{name}", value) for value in other_values(kind, setting, setting.of(each)))
 
 
 CASES = list(cases())
