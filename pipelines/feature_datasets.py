@@ -26,7 +26,6 @@ from storage.errors import RayliftError
 from storage.ledger import SCHEMA
 from storage.paths import StorageOptions, UnknownName
 from storage.store import FeatureStore, MissingRows, Selection
-from storage.totals import clipped_lines, float16_levels
 
 if TYPE_CHECKING:
     import ray.data
@@ -82,7 +81,8 @@ class _Rows:
         if clash:
             raise ValueError(f"a sample has {sorted(clash)[0]!r} already; leave it out of the columns")
         chosen = _valid_rows(store, rows)
-        _warn_of_clamped(store, levels)
+        for line in store.clipped_lines(levels):
+            logger.warning("%s", line)
         return cls(store=copy.copy(store), levels=tuple(levels), rows=chosen, labels=_labels(store, chosen, tuple(columns)))
 
     def once(self) -> "_Rows":
@@ -127,14 +127,6 @@ def _valid_rows(store: FeatureStore, selection: Selection | None) -> np.ndarray:
     if not valid.any():
         raise MissingRows(f"{store.folder.displayed}: nothing to read, {len(rows)} rows are chosen and none has features")
     return rows[valid]
-
-
-def _warn_of_clamped(store: FeatureStore, levels: Sequence[str]) -> None:
-    """Say what the store's root says of values beyond float16's range; the ledger isn't read for it."""
-    chosen, known = [store.level(name) for name in levels], store.root.clipped
-    if known is not None and float16_levels(chosen):
-        for line in clipped_lines(known, (store.root.counts or {}).get("ok", 0), store.spec.levels):
-            logger.warning("%s: %s", store.folder.displayed, line)
 
 
 def _labels(store: FeatureStore, rows: np.ndarray, columns: tuple[str, ...]) -> pa.Table:

@@ -6,7 +6,7 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Literal
 
@@ -26,7 +26,7 @@ from storage.root import FORMAT, ROOT, RootDocument, StoreReplaced, read_attribu
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, fingerprint
-from storage.totals import Clipped, Totals, float16_levels
+from storage.totals import Clipped, Totals, clipped_lines, float16_levels
 from storage.writer import BlockWriter
 
 logger = logging.getLogger(__name__)
@@ -347,6 +347,14 @@ class FeatureStore:
         if known is not None and isinstance(rows, slice) and rows == slice(None):
             return known
         return Clipped.of(self.records(np.unique(self.rows(rows)), ["key", "clipped"]))
+
+    def clipped_lines(self, levels: Sequence[str]) -> Iterator[str]:
+        """What the root says of values that float16 couldn't hold, in words, where one of these levels is float16. The ledger
+        isn't read for it."""
+        known, counts = self.root.clipped, self.root.counts
+        if known is not None and counts is not None and float16_levels([self.level(name) for name in levels]):
+            for line in clipped_lines(known, counts.get("ok", 0), self.spec.levels):
+                yield f"{self.folder.displayed}: {line}"
 
     def failures(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
         """Ledger rows of all that failed so far: `columns` of the ledger, or carried ones. Raises `UnknownName` for others."""

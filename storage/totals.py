@@ -16,6 +16,8 @@ from storage.spec import Level
 
 CLAMPED = f"clamped to {FLOAT16_MAX:,.0f} or -{FLOAT16_MAX:,.0f}"
 
+KEEP_THEM = "--encoding float32 keeps them, live or in a store"
+
 FIRST_KEYS = 3
 """Keys that are kept of the rows with clamped values."""
 

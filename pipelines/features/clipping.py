@@ -10,7 +10,7 @@ from torch import Tensor
 from pipelines.features.pictures import Picture
 from pipelines.features.rows import Size
 from storage.spec import Level
-from storage.totals import CLAMPED, share_text
+from storage.totals import CLAMPED, KEEP_THEM, share_text
 
 What = Literal["maps", "pooled"]
 """What is asked for of a picture: all its maps, or its CLS vector."""
@@ -51,8 +51,7 @@ class ClippedFeatures:
     def __str__(self) -> str:
         return (
             f"{self.images:,} images have values beyond float16's range: {self.values:,} of their {self.of:,} float16 values "
-            f"({share_text(self.values, self.of)}) are {CLAMPED} (the first: {self.first}); --encoding float32 keeps them, "
-            "live or in a store"
+            f"({share_text(self.values, self.of)}) are {CLAMPED} (the first: {self.first}); {KEEP_THEM}"
         )
 
 

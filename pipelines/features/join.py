@@ -184,6 +184,11 @@ class Join:
         return {"store": self.displayed, **asdict(self.counts)}
 
 
+def clipped_images(rows: Sequence[PlacedRow], read: Sequence[Level]) -> int:
+    """How many of the rows have values that float16 couldn't hold, where one of the levels that are read is float16."""
+    return sum(bool(row.clipped) for row in rows) if float16_levels(read) else 0
+
+
 def join(store: FeatureStore, wanted: Sequence[Wanted], numbers: Mapping[str, int] | None = None) -> Join:
     """The row of each image; `numbers`: rows by key, where they were looked up already. Raises `FeaturesMissing` with what the
     store lacks, has of other images under the same names, or can't tell apart: how many, and the first of each."""

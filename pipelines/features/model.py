@@ -70,11 +70,13 @@ class Maps:
     seconds: Timings
 
     def as_stored(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`levels` as they are read from a store, with float16's largest value in place of those beyond it; and by level how many
-        these are in each image, int64 [B]."""
+        """`levels` as they are read from a store, float16's largest value in place of those beyond it, NaN in images that are
+        `bad`, which no store has; and by float16 level, how many values were beyond it in each image, int64 [B]."""
         halves = {name: rows for name, rows in self.levels.items() if rows.dtype == torch.float16}
-        clamped = {name: rows.clamp(-FLOAT16_MAX, FLOAT16_MAX) for name, rows in halves.items()}
         counts = {name: rows.isinf().flatten(1).sum(dim=1) for name, rows in halves.items()}
+        clamped = {name: rows.clamp(-FLOAT16_MAX, FLOAT16_MAX) for name, rows in halves.items()}
+        for rows in clamped.values():
+            rows.masked_fill_(self.bad.view(-1, *[1] * (rows.ndim - 1)), math.nan)
         return {**self.levels, **clamped}, counts
 
 

@@ -238,6 +238,8 @@ class Objective(Protocol):
 
     net: torch.nn.Module
     "its parameters that need gradients are trained, and its state dict is what a checkpoint holds"
+    clipped: Tensor | int
+    "images of the last micro-batch of whose features, as a model made them, float16 couldn't hold some values"
 
     def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
         """Add the gradient of a micro-batch's summed loss; gives that sum, and what it is to be divided by: the number of

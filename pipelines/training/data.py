@@ -19,7 +19,7 @@ from PIL import Image
 from operators.codecs.refusal import ImageRefused
 from operators.image import Geometry, fit, limit_pillow, open_rgb
 from pipelines.executors import Executor
-from pipelines.features.join import Join, Wanted, join
+from pipelines.features.join import Join, Wanted, clipped_images, join
 from pipelines.training.augment import colour_jitter, random_part, training_view
 from storage.datasets.images import orientation_of
 from storage.documents import JsonObject
@@ -158,8 +158,9 @@ class StoredFeatures:
     numbers: JsonObject
     "all that makes the features' numbers"
 
-    def read(self, blobs: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str, str]]:
-        """Rows [keys, h, w, C] of images by key, NaN where there are none; and why there are none, by key.
+    def read(self, blobs: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str, str], int]:
+        """Rows [keys, h, w, C] of images by key, NaN where there are none; why there are none, by key; and how many of the
+        images have values that float16 couldn't hold.
 
         Raises `FeaturesMissing` where a key's row is another image's.
         """
@@ -170,7 +171,8 @@ class StoredFeatures:
         out = np.full((len(keys), *values.shape[1:]), np.nan, values.dtype)
         out[list(places.values())] = values
         found = {key for key, is_there in zip(places, there, strict=True) if is_there}
-        return out, {key: f"no features in {store.folder.displayed}" for key in keys if key not in found}
+        missing = {key: f"no features in {store.folder.displayed}" for key in keys if key not in found}
+        return out, missing, clipped_images(joined.rows, [store.level(self.level)])
 
     def join(self, blobs: Mapping[str, bytes]) -> Join:
         """Of those images that the store has a row of. Raises `FeaturesMissing` where one of these is another image's."""
@@ -201,12 +203,14 @@ class Example:
     "empty where no image could be read"
     failed: Mapping[int, str]
     "by row"
+    clipped: int = 0
+    "images of whose stored features float16 couldn't hold some values"
 
     @classmethod
-    def of(cls, examples: Mapping[int, Mapping[str, np.ndarray]], failed: Mapping[int, str]) -> "Example":
+    def of(cls, examples: Mapping[int, Mapping[str, np.ndarray]], failed: Mapping[int, str], clipped: int = 0) -> "Example":
         """Of each image's arrays, by row."""
         names = next(iter(examples.values()), {})
-        return cls(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed)
+        return cls(arrays={n: np.stack([e[n] for e in examples.values()]) for n in names}, failed=failed, clipped=clipped)
 
 
 class ExampleSource(Protocol):
@@ -255,17 +259,18 @@ class ImageSource:
                 failed[row] = f"{record['key']}: {example}"[:500]
             else:
                 examples[row] = example
+        clipped = 0
         if self.features is not None:
             keys = {row: records[row]["key"] for row in examples}
             there = dict(zip(records, blobs, strict=True))
-            values, missing = self.features.read({key: there[row] for row, key in keys.items()})
+            values, missing, clipped = self.features.read({key: there[row] for row, key in keys.items()})
             for value, (row, key) in zip(values, keys.items(), strict=True):
                 if key in missing:
                     failed[row] = f"{key}: {missing[key]}"
                     del examples[row]
                 else:
                     examples[row]["features"] = value
-        return Example.of(examples, failed)
+        return Example.of(examples, failed, clipped)
 
     @property
     def index(self) -> SampleIndex:

@@ -133,6 +133,7 @@ class ImageObjective:
     larger: ClassVar[str]
     "how much larger the image is whose own map is the truth, in words"
     net: nn.Module
+    clipped: int = 0  # a model's maps aren't rounded here
 
     def __init__(self, config: ImageTraining, setup: ImageSetup, device: torch.device):
         self.setup, self.device = setup, device

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.features.join import FeaturesMissing, Join, Wanted, join
+from pipelines.features.join import FeaturesMissing, Join, Wanted, clipped_images, join
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import draw
 from pipelines.features.rows import Rendering
@@ -66,6 +66,10 @@ class StoredMaps:
             there &= found & np.isfinite(maps[level]).reshape(len(rows), -1).all(axis=1)
         return maps, there
 
+    def clipped(self, items: Sequence[int], spec: FeatureSpec) -> int:
+        """How many of the items have values that float16 couldn't hold, in a store of `spec`."""
+        return clipped_images([self.join.rows[i] for i in items], [level for level in spec.levels if level.name in self.levels])
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSource:
@@ -95,7 +99,8 @@ class LabelledSource:
                 if not there[position]:
                     del examples[row]
                     failed[row] = f"{self.items[row].image.displayed}: {NOT_THERE}"
-        return Example.of(examples, failed)
+        clipped = 0 if self.stored is None else self.stored.clipped(list(examples), self.spec)
+        return Example.of(examples, failed, clipped)
 
     def _example(self, row: int) -> dict[str, np.ndarray]:
         if self.stored is not None:

@@ -4,6 +4,7 @@ LiFT, the baselines that its paper trains alike (a resize convolution and a join
 any method that is `trained_by` it.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
@@ -25,6 +26,8 @@ from pipelines.training.data import JitteredView, Loaded, StoredFeatures
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
 from storage.documents import JsonValue
 from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,8 @@ class X2Config(ImageTraining):
                 "extract with --levels x1"
             )
         name = levels[0].name
+        for line in store.clipped_lines([name]):
+            logger.warning("%s", line)
         return StoredFeatures(url=self.stored, options=self.options, level=name, numbers=spec.numbers([name]))
 
     def objective(self, setup: ImageSetup, device: torch.device) -> "X2Objective":

@@ -26,8 +26,13 @@ from pipelines.training.watch import EventFile, held_out_words
 from storage.documents import Document, JsonValue, decode, decode_known
 from storage.errors import RayliftError
 from storage.runs import Checkpoint, read_last, read_metrics, tidy, write_checkpoint, write_metrics
+from storage.totals import KEEP_THEM
 
 logger = logging.getLogger(__name__)
+
+
+_TOTALS = 5
+"""Sums that processes exchange beside the gradients."""
 
 
 class TrainFailed(RayliftError):
@@ -48,6 +53,8 @@ class Progress:
     "those images: row and reason"
     held_out: Mapping[str, str] = field(default_factory=dict)
     "held-out images that the last validation left out: row and reason; earlier versions don't say"
+    clipped: int = 0
+    "trained on with features that float16 couldn't hold, each as often as it was"
     seconds: float = 0.0
     "of training; earlier versions had it here"
 
@@ -96,6 +103,8 @@ class Trainer:
         "images left out, each as often as it was due"
         self.held_out: dict[int, str] = {}
         "held-out images that the last validation left out"
+        self.n_clipped = 0
+        "images trained on with features that float16 couldn't hold, each as often as it was"
         self.lines: list[dict[str, JsonValue]] = []
         self._resume()
         self._started = self._logged = self.images, self.seconds
@@ -111,7 +120,7 @@ class Trainer:
             load_arrays(self.net, checkpoint.model)
             _load_optimiser(self.net, self.optimiser, checkpoint.resume)
             progress = decode_known(Progress, checkpoint.progress)
-            self.images, self.n_failed = progress.images, progress.n_failed
+            self.images, self.n_failed, self.n_clipped = progress.images, progress.n_failed, progress.clipped
             self.failed = {int(row): reason for row, reason in progress.failed.items()}
             self.held_out = {int(row): reason for row, reason in progress.held_out.items()}
         lines = read_metrics(self.setup.folder)
@@ -160,14 +169,15 @@ class Trainer:
         upcoming = next(stream, None)
         while self.step < steps:
             rows: list[int] = []
-            totals = torch.zeros(4, device=self.device)
+            totals = torch.zeros(_TOTALS, device=self.device)
             while upcoming is not None and upcoming.item.step == self.step:
                 totals += self._accumulate(upcoming)
                 rows += upcoming.item.rows
                 upcoming = next(stream, None)
-            loss, images, failed = self._update(totals)
+            loss, images, failed, clipped = self._update(totals)
             self.seconds = before + time.perf_counter() - started
             self.step, self.images, self.n_failed = self.step + 1, self.images + images, self.n_failed + failed
+            self._count_clipped(clipped, images)
             if not np.isfinite(loss):
                 raise TrainFailed(f"the loss became {loss} at step {self.step}; lower --lr, or use --net-precision fp32")
             self._log(loss, events)
@@ -177,29 +187,33 @@ class Trainer:
                 self.setup.on_step(self.step, rows)
 
     def _accumulate(self, loaded: Loaded) -> Tensor:
-        """Add a micro-batch's gradients; [sum of losses, what it is divided by, images, images left out]."""
+        """Add a micro-batch's gradients; [sum of losses, what it is divided by, images, images left out, and with values
+        that float16 couldn't hold]."""
         for row, reason in loaded.example.failed.items():
             if row not in self.failed:
                 logger.warning("left out: row %d, %s", row, reason)
                 self.failed[row] = reason
-        total = torch.tensor([0.0, 0.0, len(loaded), len(loaded.example.failed)], device=self.device)
+        example = loaded.example
+        total = torch.tensor([0.0, 0.0, len(loaded), len(example.failed), example.clipped], device=self.device)
         if len(loaded):
             # Dropout, where a network has it, depends on neither interruptions nor the number of processes.
             seed = np.random.SeedSequence([self.config.seed, loaded.item.step, loaded.item.part]).generate_state(1)
             torch.manual_seed(int(seed[0]))
             total[0], total[1] = self.objective.accumulate(loaded)
+            total[4] += self.objective.clipped
         return total
 
-    def _update(self, totals: Tensor) -> tuple[float, int, int]:
-        """One optimiser step on the mean gradient over all processes; (mean loss, images, left out)."""
+    def _update(self, totals: Tensor) -> tuple[float, int, int, int]:
+        """One optimiser step on the mean gradient over all processes; (mean loss, images, left out, clipped)."""
         parameters = list(_trained(self.net).values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         # One message for all of it; counts are exact in float32 up to 16 million.
         flat = torch.cat([totals, *(gradient.flatten() for gradient in gradients)])
         self.group.sum(flat)
-        loss, divisor, images, failed = flat[:4].tolist()
+        loss, divisor, *counts = flat[:_TOTALS].tolist()
+        images, failed, clipped = map(int, counts)
         if divisor:
-            parts = flat[4:].div_(divisor).split([p.numel() for p in parameters])
+            parts = flat[_TOTALS:].div_(divisor).split([p.numel() for p in parameters])
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
             if self.config.clip is not None:
@@ -207,7 +221,13 @@ class Trainer:
             self.optimiser.param_groups[0]["lr"] = self.config.learning_rate(self.step, self.setup.order.steps)
             self.optimiser.step()
         self.optimiser.zero_grad()
-        return (loss / divisor if divisor else 0.0), int(images), int(failed)
+        return (loss / divisor if divisor else 0.0), images, failed, clipped
+
+    def _count_clipped(self, clipped: int, images: int) -> None:
+        if clipped and not self.n_clipped and self.group.rank == 0:
+            said = "%d of the %d images of step %d have features beyond float16's range, which are clamped; %s"
+            logger.warning(said, clipped, images, self.step, KEEP_THEM)
+        self.n_clipped += clipped
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
@@ -221,6 +241,7 @@ class Trainer:
         epoch = (self.step - 1) // order.steps_per_epoch + 1
         self._add({"loss": loss, "images_per_s": round(rate, 2), "run_images_per_s": round(overall, 2)}, events)
         self.lines[-1] |= {"epoch": epoch, "images": self.images, "failed": self.n_failed}
+        self.lines[-1] |= {"clipped": self.n_clipped} if self.n_clipped else {}
         place = f"step {self.step} of {order.steps}, epoch {epoch}"
         logger.info("%s: loss %.4f, %.1f images/s, %.1f over the run", place, loss, rate, overall)
 
@@ -305,6 +326,7 @@ class Trainer:
                 "n_failed": self.n_failed,
                 "failed": {str(row): reason for row, reason in sorted(self.failed.items())},
                 **held_out,
+                **({"clipped": self.n_clipped} if self.n_clipped else {}),
             },
             config={**self.setup.description, "step": self.step, "images": self.images},
         )

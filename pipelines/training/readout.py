@@ -343,6 +343,7 @@ class ReadoutObjective:
         self.setup, self.config, self.device, self.task = setup, setup.config, device, setup.images.task
         self.net = self.task.network(build_readout(setup.readout, setup.config.seed), setup.config.seed).to(device)
         self.model = setup.bundle and setup.bundle.build(str(device))
+        self.clipped: Tensor | int = 0
 
     def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
         """Adds the gradient of the task's summed loss to the readout's; gives that sum, and its divisor."""
@@ -356,10 +357,14 @@ class ReadoutObjective:
 
     def _outputs(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
         """The readout's, float32 [B, outputs, side, side]."""
+        read = [name for name in (self.setup.level, self.setup.pooled) if name]
         if self.model:
-            rows = self.model(arrays[PIXELS]).levels
+            # Infinite where they aren't as a store has them, and the readout would be NaN from then on.
+            rows, beyond = self.model(arrays[PIXELS]).as_stored()
+            counts = [beyond[name] for name in read if name in beyond]
+            self.clipped = torch.stack(counts).any(dim=0).sum() if counts else 0
         else:
-            rows = {name: self._there(arrays[name]) for name in (self.setup.level, self.setup.pooled) if name}
+            rows = {name: self._there(arrays[name]) for name in read}
         maps = rows[self.setup.level].float().permute(0, 3, 1, 2)
         pooled = rows[self.setup.pooled].float() if self.setup.pooled else None
         with autocast(self.device, self.config.net_precision):

@@ -21,6 +21,7 @@ from pipelines.training.watch import Validations
 from storage.documents import decode_known
 from storage.paths import Folder, StorageError, filesystem, redact
 from storage.runs import read_last, read_metrics, read_pointers
+from storage.totals import KEEP_THEM
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -72,6 +73,9 @@ def main(config: TrainConfig) -> Iterator[str]:
     yield f"{summary.out}: {summary.step:,} steps, {images}"
     for row, reason in list(summary.failed.items())[:5]:
         yield f"  row {row}, {reason}"
+    if clipped := metrics.get("clipped"):
+        trained = f"{clipped:,} of {metrics.get('images', 0):,} images, each as often as it was trained on"
+        yield f"clamped    {trained}, have features beyond float16's range; {KEEP_THEM}"
     yield from _held_out_lines(summary)
     yield from (f"note       {note}" for note in summary.notes)
     best = f"{summary.out}/{summary.best or summary.last}"

@@ -14,13 +14,22 @@ from pipelines.evaluation import similarity
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.feature_datasets import FeatureDataset, FeatureStream
-from storage.documents import parse_json
-from storage.paths import StorageError
+from pipelines.training.config import TrainConfig
+from pipelines.training.lift import X2Config
+from pipelines.training.loop import Progress, read_metrics
+from pipelines.training.run import main
+from storage.documents import decode_known, parse_json
+from storage.paths import Folder, StorageError
+from storage.runs import read_last
 from storage.store import FeatureStore
+from tests import readout_runs
 from tests.conftest import jpeg, loud_weights
+from tests.readout_runs import TINY, losses, train, training
+from tests.stops import Died, dies_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+IMAGES = "VOCdevkit/VOC2012/JPEGImages"
 LIVE = ("--model", "test_vit.r160_in1k", "--precision", "fp32")
 INLINE = ("--executor", "inline")
 
@@ -206,3 +215,72 @@ def test_a_live_model_that_gives_no_numbers_is_not_taken_for_clamped(photos, tmp
 
     with pytest.raises(StorageError, match="the model gave NaN or infinity in fp32"):
         evaluated(photos, tmp_path / "out", **live(path))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_readouts_live_and_from_a_store_train_on_the_same_clamped_features(sets, weights, tiny, tmp_path, caplog, capsys):
+    """A model's infinities would make the readout NaN: before they were clamped, the live run ended at its first step."""
+    images = sets / "VOC2012" / IMAGES
+    store = readout_runs.extract(tiny, tmp_path / "store.zarr", images, weights=str(weights))
+    caplog.clear()
+
+    stored = training(sets, tmp_path / "stored", store=store, size=None, lr=1e-6)
+    train_main(stored)
+    from_store = caplog.text
+    caplog.clear()
+    live = training(sets, tmp_path / "live", drawing="extract", weights=str(weights), lr=1e-6)
+    train_main(live)
+
+    np.testing.assert_allclose(losses(stored.out), losses(live.out), rtol=2e-4)
+    for out in (stored.out, live.out):
+        assert [line["clipped"] for line in read_metrics(Folder(out)) if "loss" in line] == [4, 6, 10, 12, 16, 18]
+        assert decode_known(Progress, read_last(Folder(out)).progress).clipped == 18
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("clamped    18 of 18 images, each as often as it was trained on, have features beyond float16's range") == 2
+    )
+    assert "6 of 6 images have values beyond float16's range" in from_store
+    for log in (from_store, caplog.text):
+        assert log.count("4 of the 4 images of step 1 have features beyond float16's range") == 1
+
+
+def test_a_training_that_goes_on_knows_what_was_clamped_before(sets, weights, tmp_path):
+    whole = training(sets, tmp_path / "whole", weights=str(weights), lr=1e-6)
+    train(whole)
+    half = training(sets, tmp_path / "half", weights=str(weights), lr=1e-6)
+    with pytest.raises(Died):
+        train(half, dies_after(3))
+
+    train(half)
+
+    assert read_last(Folder(half.out)).progress == read_last(Folder(whole.out)).progress
+
+
+def test_readouts_of_float32_have_nothing_clamped(sets, weights, tmp_path, caplog):
+    config = training(sets, tmp_path / "exact", weights=str(weights), encoding="float32", lr=1e-6)
+
+    train(config)
+
+    assert "float16" not in caplog.text
+    assert "clipped" not in read_last(Folder(config.out)).progress
+
+
+def test_upsamplers_trained_on_clamped_features_say_so(weights, tiny, make_tars, tmp_path, caplog):
+    data = make_tars(count=1, each=6)
+    store = readout_runs.extract(tiny, tmp_path / "store.zarr", data, weights=str(weights))
+    caplog.clear()
+    settings = {"method": "resize_conv", "data": (data,), "out": str(tmp_path / "run"), "val_rows": 2, "batch": 2, "epochs": 1}
+    features = {"size": 64, "facet": "token", "geometry": "crop", "weights": str(weights), "interpolation": "bicubic"}
+    config = X2Config.of(**{**TINY, **settings, **features}, features=store, jitter=0.0)
+
+    train(config)
+
+    assert "6 of 6 images have values beyond float16's range" in caplog.text
+    assert "2 of the 2 images of step 1 have features beyond float16's range" in caplog.text
+    assert decode_known(Progress, read_last(Folder(config.out)).progress).clipped == 4
+
+
+def train_main(config: TrainConfig) -> None:
+    print(*main(config), sep="\n")
