@@ -17,11 +17,11 @@ def main(config: ExtractConfig) -> Iterator[str]:
         yield f"\nNo pretrained weights: {error}"
         yield "The demo goes on with RANDOM weights, and the store says so: the picture shows that the pipeline works,"
         yield "not what good features look like.\n"
-        config = config.changed(weights="random", out=config.out.replace(".zarr", "-random.zarr"))
+        config = config.changed(weights="random", out=f"{config.out.removesuffix('.zarr')}-random.zarr")
         yield from extraction.main(config)
     if config.plan:
         return
-    store, picture = FeatureStore.open(config.out), config.out.replace(".zarr", ".png")
+    store, picture = FeatureStore.open(config.out), f"{config.out.removesuffix('.zarr')}.png"
     view_panel(store, pick_rows(store, len(store))).draw().save(picture)
     yield f"\npicture    {picture}"
     yield f"store      {config.out}"

@@ -4,6 +4,9 @@ import logging
 import uuid
 from dataclasses import dataclass, replace
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipelines.config import ConfigError
 from pipelines.executors import Executor
 from pipelines.extraction.config import ExtractConfig
@@ -83,6 +86,7 @@ def continue_store(store: FeatureStore, spec: FeatureSpec, given: RunInput, conf
     """What a store needs to go on. Raises `FingerprintMismatch`, and `InputError` for changes that weren't allowed for."""
     # What was repaired may hold more rows by now, of which there would be larger blocks.
     store.require(spec, replace(store.layout, block_rows=config.block_rows or store.layout.block_rows))
+    _require_within_limits(store, config)
     try:
         index = store.index if store.has_index() else _restored_index(store, given)
         return _input_update(store, index, given, config)
@@ -92,6 +96,25 @@ def continue_store(store: FeatureStore, spec: FeatureSpec, given: RunInput, conf
             raise
     # Another run took over changed input meanwhile.
     return continue_store(FeatureStore(store.folder, now), spec, given, config)
+
+
+def _require_within_limits(store: FeatureStore, config: ExtractConfig) -> None:
+    """Raise `ConfigError` where the store holds images that this run would refuse as too large: what is there stays there."""
+    begun_with = store.root.config or {}
+    limits = {name: (begun_with.get(name), getattr(config, name)) for name in ("max_image_pixels", "max_image_bytes")}
+    lowered = {name: each for name, each in limits.items() if isinstance(each[0], int) and each[1] < each[0]}
+    if not lowered:
+        return
+    rows = store.records(slice(None), ["key", "status", "size", "width", "height"])
+    rows = rows.filter(pc.fill_null(pc.equal(rows["status"], "ok"), False))
+    sizes = {"max_image_pixels": pc.multiply(pc.cast(rows["width"], pa.int64()), rows["height"]), "max_image_bytes": rows["size"]}
+    for name, (before, now) in lowered.items():
+        larger = rows["key"].filter(pc.greater(sizes[name], now))
+        if len(larger):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {now}: {len(larger)} rows of {store.folder.displayed} are of larger images, for "
+                f"example {larger[0].as_py()!r}; it was begun with {before}. Use that, or a new --out"
+            )
 
 
 def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:

@@ -129,7 +129,8 @@ def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
 def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     config, pool = prepared.config, prepared.pool
     store = prepared.create_store()
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    # In the order of their names, runs are in that of their times: the last one's settings and rates are looked for.
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:6]}"
     batch = default_batch(config, store.layout, pool.device)
     _write_run_json(store, run_id, config, pool, batch)
     done = _check_done(store)

@@ -1,5 +1,6 @@
 """The pipeline in one process: what a run writes, and how it continues."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction import worker as worker_module
+from pipelines.extraction.config import config_from_run
 from pipelines.extraction.run import RunFailed, extract, main
 from pipelines.extraction.worker import ShardWorker
 from pipelines.provenance import versions
@@ -263,3 +265,32 @@ def test_json_is_how_a_plan_is_printed(make_tars, tiny):
     with pytest.raises(ConfigError, match="--json is how --plan is printed"):
         list(main(config))
     assert not Path(config.out).exists()
+
+
+# --- the same store, other settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("setting", "limit"), [("max_image_pixels", 96 * 72 - 1), ("max_image_bytes", 100)])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_lower_limit_is_refused_by_a_store_of_larger_images(make_tars, tiny, setting, limit, stopped):
+    config = tiny(make_tars())
+    with dying_at_task(3) if stopped else contextlib.nullcontext():
+        extract(config, InlineExecutor())
+    flag, rows = f"--{setting.replace('_', '-')}", 12 if stopped else 20
+
+    with pytest.raises(ConfigError, match=rf"{flag} {limit}: {rows} rows of \S+ are of larger images, for example '00000'"):
+        extract(config.changed(**{setting: limit}), InlineExecutor())
+    # One that none of its images is above changes nothing.
+    assert extract(config.changed(**{setting: 96 * 72}), InlineExecutor()).ok == 20
+
+
+def test_runs_of_one_second_are_in_the_order_of_their_names(make_tars, tiny):
+    config = tiny(make_tars(1, 4))
+    for batch in range(1, 9):
+        extract(config.changed(batch=batch), InlineExecutor())
+
+    runs = Folder(config.out).folders("runs")
+
+    batches = [json.loads(Folder(config.out).read(f"runs/{run}/run.json"))["config"]["batch"] for run in runs]
+    assert batches == list(range(1, 9))
+    assert config_from_run(config.out).batch == 8
