@@ -287,10 +287,12 @@ def held(world, stores, tmp_path_factory):
 def standing_at(url: Path, store: Path) -> Iterator[None]:
     """While this holds, another store lies where one was."""
     url.rename(url.with_name("kept"))
-    shutil.copytree(store, url)
-    yield
-    shutil.rmtree(url)
-    url.with_name("kept").rename(url)
+    try:
+        shutil.copytree(store, url)
+        yield
+    finally:
+        shutil.rmtree(url)
+        url.with_name("kept").rename(url)
 
 
 # --- the law ----------------------------------------------------------------------------------------------------------
