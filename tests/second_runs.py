@@ -84,7 +84,7 @@ class Kind:
 
 
 def write_world(root: Path) -> Path:
-    """Small data sets in their official layouts, tars, weights, upsamplers' and readouts' checkpoints; of the last three, two each."""
+    """Small data sets in their official layouts, tars, and of weights, upsamplers and readouts two each."""
     write_sets(root)
     _fewer_masks(root / "VOC2012/VOCdevkit/VOC2012")
     _fewer_objects(root / "coco")
