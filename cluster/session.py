@@ -7,9 +7,11 @@ import functools
 import logging
 import os
 import secrets
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,7 +173,8 @@ def _session(address: str, **options: int | None) -> Iterator[None]:
     from ray.exceptions import AuthenticationError
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
+        with _keeping_sigterm():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except AuthenticationError:
         raise ClusterError(
             f"the Ray cluster at {address!r} doesn't take this program's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
@@ -187,3 +190,14 @@ def _session(address: str, **options: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Keep the program's own answer to SIGTERM: Ray's driver prints C stacks and aborts, before anything is put in order."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -7,8 +7,10 @@ import contextlib
 import difflib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
 
@@ -17,14 +19,13 @@ import tyro
 from pipelines.config import ConfigError
 from storage.errors import RayliftError
 from storage.paths import redact
+from storage.words import is_of_disk, printable, what_the_disk_says
 
 Config = TypeVar("Config")
 
-PATH_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
-"""Of the operating system, for a path that a person gave. Others (a full disk, a network that fails) aren't a setting's fault."""
-
-STOPPED, PIPE_CLOSED = 130, 141
-"""Exit codes as a shell gives them to programs that an interrupt (SIGINT) or a closed pipe (SIGPIPE) ends."""
+STOPPED, PIPE_CLOSED, TERMINATED = 130, 141, 143
+"""Exit codes as a shell gives them to programs that an interrupt (SIGINT), a closed pipe (SIGPIPE) or a scheduler (SIGTERM)
+ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,30 +85,46 @@ class Program:
     def run(self, argv: Sequence[str]) -> int:
         """Do what `argv` says; returns the exit code.
 
-        A `RayliftError` ends with the code of its class, and a path that can't be used with 2, each as one message without
-        credentials; an interrupt ends with 130, and a reader that went away (`| head`) with 141.
+        A `RayliftError` ends with the code of its class, and what the operating system says of a path or a disk with 2, each as
+        one message without credentials; an interrupt ends with 130, SIGTERM with 143, and a reader that went away (`| head`)
+        with 141.
         """
+        for stream in (sys.stdout, sys.stderr):
+            # A name that the terminal's encoding lacks is no reason to end after hours of work.
+            with contextlib.suppress(AttributeError):  # of what stands in for a stream in tests and notebooks
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         log_to_stderr()
-        options: Mapping[str, object] = {}
+        options: dict[str, object] = {}
+        with _terminable():
+            try:
+                return self._run(argv, options)
+            except RayliftError as error:
+                return _say(f"{type(error).__name__}: {redact(str(error), options)}", error.exit_code)
+            except OSError as error:
+                if not is_of_disk(error):
+                    raise
+                return _say(redact(what_the_disk_says(error), options), RayliftError.exit_code)
+            except KeyboardInterrupt as interrupt:
+                return _say(self.stopped, TERMINATED if interrupt.args == (signal.SIGTERM,) else STOPPED)
+
+    def _run(self, argv: Sequence[str], options: dict[str, object]) -> int:
+        """Do what `argv` says, and print what comes of it. `options` become those of the storage, for messages of errors."""
         try:
             call = self.parse(argv)
-            options = getattr(call.config, "options", {})
+            options |= getattr(call.config, "options", {})
             for line in call.lines():
-                print(line)
+                print(printable(line))
             sys.stdout.flush()
         except BrokenPipeError:
-            return _closed_pipe()
-        except (RayliftError, *PATH_ERRORS) as error:
-            print(f"{type(error).__name__}: {redact(str(error), options)}", file=sys.stderr)
-            return error.exit_code if isinstance(error, RayliftError) else RayliftError.exit_code
-        except KeyboardInterrupt:
-            print(self.stopped, file=sys.stderr)
-            return STOPPED
+            _drop_output()
+            return PIPE_CLOSED
         except SystemExit:  # of --help, or of a flag that there isn't
-            with contextlib.suppress(BrokenPipeError):
+            try:
                 sys.stdout.flush()
-                raise
-            return _closed_pipe()
+            except BrokenPipeError:
+                _drop_output()
+                return PIPE_CLOSED
+            raise
         return 0
 
     def parse(self, argv: Sequence[str]) -> Call[Any]:
@@ -161,16 +178,52 @@ class Program:
         raise SystemExit(0 if "--help" in args or "-h" in args else 2)
 
 
-def _closed_pipe() -> int:
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it, SIGTERM (of Slurm, Kubernetes, systemd) ends the work as an interrupt does, so that what holds folders, workers
+    and sessions lets go of them. A second one changes nothing: `timeout` and Slurm send several."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main one may
+        return
+
+    def end(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(message: str, code: int) -> int:
+    """Print why the program ends; returns `code`. What is still to be printed goes first, or nowhere on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+    print(printable(message), file=sys.stderr)
+    return code
+
+
+def _drop_output() -> None:
     # The interpreter flushes once more when it ends; what is left goes nowhere.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return PIPE_CLOSED
+
+
+class _Printable(logging.Formatter):
+    """Names from data sets may hold what terminals obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def log_to_stderr() -> None:
     """What the programs log, with the time."""
-    form = "%(asctime)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def pick_word(args: list[str], names: Collection[str], missing: str = "nothing") -> str | None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from cluster.metrics import TaskReport, WorkerMetrics
 from cluster.resources import WorkerPool, WorkerRequest, choose_pool, present_nodes
-from cluster.session import connect
+from cluster.session import ClusterError, connect
 from pipelines.config import JobConfig
 from storage.errors import RayliftError
 from storage.ledger import SampleRecord
@@ -156,9 +156,11 @@ class InlineExecutor:
     def pool(self, request: WorkerRequest) -> WorkerPool:
         import torch
 
-        device = request.device
+        device, found = request.device, torch.cuda.is_available()
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if found else "cpu"
+        if device == "cuda" and not found:
+            raise ClusterError("--device cuda --executor inline: this machine has no GPU that torch can use; drop --device")
         return WorkerPool(device=device, size=1, cpus=request.cpus or torch.get_num_threads(), gpus=request.gpus or 0)
 
     def map(

@@ -100,6 +100,12 @@ def expand_inputs(patterns: Sequence[str], storage_options: StorageOptions | Non
 
 
 def _expand_pattern(pattern: str, options: StorageOptions | None, image: str | None) -> Listing:
+    try:
+        pattern.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{pattern}: this path is no UTF-8 text, which an index can hold; rename it, or name a link to it"
+        ) from None
     is_there = _is_there(pattern)
     try:
         urls = [pattern] if is_there else list(braceexpand(pattern))

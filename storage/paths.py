@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import re
-import shutil
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import StorageError as StorageError
-from storage.local_files import put_file, read_ranges_of_files
+from storage.local_files import put_file, read_ranges_of_files, remove_partial_files
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ class Folder:
     """
 
     def __init__(self, url: str, storage_options: StorageOptions | None = None):
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/") or url[:1]  # the disk's root stays one
         self.options = dict(storage_options or {})
         self._open: tuple[int, fsspec.AbstractFileSystem, str] | None = None
 
@@ -343,14 +342,14 @@ class Folder:
             self._require_inside(name)
             try:
                 fs.rm_file(f"{root}/{name}")
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
 
     def remove_partial(self) -> None:
         """Drop what killed writers left behind. Whoever writes still writes that object once more."""
         fs, root = self._fs()
         if isinstance(fs, LocalFileSystem):
-            shutil.rmtree(Path(root) / ".partial", ignore_errors=True)
+            remove_partial_files(root)
 
 
 def _range_or_none(data: bytes | BaseException, size: int) -> bytes | None:
@@ -480,9 +479,15 @@ def _try_range(options: StorageOptions | None, url: str, start: int, end: int) -
 
 def read_file(url: str, storage_options: StorageOptions | None = None) -> bytes:
     """All bytes of one file at any URL. Raises `FileNotFoundError`."""
+    folder, name = folder_of(url, storage_options)
+    return folder.read(name)
+
+
+def folder_of(url: str, storage_options: StorageOptions | None = None) -> tuple[Folder, str]:
+    """The folder that the file at `url` lies in, and its name there."""
     path, mark, query = url.partition("?") if "://" in url else (url, "", "")
     folder, slash, name = path.rpartition("/")
-    return Folder(folder or slash or ".", storage_options).read(f"{name}{mark}{query}")
+    return Folder(folder or slash or ".", storage_options), f"{name}{mark}{query}"
 
 
 def extension(url: str) -> str:

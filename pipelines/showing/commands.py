@@ -1,9 +1,9 @@
 """The commands of `jobs/show.py`: the settings of each, and the lines that it prints."""
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import tyro
@@ -16,7 +16,7 @@ from pipelines.showing.status import failure_lines, failures, read_status, row_l
 from pipelines.showing.views import pick_rows, similar_panel, view_panel
 from pipelines.training.watch import training_lines
 from storage.export import export_vectors
-from storage.paths import Folder, StorageOptions
+from storage.paths import Folder, StorageOptions, extension, folder_of
 from storage.store import FeatureStore
 
 
@@ -105,7 +105,7 @@ class View(Show):
             raise ConfigError("--refit fits this store's own colours, and --colours-from takes another store's; give one of them")
         if self.rows and self.count != type(self).count:
             raise ConfigError(f"--count {self.count}: --rows names the {len(self.rows)} that are shown; give one of them")
-        store = self.open()
+        store, kind = self.open(), _picture_format(self.out)
         picture = view_panel(
             store,
             named_rows(store, self.rows, self.count),
@@ -115,7 +115,7 @@ class View(Show):
             colours_from=self.open(self.colours_from) if self.colours_from else None,
             storage_options=self.options,
         )
-        yield _saved(picture.draw(), self.out)
+        yield _saved(picture.draw(), self.out, kind, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +134,13 @@ class Similar(Show):
     """The picture to write."""
 
     def lines(self) -> Iterator[str]:
-        store = self.open()
+        store, kind = self.open(), _picture_format(self.out)
         key = int(named_rows(store, [self.key], 1)[0])
         others = named_rows(store, self.to, 4)
         if not self.to:
             others = others[others != key][:3]
         picture = similar_panel(store, key, self.point, others.tolist(), levels=self.levels, storage_options=self.options)
-        yield _saved(picture.draw(), self.out)
+        yield _saved(picture.draw(), self.out, kind, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +193,8 @@ class Report(Show):
 
     def lines(self) -> Iterator[str]:
         page = render_report(self.open(), count=self.count, storage_options=self.options).encode()
-        folder, _, name = self.out.rpartition("/")
-        Folder(folder or ".", self.options).write(name, page)
+        folder, name = folder_of(self.out, self.options)
+        folder.write(name, page)
         yield f"{self.out}: {len(page) / 1e6:.1f} MB, opens without a network"
 
 
@@ -220,7 +220,18 @@ def named_rows(store: FeatureStore, names: Sequence[str], count: int) -> np.ndar
     return np.concatenate([store.rows(name) for name in known])
 
 
-def _saved(picture: Image.Image, out: str) -> str:
-    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
+def _picture_format(out: str) -> str:
+    """Pillow's name for what a picture's name ends in. Raises `ConfigError`, before anything is drawn."""
+    formats = Image.registered_extensions()
+    found = formats.get(f".{extension(out)}", "")
+    if found not in Image.SAVE:
+        raise ConfigError(f"--out {out}: the name must say what kind of picture it is; end it in .png, .jpg, .webp or .tif")
+    return found
+
+
+def _saved(picture: Image.Image, out: str, kind: str, options: StorageOptions) -> str:
+    data = io.BytesIO()
+    picture.save(data, kind)
+    folder, name = folder_of(out, options)
+    folder.write(name, data.getvalue())
     return out

@@ -1,16 +1,23 @@
 """How programs end: errors of one base, exit codes, readers that go away."""
 
 import ast
+import errno
 import importlib
 import inspect
+import io
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from jobs.program import Command, Program
 from pipelines.config import ConfigError
 from storage.errors import RayliftError
 
@@ -87,3 +94,90 @@ def test_a_word_a_preset_and_flags_make_the_settings():
     assert (call.preset, call.config.repeat) == ("debug", 1)
     with pytest.raises(ConfigError, match="no preset of cost --vit-up is called 'debgu'. Did you mean 'debug'"):
         benchmark.parse(["cost", "--vit-up", "debgu"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing:
+    """No settings."""
+
+
+def ends(do: Callable[[], Iterator[str]]) -> int:
+    """How a program ends that does so."""
+    return Program(name="none", doc="", commands={"go": Command(run=lambda _: do(), default=Nothing)}).run(["go"])
+
+
+def raising(error: BaseException) -> Callable[[], Iterator[str]]:
+    def do() -> Iterator[str]:
+        yield "first"
+        raise error
+
+    return do
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EROFS, "Read-only file system", "/ro/x"),
+        OSError(errno.ENAMETOOLONG, "File name too long", "/x"),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x/y"),
+    ],
+)
+def test_what_a_disk_says_is_one_sentence(error, capsys):
+    assert ends(raising(error)) == 2
+
+    out, err = capsys.readouterr()
+    assert out == "first\n"
+    assert err.count("\n") == 1
+    assert f"{error.strerror}; " in err
+
+
+def test_errors_of_the_network_and_bugs_keep_their_traceback():
+    for error in (OSError(errno.ECONNRESET, "Connection reset"), RuntimeError("bug")):
+        with pytest.raises(type(error)):
+            ends(raising(error))
+
+
+def test_sigterm_ends_the_work_as_an_interrupt_does(capsys):
+    """Schedulers send it, some of them several times: what is held is let go of first."""
+    before, let_go = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> Iterator[str]:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            let_go.append(True)
+        yield "never"
+
+    assert ends(work) == 143
+
+    assert let_go
+    assert capsys.readouterr() == ("", "stopped\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert ends(raising(KeyboardInterrupt())) == 130
+
+
+def test_names_that_a_terminal_lacks_or_obeys_are_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+
+    assert ends(lambda: iter(["ü \x1b[31m \udce9"])) == 0
+
+    assert stream.buffer.getvalue() == rb"\xfc \x1b[31m \udce9" + b"\n"
+
+
+def test_output_on_a_full_disk_is_one_sentence():
+    """And the interpreter, which flushes once more at its end, adds nothing."""
+    code = """
+import sys
+from jobs.program import Command, Program
+from tests.jobs.test_program import Nothing
+sys.exit(Program(name="none", doc="", commands={"go": Command(run=lambda _: iter(["a"]), default=Nothing)}).run(["go"]))
+"""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "No space left on device" in done.stderr

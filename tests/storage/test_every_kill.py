@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import s3fs
 
+from storage.local_files import PARTIAL
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
 from tests.forks import Fork, Forks, operations
@@ -91,7 +92,8 @@ class Sweep:
     @staticmethod
     def require_tidy(folder: Folder) -> None:
         """What killed runs leave: their folders below runs/, which say what died. No half files, no probes."""
-        assert not folder.sizes(".partial")
+        assert not any(name.startswith(PARTIAL) for name in folder.sizes(""))
+        assert not folder.folders(".partial")
         assert set(folder.sizes("runs")) <= {"zarr.json"}
         for run in folder.folders("runs"):
             assert set(folder.sizes(f"runs/{run}")) <= {"run.json", "progress.json"}

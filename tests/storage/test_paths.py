@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from storage.local_files import PARTIAL
 from storage.paths import Folder, InputError, StorageError, filesystem, read_file, read_ranges
 
 
@@ -200,12 +201,14 @@ def test_write_that_fails_leaves_the_old_object_and_nothing_else(tmp_path, monke
         folder.write("a", b"new")
 
     assert (tmp_path / "a").read_bytes() == b"old"
-    assert list((tmp_path / ".partial").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_killed_writers_left_is_dropped(tmp_path):
     folder = Folder(str(tmp_path))
     folder.write("a", b"1")
+    (tmp_path / f"{PARTIAL}left-behind").write_bytes(b"half")
+    (tmp_path / ".partial").mkdir()  # of earlier versions
     (tmp_path / ".partial/left-behind").write_bytes(b"half")
 
     folder.remove_partial()
