@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from typing import Literal
 
 from cluster.metrics import TaskReport
 from cluster.progress import Progress, stage_shares
@@ -154,13 +155,18 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
         suspects=suspects(store.folder, {task.block for task in pending}),
     )
     run = _Run(store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
-    run.execute(pending)
-    if pending and not run.errors and (changes := changed_meanwhile(config, store, executor)):
-        raise RunFailed(
-            f"{store.folder.displayed}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
-            "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
-        )
-    return run.finish(prepared.left_out)
+    try:
+        run.execute(pending)
+        if pending and not run.errors and (changes := changed_meanwhile(config, store, executor)):
+            raise RunFailed(
+                f"{store.folder.displayed}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
+                "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
+            )
+        return run.finish(prepared.left_out)
+    except (Exception, KeyboardInterrupt) as error:
+        if pending:
+            run.note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
 
 
 def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
@@ -210,6 +216,7 @@ class _Run:
         self.errors: list[str] = []
         self.replaced = ""
         "how the heartbeat found the store gone or replaced"
+        self.ended: Literal["", "stopped", "failed"] = ""
         self.bytes_written = 0
         self.start_up_s = 0.0
         self.finished_tasks = 0
@@ -273,6 +280,11 @@ class _Run:
         except (OSError, StorageError) as error:
             logger.warning("progress was not saved: %s", error)
 
+    def note_end(self, how: Literal["stopped", "failed"]) -> None:
+        """Say how the run ended before its store was complete, so that nobody takes it for one that writes."""
+        self.ended = how
+        self._beat()
+
     def _save_progress(self) -> None:
         """Rates and stage times where `show` finds them, also from another machine. Raises `StoreReplaced`."""
         self.store.require_in_place()
@@ -287,6 +299,7 @@ class _Run:
             "stage_seconds": p.seconds,
             "bytes_written": self.bytes_written,
             "errors": self.errors[-20:],
+            "ended": self.ended,
         }
         self.store.folder.write(f"runs/{self.setup.run_id}/progress.json", json.dumps(document, indent=1).encode())
 

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from pipelines.features.pictures import Picture
 from pipelines.features.rows import Size
 from storage.spec import Level
 from storage.totals import CLAMPED, KEEP_THEM, share_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 What = Literal["maps", "pooled"]
 """What is asked for of a picture: all its maps, or its CLS vector."""
@@ -62,7 +63,7 @@ class ClippedCounts:
         self._found: dict[tuple[str, Size, What], list[tuple[Tensor | int, int]]] = {}
         self._used: set[tuple[str, Size, What]] = set()
 
-    def add(self, picture: Picture, what: What, counts: Mapping[str, Tensor | int], levels: Sequence[Level]) -> None:
+    def add(self, picture: Picture, what: What, counts: "Mapping[str, Tensor | int]", levels: Sequence[Level]) -> None:
         """`counts` by float16 level, maybe still on their device, in the picture's maps or vector."""
         sizes = {level.name: math.prod(level.row_shape) for level in levels}
         self._found[picture.image.displayed, picture.size, what] = [(n, sizes[name]) for name, n in counts.items()]

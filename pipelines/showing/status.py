@@ -57,6 +57,8 @@ class RunStatus:
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     bytes_written: int = 0
     errors: tuple[str, ...] = ()
+    ended: str = ""
+    "`stopped` (by an interrupt or SIGTERM) or `failed`, where it said so before its store was complete"
     settings: JsonObject
     "run.json: config, workers, versions, host"
 
@@ -231,6 +233,12 @@ def state_in_words(status: StoreStatus) -> str:
     if not status.runs:
         return "not started: it has metadata, and no run"
     run = status.runs[-1]
+    if run.ended:
+        was = "was stopped" if run.ended == "stopped" else "failed"
+        return (
+            f"unfinished; its last run ({run.run_id}, on {run.settings['host']}) {was} {duration(run.silent_s)} ago. "
+            "The same command continues"
+        )
     if run.silent_s <= SILENT_AFTER_S:
         return f"being written by run {run.run_id}"
     return (
@@ -245,7 +253,7 @@ def _run_lines(status: StoreStatus, run: RunStatus) -> Iterator[str]:
         f"last run {run.run_id} on {run.settings['host']}: {run.ok + run.failed:,} images, {run.images_per_s:.1f} images/s, "
         f"{workers.size} {workers.device} workers, batches of {workers.batch}"
     )
-    if status.pending and run.images_per_s and run.silent_s <= SILENT_AFTER_S:
+    if status.pending and run.images_per_s and not run.ended and run.silent_s <= SILENT_AFTER_S:
         yield f"left     {duration(status.pending / run.images_per_s)} at this rate"
     if run.stage_seconds:
         yield "workers  " + ", ".join(f"{stage} {share:.0%}" for stage, share in stage_shares(run.stage_seconds).items())

@@ -1,7 +1,9 @@
 """What `jobs/train.py` does: a run from its settings to its last checkpoint, in this process or in Ray Train's workers."""
 
 import logging
+import signal
 import textwrap
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow.fs
     import ray
     from fsspec import AbstractFileSystem
+    from ray.train.torch import TorchTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +167,7 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
     )
     try:
         with every(FOLLOW_S, _Follower(setup.folder, len(read_metrics(setup.folder))), "follow-metrics"):
-            trainer.fit()
+            _fit(trainer)
     except TrainingFailedError as error:
         reason = textwrap.shorten(str(error), 2000, placeholder=" ...")
         raise TrainFailed(
@@ -177,6 +180,18 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
     if stopped:
         raise TrainFailed(str(stopped[-1]))
     return replace(summarise(setup.folder), notes=setup.notes)
+
+
+def _fit(trainer: "TorchTrainer") -> None:
+    """`fit`, of which an interrupt is one: Ray Train answers it with an exit whose code says that all went well."""
+    is_main, before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 @dataclass

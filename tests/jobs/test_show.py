@@ -17,7 +17,8 @@ from PIL import Image
 
 from jobs.show import run
 from pipelines.executors import InlineExecutor
-from pipelines.extraction.run import extract
+from pipelines.extraction.run import RunFailed, extract
+from pipelines.extraction.worker import ShardWorker
 from pipelines.showing.report import render_report
 from pipelines.showing.status import BOTTLENECKS, MAX_RECORDS, read_status, status_lines
 from pipelines.showing.views import colours_for, pick_rows, similar_panel, view_panel
@@ -116,6 +117,49 @@ def test_status_says_when_a_run_has_gone_silent(stopped):
 
     assert "silent for 1 h 01 min" in next(iter(status_lines(silent)))
     assert "the same command continues" in next(iter(status_lines(silent)))
+
+
+@pytest.mark.parametrize(("error", "said"), [(KeyboardInterrupt(), "was stopped"), (RuntimeError("bug"), "failed")])
+def test_status_says_at_once_that_a_run_was_stopped_or_failed(make_tars, tiny, monkeypatch, capsys, error, said):
+    original = ShardWorker.compute
+
+    def compute(self, task, loaded):
+        if task.block == 3:
+            raise error
+        return original(self, task, loaded)
+
+    config = tiny(make_tars())
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWorker, "compute", compute)
+        with pytest.raises((KeyboardInterrupt, RuntimeError, RunFailed)):
+            extract(config, InlineExecutor())
+    show("status", config.out)
+
+    text = capsys.readouterr().out
+    assert re.search(rf"unfinished; its last run \(.*\) {said} \d s ago. The same command continues", text)
+    assert " left " not in text
+
+    extract(config, InlineExecutor())
+    show("status", config.out)
+    assert "complete" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_report_is_written_where_it_is_asked_for(store, tmp_path, monkeypatch):
+    """Also in the disk's root, which `--out /x.html` names, and in the working folder."""
+    written = []
+    monkeypatch.setattr("storage.paths.put_file", lambda root, name, data, put: written.append((root, name)))
+
+    for out in ("/x.html", f"{tmp_path}/a/x.html"):
+        show("report", store.folder.url, "--out", out)
+
+    assert [each for each in written if each[1] == "x.html"] == [("", "x.html"), (f"{tmp_path}/a", "x.html")]
+
+
+def test_pictures_of_no_known_kind_are_refused_before_they_are_drawn(store, capsys):
+    assert run(["view", store.folder.url, "--out", "x.foo"]) == 2
+    assert run(["similar", store.folder.url, "--key", "0", "--out", "x"]) == 2
+
+    assert capsys.readouterr().err.count("end it in .png, .jpg, .webp or .tif") == 2
 
 
 def test_status_as_json_adds_up(with_failures, capsys):
