@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
 
 import tyro
 
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, JobConfig, settings_of
 from storage.errors import RayliftError
 from storage.paths import redact
 from storage.words import is_of_disk, printable, what_the_disk_says
@@ -150,6 +151,8 @@ class Program:
             config=() if self.pairs else (tyro.conf.FlagCreatePairsOff,),
             **({} if default is kind else {"default": default}),
         )
+        if isinstance(config, JobConfig):
+            config = config.noting(set(_given(args, type(config))))
         return Call(command=command, preset=preset, config=config)
 
     def _named(self, word: str) -> str:
@@ -176,6 +179,23 @@ class Program:
         for name, command in self.commands.items():
             print(f"  {': '.join(filter(None, [name, ', '.join(command.presets)]))}")
         raise SystemExit(0 if "--help" in args or "-h" in args else 2)
+
+
+def _given(args: Sequence[str], kind: type) -> Iterator[str]:
+    """Names of the settings that flags say: `batch` of --batch 4 or --batch=4, `flip` of --no-flip, `cell.lr` of --cell.lr."""
+    known = set(_names(kind))
+    for word in args:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            switch = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
+            yield from [each for each in (name, switch) if each in known][:1]
+
+
+def _names(kind: type) -> Iterator[str]:
+    for name, setting in settings_of(kind).items():
+        yield name
+        if isinstance(setting.kind, type) and issubclass(setting.kind, JobConfig):
+            yield from (f"{name}.{each}" for each in _names(setting.kind))
 
 
 @contextlib.contextmanager

@@ -67,6 +67,7 @@ program = Program(
         )
     },
     stopped="stopped; the same command goes on from what is done",
+    pairs=True,  # so that --cell.no-flip can be said, where a task's published settings mirror images
 )
 run = program.run
 

@@ -32,7 +32,7 @@ from pipelines.training.vit_up import ViTUpTraining
 
 LIFT_S16 = X2Config.of(method="lift", **published.LIFT_FEATURES, **published.LIFT_TRAINING)
 
-PROBE = ReadoutTraining.of(method="linear", size=448, seed=published.VIT_UP_SEED, **published.VIT_UP_PROBE)
+PROBE = ReadoutTraining.of(method="linear", seed=published.VIT_UP_SEED, **published.VIT_UP_PROBE)
 
 
 def deap(name: str) -> ReadoutTraining:

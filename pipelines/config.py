@@ -4,15 +4,17 @@ A job's settings are a frozen dataclass that holds others: `cluster` says where 
 features (pipelines/features/config.py), so that each setting is declared once. Flags and saved documents know nothing of that:
 there, the settings of a job are one flat list of names.
 
-Every setting says with its type whether results depend on it (`Counts`, `Found`, `Free`).
+Every setting says with its type whether results depend on it (`Counts`, `Found`, `Free`), and beside which others it is used
+where that isn't always (`used_with`). Settings know which of them were given (`JobConfig.given`): one that was asked for is used,
+or refused.
 """
 
 import enum
 import functools
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -50,6 +52,56 @@ flags and saved documents, where that isn't the field's."""
 
 _NAMED = type(tyro.conf.arg(name=""))
 
+Unset = Annotated[T, tyro.conf.Suppress, tyro.conf.Fixed]
+"""A field of a job's settings that is no setting: flags and documents know nothing of it."""
+
+
+@dataclass(frozen=True)
+class UsedWith:
+    """Beside which other settings a setting is used; beside others, nothing looks at it."""
+
+    where: tuple[tuple[str, bool | tuple[JsonValue, ...]], ...]
+    "pairs: the name of a setting, or of a property of the job's settings: and whether it is set, or the values that it may have"
+    why: str = ""
+    "it isn't used without them, or where else; default: as `where` says it"
+
+    def holds(self, config: "JobConfig") -> bool:
+        """Whether the others are so."""
+        return all(_is_among(config.value(name), wanted) for name, wanted in self.where)
+
+    def __str__(self) -> str:
+        return self.why or f"it is used {' and '.join(_beside(name, wanted) for name, wanted in self.where)} only"
+
+
+def used_with(why: str = "", **where: JsonValue | tuple[JsonValue, ...]) -> UsedWith:
+    """A mark of a setting's type: `used_with(task="depth")`, `used_with(method=("deap", "bicubic"))`; True: where that is set
+    at all, False: where it isn't."""
+    return UsedWith(tuple((name, value if isinstance(value, bool | tuple) else (value,)) for name, value in where.items()), why)
+
+
+def _is_among(value: object, wanted: bool | tuple[JsonValue, ...]) -> bool:
+    return bool(value) == wanted if isinstance(wanted, bool) else value in wanted
+
+
+def _beside(name: str, wanted: bool | tuple[JsonValue, ...]) -> str:
+    if isinstance(wanted, bool):
+        return f"{'with' if wanted else 'without'} {flag_of(name)}"
+    *others, last = map(str, wanted)
+    return f"with {flag_of(name)} {' or '.join([', '.join(others), last] if others else [last])}"
+
+
+def flag_of(name: str) -> str:
+    """A setting's name as command lines have it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def said(name: str, value: object) -> str:
+    """A setting with its value as command lines have them."""
+    if isinstance(value, bool):
+        return flag_of(name if value else f"no_{name}")
+    words = value if isinstance(value, tuple) else (value,)
+    return " ".join([flag_of(name), *map(str, words)])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -62,6 +114,8 @@ class Setting:
     kind: object
     "its type"
     identity: Identity | None
+    used_with: UsedWith | None = None
+    "None: always"
 
     def of(self, config: object) -> JsonValue:
         """Its value."""
@@ -77,11 +131,15 @@ def settings_of(kind: type) -> Mapping[str, Setting]:
     hints, chosen = get_type_hints(kind, include_extras=True), _type_arguments(kind)
     for each in fields(kind):
         marks = get_args(hints[each.name])[1:]
+        if tyro.conf.Suppress in marks:
+            continue
         plain = get_args(hints[each.name])[0] if marks else hints[each.name]
         name = next((str(getattr(mark, "name", "")) for mark in marks if isinstance(mark, _NAMED)), each.name)
         if name:
             identity = next((mark for mark in marks if isinstance(mark, Identity)), None)
-            found[name] = Setting(name=name, path=(each.name,), kind=chosen.get(plain, plain), identity=identity)
+            beside = next((mark for mark in marks if isinstance(mark, UsedWith)), None)
+            kind_of = chosen.get(plain, plain)
+            found[name] = Setting(name=name, path=(each.name,), kind=kind_of, identity=identity, used_with=beside)
         else:
             held = settings_of(plain).items()
             found |= {name: replace(setting, path=(each.name, *setting.path)) for name, setting in held}
@@ -179,6 +237,8 @@ class JobConfig:
     """Settings of one job. `of` and `changed` take those that it holds by their own names, as flags do."""
 
     cluster: Held[SessionConfig] = SessionConfig()
+    given: Unset[frozenset[str]] = field(default=frozenset(), compare=False, repr=False)
+    "names of the settings that were said, by flags or with `of` and `changed`, be it with their default's value; see `is_given`"
 
     def __post_init__(self) -> None:
         if self.cluster.executor == "ray":
@@ -202,7 +262,40 @@ class JobConfig:
                 held.setdefault(first, {})[rest[0]] = value
             else:
                 own[first] = value
-        return replace(self, **own, **{first: replace(getattr(self, first), **held[first]) for first in held})
+        own |= {first: replace(getattr(self, first), **held[first]) for first in held}
+        return replace(self, given=self.given.union(settings), **own)
+
+    def noting(self, names: Collection[str]) -> Self:
+        """These settings, of which those of `names` were given; `cell.batch` is one of the settings that `cell` holds."""
+        dotted = [name.split(".", 1) for name in names if "." in name]
+        held = {first: getattr(self, first).noting([rest for at, rest in dotted if at == first]) for first, _ in dotted}
+        return replace(self, given=self.given.union(name for name in names if "." not in name), **held)
+
+    def is_given(self, name: str) -> bool:
+        """Whether a setting was asked for: it was given, or has another value than without anyone's word."""
+        return name in self.given or self.value(name) != type(self)().value(name)
+
+    def value(self, name: str) -> JsonValue:
+        """Of a setting, or of a property, by name."""
+        known = settings_of(type(self))
+        found: JsonValue = known[name].of(self) if name in known else getattr(self, name)
+        return found
+
+    def unused(self) -> dict[str, UsedWith]:
+        """The settings that nothing looks at beside the others, though they have another value than by default, and where they
+        are used."""
+        plain = type(self)()
+        return {
+            name: setting.used_with
+            for name, setting in settings_of(type(self)).items()
+            if setting.used_with and setting.of(self) != setting.of(plain) and not setting.used_with.holds(self)
+        }
+
+    def require_used(self) -> None:
+        """Raises `ConfigError` for a setting that nothing looks at beside the others."""
+        for name, beside in self.unused().items():
+            asked, back = (redact(said(name, config.value(name)), self.options) for config in (self, type(self)()))
+            raise ConfigError(f"{asked} would change nothing: {beside}. Leave it out; where a preset sets it, say {back}")
 
     def flat(self) -> dict[str, JsonValue]:
         """All settings by name."""

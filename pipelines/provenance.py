@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 
 from pipelines.config import ConfigError
@@ -53,14 +54,17 @@ def run_folder(out: str, options: StorageOptions) -> Folder:
     return folder
 
 
-def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject, **said: JsonValue) -> None:
+def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject, *, aside: Collection[str] = (), **said: JsonValue) -> None:
     """Write run.json, or hold it against its continuation: `made_of` is the run's identity, `config` all its settings, and `said`
-    what else it says of its beginning; JSON values without credentials. Raises `ConfigError`."""
+    what else it says of its beginning; JSON values without credentials. `aside`: settings that are compared where both say them,
+    since what comes of them is compared anyway. Raises `ConfigError`."""
     before = read_run(folder)
     if before is not None:
         # Runs of earlier versions didn't look at what files hold, nor at all that makes the numbers of features.
         later = {name: made_of[name] for name in made_of if name.endswith("_content") or name == "numbers"}
         known = {**later, **as_object(before.get("identity", {}), "identity")}
+        one_sided = {name for name in aside if (name in known) != (name in made_of)}
+        known, made_of = ({n: value for n, value in each.items() if n not in one_sided} for each in (known, made_of))
         content = {name: made_of[name] for name in later if name != "numbers"}
         what = ", ".join(_CONTENTS.get(name, name) for name in content if known[name] != made_of[name])
         require_same(folder.displayed, {**known, **content}, made_of, f"Other {what}, too." if what else "")

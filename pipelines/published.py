@@ -182,7 +182,7 @@ VIT_UP_TRAINING: Settings = {"max_steps": 53_381}
 """One epoch of ImageNet-1k in batches of 24; what else there is to set has the published value by default."""
 
 VIT_UP_PROBE: Settings = {
-    "side": 448, "flip": True, "batch": 4, "epochs": 20, "lr": 2e-3, "weight_decay": 1e-5, "schedule": "cosine"
+    "size": 448, "side": 448, "flip": True, "batch": 4, "epochs": 20, "lr": 2e-3, "weight_decay": 1e-5, "schedule": "cosine"
 }  # fmt: skip
 """Linear probes of 448 px: AdamW falling to 0, batches of 4, mirrored at random; the published seed is 42."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.config import ClusterConfig, ConfigError, Counts, Found, Free, Held, JobConfig, absolute, require_at_least
+from pipelines.features.agreement import AskedFeatures
 from pipelines.features.config import LevelConfig
 from pipelines.features.rows import Rendering
 from pipelines.features.sources import SourceChoice
@@ -57,7 +58,13 @@ class EvaluateConfig(JobConfig):
     @property
     def source(self) -> SourceChoice:
         """Where the features come from."""
-        return SourceChoice(features=self.features, stores=self.stores, rendering=self.rendering, options=self.options)
+        return SourceChoice(
+            features=self.features,
+            stores=self.stores,
+            asked=AskedFeatures.of(self),
+            rendering=self.rendering,
+            options=self.options,
+        )
 
     def required(self, name: Literal["data", "out"]) -> str:
         """The URL called `name`, which other processes on this machine find, too. Raises `ConfigError` where it is empty."""

@@ -4,7 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from operators.metrics.canvas import Canvas, CanvasMode
 from operators.metrics.correspondence import ALPHAS, LIFT, VIT_UP, PairScore, Pck, Protocol, View, are_right, match, score_pair
 from operators.visual import Tile
-from pipelines.config import ConfigError, Counts
+from pipelines.config import ConfigError, Counts, used_with
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import (
     Evaluated,
@@ -61,7 +61,7 @@ class CorrespondenceConfig(LabelledConfig):
     """Folder of PairAnnotation."""
     pairs_per_category: Counts[int | None] = None
     """Drawn at random with replacement; 0: all pairs, each once. Default: 100 for lift, 0 for vit-up."""
-    seed: Counts[int] = 0
+    seed: Annotated[Counts[int], used_with("all pairs are taken, none is drawn (--pairs-per-category 0)", draws=True)] = 0
     """Of the draw, which depends on the category's pairs alone, not on the order in which a disk lists categories."""
     alphas: Counts[tuple[float, ...]] = ALPHAS
     """A prediction is right within alpha times the threshold's length."""

@@ -249,7 +249,7 @@ def begin(config: EvaluateConfig, task: str, recipe: R, of: Evaluated) -> tuple[
     identity["images_content"] = joint_digest(contents.values())
     identity["labels_content"] = joint_digest(content_digests(of.labels))
     identity |= {f"{name}_content": content for name, content in of.contents.items()}
-    begin_run(folder, json.loads(json.dumps(identity)), config.public())
+    begin_run(folder, json.loads(json.dumps(identity)), recipe.recorded(config))
     return recipe, folder
 
 
@@ -286,6 +286,7 @@ class Task(Protocol[Settings, Evaluating]):
 
 def evaluate(name: str, task: Task[Settings, Evaluating], config: Settings) -> str:
     """Evaluate, or go on with it, to the end, and write what was found; returns the tables as Markdown."""
+    config.require_used()
     evaluation, recipe, folder = task.prepare(config)  # before a cluster is started: most mistakes end here
     with executor_for(config) as executor:
         records = run_pieces(config, evaluation, recipe, folder, executor)
@@ -293,7 +294,7 @@ def evaluate(name: str, task: Task[Settings, Evaluating], config: Settings) -> s
     if clipped.images:
         logger.warning("%s", clipped)
     findings = replace(findings, choices={**findings.choices, **recipe.said()}, clipped=clipped)
-    return write_results(folder, name, config.public(), describe(recipe), findings)
+    return write_results(folder, name, recipe.recorded(config), describe(recipe), findings)
 
 
 def main(name: str, task: Task[Settings, Evaluating], config: Settings) -> Iterator[str]:

@@ -113,6 +113,7 @@ def resolve(config: ExtractConfig) -> Resolved:
 
     Raises `InputError`, `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
     """
+    config.require_used()
     if not config.out:
         raise ConfigError("no output: give --out a path or URL for the Zarr store")
     member_rules(config)  # raises for columns that can't be carried

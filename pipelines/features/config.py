@@ -6,9 +6,9 @@ the rest (`completed`). Each field is declared once, here; another default is gi
 
 import re
 from dataclasses import dataclass, fields
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pipelines.config import ConfigError, Counts, Found, require_at_least
+from pipelines.config import ConfigError, Counts, Found, require_at_least, used_with
 
 Size = TypeVar("Size", str | None, int, int | None)
 
@@ -22,7 +22,7 @@ class BackboneConfig:
     weights: Found[str] = "pretrained"
     """`pretrained` (the hub, or its local cache), a file or folder at a path or URL, or `random[:SEED]`. What timm's config.json
     there says of the input and the network is used."""
-    revision: Found[str | None] = None
+    revision: Annotated[Found[str | None], used_with(weights="pretrained")] = None
     """Branch, tag or commit of the hub repository."""
     precision: Counts[Literal["bf16", "fp16", "fp32"]] = "bf16"
     """Autocast of the backbone's forward."""
@@ -89,7 +89,7 @@ class PlacedConfig:
 class FeatureConfig(LevelConfig, SizedConfig[str | None], PlacedConfig):
     """All that makes features."""
 
-    crop_pct: Counts[float] = 1.0
+    crop_pct: Annotated[Counts[float], used_with(geometry="crop")] = 1.0
     """With `crop`: the image is resized to cover size / crop_pct before the centre is cut out."""
     jpeg_draft: Counts[bool] = False
     """Decode large JPEGs at reduced scale: faster, slightly other pixels."""

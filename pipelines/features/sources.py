@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, JobConfig
+from pipelines.features.agreement import AskedFeatures, recorded
 from pipelines.features.bundle import ModelBundle, cells, describe_model, load_settings
 from pipelines.features.clipping import ClippedCounts, What
 from pipelines.features.config import LevelConfig, completed
@@ -111,6 +112,10 @@ class LiveRecipe:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
         return rows_of(spec.levels, spec.stride, spec.model)
+
+    def recorded(self, config: JobConfig) -> dict[str, JsonValue]:
+        """A job's settings as its documents have them."""
+        return config.public()
 
     def notes(self) -> list[str]:
         """What is no mistake, and who reads the scores should know."""
@@ -237,6 +242,10 @@ class StoreRecipe:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
         return rows_of(spec.levels, spec.stride, self.store(size).folder.displayed)
+
+    def recorded(self, config: JobConfig) -> dict[str, JsonValue]:
+        """A job's settings as its documents have them."""
+        return recorded(config, list(self.stores.values()))
 
     def notes(self) -> list[str]:
         """Those of the extraction."""
@@ -403,6 +412,8 @@ class SourceChoice:
     "of a model"
     stores: tuple[str, ...] = ()
     "read instead of running a model, one per input size"
+    asked: AskedFeatures | None = None
+    "what stores must agree with"
     rendering: Rendering
     options: StorageOptions
 
@@ -444,6 +455,8 @@ def _load_model(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometrie
 
 def _open_stores(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries) -> tuple[StoreRecipe, tuple[Size, ...]]:
     stores = [FeatureStore.open(url, choice.options) for url in choice.stores]
+    for store in stores if choice.asked else ():
+        choice.asked.require(store, "--stores")
     by_size = {store.spec.input_size: store for store in stores}
     if len(by_size) < len(stores):
         raise ConfigError("--stores: two of them have one input size; give one store per size")

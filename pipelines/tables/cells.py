@@ -19,21 +19,35 @@ import torch
 import tyro
 
 from cluster.resources import WorkerPool, WorkerRequest
-from operators.readouts import READOUTS, build_readout
+from operators.readouts import build_readout
 from operators.readouts.variants import VARIANTS
-from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least
+from pipelines.config import (
+    ActorsConfig,
+    ConfigError,
+    Free,
+    Held,
+    JobConfig,
+    absolute,
+    require_at_least,
+    require_gpus,
+    said,
+)
 from pipelines.costs.speed import Speed, SpeedProtocol, TimedBackbone, measure_speed
 from pipelines.executors import Executor, InlineExecutor, WorkersLost
+from pipelines.features.agreement import AskedFeatures
+from pipelines.features.weights import WeightsChoice
 from pipelines.published import Settings
 from pipelines.tables.backbones import PaperBackbone, find_backbone
-from pipelines.tables.tasks import TableTask, find_task
+from pipelines.tables.tasks import PUBLISHED, TableTask, find_task
 from pipelines.training.readout import ReadoutSetup, ReadoutTraining
 from pipelines.training.run import train_inline
 from pipelines.training.watch import COUNTS
 from storage.datasets.registry import DATASETS
+from storage.differences import Difference
 from storage.documents import JsonObject, JsonValue, as_object, decode, decode_known, parse_json
 from storage.errors import RayliftError
 from storage.paths import Folder, redact
+from storage.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +105,7 @@ class GridConfig(JobConfig):
     val_limit: Free[int | None] = None
     """Only the first N images to judge on."""
     cell: Free[ReadoutTraining] = ReadoutTraining()
-    """What else all runs have; what differs from jobs/train.py's defaults goes before the published settings of a task."""
+    """What else all runs have; what is given goes before the published settings of a task."""
 
     speed: Free[bool] = True
     """Measure each backbone's speed, once all runs are done. The picture of speed and scores needs it."""
@@ -117,8 +131,7 @@ class GridConfig(JobConfig):
         require_at_least(1, self, "max_steps", "limit", "val_limit", "speed_batch", "speed_batches", "speed_reference_size")
         require_at_least(1, self, "cell_cpus")
         require_at_least(0, self, "max_failures")
-        if self.cell_gpus is not None and not self.cell_gpus > 0:
-            raise ConfigError(f"--cell-gpus {self.cell_gpus}: must be above 0")
+        require_gpus(self.cell_gpus, "--cell-gpus")
         for name in ("backbones", "tasks", "methods", "seeds"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
@@ -169,9 +182,8 @@ class GridConfig(JobConfig):
 
 
 def _given(training: ReadoutTraining) -> dict[str, JsonValue]:
-    """Settings that differ from the defaults."""
-    plain = ReadoutTraining().flat()
-    return {name: value for name, value in training.flat().items() if value != plain[name]}
+    """Settings that were given, be it with their default's value."""
+    return {name: value for name, value in training.flat().items() if training.is_given(name)}
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -188,6 +200,8 @@ class Cell:
     method: str
     seed: int
     training: ReadoutTraining
+    unused: Mapping[str, str] = field(default_factory=dict)
+    "settings of the task's recipe or of `--cell` that the run makes no use of and doesn't have, and why"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +228,8 @@ class CellResult:
     "of this start; nothing where it was done before"
     notes: tuple[str, ...] = ()
     "what of its settings had no effect, or another than one may think"
+    other_features: tuple[Difference, ...] = ()
+    "settings of features in which the run isn't as the task's recipe has it (there)"
     error: str = ""
     "why there is nothing"
 
@@ -234,13 +250,17 @@ def plan_cells(config: GridConfig) -> list[Cell]:
     if lacking := sorted({task.dataset for task in tasks} - config.folders.keys()):
         raise ConfigError(f"--data lacks {', '.join(lacking)}: give {lacking[0]}=FOLDER")
     _check_template("--store", config.store, backbones, {task.dataset for task in tasks})
-    return [
+    cells = [
         _cell(config, backbone, task, method, seed)
         for backbone in backbones
         for task in tasks
         for method in config.methods
         for seed in config.seeds
     ]
+    for name, value in _given(config.cell).items():
+        if all(name in cell.unused for cell in cells):
+            raise ConfigError(f"{said(f'cell.{name}', value)} would change nothing here: {cells[0].unused[name]}. Leave it out")
+    return cells
 
 
 def _check_template(flag: str, text: str, backbones: Sequence[PaperBackbone], datasets: set[str]) -> None:
@@ -263,29 +283,55 @@ def slug(text: str) -> str:
 
 def _cell(config: GridConfig, backbone: PaperBackbone, task: TableTask, method: str, seed: int) -> Cell:
     name = "-".join(map(slug, (backbone.name, task.name, method, str(seed))))
-    settings = {**task.settings, **METHODS[method], **_given(config.cell)}
-    if "dim" not in READOUTS[str(METHODS[method]["method"])].settings:
-        settings.pop("width", None)  # it draws no pixels
-    settings |= _stores(config, backbone, task)
-    if settings.get("store"):  # which has features of no mirrored image
-        settings.pop("flip", None)
+    settings = {**published_settings(task, method), **_given(config.cell), **_stores(config, backbone, task)}
     limits = {each: getattr(config, each) for each in ("max_steps", "limit", "val_limit")}
     settings |= {each: value for each, value in limits.items() if value is not None}
-    training = ReadoutTraining.of(
-        **{"ragged": backbone.ragged, **settings},
-        out=f"{config.folder.url.rstrip('/')}/{name}",
-        model=backbone.model,
-        size=backbone.size,
-        weights=backbone.weights or config.backbone_weights.replace("{backbone}", slug(backbone.name)),
-        task=task.task,
-        dataset=task.dataset,
-        data=config.folders[task.dataset],
-        seed=seed,
-        storage_options=config.cluster.storage_options,
-        executor="inline",  # a cell is one process
-        device=config.cluster.device,
-    )
-    return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training)
+    if not config.store:  # whose features have been made
+        settings = {"ragged": backbone.ragged, **settings}
+    if not config.store or backbone.weights or config.is_given("weights"):
+        settings["weights"] = backbone.weights or config.backbone_weights.replace("{backbone}", slug(backbone.name))
+    settings |= {
+        "out": f"{config.folder.url.rstrip('/')}/{name}",
+        "model": backbone.model,
+        "size": backbone.size,
+        "data": config.folders[task.dataset],
+        "seed": seed,
+        "storage_options": config.cluster.storage_options,
+        "executor": "inline",  # a cell is one process
+        "device": config.cluster.device,
+    }
+    # A table's methods and tasks don't all take what some of them do.
+    unused = {name: str(why) for name, why in ReadoutTraining.of(**settings).unused().items()}
+    training = ReadoutTraining.of(**{name: value for name, value in settings.items() if name not in unused})
+    return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training, unused=unused)
+
+
+def published_settings(task: TableTask, method: str) -> dict[str, JsonValue]:
+    """Of the task's recipe, with the method that is asked for."""
+    return {**task.settings, **METHODS[method], "task": task.task, "dataset": task.dataset}
+
+
+def published_recipe(task: TableTask, method: str) -> ReadoutTraining:
+    """The same as settings of a run, without what the method makes no use of."""
+    settings = published_settings(task, method)
+    unused = ReadoutTraining.of(**settings).unused()
+    return ReadoutTraining.of(**{name: value for name, value in settings.items() if name not in unused})
+
+
+def _other_features(cell: Cell, spec: FeatureSpec) -> tuple[Difference, ...]:
+    """Settings of features in which a run isn't as the task's recipe has it (there)."""
+    if cell.task.name not in PUBLISHED:
+        return ()
+    features = published_recipe(cell.task, cell.method).features
+    # Of a model, they are its settings.
+    names = ("layers", "facet", "norm", "stride", "pos_embed", "precision", "encoding") if cell.training.store else ()
+    asked = AskedFeatures(settings={name: getattr(features, name) for name in names}, options=cell.training.options)
+    found = [Difference(field=each.field, there=each.here, here=each.there) for each in asked.differences(spec).found]
+    published = cell.backbone.weights or features.weights
+    # A file may be the published one.
+    if spec.weights_source not in ("file", WeightsChoice.parse(published).source):
+        found.append(Difference(field="weights", there=published, here=spec.weights_source))
+    return tuple(found)
 
 
 def _stores(config: GridConfig, backbone: PaperBackbone, task: TableTask) -> dict[str, str]:
@@ -328,11 +374,7 @@ def _empty(cell: Cell) -> CellResult:
 
 def _prepared(cell: Cell) -> ReadoutSetup:
     """Its run, begun or held against what it was begun with. Raises what `ReadoutTraining.resolve` and `prepare` raise."""
-    training = cell.training
-    resolved = training.resolve()
-    if resolved.features["model"] != training.features.model:
-        raise ConfigError(f"{training.store} holds features of {resolved.features['model']}, not of {training.features.model}")
-    return resolved.prepare(InlineExecutor())
+    return cell.training.resolve().prepare(InlineExecutor())
 
 
 def _read_result(cell: Cell, setup: ReadoutSetup) -> CellResult | None:
@@ -345,7 +387,7 @@ def _read_result(cell: Cell, setup: ReadoutSetup) -> CellResult | None:
     if result.name != cell.name or result.steps != setup.order.steps:
         return None
     # Of what it is asked for now: --max-steps beyond the epochs may be others.
-    return replace(result, notes=setup.notes, train_seconds=None)
+    return replace(result, notes=setup.notes, other_features=_other_features(cell, setup.images.spec), train_seconds=None)
 
 
 def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
@@ -361,6 +403,7 @@ def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
         grid=tuple(setup.features["level"]["grid"]),
         input_size=tuple(setup.features["input_size"]),
         model_args=setup.features.get("model_args", {}),
+        other_features=_other_features(cell, setup.images.spec),
         steps=summary.step,
         notes=summary.notes,
         train_seconds=round(time.monotonic() - started, 3),

@@ -1,6 +1,7 @@
 """What a grid of readouts found: the papers' tables as Markdown, all of it as JSON, and the picture of speed and scores."""
 
 import io
+import itertools
 import json
 import math
 import statistics
@@ -8,18 +9,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.config import Identity, settings_of
+from pipelines.config import Identity, flag_of, settings_of
 from pipelines.costs.speed import Speed
 from pipelines.executors import executor_for
 from pipelines.provenance import versions
 from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, Values
 from pipelines.results import sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
-from pipelines.tables.cells import METHODS, Cell, CellResult, CellsFailed, GridConfig, measure_speeds, plan_cells, run_cells
+from pipelines.tables.cells import (
+    Cell,
+    CellResult,
+    CellsFailed,
+    GridConfig,
+    measure_speeds,
+    plan_cells,
+    published_recipe,
+    run_cells,
+)
 from pipelines.tables.tasks import Column, TableTask, published_values
-from pipelines.training.readout import ReadoutTraining
+from pipelines.training.readout import FEATURES, ReadoutTraining
 from pipelines.training.watch import COUNTS, held_out_words
-from storage.differences import Differences, differences
+from storage.differences import Difference, Differences, differences
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
 
@@ -53,6 +63,8 @@ class Entry:
     input_size: tuple[int, int] | None
     other_settings: Differences
     "between what a paper's numbers of the task are of, and these runs"
+    left_out: Mapping[str, str]
+    "settings of the task's recipe that nothing here uses, and why"
 
     @property
     def published(self) -> Values:
@@ -80,7 +92,8 @@ def _entry(group: Sequence[tuple[Cell, CellResult]]) -> Entry:
         parameters=first.parameters,
         grid=first.grid,
         input_size=first.input_size,
-        other_settings=_other_settings(cell),
+        other_settings=_other_settings(cell, first.other_features),
+        left_out={n: why for n, why in cell.unused.items() if published_recipe(cell.task, cell.method).is_given(n)},
     )
 
 
@@ -91,12 +104,16 @@ _NETWORK = ("dim", "width", "outputs", "mask", "shared_sigma", "only_mask")
 """Those that decide how many parameters a readout has."""
 
 
-def _other_settings(cell: Cell) -> Differences:
-    """Between the recipe that a paper has for the task, and what the cell's runs are."""
-    recipe = {"ragged": cell.backbone.ragged, **cell.task.settings, **METHODS[cell.method]}
-    own = {"model": cell.backbone.model, "size": cell.backbone.size, "task": cell.task.task, "dataset": cell.task.dataset}
-    published = ReadoutTraining.of(**{**recipe, **own}, weights=cell.backbone.weights or "pretrained")
-    return differences(_what_counts(published), _what_counts(cell.training))
+def _other_settings(cell: Cell, of_features: Sequence[Difference]) -> Differences:
+    """Between the recipe that a paper has for the task, and what the cell's runs are; `of_features`: what is known of those that
+    they read."""
+    recipe, stored = published_recipe(cell.task, cell.method), bool(cell.training.store)
+    own = {"model": cell.backbone.model, "size": cell.backbone.size, "ragged": cell.backbone.ragged}
+    published = recipe.changed(**own, weights=cell.backbone.weights or "pretrained")
+    found = differences(_what_counts(published), _what_counts(cell.training)).found
+    # A store's features are as it says, not as the settings do that nothing used.
+    of_settings = [each for each in found if not (stored and each.field in FEATURES)]
+    return Differences(found=tuple({each.field: each for each in (*of_settings, *of_features)}.values()))
 
 
 def _what_counts(training: ReadoutTraining) -> dict[str, JsonValue]:
@@ -132,7 +149,8 @@ def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Spee
             parts.append(_section(f"Methods on {name}", rows))
     parts.append(_section("Learned parameters", _parameters(found, paper=config.paper)))
     published = _notes_of_published(found) if config.paper else ()
-    parts.append("\n".join([*_notes(config, speeds), *published, *_cell_notes(results)]))
+    notes = _notes(config, speeds), _notes_of_left_out(found), published, _cell_notes(results)
+    parts.append("\n".join(itertools.chain(*notes)))
     if failed:
         lines = "\n".join(f"- {each.name}: {each.error}" for each in failed)
         parts.append(f"## Failed: {len(failed)}\n\n{lines}")
@@ -250,6 +268,16 @@ def _notes(config: GridConfig, speeds: Mapping[str, Speed]) -> Iterator[str]:
     yield from (f"- {name}: {BY_NAME[name].note}." for name in config.backbones if name in BY_NAME and BY_NAME[name].note)
 
 
+def _notes_of_left_out(found: Sequence[Entry]) -> Iterator[str]:
+    """What of the tasks' recipes the runs do without."""
+    groups: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in found:
+        for each in entry.left_out.items():
+            groups.setdefault(each, {})[f"{entry.task.label}, {entry.method}"] = None
+    for (name, why), runs in groups.items():
+        yield f"- Turned off, which the recipe has: {flag_of(name)}, since {why} ({'; '.join(runs)})."
+
+
 def _cell_notes(results: Sequence[CellResult]) -> Iterator[str]:
     """What of a cell's run isn't as a reader would think."""
     for result in results:
@@ -337,6 +365,7 @@ def _entry_report(entry: Entry) -> JsonObject:
         "scores": {head: asdict(score) if score else None for head, score in zip(heads, entry.scores, strict=True)},
         "published": {head: entry.published.get(head) for head in heads} if entry.published else {},
         "published_differs": [asdict(each) for each in entry.other_settings.found] if entry.published else [],
+        "left_out": dict(entry.left_out),
         "parameters": entry.parameters,
     }
 

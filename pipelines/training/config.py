@@ -6,16 +6,27 @@ What is wrong with the settings is wrong before anything is computed. What is tr
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from cluster.resources import WorkerRequest
 from operators.objectives.schedule import learning_rate
-from pipelines.config import ConfigError, Counts, Free, GpuConfig, Held, Identity, JobConfig, absolute, require_at_least
+from pipelines.config import (
+    ConfigError,
+    Counts,
+    Free,
+    GpuConfig,
+    Held,
+    Identity,
+    JobConfig,
+    absolute,
+    require_at_least,
+    used_with,
+)
 from pipelines.executors import Executor
 from pipelines.features.config import BackboneConfig
 from pipelines.features.join import Join
@@ -55,7 +66,7 @@ class TrainConfig(JobConfig):
     """Of the learning rate; `cosine` falls to --final-lr at the last step."""
     warmup_steps: Counts[int] = 0
     """cosine: steps over which the learning rate first rises linearly from a hundredth."""
-    final_lr: Counts[float] = 1e-6
+    final_lr: Annotated[Counts[float], used_with(schedule="cosine")] = 1e-6
     """cosine: the learning rate at the end."""
     clip: Counts[float | None] = None
     """Largest norm of the gradient; a larger one is scaled down to it."""
@@ -137,7 +148,9 @@ class TrainConfig(JobConfig):
         )
 
     def begin_folder(self) -> Folder:
-        """The folder of `out`. Raises `ConfigError` where there is none, or it is a feature store."""
+        """The folder of `out`. Raises `ConfigError` where there is none, or it is a feature store; and for settings that the
+        run would make no use of."""
+        self.require_used()
         if not self.out:
             raise ConfigError("no output: give --out a path or URL for the training run")
         return run_folder(absolute(self.out), self.options)
@@ -186,13 +199,23 @@ class TrainConfig(JobConfig):
             settings |= {"epochs": self.epochs, "max_steps": self.max_steps}
         return {**settings, **json.loads(json.dumps(found))}
 
-    def begin(self, folder: Folder, found: JsonObject, order: TrainOrder, joins: Sequence[Join] = ()) -> None:
+    def begin(
+        self,
+        folder: Folder,
+        found: JsonObject,
+        order: TrainOrder,
+        joins: Sequence[Join] = (),
+        *,
+        saved: JsonObject | None = None,
+        aside: Collection[str] = (),
+    ) -> None:
         """Begin the run's folder, or hold it against what it was begun with: `found` is as for `identity`; `joins` are those of
-        stores and images. Raises `ConfigError`, also where more steps are done than are asked for: the network of fewer isn't
-        there any more."""
+        stores and images, `saved` the settings as run.json has them where that isn't `public`, `aside` as for `begin_run`. Raises
+        `ConfigError`, also where more steps are done than are asked for: the network of fewer isn't there any more."""
         for note in (note for each in joins for note in each.notes()):
             logger.warning("%s", note)
-        begin_run(folder, self.identity(found), self.public(), joins=[each.to_json() for each in joins])
+        config = self.public() if saved is None else saved
+        begin_run(folder, self.identity(found), config, aside=aside, joins=[each.to_json() for each in joins])
         pointers = read_pointers(folder)
         if pointers and pointers.last_step > order.steps:
             raise ConfigError(

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from operators.backbone import autocast
 from operators.readouts import READOUTS, ReadoutConfig, ReadoutError, build_readout
-from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, require_at_least
+from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, require_at_least, settings_of, used_with
 from pipelines.executors import Executor
+from pipelines.features.agreement import AskedFeatures, recorded
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import DenseConfig, SizedConfig, completed
 from pipelines.features.rows import Rendering, pooled_level
@@ -51,6 +52,12 @@ class ReadConfig(DenseConfig, SizedConfig[int | None]):
     """The maps of a square input."""
 
 
+_DRAWN = used_with(method=tuple(name for name, kind in READOUTS.items() if "dim" in kind.settings))
+"Of readouts that draw pixels from a query map."
+_DEAP = used_with(method="deap")
+_INSTANCES = used_with(task="instances")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadoutTraining(TrainConfig):
     """Settings of one training run: a readout learns a dense task from a frozen backbone's features."""
@@ -75,7 +82,7 @@ class ReadoutTraining(TrainConfig):
     label_frame: Counts[LabelFrame | None] = None
     """Of images that their EXIF mirrors or turns by half, and of square ones that it turns: whether labels are of the `stored`
     pixels or of the `upright` image. Default: such images are left out, and counted. Where sizes tell, they decide."""
-    depth_scale: Counts[float | None] = None
+    depth_scale: Annotated[Counts[float | None], used_with(task="depth")] = None
     """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
 
     placement: Counts[Literal["crop", "squash"]] = "crop"
@@ -85,42 +92,42 @@ class ReadoutTraining(TrainConfig):
     drawing: Found[Rendering | None] = None
     """`paper`: images are drawn at --side, then enlarged by the nearest pixel, as DeAP's code does it; `extract`: as
     jobs/extract.py does it. Default: paper with a model, extract with a store (which can't be otherwise)."""
-    flip: Counts[bool] = False
+    flip: Annotated[Counts[bool], used_with("features of a store aren't those of the mirrored image", store=False)] = False
     """Mirror whole batches, half of them: the linear probes' only augmentation. Not with a store."""
-    normalise: Counts[bool] = True
+    normalise: Annotated[Counts[bool], used_with("the images of a store were normalised", store=False)] = True
     """False: the model is given images from 0 to 1, without its mean and deviation, as ViT-Up's depth probe has it. Not with a
     store."""
 
     store: Found[str] = ""
     """A feature store of the images, made by jobs/extract.py with --geometry as --placement: read instead of running the model,
     whose settings are then the store's."""
-    val_store: Found[str] = ""
+    val_store: Annotated[Found[str], used_with(store=True)] = ""
     """The same for --val-split; default: --store."""
     level: Counts[str] = "x1"
     """The map that is read out, named as for jobs/extract.py: x1, x2=lift:s3://bucket/ckpt; of a store, its name."""
     features: Held[ReadConfig] = ReadConfig()
 
-    dim: Counts[int | None] = None
+    dim: Annotated[Counts[int | None], _DRAWN] = None
     """Channels of the query map; default: 16 for deap (8 is an ablation), 48 for the others."""
-    mask: Counts[Literal["released", "paper", "none"]] = "released"
+    mask: Annotated[Counts[Literal["released", "paper", "none"]], _DEAP] = "released"
     """deap: Gaussian of the squared distance as the code has it, of the distance as in eq. 2, or the ablation without."""
-    shared_sigma: Counts[bool] = False
+    shared_sigma: Annotated[Counts[bool], _DEAP] = False
     """deap: one mask width for all heads, an ablation."""
-    only_mask: Counts[bool] = False
+    only_mask: Annotated[Counts[bool], _DEAP] = False
     """deap: attention by masks alone, an ablation."""
-    width: Counts[int | None] = None
+    width: Annotated[Counts[int | None], _DRAWN] = None
     """Channels of the convolutions that draw pixels; default: max(dim / 4, outputs / 2). COCO-Stuff's published one has 32."""
-    outputs: Counts[int | None] = None
+    outputs: Annotated[Counts[int | None], used_with(task="segmentation")] = None
     """segmentation: more outputs than there are classes; COCO-Stuff's published readout has 200."""
-    depth_loss: Counts[Literal["deap", "vit-up"]] = "deap"
+    depth_loss: Annotated[Counts[Literal["deap", "vit-up"]], used_with(task="depth")] = "deap"
     """depth: the loss."""
-    gradient_loss: Counts[Literal["released", "spatial"]] = "released"
+    gradient_loss: Annotated[Counts[Literal["released", "spatial"]], used_with(task="depth", depth_loss="vit-up")] = "released"
     """depth, vit-up: differences between images of the batch, as its code has them, or between pixels."""
-    samples: Counts[int] = 1024
+    samples: Annotated[Counts[int], _INSTANCES] = 1024
     """instances: pixels of each image that are classified."""
-    large_area: Counts[float] = 15_000.0
+    large_area: Annotated[Counts[float], _INSTANCES] = 15_000.0
     """instances: held-out images are judged that have more than --many objects of more pixels, in the original."""
-    many: Counts[int] = 2
+    many: Annotated[Counts[int], _INSTANCES] = 2
     """instances: see --large-area."""
 
     batch: Counts[int] = 32
@@ -129,7 +136,7 @@ class ReadoutTraining(TrainConfig):
     """Passes over the training images."""
     weight_decay: Counts[float] = 0.01
     """AdamW's."""
-    final_lr: Counts[float] = 0.0
+    final_lr: Annotated[Counts[float], used_with(schedule="cosine")] = 0.0
     """cosine: the learning rate at the end."""
 
     def __post_init__(self) -> None:
@@ -145,14 +152,8 @@ class ReadoutTraining(TrainConfig):
             fitting = [name for name, kind in DATASETS.items() if kind.label == wanted]
             raise ConfigError(f"--task {self.task} needs {wanted}; --dataset {self.dataset} has {has}. Use {', '.join(fitting)}")
         require_depth(self.dataset, self.depth_scale)
-        if self.store and self.flip:
-            raise ConfigError("--flip: features of a store aren't those of the mirrored image; leave it out")
-        if self.store and not self.normalise:
-            raise ConfigError("--normalise False: a store's images were normalised; leave it out, or --store")
         if self.store and self.drawing == "paper":
             raise ConfigError("--drawing paper needs a model: the images of a store are drawn as jobs/extract.py does it")
-        if self.val_store and not self.store:
-            raise ConfigError("--val-store needs --store: both, or a model for both")
         if self.method == "depth_bins" and self.task != "depth":
             raise ConfigError(f"--method depth_bins predicts depth; --task {self.task} needs another")
 
@@ -197,6 +198,11 @@ class ReadoutTraining(TrainConfig):
         except ReadoutError as error:
             raise ConfigError(str(error)) from None
 
+    def identity(self, found: JsonObject) -> dict[str, JsonValue]:
+        """As for all runs; of features that a store holds, what is `found` of them, not the settings that nothing used."""
+        made_of = super().identity(found)
+        return {name: value for name, value in made_of.items() if not (self.store and name in FEATURES)}
+
     def resolve(self) -> "ReadoutSetup":
         """List the data set, load the model or open the stores.
 
@@ -238,6 +244,7 @@ class ReadoutTraining(TrainConfig):
             readout=readout,
             features=features,
             numbers={name: value for name, value in spec.numbers(read).items() if name not in features},
+            saved=recorded(self, [opened(self.store)] if self.store else []),
             level=level.name,
             pooled=pooled,
             bundle=bundle,
@@ -248,9 +255,9 @@ class ReadoutTraining(TrainConfig):
         size = self.features.size
         if self.store:
             store = opened(self.store)
+            named = {} if self.level == self.level_name else {"levels": (self.level,)}
+            AskedFeatures.of(self, **named).require(store, "--store")
             require_geometry(store, task.placement)
-            if size not in (None, *store.spec.input_size):
-                raise ConfigError(f"--size {size}: {store.folder.displayed} was extracted at {store.spec.input_size}")
             return store.spec, None
         features = completed(self.features, size=None, levels=self.levels)
         choice = SourceChoice(features=features, rendering=self.rendering, options=self.options)
@@ -290,6 +297,9 @@ def _pooled(spec: FeatureSpec, store: str) -> str:
     return found
 
 
+FEATURES = frozenset(name for name, each in settings_of(ReadoutTraining).items() if each.path[0] == "features")
+"""Settings that make features: with a store, its own."""
+
 READ = (*FeatureSpec.names(Use.LEARNED, Use.LEARNED_LATER), "input_size")
 """The fields of a spec that a readout's features depend on, beside the level that it reads."""
 
@@ -312,6 +322,8 @@ class ReadoutSetup(TrainSetup):
     features: Mapping[str, Any]
     numbers: JsonObject
     "what else makes the features' numbers, and be it that it only rounds them"
+    saved: JsonObject
+    "the settings as run.json has them"
     level: str
     pooled: str | None
     bundle: ModelBundle | None
@@ -329,7 +341,8 @@ class ReadoutSetup(TrainSetup):
             found[labels] = joint_digest(content_digests([item.label for item in source.items]))
             found[rows] = source.stored.join.content if source.stored else ""
         joins = [source.stored.join for source in (self.images, self.held_out) if source.stored is not None]
-        self.config.begin(self.folder, found, self.order, joins)
+        # What the settings of features come to is in `found`, of a model and of a store alike.
+        self.config.begin(self.folder, found, self.order, joins, saved=self.saved, aside=FEATURES)
         return self
 
     def objective(self, device: torch.device) -> Objective:

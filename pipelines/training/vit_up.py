@@ -22,7 +22,7 @@ from operators.upsamplers.vit_up.geometry import grid_coordinates
 from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
-from pipelines.config import ConfigError, Counts, Free
+from pipelines.config import ConfigError, Counts, Free, used_with
 from pipelines.features.bundle import ModelBundle
 from pipelines.training.data import CanvasView, Loaded
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
@@ -53,7 +53,7 @@ class ViTUpTraining(ImageTraining):
     """Side at which the student's image is embedded for the queries."""
     hidden_states: Counts[tuple[int, ...]] = (0, 2, 4, 6, 8, 10, 12)
     """Hidden states that are read and learned: 0 the patch embedding, n what comes out of n blocks."""
-    window: Counts[int | None] = None
+    window: Annotated[Counts[int | None], used_with(cross_attention=True)] = None
     """Tokens a side that a query sees round its nearest one; default: all, as published."""
     strength: Counts[float] = 1.0
     """Of the augmentation; 0 for none."""
@@ -66,7 +66,7 @@ class ViTUpTraining(ImageTraining):
     """False for the ablation without cross-attention."""
     lora: Counts[bool] = True
     """False for the ablation with the backbone as it is."""
-    rank: Counts[int] = 16
+    rank: Annotated[Counts[int], used_with(lora=True)] = 16
     """Of LoRA; its products are scaled by 2."""
     l2_weight: Counts[float] = 1.0
     """Of the standardised squared difference."""

@@ -131,7 +131,14 @@ def test_stores_are_named_by_backbone_data_set_and_part(sets, tmp_path):
         ({"store": "{model}.zarr"}, "{model} means nothing"),
         ({"store": "{backbone.zarr"}, "expected '}'"),
         ({"cell": ReadoutTraining.of(model="x", max_steps=3)}, "--cell.max-steps, --cell.model: the grid decides it"),
-        ({"cell_gpus": 0.0}, "--cell-gpus 0.0"),
+        ({"cell": ReadoutTraining.of(seed=0)}, "--cell.seed: the grid decides it"),
+        ({"cell_gpus": 0.0}, "--cell-gpus 0: must be a part of one GPU"),
+        ({"cell_gpus": 1.5}, "--cell-gpus 1.5: must be a part of one GPU, or a whole number of them"),
+        (
+            {"cell": cells_with(flip=True), "store": "{backbone}-{dataset}.zarr", "tasks": ("probe-voc", "boundaries")},
+            "--cell.flip would change nothing here: features of a store aren't those of the mirrored image. Leave it out",
+        ),
+        ({"cell": cells_with(samples=9)}, "--cell.samples 9 would change nothing here: it is used with --task instances only"),
         ({"executor": "ray", "out": "memory://grid"}, "one process only"),
     ],
 )
@@ -335,13 +342,7 @@ def test_a_cell_that_fails_is_told_and_ends_nothing(sets, tmp_path):
 def test_stores_are_read_instead_of_the_model(sets, tiny, tmp_path):
     images = sets / "VOC2012/VOCdevkit/VOC2012/JPEGImages"
     extract(tiny, tmp_path / f"{SLUG}-voc.zarr", images, geometry="squash")
-    config = tiny_grid(
-        sets,
-        tmp_path / "grid",
-        methods=("deap", "linear"),
-        store=str(tmp_path / "{backbone}-{dataset}.zarr"),
-        weights=str(tmp_path / "no such file"),
-    )
+    config = tiny_grid(sets, tmp_path / "grid", methods=("deap", "linear"), store=str(tmp_path / "{backbone}-{dataset}.zarr"))
 
     done = run(config)
 
@@ -355,7 +356,7 @@ def test_a_store_of_another_backbone_is_refused(sets, tiny, tmp_path):
 
     (result,) = run(tiny_grid(sets, tmp_path / "grid", backbones=("test_vit2.r160_in1k@64",), store=str(tmp_path / "other.zarr")))
 
-    assert "holds features of test_vit.r160_in1k, not of test_vit2.r160_in1k" in result.error
+    assert "model store 'test_vit.r160_in1k' asked 'test_vit2.r160_in1k'" in result.error
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
@@ -421,6 +422,31 @@ def test_published_rows_stand_below_measured_ones(sets, tmp_path):
         assert difference in note
     assert "model " not in note
     assert re.search(r"\| mae, published +\| 0.047 M \|", text)
+
+
+def test_stores_that_are_not_as_published_and_what_they_turn_off_are_said(sets, tiny, tmp_path):
+    images = sets / "VOC2012/VOCdevkit/VOC2012/JPEGImages"
+    extract(tiny, tmp_path / "voc.zarr", images, geometry="crop", facet="key")
+    config = tiny_grid(sets, tmp_path / "grid", tasks=("probe-voc",), store=str(tmp_path / "voc.zarr"), paper=True)
+    (cell,), results = plan_cells(config), run(config)
+    assert results[0].error == ""
+    published = replace(cell, backbone=replace(cell.backbone, model="vit_small_plus_patch16_dinov3.lvd1689m", size=448))
+
+    text = write_grid(config.folder, config, [published], results, {})
+
+    assert "- Turned off, which the recipe has: --flip, since features of a store aren't those of the mirrored image" in text
+    (note,) = [line for line in text.splitlines() if line.startswith("- Published of")]
+    for difference in (
+        "facet published 'token', here 'key'",
+        "precision published 'bf16', here 'fp32'",
+        "weights published 'pretrained', here 'random'",
+        "drawing published 'paper', here 'extract'",
+        "flip published True, here False",
+    ):
+        assert difference in note
+    (entry,) = json.loads((tmp_path / "grid/grid.json").read_text())["entries"]
+    assert list(entry["left_out"]) == ["flip"]
+    assert {"field": "facet", "there": "token", "here": "key"} in entry["published_differs"]
 
 
 def test_cells_that_left_held_out_images_out_say_so(sets, tmp_path):

@@ -19,6 +19,7 @@ from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
 from pipelines.readouts.instances import CLASSIFIER
 from pipelines.training.loop import TrainFailed, read_metrics
+from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_on_ray
 from pipelines.training.watch import training_lines
 from storage.paths import Folder
@@ -177,7 +178,7 @@ def store(sets, tiny, tmp_path):
 
 def test_a_store_trains_as_the_live_model(sets, tmp_path, store):
     train(training(sets, tmp_path / "live", drawing="extract"))
-    stored = training(sets, tmp_path / "stored", store=store(), size=None, model="not asked for")
+    stored = training(sets, tmp_path / "stored", store=store(), size=None)
 
     summary = train(stored)
 
@@ -253,7 +254,7 @@ def test_images_without_finite_features_are_left_out(sets, tmp_path, store, monk
         ({"geometry": "squash"}, {}, "--geometry crop"),
         ({"crop_pct": 0.9}, {}, "--crop-pct 0.9"),
         ({}, {"placement": "squash"}, "--geometry squash"),
-        ({}, {"size": 96}, "--size 96: .*store.zarr was extracted at"),
+        ({}, {"size": 96}, "size             store '64x64'   asked 96"),
         ({}, {"level": "x2"}, "--level x2: .*store.zarr has the maps x1"),
         ({"limit": 5}, {}, "1 of 6 images are not in it; the first: .*000005.jpg"),
         (
@@ -505,15 +506,102 @@ def test_an_image_without_any_depth_counts_for_nothing(sets, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("extracted", "changes", "message"),
+    [
+        ({}, {"model": "test_vit2.r160_in1k"}, "model            store 'test_vit.r160_in1k'   asked 'test_vit2.r160_in1k'"),
+        ({}, {"weights": "random:7"}, "weights          store 'random "),
+        ({}, {"weights": "pretrained"}, "weights          store 'random'   asked 'pretrained'"),
+        ({}, {"weights": "nowhere.safetensors"}, "no weights at nowhere.safetensors"),
+        ({}, {"layers": (0, -1)}, "layers           store [5]   asked [0, -1]"),
+        ({"facet": "key"}, {"facet": "token"}, "facet            store 'key'   asked 'token'"),  # the default, but said
+        ({}, {"norm": False}, "norm             store True   asked False"),
+        ({"norm": False}, {"norm": None}, "norm             store False   asked True"),  # what suits the model
+        ({}, {"stride": 8}, "stride           store 16   asked 8"),
+        ({}, {"pos_embed": "dino"}, "pos_embed        store 'timm'   asked 'dino'"),
+        ({}, {"precision": "bf16"}, "precision        store 'fp32'   asked 'bf16'"),
+        ({}, {"encoding": "float32"}, "x1.encoding      store 'float16'   asked 'float32'"),
+        ({}, {"level": "x1@float32"}, "x1               store 'backbone@float16'   asked 'x1@float32'"),
+        ({"levels": ("x1", "x2")}, {"level": "x2=nearest"}, "x2               store 'bilinear@float16'   asked 'x2=nearest'"),
+        ({}, {"revision": "v2", "weights": "pretrained"}, "--revision beside --store"),
+        ({}, {"force_upsampler": True}, "--force-upsampler beside --store"),
+    ],
+)
+def test_settings_that_contradict_the_store_are_refused(sets, tmp_path, store, extracted, changes, message):
+    config = training(sets, tmp_path / "run", **{"store": store(**extracted), "size": None, **changes})
+
+    with pytest.raises((ConfigError, WeightsUnavailable)) as error:
+        prepared(config)
+
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_stores_settings_are_recorded_and_what_agrees_with_them_may_be_said(sets, tmp_path, store):
+    url = store(facet="key", layers=(-2,), levels=("x1", "x2"), weights="random:3")
+    silent = ReadoutTraining.of(
+        dataset="voc", data=str(sets / "VOC2012"), store=url, side=64, batch=4, out=str(tmp_path / "run"), executor="inline"
+    )
+    agreeing = silent.changed(model="test_vit.r160_in1k", weights="random:3", layers=(-2,), facet="key", norm=None, size=64)
+
+    first = prepared(silent)
+    prepared(agreeing)  # goes on with it
+
+    found = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    assert (found["model"], found["weights"], found["layers"], found["facet"]) == ("test_vit.r160_in1k", "random:3", [4], "key")
+    assert (found["precision"], found["size"], found["norm"], found["store"]) == ("fp32", 64, False, url)
+    assert agreeing.changed(level="x1=backbone@float16").resolve().features == first.features
+
+
+def test_a_run_on_a_store_that_an_earlier_version_began_goes_on(sets, tmp_path, store):
+    """Its identity has settings of features that nothing used."""
+    config = training(sets, tmp_path / "run", store=store(), size=None)
+    prepared(config)
+    path = tmp_path / "run/run.json"
+    document = json.loads(path.read_text())
+    assert "model" not in document["identity"]
+    document["identity"] |= {"model": "vit_small_patch16_224.dino", "layers": [-1], "precision": "bf16", "size": None}
+    path.write_text(json.dumps(document))
+
+    prepared(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flip": True, "store": "x"}, "--flip would change nothing: features of a store aren't those of the mirrored image"),
+        ({"normalise": False, "store": "x"}, "--no-normalise would change nothing: the images of a store were normalised"),
+        ({"val_store": "x"}, "--val-store x would change nothing: it is used with --store only. "),
+        (
+            {"method": "linear", "dim": 16},
+            "with --method deap, bicubic, transposed or strided only. Leave it out; where a preset",
+        ),
+        ({"method": "linear", "width": 16}, "--width 16 would change nothing"),
+        ({"method": "bicubic", "mask": "none"}, "--mask none would change nothing: it is used with --method deap only"),
+        ({"method": "linear", "only_mask": True}, "where a preset sets it, say --no-only-mask"),
+        ({"method": "linear", "shared_sigma": True}, "--shared-sigma would change nothing"),
+        ({"depth_loss": "vit-up"}, "--depth-loss vit-up would change nothing: it is used with --task depth only"),
+        ({"task": "depth", **OF_TASK["depth"], "gradient_loss": "spatial"}, "depth and with --depth-loss vit-up only"),
+        ({"task": "depth", **OF_TASK["depth"], "outputs": 3}, "--outputs 3 would change nothing"),
+        ({"samples": 5}, "--samples 5 would change nothing: it is used with --task instances only"),
+        ({"large_area": 5.0}, "--large-area 5.0 would"),
+        ({"many": 5}, "--many 5 would"),
+        ({"final_lr": 1e-3}, "--final-lr 0.001 would change nothing: it is used with --schedule cosine only"),
+        ({"revision": "v2"}, "--revision v2 would change nothing: it is used with --weights pretrained only"),
+    ],
+)
+def test_settings_that_nothing_would_use_are_refused(sets, tmp_path, changes, message):
+    with pytest.raises(ConfigError) as error:
+        prepared(training(sets, tmp_path / "run", **changes))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"task": "depth", "dataset": "voc"}, "--task depth needs depth; --dataset voc has classes. Use nyu"),
         ({"task": "boundaries", "dataset": "nyu"}, "--task boundaries needs instances; --dataset nyu"),
         ({"dataset": "vocc"}, "--dataset vocc: there are voc, "),
-        ({"flip": True, "store": "x"}, "--flip"),
         ({"drawing": "paper", "store": "x"}, "--drawing paper"),
-        ({"normalise": False, "store": "x"}, "--normalise"),
-        ({"val_store": "x"}, "--val-store needs --store"),
         ({"limit": 0}, "--limit 0"),
         ({"val_limit": 0}, "--val-limit 0"),
         ({"side": 0}, "--side 0"),
@@ -535,8 +623,6 @@ def test_settings_that_contradict_each_other_are_refused(sets, tmp_path, changes
         ({"level": "x3.3"}, "x3.3"),
         ({"level": "pooled"}, "--level pooled: .* has the maps x1"),
         ({"dim": 12}, "dim must be a multiple of 8"),
-        ({"method": "linear", "dim": 16}, "dim=16 is no setting of linear"),
-        ({"method": "linear", "only_mask": True}, "only_mask=True is no setting of linear"),
         ({"size": 70}, "70x70 px .*--ragged"),
         ({"task": "instances", **OF_TASK["instances"], "many": 9}, "none of 4 images has more than 9 objects .*lower --many"),
     ],
