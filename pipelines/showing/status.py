@@ -338,12 +338,14 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
     yield ""
     yield f"{'row':>8}  {'photo px':<12} {'status':<8} key"
     rows = np.arange(min(first, status.rows))
-    records = store.records(rows, ["row", "status", "width", "height", "conversion"])
+    records = store.records(rows, ["row", "status", "width", "height", "conversion", "clipped"])
     # A row that is not written yet has a key in the index only.
     keys = store.index.take(rows, ["key"])["key"]
     for record, key in zip(records.to_pylist(), keys.to_pylist(), strict=True):
         pixels = f"{record['width']} x {record['height']}" if record["width"] else ""
-        note = f"  ({record['conversion']})" if record["conversion"] else ""
+        clamped = f"{record['clipped']:,} values clamped" if record["clipped"] else ""
+        said = ", ".join(filter(None, (record["conversion"], clamped)))
+        note = f"  ({said})" if said else ""
         yield f"{record['row']:>8}  {pixels:<12} {record['status'] or 'pending':<8} {key}{note}"
     if len(rows) < status.rows:
         yield f"     ...  {status.rows - len(rows):,} more"

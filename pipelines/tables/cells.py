@@ -226,6 +226,8 @@ class CellResult:
     steps: int | None = None
     train_seconds: float | None = None
     "of this start; nothing where it was done before"
+    clipped: int = 0
+    "images, each as often as it was trained on, with features that float16 couldn't hold"
     notes: tuple[str, ...] = ()
     "what of its settings had no effect, or another than one may think"
     other_features: tuple[Difference, ...] = ()
@@ -405,6 +407,7 @@ def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
         model_args=setup.features.get("model_args", {}),
         other_features=_other_features(cell, setup.images.spec),
         steps=summary.step,
+        clipped=int(summary.metrics.get("clipped", 0)),
         notes=summary.notes,
         train_seconds=round(time.monotonic() - started, 3),
     )

@@ -32,6 +32,7 @@ from pipelines.training.watch import COUNTS, held_out_words
 from storage.differences import Difference, Differences, differences
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
+from storage.totals import KEEP_THEM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -283,6 +284,9 @@ def _cell_notes(results: Sequence[CellResult]) -> Iterator[str]:
     for result in results:
         if any(result.metrics.get(name) for name in COUNTS if name != "val_images"):
             yield f"- {result.name}: scores {held_out_words(result.metrics)}."
+        if result.clipped:
+            times = f"trained {result.clipped:,} times on an image with features beyond float16's range"
+            yield f"- {result.name}: {times}, which are clamped; {KEEP_THEM}."
         yield from (f"- {result.name}: {note}" for note in result.notes)
 
 

@@ -28,6 +28,7 @@ from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_inline
 from storage.paths import Folder
+from tests.conftest import loud_weights
 from tests.readout_runs import extract, held_out, losses, write_sets
 from tests.stops import Died, dies_after
 
@@ -468,6 +469,18 @@ def test_cells_that_left_held_out_images_out_say_so(sets, tmp_path):
 
 def relative_speed(relative: float) -> Speed:
     return Speed(of=(VIT, 64), images_per_s=relative, reference_images_per_s=1.0, relative=relative, batches=2, device="CPU")
+
+
+def test_cells_that_learned_from_clamped_features_say_so(sets, tmp_path):
+    weights = loud_weights(tmp_path / "w.safetensors")
+    config = tiny_grid(sets, tmp_path / "grid", weights=str(weights))
+
+    (first,) = run(config)
+    (again,) = run(config)
+
+    assert first.clipped == again.clipped == 12
+    text = write_grid(config.folder, config, plan_cells(config), [again], {})
+    assert f"- {again.name}: trained 12 times on an image with features beyond float16's range, which are clamped" in text
 
 
 def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
