@@ -15,7 +15,6 @@ import numpy as np
 import safetensors.torch
 from PIL import Image
 
-from jobs.program import PATH_ERRORS
 from operators.timm_models import create_model, weights_digest
 from pipelines.config import JobConfig
 from pipelines.costs import runtime
@@ -447,7 +446,7 @@ class Held:
         training_data._indexes.clear()
         try:
             return self.kind.run(config.changed(out=str(out)))
-        except (RayliftError, *PATH_ERRORS) as error:
+        except (RayliftError, OSError) as error:
             return Refused(f"{type(error).__name__}: {error}")
 
 
