@@ -13,7 +13,7 @@ import enum
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -23,7 +23,9 @@ import tyro
 from cluster.resources import WorkerRequest
 from storage.documents import JsonValue
 from storage.errors import RayliftError
+from storage.inputs import Listing, expand_inputs
 from storage.paths import StorageOptions, is_memory, public_options, redact
+from storage.tars import MemberRules
 
 
 class ConfigError(RayliftError, ValueError):
@@ -151,6 +153,29 @@ def _type_arguments(kind: type) -> dict[Any, Any]:
     bases = [base for each in kind.__mro__ for base in each.__dict__.get("__orig_bases__", ())]
     pairs = [(get_origin(base), get_args(base)) for base in bases if get_origin(base) not in (None, Generic)]
     return {name: given for origin, arguments in pairs for name, given in zip(origin.__parameters__, arguments, strict=True)}
+
+
+# --- what is read ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """What becomes of shards and keys that can't be taken as they are."""
+
+    empty_shards: Found[Literal["error", "skip"]] = "error"
+    """Tars that hold no image, are no tars, or can't be read: an error, or left out and counted."""
+    duplicate_keys: Found[Literal["error", "rename"]] = "error"
+    """Keys that repeat from shard to shard: an error; or `rename`: the shard's name (and folder, where there are several) is put
+    before each key, and image files of folders have their whole names for keys, not only what is before the first dot."""
+
+    def files(self, data: Sequence[str], options: StorageOptions, image: str | None) -> Listing:
+        """What `data` matches. Raises `InputError`."""
+        return expand_inputs(data, options, image, by_place=self.duplicate_keys == "rename")
+
+    def rules(self, image: str | None = None, carry: tuple[str, ...] = ()) -> MemberRules:
+        """Which members are taken, and how. Raises `InputError` for columns that can't be carried."""
+        skip, rename = self.empty_shards == "skip", self.duplicate_keys == "rename"
+        return MemberRules(image=image, carry=carry, skip_empty=skip, by_place=rename)
 
 
 # --- where the work is done -------------------------------------------------------------------------------------------

@@ -12,6 +12,14 @@ from fsspec.utils import glob_translate
 
 from storage.left_out import LeftOut, leave_out
 
+SIDE_FILE = "side file of macOS"
+
+
+def is_side_file(path: str) -> bool:
+    """Whether it's what macOS puts beside files, into archives too."""
+    name = path.rsplit("/", 1)[-1]
+    return name.startswith("._") or name in (".DS_Store", "__MACOSX") or path.startswith("__MACOSX/")
+
 
 class Entry(TypedDict):
     """What fsspec says of a file or folder; filesystems add fields of their own."""
@@ -45,7 +53,10 @@ def files_below(fs: fsspec.AbstractFileSystem, folder: str) -> Below:
     files: list[Entry] = []
     for entry in walk.entries():
         if is_hidden(entry["name"]):
-            walk.leave_out(f"hidden {'folder' if entry['type'] == 'directory' else 'file'}", entry)
+            if is_side_file(entry["name"]):
+                walk.leave_out(SIDE_FILE, entry, is_usual=True)
+            else:
+                walk.leave_out(f"hidden {'folder' if entry['type'] == 'directory' else 'file'}", entry)
         elif entry["type"] == "file":
             files.append(entry)
     return Below(sorted(files, key=_name), walk.left_out, walk.has_links)
@@ -171,8 +182,8 @@ class _Walk:
         self._entered.add(target)
         return True
 
-    def leave_out(self, reason: str, entry: Entry) -> None:
-        leave_out(self.left_out, reason, entry["name"])
+    def leave_out(self, reason: str, entry: Entry, *, is_usual: bool = False) -> None:
+        leave_out(self.left_out, reason, entry["name"], is_usual=is_usual)
 
 
 def _is_text(name: str) -> bool:

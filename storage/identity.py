@@ -129,11 +129,14 @@ def input_state(
 
 def _moved(index: SampleIndex, paired: list[InputFile | None], new: list[InputFile], scan: Scan) -> dict[int, SourceScan]:
     """Pair sources that are gone with new files whose samples are the same; returns their scans, takes them from `new`."""
-    gone = {index.sources[i].digest: i for i, file in enumerate(paired) if file is None}
+    gone: dict[str, list[int]] = defaultdict(list)
+    for i, each in enumerate(paired):
+        if each is None:
+            gone[index.sources[i].digest].append(i)
     found: dict[int, SourceScan] = {}
     for file, scanned in zip(list(new), scan(new), strict=True) if gone and new else ():
-        i = gone.pop(scanned.digest, None)
-        if i is not None:
+        if alike := gone.get(scanned.digest):  # several where they are empty
+            i = alike.pop(0)
             paired[i], found[i] = file, scanned
             new.remove(file)
     return found

@@ -4,11 +4,12 @@ import contextlib
 import errno
 import glob
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, overload
 
@@ -16,7 +17,7 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.folders import Entry, files_below, matches, without_repeats
+from storage.folders import SIDE_FILE, Entry, files_below, is_side_file, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
 from storage.paths import InputError, StorageOptions, extension, filesystem, is_memory, query_free, reaching, redact
 
@@ -46,12 +47,24 @@ class InputFile:
     "the store's ETag, or `mtime:<ns>,ctime:<ns>` for files, which have none; empty where neither is known"
     base: str = ""
     "for a file of a plain folder: the folder's URL; keys are relative to it"
+    root: str = ""
+    "the folder that all files of the input lie below, where their places are part of the keys"
 
     @property
     def name(self) -> str:
         """The path below `base`, or without that the file's name; a signed URL's query is no part of it."""
-        url = query_free(self.url) if self.url.startswith(("http://", "https://")) else self.url
+        url = _without_query(self.url)
         return url[len(self.base) :].lstrip("/") if self.base else url.rsplit("/", 1)[-1]
+
+    @property
+    def place(self) -> str:
+        """The path below `root`, without the extension: no two files of an input have the same but for the extension."""
+        return _without_extension(_without_query(self.url)[len(self.root) :].lstrip("/"))
+
+    @property
+    def extension(self) -> str:
+        """What is behind the last dot of its name, in lower case."""
+        return extension(self.name)
 
     @property
     def is_image(self) -> bool:
@@ -87,19 +100,58 @@ def _joined(listings: Iterable[Listing]) -> Listing:
     return Listing(files, merge_left_out(*(listing.left_out for listing in listings)))
 
 
-def expand_inputs(patterns: Sequence[str], storage_options: StorageOptions | None = None, image: str | None = None) -> Listing:
+@dataclass(frozen=True)
+class _Keys:
+    """How images of plain folders get keys, and which is taken of those with one key."""
+
+    image: str | None = None
+    "the extension of the one that is taken"
+    whole: bool = False
+    "a key is the whole name without its extension; else what is before the first dot, as in a tar"
+
+    def of(self, path: str) -> str:
+        """The part of a file's name that is the key of its sample; empty for a tar, whose name is none."""
+        name = path.rsplit("/", 1)[-1]
+        if _is_tar(name):
+            return ""
+        return _without_extension(name) if self.whole else name.split(".", 1)[0] or name
+
+
+def expand_inputs(
+    patterns: Sequence[str], storage_options: StorageOptions | None = None, image: str | None = None, *, by_place: bool = False
+) -> Listing:
     """List what `patterns` match: tar files, or the images of plain folders, in the order given, globs sorted.
 
     A pattern is a URL with braces (`{000..127}`) and globs; a folder stands for its tars, or, where it has none, for
     the images below it. Symlinks are followed. Of images with one key in a folder, the one with the extension `image` is
-    taken. Raises `InputError` if a pattern matches nothing or names a file that does not exist.
+    taken. `by_place`: files are to be told by their places (`InputFile.place`), not by what is before a name's first dot.
+    Raises `InputError` if a pattern matches nothing or names a file that does not exist.
     """
     if not patterns:
         raise InputError("no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images")
-    return _joined(_expand_pattern(pattern, storage_options, image) for pattern in patterns)
+    keys = _Keys(image, by_place)
+    listing = _joined(_expand_pattern(pattern, storage_options, keys) for pattern in patterns)
+    return _rooted(listing) if by_place else listing
 
 
-def _expand_pattern(pattern: str, options: StorageOptions | None, image: str | None) -> Listing:
+def _rooted(listing: Listing) -> Listing:
+    """The files with the folder that they all lie below."""
+    folders = {(file.base or _without_query(file.url).rpartition("/")[0]).rstrip("/") for file in listing}
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(folder.split("/") for folder in folders), strict=False))
+    root = "/".join(parts[0] for parts in alike)
+    return replace(listing, files=tuple(replace(file, root=root) for file in listing))
+
+
+def _without_query(url: str) -> str:
+    return query_free(url) if url.startswith(("http://", "https://")) else url
+
+
+def _without_extension(path: str) -> str:
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{name.rpartition('.')[0] or name}"
+
+
+def _expand_pattern(pattern: str, options: StorageOptions | None, keys: _Keys) -> Listing:
     try:
         pattern.encode()
     except UnicodeEncodeError:
@@ -112,7 +164,7 @@ def _expand_pattern(pattern: str, options: StorageOptions | None, image: str | N
     except ValueError:  # braceexpand's UnbalancedBracesError, which its type stub lacks
         raise InputError(f"{redact(pattern, options)}: unbalanced braces") from None
     with ThreadPoolExecutor(min(16, len(urls))) as pool:
-        found = list(pool.map(lambda url: _expand_url(url, options, image), urls))
+        found = list(pool.map(lambda url: _expand_url(url, options, keys), urls))
     missing = [url for url, files in zip(urls, found, strict=True) if files is None]
     if missing:
         listed = ", ".join(redact(url, options) for url in missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -143,12 +195,12 @@ def _literal_folders(pattern: str) -> str:
     return f"{glob.escape(folders)}{slash}{last}" if "[" in folders else pattern
 
 
-def _expand_url(url: str, options: StorageOptions | None, image: str | None) -> Listing | None:
+def _expand_url(url: str, options: StorageOptions | None, keys: _Keys) -> Listing | None:
     """The files of one URL without braces; None if it names nothing that exists."""
     with reaching(redact(url, options)):
         fs, path = filesystem(url, options)
         if not url.startswith(("http://", "https://")) and any(c in path for c in "*?[") and not _is_there(url):
-            return _list_glob(fs, _literal_folders(path) if isinstance(fs, LocalFileSystem) else path, image)
+            return _list_glob(fs, _literal_folders(path) if isinstance(fs, LocalFileSystem) else path, keys)
         try:
             info = fs.info(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -158,7 +210,7 @@ def _expand_url(url: str, options: StorageOptions | None, image: str | None) -> 
                 return None
             raise
         if info["type"] == "directory":
-            return _list_folder(fs, path, url, image)
+            return _list_folder(fs, path, url, keys)
     if info["type"] == "other":
         raise InputError(f"{redact(url, options)} is neither a file nor a folder")
     if info.get("size") is None:
@@ -166,22 +218,24 @@ def _expand_url(url: str, options: StorageOptions | None, image: str | None) -> 
     return Listing((_input_file(fs, info),))
 
 
-def _list_glob(fs: fsspec.AbstractFileSystem, pattern: str, image: str | None) -> Listing:
+def _list_glob(fs: fsspec.AbstractFileSystem, pattern: str, keys: _Keys) -> Listing:
     """What a glob matches: tars and images by name; where there are none, every file is taken for a tar."""
     below = matches(fs, pattern)
-    files = [entry for entry in below.entries if entry["type"] == "file"]
+    files = [entry for entry in below.entries if entry["type"] == "file" and not is_side_file(entry["name"])]
     taken = [entry for entry in files if _is_tar(entry["name"]) or _is_image(entry["name"])] or files
     names = {entry["name"] for entry in taken}
     for entry in below.entries:
         if entry["type"] == "directory":
             leave_out(below.left_out, "folder that a glob matches (name the folder itself)", entry["name"])
+        elif is_side_file(entry["name"]):
+            leave_out(below.left_out, SIDE_FILE, entry["name"], is_usual=True)
         elif entry["name"] not in names:
             leave_out(below.left_out, _why_not(entry["name"]), entry["name"])
-    taken = without_repeats(taken, below, lambda entry: _key(entry["name"]))
-    return _chosen([_input_file(fs, entry) for entry in taken], image, below.left_out)
+    taken = without_repeats(taken, below, lambda entry: keys.of(entry["name"]))
+    return _chosen([_input_file(fs, entry) for entry in taken], keys, below.left_out)
 
 
-def _list_folder(fs: fsspec.AbstractFileSystem, path: str, url: str, image: str | None) -> Listing:
+def _list_folder(fs: fsspec.AbstractFileSystem, path: str, url: str, keys: _Keys) -> Listing:
     """The tars directly inside a folder, or else the images below it."""
     below = files_below(fs, path)
     depth = path.rstrip("/").count("/") + 1
@@ -192,9 +246,9 @@ def _list_folder(fs: fsspec.AbstractFileSystem, path: str, url: str, image: str 
         if entry["name"] not in names:
             leave_out(below.left_out, _why_not(entry["name"], beside_tars=bool(tars)), entry["name"])
     if tars:
-        taken = without_repeats(tars, below, lambda entry: _key(entry["name"]))
+        taken = without_repeats(tars, below, lambda entry: keys.of(entry["name"]))
     files = [_input_file(fs, entry, base="" if tars else url) for entry in taken]
-    return _chosen(sorted(files, key=lambda file: file.url), image, below.left_out)
+    return _chosen(sorted(files, key=lambda file: file.url), keys, below.left_out)
 
 
 def _is_tar(name: str) -> bool:
@@ -203,12 +257,6 @@ def _is_tar(name: str) -> bool:
 
 def _is_image(name: str) -> bool:
     return extension(name) in IMAGE_EXTENSIONS
-
-
-def _key(path: str) -> str:
-    """The part of a file's name that is the key of its sample; empty for a tar, whose name is none."""
-    name = path.rsplit("/", 1)[-1]
-    return "" if _is_tar(name) else name.split(".", 1)[0] or name
 
 
 def _why_not(name: str, *, beside_tars: bool = False) -> str:
@@ -222,15 +270,16 @@ def _why_not(name: str, *, beside_tars: bool = False) -> str:
     return f"neither tar nor image (.{ending})" if ending else "file without an extension"
 
 
-def _chosen(files: Sequence[InputFile], image: str | None, left_out: dict[str, LeftOut]) -> Listing:
-    """Of several images with one key, the one that `image` names, or the only one of a common format, if there is one.
+def _chosen(files: Sequence[InputFile], keys: _Keys, left_out: dict[str, LeftOut]) -> Listing:
+    """Of several images with one key, the one that `keys.image` names, or the only one of a common format, if there is one.
 
     Others stay, and are refused as two samples of one key.
     """
+    image = keys.image
     by_key: dict[str, list[InputFile]] = {}
     for file in files:
         if file.is_image:
-            by_key.setdefault(f"{file.url.rpartition('/')[0]}/{_key(file.name)}", []).append(file)
+            by_key.setdefault(f"{file.url.rpartition('/')[0]}/{keys.of(file.name)}", []).append(file)
     dropped: set[str] = set()
     for same in by_key.values():
         named = [file for file in same if image and file.name.lower().endswith(f".{image.lower().lstrip('.')}")]

@@ -391,7 +391,7 @@ def try_ranges(
     max_gap: int = 2**18,
     max_bytes: int = 2**25,
 ) -> list[bytes | OSError]:
-    """`read_ranges`, with the error in the place of bytes where it may be one object's own (`_is_of_one_object`): whoever asks
+    """`read_ranges`, with the error in the place of bytes where it may be one object's own (`is_of_one_object`): whoever asks
     knows whether the storage answers for others. Raises what else the filesystem raises."""
     merged = merge_ranges(ranges, max_gap=max_gap, max_bytes=max_bytes)
     requests = [(ranges[a][0], ranges[a][1], ranges[b][1] + ranges[b][2]) for a, b in merged]
@@ -418,7 +418,7 @@ _NOT_FOR_US = (401, 403, 410, 451)
 """Answers of web servers that are about one file, beside 404, which fsspec knows."""
 
 
-def _is_of_one_object(error: OSError) -> bool:
+def is_of_one_object(error: OSError) -> bool:
     """Whether the fault may be of the object that was asked for, and others be readable. Whoever gets no answer, or is told to
     come back later, once the retries are used up, knows nothing of the object."""
     return isinstance(error, _NO_ACCESS) or error.errno in _OF_ONE_FILE
@@ -472,7 +472,7 @@ def _try_range(options: StorageOptions | None, url: str, start: int, end: int) -
     try:
         return _read_range(options, url, start, end)
     except OSError as error:
-        if not _is_of_one_object(error):
+        if not is_of_one_object(error):
             raise
         return error
 

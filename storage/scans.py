@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.inputs import InputFile
-from storage.left_out import left_out_json, left_out_lines
+from storage.left_out import left_out_json, left_out_lines, parse_left_out
 from storage.paths import InputError, query_free
 from storage.sources import Source
-from storage.tars import SourceScan
+from storage.tars import EMPTY, SKIP, SourceScan
 
 
 class DuplicateKeys(InputError):
@@ -26,11 +26,10 @@ def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | No
     count = 0
     for file, scan in scans:
         url = query_free(file.url)
-        readable = pc.any(pc.not_equal(scan.rows["member"], "")).as_py()
-        if not readable:
-            nothing = ", but ".join(["it has no samples", *left_out_lines(scan.left_out)])
-            found = scan.rows["problem"][0].as_py() if len(scan.rows) else nothing
-            raise InputError(f"{url} holds no images: {found}. Name the image member with --image-member, or drop the tar")
+        if scan.why_empty and EMPTY not in scan.left_out:
+            raise InputError(
+                f"{url} holds no images: {scan.why_empty}. Name the image member with --image-member, or drop the tar; {SKIP}"
+            )
         problems = "; ".join(scan.problems)
         # A scan, which may run in any process, doesn't know its source's number; it is column 1 of `SCHEMA`.
         ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
@@ -41,7 +40,8 @@ def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | No
         if limit is not None and count >= limit:
             break
     if not count:
-        raise InputError("the input holds no samples")
+        skipped = [line for source in sources for line in left_out_lines(parse_left_out(source.left_out))]
+        raise InputError("\n  ".join(["the input holds no samples", *skipped[:5]]))
     table = pa.concat_tables(tables)
     if limit is not None:
         table = table.slice(0, limit)
@@ -63,5 +63,7 @@ def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
     raise DuplicateKeys(
         f"{len(repeated)} keys belong to more than one sample (members of a sample must follow each other in the tar):\n"
         + "\n".join(lines)
-        + "\nRename them, drop one source, or name the image with --image-member where one key has two images."
+        + "\nRename them, drop one source, or name the image with --image-member where one key has two images; or give "
+        "--duplicate-keys rename, which puts the shard's name before each key, and takes whole names of image files for keys, "
+        "not only what is before the first dot."
     )

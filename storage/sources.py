@@ -168,4 +168,7 @@ def is_of_input(index: "SampleIndex", files: Sequence[InputFile], limit: int | N
 def rules_text(rules: MemberRules | None) -> str:
     """Which members of a sample are taken, as an index keeps it and a message says it."""
     rules = rules or MemberRules()
-    return f"--image-member {rules.image or 'not given'} and --carry {' '.join(rules.carry) or 'not given'}"
+    text = f"--image-member {rules.image or 'not given'} and --carry {' '.join(rules.carry) or 'not given'}"
+    # Named only where given: indexes of earlier versions don't know them.
+    text += " and --empty-shards skip" if rules.skip_empty else ""
+    return text + (" and --duplicate-keys rename" if rules.by_place else "")

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from storage.folders import SIDE_FILE, is_side_file
 from storage.inputs import IMAGE_EXTENSIONS, InputFile, open_sequential
-from storage.left_out import LeftOut, leave_out
-from storage.paths import InputError, StorageOptions, query_free
+from storage.left_out import LeftOut, leave_out, left_out_lines
+from storage.paths import InputError, StorageOptions, is_of_one_object, query_free, redact
 from storage.tar_members import MAX_TEXT_BYTES, Aside, Gap, Member, TarWalk
 
 SCHEMA = pa.schema(
@@ -35,9 +37,6 @@ inside the source; `problem` says why the sample has no readable image, or is nu
 _Row = dict[str, str | int | None]
 """A row of the index by column; carried members have columns of their own."""
 
-_SIDE_FILE = re.compile(r"(^|/)(\._[^/]*|\.DS_Store)$|(^|/)__MACOSX/")
-"""What macOS puts into archives beside the files."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MemberRules:
@@ -47,6 +46,10 @@ class MemberRules:
     "extension of the image member, for example `jpg` or `rgb.png`; None: the first known image extension"
     carry: tuple[str, ...] = ()
     "extensions of text members that become columns of the index, for example `cls`, `json`"
+    skip_empty: bool = False
+    "a tar without images, and what is no tar or can't be read, is left out; without it, it's an error"
+    by_place: bool = False
+    "the place of its source among the input's files is before the key of each sample; see `InputFile.place`"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "carry", tuple(name.lower().lstrip(".") for name in self.carry))
@@ -83,19 +86,68 @@ class SourceScan:
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     "what is in the source and in no row, by reason"
 
+    @property
+    def why_empty(self) -> str:
+        """In words, why it holds no image; empty where it holds one."""
+        if pc.any(pc.not_equal(self.rows["member"], "")).as_py():
+            return ""
+        nothing = ", but ".join(["it has no samples", *left_out_lines(self.left_out)])
+        return str(self.rows["problem"][0]) if len(self.rows) else nothing
+
 
 def scan_source(file: InputFile, rules: MemberRules, storage_options: StorageOptions | None = None) -> SourceScan:
-    """List the samples of one tar (or the one sample of an image file). Raises `InputError` if it's no tar."""
+    """List the samples of one tar (or the one sample of an image file).
+
+    Raises `InputError` if it's no tar or can't be read, unless the rules skip such.
+    """
     if file.is_image:
-        key, extension = split_name(file.name) or (file.name, "")
-        return _scan_result([_empty_row(key, None) | {"member": extension, "size": file.size}], rules, [], {})
+        key, member = split_name(file.name) or (file.name, file.extension)
+        if rules.by_place:
+            key, member = file.place, file.extension
+        return _scan_result([_empty_row(key, None) | {"member": member, "size": file.size}], rules, [], {})
+    try:
+        scan = _scan_tar(file, rules, storage_options)
+        why = scan.why_empty if rules.skip_empty else ""
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and not is_of_one_object(error):
+            raise
+        why = redact(str(error), storage_options)
+        if not rules.skip_empty:
+            raise InputError(f"{why}. {SKIP}" if isinstance(error, OSError) else f"{why}; {SKIP}") from None
+        scan = _scan_result([], rules, [], {})
+    if not why:
+        return scan
+    leave_out(scan.left_out, EMPTY, f"{query_free(file.url)}: {why}")
+    return _scan_result([], rules, scan.problems, scan.left_out)
+
+
+EMPTY = "shard without images"
+
+SKIP = "--empty-shards skip leaves out what holds no image"
+
+
+def _scan_tar(file: InputFile, rules: MemberRules, storage_options: StorageOptions | None) -> SourceScan:
     with open_sequential(file, storage_options) as stream:
         walk = TarWalk(stream, file)
         samples = _Samples(stream, file, rules)
         for part in walk:
             samples.add(part)
         rows = samples.finish()
+    if rules.by_place:
+        _put_place_first(rows, file.place)
     return _scan_result(rows, rules, walk.problems, samples.left_out)
+
+
+def _put_place_first(rows: list[_Row], place: str) -> None:
+    """Give each row a key that no row of another tar has, nor another one of this tar: the second of one key ends in `#2`."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        key = first = f"{place}/{row['key']}"
+        while key in counts:  # a sample may be called `a#2`
+            counts[first] += 1
+            key = f"{first}#{counts[first]}"
+        counts[key] = 1
+        row["key"] = key
 
 
 def _scan_result(rows: list[_Row], rules: MemberRules, problems: list[str], left_out: dict[str, LeftOut]) -> SourceScan:
@@ -148,8 +200,8 @@ class _Samples:
         split = split_name(member.name)
         if re.match(r"__[^/]*__($|/)", member.name):
             self._leave_out("member named __...__, which is no sample", member.name, is_usual=True)
-        elif _SIDE_FILE.search(member.name):
-            self._leave_out("side file of macOS", member.name)
+        elif is_side_file(member.name) or "/__MACOSX/" in member.name:
+            self._leave_out(SIDE_FILE, member.name, is_usual=True)
         elif split is None:
             self._leave_out("member without an extension", member.name)
         else:

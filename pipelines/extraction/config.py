@@ -12,6 +12,7 @@ from pipelines.config import (
     Free,
     Held,
     Identity,
+    InputConfig,
     JobConfig,
     parse_options,
     require_at_least,
@@ -36,6 +37,7 @@ class ExtractConfig(JobConfig):
 
     image_member: Counts[str | None] = None
     """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif, gif, avif and so on."""
+    input: Held[InputConfig] = InputConfig()
     carry: Counts[tuple[str, ...]] = ()
     """Text members that become columns of the index, for example `cls json`."""
     limit: Counts[int | None] = None

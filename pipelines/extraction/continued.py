@@ -13,7 +13,7 @@ from pipelines.extraction.config import ExtractConfig
 from pipelines.indexing import RunInput
 from storage.documents import DamagedObject
 from storage.identity import InputState, input_state, order_digest
-from storage.inputs import Listing, expand_inputs
+from storage.inputs import Listing
 from storage.ledger import SCHEMA
 from storage.paths import Folder, InputError, is_memory
 from storage.root import read_attributes
@@ -66,7 +66,7 @@ class InputUpdate:
 
 def member_rules(config: ExtractConfig) -> MemberRules:
     """Which members of a sample are taken. Raises `ConfigError`."""
-    rules = MemberRules(image=config.image_member, carry=config.carry)
+    rules = config.input.rules(config.image_member, config.carry)
     if taken := [name for name in rules.carry if name in SCHEMA.names]:
         raise ConfigError(f"--carry {taken[0]}: the ledger has a column of that name; rename the members, or drop it")
     return rules
@@ -178,7 +178,7 @@ def changed_meanwhile(config: ExtractConfig, store: FeatureStore, executor: Exec
     """
     index = store.index
     try:
-        files = expand_inputs(config.data, config.options, config.image_member)
+        files = config.input.files(config.data, config.options, config.image_member)
     except InputError as error:
         logger.warning("whether the input changed while it was read can't be told any more: %s", error)
         return []

@@ -18,7 +18,7 @@ from pipelines.features.model import FeatureModel
 from pipelines.indexing import report_left_out
 from pipelines.provenance import versions
 from storage.documents import JsonValue
-from storage.inputs import Listing, expand_inputs
+from storage.inputs import Listing
 from storage.left_out import LeftOut
 from storage.paths import Folder, InputError, is_memory
 from storage.root import StoreReplaced, read_attributes
@@ -119,7 +119,7 @@ def resolve(config: ExtractConfig) -> Resolved:
     member_rules(config)  # raises for columns that can't be carried
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
-    files = expand_inputs(config.data, config.options, config.image_member)
+    files = config.input.files(config.data, config.options, config.image_member)
     bundle, model = load_bundle(config.features, config.options)
     found = Resolved(config=config, bundle=bundle, model=model, files=files)
     for note in found.notes:

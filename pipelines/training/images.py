@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
 from operators.timm_models import preprocessing
-from pipelines.config import ConfigError, Counts, Found, require_at_least
+from pipelines.config import ConfigError, Counts, Found, Held, InputConfig, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.config import completed
@@ -25,13 +25,12 @@ from pipelines.training.watch import similarity_picture
 from storage.datasets.content import joint_digest
 from storage.documents import JsonObject, JsonValue
 from storage.identity import content_of, sample_images
-from storage.inputs import Listing, expand_inputs
+from storage.inputs import Listing
 from storage.paths import Folder
 from storage.runs import read_run
 from storage.samples import SampleIndex
 from storage.sources import LIMIT
 from storage.spec import FeatureSpec
-from storage.tars import MemberRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,7 @@ class ImageTraining(TrainConfig):
     """Images to validate on: the first of --val-data, or without it the last of --data, which are then not trained on."""
     image_member: Found[str | None] = None
     """Extension of the image inside a sample, where it isn't the first of jpg, jpeg, png, webp, bmp, tif, gif, avif and so on."""
+    input: Held[InputConfig] = InputConfig()
     limit: Found[int | None] = None
     """Only the first N samples of --data."""
     max_image_pixels: Counts[int] = 89_478_485
@@ -91,8 +91,8 @@ class ImageTraining(TrainConfig):
         Raises `ConfigError`, `InputError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
         """
         folder = self.begin_folder()
-        files = expand_inputs(self.data, self.options, self.image_member)
-        held_out = expand_inputs(self.val_data, self.options, self.image_member) if self.val_data else Listing()
+        files = self.input.files(self.data, self.options, self.image_member)
+        held_out = self.input.files(self.val_data, self.options, self.image_member) if self.val_data else Listing()
         # Whether the network can be trained on such inputs, it says itself.
         wanted = completed(self.features, size=str(self.backbone_size), levels=("x1",), ragged=True)
         backbone, model = load_bundle(wanted, self.options)
@@ -239,7 +239,7 @@ class ResolvedImages:
         limited_by: str = LIMIT,
     ) -> tuple[ImageSource, SampleIndex]:
         config = self.config
-        rules = MemberRules(image=config.image_member)
+        rules = config.input.rules(config.image_member)
         options = config.options
         given = RunInput(files=files, rules=rules, limit=limit, options=options, executor=executor, limited_by=limited_by)
         in_use = read_run(self.folder) is not None

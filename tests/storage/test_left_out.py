@@ -19,10 +19,12 @@ from PIL import Image
 
 from jobs.extract import run
 from operators.image import _FORMATS
+from pipelines.config import InputConfig
 from storage.inputs import IMAGE_EXTENSIONS, Listing, expand_inputs
 from storage.left_out import FURTHER, MAX_REASONS, leave_out, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, InputError
 from storage.samples import DuplicateKeys, SampleIndex
+from storage.sources import sources_left_out
 from storage.tars import MemberRules, scan_source
 from tests.conftest import jpeg, run_input, write_tar
 
@@ -80,6 +82,119 @@ def test_named_image_member_chooses_among_images_of_one_key(tmp_path):
         run_input(expand_inputs([str(tmp_path)])).collect()
 
 
+def keys(folder: Path, *patterns: str) -> list[str]:
+    """Keys of the input as `--duplicate-keys rename --empty-shards skip` takes it."""
+    given = InputConfig(duplicate_keys="rename", empty_shards="skip")
+    files = given.files(patterns or (str(folder),), {}, None)
+    return run_input(files, given.rules()).collect()[0]["key"].to_pylist()
+
+
+def test_dotted_names_in_a_folder_are_told_apart_where_that_is_asked_for(tmp_path):
+    put(tmp_path, "IMG_2021.05.01.jpg", "IMG_2021.05.02.jpg", "sub/IMG_2021.05.01.jpg", "sub/a.jpg", "sub/a.pgm")
+
+    with pytest.raises(DuplicateKeys, match="--duplicate-keys rename"):
+        run_input(expand_inputs([str(tmp_path)])).collect()
+    assert keys(tmp_path) == ["IMG_2021.05.01", "IMG_2021.05.02", "sub/IMG_2021.05.01", "sub/a"]
+
+
+def test_same_names_in_several_folders_are_told_apart_by_them(tmp_path):
+    put(tmp_path, "one/a.jpg", "one/b.jpg", "two/a.jpg")
+
+    assert keys(tmp_path, str(tmp_path / "one"), str(tmp_path / "two/*.jpg")) == ["one/a", "one/b", "two/a"]
+
+
+def test_two_images_of_one_whole_name_stay_an_error(tmp_path):
+    put(tmp_path, "a.b.jpg", "a.b.png")
+
+    with pytest.raises(DuplicateKeys, match="--image-member"):
+        keys(tmp_path)
+
+
+def test_keys_that_repeat_from_shard_to_shard_are_put_behind_its_name(tmp_path):
+    for name in ("x/0.tar", "x/1.tar", "y/0.tar"):
+        write_tar(tmp_path / name, [("k.jpg", name.encode()), ("k.cls", b"0")])
+    pattern = str(tmp_path / "*/*.tar")
+
+    with pytest.raises(DuplicateKeys, match=r"--duplicate-keys rename, which puts the shard's name before each key"):
+        run_input(expand_inputs([pattern])).collect()
+    assert keys(tmp_path, pattern) == ["x/0/k", "x/1/k", "y/0/k"]
+    assert keys(tmp_path, str(tmp_path / "x")) == ["0/k", "1/k"]
+
+
+def test_keys_that_repeat_within_a_shard_are_numbered(tmp_path):
+    write_tar(tmp_path / "s.tar", [(f"{name}.jpg", b"x") for name in ("k", "l", "k", "k#2", "k", "l")])
+
+    assert keys(tmp_path) == ["s/k", "s/l", "s/k#2", "s/k#2#2", "s/k#3", "s/l#2"]
+
+
+def test_shards_without_images_are_left_out_where_that_is_asked_for(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"x")])
+    write_tar(tmp_path / "b.tar", [("1.txt", b"x")])
+    write_tar(tmp_path / "c.tar", [])
+    (tmp_path / "d.tar").write_bytes(b"")
+    (tmp_path / "e.tar").write_text("<html>404</html>")
+    write_tar(tmp_path / "f.tar", [("2.jpg", b"x")])
+    files = expand_inputs([str(tmp_path)])
+
+    for i in range(1, 5):
+        with pytest.raises(InputError, match=f"{'bcde'[i - 1]}.tar .*--empty-shards skip"):
+            run_input(Listing(files[i : i + 1])).collect()
+    table, sources = run_input(files, MemberRules(skip_empty=True)).collect()
+    assert table["key"].to_pylist() == ["1", "2"]
+    assert table["source"].to_pylist() == [0, 5]
+    left = sources_left_out(sources)["shard without images"]
+    assert (left.count, left.is_usual, len(sources)) == (4, False, 6)
+    assert "b.tar: no image member (has .txt)" in left.examples[0]
+
+
+def test_input_of_which_all_shards_are_empty_says_why(tmp_path):
+    (tmp_path / "a.tar").write_text("<html>404</html>")
+
+    with pytest.raises(InputError, match=r"no samples\n .*a\.tar is not a tar"):
+        run_input(expand_inputs([str(tmp_path)]), MemberRules(skip_empty=True)).collect()
+
+
+def test_shard_that_cannot_be_read_is_named_and_may_be_skipped(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"x")])
+    write_tar(tmp_path / "b.tar", [("2.jpg", b"x")])
+    real = LocalFileSystem._open
+
+    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
+        if path.endswith("b.tar"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(fs, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "_open", open_)
+    with pytest.raises(InputError, match=r"Permission denied: '\S+b\.tar'\. --empty-shards skip"):
+        run_input(expand_inputs([str(tmp_path)])).collect()
+    assert keys(tmp_path) == ["a/1"]
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.jpg", "**/*.jpg"])
+def test_side_files_of_macos_are_no_images_for_a_glob_either(pattern, tmp_path):
+    put(tmp_path, "p.jpg", "._p.jpg", ".DS_Store", "__MACOSX/._p.jpg")
+
+    listing = expand_inputs([f"{tmp_path}/{pattern}"])
+
+    assert [file.name for file in listing] == ["p.jpg"]
+    assert listing.left_out["side file of macOS"].is_usual
+
+
+def test_store_is_continued_with_the_choices_that_it_was_made_with(tmp_path):
+    write_tar(tmp_path / "in/a.tar", [("1.jpg", jpeg(1))])
+    write_tar(tmp_path / "in/b.tar", [("1.jpg", jpeg(2))])
+    write_tar(tmp_path / "in/c.tar", [("1.txt", b"x")])
+    given = InputConfig(duplicate_keys="rename", empty_shards="skip")
+    files, folder = given.files((str(tmp_path / "in"),), {}, None), Folder(str(tmp_path / "out"))
+    made = run_input(files, given.rules()).index_in_use(folder)
+    assert made.first_keys == ["a/1"]
+    (tmp_path / "in/b.tar").touch()
+
+    assert run_input(files, given.rules()).index_in_use(folder).digest == made.digest
+    with pytest.raises(InputError, match="--empty-shards skip|--duplicate-keys rename"):
+        run_input(expand_inputs([str(tmp_path / "in")])).index_in_use(folder)
+
+
 # --- what lies beside -------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +210,7 @@ def test_folder_of_tars_says_what_lies_beside_them(tmp_path):
         "file without an extension": 1,
         "neither tar nor image (.txt)": 1,
         "neither tar nor image (.idx)": 1,
-        "hidden file": 1,
+        "side file of macOS": 1,
         "hidden folder": 1,
     }
 
@@ -109,8 +224,7 @@ def test_folder_of_images_says_what_lies_between_them(tmp_path):
         "neither tar nor image (.heic)": 1,
         "tar in a subfolder (name that folder, too)": 1,
         "compressed tar (decompress it)": 1,
-        "hidden folder": 1,
-        "hidden file": 1,
+        "side file of macOS": 2,
     }
 
 

@@ -102,7 +102,7 @@ def test_no_field_is_declared_twice():
 def test_a_flag_names_one_setting():
     for kind in JOBS:
         paths = [setting.path for setting in settings_of(kind).values()]
-        held = [f for f in fields(kind) if f.name in ("features", "cluster")]
+        held = [f for f in fields(kind) if f.name in ("features", "cluster", "input")]
         groups = sum(len(settings_of(type(f.default))) for f in held)
         assert len(set(paths)) == len(paths) == len(fields(kind)) - len(held) + groups
 
