@@ -20,7 +20,7 @@ from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
 from storage.paths import StorageOptions, query_free
-from storage.samples import SampleIndex, Unread, try_images
+from storage.samples import PART_ROWS, SampleIndex, Unread, try_images
 from storage.scans import refuse_duplicates
 from storage.sources import Source, describe_change, gone_and_new, is_unchanged, other_input, pair
 from storage.tars import SourceScan
@@ -32,6 +32,9 @@ CHECK_ROWS = 64
 
 SAMPLE_IMAGES = 256
 """Images whose bytes stand for those of a whole input."""
+
+MANY_ALIKE = 1000
+"""Images of one size whose reading takes long enough to say so."""
 
 LEDGER_ROWS = 2**13
 """Rows whose ledger entries are read at once."""
@@ -259,18 +262,7 @@ class _Comparison:
 
     def _digests(self, rows: pa.Table, positions: Sequence[int]) -> Iterator[str]:
         """Of the images of some rows as they are now."""
-        windows = [positions[i : i + CHECK_ROWS] for i in range(0, len(positions), CHECK_ROWS)]
-
-        def digests(window: Sequence[int]) -> list[str]:
-            blobs = try_images(rows.take(pa.array(window, pa.int64())), self.state.urls, self.options)
-            for blob in blobs:
-                if isinstance(blob, Unread):  # it can't be told to be the same
-                    logger.warning("an image can't be read any more: %s", blob.message)
-            return [image_digest(blob if isinstance(blob, bytes) else b"") for blob in blobs]
-
-        with ThreadPoolExecutor(4) as pool:
-            for found in pool.map(digests, windows):
-                yield from found
+        return _digests(rows.take(pa.array(positions, pa.int64())), self.state.urls, self.options)
 
     def _words(self, source: int, keys: Sequence[str]) -> str:
         was, now = self.index.sources[source], self.state.files[source]
@@ -278,6 +270,58 @@ class _Comparison:
         if source in self._without_digest:
             what += "; an earlier version extracted it and kept no digests to compare with"
         return f"{what}: {len(keys)} of its images differ, for example {keys[0]!r}"
+
+
+def _digests(rows: pa.Table, urls: Sequence[str], options: StorageOptions | None) -> Iterator[str]:
+    """Of the images of index rows, in order; a few windows are read at once."""
+
+    def digests(window: pa.Table) -> list[str]:
+        blobs = try_images(window, urls, options)
+        for blob in blobs:
+            if isinstance(blob, Unread):  # it can't be told to be the same
+                logger.warning("an image can't be read any more: %s", blob.message)
+        return [image_digest(blob if isinstance(blob, bytes) else b"") for blob in blobs]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(digests, (rows.slice(i, CHECK_ROWS) for i in range(0, len(rows), CHECK_ROWS))):
+            yield from found
+
+
+def same_images(
+    index: SampleIndex,
+    urls: Sequence[str],
+    n_rows: int,
+    others: SampleIndex,
+    other_urls: Sequence[str],
+    other_rows: Sequence[int],
+    options: StorageOptions | None = None,
+) -> dict[int, int]:
+    """Those of the few `other_rows` whose images have the bytes of one of the first `n_rows` of an index, and which that is.
+
+    Images are read of equal sizes alone, so that millions cost little; rows without an image, or of an empty file, have none.
+    """
+    few = _with_images(others.take(np.array(other_rows, np.int64)).append_column("row", pa.array(other_rows, pa.int64())))
+    alike = _rows_of_size(index, n_rows, np.unique(few["size"].to_numpy()))
+    few = few.filter(pc.is_in(few["size"], pc.unique(alike["size"])))
+    if len(alike) > MANY_ALIKE:
+        logger.info("reading %d images that are as large as held-out ones, to see whether they are the same", len(alike))
+    first: dict[str, int] = {}
+    for row, digest in zip(alike["row"].to_pylist(), _digests(alike, urls, options), strict=True):
+        first.setdefault(digest, row)
+    found = zip(few["row"].to_pylist(), _digests(few, other_urls, options), strict=True)
+    return {row: first[digest] for row, digest in found if digest in first and digest != image_digest(b"")}
+
+
+def _rows_of_size(index: SampleIndex, n_rows: int, sizes: np.ndarray) -> pa.Table:
+    """Those of the first `n_rows` whose images have one of the sizes in bytes, with their numbers in the column `row`."""
+    starts = range(0, n_rows, PART_ROWS)
+    found = [first + np.flatnonzero(np.isin(index.sizes(first, min(first + PART_ROWS, n_rows)), sizes)) for first in starts]
+    rows = np.concatenate([np.zeros(0, np.int64), *found])
+    return _with_images(index.take(rows).append_column("row", pa.array(rows)))
+
+
+def _with_images(rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.and_(pc.is_null(rows["problem"]), pc.greater(rows["size"], 0)))
 
 
 def sample_images(index: SampleIndex, urls: Sequence[str], options: StorageOptions | None = None) -> dict[str, bytes]:

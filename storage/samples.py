@@ -245,12 +245,21 @@ class SampleIndex:
         """Keys of rows `first` to `last` (exclusive); they must lie within one part."""
         return self._table.read(first, last, ["key"])["key"]
 
+    def sizes(self, first: int, last: int) -> np.ndarray:
+        """Bytes of the images of rows `first` to `last` (exclusive), int64; they must lie within one part."""
+        return self._table.read(first, last, ["size"])["size"].to_numpy()
+
+    def names(self, rows: Sequence[int]) -> list[str]:
+        """What people know some rows by: their source and key."""
+        table = self.take(np.array(rows, np.int64), ["source", "key"])
+        return [f"{self.sources[row['source']].url}: {row['key']}" for row in table.to_pylist()]
+
     def largest_block_bytes(self, block_rows: int, largest_image: int) -> int:
         """Bytes of the images of that block of `block_rows` rows which has most; images above `largest_image` don't count."""
         most = 0
         for first in range(0, self.n_rows, PART_ROWS):
             last = min(first + PART_ROWS, self.n_rows)
-            sizes = self._table.read(first, last, ["size"])["size"].to_numpy()
+            sizes = self.sizes(first, last)
             sizes = np.where(sizes <= largest_image, sizes, 0)
             most = max(most, int(np.add.reduceat(sizes, np.arange(0, len(sizes), block_rows)).max()))
         return most

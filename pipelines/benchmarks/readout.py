@@ -94,6 +94,7 @@ def _settings(config: ReadoutBenchmark, method: str, data: str, out: str) -> Rea
         data=data,
         out=out,
         val_limit=1,
+        overlap=True,  # nothing is said of scores
         size=config.size,
         side=config.side,
         model=config.model,

@@ -76,6 +76,10 @@ class TrainConfig(JobConfig):
     max_failed_fraction: Free[float] = 0.01
     """With a larger part of the images left out as unreadable, or of the held-out ones, the run ends with an error."""
 
+    overlap: Free[bool] = False
+    """Train although held-out images are among those to train on, byte for byte; the results say how many. Without it, such a
+    run is refused."""
+
     log_every: Free[int] = 10
     """Steps between lines of metrics."""
     checkpoint_every: Free[int] = 200
@@ -191,6 +195,16 @@ class TrainConfig(JobConfig):
         if self.batch > images:
             yield f"--batch {self.batch:,}: there are {images:,} images to train on, so that each step has only those."
 
+    def said_once(self, order: TrainOrder) -> Iterator[str]:
+        """What of the settings matters while the run goes on, not for what it gives."""
+        if self.checkpoint_every > order.steps:
+            yield (
+                f"the only checkpoint is that after the last of {order.steps:,} steps (--checkpoint-every "
+                f"{self.checkpoint_every:,}): a run that is stopped before begins anew"
+            )
+        if self.validate_every > order.steps:
+            yield f"held-out images are judged at the start and the end only (--validate-every {self.validate_every:,})"
+
     def identity(self, found: JsonObject) -> dict[str, JsonValue]:
         """What makes a run's weights what they are, as JSON values: settings, and what was `found` of model and data."""
         settings = self.counted(Identity.COUNTS)
@@ -291,7 +305,14 @@ class TrainSetup:
     @property
     def notes(self) -> tuple[str, ...]:
         """What of the settings has no effect on so many images and steps, or another than one may think; a sentence each."""
-        return tuple(self.config.notes(self.order))
+        of = len(self.held_out_rows)
+        notes = list(self.config.notes(self.order))
+        if self.seen:
+            many = "is" if self.seen == 1 else "are"
+            notes.append(
+                f"{self.seen} of the {of} held-out images {many} among those to train on: scores on them say nothing of others."
+            )
+        return tuple(notes)
 
     def objective(self, device: torch.device) -> Objective:
         """What a training process computes."""

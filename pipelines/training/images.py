@@ -3,6 +3,7 @@
 What is trained on them is said by subclasses of `ImageTraining` (lift.py, vit_up.py).
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,6 +22,7 @@ from pipelines.features.join import Join
 from pipelines.indexing import RunInput, report_left_out
 from pipelines.training.config import Objective, TrainConfig, TrainSetup, Validation
 from pipelines.training.data import ImageSource, StoredFeatures, View
+from pipelines.training.overlap import require_apart, same_rows
 from pipelines.training.watch import similarity_picture
 from storage.datasets.content import joint_digest
 from storage.documents import JsonObject, JsonValue
@@ -31,6 +33,8 @@ from storage.runs import read_run
 from storage.samples import SampleIndex
 from storage.sources import LIMIT
 from storage.spec import FeatureSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +200,8 @@ class ResolvedImages:
             below = Folder(f"{folder.url}/validation", config.options)
             held_out, found = self._images(below, self.held_out_files, config.val_rows, executor, limited_by="--val-rows")
             rows, n_rows = range(found.n_rows), index.n_rows
+            _say_fewer("--val-data", found.n_rows, "--val-rows", config.val_rows)
+        _say_fewer("--data", index.n_rows, "--limit", config.limit)
         if n_rows < 1:
             raise ConfigError(
                 f"--val-rows {config.val_rows} leaves none of the {index.n_rows} images of --data to train on; use fewer, or "
@@ -216,6 +222,9 @@ class ResolvedImages:
                     "numbers": {"stored": source.features.numbers},
                     "rows_content": joint_digest([joins[-1].content, *lacking]),
                 }
+        instead = "Give other --val-data" if self.held_out_files else "Remove the copies from --data, or give --val-data"
+        same = same_rows(images, n_rows, held_out, rows)
+        seen = require_apart(same, held_out, len(rows), allowed=config.overlap, instead=instead)
         order = config.order(n_rows)
         config.begin(folder, found, order, joins)
         return ImageSetup(
@@ -227,6 +236,7 @@ class ResolvedImages:
             images=images,
             held_out=held_out,
             held_out_rows=tuple(rows),
+            seen=seen,
         )
 
     def _images(
@@ -256,6 +266,11 @@ class ResolvedImages:
             features=features,
         )
         return source, index
+
+
+def _say_fewer(where: str, images: int, flag: str, limit: int | None) -> None:
+    if limit is not None and images < limit:
+        logger.info("%s %s: %s holds %s images, of which all are taken", flag, f"{limit:,}", where, f"{images:,}")
 
 
 def _identity(spec: FeatureSpec) -> dict[str, JsonValue]:

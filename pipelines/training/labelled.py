@@ -84,6 +84,11 @@ class LabelledSource:
     stored: StoredMaps | None
     "None: images for a live model"
 
+    @property
+    def named_contents(self) -> list[tuple[str, str]]:
+        """Each image's digest, and its place as it may be printed."""
+        return [(content, item.image.displayed) for content, item in zip(self.contents, self.items, strict=True)]
+
     def load(self, rows: Sequence[int], epoch: int | None) -> Example:  # noqa: ARG002 - nothing is random here
         """Arrays of `rows`, in their order: the task's targets, and `pixels` or the stored levels."""
         examples, failed = {}, {}

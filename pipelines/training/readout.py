@@ -27,6 +27,7 @@ from pipelines.readouts.tasks import TASKS
 from pipelines.training.config import Objective, TrainConfig, TrainSetup, Validation
 from pipelines.training.data import Loaded
 from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps
+from pipelines.training.overlap import require_apart, same_contents
 from pipelines.training.watch import panel_picture
 from storage.datasets.content import content_digests, joint_digest
 from storage.datasets.files import digest
@@ -340,10 +341,13 @@ class ReadoutSetup(TrainSetup):
             found |= {name: digest(source.items), f"{name}_content": joint_digest(source.contents)}
             found[labels] = joint_digest(content_digests([item.label for item in source.items]))
             found[rows] = source.stored.join.content if source.stored else ""
+        same = same_contents(self.images.named_contents, self.held_out.named_contents)
+        of, instead = len(self.held_out.items), "Give another --split or --val-split"
+        seen = require_apart(same, self.held_out, of, allowed=self.config.overlap, instead=instead)
         joins = [source.stored.join for source in (self.images, self.held_out) if source.stored is not None]
         # What the settings of features come to is in `found`, of a model and of a store alike.
         self.config.begin(self.folder, found, self.order, joins, saved=self.saved, aside=FEATURES)
-        return self
+        return replace(self, seen=seen)
 
     def objective(self, device: torch.device) -> Objective:
         return ReadoutObjective(self, device)

@@ -134,6 +134,8 @@ def train_inline(setup: TrainSetup) -> TrainSummary:
 def _log_notes(setup: TrainSetup) -> None:
     for note in setup.notes:
         logger.warning("%s", note)
+    for note in setup.config.said_once(setup.order):
+        logger.info("%s", note)
 
 
 def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:

@@ -12,6 +12,9 @@ from storage.ledger import image_digest
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE = "unreadable"
+"""The digest of what can't be read."""
+
 MANY = 5000
 """Files whose reading takes long enough to say so."""
 
@@ -42,7 +45,7 @@ def _digest(file: HasContent) -> str:
     try:
         return image_digest(file.content())
     except DatasetError:  # left out, or refused, by whoever needs it
-        return "unreadable"
+        return UNREADABLE
 
 
 def joint_digest(digests: Iterable[str]) -> str:

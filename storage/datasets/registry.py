@@ -7,6 +7,7 @@ contradictory ends in a `DatasetError`.
 """
 
 import difflib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +28,8 @@ from storage.datasets.photos_open import load_photos_open
 from storage.datasets.spair import Pair, load_spair
 from storage.datasets.voc import load_voc, load_voc_seg
 from storage.paths import Folder, StorageOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,8 @@ def load_labelled(
         raise DatasetError(f"a limit of {limit} leaves no image; give 1 or more, or none")
     listed = DATASETS[name].load(Folder(url, options), split, limit)
     found = tuple(replace(each, label=_scaled(each.label, reading.depth_scale), frame=reading.frame) for each in listed)
+    if limit is not None and len(found) < limit:
+        logger.info("a limit of %s: %s of %s has %s images, of which all are taken", f"{limit:,}", split, name, f"{len(found):,}")
     maps = [each.label for each in found if isinstance(each.label, DepthMap)]
     if maps and reading.depth_scale is None:
         require_plausible(maps)

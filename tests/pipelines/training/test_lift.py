@@ -517,13 +517,54 @@ def test_a_finished_run_is_left_as_it_is(small):
     assert Folder(small().out).read("checkpoints.json") == before
 
 
-def test_held_out_images_may_come_from_elsewhere(small, make_tars):
-    config = small(val_data=(make_tars(count=1, each=4, folder="held-out"),), val_rows=3)
+def test_held_out_images_may_come_from_elsewhere(small, tmp_path):
+    config = small(val_data=(damaged(tmp_path),), val_rows=3)
 
     setup = prepared(config)
 
     assert (setup.order.n_rows, setup.held_out_rows) == (14, (0, 1, 2))
     assert train_inline(setup).metrics["val_loss"] > 0
+
+
+# --- held-out images that are trained on ------------------------------------------------------------------------------
+
+
+def test_held_out_images_that_are_trained_on_are_refused_unless_that_is_asked_for(small, make_tars, caplog):
+    """The first three of the training's 14, in a tar of their own."""
+    copies = make_tars(count=1, each=3, folder="copies")
+
+    with pytest.raises(
+        ConfigError,
+        match=r"3 of the 3 held-out images are among those to train on, byte for byte: .*/copies/s-000.tar: 00000 is "
+        r".*/in/s-000.tar: 00000\. .*other --val-data; or give --overlap",
+    ):
+        prepared(small(val_data=(copies,), val_rows=6))
+    config = small(val_data=(copies,), val_rows=6, overlap=True, epochs=1, limit=15)
+    caplog.set_level("INFO")
+    printed = "\n".join(main(config))
+
+    assert "over 3 of 3 held-out images, 3 of the 3 are trained on" in printed
+    assert "--val-rows 6: --val-data holds 3 images, of which all are taken" in caplog.messages
+    assert "--limit 15: --data holds 14 images, of which all are taken" in caplog.messages
+    assert "held-out images are judged at the start and the end only (--validate-every 4)" in caplog.messages
+    assert "note       3 of the 3 held-out images are among those to train on" in printed
+    assert [line["val_seen"] for line in validations(config)] == [3, 3]
+    with pytest.raises(ConfigError, match="--overlap"):
+        prepared(replace(config, overlap=False))
+
+
+def test_copies_are_found_by_their_bytes_among_images_of_one_size(small, tmp_path):
+    """Bitmaps, so that all have one size. The last two are held out, of which one is the first again; one copy is no image."""
+    images = {f"{n}.bmp": bitmap(n) for n in (0, 1, 2, 3)} | {"4.bmp": bytes(len(bitmap(0)))}
+    own = write_tar(tmp_path / "own.tar", [*images.items(), ("5.bmp", bitmap(5)), ("6.bmp", bitmap(1))])
+    apart = write_tar(tmp_path / "apart.tar", [("0.bmp", bitmap(7)), ("1.bmp", images["4.bmp"]), ("2.bmp", bitmap(8))])
+
+    with pytest.raises(ConfigError, match=r"1 of the 2 held-out images is .*own.tar: 6 is .*own.tar: 1\. .*Remove the copies"):
+        prepared(small(data=(str(own),), val_rows=2))
+    assert prepared(small(data=(str(own),), val_rows=1, limit=6, out=str(tmp_path / "less"))).seen == 0
+    assert prepared(small(data=(str(own),), val_data=(str(apart),), val_rows=3, out=str(tmp_path / "two"))).seen == 0
+    other = small(data=(str(own),), val_data=(str(own),), val_rows=3, overlap=True, out=str(tmp_path / "three"))
+    assert prepared(other).seen == 3
 
 
 # --- Ray Train --------------------------------------------------------------------------------------------------------

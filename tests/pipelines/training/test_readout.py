@@ -165,6 +165,27 @@ def test_held_out_labels_that_cannot_be_read_are_counted_and_void_ones_apart(set
     assert "val_left_out" not in table
 
 
+def test_images_that_are_trained_and_held_out_are_refused_unless_that_is_asked_for(sets, tmp_path, caplog):
+    data = tmp_path / "copies"
+    shutil.copytree(sets / "VOC2012", data)
+    shutil.copyfile(data / IMAGES / "000003.jpg", data / IMAGES / "000006.jpg")
+
+    with pytest.raises(
+        ConfigError,
+        match=r"1 of the 4 held-out images is among those to train on, .*: .*000006.jpg is .*000003.jpg\. .*--val-split",
+    ):
+        prepared(training(sets, tmp_path / "run", data=str(data)))
+    with pytest.raises(ConfigError, match="6 of the 6 held-out images are among those to train on"):
+        prepared(training(sets, tmp_path / "run", val_split="train"))
+    assert not (tmp_path / "run").exists()
+    caplog.set_level("INFO")
+    summary = train(training(sets, tmp_path / "run", data=str(data), max_steps=1, overlap=True, limit=7))
+
+    assert "a limit of 7: train of voc has 6 images, of which all are taken" in caplog.messages
+    assert summary.metrics["val_seen"] == 1
+    assert summary.notes == ("1 of the 4 held-out images is among those to train on: scores on them say nothing of others.",)
+
+
 # --- from a store -----------------------------------------------------------------------------------------------------
 
 
