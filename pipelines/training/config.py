@@ -185,8 +185,6 @@ class TrainConfig(JobConfig):
                 f"--warmup-steps {self.warmup_steps:,} of a run of {steps:,} steps: the learning rate rises to {highest:.3g} at "
                 f"most and never reaches --lr {self.lr:g}; give fewer --warmup-steps, or train longer."
             )
-        if self.schedule == "constant" and self.final_lr != type(self).final_lr:
-            yield f"--final-lr {self.final_lr:g} has no effect: --schedule constant keeps the learning rate at {self.lr:g}."
         if self.max_steps is not None and steps < self.max_steps:
             yield (
                 f"--max-steps {self.max_steps:,} aren't reached: --epochs {self.epochs:,} of {images:,} images end after "

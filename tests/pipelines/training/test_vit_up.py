@@ -199,7 +199,6 @@ def test_a_warm_up_longer_than_the_run_is_said_at_its_start_and_end(small, caplo
     ("changes", "note"),
     [
         ({"warmup_steps": 6}, "--warmup-steps 6 of a run of 6 steps"),
-        ({"schedule": "constant", "warmup_steps": 0, "final_lr": 1e-5}, "--final-lr 1e-05 has no effect"),
         ({"max_steps": 7}, "--max-steps 7 aren't reached: --epochs 2 of 6 images end after 6 steps"),
         ({"batch": 7, "warmup_steps": 1}, "--batch 7: there are 6 images to train on"),
     ],
