@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.errors import RayliftError
+from storage.reachable import why_unreachable
 
 # `uv run` as a driver would make every worker resolve the project again (ray #50961).
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -173,6 +174,7 @@ def _session(address: str, **options: int | None) -> Iterator[None]:
     from ray.exceptions import AuthenticationError
 
     try:
+        _require_answer(address)
         with _keeping_sigterm():
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except AuthenticationError:
@@ -190,6 +192,33 @@ def _session(address: str, **options: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise `ClusterError` where no Ray is at `address` (`host:port`, `ray://host:port`, `auto`).
+
+    Ray itself would try for minutes, and may abort the process."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if address == "local":
+        return
+    where = address.removeprefix("ray://").rstrip("/")
+    if "://" in where:
+        return  # of those that Ray takes from plug-ins
+    if address == "auto":
+        # As Ray does: RAY_ADDRESS, or what `ray start` noted on this machine.
+        where = canonicalize_bootstrap_address("auto") or ""
+    host, colon, port = where.rpartition(":")
+    if where and not (colon and port.isdecimal() and 0 < int(port) < 2**16 and host):
+        raise ClusterError(
+            f"no Ray cluster can be at {address!r}; give host:port (of `ray start --head`), ray://host:port, or auto"
+        )
+    # Ray's processes speak gRPC, which is HTTP/2; a port of something else would keep it waiting, too.
+    if where and (reason := why_unreachable(host.strip("[]"), int(port), http2=os.environ.get("RAY_USE_TLS", "0") == "0")):
+        raise ClusterError(
+            f"no Ray cluster answers at {address!r}: {reason}; start one with `ray start --head`, or correct --ray-address or "
+            "RAY_ADDRESS"
+        )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.folders import SIDE_FILE, Entry, files_below, is_side_file, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
-from storage.paths import InputError, StorageOptions, extension, filesystem, is_memory, query_free, reaching, redact
+from storage.paths import InputError, StorageOptions, extension, filesystem, is_memory, opened, query_free, reaching, redact
 
 COMMON_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 """What is mostly a photograph; format 2's stores took no others."""
@@ -198,7 +198,7 @@ def _literal_folders(pattern: str) -> str:
 def _expand_url(url: str, options: StorageOptions | None, keys: _Keys) -> Listing | None:
     """The files of one URL without braces; None if it names nothing that exists."""
     with reaching(redact(url, options)):
-        fs, path = filesystem(url, options)
+        fs, path = opened(url, options)
         if not url.startswith(("http://", "https://")) and any(c in path for c in "*?[") and not _is_there(url):
             return _list_glob(fs, _literal_folders(path) if isinstance(fs, LocalFileSystem) else path, keys)
         try:

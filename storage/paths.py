@@ -24,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import StorageError as StorageError
 from storage.local_files import put_file, read_ranges_of_files, remove_partial_files
+from storage.reachable import why_endpoint_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,22 @@ def _unchained(url: str, options: Mapping[str, object]) -> tuple[fsspec.Abstract
     return kind(**{**kind._get_kwargs_from_urls(url), **options}), kind._strip_protocol(url)
 
 
+def opened(url: str, storage_options: StorageOptions | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
+    """`filesystem` of a server that answers. Raises `StorageError` for one that doesn't within seconds: botocore alone would try
+    for minutes, in silence."""
+    fs, path = filesystem(url, storage_options)
+    if url.startswith(("http://", "https://")):
+        endpoint = url
+    elif url.startswith(("s3://", "s3a://")):
+        with reaching(redact(url, storage_options)):
+            endpoint = fs.s3.meta.endpoint_url
+    else:
+        return fs, path
+    if reason := why_endpoint_unreachable(endpoint):
+        raise StorageError(f"{redact(url, storage_options)} can't be reached: {reason}; check the URL, and `endpoint_url`")
+    return fs, path
+
+
 def _options_for(url: str, options: StorageOptions) -> dict[str, object]:
     """The options for `url`: those under its scheme where the keys are schemes, else all of them unless it is local."""
     scheme = url.split("://", 1)[0] if "://" in url else "file"
@@ -158,6 +175,16 @@ def reaching(displayed: str) -> Iterator[None]:
         yield
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, aiohttp.ClientError) as error:
         raise StorageError(f"{displayed} can't be reached: {type(error).__name__}: {redact(str(error))}") from None
+    except FileNotFoundError as error:
+        _require_bucket(error, displayed)
+        raise
+
+
+def _require_bucket(error: OSError, displayed: str) -> None:
+    """Raise `StorageError` where what isn't there is the whole bucket, which no run makes."""
+    cause = error.__cause__
+    if isinstance(cause, botocore.exceptions.ClientError) and cause.response.get("Error", {}).get("Code") == "NoSuchBucket":
+        raise StorageError(f"{displayed}: there is no such bucket; create it, or correct the URL or `endpoint_url`") from None
 
 
 def _guarded(method: Callable[Concatenate["Folder", P], T]) -> Callable[Concatenate["Folder", P], T]:
@@ -194,7 +221,7 @@ class Folder:
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
         # Reopened after a fork: s3fs sessions of the parent hang or fail in the child.
         if self._open is None or self._open[0] != os.getpid():
-            fs, root = filesystem(self.url, self.options)
+            fs, root = opened(self.url, self.options)
             self._open = (os.getpid(), fs, root.rstrip("/"))
         return self._open[1], self._open[2]
 
@@ -204,7 +231,8 @@ class Folder:
         fs, root = self._fs()
         try:
             return fs.cat_file(f"{root}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            _require_bucket(error, self.displayed)
             raise FileNotFoundError(f"{self.displayed}/{name} does not exist") from None
 
     def read_many(self, names: Sequence[str], workers: int = 32) -> list[bytes]:

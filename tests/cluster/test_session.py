@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.session import KEPT, ClusterError, _set_environment, own_cluster, own_environment, private_folder
+from cluster.session import KEPT, ClusterError, _session, _set_environment, own_cluster, own_environment, private_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -330,3 +330,24 @@ def test_a_cluster_that_asks_for_a_token_says_so(monkeypatch, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     assert "cluster at '127.0.0.1:1' doesn't take this program's token: set RAY_AUTH_MODE=token" in done.stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "auto"])
+def test_cluster_that_is_not_there_is_named_within_seconds(address, monkeypatch):
+    """Ray itself tries for minutes, and may abort the process."""
+    monkeypatch.setattr("storage.reachable.PATIENCE_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+
+    with (
+        pytest.raises(ClusterError, match=rf"no Ray cluster answers at '{address.format(port=port)}': [0-9.]+:{port} was tried"),
+        _session(address.format(port=port)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:", ":6379", "host:port", "host:99999"])
+def test_address_that_is_none_is_refused(address):
+    with pytest.raises(ClusterError, match="give host:port"), _session(address):
+        pass

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +12,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from storage.inputs import expand_inputs
 from storage.local_files import PARTIAL
 from storage.paths import Folder, InputError, StorageError, filesystem, read_file, read_ranges
+from storage.reachable import why_unreachable
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -312,3 +315,37 @@ def test_folder_where_a_file_must_be_is_named(tmp_path):
 
     with pytest.raises(StorageError, match="a/b is a folder where a file must be; remove it"):
         Folder(str(tmp_path)).write("a/b", b"data")
+
+
+def test_bucket_that_is_not_there_is_named(s3_server):
+    folder = Folder("s3://no-such-bucket/out.zarr", {"key": "a", "secret": "bbbb", "endpoint_url": s3_server})
+
+    for reach in (lambda: folder.read("zarr.json"), lambda: folder.write("a", b""), lambda: folder.check_create_only("runs/.p")):
+        with pytest.raises(StorageError, match="^s3://no-such-bucket/out.zarr: there is no such bucket; create it"):
+            reach()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "http://127.0.0.1:{port}/x"])
+def test_endpoint_that_is_not_there_is_named_with_what_was_tried(url, monkeypatch, caplog):
+    monkeypatch.setattr("storage.reachable.PATIENCE_S", 0.0)
+    caplog.set_level("INFO")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    options = {"s3": {"key": "a", "secret": "bbbb", "endpoint_url": f"http://127.0.0.1:{port}"}}
+
+    said = f"127.0.0.1:{port} was tried once in 0 s: Connection refused; check the URL"
+    with pytest.raises(StorageError, match=said):
+        Folder(url.format(port=port), options).read("a")
+    with pytest.raises(StorageError, match=said):
+        expand_inputs([f"{url.format(port=port)}/a.tar"], options)
+    assert "waiting for 127.0.0.1" in caplog.text
+
+
+def test_server_that_accepts_and_says_nothing_it_should_speaks_no_http2(monkeypatch):
+    monkeypatch.setattr("storage.reachable.PATIENCE_S", 0.0)
+    monkeypatch.setattr("storage.reachable._CONNECT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        assert why_unreachable("127.0.0.1", port) == ""
+        assert "timed out" in why_unreachable("127.0.0.1", port, http2=True)

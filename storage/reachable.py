@@ -1,0 +1,73 @@
+"""Whether a server answers, found out within seconds: the libraries that talk to it may try for minutes, and say nothing."""
+
+import logging
+import os
+import socket
+import threading
+import time
+import urllib.parse
+import urllib.request
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 12.0
+"""How long a server may take to answer for the first time; one that is being started may refuse at first."""
+
+_CONNECT_S = 4.0
+_PAUSE_S = 1.0
+
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client of HTTP/2 says first: the preface, and empty settings."""
+
+
+def why_unreachable(host: str, port: int, *, http2: bool = False) -> str:
+    """What was tried, and how it failed; empty where something accepts a connection (and, with `http2`, speaks that)."""
+    began, tries = time.monotonic(), 0
+    while True:
+        tries += 1
+        try:
+            with socket.create_connection((host, port), timeout=_CONNECT_S) as connection:
+                if not http2 or _speaks_http2(connection):
+                    return ""
+                reason = "it accepts connections, and answers nothing that it should"
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+        if tries == 1:
+            logger.info("waiting for %s:%d, which doesn't answer: %s", host, port, reason)
+        if time.monotonic() - began + _PAUSE_S + _CONNECT_S > PATIENCE_S:
+            times = f"{tries} times" if tries > 1 else "once"
+            return f"{host}:{port} was tried {times} in {time.monotonic() - began:.0f} s: {reason}"
+        time.sleep(_PAUSE_S)
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    connection.settimeout(_CONNECT_S)
+    connection.sendall(_HTTP2)
+    answer = b""
+    while len(answer) < 4:
+        received = connection.recv(4 - len(answer))
+        if not received:
+            return False
+        answer += received
+    return answer[3] == 4  # settings, the first frame of every server
+
+
+_lock = threading.Lock()
+_answered: set[tuple[int, str, int]] = set()
+"""Processes, hosts and ports: a fork asks anew."""
+
+
+def why_endpoint_unreachable(url: str) -> str:
+    """`why_unreachable` of a web server, asked once in a process as long as it answers. Empty behind a proxy, which this module
+    can't tell from what lies behind it."""
+    parts = urllib.parse.urlsplit(url)
+    if not parts.hostname or (urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname)):
+        return ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    place = os.getpid(), parts.hostname, port
+    with _lock:  # many threads begin at once, and one shall wait for all
+        if place not in _answered:
+            if reason := why_unreachable(parts.hostname, port):
+                return reason
+            _answered.add(place)
+    return ""
