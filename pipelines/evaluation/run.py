@@ -293,7 +293,10 @@ def evaluate(name: str, task: Task[Settings, Evaluating], config: Settings) -> s
     findings, clipped = task.find(config, evaluation, recipe, records), clipped_features(folder, evaluation.pieces())
     if clipped.images:
         logger.warning("%s", clipped)
-    findings = replace(findings, choices={**findings.choices, **recipe.said()}, clipped=clipped)
+    # What pictures need is kept when an item is scored.
+    asked = f"--pictures {config.pictures}: none, since an earlier start scored these items and kept fewer; use a new --out"
+    undrawn = {"pictures": asked} if config.pictures and not findings.pictures else {}
+    findings = replace(findings, choices={**findings.choices, **recipe.said(), **undrawn}, clipped=clipped)
     return write_results(folder, name, recipe.recorded(config), describe(recipe), findings)
 
 

@@ -15,7 +15,7 @@ from pipelines.config import ConfigError
 from pipelines.evaluation import readouts as probe
 from pipelines.evaluation import run
 from pipelines.evaluation.readouts import ProbeConfig
-from pipelines.evaluation.run import run_pieces
+from pipelines.evaluation.run import main, run_pieces
 from pipelines.executors import InlineExecutor
 from pipelines.features.join import FeaturesMissing
 from pipelines.features.model import FeatureModel
@@ -237,6 +237,15 @@ def test_pictures_asked_for_later_are_left_out(trained, config_of, tmp_path):
     none = config_of(url, out=str(tmp_path / "none"))
     evaluate(probe, none)
     assert evaluate(probe, replace(none, pictures=4))[1].pictures == {}
+
+    *_, where = main("probe", probe, replace(none, pictures=4))
+
+    assert where.startswith("written to")
+    assert (
+        "- pictures: --pictures 4: none, since an earlier start scored these items" in (tmp_path / "none/results.md").read_text()
+    )
+    list(main("probe", probe, none))
+    assert "--pictures" not in (tmp_path / "none/results.md").read_text()
 
 
 def test_names_are_made_different(trained, config_of, tmp_path):
