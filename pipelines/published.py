@@ -85,10 +85,20 @@ def _lift(table: str, columns: Sequence[str], settings: JsonObject, **rows: Sequ
     return Published(paper=LIFT, table=table, of="DINO ViT-S/16", rows=found, settings={**every, **settings})
 
 
+_SPAIR = 12_234
+"""Pairs of its test split. How many items a data set lists tells it from others in its layout."""
+
 LIFT_CORRESPONDENCE = _lift(
     "Table 1",
     ("PCK@0.1", "PCK@0.05", "PCK@0.01"),
-    {"split": "test", "pairs_per_category": 100, "key_points": "pairs", "threshold": "box", "candidates": "pixels"},
+    {
+        "items": _SPAIR,
+        "split": "test",
+        "pairs_per_category": 100,
+        "key_points": "pairs",
+        "threshold": "box",
+        "candidates": "pixels",
+    },
     backbone=[[2.04, 12.67, 24.76, 28.6], [0.51, 3.61, 9.54, 15.33], [0.01, 0.2, 0.54, 1.4]],
     bilinear=[[3.81, 13.71, 26.72, 30.48], [1.01, 4.23, 11.37, 16.75], [0.02, 0.14, 0.5, 1.64]],
     resize_conv=[[3.87, 14.02, 26.09, 30.21], [0.94, 4.41, 11.51, 16.76], [0.03, 0.16, 0.51, 1.7]],
@@ -100,7 +110,16 @@ LIFT_CORRESPONDENCE = _lift(
 LIFT_VIDEO = _lift(
     "paper",
     ("J&F", "J", "F"),
-    {"split": "val", "resolution": "480p", "frame_step": 1, "context": 7, "top_k": 5, "radius": 12, "temperature": 0.1},
+    {
+        "items": 30,
+        "split": "val",
+        "resolution": "480p",
+        "frame_step": 1,
+        "context": 7,
+        "top_k": 5,
+        "radius": 12,
+        "temperature": 0.1,
+    },
     backbone=[[7.4, 17.5, 33.0, 50.9], [9.5, 21.9, 37.8, 52.1], [5.2, 13.1, 28.1, 49.7]],
     bilinear=[[10.8, 23.7, 37.0, 53.0], [13.7, 29.4, 42.8, 54.0], [7.9, 17.9, 31.2, 52.0]],
     resize_conv=[[11.0, 24.0, 37.4, 53.2], [13.8, 29.6, 43.0, 53.9], [8.2, 18.4, 31.9, 52.5]],
@@ -115,7 +134,7 @@ LIFT_DISCOVERY: Mapping[str, Published] = {
     "voc07": _lift(
         "paper",
         _CORLOC,
-        {"split": "trainval", "tau": 0.2, "weighted": False, "solver": "official"},
+        {"items": 5_011, "split": "trainval", "tau": 0.2, "weighted": False, "solver": "official"},
         backbone=[[20.74, 50.07, 65.60, 68.27]],
         bilinear=[[21.27, 46.96, 64.70, 68.37]],
         resize_conv=[[28.96, 55.00, 66.85, 68.87]],
@@ -125,7 +144,7 @@ LIFT_DISCOVERY: Mapping[str, Published] = {
     "voc12": _lift(
         "paper",
         _CORLOC,
-        {"split": "trainval", "tau": 0.2, "weighted": False, "solver": "official"},
+        {"items": 11_540, "split": "trainval", "tau": 0.2, "weighted": False, "solver": "official"},
         backbone=[[23.27, 55.33, 69.01, 71.64]],
         bilinear=[[23.46, 52.64, 68.53, 71.55]],
         resize_conv=[[31.63, 59.96, 68.87, 71.47]],
@@ -135,7 +154,7 @@ LIFT_DISCOVERY: Mapping[str, Published] = {
     "coco20k": _lift(
         "paper",
         _CORLOC,
-        {"tau": 0.3, "weighted": False, "solver": "official"},
+        {"items": 19_817, "tau": 0.3, "weighted": False, "solver": "official"},
         backbone=[[16.28, 40.08, 53.98, 57.99]],
         bilinear=[[17.78, 35.62, 51.53, 56.84]],
         resize_conv=[[22.92, 42.53, 54.52, 58.40]],
@@ -199,6 +218,7 @@ VIT_UP_CORRESPONDENCE = Published(
     finer="pixels",
     settings={
         **_VIT_UP_MAPS,
+        "items": _SPAIR,
         "split": "test", "pairs_per_category": 0, "key_points": "images", "threshold": "box", "candidates": "pixels",
         "drawing": "paper", "limit": None, "left_out": 0,
     },

@@ -23,6 +23,7 @@ from pipelines.evaluation.run import (
     cut,
     grouped,
     limited,
+    listed,
     records_of,
     score_table,
     set_aside,
@@ -230,6 +231,7 @@ def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, rec
         lambda row, size: [*percent(found[row, size].mean()), _pairs(found[row, size])],
         _PUBLISHED[config.protocol] if config.paper else None,
         {
+            "items": listed(task.taken, len(task.pairs)),
             "split": config.split,
             "pairs_per_category": config.draws,
             "key_points": config.annotation,

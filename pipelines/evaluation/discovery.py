@@ -21,6 +21,7 @@ from pipelines.evaluation.run import (
     cut,
     first_of,
     grouped,
+    listed,
     records_of,
     score_table,
     split_left_out,
@@ -194,15 +195,15 @@ def prepare(config: DiscoveryConfig) -> tuple[ObjectDiscovery, Recipe, Folder]:
 
 
 def _with_objects(
-    listed: Sequence[BoxedImage], limit: int | None
+    every: Sequence[BoxedImage], limit: int | None
 ) -> tuple[tuple[BoxedImage, ...], tuple[LeftOut, ...], tuple[Taken, ...]]:
     """The first images with objects, those before the last of them that have none, and how many of all that is."""
-    numbers = [number for number, each in enumerate(listed) if each.boxes][:limit]
-    seen = listed[: numbers[-1] + 1] if limit is not None and len(numbers) == limit else listed
+    numbers = [number for number, each in enumerate(every) if each.boxes][:limit]
+    seen = every[: numbers[-1] + 1] if limit is not None and len(numbers) == limit else every
     empty = [each for each in seen if not each.boxes]
     left_out = (LeftOut(reason=NO_OBJECT, count=len(empty), first=empty[0].image.displayed),) if empty else ()
-    taken = (first_of(len(seen), len(listed), "images"),) if len(seen) < len(listed) else ()
-    return tuple(listed[number] for number in numbers), left_out, taken
+    taken = (first_of(len(seen), len(every), "images"),) if len(seen) < len(every) else ()
+    return tuple(every[number] for number in numbers), left_out, taken
 
 
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:
@@ -223,7 +224,13 @@ def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records
         {side: task.size(0, side) for side in task.sides or (0,)},
         lambda row, side: [100 * found[row, side].share, found[row, side].images],
         published,
-        {"split": config.split, **asdict(task.settings), "limit": config.limit, "left_out": count_of(left_out)},
+        {
+            "items": listed(task.taken, len(task.images) + count_of(task.left_out)),
+            "split": config.split,
+            **asdict(task.settings),
+            "limit": config.limit,
+            "left_out": count_of(left_out),
+        },
         varied={0: ORIGINAL},
     )
     scored = {record["image"] for record in records}

@@ -136,6 +136,11 @@ def first_of(count: int, of: int | None, unit: str) -> Taken:
     return Taken(how="the first", count=count, of=of, unit=unit, flag="--limit")
 
 
+def listed(taken: Sequence[Taken], items: int) -> int | None:
+    """How many items the data set has, of which so many are left after `taken`, the first of which is of all."""
+    return taken[0].of if taken else items
+
+
 def left_out_of_listing(found: Mapping[str, NotListed]) -> tuple[LeftOut, ...]:
     """What was found beside a data set's files and may have been meant as some of them."""
     return tuple(

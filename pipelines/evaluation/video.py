@@ -27,6 +27,7 @@ from pipelines.evaluation.run import (
     cut,
     grouped,
     limited,
+    listed,
     records_of,
     score_table,
     split_left_out,
@@ -208,8 +209,8 @@ def mask_folder(side: int, row: str, clip: str) -> str:
 def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
-    listed = CLIPS["davis"](folder, config.split, config.resolution, config.frame_step)
-    clips, taken = limited(listed, config.limit, "clips")
+    all_clips = CLIPS["davis"](folder, config.split, config.resolution, config.frame_step)
+    clips, taken = limited(all_clips, config.limit, "clips")
     _require_scored(clips)
     shapes = tuple(_upright_shape(clip) for clip in clips)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
@@ -277,6 +278,7 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
         lambda row, side: _values(found[row, side]),
         published,
         {
+            "items": listed(task.taken, len(task.clips)),
             **{name: getattr(config, name) for name in ("split", "resolution", "frame_step", "limit")},
             **asdict(config.propagation),
             "left_out": count_of(left_out),

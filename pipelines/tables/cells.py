@@ -21,17 +21,7 @@ import tyro
 from cluster.resources import WorkerPool, WorkerRequest
 from operators.readouts import build_readout
 from operators.readouts.variants import VARIANTS
-from pipelines.config import (
-    ActorsConfig,
-    ConfigError,
-    Free,
-    Held,
-    JobConfig,
-    absolute,
-    require_at_least,
-    require_gpus,
-    said,
-)
+from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least, require_gpus, said
 from pipelines.costs.speed import Speed, SpeedProtocol, TimedBackbone, measure_speed
 from pipelines.executors import Executor, InlineExecutor, WorkersLost
 from pipelines.features.agreement import AskedFeatures

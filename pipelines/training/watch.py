@@ -180,7 +180,9 @@ def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
     yield "- best: the checkpoint of the smallest val_loss, among those that were validated."
     first, *others = judged
     for name in others:
-        if different := differences(judged[first], judged[name]):
+        if ("task" in judged[first]) != ("task" in judged[name]):
+            yield f"- {name} is trained for something else than {first}, so that their numbers don't compare."
+        elif different := differences(judged[first], judged[name]):
             yield f"- {name} wasn't judged as {first} was, so that their numbers don't compare: {different.line(first, name)}."
 
 

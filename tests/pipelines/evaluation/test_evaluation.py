@@ -497,6 +497,7 @@ def test_published_rows_stand_below_the_measured_ones(tmp_path):
     ):
         assert difference in note
     assert "pairs_per_category published 100, here 0" in note
+    assert "items published 12234, here 6" in note
     assert "split" not in note
     assert note in (tmp_path / "out/results.md").read_text()
 
@@ -796,6 +797,7 @@ def test_published_rows_of_davis_and_settings_of_propagation(tmp_path):
     found = evaluate(video, thinned)[1]
     assert "frame_step published 1, here 2" in found.tables[0].notes[0]
     assert "limit published None, here 1" in found.tables[0].notes[0]
+    assert "items published 30, here 2" in found.tables[0].notes[0]
     assert (found.items.scored["clips"], found.items.taken[0].count) == (1, 1)
     dino = video_config(tmp_path / "d", tmp_path / "dino", protocol="dino", sizes=(64,), paper=True, pictures=0, limit=1)
     assert evaluate(video, dino)[1].tables[0].notes == ("no paper has numbers of --protocol dino here",)
@@ -879,6 +881,10 @@ def test_boxes_are_scored_and_drawn(tmp_path):
     records, findings = evaluate(discovery, config)
 
     assert [line.values[1] for line in findings.tables[0].lines] == [4, 4, 4, 4]
+    beside_voc = evaluate(
+        discovery, discovery_config(tmp_path / "d", tmp_path / "56", sizes=(56,), ragged=True, paper=True, pictures=0)
+    )[1]
+    assert "items published 5011, here 4" in beside_voc.tables[0].notes[0]
     assert len(records) == 16
     assert sum("eigenvector" in record for record in records) == 8
     assert findings.choices["tokencut"] == "TokenCut(tau=0.2, weighted=False, solver='official')"

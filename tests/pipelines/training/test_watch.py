@@ -85,6 +85,12 @@ def test_runs_that_were_judged_otherwise_are_named(tmp_path, identity, differenc
     assert said == ([f"- b wasn't judged as a was, so that their numbers don't compare: {difference}."] if difference else [])
 
 
+def test_a_readout_beside_an_upsampler_is_something_else(tmp_path):
+    folders = [run_of(tmp_path / "a", {4: 0.3}, 0.4), run_of(tmp_path / "b", {4: 0.2}, 0.4, task="depth")]
+
+    assert list(training_lines(folders))[-1] == "- b is trained for something else than a, so that their numbers don't compare."
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [run_of(tmp_path / place / "run", {4: 0.3}, 0.4) for place in ("a", "b")]
 
