@@ -25,14 +25,31 @@ from fsspec.implementations.local import LocalFileSystem
 from storage.errors import StorageError as StorageError
 from storage.local_files import put_file, read_ranges_of_files, remove_partial_files
 from storage.reachable import why_endpoint_unreachable
+from storage.redirects import PUBLIC_HEADERS, get_client
 
 logger = logging.getLogger(__name__)
 
 StorageOptions = Mapping[str, object]
 """fsspec's options for opening a URL, or such options by scheme (`{"s3": {...}, "https": {...}}`)."""
 
-SECRET_WORDS = ("key", "secret", "token", "pass", "sig", "credential", "sas", "auth", "cookie", "connection_string")
-"""Names (of options, headers, URL parameters) that hold one of these words have their values blanked."""
+_PUBLIC_PARAMETERS = frozenset({
+    "alt", "delimiter", "dl", "download", "expires", "format", "generation", "limit", "list-type", "offset", "page", "partnumber",
+    "prefix", "raw", "ref", "rev", "revision", "se", "sp", "spr", "sr", "srt", "ss", "st", "sv", "version", "versionid",
+    "x-amz-algorithm", "x-amz-date", "x-amz-expires", "x-amz-signedheaders", "x-goog-algorithm", "x-goog-date", "x-goog-expires",
+    "x-goog-signedheaders",
+})  # fmt: skip
+"""Parameters of URLs whose values are shown; those of all others are blanked, for nobody can list what secrets are called."""
+
+_PUBLIC_OPTIONS = PUBLIC_HEADERS | frozenset({
+    "access", "account_name", "addressing_style", "anon", "asynchronous", "auto_mkdir", "block_size", "cache_regions",
+    "cache_type", "connect_timeout", "consistency", "default_block_size", "default_cache_type", "default_fill_cache",
+    "default_location", "encoded", "endpoint_url", "host", "listings_expiry_time", "max_attempts", "max_concurrency", "max_paths",
+    "max_pool_connections", "mode", "payload_signing_enabled", "port", "profile", "project", "protocol", "read_timeout", "region",
+    "region_name", "requester_pays", "retries", "same_names", "signature_version", "simple_links", "skip_instance_cache",
+    "timeout", "total", "use_accelerate_endpoint", "use_dualstack_endpoint", "use_listings_cache", "use_ssl", "username",
+    "verify", "version_aware",
+})  # fmt: skip
+"""The same for storage options, and for the names that are grouped below them."""
 
 _S3_CONFIG = {
     # One connection per request in flight: the default of 10 serialises ranged reads (s3fs #873).
@@ -65,37 +82,61 @@ class UnknownName(StorageError, KeyError):
 
 
 def redact(text: str, storage_options: StorageOptions | None = None) -> str:
-    """Blank credentials in `text`: user info and signed parameters of URLs, and every secret of `storage_options`."""
-    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
-    words = "|".join(SECRET_WORDS)
-    text = re.sub(rf"(?i)([?&][^=&\s]*(?:{words})[^=&\s]*=)[^&\s'\"]+", r"\1***", text)
-    for secret in _secret_values(storage_options or {}):
+    """Blank credentials in `text`: user info of URLs and the values of their parameters, but for those that are known to be
+    harmless, and every value of `storage_options` that isn't."""
+    text = re.sub(r"(\w+://)[^/\s?#]*@", r"\1***@", text)
+    text = re.sub(r"([?&#]([^=&#\s?'\"]+)=)[^&#\s'\"]+", _blank_parameter, text)
+    for secret in sorted(_secret_texts(storage_options or {}), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
 
 
+def _blank_parameter(found: re.Match[str]) -> str:
+    return found[0] if found[2].lower() in _PUBLIC_PARAMETERS else f"{found[1]}***"
+
+
 def public_options(options: StorageOptions) -> dict[str, object]:
-    """`options` with the value of every secret replaced by `***`, for files and logs."""
-    displayed: dict[str, object] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            displayed[name] = public_options(value)
-        else:
-            displayed[name] = "***" if _is_secret(name) and isinstance(value, str | list) else value
-    return displayed
+    """`options` with the values of all that aren't known to be harmless replaced by `***`, for files and logs."""
+    return {name: _public_value(name, value) for name, value in options.items()}
 
 
-def _is_secret(name: str) -> bool:
-    return any(word in name.lower() for word in SECRET_WORDS)
+def _public_value(name: str, value: object) -> object:
+    if isinstance(value, Mapping):
+        return public_options(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if name.lower() not in _PUBLIC_OPTIONS:
+        return "***"
+    if isinstance(value, list | tuple):
+        return [_public_value(name, each) for each in value]
+    return redact(value) if isinstance(value, str) else value
 
 
-def _secret_values(options: StorageOptions) -> Iterable[str]:
+def _secret_texts(options: StorageOptions) -> Iterator[str]:
+    """Values that must not be shown, as messages may have them. Shorter ones than 4 characters are parts of words."""
+    for value in _secret_values(options):
+        text = str(value)
+        if len(text) >= 4:
+            yield from {text, urllib.parse.quote(text, safe="")}
+
+
+def _secret_values(options: StorageOptions) -> Iterator[object]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _secret_values(value)
-        elif _is_secret(name):
-            values = value if isinstance(value, list) else [value]
-            yield from (text for text in values if isinstance(text, str) and len(text) >= 4)
+        elif not isinstance(value, bool) and value is not None and name.lower() not in _PUBLIC_OPTIONS:
+            yield from _each(value)
+
+
+def _each(value: object) -> Iterator[object]:
+    """A value, or all those in lists and mappings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _each(each)
+    else:
+        yield value
 
 
 def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -110,6 +151,8 @@ def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple
         if url.startswith(("s3://", "s3a://")):
             options = {**_S3_OPTIONS, **options}
             options["config_kwargs"] = {**_S3_CONFIG, **_below(options, "config_kwargs")}
+        elif url.startswith(("http://", "https://")):
+            options = {"get_client": get_client, **options}
         if "::" in url:
             return _unchained(url, options)
         fs, path = fsspec.core.url_to_fs(url, **options)

@@ -20,7 +20,7 @@ from pipelines.config import (
 )
 from pipelines.features.config import FeatureConfig
 from storage.documents import Document, JsonValue, as_object, decode
-from storage.paths import Folder, StorageOptions, redact
+from storage.paths import Folder, StorageOptions, folder_of, redact
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractC
             raise ConfigError(f"{folder.displayed} has no runs; give a store or a run.json")
         document = Document(folder, f"runs/{runs[-1]}/run.json", "name another run's run.json")
     else:
-        base, _, name = url.rpartition("/")
-        document = Document(Folder(base or ".", options), name, "name another run's run.json")
+        document = Document(*folder_of(url, options), "name another run's run.json")
     found = document.json()
     with document.parsing():
         saved = as_object(found["config"], "config")

@@ -761,6 +761,9 @@ def test_rows_read_across_row_groups_and_parts_are_the_table(tmp_path, monkeypat
         ("http://h/a?AWSAccessKeyId=AKIA&Signature=hunter2&Expires=9", "http://h/a?AWSAccessKeyId=***&Signature=***&Expires=9"),
         ("https://acc.blob/x?sv=2024&sp=r&sig=hunter2", "https://acc.blob/x?sv=2024&sp=r&sig=***"),
         ("url='https://h/a?token=hunter2' gone", "url='https://h/a?token=***' gone"),
+        ("https://h/a?code=hunter2&jwt=hunter2&pwd=hunter2&page=2", "https://h/a?code=***&jwt=***&pwd=***&page=2"),
+        ("https://h/a?versionId=9#access_token=hunter2", "https://h/a?versionId=9#access_token=***"),
+        ("http://me:p@hunter2@h/a.tar?x=a@b", "http://***@h/a.tar?x=***"),
         ("plain text, a/b@c.tar", "plain text, a/b@c.tar"),
     ],
 )
@@ -774,6 +777,7 @@ OPTIONS = {
     "http": {"client_kwargs": {"headers": {"Authorization": "Bearer hunter2", "Cookie": "id=hunter2", "Accept": "*/*"}}},
     "gs": {"token": {"private_key": "hunter2", "client_email": "me@x"}},
     "sftp": {"username": "me", "passphrase": "hunter2", "auth": ["me", "hunter2"], "port": 22},
+    "ftp": {"pwd": "hunter2", "jwt": "hunter2", "pin": 48151623, "any": [{"thing": "hunter2"}], "verify": ["ca.pem"]},
 }
 
 
@@ -781,6 +785,8 @@ def test_secrets_among_options_are_blanked_and_the_rest_is_shown():
     displayed = public_options(OPTIONS)
 
     assert "hunter2" not in str(displayed)
+    assert "48151623" not in str(displayed)
+    assert displayed["ftp"]["verify"] == ["ca.pem"]
     assert "AKIDEXAMPLE" not in str(displayed)
     assert displayed["s3"]["endpoint_url"] == "http://h:9000"
     assert displayed["s3"]["client_kwargs"] == {"region_name": "eu-1"}
@@ -790,9 +796,10 @@ def test_secrets_among_options_are_blanked_and_the_rest_is_shown():
 
 
 def test_secrets_among_options_are_blanked_in_any_text():
-    text = redact("cannot sign with hunter2 (AKIDEXAMPLE) for acc at http://h:9000", OPTIONS)
+    text = redact("cannot sign with hunter2 (AKIDEXAMPLE, 48151623) for acc at http://h:9000", OPTIONS)
 
-    assert text == "cannot sign with *** (***) for acc at http://h:9000"
+    assert text == "cannot sign with *** (***, ***) for acc at http://h:9000"
+    assert redact("PUT /x?k=1 and a%2Fb%2Bc", {"thing": "a/b+c"}) == "PUT /x?k=*** and ***"
 
 
 def test_stored_url_keeps_place_and_drops_query_and_credentials():
