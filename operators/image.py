@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from operators.codecs import jpeg, jpeg2000, png, tiff
+from operators.codecs import jpeg, jpeg2000, png, slow, tiff
 from operators.codecs.memory import DecodeMemory
 from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.codecs.rgb import stored_bits, to_rgb
@@ -225,6 +225,7 @@ def _load(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, Sample
         return opened, samples, said
     # Pillow brings the values of a PGM to 16 bits by the file's own maximum.
     samples = Samples(bits=stored_bits(opened), in_full=opened.format in ("JPEG2000", "PPM"))
+    slow.prepare(opened, data)
     opened.load()
     if opened.format == "JPEG2000":
         return jpeg2000.widened(opened, jpeg2000.read_header(data)), samples, []

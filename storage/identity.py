@@ -20,7 +20,7 @@ from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
 from storage.paths import StorageOptions, query_free
-from storage.samples import PART_ROWS, SampleIndex, Unread, try_images
+from storage.samples import MAX_IMAGE_BYTES, PART_ROWS, SampleIndex, Unread, try_images
 from storage.scans import refuse_duplicates
 from storage.sources import Source, describe_change, gone_and_new, is_unchanged, other_input, pair
 from storage.tars import SourceScan
@@ -262,7 +262,8 @@ class _Comparison:
 
     def _digests(self, rows: pa.Table, positions: Sequence[int]) -> Iterator[str]:
         """Of the images of some rows as they are now."""
-        return _digests(rows.take(pa.array(positions, pa.int64())), self.state.urls, self.options)
+        # Of any size: they have digests, so that they were read once.
+        return _digests(rows.take(pa.array(positions, pa.int64())), self.state.urls, self.options, max_bytes=2**63)
 
     def _words(self, source: int, keys: Sequence[str]) -> str:
         was, now = self.index.sources[source], self.state.files[source]
@@ -272,11 +273,13 @@ class _Comparison:
         return f"{what}: {len(keys)} of its images differ, for example {keys[0]!r}"
 
 
-def _digests(rows: pa.Table, urls: Sequence[str], options: StorageOptions | None) -> Iterator[str]:
+def _digests(
+    rows: pa.Table, urls: Sequence[str], options: StorageOptions | None, max_bytes: int = MAX_IMAGE_BYTES
+) -> Iterator[str]:
     """Of the images of index rows, in order; a few windows are read at once."""
 
     def digests(window: pa.Table) -> list[str]:
-        blobs = try_images(window, urls, options)
+        blobs = try_images(window, urls, options, max_bytes=max_bytes)
         for blob in blobs:
             if isinstance(blob, Unread):  # it can't be told to be the same
                 logger.warning("an image can't be read any more: %s", blob.message)

@@ -440,9 +440,9 @@ def read_images(rows: pa.Table, urls: Sequence[str], storage_options: StorageOpt
     `urls` are the sources' URLs, credentials included. Bytes may be shorter than the index says if the file shrank.
     Raises what the filesystem raises.
     """
-    wanted, ranges = _image_ranges(rows, urls)
+    wanted = _with_image(rows)
     blobs: list[bytes | None] = [None] * len(rows)
-    for i, blob in zip(wanted, read_ranges(ranges, storage_options), strict=True):
+    for i, blob in zip(wanted, read_ranges(_image_ranges(rows, urls, wanted), storage_options), strict=True):
         blobs[i] = blob
     return blobs
 
@@ -451,13 +451,27 @@ ASKED = 8
 """Other sources of an input that are asked for a byte, where none of the images of a task can be read."""
 
 
-def try_images(rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None) -> list[bytes | Unread | None]:
-    """`read_images`, but for images that can't be read while the input's storage answers: those are `Unread`.
+MAX_IMAGE_BYTES = 2**29
+"""Largest image that is read where nothing says another limit."""
+
+
+def try_images(
+    rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None, *, max_bytes: int = MAX_IMAGE_BYTES
+) -> list[bytes | Unread | None]:
+    """`read_images`, but for images that can't be read while the input's storage answers: those are `Unread`. So are images of
+    more than `max_bytes`, of which nothing is read.
 
     Raises what the filesystem raises where no other image of these rows can be read either, nor one of `ASKED` other sources:
     then it's the storage (its credentials, a mount that is gone), which may be well again tomorrow.
     """
-    wanted, ranges = _image_ranges(rows, urls)
+    blobs: list[bytes | Unread | None] = [None] * len(rows)
+    sizes = rows["size"].to_pylist()
+    for i in _with_image(rows):
+        if sizes[i] > max_bytes:
+            why = f"{sizes[i]} bytes are more than max_image_bytes = {max_bytes}; raise --max-image-bytes if it's an image"
+            blobs[i] = Unread("TooLarge", why)
+    wanted = [i for i in _with_image(rows) if blobs[i] is None]
+    ranges = _image_ranges(rows, urls, wanted)
     found = try_ranges(ranges, storage_options)
     errors = {url: blob for (url, _, _), blob in zip(ranges, found, strict=True) if isinstance(blob, OSError)}
     if errors and not any(isinstance(blob, bytes) and blob for blob in found):
@@ -465,14 +479,17 @@ def try_images(rows: pa.Table, urls: Sequence[str], storage_options: StorageOpti
         asked = [others[i] for i in spread(len(others), ASKED)]
         if not any(can_be_read(url, storage_options) for url in asked):
             raise next(iter(errors.values()))
-    blobs: list[bytes | Unread | None] = [None] * len(rows)
     for i, blob in zip(wanted, found, strict=True):
         blobs[i] = blob if isinstance(blob, bytes) else Unread(type(blob).__name__, redact(str(blob), storage_options))
     return blobs
 
 
-def _image_ranges(rows: pa.Table, urls: Sequence[str]) -> tuple[list[int], list[tuple[str, int, int]]]:
-    """Positions of the rows that have an image, and where those lie: (url, offset, size)."""
-    wanted = [i for i, problem in enumerate(rows["problem"].to_pylist()) if problem is None]
+def _with_image(rows: pa.Table) -> list[int]:
+    """Positions of the rows that have an image."""
+    return [i for i, problem in enumerate(rows["problem"].to_pylist()) if problem is None]
+
+
+def _image_ranges(rows: pa.Table, urls: Sequence[str], wanted: Sequence[int]) -> list[tuple[str, int, int]]:
+    """Where the images of some rows (positions) lie: (url, offset, size)."""
     source, offset, size = (rows[name].to_pylist() for name in ("source", "offset", "size"))
-    return wanted, [(urls[source[i]], offset[i], size[i]) for i in wanted]
+    return [(urls[source[i]], offset[i], size[i]) for i in wanted]

@@ -21,6 +21,7 @@ from pipelines.config import (
 from pipelines.features.config import FeatureConfig
 from storage.documents import Document, JsonValue, as_object, decode
 from storage.paths import Folder, StorageOptions, folder_of, redact
+from storage.samples import MAX_IMAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class ExtractConfig(JobConfig):
     """Only the first N samples."""
     max_image_pixels: Counts[int] = 89_478_485
     """Images with more pixels fail instead of filling the memory; the default is Pillow's."""
-    max_image_bytes: Counts[int] = 2**29
+    max_image_bytes: Counts[int] = MAX_IMAGE_BYTES
     """Images in larger files fail before they are read."""
     max_failed_fraction: Free[float] = 0.01
     """The failure budget: with a larger part of the images failed, the run ends with an error."""

@@ -228,7 +228,7 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
     torch.set_num_threads(threads)
     try:
         t0 = time.perf_counter()
-        blobs = try_images(rows.take(keep), prepared.urls, prepared.config.options)
+        blobs = try_images(rows.take(keep), prepared.urls, prepared.config.options, max_bytes=prepared.config.max_image_bytes)
         t1 = time.perf_counter()
         images, limit = [], prepared.config.max_image_pixels
         for blob in blobs:

@@ -153,10 +153,11 @@ class ShardWorker:
         t0 = time.perf_counter()
         with self._index_lock:
             table = self.index.read(task.first, task.last)
-        records = [self._within_limit(record) for record in ledger_records(self.index, task, table)]
+        records = ledger_records(self.index, task, table)
         readable = [i for i, record in enumerate(records) if record.status == "ok"]
         chosen = table.take(pa.array(readable, pa.int64()))
-        blobs = dict(zip(readable, try_images(chosen, self.setup.urls, self.config.options), strict=True))
+        found = try_images(chosen, self.setup.urls, self.config.options, max_bytes=self.config.max_image_bytes)
+        blobs = dict(zip(readable, found, strict=True))
         t1 = time.perf_counter()
         h, w = self.store.spec.input_size
         pixels = np.zeros((task.n_rows, h, w, 3), np.uint8)
@@ -164,13 +165,6 @@ class ShardWorker:
         decode_all(records, blobs, pixels)
         seconds = {"read": t1 - t0, "decode": time.perf_counter() - t1}
         return Loaded(pixels, records, seconds, sum(len(blob) for blob in blobs.values() if isinstance(blob, bytes)))
-
-    def _within_limit(self, record: SampleRecord) -> SampleRecord:
-        limit, size = self.config.max_image_bytes, record.size
-        if record.status == "failed" or size <= limit:
-            return record
-        message = f"{size} bytes are more than max_image_bytes = {limit}; raise --max-image-bytes if it's an image"
-        return failed(record, "read", "TooLarge", message)
 
     def _decode_in_threads(self, records: list[SampleRecord], blobs: "_Blobs", pixels: np.ndarray) -> None:
         def here(data: bytes) -> DecodedImage:

@@ -14,10 +14,13 @@ from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction import worker as worker_module
 from pipelines.extraction.config import config_from_run
+from pipelines.extraction.plan import make_plan
+from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import RunFailed, extract, main
 from pipelines.extraction.worker import ShardWorker
 from pipelines.provenance import versions
-from storage.paths import Folder
+from storage import samples
+from storage.paths import Folder, try_ranges
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
@@ -294,3 +297,24 @@ def test_runs_of_one_second_are_in_the_order_of_their_names(make_tars, tiny):
     batches = [json.loads(Folder(config.out).read(f"runs/{run}/run.json"))["config"]["batch"] for run in runs]
     assert batches == list(range(1, 9))
     assert config_from_run(config.out).batch == 8
+
+
+def test_file_of_many_gigabytes_costs_its_sample_and_is_never_read(tmp_path, tiny, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with (folder / "a.jpg").open("wb") as file:
+        file.truncate(30 * 2**30)  # a hole, which takes no room on the disk
+    for i in range(4):
+        (folder / f"b{i}.jpg").write_bytes(jpeg(i))
+    config, asked = tiny(str(folder), max_failed_fraction=0.5), []
+    monkeypatch.setattr(samples, "try_ranges", lambda ranges, options: asked.extend(ranges) or try_ranges(ranges, options))
+
+    assert make_plan(prepare(resolve(config), InlineExecutor())).images == 5
+    summary = extract(config, InlineExecutor())
+
+    assert (summary.ok, summary.failed) == (4, 1)
+    (failure,) = FeatureStore.open(config.out).failures().to_pylist()
+    assert (failure["key"], failure["error"]) == ("a", "TooLarge")
+    assert "--max-image-bytes" in failure["message"]
+    assert len(asked) == 8
+    assert max(size for _, _, size in asked) < 2**20
