@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H W pixels, h w grid cells, T prefix tokens (CLS an
 
 import contextlib
 import inspect
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -52,6 +53,10 @@ class PatchFeatures:
         return torch.cat([self.layers[layer].mean(dim=(2, 3)) for layer in layers], dim=-1)
 
 
+_OTHERS = "use a plain ViT (vit_*, deit*, beit*, eva02*) or a hierarchical transformer (swin*, hiera*)"
+"""What to do about models that aren't of those kinds."""
+
+
 class _AllSeen(Exception):
     """Ends a forward that has gone far enough."""
 
@@ -81,6 +86,8 @@ class TimmBackbone:
         self._forward_options = inspect.signature(self.model.forward_intermediates).parameters
         self.is_hierarchical = "output_dict" not in self._forward_options and not hasattr(model, "pos_drop")
         info = self.model.feature_info
+        if isinstance(getattr(model, "patch_embed", None), nn.ModuleList):
+            raise BackboneError(f"{type(model).__name__} cuts an image into patches of several sizes at once; {_OTHERS}")
         self.patch = int(info[-1]["reduction"])
         self.stride = stride or self.patch
         self.channels = int(info[-1]["num_chs"])
@@ -174,6 +181,27 @@ class TimmBackbone:
         cells = {n: t[:, self.n_prefix :].unflatten(1, grid).permute(0, 3, 1, 2) for n, t in tokens.items()}
         prefix = {n: t[:, : self.n_prefix] for n, t in tokens.items()}
         return PatchFeatures(layers=cells, prefix=prefix, stride=self.stride)
+
+    @torch.no_grad()
+    def try_out(self, name: str, size: tuple[int, int], layers: Sequence[int]) -> None:
+        """Make maps of a black image of `size`. Raises `BackboneError` where the model `name`, as it was built, can't.
+
+        Of timm's models, many are built for any size and many have `forward_intermediates`, and some of them fail in it, or give
+        other maps than their description says."""
+        grid, device = self.grid_of(size), next(self.model.parameters()).device
+        try:
+            found = self(torch.zeros(1, 3, *size, device=device), layers)
+        except BackboneError:
+            raise
+        except (RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ValueError) as error:
+            reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+            raise BackboneError(f"{name} can be built, but its maps can't be read as a ViT's ({reason}); {_OTHERS}") from None
+        for layer, cells in found.layers.items():
+            if cells.shape[1:] != (self.channels, *grid):
+                raise BackboneError(
+                    f"{name} gives {tuple(cells.shape[1:])} at layer {layer} for {size[0]}x{size[1]} px, where its description "
+                    f"says {(self.channels, *grid)}; {_OTHERS}"
+                )
 
     def _block_tokens(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
         """Tokens after each of `layers`, [B, T + h*w, C]."""

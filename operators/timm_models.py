@@ -175,6 +175,11 @@ def _create_any_size(name: str, size: tuple[int, int], kwargs: Mapping[str, Any]
     try:
         return timm.create_model(name, **{**kwargs, "img_size": size})
     except (TypeError, AssertionError, ValueError) as error:
+        if "img_size" in str(error):  # "unexpected keyword argument"
+            raise BackboneError(
+                f"timm's {name} isn't built for a size of input, as plain ViTs (vit_*, deit*, beit*, eva02*) and hierarchical "
+                "transformers (swin*, hiera*) are; use one of these"
+            ) from None
         raise BackboneError(f"{name} can't be built for inputs of {size[0]}x{size[1]} px: {error}") from None
 
 

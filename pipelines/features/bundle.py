@@ -110,6 +110,7 @@ def describe_model(
     arrays = {key: value.copy() for key, value in state_arrays(loaded.model).items()}
     backbone = _backbone(loaded.model, features, ragged=features.ragged)
     spec = _spec(features, loaded, backbone, weights_digest(arrays))
+    backbone.try_out(features.model, spec.input_size, spec.layers)
     # Levels of one method and URL share theirs.
     places = dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
     force = features.force_upsampler

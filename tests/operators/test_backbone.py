@@ -797,3 +797,29 @@ def test_the_batch_is_halved_until_its_bound_takes_six_tenths_of_free_memory(mon
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
 
     assert [model.fit_batch(batch) for batch in (8, 64, 9)] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("xcit_nano_12_p16_224", 64, "xcit_nano_12_p16_224 can be built, but its maps can't be read as a ViT's"),
+        ("pit_ti_224", 64, "pit_ti_224 can be built, but"),
+        ("crossvit_9_240", 240, "CrossVit cuts an image into patches of several sizes at once"),
+        ("convnext_atto", 64, "timm's convnext_atto isn't built for a size of input"),
+        ("sam2_hiera_tiny", 64, "timm's sam2_hiera_tiny isn't built for a size of input"),
+    ],
+)
+def test_models_that_give_no_maps_are_refused_before_anything_is_made(name, size, said):
+    with pytest.raises(BackboneError, match=f"{said}.*plain ViT") as caught:
+        TimmBackbone(create_model(name, (size, size), None, 0)).try_out(name, (size, size), [-1])
+
+    assert "img_size" not in str(caught.value)
+
+
+def test_maps_of_other_sizes_than_described_are_refused():
+    backbone = TimmBackbone(create_model("test_vit.r160_in1k", (64, 64), None, 0))
+    backbone.try_out("test_vit", (64, 64), [-1])
+    backbone.channels = 63
+
+    with pytest.raises(BackboneError, match=r"test_vit gives \(64, 4, 4\) at layer -1 for 64x64 px, where .* \(63, 4, 4\)"):
+        backbone.try_out("test_vit", (64, 64), [-1])
