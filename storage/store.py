@@ -26,7 +26,7 @@ from storage.root import FORMAT, ROOT, RootDocument, StoreReplaced, read_attribu
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, fingerprint
-from storage.totals import Clipped, Totals, clipped_lines, float16_levels
+from storage.totals import Totals, clipped_lines, float16_levels
 from storage.writer import BlockWriter
 
 logger = logging.getLogger(__name__)
@@ -332,21 +332,6 @@ class FeatureStore:
             return np.ones(len(wanted), bool)
         statuses = self.records(wanted, ["status"])["status"]
         return pc.fill_null(pc.equal(statuses, "ok"), False).to_numpy(zero_copy_only=False)
-
-    def clipped(self, rows: Selection = slice(None), levels: Sequence[str] | None = None) -> Clipped:
-        """Which of the rows, each once, have values that float16 couldn't hold. `levels`: of interest; if none of them is
-        float16, the answer is none. The ledger counts values of all levels of a row together.
-
-        The root of a complete store answers where it can. Raises `UnknownName` for levels that aren't there.
-        """
-        if not float16_levels([self.level(name) for name in (self.levels if levels is None else levels)]):
-            return Clipped()
-        known = self.root.clipped
-        if known is not None and not known.rows:
-            return known
-        if known is not None and isinstance(rows, slice) and rows == slice(None):
-            return known
-        return Clipped.of(self.records(np.unique(self.rows(rows)), ["key", "clipped"]))
 
     def clipped_lines(self, levels: Sequence[str]) -> Iterator[str]:
         """What the root says of values that float16 couldn't hold, in words, where one of these levels is float16. The ledger

@@ -162,8 +162,10 @@ class Compare(Show):
 
     def lines(self) -> Iterator[str]:
         a, b = self.open(), self.open(self.other)
-        result = compare(a, b, self.level, self.other_level or self.level, self.limit, other_images=self.other_images)
+        other = self.other_level or self.level
+        result = compare(a, b, self.level, other, self.limit, other_images=self.other_images)
         yield from comparison_lines(result, self.worst)
+        yield from dict.fromkeys([*a.clipped_lines([self.level]), *b.clipped_lines([other])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +182,7 @@ class Export(Show):
         done = export_vectors(store, self.level, self.out, self.options)
         left_out = f"; {done.left_out:,} rows without features left out" if done.left_out else ""
         yield f"{self.out}: {done.rows:,} vectors of {store.level(self.level).channels} in {done.files} files{left_out}"
+        yield from store.clipped_lines([self.level])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from storage.documents import decode_known, parse_json
 from storage.paths import Folder, StorageError
 from storage.runs import read_last
 from storage.store import FeatureStore
+from storage.totals import Clipped
 from tests import readout_runs
 from tests.conftest import jpeg, loud_weights
 from tests.readout_runs import TINY, losses, train, training
@@ -95,6 +96,11 @@ def test_extract_status_and_report_say_what_was_clamped_and_converted(photos, we
     page = (tmp_path / "r.html").read_text()
     assert words.replace("'", "&#39;") in page
     assert "1 x grey-&gt;rgb" in page
+    assert show.run(["rows", store.folder.url]) == 0
+    assert f"0  ({expected['0']:,} values clamped)" in capsys.readouterr().out
+    for command in (["export", "--out", str(tmp_path / "vectors")], ["compare", store.folder.url]):
+        assert show.run([command[0], store.folder.url, *command[1:]]) == 0
+        assert capsys.readouterr().out.count(words) == 1, command
 
 
 def test_what_float16_holds_is_not_talked_about(photos, tmp_path, capsys, caplog):
@@ -103,13 +109,12 @@ def test_what_float16_holds_is_not_talked_about(photos, tmp_path, capsys, caplog
     show.run(["status", store.folder.url])
 
     assert "float16's range" not in capsys.readouterr().out + caplog.text
-    assert store.root.clipped is not None
-    assert store.clipped().rows == 0
+    assert store.root.clipped == Clipped()
 
 
 def test_a_store_that_an_earlier_version_completed_is_counted_by_its_ledger(photos, weights, tmp_path, capsys, monkeypatch):
     store = extracted(photos, weights, tmp_path / "s.zarr")
-    known = store.clipped()
+    known = store.root.clipped
     root = tmp_path / "s.zarr/zarr.json"
     document = json.loads(root.read_text())
     for name in ("clipped", "conversions"):
@@ -119,8 +124,7 @@ def test_a_store_that_an_earlier_version_completed_is_counted_by_its_ledger(phot
 
     older = FeatureStore.open(store.folder.url)
     assert older.root.fingerprint == store.root.fingerprint
-    assert older.clipped() == known
-    assert older.clipped([0, 2]).values == sum(store.records([0, 2], ["clipped"])["clipped"].to_pylist())
+    assert older.root.clipped is None
     show.run(["status", store.folder.url])
     status = capsys.readouterr().out
     assert f"6 of 6 images have values beyond float16's range: {known.values:,} of" in status
@@ -158,7 +162,6 @@ def test_data_sets_warn_where_a_float16_level_is_read(photos, weights, tmp_path,
     caplog.clear()
     FeatureStream(store.folder.url, ["x1", "pooled"])
     assert "6 of 6 images have values beyond float16's range" in caplog.text
-    assert store.clipped(levels=["x1"]).rows == 0
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -186,9 +189,11 @@ def test_evaluations_live_and_from_a_store_clamp_alike_and_say_so(photos, weight
 
     assert found["tables"] == stored["tables"]
     assert found["clipped"] == stored["clipped"]
-    assert found["clipped"] | {"first": ""} == {"images": 6, "values": store.clipped().values, "of": 6 * 16 * 64, "first": ""}
+    assert found["clipped"] | {"first": ""} == {"images": 6, "values": store.root.clipped.values, "of": 6 * 16 * 64, "first": ""}
     for out, log in (("stored", from_store), ("live", caplog.text)):
-        words = f"6 images have values beyond float16's range: {store.clipped().values:,} of their {6 * 16 * 64:,} float16 values"
+        words = (
+            f"6 images have values beyond float16's range: {store.root.clipped.values:,} of their {6 * 16 * 64:,} float16 values"
+        )
         assert words in (tmp_path / out / "results.md").read_text()
         assert words in log
     # As float32 they are other features, with nothing to be said.
@@ -226,7 +231,7 @@ def test_readouts_live_and_from_a_store_train_on_the_same_clamped_features(sets,
     store = readout_runs.extract(tiny, tmp_path / "store.zarr", images, weights=str(weights))
     caplog.clear()
 
-    stored = training(sets, tmp_path / "stored", store=store, size=None, lr=1e-6)
+    stored = training(sets, tmp_path / "stored", store=store, size=None, weights=str(weights), lr=1e-6)
     train_main(stored)
     from_store = caplog.text
     caplog.clear()
