@@ -181,3 +181,21 @@ sys.exit(Program(name="none", doc="", commands={"go": Command(run=lambda _: iter
 
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "No space left on device" in done.stderr
+
+
+def test_settings_know_which_of_them_were_given():
+    """In every form that flags have, with their default's value too; a preset's count."""
+    train, tables = (importlib.import_module(f"jobs.{name}").program for name in ("train", "tables"))
+
+    probe = train.parse(["probe-voc", "--no-flip", "--net_precision=fp32", "--backbone", "vit_small_patch16_224.dino"]).config
+    cell = tables.parse(["debug", "--cell.batch", "32", "--cell.no-flip", "--cell.normalise", "--max-steps", "3"]).config
+    flags = train.parse(["lift", "--features", "x", "--jitter", "0"]).config
+
+    assert {name: probe.is_given(name) for name in ("flip", "net_precision", "model", "lr", "weights", "layers")} == {
+        "flip": True, "net_precision": True, "model": True, "lr": True, "weights": False, "layers": False
+    }  # fmt: skip
+    assert (cell.given, cell.cell.given) == ({"max_steps"}, {"batch", "flip", "normalise"})
+    assert cell.flat()["cell"]["batch"] == 32
+    assert {"features", "jitter"} <= flags.given
+    assert "given" not in {**probe.public(), **probe.flat()}
+    assert probe == probe.noting({"seed"})

@@ -1008,6 +1008,30 @@ def test_cka_of_stores_is_that_of_a_model(tmp_path, tiny):
     assert stored == live
 
 
+def test_stores_are_held_against_what_was_said_of_them_and_recorded(tmp_path, tiny):
+    data = make_spair(tmp_path / "d")
+    store = extract(tmp_path, "s64", data / "JPEGImages", tiny, geometry="squash", size="64", levels=("x1", "x2=nearest"))
+    silent = SimilarityConfig.of(
+        data=str(data), out=str(tmp_path / "out"), stores=(store,), limit=1, pictures=0, executor="inline", device="cpu"
+    )
+    for name, value, message in (
+        ("model", "vit_small_patch16_224.dino", "model            store 'test_vit.r160_in1k'   asked 'vit_small_patch16_224"),
+        ("facet", "key", "facet            store 'token'   asked 'key'"),
+        ("levels", ("x1", "x4"), "levels           store ['x1', 'x2']   asked 'x4'"),
+        ("levels", ("x2=bilinear",), "x2               store 'nearest@float16'   asked 'x2=bilinear'"),
+        ("encoding", "float32", "x1.encoding      store 'float16'   asked 'float32'"),
+    ):
+        with pytest.raises(ConfigError, match="--stores .* holds other features than were asked for") as error:
+            similarity.prepare(silent.changed(**{name: value}))
+        assert message in str(error.value)
+
+    run.evaluate("similarity", similarity, silent.changed(levels=("x1",), layers=(-1,)))
+
+    documents = [json.loads((tmp_path / "out" / name).read_text())["config"] for name in ("results.json", "run.json")]
+    assert [(each["model"], each["layers"], each["precision"]) for each in documents] == [("test_vit.r160_in1k", [5], "fp32")] * 2
+    assert documents[0]["levels"] == ["x1", "x2=nearest"]
+
+
 def test_panels_of_self_similarity(tmp_path):
     config = SimilarityConfig.of(
         data=str(make_spair(tmp_path / "d")), out=str(tmp_path / "out"), sizes=(64, 128), limit=3, **TINY
