@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.lost import ending_with
 from storage.errors import RayliftError
 from storage.reachable import why_unreachable
 
@@ -189,9 +190,20 @@ def _session(address: str, **options: int | None) -> Iterator[None]:
         ) from None
     try:
         logger.info("Ray at %s", _gcs_address())
-        yield
+        with ending_with(_own_processes()):
+            yield
     finally:
         ray.shutdown()
+
+
+def _own_processes() -> dict[int, str]:
+    """Processes without which a session can't go on, of those that this one started: ids, and what they are called."""
+    from ray._private.worker import global_worker
+
+    names = {"raylet": "Ray's raylet, which runs workers on this machine,", "gcs_server": "Ray's GCS, which knows the cluster,"}
+    node = global_worker.node
+    found = node.all_processes if node is not None else {}
+    return {info.process.pid: name for kind, name in names.items() for info in found.get(kind, [])}
 
 
 def _require_answer(address: str) -> None:
