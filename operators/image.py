@@ -234,7 +234,13 @@ def _load(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, Sample
 
 def _warnings(texts: Sequence[str], image: Image.Image) -> list[str]:
     """Pillow's warnings as conversions. Those of EXIF say nothing about pixels, but in a TIFF, whose tags are like EXIF."""
-    return [f"warned: {text}" for text in texts if image.format == "TIFF" or "EXIF" not in text]
+    said = [text for text in texts if image.format == "TIFF" or "EXIF" not in text]
+    more = [] if len(said) <= _SAID else ["and more"]
+    return [f"warned: {text}" for text in [*said[:_SAID], *more]]
+
+
+_SAID = 4
+"""Warnings that are said of one image."""
 
 
 def _too_large(size: str, limit: int) -> str:

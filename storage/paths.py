@@ -416,6 +416,14 @@ class Folder:
             except (FileNotFoundError, NotADirectoryError):
                 continue
 
+    @_guarded
+    def remove_empty(self, name: str) -> None:
+        """Remove the subfolder `name` of a local disk if nothing is in it; object storage has no empty ones."""
+        fs, root = self._fs()
+        if isinstance(fs, LocalFileSystem):
+            with contextlib.suppress(OSError):
+                Path(f"{root}/{name}").rmdir()
+
     def remove_partial(self) -> None:
         """Drop what killed writers left behind. Whoever writes still writes that object once more."""
         fs, root = self._fs()

@@ -11,7 +11,6 @@ Nothing but metrics.jsonl depends on when, where, or in how many parts a run was
 Arrays are NumPy's: this module knows no torch, and nothing is pickled.
 """
 
-import contextlib
 import json
 import logging
 import re
@@ -24,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from storage.documents import DamagedObject, Document, JsonObject, JsonValue, as_object, decode, parse_json
-from storage.paths import Folder, StorageOptions, filesystem
+from storage.paths import Folder, StorageOptions
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +119,7 @@ def _prune(folder: Folder, pointers: Pointers) -> None:
         name = f"steps/{number}"
         if name not in kept:
             folder.remove([f"{name}/{part}" for part in _PARTS])
-            # Local disks keep empty folders; object storage has none.
-            fs, root = filesystem(folder.url, folder.options)
-            with contextlib.suppress(OSError):
-                fs.rmdir(f"{root.rstrip('/')}/{name}")
+            folder.remove_empty(name)
 
 
 def read_pointers(folder: Folder) -> Pointers | None:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+MOST = 1000
+"""Warnings of one image that are kept: a file of 0.7 MB can cause 60,000."""
+
 _lock = threading.Lock()
 _users = 0
 _saved = warnings.catch_warnings()
@@ -19,13 +22,13 @@ _here = threading.local()
 
 @contextmanager
 def decoder_warnings() -> Iterator[list[str]]:
-    """Collects the texts of Pillow's warnings in this thread, in order, each once. They are not printed.
+    """Collects the texts of Pillow's warnings in this thread, in order, each once, and the first `MOST`. They are not printed.
 
     Not `DecompressionBombWarning`, which says nothing about the pixels that come.
     """
     texts: list[str] = []
     _enter()
-    _here.texts = texts
+    _here.texts, _here.seen = texts, set()
     try:
         yield texts
     finally:
@@ -46,7 +49,8 @@ def _enter() -> None:
                 texts: list[str] | None = getattr(_here, "texts", None)
                 if texts is None:
                     show(message, *rest, **named)
-                elif str(message) not in texts:
+                elif len(texts) < MOST and str(message) not in _here.seen:
+                    _here.seen.add(str(message))
                     texts.append(str(message))
 
             warnings.showwarning = keep

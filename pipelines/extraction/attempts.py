@@ -30,6 +30,7 @@ def attempt(folder: Folder, run_id: str, task: ShardTask) -> Iterator[int]:
         yield len(folder.sizes(markers))
     finally:
         folder.remove([name])
+        folder.remove_empty(markers)
 
 
 EARLIER_RUNS = 3

@@ -1,12 +1,11 @@
 """Watching training runs: a picture of similarity maps, events for TensorBoard, and a table of several runs."""
 
 import io
-import shutil
-import tempfile
+import logging
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,8 +14,10 @@ from pipelines.config import ConfigError
 from pipelines.results import table_lines
 from storage.differences import differences
 from storage.documents import JsonObject, JsonValue, as_object, decode
-from storage.paths import Folder
+from storage.paths import Folder, StorageError
 from storage.runs import read_metrics, read_pointers, read_run, step_name
+
+logger = logging.getLogger(__name__)
 
 COUNTS = ("val_images", "val_left_out", "val_empty", "val_seen")
 """Numbers of held-out images among the metrics: that the others are over, that couldn't be read, whose label holds nothing to be
@@ -39,17 +40,57 @@ def held_out_words(values: Mapping[str, object]) -> str:
     return ", ".join(words)
 
 
+class _File:
+    """A file in memory, with what tensorboardX asks of one; it has no number, of which a disk could be asked to sync it."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    def flush(self) -> None:
+        """All is there at once."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def content(self) -> bytes:
+        return b"".join(self._parts)
+
+
+class _Memory:
+    """What tensorboardX takes for a kind of storage: files in memory, which a killed run leaves nowhere."""
+
+    prefix = "raylift-memory"
+
+    def __init__(self) -> None:
+        self.files: dict[str, _File] = {}
+
+    def directory_check(self, path: str) -> None:
+        """There are no folders."""
+
+    def open(self, path: str) -> _File:
+        self.files[path] = _File()
+        return self.files[path]
+
+
+_memory = _Memory()
+
+
 class EventFile:
-    """Metrics for TensorBoard: written locally, copied to `tensorboard/` with each checkpoint.
+    """Metrics for TensorBoard: kept in memory, copied to `tensorboard/` with each checkpoint.
 
     A run that was continued has several files; what was logged after the checkpoint is purged by the next one's.
     """
 
     def __init__(self, folder: Folder, step: int):
         from tensorboardX import SummaryWriter
+        from tensorboardX.record_writer import register_writer_factory
 
-        self._folder, self._local = folder, tempfile.mkdtemp(prefix="raylift-events-")
-        self._writer = SummaryWriter(self._local, purge_step=step + 1 if step else None, filename_suffix=f".{step:08d}")
+        register_writer_factory(_memory.prefix, _memory)
+        self._folder, self._place = folder, f"{_memory.prefix}:{uuid.uuid4().hex}/"
+        self._writer = SummaryWriter(self._place, purge_step=step + 1 if step else None, filename_suffix=f".{step:08d}")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -58,12 +99,24 @@ class EventFile:
     def save(self) -> None:
         """Copy what there is."""
         self._writer.flush()
-        for path in Path(self._local).iterdir():
-            self._folder.write(f"tensorboard/{path.name}", path.read_bytes())
+        self._copy()
+
+    def _copy(self) -> None:
+        for path in self._paths():
+            self._folder.write(f"tensorboard/{path.rsplit('/', 1)[-1]}", _memory.files[path].content())
 
     def close(self) -> None:
+        """Copy it once more: only now tensorboardX has written the last lines."""
         self._writer.close()
-        shutil.rmtree(self._local, ignore_errors=True)
+        try:
+            self._copy()
+        except (OSError, StorageError) as error:  # never worth a run, nor the error that ended it
+            logger.warning("TensorBoard's events were not saved: %s", error)
+        for path in self._paths():
+            del _memory.files[path]
+
+    def _paths(self) -> list[str]:
+        return [path for path in _memory.files if path.startswith(self._place)]
 
 
 def similarity_picture(step: int, columns: Sequence[str], displayed: Sequence[Sequence[np.ndarray]]) -> bytes:

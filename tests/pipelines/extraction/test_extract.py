@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,15 @@ def test_index_that_a_plan_left_is_replaced_when_settings_change(make_tars, tiny
 
     assert summary.ok == 6
     assert FeatureStore.open(tiny(data).out).index.read(0, 6)["cls"].to_pylist() == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_finished_run_leaves_no_markers_and_no_empty_folders(make_tars, tiny):
+    config = tiny(make_tars())
+    extract(config, InlineExecutor())
+
+    left = [path for path in Path(config.out).rglob("*") if path.is_dir() and not any(path.iterdir())]
+    assert [str(path.relative_to(config.out)).split("/", 2)[2:] for path in left] == [["attempts"]]
+    assert not [name for name in os.listdir(config.out) if name.startswith(".")]
 
 
 def test_task_that_kills_its_worker_is_set_aside_and_then_recorded_as_failed(make_tars, tiny, monkeypatch):
