@@ -23,10 +23,8 @@ def test_events_lie_with_the_run_and_nowhere_else(tmp_path, monkeypatch):
     one.close()
     other.close()
 
-    names = sorted(folder.sizes("tensorboard"), key=lambda name: name.rsplit(".", 1)[-1])  # which is the step that they begin at
+    names = sorted(folder.sizes("tensorboard"), key=lambda name: name.rsplit(".", 1)[-1])  # the step that they begin at
     early, late = (folder.read(f"tensorboard/{name}") for name in names)
-        folder.read(f"tensorboard/{name}") for name in sorted(folder.sizes("tensorboard"), key=lambda n: n.rsplit(".", 1)[-1])
-    )
     assert b"first_loss" in early
     assert b"second_loss" in early
     assert b"third_loss" in late
