@@ -16,6 +16,7 @@ from pipelines.published import Published, Values
 from storage.differences import Differences, differences
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
+from storage.words import printable, printable_name
 
 Cell = str | float | int | None
 
@@ -76,7 +77,8 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int
     yield f"| {' | '.join(head)} |"
     yield f"| {' | '.join(rule)} |" if padded else f"|{'|'.join(rule)}|"
     for row in rows:
-        yield f"| {' | '.join(row)} |"
+        # A cell is one line, whatever the name in it holds.
+        yield f"| {' | '.join(map(printable_name, row))} |"
 
 
 def number_lines(columns: Mapping[str, str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
@@ -236,7 +238,7 @@ def write_results(folder: Folder, task: str, config: JsonObject, features: JsonO
         "versions": versions(),
     }
     folder.write("results.json", json.dumps(_finite(report), indent=1, allow_nan=False).encode())
-    text = _markdown(task, findings)
+    text = printable(_markdown(task, findings))
     folder.write("results.md", text.encode())
     return text
 

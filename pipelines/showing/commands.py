@@ -18,6 +18,7 @@ from pipelines.training.watch import training_lines
 from storage.export import export_vectors
 from storage.paths import Folder, StorageOptions, extension, folder_of
 from storage.store import FeatureStore
+from storage.words import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,7 @@ class Report(Show):
     """Photographs to show."""
 
     def lines(self) -> Iterator[str]:
-        page = render_report(self.open(), count=self.count, storage_options=self.options).encode()
+        page = printable(render_report(self.open(), count=self.count, storage_options=self.options)).encode()
         folder, name = folder_of(self.out, self.options)
         folder.write(name, page)
         yield f"{self.out}: {len(page) / 1e6:.1f} MB, opens without a network"

@@ -11,6 +11,7 @@ from storage.differences import Differences
 from storage.samples import ROW_GROUP_ROWS
 from storage.spec import Level
 from storage.store import FeatureStore
+from storage.words import printable_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,4 +155,4 @@ def comparison_lines(result: Comparison, worst: int) -> Iterator[str]:
     yield f"equal    {result.same_numbers:,} rows bit for bit"
     yield "worst rows: cosine, least similar cell, key"
     for i in np.argsort(cosines, kind="stable")[:worst]:
-        yield f"  {cosines[i]:9.6f} {result.smallest[i]:9.6f}  {result.keys[i]}"
+        yield f"  {cosines[i]:9.6f} {result.smallest[i]:9.6f}  {printable_name(result.keys[i])}"

@@ -19,6 +19,7 @@ from storage.spec import Level
 from storage.spread import spread
 from storage.store import FeatureStore
 from storage.totals import Clipped, Totals, clipped_lines, conversion_lines, float16_levels
+from storage.words import printable_name
 
 MAX_RECORDS = 1024
 """Commit records that are read for sizes and failures; of more tasks, a sample of this many."""
@@ -278,7 +279,7 @@ def failure_lines(groups: Sequence[FailureGroup], rows: int) -> Iterator[str]:
     for group in groups:
         more = ", ..." if group.count > len(group.keys) else ""
         yield f"{group.count:>9,} x {group.stage}: {group.error}: {group.message}"
-        yield f"{'':>12}{', '.join(group.keys)}{more}"
+        yield f"{'':>12}{', '.join(map(printable_name, group.keys))}{more}"
 
 
 def failures(store: FeatureStore) -> list[FailureGroup]:
@@ -346,6 +347,6 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
         clamped = f"{record['clipped']:,} values clamped" if record["clipped"] else ""
         said = ", ".join(filter(None, (record["conversion"], clamped)))
         note = f"  ({said})" if said else ""
-        yield f"{record['row']:>8}  {pixels:<12} {record['status'] or 'pending':<8} {key}{note}"
+        yield f"{record['row']:>8}  {pixels:<12} {record['status'] or 'pending':<8} {printable_name(key)}{note}"
     if len(rows) < status.rows:
         yield f"     ...  {status.rows - len(rows):,} more"

@@ -18,6 +18,7 @@ from storage.pixels import bilinear, cell_centres, to_cells
 from storage.spec import FeatureSpec, Level, Use
 from storage.spread import spread
 from storage.store import FeatureStore, OutsideImage
+from storage.words import printable_name
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +233,7 @@ def _store_title(store: FeatureStore) -> str:
 
 def _row_titles(store: FeatureStore, rows: np.ndarray) -> list[str]:
     keys = store.index.take(rows, ["key"])["key"].to_pylist()
-    return [key if len(key) <= 22 else f"...{key[-20:]}" for key in keys]
+    return [key if len(key) <= 22 else f"...{key[-20:]}" for key in map(printable_name, keys)]
 
 
 def _tile_size(store: FeatureStore) -> tuple[int, int]:

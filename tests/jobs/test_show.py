@@ -144,6 +144,27 @@ def test_status_says_at_once_that_a_run_was_stopped_or_failed(make_tars, tiny, m
     assert "complete" in capsys.readouterr().out.splitlines()[0]
 
 
+def test_names_that_terminals_obey_are_shown_as_they_are_spelt(tmp_path, tiny, capsys):
+    """On the terminal, and in the page; the store has them as the tar has."""
+    names = ["\x1b[2Jgone", "two\nlines", "\u202etxt"]
+    write_tar(tmp_path / "in.tar", [(f"{name}.jpg", jpeg(i) if i else b"") for i, name in enumerate(names)])
+    config = tiny(str(tmp_path / "in.tar"), max_failed_fraction=1.0)
+    extract(config, InlineExecutor())
+    capsys.readouterr()
+
+    show("rows", config.out)
+    show("failures", config.out)
+    show("compare", config.out, config.out)
+    show("report", config.out, "--out", tmp_path / "report.html")
+
+    out, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    for text in (out, page):
+        assert not {"\x1b", "\u202e"} & set(text)
+        assert r"\x1b[2Jgone" in text
+    assert out.count(r"two\nlines") == 2
+    assert FeatureStore.open(config.out).index.find(names).keys() == set(names)
+
+
 def test_report_is_written_where_it_is_asked_for(store, tmp_path, monkeypatch):
     """Also in the disk's root, which `--out /x.html` names, and in the working folder."""
     written = []

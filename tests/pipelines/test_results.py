@@ -99,3 +99,7 @@ def test_items_of_one_name_are_set_aside_once():
     kept, left_out = set_aside(records, lambda each: not each["points"], "no points", lambda each: str(each["n"]))
 
     assert (kept, left_out) == ([records[1]], (LeftOut(reason="no points", count=1, first="1"),))
+
+
+def test_names_in_cells_stay_in_their_cells():
+    assert list(table_lines(["name"], [["two\nlines\x1b[2J"]]))[-1] == r"| two\nlines\x1b[2J |"
