@@ -26,6 +26,7 @@ from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import extract
 from pipelines.extraction.sandbox import DecoderDied, Sandbox
 from pipelines.extraction.worker import ShardWorker
+from storage import samples
 from storage.ledger import image_digest
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
@@ -215,17 +216,15 @@ def test_stage_that_only_loads_hands_on_that_a_task_is_to_run_alone(config, monk
 
 
 def test_large_files_fail_before_they_are_read(config, monkeypatch):
-    read = []
-    original = worker_module.read_images
-    monkeypatch.setattr(
-        worker_module, "read_images", lambda rows, *rest: (read.extend(rows["key"].to_pylist()), original(rows, *rest))[1]
-    )
+    read, original = [], samples.try_ranges
+    monkeypatch.setattr(samples, "try_ranges", lambda ranges, options: read.extend(ranges) or original(ranges, options))
     made = config({4: bytes(100_000)}, max_image_bytes=50_000)
 
     summary = extract(made, InlineExecutor())
 
     assert (summary.ok, summary.failed) == (15, 1)
-    assert "04" not in read
+    assert len(read) == 15
+    assert max(size for _, _, size in read) < 50_000
     assert "max_image_bytes = 50000" in records(made)[4]["message"]
 
 
