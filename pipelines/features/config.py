@@ -89,7 +89,7 @@ class PlacedConfig:
 class FeatureConfig(LevelConfig, SizedConfig[str | None], PlacedConfig):
     """All that makes features."""
 
-    crop_pct: Annotated[Counts[float], used_with(geometry="crop")] = 1.0
+    crop_pct: Counts[float] = 1.0
     """With `crop`: the image is resized to cover size / crop_pct before the centre is cut out."""
     jpeg_draft: Counts[bool] = False
     """Decode large JPEGs at reduced scale: faster, slightly other pixels."""
