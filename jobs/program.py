@@ -96,7 +96,7 @@ class Program:
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         log_to_stderr()
         options: dict[str, object] = {}
-        with _terminable():
+        with _terminable() as terminated:
             try:
                 return self._run(argv, options)
             except RayliftError as error:
@@ -106,7 +106,8 @@ class Program:
                     raise
                 return _say(redact(what_the_disk_says(error), options), RayliftError.exit_code)
             except KeyboardInterrupt as interrupt:
-                return _say(self.stopped, TERMINATED if interrupt.args == (signal.SIGTERM,) else STOPPED)
+                by_scheduler = terminated.is_set() or interrupt.args == (signal.SIGTERM,)
+                return _say(self.stopped, TERMINATED if by_scheduler else STOPPED)
 
     def _run(self, argv: Sequence[str], options: dict[str, object]) -> int:
         """Do what `argv` says, and print what comes of it. `options` become those of the storage, for messages of errors."""
@@ -119,7 +120,9 @@ class Program:
         except BrokenPipeError:
             _drop_output()
             return PIPE_CLOSED
-        except SystemExit:  # of --help, or of a flag that there isn't
+        except SystemExit as ended:  # of --help, or of a flag that there isn't
+            if ended.code == signal.SIGTERM:  # Ray's answer to it, wherever it was initialised again
+                raise KeyboardInterrupt(signal.SIGTERM) from None
             try:
                 sys.stdout.flush()
             except BrokenPipeError:
@@ -199,20 +202,24 @@ def _names(kind: type) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable() -> Iterator[threading.Event]:
     """Within it, SIGTERM (of Slurm, Kubernetes, systemd) ends the work as an interrupt does, so that what holds folders, workers
-    and sessions lets go of them. A second one changes nothing: `timeout` and Slurm send several."""
+    and sessions lets go of them. A second one changes nothing: `timeout` and Slurm send several.
+
+    Yields whether one came: Ray makes an interrupt of its own of ours."""
+    terminated = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main one may
+        yield terminated  # only the main one may
         return
 
     def end(number: int, _: object) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
+        terminated.set()
         raise KeyboardInterrupt(signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield terminated
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -185,15 +185,24 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
 
 
 def _fit(trainer: "TorchTrainer") -> None:
-    """`fit`, of which an interrupt is one: Ray Train answers it with an exit whose code says that all went well."""
-    is_main, before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    """`fit`, in which an interrupt and SIGTERM are those of the program.
+
+    Ray Train answers one with an exit whose code says that all went well; Ray, where it is initialised again, the other with an
+    exit of code 15.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer.fit()
-    except SystemExit:
-        raise KeyboardInterrupt from None
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        before[signal.SIGTERM] = signal.SIG_IGN  # schedulers send several, and one is answered
+        raise KeyboardInterrupt(signal.SIGTERM) from None
     finally:
         if is_main:
-            signal.signal(signal.SIGINT, before)
+            for number, answer in before.items():
+                signal.signal(number, answer)
 
 
 @dataclass
