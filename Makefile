@@ -44,10 +44,13 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Without URLs or hashes, so that any index can serve it.
+# Without URLs or hashes, so that any index can serve it. The second is what of the first the cluster's image needs: Ray's
+# dashboard and launcher, and no test packages.
 lock: setup
 	$(BIN)/uv pip compile --quiet --extra dev --python-version 3.11 --universal --no-emit-index-url --no-annotate --no-header \
 	    --output-file requirements.txt pyproject.toml
+	echo 'ray[default]' | $(BIN)/uv pip compile --quiet --python-version 3.11 --universal --no-emit-index-url --no-annotate \
+	    --no-header --constraint requirements.txt --output-file cluster/requirements.txt pyproject.toml -
 
 clean:
 	rm -rf $(VENV) demo *.egg-info build .ruff_cache .pytest_cache .import_linter_cache .mypy_cache

@@ -32,6 +32,8 @@ IMAGE_EXTENSIONS = (
 """Members that are taken for the image of a sample; of several, the first in this order, which has those first that are
 seldom a mask beside a photograph. All that operators/image.py opens but .pfm, which is float data without a range."""
 
+GLOBBED_FOLDER = "folder that a glob matches (name the folder itself)"
+
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tlz|tzst|tz|tar\.(gz|bz2?|xz|zstd?|lz4?|lzma|z|br|sz))$", re.IGNORECASE)
 
 
@@ -172,8 +174,15 @@ def _expand_pattern(pattern: str, options: StorageOptions | None, keys: _Keys) -
     listing = _joined(each for each in found if each is not None)
     if not listing:
         left_out = "".join(f"\n  left out: {line}" for line in left_out_lines(listing.left_out))
+        if folders := listing.left_out.get(GLOBBED_FOLDER):
+            given, s = redact(pattern.rstrip("/"), options), "s" * (folders.count > 1)
+            raise InputError(
+                f"{given} matches {folders.count:,} folder{s}, and no tar and no image; for all that lies below "
+                f"name the folder above, for images {given}/*.jpg, for tars {given}/*.tar{redact(left_out, options)}"
+            )
         raise InputError(
             f"{redact(pattern, options)} matches no tar and no image ({', '.join(IMAGE_EXTENSIONS)}); check the path"
+            + (", in which [ ] stands for one of the characters in it where there is no such name" if "[" in pattern else "")
             + redact(left_out, options)
         )
     return listing
@@ -186,21 +195,23 @@ def _is_there(url: str) -> bool:
     return os.path.lexists(filesystem(url)[1])
 
 
-def _literal_folders(pattern: str) -> str:
-    """A glob on a local disk, in which the brackets of folders that have just this name are no wildcards."""
-    folders, slash, last = pattern.rpartition("/")
-    while folders and not _is_there(folders):
-        folders, slash, name = folders.rpartition("/")
-        last = f"{name}/{last}"
-    return f"{glob.escape(folders)}{slash}{last}" if "[" in folders else pattern
+def _as_glob(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """A path with wildcards as a glob, in which the brackets of files and folders that have just this name are none; empty where
+    no wildcard is left, as in a path without any."""
+    exists = os.path.lexists if isinstance(fs, LocalFileSystem) else fs.exists
+    head, tail = path, ""
+    while any(c in head for c in "*?[") and ("*" in head or "?" in head or not exists(head)):
+        head, slash, name = head.rpartition("/")
+        tail = f"{slash}{name}{tail}"
+    return f"{glob.escape(head)}{tail}" if any(c in tail for c in "*?[") else ""
 
 
 def _expand_url(url: str, options: StorageOptions | None, keys: _Keys) -> Listing | None:
     """The files of one URL without braces; None if it names nothing that exists."""
     with reaching(redact(url, options)):
         fs, path = opened(url, options)
-        if not url.startswith(("http://", "https://")) and any(c in path for c in "*?[") and not _is_there(url):
-            return _list_glob(fs, _literal_folders(path) if isinstance(fs, LocalFileSystem) else path, keys)
+        if not url.startswith(("http://", "https://")) and (pattern := _as_glob(fs, path)):
+            return _list_glob(fs, pattern, keys)
         try:
             info = fs.info(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -226,7 +237,7 @@ def _list_glob(fs: fsspec.AbstractFileSystem, pattern: str, keys: _Keys) -> List
     names = {entry["name"] for entry in taken}
     for entry in below.entries:
         if entry["type"] == "directory":
-            leave_out(below.left_out, "folder that a glob matches (name the folder itself)", entry["name"])
+            leave_out(below.left_out, GLOBBED_FOLDER, entry["name"])
         elif is_side_file(entry["name"]):
             leave_out(below.left_out, SIDE_FILE, entry["name"], is_usual=True)
         elif entry["name"] not in names:

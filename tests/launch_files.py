@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -362,6 +363,7 @@ def _cluster_problems(where: str, spec: Yaml) -> Iterator[str]:
         yield f"{where}.autoscalerOptions.version: must be v2: groups' idleTimeoutSeconds and labels need it"
     if not options.get("idleTimeoutSeconds", 0) > 0:
         yield f"{where}.autoscalerOptions.idleTimeoutSeconds: must be given and above 0"
+    yield from _security_problems(f"{where}.autoscalerOptions.securityContext", options.get("securityContext", {}))
     yield from _head_group_problems(f"{where}.headGroupSpec", spec["headGroupSpec"])
     groups = spec.get("workerGroupSpecs", [])
     names = [group["groupName"] for group in groups]
@@ -402,6 +404,7 @@ def _pod_problems(where: str, group: Yaml) -> Iterator[str]:
     container = group["template"]["spec"]["containers"][0]
     where = f"{where}.template.spec.containers[0]"
     yield from _image_problems(f"{where}.image", container.get("image", ""))
+    yield from _security_problems(f"{where}.securityContext", container.get("securityContext", {}))
     resources = container.get("resources", {})
     limits, requests = resources.get("limits", {}), resources.get("requests", {})
     for name in ("cpu", "memory"):
@@ -410,6 +413,17 @@ def _pod_problems(where: str, group: Yaml) -> Iterator[str]:
     for name in {*limits, *requests}:
         if "/" in name and limits.get(name) != requests.get(name, limits.get(name)):
             yield f"{where}.resources.requests.{name}: must equal the limit; Kubernetes doesn't overcommit devices"
+
+
+def _security_problems(where: str, context: Yaml) -> Iterator[str]:
+    """What Kubernetes' "restricted" pod security standard asks of a container."""
+    if context.get("runAsNonRoot") is not True or context.get("allowPrivilegeEscalation") is not False:
+        yield f"{where}: must have runAsNonRoot: true and allowPrivilegeEscalation: false"
+    capabilities = context.get("capabilities", {})
+    if capabilities.get("drop") != ["ALL"] or capabilities.get("add"):
+        yield f"{where}.capabilities: must be {{drop: [ALL]}}; nothing here needs one"
+    if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
+        yield f"{where}.seccompProfile: must be {{type: RuntimeDefault}}, or the kernel's calls are open to it"
 
 
 def _gpus(group: Yaml) -> bool:
@@ -429,8 +443,18 @@ def _image_problems(where: str, image: str) -> Iterator[str]:
 
 _DOCKERFILE_RULES: dict[str, tuple[str, Callable[[list[str]], bool]]] = {
     "FROM": (
-        f"must be a Python {IMAGE_PYTHON} image, which requirements.txt is locked for",
-        lambda lines: any(re.match(rf"FROM python:{re.escape(IMAGE_PYTHON)}[.-]", line) for line in lines),
+        f"must be a Python {IMAGE_PYTHON} image by its whole version ({IMAGE_PYTHON}.14): requirements.txt is locked for it",
+        lambda lines: any(
+            re.match(rf"FROM python:{re.escape(IMAGE_PYTHON)}\.\d+-\w+-\w+(@sha256:\w+)?$", line) for line in lines
+        ),
+    ),
+    "RUN pip install uv": (
+        "must name the version, uv==...: another one may install otherwise",
+        lambda lines: not any(re.search(r"\bpip install\b(?: -\S+)* uv(?!==\d)", line) for line in lines),
+    ),
+    "COPY requirements.txt": (
+        "what is installed holds test packages; copy cluster/requirements.txt",
+        lambda lines: not any(dev_packages(ROOT / name) for name in _copied_locks(lines)),
     ),
     "RUN uv pip install --requirement requirements.txt": (
         "missing; the image must have the locked requirements, copied before",
@@ -457,6 +481,28 @@ def _dockerfile_problems(text: str) -> Iterator[str]:
     for where, (message, holds) in _DOCKERFILE_RULES.items():
         if not holds(lines):
             yield f"{where}: {message}"
+
+
+def _copied_locks(lines: list[str]) -> list[str]:
+    return [name for line in lines for name in re.findall(r"^COPY (\S*requirements\.txt) ", line)]
+
+
+def dev_packages(lock: Path) -> set[str]:
+    """The packages in a file of locked requirements that only tests and checks need."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    return (locked(lock).keys() & {_package(each) for each in extra}) - {"ray", "tifffile"}  # which scikit-image needs
+
+
+def locked(lock: Path) -> dict[str, str]:
+    """The lines of a file of locked requirements by package; one that is there for several Pythons has them all."""
+    found: dict[str, str] = {}
+    for line in lock.read_text().splitlines():
+        found[_package(line)] = f"{found.get(_package(line), '')}{line}\n"
+    return found
+
+
+def _package(requirement: str) -> str:
+    return re.split(r"[\[<>=! ;]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
 def _installs_lock(lines: list[str]) -> bool:

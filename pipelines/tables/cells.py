@@ -84,7 +84,8 @@ class GridConfig(JobConfig):
     one for each part of a data set (train, val, train2017, ...). Made by jobs/extract.py, placed as the task has it. What
     {backbone} is, the cells' folders show."""
     backbone_weights: Annotated[Free[str], tyro.conf.arg(name="weights")] = "pretrained"
-    """As for jobs/train.py; a URL may have {backbone} in it."""
+    """As for jobs/train.py; a URL may have {backbone} in it: what that is, the cells' folders show (TIMM_NAME@112 is
+    TIMM_NAME-112), and the log says it."""
     paper: Free[bool] = False
     """Published numbers below the measured ones."""
 
@@ -234,10 +235,7 @@ def plan_cells(config: GridConfig) -> list[Cell]:
     for name in ("backbones", "tasks", "methods", "seeds"):
         if not getattr(config, name):
             raise ConfigError(f"--{name}: give at least one")
-    backbones = [
-        find_backbone(word, config.backbone_weights.replace("{backbone}", slug(word)), config.options)
-        for word in config.backbones
-    ]
+    backbones = [_find_backbone(config, word) for word in config.backbones]
     tasks = [find_task(word) for word in config.tasks]
     if lacking := sorted({task.dataset for task in tasks} - config.folders.keys()):
         raise ConfigError(f"--data lacks {', '.join(lacking)}: give {lacking[0]}=FOLDER")
@@ -253,6 +251,15 @@ def plan_cells(config: GridConfig) -> list[Cell]:
         if all(name in cell.unused for cell in cells):
             raise ConfigError(f"{said(f'cell.{name}', value)} would change nothing here: {cells[0].unused[name]}. Leave it out")
     return cells
+
+
+def _find_backbone(config: GridConfig, word: str) -> PaperBackbone:
+    """The backbone with its weights; the log says which file a template names. Raises what `find_backbone` raises."""
+    weights = config.backbone_weights.replace("{backbone}", slug(word))
+    found = find_backbone(word, weights, config.options)
+    if weights != config.backbone_weights and not found.weights:
+        logger.info("--weights of %s: %s", word, redact(weights, config.options))
+    return found
 
 
 def _check_template(flag: str, text: str, backbones: Sequence[PaperBackbone], datasets: set[str]) -> None:

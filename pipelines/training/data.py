@@ -68,6 +68,13 @@ class TrainOrder:
         steps = self.epochs * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    @property
+    def fewest(self) -> int:
+        """Images of the smallest micro-batch."""
+        batches = [self.n_rows - self.batch * at for at in (0, min(self.steps, self.steps_per_epoch) - 1)]
+        whole = [min(self.batch, left) for left in batches]
+        return min(images % self.micro_batch or self.micro_batch for images in whole)
+
     def rows(self, step: int) -> np.ndarray:
         """Rows of the batch of a step (from 0), int64."""
         epoch, at = divmod(step, self.steps_per_epoch)

@@ -21,7 +21,7 @@ from pipelines.features.config import completed
 from pipelines.features.join import Join
 from pipelines.indexing import RunInput, report_left_out
 from pipelines.training.config import Objective, TrainConfig, TrainSetup, Validation
-from pipelines.training.data import ImageSource, StoredFeatures, View
+from pipelines.training.data import ImageSource, StoredFeatures, TrainOrder, View
 from pipelines.training.overlap import require_apart, same_rows
 from pipelines.training.watch import similarity_picture
 from storage.datasets.content import joint_digest
@@ -76,6 +76,9 @@ class ImageTraining(TrainConfig):
     def network(self, backbone: TimmBackbone) -> dict[str, JsonValue]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
         raise NotImplementedError
+
+    def require_trainable(self, network: JsonObject, order: TrainOrder) -> None:
+        """Raises `ConfigError` where the `network` can't learn from the fewest images that a forward has."""
 
     def view(self, backbone: ModelBundle) -> View:
         """What is made of an image file."""
@@ -226,6 +229,7 @@ class ResolvedImages:
         same = same_rows(images, n_rows, held_out, rows)
         seen = require_apart(same, held_out, len(rows), allowed=config.overlap, instead=instead)
         order = config.order(n_rows)
+        config.require_trainable(self.upsampler, order)
         config.begin(folder, found, order, joins)
         return ImageSetup(
             config=config,

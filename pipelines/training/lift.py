@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
@@ -22,9 +23,9 @@ from operators.upsamplers import AnyMethod, UpsamplerError, build_net, find_meth
 from pipelines.config import ConfigError, Counts, Found, Held
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import MapConfig, PlacedConfig, SizedConfig
-from pipelines.training.data import JitteredView, Loaded, StoredFeatures
+from pipelines.training.data import JitteredView, Loaded, StoredFeatures, TrainOrder
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
-from storage.documents import JsonValue
+from storage.documents import JsonObject, JsonValue
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,30 @@ class X2Config(ImageTraining):
             flags = "".join(f" --{name} {getattr(self, name)}" for name in _OF_METHODS if name in own)
             raise ConfigError(f"--size {size}{flags}: {error}") from None
         return found.to_json(settings)
+
+    def require_trainable(self, network: JsonObject, order: TrainOrder) -> None:
+        """BatchNorm has no statistics of one image whose map is a single cell; the quarter image's is the smallest."""
+        net = build_net(network, self.seed)
+        if order.fewest > 1 or not any(isinstance(layer, _BatchNorm) for layer in net.modules()):
+            return
+        found = self._found().parse(network)
+        channels, patch = getattr(found, "channels", 0), getattr(found, "patch", 0)
+        if not channels or not patch:  # a method of the user's own, which says neither
+            return
+        cells = self.features.size // (4 * patch)
+        try:
+            with torch.no_grad():
+                net(torch.zeros(1, 3, cells * patch, cells * patch), torch.zeros(1, channels, cells, cells))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            micro = f" --micro-batch {self.micro_batch}" if self.micro_batch else ""
+            raise ConfigError(
+                f"--batch {self.batch}{micro}: of {order.n_rows:,} images to train on, that leaves a forward of a single one, "
+                f"and at --size {self.features.size} its quarter has {cells} x {cells} cells of {patch} px: BatchNorm of "
+                f"{self.method} needs more than one value. Give a {'--batch and a --micro-batch' if micro else '--batch'} "
+                f"that leaves no image alone, a --limit that leaves another number of images, or --size {8 * patch} or more"
+            ) from None
 
     def _found(self) -> AnyMethod:
         """The method. Raises `ConfigError` where there is none, or it isn't trained so."""

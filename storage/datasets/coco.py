@@ -5,6 +5,8 @@ another one's objects; COCO's own tools keep the last of both and say nothing. H
 """
 
 import posixpath
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,15 +177,17 @@ def _images(data: RawObject) -> list[CocoImage]:
     images = [_coco_image(each) for each in data["images"]]
     by_id = _unique({}, ((each.number, each) for each in images), "image id", lambda each: each.file_name)
     _unique({}, ((each.file_name, each) for each in images), "file name", lambda each: f"image {each.number}")
-    categories: dict[object, str] = {}
-    named = ((each["id"], str(each.get("name"))) for each in data.get("categories") or ())
+    categories: dict[int, str] = {}
+    named = ((_id(each["id"], "category id"), str(each.get("name"))) for each in data.get("categories") or ())
     _give_objects(by_id, _unique(categories, named, "category id", str), data["annotations"])
     return [by_id[number] for number in sorted(by_id)]
 
 
 def _coco_image(entry: RawObject) -> CocoImage:
     width, height = int(entry["width"]), int(entry["height"])
-    return CocoImage(number=int(entry["id"]), file_name=str(entry["file_name"]), width=width, height=height, objects=[])
+    return CocoImage(
+        number=_id(entry["id"], "image id"), file_name=str(entry["file_name"]), width=width, height=height, objects=[]
+    )
 
 
 def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, name: Callable[[V], str]) -> dict[K, V]:
@@ -195,11 +199,24 @@ def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, name: Ca
     return found
 
 
-def _give_objects(images: Mapping[int, CocoImage], kinds: Mapping[object, str], notes: Iterable[RawObject]) -> None:
+def _id(value: object, what: str) -> int:
+    """An id as the format has it; text of digits, as some converters write it, is the same number."""
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"the {what} {textwrap.shorten(repr(value), 40)} is no whole number; number them, as COCO does")
+    return int(value)
+
+
+def _give_objects(images: Mapping[int, CocoImage], kinds: Mapping[int, str], notes: Iterable[RawObject]) -> None:
     """Adds annotations to their images; ids and categories are held against each other where the file has them."""
-    seen: dict[object, str] = {}
-    for note in notes:
-        image, what = images.get(int(note["image_id"])), f"annotation {note.get('id', '')}"
+    seen: dict[int, str] = {}
+    for given in notes:
+        what = f"annotation {given.get('id', '')}"
+        ids = {name: _id(given[name], f"{name} of {what}") for name in ("id", "image_id", "category_id") if name in given}
+        # Copied only where it says something else: there are millions.
+        note = given if all(given[name] is value for name, value in ids.items()) else {**given, **ids}
+        image = images.get(note["image_id"])
         if image is None:
             raise ValueError(f"{what} is of image {note['image_id']}, which isn't among the images")
         if kinds and note["category_id"] not in kinds:

@@ -110,7 +110,8 @@ def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[RawObject], 
 def lines(folder: Folder, name: str) -> list[str]:
     """First words of a text file's lines. Raises `DatasetError` where there is none."""
     try:
-        text = read(folder, name).decode()
+        # Editors on Windows put a byte order mark before UTF-8, which would be part of the first name.
+        text = read(folder, name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(f"{folder.displayed}/{name} is no text: {error}") from None
     found = [line.split()[0] for line in text.splitlines() if line.strip()]

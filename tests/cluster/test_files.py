@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from cluster.autoscaling import AutoscalingCluster
 from cluster.metrics import WorkerMetrics
 from cluster.resources import Growth, Nodes, WorkerRequest, size_pool
 from jobs import extract, show
-from tests.launch_files import LaunchFileError, node_types, validate
+from tests.launch_files import LaunchFileError, dev_packages, locked, node_types, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -187,6 +188,22 @@ KUBERAY_FAULTS = {
         put("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "image")("x/raylift:latest"),
         r"containers\[0\].image: 'x/raylift:latest'",
     ),
+    "container with capabilities": (
+        drop("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "securityContext", "capabilities"),
+        r"workerGroupSpecs\[0\].*securityContext.capabilities: must be \{drop: \[ALL\]\}",
+    ),
+    "container without a seccomp profile": (
+        drop("spec", "headGroupSpec", "template", "spec", "containers", 0, "securityContext", "seccompProfile"),
+        r"headGroupSpec.*securityContext.seccompProfile: must be",
+    ),
+    "container as root": (
+        drop("spec", "headGroupSpec", "template", "spec", "containers", 0, "securityContext", "runAsNonRoot"),
+        r"headGroupSpec.*securityContext: must have runAsNonRoot",
+    ),
+    "autoscaler with capabilities": (
+        drop("spec", "autoscalerOptions", "securityContext", "capabilities"),
+        r"autoscalerOptions.securityContext.capabilities",
+    ),
     "label that Ray refuses": (put("spec", "workerGroupSpecs", 0, "labels", "a b")("c"), "autoscaler can't read it"),
 }
 JOB_FAULTS = {
@@ -221,13 +238,20 @@ def test_broken_copy_is_refused_with_the_place_named(fault, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("COPY requirements.txt /tmp/requirements.txt", "", "--requirement requirements.txt: missing"),
+        ("COPY cluster/requirements.txt /tmp/requirements.txt", "", "--requirement requirements.txt: missing"),
         ("--requirement /tmp/requirements.txt", "ray torch", "--requirement requirements.txt: missing"),
         ("RUN uv pip install --system --no-cache --compile-bytecode", "RUN pip install", "requirements.txt: missing"),
         ("--no-deps .", "numpy", "--no-deps .: missing"),
         ("USER ray", "", "USER: "),
         ("USER ray", "USER root", "USER: "),
-        ("FROM python:3.11-slim-bookworm", "FROM python:3.13-slim", "FROM: "),
+        ("FROM python:3.11.14-slim-bookworm", "FROM python:3.13.1-slim-bookworm", "FROM: "),
+        ("FROM python:3.11.14-slim-bookworm", "FROM python:3.11-slim-bookworm", "FROM: "),
+        ("uv==0.13.9", "uv", "RUN pip install uv: "),
+        (
+            "COPY cluster/requirements.txt",
+            "COPY requirements.txt",
+            "COPY requirements.txt: what is installed holds test packages",
+        ),
         ("uv pip install --system", "uv pip install --index-url http://x --system", "RUN: names a package index"),
     ],
 )
@@ -328,6 +352,17 @@ def test_guide_names_programs_files_and_metrics_that_exist():
     assert len(files) > 8
     assert all((CLUSTER / file).exists() or (ROOT / file).exists() for file in files)
     assert set(re.findall(r"ray_raylift_\w+", GUIDE)) == set(own_metrics())
+
+
+def test_the_images_lock_is_the_part_of_the_repositorys_that_runs():
+    whole, image = locked(ROOT / "requirements.txt"), locked(CLUSTER / "requirements.txt")
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+    assert {name: whole.get(name) for name in image} == image
+    assert {re.split(r"[\[<>=]", each)[0].lower().replace("_", "-") for each in needed} <= image.keys()
+    assert not dev_packages(CLUSTER / "requirements.txt")
+    assert dev_packages(ROOT / "requirements.txt") >= {"pytest", "mypy", "moto"}
+    assert {"opencensus", "aiohttp"} <= image.keys()  # ray[default]: dashboard, metrics and launcher
 
 
 def test_one_ray_version_everywhere():

@@ -276,6 +276,32 @@ def test_glob_counts_folders_and_files_that_are_no_input(tmp_path):
     assert left(tmp_path / "*/*.jpg") == {}
 
 
+def test_glob_of_folders_alone_says_so_and_what_to_give(tmp_path):
+    put(tmp_path, "in/one/a.jpg", "in/two/b.tar")
+
+    with pytest.raises(InputError) as error:
+        expand_inputs([str(tmp_path / "in/*")])
+
+    asked = tmp_path / "in/*"
+    assert f"{asked} matches 2 folders, and no tar and no image" in str(error.value)
+    assert f"name the folder above, for images {asked}/*.jpg, for tars {asked}/*.tar" in str(error.value)
+    assert taken(tmp_path / "in/*/*.jpg") == ["a.jpg"]
+
+
+@pytest.mark.parametrize("where", ["local", "memory://brackets"])
+def test_brackets_of_a_folder_are_no_wildcards_and_a_missing_file_in_it_is_missed(where, tmp_path):
+    root = str(tmp_path) if where == "local" else where
+    folder = Folder(f"{root}/set[1]")
+    folder.write("x.png", b"x")
+
+    for pattern in ("set[1]", "set[1]/x.png", "set[1]/*.png", "set[1]/[xyz].png", "{set[1],set[1]}/*"):
+        assert {file.url.rpartition("/")[2] for file in expand_inputs([f"{root}/{pattern}"])} == {"x.png"}
+    with pytest.raises(InputError, match=r"1 of 2 do not exist: .*y\.png"):
+        expand_inputs([f"{root}/set[1]/{{x,y}}.png"])
+    with pytest.raises(InputError, match=r"\[ \] stands for one of the characters"):
+        expand_inputs([f"{root}/set[2]/x.png"])
+
+
 def test_glob_of_names_that_say_nothing_takes_tars(tmp_path):
     put(tmp_path, "shards/part-1", "shards/part-0", "shards/x.wds")
 

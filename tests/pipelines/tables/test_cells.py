@@ -104,6 +104,15 @@ def test_published_settings_reach_the_runs(sets, tmp_path):
     assert (cells["untrained-depth-linear-0"].data, voc.data) == ("s3://bucket/nyu", str(Path("v").resolve()))
 
 
+def test_what_a_template_of_weights_names_is_said(sets, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = tiny_grid(sets, tmp_path, backbones=("test_vit.r160_in1k@112",), weights=str(tmp_path / "{backbone}.safetensors"))
+
+    plan_cells(config)
+
+    assert f"--weights of test_vit.r160_in1k@112: {tmp_path}/test_vit.r160_in1k-112.safetensors" in caplog.text
+
+
 def test_stores_are_named_by_backbone_data_set_and_part(sets, tmp_path):
     config = tiny_grid(sets, tmp_path, tasks=("probe-voc", "boundaries"), store="s3://bucket/{backbone}-{dataset}-{part}.zarr")
 

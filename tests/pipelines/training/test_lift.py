@@ -479,6 +479,27 @@ def test_settings_that_do_not_fit_model_or_data_are_refused(small, changes, mess
         prepared(small(**changes))
 
 
+@given(order=ORDERS)
+@settings(deadline=None, max_examples=200)
+def test_the_fewest_images_of_a_forward_are_known_beforehand(order):
+    assert order.fewest == min(len(item.rows) for item in order.micro_batches(0))
+
+
+@pytest.mark.parametrize("changes", [{"batch": 5, "limit": 8}, {"batch": 5, "micro_batch": 2, "limit": 7}, {"batch": 1}])
+def test_batchnorm_over_a_single_value_is_refused_before_anything_is_trained(small, changes):
+    config = small(method="lift", **changes)
+
+    with pytest.raises(ConfigError, match=r"--batch \d.*leaves a forward of a single one.*--size 64.*1 x 1 cells of 16 px"):
+        prepared(config)
+
+    assert not (Path(config.out) / "run.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{"batch": 5, "limit": 9}, {"method": "resize_conv", "batch": 1}, {"size": 128, "batch": 1}])
+def test_a_forward_of_one_image_is_trained_on_where_it_can_be(small, changes):
+    assert train_inline(prepared(small(**{"method": "lift", "max_steps": 2, "epochs": 1, **changes}))).step == 2
+
+
 def test_a_run_is_not_continued_with_other_settings(small, make_tars):
     train_inline(prepared(small(epochs=1)))
 

@@ -20,7 +20,7 @@ from storage.datasets.ade20k import load_ade20k
 from storage.datasets.cityscapes import load_cityscapes
 from storage.datasets.classes import TABLES
 from storage.datasets.coco import load_coco_instances, load_coco_stuff
-from storage.datasets.files import DatasetError, digest
+from storage.datasets.files import DatasetError, digest, listed_names
 from storage.datasets.images import TarImage, tar_members
 from storage.datasets.instances import InstanceArrays, decode_mask
 from storage.datasets.labels import ClassMask
@@ -586,6 +586,35 @@ def test_malformed_annotations_are_an_error_when_listed(tmp_path, change, messag
 
     with pytest.raises(DatasetError, match=message):
         load_coco_instances(make_coco(Folder(str(tmp_path)), notes), "val2017")
+
+
+def test_ids_that_are_text_of_digits_are_numbers(tmp_path):
+    notes, text = coco_notes(), coco_notes()
+    for each in text["images"]:
+        each["id"] = str(each["id"])
+    for each in text["annotations"]:
+        each.update(image_id=str(each["image_id"]), category_id=str(each["category_id"]))
+
+    numbers = load_coco_instances(make_coco(Folder(str(tmp_path / "numbers")), notes), "val2017")
+    found = load_coco_instances(make_coco(Folder(str(tmp_path / "text")), text), "val2017")
+
+    assert digest(found.items) == digest(numbers.items)
+
+
+@pytest.mark.parametrize("value", ["a3f9", 3.5, True, None, "1" * 5000])
+def test_ids_that_are_no_numbers_are_named(tmp_path, value):
+    notes = coco_notes()
+    notes["images"][0]["id"] = value
+
+    with pytest.raises(DatasetError, match=r"instances_val2017\.json is malformed.*the image id .* is no whole number"):
+        load_coco_instances(make_coco(Folder(str(tmp_path)), notes), "val2017")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_lists_first_name(tmp_path):
+    folder = Folder(str(tmp_path))
+    folder.write("val.txt", "\ufeff2007_000033\r\n2007_000042\r\n".encode())
+
+    assert listed_names(folder, "val.txt") == ["2007_000033", "2007_000042"]
 
 
 def test_json_that_is_cut_short_is_named(tmp_path):
