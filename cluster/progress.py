@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,9 +20,14 @@ logger = logging.getLogger(__name__)
 LINE_INTERVAL_S = 30.0
 
 
+_TOGETHER = 0.05
+"""Tasks that end within this part of the running time count as having ended together."""
+
+
 @dataclass
 class Progress:
-    """Counts of one run, in rows (images). `add` after every finished task; use as a context manager."""
+    """Counts of one run, in rows (images) or what `unit` says. `add` after every finished task, or `reach`; use as a context
+    manager. One in another (a grid's cell) says its lines, and leaves the terminal to that."""
 
     total: int
     done: int = 0
@@ -32,14 +38,26 @@ class Progress:
     "worker seconds per stage, summed over workers"
     started: float = field(default_factory=time.monotonic)
     note: str = "starting workers"
+    unit: str = "images"
+    said: str = ""
+    "what else there is to say just now: the loss, another rate"
+
+    _live: ClassVar[bool] = False
+    "a terminal is in use"
 
     def __post_init__(self) -> None:
         self._console = Console(file=sys.stderr)
         self._begun: float | None = None  # when the first task to be finished was begun
+        self._marks: list[_Mark] = []
 
     def __enter__(self) -> "Progress":
         self._shown: contextlib.AbstractContextManager[object]
-        if self._console.is_terminal:
+        self._is_live = self._console.is_terminal and not Progress._live
+        if self.done:
+            left = self.total - self.done
+            logger.info("%s", f"{self.done:,} of {self.total:,} {self.unit} are done already, {left:,} to go")
+        if self._is_live:
+            Progress._live = True
             self._shown = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=False)
         else:
             self._shown = every(LINE_INTERVAL_S, self._log_line, "progress lines")
@@ -48,30 +66,62 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._shown.__exit__(None, None, None)
-        if not self._console.is_terminal:
+        if self._is_live:
+            Progress._live = False
+        else:
             self._log_line()
 
-    def add(self, ok: int, failed: int, seconds: Mapping[str, float]) -> None:
-        """Count one finished task."""
+    def add(self, ok: int, failed: int = 0, seconds: Mapping[str, float] | None = None) -> None:
+        """Count one finished task; `seconds` is how long it took, by stage, where that is known."""
+        now, seconds = time.monotonic(), seconds or {}
         if self._begun is None:
-            self._begun = max(self.started, time.monotonic() - sum(seconds.values()))
-            self.note = "running"
+            self._begin(max(self.started, now - sum(seconds.values())) if seconds else self.started)
         self.ok += ok
         self.failed += failed
         for stage, value in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+        self._mark(now)
+
+    def reach(self, finished: int, said: str = "") -> None:
+        """`finished` of the total are done now, those of earlier runs among them: fewer than before, where a part was lost."""
+        self.said = said
+        count = finished - self.done - self.ok - self.failed
+        if count < 0:
+            self.done, self.ok, self.failed, self.started, self._begun = finished, 0, 0, time.monotonic(), None
+        elif count:
+            self.add(count)
+
+    def _begin(self, when: float) -> None:
+        self._begun, self.note, self._marks = when, "running", [_Mark(when, when, 0)]
+
+    def _mark(self, now: float) -> None:
+        count, last = self.ok + self.failed, self._marks[-1]
+        if last.count and now - last.first <= _TOGETHER * (now - self._marks_since()):
+            self._marks[-1] = _Mark(last.first, now, count)
+        else:
+            self._marks.append(_Mark(now, now, count))
+        while len(self._marks) > 2 and self._marks[1].count <= count / 2:
+            del self._marks[0]
+
+    def _marks_since(self) -> float:
+        return self.started if self._begun is None else self._begun
 
     @property
     def rate(self) -> float:
         """Rows per second since the first task was begun: without the workers' start, and with what all of them did
         before the first ones were finished, which they are at about the same time."""
-        begun = self.started if self._begun is None else self._begun
-        return (self.ok + self.failed) / max(time.monotonic() - begun, 1e-9)
+        return (self.ok + self.failed) / max(time.monotonic() - self._marks_since(), 1e-9)
 
     @property
     def eta_s(self) -> float | None:
+        """Seconds left, by the rate of the second half of what this run finished, and by when that ended: while a long task is
+        under way, they become fewer. None before a task is finished, and where it takes longer than that."""
+        if self._begun is None:
+            return None
+        before, last = self._marks[0], self._marks[-1]
         left = self.total - self.done - self.ok - self.failed
-        return left / self.rate if self.ok + self.failed else None
+        seconds = left * (last.last - before.last) / max(1, last.count - before.count) - (time.monotonic() - last.last)
+        return seconds if seconds >= 0 else None
 
     def shares(self) -> dict[str, float]:
         """Each stage's part of the workers' time."""
@@ -80,10 +130,15 @@ class Progress:
     def line(self) -> str:
         """The state in one line."""
         finished = self.done + self.ok + self.failed
+        before = f" ({self.done:,} before this run)" if self.done else ""
         eta = f", {duration(self.eta_s)} left" if self.eta_s else ""
         stages = " ".join(f"{stage} {share:.0%}" for stage, share in self.shares().items())
-        where = f" | {stages}" if stages else f" | {self.note}, {duration(time.monotonic() - self.started)}"
-        return f"{finished:,} of {self.total:,} images, {self.failed:,} failed, {self.rate:.1f}/s{eta}{where}"
+        failed = f", {self.failed:,} failed" if self.failed or self.unit == "images" else ""
+        where = self.said or stages or f"{self.note}, {duration(time.monotonic() - self.started)}"
+        return f"{finished:,} of {self.total:,} {self.unit}{before}{failed}, {self._rate_text()}{eta} | {where}"
+
+    def _rate_text(self) -> str:
+        return f"{self.rate:.1f}/s" if self.rate >= 1 or not self.rate else f"{self.rate * 60:.1f}/min"
 
     def _log_line(self) -> None:
         logger.info("%s", self.line())
@@ -91,13 +146,26 @@ class Progress:
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
         finished = self.done + self.ok + self.failed
-        table.add_row("done", f"{finished:,} of {self.total:,}", "failed", f"{self.failed:,}")
-        eta = duration(self.eta_s) if self.eta_s is not None else self.note
-        table.add_row("rate", f"{self.rate:.1f} images/s", "left", eta)
+        before = f" ({self.done:,} before)" if self.done else ""
+        table.add_row("done", f"{finished:,} of {self.total:,} {self.unit}{before}", "failed", f"{self.failed:,}")
+        late = self.note if self._begun is None else "longer than expected"
+        eta = duration(self.eta_s) if self.eta_s is not None else late
+        table.add_row("rate", self._rate_text(), "left", eta)
         shares = Table.grid(padding=(0, 1))
         for stage, share in self.shares().items():
             shares.add_row(stage, ProgressBar(total=1.0, completed=share, width=30), f"{share:.0%}")
-        return Group(ProgressBar(total=self.total, completed=finished, width=60), table, shares)
+        return Group(
+            ProgressBar(total=self.total, completed=finished, width=60), table, *([self.said] if self.said else []), shares
+        )
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Tasks that ended at about the same time, and how many rows were finished then by this run."""
+
+    first: float
+    last: float
+    count: int
 
 
 def stage_shares(seconds: Mapping[str, float]) -> dict[str, float]:

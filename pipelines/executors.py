@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
@@ -199,14 +199,20 @@ def _in_order(
 
 
 class RayExecutor:
-    """Ray Data over an actor pool for tasks, actors for pieces, Ray tasks or actors for `map`. Needs a connected session."""
+    """Ray Data over an actor pool for tasks, actors for pieces, Ray tasks or actors for `map`. Needs a connected session, or
+    `session`, which connects one (and is called each time)."""
+
+    def __init__(self, session: Callable[[], object] = lambda: None):
+        self._session = session
 
     def pool(self, request: WorkerRequest) -> WorkerPool:
+        self._session()
         return choose_pool(request)
 
     def map(
         self, do: Callable[[Item], Result], items: Iterable[Item], *, loaders: int | None = None
     ) -> Generator[Result, None, None]:
+        self._session()
         import ray
 
         if loaders is None:
@@ -224,6 +230,7 @@ class RayExecutor:
     def stream(
         self, make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How = "actor"
     ) -> Iterator[TaskReport]:
+        self._session()
         for start in range(0, len(tasks), WINDOW_TASKS):
             dataset = _dataset(make_worker, tasks[start : start + WINDOW_TASKS], pool, how)
             try:
@@ -243,6 +250,7 @@ class RayExecutor:
         restarts: int = 3,
         lost: Callable[[Item, WorkersLost], Result] | None = None,
     ) -> Iterator[Result]:
+        self._session()
         import ray
 
         waiting = deque(pieces)
@@ -402,9 +410,11 @@ class _TaskActor:
 
 @contextmanager
 def executor_for(config: JobConfig) -> Iterator[Executor]:
-    """The executor that settings ask for, with a Ray session round it where it needs one. Raises `ClusterError`."""
+    """The executor that settings ask for, with a Ray session round it once it needs one: of a run with nothing left to do, it
+    never does. What it is first asked for raises `ClusterError`."""
     if config.is_inline:
         yield InlineExecutor()
         return
-    with connect(config.cluster.ray_address, num_gpus=0 if config.cluster.device == "cpu" else None):
-        yield RayExecutor()
+    with ExitStack() as stack:
+        num_gpus = 0 if config.cluster.device == "cpu" else None
+        yield RayExecutor(functools.cache(lambda: stack.enter_context(connect(config.cluster.ray_address, num_gpus=num_gpus))))

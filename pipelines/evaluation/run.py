@@ -7,13 +7,13 @@ order in which they finish.
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import torch
 
+from cluster.progress import Progress
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.executors import Executor, executor_for
 from pipelines.features.clipping import ClippedFeatures, ClippedImage
@@ -265,13 +265,15 @@ def run_pieces(
     pieces = evaluation.pieces()
     done = folder.sizes("parts")
     pending = [piece for piece in pieces if f"{piece.name}.jsonl" not in done]
-    if done:
-        logger.info("%d of %d pieces are done already", len(pieces) - len(pending), len(pieces))
     if pending:
-        started, pool = time.monotonic(), executor.pool(config.cluster.request())
+        pool = executor.pool(config.cluster.request())
         work = Work(evaluation=evaluation, recipe=recipe, folder=folder, device=pool.device, threads=pool.cpus)
-        for finished, name in enumerate(executor.pieces(work, pending, pool), 1):
-            logger.info("%s done, %d of %d, %.0f s", name, finished, len(pending), time.monotonic() - started)
+        items = {piece.name: max(1, len(piece.items)) for piece in pieces}
+        left = sum(items[piece.name] for piece in pending)
+        with Progress(total=sum(items.values()), done=sum(items.values()) - left, unit="items") as progress:
+            for finished, name in enumerate(executor.pieces(work, pending, pool), 1):
+                progress.add(items[name])
+                progress.said = f"{name} done, {finished} of {len(pending)} pieces"
     return _records(folder, pieces)
 
 

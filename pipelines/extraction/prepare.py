@@ -30,6 +30,10 @@ from storage.store import FeatureStore
 logger = logging.getLogger(__name__)
 
 
+NO_WORKERS = WorkerPool(device="cpu", size=0, cpus=1, gpus=0)
+"""Those of a run with nothing to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
     """A config held against the input and the model, before any cluster is asked for anything."""
@@ -130,22 +134,28 @@ def resolve(config: ExtractConfig) -> Resolved:
 def prepare(resolved: Resolved, executor: Executor) -> Prepared:
     """Index the input, or hold it against the store that is there. Nothing is written.
 
-    Raises `ClusterError` for workers that the cluster can't have, before anything is read, and `InputError`.
+    Raises `ClusterError` for workers that the cluster can't have, before a new input is read, and `InputError`. Where nothing is
+    left to do, no workers are asked for.
     """
     config, spec = resolved.config, resolved.bundle.spec
-    pool = executor.pool(config.cluster.request(spare_cpu=config.decode_on == "cluster"))
+    request = config.cluster.request(spare_cpu=config.decode_on == "cluster")
     folder, given = Folder(config.out, config.options), input_of(config, resolved.files, executor)
     attributes = read_attributes(folder)
     update = None
     if attributes is None:
+        pool = executor.pool(request)
         index = given.index(folder, draft())
         block_rows = config.block_rows or choose_block_rows(index.n_rows, spec)
         layout = Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest)
         urls = index.urls(resolved.files)
     else:
-        update = continue_store(FeatureStore(folder, attributes), spec, given, config)
+        store = FeatureStore(folder, attributes)
+        pool = NO_WORKERS if store.status == "complete" else executor.pool(request)
+        update = continue_store(store, spec, given, config)
         index, urls = update.index, update.state.urls
         layout = replace(update.before, n_rows=index.n_rows, index=index.digest)
+        if not pool.size and (config.retry_failed or len(update.done - update.redo) < layout.n_blocks):
+            pool = executor.pool(request)
     return Prepared(
         **vars(resolved),
         pool=pool,

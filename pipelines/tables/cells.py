@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from cluster.progress import Progress
 from cluster.resources import WorkerPool, WorkerRequest
 from operators.readouts import build_readout
 from operators.readouts.variants import VARIANTS
@@ -379,9 +380,8 @@ def _prepared(cell: Cell) -> ReadoutSetup:
 def _read_result(cell: Cell, setup: ReadoutSetup) -> CellResult | None:
     """Of a cell that is done, all its steps; its run is known to be of these settings and data. A damaged file counts as none:
     the run itself knows how far it is."""
-    try:
-        result = decode_known(CellResult, parse_json(setup.folder.read(RESULT))["result"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    result = _said_result(cell)
+    if result is None:
         return None
     if result.name != cell.name or result.steps != setup.order.steps:
         return None
@@ -421,14 +421,44 @@ def run_cells(config: GridConfig, cells: Sequence[Cell], executor: Executor) -> 
     def lost(cell: Cell, error: WorkersLost) -> CellResult:
         return failed(cell, f"given up after {config.max_failures} restarts (--max-failures): {error}")
 
-    found: dict[str, CellResult] = {}
+    found = _done_already(cells)
+    pending = [cell for cell in cells if cell.name not in found]
+    if not pending:
+        logger.info("all %d cells are done already", len(cells))
+        return [found[cell.name] for cell in cells]
     pool = executor.pool(_request(config, config.cluster.actors, config.cell_gpus))
     worker = functools.partial(_cell_worker, None if config.is_inline else pool)
-    for result in executor.pieces(worker, cells, pool, restarts=config.max_failures, lost=lost):
-        found[result.name] = result
-        outcome = result.error or ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-        logger.info("%d of %d cells: %s: %s", len(found), len(cells), result.name, outcome)
+    with Progress(total=len(cells), done=len(found), unit="cells") as progress:
+        for result in executor.pieces(worker, pending, pool, restarts=config.max_failures, lost=lost):
+            found[result.name] = result
+            progress.add(0 if result.error else 1, 1 if result.error else 0)
+            outcome = result.error or ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+            logger.info("%d of %d cells: %s: %s", len(found), len(cells), result.name, outcome)
     return [found[cell.name] for cell in cells]
+
+
+def _done_already(cells: Sequence[Cell]) -> dict[str, CellResult]:
+    """Results by name where every cell has one, so that a grid with nothing left to do needs no workers; else none: those who do
+    cells ask each whether it is done."""
+    if not all(_said_result(cell) for cell in cells):
+        return {}
+    found: dict[str, CellResult] = {}
+    for cell in cells:
+        try:
+            result = _read_result(cell, _prepared(cell))
+        except Exception:  # noqa: BLE001 - the boundary between cells, as in `run_cell`, which says it
+            continue
+        if result is not None:
+            found[cell.name] = result
+    return found
+
+
+def _said_result(cell: Cell) -> CellResult | None:
+    """What a cell's folder says that it came to, of whatever it was begun with."""
+    try:
+        return decode_known(CellResult, parse_json(Folder(cell.training.out, cell.training.options).read(RESULT))["result"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _request(config: GridConfig, actors: int | None, gpus: float | None) -> WorkerRequest:
@@ -453,7 +483,8 @@ def measure_speeds(
     config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult], executor: Executor
 ) -> dict[str, Speed]:
     """Of each backbone that has a result, by name; measured one after another on one machine, or read from an earlier start
-    that measured on such a device. All are of one machine: where some were measured on another, they are measured again.
+    that measured on such a device. All are of one machine: where some were measured on another, they are measured again. Where
+    nothing else needs a cluster, those of an earlier start stand on any device that the settings leave open.
 
     The grid's own cells must be done. Raises `BackboneError`.
     """
@@ -463,12 +494,15 @@ def measure_speeds(
         height, width = each.input_size or (0, 1)
         if not each.error and height == width:
             wanted[each.backbone] = TimedBackbone(models[each.backbone], height, each.model_args)
+    needs_none = not config.is_inline and all(result.train_seconds is None for result in results)
+    if needs_none and (kept := _of_all(_read_speeds(config, None), wanted)):
+        return kept  # without asking for workers
     pool = executor.pool(_request(config, 1, None))  # a whole GPU
     protocol = {**asdict(config.speeds), "device": pool.device, "threads": pool.cpus if pool.device == "cpu" else None}
     known = _read_speeds(config, protocol)
-    kept = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
-    if len(kept) == len(wanted) and len({(speed.device, speed.cpu) for speed in kept.values()}) <= 1:
+    if kept := _of_all(known, wanted):
         return kept
+    kept = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
     worker = functools.partial(_speed_worker, config.speeds, pool.device, None if config.is_inline else pool.cpus)
     (found,) = executor.pieces(
         worker, [{name: (of, kept.get(name)) for name, of in wanted.items()}], pool, restarts=config.max_failures
@@ -478,11 +512,23 @@ def measure_speeds(
     return {name: found[name] for name in wanted}
 
 
-def _read_speeds(config: GridConfig, protocol: JsonObject) -> dict[str, Speed]:
-    """Those of an earlier start that were measured in the same way; a damaged file counts as none."""
+def _of_all(known: Mapping[str, Speed], wanted: Mapping[str, TimedBackbone]) -> dict[str, Speed]:
+    """Speeds of all that are wanted, of one machine; else none."""
+    found = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
+    is_whole = len(found) == len(wanted) and len({(speed.device, speed.cpu) for speed in found.values()}) <= 1
+    return found if is_whole else {}
+
+
+def _read_speeds(config: GridConfig, protocol: JsonObject | None) -> dict[str, Speed]:
+    """Those of an earlier start that were measured in the same way; a damaged file counts as none. Without a protocol: on any
+    device, and with any number of threads, that the settings leave open."""
     try:
         document = parse_json(config.folder.read(SPEEDS))
-        if document["protocol"] != protocol:
+        there = as_object(document["protocol"])
+        if protocol is None:
+            asked = {"device": config.cluster.device, "threads": config.cell_cpus}
+            protocol = {**asdict(config.speeds), **{n: there[n] if v in (None, "auto") else v for n, v in asked.items()}}
+        if there != protocol:
             return {}
         return {name: decode(Speed, each, name) for name, each in as_object(document["found"]).items()}
     except (FileNotFoundError, ValueError, KeyError):

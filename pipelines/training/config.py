@@ -300,6 +300,11 @@ class TrainSetup:
     on_step: Callable[[int, list[int]], None] | None = None
     "called after each step with its number from 1 and the rows that this process read for it: for tests"
 
+    def steps_done(self) -> int:
+        """By earlier starts, up to their last checkpoint."""
+        pointers = read_pointers(self.folder)
+        return pointers.last_step if pointers else 0
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What of the settings has no effect on so many images and steps, or another than one may think; a sentence each."""

@@ -11,8 +11,9 @@ BatchNorm's batch statistics are those of a micro-batch; its running ones are th
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -85,10 +86,15 @@ class Group:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
+Watch: TypeAlias = Callable[[int, str], None]
+"""Told after each step its number, and what there is to say of it."""
+
+
 class Trainer:
     """The state of a run in one process: network, optimiser, and how far it is."""
 
-    def __init__(self, setup: TrainSetup, group: Group, device: torch.device):
+    def __init__(self, setup: TrainSetup, group: Group, device: torch.device, watch: Watch | None = None):
+        self._watch = watch
         self.setup, self.group, self.device, self.config = setup, group, device, setup.config
         self.objective = setup.objective(device)
         self.net = self.objective.net
@@ -181,6 +187,8 @@ class Trainer:
             if not np.isfinite(loss):
                 raise TrainFailed(f"the loss became {loss} at step {self.step}; lower --lr, or use --net-precision fp32")
             self._log(loss, events)
+            if self._watch:
+                self._watch(self.step, f"loss {loss:.4f}, {self._rate_since(self._started):.1f} images/s")
             if self.step % self.config.checkpoint_every == 0 or self.step == steps:
                 self._checkpoint(events)
             if self.setup.on_step:

@@ -1,26 +1,31 @@
 """What `jobs/train.py` does: a run from its settings to its last checkpoint, in this process or in Ray Train's workers."""
 
+import contextlib
+import json
 import logging
 import signal
 import textwrap
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+import cluster.progress
 from cluster.repeated import every
 from cluster.resources import WorkerRequest, accelerator_selector
+from pipelines.config import absolute
 from pipelines.executors import InlineExecutor, RayExecutor, executor_for
 from pipelines.features.config import FeatureConfig
 from pipelines.training.config import TrainConfig, TrainSetup
 from pipelines.training.images import ImageTraining
 from pipelines.training.loop import Group, Progress, Trainer, TrainFailed
 from pipelines.training.watch import Validations
-from storage.documents import decode_known
+from storage.documents import decode, decode_known, parse_json
 from storage.paths import Folder, StorageError, filesystem, redact
 from storage.runs import read_last, read_metrics, read_pointers
 from storage.totals import KEEP_THEM
@@ -35,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 FOLLOW_S = 5.0
 """Seconds between looks at a run's metrics."""
+
+_PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,11 @@ def train(config: TrainConfig) -> TrainSummary:
     with executor_for(config) as executor:
         if config.is_inline:
             return train_inline(resolved.prepare(executor))
+        if read_pointers(Folder(absolute(config.out), config.options)) is not None:  # perhaps nothing is left to do
+            setup = resolved.prepare(executor)
+            if setup.steps_done() >= setup.order.steps:
+                return train_inline(setup, "cpu")
+            return train_on_ray(setup, executor.pool(config.worker_request).device)
         pool = executor.pool(config.worker_request)  # what the cluster can't meet, before the input is indexed
         return train_on_ray(resolved.prepare(executor), pool.device)
 
@@ -122,13 +134,18 @@ def _same_features(config: ImageTraining) -> str:
 # --- in one process, or in several ------------------------------------------------------------------------------------
 
 
-def train_inline(setup: TrainSetup) -> TrainSummary:
-    """Train in this process. Raises `TrainFailed`."""
+def train_inline(setup: TrainSetup, device: Literal["auto", "cpu", "cuda"] | None = None) -> TrainSummary:
+    """Train in this process, on the settings' device or another one. Raises `TrainFailed`."""
     _log_notes(setup)
     executor = InlineExecutor()
-    device = executor.pool(WorkerRequest(device=setup.config.cluster.device)).device
-    Trainer(setup, Group(), torch.device(device)).run(executor)
+    found = executor.pool(WorkerRequest(device=device or setup.config.cluster.device)).device
+    with _progress(setup) as progress:
+        Trainer(setup, Group(), torch.device(found), progress.reach).run(executor)
     return replace(summarise(setup.folder), notes=setup.notes)
+
+
+def _progress(setup: TrainSetup) -> cluster.progress.Progress:
+    return cluster.progress.Progress(total=setup.order.steps, done=setup.steps_done(), unit="steps", note="before the first step")
 
 
 def _log_notes(setup: TrainSetup) -> None:
@@ -168,7 +185,9 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
         ),
     )
     try:
-        with every(FOLLOW_S, _Follower(setup.folder, len(read_metrics(setup.folder))), "follow-metrics"):
+        setup.folder.remove([_PROGRESS])  # of a start that was killed
+        follower = _Follower(setup.folder, len(read_metrics(setup.folder)))
+        with _progress(setup) as follower.progress, every(FOLLOW_S, follower, "follow-metrics"):
             _fit(trainer)
     except TrainingFailedError as error:
         reason = textwrap.shorten(str(error), 2000, placeholder=" ...")
@@ -178,6 +197,8 @@ def train_on_ray(setup: TrainSetup, device: str) -> TrainSummary:
         ) from error
     finally:
         _remove_scratch(fs, path)
+        with contextlib.suppress(OSError, StorageError):  # never worth a finished run
+            setup.folder.remove([_PROGRESS])
     stopped = [line["stopped"] for line in read_metrics(setup.folder) if "stopped" in line]
     if stopped:
         raise TrainFailed(str(stopped[-1]))
@@ -211,9 +232,11 @@ class _Follower:
 
     folder: Folder
     seen: int
+    progress: cluster.progress.Progress | None = None
 
     def __call__(self) -> None:
         try:
+            self._look_how_far()
             lines = read_metrics(self.folder)
         except (OSError, StorageError) as error:  # training goes on without being watched
             logger.warning("metrics can't be read: %s", error)
@@ -221,6 +244,36 @@ class _Follower:
         for line in lines[self.seen :]:
             logger.info("%s", ", ".join(f"{name} {value}" for name, value in line.items()))
         self.seen = len(lines)
+
+    def _look_how_far(self) -> None:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not yet, or being written
+            far = decode(_Far, parse_json(self.folder.read(_PROGRESS)))
+            if self.progress is not None:
+                self.progress.reach(far.step, far.said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Far:
+    """What progress.json says while a run goes on in other processes: metrics come with checkpoints only."""
+
+    step: int
+    said: str
+
+
+class _Teller:
+    """Says to the driver how far worker 0 is, every few seconds."""
+
+    def __init__(self, folder: Folder):
+        self._folder, self._next = folder, 0.0
+
+    def __call__(self, step: int, said: str) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + FOLLOW_S
+        try:
+            self._folder.write(_PROGRESS, json.dumps(asdict(_Far(step=step, said=said))).encode())
+        except (OSError, StorageError) as error:  # training goes on without being watched
+            logger.warning("progress was not saved: %s", error)
 
 
 def _ray_storage(fs: "AbstractFileSystem", path: str) -> "pyarrow.fs.FileSystem | None":
@@ -256,7 +309,7 @@ def _train_worker(settings: "Mapping[str, list[ray.ObjectRef[TrainSetup]]]") -> 
         torch.cuda.set_device(device)  # where NCCL puts gathered objects
     group = Group(rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
     try:
-        Trainer(setup, group, device).run(RayExecutor())
+        Trainer(setup, group, device, None if group.rank else _Teller(setup.folder)).run(RayExecutor())
     except TrainFailed as error:
         # Starting again would end the same way. The driver finds the reason among the metrics.
         logger.error("%s", error)

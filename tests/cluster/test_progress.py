@@ -1,6 +1,9 @@
 """Rates that a run shows while it goes."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from cluster.progress import Progress
 
@@ -32,3 +35,57 @@ def test_rows_of_earlier_runs_do_not_count(clock):
 
     assert progress.rate == pytest.approx(0.8)
     assert progress.eta_s == pytest.approx(10.0)
+
+
+def test_what_is_left_is_counted_from_now(clock):
+    """Two tasks of 250 s, one after another: shortly before the end of the second, nobody is told that minutes are left."""
+    progress = Progress(total=64, done=32, started=50.0)
+    clock[0] = 300.0
+    progress.add(16, 0, {"forward": 250.0})
+    assert progress.eta_s == pytest.approx(250.0)
+
+    clock[0] = 542.0
+    assert progress.eta_s == pytest.approx(8.0)
+    assert "48 of 64 images (32 before this run)" in progress.line()
+    assert ", 8 s left" in progress.line()
+
+    clock[0] = 560.0
+    assert progress.eta_s is None, "it takes longer than the first did, and nobody knows how much"
+    assert "left" not in progress.line()
+
+
+def test_a_slow_start_is_forgotten(clock):
+    """60 s until the first of a hundred is done, and one a second from then on."""
+    progress = Progress(total=100, started=50.0, unit="items")
+    for number in range(92):
+        clock[0] = 110.0 + number
+        progress.add(1)
+
+    assert progress.eta_s == pytest.approx(8.0, rel=0.1)
+
+
+def test_what_was_lost_is_to_be_done_again(clock):
+    """Steps after the last checkpoint go with their workers."""
+    progress = Progress(total=100, done=40, started=50.0, unit="steps")
+    clock[0] = 60.0
+    progress.reach(60, "loss 0.5000")
+    assert "60 of 100 steps (40 before this run)" in progress.line()
+    assert progress.line().endswith("| loss 0.5000")
+    progress.reach(50)
+    assert "50 of 100 steps" in progress.line()
+    assert progress.eta_s is None
+
+    clock[0] = 70.0
+    progress.reach(60)
+    assert progress.eta_s == pytest.approx(40.0)
+
+
+def test_one_progress_in_another_leaves_the_terminal_to_it(monkeypatch):
+    monkeypatch.setattr("cluster.progress.Console", lambda **_: Console(file=io.StringIO(), force_terminal=True))
+
+    with Progress(total=3, unit="cells") as cells:
+        with Progress(total=10, unit="steps") as steps:
+            assert (cells._is_live, steps._is_live) == (True, False)
+        cells.add(1)
+    with Progress(total=3) as later:
+        assert later._is_live
