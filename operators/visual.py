@@ -131,6 +131,10 @@ def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return (matplotlib.colormaps["viridis"](np.clip(scaled, 0, 1))[..., :3] * 255).round().astype(np.uint8)
 
 
+_BAR_PX = 160
+"""Length of a colour bar."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tile:
     """One picture of a panel: uint8 `pixels` [h, w, 3], or None for a grey field."""
@@ -166,6 +170,10 @@ class Panel:
     "titles before the rows"
     title: str
     tile_size: tuple[int, int]
+    scale: tuple[str, str] | None = None
+    "what `heat`'s lowest and highest colour stand for: a colour bar below the tiles"
+    legend: Sequence[tuple[str, tuple[int, int, int]]] = ()
+    "names of colours, below the tiles"
 
     def draw(self) -> Image.Image:
         """The panel as one picture."""
@@ -175,7 +183,11 @@ class Panel:
         head = 17 * max(text.count("\n") + 1 for text in self.columns)
         top = 28 + head
         wide = max(left + len(self.columns) * (width + gap) + 2, round(font.getlength(self.title)) + 16)
-        canvas = Image.new("RGB", (wide, top + len(self.tiles) * (height + gap) + 2), "white")
+        below = top + len(self.tiles) * (height + gap) + 2
+        if self.scale:
+            wide = max(wide, left + _BAR_PX + 20 + sum(round(font.getlength(text)) for text in self.scale))
+        places = self._legend_places(left, below + (20 if self.scale else 0), wide, font)
+        canvas = Image.new("RGB", (wide, max([below + (20 if self.scale else 0), *(y + 20 for _, y in places)])), "white")
         draw = ImageDraw.Draw(canvas)
         draw.text((8, 5), self.title, fill="black", font=font)
         for c, text in enumerate(self.columns):
@@ -185,4 +197,27 @@ class Panel:
             draw.multiline_text((8, y + height // 2 - 16), self.rows[r], fill="black", font=font, spacing=3)
             for c, tile in enumerate(tiles):
                 canvas.paste(tile.image(width, height), (left + c * (width + gap), y))
+        if self.scale:
+            low, high = self.scale
+            x = left + round(font.getlength(low)) + 6
+            bar = Image.fromarray(heat(np.linspace(0, 1, _BAR_PX)[None].repeat(12, 0), 0, 1))
+            draw.text((left, below), low, fill="black", font=font)
+            canvas.paste(bar, (x, below + 2))
+            draw.text((x + _BAR_PX + 6, below), high, fill="black", font=font)
+        for (x, y), (name, colour) in zip(places, self.legend, strict=True):
+            draw.rectangle((x, y + 3, x + 11, y + 14), fill=colour, outline="grey")
+            draw.text((x + 17, y), name, fill="black", font=font)
         return canvas
+
+    def _legend_places(
+        self, left: int, top: int, wide: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    ) -> list[tuple[int, int]]:
+        """Left upper corners of the legend's entries, in lines as wide as the picture."""
+        places, x, y = [], left, top
+        for name, _ in self.legend:
+            takes = 33 + round(font.getlength(name))
+            if x > left and x + takes > wide:
+                x, y = left, y + 20
+            places.append((x, y))
+            x += takes
+        return places

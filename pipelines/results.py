@@ -279,11 +279,21 @@ def sides(size: Size) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
-def panel(tiles: Sequence[Sequence[Tile]], columns: Sequence[str], rows: Sequence[str], title: str, tile: Size) -> Image.Image:
-    """Tiles with titles as one picture; `tile` is (width, height)."""
+def panel(
+    tiles: Sequence[Sequence[Tile]],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    title: str,
+    tile: Size,
+    *,
+    scale: tuple[str, str] | None = None,
+    legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
+) -> Image.Image:
+    """Tiles with titles as one picture; `tile` is (width, height), `scale` and `legend` are as `Panel` has them."""
     short = [row if len(row) <= 24 else f"...{row[-21:]}" for row in rows]
     # A title wider than its column would run into the next one's.
     widest = max(ImageFont.load_default(size=13).getlength(line) for text in columns for line in text.split("\n"))
     width = max(tile[0], math.ceil(widest) + 4)
     size = (width, round(tile[1] * width / tile[0]))
-    return Panel(tiles=tiles, columns=columns, rows=short, title=title, tile_size=size).draw()
+    shown = Panel(tiles=tiles, columns=columns, rows=short, title=title, tile_size=size, scale=scale, legend=legend)
+    return shown.draw()

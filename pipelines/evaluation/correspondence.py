@@ -289,6 +289,10 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
     }
 
 
+RIGHT, WRONG = (60, 220, 90), (240, 60, 50)
+"""Colours of matches."""
+
+
 def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) -> dict[str, Image.Image]:
     """Matches of the pictured pairs at the largest size: source beside target, right ones green, wrong ones red."""
     size = max(task.sizes)
@@ -296,10 +300,11 @@ def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) 
     drawn, pairs = grouped(kept, "pair"), {pair.name: pair for pair in task.pairs}
     if not drawn:
         return {}
-    title = f"matches at {size} px; green: right at alpha {task.alphas[0]:g}; ring: the true place"
+    title = f"matches at {size} px: key points left, found right, right at alpha {task.alphas[0]:g}; ring: the true place"
+    legend = [("right, joined with its key point", RIGHT), ("wrong, joined with its true place", WRONG)]
     tiles = [_matches(task, pairs[name], each, side) for (name,), each in drawn.items()]
     columns = [row for (row,) in grouped(kept, "row")]
-    return {"matches.png": panel(tiles, columns, [name for (name,) in drawn], title, (2 * side, side))}
+    return {"matches.png": panel(tiles, columns, [name for (name,) in drawn], title, (2 * side, side), legend=legend)}
 
 
 def _matches(task: Correspondence, pair: Pair, records: Sequence[Record], side: int) -> list[Tile]:
@@ -323,8 +328,10 @@ def _matched(task: Correspondence, pair: Pair, record: Record, side: int, canvas
     ends[:, 0] += side  # the target's picture is right of the source's
     places[:, 0] += side
     for start, end, place, ok in zip(starts, ends, places, right, strict=True):
-        colour = (60, 220, 90) if ok else (240, 60, 50)
-        pen.line([*start, *end], fill=colour, width=1)
+        colour = RIGHT if ok else WRONG
+        # A line to each wrong one would cover the picture: those have a short one, to where they should be.
+        pen.line([*start, *end] if ok else [*place, *end], fill=colour, width=1)
+        pen.ellipse([*(start - 2), *(start + 2)], fill=colour)
         pen.ellipse([*(end - 2), *(end + 2)], fill=colour)
         pen.ellipse([*(place - 4), *(place + 4)], outline="white")
     return Tile(pixels=np.array(image), is_photo=True)

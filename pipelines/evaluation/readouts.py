@@ -331,15 +331,18 @@ def _pictures(config: ProbeConfig, probe: Probe, tile: int = 200) -> dict[str, I
     drawn = [n for n in sorted(probe.pictured) if all(_file(n) in there[name] for name in names)]
     if not drawn:
         return {}
-    tiles = []
+    tiles, shown = [], []
     for number in drawn:
         photo = probe.task.photo(upright_pixels(probe.images[number].image))
         files = folder.read_many([_prediction(number, name) for name in names])
         pixels = [photo, *(np.array(Image.open(io.BytesIO(data))) for data in files)]
         tiles.append([Tile(pixels=each, is_photo=True) for each in pixels])
+        shown += pixels[1:]
+    dataset = config.dataset or next(iter(probe.readouts.values())).dataset
+    legend = probe.task.legend(shown, DATASETS[dataset].names)
     rows = [probe.images[number].image.keys[-1] for number in drawn]
     title = f"{probe.task.name}, {probe.task.side} px"
-    return {"predictions.png": panel(tiles, ["photo", *names], rows, title, (tile, tile))}
+    return {"predictions.png": panel(tiles, ["photo", *names], rows, title, (tile, tile), legend=legend)}
 
 
 def _prediction(number: int, what: str) -> str:

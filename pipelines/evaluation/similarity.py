@@ -127,11 +127,17 @@ def _picture(
     tiles = []
     shown = [(number, image) for number, image in enumerate(task.images) if number in next(iter(maps.values()))]
     for number, image in shown:
-        cells = next(iter(maps.values()))[number].shape
-        row, column = centre_cell(cells)
-        mark = ((column + 0.5) / cells[1], (row + 0.5) / cells[0])
+        values = [each[number] for each in maps.values()]
         pixels = np.array(Image.fromarray(upright_pixels(image)).resize((tile, tile)))
-        photo = Tile(pixels=pixels, is_photo=True, mark=mark)
-        tiles.append([photo, *(Tile(pixels=heat(each[number], 0, 1)) for each in maps.values())])
+        photo = Tile(pixels=pixels, is_photo=True, mark=_centre_of(values[0]))
+        # Finer maps' central cells lie nearer to the middle: each map shows its own.
+        tiles.append([photo, *(Tile(pixels=heat(each, 0, 1), mark=_centre_of(each)) for each in values)])
     names = [image.name.rsplit("/", 1)[-1] for _, image in shown]
-    return panel(tiles, columns, names, "cosine with the ringed cell, blue to yellow", (tile, tile))
+    title, scale = "cosine with the ringed cell", ("lowest of each map", "highest")
+    return panel(tiles, columns, names, title, (tile, tile), scale=scale)
+
+
+def _centre_of(map_hw: np.ndarray) -> tuple[float, float]:
+    """Where `centre_cell` of a map is, in 0..1 of its tile."""
+    (rows, columns), (row, column) = map_hw.shape, centre_cell(map_hw.shape)
+    return (column + 0.5) / columns, (row + 0.5) / rows

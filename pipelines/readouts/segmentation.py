@@ -84,6 +84,15 @@ class SegmentationTask(Task[ClassPairs]):
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         return class_colours(output_CHW.argmax(0).cpu().numpy()), class_colours(targets["classes"].cpu().numpy())
 
+    def legend(self, pictures: Sequence[np.ndarray], names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
+        drawn = {tuple(colour) for each in pictures for colour in np.unique(each.reshape(-1, 3), axis=0).tolist()}
+        words = {number: names[number] if number < len(names) else f"class {number}" for number in range(self.outputs)}
+        meanings: dict[tuple[int, int, int], list[str]] = {}  # of more than some fifty classes, two may have one colour
+        for number, word in {**words, VOID: "void"}.items():
+            red, green, blue = class_colours(np.array(number)).tolist()
+            meanings.setdefault((red, green, blue), []).append(word)
+        return [(" or ".join(each), colour) for colour, each in meanings.items() if colour in drawn]
+
 
 def class_colours(classes_HW: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3]; 0 is black, void white, neighbouring numbers get different colours."""

@@ -142,6 +142,10 @@ class Task(Generic[Record]):
         """The prediction and the truth, uint8 [side, side, 3]."""
         raise NotImplementedError
 
+    def legend(self, pictures: Sequence[np.ndarray], names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:  # noqa: ARG002
+        """What the colours in some of its `pictures` mean; `names` are the data set's classes, where they're known."""
+        return []
+
     def geometry(self, interpolation: Literal["nearest", "bilinear"] = "nearest") -> Geometry:
         """How a label comes to `side`, or an image."""
         return Geometry(mode=self.placement, height=self.side, width=self.side, interpolation=interpolation)

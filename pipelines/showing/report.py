@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +13,11 @@ import jinja2
 
 from cluster.progress import duration, size_text, stage_shares
 from operators.visual import Panel, Tile
+from pipelines.config import said
+from pipelines.extraction.config import ExtractConfig
 from pipelines.showing.status import RunStatus, bottleneck, clamped_lines, failures, level_rows, read_status, state_in_words
 from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
+from storage.documents import JsonValue, as_object
 from storage.paths import StorageError, StorageOptions
 from storage.store import FeatureStore
 from storage.totals import conversion_lines
@@ -40,7 +44,7 @@ def render_report(store: FeatureStore, *, count: int, storage_options: StorageOp
         state=state_in_words(status),
         spec=store.spec,
         levels=level_rows(store, status),
-        settings=_settings(store),
+        settings={**_settings(store), **(_last_run(status.runs[-1]) if status.runs else {})},
         runs=status.runs[::-1],  # the latest first
         groups=failures(store)[:20] if status.failed else [],
         converted=list(conversion_lines(status.conversions, "" if status.is_counted else "about ")),
@@ -63,6 +67,25 @@ def _settings(store: FeatureStore) -> dict[str, str]:
         "precision": spec.precision,
         "fingerprint": store.root.fingerprint[:16],
     }
+
+
+def _last_run(run: RunStatus) -> dict[str, str]:
+    """The command of a run, as its settings give it, and the software that it ran."""
+    config, versions = (as_object(run.settings.get(name) or {}, name) for name in ("config", "versions"))
+    usual = ExtractConfig().public()
+    # The command's words aren't kept; settings at their defaults may have been among them, and change nothing.
+    given = [said(name, _words(value)) for name, value in config.items() if name in usual and value not in (None, usual[name])]
+    found = {"command of the last run": " ".join(["python jobs/extract.py", *given])} if config else {}
+    if versions:
+        found["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return found
+
+
+def _words(value: JsonValue) -> bool | tuple[str, ...]:
+    """A setting's value as a shell takes it."""
+    if isinstance(value, bool):
+        return value
+    return tuple(shlex.quote(str(each)) for each in (value if isinstance(value, list) else [value]))
 
 
 @dataclass(frozen=True)

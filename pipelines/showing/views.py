@@ -169,10 +169,11 @@ def similar_panel(
         for i in range(len(rows))
     ]
     placed = pixels.to_input(np.array(point_xy)) / [width, height]
+    marks = [(placed[0], placed[1]), *[None] * (len(rows) - 1)]
     tiles = [
         [
-            Tile(pixels=photo, is_photo=True, mark=(placed[0], placed[1]) if i == 0 else None),
-            *(Tile(pixels=heat(values[i], *scales[i])) for _, values in columns),
+            Tile(pixels=photo, is_photo=True, mark=marks[i]),
+            *(Tile(pixels=heat(values[i], *scales[i]), mark=marks[i]) for _, values in columns),
         ]
         for i, photo in enumerate(read_photos(store, rows, storage_options))
     ]
@@ -181,8 +182,9 @@ def similar_panel(
         tiles=tiles,
         columns=["photo", *(name for name, _ in columns)],
         rows=[f"{title}\n{low:.2f} to {high:.2f}" for title, (low, high) in zip(titles, scales, strict=True)],
-        title=f"cosine with pixel ({point_xy[0]:.0f}, {point_xy[1]:.0f}) of {titles[0]}, blue to yellow",
+        title=f"cosine with pixel ({point_xy[0]:.0f}, {point_xy[1]:.0f}) of {titles[0]}, ringed",
         tile_size=_tile_size(store),
+        scale=("lowest cosine beside the row", "highest"),
     )
 
 

@@ -303,26 +303,39 @@ def _notes_of_published(found: Sequence[Entry]) -> Iterator[str]:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
-def scatter(found: Sequence[Entry], speeds: Mapping[str, Speed]) -> bytes:
-    """DeAP's Fig. 7 as a PNG: relative speed across, score up (errors point down), a panel for each task."""
+def scatter(found: Sequence[Entry], speeds: Mapping[str, Speed], reference: str) -> bytes:
+    """DeAP's Fig. 7 as a PNG: speed across, relative to the `reference`'s (a backbone in words), score up (errors point down), a
+    panel for each task."""
     from matplotlib.figure import Figure
 
     tasks = _tasks(found)
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, task in zip(panels, tasks, strict=False):
-        _draw_panel(panel, task, [entry for entry in found if entry.task.name == task.name], speeds)
-    for panel in list(panels)[len(tasks) :]:
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    points = [
+        _draw_panel(panel, task, [entry for entry in found if entry.task.name == task.name], speeds, reference)
+        for panel, task in zip(panels, tasks, strict=False)
+    ]
+    for panel in panels[len(tasks) :]:
         panel.set_axis_off()
+    methods = {label: mark for panel in panels for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if len(methods) > 1:
+        figure.legend(methods.values(), methods.keys(), loc="outside lower center", ncols=len(methods), fontsize=8)
+    figure.draw_without_rendering()  # where points lie is known once it's laid out
+    for panel, of_panel in zip(panels, points, strict=False):
+        _name_points(panel, of_panel)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return png.getvalue()
 
 
-def _draw_panel(panel: "Axes", task: TableTask, found: Sequence[Entry], speeds: Mapping[str, Speed]) -> None:
+def _draw_panel(
+    panel: "Axes", task: TableTask, found: Sequence[Entry], speeds: Mapping[str, Speed], reference: str
+) -> list[tuple[float, float, str]]:
+    """Gives what was drawn: speed, score and backbone of each point."""
     methods = list(dict.fromkeys(entry.method for entry in found))
+    points_of: list[tuple[float, float, str]] = []
     for method in methods:
         points = [
             (speeds[e.backbone.name].relative, e.scores[-1], e.backbone.name)
@@ -334,21 +347,47 @@ def _draw_panel(panel: "Axes", task: TableTask, found: Sequence[Entry], speeds: 
         across, scores, names = zip(*points, strict=True)
         up, spread = [score.mean for score in scores], [score.deviation or 0.0 for score in scores]
         panel.errorbar(across, up, yerr=spread, fmt="o", capsize=3, label=method)
-        for place, name in zip(zip(across, up, strict=True), names, strict=True):
-            panel.annotate(name, place, xytext=(0, 5), textcoords="offset points", fontsize=8, ha="center")
+        points_of.extend(zip(across, up, names, strict=True))
     _scale_speeds(panel, [speeds[entry.backbone.name].relative for entry in found if entry.backbone.name in speeds])
-    panel.set(title=task.label, xlabel="relative speed of the backbone", ylabel=task.columns[-1].head)
+    panel.set(title=task.label, xlabel=f"images/s of the backbone, as a multiple of\n{reference}", ylabel=task.columns[-1].head)
+    # No score is below 0 but ARI; error bars and margins would show an axis there.
+    if points_of and min(up for _, up, _ in points_of) >= 0:
+        panel.set_ylim(bottom=max(0.0, panel.get_ylim()[0]))
     if task.task == "depth":
         panel.invert_yaxis()
-    if len(methods) > 1 and panel.has_data():
-        panel.legend(fontsize=8)
+    return points_of
+
+
+def _name_points(panel: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
+    """Each backbone's name once, over its highest point (at the panel's top, under it), moved from names that it would cover."""
+    unit = panel.figure.dpi / 72
+    box = panel.get_window_extent()
+    highest: dict[str, tuple[float, float, tuple[float, float]]] = {}
+    for across, up, name in points:
+        x, y = panel.transData.transform((across, up)) / unit
+        if name not in highest or y > highest[name][1]:
+            highest[name] = x, y, (across, up)
+    line, taken = 10.0, list[tuple[float, float, float]]()
+    for name, (x, y, place) in sorted(highest.items(), key=lambda each: each[1][1]):
+        half = 2.4 * len(name)  # of letters of 8 points
+        middle = min(max(x, box.x0 / unit + half), max(box.x1 / unit - half, box.x0 / unit + half))
+        rises = y + 5 + line <= box.y1 / unit
+        bottom = y + 5 if rises else y - 5 - line
+        for left, right, at in sorted(taken, key=lambda each: each[2] if rises else -each[2]):
+            if middle - half < right and left < middle + half and abs(at - bottom) < line:
+                bottom = at + line if rises else at - line
+        taken.append((middle - half, middle + half, bottom))
+        words = panel.annotate(
+            name, place, (middle - x, bottom - y), textcoords="offset points", fontsize=8, ha="center", va="bottom"
+        )
+        words.set_in_layout(False)
 
 
 def _scale_speeds(panel: "Axes", relative: Sequence[float]) -> None:
     """Logarithmic where speeds differ much; room for names at the sides."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    panel.margins(x=0.3, y=0.15)
+    panel.margins(x=0.3, y=0.25)
     if max(relative, default=1) > 4 * min(relative, default=1):
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -389,7 +428,7 @@ def write_grid(
     }
     folder.write("grid.json", json.dumps(document, indent=1).encode())
     if speeds:
-        folder.write("grid.png", scatter(found, speeds))
+        folder.write("grid.png", scatter(found, speeds, f"{config.speed_reference} at {config.speed_reference_size} px"))
     else:
         folder.remove(["grid.png"])  # an earlier start's, of other scores
     folder.write("grid.md", text.encode())

@@ -410,7 +410,8 @@ class ReadoutObjective:
         # The best checkpoint is that of the smallest.
         loss = sum(total for total, _ in losses) / divisor if divisor else -scores[self.task.better]
         values = {"val_loss": loss, **{f"val_{name}": value for name, value in scores.items()}}
-        picture = panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], panels)
+        legend = self.task.legend([each for _, *drawn in panels for each in drawn], DATASETS[self.config.dataset].names)
+        picture = panel_picture(f"step {step}: {self.task.name}", ["photo", self.config.method, "truth"], panels, legend)
         empty = sum(map(self.task.is_empty, records))
         return Validation(values=values, picture=picture, images=len(records) - empty, empty=empty, left_out=left_out)
 

@@ -15,6 +15,7 @@ from pipelines.results import table_lines
 from storage.differences import differences
 from storage.documents import JsonObject, JsonValue, as_object, decode
 from storage.paths import Folder, StorageError
+from storage.pixels import bilinear
 from storage.runs import read_metrics, read_pointers, read_run, step_name
 
 logger = logging.getLogger(__name__)
@@ -121,22 +122,41 @@ class EventFile:
 
 def similarity_picture(step: int, columns: Sequence[str], displayed: Sequence[Sequence[np.ndarray]]) -> bytes:
     """A PNG: for each of the first `displayed`, a photo uint8 [H, W, 3] and maps [h, w, C] as the similarity of each cell with
-    the central one, on one scale in a row."""
-    tiles = []
+    a point, on one scale in a row. The point is the middle of the first map's central cell, between the cells of finer ones."""
+    tiles, rows = [], []
     for photo, *maps in displayed[:_SHOWN]:
-        heights = [cosine_map(m[m.shape[0] // 2, m.shape[1] // 2], m) for m in maps]
+        height, width = maps[0].shape[:2]
+        point = (width // 2 + 0.5) / width, (height // 2 + 0.5) / height
+        queries = [bilinear(m, np.array([[point[0] * m.shape[1] - 0.5, point[1] * m.shape[0] - 0.5]]))[0] for m in maps]
+        heights = [cosine_map(query, m) for query, m in zip(queries, maps, strict=True)]
         low = float(min(h.min() for h in heights))
-        tiles.append([Tile(pixels=photo, is_photo=True, mark=(0.5, 0.5)), *(Tile(pixels=heat(h, low, 1.0)) for h in heights)])
-    return _png(f"step {step}: similarity with the cell in the middle", columns, tiles)
+        shown = (Tile(pixels=heat(h, low, 1.0), mark=point) for h in heights)
+        tiles.append([Tile(pixels=photo, is_photo=True, mark=point), *shown])
+        rows.append(f"{low:.2f} to 1.00")
+    title, scale = f"step {step}: cosine with the features at the ring", ("lowest cosine beside the row", "1")
+    return _png(title, columns, tiles, rows, scale)
 
 
-def panel_picture(title: str, columns: Sequence[str], displayed: Sequence[Sequence[np.ndarray]]) -> bytes:
-    """A PNG of rows of pictures, uint8 [H, W, 3]."""
-    return _png(title, columns, [[Tile(pixels=each, is_photo=True) for each in row] for row in displayed])
+def panel_picture(
+    title: str,
+    columns: Sequence[str],
+    displayed: Sequence[Sequence[np.ndarray]],
+    legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
+) -> bytes:
+    """A PNG of rows of pictures, uint8 [H, W, 3], and names of colours."""
+    tiles = [[Tile(pixels=each, is_photo=True) for each in row] for row in displayed]
+    return _png(title, columns, tiles, [""] * len(tiles), legend=legend)
 
 
-def _png(title: str, columns: Sequence[str], tiles: Sequence[Sequence[Tile]]) -> bytes:
-    panel = Panel(tiles=tiles, columns=list(columns), rows=[""] * len(tiles), title=title, tile_size=(192, 192))
+def _png(
+    title: str,
+    columns: Sequence[str],
+    tiles: Sequence[Sequence[Tile]],
+    rows: Sequence[str],
+    scale: tuple[str, str] | None = None,
+    legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
+) -> bytes:
+    panel = Panel(tiles=tiles, columns=list(columns), rows=rows, title=title, tile_size=(192, 192), scale=scale, legend=legend)
     png = io.BytesIO()
     panel.draw().save(png, "PNG")
     return png.getvalue()

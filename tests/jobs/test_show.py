@@ -1,13 +1,16 @@
 """jobs/show.py over real stores: complete, being written, with failures, local and on S3; and the page in a browser."""
 
 import base64
+import html
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.extract import program as extract_program
 from jobs.show import run
+from operators.visual import heat
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import RunFailed, extract
 from pipelines.extraction.worker import ShardWorker
@@ -367,8 +372,11 @@ def test_similarity_shows_bilinear_beside_what_is_finer(store):
         "x4 bicubic 16 x 16 cells",
     ]
     assert len(panel.tiles) == 3
-    assert panel.tiles[0][0].mark == (0.5, 0.5)
-    assert panel.tiles[1][0].mark is None
+    assert {tile.mark for tile in panel.tiles[0]} == {(0.5, 0.5)}  # on the maps, too
+    assert {tile.mark for tile in panel.tiles[1]} == {None}
+    bar = np.asarray(panel.draw())[-20:]
+    for end in (0.0, 1.0):
+        assert (bar == heat(np.array([end]), 0, 1)).all(axis=-1).any()
 
 
 def test_bilinear_map_beside_a_level_is_the_stored_bilinear_level(make_tars, tiny):
@@ -515,6 +523,18 @@ def test_report_holds_everything_and_no_address(with_failures, tmp_path):
     pictures = re.findall(r"data:image/(?:jpeg|png);base64,([^\"]+)", text)
     assert len(pictures) == 6 * 3 + 4 * 3
     assert all(base64.b64decode(picture) for picture in pictures)
+
+
+def test_report_says_the_command_and_the_software(make_tars, tiny):
+    config = tiny(make_tars())
+    extract(config, InlineExecutor())
+
+    text = html.unescape(render_report(FeatureStore.open(config.out), count=1))
+
+    (command,) = re.findall(r"<td>(python jobs/extract\.py [^<]*)</td>", text)
+    again = extract_program.parse(shlex.split(command)[2:]).config
+    assert again.public() == config.public()
+    assert f"torch {version('torch')}, " in text
 
 
 def test_report_escapes_what_strangers_wrote(tmp_path, tiny):

@@ -1,6 +1,7 @@
 """Colours, masks, similarity maps and panels, on maps whose right answer is plain."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,3 +128,17 @@ def test_numbers_are_spread_evenly_from_the_first_to_the_last():
     assert spread(0, 6) == spread(6, 0) == []
     gaps = np.diff(spread(1000, 64))
     assert (len(gaps), spread(1000, 64)[-1], gaps.max() - gaps.min()) == (63, 999, 1)
+
+
+def test_a_panels_legend_and_colour_bar_stand_below_its_tiles():
+    tile = Tile(pixels=np.full((4, 4, 3), 128, np.uint8))
+    plain = Panel(tiles=[[tile]], columns=["a"], rows=["r"], title="t", tile_size=(60, 60))
+    colours = [(10 * n, 0, 200) for n in range(6)]
+    legend = [(f"name {n}", colour) for n, colour in enumerate(colours)]
+    drawn = np.asarray(replace(plain, legend=legend, scale=("low", "high")).draw())
+    above = plain.draw()
+
+    np.testing.assert_array_equal(drawn[: above.height - 2, : above.width], np.asarray(above)[:-2])
+    assert all((drawn[above.height :] == colour).all(axis=-1).sum() >= 100 for colour in colours)
+    for end in (0, 1):
+        assert (drawn[above.height :] == heat(np.array([end]), 0, 1)).all(axis=-1).any()

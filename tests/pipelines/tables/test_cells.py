@@ -1,5 +1,6 @@
 """A grid of readouts: cells are training runs, tables hold what they measured, and what fails ends nothing else."""
 
+import itertools
 import json
 import re
 import shutil
@@ -506,11 +507,38 @@ def test_the_scatter_draws_each_backbone_and_turns_errors_round(monkeypatch):
         for c in cells
     ]
 
-    png = scatter(entries(cells, results), {"mae": relative_speed(1.0), "dino": relative_speed(0.2)})
+    png = scatter(entries(cells, results), {"mae": relative_speed(1.0), "dino": relative_speed(0.2)}, "mae at 224 px")
 
     assert png.startswith(b"\x89PNG")
     assert points == [((1.0, 0.2), [25.0, 25.0]), ((1.0, 0.2), [0.75, 0.75])]
     assert turned == ["depth"]
+
+
+def test_the_scatters_names_do_not_cover_each_other_and_its_axis_has_no_negative_scores(monkeypatch):
+    from matplotlib.figure import Figure
+
+    kept: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **how: kept.append(figure) or file.write(b""))
+    names = "mae", "dino", "clip-b", "metaclip", "siglip-224"
+    config = GridConfig.of(out="x", backbones=names, tasks=("voc",), data=("voc=v",), seeds=(0, 1))
+    cells = plan_cells(config)
+    results = [
+        CellResult(
+            name=c.name, backbone=c.backbone.name, task=c.task.name, method=c.method, seed=c.seed,
+            metrics={"val_loss": 0.5, "val_miou": 0.002 * c.seed},
+        )
+        for c in cells
+    ]  # fmt: skip
+
+    scatter(entries(cells, results), {name: relative_speed(1 + n / 100) for n, name in enumerate(names)}, "mae at 224 px")
+
+    (figure,) = kept
+    (panel,) = figure.axes
+    boxes = {text.get_text(): text.get_window_extent() for text in panel.texts}
+    assert set(boxes) == set(names)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
+    assert panel.get_ylim()[0] == 0
+    assert "mae at 224 px" in panel.get_xlabel()
 
 
 def test_any_task_of_any_data_set_has_its_columns():

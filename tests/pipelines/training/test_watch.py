@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from operators.visual import Panel, cosine_map, heat
 from pipelines.training.run import main
-from pipelines.training.watch import Validations, training_lines
+from pipelines.training.watch import Validations, similarity_picture, training_lines
 from storage.documents import JsonValue
 from storage.paths import Folder
 from storage.runs import write_metrics, write_run
@@ -44,6 +47,29 @@ def run_of(path: Path, losses: dict[int, float], bilinear: float, **identity: Js
 def rows_of(lines: list[str]) -> dict[str, list[str]]:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {row[0]: row[1:] for row in cells}
+
+
+def test_a_training_picture_rings_one_point_in_all_its_maps(monkeypatch):
+    """Features are the places of cells: the middle of the coarse map's central cell, between cells of the finer one."""
+    panels: list[Panel] = []
+    monkeypatch.setattr(Panel, "draw", lambda panel: panels.append(panel) or Image.new("RGB", (1, 1)))
+
+    def places(side: int) -> np.ndarray:
+        centres = (np.arange(side) + 0.5) / side
+        return np.stack([*np.meshgrid(centres, centres), np.ones((side, side))], axis=-1)
+
+    similarity_picture(3, ["photo", "a", "b"], [[np.zeros((8, 8, 3), np.uint8), places(4), places(8)]])
+
+    (panel,) = panels
+    assert {tile.mark for tile in panel.tiles[0]} == {(0.625, 0.625)}
+    assert panel.scale
+    finer = panel.tiles[0][2].pixels
+    assert finer is not None
+    # The point lies in the corner of four cells: the two beside the diagonal are alike.
+    assert (finer[4, 5] == finer[5, 4]).all()
+    assert (
+        finer[4, 4] == heat(cosine_map(np.array([0.625, 0.625, 1]), places(8)), float(panel.rows[0].split()[0]), 1)[4, 4]
+    ).all()
 
 
 def test_every_run_stands_beside_its_own_bilinear_row(tmp_path):
