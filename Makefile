@@ -50,7 +50,7 @@ lock: setup
 	$(BIN)/uv pip compile --quiet --extra dev --python-version 3.11 --universal --no-emit-index-url --no-annotate --no-header \
 	    --output-file requirements.txt pyproject.toml
 	echo 'ray[default]' | $(BIN)/uv pip compile --quiet --python-version 3.11 --universal --no-emit-index-url --no-annotate \
-	    --no-header --constraint requirements.txt --output-file cluster/requirements.txt pyproject.toml -
+	    --no-header --extra all --constraint requirements.txt --output-file cluster/requirements.txt pyproject.toml -
 
 clean:
 	rm -rf $(VENV) demo *.egg-info build .ruff_cache .pytest_cache .import_linter_cache .mypy_cache

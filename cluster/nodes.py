@@ -116,7 +116,7 @@ class LocalCluster:
         settings |= {"cpus": 0 if head else self._cpus, "store_bytes": self._store_bytes}
         with (self._folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.nodes", json.dumps(settings)],
+                [sys.executable, "-m", f"{__package__}.nodes", json.dumps(settings)],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,  # never written to; it ends with this process
                 stdout=log,

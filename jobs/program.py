@@ -18,6 +18,7 @@ from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
 import tyro
 
 from pipelines.config import ConfigError, JobConfig, settings_of
+from pipelines.provenance import full_version
 from storage.errors import RayliftError
 from storage.paths import redact
 from storage.words import is_of_disk, printable, what_the_disk_says
@@ -87,8 +88,8 @@ class Program:
         """Do what `argv` says; returns the exit code.
 
         A `RayliftError` ends with the code of its class, and what the operating system says of a path or a disk with 2, each as
-        one message without credentials; an interrupt ends with 130, SIGTERM with 143, and a reader that went away (`| head`)
-        with 141.
+        one message without credentials, and so does a library that isn't installed; an interrupt ends with 130, SIGTERM with 143,
+        and a reader that went away (`| head`) with 141.
         """
         for stream in (sys.stdout, sys.stderr):
             # A name that the terminal's encoding lacks is no reason to end after hours of work.
@@ -105,6 +106,8 @@ class Program:
                 if not is_of_disk(error):
                     raise
                 return _say(redact(what_the_disk_says(error), options), RayliftError.exit_code)
+            except ModuleNotFoundError as error:
+                return _say(what_lacks(error), ConfigError.exit_code)
             except KeyboardInterrupt as interrupt:
                 by_scheduler = terminated.is_set() or interrupt.args == (signal.SIGTERM,)
                 return _say(self.stopped, TERMINATED if by_scheduler else STOPPED)
@@ -112,9 +115,13 @@ class Program:
     def _run(self, argv: Sequence[str], options: dict[str, object]) -> int:
         """Do what `argv` says, and print what comes of it. `options` become those of the storage, for messages of errors."""
         try:
-            call = self.parse(argv)
-            options |= getattr(call.config, "options", {})
-            for line in call.lines():
+            if "--version" in argv:
+                lines: Iterable[str] = [full_version()]
+            else:
+                call = self.parse(argv)
+                options |= getattr(call.config, "options", {})
+                lines = call.lines()
+            for line in lines:
                 print(printable(line))
             sys.stdout.flush()
         except BrokenPipeError:
@@ -149,8 +156,8 @@ class Program:
         config = tyro.cli(
             kind,
             args=args,
-            prog=" ".join(filter(None, ["python", f"jobs/{self.name}.py", word, choice])),
-            description=about,
+            prog=" ".join(filter(None, [f"python jobs/{self.name}.py", word, choice])),
+            description=f"{about}\n--version says which Raylift this is.",
             config=() if self.pairs else (tyro.conf.FlagCreatePairsOff,),
             **({} if default is kind else {"default": default}),
         )
@@ -178,7 +185,7 @@ class Program:
 
     def _end_with_usage(self, args: Sequence[str]) -> NoReturn:
         """Print what there is to choose from; it was asked for, or something lacks."""
-        print(f"{self.doc}\nCommands and presets, each with --help:")
+        print(f"{self.doc}\nCommands and presets, each with --help; --version says which Raylift this is:")
         for name, command in self.commands.items():
             print(f"  {': '.join(filter(None, [name, ', '.join(command.presets)]))}")
         raise SystemExit(0 if "--help" in args or "-h" in args else 2)
@@ -232,6 +239,11 @@ def _say(message: str, code: int) -> int:
         _drop_output()
     print(printable(message), file=sys.stderr)
     return code
+
+
+def what_lacks(error: ModuleNotFoundError) -> str:
+    """In one sentence: a library is missing, which an extra would have installed."""
+    return f"ModuleNotFoundError: {error.name} isn't installed here; pip install 'raylift[all]' installs all that Raylift uses"
 
 
 def _drop_output() -> None:

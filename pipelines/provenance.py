@@ -1,5 +1,6 @@
 """Where results come from: the software that made them, and whether a run goes on with the settings it was begun with."""
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -8,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pipelines.config import ConfigError
+from storage import __version__
 from storage.differences import differences
 from storage.documents import JsonObject, JsonValue, as_object
 from storage.paths import Folder, StorageOptions
@@ -19,15 +21,28 @@ from storage.runs import read_pointers, read_run, write_run
 def versions() -> dict[str, str]:
     """Software that made the numbers."""
     names = ("ray", "torch", "torchvision", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found, "raylift_commit": _commit() or "unknown"}
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra that isn't installed, and wasn't used
+            found[name] = importlib.metadata.version(name)
+    return {"python": platform.python_version(), **found, "raylift": __version__, "raylift_commit": _commit() or "unknown"}
+
+
+def full_version() -> str:
+    """What --version says."""
+    return f"raylift {__version__} (commit {_commit() or 'unknown'})"
 
 
 def _commit() -> str:
-    """Of the checkout that this program runs from; empty where there is none, or no git to ask."""
+    """What was built, or that of the checkout that this program runs from; empty where there is none, or no git to ask."""
+    root = Path(__file__).resolve().parent.parent
+    built = root / "COMMIT"  # by setup.py
+    if built.is_file():
+        return built.read_text().strip()
+    if not (root / ".git").exists():  # an installation within a checkout of something else, whose commit says nothing of us
+        return ""
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
-        root = Path(__file__).resolve().parent.parent
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git in PATH, or one that may not be run
         return ""

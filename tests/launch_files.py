@@ -460,9 +460,9 @@ _DOCKERFILE_RULES: dict[str, tuple[str, Callable[[list[str]], bool]]] = {
         "missing; the image must have the locked requirements, copied before",
         lambda lines: _installs_lock(lines),
     ),
-    "RUN uv pip install --no-deps .": (
+    "RUN uv pip install --no-deps --editable .": (
         "missing; the image must have the package itself, without resolving again",
-        lambda lines: any(re.match(r"RUN .*\buv pip install\b.*--no-deps \.$", line) for line in lines),
+        lambda lines: any(re.match(r"RUN .*\buv pip install\b.*--no-deps --editable \.$", line) for line in lines),
     ),
     "USER": (
         "the last one must be another user than root",

@@ -124,7 +124,7 @@ def _head(config: AutoscaleBenchmark, folder: Path) -> Iterator[AutoscalingClust
     with tempfile.TemporaryDirectory(prefix="raylift-", ignore_cleanup_errors=True) as own, own_cluster(Path(own)):
         cluster = AutoscalingCluster(port=config.port, nodes=config.nodes, idle_s=config.idle_s, folder=own)
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(cluster).items()]
-        command = [sys.executable, "-m", "cluster.autoscaling", *flags]
+        command = [sys.executable, "-m", AutoscalingCluster.__module__, *flags]
         with log.open("wb") as out:
             process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         try:

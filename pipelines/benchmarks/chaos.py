@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Literal, TypeAlias
 
-from cluster.nodes import ROOT, LocalCluster, LocalNode, local_ray
+from cluster.nodes import ROOT, LocalCluster, LocalNode, fill_stores, local_ray
 from pipelines.benchmarks.chaos_jobs import ExtractJob, Found, Job, TrainJob
 from pipelines.benchmarks.data import write_photos
 from pipelines.config import ConfigError, require_at_least
@@ -330,7 +330,8 @@ class _Runner:
         return True
 
     def _fault_store(self) -> bool:
-        code = "import sys; from cluster.nodes import fill_stores; fill_stores(sys.argv[1], *map(float, sys.argv[2:]))"
+        module = fill_stores.__module__
+        code = f"import sys; from {module} import fill_stores; fill_stores(sys.argv[1], *map(float, sys.argv[2:]))"
         arguments = [self.cluster.address, str(1.5e6 * self.config.store_mb), str(self.config.every)]
         self._start([sys.executable, "-c", code, *arguments], subprocess.DEVNULL)
         return True

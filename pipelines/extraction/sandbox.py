@@ -26,7 +26,7 @@ from storage.errors import RayliftError
 DECODE_SECONDS = 120.0
 """No image takes so long (44 megapixels of noise as JPEG 2000: a minute); what is above the limits is refused by its header."""
 
-_PROGRAM = "from pipelines.extraction.sandbox import serve; serve()"
+_PROGRAM = f"from {__name__} import serve; serve()"
 
 _SPARE_BYTES = 2**30
 """Address space of the process beyond what decoding may take."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-import cluster.progress
+from cluster import progress as shown
 from cluster.repeated import every
 from cluster.resources import WorkerRequest, accelerator_selector
 from pipelines.config import absolute
@@ -144,8 +144,8 @@ def train_inline(setup: TrainSetup, device: Literal["auto", "cpu", "cuda"] | Non
     return replace(summarise(setup.folder), notes=setup.notes)
 
 
-def _progress(setup: TrainSetup) -> cluster.progress.Progress:
-    return cluster.progress.Progress(total=setup.order.steps, done=setup.steps_done(), unit="steps", note="before the first step")
+def _progress(setup: TrainSetup) -> shown.Progress:
+    return shown.Progress(total=setup.order.steps, done=setup.steps_done(), unit="steps", note="before the first step")
 
 
 def _log_notes(setup: TrainSetup) -> None:
@@ -232,7 +232,7 @@ class _Follower:
 
     folder: Folder
     seen: int
-    progress: cluster.progress.Progress | None = None
+    progress: shown.Progress | None = None
 
     def __call__(self) -> None:
         try:

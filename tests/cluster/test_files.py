@@ -241,7 +241,7 @@ def test_broken_copy_is_refused_with_the_place_named(fault, tmp_path):
         ("COPY cluster/requirements.txt /tmp/requirements.txt", "", "--requirement requirements.txt: missing"),
         ("--requirement /tmp/requirements.txt", "ray torch", "--requirement requirements.txt: missing"),
         ("RUN uv pip install --system --no-cache --compile-bytecode", "RUN pip install", "requirements.txt: missing"),
-        ("--no-deps .", "numpy", "--no-deps .: missing"),
+        ("--no-deps --editable .", "numpy", "--no-deps --editable .: missing"),
         ("USER ray", "", "USER: "),
         ("USER ray", "USER root", "USER: "),
         ("FROM python:3.11.14-slim-bookworm", "FROM python:3.13.1-slim-bookworm", "FROM: "),

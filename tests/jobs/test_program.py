@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from jobs.program import Command, Program
+from pipelines import provenance
 from pipelines.config import ConfigError
+from storage import __version__
 from storage.errors import RayliftError
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +82,31 @@ def test_a_job_is_its_docstring_its_presets_and_one_program(name):
         "run = program.run",
         "if __name__ == '__main__':\n    sys.exit(run(sys.argv[1:]))",
     ]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_version_is_said_wherever_it_stands(name, capsys):
+    program = importlib.import_module(f"jobs.{name}").program
+    word = next(iter(program.commands)).split()[:1]
+
+    assert program.run(["--version"]) == 0
+    assert program.run([*word, "--version"]) == 0
+
+    assert capsys.readouterr().out == 2 * f"{provenance.full_version()}\n"
+
+
+def test_commit_is_of_what_was_built_or_of_our_own_checkout(tmp_path, monkeypatch):
+    """Where Raylift is installed below somebody's repository (.venv/), that one's commit says nothing of it."""
+    root = tmp_path / "lib" / "raylift"
+    (root / "pipelines").mkdir(parents=True)
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(root / "pipelines" / "provenance.py"))
+
+    assert provenance.full_version() == f"raylift {__version__} (commit unknown)"
+    (root / "COMMIT").write_text("1234abc\n")
+    assert provenance.full_version() == f"raylift {__version__} (commit 1234abc)"
 
 
 def test_a_word_a_preset_and_flags_make_the_settings():
