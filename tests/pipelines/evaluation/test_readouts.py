@@ -22,6 +22,7 @@ from pipelines.features.model import FeatureModel
 from pipelines.features.photos import upright_pixels
 from pipelines.features.sources import CachedSource, LiveSource
 from pipelines.features.weights import WeightsUnavailable
+from pipelines.readouts.segmentation import SegmentationTask, class_colours
 from storage.datasets.files import DatasetError
 from storage.paths import Folder
 from storage.runs import read_pointers
@@ -401,3 +402,13 @@ def test_published_settings_of_readouts_parse():
     assert (depth.method, depth.depth_loss, depth.normalise, depth.side) == ("depth_bins", "vit-up", False, 448)
     linear = train_job.program.parse(["probe", "--dataset", "ade20k"]).config
     assert (linear.method, linear.batch, linear.flip, linear.schedule, linear.lr) == ("linear", 4, True, "cosine", 2e-3)
+
+
+def test_a_segmentations_legend_names_the_classes_that_are_drawn():
+    task = SegmentationTask(placement="squash", side=4, classes=4)
+    drawn = class_colours(np.array([[0, 2], [3, 255]]))
+
+    legend = dict(task.legend([drawn], ("background", "cat", "dog")))
+
+    assert list(legend) == ["background", "dog", "class 3", "void"]
+    assert list(legend.values()) == [tuple(colour) for colour in drawn.reshape(-1, 3).tolist()]
