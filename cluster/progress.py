@@ -154,9 +154,9 @@ class Progress:
         shares = Table.grid(padding=(0, 1))
         for stage, share in self.shares().items():
             shares.add_row(stage, ProgressBar(total=1.0, completed=share, width=30), f"{share:.0%}")
-        return Group(
-            ProgressBar(total=self.total, completed=finished, width=60), table, *([self.said] if self.said else []), shares
-        )
+        bar = Table.grid()  # alone, it ends without a new line, and what follows sticks to it
+        bar.add_row(ProgressBar(total=self.total, completed=finished, width=60))
+        return Group(bar, table, *([self.said] if self.said else []), shares)
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,14 @@ def _device(request: WorkerRequest, present: Sequence[Nodes], read: Callable[[],
         return "cuda"
     if not any(kind.cpus for kind in present) and any(kind.gpus for kind in (read() or Growth()).nodes):
         return "cuda"
-    logger.info("no GPU in the cluster: running on CPUs (--device cuda waits for autoscaled GPUs)")
+    _say_that_there_is_no_gpu()
     return "cpu"
+
+
+@functools.cache
+def _say_that_there_is_no_gpu() -> None:
+    """Once, however many pools are asked for."""
+    logger.info("no GPU in the cluster: running on CPUs (--device cuda waits for autoscaled GPUs)")
 
 
 def _fill(request: WorkerRequest, device: str, nodes: Sequence[Nodes]) -> WorkerPool:

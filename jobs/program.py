@@ -263,6 +263,8 @@ def log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for name in ("botocore", "aiobotocore", "boto3"):  # each says, again and again, where credentials were found
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def pick_word(args: list[str], names: Collection[str], missing: str = "nothing") -> str | None:

@@ -5,16 +5,20 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Collection
+import uuid
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, JobConfig, absolute
 from storage import __version__
 from storage.differences import differences
 from storage.documents import JsonObject, JsonValue, as_object
-from storage.paths import Folder, StorageOptions
+from storage.paths import Folder, StorageOptions, filesystem
 from storage.root import read_attributes
 from storage.runs import read_pointers, read_run, write_run
+
+C = TypeVar("C", bound=JobConfig)
 
 
 @functools.cache
@@ -67,6 +71,31 @@ def run_folder(out: str, options: StorageOptions) -> Folder:
     if read_attributes(folder) is not None:
         raise ConfigError(f"{folder.displayed} is a feature store; give --out a folder of its own")
     return folder
+
+
+NOTHING_RUN = "nothing was run; drop --plan to start"
+"""The last line of a plan."""
+
+
+@contextlib.contextmanager
+def planned(config: C, out: str) -> Iterator[C]:
+    """Settings that can be prepared as those of a run, for its plan: where `out` holds one, to be held against it; else with an
+    output in memory, so that nothing is begun. Raises as `run_folder`."""
+    if not out:
+        yield config  # whose preparation says so
+        return
+    there = run_folder(absolute(out), config.options)
+    if read_run(there) is not None or read_pointers(there) is not None:
+        yield config
+        return
+    draft = f"memory://raylift-plan-{uuid.uuid4().hex}"
+    executor = {"executor": "auto"} if config.cluster.executor == "ray" else {}  # to which memory is nothing
+    try:
+        yield config.changed(out=draft, **executor)
+    finally:
+        fs, path = filesystem(draft)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
 
 
 def begin_run(folder: Folder, made_of: JsonObject, config: JsonObject, *, aside: Collection[str] = (), **said: JsonValue) -> None:

@@ -34,6 +34,8 @@ class EvaluateConfig(JobConfig):
     """How many items to draw."""
     paper: Free[bool] = False
     """Print the published rows beside the measured ones."""
+    plan: Free[bool] = False
+    """Print what would be done, and what is done already, then stop: nothing is computed or begun, and no cluster is asked."""
 
     cluster: Held[ClusterConfig] = ClusterConfig()
 

@@ -19,7 +19,7 @@ from pipelines.executors import Executor, executor_for
 from pipelines.features.clipping import ClippedFeatures, ClippedImage
 from pipelines.features.rows import Size
 from pipelines.features.sources import CachedSource, FeatureSource, LiveRecipe, Recipe, StoreRecipe, describe
-from pipelines.provenance import begin_run, run_folder
+from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.published import Published
 from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, with_published, write_results
 from storage.datasets.content import HasContent, content_digests, joint_digest
@@ -268,9 +268,8 @@ def run_pieces(
     if pending:
         pool = executor.pool(config.cluster.request())
         work = Work(evaluation=evaluation, recipe=recipe, folder=folder, device=pool.device, threads=pool.cpus)
-        items = {piece.name: max(1, len(piece.items)) for piece in pieces}
-        left = sum(items[piece.name] for piece in pending)
-        with Progress(total=sum(items.values()), done=sum(items.values()) - left, unit="items") as progress:
+        items = {piece.name: _items([piece]) for piece in pending}
+        with Progress(total=_items(pieces), done=_items(pieces) - _items(pending), unit="items") as progress:
             for finished, name in enumerate(executor.pieces(work, pending, pool), 1):
                 progress.add(items[name])
                 progress.said = f"{name} done, {finished} of {len(pending)} pieces"
@@ -307,8 +306,30 @@ def evaluate(name: str, task: Task[Settings, Evaluating], config: Settings) -> s
     return write_results(folder, name, recipe.recorded(config), describe(recipe), findings)
 
 
+def plan_lines(task: Task[Settings, Evaluating], config: Settings) -> Iterator[str]:
+    """What an evaluation will do, and what of it is done, in words. The data is listed and held against the evaluation that is
+    there, if one is. Raises what `Task.prepare` raises."""
+    config.require_used()
+    with planned(config, config.out) as drafted:
+        evaluation, recipe, folder = task.prepare(drafted)
+        pieces, done = evaluation.pieces(), folder.sizes("parts")
+    left = [piece for piece in pieces if f"{piece.name}.jsonl" not in done]
+    yield f"evaluation {redact(config.out, config.options)}: {len(pieces) - len(left):,} of {len(pieces):,} pieces done"
+    yield f"items      {_items(pieces):,}, {_items(left):,} to go ({len(left):,} of {len(pieces):,} pieces)"
+    yield f"features   {describe(recipe)}"
+    yield NOTHING_RUN
+
+
+def _items(pieces: Sequence[Piece]) -> int:
+    """Of pieces, each as often as it is asked for (at several sizes, for example)."""
+    return sum(max(1, len(piece.items)) for piece in pieces)
+
+
 def main(name: str, task: Task[Settings, Evaluating], config: Settings) -> Iterator[str]:
-    """`evaluate`, and what there is to say of it."""
+    """`evaluate`, and what there is to say of it; with --plan, what it would do."""
+    if config.plan:
+        yield from plan_lines(task, config)
+        return
     yield evaluate(name, task, config)
     yield f"written to {redact(config.out, config.options)}"
 

@@ -32,7 +32,7 @@ _NOTES = "remove it: it holds notes on a run, nothing rests on it"
 BOTTLENECKS = {
     "read": "fetching images: run nearer to the data, or with more actors",
     "decode": "decoding images: more CPUs per actor (--actor-cpus), CPU nodes (--decode-on cluster), or --jpeg-draft",
-    "forward": "the model itself, which is as it should be: more or faster devices help, nothing else does",
+    "forward": "the model itself, which is as it should be: more or faster devices help most",
     "upsample": "upsampling: store fewer or coarser levels",
     "encode": "compressing features: more CPUs per actor, or fewer levels",
     "write": "writing features: a faster or nearer object store, fewer levels, or a smaller encoding",
@@ -269,7 +269,12 @@ def bottleneck(run: RunStatus) -> str:
     if not shares:
         return ""
     stage = max(shares, key=shares.__getitem__)
-    return f"most of the time ({shares[stage]:.0%}) goes to {BOTTLENECKS.get(stage, stage)}"
+    most = "most" if shares[stage] > 0.5 else "the largest part"
+    said = f"{most} of the time ({shares[stage]:.0%}) goes to {BOTTLENECKS.get(stage, stage)}"
+    second = max((name for name in shares if name != stage), key=shares.__getitem__, default=stage)
+    if second != stage and shares[second] >= 0.15:
+        said += f". Another {shares[second]:.0%} goes to {BOTTLENECKS.get(second, second)}"
+    return said
 
 
 def failure_lines(groups: Sequence[FailureGroup], rows: int) -> Iterator[str]:

@@ -38,6 +38,7 @@ from storage.differences import Difference
 from storage.documents import JsonObject, JsonValue, as_object, decode, decode_known, parse_json
 from storage.errors import RayliftError
 from storage.paths import Folder, redact
+from storage.runs import read_pointers
 from storage.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ _GRIDS_OWN = frozenset(
     {
         "out", "model", "weights", "revision", "size", "method", "task", "dataset", "data", "seed", "store", "val_store",
         "storage_options", "executor", "ray_address", "device", "workers", "worker_cpus", "max_failures", "limit",
-        "val_limit", "max_steps", "dim", "mask", "shared_sigma", "only_mask",
+        "val_limit", "max_steps", "dim", "mask", "shared_sigma", "only_mask", "plan",
     }
 )  # fmt: skip
 """Settings of a run that a grid decides."""
@@ -89,6 +90,8 @@ class GridConfig(JobConfig):
     TIMM_NAME-112), and the log says it."""
     paper: Free[bool] = False
     """Published numbers below the measured ones."""
+    plan: Free[bool] = False
+    """Print what would be done, and what is done already, then stop: nothing is computed or begun, and no cluster is asked."""
 
     max_steps: Free[int | None] = None
     """Optimiser steps of each run; default: the task's published ones."""
@@ -410,6 +413,15 @@ def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
     )
     setup.folder.write(RESULT, json.dumps({"result": asdict(result)}, indent=1).encode())
     return result
+
+
+def state_in_words(cell: Cell) -> str:
+    """How far a cell is, by its folder alone: whether that is of these settings and data, is asked when it is run."""
+    result, folder = _said_result(cell), Folder(cell.training.out, cell.training.options)
+    if result is not None and result.steps is not None:
+        return f"done, {result.steps:,} steps"
+    pointers = read_pointers(folder)
+    return f"begun, {pointers.last_step:,} steps so far" if pointers else "to do"
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipelines.config import Identity, flag_of, settings_of
 from pipelines.costs.speed import Speed
 from pipelines.executors import executor_for
-from pipelines.provenance import versions
+from pipelines.provenance import NOTHING_RUN, versions
 from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, Values
 from pipelines.results import sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
@@ -25,6 +25,7 @@ from pipelines.tables.cells import (
     plan_cells,
     published_recipe,
     run_cells,
+    state_in_words,
 )
 from pipelines.tables.tasks import Column, TableTask, published_values
 from pipelines.training.readout import FEATURES, ReadoutTraining
@@ -435,9 +436,26 @@ def write_grid(
     return text
 
 
+def plan_lines(config: GridConfig, cells: Sequence[Cell]) -> Iterator[str]:
+    """What a grid will do: a line for each cell, and how far that is. Nothing is begun, and no data is read."""
+    states = [state_in_words(cell) for cell in cells]
+    done = sum(state.startswith("done") for state in states)
+    yield f"{config.folder.displayed}: {len(cells):,} cells, {done:,} done, {len(cells) - done:,} to go"
+    width = max(len(cell.name) for cell in cells)
+    yield from (f"  {cell.name:<{width}}  {state}" for cell, state in zip(cells, states, strict=True))
+    if config.speed:
+        count = len({cell.backbone.name for cell in cells})
+        yield f"then the speed of {count} backbone{'s' if count > 1 else ''}, unless it is known"
+    yield "done: whether with these settings and this data, is asked when it is run"
+    yield NOTHING_RUN
+
+
 def main(config: GridConfig) -> Iterator[str]:
     """Run all cells, then measure speeds; writes what was found and gives it line by line. Raises `CellsFailed` at the end."""
     cells, folder = plan_cells(config), config.folder  # before a cluster is started: most mistakes end here
+    if config.plan:
+        yield from plan_lines(config, cells)
+        return
     with executor_for(config) as executor:
         results = run_cells(config, cells, executor)
         failed = sum(bool(result.error) for result in results)

@@ -97,6 +97,9 @@ class TrainConfig(JobConfig):
     max_failures: Free[int] = 3
     """Lost workers or nodes after which the run is given up; each time, it goes on from its last checkpoint."""
 
+    plan: Free[bool] = False
+    """Print what would be done, and what is done already, then stop: nothing is computed or begun, and no cluster is asked."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = "epochs", "batch", "workers", "worker_cpus", "loaders", "log_every", "checkpoint_every", "max_steps"

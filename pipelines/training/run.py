@@ -21,6 +21,7 @@ from cluster.resources import WorkerRequest, accelerator_selector
 from pipelines.config import absolute
 from pipelines.executors import InlineExecutor, RayExecutor, executor_for
 from pipelines.features.config import FeatureConfig
+from pipelines.provenance import NOTHING_RUN, planned
 from pipelines.training.config import TrainConfig, TrainSetup
 from pipelines.training.images import ImageTraining
 from pipelines.training.loop import Group, Progress, Trainer, TrainFailed
@@ -79,8 +80,28 @@ def train(config: TrainConfig) -> TrainSummary:
         return train_on_ray(resolved.prepare(executor), pool.device)
 
 
+def plan_lines(config: TrainConfig) -> Iterator[str]:
+    """What a run will do, and what of it is done, in words. The data is listed and held against the run that is there, if one is.
+    Raises what `config.resolve` raises, and `ConfigError`."""
+    with planned(config, config.out) as drafted:
+        setup = drafted.resolve().prepare(InlineExecutor())
+    order, done = setup.order, setup.steps_done()
+    left = order.steps - done
+    batch, again = min(config.batch, order.n_rows), f", from step {done:,} on" if done else ""
+    yield f"run        {redact(config.out, config.options)}: {done:,} of {order.steps:,} steps done, {left:,} to go"
+    yield f"images     {order.n_rows:,} to train on, {batch:,} a step, {order.steps_per_epoch:,} steps an epoch"
+    yield f"held out   {len(setup.held_out_rows):,} images, every {config.validate_every:,} steps and at the end"
+    checkpoints = len({*range(config.checkpoint_every, order.steps, config.checkpoint_every), order.steps} - set(range(done + 1)))
+    yield f"checkpoints {checkpoints:,} more, every {config.checkpoint_every:,} steps and at the end{again}"
+    yield from (f"note       {note}" for note in setup.notes)
+    yield NOTHING_RUN
+
+
 def main(config: TrainConfig) -> Iterator[str]:
-    """`train`, and what came of it, line by line."""
+    """`train`, and what came of it, line by line; with --plan, what it would do."""
+    if config.plan:
+        yield from plan_lines(config)
+        return
     summary = train(config)
     metrics = summary.metrics
     rate = f", {metrics['run_images_per_s']:.1f} images/s" if "run_images_per_s" in metrics else ""

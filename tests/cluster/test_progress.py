@@ -89,3 +89,16 @@ def test_one_progress_in_another_leaves_the_terminal_to_it(monkeypatch):
         cells.add(1)
     with Progress(total=3) as later:
         assert later._is_live
+
+
+def test_on_a_terminal_counts_stand_below_the_bar(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("cluster.progress.Console", lambda **_: Console(file=screen, force_terminal=True, color_system=None))
+    progress = Progress(total=1000, done=100)
+    progress.add(200, 1, {"forward": 3.0, "write": 1.0})
+
+    progress._console.print(progress._render())
+
+    bar, counts, *_ = screen.getvalue().splitlines()
+    assert "done" not in bar
+    assert counts.startswith("done  301 of 1,000 images (100 before)  failed  1")

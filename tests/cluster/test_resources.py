@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cluster import resources
 from cluster.resources import Growth, Nodes, WorkerRequest, gpu_slots, growth_of, size_pool
 from cluster.session import ClusterError, own_environment
 from pipelines.config import ConfigError
@@ -272,3 +273,15 @@ def test_tasks_decoded_apart_come_to_an_end(real):
 def test_actors_run_where_the_kind_of_gpu_is(real):
     assert real["kinds"] == ["A100"] * 4
     assert real["size"] == 1
+
+
+def test_that_there_is_no_gpu_is_said_once(caplog):
+    resources._say_that_there_is_no_gpu.cache_clear()
+    caplog.set_level("INFO")
+
+    pools = [pool_on([DECODE], device="auto") for _ in range(3)]
+
+    assert len(set(pools)) == 1
+    assert [record.message for record in caplog.records if "no GPU" in record.message] == [
+        "no GPU in the cluster: running on CPUs (--device cuda waits for autoscaled GPUs)"
+    ]

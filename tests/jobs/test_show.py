@@ -25,7 +25,7 @@ from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import RunFailed, extract
 from pipelines.extraction.worker import ShardWorker
 from pipelines.showing.report import render_report
-from pipelines.showing.status import BOTTLENECKS, MAX_RECORDS, read_status, status_lines
+from pipelines.showing.status import BOTTLENECKS, MAX_RECORDS, RunStatus, bottleneck, read_status, status_lines
 from pipelines.showing.views import colours_for, pick_rows, similar_panel, view_panel
 from storage.paths import StorageError
 from storage.store import FeatureStore, MissingRows, NotAStore, OutsideImage
@@ -122,6 +122,20 @@ def test_status_says_when_a_run_has_gone_silent(stopped):
 
     assert "silent for 1 h 01 min" in next(iter(status_lines(silent)))
     assert "the same command continues" in next(iter(status_lines(silent)))
+
+
+def test_what_else_takes_long_is_said_beside_what_takes_longest():
+    seconds = {"read": 14.0, "decode": 13.0, "forward": 37.0, "encode": 12.0, "write": 24.0}
+    run = RunStatus(run_id="r", started="2026-01-01T00:00:00+00:00", settings={}, stage_seconds=seconds)
+
+    said = bottleneck(run)
+    assert said.startswith("the largest part of the time (37%) goes to the model itself")
+    assert "Another 24% goes to writing features" in said
+    assert "nothing else" not in said
+
+    said = bottleneck(replace(run, stage_seconds={"forward": 9.0, "write": 1.0}))
+    assert said.startswith("most of the time (90%) goes to the model itself")
+    assert "writing" not in said
 
 
 @pytest.mark.parametrize(("error", "said"), [(KeyboardInterrupt(), "was stopped"), (RuntimeError("bug"), "failed")])

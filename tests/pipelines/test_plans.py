@@ -1,0 +1,70 @@
+"""`--plan` of trainings, evaluations and tables: what would be done and what is done, without doing or beginning any of it."""
+
+import pytest
+
+from pipelines import executors
+from pipelines.config import ConfigError
+from pipelines.evaluation.run import main as evaluation
+from pipelines.tables import deap
+from pipelines.training.run import main as training
+from storage.paths import Folder
+from storage.runs import read_pointers
+from tests.pipelines.evaluation.test_evaluation import correspondence, make_spair, spair_config
+from tests.pipelines.tables.test_cells import tiny_grid
+from tests.readout_runs import training as readout
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    monkeypatch.setattr(executors, "connect", lambda *_, **__: pytest.fail("a cluster was asked"))
+
+
+def test_a_training_says_its_steps_and_begins_nothing(sets, tmp_path):
+    config = readout(sets, tmp_path / "run", max_steps=3, checkpoint_every=2, validate_every=2)
+
+    first, *lines, last = training(config.changed(plan=True, executor="ray"))
+
+    assert first.endswith("0 of 3 steps done, 3 to go")
+    assert any(line.startswith("checkpoints 2 more") for line in lines)
+    assert last == "nothing was run; drop --plan to start"
+    assert not (tmp_path / "run").exists()
+
+    list(training(config))
+    before = read_pointers(Folder(config.out))
+    first, *_ = training(config.changed(plan=True, max_steps=5, executor="ray"))
+    assert first.endswith("3 of 5 steps done, 2 to go")
+    assert read_pointers(Folder(config.out)) == before
+    with pytest.raises(ConfigError, match="lr"):
+        list(training(config.changed(plan=True, lr=0.5)))
+
+
+def test_an_evaluation_says_its_items_and_what_is_done(tmp_path):
+    config = spair_config(make_spair(tmp_path / "spair"), tmp_path / "out")
+
+    first, items, *_ = evaluation("correspondence", correspondence, config.changed(plan=True))
+
+    assert first.endswith("pieces done")
+    assert ": 0 of " in first
+    assert not (tmp_path / "out").exists()
+
+    list(evaluation("correspondence", correspondence, config))
+    parts = sorted((tmp_path / "out/parts").iterdir())
+    parts[0].unlink()
+    first, items, *_ = evaluation("correspondence", correspondence, config.changed(plan=True))
+    assert first.endswith(f"{len(parts) - 1} of {len(parts)} pieces done")
+    assert items.endswith(f"to go (1 of {len(parts)} pieces)")
+    assert not parts[0].exists()
+
+
+def test_a_table_says_its_cells(sets, tmp_path):
+    config = tiny_grid(sets, tmp_path / "grid", methods=("deap",), speed=False)
+    first, *_ = deap.main(config.changed(plan=True))
+    assert first.endswith("1 cells, 0 done, 1 to go")
+    assert not (tmp_path / "grid").exists()
+
+    list(deap.main(config))
+    first, cell, *_ = deap.main(config.changed(plan=True, seeds=(0, 1), executor="ray"))
+    assert first.endswith("2 cells, 1 done, 1 to go")
+    assert "done, " in cell
