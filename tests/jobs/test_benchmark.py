@@ -367,7 +367,7 @@ def test_windows_that_do_not_give_what_gathering_gives_are_no_result(monkeypatch
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--size", "60"], "the nearest that is: 64"), (["--model", "resnet18"], "resnet18 can't be built")],
+    [(["--size", "60"], "the nearest that is: 64"), (["--model", "resnet18"], "timm's resnet18 isn't built for a size of input")],
 )
 def test_cost_vit_up_refuses_models_and_sizes_that_cannot_be_had(arguments, message, capsys):
     assert benchmark.run(["cost", "debug", "--vit-up", *arguments]) == 2

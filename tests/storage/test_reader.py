@@ -32,6 +32,7 @@ from storage.samples import PART_ROWS, Source, part_name, table_bytes, write_ind
 from storage.spec import FeatureSpec, Layout, Level
 from storage.store import FeatureStore, MissingRows, NotAStore
 from storage.tars import SCHEMA as INDEX_SCHEMA
+from storage.totals import Totals
 from tests.conftest import jpeg, write_tar
 from tests.stops import dying_at_task
 
@@ -711,7 +712,7 @@ def completed(store: FeatureStore) -> FeatureStore:
         store.folder.write(part_name("ledger/samples", part), table_bytes(table.slice(start, PART_ROWS)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureStore, "pending", lambda _: [])
-        patch.setattr(Ledger, "merge", lambda *_: {"ok": n})
+        patch.setattr(Ledger, "merge", lambda *_: Totals(counts={"ok": n}))
         store.finalize()
     return reopened(store)
 

@@ -20,6 +20,8 @@ from storage.datasets.images import load_images
 from storage.store import FeatureStore
 from tests.readout_runs import TINY, extract
 
+INLINE = {"executor": "inline", "device": "cpu"}
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -161,4 +163,4 @@ def test_stores_of_other_features_do_not_stand_in_one_table(tmp_path, tiny):
     ):
         large = extract(tiny, tmp_path / f"{name}.zarr", data, size="96", **made, **changes)
         with pytest.raises(ConfigError, match=rf"holds other features than .*small.zarr:\n  {name} "):
-            cka.prepare(CkaConfig.of(**TINY, data=str(data), stores=(small, large), out=str(tmp_path / "out")))
+            cka.prepare(CkaConfig.of(**INLINE, data=str(data), stores=(small, large), out=str(tmp_path / "out")))

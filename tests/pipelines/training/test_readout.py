@@ -512,7 +512,7 @@ def test_an_image_without_any_depth_counts_for_nothing(sets, tmp_path):
     shutil.copytree(sets / "NYU", data)
     empty = np.zeros((60, 80))
     write_nyu(data, "train", "zz", np.zeros((60, 80, 3), np.uint8), empty)
-    write_nyu(data, "val", "zz", np.zeros((60, 80, 3), np.uint8), empty)
+    write_nyu(data, "val", "zz", np.full((60, 80, 3), 9, np.uint8), empty)
     with_empty = training(sets, tmp_path / "with", "depth", data=str(data), micro_batch=1, batch=6, epochs=1)
     without = training(sets, tmp_path / "without", "depth", micro_batch=1, batch=6, epochs=1)
 

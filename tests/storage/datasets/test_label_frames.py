@@ -367,9 +367,9 @@ def test_targets_are_those_of_the_upright_images(both_sets, tmp_path, tiny, task
     store = extract(tiny, tmp_path / "t.zarr", turned / IMAGES[task], geometry=geometry)
 
     def source(sets: Path, name: str, **changes: object):
-        changes = {"label_frame": "stored", **changes}
+        changes = {"label_frame": "stored", "overlap": True, **changes}  # both parts of its depth are the same pictures
         if "store" in changes:  # of the images trained on only
-            changes |= {"val_split": "train2017" if "coco" in IMAGES[task] else "train", "overlap": True, "size": None}
+            changes |= {"val_split": "train2017" if "coco" in IMAGES[task] else "train", "size": None}
         return prepared(training(sets, tmp_path / name, task, **changes)).images
 
     expected, found = (source(sets, sets.parent.name, drawing="extract") for sets in (upright, turned))
