@@ -103,6 +103,7 @@ class WatchedExecutor(RayExecutor):
     `arrived`, in seconds of the monotonic clock."""
 
     def __init__(self, instead: Callable[[MakeWorker], MakeWorker]):
+        super().__init__()
         self._instead = instead
         self.reports: list[TaskReport] = []
         self.marks: dict[str, DriverUse] = {}
