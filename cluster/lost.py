@@ -6,7 +6,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ def ending_with(processes: Mapping[int, str]) -> Iterator[None]:
 
 
 def _watch(watched: Mapping[int, str], stop: int) -> None:
-    ready, _, _ = select.select([*watched, stop], [], [])
+    ready = _readable([*watched, stop])
     if stop in ready:
         return
-    if select.select([stop], [], [], _LET_IT_END_S)[0] or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+    if _readable([stop], _LET_IT_END_S) or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         return
     sys.stderr.write(
         f"ClusterError: {watched[ready[0]]} has died (killed, perhaps for memory), and nothing goes on without it. Finished work "
@@ -59,3 +59,11 @@ def _watch(watched: Mapping[int, str], stop: int) -> None:
     sys.stderr.flush()
     # Not through the main thread, which may be inside of what waits for that process.
     os._exit(EXIT_CODE)
+
+
+def _readable(files: Sequence[int], seconds: float | None = None) -> list[int]:
+    """Wait until there are some. `select.select` refuses numbers above 1023, which a program with many open files gives."""
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    return [file for file, _ in poll.poll(None if seconds is None else 1000 * seconds)]

@@ -44,6 +44,21 @@ def test_killed_process_ends_the_program_with_a_sentence_while_it_waits_in_nativ
     assert done.stderr.endswith("the same command continues.\n")
 
 
+def test_it_is_noticed_by_a_program_with_many_open_files():
+    many = """import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 4096), most))
+        files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        children.append(subprocess.Popen(["sleep", "9"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        with ending_with({children[2].pid: "the third"}):
+            children[2].kill()
+            time.sleep(50)"""
+    done = run(many)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ClusterError: the third has died")
+
+
 def test_program_whose_processes_live_on_ends_in_order():
     done = run("time.sleep(0.2)")
 
