@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 LINE_INTERVAL_S = 30.0
 
-
 _TOGETHER = 0.05
 """Tasks that end within this part of the running time count as having ended together."""
 
@@ -47,7 +46,7 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._console = Console(file=sys.stderr)
-        self._begun: float | None = None  # when the first task to be finished was begun
+        self._begun = self.started  # once there are marks: when the first task to be finished was begun
         self._marks: list[_Mark] = []
 
     def __enter__(self) -> "Progress":
@@ -74,7 +73,7 @@ class Progress:
     def add(self, ok: int, failed: int = 0, seconds: Mapping[str, float] | None = None) -> None:
         """Count one finished task; `seconds` is how long it took, by stage, where that is known."""
         now, seconds = time.monotonic(), seconds or {}
-        if self._begun is None:
+        if not self._marks:
             self._begin(max(self.started, now - sum(seconds.values())) if seconds else self.started)
         self.ok += ok
         self.failed += failed
@@ -85,9 +84,11 @@ class Progress:
     def reach(self, finished: int, said: str = "") -> None:
         """`finished` of the total are done now, those of earlier runs among them: fewer than before, where a part was lost."""
         self.said = said
-        count = finished - self.done - self.ok - self.failed
+        count = finished - self.finished
         if count < 0:
-            self.done, self.ok, self.failed, self.started, self._begun = finished, 0, 0, time.monotonic(), None
+            self.done, self.ok, self.failed = finished, 0, 0
+            self._begun = self.started = time.monotonic()
+            self._marks = []
         elif count:
             self.add(count)
 
@@ -96,46 +97,43 @@ class Progress:
 
     def _mark(self, now: float) -> None:
         count, last = self.ok + self.failed, self._marks[-1]
-        if last.count and now - last.first <= _TOGETHER * (now - self._marks_since()):
+        if last.count and now - last.first <= _TOGETHER * (now - self._begun):
             self._marks[-1] = _Mark(last.first, now, count)
         else:
             self._marks.append(_Mark(now, now, count))
         while len(self._marks) > 2 and self._marks[1].count <= count / 2:
             del self._marks[0]
 
-    def _marks_since(self) -> float:
-        return self.started if self._begun is None else self._begun
+    @property
+    def finished(self) -> int:
+        """Rows of the total that are finished, by this run and by earlier ones."""
+        return self.done + self.ok + self.failed
 
     @property
     def rate(self) -> float:
         """Rows per second since the first task was begun: without the workers' start, and with what all of them did
         before the first ones were finished, which they are at about the same time."""
-        return (self.ok + self.failed) / max(time.monotonic() - self._marks_since(), 1e-9)
+        return (self.ok + self.failed) / max(time.monotonic() - self._begun, 1e-9)
 
     @property
     def eta_s(self) -> float | None:
         """Seconds left, by the rate of the second half of what this run finished, and by when that ended: while a long task is
         under way, they become fewer. None before a task is finished, and where it takes longer than that."""
-        if self._begun is None:
+        if not self._marks:
             return None
         before, last = self._marks[0], self._marks[-1]
-        left = self.total - self.done - self.ok - self.failed
+        left = self.total - self.finished
         seconds = left * (last.last - before.last) / max(1, last.count - before.count) - (time.monotonic() - last.last)
         return seconds if seconds >= 0 else None
 
-    def shares(self) -> dict[str, float]:
-        """Each stage's part of the workers' time."""
-        return stage_shares(self.seconds)
-
     def line(self) -> str:
         """The state in one line."""
-        finished = self.done + self.ok + self.failed
         before = f" ({self.done:,} before this run)" if self.done else ""
         eta = f", {duration(self.eta_s)} left" if self.eta_s else ""
-        stages = " ".join(f"{stage} {share:.0%}" for stage, share in self.shares().items())
+        stages = " ".join(f"{stage} {share:.0%}" for stage, share in stage_shares(self.seconds).items())
         failed = f", {self.failed:,} failed" if self.failed or self.unit == "images" else ""
         where = self.said or stages or f"{self.note}, {duration(time.monotonic() - self.started)}"
-        return f"{finished:,} of {self.total:,} {self.unit}{before}{failed}, {self._rate_text()}{eta} | {where}"
+        return f"{self.finished:,} of {self.total:,} {self.unit}{before}{failed}, {self._rate_text()}{eta} | {where}"
 
     def _rate_text(self) -> str:
         return f"{self.rate:.1f}/s" if self.rate >= 1 or not self.rate else f"{self.rate * 60:.1f}/min"
@@ -145,17 +143,16 @@ class Progress:
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
-        finished = self.done + self.ok + self.failed
         before = f" ({self.done:,} before)" if self.done else ""
-        table.add_row("done", f"{finished:,} of {self.total:,} {self.unit}{before}", "failed", f"{self.failed:,}")
-        late = self.note if self._begun is None else "longer than expected"
+        table.add_row("done", f"{self.finished:,} of {self.total:,} {self.unit}{before}", "failed", f"{self.failed:,}")
+        late = "longer than expected" if self._marks else self.note
         eta = duration(self.eta_s) if self.eta_s is not None else late
         table.add_row("rate", self._rate_text(), "left", eta)
         shares = Table.grid(padding=(0, 1))
-        for stage, share in self.shares().items():
+        for stage, share in stage_shares(self.seconds).items():
             shares.add_row(stage, ProgressBar(total=1.0, completed=share, width=30), f"{share:.0%}")
         bar = Table.grid()  # alone, it ends without a new line, and what follows sticks to it
-        bar.add_row(ProgressBar(total=self.total, completed=finished, width=60))
+        bar.add_row(ProgressBar(total=self.total, completed=self.finished, width=60))
         return Group(bar, table, *([self.said] if self.said else []), shares)
 
 

@@ -198,7 +198,10 @@ def _given(args: Sequence[str], kind: type) -> Iterator[str]:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
             switch = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
-            yield from [each for each in (name, switch) if each in known][:1]
+            if name in known:
+                yield name
+            elif switch in known:
+                yield switch
 
 
 def _names(kind: type) -> Iterator[str]:

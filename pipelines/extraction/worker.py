@@ -166,7 +166,7 @@ class ShardWorker:
         seconds = {"read": t1 - t0, "decode": time.perf_counter() - t1}
         return Loaded(pixels, records, seconds, sum(len(blob) for blob in blobs.values() if isinstance(blob, bytes)))
 
-    def _decode_in_threads(self, records: list[SampleRecord], blobs: "_Blobs", pixels: np.ndarray) -> None:
+    def _decode_in_threads(self, records: list[SampleRecord], blobs: _Blobs, pixels: np.ndarray) -> None:
         def here(data: bytes) -> DecodedImage:
             spec, limit = self.store.spec, self.config.max_image_pixels
             return decode(data, self.geometry, max_pixels=limit, draft=spec.jpeg_draft, memory=self._memory)
@@ -182,7 +182,7 @@ class ShardWorker:
             # Memory that others hold is no fault of the image: again, without those.
             records[i] = record or _decoded(records[i], blobs[i], pixels[i], here)
 
-    def _decode_apart(self, records: list[SampleRecord], blobs: "_Blobs", pixels: np.ndarray) -> None:
+    def _decode_apart(self, records: list[SampleRecord], blobs: _Blobs, pixels: np.ndarray) -> None:
         limit, draft = self.config.max_image_pixels, self.store.spec.jpeg_draft
         with Sandbox(self.geometry, max_pixels=limit, draft=draft) as sandbox:
             for i, blob in blobs.items():
