@@ -252,7 +252,7 @@ def test_broken_copy_is_refused_with_the_place_named(fault, tmp_path):
             "COPY requirements.txt",
             "COPY requirements.txt: what is installed holds test packages",
         ),
-        ("uv pip install --system", "uv pip install --index-url http://x --system", "RUN: names a package index"),
+        ("uv pip install --system", "uv pip install --index-url file:///nowhere --system", "RUN: names a package index"),
     ],
 )
 def test_broken_dockerfile_is_refused(old, new, message, tmp_path):
