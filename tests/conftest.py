@@ -15,6 +15,7 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from pipelines.executors import InlineExecutor
@@ -68,6 +69,18 @@ def loud_weights(path: Path, scale: float = 1e5) -> Path:
     weights["norm.weight"] *= scale
     safetensors.torch.save_file(weights, path)
     return path
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, *names: str, error: OSError | None = None) -> None:
+    """Files whose names end so can't be opened: by default as without read permission (tests may run as root)."""
+    real = LocalFileSystem._open
+
+    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
+        if path.endswith(names):
+            raise error or PermissionError(13, "Permission denied", path)
+        return real(fs, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "_open", open_)
 
 
 def run_input(files: Listing, rules: MemberRules | None = None, limit: int | None = None) -> RunInput:

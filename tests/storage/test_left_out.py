@@ -26,7 +26,7 @@ from storage.paths import Folder, InputError
 from storage.samples import DuplicateKeys, SampleIndex
 from storage.sources import sources_left_out
 from storage.tars import MemberRules, scan_source
-from tests.conftest import jpeg, run_input, write_tar
+from tests.conftest import jpeg, run_input, unreadable, write_tar
 
 
 def put(root: Path, *names: str) -> Path:
@@ -157,14 +157,7 @@ def test_input_of_which_all_shards_are_empty_says_why(tmp_path):
 def test_shard_that_cannot_be_read_is_named_and_may_be_skipped(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", [("1.jpg", b"x")])
     write_tar(tmp_path / "b.tar", [("2.jpg", b"x")])
-    real = LocalFileSystem._open
-
-    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
-        if path.endswith("b.tar"):
-            raise PermissionError(13, "Permission denied", path)
-        return real(fs, path, *args, **kwargs)
-
-    monkeypatch.setattr(LocalFileSystem, "_open", open_)
+    unreadable(monkeypatch, "b.tar")
     with pytest.raises(InputError, match=r"Permission denied: '\S+b\.tar'\. --empty-shards skip"):
         run_input(expand_inputs([str(tmp_path)])).collect()
     assert keys(tmp_path) == ["a/1"]

@@ -24,7 +24,7 @@ from storage.paths import Folder, InputError, StorageError, public_options, quer
 from storage.samples import DuplicateKeys, SampleIndex, read_images, try_images, write_index
 from storage.scans import collect_index
 from storage.tars import MemberRules, SourceScan, scan_source, split_name
-from tests.conftest import run_input, write_tar
+from tests.conftest import run_input, unreadable, write_tar
 
 AWKWARD_NAMES = [
     *("a.jpg", "a.JPG", "a.B.Jpg", "a.rgb.png", "a..jpg", "a.", "a", "-.jpg", " .jpg", "a b.jpg", "", "."),
@@ -840,18 +840,6 @@ def test_chained_urls_are_refused(chained):
         expand_inputs([chained])
 
 
-def unreadable(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Files whose names end so can't be opened, as without read permission (tests may run as root)."""
-    real = LocalFileSystem._open
-
-    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
-        if path.endswith(names):
-            raise PermissionError(13, "Permission denied", path)
-        return real(fs, path, *args, **kwargs)
-
-    monkeypatch.setattr(LocalFileSystem, "_open", open_)
-
-
 def folder_rows(folder: Path) -> tuple[pa.Table, list[str]]:
     files = expand_inputs([str(folder)])
     table, _ = collect_index((file, scan_source(file, MemberRules())) for file in files)
@@ -888,14 +876,7 @@ def test_storage_that_gives_no_answer_costs_no_image(error, tmp_path, monkeypatc
     for name in "ab":
         (tmp_path / f"{name}.jpg").write_bytes(name.encode())
     table, urls = folder_rows(tmp_path)
-    real = LocalFileSystem._open
-
-    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
-        if path.endswith("b.jpg"):
-            raise error
-        return real(fs, path, *args, **kwargs)
-
-    monkeypatch.setattr(LocalFileSystem, "_open", open_)
+    unreadable(monkeypatch, "b.jpg", error=error)
     with pytest.raises(type(error)):
         try_images(table, urls)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
@@ -24,7 +23,7 @@ from storage import samples
 from storage.paths import Folder, try_ranges
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
-from tests.conftest import jpeg, write_tar
+from tests.conftest import jpeg, unreadable, write_tar
 from tests.stops import dying_at_task
 
 
@@ -243,14 +242,7 @@ def test_image_that_cannot_be_read_is_a_failed_row_and_its_neighbours_are_writte
     folder.mkdir()
     for i, name in enumerate(("a", "b::b", "c", "d", "e")):
         (folder / f"{name}.jpg").write_bytes(jpeg(i))
-    real = LocalFileSystem._open
-
-    def open_(fs: LocalFileSystem, path: str, *args: object, **kwargs: object) -> object:
-        if path.endswith("/c.jpg"):
-            raise PermissionError(13, "Permission denied", path)
-        return real(fs, path, *args, **kwargs)
-
-    monkeypatch.setattr(LocalFileSystem, "_open", open_)
+    unreadable(monkeypatch, "/c.jpg")
     config = tiny(str(folder), max_failed_fraction=0.5)
     summary = extract(config, InlineExecutor())
     store = FeatureStore.open(config.out)
