@@ -20,7 +20,7 @@ import tyro
 from pipelines.config import ConfigError, JobConfig, settings_of
 from pipelines.provenance import full_version
 from storage.errors import RayliftError
-from storage.paths import redact
+from storage.redaction import redact
 from storage.words import is_of_disk, printable, what_the_disk_says
 
 Config = TypeVar("Config")

@@ -24,7 +24,8 @@ from cluster.resources import WorkerRequest
 from storage.documents import JsonValue
 from storage.errors import RayliftError
 from storage.inputs import Listing, expand_inputs
-from storage.paths import StorageOptions, is_memory, public_options, redact
+from storage.paths import StorageOptions, is_memory
+from storage.redaction import public_options, redact
 from storage.tars import MemberRules
 
 

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
-from storage.paths import StorageOptions, query_free
+from storage.paths import StorageOptions
+from storage.redaction import query_free
 from storage.samples import MAX_IMAGE_BYTES, PART_ROWS, SampleIndex, Unread, try_images
 from storage.scans import refuse_duplicates
 from storage.sources import Source, describe_change, gone_and_new, is_unchanged, other_input, pair

@@ -19,7 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.folders import SIDE_FILE, Entry, files_below, is_side_file, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
-from storage.paths import InputError, StorageOptions, extension, filesystem, is_memory, opened, query_free, reaching, redact
+from storage.paths import InputError, StorageOptions, extension, filesystem, is_memory, opened, reaching
+from storage.redaction import query_free, redact
 
 COMMON_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 """What is mostly a photograph; format 2's stores took no others."""

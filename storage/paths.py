@@ -1,7 +1,6 @@
-"""Files at fsspec URLs: the only module that parses a URL, opens a filesystem, or knows a credential.
+"""Files at fsspec URLs: the only module that opens a filesystem.
 
-Two things live here: `Folder` (whole-object reads and atomic writes below one URL), and `redact` (no secret leaves this
-module in a message). Retries are left to the filesystem.
+`Folder` reads whole objects below one URL, and writes them atomically. Retries are left to the filesystem.
 """
 
 import contextlib
@@ -9,8 +8,6 @@ import errno
 import functools
 import logging
 import os
-import re
-import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,31 +22,13 @@ from fsspec.implementations.local import LocalFileSystem
 from storage.errors import StorageError as StorageError
 from storage.local_files import put_file, read_ranges_of_files, remove_partial_files
 from storage.reachable import why_endpoint_unreachable
-from storage.redirects import PUBLIC_HEADERS, get_client
+from storage.redaction import redact
+from storage.redirects import get_client
 
 logger = logging.getLogger(__name__)
 
 StorageOptions = Mapping[str, object]
 """fsspec's options for opening a URL, or such options by scheme (`{"s3": {...}, "https": {...}}`)."""
-
-_PUBLIC_PARAMETERS = frozenset({
-    "alt", "delimiter", "dl", "download", "expires", "format", "generation", "limit", "list-type", "offset", "page", "partnumber",
-    "prefix", "raw", "ref", "rev", "revision", "se", "sp", "spr", "sr", "srt", "ss", "st", "sv", "version", "versionid",
-    "x-amz-algorithm", "x-amz-date", "x-amz-expires", "x-amz-signedheaders", "x-goog-algorithm", "x-goog-date", "x-goog-expires",
-    "x-goog-signedheaders",
-})  # fmt: skip
-"""Parameters of URLs whose values are shown; those of all others are blanked, for nobody can list what secrets are called."""
-
-_PUBLIC_OPTIONS = PUBLIC_HEADERS | frozenset({
-    "access", "account_name", "addressing_style", "anon", "asynchronous", "auto_mkdir", "block_size", "cache_regions",
-    "cache_type", "connect_timeout", "consistency", "default_block_size", "default_cache_type", "default_fill_cache",
-    "default_location", "encoded", "endpoint_url", "host", "listings_expiry_time", "max_attempts", "max_concurrency", "max_paths",
-    "max_pool_connections", "mode", "payload_signing_enabled", "port", "profile", "project", "protocol", "read_timeout", "region",
-    "region_name", "requester_pays", "retries", "same_names", "signature_version", "simple_links", "skip_instance_cache",
-    "timeout", "total", "use_accelerate_endpoint", "use_dualstack_endpoint", "use_listings_cache", "use_ssl", "username",
-    "verify", "version_aware",
-})  # fmt: skip
-"""The same for storage options, and for the names that are grouped below them."""
 
 _S3_CONFIG = {
     # One connection per request in flight: the default of 10 serialises ranged reads (s3fs #873).
@@ -79,64 +58,6 @@ class UnknownName(StorageError, KeyError):
     """There is no key, level or column of that name."""
 
     __str__ = Exception.__str__  # KeyError's puts the message in quotes
-
-
-def redact(text: str, storage_options: StorageOptions | None = None) -> str:
-    """Blank credentials in `text`: user info of URLs and the values of their parameters, but for those that are known to be
-    harmless, and every value of `storage_options` that isn't."""
-    text = re.sub(r"(\w+://)[^/\s?#]*@", r"\1***@", text)
-    text = re.sub(r"([?&#]([^=&#\s?'\"]+)=)[^&#\s'\"]+", _blank_parameter, text)
-    for secret in sorted(_secret_texts(storage_options or {}), key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
-
-
-def _blank_parameter(found: re.Match[str]) -> str:
-    return found[0] if found[2].lower() in _PUBLIC_PARAMETERS else f"{found[1]}***"
-
-
-def public_options(options: StorageOptions) -> dict[str, object]:
-    """`options` with the values of all that aren't known to be harmless replaced by `***`, for files and logs."""
-    return {name: _public_value(name, value) for name, value in options.items()}
-
-
-def _public_value(name: str, value: object) -> object:
-    if isinstance(value, Mapping):
-        return public_options(value)
-    if value is None or isinstance(value, bool):
-        return value
-    if name.lower() not in _PUBLIC_OPTIONS:
-        return "***"
-    if isinstance(value, list | tuple):
-        return [_public_value(name, each) for each in value]
-    return redact(value) if isinstance(value, str) else value
-
-
-def _secret_texts(options: StorageOptions) -> Iterator[str]:
-    """Values that must not be shown, as messages may have them. Shorter ones than 4 characters are parts of words."""
-    for value in _secret_values(options):
-        text = str(value)
-        if len(text) >= 4:
-            yield from {text, urllib.parse.quote(text, safe="")}
-
-
-def _secret_values(options: StorageOptions) -> Iterator[object]:
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _secret_values(value)
-        elif not isinstance(value, bool) and value is not None and name.lower() not in _PUBLIC_OPTIONS:
-            yield from _each(value)
-
-
-def _each(value: object) -> Iterator[object]:
-    """A value, or all those in lists and mappings."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for each in value:
-            yield from _each(each)
-    else:
-        yield value
 
 
 def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -441,121 +362,6 @@ def _range_or_none(data: bytes | BaseException, size: int) -> bytes | None:
     return data[:size]
 
 
-# --- inputs ---------------------------------------------------------------------------------------------------------
-
-
-def read_ranges(
-    ranges: Sequence[tuple[str, int, int]],
-    storage_options: StorageOptions | None,
-    *,
-    max_gap: int = 2**18,
-    max_bytes: int = 2**25,
-) -> list[bytes]:
-    """Read `(url, offset, size)` ranges, neighbours merged into one request when at most `max_gap` bytes lie between.
-
-    Returns the bytes of each range in order; shorter than asked where the file ends. Raises what the filesystem raises
-    once its own retries are used up.
-    """
-    found = try_ranges(ranges, storage_options, max_gap=max_gap, max_bytes=max_bytes)
-    blobs = [blob for blob in found if isinstance(blob, bytes)]
-    if len(blobs) < len(found):
-        raise next(error for error in found if not isinstance(error, bytes))
-    return blobs
-
-
-def try_ranges(
-    ranges: Sequence[tuple[str, int, int]],
-    storage_options: StorageOptions | None,
-    *,
-    max_gap: int = 2**18,
-    max_bytes: int = 2**25,
-) -> list[bytes | OSError]:
-    """`read_ranges`, with the error in the place of bytes where it may be one object's own (`is_of_one_object`): whoever asks
-    knows whether the storage answers for others. Raises what else the filesystem raises."""
-    merged = merge_ranges(ranges, max_gap=max_gap, max_bytes=max_bytes)
-    requests = [(ranges[a][0], ranges[a][1], ranges[b][1] + ranges[b][2]) for a, b in merged]
-    with ThreadPoolExecutor(min(8, max(1, len(requests)))) as pool:
-        blobs = list(pool.map(functools.partial(_try_range, storage_options), *zip(*requests, strict=True)))
-    out: list[bytes | OSError] = []
-    for (a, b), (_, start, _), blob in zip(merged, requests, blobs, strict=True):
-        these = ranges[a : b + 1]
-        if isinstance(blob, bytes):
-            out += [blob[offset - start : offset - start + size] for _, offset, size in these]
-        elif isinstance(blob, _NO_ACCESS):
-            out += [blob] * len(these)
-        else:  # part of the file can't be read: which, each range says for itself
-            out += [_try_range(storage_options, url, offset, offset + size) for url, offset, size in these]
-    return out
-
-
-_NO_ACCESS = (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
-
-_OF_ONE_FILE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ELOOP, errno.ENAMETOOLONG)
-"""Of a local disk: a bad sector, a checksum of the filesystem that is wrong, a name that leads nowhere."""
-
-_NOT_FOR_US = (401, 403, 410, 451)
-"""Answers of web servers that are about one file, beside 404, which fsspec knows."""
-
-
-def is_of_one_object(error: OSError) -> bool:
-    """Whether the fault may be of the object that was asked for, and others be readable. Whoever gets no answer, or is told to
-    come back later, once the retries are used up, knows nothing of the object."""
-    return isinstance(error, _NO_ACCESS) or error.errno in _OF_ONE_FILE
-
-
-def can_be_read(url: str, storage_options: StorageOptions | None) -> bool:
-    """Whether there is a byte at `url` to be had."""
-    try:
-        return len(_read_range(storage_options, url, 0, 1)) == 1
-    except (OSError, StorageError):
-        return False
-
-
-def merge_ranges(
-    ranges: Sequence[tuple[str, int, int]], *, max_gap: int = 2**18, max_bytes: int = 2**25
-) -> list[tuple[int, int]]:
-    """Which consecutive `(url, offset, size)` ranges to read as one: (first, last) positions, last included.
-
-    They are of one file, at most `max_gap` bytes apart, and at most `max_bytes` together.
-    """
-    merged: list[tuple[int, int]] = []
-    for i, (url, offset, size) in enumerate(ranges):
-        if merged:
-            first_url, first_offset, _ = ranges[merged[-1][0]]
-            _, last_offset, last_size = ranges[merged[-1][1]]
-            gap = offset - (last_offset + last_size)
-            if url == first_url and 0 <= gap <= max_gap and offset + size - first_offset <= max_bytes:
-                merged[-1] = (merged[-1][0], i)
-                continue
-        merged.append((i, i))
-    return merged
-
-
-def _read_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes:
-    if start == end:
-        return b""
-    fs, path = filesystem(url, options)
-    displayed = redact(url, options)
-    with reaching(displayed):
-        try:
-            data = fs.cat_file(path, start=start, end=end)
-        except aiohttp.ClientResponseError as error:
-            if error.status not in _NOT_FOR_US:
-                raise
-            raise PermissionError(f"{displayed}: the server answers {error.status} {error.message}") from None
-    # A web server without Range support (Python's http.server, say) answers with the whole file.
-    return data[start:end] if len(data) > end - start else data
-
-
-def _try_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes | OSError:
-    try:
-        return _read_range(options, url, start, end)
-    except OSError as error:
-        if not is_of_one_object(error):
-            raise
-        return error
-
-
 def read_file(url: str, storage_options: StorageOptions | None = None) -> bytes:
     """All bytes of one file at any URL. Raises `FileNotFoundError`."""
     folder, name = folder_of(url, storage_options)
@@ -579,11 +385,3 @@ def extension(url: str) -> str:
 def has_extension(url: str, *extensions: str) -> bool:
     """Whether the file's name ends in one of `extensions` (without the dot)."""
     return extension(url) in extensions
-
-
-def query_free(url: str) -> str:
-    """`url` as it may be stored: credentials redacted, the query of a signed web URL dropped."""
-    if url.startswith(("http://", "https://")):
-        parts = urllib.parse.urlsplit(url)
-        url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
-    return redact(url)

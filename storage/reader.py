@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from storage.paths import Folder, StorageError, merge_ranges
+from storage.paths import Folder, StorageError
+from storage.ranges import merge_ranges
 from storage.shards import DamagedChunk, decode_index, decompress, index_bytes
 from storage.spec import Layout, Level
 

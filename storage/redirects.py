@@ -12,14 +12,9 @@ import aiohttp
 import yarl
 
 from storage.errors import StorageError
+from storage.redaction import PUBLIC_HEADERS
 
 logger = logging.getLogger(__name__)
-
-PUBLIC_HEADERS = frozenset({
-    "accept", "accept-encoding", "accept-language", "cache-control", "connection", "content-length", "content-type", "host",
-    "if-match", "if-modified-since", "if-none-match", "range", "user-agent",
-})  # fmt: skip
-"""Those that hold no credentials."""
 
 
 async def get_client(**settings: Any) -> aiohttp.ClientSession:

@@ -32,7 +32,9 @@ from storage.documents import (
 )
 from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
-from storage.paths import Folder, StorageOptions, UnknownName, can_be_read, read_ranges, redact, try_ranges
+from storage.paths import Folder, StorageOptions, UnknownName
+from storage.ranges import can_be_read, read_ranges, try_ranges
+from storage.redaction import redact
 from storage.scans import DuplicateKeys as DuplicateKeys
 from storage.sources import Source, gone_and_new, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS

@@ -7,7 +7,8 @@ import pyarrow.compute as pc
 
 from storage.inputs import InputFile
 from storage.left_out import left_out_json, left_out_lines, parse_left_out
-from storage.paths import InputError, query_free
+from storage.paths import InputError
+from storage.redaction import query_free
 from storage.sources import Source
 from storage.tars import EMPTY, SKIP, SourceScan
 

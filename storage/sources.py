@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from storage.inputs import InputFile
 from storage.left_out import LeftOut, merge_left_out, parse_left_out
-from storage.paths import InputError, query_free
+from storage.paths import InputError
+from storage.redaction import query_free
 from storage.tars import MemberRules
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import BinaryIO
 import numpy as np
 
 from storage.inputs import InputFile
-from storage.paths import InputError, query_free
+from storage.paths import InputError
+from storage.redaction import query_free
 
 BLOCK = tarfile.BLOCKSIZE
 

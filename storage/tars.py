@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 from storage.folders import SIDE_FILE, is_side_file
 from storage.inputs import IMAGE_EXTENSIONS, InputFile, open_sequential
 from storage.left_out import LeftOut, leave_out, left_out_lines
-from storage.paths import InputError, StorageOptions, is_of_one_object, query_free, redact
+from storage.paths import InputError, StorageOptions
+from storage.ranges import is_of_one_object
+from storage.redaction import query_free, redact
 from storage.tar_members import MAX_TEXT_BYTES, Aside, Gap, Member, TarWalk
 
 SCHEMA = pa.schema(

@@ -32,7 +32,7 @@ from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.process import BenchmarkFailed
 from pipelines.feature_datasets import FeatureDataset, FeatureStream, Sample
 from pipelines.results import number_lines
-from storage.paths import public_options, redact
+from storage.redaction import public_options, redact
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,8 @@ from pipelines.results import Findings, Items, LeftOut, Line, Measured, Table, s
 from storage.datasets.content import joint_digest
 from storage.differences import Differences, differences
 from storage.documents import decode
-from storage.paths import Folder, redact
+from storage.paths import Folder
+from storage.redaction import redact
 from storage.spec import FeatureSpec
 
 _UNUSED = ("data", "stores", "drawing", "limit")

@@ -43,7 +43,8 @@ from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.differences import differences
 from storage.documents import decode
-from storage.paths import Folder, redact
+from storage.paths import Folder
+from storage.redaction import redact
 from storage.spread import spread
 
 PIECE_IMAGES = 32

@@ -27,7 +27,8 @@ from storage.datasets.files import DatasetError, ItemLeftOut, digest
 from storage.datasets.images import EncodedImage
 from storage.documents import Document, JsonObject, JsonValue, decode, parse_json
 from storage.left_out import LeftOut as NotListed
-from storage.paths import Folder, redact
+from storage.paths import Folder
+from storage.redaction import redact
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from pipelines.config import (
 )
 from pipelines.features.config import FeatureConfig
 from storage.documents import Document, JsonValue, as_object, decode
-from storage.paths import Folder, StorageOptions, folder_of, redact
+from storage.paths import Folder, StorageOptions, folder_of
+from storage.redaction import redact
 from storage.samples import MAX_IMAGE_BYTES
 
 logger = logging.getLogger(__name__)

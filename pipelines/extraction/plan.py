@@ -22,7 +22,8 @@ from pipelines.features.model import FeatureModel
 from pipelines.features.photos import geometry_of
 from storage.documents import JsonObject
 from storage.left_out import LeftOut, left_out_lines
-from storage.paths import Folder, redact
+from storage.paths import Folder
+from storage.redaction import redact
 from storage.samples import try_images
 from storage.shards import compress, encode_row
 from storage.spec import FeatureSpec, Layout, Level

@@ -28,7 +28,8 @@ from pipelines.features.bundle import ModelBundle
 from pipelines.features.model import not_finite
 from pipelines.features.photos import geometry_of
 from storage.ledger import SampleRecord, image_digest
-from storage.paths import Folder, StorageError, redact
+from storage.paths import Folder, StorageError
+from storage.redaction import redact
 from storage.root import StoreReplaced, require_same_store
 from storage.samples import Unread, try_images
 from storage.spec import Level, ShardTask

@@ -18,7 +18,8 @@ from pipelines.features.upsamplers import load_upsampler
 from pipelines.features.weights import WeightsChoice
 from storage.differences import Difference, Differences
 from storage.documents import JsonValue
-from storage.paths import StorageOptions, redact
+from storage.paths import StorageOptions
+from storage.redaction import redact
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
 

@@ -7,7 +7,7 @@ from operators.backbone import TimmBackbone
 from operators.upsamplers import UpsamplerError, find_method, method_names, split_method
 from pipelines.config import ConfigError
 from pipelines.features.upsamplers import UpsamplerWeights
-from storage.paths import redact
+from storage.redaction import redact
 from storage.spec import Level
 
 _OF_THE_BACKBONE = ("", "backbone", "mean", "cls")

@@ -27,7 +27,8 @@ from operators.upsamplers.protocol import Precision, Reload
 from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
 from storage.differences import differences
 from storage.documents import JsonObject
-from storage.paths import Folder, StorageOptions, has_extension, redact
+from storage.paths import Folder, StorageOptions, has_extension
+from storage.redaction import redact
 from storage.runs import NamedCheckpoint, named_checkpoint
 from storage.spec import FeatureSpec, Use
 

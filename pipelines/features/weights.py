@@ -24,7 +24,8 @@ from torch import Tensor
 from operators.timm_models import create_model, preprocessing
 from pipelines.features.descriptions import ModelDescription, describe_weights
 from storage.errors import RayliftError
-from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file, redact
+from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file
+from storage.redaction import redact
 
 
 class WeightsUnavailable(RayliftError):

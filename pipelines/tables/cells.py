@@ -37,7 +37,8 @@ from storage.datasets.registry import DATASETS
 from storage.differences import Difference
 from storage.documents import JsonObject, JsonValue, as_object, decode, decode_known, parse_json
 from storage.errors import RayliftError
-from storage.paths import Folder, redact
+from storage.paths import Folder
+from storage.redaction import redact
 from storage.runs import read_pointers
 from storage.spec import FeatureSpec
 

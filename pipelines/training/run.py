@@ -27,7 +27,8 @@ from pipelines.training.images import ImageTraining
 from pipelines.training.loop import Group, Progress, Trainer, TrainFailed
 from pipelines.training.watch import Validations
 from storage.documents import decode, decode_known, parse_json
-from storage.paths import Folder, StorageError, filesystem, redact
+from storage.paths import Folder, StorageError, filesystem
+from storage.redaction import redact
 from storage.runs import read_last, read_metrics, read_pointers
 from storage.totals import KEEP_THEM
 

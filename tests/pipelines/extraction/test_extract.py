@@ -20,7 +20,8 @@ from pipelines.extraction.run import RunFailed, extract, main
 from pipelines.extraction.worker import ShardWorker
 from pipelines.provenance import versions
 from storage import samples
-from storage.paths import Folder, try_ranges
+from storage.paths import Folder
+from storage.ranges import try_ranges
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
 from tests.conftest import jpeg, unreadable, write_tar
