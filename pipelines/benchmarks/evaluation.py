@@ -17,7 +17,7 @@ from torch import Tensor
 from operators.metrics.matching import Normalise, best_pixels
 from operators.metrics.propagation import Propagation, Propagator
 from pipelines.config import ConfigError, require_at_least
-from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
+from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, require_device, timed
 from pipelines.costs.process import BenchmarkFailed
 from pipelines.results import number_lines
 
@@ -55,8 +55,7 @@ class EvaluateBenchmark:
         require_at_least(0, self, "threads")
         if not self.grids or self.pixels < max(self.grids):
             raise ConfigError("--grids must be at least one, and --pixels at least the largest of them")
-        if self.device == "cuda":  # asked of no driver otherwise, since defaults are made when a program starts
-            device_of(self.device)
+        require_device(self.device)
 
 
 # No network. 2 CPU cores: a second, and the times mean nothing at this size. The defaults take about 4 minutes and 3 GB, nearly

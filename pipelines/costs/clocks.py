@@ -76,6 +76,13 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
+def require_device(name: str) -> None:
+    """Raises `ConfigError` for a GPU that isn't there. No driver is asked for other names, since defaults are made when a program
+    starts."""
+    if name == "cuda":
+        device_of(name)
+
+
 def device_name(device: torch.device) -> str:
     """What times hold for."""
     return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -6,7 +6,6 @@ checkpoint: the numbers don't depend on them. How things are timed and counted i
 """
 
 import io
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -21,7 +20,14 @@ from operators.backbone import PatchFeatures, TimmBackbone
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, processor_of, timed
-from pipelines.costs.upsamplers import OperationCounts, count_operations, counted_macs, image_to_grid, require_enlarging
+from pipelines.costs.upsamplers import (
+    OperationCounts,
+    count_operations,
+    counted_macs,
+    image_to_grid,
+    network_of,
+    require_enlarging,
+)
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Evaluated, Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
@@ -349,22 +355,22 @@ def _is_published(task: Runtime, method: str) -> bool:
     return all(getattr(settings, each.name) == each.default for each in plain)
 
 
+_TABLE_9 = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"
+
+
 def _from_table_9(task: Runtime, spec: FeatureSpec) -> Differences:
     """Between what Table 9 is of, and what was timed."""
-    here = {
-        **{"model_args": {}, **spec.to_json()},
-        "model": re.sub(r"(_qkvb)?(\.\w+)?$", "", spec.model),  # neither biases nor weights change a time
-        "size": task.size,
-    }
+    here = {"model_args": {}, **spec.to_json(), "model": network_of(spec.model), "size": task.size}
     return differences(VIT_UP_RUNTIME.settings, {name: here[name] for name in VIT_UP_RUNTIME.settings})
 
 
 def _with_table_9(lines: Sequence[Line], task: Runtime, spec: FeatureSpec) -> tuple[list[Line], list[str]]:
     """Below each of ViT-Up's lines the paper's, and at the end its other methods at the grids that were timed; and what is to be
     said of it. Nothing where it is of another backbone or input: times and memory of those tell nothing."""
-    source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"
     if different := _from_table_9(task, spec):
-        return list(lines), [f"{source} has nothing of this, so nothing of it is printed: {different.line('published', 'here')}"]
+        return list(lines), [
+            f"{_TABLE_9} has nothing of this, so nothing of it is printed: {different.line('published', 'here')}"
+        ]
     out: list[Line] = []
     alone: list[str] = []
     for case, line in zip(task.cases, lines, strict=True):
@@ -376,8 +382,8 @@ def _with_table_9(lines: Sequence[Line], task: Runtime, spec: FeatureSpec) -> tu
     for side, line in by_side.items():
         beside = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
         out += [_published(line, name, values) for name, values in beside.items() if values]
-    notes = [f"{source} is of a GPU that the paper doesn't name"]
-    return out, notes + ([f"{source} has nothing of {', '.join(alone)}"] if alone else [])
+    notes = [f"{_TABLE_9} is of a GPU that the paper doesn't name"]
+    return out, notes + ([f"{_TABLE_9} has nothing of {', '.join(alone)}"] if alone else [])
 
 
 def _of_table_9(case: Case, task: Runtime) -> Values:
@@ -389,8 +395,7 @@ def _of_table_9(case: Case, task: Runtime) -> Values:
 
 def _published(line: Line, name: str, values: Values) -> Line:
     cells = tuple(values.get(column) for column in ("ms", "median ms", "passes", "peak MiB", "parameters, M", "10^9 MACs"))
-    source = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"
-    return replace(line, features=f"{source}: {name}", stride=None, values=cells, published=True)
+    return replace(line, features=f"{_TABLE_9}: {name}", stride=None, values=cells, published=True)
 
 
 def _operations(config: RuntimeConfig, task: Runtime, counts: OperationCounts, spec: FeatureSpec) -> Table:

@@ -5,6 +5,7 @@ LiFT prints operations in its Tables 5 and 6; the rule by which it counts was fo
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from operators.timm_models import create_model
 from operators.upsamplers import AnyMethod, Upsampler, UpsamplerError, build_net, find_method, learned_upsampler, method_names
 from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, timed
+from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, require_device, timed
 from pipelines.published import LIFT, LIFT_OPERATIONS, Operations
 from pipelines.results import table_lines
 from storage.documents import JsonObject
@@ -58,8 +59,12 @@ class CostBenchmark:
             raise ConfigError("--size, --batch and --repeat must be at least 1, and --precisions at least one")
         for name in self.upsamplers:
             require_enlarging("--upsamplers", name, beside_backbone=True)
-        if self.device == "cuda":  # asked of no driver otherwise, since defaults are made when a program starts
-            device_of(self.device)
+        require_device(self.device)
+
+
+def network_of(model: str) -> str:
+    """A timm name without tag and biases of qkv: neither those nor weights change a time."""
+    return re.sub(r"(_qkvb)?(\.\w+)?$", "", model)
 
 
 def require_enlarging(flag: str, name: str, *, beside_backbone: bool = False) -> AnyMethod:

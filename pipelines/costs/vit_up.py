@@ -26,7 +26,7 @@ from operators.upsamplers.vit_up.lora import Lora
 from operators.upsamplers.vit_up.method import published_settings, random_head
 from operators.upsamplers.vit_up.upsampler import ViTUp
 from pipelines.config import ConfigError
-from pipelines.costs.clocks import NumbersFile, device_name, device_of, median_ratio, peak_bytes, timed
+from pipelines.costs.clocks import NumbersFile, device_name, device_of, median_ratio, peak_bytes, require_device, timed
 from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs, image_to_grid
 from pipelines.costs.windows import WindowComparison, compare_window
 
@@ -72,8 +72,7 @@ class ViTUpBenchmark:
             raise ConfigError("--size, --query-size, --grids, --windows and --window-... must be at least 1")
         if not self.chunks or min(self.repeat, *self.chunks) < 0 or self.row_s <= 0:
             raise ConfigError("--chunks (at least one) and --repeat must be at least 0, and --row-s above 0")
-        if self.device == "cuda":  # asked of no driver otherwise, since defaults are made when a program starts
-            device_of(self.device)
+        require_device(self.device)
 
 
 # No network. 2 CPU cores: about 20 seconds; the times mean nothing at this size. The defaults take about 6 minutes alone, 16 with

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from pipelines.costs.clocks import Machine
-from pipelines.costs.upsamplers import BACKBONE
+from pipelines.costs.upsamplers import BACKBONE, network_of
 from pipelines.costs.vit_up import ALL_GRIDS, Line, ViTUpBenchmark, ViTUpResult
 from pipelines.costs.windows import window_report
 from pipelines.published import VIT_UP_RUNTIME
@@ -41,8 +41,7 @@ def vit_up_report(config: ViTUpBenchmark, result: ViTUpResult, machine: Machine)
 
 def _published_report(config: ViTUpBenchmark, result: ViTUpResult) -> Iterator[str]:
     """Table 9 beside what it is of, and not beside anything else."""
-    model = config.model.split(".")[0].removesuffix("_qkvb")
-    here: dict[str, JsonValue] = {"model": model, "size": config.size, "precision": result.precision}
+    here: dict[str, JsonValue] = {"model": network_of(config.model), "size": config.size, "precision": result.precision}
     if different := differences({name: VIT_UP_RUNTIME.settings[name] for name in here}, here):
         yield f"- The paper's Table 9 has nothing of this, so it isn't printed: {different.line('published', 'here')}."
         return
