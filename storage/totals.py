@@ -14,8 +14,6 @@ import pyarrow.compute as pc
 from storage.shards import FLOAT16_MAX
 from storage.spec import Level
 
-CLAMPED = f"clamped to {FLOAT16_MAX:,.0f} or -{FLOAT16_MAX:,.0f}"
-
 KEEP_THEM = "--encoding float32 keeps them, live or in a store"
 
 FIRST_KEYS = 3
@@ -55,16 +53,19 @@ class Clipped:
         """In words, of so many rows with features; `about` stands before numbers that aren't exact."""
         in_all = self.rows * sum(math.prod(level.row_shape) for level in levels if level.dtype == "float16")
         more = ", ..." if self.rows > len(self.first) else ""
-        return (
-            f"{about}{self.rows:,} of {n_rows:,} images have values beyond float16's range: {about}{self.values:,} of their "
-            f"{in_all:,} float16 values ({share_text(self.values, in_all)}) are {CLAMPED} ({', '.join(self.first)}{more})"
-        )
+        first = f"{', '.join(self.first)}{more}"
+        return clipped_text(f"{self.rows:,} of {n_rows:,} images", self.values, in_all, first, about)
 
 
-def share_text(part: int, whole: int) -> str:
-    """In percent."""
-    share = part / max(1, whole)
-    return f"{share:.2%}" if share >= 1e-4 else "less than 0.01%"
+def clipped_text(images: str, values: int, of: int, first: str, about: str = "") -> str:
+    """In words: these `images` have so many `values` beyond float16's range `of` their float16 values; `about` stands before
+    numbers that aren't exact."""
+    share = values / max(1, of)
+    percent = f"{share:.2%}" if share >= 1e-4 else "less than 0.01%"
+    return (
+        f"{about}{images} have values beyond float16's range: {about}{values:,} of their {of:,} float16 values ({percent}) are "
+        f"clamped to {FLOAT16_MAX:,.0f} or -{FLOAT16_MAX:,.0f} ({first})"
+    )
 
 
 def float16_levels(levels: Sequence[Level]) -> list[str]:

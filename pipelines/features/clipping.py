@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pipelines.features.pictures import Picture
 from pipelines.features.rows import Size
 from storage.spec import Level
-from storage.totals import CLAMPED, KEEP_THEM, share_text
+from storage.totals import KEEP_THEM, clipped_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,10 +50,7 @@ class ClippedFeatures:
         return cls(images=len(images), values=values, of=of, first=next(iter(images), None))
 
     def __str__(self) -> str:
-        return (
-            f"{self.images:,} images have values beyond float16's range: {self.values:,} of their {self.of:,} float16 values "
-            f"({share_text(self.values, self.of)}) are {CLAMPED} (the first: {self.first}); {KEEP_THEM}"
-        )
+        return f"{clipped_text(f'{self.images:,} images', self.values, self.of, f'the first: {self.first}')}; {KEEP_THEM}"
 
 
 class ClippedCounts:
