@@ -6,9 +6,10 @@ digest is that of the image's bytes. Rows without a digest (of stores that earli
 as in HDF5) must at least be of images of the same size, each of another image.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -113,7 +114,7 @@ class Wanted:
             displayed=image.displayed,
             keys=image.keys,
             digest=None if isinstance(image, H5Image) else digest,
-            size=lambda: image.orientation().upright_size,
+            size=functools.cache(lambda: image.orientation().upright_size),  # read once, however many stores it is looked for in
         )
 
 
@@ -148,7 +149,11 @@ class Join:
     rows: tuple[PlacedRow, ...]
     "of each image"
     counts: JoinCounts
-    by_image: Mapping[str, PlacedRow] = field(repr=False)
+
+    @functools.cached_property
+    def by_image(self) -> Mapping[str, PlacedRow]:
+        """The row of each image, as it is displayed."""
+        return dict(zip(self.images, self.rows, strict=True))
 
     def of(self, displayed: str) -> PlacedRow:
         """The row of an image. Raises `FeaturesMissing` for one that wasn't joined."""
@@ -217,8 +222,7 @@ def join(store: FeatureStore, wanted: Sequence[Wanted], numbers: Mapping[str, in
         clipped_values=sum(row.clipped or 0 for row in chosen),
     )
     names = tuple(each.displayed for each in wanted)
-    by_image = dict(zip(names, chosen, strict=True))
-    return Join(displayed=store.folder.displayed, images=names, rows=tuple(chosen), counts=counts, by_image=by_image)
+    return Join(displayed=store.folder.displayed, images=names, rows=tuple(chosen), counts=counts)
 
 
 def _row_of(wanted: Wanted, rows: Sequence[PlacedRow], how: Counter[str], faults: "_Faults") -> PlacedRow | None:

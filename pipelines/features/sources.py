@@ -260,9 +260,12 @@ class StoreRecipe:
     def joined(self, images: Mapping[Size, Sequence[EncodedImage]], contents: Mapping[str, str]) -> "StoreRecipe":
         """Itself, with the row of each image. `images`: by input size; `contents`: digests of their bytes, by their displayed
         names. Raises `FeaturesMissing`, and `ConfigError` where there is no store of a size."""
+        wanted = {
+            image.displayed: Wanted.of(image, contents[image.displayed]) for of_size in images.values() for image in of_size
+        }
         joins = {
-            size: join(self.store(size), [Wanted.of(image, contents[image.displayed]) for image in distinct(wanted)])
-            for size, wanted in images.items()
+            size: join(self.store(size), [wanted[image.displayed] for image in distinct(of_size)])
+            for size, of_size in images.items()
         }
         for size, each in joins.items():
             read = {row.level for row in self.rows(size) if row.level}
