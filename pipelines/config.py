@@ -377,7 +377,7 @@ def require_at_least(least: float, config: object, *names: str) -> None:
         value = getattr(config, name)
         for each in value if isinstance(value, tuple) else [value]:
             if each is not None and each < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {each}: must be at least {least}")
+                raise ConfigError(f"{flag_of(name)} {each}: must be at least {least}")
 
 
 def require_gpus(gpus: float | None, flag: str) -> None:

@@ -158,6 +158,11 @@ class LeftOut:
     first: str
     "the image of the first of them"
 
+    @classmethod
+    def of(cls, reason: str, names: Sequence[str]) -> "tuple[LeftOut, ...]":
+        """Of items with these names, those of their images; nothing where there are none."""
+        return (cls(reason=reason, count=len(names), first=names[0]),) if names else ()
+
     def __str__(self) -> str:
         return f"{self.count:,} left out: {self.reason} (the first: {self.first})"
 

@@ -80,9 +80,8 @@ class ScaleInvariance:
 
     def too_few(self) -> tuple[LeftOut, ...]:
         """The images of a last batch that isn't compared."""
-        few = [number for piece in self._batches() if len(piece.items) < LEAST for number in piece.items]
-        reason = f"the last batch has fewer than {LEAST} images (--batch {self.batch})"
-        return (LeftOut(reason=reason, count=len(few), first=self.images[few[0]].displayed),) if few else ()
+        few = [self.images[number].displayed for piece in self._batches() if len(piece.items) < LEAST for number in piece.items]
+        return LeftOut.of(f"the last batch has fewer than {LEAST} images (--batch {self.batch})", few)
 
     def _batches(self) -> list[Piece]:
         return cut(range(len(self.images)), self.batch, "{number:05d}")

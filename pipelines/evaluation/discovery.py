@@ -200,10 +200,8 @@ def _with_objects(
     """The first images with objects, those before the last of them that have none, and how many of all that is."""
     numbers = [number for number, each in enumerate(every) if each.boxes][:limit]
     seen = every[: numbers[-1] + 1] if limit is not None and len(numbers) == limit else every
-    empty = [each for each in seen if not each.boxes]
-    left_out = (LeftOut(reason=NO_OBJECT, count=len(empty), first=empty[0].image.displayed),) if empty else ()
-    taken = (first_of(len(seen), len(every), "images"),) if len(seen) < len(every) else ()
-    return tuple(every[number] for number in numbers), left_out, taken
+    left_out = LeftOut.of(NO_OBJECT, [each.image.displayed for each in seen if not each.boxes])
+    return tuple(every[number] for number in numbers), left_out, first_of(len(seen), len(every), "images")
 
 
 def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:

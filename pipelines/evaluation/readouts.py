@@ -23,7 +23,6 @@ from pipelines.evaluation.run import (
     begin,
     cut,
     first_of,
-    grouped,
     left_out_of_listing,
     records_of,
     split_left_out,
@@ -146,7 +145,7 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
         size=size,
         pictured=frozenset(spread(len(images), config.pictures)),
         left_out=(*left_out_of_listing(listed.left_out), *_not_judged(task, listed, images)),
-        taken=(first_of(len(listed), listed.of, "images"),) if listed.of != len(listed) else (),
+        taken=first_of(len(listed), listed.of, "images"),
     )
     trained = sorted(str((name, [each.features, each.task.as_json(), each.digest])) for name, each in readouts.items())
     of = Evaluated(
@@ -172,8 +171,7 @@ def _names(urls: Sequence[str]) -> dict[str, str]:
 
 def _not_judged(task: Task, listed: Sequence[LabelledImage], judged: Sequence[LabelledImage]) -> tuple[LeftOut, ...]:
     kept = {each.image.displayed for each in judged}
-    others = [each.image.displayed for each in listed if each.image.displayed not in kept]
-    return (LeftOut(reason=task.judged_only, count=len(others), first=others[0]),) if others else ()
+    return LeftOut.of(task.judged_only, [each.image.displayed for each in listed if each.image.displayed not in kept])
 
 
 def _images(config: ProbeConfig, readout: TrainedReadout) -> Listed[LabelledImage]:
@@ -263,15 +261,14 @@ def _require_alike(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) 
 def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Scores of each readout, from all images at once."""
     records, left_out = split_left_out(records)
-    judged = {
-        name: [decode(probe.task.record, record["judged"]) for record in each]
-        for (name,), each in grouped(records, "readout").items()
-    }
+    judged = [(record, decode(probe.task.record, record["judged"])) for record in records]
+    by_readout = {name: [each for record, each in judged if record["readout"] == name] for name in probe.readouts}
     try:
-        scores = {name: probe.task.scores(judged.get(name, [])) for name in probe.readouts}
+        scores = {name: probe.task.scores(each) for name, each in by_readout.items()}
     except ValueError as error:
         raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
-    empty = _empty(probe, records)
+    # Images that were judged and say nothing of any score.
+    empty = sorted({record["image"] for record, each in judged if probe.task.is_empty(each)})
     scored = {record["image"] for record in records} - {*empty}
     columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
     lines = [Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()]
@@ -283,8 +280,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         lines=tuple(named),
         notes=("what papers publish of readouts is printed by jobs/tables.py --paper",) if config.paper else (),
     )
-    if empty:
-        left_out += (LeftOut(reason=probe.task.empty, count=len(empty), first=probe.images[empty[0]].image.displayed),)
+    left_out += LeftOut.of(probe.task.empty, [probe.images[number].image.displayed for number in empty])
     return Findings(
         tables=(table,),
         items=Items(scored={"images": len(scored)}, left_out=(*probe.left_out, *left_out), taken=probe.taken),
@@ -300,12 +296,6 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         details={"scores": scores, "trained on": {name: dict(r.features) for name, r in probe.readouts.items()}},
         pictures=_pictures(config, probe),
     )
-
-
-def _empty(probe: Probe, records: Sequence[Record]) -> tuple[int, ...]:
-    """The numbers of images that were judged and say nothing of any score."""
-    judged = ((record["image"], decode(probe.task.record, record["judged"])) for record in records)
-    return tuple(sorted({number for number, record in judged if probe.task.is_empty(record)}))
 
 
 def _drawing(probe: Probe, recipe: Recipe) -> str:

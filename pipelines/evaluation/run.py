@@ -18,7 +18,7 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.executors import Executor, executor_for
 from pipelines.features.clipping import ClippedFeatures, ClippedImage
 from pipelines.features.rows import Size
-from pipelines.features.sources import CachedSource, FeatureSource, LiveRecipe, Recipe, StoreRecipe, describe
+from pipelines.features.sources import CachedSource, FeatureSource, LiveRecipe, Recipe, StoreRecipe, describe, distinct
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.published import Published
 from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, with_published, write_results
@@ -117,10 +117,7 @@ def set_aside(
 ) -> tuple[list[Record], tuple[LeftOut, ...]]:
     """The records without those that say nothing of any score, and how many items those are of: each `name` once."""
     names = list(dict.fromkeys(name(record) for record in records if is_empty(record)))
-    if not names:
-        return list(records), ()
-    kept = [record for record in records if not is_empty(record)]
-    return kept, (LeftOut(reason=reason, count=len(names), first=names[0]),)
+    return [record for record in records if not is_empty(record)], LeftOut.of(reason, names)
 
 
 T = TypeVar("T")
@@ -129,12 +126,12 @@ T = TypeVar("T")
 def limited(items: Sequence[T], limit: int | None, unit: str) -> tuple[tuple[T, ...], tuple[Taken, ...]]:
     """The first items, as --limit has it, and what is to be said of it."""
     first = tuple(items[:limit])
-    return first, () if len(first) == len(items) else (first_of(len(first), len(items), unit),)
+    return first, first_of(len(first), len(items), unit)
 
 
-def first_of(count: int, of: int | None, unit: str) -> Taken:
-    """What --limit takes."""
-    return Taken(how="the first", count=count, of=of, unit=unit, flag="--limit")
+def first_of(count: int, of: int | None, unit: str) -> tuple[Taken, ...]:
+    """What is to be said of --limit; nothing where it takes all."""
+    return () if count == of else (Taken(how="the first", count=count, of=of, unit=unit, flag="--limit"),)
 
 
 def listed(taken: Sequence[Taken], items: int) -> int | None:
@@ -247,7 +244,7 @@ def begin(config: EvaluateConfig, task: str, recipe: R, of: Evaluated) -> tuple[
     """Features joined with the images that they are asked of; and the output folder, begun, or held against the settings and the
     data that it was begun with. Raises `ConfigError`, and `FeaturesMissing` where a store doesn't fit the data."""
     folder = run_folder(config.required("out"), config.options)
-    images = list({image.displayed: image for each in of.images.values() for image in each}.values())
+    images = distinct([image for each in of.images.values() for image in each])
     contents = dict(zip((image.displayed for image in images), content_digests(images), strict=True))
     recipe = recipe.joined(of.images, contents)
     identity = {"task": task, **config.counted(), **recipe.identity()}
@@ -264,9 +261,7 @@ def run_pieces(
 ) -> list[Record]:
     """Do what isn't done yet; returns all records, in the order of the pieces."""
     pieces = evaluation.pieces()
-    done = folder.sizes("parts")
-    pending = [piece for piece in pieces if f"{piece.name}.jsonl" not in done]
-    if pending:
+    if pending := _pending(folder, pieces):
         pool = executor.pool(config.cluster.request())
         work = Work(evaluation=evaluation, recipe=recipe, folder=folder, device=pool.device, threads=pool.cpus)
         items = {piece.name: _items([piece]) for piece in pending}
@@ -313,12 +308,18 @@ def plan_lines(task: Task[Settings, Evaluating], config: Settings) -> Iterator[s
     config.require_used()
     with planned(config, config.out) as drafted:
         evaluation, recipe, folder = task.prepare(drafted)
-        pieces, done = evaluation.pieces(), folder.sizes("parts")
-    left = [piece for piece in pieces if f"{piece.name}.jsonl" not in done]
+        pieces = evaluation.pieces()
+        left = _pending(folder, pieces)
     yield f"evaluation {redact(config.out, config.options)}: {len(pieces) - len(left):,} of {len(pieces):,} pieces done"
     yield f"items      {_items(pieces):,}, {_items(left):,} to go ({len(left):,} of {len(pieces):,} pieces)"
     yield f"features   {describe(recipe)}"
     yield NOTHING_RUN
+
+
+def _pending(folder: Folder, pieces: Sequence[Piece]) -> list[Piece]:
+    """Those that aren't done."""
+    done = folder.sizes("parts")
+    return [piece for piece in pieces if f"{piece.name}.jsonl" not in done]
 
 
 def _items(pieces: Sequence[Piece]) -> int:
