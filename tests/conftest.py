@@ -145,6 +145,14 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs are begun on that are asked for again (tests/second_runs.py). Who changes what is in it puts that back."""
+    from tests.second_runs import write_world
+
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """A moto S3 server on loopback with the bucket `bkt`; yields its endpoint."""
     from moto.server import ThreadedMotoServer

@@ -13,7 +13,7 @@ from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
 from storage.spec import FeatureSpec, Use
 from tests.other_bytes import InputObject, objects_in
-from tests.second_runs import KINDS, Held, Refused, complaint, write_world
+from tests.second_runs import KINDS, Held, Refused, complaint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,11 +29,6 @@ CALLED: Mapping[str, tuple[str, ...]] = {
 
 UNREAD = {"readout: photos_open_instances": {".png"}}
 """What lies beside the data set and is another one's."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def test_all_labelled_sets_are_tried(world):

@@ -13,7 +13,7 @@ import pytest
 from jobs import evaluate, extract, tables, train
 from pipelines.config import ConfigError, Identity, JobConfig, Setting, settings_of
 from storage.spec import FeatureSpec, Use
-from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint, write_world
+from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,11 +166,6 @@ def changed(config: JobConfig, name: str, value: object) -> JobConfig:
     if name.startswith("cell."):
         return config.changed(cell=config.cell.changed(**{name.removeprefix("cell."): value}))
     return config.changed(**{name: value})
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

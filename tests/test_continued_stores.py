@@ -43,7 +43,6 @@ from tests.second_runs import (
     tabled,
     trained,
     write_weights,
-    write_world,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,13 +232,13 @@ def _copy_of(images: Path, place: Path, change: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_world(tmp_path_factory.mktemp("world"))
+def world(world: Path) -> Path:
+    """With weights that say other things of the input."""
     others = {"interpolation": "bilinear", "mean": [0.4, 0.4, 0.4], "std": [0.3, 0.3, 0.3]}
     for name, value in others.items():
-        write_weights(root / name, seed=0, **{name: value})
-    write_weights(root / "model_args", seed=0, args={"act_layer": "relu"})
-    return root
+        write_weights(world / name, seed=0, **{name: value})
+    write_weights(world / "model_args", seed=0, args={"act_layer": "relu"})
+    return world
 
 
 @pytest.fixture(scope="module")

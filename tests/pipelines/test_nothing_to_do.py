@@ -10,16 +10,9 @@ from pipelines.evaluation.run import evaluate
 from pipelines.extraction.run import main as extraction
 from pipelines.tables.deap import main as tables
 from pipelines.training.run import train
-from tests.second_runs import KINDS, write_world
+from tests.second_runs import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    write_world(root)
-    return root
 
 
 class Asked(Exception):
