@@ -15,8 +15,9 @@ from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.features.join import FeaturesMissing, PlacedRow, Wanted, join
+from pipelines.features.sources import StoreRecipe
 from storage.datasets.content import content_digests
-from storage.datasets.images import load_images
+from storage.datasets.images import ImageFile, load_images
 from storage.store import FeatureStore
 from tests.readout_runs import TINY, extract
 
@@ -117,6 +118,23 @@ def test_rows_without_a_digest_are_of_the_same_size_at_least(tmp_path, tiny, wit
         FeaturesMissing, match="1 of 4 images have another image's row .*00002.png: row 2 was made of an image of 80 x"
     ):
         joined(store, data / "val")
+
+
+def test_an_image_that_no_digest_tells_is_read_once_for_all_stores(tmp_path, tiny, without_digests, monkeypatch):
+    data = two_parts(tmp_path / "d") / "val"
+    urls = [extract(tiny, tmp_path / f"{side}.zarr", data, size=str(side), geometry="squash") for side in (48, 64)]
+    stores = {store.spec.input_size: store for store in map(FeatureStore.open, urls)}
+    without_digests()
+    images = list(load_images(str(data)))
+    contents = dict(zip([image.displayed for image in images], content_digests(images), strict=True))
+    read: list[str] = []
+    orientation = ImageFile.orientation
+    monkeypatch.setattr(ImageFile, "orientation", lambda image: read.append(image.name) or orientation(image))
+
+    recipe = StoreRecipe(stores=stores).joined(dict.fromkeys(stores, images), contents)
+
+    assert [each.counts.by_size for each in recipe.joins.values()] == [4, 4]
+    assert read == [image.name for image in images]
 
 
 def test_images_that_a_store_lacks_are_named_with_what_they_may_be_called(tmp_path, tiny):
