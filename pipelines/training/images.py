@@ -201,30 +201,35 @@ class ResolvedImages:
         n_rows = rows.start
         if self.held_out_files:
             below = Folder(f"{folder.url}/validation", config.options)
-            held_out, found = self._images(below, self.held_out_files, config.val_rows, executor, limited_by="--val-rows")
-            rows, n_rows = range(found.n_rows), index.n_rows
-            _say_fewer("--val-data", found.n_rows, "--val-rows", config.val_rows)
+            held_out, own = self._images(below, self.held_out_files, config.val_rows, executor, limited_by="--val-rows")
+            rows, n_rows = range(own.n_rows), index.n_rows
+            _say_fewer("--val-data", own.n_rows, "--val-rows", config.val_rows)
         _say_fewer("--data", index.n_rows, "--limit", config.limit)
         if n_rows < 1:
             raise ConfigError(
                 f"--val-rows {config.val_rows} leaves none of the {index.n_rows} images of --data to train on; use fewer, or "
                 "give --val-data"
             )
+        # The index knows names and sizes; other pixels under them would be learned on without a word.
+        some = sample_images(images.index, images.urls, config.options)
+        others = some if held_out is images else sample_images(held_out.index, held_out.urls, config.options)
         joins: list[Join] = []
-        found: dict[str, JsonValue] = {"backbone": _identity(self.backbone.spec), "numbers": {"stored": None}}
-        for name, source in (("images", images), ("held_out", held_out)):
-            # The index knows names and sizes; other pixels under them would be learned on without a word.
-            some = sample_images(source.index, source.urls, config.options)
-            found |= {name: source.digest, f"{name}_content": content_of(some)}
-            if source.features is not None:
-                # All are held against the store when they're read; a store of others is found before a cluster works.
-                joins.append(source.features.join(some))
-                # Those without a row are left out of the training.
-                lacking = [key for key in some if key not in joins[-1].by_image]
-                found |= {
-                    "numbers": {"stored": source.features.numbers},
-                    "rows_content": joint_digest([joins[-1].content, *lacking]),
-                }
+        rows_content: dict[str, JsonValue] = {}
+        if self.features is not None:
+            # All are held against the store when they're read; a store of others is found before a cluster works.
+            joins.append(self.features.join(some))
+            # Those without a row are left out of the training.
+            lacking = [key for key in some if key not in joins[-1].by_image]
+            rows_content = {"rows_content": joint_digest([joins[-1].content, *lacking])}
+        found: dict[str, JsonValue] = {
+            "backbone": _identity(self.backbone.spec),
+            "numbers": {"stored": self.features.numbers if self.features else None},
+            "images": images.digest,
+            "images_content": content_of(some),
+            **rows_content,
+            "held_out": held_out.digest,
+            "held_out_content": content_of(others),
+        }
         instead = "Give other --val-data" if self.held_out_files else "Remove the copies from --data, or give --val-data"
         same = same_rows(images, n_rows, held_out, rows)
         seen = require_apart(same, held_out, len(rows), allowed=config.overlap, instead=instead)

@@ -115,8 +115,10 @@ class X2Config(ImageTraining):
 
     def require_trainable(self, network: JsonObject, order: TrainOrder) -> None:
         """BatchNorm has no statistics of one image whose map is a single cell; the quarter image's is the smallest."""
+        if order.fewest > 1:
+            return
         net = build_net(network, self.seed)
-        if order.fewest > 1 or not any(isinstance(layer, _BatchNorm) for layer in net.modules()):
+        if not any(isinstance(layer, _BatchNorm) for layer in net.modules()):
             return
         found = self._found().parse(network)
         channels, patch = getattr(found, "channels", 0), getattr(found, "patch", 0)

@@ -23,7 +23,7 @@ from operators.timm_models import load_arrays, state_arrays
 from pipelines.executors import Executor
 from pipelines.training.config import TrainSetup, Validation
 from pipelines.training.data import Loaded, load
-from pipelines.training.watch import EventFile, held_out_words
+from pipelines.training.watch import EventFile, HeldOutScores
 from storage.documents import Document, JsonValue, decode, decode_known
 from storage.errors import RayliftError
 from storage.runs import Checkpoint, read_last, read_metrics, tidy, write_checkpoint, write_metrics
@@ -316,12 +316,12 @@ class Trainer:
     def _report(self, validation: Validation, events: EventFile) -> None:
         if not self.setup.held_out_rows:
             return
-        counts = {**validation.counts, "val_seen": self.setup.seen}
-        self._add({**validation.values, **counts}, events)
+        values = {**validation.values, **validation.counts, "val_seen": self.setup.seen}
+        self._add(values, events)
         if validation.picture:
             self.setup.folder.write(f"pictures/step-{self.step:08d}.png", validation.picture)
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in validation.values.items()) or "no scores"
-        logger.info("step %d, held out: %s; %s", self.step, scores, held_out_words(counts))
+        found = HeldOutScores(step=self.step, values=values)
+        logger.info("step %d, held out: %s; %s", self.step, found, found.over)
 
     def _state(self) -> Checkpoint:
         held_out = {"held_out": {str(row): reason for row, reason in sorted(self.held_out.items())}} if self.held_out else {}

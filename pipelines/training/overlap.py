@@ -1,6 +1,5 @@
 """Held-out images that are trained on, too: found by their bytes, refused unless they are asked for."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +7,6 @@ from pipelines.config import ConfigError
 from pipelines.training.data import ExampleSource, ImageSource
 from storage.datasets.content import UNREADABLE
 from storage.identity import same_images
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +20,8 @@ class Same:
 def same_rows(trained: ImageSource, n_rows: int, held_out: ImageSource, rows: Sequence[int]) -> dict[int, Same]:
     """Those of the held-out `rows` whose bytes are those of one of the first `n_rows` that are trained on."""
     found = same_images(trained.index, trained.urls, n_rows, held_out.index, held_out.urls, rows, trained.options)
-    names = dict(zip(found, held_out.index.names(list(found)), strict=True))
-    others = trained.index.names(list(found.values()))
-    return {row: Same(held_out=names[row], trained=other) for row, other in zip(found, others, strict=True)}
+    names, others = held_out.index.names(list(found)), trained.index.names(list(found.values()))
+    return {row: Same(held_out=name, trained=other) for row, name, other in zip(found, names, others, strict=True)}
 
 
 def same_contents(trained: Sequence[tuple[str, str]], held_out: Sequence[tuple[str, str]]) -> dict[int, Same]:
