@@ -74,16 +74,20 @@ def _last_run(run: RunStatus) -> dict[str, str]:
     config, versions = (as_object(run.settings.get(name) or {}, name) for name in ("config", "versions"))
     usual = ExtractConfig().public()
     # The command's words aren't kept; settings at their defaults may have been among them, and change nothing.
-    given = [said(name, _words(value)) for name, value in config.items() if name in usual and value not in (None, usual[name])]
+    given = [
+        said(name, _words(value, usual[name]))
+        for name, value in config.items()
+        if name in usual and value not in (None, usual[name])
+    ]
     found = {"command of the last run": " ".join(["python jobs/extract.py", *given])} if config else {}
     if versions:
         found["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     return found
 
 
-def _words(value: JsonValue) -> bool | tuple[str, ...]:
-    """A setting's value as a shell takes it."""
-    if isinstance(value, bool):
+def _words(value: JsonValue, usual: JsonValue) -> bool | tuple[str, ...]:
+    """A setting's value as a shell takes it; `usual` is its default. Where that is none, True and False are words."""
+    if isinstance(value, bool) and isinstance(usual, bool):
         return value
     return tuple(shlex.quote(str(each)) for each in (value if isinstance(value, list) else [value]))
 

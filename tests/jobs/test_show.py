@@ -539,8 +539,9 @@ def test_report_holds_everything_and_no_address(with_failures, tmp_path):
     assert all(base64.b64decode(picture) for picture in pictures)
 
 
-def test_report_says_the_command_and_the_software(make_tars, tiny):
-    config = tiny(make_tars())
+@pytest.mark.parametrize("change", [{}, {"norm": False}])
+def test_report_says_the_command_and_the_software(make_tars, tiny, change):
+    config = tiny(make_tars(), **change)
     extract(config, InlineExecutor())
 
     text = html.unescape(render_report(FeatureStore.open(config.out), count=1))
