@@ -1,54 +1,29 @@
-"""A grid of readouts: backbones x tasks x methods x seeds; each cell is a training run, side by side on a cluster or in turn.
+"""A grid of readouts: backbones x tasks x methods x seeds; its settings, and its cells, each of which is a training run."""
 
-A cell's state is its run's folder (pipelines/training/loop.py) and `cell.json`, written last: whoever starts the grid again
-does what isn't there. A cell that fails ends no other one; the tables (pipelines/tables/deap.py) say why it did.
-"""
-
-import functools
-import json
 import logging
 import re
 import string
-import textwrap
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated
 
-import torch
 import tyro
 
-from cluster.progress import Progress
-from cluster.resources import WorkerPool, WorkerRequest
-from operators.readouts import build_readout
+from cluster.resources import WorkerRequest
 from operators.readouts.variants import VARIANTS
 from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least, require_gpus, said
-from pipelines.costs.speed import Speed, SpeedProtocol, TimedBackbone, measure_speed
-from pipelines.executors import Executor, InlineExecutor, WorkersLost
-from pipelines.features.agreement import AskedFeatures
-from pipelines.features.weights import WeightsChoice
+from pipelines.costs.speed import SpeedProtocol
 from pipelines.published import Settings
 from pipelines.tables.backbones import PaperBackbone, find_backbone
-from pipelines.tables.tasks import PUBLISHED, TableTask, find_task
-from pipelines.training.readout import ReadoutSetup, ReadoutTraining
-from pipelines.training.run import train_inline
-from pipelines.training.watch import COUNTS
+from pipelines.tables.tasks import TableTask, find_task
+from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
 from storage.differences import Difference
-from storage.documents import JsonObject, JsonValue, as_object, decode, decode_known, parse_json
-from storage.errors import RayliftError
+from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
 from storage.redaction import redact
-from storage.runs import read_pointers
-from storage.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
-
-
-class CellsFailed(RayliftError):
-    """Some cells have no result; all others are done."""
-
-    exit_code = 1
 
 
 METHODS: Mapping[str, Settings] = {**VARIANTS, "depth_bins": {"method": "depth_bins"}}
@@ -171,6 +146,10 @@ class GridConfig(JobConfig):
             batches=self.speed_batches,
             precision=self.cell.features.precision,
         )
+
+    def worker_request(self, actors: int | None, gpus: float | None) -> WorkerRequest:
+        """Workers that train a cell, or time backbones."""
+        return WorkerRequest(device=self.cluster.device, actors=actors, cpus=self.cell_cpus, gpus=gpus, called="cell")
 
     def flat(self) -> dict[str, JsonValue]:
         # Tables have said these two so from the beginning.
@@ -305,8 +284,7 @@ def _cell(config: GridConfig, backbone: PaperBackbone, task: TableTask, method: 
         "device": config.cluster.device,
     }
     # A table's methods and tasks don't all take what some of them do.
-    unused = {name: str(why) for name, why in ReadoutTraining.of(**settings).unused().items()}
-    training = ReadoutTraining.of(**{name: value for name, value in settings.items() if name not in unused})
+    training, unused = _without_unused(settings)
     return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training, unused=unused)
 
 
@@ -317,25 +295,14 @@ def published_settings(task: TableTask, method: str) -> dict[str, JsonValue]:
 
 def published_recipe(task: TableTask, method: str) -> ReadoutTraining:
     """The same as settings of a run, without what the method makes no use of."""
-    settings = published_settings(task, method)
-    unused = ReadoutTraining.of(**settings).unused()
-    return ReadoutTraining.of(**{name: value for name, value in settings.items() if name not in unused})
+    recipe, _ = _without_unused(published_settings(task, method))
+    return recipe
 
 
-def _other_features(cell: Cell, spec: FeatureSpec) -> tuple[Difference, ...]:
-    """Settings of features in which a run isn't as the task's recipe has it (there)."""
-    if cell.task.name not in PUBLISHED:
-        return ()
-    features = published_recipe(cell.task, cell.method).features
-    # Of a model, they are its settings.
-    names = ("layers", "facet", "norm", "stride", "pos_embed", "precision", "encoding") if cell.training.store else ()
-    asked = AskedFeatures(settings={name: getattr(features, name) for name in names}, options=cell.training.options)
-    found = [Difference(field=each.field, there=each.here, here=each.there) for each in asked.differences(spec).found]
-    published = cell.backbone.weights or features.weights
-    # A file may be the published one.
-    if spec.weights_source not in ("file", WeightsChoice.parse(published).source):
-        found.append(Difference(field="weights", there=published, here=spec.weights_source))
-    return tuple(found)
+def _without_unused(settings: Mapping[str, JsonValue]) -> tuple[ReadoutTraining, dict[str, str]]:
+    """A run of the settings that it makes use of; the others, and why it doesn't."""
+    unused = {name: str(why) for name, why in ReadoutTraining.of(**settings).unused().items()}
+    return ReadoutTraining.of(**{name: value for name, value in settings.items() if name not in unused}), unused
 
 
 def _stores(config: GridConfig, backbone: PaperBackbone, task: TableTask) -> dict[str, str]:
@@ -346,217 +313,3 @@ def _stores(config: GridConfig, backbone: PaperBackbone, task: TableTask) -> dic
     parts = given.get("split") or kind.splits[0], given.get("val_split") or kind.splits[1]
     urls = [absolute(config.store.format(backbone=slug(backbone.name), dataset=task.dataset, part=part)) for part in parts]
     return {"store": urls[0], "val_store": urls[1]}
-
-
-# --- one cell ---------------------------------------------------------------------------------------------------------
-
-RESULT = "cell.json"
-
-
-def run_cell(cell: Cell) -> CellResult:
-    """Train it, go on with it, or read what it came to; an error is a result, too."""
-    try:
-        # Whether it is done is asked of what it would be now: settings, weights, images, labels, stores.
-        setup = _prepared(cell)
-        return _read_result(cell, setup) or _train(cell, setup)
-    except RayliftError as error:  # in words, which the tables have
-        return failed(cell, f"{type(error).__name__}: {error}")
-    except Exception as error:  # the boundary between cells: one that fails must not end the others
-        logger.exception("%s failed", cell.name)
-        return failed(cell, f"{type(error).__name__}: {error}")
-
-
-def failed(cell: Cell, reason: str) -> CellResult:
-    """A cell without numbers."""
-    error = textwrap.shorten(redact(reason, cell.training.options), 600, placeholder=" ...")
-    return replace(_empty(cell), error=error)
-
-
-def _empty(cell: Cell) -> CellResult:
-    return CellResult(name=cell.name, backbone=cell.backbone.name, task=cell.task.name, method=cell.method, seed=cell.seed)
-
-
-def _prepared(cell: Cell) -> ReadoutSetup:
-    """Its run, begun or held against what it was begun with. Raises what `ReadoutTraining.resolve` and `prepare` raise."""
-    return cell.training.resolve().prepare(InlineExecutor())
-
-
-def _read_result(cell: Cell, setup: ReadoutSetup) -> CellResult | None:
-    """Of a cell that is done, all its steps; its run is known to be of these settings and data. A damaged file counts as none:
-    the run itself knows how far it is."""
-    result = _said_result(cell)
-    if result is None:
-        return None
-    if result.name != cell.name or result.steps != setup.order.steps:
-        return None
-    # Of what it is asked for now: --max-steps beyond the epochs may be others.
-    return replace(result, notes=setup.notes, other_features=_other_features(cell, setup.images.spec), train_seconds=None)
-
-
-def _train(cell: Cell, setup: ReadoutSetup) -> CellResult:
-    started, training = time.monotonic(), cell.training
-    summary = train_inline(setup)
-    values = {name: value for name, value in summary.metrics.items() if name.startswith("val_")}
-    if not values.keys() - set(COUNTS):
-        raise ConfigError(f"no held-out image of {training.dataset} could be read")
-    result = replace(
-        _empty(cell),
-        metrics=values,
-        parameters=build_readout(setup.readout).parameter_count(),
-        grid=tuple(setup.features["level"]["grid"]),
-        input_size=tuple(setup.features["input_size"]),
-        model_args=setup.features.get("model_args", {}),
-        other_features=_other_features(cell, setup.images.spec),
-        steps=summary.step,
-        clipped=int(summary.metrics.get("clipped", 0)),
-        notes=summary.notes,
-        train_seconds=round(time.monotonic() - started, 3),
-    )
-    setup.folder.write(RESULT, json.dumps({"result": asdict(result)}, indent=1).encode())
-    return result
-
-
-def state_in_words(cell: Cell) -> str:
-    """How far a cell is, by its folder alone: whether that is of these settings and data, is asked when it is run."""
-    result, folder = _said_result(cell), Folder(cell.training.out, cell.training.options)
-    if result is not None and result.steps is not None:
-        return f"done, {result.steps:,} steps"
-    pointers = read_pointers(folder)
-    return f"begun, {pointers.last_step:,} steps so far" if pointers else "to do"
-
-
-# --- all of them ------------------------------------------------------------------------------------------------------
-
-
-def run_cells(config: GridConfig, cells: Sequence[Cell], executor: Executor) -> list[CellResult]:
-    """Results of all cells, in their order. Of a cell whose worker is lost, the next one goes on from its last checkpoint."""
-
-    def lost(cell: Cell, error: WorkersLost) -> CellResult:
-        return failed(cell, f"given up after {config.max_failures} restarts (--max-failures): {error}")
-
-    found = _done_already(cells)
-    pending = [cell for cell in cells if cell.name not in found]
-    if not pending:
-        logger.info("all %d cells are done already", len(cells))
-        return [found[cell.name] for cell in cells]
-    pool = executor.pool(_request(config, config.cluster.actors, config.cell_gpus))
-    worker = functools.partial(_cell_worker, None if config.is_inline else pool)
-    with Progress(total=len(cells), done=len(found), unit="cells") as progress:
-        for result in executor.pieces(worker, pending, pool, restarts=config.max_failures, lost=lost):
-            found[result.name] = result
-            progress.add(0 if result.error else 1, 1 if result.error else 0)
-            outcome = result.error or ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-            logger.info("%d of %d cells: %s: %s", len(found), len(cells), result.name, outcome)
-    return [found[cell.name] for cell in cells]
-
-
-def _done_already(cells: Sequence[Cell]) -> dict[str, CellResult]:
-    """Results by name where every cell has one, so that a grid with nothing left to do needs no workers; else none: those who do
-    cells ask each whether it is done."""
-    if not all(_said_result(cell) for cell in cells):
-        return {}
-    found: dict[str, CellResult] = {}
-    for cell in cells:
-        try:
-            result = _read_result(cell, _prepared(cell))
-        except Exception:  # noqa: BLE001 - the boundary between cells, as in `run_cell`, which says it
-            continue
-        if result is not None:
-            found[cell.name] = result
-    return found
-
-
-def _said_result(cell: Cell) -> CellResult | None:
-    """What a cell's folder says that it came to, of whatever it was begun with."""
-    try:
-        return decode_known(CellResult, parse_json(Folder(cell.training.out, cell.training.options).read(RESULT))["result"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _request(config: GridConfig, actors: int | None, gpus: float | None) -> WorkerRequest:
-    return WorkerRequest(device=config.cluster.device, actors=actors, cpus=config.cell_cpus, gpus=gpus, called="cell")
-
-
-def _cell_worker(pool: WorkerPool | None) -> Callable[[Cell], CellResult]:
-    """Does cells with what a pool has for each; without a pool, with what this process has."""
-    if pool is None:
-        return run_cell
-    torch.set_num_threads(pool.cpus)
-    device = pool.device
-    return lambda cell: run_cell(replace(cell, training=cell.training.changed(device=device)))
-
-
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-SPEEDS = "speed.json"
-
-
-def measure_speeds(
-    config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult], executor: Executor
-) -> dict[str, Speed]:
-    """Of each backbone that has a result, by name; measured one after another on one machine, or read from an earlier start
-    that measured on such a device. All are of one machine: where some were measured on another, they are measured again. Where
-    nothing else needs a cluster, those of an earlier start stand on any device that the settings leave open.
-
-    The grid's own cells must be done. Raises `BackboneError`.
-    """
-    models = {cell.backbone.name: cell.backbone.model for cell in cells}
-    wanted = {}
-    for each in results:
-        height, width = each.input_size or (0, 1)
-        if not each.error and height == width:
-            wanted[each.backbone] = TimedBackbone(models[each.backbone], height, each.model_args)
-    needs_none = not config.is_inline and all(result.train_seconds is None for result in results)
-    if needs_none and (kept := _of_all(_read_speeds(config, None), wanted)):
-        return kept  # without asking for workers
-    pool = executor.pool(_request(config, 1, None))  # a whole GPU
-    protocol = {**asdict(config.speeds), "device": pool.device, "threads": pool.cpus if pool.device == "cpu" else None}
-    known = _read_speeds(config, protocol)
-    if kept := _of_all(known, wanted):
-        return kept
-    kept = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
-    worker = functools.partial(_speed_worker, config.speeds, pool.device, None if config.is_inline else pool.cpus)
-    (found,) = executor.pieces(
-        worker, [{name: (of, kept.get(name)) for name, of in wanted.items()}], pool, restarts=config.max_failures
-    )
-    document = {"protocol": protocol, "found": {name: asdict(speed) for name, speed in {**known, **found}.items()}}
-    config.folder.write(SPEEDS, json.dumps(document, indent=1).encode())
-    return {name: found[name] for name in wanted}
-
-
-def _of_all(known: Mapping[str, Speed], wanted: Mapping[str, TimedBackbone]) -> dict[str, Speed]:
-    """Speeds of all that are wanted, of one machine; else none."""
-    found = {name: known[name] for name, of in wanted.items() if name in known and known[name].of == of.saved}
-    is_whole = len(found) == len(wanted) and len({(speed.device, speed.cpu) for speed in found.values()}) <= 1
-    return found if is_whole else {}
-
-
-def _read_speeds(config: GridConfig, protocol: JsonObject | None) -> dict[str, Speed]:
-    """Those of an earlier start that were measured in the same way; a damaged file counts as none. Without a protocol: on any
-    device, and with any number of threads, that the settings leave open."""
-    try:
-        document = parse_json(config.folder.read(SPEEDS))
-        there = as_object(document["protocol"])
-        if protocol is None:
-            asked = {"device": config.cluster.device, "threads": config.cell_cpus}
-            protocol = {**asdict(config.speeds), **{n: there[n] if v in (None, "auto") else v for n, v in asked.items()}}
-        if there != protocol:
-            return {}
-        return {name: decode(Speed, each, name) for name, each in as_object(document["found"]).items()}
-    except (FileNotFoundError, ValueError, KeyError):
-        return {}
-
-
-def _speed_worker(
-    protocol: SpeedProtocol, device: str, threads: int | None
-) -> Callable[[Mapping[str, tuple[TimedBackbone, Speed | None]]], dict[str, Speed]]:
-    """Measures the speeds of some backbones, by name; those that are known of this very machine are as they are."""
-    if threads:
-        torch.set_num_threads(threads)
-    where = torch.device(device)
-
-    def speed_of(backbone: TimedBackbone, known: Speed | None) -> Speed:
-        return known if known and known.was_measured_on(where) else measure_speed(protocol, where, backbone)
-
-    return lambda backbones: {name: speed_of(*each) for name, each in backbones.items()}

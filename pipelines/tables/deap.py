@@ -16,17 +16,9 @@ from pipelines.provenance import NOTHING_RUN, versions
 from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, Values
 from pipelines.results import sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
-from pipelines.tables.cells import (
-    Cell,
-    CellResult,
-    CellsFailed,
-    GridConfig,
-    measure_speeds,
-    plan_cells,
-    published_recipe,
-    run_cells,
-    state_in_words,
-)
+from pipelines.tables.cells import Cell, CellResult, GridConfig, plan_cells, published_recipe
+from pipelines.tables.run import CellsFailed, run_cells, state_in_words
+from pipelines.tables.speeds import measure_speeds
 from pipelines.tables.tasks import Column, TableTask, published_values
 from pipelines.training.readout import FEATURES, ReadoutTraining
 from pipelines.training.watch import COUNTS, held_out_words

@@ -20,10 +20,13 @@ from pipelines.costs import speed
 from pipelines.costs.speed import Speed
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.published import DEAP_RESULTS, DEAP_TASKS
-from pipelines.tables import cells as grid
+from pipelines.tables import run as doing
+from pipelines.tables import speeds as timing
 from pipelines.tables.backbones import BACKBONES, BY_NAME, PaperBackbone
-from pipelines.tables.cells import CellResult, CellsFailed, GridConfig, plan_cells, run_cell, run_cells
+from pipelines.tables.cells import CellResult, GridConfig, plan_cells
 from pipelines.tables.deap import entries, main, report, scatter, write_grid
+from pipelines.tables.run import CellsFailed, run_cell, run_cells
+from pipelines.tables.speeds import measure_speeds
 from pipelines.tables.tasks import PUBLISHED, find_task, published_values
 from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
@@ -182,7 +185,7 @@ def test_tables_hold_what_the_runs_measured(sets, tmp_path):
     config = tiny_grid(sets, tmp_path, methods=("deap", "linear"), seeds=(3, 4), weights="random:7")
     cells = plan_cells(config)
     results = run_cells(config, cells, InlineExecutor())
-    speeds = grid.measure_speeds(config, cells, results, InlineExecutor())
+    speeds = measure_speeds(config, cells, results, InlineExecutor())
 
     text = write_grid(config.folder, config, cells, results, speeds)
 
@@ -207,33 +210,33 @@ def test_tables_hold_what_the_runs_measured(sets, tmp_path):
 def test_what_is_done_is_not_done_again(sets, tmp_path, monkeypatch):
     config = tiny_grid(sets, tmp_path, methods=("deap", "linear"))
     cells, first = plan_cells(config), run(config)
-    speeds = grid.measure_speeds(config, cells, first, InlineExecutor())
-    monkeypatch.setattr(grid, "train_inline", lambda setup: pytest.fail("trained again"))
-    monkeypatch.setattr(grid, "measure_speed", lambda *args: pytest.fail("measured again"))
+    speeds = measure_speeds(config, cells, first, InlineExecutor())
+    monkeypatch.setattr(doing, "train_inline", lambda setup: pytest.fail("trained again"))
+    monkeypatch.setattr(timing, "measure_speed", lambda *args: pytest.fail("measured again"))
 
     second = run(config)
 
     assert [each.metrics for each in second] == [each.metrics for each in first]
-    assert grid.measure_speeds(config, cells, second, InlineExecutor()) == speeds
+    assert measure_speeds(config, cells, second, InlineExecutor()) == speeds
 
 
 @pytest.mark.parametrize("change", [{"cpu": "another one"}, {"device": "CPU, 64 threads"}])
 def test_speeds_of_a_table_are_of_one_machine(sets, tmp_path, change):
     """A backbone that comes to those of another machine, or of an earlier version, has them measured again."""
     config, both = tiny_grid(sets, tmp_path), ("test_vit.r160_in1k@32", VIT)
-    grid.measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
+    measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
     path = tmp_path / "speed.json"
     written = json.loads(path.read_text())
     path.write_text(json.dumps(written | {"found": {VIT: {**written["found"][VIT], **change, "images_per_s": 1e9}}}))
     config = config.changed(backbones=both)
 
-    speeds = grid.measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
+    speeds = measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
 
     assert list(speeds) == list(both)
     assert len({each.where for each in speeds.values()}) == 1
     assert speeds[VIT].images_per_s < 1e9
     assert speeds[VIT].cpu
-    again = grid.measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
+    again = measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
     assert again == speeds
 
 
@@ -241,7 +244,7 @@ def test_speeds_of_a_table_are_of_one_machine(sets, tmp_path, change):
 def test_speeds_of_another_device_are_measured_again(sets, tmp_path, change):
     config = tiny_grid(sets, tmp_path)
     cells, results = plan_cells(config), run(config)
-    grid.measure_speeds(config, cells, results, InlineExecutor())
+    measure_speeds(config, cells, results, InlineExecutor())
     path = tmp_path / "speed.json"
     written = json.loads(path.read_text())
     if change is None:  # as an earlier version wrote it
@@ -250,7 +253,7 @@ def test_speeds_of_another_device_are_measured_again(sets, tmp_path, change):
     written["found"][VIT]["images_per_s"] = 1e9
     path.write_text(json.dumps(written))
 
-    assert grid.measure_speeds(config, cells, results, InlineExecutor())[VIT].images_per_s < 1e9
+    assert measure_speeds(config, cells, results, InlineExecutor())[VIT].images_per_s < 1e9
 
 
 def test_a_picture_of_earlier_scores_does_not_stay(sets, tmp_path):
@@ -273,7 +276,7 @@ def test_what_an_earlier_version_did_counts(sets, tmp_path, monkeypatch):
     for name in ("label_frame", "depth_scale", "numbers", "images_content", "labels_content"):
         del written["identity"][name]
     path.write_text(json.dumps(written))
-    monkeypatch.setattr(grid, "_train", lambda *_: pytest.fail("entered again"))
+    monkeypatch.setattr(doing, "_train", lambda *_: pytest.fail("entered again"))
 
     (second,) = run(config)
 
@@ -289,7 +292,7 @@ def test_a_network_that_its_weights_describe_is_the_one_that_is_timed(sets, tmp_
         speed, "TimmBackbone", lambda model, **_: patches.append(model.patch_embed.patch_size[0]) or TimmBackbone(model)
     )
 
-    speeds = grid.measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
+    speeds = measure_speeds(config, plan_cells(config), run(config), InlineExecutor())
 
     assert [each.grid for each in results] == [(8, 8)]
     assert patches == [8, 16]
@@ -300,7 +303,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(sets, tmp_path, monkeyp
     config = tiny_grid(sets, tmp_path / "grid", max_steps=8)
     (cell,) = plan_cells(config)
     with monkeypatch.context() as patched:
-        patched.setattr(grid, "train_inline", lambda setup: train_inline(replace(setup, on_step=dies_after(5))))
+        patched.setattr(doing, "train_inline", lambda setup: train_inline(replace(setup, on_step=dies_after(5))))
         with pytest.raises(Died):
             run_cell(cell)
     written = losses(cell.training.out)
@@ -399,7 +402,7 @@ def test_a_run_by_the_papers_recipe_is_of_its_settings(sets, tmp_path):
     config = tiny_grid(sets, tmp_path, **changes, cell=ReadoutTraining(), paper=True)
     cells = plan_cells(config)
 
-    found = entries(cells, [CellResult(**{**asdict(grid._empty(cell)), "error": "not run"}) for cell in cells])
+    found = entries(cells, [CellResult(**{**asdict(doing._empty(cell)), "error": "not run"}) for cell in cells])
 
     assert [bool(entry.other_settings) for entry in found] == [False] * 4
     text = report(config, found, {}, [])
@@ -608,7 +611,7 @@ def test_ray_runs_cells_replaces_lost_workers_and_tells_failures(sets, tmp_path)
     steps = [line["step"] for line in read_metrics(Folder(cells[0].training.out)) if "loss" in line]
     assert steps == list(range(1, 41))
     assert failed.error.startswith("DatasetError: ")
-    assert grid.measure_speeds(config, cells, [done, failed], RayExecutor())[VIT].relative > 0
+    assert measure_speeds(config, cells, [done, failed], RayExecutor())[VIT].relative > 0
 
 
 def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:
