@@ -13,8 +13,8 @@ from pipelines.config import ConfigError, parse_options
 from pipelines.showing.compare import compare, comparison_lines
 from pipelines.showing.report import render_report
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
+from pipelines.showing.training import training_lines
 from pipelines.showing.views import pick_rows, similar_panel, view_panel
-from pipelines.training.watch import training_lines
 from storage.export import export_vectors
 from storage.paths import Folder, StorageOptions, extension, folder_of
 from storage.store import FeatureStore

@@ -18,10 +18,10 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
 from pipelines.readouts.instances import CLASSIFIER
+from pipelines.showing.training import training_lines
 from pipelines.training.loop import TrainFailed, read_metrics
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_on_ray
-from pipelines.training.watch import training_lines
 from storage.paths import Folder
 from storage.runs import read_last
 from tests.readout_runs import OF_TASK, extract, held_out, losses, prepared, train, training, write_nyu

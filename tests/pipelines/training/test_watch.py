@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from operators.visual import Panel, cosine_map, heat
+from pipelines.showing.training import training_lines
 from pipelines.training.run import main
-from pipelines.training.watch import Validations, similarity_picture, training_lines
+from pipelines.training.watch import Validations, similarity_picture
 from storage.documents import JsonValue
 from storage.paths import Folder
 from storage.runs import write_metrics, write_run

@@ -1,0 +1,77 @@
+"""Training runs beside each other: what each measured on its held-out images."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from pipelines.config import ConfigError
+from pipelines.results import table_lines
+from pipelines.training.watch import Validations
+from storage.differences import differences
+from storage.documents import JsonObject, JsonValue, as_object
+from storage.paths import Folder
+from storage.runs import read_run
+
+_PLAIN = "_bilinear"
+
+_MEASURE = (
+    *("val_rows", "max_image_pixels", "backbone", "features", "dataset", "task", "val_split", "label_frame", "depth_scale"),
+    *("size", "side", "placement", "geometry", "interpolation", "crop", "drawing", "normalise"),
+    *("loss", "lower", "teacher_sizes", "l2_weight", "cosine_weight", "relational_weight"),
+    *("depth_loss", "gradient_loss", "outputs", "large_area", "many"),
+)
+"""What numbers of held-out images depend on beside the network, of a run's identity; and all that begins with `held_out`."""
+
+
+def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
+    """Markdown: what each run measured on its held-out images: before it began, at its best checkpoint, and last; and bilinear
+    enlargement of the same images, for each run its own.
+
+    Below the table, which runs weren't judged on the same images by the same measure. Raises `ConfigError` for a folder without
+    metrics.
+    """
+    rows: list[tuple[str, int | None, Mapping[str, float]]] = []
+    judged: dict[str, dict[str, JsonValue]] = {}
+    over: list[str] = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        run, found = read_run(folder), Validations.read(folder)
+        if run is None or found is None:
+            raise ConfigError(f"{folder.displayed} is no training run, or has not validated yet")
+        judged[name] = _measure(as_object(run["identity"], "identity"))
+        plain = {each.removesuffix(_PLAIN): value for each, value in found.last.scores.items() if each.endswith(_PLAIN)}
+        if plain:
+            rows.append((f"{name}, bilinear", None, plain))
+        if found.untrained and found.last.step:
+            rows.append((f"{name}, untrained", 0, found.untrained.scores))
+        if found.best and found.best.step != found.last.step:
+            rows.append((f"{name}, best", found.best.step, found.best.scores))
+        last = f"{name}, last and best" if found.best == found.last else f"{name}, last"
+        rows.append((last, found.last.step, found.last.scores))
+        if found.last.over:
+            over.append(f"- {name}, last: {found.last.over}.")
+    names = dict.fromkeys(name for *_, values in rows for name in values if not name.endswith(_PLAIN))
+    cells = [
+        [run, "" if step is None else f"{step:,}", *(f"{values[name]:.4f}" if name in values else "" for name in names)]
+        for run, step, values in rows
+    ]
+    _, *lines = table_lines(["run", "step", *names], cells)
+    yield from lines
+    yield ""
+    yield from over
+    yield "- best: the checkpoint of the smallest val_loss, among those that were validated."
+    first, *others = judged
+    for name in others:
+        if ("task" in judged[first]) != ("task" in judged[name]):
+            yield f"- {name} is trained for something else than {first}, so that their numbers don't compare."
+        elif different := differences(judged[first], judged[name]):
+            yield f"- {name} wasn't judged as {first} was, so that their numbers don't compare: {different.line(first, name)}."
+
+
+def _measure(identity: JsonObject) -> dict[str, JsonValue]:
+    return {name: value for name, value in identity.items() if name in _MEASURE or name.startswith("held_out")}
+
+
+def _names(folders: Sequence[Folder]) -> list[str]:
+    """Of runs, as tables have them: the folder's own, or all of its place where others are called so, too."""
+    short = [folder.url.rstrip("/").rsplit("/", 1)[-1] for folder in folders]
+    often = Counter(short)
+    return [name if often[name] == 1 else folder.displayed for name, folder in zip(short, folders, strict=True)]
