@@ -186,8 +186,9 @@ class Panel:
         below = top + len(self.tiles) * (height + gap) + 2
         if self.scale:
             wide = max(wide, left + _BAR_PX + 20 + sum(round(font.getlength(text)) for text in self.scale))
-        places = self._legend_places(left, below + (20 if self.scale else 0), wide, font)
-        canvas = Image.new("RGB", (wide, max([below + (20 if self.scale else 0), *(y + 20 for _, y in places)])), "white")
+        under_scale = below + (20 if self.scale else 0)
+        places = self._legend_places(left, under_scale, wide, font)
+        canvas = Image.new("RGB", (wide, max([under_scale, *(y + 20 for _, y in places)])), "white")
         draw = ImageDraw.Draw(canvas)
         draw.text((8, 5), self.title, fill="black", font=font)
         for c, text in enumerate(self.columns):

@@ -6,7 +6,6 @@
 import contextlib
 import errno
 import functools
-import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +23,6 @@ from storage.local_files import put_file, read_ranges_of_files, remove_partial_f
 from storage.reachable import why_endpoint_unreachable
 from storage.redaction import redact
 from storage.redirects import get_client
-
-logger = logging.getLogger(__name__)
 
 StorageOptions = Mapping[str, object]
 """fsspec's options for opening a URL, or such options by scheme (`{"s3": {...}, "https": {...}}`)."""

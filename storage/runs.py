@@ -71,7 +71,7 @@ class Pointers:
     @property
     def last_step(self) -> int:
         """How far the run is."""
-        return int(self.last.rpartition("/")[2])
+        return _number(self.last)
 
 
 def step_name(step: int) -> str:
@@ -158,9 +158,9 @@ def named_checkpoint(url: str, options: StorageOptions | None = None) -> NamedCh
     pointers = read_pointers(Folder(url, options))
     if pointers is None:
         return NamedCheckpoint(url=url)
-    name, last = pointers.best or pointers.last, _number(pointers.last)
+    name = pointers.best or pointers.last
     which = (
-        f"the best by its held-out loss of a run that is at step {last}"
+        f"the best by its held-out loss of a run that is at step {pointers.last_step}"
         if pointers.best
         else "its run's last; none is the best yet"
     )

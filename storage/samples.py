@@ -468,11 +468,12 @@ def try_images(
     """
     blobs: list[bytes | Unread | None] = [None] * len(rows)
     sizes = rows["size"].to_pylist()
-    for i in _with_image(rows):
+    wanted = _with_image(rows)
+    for i in wanted:
         if sizes[i] > max_bytes:
             why = f"{sizes[i]} bytes are more than max_image_bytes = {max_bytes}; raise --max-image-bytes if it's an image"
             blobs[i] = Unread("TooLarge", why)
-    wanted = [i for i in _with_image(rows) if blobs[i] is None]
+    wanted = [i for i in wanted if blobs[i] is None]
     ranges = _image_ranges(rows, urls, wanted)
     found = try_ranges(ranges, storage_options)
     errors = {url: blob for (url, _, _), blob in zip(ranges, found, strict=True) if isinstance(blob, OSError)}

@@ -127,7 +127,7 @@ def _counted(column: pa.ChunkedArray) -> dict[str, int]:
 
 
 def _added(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {name: one.get(name, 0) + other.get(name, 0) for name in (*one, *(name for name in other if name not in one))}
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
 def _by_kind(counts: Mapping[str, int]) -> dict[str, int]:

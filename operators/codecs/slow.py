@@ -23,14 +23,13 @@ def prepare(opened: ImageFile.ImageFile, data: bytes) -> None:
         return
     tile = opened.tile[0]
     args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    step = 1  # rows from the top
     if tile.codec_name == "ppm":
         rawmode, values = _binary(opened, data, tile.offset, int(args[-1]))
-        step = 1
+    elif tile.codec_name == "ppm_plain" and opened.mode == "1":
+        rawmode, values = _bits(opened, data, tile.offset)
     elif tile.codec_name == "ppm_plain":
-        rawmode, values = (
-            _bits(opened, data, tile.offset) if opened.mode == "1" else _text(opened, data, tile.offset, int(args[-1]))
-        )
-        step = 1
+        rawmode, values = _text(opened, data, tile.offset, int(args[-1]))
     elif tile.codec_name == "bmp_rle":
         rawmode = "L" if opened.mode in ("1", "L") else "P"
         values, step = _runs(opened.size, data, tile.offset, is_4_bit=bool(args[1])), int(args[-1])

@@ -5,9 +5,9 @@
 
 from dataclasses import dataclass
 
-from storage.datasets.files import DatasetError, listed_names, names_in
+from storage.datasets.files import DatasetError, listed_names
 from storage.datasets.images import ImageFile, keys_of
-from storage.datasets.pairing import by_name
+from storage.datasets.pairing import by_stem
 from storage.paths import Folder
 
 
@@ -28,15 +28,14 @@ def load_davis(folder: Folder, split: str = "val", resolution: str = "480p", ste
 
 def _clip(folder: Folder, name: str, resolution: str, step: int) -> Clip:
     images, labels = f"JPEGImages/{resolution}/{name}", f"Annotations/{resolution}/{name}"
-    stems = ((frame.rsplit(".", 1)[0], frame) for frame in names_in(folder, images, ("jpg", "jpeg")))
-    there, of_number = set(folder.sizes(labels)), by_name(folder, stems, lambda frame: f"{images}/{frame}")
+    there, of_number = set(folder.sizes(labels)), by_stem(folder, images, ("jpg", "jpeg"))
     frames, masks = [], []
     for number, frame in list(of_number.items())[::step]:
         mask = f"{number}.png"
         if mask not in there:
             raise DatasetError(f"{folder.displayed}/{labels}/{mask} is missing, but its frame is not")
         # A frame's number alone is in every clip, so that no store may call it so.
-        frames.append(ImageFile(folder=folder, name=f"{images}/{frame}", keys=keys_of(f"{images}/{frame}")[:-1]))
+        frames.append(ImageFile(folder=folder, name=frame, keys=keys_of(frame)[:-1]))
         masks.append(f"{labels}/{mask}")
     # A clip with holes is another video: what lies between two frames is what labels are carried over.
     if lost := sorted(mask for mask in there if mask.endswith(".png") and mask.removesuffix(".png") not in of_number):

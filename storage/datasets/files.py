@@ -42,7 +42,7 @@ class Listed(Sequence[Item]):
 
     items: tuple[Item, ...]
     of: int | None = None
-    "items that there are, asked for or not; None where listing ended with the last that is"
+    "items that there are, asked for or not; None where listing ended with the last that was asked for"
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     "what there is and is no item, by reason"
 

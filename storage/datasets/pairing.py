@@ -70,8 +70,8 @@ def pairs_of_stems(folder: Folder, images: str, labels: str, endings: tuple[str,
 
     Raises `DatasetError` for one without the other; official readers pair by position, so one file too many shifts them.
     """
-    image_of = _by_stem(folder, images, IMAGE_TYPES, endings[0])
-    label_of = _by_stem(folder, labels, ("png",), endings[1])
+    image_of = by_stem(folder, images, IMAGE_TYPES, endings[0])
+    label_of = by_stem(folder, labels, ("png",), endings[1])
     for here, there, what in ((image_of, label_of, f"label in {labels}"), (label_of, image_of, f"image in {images}")):
         alone = sorted(here.keys() - there.keys())
         if alone:
@@ -82,8 +82,9 @@ def pairs_of_stems(folder: Folder, images: str, labels: str, endings: tuple[str,
     return [(image_of[stem], label_of[stem]) for stem in sorted(image_of)]
 
 
-def _by_stem(folder: Folder, place: str, extensions: Sequence[str], ending: str) -> dict[str, str]:
-    """Paths of a folder's files by their names without `ending` and extension; those that end otherwise are left out.
+def by_stem(folder: Folder, place: str, extensions: Sequence[str], ending: str = "") -> dict[str, str]:
+    """Paths of a folder's files by their names without `ending` and extension, in the order of the files' names; those that
+    end otherwise are left out.
 
     Raises `DatasetError`, also for two files that differ in their extension only."""
     stems = [(name.rpartition(".")[0], name) for name in names_in(folder, place, extensions)]
