@@ -37,14 +37,14 @@ def load_photos_open(
         for image in images[:limit]:
             mask = ClassMask(folder=folder, name=f"seg/{masks[image.member.key]}", table="photos_open")
             found.append(LabelledImage(image=image, label=mask))
-        return Listed(tuple(found), images.of, images.left_out)
-    annotated = ((keys_of(each.file_name)[0], each) for each in read_coco(folder, "instances.json"))
-    notes = by_name(folder, annotated, lambda each: f"instances.json: {each.file_name}")
-    images = _photos_with(folder, photos, notes, "instances.json", wanted)
-    for image in images[:limit]:
-        note = notes[image.member.key]
-        objects = instances_of(folder, "instances.json", note)
-        found.append(LabelledImage(image=image.sized((note.width, note.height)), label=objects))
+    else:
+        annotated = ((keys_of(each.file_name)[0], each) for each in read_coco(folder, "instances.json"))
+        notes = by_name(folder, annotated, lambda each: f"instances.json: {each.file_name}")
+        images = _photos_with(folder, photos, notes, "instances.json", wanted)
+        for image in images[:limit]:
+            note = notes[image.member.key]
+            objects = instances_of(folder, "instances.json", note)
+            found.append(LabelledImage(image=image.sized((note.width, note.height)), label=objects))
     return Listed(tuple(found), images.of, images.left_out)
 
 
