@@ -15,6 +15,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -67,7 +68,8 @@ class TimmBackbone:
     `stride` below the patch size makes patches overlap. `pos_embed="dino"` interpolates absolute position embeddings as
     DINO's code does (LiFT's features depend on it): bicubic without antialias, sampled at (h + 0.1) / m; "timm" is
     timm's own antialiased resampling, which its models see at other sizes. `ragged` allows inputs of any size: pixels beyond
-    the last whole patch aren't seen (plain ViTs; the papers' 56 px at patch 16).
+    the last whole patch aren't seen (plain ViTs; the papers' 56 px at patch 16). `mean` and `std` are those that its images are
+    normalised by, for networks that want them by others.
     """
 
     def __init__(
@@ -79,9 +81,12 @@ class TimmBackbone:
         stride: int | None = None,
         pos_embed: Literal["timm", "dino"] | None = None,
         ragged: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
     ):
         self.model = cast(TimmModel, model)
         self.ragged = ragged
+        self.mean, self.std = mean, std
         self.facet = facet
         self._forward_options = inspect.signature(self.model.forward_intermediates).parameters
         self.is_hierarchical = "output_dict" not in self._forward_options and not hasattr(model, "pos_drop")

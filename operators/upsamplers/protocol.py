@@ -45,6 +45,17 @@ class Upsampler(Protocol):
         """Upper bound on the device memory that one call takes beyond its arguments; keeps to it by tiling."""
         ...
 
+    def call_bytes(self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]) -> int:
+        """`peak_bytes` of maps of `base` cells and images of `image` pixels, for methods whose memory depends on those too."""
+        return self.peak_bytes(batch, channels, grid)
+
+    def allow(self, working_bytes: int) -> None:
+        """Take as many images or cells at once as fit into so many bytes, where the method works on some at a time.
+
+        The weights, the result and what is kept of an image aren't counted.
+        """
+        return
+
     def forget(self) -> None:
         """Free what is kept of the images seen last, where several grids share it."""
         return
@@ -196,6 +207,19 @@ class WithoutWeights(Method[Settings]):
 
     def build(self, settings: Settings, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> Upsampler:
         return self.make()
+
+
+# --- for images that guide -----------------------------------------------------------------------------------------------
+
+
+def tiled_area(images_BCHW: Tensor, features: PatchFeatures, patch: int) -> Tensor:
+    """The part of the images that the maps' cells tile, a view: cells of overlapping patches tile less than the image, and
+    begin (patch - stride) / 2 pixels further in."""
+    if features.stride >= patch:
+        return images_BCHW
+    start = (patch - features.stride) // 2
+    height, width = (cells * features.stride for cells in features.grid)
+    return images_BCHW[..., start : start + height, start : start + width]
 
 
 # --- for settings and weights from elsewhere --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from operators.backbone import PatchFeatures, autocast, cast_matmul_weights
-from operators.upsamplers.protocol import Method, Precision, Reload, Settings, Upsampler, UpsamplerError, require_counts
+from operators.upsamplers.protocol import (
+    Method,
+    Precision,
+    Reload,
+    Settings,
+    Upsampler,
+    UpsamplerError,
+    require_counts,
+    tiled_area,
+)
 from storage.documents import JsonObject, JsonValue
 
 
@@ -112,7 +121,7 @@ class LearnedUpsampler(Upsampler, Generic[N]):
     The network is taken over and made ready for inference: BatchNorm folded into the convolutions before it, channels last.
     """
 
-    working_bytes: ClassVar[int] = 2**28
+    working_bytes: int = 2**28
     "images are taken together as far as their activations stay below this"
 
     def __init__(self, method: Recursive[N], settings: N, net: DoublingNet, precision: Precision = "fp32"):
@@ -134,7 +143,7 @@ class LearnedUpsampler(Upsampler, Generic[N]):
                 f"this {self.method.name} was made for maps of {self.settings.channels} channels; layers {tuple(layers)} "
                 f"have {channels}"
             )
-        images = self._tiled_area(images_BCHW, features)
+        images = tiled_area(images_BCHW, features, self.settings.patch)
         self.net.to(maps.device)
         out = torch.empty(
             (len(maps), channels, *grid), device=maps.device, memory_format=torch.channels_last, dtype=torch.float32
@@ -155,13 +164,8 @@ class LearnedUpsampler(Upsampler, Generic[N]):
             maps = self.net(images, maps).float()
         return maps
 
-    def _tiled_area(self, images: Tensor, features: PatchFeatures) -> Tensor:
-        """Cells of overlapping patches tile less than the image: it begins (patch - stride) / 2 pixels further in."""
-        if features.stride >= self.settings.patch:
-            return images
-        start = (self.settings.patch - features.stride) // 2
-        height, width = (cells * features.stride for cells in features.grid)
-        return images[..., start : start + height, start : start + width]
+    def allow(self, working_bytes: int) -> None:
+        self.working_bytes = working_bytes
 
     def _images_at_once(self, grid: tuple[int, int]) -> int:
         return max(1, self.working_bytes // self._bytes_per_image(grid))

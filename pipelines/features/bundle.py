@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone, normalise
-from operators.timm_models import create_model, load_arrays, state_arrays, weights_digest
+from operators.timm_models import Preprocessing, create_model, load_arrays, state_arrays, weights_digest
 from pipelines.config import ConfigError
 from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
@@ -39,7 +39,7 @@ class ModelBundle:
     def backbone(self) -> TimmBackbone:
         """The backbone as it gives the features, on the CPU."""
         ragged = any(side % self.spec.stride for side in self.spec.input_size)
-        return _backbone(self.reload(), self.spec, ragged=ragged)
+        return _backbone(self.reload(), self.spec, self.spec, ragged=ragged)
 
     def input(self, pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
         """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
@@ -108,7 +108,7 @@ def describe_model(
     levels = _choices(features)
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(loaded.model).items()}
-    backbone = _backbone(loaded.model, features, ragged=features.ragged)
+    backbone = _backbone(loaded.model, features, loaded.description.expects, ragged=features.ragged)
     spec = _spec(features, loaded, backbone, weights_digest(arrays))
     backbone.try_out(features.model, spec.input_size, spec.layers)
     # Levels of one method and URL share theirs.
@@ -130,9 +130,11 @@ def _choices(features: FeatureConfig) -> list[LevelChoice]:
     return [LevelChoice.parse(text, features.encoding) for text in features.levels]
 
 
-def _backbone(model: nn.Module, asked: FeatureConfig | FeatureSpec, *, ragged: bool) -> TimmBackbone:
+def _backbone(
+    model: nn.Module, asked: FeatureConfig | FeatureSpec, expects: Preprocessing | FeatureSpec, *, ragged: bool
+) -> TimmBackbone:
     options = {name: getattr(asked, name) for name in ("facet", "norm", "stride", "pos_embed")}
-    return TimmBackbone(model, ragged=ragged, **options)
+    return TimmBackbone(model, ragged=ragged, mean=expects.mean, std=expects.std, **options)
 
 
 def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, digest: str) -> FeatureSpec:

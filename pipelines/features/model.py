@@ -146,14 +146,14 @@ class FeatureModel:
         levels: those that are made, and those of the batch before, which are still on their way to the host."""
         spec = self.spec
         images = batch * spec.input_size[0] * spec.input_size[1] * 3 * 8
+        base = self.backbone.grid_of(spec.input_size)
         ups = [
-            self.upsamplers[level.name].peak_bytes(batch, level.channels, level.grid)
+            self.upsamplers[level.name].call_bytes(batch, level.channels, base, spec.input_size, level.grid)
             for level in spec.levels
             if level.grid and level.name in self.upsamplers
         ]
-        rows, columns = self.backbone.grid_of(spec.input_size)
         # Each further layer: its map as kept, stacked with the others, and as rows.
-        kept = 3 * 4 * batch * rows * columns * self.backbone.channels * (len(self._asked) - 1)
+        kept = 3 * 4 * batch * math.prod(base) * self.backbone.channels * (len(self._asked) - 1)
         # int8 is float32 until it is quantised, which takes absolute values, quotients and the result of one level at a time.
         values = {level.name: batch * math.prod(level.row_shape) for level in spec.levels}
         quantising = [(4 + 4 + 1) * values[level.name] for level in spec.levels if level.dtype == "int8"]

@@ -72,6 +72,9 @@ class ViTUp(Upsampler):
     def forget(self) -> None:
         self._seen, self._caches = None, []
 
+    def allow(self, working_bytes: int) -> None:
+        self.working_bytes = working_bytes
+
     def take_at_once(self, cells: int) -> None:
         self.working_bytes = cells * self._bytes_per_query(1)
 
