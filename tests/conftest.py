@@ -23,11 +23,10 @@ from pipelines.extraction.config import ExtractConfig
 from pipelines.indexing import RunInput
 from storage.inputs import Listing
 from storage.tars import MemberRules
+from tests.goldens import SHARED
 
 if TYPE_CHECKING:
     from tests.forks import Forks
-
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
 @pytest.fixture(scope="session")

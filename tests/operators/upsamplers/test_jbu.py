@@ -3,14 +3,12 @@
 import json
 
 import pytest
-import safetensors
 import torch
 
 from operators.backbone import PatchFeatures
 from operators.upsamplers import UpsamplerError, build_net, learned_upsampler
 from operators.upsamplers.jbu import JointBilateral, JointBilateralStack
-from tests.conftest import SHARED
-from tests.goldens import GOLDEN
+from tests.goldens import GOLDEN, tensor_golden, under
 
 # README_upsamplers.md: the official modules in float64 differ by about as much.
 SINGLE = {"rtol": 5e-5, "atol": 5e-5}
@@ -18,25 +16,15 @@ STACK = {"rtol": 2e-4, "atol": 2e-4}
 
 
 def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Tensors, weights as float32, and settings; large files are only beside the checkout."""
-    path = next(
-        (folder / f"{name}.safetensors" for folder in (GOLDEN, SHARED / "golden") if (folder / f"{name}.safetensors").is_file()),
-        None,
-    )
-    if path is None:
-        pytest.skip(f"../shared/golden/{name} is not here")
-    with safetensors.safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key).float() for key in file.keys()}, json.loads(file.metadata()["config"])  # noqa: SIM118
-
-
-def weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("w."): value for key, value in tensors.items() if key.startswith("w.")}
+    """Tensors, weights as float32, and settings."""
+    tensors, config = tensor_golden(name)
+    return {key: tensor.float() for key, tensor in tensors.items()}, config
 
 
 def single(name: str) -> tuple[dict[str, torch.Tensor], JointBilateral]:
     tensors, config = golden(name)
     net = JointBilateral(config["radius"], config["key_dim"]).eval()
-    net.load_state_dict(weights(tensors), strict=True)
+    net.load_state_dict(under(tensors, "w."), strict=True)
     return tensors, net
 
 
@@ -100,7 +88,7 @@ def test_a_stack_is_that_of_featup(name):
     settings = {"method": "jbu", "channels": config["feat_dim"], "patch": 16, "stages": 4}
     h, w = tensors["in.features"].shape[-2:]
 
-    upsampler = learned_upsampler(settings, weights(tensors))
+    upsampler = learned_upsampler(settings, under(tensors, "w."))
     out = upsampler(tensors["in.image"], features(tensors["in.features"]), (0,), (16 * h, 16 * w))
 
     torch.testing.assert_close(out, tensors["out.features"], **STACK)
@@ -110,7 +98,7 @@ def test_a_stack_is_that_of_featup(name):
 def test_a_stack_stops_early_and_corrects_what_it_has(steps):
     tensors, _ = golden("jbu_stack_small")
     net = JointBilateralStack(6).eval()
-    net.load_state_dict(weights(tensors), strict=True)
+    net.load_state_dict(under(tensors, "w."), strict=True)
 
     out = net(tensors["in.image"], tensors["in.features"], steps)
 
