@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from operators.upsamplers.interpolate import Average, Interpolation
 from operators.upsamplers.jbu import Jbu
 from operators.upsamplers.lift import Lift
+from operators.upsamplers.protocol import TELLING, Precision
 from operators.upsamplers.protocol import AnyMethod as AnyMethod
 from operators.upsamplers.protocol import Method as Method
-from operators.upsamplers.protocol import Precision
 from operators.upsamplers.protocol import Settings as Settings
 from operators.upsamplers.protocol import Upsampler as Upsampler
 from operators.upsamplers.protocol import UpsamplerError as UpsamplerError
@@ -68,6 +68,9 @@ def split_method(text: str) -> tuple[str, str]:
     if name in UPSAMPLERS or not own or text[own.end() : own.end() + 1] not in ("", ":"):
         return name, url
     return own[0], text[own.end() + 1 :]
+
+
+TELLING.update({telling: name for name in reversed(UPSAMPLERS) if (telling := find_method(name).telling)})
 
 
 def method_names(fits: Callable[[AnyMethod], bool]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ class Jbu(OfLiftsPaper[JbuSettings]):
     """One joint bilateral filter, or FeatUp's stack of them."""
 
     settings = JbuSettings
+    telling = "range_temp"
 
     def network(self, settings: JbuSettings) -> "JointBilateral | JointBilateralStack":
         if settings.stages > 1:

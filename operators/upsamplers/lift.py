@@ -45,6 +45,7 @@ class Lift(OfLiftsPaper[LiftSettings]):
     """LiFT's method."""
 
     settings = LiftSettings
+    telling = "up1.conv_1.double_conv.0.weight"
 
     def network(self, settings: LiftSettings) -> "LiftNet":
         return LiftNet(

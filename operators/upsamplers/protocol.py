@@ -23,6 +23,9 @@ Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 Need: TypeAlias = Literal["maps", "image", "backbone"]
 """What a result is made of: the backbone's maps, the image, or hidden states of a copy of the backbone, the method's own."""
 
+TELLING: dict[str, str] = {}
+"""Names of tensors that only one method's official files have, and that method; `operators.upsamplers` fills it in."""
+
 Reload: TypeAlias = Callable[[], nn.Module]
 """Makes the backbone's timm model anew, with its own position embeddings, which a backbone in use has replaced."""
 
@@ -103,6 +106,8 @@ class Method(Generic[S]):
     "whether it gives finer grids than the maps'"
     chunked: ClassVar[bool] = False
     "whether the cells of a grid are made some at a time, and how many may be chosen (`Upsampler.take_at_once`)"
+    telling: ClassVar[str] = ""
+    "the name of a tensor, or its end, that official files have of this method alone: what tells whose file one is"
 
     def __init__(self, name: str):
         self.name = name
@@ -119,7 +124,11 @@ class Method(Generic[S]):
         """Raise `UpsamplerError` where maps of `base` cells can't be brought to `grid`."""
 
     def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[JsonObject, dict[str, Tensor]]:
-        """Settings, and the network's state, of a file as the method's authors publish it, used with `backbone`."""
+        """Settings, and the network's state, of a file as the method's authors publish it, used with `backbone`.
+
+        Raises `UpsamplerError` for other files: those that a subclass doesn't know it leaves to this.
+        """
+        self.require_own(state)
         raise UpsamplerError(
             f"weights without settings, which aren't understood as an official file of {self.name}; give a folder with "
             "config.json and model.safetensors"
@@ -174,9 +183,16 @@ class Method(Generic[S]):
         Raises `UpsamplerError` where they don't go together, or with the backbone.
         """
         if given is None:
+            self.require_own(state)
             given, state = self.official(state, backbone)
         settings = self.with_backbone(self.parse(given), backbone)
         return settings, self.loaded(settings, state).state_dict()
+
+    def require_own(self, state: Mapping[str, Tensor]) -> None:
+        """Raise `UpsamplerError` where the names of a file of weights alone tell that it is another method's."""
+        owners = {owner for name in state for telling, owner in TELLING.items() if f".{name}".endswith(f".{telling}")}
+        if owners and TELLING.get(self.telling) not in owners:
+            raise UpsamplerError(f"this looks like a file of {' or '.join(sorted(owners))}, not of {self.name}")
 
     def untrained(self, backbone: TimmBackbone, channels: int, size: int, reload: Reload) -> tuple[S, dict[str, Tensor]]:
         """Settings and weights from a seed, for images of `size` pixels a side: of what is timed, or counted."""

@@ -3,9 +3,12 @@
 import sys
 
 import pytest
+import torch
 
-from operators.upsamplers import UPSAMPLERS, UpsamplerError, create_upsampler, find_method, split_method
-from tests.contracts.upsampler import Case, UpsamplerContract
+from operators.backbone import TimmBackbone
+from operators.upsamplers import UPSAMPLERS, UpsamplerError, create_upsampler, find_method, method_names, split_method
+from operators.upsamplers.protocol import TELLING
+from tests.contracts.upsampler import Case, UpsamplerContract, small_vit
 
 RESIDUAL = ("resize_conv", "jbu")
 
@@ -58,6 +61,16 @@ def test_a_module_that_lacks_another_says_which(tmp_path, monkeypatch):
     with pytest.raises(UpsamplerError, match="needs_another can't be imported here .*No module named 'no_such_module'"):
         find_method("needs_another:Toy")
     assert "needs_another" not in sys.modules
+
+
+@pytest.mark.parametrize("name", method_names(lambda method: method.learned))
+def test_a_file_of_another_method_is_refused_with_its_name(name):
+    method, backbone = find_method(name), TimmBackbone(small_vit(8))
+
+    for telling, owner in TELLING.items():
+        if telling != method.telling:
+            with pytest.raises(UpsamplerError, match=f"looks like a file of {owner}, not of {name}"):
+                method.read({f"upsampler.{telling}": torch.zeros(1)}, None, backbone)
 
 
 @pytest.mark.parametrize(

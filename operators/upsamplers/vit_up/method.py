@@ -26,6 +26,7 @@ class ViTUpMethod(Method[ViTUpConfig]):
     needs = frozenset[Need]({"image", "backbone"})
     trained_by = "vit_up"
     chunked = True
+    telling = "decoder_mlp.0.mlp.1.weight"
 
     def identity(self, settings: ViTUpConfig) -> dict[str, JsonValue]:
         return {name: value for name, value in super().identity(settings).items() if name != "method"}
@@ -40,6 +41,8 @@ class ViTUpMethod(Method[ViTUpConfig]):
     def read(
         self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone
     ) -> tuple[ViTUpConfig, dict[str, Tensor]]:
+        if given is None:
+            self.require_own(state)
         settings, head, lora = read_checkpoint(state, given)
         return self.with_backbone(settings, backbone), {**head, **lora}
 
