@@ -373,12 +373,17 @@ def folder_of(url: str, storage_options: StorageOptions | None = None) -> tuple[
 
 
 def extension(url: str) -> str:
-    """What stands behind the last dot of the file's name, in lower case; a signed URL's query is no part of the name."""
-    has_query = "://" in url and not url.startswith("file://")
-    name = (url.partition("?")[0] if has_query else url).rsplit("/", 1)[-1]
+    """What stands behind the last dot of the file's name, in lower case."""
+    name = file_name(url)
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
+def file_name(url: str) -> str:
+    """What stands behind the last slash; a signed URL's query is no part of the name."""
+    has_query = "://" in url and not url.startswith("file://")
+    return (url.partition("?")[0] if has_query else url).rsplit("/", 1)[-1]
+
+
 def has_extension(url: str, *extensions: str) -> bool:
-    """Whether the file's name ends in one of `extensions` (without the dot)."""
-    return extension(url) in extensions
+    """Whether the file's name ends in one of `extensions` (without the first dot: `gz`, `tar.gz`)."""
+    return file_name(url).lower().endswith(tuple(f".{each}" for each in extensions))

@@ -19,7 +19,7 @@ from pipelines.features.descriptions import ModelDescription
 from pipelines.features.levels import LevelChoice, resolve_level
 from pipelines.features.model import FeatureModel
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler, unfamiliar
-from pipelines.features.weights import WeightsChoice, load_model, read_description
+from pipelines.features.weights import WeightsChoice, load_described, read_description
 from storage.paths import StorageOptions
 from storage.spec import FeatureSpec
 
@@ -87,7 +87,7 @@ def load_settings(
     weights = WeightsChoice.parse(features.weights)
     description = description or read_description(features.model, weights, options)
     size = size or description.expects.size
-    model = load_model(features.model, size, weights, features.revision, options, description)
+    model, description = load_described(features.model, size, weights, features.revision, options, description)
     return LoadedModel(model=model, size=size, source=weights.source, description=description)
 
 

@@ -9,14 +9,16 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 
 from operators.backbone import BackboneError
+from operators.official_weights import OfficialWeights
 from operators.timm_models import Preprocessing, preprocessing
 from storage.paths import Folder, StorageError
 
@@ -51,6 +53,8 @@ class ModelDescription:
     "timm's, JSON values, where the network isn't built as the name alone says"
     source: str = ""
     "the config.json that says so, as it may be printed; empty: timm's own of that name"
+    family: str = ""
+    "of backbones that the weights are of, where their file tells it"
 
 
 def describe_weights(name: str, folder: Folder, *, is_file: bool) -> ModelDescription:
@@ -76,6 +80,39 @@ def describe_weights(name: str, folder: Folder, *, is_file: bool) -> ModelDescri
     if description.expects != own.expects:
         logger.info("%s says what the input is: %s", description.source, description.expects)
     return description
+
+
+def describe_official(
+    description: ModelDescription, official: OfficialWeights
+) -> tuple[ModelDescription, Mapping[str, torch.Tensor]]:
+    """With what a released file tells, and its state for that model: arguments without which timm's model would be another
+    network, and the family's statistics, unless a config.json beside it says others.
+
+    Raises `BackboneError` for a model that it isn't for."""
+    family, said = official.family, description.expects
+    arguments, state = official.fitting(description.name, description.model_args)
+    expects = said if description.source else replace(said, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    added = {name: value for name, value in arguments.items() if description.model_args.get(name) != value}
+    notes = [f"weights of {family.name}, of which {family.holds} is taken"]
+    notes += [f"built with {name}={value}" for name, value in added.items()]
+    notes += [f"input normalised by ImageNet's mean and deviation, not by those of {description.name}"] if expects != said else []
+    if family.pos_embed == "dino":
+        notes.append("at other sizes than its own, --pos-embed dino is its authors' way of bringing position embeddings there")
+    logger.info("%s: %s", description.name, "; ".join(notes))
+    return replace(description, expects=expects, model_args=arguments, family=family.name), state
+
+
+def warn_of_statistics(description: ModelDescription, state: Mapping[str, torch.Tensor]) -> None:
+    """A word where weights without a classifier, as self-supervised ones are released, are given the statistics that timm has
+    for a name without a tag, though those families all have ImageNet's. Their names alone don't tell whose they are."""
+    plain = not description.source and "." not in description.name and "cls_token" in state and "head.weight" not in state
+    if plain and description.expects.mean != IMAGENET_DEFAULT_MEAN:
+        logger.warning(
+            "these weights don't say what their input is normalised by; taken: mean %s, as timm has it for %s. Files of DINO and "
+            "iBOT look so and have ImageNet's: name a tag with those (vit_small_patch16_224.dino, vit_large_patch16_224.mae)",
+            description.expects.mean,
+            description.name,
+        )
 
 
 def _read(folder: Folder, name: str) -> Any:

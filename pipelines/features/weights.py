@@ -3,6 +3,7 @@
 Nothing is unpickled. Every way that weights can be missing ends in `WeightsUnavailable`, which says what to do.
 """
 
+import argparse
 import io
 import pickle
 import re
@@ -10,6 +11,7 @@ import socket
 import struct
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,8 +23,9 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 
-from operators.timm_models import create_model, preprocessing
-from pipelines.features.descriptions import ModelDescription, describe_weights
+from operators.official_weights import recognise
+from operators.timm_models import BackboneError, create_model, preprocessing
+from pipelines.features.descriptions import ModelDescription, describe_official, describe_weights, warn_of_statistics
 from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file
 from storage.redaction import redact
@@ -32,7 +35,7 @@ class WeightsUnavailable(RayliftError):
     """The weights can't be had; the message says what to do."""
 
 
-WEIGHT_FILES = ("safetensors", "pth", "pt", "bin", "ckpt")
+WEIGHT_FILES = ("safetensors", "pth", "pt", "bin", "ckpt", "pth.tar")
 """Extensions of files that hold weights; any other URL is a folder with one of WEIGHT_NAMES."""
 
 WEIGHT_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -70,23 +73,37 @@ def read_description(name: str, weights: WeightsChoice, options: StorageOptions 
 
 
 def load_model(
+    name: str, size: tuple[int, int], weights: WeightsChoice, revision: str | None, options: StorageOptions | None
+) -> torch.nn.Module:
+    """The timm model with its weights, on the CPU. Raises `WeightsUnavailable` or `BackboneError`."""
+    return load_described(name, size, weights, revision, options, read_description(name, weights, options))[0]
+
+
+def load_described(
     name: str,
     size: tuple[int, int],
     weights: WeightsChoice,
     revision: str | None,
     options: StorageOptions | None,
-    description: ModelDescription | None = None,
-) -> torch.nn.Module:
-    """The timm model with its weights, on the CPU; `description`: what `read_description` gives, where the caller has it already.
+    description: ModelDescription,
+) -> tuple[torch.nn.Module, ModelDescription]:
+    """`load_model`, and `description` (`read_description`) with what a file of weights tells beyond it.
 
     Raises `WeightsUnavailable` or `BackboneError`.
     """
-    description = description or read_description(name, weights, options)
     if weights.source == "random":
-        return create_model(name, size, None, weights.seed)
-    if weights.source == "file":
-        return create_model(name, size, read_state_dict(weights.url, options), None, description.model_args)
-    return create_model(name, size, _hub_state_dict(name, revision), None)
+        return create_model(name, size, None, weights.seed), description
+    if weights.source == "pretrained":
+        return create_model(name, size, _hub_state_dict(name, revision), None), description
+    state: Mapping[str, Tensor] = read_state_dict(weights.url, options)
+    try:
+        if official := recognise(state):
+            description, state = describe_official(description, official)
+        else:
+            warn_of_statistics(description, state)
+    except BackboneError as error:
+        raise BackboneError(f"{redact(weights.url, options)}: {error}") from None
+    return create_model(name, size, state, None, description.model_args), description
 
 
 def read_state_dict(url: str, options: StorageOptions | None = None) -> dict[str, Tensor]:
@@ -132,7 +149,9 @@ def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> d
         except safetensors.SafetensorError as error:
             raise WeightsUnavailable(f"{displayed} is no whole safetensors file: {error}") from None
     try:
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        # Training checkpoints often hold the program's arguments: a bag of attributes, which executes nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, struct.error) as error:
         raise WeightsUnavailable(
             f"{displayed} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
