@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from operators.timm_models import Attention, TimmModel
 from operators.timm_models import BackboneError as BackboneError
@@ -337,6 +338,16 @@ def cast_matmul_weights(model: nn.Module, precision: str) -> None:
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(_PRECISIONS[precision])
+
+
+def fold_batchnorms(net: nn.Module) -> None:
+    """Put each BatchNorm's scale and shift into the convolution before it, in place."""
+    for sequence in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
+        for i in range(len(sequence) - 1):
+            conv, norm = sequence[i], sequence[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequence[i] = fuse_conv_bn_eval(conv, norm)
+                sequence[i + 1] = nn.Identity()
 
 
 def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights
+from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, fold_batchnorms
 from operators.upsamplers.protocol import (
     Method,
     Precision,
@@ -48,6 +48,9 @@ class QueriedNet(nn.Module, Generic[P]):
 
     Images of a batch don't depend on each other, nor do the cells of a grid.
     """
+
+    values_at_once: int = 2**26
+    "what `prepare` may hold at work, where it works in parts, beside what it keeps; `QueriedUpsampler` sets it"
 
     def prepare(self, images_BCHW: Tensor, maps_BChw: Tensor, grid: tuple[int, int]) -> P:
         """What the cells of `grid` are made from."""
@@ -100,6 +103,9 @@ class Queried(Method[Q]):
     def network(self, settings: Q) -> QueriedNet[object]:
         raise NotImplementedError
 
+    def prepared(self, net: QueriedNet[object], settings: Q) -> None:
+        """Make a network, in place, what runs best, where that takes more than folding its BatchNorms."""
+
     def with_backbone(self, settings: Q, backbone: TimmBackbone) -> Q:
         return replace(settings, mean=backbone.mean, std=backbone.std) if self.imagenet else settings
 
@@ -124,6 +130,8 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
     def __init__(self, method: Queried[Q], settings: Q, net: QueriedNet[object], precision: Precision = "fp32"):
         self.method, self.settings, self.precision = method, settings, precision
         self.net = net.eval().requires_grad_(False)
+        fold_batchnorms(self.net)
+        method.prepared(self.net, settings)
         cast_matmul_weights(self.net, precision)
         self._cells: int | None = None
 
@@ -139,7 +147,8 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         self.method.require_grid(self.settings, features.grid, grid)
         images = self._guides(tiled_area(images_BCHW, features, self.settings.patch))
         self.net.to(maps.device)
-        out = torch.empty((len(maps), channels, *grid), device=maps.device, dtype=torch.float32)
+        # Rows of cells are what is stored, and what networks of tokens make.
+        out = torch.empty((len(maps), *grid, channels), device=maps.device, dtype=torch.float32).permute(0, 3, 1, 2)
         sizes = channels, features.grid, (images.shape[-2], images.shape[-1]), grid
         step = self._images_at_once(*sizes)
         for start in range(0, len(maps), step):
@@ -151,7 +160,7 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         return out
 
     def allow(self, working_bytes: int) -> None:
-        self.working_bytes = working_bytes
+        self.working_bytes, self.net.values_at_once = working_bytes, working_bytes // 4
 
     def take_at_once(self, cells: int) -> None:
         self._cells = cells

@@ -12,9 +12,8 @@ from typing import Generic, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from operators.backbone import PatchFeatures, autocast, cast_matmul_weights
+from operators.backbone import PatchFeatures, autocast, cast_matmul_weights, fold_batchnorms
 from operators.upsamplers.protocol import (
     Method,
     Precision,
@@ -128,7 +127,7 @@ class LearnedUpsampler(Upsampler, Generic[N]):
         self.method, self.settings, self.precision = method, settings, precision
         net = net.eval().requires_grad_(False)
         method.prepared(net, settings)
-        _fold_batchnorms(net)
+        fold_batchnorms(net)
         cast_matmul_weights(net, precision)
         self.net: DoublingNet = net.to(memory_format=torch.channels_last)
 
@@ -184,13 +183,3 @@ class LearnedUpsampler(Upsampler, Generic[N]):
         maps = 4 * batch * channels * grid[0] * grid[1] * 5 // 4
         # A convolution may copy its weights into another layout.
         return sum(weights) + max(weights) + maps + working
-
-
-def _fold_batchnorms(net: nn.Module) -> None:
-    """Put each BatchNorm's scale and shift into the convolution before it, in place."""
-    for sequence in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
-        for i in range(len(sequence) - 1):
-            conv, norm = sequence[i], sequence[i + 1]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                sequence[i] = fuse_conv_bn_eval(conv, norm)
-                sequence[i + 1] = nn.Identity()
