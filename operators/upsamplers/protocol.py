@@ -228,13 +228,18 @@ class WithoutWeights(Method[Settings]):
 # --- for images that guide -----------------------------------------------------------------------------------------------
 
 
-def tiled_area(images_BCHW: Tensor, features: PatchFeatures, patch: int) -> Tensor:
+def tiled_area(images_BCHW: Tensor, features: PatchFeatures, patch: int | None = None) -> Tensor:
     """The part of the images that the maps' cells tile, a view: cells of overlapping patches tile less than the image, and
-    begin (patch - stride) / 2 pixels further in."""
+    begin (patch - stride) / 2 pixels further in.
+
+    `patch` is the backbone's, in pixels; where it isn't given, patches are taken to end where the image does.
+    """
+    height, width = (cells * features.stride for cells in features.grid)
+    if patch is None:
+        patch = images_BCHW.shape[-1] - width + features.stride
     if features.stride >= patch:
         return images_BCHW
     start = (patch - features.stride) // 2
-    height, width = (cells * features.stride for cells in features.grid)
     return images_BCHW[..., start : start + height, start : start + width]
 
 
