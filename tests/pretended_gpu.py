@@ -26,6 +26,15 @@ INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, a
 """What takes numbers of places from the host, too."""
 
 
+SIZED_BY_VALUES = (
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+)
+
+
 class There(Tensor):
     """A tensor on the GPU."""
 
@@ -70,6 +79,8 @@ class Gpu(TorchDispatchMode):
 
     to_host: list[tuple[int, ...]] = field(default_factory=list)
     "shapes of what was brought to the host, numbers that were asked for one by one included: ()"
+    waits: int = 0
+    "how often the host waited for the GPU: what is copied from or to it, and results whose size depends on values"
 
     def __post_init__(self):
         super().__init__()
@@ -88,10 +99,13 @@ class Gpu(TorchDispatchMode):
             return SDPBackend.MATH.value
         if func is aten._local_scalar_dense.default and there:
             self.to_host.append(())
+            self.waits += 1
         elif func in (aten._to_copy.default, aten.copy_.default):
             there = self._copied(func, args, there)
         elif func not in INDEXED or not isinstance(args[0], There):
             _require_one_device(func, tensors)
+        if there and (func in SIZED_BY_VALUES or (func in INDEXED and _by_mask(args[1]))):
+            self.waits += 1
         if device is not None:
             kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None)
@@ -108,7 +122,12 @@ class Gpu(TorchDispatchMode):
             there, source = isinstance(args[0], There), args[1]
         if isinstance(source, There) and not there:
             self.to_host.append(tuple(source.shape))
+        self.waits += isinstance(source, There) != there
         return there
+
+
+def _by_mask(indices) -> bool:
+    return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in indices)
 
 
 def _require_one_device(func, tensors: list[Tensor]) -> None:
@@ -151,18 +170,32 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[Gpu]:
-    """Attention is plain sums within, as it must be on the CPU that is compared with it."""
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
+def _without_driver(free: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "Stream", _Stream)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream())
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, free))
         # Else a module keeps its parameters' class, which isn't the GPU's.
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Gpu())
+        yield
+
+
+@contextlib.contextmanager
+def shapes_on_a_gpu(free: int) -> Iterator[None]:
+    """A GPU with so many bytes free whose tensors have no values: nothing is computed, so that sizes may be those of real use."""
+    with _without_driver(free), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@contextlib.contextmanager
+def pretended_gpu(free: int = 80 * 2**30) -> Iterator[Gpu]:
+    """So many bytes of its memory are free. Attention is plain sums within, as it must be on the CPU that is compared with it."""
+    with _without_driver(free), sdpa_kernel(SDPBackend.MATH), FakeTensorMode(allow_non_fake_inputs=True), Gpu() as gpu:
+        yield gpu

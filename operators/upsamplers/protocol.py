@@ -30,6 +30,11 @@ Reload: TypeAlias = Callable[[], nn.Module]
 """Makes the backbone's timm model anew, with its own position embeddings, which a backbone in use has replaced."""
 
 
+WORKING_BYTES = 2**26
+"""What an upsampler takes at once unless it's allowed more (`Upsampler.allow`). Measured on a CPU: larger parts of a grid are
+slower, since caches don't hold them, and so are much smaller ones."""
+
+
 class UpsamplerError(RayliftError, ValueError):
     """No such upsampler, or it can't do what was asked."""
 
@@ -58,6 +63,10 @@ class Upsampler(Protocol):
         The weights, the result and what is kept of an image aren't counted.
         """
         return
+
+    def kept_bytes(self, batch: int) -> int:
+        """How much of `call_bytes` stays on the device after the call: weights, and until `forget` what is kept of images."""
+        return 0
 
     def forget(self) -> None:
         """Free what is kept of the images seen last, where several grids share it."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, fold_batchnorms
 from operators.upsamplers.protocol import (
+    WORKING_BYTES,
     Method,
     Precision,
     Reload,
@@ -124,7 +125,7 @@ class Queried(Method[Q]):
 class QueriedUpsampler(Upsampler, Generic[Q]):
     """A network as an `Upsampler`: a few images at a time, and of these a tile at a time."""
 
-    working_bytes: int = 2**28
+    working_bytes: int = WORKING_BYTES
     "images are prepared together, and cells made together, as far as that takes no more"
 
     def __init__(self, method: Queried[Q], settings: Q, net: QueriedNet[object], precision: Precision = "fp32"):
@@ -171,7 +172,7 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         return self.call_bytes(batch, channels, grid, (patch * grid[0], patch * grid[1]), grid)
 
     def call_bytes(self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]) -> int:
-        weights = [parameter.nbytes for parameter in self.net.parameters()]
+        largest = max((parameter.nbytes for parameter in self.net.parameters()), default=0)
         images = min(batch, self._images_at_once(channels, base, image, grid))
         tile = next(self._tiles(images, channels, base, grid))
         working = images * (
@@ -180,7 +181,10 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         # The result; all layers' maps stacked; the images, where they are normalised anew.
         given = 4 * batch * (channels * (math.prod(grid) + math.prod(base)) + 3 * math.prod(image))
         # A convolution may copy its weights into another layout.
-        return sum(weights) + max(weights, default=0) + given + working
+        return self.kept_bytes(batch) + largest + given + working
+
+    def kept_bytes(self, batch: int) -> int:
+        return sum(parameter.nbytes for parameter in self.net.parameters())
 
     def _guides(self, images: Tensor) -> Tensor:
         settings = self.settings

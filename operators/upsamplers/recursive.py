@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, autocast, cast_matmul_weights, fold_batchnorms
 from operators.upsamplers.protocol import (
+    WORKING_BYTES,
     Method,
     Precision,
     Reload,
@@ -120,7 +121,7 @@ class LearnedUpsampler(Upsampler, Generic[N]):
     The network is taken over and made ready for inference: BatchNorm folded into the convolutions before it, channels last.
     """
 
-    working_bytes: int = 2**28
+    working_bytes: int = WORKING_BYTES
     "images are taken together as far as their activations stay below this"
 
     def __init__(self, method: Recursive[N], settings: N, net: DoublingNet, precision: Precision = "fp32"):
@@ -177,9 +178,12 @@ class LearnedUpsampler(Upsampler, Generic[N]):
 
     def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
         """Upper bound on the device memory that one call takes beyond its arguments: weights, maps, images at work."""
-        weights = [parameter.nbytes for parameter in self.net.parameters()]
+        largest = max(parameter.nbytes for parameter in self.net.parameters())
         working = min(batch, self._images_at_once(grid)) * self._bytes_per_image(grid)
         # The result, and several layers' maps stacked, of at most a quarter as many cells.
         maps = 4 * batch * channels * grid[0] * grid[1] * 5 // 4
         # A convolution may copy its weights into another layout.
-        return sum(weights) + max(weights) + maps + working
+        return self.kept_bytes(batch) + largest + maps + working
+
+    def kept_bytes(self, batch: int) -> int:
+        return sum(parameter.nbytes for parameter in self.net.parameters())

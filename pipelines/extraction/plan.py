@@ -154,7 +154,10 @@ def make_plan(prepared: Prepared) -> Plan:
     on_gpu = pool.device == "cuda" and torch.cuda.is_available()
     model = prepared.bundle.build("cuda") if on_gpu else prepared.model
     batch = default_batch(config, layout, pool.device)
-    batch = batch if config.batch else model.fit_batch(batch)
+    if config.batch:
+        model.fit_upsamplers(batch)
+    else:
+        batch = model.fit_batch(batch)
     timed, seconds = _time_microbatch(prepared, model, min(batch, 16), pool.cpus)
     block_bytes = spec.row_bytes * layout.block_rows
     image_bytes = layout.block_rows * spec.input_size[0] * spec.input_size[1] * 3

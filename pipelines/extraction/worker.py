@@ -215,7 +215,10 @@ class ShardWorker:
                     with self._device_lock:
                         rows = self._host.begin(self.model(loaded.pixels[start:stop]), self.store.spec.levels)
                 except torch.OutOfMemoryError:
-                    if pace.halved or pace.batch == 1:
+                    if pace.halved:
+                        raise
+                    restrained = self.model.restrain()
+                    if pace.batch == 1 and not restrained:
                         raise
                     self._halve(task, pace)
                     continue
@@ -223,7 +226,7 @@ class ShardWorker:
             start = stop
 
     def _halve(self, task: ShardTask, pace: "_Pace") -> None:
-        batch = pace.batch // 2
+        batch = max(1, pace.batch // 2)
         logger.warning("task %d: out of GPU memory with batches of %d; going on with %d", task.block, pace.batch, batch)
         torch.cuda.empty_cache()
         pace.batch, pace.halved = batch, True

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, normalise
 from operators.upsamplers import Upsampler, create_upsampler
-from operators.upsamplers.protocol import Reload
+from operators.upsamplers.protocol import WORKING_BYTES, Reload
+from pipelines.features.memory import WITHIN, allow_within, free_bytes
 from pipelines.features.upsamplers import UpsamplerWeights
 from storage.shards import FLOAT16_MAX
 from storage.spec import FeatureSpec, Level
@@ -101,6 +101,8 @@ class FeatureModel:
             for level in spec.levels
             if level.grid and level.method != "backbone"
         }
+        self._fitted, self._allowance = 0, WORKING_BYTES
+        "images of the largest batch that upsamplers' memory was chosen for; and how much that is"
         extra = {layer for upsampler in self.upsamplers.values() for layer in upsampler.layers}
         self._asked = (*spec.layers, *sorted(extra - set(spec.layers)))
 
@@ -108,6 +110,8 @@ class FeatureModel:
     @torch.no_grad()
     def __call__(self, images_BHWC: np.ndarray) -> Maps:
         """uint8 [B, H, W, 3] to the rows of every level."""
+        if len(images_BHWC) > self._fitted:
+            self.fit_upsamplers(len(images_BHWC))
         begun = _now(self.device)
         images = normalise(torch.from_numpy(images_BHWC).to(self.device), self.spec.mean, self.spec.std)
         with autocast(self.device, self.spec.precision):
@@ -135,23 +139,52 @@ class FeatureModel:
         return self.upsamplers[level.name](images, features, self.spec.layers, level.grid).permute(0, 2, 3, 1)
 
     def fit_batch(self, batch: int) -> int:
-        """`batch`, halved until `peak_bytes` takes at most 0.6 of the device's free memory."""
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
-        while batch > 1 and self.peak_bytes(batch) > 0.6 * free:
+        """`batch`, halved until `peak_bytes` takes at most 0.6 of the device's free memory; upsamplers are fitted to it.
+
+        On a GPU, what upsamplers take at once comes first, out of two thirds of that: a fine grid in a thousand pieces costs more
+        than a small batch does.
+        """
+        limit = WITHIN * free_bytes(self.device)
+        self.fit_upsamplers(1, limit * 2 / 3)
+        while batch > 1 and self.peak_bytes(batch) > limit:
             batch //= 2
+        self.fit_upsamplers(batch, limit)
         return batch
 
+    def fit_upsamplers(self, batch: int, limit: float | None = None) -> None:
+        """On a GPU, let upsamplers take as much at once as keeps `peak_bytes` within `limit`, by default 0.6 of its free memory.
+
+        On a CPU they always take the same, so that stored bytes don't depend on what else the machine does.
+        """
+        self._fitted = batch
+        if self.device.type == "cuda" and self.upsamplers:
+            limit = WITHIN * free_bytes(self.device) if limit is None else limit
+            self._allowance = allow_within(self._distinct, lambda: self.peak_bytes(batch), limit)
+
+    def restrain(self) -> bool:
+        """Where memory didn't suffice: let upsamplers take as little at once as they can do with. Whether they took more."""
+        took, self._allowance = self._allowance, WORKING_BYTES
+        for upsampler in self._distinct:
+            upsampler.allow(WORKING_BYTES)
+        return took > WORKING_BYTES
+
+    @property
+    def _distinct(self) -> list[Upsampler]:
+        """The upsamplers, those that several levels share once."""
+        return list({id(each): each for each in self.upsamplers.values()}.values())
+
     def peak_bytes(self, batch: int) -> int:
-        """Upper bound on device memory for a batch: the backbone, its images, the largest upsampler's call, and the rows of all
-        levels: those that are made, and those of the batch before, which are still on their way to the host."""
+        """Upper bound on device memory for a batch: the backbone, its images, what upsamplers keep, the largest one's call, and
+        the rows of all levels: those that are made, and those of the batch before, which are still on their way to the host."""
         spec = self.spec
         images = batch * spec.input_size[0] * spec.input_size[1] * 3 * 8
         base = self.backbone.grid_of(spec.input_size)
         ups = [
-            self.upsamplers[level.name].call_bytes(batch, level.channels, base, spec.input_size, level.grid)
+            upsampler.call_bytes(batch, level.channels, base, spec.input_size, level.grid) - upsampler.kept_bytes(batch)
             for level in spec.levels
-            if level.grid and level.name in self.upsamplers
+            if level.grid and (upsampler := self.upsamplers.get(level.name))
         ]
+        staying = sum(upsampler.kept_bytes(batch) for upsampler in self._distinct)
         # Each further layer: its map as kept, stacked with the others, and as rows.
         kept = 3 * 4 * batch * math.prod(base) * self.backbone.channels * (len(self._asked) - 1)
         # int8 is float32 until it is quantised, which takes absolute values, quotients and the result of one level at a time.
@@ -160,7 +193,7 @@ class FeatureModel:
         widths = {"float16": 2, "float32": 4, "int8": 4}
         rows = 2 * sum(values[level.name] * widths[level.dtype] for level in spec.levels)
         once = max([*ups, *quantising], default=0)
-        return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + rows + once
+        return self.backbone.peak_bytes(batch, spec.input_size) + images + kept + rows + staying + once
 
 
 def not_finite(spec: FeatureSpec) -> str:

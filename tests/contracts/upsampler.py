@@ -15,10 +15,12 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from operators.backbone import PatchFeatures, TimmBackbone
 from operators.upsamplers import AnyMethod, Settings, Upsampler, UpsamplerError, find_method
+from tests.pretended_gpu import pretended_gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +168,7 @@ class UpsamplerContract:
         grid = (16, 16)
         upsampler, target = case.make(64), case.target(grid)
         if not together:
-            upsampler.allow(1)
+            upsampler.allow(2**20)
         source, pictures = features(4, 64, grid), images(4, grid)
         upsampler(pictures, source, (5,), target)
 
@@ -175,7 +177,42 @@ class UpsamplerContract:
 
         changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
         peak = max(itertools.accumulate(changes))
-        assert math.prod(out.shape) * 4 <= peak <= upsampler.peak_bytes(4, 64, target)
+        bound = upsampler.call_bytes(4, 64, grid, (256, 256), target)
+        assert math.prod(out.shape) * 4 <= peak <= bound <= upsampler.peak_bytes(4, 64, target)
+        assert upsampler.kept_bytes(4) < bound
+
+    def test_what_it_takes_at_once_changes_nothing(self, case):
+        grid = (6, 10)
+        upsampler, given = case.make(8), (images(3, grid), features(3, 8, grid), (5,), case.target(grid))
+        upsampler.allow(2**40)
+        whole = upsampler(*given)
+
+        upsampler.allow(2**16)
+
+        torch.testing.assert_close(upsampler(*given), whole, rtol=1e-5, atol=1e-5)
+
+    def test_on_a_gpu_all_is_there_and_no_part_of_a_grid_is_waited_for(self, case):
+        """A GPU without a driver (`pretended_gpu`): other devices' tensors are refused, and the host's waiting is counted."""
+        grid = (6, 10)
+        upsampler, pictures, source, target = case.make(8), images(2, grid), features(2, 8, grid), case.target(grid)
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = case.make(8)(pictures, source, (5,), target)
+
+        with pretended_gpu() as gpu:
+            there = pictures.to("cuda"), features_of(source.layers[5].to("cuda")), (5,), target
+            found = upsampler(*there)  # which brings the weights
+            waits = []
+            for allowance in (2**40, 2**16):
+                upsampler.forget()
+                upsampler.allow(allowance)
+                before = gpu.waits
+                upsampler(*there)
+                waits.append(gpu.waits - before)
+
+        assert found.device.type == "cuda"
+        torch.testing.assert_close(found.held, expected, rtol=1e-5, atol=1e-5)
+        assert gpu.to_host == []
+        assert waits[0] == waits[1]
 
     def test_what_it_forgets_it_makes_again(self, case):
         upsampler, given = case.make(8), (images(1, (4, 4)), features(1, 8, (4, 4)), (5,), case.target((4, 4)))

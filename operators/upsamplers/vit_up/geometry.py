@@ -86,4 +86,7 @@ class Rope:
 
 def _sides(grid: tuple[int, int], like: Tensor) -> Tensor:
     """The grid's (columns, rows), in the order of coordinates."""
-    return torch.tensor([grid[1], grid[0]], dtype=torch.float32, device=like.device)
+    # Filled in on the device: a copy from the host would wait for the GPU.
+    sides = torch.full((2,), float(grid[0]), device=like.device)
+    sides[:1].fill_(grid[1])
+    return sides

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, autocast, cast_matmul_weights
-from operators.upsamplers.protocol import Upsampler, UpsamplerError, require_fitting
+from operators.upsamplers.protocol import WORKING_BYTES, Upsampler, UpsamplerError, require_fitting
 from operators.upsamplers.vit_up.geometry import ENCODING, grid_coordinates
 from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.hidden import AdaptedBackbone
@@ -33,7 +33,7 @@ class ViTUp(Upsampler):
         lora_state: Mapping[str, Tensor],
         *,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-        working_bytes: int = 2**26,
+        working_bytes: int = WORKING_BYTES,
     ):
         """`model`: the timm ViT with its frozen weights, which is copied. `working_bytes`: what a chunk of queries may take.
 
@@ -47,6 +47,7 @@ class ViTUp(Upsampler):
         self._head.eval().requires_grad_(False)
         for module in (self._backbone, self._head):
             cast_matmul_weights(module, precision)
+        self._cells: int | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._caches: list[TokenCache] = []
 
@@ -76,24 +77,27 @@ class ViTUp(Upsampler):
         self.working_bytes = working_bytes
 
     def take_at_once(self, cells: int) -> None:
-        self.working_bytes = cells * self._bytes_per_query(1)
+        self._cells = cells
 
     def query_chunk(self, outputs: int = 1) -> int:
         """How many queries are at work at once."""
-        return max(1, self.working_bytes // self._bytes_per_query(outputs))
+        return self._cells or max(1, self.working_bytes // self._bytes_per_query(outputs))
 
     def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
         """Upper bound on the device memory that one call takes beyond its arguments, and keeps until `forget`.
 
         Weights, what is kept of each image, and the larger of: preparing one image; the result and a chunk of queries.
         """
-        weights = sum(p.nbytes for module in (self._backbone, self._head) for p in module.parameters())
         result = 4 * batch * channels * grid[0] * grid[1]
         queries = min(grid[0] * grid[1], self.query_chunk(channels // self.config.channels))
         # Coordinates as they are made, and those of a chunk counted with its queries.
         coordinates = 4 * 8 * grid[0] * grid[1]
         querying = result + coordinates + queries * self._bytes_per_query(channels // self.config.channels)
-        return weights + batch * self._cache_bytes() + max(self._preparing_bytes(), querying)
+        return self.kept_bytes(batch) + max(self._preparing_bytes(), querying)
+
+    def kept_bytes(self, batch: int) -> int:
+        weights = sum(p.nbytes for module in (self._backbone, self._head) for p in module.parameters())
+        return weights + batch * self._cache_bytes()
 
     def _prepared(self, images: Tensor) -> list[TokenCache]:
         """One cache for each image. Those of the same tensor, unchanged since, are used again."""

@@ -1,0 +1,44 @@
+"""How much upsamplers take at once: out of a GPU's free memory, and on a CPU always the same."""
+
+from collections.abc import Callable, Collection
+
+import psutil
+import torch
+
+from operators.upsamplers import Upsampler
+from operators.upsamplers.protocol import WORKING_BYTES
+
+WITHIN = 0.6
+"""The part of the free memory that bounds are kept to: allocators leave gaps, and others may be on the device."""
+
+_LARGEST = 2**40
+
+
+def free_bytes(device: torch.device) -> int:
+    """What may still be allocated on a device, what torch's allocator holds without using it included."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def allow_within(upsamplers: Collection[Upsampler], peak: Callable[[], int], limit: float) -> int:
+    """Let upsamplers take as much at once as is of use to them while `peak`, which counts that, stays within `limit`.
+
+    The allowance, in bytes, is a power of two, so that workers on devices of one kind have the same although their free memory
+    differs a little; at least `WORKING_BYTES`, whether that stays within or not.
+    """
+
+    def takes(allowance: int) -> int:
+        for upsampler in upsamplers:
+            upsampler.allow(allowance)
+        return peak()
+
+    allowance = _LARGEST
+    while (most := takes(allowance)) > limit and allowance > WORKING_BYTES:
+        allowance //= 2
+    # Where all is done at once, more is of no use.
+    while allowance > WORKING_BYTES and takes(allowance // 2) == most:
+        allowance //= 2
+    takes(allowance)
+    return allowance
