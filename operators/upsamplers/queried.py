@@ -50,7 +50,7 @@ class QueriedNet(nn.Module, Generic[P]):
     Images of a batch don't depend on each other, nor do the cells of a grid.
     """
 
-    values_at_once: int = 2**26
+    values_at_once: int = WORKING_BYTES // 4
     "what `prepare` may hold at work, where it works in parts, beside what it keeps; `QueriedUpsampler` sets it"
 
     def prepare(self, images_BCHW: Tensor, maps_BChw: Tensor, grid: tuple[int, int]) -> P:
