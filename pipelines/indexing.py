@@ -60,7 +60,11 @@ class RunInput:
         kept = kept_index(kept_in)
         if kept is not None and is_of_input(kept, self.files, self.limit, self.rules):
             return kept
-        return self.write(write_to, *self.collect())
+        table, sources = self.collect()
+        for name in self.rules.carry:
+            if table[name].null_count == table.num_rows:
+                logger.warning("--carry %s: not one of the %s samples has a member .%s", name, f"{table.num_rows:,}", name)
+        return self.write(write_to, table, sources)
 
     def index_in_use(self, folder: Folder) -> SampleIndex:
         """The index below `folder`, on whose rows something rests: sources may have moved, or been touched while they hold the

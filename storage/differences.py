@@ -62,5 +62,8 @@ def _by_name(value: JsonValue) -> JsonValue:
 
 
 def _short(value: JsonValue) -> str:
-    """As Python writes it; a digest by its beginning."""
+    """As Python writes it; a digest by its beginning, and of what has a name, as levels have, what it says."""
+    if isinstance(value, Mapping) and "name" in value:
+        said = {name: each for name, each in value.items() if each not in (None, "") and name != "name"}
+        return f"({', '.join(f'{name} {_short(each)}' for name, each in said.items())})"
     return re.sub(r"'([0-9a-f]{12})[0-9a-f]{52}'", r"'\1…'", repr(value))

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.folders import SIDE_FILE, Entry, files_below, is_side_file, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
-from storage.paths import InputError, StorageOptions, extension, filesystem, is_memory, opened, reaching
+from storage.paths import Folder, InputError, StorageOptions, extension, filesystem, is_memory, opened, reaching
 from storage.redaction import query_free, redact
 
 COMMON_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
@@ -132,6 +132,8 @@ def expand_inputs(
     """
     if not patterns:
         raise InputError("no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images")
+    if not all(pattern.strip() for pattern in patterns):
+        raise InputError(f"--data {' '.join(map(repr, patterns))}: one is empty, as of a variable that isn't set; drop it")
     keys = _Keys(image, by_place)
     listing = _joined(_expand_pattern(pattern, storage_options, keys) for pattern in patterns)
     return _rooted(listing) if by_place else listing
@@ -180,6 +182,10 @@ def _expand_pattern(pattern: str, options: StorageOptions | None, keys: _Keys) -
             raise InputError(
                 f"{given} matches {folders.count:,} folder{s}, and no tar and no image; for all that lies below "
                 f"name the folder above, for images {given}/*.jpg, for tars {given}/*.tar{redact(left_out, options)}"
+            )
+        if "*" not in pattern and Folder(pattern, options).size("zarr.json") is not None:
+            raise InputError(
+                f"{redact(pattern, options)} is a Zarr store, not images; name the tars or folder that it was made of"
             )
         raise InputError(
             f"{redact(pattern, options)} matches no tar and no image ({', '.join(IMAGE_EXTENSIONS)}); check the path"

@@ -264,9 +264,9 @@ class FeatureStore:
         pixels, dense = self.pixels(row), self.level(level)
         outside = ~((points >= 0) & (points <= [pixels.width, pixels.height])).all(axis=1)
         if outside.any():
-            raise OutsideImage(
-                f"{key!r} has {pixels.width} x {pixels.height} pixels, {points[outside][:1]} lies outside; points are (x, y)"
-            )
+            x, y = points[outside][0].tolist()
+            name = str(self.index.keys(row, row + 1)[0])
+            raise OutsideImage(f"{name!r} has {pixels.width} x {pixels.height} pixels; the point x {x:g}, y {y:g} lies outside")
         placed = pixels.to_input(points)
         height, width = self.spec.input_size
         # A hair of tolerance: the image's own border must not fall to rounding.

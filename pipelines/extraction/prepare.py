@@ -21,6 +21,7 @@ from storage.documents import JsonValue
 from storage.inputs import Listing
 from storage.left_out import LeftOut
 from storage.paths import Folder, InputError, is_memory
+from storage.redaction import redact
 from storage.root import StoreReplaced, read_attributes
 from storage.samples import SampleIndex, move_index
 from storage.sources import sources_digest
@@ -123,6 +124,10 @@ def resolve(config: ExtractConfig) -> Resolved:
     member_rules(config)  # raises for columns that can't be carried
     # Refuses what is there and isn't ours, before anything is written.
     read_attributes(Folder(config.out, config.options))
+    if itself := [url for url in config.data if Folder(url, config.options).url == Folder(config.out, config.options).url]:
+        raise ConfigError(
+            f"--out {redact(itself[0], config.options)} is also the input (--data); give the store a folder of its own"
+        )
     files = config.input.files(config.data, config.options, config.image_member)
     bundle, model = load_bundle(config.features, config.options)
     found = Resolved(config=config, bundle=bundle, model=model, files=files)

@@ -56,6 +56,10 @@ class WeightsChoice:
             return cls(source="pretrained")
         if match := re.fullmatch(r"random(?::(\d+))?", text):
             return cls(source="random", seed=int(match.group(1) or 0))
+        if text.startswith("random:"):
+            raise WeightsUnavailable(
+                f"--weights {text}: the seed is a whole number, as in random:1; a file of that name: ./{text}"
+            )
         return cls(source="file", url=text)
 
 

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import re
 import struct
 import tarfile
 import zlib
@@ -178,3 +179,42 @@ def test_images_for_which_the_model_gives_no_numbers_fail(tmp_path, value):
     messages = pq.read_table(tmp_path / "out.zarr/ledger/samples")["message"].to_pylist()
     assert messages == ["the model gave NaN or infinity in fp32; try --precision fp32"] * 2
     assert np.isnan(zarr.open_group(str(tmp_path / "out.zarr"), mode="r")["x1/features"][:]).all()
+
+
+# --- settings that can't be meant -------------------------------------------------------------------------------------
+
+PROGRAM = ["--model", "test_vit.r160_in1k", "--weights", "random", "--executor", "inline"]
+
+
+@pytest.mark.parametrize(
+    ("data", "out", "others", "message"),
+    [
+        (["{photos}", ""], "s.zarr", [], "--data '.*photos.tar' '': one is empty, as of a variable that isn't set"),
+        (["{folder}"], "{folder}", [], "--out .*/images is also the input"),
+        (["{photos}"], "s.zarr", ["--weights", "random:one"], "--weights random:one: the seed is a whole number, as in random:1"),
+        (["{store}"], "s.zarr", [], "store.zarr is a Zarr store, not images; name the tars or folder that it was made of"),
+    ],
+)
+def test_settings_that_cant_be_meant_end_in_one_sentence(data, out, others, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "photos.tar", [("a.jpg", jpeg(1, 64, 48))])
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(jpeg(1, 64, 48))
+    zarr.create_group(tmp_path / "store.zarr")
+    places = {"photos": tmp_path / "photos.tar", "folder": tmp_path / "images", "store": tmp_path / "store.zarr"}
+
+    code = run(["--data", *(each.format(**places) for each in data), "--out", out.format(**places), *PROGRAM, *others])
+
+    said = capsys.readouterr()
+    assert code == 2
+    assert re.search(message, said.out + said.err)
+
+
+def test_members_to_carry_that_no_sample_has_are_said(tmp_path, caplog):
+    write_tar(tmp_path / "photos.tar", [("a.jpg", jpeg(1, 64, 48)), ("a.txt", b"a")])
+
+    code = run(["--data", str(tmp_path / "photos.tar"), "--out", str(tmp_path / "s.zarr"), "--carry", "txt", "cls", *PROGRAM])
+
+    assert code == 0
+    assert "--carry cls: not one of the 1 samples has a member .cls" in caplog.text
+    assert "--carry txt" not in caplog.text
