@@ -8,6 +8,7 @@
     python jobs/benchmark.py cost                         # operations, time and memory of upsamplers beside the backbone
     python jobs/benchmark.py cost --vit-up                # ViT-Up for several output grids and chunks of queries
     python jobs/benchmark.py cost --deap                  # DeAP's published parameter counts, and readouts' operations
+    python jobs/benchmark.py upsamplers                   # each beside bilinear, and beside its paper's plain formulation
     python jobs/benchmark.py train                        # images per second, beside a plain loop
     python jobs/benchmark.py scale                        # what one driver feeds: tens of actors that sleep
     python jobs/benchmark.py chaos                        # 15 minutes of machines that die: is anything lost?

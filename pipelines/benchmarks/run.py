@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipelines.benchmarks import autoscale, chaos, evaluation, extract, index, read, readout, scale, train
+from pipelines.benchmarks import upsamplers as upsampler_ways
 from pipelines.benchmarks.evaluation import evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract_report import extract_report
 from pipelines.costs import precision, readouts, upsamplers, vit_up
@@ -83,6 +84,12 @@ BENCHMARKS: Mapping[str, Benchmark[Any, Any]] = {
     # With settings of their own, for they have little in common with those of upsamplers.
     "cost --vit-up": Benchmark(vit_up.DEBUG, lambda config, _: vit_up.measure_vit_up(config), vit_up_report),
     "cost --deap": Benchmark(readouts.DEBUG, lambda config, _: readouts.measure_deap(config), readouts.deap_report),
+    "upsamplers": Benchmark(
+        upsampler_ways.DEBUG,
+        lambda config, _: upsampler_ways.measure_upsamplers(config),
+        upsampler_ways.upsamplers_report,
+        judge=upsampler_ways.require_agreement,
+    ),
     "train": Benchmark(train.DEBUG, train.measure_training, train.train_report),
     "readout": Benchmark(readout.DEBUG, readout.measure_readouts, readout.readout_report),
     "evaluate": Benchmark(evaluation.DEBUG, lambda config, _: measure_evaluate(config), evaluate_report),

@@ -1,0 +1,72 @@
+"""jobs/benchmark.py upsamplers: plain formulations give what ours give, and what doesn't ends the benchmark."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from torch.nn.functional import interpolate
+
+from jobs import benchmark
+from operators.upsamplers.jbu import JointBilateral
+from pipelines.benchmarks import upsamplers
+from pipelines.benchmarks.formulations import FORMULATIONS
+from pipelines.benchmarks.upsamplers import UpsamplersBenchmark
+from pipelines.config import ConfigError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_debug_compares_every_method_with_its_plain_formulation(tmp_path, capsys):
+    path = tmp_path / "numbers.json"
+
+    assert benchmark.run(["upsamplers", "debug", "--json", str(path)]) == 0
+
+    printed = capsys.readouterr().out
+    assert "| method | grid | ms | of bilinear | plain, ms | times faster | asked | peak MB | declared | plain, MB |" in printed
+    result = json.loads(path.read_text())
+    assert {(one["name"], one["grid"]) for one in result["compared"]} == {
+        (name, grid) for name in FORMULATIONS for grid in (20, 40)
+    }
+    assert result["left_out"] == []
+    for one in result["compared"]:
+        assert one["difference"] <= 1e-5
+        assert one["peak_bytes"]["ours"] <= one["declared_bytes"]
+        assert {len(seconds) for seconds in one["seconds"].values()} == {2}
+        assert min(min(seconds) for seconds in one["seconds"].values()) > 0
+
+
+def test_results_that_differ_and_bounds_that_do_not_hold_end_the_benchmark(monkeypatch, capsys):
+    arguments = ["upsamplers", "debug", "--methods", "jbu", "--grids", "20"]
+    with monkeypatch.context() as patch:
+        patch.setattr(JointBilateral, "filter", lambda _, guide, maps: interpolate(maps, guide.shape[2:]))
+        assert benchmark.run(arguments) == 1
+    shown = capsys.readouterr()
+    assert "| jbu | 20 |" in shown.out
+    assert "jbu at 20 x 20 differs from its plain formulation by" in shown.err
+
+    compare = upsamplers._compare
+    monkeypatch.setattr(upsamplers, "_compare", lambda *given: replace(compare(*given), declared_bytes=10))
+    assert benchmark.run(arguments) == 1
+    assert "bytes, but declares 10" in capsys.readouterr().err
+
+
+def test_grids_that_a_method_cannot_give_are_named(capsys):
+    assert benchmark.run(["upsamplers", "debug", "--methods", "jbu", "--grids", "20", "30"]) == 0
+    assert "- Left out: jbu at 30 x 30: jbu gives 2, 4, 8, ... times" in capsys.readouterr().out
+
+    assert benchmark.run(["upsamplers", "debug", "--methods", "jbu", "--grids", "30"]) == 2
+    assert "nothing is left to compare: jbu at 30 x 30" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("bilinear",)}, "--methods bilinear: there are plain formulations of"),
+        ({"methods": ()}, "at least one each"),
+        ({"cells": 0}, "must be at least 1"),
+        ({"row_s": 0.0}, "--row-s above 0"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        UpsamplersBenchmark(**changes)
