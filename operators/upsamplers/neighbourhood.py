@@ -15,7 +15,9 @@ Shapes: B batch, N heads, D channels of a query or key, E of a value, h w cells 
 I J those of a tile, S cells that a block attends to, Q queries of a block.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,6 +31,11 @@ from operators.upsamplers.protocol import UpsamplerError
 _QUERIES = 64
 """Blocks have at least so many: each costs a copy of its window, and the larger it is, the more cells most queries don't count.
 Fastest or next to it for ratios of 2 to 16 and kernels of 3 to 13 (one CPU core, float32), by up to 3 times."""
+
+_AT_ONCE = {"cpu": 2**22}
+_MANY_AT_ONCE = 2**28
+"""Logits, or values of the result, that are made at once; many where each operation costs a launch. Measured on a CPU: above 2^23
+values the system hands out new pages each time, and the same takes twice as long."""
 
 
 def neighbours(positions: int, kernel: int, dilation: int) -> np.ndarray:
@@ -124,47 +131,59 @@ class Neighbourhoods:
             columns=_Axis.of(cells[1], grid[1], kernel[1], steps[1], wide, device),
         )
 
-    def attend(self, queries_BNDIJ: Tensor, keys_BNhwD: Tensor, values_BMhwE: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Cells of a tile, `rows` times `columns` of the grid, whose queries are given: [B, M * E, I, J].
+    def attend(self, queries_BNIJD: Tensor, keys_BNhwD: Tensor, values_BMhwE: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Cells of a tile, `rows` times `columns` of the grid, whose queries are given: [B, I, J, M * E] of the values' type.
 
         Either each head has values of its own (M = N), or all share one's (M = 1), and the heads' weights are averaged.
-        Logits are products times D ** -0.5; weights are float32.
+        Logits are products times D ** -0.5 in the precision of queries and keys, whatever autocast says; weights are float32.
         """
-        batch, heads, depth = queries_BNDIJ.shape[:3]
+        batch, heads, height, width, _ = queries_BNIJD.shape
+        with torch.autocast(queries_BNIJD.device.type, enabled=False):
+            cells = self.rows.span * self.columns.span
+            limit = _AT_ONCE.get(queries_BNIJD.device.type, _MANY_AT_ONCE)
+            fit = limit // (batch * max(heads * cells, values_BMhwE.shape[1] * values_BMhwE.shape[-1]))
+            down = max(1, fit // (self.rows.block * width)) * self.rows.block
+            across = max(1, fit // (down * self.columns.block)) * self.columns.block
+            out = values_BMhwE.new_empty(batch, height, width, values_BMhwE.shape[1] * values_BMhwE.shape[-1])
+            for down_part, across_part in itertools.product(_parts(rows, down), _parts(columns, across)):
+                i, j = (
+                    slice(part.start - start, part.stop - start)
+                    for part, start in ((down_part, rows.start), (across_part, columns.start))
+                )
+                out[:, i, j] = self._piece(queries_BNIJD[:, :, i, j], keys_BNhwD, values_BMhwE, down_part, across_part)
+            return out
+
+    def _piece(self, queries_BNIJD: Tensor, keys_BNhwD: Tensor, values_BMhwE: Tensor, rows: slice, columns: slice) -> Tensor:
+        batch, heads, height, width, depth = queries_BNIJD.shape
+        groups = values_BMhwE.shape[1]
         tall, wide = self.rows.blocks(rows), self.columns.blocks(columns)
-        above, left = rows.start - tall.start * self.rows.block, columns.start - wide.start * self.columns.block
+        block = self.rows.block, self.columns.block
+        above, left = rows.start - tall.start * block[0], columns.start - wide.start * block[1]
         down, across = tall.stop - tall.start, wide.stop - wide.start
-        padding = (
-            left,
-            across * self.columns.block - left - queries_BNDIJ.shape[4],
-            above,
-            down * self.rows.block - above - queries_BNDIJ.shape[3],
-        )
+        padding = (0, 0, left, across * block[1] - left - width, above, down * block[0] - above - height)
         if any(padding):
-            queries_BNDIJ = F.pad(queries_BNDIJ, padding)
-        blocks = queries_BNDIJ.unflatten(4, (across, self.columns.block)).unflatten(3, (down, self.rows.block))
-        queries = blocks.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch * heads * down * across, depth, -1)
+            queries_BNIJD = F.pad(queries_BNIJD, padding)
+        blocks = queries_BNIJD.unflatten(3, (across, block[1])).unflatten(2, (down, block[0]))
+        queries = blocks.transpose(3, 4).reshape(batch * heads * down * across, -1, depth)
         cells = self.rows.cells(tall)[:, None, :, None] * keys_BNhwD.shape[3] + self.columns.cells(wide)[None, :, None, :]
-        # Keys first, so that neighbouring queries lie together, as they do in the image: a third faster for large blocks.
-        weights = torch.bmm(_windows(keys_BNhwD, cells), queries).float().mul_(depth**-0.5)
-        by_block = weights.view(
-            batch, heads, down, across, self.rows.span, self.columns.span, self.rows.block, self.columns.block
-        )
+        # Keys first, so that the softmax, of few and odd numbers of keys, is of many queries at a time.
+        weights = torch.bmm(_windows(keys_BNhwD, cells), queries.transpose(1, 2)).float().mul_(depth**-0.5)
+        by_block = weights.view(batch, heads, down, across, self.rows.span, self.columns.span, *block)
         if self.rows.counts is not None:
             by_block.add_(self.rows.counts[tall, None, :, None, :, None])
         if self.columns.counts is not None:
             by_block.add_(self.columns.counts[wide, None, :, None, :])
         weights.sub_(weights.detach().amax(1, keepdim=True)).exp_()
-        total = weights.sum(1, keepdim=True)
-        windows = _windows(values_BMhwE, cells).transpose(1, 2)
-        if values_BMhwE.shape[1] == heads:
-            out = torch.bmm(windows, weights.to(windows.dtype)).div_(total)
+        total = weights.sum(1)[..., None]
+        windows = _windows(values_BMhwE, cells)
+        if groups == heads:
+            out = torch.bmm(weights.to(windows.dtype).transpose(1, 2), windows).div_(total)
         else:
-            mean = weights.div_(total).unflatten(0, (batch, heads, -1)).mean(1).flatten(0, 1)
-            out = torch.bmm(windows, mean.to(windows.dtype))
-        out = out.view(batch, values_BMhwE.shape[1], down, across, -1, self.rows.block, self.columns.block)
-        out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, -1, down * self.rows.block, across * self.columns.block)
-        return out[:, :, above : above + rows.stop - rows.start, left : left + columns.stop - columns.start]
+            mean = weights.div_(total.transpose(1, 2)).unflatten(0, (batch, heads, -1)).mean(1).flatten(0, 1)
+            out = torch.bmm(mean.to(windows.dtype).transpose(1, 2), windows)
+        out = out.view(batch, groups, down, across, *block, -1).permute(0, 2, 4, 3, 5, 1, 6)
+        out = out.reshape(batch, down * block[0], across * block[1], -1)
+        return out[:, above : above + height, left : left + width]
 
 
 def enlargement(cells: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
@@ -192,7 +211,7 @@ def query_values(
     seen, queries = math.prod(span), math.prod(block)
     groups = 1 if shared else heads
     kept = math.ceil(seen * (heads * depth + groups * width + 2) / queries)
-    each = 2 * heads * depth + (heads + 1 if shared else heads) * seen * 2 + 2 * groups * width
+    each = 2 * heads * depth + (heads + 1 if shared else heads) * seen * 2 + 3 * groups * width
     # The last blocks may be longer than the grid.
     padded = math.prod(math.ceil(n / b) * b / n for n, b in zip(grid, block, strict=True))
     return math.ceil((kept + each) * padded)
@@ -205,12 +224,18 @@ def neighbourhood_attention(
     out = values_BNHWE.new_empty(*queries_BNHWD.shape[:-1], values_BNHWE.shape[-1])
     for group in np.ndindex(dilation):
         part = (slice(None), slice(None), slice(group[0], None, dilation[0]), slice(group[1], None, dilation[1]))
-        queries = queries_BNHWD[part].movedim(-1, 2)
-        size = queries.shape[-2], queries.shape[-1]
+        queries = queries_BNHWD[part]
+        size = queries.shape[2], queries.shape[3]
         near = Neighbourhoods.of(size, size, kernel, queries.device)
         found = near.attend(queries, keys_BNHWD[part], values_BNHWE[part], slice(0, size[0]), slice(0, size[1]))
-        out[part] = found.unflatten(1, values_BNHWE.shape[1::3]).movedim(2, -1)
+        out[part] = found.unflatten(3, values_BNHWE.shape[1::3]).movedim(3, 1)
     return out
+
+
+def _parts(whole: slice, size: int) -> Iterator[slice]:
+    """Of so many positions, beginning at multiples of them."""
+    for start in range(whole.start - whole.start % size, whole.stop, size):
+        yield slice(max(start, whole.start), min(start + size, whole.stop))
 
 
 def _windows(map_BNhwD: Tensor, cells: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ SIZES = [
 
 def plain(queries: Tensor, keys: Tensor, values: Tensor, kernel: tuple[int, int]) -> Tensor:
     """As it is published: the map is enlarged, and each query gathers its neighbours."""
-    grid = queries.shape[-2:]
+    grid = queries.shape[2:4]
     steps = enlargement(keys.shape[2:4], grid)
     near = [torch.from_numpy(neighbours(*each)) for each in zip(grid, kernel, steps, strict=True)]
 
@@ -43,16 +43,16 @@ def plain(queries: Tensor, keys: Tensor, values: Tensor, kernel: tuple[int, int]
         fine = F.interpolate(maps.flatten(0, 1).permute(0, 3, 1, 2), grid, mode="nearest-exact").unflatten(0, maps.shape[:2])
         return fine[:, :, :, near[0][:, None, :, None], near[1][None, :, None, :]].flatten(-2)
 
-    logits = torch.einsum("bndij,bndijs->bnijs", queries, gathered(keys)) * keys.shape[-1] ** -0.5
+    logits = torch.einsum("bnijd,bndijs->bnijs", queries, gathered(keys)) * keys.shape[-1] ** -0.5
     weights = logits.softmax(-1)
     if values.shape[1] == 1:
         weights = weights.mean(1, keepdim=True)
-    return torch.einsum("bnijs,bneijs->bneij", weights, gathered(values)).flatten(1, 2)
+    return torch.einsum("bnijs,bneijs->bijne", weights, gathered(values)).flatten(3)
 
 
 def made(cells, grid, groups=2, width=3, heads=2, depth=4, sharp=1.0):
     draw = torch.Generator().manual_seed(sum(grid))
-    shapes = (2, heads, depth, *grid), (2, heads, *cells, depth), (2, groups, *cells, width)
+    shapes = (2, heads, *grid, depth), (2, heads, *cells, depth), (2, groups, *cells, width)
     queries, keys, values = (torch.randn(shape, generator=draw) for shape in shapes)
     return sharp * queries, keys, values
 
@@ -114,7 +114,7 @@ def test_any_tile_has_the_cells_of_the_whole(cells, grid, kernel):
 
     out = torch.full_like(together, torch.nan)
     for rows, columns in itertools.product(*([slice(0, 1), slice(1, n // 2), slice(n // 2, n)] for n in grid)):
-        out[:, :, rows, columns] = near.attend(queries[..., rows, columns], keys, values, rows, columns)
+        out[:, rows, columns] = near.attend(queries[:, :, rows, columns], keys, values, rows, columns)
 
     torch.testing.assert_close(out, together, rtol=0, atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_cells_that_do_not_count_do_not_matter_however_large_their_logits_are():
 def test_gradients_are_those_of_the_plain_formulation():
     given = [each.requires_grad_() for each in made((5, 7), (18, 23))]
     near = Neighbourhoods.of((5, 7), (18, 23), (3, 5), given[0].device)
-    weight = torch.randn(2, 6, 18, 23, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(2, 18, 23, 6, generator=torch.Generator().manual_seed(1))
 
     ours = torch.autograd.grad((weight * near.attend(*given, whole(18), whole(23))).sum(), given)
 
@@ -152,7 +152,7 @@ def test_memory_stays_within_its_bound(cells, grid, kernel, groups, dtype):
 
     changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     bound = 2 * 4 * grid[0] * grid[1] * query_values(cells, grid, kernel, 4, 16, 24, shared=groups == 1)
-    assert bound / 4 < max(itertools.accumulate(changes)) <= bound
+    assert bound / 8 < max(itertools.accumulate(changes)) <= bound
 
 
 @pytest.mark.parametrize("cells", range(1, 30))
