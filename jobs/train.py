@@ -8,9 +8,9 @@
     python jobs/train.py deap --task segmentation --dataset voc --data VOC2012 --backbone vit_base_patch16_224.mae --out ...
     python jobs/train.py probe --dataset ade20k --data ADE20K --store s3://bucket/ade-448.zarr --no-flip --out ...
 
-The first word is an upsampler (lift, resize_conv, jbu, vit-up), a readout (deap, bicubic, transposed, strided, linear; probe for
-ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes: 0 finished, 1 not (diverged, too
-many unreadable images, too many lost workers), 2 wrong settings.
+The first word is an upsampler (lift, resize_conv, jbu, vit-up), a readout (deap, bicubic, transposed, strided,
+linear; probe for ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes: 0 finished, 1
+not (diverged, too many unreadable images, too many lost workers), 2 wrong settings.
 """
 
 import sys
@@ -19,7 +19,6 @@ from functools import partial
 
 from jobs.program import Command, Program
 from operators.readouts import READOUTS
-from operators.upsamplers import method_names
 from pipelines import published
 from pipelines.config import GpuConfig
 from pipelines.demo_datasets import write_demo, write_photos
@@ -27,6 +26,7 @@ from pipelines.features.config import BackboneConfig
 from pipelines.training import run as training
 from pipelines.training.config import TrainConfig
 from pipelines.training.lift import LIFT_MAPS, X2Config
+from pipelines.training.objectives import trainings
 from pipelines.training.readout import ReadConfig, ReadoutTraining
 from pipelines.training.vit_up import ViTUpTraining
 
@@ -162,7 +162,7 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 NAMES: dict[str, TrainConfig] = {
-    **{name: X2Config().changed(method=name) for name in method_names(lambda method: method.trained_by == "lift")},
+    **trainings(),
     "vit-up": ViTUpTraining(),
     **{name: ReadoutTraining().changed(method=name) for name, kind in READOUTS.items() if kind.only_outputs is None},
     "probe": PROBE,

@@ -49,7 +49,7 @@ class Checkpoint:
     step: int
     model: Mapping[str, np.ndarray]
     resume: Mapping[str, np.ndarray]
-    "the optimiser's arrays"
+    "the optimiser's arrays, and those of what is trained beside the model"
     progress: JsonObject
     "what else is needed to continue"
     config: JsonObject

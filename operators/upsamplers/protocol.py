@@ -107,10 +107,11 @@ class Method(Generic[S]):
     needs: ClassVar[frozenset[Need]] = frozenset({"maps", "image"})
     learned: ClassVar[bool] = True
     "whether its weights come from a checkpoint"
-    trained_by: ClassVar[Literal["lift", "vit_up"] | None] = None
-    "the objective that jobs/train.py has for it; `lift`: its network takes (images, maps) to twice the cells"
+    trained_by: ClassVar[str | None] = None
+    "the objective that jobs/train.py has for it, by its name in pipelines/training/objectives.py; what it asks of the network:"
+    "`lift`: (images, maps) to twice the cells; `featup`: to 2^n times as many a side; `jafar`: (images, maps, grid) to that grid"
     trained_factors: ClassVar[tuple[int, ...]] = (1,)
-    "training gives it the maps of images, and of these made smaller by so much a side"
+    "of checkpoints that don't say it: training gave it the maps of images, and of these made smaller by so much a side"
     enlarges: ClassVar[bool] = True
     "whether it gives finer grids than the maps'"
     chunked: ClassVar[bool] = False

@@ -4,9 +4,9 @@ A checkpoint is a folder at any URL: `config.json` and `model.safetensors`; a tr
 config.json holds `upsampler` (`method`, and the method's settings) and `backbone` (`FeatureSpec.learned`: what made the features
 it was trained on). Official files hold weights alone; the rest is taken from the backbone that they are used with.
 
-`backbone` of a training run says `size` as well, the side of its images in pixels. Maps of another size are no mistake, since
-the papers have them, too; but how good they are nobody knows, so it is said (`unfamiliar`), as is that a checkpoint was forced,
-or doesn't say what it was trained on.
+`backbone` of a training run says `size` as well, the side of its images in pixels, and `sides`, those of all images whose maps
+its network was given. Maps of another size are no mistake, since the papers have them, too; but how good they are nobody knows,
+so it is said (`unfamiliar`), as is that a checkpoint was forced, or doesn't say what it was trained on.
 """
 
 import functools
@@ -119,10 +119,14 @@ def load_upsampler(
         logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", displayed)
         return replace(weights, remark="its upsampler's file doesn't say what it was trained on; taken to be these features")
     weights = replace(weights, remark=_require_same_features(displayed, made_for, spec, force=force))
+    return replace(weights, trained_sides=_trained_sides(made_for, find_method(method)))
+
+
+def _trained_sides(made_for: JsonObject, method: AnyMethod) -> tuple[int, ...]:
+    """Of the images whose maps the network knows from training, in pixels; earlier versions have the largest alone, as `size`."""
     size = made_for.get("size")
-    if type(size) is not int or size <= 0:
-        return weights
-    return replace(weights, trained_sides=tuple(size // factor for factor in find_method(method).trained_factors))
+    sides = made_for.get("sides", [size // factor for factor in method.trained_factors] if type(size) is int else [])
+    return tuple(sides) if isinstance(sides, list) and all(type(side) is int and side > 0 for side in sides) else ()
 
 
 def _read_weights(

@@ -6,7 +6,7 @@ What is wrong with the settings is wrong before anything is computed. What is tr
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
@@ -179,6 +179,14 @@ class TrainConfig(JobConfig):
             return self.lr
         return learning_rate(step, steps=steps, warmup=self.warmup_steps, peak=self.lr, floor=self.final_lr)
 
+    def clipping(self, step: int) -> float | None:  # noqa: ARG002
+        """The largest norm of the gradient of a step, from 0; None: any."""
+        return self.clip
+
+    def optimiser(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """One whose state is tensors, by parameter."""
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+
     def notes(self, order: TrainOrder) -> Iterator[str]:
         """See `TrainSetup.notes`."""
         steps, images = order.steps, order.n_rows
@@ -276,6 +284,8 @@ class Objective(Protocol):
 
     net: torch.nn.Module
     "its parameters that need gradients are trained, and its state dict is what a checkpoint holds"
+    beside: torch.nn.Module
+    "trained with it, and kept to continue with, but no part of what a checkpoint is for; empty for most"
     clipped: Tensor | int
     "images of the last micro-batch of whose features, as a model made them, float16 couldn't hold some values"
 

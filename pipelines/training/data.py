@@ -315,6 +315,17 @@ class Loaded:
     def __len__(self) -> int:  # images that could be read
         return len(self.item.rows) - len(self.example.failed)
 
+    @property
+    def rows(self) -> list[int]:
+        """Of the images that could be read, in the arrays' order."""
+        return [row for row in self.item.rows if row not in self.example.failed]
+
+
+def generator(purpose: int, *numbers: int) -> np.random.Generator:
+    """Random numbers of, say, a run's seed and a step: each `purpose` has its own, and none are those of images as they are
+    read."""
+    return np.random.default_rng(np.random.SeedSequence(numbers, spawn_key=(purpose,)))
+
 
 def load(source: ExampleSource, items: Iterable[MicroBatch], executor: Executor, loaders: int) -> Generator[Loaded, None, None]:
     """Micro-batches in order, loaded ahead by so many threads or, anywhere in a cluster, processes; to be closed."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
 from operators.timm_models import preprocessing
+from operators.upsamplers import AnyMethod, UpsamplerError, find_method, method_names
 from pipelines.config import ConfigError, Counts, Found, Held, InputConfig, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle, load_bundle
@@ -41,6 +42,10 @@ logger = logging.getLogger(__name__)
 class ImageTraining(TrainConfig):
     """Settings of a training run on images without labels."""
 
+    trains: ClassVar[str]
+    "the objective's name, which methods say in `Method.trained_by`"
+    trained_by: ClassVar[str]
+    "what that is, in words"
     level: ClassVar[str] = "x2"
     "that a finished run says to try next"
 
@@ -72,6 +77,21 @@ class ImageTraining(TrainConfig):
     def backbone_size(self) -> int:
         """Side of the largest image that the backbone is given, in pixels."""
         raise NotImplementedError
+
+    def trained_sides(self, patch: int) -> tuple[int, ...]:
+        """Sides of all images whose maps the network is given while training, in pixels; `patch` is the backbone's."""
+        raise NotImplementedError
+
+    def found_method(self) -> AnyMethod:
+        """The method. Raises `ConfigError` where there is none, or it isn't trained so."""
+        try:
+            found = find_method(self.method)
+        except UpsamplerError as error:
+            raise ConfigError(f"--method {self.method}: {error}") from None
+        if found.trained_by != self.trains:
+            names = ", ".join(method_names(lambda each: each.trained_by == self.trains))
+            raise ConfigError(f"--method {self.method} isn't trained by {self.trained_by}; these are: {names}")
+        return found
 
     def network(self, backbone: TimmBackbone) -> dict[str, JsonValue]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
@@ -108,6 +128,7 @@ class ImageTraining(TrainConfig):
             config=self,
             folder=folder,
             backbone=backbone,
+            patch=model.backbone.patch,
             upsampler=upsampler,
             files=files,
             held_out_files=held_out,
@@ -140,10 +161,11 @@ class ImageObjective:
     larger: ClassVar[str]
     "how much larger the image is whose own map is the truth, in words"
     net: nn.Module
+    beside: nn.Module
     clipped: int = 0  # a model's maps aren't rounded here
 
     def __init__(self, config: ImageTraining, setup: ImageSetup, device: torch.device):
-        self.setup, self.device = setup, device
+        self.setup, self.device, self.beside = setup, device, nn.Module()
         self.title, self.at_once = config.method, min(config.forward_images, 16)
 
     def input(self, pixels_BHW3: np.ndarray) -> Tensor:
@@ -185,6 +207,8 @@ class ResolvedImages:
     config: ImageTraining
     folder: Folder
     backbone: ModelBundle
+    patch: int
+    "the backbone's, in pixels"
     upsampler: JsonObject
     files: Listing
     held_out_files: Listing
@@ -240,7 +264,10 @@ class ResolvedImages:
             config=config,
             folder=folder,
             backbone=self.backbone,
-            description={"upsampler": dict(self.upsampler), "backbone": _description(self.backbone.spec)},
+            description={
+                "upsampler": dict(self.upsampler),
+                "backbone": {**_description(self.backbone.spec), "sides": list(config.trained_sides(self.patch))},
+            },
             order=order,
             images=images,
             held_out=held_out,

@@ -11,7 +11,7 @@ BatchNorm's batch statistics are those of a micro-batch; its running ones are th
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -31,6 +31,9 @@ from storage.totals import KEEP_THEM
 
 logger = logging.getLogger(__name__)
 
+
+_BESIDE = "beside/"
+"""Before the names of what is trained beside the network, where both are kept."""
 
 _TOTALS = 5
 """Sums that processes exchange beside the gradients."""
@@ -97,10 +100,9 @@ class Trainer:
         self._watch = watch
         self.setup, self.group, self.device, self.config = setup, group, device, setup.config
         self.objective = setup.objective(device)
-        self.net = self.objective.net
-        self.optimiser = torch.optim.AdamW(
-            _trained(self.net).values(), lr=setup.config.lr, weight_decay=setup.config.weight_decay
-        )
+        self.net, self.beside = self.objective.net, self.objective.beside
+        self.trained = {**_trained(self.net), **{f"{_BESIDE}{name}": each for name, each in _trained(self.beside).items()}}
+        self.optimiser = setup.config.optimiser(self.trained.values())
         self.step = self.images = 0
         self.seconds = 0.0
         "of training, over all starts, by the clock: waiting for images, validation and checkpoints count"
@@ -124,7 +126,9 @@ class Trainer:
         advice = "point checkpoints.json at another step, or use a new --out"
         with Document(self.setup.folder, checkpoint.name, advice).parsing():
             load_arrays(self.net, checkpoint.model)
-            _load_optimiser(self.net, self.optimiser, checkpoint.resume)
+            beside, moments = _parted(checkpoint.resume)
+            load_arrays(self.beside, beside)
+            _load_optimiser(self.trained, self.optimiser, moments)
             progress = decode_known(Progress, checkpoint.progress)
             self.images, self.n_failed, self.n_clipped = progress.images, progress.n_failed, progress.clipped
             self.failed = {int(row): reason for row, reason in progress.failed.items()}
@@ -213,7 +217,7 @@ class Trainer:
 
     def _update(self, totals: Tensor) -> tuple[float, int, int, int]:
         """One optimiser step on the mean gradient over all processes; (mean loss, images, left out, clipped)."""
-        parameters = list(_trained(self.net).values())
+        parameters = list(self.trained.values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         # One message for all of it; counts are exact in float32 up to 16 million.
         flat = torch.cat([totals, *(gradient.flatten() for gradient in gradients)])
@@ -224,8 +228,8 @@ class Trainer:
             parts = flat[_TOTALS:].div_(divisor).split([p.numel() for p in parameters])
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
-            if self.config.clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+            if (most := self.config.clipping(self.step)) is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, most)
             self.optimiser.param_groups[0]["lr"] = self.config.learning_rate(self.step, self.setup.order.steps)
             self.optimiser.step()
         self.optimiser.zero_grad()
@@ -306,12 +310,12 @@ class Trainer:
     def _measure(self) -> Validation:
         if not self.setup.held_out_rows:
             return Validation()
-        self.net.eval()
+        both = torch.nn.ModuleList([self.net, self.beside]).eval()
         try:
             with torch.no_grad():
                 return self.objective.measure(self.step)
         finally:
-            self.net.train()
+            both.train()
 
     def _report(self, validation: Validation, events: EventFile) -> None:
         if not self.setup.held_out_rows:
@@ -328,7 +332,10 @@ class Trainer:
         return Checkpoint(
             step=self.step,
             model=state_arrays(self.net),
-            resume=_optimiser_arrays(self.net, self.optimiser),
+            resume={
+                **{f"{_BESIDE}{name}": array for name, array in state_arrays(self.beside).items()},
+                **_optimiser_arrays(self.trained, self.optimiser),
+            },
             progress={
                 "images": self.images,
                 "n_failed": self.n_failed,
@@ -345,17 +352,23 @@ def _trained(net: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
 
 
-def _optimiser_arrays(net: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+def _parted(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The state of what is trained beside the network, by its own names, and the optimiser's arrays, whose names have a colon."""
+    moments = {name: array for name, array in arrays.items() if ":" in name}
+    return {name.removeprefix(_BESIDE): array for name, array in arrays.items() if name not in moments}, moments
+
+
+def _optimiser_arrays(trained: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, np.ndarray]:
     """Adam's moments and step counts, by parameter."""
     return {
         f"{name}:{key}": value.detach().cpu().numpy()
-        for name, parameter in _trained(net).items()
+        for name, parameter in trained.items()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
 
 
-def _load_optimiser(net: torch.nn.Module, optimiser: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
-    names = list(_trained(net))
+def _load_optimiser(trained: Collection[str], optimiser: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
+    names = list(trained)
     state: dict[int, dict[str, Tensor]] = {}
     for name, array in arrays.items():
         parameter, _, key = name.rpartition(":")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from operators.backbone import autocast
 from operators.readouts import READOUTS, ReadoutConfig, ReadoutError, build_readout
@@ -359,6 +359,7 @@ class ReadoutObjective:
     def __init__(self, setup: ReadoutSetup, device: torch.device):
         self.setup, self.config, self.device, self.task = setup, setup.config, device, setup.images.task
         self.net = self.task.network(build_readout(setup.readout, setup.config.seed), setup.config.seed).to(device)
+        self.beside = nn.Module()
         self.model = setup.bundle and setup.bundle.build(str(device))
         self.clipped: Tensor | int = 0
 

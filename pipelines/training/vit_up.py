@@ -39,6 +39,8 @@ MAX_QUERIES = 4096
 class ViTUpTraining(ImageTraining):
     """Settings of one training run: ViT-Up learns a frozen backbone's features at any coordinates of an image."""
 
+    trains: ClassVar[str] = "vit_up"
+    trained_by: ClassVar[str] = "ViT-Up's distillation"
     level: ClassVar[str] = "x4"
 
     method: Counts[Literal["vit_up"]] = "vit_up"
@@ -102,6 +104,9 @@ class ViTUpTraining(ImageTraining):
     def backbone_size(self) -> int:
         """Side of the image that the student's backbone is given."""
         return self.hidden_size
+
+    def trained_sides(self, patch: int) -> tuple[int, ...]:  # noqa: ARG002
+        return (self.hidden_size,)
 
     def network(self, backbone: TimmBackbone) -> dict[str, JsonValue]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
