@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from operators.upsamplers.interpolate import Average, Interpolation
+from operators.upsamplers.jafar import Jafar
 from operators.upsamplers.jbu import Jbu
 from operators.upsamplers.lift import Lift
 from operators.upsamplers.protocol import TELLING, Precision
@@ -32,6 +33,7 @@ UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
     "lift": Lift,
     "resize_conv": ResizeConv,
     "jbu": Jbu,
+    "jafar": Jafar,
     "vit_up": ViTUpMethod,
 }
 """What there is, by name."""

@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map, Ho Wo 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -50,6 +50,8 @@ class QueriedNet(nn.Module, Generic[P]):
     Images of a batch don't depend on each other, nor do the cells of a grid.
     """
 
+    float32: ClassVar[bool] = False
+    "whether its weights stay float32 under any autocast, because it turns that off for what decides about attention"
     values_at_once: int = WORKING_BYTES // 4
     "what `prepare` may hold at work, where it works in parts, beside what it keeps; `QueriedUpsampler` sets it"
 
@@ -101,7 +103,7 @@ class Queried(Method[Q]):
     imagenet: ClassVar[bool] = False
     "whether its images are normalised by ImageNet's statistics, whatever the backbone's are"
 
-    def network(self, settings: Q) -> QueriedNet[object]:
+    def network(self, settings: Q) -> QueriedNet[Any]:
         raise NotImplementedError
 
     def prepared(self, net: QueriedNet[object], settings: Q) -> None:
@@ -133,7 +135,8 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         self.net = net.eval().requires_grad_(False)
         fold_batchnorms(self.net)
         method.prepared(self.net, settings)
-        cast_matmul_weights(self.net, precision)
+        if not net.float32:
+            cast_matmul_weights(self.net, precision)
         self._cells: int | None = None
 
     @torch.no_grad()

@@ -161,7 +161,7 @@ def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> d
             f"{displayed} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
             "safetensors where you trust it"
         ) from None
-    for key in ("state_dict", "model", "teacher"):
+    for key in ("state_dict", "model", "teacher", "jafar"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):

@@ -11,6 +11,7 @@ from operators.upsamplers.protocol import TELLING
 from tests.contracts.upsampler import Case, UpsamplerContract, small_vit
 
 RESIDUAL = ("resize_conv", "jbu")
+CONVEX = ("jafar",)
 
 VARIANTS = (
     Case(method="lift", settings={"image_branch": False}),
@@ -20,6 +21,7 @@ VARIANTS = (
     Case(method="resize_conv", factor=4, residual=True),
     Case(method="jbu", settings={"radius": 2}, factor=4, residual=True),
     Case(method="jbu", settings={"stages": 2}, factor=4, residual=True),
+    Case(method="jafar", settings={"qk_dim": 16, "num_heads": 2, "kernel_size": 3, "patch": 14}, factor=2.5, convex=True),
 )
 
 
@@ -27,7 +29,11 @@ class TestUpsamplers(UpsamplerContract):
     cases = (
         *(
             Case(
-                method=name, factor=2 if find_method(name).enlarges else 0.5, residual=name in RESIDUAL, smooth=name != "nearest"
+                method=name,
+                factor=2 if find_method(name).enlarges else 0.5,
+                residual=name in RESIDUAL,
+                convex=name in CONVEX,
+                smooth=name != "nearest",
             )
             for name in UPSAMPLERS
         ),
