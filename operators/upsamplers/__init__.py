@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from operators.upsamplers.featup import FeatUp
 from operators.upsamplers.interpolate import Average, Interpolation
 from operators.upsamplers.jafar import Jafar
 from operators.upsamplers.jbu import Jbu
@@ -34,6 +35,7 @@ UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
     "resize_conv": ResizeConv,
     "jbu": Jbu,
     "jafar": Jafar,
+    "featup": FeatUp,
     "vit_up": ViTUpMethod,
 }
 """What there is, by name."""

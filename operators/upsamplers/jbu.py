@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.upsamplers.protocol import UpsamplerError, require_counts
-from operators.upsamplers.recursive import DoublingNet, DoublingSettings, OfLiftsPaper
+from operators.upsamplers.recursive import DOUBLED_BESIDE, DoublingSettings, OfLiftsPaper, StripedNet, doubled, near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,6 @@ class Jbu(OfLiftsPaper[JbuSettings]):
     """One joint bilateral filter, or FeatUp's stack of them."""
 
     settings = JbuSettings
-    telling = "range_temp"
 
     def network(self, settings: JbuSettings) -> "JointBilateral | JointBilateralStack":
         if settings.stages > 1:
@@ -51,7 +50,7 @@ class Jbu(OfLiftsPaper[JbuSettings]):
         return passes
 
 
-class JointBilateral(DoublingNet):
+class JointBilateral(StripedNet):
     """Features [B, C, h, w] and their normalised images [B, 3, H, W] to [B, C, 2h, 2w]; any C.
 
     The image is average-pooled to 2h x 2w, which must exceed the radius. Raises `ValueError` where it doesn't.
@@ -65,33 +64,46 @@ class JointBilateral(DoublingNet):
         self.range_proj = _pointwise(3, key_dim)
         self.fixup_proj = _pointwise(self.taps + 3, self.taps)
 
-    def forward(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
-        h, w = maps_BChw.shape[-2:]
-        return self.filter(F.adaptive_avg_pool2d(images_BCHW, (2 * h, 2 * w)), maps_BChw)
+    def guidance(self, images_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+        return F.adaptive_avg_pool2d(images_BCHW, grid)
+
+    def rows(self, step: int, guidance_BCHW: Tensor, maps_BChw: Tensor, rows: slice) -> Tensor:
+        seen = near(rows, self.radius, guidance_BCHW.shape[-2])
+        return self._filtered(guidance_BCHW, doubled(maps_BChw.float(), seen, "bicubic"), rows)
 
     def filter(self, guidance_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
-        """Bring the maps to the size of the guidance: bicubic, then filtered, [B, C, H, W] float32."""
+        """Bring the maps to the size of the guidance, whatever it is: bicubic, then filtered, [B, C, H, W] float32."""
         height, width = guidance_BCHW.shape[-2:]
+        maps = F.interpolate(maps_BChw.float(), size=(height, width), mode="bicubic", align_corners=False)
+        return self._filtered(guidance_BCHW, maps, slice(0, height))
+
+    def _filtered(self, guidance: Tensor, near_maps: Tensor, rows: slice) -> Tensor:
+        """Rows of the result, from those within the radius of the enlarged maps."""
+        height, width = guidance.shape[-2:]
         if min(height, width) <= self.radius:
             raise ValueError(f"joint bilateral filters of radius {self.radius} need more than {height}x{width} cells")
-        kernel = self.kernel(guidance_BCHW)
-        maps = F.interpolate(maps_BChw.float(), size=(height, width), mode="bicubic", align_corners=False)
-        views = self._shifted(maps)
+        kernel = self.kernel(guidance, rows)
+        views = self._shifted(near_maps, rows, height)
         out = kernel[:, :1] * next(views)
         for tap, view in enumerate(views, start=1):
             out.addcmul_(kernel[:, tap : tap + 1], view)  # keeps no copy for the backward pass: views and kernels only
         return out
 
-    def kernel(self, guidance_BCHW: Tensor) -> Tensor:
-        """The filter of each pixel, [B, T, H, W] float32: range x spatial, normalised, plus a learned correction."""
-        kernel = self.range_kernel(guidance_BCHW) * self.spatial_kernel()
+    def kernel(self, guidance_BCHW: Tensor, rows: slice | None = None) -> Tensor:
+        """The filter of each pixel (of these rows), [B, T, H, W] float32: range x spatial, normalised, and a correction."""
+        rows = rows or slice(0, guidance_BCHW.shape[-2])
+        kernel = self.range_kernel(guidance_BCHW, rows) * self.spatial_kernel()
         kernel = kernel / kernel.sum(dim=1, keepdim=True).clamp(min=1e-7)
-        return kernel + 0.1 * self.fixup_proj(torch.cat([kernel, guidance_BCHW], dim=1)).float()
+        return kernel + 0.1 * self.fixup_proj(torch.cat([kernel, guidance_BCHW[:, :, rows]], dim=1)).float()
 
-    def range_kernel(self, guidance_BCHW: Tensor) -> Tensor:
-        """Softmax over taps of the dot product of a pixel's key with its neighbour's, [B, T, H, W]."""
-        keys = self.range_proj(guidance_BCHW).float()
-        similarity = torch.stack([(keys * view).sum(dim=1) for view in self._shifted(keys)], dim=1)
+    def range_kernel(self, guidance_BCHW: Tensor, rows: slice | None = None) -> Tensor:
+        """Softmax over taps of the dot product of a pixel's key with its neighbour's, [B, T, H, W] (of these rows)."""
+        height = guidance_BCHW.shape[-2]
+        rows = rows or slice(0, height)
+        seen = near(rows, self.radius, height)
+        near_keys = self.range_proj(guidance_BCHW[:, :, seen]).float()
+        keys = near_keys[:, :, rows.start - seen.start : rows.stop - seen.start]
+        similarity = torch.stack([(keys * view).sum(dim=1) for view in self._shifted(near_keys, rows, height)], dim=1)
         return (similarity * self.range_temp.exp().clamp(1e-4, 1e4)).softmax(dim=1)
 
     def spatial_kernel(self) -> Tensor:
@@ -100,41 +112,50 @@ class JointBilateral(DoublingNet):
         distance = axis[:, None].square() + axis[None].square()
         return torch.exp(-distance / (2 * self.sigma_spatial**2)).reshape(1, -1, 1, 1)
 
-    def _shifted(self, maps: Tensor) -> Iterator[Tensor]:
-        """The maps moved by each tap's offset, as views of one reflect-padded copy."""
-        height, width = maps.shape[-2:]
-        padded = F.pad(maps, [self.radius] * 4, mode="reflect")
-        for dy, dx in itertools.product(range(2 * self.radius + 1), repeat=2):
-            yield padded[..., dy : dy + height, dx : dx + width]
+    def _shifted(self, near_maps: Tensor, rows: slice, height: int) -> Iterator[Tensor]:
+        """Rows of the maps moved by each tap's offset, as views of one reflect-padded copy of those within the radius."""
+        radius, seen = self.radius, near(rows, self.radius, height)
+        beyond = radius - (rows.start - seen.start), radius - (seen.stop - rows.stop)
+        padded = F.pad(near_maps, [radius, radius, *beyond], mode="reflect")
+        count, width = rows.stop - rows.start, near_maps.shape[-1]
+        for dy, dx in itertools.product(range(2 * radius + 1), repeat=2):
+            yield padded[..., dy : dy + count, dx : dx + width]
 
-    def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        taps, keys = self.taps, self.key_dim
-        padded = (grid[0] + 2 * self.radius) * (grid[1] + 2 * self.radius)
-        # Kernels: stacked, scaled, softmax, product, with guidance, two projections. Maps: bicubic, result.
-        return grid[0] * grid[1] * (7 * taps + 3 * keys + 9 + 2 * channels) + padded * max(channels, keys)
+    def stripe_values(self, rows: int, width: int, channels: int) -> int:
+        taps, keys, seen, wide = self.taps, self.key_dim, rows + 2 * self.radius, width + 2 * self.radius
+        # Kernels: stacked, scaled, softmax, product, with guidance, two projections. Keys: projected, activated, padded.
+        kernels = rows * width * (7 * taps + keys + 9) + seen * (3 * width * keys + wide * keys)
+        # Maps: the given rows, enlarged, padded, and the result before and after it is finished.
+        return kernels + channels * (width * (seen + DOUBLED_BESIDE) * 5 // 4 + wide * seen + 2 * width * rows)
 
 
-class JointBilateralStack(DoublingNet):
+class JointBilateralStack(StripedNet):
     """`stages` joint bilateral steps and a 1x1 correction: [B, C, h, w] to [B, C, 2^n h, 2^n w], n = `steps` of `stages`.
 
     Four stages are FeatUp's published `jbu_stack`; with fewer `steps` the same correction follows (as in NAF's copy).
     """
 
-    def __init__(self, channels: int, radius: int = 3, stages: int = 4):
+    def __init__(self, channels: int, radius: int = 3, stages: int = 4, key_dim: int = 32):
         super().__init__()
         self.stages = stages
         for i in range(1, stages + 1):
-            setattr(self, f"up{i}", JointBilateral(radius))
+            setattr(self, f"up{i}", JointBilateral(radius, key_dim))
         self.fixup_proj = nn.Sequential(nn.Dropout2d(0.2), nn.Conv2d(channels, channels, 1))
 
-    def forward(self, images_BCHW: Tensor, maps_BChw: Tensor, steps: int | None = None) -> Tensor:
-        maps = maps_BChw
-        for i in range(1, (steps or self.stages) + 1):
-            maps = getattr(self, f"up{i}")(images_BCHW, maps)
-        return maps + 0.1 * self.fixup_proj(maps)
+    def guidance(self, images_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self._filter(1).guidance(images_BCHW, grid)
 
-    def working_values(self, grid: tuple[int, int], channels: int) -> int:
-        return cast(JointBilateral, self.up1).working_values(grid, channels) + grid[0] * grid[1] * channels
+    def rows(self, step: int, guidance_BCHW: Tensor, maps_BChw: Tensor, rows: slice) -> Tensor:
+        return self._filter(step).rows(1, guidance_BCHW, maps_BChw, rows)
+
+    def finished(self, maps_BChw: Tensor) -> Tensor:
+        return maps_BChw + 0.1 * self.fixup_proj(maps_BChw)
+
+    def stripe_values(self, rows: int, width: int, channels: int) -> int:
+        return self._filter(1).stripe_values(rows, width, channels) + rows * width * channels
+
+    def _filter(self, step: int) -> JointBilateral:
+        return cast(JointBilateral, self.get_submodule(f"up{step}"))
 
 
 def _pointwise(channels: int, width: int) -> nn.Sequential:

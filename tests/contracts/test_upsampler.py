@@ -22,6 +22,9 @@ VARIANTS = (
     Case(method="jbu", settings={"radius": 2}, factor=4, residual=True),
     Case(method="jbu", settings={"stages": 2}, factor=4, residual=True),
     Case(method="jafar", settings={"qk_dim": 16, "num_heads": 2, "kernel_size": 3, "patch": 14}, factor=2.5, convex=True),
+    Case(method="featup", settings={"norm": False}, residual=True),
+    Case(method="featup", settings={"norm": False}, factor=16, residual=True),
+    Case(method="featup", settings={"norm": False, "radius": 2, "key_dim": 8}, factor=7, residual=True),
 )
 
 
