@@ -275,12 +275,14 @@ class StripedUpsampler(LearnedUpsampler[N]):
             self._fill_some(out[part], images[part], self.net.begun(maps[part].float()), passes, rows)
 
     def _fill_some(self, out: Tensor, images: Tensor, maps: Tensor, passes: int, stripe: int) -> None:
-        layout = {"device": out.device, "memory_format": torch.channels_last}
         for number in range(1, passes + 1):
             height, width = 2 * maps.shape[-2], 2 * maps.shape[-1]
             guidance = self.net.guidance(images, (height, width))
             step, last = min(number, self.net.stages), number == passes
-            to = out if last else torch.empty(*maps.shape[:2], height, width, **layout)
+            to = out
+            if not last:
+                size = (*maps.shape[:2], height, width)
+                to = torch.empty(size, device=out.device, memory_format=torch.channels_last)
             for top in range(0, to.shape[-2], stripe):
                 rows = slice(top, min(top + stripe, to.shape[-2]))
                 seen = rows if to.shape[-2:] == (height, width) else _sampled(rows, height, to.shape[-2])
