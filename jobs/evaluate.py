@@ -46,6 +46,8 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
         "lift-spair": CorrespondenceConfig.of(sizes=LIFT_SIZES, **LIFT),
         # ViT-Up's Table 2, with --levels x1 448x448=vit_up:CHECKPOINT.
         "vit-up-spair": CorrespondenceConfig.of(protocol="vit-up", sizes=(448,), **VIT_UP_FEATURES),
+        # The same table's NAVI columns, with --levels x1 112x112=vit_up:CHECKPOINT.
+        "vit-up-navi": CorrespondenceConfig.of(protocol="navi", sizes=(448,), **VIT_UP_FEATURES),
     },
     "video": {
         "debug": VideoConfig.of(data="demo/evaluate/DAVIS", out="demo/eval-davis", sizes=(64,), **DEBUG),

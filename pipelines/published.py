@@ -41,8 +41,8 @@ class Published:
     of: str = ""
     "the backbone"
     rows: Mapping[str, Mapping[str, Values]] = field(default_factory=dict)
-    finer: Literal["x2", "pixels"] = "x2"
-    "the grid of all rows but the backbone's: of its own a multiple, or the input's pixels"
+    finer: Literal["x2", "pixels", "quarter"] = "x2"
+    "the grid of all rows but the backbone's: of its own a multiple, or the input's pixels, or a quarter of these a side"
     settings: JsonObject = field(default_factory=dict)
     "what else they are of, as this code has it: fields of a `FeatureSpec`, and settings of the evaluation with their defaults"
 
@@ -224,6 +224,23 @@ VIT_UP_CORRESPONDENCE = Published(
     },
 )  # fmt: skip
 """SPair-71k, by method and side of the input."""
+
+VIT_UP_NAVI = Published(
+    paper=VIT_UP,
+    table="Table 2",
+    of="DINOv3-S+",
+    rows={
+        "bilinear": {"448": {"5 cm": 80.16, "2 cm": 51.18, "1 cm": 33.58}},
+        "jafar": {"448": {"5 cm": 79.04, "2 cm": 47.02, "1 cm": 26.60}},
+        "anyup": {"448": {"5 cm": 80.31, "2 cm": 48.78, "1 cm": 28.37}},
+        "uplift": {"448": {"5 cm": 79.35, "2 cm": 49.05, "1 cm": 30.49}},
+        "naf": {"448": {"5 cm": 80.03, "2 cm": 50.29, "1 cm": 31.62}},
+        "vit_up": {"448": {"5 cm": 80.81, "2 cm": 51.59, "1 cm": 33.83}},
+    },
+    finer="quarter",
+    settings={**_VIT_UP_MAPS, "matches": 1000, "every": 4, "drawing": "paper", "limit": None, "left_out": 0},
+)
+"""NAVI's geometric correspondence. The table heads its columns 0.10, 0.05 and 0.01, which its code doesn't produce."""
 
 VIT_UP_PROBES = Published(
     paper=VIT_UP,

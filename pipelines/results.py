@@ -113,7 +113,8 @@ class Measured:
     def published(self, numbers: Published) -> Values:
         """The paper's of the same method, input size and grid, by column."""
         rows, columns = self.low.grid
-        finer = {"x2": (2 * rows, 2 * columns), "pixels": self.size}[numbers.finer]
+        quarter = self.size[0] // 4, self.size[1] // 4
+        finer = {"x2": (2 * rows, 2 * columns), "pixels": self.size, "quarter": quarter}[numbers.finer]
         if self.row.grid != (self.low.grid if self.row.method == self.low.method else finer):
             return {}
         return numbers.values(self.row.method, sides(self.size))

@@ -7,6 +7,7 @@ folder comes to; never to what the first one came to (`Held.again`).
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ from storage.paths import Folder
 from storage.runs import named_checkpoint, read_last
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
+from tests.goldens import golden_file
 from tests.readout_runs import held_out, train, write_sets
 
 VIT = "test_vit.r160_in1k"
@@ -95,6 +97,8 @@ def write_world(root: Path) -> Path:
     for path in root.glob("SPair-71k/PairAnnotation/test/*:tvmonitor.json"):
         path.unlink()
     _write_photos(root / "photos_open")
+    with tarfile.open(golden_file("navi_mini.tar")) as tar:
+        tar.extractall(root, filter="data")
     for name, (image, mask, listed) in LAYOUTS.items():
         _write_layout(root / name, DATASETS[name].splits, image, mask, listed)
     for part, first in (("images", 0), ("held_out", 20)):
@@ -368,6 +372,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "correspondence: vit-up": _evaluation(
         "correspondence", correspondence, CorrespondenceConfig, "SPair-71k", protocol="vit-up", sizes=(64,)
+    ),
+    "correspondence: navi": _evaluation(
+        "correspondence", correspondence, CorrespondenceConfig, "navi_v1", protocol="navi", sizes=(64,), matches=20
     ),
     "video": _evaluation("video", video, VideoConfig, "DAVIS", sizes=(64,)),
     "discovery": _evaluation("discovery", discovery, DiscoveryConfig, "VOC2007", sizes=(64,)),

@@ -18,8 +18,8 @@ from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRIED = (
-    "x2", "vit_up", "readout: voc", "readout: nyu", "grid", "correspondence: lift", "video", "discovery", "cka", "similarity",
-    "probe", "runtime", "extract",
+    "x2", "vit_up", "readout: voc", "readout: nyu", "grid", "correspondence: lift", "correspondence: navi", "video", "discovery",
+    "cka", "similarity", "probe", "runtime", "extract",
 )  # fmt: skip
 """A kind of run for each class of settings, and one that trains on depth."""
 

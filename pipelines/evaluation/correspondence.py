@@ -1,4 +1,4 @@
-"""Key-point correspondence on SPair-71k's layout: LiFT's and ViT-Up's protocols."""
+"""Correspondence: key points on SPair-71k's layout by LiFT's and ViT-Up's protocols; `navi` is pipelines/evaluation/navi.py."""
 
 import zlib
 from collections import Counter
@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from operators.metrics.canvas import Canvas, CanvasMode
 from operators.metrics.correspondence import ALPHAS, LIFT, VIT_UP, PairScore, Pck, Protocol, View, are_right, match, score_pair
 from operators.visual import Tile
-from pipelines.config import ConfigError, Counts, used_with
+from pipelines.config import ConfigError, Counts, require_at_least, used_with
+from pipelines.evaluation import navi
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import (
     Evaluated,
@@ -50,28 +51,36 @@ PIECE_PAIRS = 32
 NO_POINTS = "its images have no key point in common"
 
 
+_KEY_POINTS = used_with(protocol=("lift", "vit-up"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class CorrespondenceConfig(LabelledConfig):
-    """Where do key points of one image lie in another of its category? PCK on SPair-71k, or a data set in its layout."""
+    """Where do points of one image lie in another? PCK on SPair-71k or a data set in its layout; recalls on NAVI."""
 
-    protocol: Counts[Literal["lift", "vit-up"]] = "lift"
-    """`lift`: LiFT's eval_spair; `vit-up`: ViT-Up's correspondence kit. The settings below default to the protocol's."""
+    protocol: Counts[Literal["lift", "vit-up", "navi"]] = "lift"
+    """`lift`: LiFT's eval_spair; `vit-up`: ViT-Up's correspondence kit. The settings below default to the protocol's. `navi`: the
+    same kit's geometric correspondence of views with depth and pose."""
     sizes: Counts[tuple[int, ...]] = ()
     """Sides of the model's square input in pixels; default: the model's own, or the stores'."""
-    split: Counts[str] = "test"
+    split: Annotated[Counts[str], _KEY_POINTS] = "test"
     """Folder of PairAnnotation."""
-    pairs_per_category: Counts[int | None] = None
+    pairs_per_category: Annotated[Counts[int | None], _KEY_POINTS] = None
     """Drawn at random with replacement; 0: all pairs, each once. Default: 100 for lift, 0 for vit-up."""
     seed: Annotated[Counts[int], used_with("all pairs are taken, none is drawn (--pairs-per-category 0)", draws=True)] = 0
     """Of the draw, which depends on the category's pairs alone, not on the order in which a disk lists categories."""
-    alphas: Counts[tuple[float, ...]] = ALPHAS
+    alphas: Annotated[Counts[tuple[float, ...]], _KEY_POINTS] = ALPHAS
     """A prediction is right within alpha times the threshold's length."""
-    threshold: Counts[Literal["box", "image"]] = "box"
+    threshold: Annotated[Counts[Literal["box", "image"]], _KEY_POINTS] = "box"
     """The longer side of the target's bounding box (SPair-71k), or of the target image (PF-PASCAL)."""
-    candidates: Counts[Literal["pixels", "cells"]] = "pixels"
+    candidates: Annotated[Counts[Literal["pixels", "cells"]], _KEY_POINTS] = "pixels"
     """What is searched: each pixel of the enlarged map, or its cells (the other reading of ViT-Up's bilinear row)."""
-    key_points: Counts[Literal["pairs", "images"] | None] = None
+    key_points: Annotated[Counts[Literal["pairs", "images"] | None], _KEY_POINTS] = None
     """Of the pairs' files (lift) or of the images' (vit-up)."""
+    matches: Annotated[Counts[int], used_with(protocol="navi")] = 1000
+    """navi: of each pair, how many are judged, the best ones."""
+    every: Annotated[Counts[int], used_with(protocol="navi")] = 4
+    """navi: every so many-th view is matched with another."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +88,7 @@ class CorrespondenceConfig(LabelledConfig):
             raise ConfigError(f"--alphas {self.alphas}: must be above 0, at least one")
         if len(set(map(_column, self.alphas))) < len(self.alphas):
             raise ConfigError(f"--alphas {' '.join(map(str, self.alphas))}: give each once, six digits of it count")
+        require_at_least(1, self, "matches", "every")
         if self.pairs_per_category is not None and self.pairs_per_category < 0:
             raise ConfigError(f"--pairs-per-category {self.pairs_per_category}: must be at least 0")
 
@@ -92,7 +102,7 @@ class CorrespondenceConfig(LabelledConfig):
         """`pairs_per_category`, its default resolved."""
         if self.pairs_per_category is not None:
             return self.pairs_per_category
-        return 100 if self.protocol == "lift" else 0
+        return 100 if self.protocol == "lift" else 0  # navi draws partners of its own
 
     @property
     def annotation(self) -> Literal["pairs", "images"]:
@@ -188,8 +198,10 @@ def scores(records: Sequence[Record]) -> dict[tuple[str, int], Pck]:
     return {name: Pck.of([s for r in each for s in [decode_known(PairScore, r)] * r["times"]]) for name, each in groups}
 
 
-def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folder]:
+def prepare(config: CorrespondenceConfig) -> tuple[Correspondence | navi.Navi, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
+    if config.protocol == "navi":
+        return navi.prepare(config, config.sizes, config.matches, config.every)
     folder = Folder(config.required("data"), config.options)
     geometry = _geometry(config.rules.canvas)
     recipe, sizes = resolve_source(config.source, [(side, side) for side in config.sizes], geometry)
@@ -216,8 +228,10 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence, Recipe, Folde
     return task, *begin(config, "correspondence", recipe, of)
 
 
-def find(config: CorrespondenceConfig, task: Correspondence, recipe: Recipe, records: Sequence[Record]) -> Findings:
-    """PCK per row and size, in percent: the mean of the categories, as both papers have it."""
+def find(config: CorrespondenceConfig, task: Correspondence | navi.Navi, recipe: Recipe, records: Sequence[Record]) -> Findings:
+    """PCK per row and size, in percent: the mean of the categories, as both papers have it; or what `navi` finds."""
+    if isinstance(task, navi.Navi):
+        return navi.find(config, task, recipe, records)
     records, left_out = split_left_out(records)
     records, without = set_aside(records, lambda each: not each["points"], NO_POINTS, lambda each: each["pair"])
     if not records:

@@ -23,6 +23,7 @@ from storage.datasets.depth import DepthMap, require_plausible
 from storage.datasets.files import DatasetError, Listed
 from storage.datasets.frames import LabelFrame
 from storage.datasets.labels import Label, LabelledImage
+from storage.datasets.navi import NaviView, load_navi
 from storage.datasets.nyu import load_nyu
 from storage.datasets.photos_open import load_photos_open
 from storage.datasets.spair import Pair, load_spair
@@ -76,6 +77,9 @@ DATASETS: Mapping[str, DatasetKind] = {
 
 PAIRS: Mapping[str, Callable[..., list[Pair]]] = {"spair": load_spair}
 """What correspondence is evaluated on: loaders of a folder, its split, and what is the data set's own."""
+
+VIEWS: Mapping[str, Callable[[Folder], list[tuple[NaviView, ...]]]] = {"navi": load_navi}
+"""What geometric correspondence is evaluated on: views with depth and pose, by object."""
 
 CLIPS: Mapping[str, Callable[..., list[Clip]]] = {"davis": load_davis}
 """What label propagation through videos is evaluated on."""

@@ -1,0 +1,114 @@
+"""NAVI: photographs of objects with depth maps and camera poses, in scenes; the views that ViT-Up's Table 2 pairs.
+
+`<object>/<scene>/{images/<id>.jpg, depth/<id>.png, annotations.json}`. Scenes are `wild_set`, which are tested on, and
+`multiview_...` or `multiview-...`; objects that lack either kind are skipped. Beside the originals, `downsampled_<id>` files may
+lie, which probe3d's script makes with a short side of 1,024 pixels: they are read where they are there.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from storage.datasets.depth import DepthPng
+from storage.datasets.files import DatasetError, RawObject, parsed, read, require_files
+from storage.datasets.images import ImageFile
+from storage.paths import Folder
+
+logger = logging.getLogger(__name__)
+
+WILD = "wild_set"
+
+_PREPARED = "downsampled_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaviView:
+    """A photograph of an object."""
+
+    object: str
+    scene: str
+    id: str
+    image: ImageFile
+    depth: DepthPng
+    "values that are 655,350 times the inverse of the depth in mm; 0: none"
+    prepared: bool
+    "whether both files are the smaller ones that lie beside the originals"
+    quaternion: tuple[float, float, float, float]
+    "the object's rotation in the camera, w first"
+    translation: tuple[float, float, float]
+    "in mm"
+    focal_length: float
+    "in pixels of the original"
+    original_size: tuple[int, int]
+    "of the original: height, width"
+
+    @property
+    def name(self) -> str:
+        return f"{self.object}/{self.scene}/{self.id}"
+
+
+def load_navi(folder: Folder) -> list[tuple[NaviView, ...]]:
+    """The views of the test split, by object: those of `wild_set`, sorted, of the objects that have another scene as well.
+
+    A folder that holds `navi_v1` stands for that. Raises `DatasetError`.
+    """
+    if "navi_v1" in folder.folders(""):
+        folder = Folder(f"{folder.url}/navi_v1", folder.options)
+    found = []
+    for name in sorted(folder.folders("")):
+        scenes = folder.folders(name)
+        if WILD not in scenes or not any(scene.startswith("multiview") for scene in scenes):
+            logger.info("%s/%s has no %s", folder.displayed, name, "multiview scene" if WILD in scenes else WILD)
+            continue
+        found.append(_scene(folder, name, WILD))
+    if not found:
+        raise DatasetError(f"{folder.displayed} holds no object with a {WILD} and a multiview scene; check --data")
+    return found
+
+
+def _scene(folder: Folder, name: str, scene: str) -> tuple[NaviView, ...]:
+    root = f"{name}/{scene}"
+    there = {kind: set(folder.sizes(f"{root}/{kind}")) for kind in ("images", "depth")}
+    ids = sorted(each[:-4] for each in there["images"] if each.endswith(".jpg") and "_" not in each)
+    path = f"{root}/annotations.json"
+    data = read(folder, path)
+    entries = parsed(folder, path, data, _by_id)
+    if lacking := [each for each in ids if each not in entries]:
+        raise DatasetError(f"{folder.displayed}/{path} says nothing of {lacking[0]}.jpg ({len(lacking)} such images)")
+    views = parsed(folder, path, data, lambda entries: _views(folder, (name, scene), ids, _by_id(entries), there))
+    require_files(folder, (view.depth for view in views), "but there is an image of it")
+    return views
+
+
+def _by_id(entries: Any) -> dict[str, RawObject]:
+    """By what the files are called; the document is a list."""
+    return {str(entry["filename"]).rpartition(".")[0]: entry for entry in entries}
+
+
+def _views(
+    folder: Folder, scene: tuple[str, str], ids: Sequence[str], entries: Mapping[str, RawObject], there: Mapping[str, set[str]]
+) -> tuple[NaviView, ...]:
+    root, found = "/".join(scene), []
+    for each in ids:
+        camera, size = entries[each]["camera"], entries[each]["image_size"]
+        prepared = f"{_PREPARED}{each}.jpg" in there["images"] and f"{_PREPARED}{each}.png" in there["depth"]
+        name = f"{_PREPARED * prepared}{each}"
+        quaternion, translation = (tuple(map(float, camera[part])) for part in "qt")
+        if len(quaternion) != 4 or len(translation) != 3 or not any(quaternion):
+            raise ValueError(f"{each}.jpg: q {camera['q']} and t {camera['t']} are no rotation (w, x, y, z) and translation")
+        found.append(
+            NaviView(
+                object=scene[0],
+                scene=scene[1],
+                id=each,
+                image=ImageFile.at(folder, f"{root}/images/{name}.jpg"),
+                depth=DepthPng(folder=folder, name=f"{root}/depth/{name}.png", per_metre=1),
+                prepared=prepared,
+                quaternion=quaternion,
+                translation=translation,
+                focal_length=float(camera["focal_length"]),
+                original_size=(int(size[0]), int(size[1])),
+            )
+        )
+    return tuple(found)
