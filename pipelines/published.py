@@ -213,6 +213,10 @@ VIT_UP_CORRESPONDENCE = Published(
     of="DINOv3-S+",
     rows={
         "bilinear": {"448": {"PCK@0.1": 51.27, "PCK@0.05": 33.74, "PCK@0.01": 3.83}},
+        "jafar": {"448": {"PCK@0.1": 36.82, "PCK@0.05": 18.59, "PCK@0.01": 1.89}},
+        "anyup": {"448": {"PCK@0.1": 37.63, "PCK@0.05": 19.31, "PCK@0.01": 1.97}},
+        "uplift": {"448": {"PCK@0.1": 46.87, "PCK@0.05": 29.15, "PCK@0.01": 3.43}},
+        "naf": {"448": {"PCK@0.1": 48.68, "PCK@0.05": 33.96, "PCK@0.01": 2.89}},
         "vit_up": {"448": {"PCK@0.1": 55.44, "PCK@0.05": 39.07, "PCK@0.01": 7.30}},
     },
     finer="pixels",
@@ -273,13 +277,13 @@ VIT_UP_RUNTIME = Published(
     table="Table 9",
     of="DINOv3-S+",
     rows={
-        "JAFAR": {"112": _cost(41.3, 541.0), "224": _cost(43.5, 1721.6), "448": _cost(52.9, 6448.5)},
-        "AnyUp": {"112": _cost(6.8, 485.9), "224": _cost(15.3, 774.1), "448": _cost(59.8, 2760.7)},
-        "UPLiFT": {"112": _cost(6.4, 606.6), "224": _cost(7.2, 765.7), "448": _cost(10.1, 1391.5)},
-        "NAF": {"112": _cost(29.1, 602.6), "224": _cost(30.7, 602.9), "448": _cost(37.4, 1780.5)},
-        "ViT-Up, 112 x 112 at once": {"112": _cost(14.2, 503.7), "224": _cost(24.1, 503.9), "448": _cost(62.6, 626.7)},
-        "ViT-Up, 224 x 224 at once": {"224": _cost(22.1, 1069.6), "448": _cost(55.4, 1143.6)},
-        "ViT-Up, 448 x 448 at once": {"448": _cost(52.0, 3709.3)},
+        "jafar": {"112": _cost(41.3, 541.0), "224": _cost(43.5, 1721.6), "448": _cost(52.9, 6448.5)},
+        "anyup": {"112": _cost(6.8, 485.9), "224": _cost(15.3, 774.1), "448": _cost(59.8, 2760.7)},
+        "uplift": {"112": _cost(6.4, 606.6), "224": _cost(7.2, 765.7), "448": _cost(10.1, 1391.5)},
+        "naf": {"112": _cost(29.1, 602.6), "224": _cost(30.7, 602.9), "448": _cost(37.4, 1780.5)},
+        "vit_up, 112 x 112 at once": {"112": _cost(14.2, 503.7), "224": _cost(24.1, 503.9), "448": _cost(62.6, 626.7)},
+        "vit_up, 224 x 224 at once": {"224": _cost(22.1, 1069.6), "448": _cost(55.4, 1143.6)},
+        "vit_up, 448 x 448 at once": {"448": _cost(52.0, 3709.3)},
     },
     settings={
         "model": "vit_small_plus_patch16_dinov3", "model_args": {}, "layers": [11], "stride": 16, "precision": "bf16",
@@ -287,6 +291,14 @@ VIT_UP_RUNTIME = Published(
     },
 )  # fmt: skip
 """bf16, on a GPU that the paper doesn't name: by method and side of the output grid. ViT-Up's, by its queries at once."""
+
+VIT_UP_RUNTIME_SETTINGS: Mapping[str, JsonObject] = {"anyup": {"use_natten": True}}
+"""What it is of where that isn't a method's default: AnyUp's variant with NATTEN's neighbourhoods."""
+
+RELEASED_PARAMETERS: Mapping[str, float] = {
+    "jafar": 628_480, "anyup": 878_080, "uplift": 789_521, "naf": 662_528, "vit_up": 24.9e6
+}  # fmt: skip
+"""Of the networks that their authors released, for maps of 384 channels; ViT-Up's is Table 9's."""
 
 # --- DeAP -------------------------------------------------------------------------------------------------------------
 

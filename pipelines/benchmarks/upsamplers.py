@@ -21,7 +21,7 @@ from pipelines.benchmarks.formulations import FORMULATIONS, Formulation
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, median_ratio, peak_bytes, require_device, timed
 from pipelines.costs.process import BenchmarkFailed
-from pipelines.features.memory import WITHIN, allow_within, free_bytes
+from pipelines.features.memory import Call, allow_alone
 from pipelines.results import number_lines
 
 _TOLERANCE = 1e-4
@@ -118,18 +118,16 @@ def _compare(
     config: UpsamplersBenchmark, name: str, formulation: Formulation, side: int, device: torch.device
 ) -> UpsamplerComparison:
     """Raises `UpsamplerError` where the method can't give the grid."""
-    grid, base, pixels = (side, side), (config.cells, config.cells), (_PATCH * config.cells,) * 2
+    grid, base = (side, side), (config.cells, config.cells)
+    pixels = (_PATCH * config.cells, _PATCH * config.cells)
     upsampler = _upsampler(formulation, config.channels, base, grid)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(config.batch, 3, *pixels, generator=generator).to(device)
     maps = torch.randn(config.batch, config.channels, *base, generator=generator).to(device)
     features = PatchFeatures(layers={0: maps}, prefix={}, stride=_PATCH)
 
-    def declared() -> int:
-        return upsampler.call_bytes(config.batch, config.channels, base, pixels, grid)
-
-    if device.type == "cuda":
-        allow_within([upsampler], declared, WITHIN * free_bytes(device))
+    call: Call = (config.batch, config.channels, base, pixels, grid)
+    allow_alone(upsampler, device, call)
     found: dict[str, Tensor] = {}
 
     def run(way: str, call: Callable[[], Tensor]) -> None:
@@ -158,7 +156,7 @@ def _compare(
         times_faster=median_ratio(seconds["plain"], seconds["ours"]),
         asked=2.0 if formulation.needless else 1.0,
         peak_bytes={way: weights + peaks[way] for way in ("ours", "plain")},
-        declared_bytes=declared(),
+        declared_bytes=upsampler.call_bytes(*call),
         difference=float(apart),
     )
 

@@ -6,6 +6,7 @@ checkpoint: the numbers don't depend on them. How things are timed and counted i
 """
 
 import io
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -32,14 +33,23 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Evaluated, Piece, Record, begin
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import LevelConfig
+from pipelines.features.memory import allow_alone
 from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
-from pipelines.published import LIFT, LIFT_OPERATIONS, VIT_UP_RUNTIME, Published, Values
+from pipelines.published import (
+    LIFT,
+    LIFT_OPERATIONS,
+    RELEASED_PARAMETERS,
+    VIT_UP_RUNTIME,
+    VIT_UP_RUNTIME_SETTINGS,
+    Published,
+    Values,
+)
 from pipelines.results import Findings, Items, LeftOut, Line, Measured, Table, sides, with_published
 from storage.datasets.content import joint_digest
 from storage.differences import Differences, differences
-from storage.documents import decode
+from storage.documents import JsonObject, JsonValue, decode
 from storage.paths import Folder
 from storage.redaction import redact
 from storage.spec import FeatureSpec
@@ -54,14 +64,17 @@ class RuntimeConfig(EvaluateConfig):
 
     features: Held[LevelConfig] = LevelConfig(weights="random", levels=("x1",))
     methods: Counts[tuple[str, ...]] = ("bilinear", "lift")
-    """Upsamplers: bilinear (always there), bicubic, nearest; lift, resize_conv, jbu, vit_up, module:Class of your own, with
+    """Upsamplers: bilinear (always there), bicubic, nearest; learned ones (lift, vit_up, ..., module:Class of your own) with
     random weights, or with a checkpoint's, as in vit_up:s3://bucket/checkpoint."""
+    settings: Counts[tuple[str, ...]] = ()
+    """Of methods with random weights, METHOD.NAME=VALUE, where they aren't to be the defaults: lift.wide=true."""
     side: Annotated[Counts[int], tyro.conf.arg(name="size")] = 448
     """Side of the square input in pixels."""
     grids: Counts[tuple[int, ...]] = (56, 112, 224, 448)
     """Sides of the output grids. Those that a method can't give (LiFT: 2, 4, 8, ... times the backbone's) are left out."""
     chunks: Counts[tuple[int, ...]] = (0,)
-    """ViT-Up's queries at once, as the side of their square; 0 is what extraction takes. None larger than the grid."""
+    """Cells made at once, as the side of their square, of methods that make some at a time; 0 is what extraction takes. None
+    larger than the grid."""
     warm_up: Counts[int] = 10
     """Passes before timing, for each line of the table."""
     repeat: Counts[int] = 50
@@ -91,17 +104,37 @@ class RuntimeConfig(EvaluateConfig):
                 learned = ", ".join(method_names(lambda method: method.learned))
                 raise ConfigError(f"--methods {name}:...: there are no weights of it; {learned} may have a checkpoint's URL")
         if self.chunks != type(self).chunks and not any(find_method(name).chunked for name, _ in self.named_methods):
+            chunked = ", ".join(method_names(lambda method: method.chunked))
             raise ConfigError(
-                f"--chunks {' '.join(map(str, self.chunks))}: none of --methods takes queries in chunks; vit_up does"
+                f"--chunks {' '.join(map(str, self.chunks))}: none of --methods makes some cells at a time; there are {chunked}"
             )
         names = [name for name, _ in self.named_methods]
         if len(set(names)) < len(names):
             raise ConfigError(f"--methods {' '.join(names)}: give each once")
+        for name in self.given_settings:
+            if name not in names or dict(self.named_methods)[name] or not find_method(name).learned:
+                raise ConfigError(f"--settings {name}....: no method of --methods that has random weights is called so")
 
     @property
     def named_methods(self) -> list[tuple[str, str]]:
         """(name, URL of a checkpoint or nothing) of `methods`."""
         return [split_method(text) for text in self.methods]
+
+    @property
+    def given_settings(self) -> dict[str, JsonObject]:
+        """`settings` by method. Raises `ConfigError`."""
+        found: dict[str, dict[str, JsonValue]] = {}
+        for text in self.settings:
+            name, equals, value = text.partition("=")
+            method, dot, setting = name.rpartition(".")
+            try:
+                parsed: JsonValue = json.loads(value)
+            except json.JSONDecodeError:
+                parsed = value
+            if not (equals and dot and method and setting):
+                raise ConfigError(f"--settings {text}: give METHOD.NAME=VALUE, as in lift.wide=true")
+            found.setdefault(method, {})[setting] = parsed
+        return dict(found)
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -113,7 +146,7 @@ class Case:
 
     row: Row
     chunk: int = 0
-    "side of the square of ViT-Up's queries at once; 0: its default"
+    "side of the square of cells that are made at once; 0: what extraction takes"
 
     @property
     def name(self) -> str:
@@ -198,6 +231,10 @@ class Runtime:
             given = PatchFeatures(layers=maps, prefix={}, stride=spec.stride)
         else:
             backbone.model.to(device)
+        if upsampler:
+            base, channels = recipe.rows(spec.input_size)[0].grid, backbone.channels * len(spec.layers)
+            beside = 0 if given else backbone.peak_bytes(1, spec.input_size)
+            allow_alone(upsampler, device, (1, channels, base, spec.input_size, case.row.grid), beside)
         return image_to_grid(images, backbone, spec.layers, spec.precision, upsampler, case.row.grid, given)
 
     def _upsampler(self, case: Case, bundle: ModelBundle) -> Upsampler | None:
@@ -238,7 +275,14 @@ def _load(config: RuntimeConfig, method: str, url: str, bundle: ModelBundle, bac
         return load_upsampler(method, url, backbone, bundle.spec, storage_options=config.options, force=force)
     found = find_method(method)
     channels = backbone.channels * len(bundle.spec.layers)
-    return UpsamplerWeights.of(found, *found.untrained(backbone, channels, config.side, bundle.reload))
+    settings, state = found.untrained(backbone, channels, config.side, bundle.reload)
+    if given := config.given_settings.get(method):
+        try:
+            settings = found.with_backbone(found.parse({**found.to_json(settings), **given}), backbone)
+        except UpsamplerError as error:
+            raise ConfigError(f"--settings: {error}") from None
+        state = found.initialised(settings).state_dict()
+    return UpsamplerWeights.of(found, settings, state)
 
 
 def _cases(
@@ -267,7 +311,7 @@ def _cases(
             chunks = config.chunks if find_method(method).chunked else (0,)
             cases += [Case(row=row, chunk=chunk) for chunk in chunks if chunk <= grid[0]]
             larger = [f"{method} at {sides(grid)}, {chunk} x {chunk} at once" for chunk in chunks if chunk > grid[0]]
-            left_out += [LeftOut(reason="more queries at once than the grid has", count=1, first=each) for each in larger]
+            left_out += [LeftOut(reason="more at once than the grid has", count=1, first=each) for each in larger]
     return tuple(cases), tuple(left_out)
 
 
@@ -343,16 +387,17 @@ def _line(case: Case, size: int, timing: Timing, parameters: Mapping[str, int]) 
     return replace(Line.of(case.row, (size, size), values), features=case.name)
 
 
-_SAME_COST = ("heads", "border_crop", "dropout", "rank", "alpha")
+_SAME_COST = ("heads", "border_crop", "dropout", "rank", "alpha", "mean", "std")
 """Settings of networks that change neither time nor operations in what is measured here, but for a few parts in a thousand."""
 
 
-def _is_published(task: Runtime, method: str) -> bool:
-    """Whether a network has the settings that its paper's numbers are of: the defaults. A checkpoint may have others."""
+def _is_published(task: Runtime, method: str, of: Mapping[str, object] | None = None) -> bool:
+    """Whether a network has the settings that a paper's numbers are `of`: else the defaults. A checkpoint may have others."""
     weights = task.learned[method]
     settings = find_method(method).parse(weights.settings)
     plain = [each for each in fields(settings) if each.default is not MISSING and each.name not in _SAME_COST]
-    return all(getattr(settings, each.name) == each.default for each in plain)
+    expected = {each.name: each.default for each in plain} | dict(of or {})
+    return all(getattr(settings, name) == value for name, value in expected.items())
 
 
 _TABLE_9 = f"{VIT_UP_RUNTIME.paper.name} {VIT_UP_RUNTIME.table}"
@@ -365,7 +410,7 @@ def _from_table_9(task: Runtime, spec: FeatureSpec) -> Differences:
 
 
 def _with_table_9(lines: Sequence[Line], task: Runtime, spec: FeatureSpec) -> tuple[list[Line], list[str]]:
-    """Below each of ViT-Up's lines the paper's, and at the end its other methods at the grids that were timed; and what is to be
+    """Below each line the paper's, and at the end its methods that weren't timed, at the grids that were; and what is to be
     said of it. Nothing where it is of another backbone or input: times and memory of those tell nothing."""
     if different := _from_table_9(task, spec):
         return list(lines), [
@@ -375,26 +420,31 @@ def _with_table_9(lines: Sequence[Line], task: Runtime, spec: FeatureSpec) -> tu
     alone: list[str] = []
     for case, line in zip(task.cases, lines, strict=True):
         found = _of_table_9(case, task)
-        out += [line, *([_published(line, line.features, found)] if found else [])]
+        out += [line, *([_published(line, line.features, case.row.method, found)] if found else [])]
         alone += [] if found else [line.features]
-    others = [name for name in VIT_UP_RUNTIME.rows if not name.startswith("ViT-Up")]
+    timed_methods = {case.row.method for case in task.cases}
+    others = {row: method for row in VIT_UP_RUNTIME.rows if (method := row.split(",")[0]) not in timed_methods}
     by_side = {case.row.grid[0]: line for case, line in zip(task.cases[1:], lines[1:], strict=True)}
     for side, line in by_side.items():
-        beside = {name: VIT_UP_RUNTIME.values(name, str(side)) for name in others}
-        out += [_published(line, name, values) for name, values in beside.items() if values]
-    notes = [f"{_TABLE_9} is of a GPU that the paper doesn't name"]
+        beside = {row: VIT_UP_RUNTIME.values(row, str(side)) for row in others}
+        out += [_published(line, row, others[row], values) for row, values in beside.items() if values]
+    notes = [f"{_TABLE_9} is of a GPU that the paper doesn't name; parameters beside it are those of released networks"]
     return out, notes + ([f"{_TABLE_9} has nothing of {', '.join(alone)}"] if alone else [])
 
 
 def _of_table_9(case: Case, task: Runtime) -> Values:
-    """The paper's of a case; nothing of what it hasn't, or of a ViT-Up that isn't the published one."""
-    if case.row.method != "vit_up" or not case.chunk or not _is_published(task, case.row.method):
+    """The paper's of a case; nothing of what it hasn't, or of a network that isn't the one it is of."""
+    method = case.row.method
+    if method not in task.learned or not _is_published(task, method, VIT_UP_RUNTIME_SETTINGS.get(method, {})):
         return {}
-    return VIT_UP_RUNTIME.values(f"ViT-Up, {case.chunk} x {case.chunk} at once", str(case.row.grid[0]))
+    row = f"{method}, {case.chunk} x {case.chunk} at once" if case.chunk else method
+    return VIT_UP_RUNTIME.values(row, str(case.row.grid[0]))
 
 
-def _published(line: Line, name: str, values: Values) -> Line:
-    cells = tuple(values.get(column) for column in ("ms", "median ms", "passes", "peak MiB", "parameters, M", "10^9 MACs"))
+def _published(line: Line, name: str, method: str, values: Values) -> Line:
+    released = RELEASED_PARAMETERS.get(method)
+    known = values if released is None else {**values, "parameters, M": released / 1e6}
+    cells = tuple(known.get(column) for column in ("ms", "median ms", "passes", "peak MiB", "parameters, M", "10^9 MACs"))
     return replace(line, features=f"{_TABLE_9}: {name}", stride=None, values=cells, published=True)
 
 
@@ -437,7 +487,11 @@ def _lift_published(task: Runtime, spec: FeatureSpec) -> Published:
 
 def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str, str]:
     named = [split_method(redact(text, config.options)) for text in config.methods]
-    learned = [f"{method} {url or 'random'}" for method, url in named if find_method(method).learned]
+    given = {
+        method: " with " + " and ".join(f"{name} {json.dumps(value)}" for name, value in each.items())
+        for method, each in config.given_settings.items()
+    }
+    learned = [f"{method} {url or 'random'}{given.get(method, '')}" for method, url in named if find_method(method).learned]
     choices = {
         "protocol": f"one random image, {config.features.precision} weights and autocast, inference mode; {config.warm_up} "
         f"passes to warm up and {config.repeat} timed, fewer where they would take more than {config.row_s:g} s; one "
@@ -452,6 +506,9 @@ def _choices(config: RuntimeConfig, task: Runtime, *, on_gpu: bool) -> dict[str,
         "operations": "MACs by torch's FlopCounterMode: of what ran, in the first table; LiFT's count leaves attention products "
         "out, charges transposed convolutions fourfold and, for facets, the last block's qkv twice",
     }
+    released = [f"{name} {count / 1e6:.2f} M" for name, count in RELEASED_PARAMETERS.items() if name in task.learned]
+    if config.paper and released:
+        choices["parameters"] += f"; of released networks, for 384 channels: {', '.join(released)}"
     if config.paper and not on_gpu:
         choices["published"] = "Table 9 is of a GPU: not shown beside times of a CPU"
     if task.left_out:

@@ -22,6 +22,7 @@ from operators.upsamplers import AnyMethod, Upsampler, UpsamplerError, build_net
 from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, require_device, timed
+from pipelines.features.memory import allow_alone
 from pipelines.published import LIFT, LIFT_OPERATIONS, Operations
 from pipelines.results import table_lines
 from storage.documents import JsonObject
@@ -47,7 +48,8 @@ class CostBenchmark:
     precisions: tuple[Precision, ...] = ("bf16", "fp32")
     """Autocasts that are timed, one table each."""
     upsamplers: tuple[str, ...] = ("lift", "resize_conv", "jbu", "bilinear", "bicubic")
-    """Methods, x2: lift, resize_conv, jbu, bilinear, bicubic, nearest, or module:Class of your own (operators/DESIGN.md)."""
+    """Methods, x2: all that work on the backbone's map and give twice its grid, module:Class of your own among them
+    (operators/DESIGN.md)."""
     repeat: int = 11
     """Rounds; each runs everything once, in changing order. Times are medians over them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -297,6 +299,9 @@ def _measure(config: CostBenchmark, device: torch.device, precision: Precision) 
     images = torch.randn(config.batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
     finer = (2 * grid[0], 2 * grid[1])
+    for upsampler in upsamplers.values():
+        call = (config.batch, backbone.channels, grid, size, finer)
+        allow_alone(upsampler, device, call, backbone.peak_bytes(config.batch, size))
     runs = {BACKBONE: image_to_grid(images, backbone, layers, precision)} | {
         name: image_to_grid(images, backbone, layers, precision, upsampler, finer) for name, upsampler in upsamplers.items()
     }

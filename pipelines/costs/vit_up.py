@@ -29,6 +29,7 @@ from pipelines.config import ConfigError
 from pipelines.costs.clocks import NumbersFile, device_name, device_of, median_ratio, peak_bytes, require_device, timed
 from pipelines.costs.upsamplers import BACKBONE, count_parameters, counted_macs, image_to_grid
 from pipelines.costs.windows import WindowComparison, compare_window
+from pipelines.features.memory import allow_alone
 
 ALL_GRIDS = (56, 112, 224, 448)
 CPU_GRIDS = (56, 112)
@@ -347,6 +348,8 @@ def _vit_up_row(rig: Rig, grid: int, chunk: int, macs: int) -> Row:
     vit_up, channels, tokens = copy.copy(rig.vit_up), rig.settings.channels, rig.features.grid
     if chunk:
         vit_up.take_at_once(chunk**2)
+    size = (rig.images.shape[2], rig.images.shape[3])
+    allow_alone(vit_up, rig.images.device, (1, channels, tokens, size, (grid, grid)))
     of_query, once = published_macs(channels, math.prod(tokens), rig.settings.blocks)
     weights, run = rig.weights[BACKBONE] + rig.weights["head"], rig.image_to_grid(vit_up, grid, rig.features)
     line = Line(

@@ -1,6 +1,7 @@
 """How much upsamplers take at once: out of a GPU's free memory, and on a CPU always the same."""
 
 from collections.abc import Callable, Collection
+from typing import TypeAlias
 
 import psutil
 import torch
@@ -42,3 +43,13 @@ def allow_within(upsamplers: Collection[Upsampler], peak: Callable[[], int], lim
         allowance //= 2
     takes(allowance)
     return allowance
+
+
+Call: TypeAlias = tuple[int, int, tuple[int, int], tuple[int, int], tuple[int, int]]
+"""What `Upsampler.call_bytes` is asked of: images, channels, the map's cells, the images' pixels, the grid."""
+
+
+def allow_alone(upsampler: Upsampler, device: torch.device, call: Call, beside: int = 0) -> None:
+    """On a GPU, let an upsampler that is measured by itself take what extraction would let it; `beside`: what else is in use."""
+    if device.type == "cuda":
+        allow_within([upsampler], lambda: beside + upsampler.call_bytes(*call), WITHIN * free_bytes(device))

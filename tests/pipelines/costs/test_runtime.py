@@ -71,7 +71,7 @@ def test_a_line_for_each_method_grid_and_chunk(tmp_path):
     assert (tmp_path / "out/pictures/runtime.png").stat().st_size > 1000
 
 
-def test_chunks_are_what_vit_up_takes_at_once(tmp_path):
+def test_chunks_are_what_is_made_at_once(tmp_path):
     task, recipe, _ = runtime.prepare(config(tmp_path / "out", methods=("vit_up",), chunks=(3, 0)))
 
     chunks = {}
@@ -127,7 +127,7 @@ def test_what_has_more_queries_than_its_grid_is_left_out_and_said(tmp_path):
     assert findings.items.scored == {"lines": len(task.cases), "timed passes": 2 * len(task.cases)}
     (left_out,) = findings.items.left_out
     assert left_out.first == "vit_up at 8, 12 x 12 at once"
-    assert "vit_up at 8, 12 x 12 at once (more queries at once than the grid has)" in findings.choices["left out"]
+    assert "vit_up at 8, 12 x 12 at once (more at once than the grid has)" in findings.choices["left out"]
 
 
 SPLUS = {"model": "vit_small_plus_patch16_dinov3.lvd1689m", "precision": "bf16", "size": 448, "device": "auto"}
@@ -164,17 +164,37 @@ def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
     names = [line.features for line in on_gpu.tables[0].lines if line.published]
     assert names == [
         "ViT-Up Table 9: vit_up x4, 112 x 112 at once",
-        *(f"ViT-Up Table 9: {name}" for name in ("JAFAR", "AnyUp", "UPLiFT", "NAF")),
+        *(f"ViT-Up Table 9: {name}" for name in ("jafar", "anyup", "uplift", "naf")),
     ]
     lines = {line.features: line for line in on_gpu.tables[0].lines}
-    assert lines[names[0]].values == (14.2, None, None, 503.7, None, None)
-    assert lines[names[4]].values == (29.1, None, None, 602.6, None, None)
+    assert lines[names[0]].values == (14.2, None, None, 503.7, 24.9, None)
+    assert lines[names[4]].values == (29.1, None, None, 602.6, 0.662528, None)
     assert lines[names[4]].grid == "112x112"
     assert lines["vit_up x4"].values[:4] == (2.0, 2.0, 2, 1.0)
     assert on_gpu.tables[0].columns[3] == "peak MiB"
     assert on_cpu.tables[0].columns[3] == "peak RSS, MiB"
     assert not any(line.published for line in on_cpu.tables[0].lines)
     assert {grid for values in VIT_UP_RUNTIME.rows.values() for grid in values} == {"112", "224", "448"}
+
+
+def test_a_published_line_stands_below_the_settings_it_is_of(tmp_path, monkeypatch):
+    monkeypatch.setitem(runtime.VIT_UP_RUNTIME.rows, "lift", {"112": {"ms": 7.0}})
+    monkeypatch.setitem(runtime.VIT_UP_RUNTIME_SETTINGS, "lift", {"wide": True})
+    plain = config(tmp_path / "out", methods=("lift",), grids=(112,), paper=True, **SPLUS)
+    wide = plain.changed(settings=("lift.wide=true",), out=str(tmp_path / "wide"))
+
+    findings, as_published = (found_by(each, "NVIDIA H200")[1] for each in (plain, wide))
+
+    assert "ViT-Up Table 9: lift x4" not in [line.features for line in findings.tables[0].lines]
+    assert "nothing of low-res, bilinear x4, lift x4" in findings.tables[0].notes[1]
+    (line,) = [line for line in as_published.tables[0].lines if line.features == "ViT-Up Table 9: lift x4"]
+    assert line.values[0] == 7.0
+    assert as_published.choices["weights"] == "backbone random, lift random with wide true"
+    net = build_net({"method": "lift", "channels": 384, "patch": 16, "wide": True})
+    (line,) = [line for line in as_published.tables[0].lines if line.features == "lift x4"]
+    assert line.values[4] * 1e6 == sum(each.numel() for each in net.parameters())
+    with pytest.raises(ConfigError, match="--settings: no such .* settings: wider"):
+        runtime.prepare(plain.changed(settings=("lift.wider=true",), out=str(tmp_path / "wider")))
 
 
 def test_timings_of_two_devices_are_no_table(tmp_path):
@@ -244,6 +264,9 @@ def test_inputs_that_patches_do_not_fill(tmp_path):
         ({"methods": ("lift", "lift:a")}, "give each once"),
         ({"grids": ()}, "--grids must be at least 1"),
         ({"chunks": (-1,)}, "--chunks at least 0"),
+        ({"settings": ("lift.wide",)}, "--settings lift.wide: give METHOD.NAME=VALUE"),
+        ({"settings": ("jbu.radius=2",), "methods": ("lift",)}, "--settings jbu....: no method of --methods"),
+        ({"settings": ("lift.wide=1",), "methods": ("lift:s3://bucket/lift",)}, "--settings lift....: no method"),
         ({"warm_up": 0}, "--warm-up 0: must be at least 1"),
     ],
 )
