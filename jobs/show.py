@@ -5,6 +5,7 @@
     python jobs/show.py rows feats.zarr                       # what a row is, sizes, the first rows
     python jobs/show.py view feats.zarr --out view.png        # photographs and PCA colours of every level
     python jobs/show.py similar feats.zarr --key coffee --point 300 200
+    python jobs/show.py view bilinear.zarr lift.zarr          # several methods beside each other; similar likewise
     python jobs/show.py compare a.zarr b.zarr --level x1      # cosine per row, worst rows
     python jobs/show.py export feats.zarr --out vectors/      # vectors and keys as Parquet
     python jobs/show.py report feats.zarr --out report.html   # all of it in one page that can be sent

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pipelines.extraction import run as extraction
 from pipelines.extraction.config import ExtractConfig
 from pipelines.features.weights import WeightsUnavailable
-from pipelines.showing.views import pick_rows, view_panel
+from pipelines.showing.choice import columns_of, pick_rows
+from pipelines.showing.views import view_panel
 from storage.store import FeatureStore
 
 
@@ -22,7 +23,7 @@ def main(config: ExtractConfig) -> Iterator[str]:
     if config.plan:
         return
     store, picture = FeatureStore.open(config.out), f"{config.out.removesuffix('.zarr')}.png"
-    view_panel(store, pick_rows(store, len(store))).draw().save(picture)
+    view_panel(columns_of([store], [pick_rows(store, len(store))])).draw().save(picture)
     yield f"\npicture    {picture}"
     yield f"store      {config.out}"
     yield f"try next   python -c \"import zarr; print(zarr.open_group('{config.out}', mode='r').tree())\""

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,12 @@ import tyro
 from PIL import Image
 
 from pipelines.config import ConfigError, parse_options
+from pipelines.showing.choice import columns_of, named_together, picked_together, require_alike
 from pipelines.showing.compare import compare, comparison_lines
 from pipelines.showing.report import render_report
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.showing.training import training_lines
-from pipelines.showing.views import pick_rows, similar_panel, view_panel
+from pipelines.showing.views import similar_panel, view_panel
 from storage.export import export_vectors
 from storage.paths import Folder, StorageOptions, extension, folder_of
 from storage.store import FeatureStore
@@ -82,65 +83,90 @@ class Rows(Show):
 
 
 @dataclass(frozen=True, kw_only=True)
-class View(Show):
-    """Photographs beside the PCA colours of every level."""
+class ShowMaps:
+    """Which stores' maps, and how to reach them."""
+
+    stores: tyro.conf.Positional[tuple[str, ...]]
+    """The store's path or fsspec URL. Further ones are shown beside it: stores of the same features by other methods, matched by
+    key and image; maps that all have are shown once."""
+    levels: tuple[str, ...] = ()
+    """Levels to show; default: all maps."""
+    storage_options: str = ""
+    """JSON for the filesystem, as for jobs/extract.py; also used to read the photographs."""
+
+    @property
+    def options(self) -> StorageOptions:
+        return parse_options(self.storage_options)
+
+    def open(self) -> list[FeatureStore]:
+        """Raises `ConfigError` where they don't go together."""
+        if not self.stores:
+            raise ConfigError("no store: give a store's path or URL, or those of several")
+        stores = [FeatureStore.open(url, self.options) for url in self.stores]
+        require_alike(stores)
+        return stores
+
+
+@dataclass(frozen=True, kw_only=True)
+class View(ShowMaps):
+    """Photographs beside the PCA colours of every level; of several stores, the levels of all."""
 
     out: str = "view.png"
     """The picture to write."""
     rows: tuple[str, ...] = ()
-    """Keys or row numbers; default: some, spread over the store."""
+    """Keys or row numbers, those of the first store; default: some, spread over the store."""
     count: int = 6
     """How many, where --rows names none."""
-    levels: tuple[str, ...] = ()
-    """Levels to show; default: all maps."""
     foreground: bool = False
     """Only the objects: cells above Otsu's threshold on the first component, coloured by a PCA of their own."""
     colours_from: str = ""
     """Another store of the same features (model, weights, layers, facet, norm) whose saved colours to use, so that pictures of
     both compare."""
     refit: bool = False
-    """Fit colours anew on this store, and save them in it in the place of those that it has."""
+    """Fit colours anew on the first store, and save them in it in the place of those that it has."""
 
     def lines(self) -> Iterator[str]:
         if self.colours_from and self.refit:
             raise ConfigError("--refit fits this store's own colours, and --colours-from takes another store's; give one of them")
         if self.rows and self.count != type(self).count:
             raise ConfigError(f"--count {self.count}: --rows names the {len(self.rows)} that are shown; give one of them")
-        store, kind = self.open(), _picture_format(self.out)
+        if self.count < 1:
+            raise ConfigError(f"--count {self.count}: a picture has at least one row")
+        stores, kind = self.open(), _picture_format(self.out)
+        rows = named_together(stores, self.rows) if self.rows else picked_together(stores, self.count)
         picture = view_panel(
-            store,
-            named_rows(store, self.rows, self.count),
-            levels=self.levels,
+            columns_of(stores, rows, self.levels),
             foreground=self.foreground,
             refit=self.refit,
-            colours_from=self.open(self.colours_from) if self.colours_from else None,
+            colours_from=FeatureStore.open(self.colours_from, self.options) if self.colours_from else None,
             storage_options=self.options,
         )
         yield _saved(picture.draw(), self.out, kind, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Similar(Show):
-    """Cosine similarity of one pixel with its own and other images, per level, beside the bilinear map."""
+class Similar(ShowMaps):
+    """Cosine similarity of one pixel with its own and other images, per level, beside the bilinear map; of several stores, the
+    levels of all."""
 
     key: str
-    """Key or row number of the image."""
+    """Key or row number of the image, in the first store."""
     point: tuple[float, float] | None = None
     """x y in pixels of the original photograph; default: the middle."""
     to: tuple[str, ...] = ()
     """Keys or row numbers of other images; default: three, spread over the store."""
-    levels: tuple[str, ...] = ()
-    """Levels to show; default: all maps."""
     out: str = "similar.png"
     """The picture to write."""
 
     def lines(self) -> Iterator[str]:
-        store, kind = self.open(), _picture_format(self.out)
-        key = int(named_rows(store, [self.key], 1)[0])
-        others = named_rows(store, self.to, 4)
+        stores, kind = self.open(), _picture_format(self.out)
+        own = named_together(stores, [self.key])
+        others = named_together(stores, self.to) if self.to else picked_together(stores, 4)
         if not self.to:
-            others = others[others != key][:3]
-        picture = similar_panel(store, key, self.point, others.tolist(), levels=self.levels, storage_options=self.options)
+            other = np.flatnonzero(others[0] != own[0])[:3]
+            others = [each[other] for each in others]
+        rows = [np.concatenate(each) for each in zip(own, others, strict=True)]
+        picture = similar_panel(columns_of(stores, rows, self.levels), self.point, storage_options=self.options)
         yield _saved(picture.draw(), self.out, kind, self.options)
 
 
@@ -213,15 +239,6 @@ class Training:
 
     def lines(self) -> Iterator[str]:
         yield from training_lines([Folder(url, parse_options(self.storage_options)) for url in self.runs])
-
-
-def named_rows(store: FeatureStore, names: Sequence[str], count: int) -> np.ndarray:
-    """Row numbers of keys or numbers; a key that looks like a number wins. Without any, `count` rows spread over the store."""
-    if not names:
-        return pick_rows(store, count)
-    found = store.index.find(names)
-    known = [found[name] if name in found else int(name) if name.lstrip("-").isdigit() else name for name in names]
-    return np.concatenate([store.rows(name) for name in known])
 
 
 def _picture_format(out: str) -> str:

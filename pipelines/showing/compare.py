@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.config import ConfigError
+from pipelines.showing.choice import rows_in, same_images
 from pipelines.showing.views import enlarged
 from storage.differences import Differences
 from storage.samples import ROW_GROUP_ROWS
@@ -54,7 +55,7 @@ def compare(
         values_b, there_b = b.read_present(np.maximum(other, 0), level_b)
         both = np.flatnonzero(there_a & there_b & (other >= 0))
         left_out += len(rows) - len(both)
-        alike = _same_images(a, b, rows[both], other[both])
+        alike = same_images(a, b, rows[both], other[both])
         others += int(np.count_nonzero(~alike))
         for i in both if other_images else both[alike]:
             same += values_a[i].shape == values_b[i].shape and bool((values_a[i] == values_b[i]).all())
@@ -79,29 +80,12 @@ def compare(
     )
 
 
-def _same_images(a: FeatureStore, b: FeatureStore, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
-    """Which rows are of one image, bool [n], by what both ledgers say: the bytes' digest, else the size in pixels."""
-    if not len(rows_a):
-        return np.zeros(0, bool)
-    columns = ["digest", "width", "height"]
-    pairs = zip(*(store.records(rows, columns).to_pylist() for store, rows in ((a, rows_a), (b, rows_b))), strict=True)
-    alike = []
-    for one, other in pairs:
-        told = ["digest"] if one["digest"] and other["digest"] else ["width", "height"]
-        alike.append(all(one[name] == other[name] for name in told))
-    return np.array(alike)
-
-
 def _matched(a: FeatureStore, b: FeatureStore, count: int) -> Iterator[tuple[np.ndarray, list[str], np.ndarray]]:
     """Rows of `a` a block at a time, their keys, and their rows in `b`, -1 where it has none."""
     for first in range(0, count, ROW_GROUP_ROWS):
         group = np.arange(first, min(first + ROW_GROUP_ROWS, count))
         names = a.index.take(group, ["key"])["key"].to_pylist()
-        if a.layout.index == b.layout.index:
-            other = group
-        else:
-            found = b.index.find(names)
-            other = np.array([found.get(name, -1) for name in names])
+        other = rows_in(b, a, group)
         for start in range(0, len(group), a.layout.block_rows):
             part = slice(start, start + a.layout.block_rows)
             yield group[part], names[part], other[part]

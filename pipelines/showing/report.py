@@ -15,8 +15,9 @@ from cluster.progress import duration, size_text, stage_shares
 from operators.visual import Panel, Tile
 from pipelines.config import said
 from pipelines.extraction.config import ExtractConfig
+from pipelines.showing.choice import columns_of, pick_rows
 from pipelines.showing.status import RunStatus, bottleneck, clamped_lines, failures, level_rows, read_status, state_in_words
-from pipelines.showing.views import dense_levels, pick_rows, similar_panel, view_panel
+from pipelines.showing.views import similar_panel, view_panel
 from storage.documents import JsonValue, as_object
 from storage.paths import StorageError, StorageOptions
 from storage.store import FeatureStore
@@ -110,11 +111,11 @@ def _bars(run: RunStatus) -> list[tuple[str, float, str]]:
 def _panels(store: FeatureStore, count: int, options: StorageOptions | None) -> list[_Section]:
     try:
         rows = pick_rows(store, count)
-        dense_levels(store)
+        shown, compared = columns_of([store], [rows]), columns_of([store], [rows[:4]])
     except StorageError as error:
         return [_Section("Pictures", str(error))]
-    colours = view_panel(store, rows, storage_options=options)
-    alike = similar_panel(store, int(rows[0]), None, rows[1:4].tolist(), storage_options=options)
+    colours = view_panel(shown, storage_options=options)
+    alike = similar_panel(compared, None, storage_options=options)
     return [
         _Section("Principal components as colours", colours.title, colours),
         _Section("What is similar to one point", alike.title, alike),

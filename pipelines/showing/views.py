@@ -12,13 +12,12 @@ import numpy as np
 
 from operators.visual import Panel, RgbProjection, Tile, cosine_map, heat
 from pipelines.features.photos import read_photos
+from pipelines.showing.choice import Shown, base_level, cells, pick_rows, shortened
 from storage.documents import Document, MissingObject
 from storage.paths import StorageError, StorageOptions
 from storage.pixels import bilinear, cell_centres, to_cells
 from storage.spec import FeatureSpec, Level, Use
-from storage.spread import spread
 from storage.store import FeatureStore, OutsideImage
-from storage.words import printable_name
 
 logger = logging.getLogger(__name__)
 
@@ -27,32 +26,6 @@ SAMPLE_ROWS = 64
 
 TILE_PX = 224
 """The longer side of a picture in a panel."""
-
-
-def pick_rows(store: FeatureStore, count: int) -> np.ndarray:
-    """At most `count` rows that have features, spread over the tasks that are done; the same for the same tasks."""
-    done = sorted(store.ledger.done())
-    blocks = [done[i] for i in spread(len(done), count)]
-    rows: list[int] = []
-    for _, table in store.ledger.records(blocks):
-        rows += [row for row, status in zip(*table.select(["row", "status"]).to_pydict().values(), strict=True) if status == "ok"]
-    if not rows:
-        raise StorageError(f"{store.folder.displayed} has no features to show yet: {len(done)} of its tasks are done")
-    return np.array(rows)[spread(len(rows), count)]
-
-
-def dense_levels(store: FeatureStore, names: Sequence[str] = ()) -> list[Level]:
-    """The levels called `names`, or all, that are maps; coarse ones first. Raises `KeyError`, and `StorageError` if none is."""
-    levels = [store.level(name) for name in names] if names else list(store.spec.levels)
-    dense = sorted((level for level in levels if level.grid), key=lambda level: level.grid or ())
-    if not dense:
-        raise StorageError(f"{store.folder.displayed} has no maps among {', '.join(level.name for level in levels)}")
-    return dense
-
-
-def base_level(store: FeatureStore, levels: Sequence[Level]) -> Level:
-    """The backbone's own map, which others were made from; else the coarsest of `levels`."""
-    return next((level for level in store.spec.levels if level.method == "backbone"), levels[0])
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------
@@ -82,7 +55,7 @@ def colours_for(
                 raise StorageError(
                     f"{home.folder.displayed} has no saved colours for {level.channels} channels; view it first"
                 ) from None
-    base = base_level(store, dense_levels(store))
+    base = base_level(store)
     fitted_on = base if base.channels == level.channels else level
     rows = pick_rows(store, SAMPLE_ROWS)
     projection = RgbProjection.fit(list(store.read(rows, fitted_on.name)), foreground=foreground)
@@ -107,30 +80,26 @@ def _parse_colours(document: Document, level: Level) -> RgbProjection:
 
 
 def view_panel(
-    store: FeatureStore,
-    rows: np.ndarray,
+    columns: Sequence[Shown],
     *,
-    levels: Sequence[str] = (),
     foreground: bool = False,
     refit: bool = False,
     colours_from: FeatureStore | None = None,
     storage_options: StorageOptions | None = None,
 ) -> Panel:
-    """One line per row: the photograph as the model saw it, and the PCA colours of every level."""
-    wanted = dense_levels(store, levels)
+    """One line per image: the photograph as the model saw it, and the PCA colours of every column's map. All have one store's
+    colours, so that they compare."""
+    store, rows = columns[0].store, columns[0].rows
     palettes = {
-        level.channels: colours_for(store, level, foreground=foreground, refit=refit, colours_from=colours_from)
-        for level in {level.channels: level for level in wanted}.values()
+        channels: colours_for(column.store, column.level, foreground=foreground, refit=refit, colours_from=colours_from)
+        for channels, column in {each.level.channels: each for each in reversed(columns)}.items()
     }
-    maps = {level.name: store.read(rows, level.name) for level in wanted}
     photos = read_photos(store, rows, storage_options)
-    tiles = [
-        [Tile(pixels=photo, is_photo=True), *(Tile(pixels=palettes[lv.channels](maps[lv.name][i])) for lv in wanted)]
-        for i, photo in enumerate(photos)
-    ]
+    coloured = [[palettes[column.level.channels](each) for each in column.maps()] for column in columns]
+    tiles = [[Tile(pixels=photo, is_photo=True), *(Tile(pixels=maps[i]) for maps in coloured)] for i, photo in enumerate(photos)]
     return Panel(
         tiles=tiles,
-        columns=["photo", *(_level_title(level) for level in wanted)],
+        columns=["photo", *(column.title for column in columns)],
         rows=_row_titles(store, rows),
         title=_store_title(store),
         tile_size=_tile_size(store),
@@ -141,31 +110,25 @@ def view_panel(
 
 
 def similar_panel(
-    store: FeatureStore,
-    key: str | int,
-    point_xy: tuple[float, float] | None,
-    others: Sequence[str | int] = (),
-    *,
-    levels: Sequence[str] = (),
-    storage_options: StorageOptions | None = None,
+    columns: Sequence[Shown], point_xy: tuple[float, float] | None, *, storage_options: StorageOptions | None = None
 ) -> Panel:
-    """Cosine similarity of one pixel's feature with all cells of its own image and of `others`, per level.
+    """Cosine similarity of one pixel's feature of the first image with all cells of all images, per column.
 
-    Beside each level finer than the backbone's map: that map brought bilinearly to the same grid, which the level has to
+    Beside maps finer than the backbone's: that one brought bilinearly to the same grid, which they have to
     beat (LiFT, arXiv 2403.14625, Figs. 5 and 6). `point_xy` is in pixels of the original image; default: what lies at the
     middle of the model's input. Raises `OutsideImage` for points outside the image or its crop.
     """
-    pixels = store.pixels(key)
+    store, rows = columns[0].store, columns[0].rows
+    pixels = store.pixels(int(rows[0]))
     height, width = store.spec.input_size
     if point_xy is None:
         middle = pixels.to_original(np.array([width / 2, height / 2]))
         x, y = np.clip(middle, 0, [pixels.width, pixels.height]).tolist()
         point_xy = x, y
-    rows = np.concatenate([store.rows(each) for each in (key, *others)])
-    columns = _similarities(store, key, point_xy, rows, dense_levels(store, levels))
-    # One scale for all levels of an image, so that they compare; each image its own, since others are less alike.
+    found = similarities(columns, point_xy)
+    # One scale for all maps of an image, so that they compare; each image its own, since others are less alike.
     scales = [
-        (min(np.percentile(values[i], 2) for _, values in columns), max(values[i].max() for _, values in columns))
+        (min(np.percentile(values[i], 2) for _, values in found), max(values[i].max() for _, values in found))
         for i in range(len(rows))
     ]
     placed = pixels.to_input(np.array(point_xy)) / [width, height]
@@ -173,39 +136,44 @@ def similar_panel(
     tiles = [
         [
             Tile(pixels=photo, is_photo=True, mark=marks[i]),
-            *(Tile(pixels=heat(values[i], *scales[i]), mark=marks[i]) for _, values in columns),
+            *(Tile(pixels=heat(values[i], *scales[i]), mark=marks[i]) for _, values in found),
         ]
         for i, photo in enumerate(read_photos(store, rows, storage_options))
     ]
     titles = _row_titles(store, rows)
     return Panel(
         tiles=tiles,
-        columns=["photo", *(name for name, _ in columns)],
+        columns=["photo", *(title for title, _ in found)],
         rows=[f"{title}\n{low:.2f} to {high:.2f}" for title, (low, high) in zip(titles, scales, strict=True)],
-        title=f"cosine with pixel ({point_xy[0]:.0f}, {point_xy[1]:.0f}) of {titles[0]}, ringed",
+        title=f"cosine with pixel ({point_xy[0]:.0f}, {point_xy[1]:.0f}) of {titles[0]}, ringed; {_store_title(store)}",
         tile_size=_tile_size(store),
         scale=("lowest cosine beside the row", "highest"),
     )
 
 
-def _similarities(
-    store: FeatureStore, key: str | int, point_xy: tuple[float, float], rows: np.ndarray, levels: Sequence[Level]
-) -> list[tuple[str, np.ndarray]]:
-    """Columns of a similarity panel: title, and maps [rows, h, w] of cosines with the feature at the point."""
-    base = base_level(store, levels)
-    base_query = store.sample(key, [point_xy], base.name)[0]
+def similarities(columns: Sequence[Shown], point_xy: tuple[float, float]) -> list[tuple[str, np.ndarray]]:
+    """Columns of a similarity panel: title, and maps [images, h, w] of cosines with the feature at the point."""
+    store, rows = columns[0].store, columns[0].rows
+    base = base_level(store)
+    base_query = store.sample(int(rows[0]), [point_xy], base.name)[0]
     if np.isnan(base_query).any():
-        raise OutsideImage(f"the crop cut {point_xy} of {key!r} away; choose a point nearer to the middle")
+        raise OutsideImage(f"the crop cut {point_xy} of row {rows[0]} away; choose a point nearer to the middle")
     base_maps = store.read(rows, base.name)
-    columns = []
-    for level in levels:
-        if level.grid and base.grid and level.grid > base.grid and level.method != "bilinear":
+    assert base.grid
+    # Of each finer grid, where no column is bilinear itself.
+    lacking = {column.grid for column in columns if column.grid > base.grid} - {
+        column.grid for column in columns if column.level.method == "bilinear"
+    }
+    found = []
+    for column in columns:
+        level = column.level
+        if column.grid in lacking:
+            lacking.remove(column.grid)
             finer = np.stack([enlarged(m, base, level) for m in base_maps])
-            columns.append((f"{base.name} bilinear\n{_grid(level)}", cosine_map(base_query, finer)))
-        query = base_query if level == base else store.sample(key, [point_xy], level.name)[0]
-        maps = base_maps if level == base else store.read(rows, level.name)
-        columns.append((_level_title(level), cosine_map(query, maps)))
-    return columns
+            found.append((f"{base.name} bilinear\n{cells(level)}", cosine_map(base_query, finer)))
+        query = column.store.sample(int(column.rows[0]), [point_xy], level.name)[0]
+        found.append((column.title, cosine_map(query, column.maps())))
+    return found
 
 
 def enlarged(values: np.ndarray, of: Level, to: Level) -> np.ndarray:
@@ -217,15 +185,6 @@ def enlarged(values: np.ndarray, of: Level, to: Level) -> np.ndarray:
 # --- words and sizes --------------------------------------------------------------------------------------------------
 
 
-def _level_title(level: Level) -> str:
-    return f"{level.name}  {level.method}\n{_grid(level)}"
-
-
-def _grid(level: Level) -> str:
-    assert level.grid
-    return f"{level.grid[0]} x {level.grid[1]} cells"
-
-
 def _store_title(store: FeatureStore) -> str:
     spec = store.spec
     weights = "RANDOM WEIGHTS, " if spec.weights_source == "random" else ""
@@ -235,7 +194,7 @@ def _store_title(store: FeatureStore) -> str:
 
 def _row_titles(store: FeatureStore, rows: np.ndarray) -> list[str]:
     keys = store.index.take(rows, ["key"])["key"].to_pylist()
-    return [key if len(key) <= 22 else f"...{key[-20:]}" for key in map(printable_name, keys)]
+    return [shortened(key, 23) for key in keys]
 
 
 def _tile_size(store: FeatureStore) -> tuple[int, int]:

@@ -20,13 +20,14 @@ from PIL import Image
 
 from jobs.extract import program as extract_program
 from jobs.show import run
-from operators.visual import heat
+from operators.visual import Panel, heat
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import RunFailed, extract
 from pipelines.extraction.worker import ShardWorker
+from pipelines.showing.choice import columns_of, named_rows, pick_rows
 from pipelines.showing.report import render_report
 from pipelines.showing.status import BOTTLENECKS, MAX_RECORDS, RunStatus, bottleneck, read_status, status_lines
-from pipelines.showing.views import colours_for, pick_rows, similar_panel, view_panel
+from pipelines.showing.views import colours_for, similar_panel, similarities, view_panel
 from storage.paths import StorageError
 from storage.store import FeatureStore, MissingRows, NotAStore, OutsideImage
 from tests.conftest import jpeg, write_tar
@@ -257,6 +258,20 @@ def test_rows_of_pending_tasks_have_their_keys(stopped, capsys):
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
+def viewed(store: FeatureStore, rows: np.ndarray) -> Panel:
+    return view_panel(columns_of([store], [rows]))
+
+
+def similar(
+    store: FeatureStore,
+    key: str | int,
+    point: tuple[float, float] | None,
+    to: list[int] | None = None,
+    levels: list[str] | None = None,
+) -> Panel:
+    return similar_panel(columns_of([store], [store.rows([int(store.rows(key)[0]), *(to or [])])], levels or ()), point)
+
+
 def test_colours_are_fitted_once_and_saved(store):
     first = colours_for(store, store.level("x1"))
     saved = store.folder.read("views/rgb-64.json")
@@ -268,8 +283,8 @@ def test_colours_are_fitted_once_and_saved(store):
 
 
 def test_colours_of_an_image_do_not_depend_on_the_others_shown(store):
-    alone = view_panel(store, np.array([7]))
-    together = view_panel(store, np.array([3, 7, 11]))
+    alone = viewed(store, np.array([7]))
+    together = viewed(store, np.array([3, 7, 11]))
 
     np.testing.assert_array_equal(alone.tiles[0][1].pixels, together.tiles[1][1].pixels)
     np.testing.assert_array_equal(alone.tiles[0][3].pixels, together.tiles[1][3].pixels)
@@ -310,7 +325,7 @@ def test_view_of_a_store_that_can_not_be_written_warns(store, monkeypatch, caplo
 
     monkeypatch.setattr("storage.paths.Folder.write", refuse)
 
-    view_panel(store, np.array([0]))
+    viewed(store, np.array([0]))
 
     assert "colours were not saved" in caplog.text
 
@@ -318,7 +333,7 @@ def test_view_of_a_store_that_can_not_be_written_warns(store, monkeypatch, caplo
 def test_saved_colours_do_not_disturb_the_store(store):
     import zarr
 
-    view_panel(store, np.array([0]))
+    viewed(store, np.array([0]))
 
     group = zarr.open_group(store.folder.url, mode="r", use_consolidated=False)
     assert "views" in dict(group.members())
@@ -327,7 +342,7 @@ def test_saved_colours_do_not_disturb_the_store(store):
 def test_view_shows_photos_and_every_map(store, tmp_path):
     show("view", store.folder.url, "--rows", "00003", "00007", "--out", tmp_path / "v.png")
 
-    panel = view_panel(store, store.rows(["00003", "00007"]))
+    panel = viewed(store, store.rows(["00003", "00007"]))
     assert panel.rows == ["00003", "00007"]
     assert [title.split()[0] for title in panel.columns] == ["photo", "x1", "x2", "x4"]
     assert panel.tiles[1][0].pixels.shape == (64, 64, 3)
@@ -338,7 +353,7 @@ def test_view_shows_photos_and_every_map(store, tmp_path):
 def test_view_without_the_photographs_goes_on(store, tmp_path, caplog):
     shutil.rmtree(tmp_path / "in")
 
-    panel = view_panel(store, np.array([0]))
+    panel = viewed(store, np.array([0]))
 
     assert panel.tiles[0][0].pixels is None
     assert panel.tiles[0][1].pixels is not None
@@ -348,17 +363,17 @@ def test_view_without_the_photographs_goes_on(store, tmp_path, caplog):
 def test_view_of_a_store_that_is_being_written(stopped):
     assert set(pick_rows(stopped, 6)) <= set(range(12))
 
-    assert len(view_panel(stopped, pick_rows(stopped, 6)).tiles) == 6
+    assert len(viewed(stopped, pick_rows(stopped, 6)).tiles) == 6
 
 
 def test_view_of_a_failed_row_says_why(with_failures):
     with pytest.raises(MissingRows, match="'empty-1', which failed: decode"):
-        view_panel(with_failures, with_failures.rows(["empty-1"]))
+        viewed(with_failures, with_failures.rows(["empty-1"]))
 
 
 def test_view_of_a_row_that_is_not_written_yet_says_so(stopped):
     with pytest.raises(MissingRows, match="not written yet"):
-        view_panel(stopped, np.array([19]))
+        viewed(stopped, np.array([19]))
 
 
 def test_pick_rows_leaves_failed_ones_out(with_failures):
@@ -368,7 +383,7 @@ def test_pick_rows_leaves_failed_ones_out(with_failures):
 def test_similarity_is_one_at_the_point_itself(store):
     point = tuple(store.coords("x1", "00004")[1, 2])
 
-    panel = similar_panel(store, "00004", point, levels=["x1"])
+    panel = similar(store, "00004", point, levels=["x1"])
 
     yellow = (panel.tiles[0][1].pixels == [253, 231, 37]).all(axis=-1)
     assert np.argwhere(yellow).tolist() == [[1, 2]]
@@ -376,7 +391,7 @@ def test_similarity_is_one_at_the_point_itself(store):
 
 
 def test_similarity_shows_bilinear_beside_what_is_finer(store):
-    panel = similar_panel(store, 0, None, [1, 2])
+    panel = similar(store, 0, None, [1, 2])
 
     assert [" ".join(title.split()) for title in panel.columns] == [
         "photo",
@@ -400,19 +415,146 @@ def test_bilinear_map_beside_a_level_is_the_stored_bilinear_level(make_tars, tin
     store = FeatureStore.open(config.out)
 
     # At the centre of an x2 cell both maps have the same query.
-    panel = similar_panel(store, 0, tuple(store.coords("x2", 0)[3, 4]))
+    point = tuple(store.coords("x2", 0)[3, 4])
+    made, stored = (dict(similarities(columns_of([store], [np.array([0])], names), point)) for names in (["8x8"], ["x2"]))
 
-    titles = [title.split("\n")[0] for title in panel.columns]
-    made, stored = titles.index("x1 bilinear"), titles.index("x2  bilinear")
-    difference = panel.tiles[0][made].pixels.astype(int) - panel.tiles[0][stored].pixels
-    assert np.abs(difference).max() <= 3
+    assert [list(found) for found in (made, stored)] == [
+        ["x1 bilinear\n8 x 8 cells", "8x8  bicubic\n8 x 8 cells"],
+        ["x2  bilinear\n8 x 8 cells"],
+    ]
+    np.testing.assert_allclose(made["x1 bilinear\n8 x 8 cells"], stored["x2  bilinear\n8 x 8 cells"], atol=1e-3)
+    assert words(similar(store, 0, point)).count("x1 bilinear 8 x 8 cells") == 0  # x2 is there
 
 
 def test_point_that_the_crop_cut_away_is_refused(store):
     with pytest.raises(OutsideImage, match="the crop cut"):
-        similar_panel(store, "00000", (2.0, 30.0))
+        similar(store, "00000", (2.0, 30.0))
     with pytest.raises(OutsideImage, match="'00000' has 96 x 72 pixels; the point x 200, y 30 lies outside"):
-        similar_panel(store, "00000", (200.0, 30.0))
+        similar(store, "00000", (200.0, 30.0))
+
+
+# --- several stores side by side --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(store, tiny, tmp_path) -> FeatureStore:
+    """Ten of the twenty images of `store`, in another order, with nearest levels."""
+    members = [(f"{i:05d}.jpg", jpeg(i)) for i in range(18, -1, -2)]
+    tar = str(write_tar(tmp_path / "beside.tar", members))
+    config = tiny(tar, levels=("x1", "x2=nearest", "x4=nearest"), out=str(tmp_path / "beside.zarr"))
+    extract(config, InlineExecutor())
+    return FeatureStore.open(config.out)
+
+
+def words(panel: Panel) -> list[str]:
+    return [" ".join(title.split()) for title in panel.columns]
+
+
+def shown_by(monkeypatch, *args: str) -> Panel:
+    """The panel that a command draws."""
+    drawn = []
+    draw = Panel.draw
+    monkeypatch.setattr(Panel, "draw", lambda panel: drawn.append(panel) or draw(panel))
+    show(*args)
+    (panel,) = drawn
+    return panel
+
+
+def test_stores_side_by_side_show_what_both_have_once(store, beside, tmp_path, monkeypatch):
+    places = [store.folder.url, beside.folder.url]
+    panel = shown_by(monkeypatch, "view", *places, "--rows", "00006", "00002", "--out", tmp_path / "v.png")
+
+    assert words(panel) == [
+        "photo",
+        "x1 backbone 4 x 4 cells",
+        "x2 bilinear 8 x 8 cells",
+        "x2 nearest 8 x 8 cells",
+        "x4 bicubic 16 x 16 cells",
+        "x4 nearest 16 x 16 cells",
+    ]
+    assert panel.rows == ["00006", "00002"]
+    for tiles, key in zip(panel.tiles, panel.rows, strict=True):
+        photo, low, _, nearest, _, nearest4 = (tile.pixels for tile in tiles)
+        np.testing.assert_array_equal(low.repeat(2, 0).repeat(2, 1), nearest)  # one store's colours, and one image's
+        np.testing.assert_array_equal(low.repeat(4, 0).repeat(4, 1), nearest4)
+        np.testing.assert_array_equal(photo, viewed(store, store.rows([key])).tiles[0][0].pixels)
+    assert store.folder.exists("views/rgb-64.json")
+    assert not beside.folder.exists("views/rgb-64.json")
+
+
+def test_images_that_all_stores_have_are_picked(store, beside, tmp_path, monkeypatch):
+    panel = shown_by(monkeypatch, "view", store.folder.url, beside.folder.url, "--count", "4", "--out", tmp_path / "v.png")
+    other = shown_by(monkeypatch, "similar", beside.folder.url, store.folder.url, "--key", "00004", "--out", tmp_path / "s.png")
+
+    assert len(panel.rows) == len(other.rows) == 4
+    assert {int(key) % 2 for key in panel.rows} == {0}
+    assert other.rows[0].startswith("00004")
+    assert words(other) == [
+        "photo",
+        "x1 backbone 4 x 4 cells",
+        "x2 nearest 8 x 8 cells",
+        "x2 bilinear 8 x 8 cells",
+        "x1 bilinear 16 x 16 cells",
+        "x4 nearest 16 x 16 cells",
+        "x4 bicubic 16 x 16 cells",
+    ]
+    alone = similar(store, "00004", None)
+    np.testing.assert_array_equal(other.tiles[0][3].pixels.argmax(), alone.tiles[0][2].pixels.argmax())
+
+
+def test_levels_are_looked_for_in_all_stores(store, beside, tmp_path, monkeypatch, capsys):
+    both, out = [store.folder.url, beside.folder.url], ["--out", str(tmp_path / "v.png")]
+    panel = shown_by(monkeypatch, "view", *both, "--levels", "x4", *out)
+
+    assert words(panel) == ["photo", "x4 bicubic 16 x 16 cells", "x4 nearest 16 x 16 cells"]
+    assert run(["view", *both, "--levels", "x9", *out]) == 2
+    assert "has no level 'x9'" in capsys.readouterr().err
+
+
+def test_two_stores_of_one_method_have_their_names(store, make_tars, tiny, tmp_path):
+    config = tiny(make_tars(), levels=("x1", "x2"), precision="bf16", out=str(tmp_path / "again.zarr"))
+    extract(config, InlineExecutor())
+    both = [store, FeatureStore.open(config.out)]
+
+    titles = [column.title for column in columns_of(both, [np.array([0])] * 2, ["x2"])]
+
+    assert titles == ["x2  bilinear\n8 x 8 cells\nout.zarr", "x2  bilinear\n8 x 8 cells\nagain.zarr"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"facet": "key"}, r"out.zarr and .*other.zarr hold other features, .*\n +facet +first 'token' +second 'key'"),
+        ({"geometry": "squash"}, r"place images otherwise, .*\n(.*\n)? *geometry +first 'crop' +second 'squash'"),
+        ({"size": "96"}, r"place images otherwise, .*\n +input_size"),
+    ],
+)
+def test_stores_of_other_features_are_not_shown_together(store, make_tars, tiny, tmp_path, capsys, changes, message):
+    config = tiny(make_tars(), out=str(tmp_path / "other.zarr"), **changes)
+    extract(config, InlineExecutor())
+    both, out = [store.folder.url, config.out], ["--out", str(tmp_path / "v.png")]
+
+    assert run(["view", *both, *out]) == run(["similar", *both, "--key", "0", *out]) == 2
+
+    said = capsys.readouterr().err
+    assert len(re.findall(message, said)) == 2
+    assert not (tmp_path / "v.png").exists()
+
+
+def test_stores_of_other_images_are_not_shown_together(store, beside, tiny, tmp_path, capsys):
+    tar = str(write_tar(tmp_path / "strange.tar", [(f"{i:05d}.jpg", jpeg(100 + i)) for i in range(6)]))
+    strange = tiny(tar, out=str(tmp_path / "strange.zarr"))
+    extract(strange, InlineExecutor())
+    out = ["--out", str(tmp_path / "v.png")]
+
+    assert run(["view", store.folder.url, strange.out, *out]) == 2
+    assert "none is in all of" in capsys.readouterr().err
+    assert run(["view", store.folder.url, strange.out, "--rows", "00003", *out]) == 2
+    assert "has another image called '00003' than" in capsys.readouterr().err
+    assert run(["view", store.folder.url, beside.folder.url, "--rows", "00002", "00003", *out]) == 2
+    assert re.search(r"beside.zarr has no sample '00003', which .*out.zarr has", capsys.readouterr().err)
+    assert run(["view", store.folder.url, store.folder.url, *out]) == 2
+    assert "is there twice" in capsys.readouterr().err
 
 
 # --- compare, export --------------------------------------------------------------------------------------------------
@@ -695,6 +837,8 @@ for command in (["status"], ["rows"], ["view", "--out", "v.png"], ["report", "--
     [
         (["stat", "x"], "Did you mean 'status'?"),
         (["status", "nowhere.zarr"], "there is no feature store at nowhere.zarr"),
+        (["view"], "no store: give a store's path or URL"),
+        (["view", "STORE", "--count", "0"], "a picture has at least one row"),
         (["view", "STORE", "--rows", "nobody"], "has no sample 'nobody'"),
         (["view", "STORE", "--rows", "99"], "there is no row 99"),
         (["view", "STORE", "--levels", "x9"], "has no level 'x9'; it has x1, x2, x4, pooled"),
@@ -717,13 +861,11 @@ def test_help_without_a_command_lists_them(capsys):
 
 def test_the_type_of_a_row_selection_is_a_key_before_it_is_a_number(tmp_path, tiny):
     """Keys such as `5` are common; the number is only meant where no key is called so."""
-    from pipelines.showing.commands import named_rows
-
     write_tar(tmp_path / "in.tar", [(f"{i}.jpg", jpeg(i)) for i in (5, 4, 3, 2)])
     config = tiny(str(tmp_path / "in.tar"))
     extract(config, InlineExecutor())
 
-    assert named_rows(FeatureStore.open(config.out), ["5", "0", "-1"], 3).tolist() == [0, 0, 3]
+    assert named_rows(FeatureStore.open(config.out), ["5", "0", "-1"]).tolist() == [0, 0, 3]
 
 
 @pytest.mark.parametrize(

@@ -718,13 +718,14 @@ def test_store_with_a_learned_level_is_shown_beside_the_bilinear_map(keys, tmp_p
 
 
 def test_similar_panel_names_every_level_and_adds_the_bilinear_map(keys, tmp_path):
+    from pipelines.showing.choice import columns_of
     from pipelines.showing.views import similar_panel
 
     url = official_file(tmp_path / "lift.pth")
     config = keys(levels=("x1", f"x2=lift:{url}"))
     extract(config, InlineExecutor())
 
-    panel = similar_panel(FeatureStore.open(config.out), 0, None, [1])
+    panel = similar_panel(columns_of([FeatureStore.open(config.out)], [np.array([0, 1])]), None)
 
     titles = " ".join(panel.columns)
     assert "x2" in titles
