@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -59,26 +60,31 @@ class Table:
         head = ["features", "input px", "stride", "grid", *self.columns]
         rows = [[line.features, line.input_px, _text(line.stride), line.grid, *map(_text, line.values)] for line in self.lines]
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([self.title, *table_lines(head, rows, padded=True), *notes])
+        return "\n".join([self.title, *table_lines(head, rows), *notes])
 
 
-def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, padded: bool = False) -> Iterator[str]:
-    """A Markdown table of cells, line by line, after the empty line that separates it from text.
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Iterator[str]:
+    """A Markdown table of cells, line by line, after the empty line that separates it from text; its columns are as wide as their
+    longest cells, so that it reads well on a terminal, too.
 
-    The first `left` columns are aligned to the left and numbers, behind them, to the right. `padded`: all to the left, and as
-    wide as their longest cells, for files that are read as they are.
+    The first `left` columns are aligned to the left, and those behind them that hold numbers to the right.
     """
-    rule = ["---" if number < left else "---:" for number in range(len(head))]
-    if padded:
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        head, *rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
-        rule = ["-" * width for width in widths]
+    # A cell is one line and one cell, whatever the name in it holds.
+    lines = [[printable_name(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    columns = list(zip(*lines, strict=True))
+    right = [number >= left and all(map(_NUMBER.match, column[1:])) for number, column in enumerate(columns)]
+    widths = [max(3, *map(len, column)) for column in columns]
+    rule = ["-" * (width - 1) + (":" if to_right else "-") for width, to_right in zip(widths, right, strict=True)]
     yield ""
-    yield f"| {' | '.join(head)} |"
-    yield f"| {' | '.join(rule)} |" if padded else f"|{'|'.join(rule)}|"
-    for row in rows:
-        # A cell is one line, whatever the name in it holds.
-        yield f"| {' | '.join(map(printable_name, row))} |"
+    for row in (lines[0], rule, *lines[1:]):
+        cells = (
+            cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+_NUMBER = re.compile(r"$|\W*(\d|nan\b|inf\b|n/a)|-$")
+"""How a cell begins that stands among numbers: as one, or empty, or with a word for none."""
 
 
 def number_lines(columns: Mapping[str, str], rows: Iterable[Sequence[object]]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def squeezed(text: str) -> str:
+    """A table's text without what pads its cells."""
+    return re.sub(" +", " ", text)
 
 
 def jpeg(seed: int, width: int = 96, height: int = 72) -> bytes:

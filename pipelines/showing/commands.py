@@ -12,9 +12,10 @@ from PIL import Image
 from pipelines.config import ConfigError, parse_options
 from pipelines.showing.choice import columns_of, named_together, picked_together, require_alike
 from pipelines.showing.compare import compare, comparison_lines
+from pipelines.showing.curves import curves_png
 from pipelines.showing.report import render_report
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
-from pipelines.showing.training import training_lines
+from pipelines.showing.training import run_names, training_lines
 from pipelines.showing.views import similar_panel, view_panel
 from storage.export import export_vectors
 from storage.paths import Folder, StorageOptions, extension, folder_of
@@ -230,15 +231,28 @@ class Report(Show):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training runs measured on their held-out images, side by side: untrained, at the best checkpoint, and last."""
+    """What training runs measured on their held-out images, side by side: untrained, at the best checkpoint, and last; and their
+    curves."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """The runs' folders, paths or fsspec URLs."""
+    out: str = ""
+    """A picture to write: losses and scores against steps. TensorBoard reads the same from RUN/tensorboard."""
     storage_options: str = ""
     """JSON for the filesystem, as for jobs/extract.py."""
 
     def lines(self) -> Iterator[str]:
-        yield from training_lines([Folder(url, parse_options(self.storage_options)) for url in self.runs])
+        if not self.runs:
+            raise ConfigError("no run: give the folder of a training run, or those of several")
+        kind = _picture_format(self.out) if self.out else ""
+        options = parse_options(self.storage_options)
+        folders = [Folder(url, options) for url in self.runs]
+        yield from training_lines(folders)
+        if not self.out:
+            yield "- Curves: --out curves.png draws them; TensorBoard's files are in tensorboard/ of each run."
+            return
+        with Image.open(io.BytesIO(curves_png(dict(zip(run_names(folders), folders, strict=True))))) as picture:
+            yield _saved(picture.convert("RGB"), self.out, kind, options)
 
 
 def _picture_format(out: str) -> str:

@@ -5,13 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pipelines.config import ConfigError
 from pipelines.results import table_lines
-from pipelines.training.watch import Validations
+from pipelines.training.watch import PLAIN, Validations
 from storage.differences import differences
 from storage.documents import JsonObject, JsonValue, as_object
 from storage.paths import Folder
 from storage.runs import read_run
-
-_PLAIN = "_bilinear"
 
 _MEASURE = (
     *("val_rows", "max_image_pixels", "backbone", "features", "dataset", "task", "val_split", "label_frame", "depth_scale"),
@@ -32,12 +30,12 @@ def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
     rows: list[tuple[str, int | None, Mapping[str, float]]] = []
     judged: dict[str, dict[str, JsonValue]] = {}
     over: list[str] = []
-    for folder, name in zip(folders, _names(folders), strict=True):
+    for folder, name in zip(folders, run_names(folders), strict=True):
         run, found = read_run(folder), Validations.read(folder)
         if run is None or found is None:
             raise ConfigError(f"{folder.displayed} is no training run, or has not validated yet")
         judged[name] = _measure(as_object(run["identity"], "identity"))
-        plain = {each.removesuffix(_PLAIN): value for each, value in found.last.scores.items() if each.endswith(_PLAIN)}
+        plain = {each.removesuffix(PLAIN): value for each, value in found.last.scores.items() if each.endswith(PLAIN)}
         if plain:
             rows.append((f"{name}, bilinear", None, plain))
         if found.untrained and found.last.step:
@@ -48,7 +46,7 @@ def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
         rows.append((last, found.last.step, found.last.scores))
         if found.last.over:
             over.append(f"- {name}, last: {found.last.over}.")
-    names = dict.fromkeys(name for *_, values in rows for name in values if not name.endswith(_PLAIN))
+    names = dict.fromkeys(name for *_, values in rows for name in values if not name.endswith(PLAIN))
     cells = [
         [run, "" if step is None else f"{step:,}", *(f"{values[name]:.4f}" if name in values else "" for name in names)]
         for run, step, values in rows
@@ -70,7 +68,7 @@ def _measure(identity: JsonObject) -> dict[str, JsonValue]:
     return {name: value for name, value in identity.items() if name in _MEASURE or name.startswith("held_out")}
 
 
-def _names(folders: Sequence[Folder]) -> list[str]:
+def run_names(folders: Sequence[Folder]) -> list[str]:
     """Of runs, as tables have them: the folder's own, or all of its place where others are called so, too."""
     short = [folder.url.rstrip("/").rsplit("/", 1)[-1] for folder in folders]
     often = Counter(short)

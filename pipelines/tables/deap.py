@@ -245,7 +245,7 @@ def _published_cells(entry: Entry) -> Iterator[str]:
 
 
 def _section(title: str, rows: Rows) -> str:
-    return "\n".join([f"## {title}", *table_lines(rows[0], rows[1:], padded=True)])
+    return "\n".join([f"## {title}", *table_lines(rows[0], rows[1:])])
 
 
 def _notes(config: GridConfig, speeds: Mapping[str, Speed]) -> Iterator[str]:

@@ -20,6 +20,9 @@ COUNTS = ("val_images", "val_left_out", "val_empty", "val_seen")
 """Numbers of held-out images among the metrics: that the others are over, that couldn't be read, whose label holds nothing to be
 judged, and that are trained on, too."""
 
+PLAIN = "_bilinear"
+"""How the names of scores end that bilinear enlargement of the same images has."""
+
 _SHOWN = 4
 """Held-out images in a picture."""
 
@@ -191,6 +194,8 @@ class Validations:
     last: HeldOutScores
     best: HeldOutScores | None
     "of the best checkpoint, which has the smallest `val_loss`; None before there is one"
+    every: tuple[HeldOutScores, ...] = ()
+    "all, by step"
 
     @classmethod
     def read(cls, folder: Folder) -> "Validations | None":
@@ -204,6 +209,7 @@ class Validations:
             untrained=scores[0] if scores[0].step == 0 else None,
             last=scores[-1],
             best=by_name.get(pointers.best) if pointers and pointers.best else None,
+            every=tuple(sorted(scores, key=lambda each: each.step)),
         )
 
 

@@ -27,6 +27,7 @@ from pipelines.costs import vit_up as vit_up_benchmark
 from pipelines.costs import windows as window_benchmark
 from pipelines.costs.vit_up_report import vit_up_report
 from pipelines.published import LIFT_OPERATIONS
+from tests.conftest import squeezed
 
 
 def test_extract_measures_all_four_side_by_side_and_their_features_agree(tmp_path, capsys):
@@ -87,6 +88,7 @@ def test_read_compares_contenders_on_the_same_rows_and_leaves_nothing_behind(tmp
 
     assert code == 0
     printed = capsys.readouterr().out
+    printed = squeezed(printed)
     for row in (
         "local: random rows | rows/s | MB/s | CPU s / 1,000 rows | rows read | of zarr by row |",
         "S3: random rows | rows/s | MB/s | CPU s / 1,000 rows | server's | rows read | of zarr by row |",
@@ -179,7 +181,7 @@ def test_cost_debug_counts_times_and_weighs_everything(tmp_path, capfd):
     code = benchmark.run(["cost", "debug", "--json", str(path)])
 
     assert code == 0
-    printed = capfd.readouterr().out
+    printed = squeezed(capfd.readouterr().out)
     for row in (
         "vit_small at 224 px, stride 16 | 21.7 + 1.19 M | 4.34 | 4.34 | 5.30 | 5.30 |",
         "64 px to 8 x 8 cells, batch 2, bf16 | parameters | ms per image | of alone | peak MB | of alone |",
@@ -302,7 +304,7 @@ def test_cost_vit_up_debug_times_and_weighs_every_grid_and_chunk(tmp_path, capfd
     assert (window["window"], window["channels"], window["tokens"], window["grid"]) == (3, 64, [4, 4], 16)
     assert (len(window["seconds"]["head"]), len(window["seconds"]["gather"])) == (2, 2)
     assert 0 < window["largest_difference"] < 1e-4 * window["largest_value"]
-    assert "| gather for each query, then attend |" in printed
+    assert "| gather for each query, then attend |" in squeezed(printed)
     assert "all queries at once take" in printed
     assert "Left out" not in printed
 
@@ -462,7 +464,7 @@ def test_readout_trains_the_same_from_a_store_and_says_how_much_faster(tmp_path,
     path = tmp_path / "numbers.json"
 
     assert benchmark.run(["readout", "debug", "--methods", "linear", "--json", str(path)]) == 0
-    assert "| linear |" in capsys.readouterr().out
+    assert "| linear |" in squeezed(capsys.readouterr().out)
     result = json.loads(path.read_text())
     assert result["largest difference of losses"] < 1e-6
     assert all(rate > 0 for rates in result["rates"]["linear"].values() for rate in rates)

@@ -10,24 +10,20 @@ from pipelines.published import Paper, Published
 from pipelines.results import Items, LeftOut, Line, Measured, Table, Taken, table_lines, with_published
 
 
-def test_a_table_has_numbers_to_the_right_or_is_padded():
-    head, rows = ["name", "unit", "ms"], [["a", "s", "12.5"], ["longer", "s", "3"]]
+def test_a_table_is_aligned_as_text_and_as_markdown():
+    head = ["name", "unit", "ms", "by round", "note"]
+    rows = [["a", "s", "12.5", "3 4", "as published"], ["longer", "s", "-3", "", "2nd"], ["c", "", "nan", "**9.1** 2", ""]]
 
-    assert list(table_lines(head, rows, left=2)) == [
+    assert list(table_lines(head, rows)) == [
         "",
-        "| name | unit | ms |",
-        "|---|---|---:|",
-        "| a | s | 12.5 |",
-        "| longer | s | 3 |",
+        "| name   | unit |   ms |  by round | note         |",
+        "| ------ | ---- | ---: | --------: | ------------ |",
+        "| a      | s    | 12.5 |       3 4 | as published |",
+        "| longer | s    |   -3 |           | 2nd          |",
+        "| c      |      |  nan | **9.1** 2 |              |",
     ]
-    assert list(table_lines(head, rows, padded=True)) == [
-        "",
-        "| name   | unit | ms   |",
-        "| ------ | ---- | ---- |",
-        "| a      | s    | 12.5 |",
-        "| longer | s    | 3    |",
-    ]
-    assert list(table_lines(head, [])) == ["", "| name | unit | ms |", "|---|---:|---:|"]
+    assert list(table_lines(["n", "n"], [["1", "2"]], left=2))[-2:] == ["| --- | --- |", "| 1   | 2   |"]
+    assert list(table_lines(head[:3], [])) == ["", "| name | unit |  ms |", "| ---- | ---: | --: |"]
 
 
 # --- papers' numbers --------------------------------------------------------------------------------------------------
@@ -102,4 +98,6 @@ def test_items_of_one_name_are_set_aside_once():
 
 
 def test_names_in_cells_stay_in_their_cells():
-    assert list(table_lines(["name"], [["two\nlines\x1b[2J"]]))[-1] == r"| two\nlines\x1b[2J |"
+    found = list(table_lines(["name"], [["two\nlines\x1b[2J"], ["a|b"]]))
+
+    assert found[-2:] == [r"| two\nlines\x1b[2J |", r"| a\|b              |"]

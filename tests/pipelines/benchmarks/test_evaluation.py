@@ -10,6 +10,7 @@ from operators.metrics.propagation import Propagator
 from pipelines.benchmarks import evaluation as evaluation_benchmark
 from pipelines.benchmarks.evaluation import EvaluateBenchmark, enlarge_then_match, similarities
 from pipelines.config import ConfigError
+from tests.conftest import squeezed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +20,7 @@ def test_evaluate_debug_compares_matching_and_propagation(tmp_path, capsys):
 
     assert benchmark.run(["evaluate", "debug", "--json", str(path)]) == 0
 
-    printed = capsys.readouterr().out
+    printed = squeezed(capsys.readouterr().out)
     for part in (
         "| matching: 3 points in 36 x 36 pixels, similarity | ms | plain, ms | times faster | peak MB | plain, MB |",
         "| 4 x 4 cells, cells |",

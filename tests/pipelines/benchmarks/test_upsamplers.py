@@ -12,6 +12,7 @@ from pipelines.benchmarks import upsamplers
 from pipelines.benchmarks.formulations import FORMULATIONS
 from pipelines.benchmarks.upsamplers import UpsamplersBenchmark
 from pipelines.config import ConfigError
+from tests.conftest import squeezed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,7 +22,7 @@ def test_debug_compares_every_method_with_its_plain_formulation(tmp_path, capsys
 
     assert benchmark.run(["upsamplers", "debug", "--json", str(path)]) == 0
 
-    printed = capsys.readouterr().out
+    printed = squeezed(capsys.readouterr().out)
     assert "| method | grid | ms | of bilinear | plain, ms | times faster | asked | peak MB | declared | plain, MB |" in printed
     result = json.loads(path.read_text())
     assert {(one["name"], one["grid"]) for one in result["compared"]} == {
@@ -41,7 +42,7 @@ def test_results_that_differ_and_bounds_that_do_not_hold_end_the_benchmark(monke
         patch.setattr(JointBilateral, "filter", lambda _, guide, maps: interpolate(maps, guide.shape[2:]))
         assert benchmark.run(arguments) == 1
     shown = capsys.readouterr()
-    assert "| jbu | 20 |" in shown.out
+    assert "| jbu | 20 |" in squeezed(shown.out)
     assert "jbu at 20 x 20 differs from its plain formulation by" in shown.err
 
     compare = upsamplers._compare

@@ -7,6 +7,7 @@ import pytest
 from jobs import benchmark
 from pipelines.config import ConfigError
 from pipelines.costs.readouts import DeapCost, measure_deap
+from tests.conftest import squeezed
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -15,7 +16,7 @@ def test_cost_deap_prints_the_thirty_published_counts_beside_ours(tmp_path, caps
 
     assert benchmark.run(["cost", "--deap", "debug", "--json", str(path)]) == 0
 
-    printed = capsys.readouterr().out
+    printed = squeezed(capsys.readouterr().out)
     assert "30 of 30 round to what is published." in printed
     assert "| Hiera B+ | 896 | 0.060 / 59,752 | 0.050 / 49,686 | 0.099 / 99,394 | 0.054 / 53,672 |" in printed
     assert "| SAM2 B+ | 256 | 0.028 / 27,752 |" in printed

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
+from jobs import show
 from operators.visual import Panel, cosine_map, heat
+from pipelines.showing.curves import curves_figure
 from pipelines.showing.training import training_lines
 from pipelines.training.run import main
 from pipelines.training.watch import Validations, similarity_picture
@@ -124,6 +127,51 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert {f"{tmp_path}/a/run, last and best", f"{tmp_path}/b/run, last and best"} <= rows_of(
         list(training_lines(folders))
     ).keys()
+
+
+def lines_of(axes: Axes, style: str = "-") -> list[tuple[list[float], list[float]]]:
+    return [tuple(list(each) for each in line.get_data()) for line in axes.lines if line.get_linestyle() == style]
+
+
+def test_curves_have_losses_and_scores_the_best_and_bilinears(tmp_path):
+    first = run_of(tmp_path / "first", {0: 0.9, 4: 0.2, 8: 0.5}, bilinear=0.4)
+    second = run_of(tmp_path / "_second", {4: 0.3}, bilinear=0.1)
+
+    figure = curves_figure({"first": first, "_second": second})
+
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert list(panels) == ["loss of the training", "val_loss", "val_cosine"]
+    assert lines_of(panels["loss of the training"]) == [([0, 4, 8], [9.0, 9.0, 9.0]), ([4], [9.0])]
+    # Curves, and the best checkpoint's star.
+    assert lines_of(panels["val_loss"]) == [([0, 4, 8], [0.9, 0.2, 0.5]), ([4], [0.2]), ([4], [0.3]), ([4], [0.3])]
+    assert lines_of(panels["val_loss"], "--") == [([0, 4, 8], [0.4, 0.4, 0.4]), ([4], [0.1])]
+    assert lines_of(panels["val_cosine"])[1] == ([4], [0.8])
+    (legend,) = figure.legends
+    assert [text.get_text().strip() for text in legend.get_texts()][:2] == ["first", "_second"]
+
+
+def test_a_long_loss_is_drawn_smoothed_before_itself(tmp_path):
+    folder = run_of(tmp_path / "run", {600: 0.5}, bilinear=0.4)
+    write_metrics(folder, [*({"step": n, "loss": float(n % 2)} for n in range(1, 601)), validated(600, 0.5, 0.4)])
+
+    raw, mean = lines_of(curves_figure({"run": folder}).axes[0])
+
+    assert len(raw[0]) == 600
+    assert np.abs(np.array(mean[1]) - 0.5).max() < 0.06
+    assert mean[0][0] > 1
+    assert mean[0][-1] < 600
+
+
+def test_curves_are_written_where_they_are_asked_for(tmp_path, capsys):
+    run_of(tmp_path / "run", {0: 0.9, 4: 0.2}, bilinear=0.4)
+
+    assert show.run(["training", f"{tmp_path}/run", "--out", f"{tmp_path}/curves.png"]) == 0
+    assert Image.open(tmp_path / "curves.png").width > 1000
+    assert "Curves: --out" not in capsys.readouterr().out
+    assert show.run(["training", f"{tmp_path}/run"]) == 0
+    assert "TensorBoard's files are in tensorboard/ of each run" in capsys.readouterr().out
+    assert show.run(["training", f"{tmp_path}/run", "--out", f"{tmp_path}/curves.foo"]) == show.run(["training"]) == 2
+    assert "no run: give the folder of a training run" in capsys.readouterr().err
 
 
 def test_the_end_of_a_training_says_of_which_step_its_scores_are(small):  # noqa: F811
