@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from storage.documents import DamagedObject, Document, decode, parse_json, schema_of
 from storage.paths import Folder, StorageError
+from storage.sample_arrays import sample_chunks
 from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_bytes
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
@@ -80,13 +81,22 @@ def image_digest(data: bytes) -> str:
 class Ledger:
     """The records of one store: of its layout and levels, under its fingerprint.
 
-    `unmarked`: records without a fingerprint count too, which format 2 wrote. What is read is checked; what isn't as it must
-    be raises `DamagedObject`, which names it.
+    `unmarked`: records without a fingerprint count too, which format 2 wrote. `sample_arrays`: `merge` writes those, too.
+    What is read is checked; what isn't as it must be raises `DamagedObject`, which names it.
     """
 
-    def __init__(self, folder: Folder, layout: Layout, levels: Sequence[Level], fingerprint: str, *, unmarked: bool = False):
+    def __init__(
+        self,
+        folder: Folder,
+        layout: Layout,
+        levels: Sequence[Level],
+        fingerprint: str,
+        *,
+        unmarked: bool = False,
+        sample_arrays: bool = False,
+    ):
         self.folder, self.layout, self.levels = folder, layout, levels
-        self.fingerprint, self.unmarked = fingerprint, unmarked
+        self.fingerprint, self.unmarked, self.sample_arrays = fingerprint, unmarked, sample_arrays
         self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
 
     @staticmethod
@@ -209,6 +219,8 @@ class Ledger:
             table = _placed(table, places, index.sources)
             totals += Totals.of(table)
             put(part_name("ledger/samples", part), table_bytes(table))
+            for name, chunk in sample_chunks(expected.start, table) if self.sample_arrays else ():
+                put(name, chunk)
         return totals
 
     def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:

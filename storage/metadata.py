@@ -10,6 +10,8 @@ from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from storage.documents import JsonObject, JsonValue
+from storage.sample_arrays import create_sample_arrays
+from storage.shards import IndexLocation
 from storage.spec import SIDE_GROUPS, FeatureSpec, Layout, Level
 
 _MULTISCALES = {
@@ -21,17 +23,27 @@ _MULTISCALES = {
 }
 
 
-def zarr_documents(spec: FeatureSpec, layout: Layout, attributes: JsonObject, *, consolidated: bool) -> dict[str, bytes]:
+def zarr_documents(
+    spec: FeatureSpec,
+    layout: Layout,
+    attributes: JsonObject,
+    *,
+    index_location: IndexLocation,
+    sample_arrays: bool,
+    consolidated: bool,
+) -> dict[str, bytes]:
     """Every metadata document and coordinate chunk of a store, by object name. Made by zarr-python in memory.
 
-    `attributes` are Raylift's own, at the root.
+    `attributes` are Raylift's own, at the root. `sample_arrays`: those of `storage.sample_arrays` are among them.
     """
     store = MemoryStore()
     root = zarr.create_group(store, attributes=_root_attributes(spec, attributes))
     for name in SIDE_GROUPS:  # real (empty) groups, so that listing the store warns about nothing
         root.create_group(name)
     for level in spec.levels:
-        _create_level(root.create_group(level.name), level, spec, layout)
+        _create_level(root.create_group(level.name), level, spec, layout, index_location)
+    if sample_arrays:
+        create_sample_arrays(root, layout.n_rows)
     if consolidated:
         with warnings.catch_warnings():
             # Consolidated metadata is not in the v3 spec yet; every reader we know takes it or ignores it.
@@ -40,7 +52,7 @@ def zarr_documents(spec: FeatureSpec, layout: Layout, attributes: JsonObject, *,
     return {name: value.to_bytes() for name, value in store._store_dict.items()}
 
 
-def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: Layout) -> None:
+def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: Layout, index_location: IndexLocation) -> None:
     attributes: dict[str, JsonValue] = {
         "long_name": f"{'dense' if level.grid else 'pooled'} features of {spec.model}",
         "method": level.method,
@@ -55,14 +67,16 @@ def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: La
     if level.grid is None:
         _create_vectors(group, "features", level.channels, level.dtype, attributes, layout)
         return
-    _create_maps(group, level, attributes, layout)
+    _create_maps(group, level, attributes, layout, index_location)
     assert level.start
     assert level.step
     for name, count, start, step in zip("yx", level.grid, level.start, level.step, strict=True):
         _create_coordinate(group, name, start + np.arange(count) * step)
 
 
-def _create_maps(group: zarr.Group, level: Level, attributes: dict[str, JsonValue], layout: Layout) -> None:
+def _create_maps(
+    group: zarr.Group, level: Level, attributes: dict[str, JsonValue], layout: Layout, index_location: IndexLocation
+) -> None:
     """One inner chunk per row, so that one image's map is one ranged read; many of them in a shard, which is one object."""
     inner: list[Codec] = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
     group.create_array(
@@ -72,8 +86,7 @@ def _create_maps(group: zarr.Group, level: Level, attributes: dict[str, JsonValu
         dtype=level.dtype,
         fill_value=0 if level.dtype == "int8" else np.nan,
         dimension_names=["sample", "y", "x", "channel"],
-        # index_location "start": a suffix range, which "end" needs, fails on Azure.
-        serializer=ShardingCodec(chunk_shape=(1, *level.row_shape), codecs=inner, index_location="start"),
+        serializer=ShardingCodec(chunk_shape=(1, *level.row_shape), codecs=inner, index_location=index_location),
         compressors=None,
         filters=None,
         attributes=attributes,

@@ -19,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import StorageError as StorageError
-from storage.local_files import put_file, read_ranges_of_files, remove_partial_files
+from storage.local_files import put_file, read_ends_of_files, read_ranges_of_files, remove_partial_files
 from storage.reachable import why_endpoint_unreachable
 from storage.redaction import redact
 from storage.redirects import get_client
@@ -220,6 +220,31 @@ class Folder:
         return [_range_or_none(data, end - start) for data, (start, end) in zip(found, bounds, strict=True)]
 
     @_guarded
+    def read_ends(self, names: Sequence[str], size: int) -> list[bytes | None]:
+        """The last `size` bytes of objects, concurrently; all of shorter ones, None for those that don't exist.
+
+        One request each. Where the storage can't be asked for an object's end (Azure), or a web server doesn't answer that,
+        its size is asked for first.
+        """
+        fs, root = self._fs()
+        paths = [f"{root}/{name}" for name in names]
+        if isinstance(fs, LocalFileSystem):
+            return read_ends_of_files(paths, size)
+        found: list[bytes | BaseException | None] = [None] * len(paths)
+        if _knows_ends(fs):
+            found = fs.cat_ranges(paths, [-size] * len(paths), [None] * len(paths), on_error="return")
+        by_size = [i for i, data in enumerate(found) if data is None or _refuses_ends(data)]
+        with ThreadPoolExecutor(32) as pool:
+            sizes = list(pool.map(self.size, [names[i] for i in by_size]))
+        ranges = [(names[i], max(0, total - size), size) for i, total in zip(by_size, sizes, strict=True) if total is not None]
+        ends = dict(zip([name for name, _, _ in ranges], self.read_ranges(ranges), strict=True)) if ranges else {}
+        asked = set(by_size)
+        return [
+            ends.get(name) if i in asked else _end_or_none(data, size)
+            for i, (name, data) in enumerate(zip(names, found, strict=True))
+        ]
+
+    @_guarded
     def open(self, name: str) -> BinaryIO:
         """A seekable binary file, for readers that need part of a large object: each read is one request."""
         fs, root = self._fs()
@@ -349,14 +374,38 @@ class Folder:
             remove_partial_files(root)
 
 
+_KNOW_ENDS = {"s3", "s3a", "gs", "gcs", "http", "https", "memory"}
+"""Protocols whose filesystems give an object's end in one request."""
+
+
+def _knows_ends(fs: fsspec.AbstractFileSystem) -> bool:
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return not protocols.isdisjoint(_KNOW_ENDS)
+
+
+def _refuses_ends(data: bytes | BaseException) -> bool:
+    """Whether it's a web server's word, or its silence, about a range counted from the end. A suffix is optional in HTTP."""
+    return isinstance(data, aiohttp.ClientError)
+
+
 def _range_or_none(data: bytes | BaseException, size: int) -> bytes | None:
-    if isinstance(data, FileNotFoundError):
+    found = _found_or_none(data)
+    return found if found is None else found[:size]
+
+
+def _end_or_none(data: bytes | BaseException | None, size: int) -> bytes | None:
+    found = _found_or_none(data)
+    return found if found is None else found[-size:]  # a web server without ranges answers with the whole
+
+
+def _found_or_none(data: bytes | BaseException | None) -> bytes | None:
+    if data is None or isinstance(data, FileNotFoundError):
         return None
     if isinstance(data, OSError) and data.errno == errno.EINVAL and "range is not satisfiable" in str(data):
         return b""  # the range starts at the object's end or beyond; s3fs's form of a 416
     if isinstance(data, BaseException):
         raise data
-    return data[:size]
+    return data
 
 
 def read_file(url: str, storage_options: StorageOptions | None = None) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 
 from storage.paths import Folder, StorageError
 from storage.ranges import merge_ranges
-from storage.shards import DamagedChunk, decode_index, decompress, index_bytes
+from storage.shards import DamagedChunk, IndexLocation, decode_index, decompress, index_bytes
 from storage.spec import Layout, Level
 
 T = TypeVar("T")
@@ -35,10 +35,10 @@ class _Stale(StorageError):
 
 
 class LevelReader:
-    """Reads rows of `level`, also from several threads at once."""
+    """Reads rows of `level`, whose shards have their index at `location`, also from several threads at once."""
 
-    def __init__(self, folder: Folder, layout: Layout, level: Level):
-        self.folder, self.layout, self.level = folder, layout, level
+    def __init__(self, folder: Folder, layout: Layout, level: Level, location: IndexLocation):
+        self.folder, self.layout, self.level, self.location = folder, layout, level, location
         self.name = f"{level.name}/features"
         self.shard_rows = layout.shard_rows(level)
         self.dtype = np.dtype("float32" if level.dtype == "int8" else level.dtype)
@@ -108,8 +108,9 @@ class LevelReader:
 
     def _fetch_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray]:
         """The indexes of those shards that exist, as they are now, for the cache."""
-        size = index_bytes(self.shard_rows)
-        found = self.folder.read_ranges([(self._shard_name(shard), 0, size) for shard in shards]) if shards else []
+        size, names = index_bytes(self.shard_rows), [self._shard_name(shard) for shard in shards]
+        at_start = self.location == "start"
+        found = self.folder.read_ranges([(name, 0, size) for name in names]) if at_start else self.folder.read_ends(names, size)
         # A shard that isn't there may be, next time.
         fetched = {s: self._decode_index(s, data) for s, data in zip(shards, found, strict=True) if data is not None}
         for shard, index in fetched.items():
@@ -144,7 +145,7 @@ class LevelReader:
 
     def _decode_index(self, shard: int, data: bytes) -> np.ndarray:
         try:
-            return decode_index(data, self.shard_rows)
+            return decode_index(data, self.shard_rows, self.location)
         except DamagedChunk as error:
             raise StorageError(f"{self._shown(shard)} is damaged: {error}") from None
 

@@ -8,16 +8,20 @@ from typing import Literal
 from storage.documents import Document, JsonObject, JsonValue, MissingObject, as_object, decode, decode_known
 from storage.paths import Folder, StorageError
 from storage.samples import INDEX, SampleIndex
+from storage.shards import IndexLocation
 from storage.sources import sources_digest
 from storage.spec import FeatureSpec, Layout, fingerprint_of
 from storage.totals import Clipped
 
 ROOT = "zarr.json"
 
-FORMAT = 3
-"""3: every commit record has the store's fingerprint; ledger rows have the digest of the image's bytes."""
+FORMAT = 4
+"""4: shards have their index at the end; a complete store has its samples' keys and validity as Zarr arrays, too."""
 
-READABLE = (2, 3)
+MARKED = 3
+"""3: every commit record has the store's fingerprint; ledger rows have the digest of the image's bytes. Such a store stays 3."""
+
+READABLE = (2, MARKED, FORMAT)
 """2: keys in order beside the index, counts among the attributes. Whoever continues such a store makes it 3."""
 
 
@@ -50,6 +54,16 @@ class RootDocument:
     config: JsonObject | None = None
     notes: tuple[str, ...] | None = None
 
+    @property
+    def index_location(self) -> IndexLocation:
+        """Where shards have their index, which stays where it was begun: shards of both kinds can't be of one array."""
+        return "end" if self.format >= FORMAT else "start"
+
+    @property
+    def has_sample_arrays(self) -> bool:
+        """Whether the finish writes `storage.sample_arrays`."""
+        return self.format >= FORMAT
+
 
 def read_attributes(folder: Folder) -> dict[str, JsonValue] | None:
     """The `raylift` attributes of the store in `folder`; None if there is no store.
@@ -71,7 +85,7 @@ def read_attributes(folder: Folder) -> dict[str, JsonValue] | None:
         number = decode(int, own["format"], "format")
     if number not in READABLE:
         advice = "update Raylift" if number > FORMAT else "extract it again, with a new --out"
-        readable = " and ".join(map(str, READABLE))
+        readable = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
         raise StorageError(f"{document.displayed} has format {number}, this version reads {readable}; {advice}")
     with document.parsing():
         _check(decode_known(RootDocument, own))

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -374,7 +375,7 @@ def move_index(index: SampleIndex, folder: Folder, put: Callable[[str, bytes], N
 def remove_indexes(folder: Folder, but: str) -> None:
     """Drop the indexes of a folder other than the one at prefix `but`, also what a killed run left of them."""
     # Each repair of the input writes an index beside the one before, so that a killed run leaves the store a whole one.
-    generations = [f"{INDEX}/{name}" for name in folder.folders(INDEX) if name not in ("samples", "keys")]
+    generations = [f"{INDEX}/{name}" for name in folder.folders(INDEX) if re.fullmatch("[0-9a-f]{12}", name)]
     for prefix in {INDEX, *generations} - {but}:
         parts = [f"{prefix}/{kind}/{name}" for kind in ("samples", "keys") for name in folder.sizes(f"{prefix}/{kind}")]
         folder.remove([*(name for name in parts if name.endswith(".parquet")), f"{prefix}/sources.parquet"])

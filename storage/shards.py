@@ -6,6 +6,7 @@ PUT, rows encoded while the next ones are computed, and 2 to 3 times less CPU th
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -14,6 +15,9 @@ from numcodecs.zstd import Zstd
 from storage.errors import RayliftError
 
 FLOAT16_MAX = 65504.0
+
+IndexLocation = Literal["start", "end"]
+"""Where the index of a shard lies, as the array's metadata calls it."""
 
 _MAX_BITS = np.float16(FLOAT16_MAX).view(np.uint16)
 
@@ -74,39 +78,42 @@ def count_clipped(values: np.ndarray) -> np.ndarray:
     return np.count_nonzero(bits & 0x7FFF == _MAX_BITS, axis=1)
 
 
-def encode_shard(chunks: Sequence[bytes | None]) -> bytes:
-    """A Zarr v3 shard (`sharding_indexed`, index at the start, crc32c) from its encoded inner chunks.
+def encode_shard(chunks: Sequence[bytes | None], location: IndexLocation = "end") -> bytes:
+    """A Zarr v3 shard (`sharding_indexed`, crc32c) from its encoded inner chunks, its index at `location`.
 
     None is a missing chunk: readers see the array's fill value there.
     """
     index = np.full((len(chunks), 2), _ABSENT, "<u8")
-    offset = index.nbytes + 4
+    offset = index_bytes(len(chunks)) if location == "start" else 0
     for i, chunk in enumerate(chunks):
         if chunk is not None:
             index[i] = offset, len(chunk)
             offset += len(chunk)
-    head = index.tobytes()
-    checksum = google_crc32c.value(head).to_bytes(4, "little")
-    return b"".join([head, checksum, *(chunk for chunk in chunks if chunk is not None)])
+    entries = index.tobytes()
+    checksum = google_crc32c.value(entries).to_bytes(4, "little")
+    there = [chunk for chunk in chunks if chunk is not None]
+    return b"".join([entries, checksum, *there] if location == "start" else [*there, entries, checksum])
 
 
 def index_bytes(rows: int) -> int:
-    """Size of the index at the start of a shard of `rows` chunks."""
+    """Size of the index of a shard of `rows` chunks."""
     return 16 * rows + 4
 
 
-def decode_index(shard: bytes, rows: int) -> np.ndarray:
-    """The index at the start of a shard: int64 [rows, 2], where each chunk starts and ends; (0, 0) for absent ones.
+def decode_index(shard: bytes, rows: int, location: IndexLocation) -> np.ndarray:
+    """The index at the `location` of a shard, or of a part of it that holds it: int64 [rows, 2], where each chunk starts and
+    ends; (0, 0) for absent ones.
 
     Raises `DamagedChunk`.
     """
     size = index_bytes(rows)
     if len(shard) < size:
         raise DamagedChunk(f"{len(shard)} bytes, and its index alone has {size}")
-    head = shard[: size - 4]
-    if google_crc32c.value(head) != int.from_bytes(shard[size - 4 : size], "little"):
+    index_part = shard[:size] if location == "start" else shard[-size:]
+    entries = index_part[:-4]
+    if google_crc32c.value(entries) != int.from_bytes(index_part[-4:], "little"):
         raise DamagedChunk("the checksum of its index is wrong")
-    index = np.frombuffer(head, "<u8").reshape(rows, 2)
+    index = np.frombuffer(entries, "<u8").reshape(rows, 2)
     there = index[:, 0] != _ABSENT
     start, length = np.where(there[:, None], index, 0).astype(np.int64).T
     return np.stack([start, start + length], axis=1)

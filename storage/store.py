@@ -22,7 +22,8 @@ from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, StorageOptions, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
-from storage.root import FORMAT, ROOT, RootDocument, StoreReplaced, read_attributes, require_same_store
+from storage.root import FORMAT, MARKED, ROOT, RootDocument, StoreReplaced, read_attributes, require_same_store
+from storage.sample_arrays import SAMPLE_DOCUMENTS
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
 from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, fingerprint
@@ -77,8 +78,10 @@ class FeatureStore:
         "`attributes`, typed"
         self.spec, self.layout = self.root.spec, self.root.layout
         # Records of a store that format 2 began have no fingerprint, also after it was upgraded.
-        unmarked = self.root.format < 3 or self.root.upgraded_from is not None
-        self.ledger = Ledger(self.folder, self.layout, self.spec.levels, self._origin, unmarked=unmarked)
+        unmarked = self.root.format < MARKED or self.root.upgraded_from is not None
+        self.ledger = Ledger(
+            self.folder, self.layout, self.spec.levels, self._origin, unmarked=unmarked, sample_arrays=self.root.has_sample_arrays
+        )
         self._readers: dict[str, LevelReader] = {}
 
     @property
@@ -137,7 +140,8 @@ class FeatureStore:
             **provenance,
         }
         # First, since of several makers the root has one, and only that one writes the other documents.
-        if folder.write_new(ROOT, zarr_documents(spec, layout, attributes, consolidated=False)[ROOT]):
+        documents = zarr_documents(spec, layout, attributes, index_location="end", sample_arrays=False, consolidated=False)
+        if folder.write_new(ROOT, documents[ROOT]):
             return attributes
         found = read_attributes(folder)
         if found is None:
@@ -145,8 +149,10 @@ class FeatureStore:
         return found
 
     def _restore_documents(self) -> None:
-        """Write the levels' metadata where it isn't what spec and layout give: not yet, damaged, or another maker's."""
-        files = self._documents(consolidated=False)
+        """Write the levels' metadata where it isn't what spec and layout give: not yet, damaged, or another maker's. Of a store
+        that is being written; removes what a killed run left of the sample arrays."""
+        self._remove_sample_documents()
+        files = self._documents(complete=False)
         files.pop(ROOT)
         # One byte more than expected, so that a longer document isn't taken for an equal one.
         there = self.folder.read_ranges([(name, 0, len(data) + 1) for name, data in files.items()])
@@ -248,7 +254,7 @@ class FeatureStore:
         """Features of row numbers, NaN where there are none, and which are there, bool [n]."""
         reader = self._readers.get(level)
         if reader is None:  # kept, since it caches the indexes of shards
-            reader = self._readers[level] = LevelReader(self.folder, self.layout, self.level(level))
+            reader = self._readers[level] = LevelReader(self.folder, self.layout, self.level(level), self.root.index_location)
         return reader.read(rows)
 
     def sample(self, key: str | int, points_xy: ArrayLike, level: str) -> np.ndarray:
@@ -406,7 +412,7 @@ class FeatureStore:
             "input": sources_digest(index.sources),
             "origin": self._origin,
         }
-        self._write_root({**self._kept(), **own}, consolidated=False)
+        self._write_root({**self._kept(), **own}, complete=False)
         self.__dict__.pop("index", None)  # the cached property holds the index before
         self._restore_documents()
 
@@ -426,9 +432,9 @@ class FeatureStore:
         `input_digest`: `sources_digest` of the files as this run reads them. Drivers that read others stop.
         """
         marked = self.root.status == "writing" and input_digest in (None, self.root.input)
-        if not marked or self.root.format != FORMAT:
+        if not marked or self.root.format < MARKED:
             wanted = {"status": "writing"} | ({} if input_digest is None else {"input": input_digest})
-            self._write_root({**self._kept(), **wanted}, consolidated=False)
+            self._write_root({**self._kept(), **wanted}, complete=False)
 
     def _kept(self) -> dict[str, JsonValue]:
         """The attributes that say no more than what was begun."""
@@ -461,15 +467,32 @@ class FeatureStore:
         self._restore_documents()
         totals = asdict(self.ledger.merge(self.index, self.put))
         self.require_in_place()
-        self._write_root({**self._kept(), "status": "complete", **totals}, consolidated=True)
+        self._write_root({**self._kept(), "status": "complete", **totals}, complete=True)
 
-    def _write_root(self, attributes: JsonObject, *, consolidated: bool) -> None:
-        """Write the root document with these attributes, in today's format, and go by them. Raises `StoreReplaced`."""
-        older = {} if attributes["format"] == FORMAT else {"format": FORMAT, "upgraded_from": attributes["format"]}
+    def _write_root(self, attributes: JsonObject, *, complete: bool) -> None:
+        """Write the root document with these attributes, and go by them. Raises `StoreReplaced`.
+
+        Of a store that is complete, the sample arrays' metadata comes first, and goes last once it isn't any more: who finds
+        them finds those of its rows.
+        """
+        older = {} if self.root.format >= MARKED else {"format": MARKED, "upgraded_from": attributes["format"]}
         look = functools.partial(require_same_store, self.folder, self.root.fingerprint)
         look()
         self._take_attributes({**attributes, **older})
-        self.folder.write(ROOT, self._documents(consolidated=consolidated)[ROOT], look=look)
+        documents = self._documents(complete=complete)
+        for name in SAMPLE_DOCUMENTS if complete and self.root.has_sample_arrays else ():
+            self.put(name, documents[name])
+        self.folder.write(ROOT, documents[ROOT], look=look)
+        if not complete:
+            self._remove_sample_documents()
+
+    def _remove_sample_documents(self) -> None:
+        """Take the arrays of an earlier finish, whose rows may change now, out of readers' sight."""
+        if self.root.has_sample_arrays:
+            there = self.folder.read_ranges([(name, 0, 1) for name in SAMPLE_DOCUMENTS])
+            if stale := [name for name, data in zip(SAMPLE_DOCUMENTS, there, strict=True) if data is not None]:
+                self.require_in_place()
+                self.folder.remove(stale)
 
     def _sweep(self) -> None:
         """Remove what killed runs left beside the store's objects: files half written, probes."""
@@ -478,8 +501,15 @@ class FeatureStore:
         probes = [name for name in self.folder.sizes("runs") if f"runs/{name}".startswith(_PROBE)]
         self.folder.remove(f"runs/{name}" for name in probes)
 
-    def _documents(self, *, consolidated: bool) -> dict[str, bytes]:
-        return zarr_documents(self.spec, self.layout, self.attributes, consolidated=consolidated)
+    def _documents(self, *, complete: bool) -> dict[str, bytes]:
+        return zarr_documents(
+            self.spec,
+            self.layout,
+            self.attributes,
+            index_location=self.root.index_location,
+            sample_arrays=complete and self.root.has_sample_arrays,
+            consolidated=complete,
+        )
 
     def writer(self, task: ShardTask) -> BlockWriter:
         """The writer of one task's shards."""

@@ -70,9 +70,10 @@ class BlockWriter:
         """The bytes of the level's objects, in the order of their names."""
         if level.grid:
             rows, chunks = self.store.layout.shard_rows(level), self._chunks[level.name]
+            location = self.store.root.index_location
             for start in range(0, len(chunks), rows):
                 shard = chunks[start : start + rows]
-                yield encode_shard(shard + [None] * (rows - len(shard)))
+                yield encode_shard(shard + [None] * (rows - len(shard)), location)
         else:
             yield compress(self._vectors[f"{level.name}/features"])
         if level.dtype == "int8":

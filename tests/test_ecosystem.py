@@ -1,5 +1,8 @@
 """A written store in other tools: Zarr, xarray, dask and TensorStore have the numbers that FeatureStore.read has."""
 
+import base64
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +29,7 @@ LEVELS = ("x1", "x2@float32", "x0.5@int8", "5x3=bicubic", "pooled")
 FAILED = 3
 FLOATS = ["x1", "x2", "5x3", "pooled"]
 MAPS = ["x1", "x2", "x0.5", "5x3"]
+LEVELS_BY_NAME = ["x1", "x2", "x0.5", "5x3", "pooled"]
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +218,21 @@ def test_datatree_holds_every_level_with_its_own_coordinates(store, url):
         np.testing.assert_array_equal(opened[level]["features"].values, everything(store, level))
     assert opened["x1"]["x"].shape == (6,)
     assert opened["x2"]["x"].shape == (12,)
-    assert {name for name in opened.children if opened[name].data_vars} == {"x1", "x2", "x0.5", "5x3", "pooled"}
+    assert {name for name in opened.children if opened[name].data_vars} == {*LEVELS_BY_NAME, "index"}
     assert opened.attrs["raylift"]["status"] == "complete"
+
+
+def test_xarray_selects_rows_by_key_and_masks_those_that_failed(store, url):
+    samples = xarray.open_zarr(url, group="index", chunks=None)
+    level = xarray.open_zarr(url, group="x2", chunks=None).assign_coords(samples.coords)
+
+    assert list(samples.coords) == ["key"]
+    assert is_lazy(samples["key"])
+    assert samples["key"].values.tolist() == [str(n) for n in range(7)]
+    assert samples["valid"].values.tolist() == store.valid().tolist() == [n != FAILED for n in range(7)]
+    by_key = level.set_index(sample="key")["features"].sel(sample=["6", "0"])
+    np.testing.assert_array_equal(by_key.values, store.read(["6", "0"], "x2"))
+    assert level["features"].where(samples["valid"], drop=True).sizes["sample"] == 6
 
 
 def test_xarray_over_s3_has_the_numbers_of_the_reader(store, on_s3):
@@ -290,3 +307,59 @@ def test_reading_needs_neither_torch_nor_ray_nor_the_input(store, moved):
     rows, points = store.read(["5", "0"], "x2").sum().item(), store.sample("6", [(40, 20), (0, 0)], "x1").sum().item()
     valid = [n != FAILED for n in range(7)]
     assert done.stdout == f"7 float32 {rows} {points} {valid} (4, 6, 2)\n"
+
+
+# --- zarrita --------------------------------------------------------------------------------------------------------
+
+READ_WITH_ZARRITA = """
+// Node before 24 has no float16: their bits then, of which there are as many.
+globalThis.Float16Array ??= Uint16Array;
+const zarr = await import("zarrita");
+const { default: FileSystemStore } = await import("@zarrita/storage/fs");
+const [, url, ...names] = process.argv;
+const root = zarr.root(new FileSystemStore(url));
+const found = {};
+for (const name of names) {
+    const array = await zarr.open(root.resolve(name), { kind: "array" });
+    const { data, shape } = await zarr.get(array);
+    const plain = typeof data[Symbol.iterator] === "function" ? [...data] : data;
+    const bytes = ArrayBuffer.isView(data) ? Buffer.from(data.buffer, data.byteOffset, data.byteLength) : null;
+    found[name] = { shape, dtype: array.dtype, values: bytes ? bytes.toString("base64") : plain };
+}
+console.log(JSON.stringify(found));
+"""
+
+
+@pytest.fixture(scope="module")
+def zarrita() -> Path:
+    """A folder in which `npm install zarrita` was run: RAYLIFT_ZARRITA, or that of global packages."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not here")
+    folder = os.environ.get("RAYLIFT_ZARRITA")
+    if folder is None and shutil.which("npm"):
+        where = subprocess.run(["npm", "root", "-g"], capture_output=True, text=True, check=True).stdout.strip()
+        folder = str(Path(where).parent)
+    for modules in ("node_modules", "lib/node_modules"):
+        if folder and Path(folder, modules, "zarrita").is_dir():
+            return Path(folder)
+    pytest.skip("zarrita is not here: run npm install zarrita in a folder, and set RAYLIFT_ZARRITA to it")
+
+
+def test_zarrita_has_the_numbers_keys_and_validity(store, url, zarrita):
+    names = ["x1/features", "x2/features", "5x3/features", "x0.5/features", "x0.5/scale", "pooled/features", "x1/y"]
+    command = ["node", "--input-type=module", "-e", READ_WITH_ZARRITA, url, *names, "index/key", "index/valid"]
+
+    done = subprocess.run(command, cwd=zarrita, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 0, done.stderr
+    found, group = json.loads(done.stdout), zarr.open_group(url, mode="r")
+    rows = [n for n in range(7) if n != FAILED]
+    for name in names:
+        array = group[name][:]
+        values = np.frombuffer(base64.b64decode(found[name]["values"]), array.dtype).reshape(found[name]["shape"])
+        assert found[name]["dtype"] == array.dtype
+        # Bits in a float16's place have no NaN to fill the failed row with.
+        which = rows if array.dtype == np.float16 and name != "pooled/features" else slice(None)
+        np.testing.assert_array_equal(values[which], array[which], err_msg=name)
+    assert found["index/key"] == {"shape": [7], "dtype": "string", "values": [str(n) for n in range(7)]}
+    assert found["index/valid"]["values"] == [n != FAILED for n in range(7)]

@@ -1,11 +1,14 @@
 """Whole objects below a URL: atomic, create-only where asked, the same on every kind of storage."""
 
+import functools
 import os
 import pickle
 import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -118,6 +121,102 @@ def test_several_objects_are_read_in_the_order_asked(folder):
 
     assert folder.read_many([str(n) for n in range(49, -1, -1)]) == [b"%d" % n for n in range(49, -1, -1)]
     assert folder.read_many([]) == []
+
+
+NAMES = ["long", "none", "short", "empty"]
+ENDS = [b"6789", None, b"ab", b""]
+
+
+def write_ends(folder: Folder) -> None:
+    for name, data in {"long": b"0123456789", "short": b"ab", "empty": b""}.items():
+        folder.write(name, data)
+
+
+def test_ends_of_objects_are_read_in_the_order_asked(folder):
+    write_ends(folder)
+
+    assert folder.read_ends(NAMES, 4) == ENDS
+    assert folder.read_ends([], 4) == []
+
+
+def test_storage_that_cannot_be_asked_for_ends_is_asked_for_sizes(tmp_path, monkeypatch):
+    """As Azure's. What it would make of a negative start isn't tried."""
+
+    class Ranges(MemoryFileSystem):
+        protocol = "abfs"
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
+            assert start is not None
+            assert 0 <= start < end
+            return super().cat_file(path, start=start, end=end)
+
+    monkeypatch.setattr("storage.paths.filesystem", lambda url, options=None: (Ranges(), f"/{tmp_path.name}"))
+    folder = Folder("abfs://container")
+    write_ends(folder)
+
+    assert folder.read_ends(NAMES, 4) == ENDS
+
+
+def test_s3_gives_ends_in_one_request(s3_options):
+    folder = Folder(f"s3://{s3_options['bucket']}/ends", s3_options["options"])
+    write_ends(folder)
+
+    assert folder.read_ends(NAMES, 4) == ENDS
+
+
+class _Plain(SimpleHTTPRequestHandler):
+    """Python's own web server: whoever asks for a range gets the whole file."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Ranges(_Plain):
+    """One with ranges: by how they are counted it answers with `suffix`, or 416."""
+
+    suffix = True
+
+    def do_GET(self) -> None:
+        if not Path(self.translate_path(self.path)).exists():
+            self.send_error(404)
+            return
+        data = Path(self.translate_path(self.path)).read_bytes()
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        if not first and not self.suffix:
+            self.send_error(416)
+            return
+        data = data[-int(last) :] if not first else data[int(first) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class _NoSuffixes(_Ranges):
+    suffix = False
+
+
+class _Crashes(_Ranges):
+    """What a server's own fault at a suffix looks like: the connection ends without an answer."""
+
+    def do_GET(self) -> None:
+        if not self.headers["Range"].startswith("bytes=-"):
+            super().do_GET()
+        self.close_connection = True
+
+
+@pytest.mark.parametrize("handler", [_Plain, _Ranges, _NoSuffixes, _Crashes])
+def test_web_servers_of_any_kind_give_the_ends(tmp_path, handler):
+    write_ends(Folder(str(tmp_path)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        folder = Folder(f"http://127.0.0.1:{server.server_port}")
+
+        assert folder.read_ends(["long", "none", "short"], 4) == ENDS[:3]
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_removing_twice_is_fine(folder):

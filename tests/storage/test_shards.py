@@ -17,15 +17,17 @@ from zarr.storage import MemoryStore
 
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
-from storage.shards import compress, encode_row, encode_shard
+from storage.shards import IndexLocation, compress, encode_row, encode_shard
 from storage.spec import FeatureSpec, Layout, Level, choose_block_rows, fingerprint
 from tests.conftest import jpeg, write_tar
 
 RNG = np.random.default_rng(5)
 
 
-def array(store: MemoryStore, shape: tuple[int, ...], rows: int, dtype: str, **options: object) -> zarr.Array:
-    """A Zarr array as the store's design says: a chunk a row, `rows` a shard, zstd 1 with checksum, index at the start."""
+def array(
+    store: MemoryStore, shape: tuple[int, ...], rows: int, dtype: str, location: IndexLocation = "end", **options: object
+) -> zarr.Array:
+    """A Zarr array as the store's design says: a chunk a row, `rows` a shard, zstd 1 with checksum."""
     inner = (1, *shape[1:])
     codecs = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
     return zarr.create_array(
@@ -34,7 +36,7 @@ def array(store: MemoryStore, shape: tuple[int, ...], rows: int, dtype: str, **o
         chunks=(rows, *shape[1:]),
         dtype=dtype,
         fill_value=0 if dtype == "int8" else np.nan,
-        serializer=ShardingCodec(chunk_shape=inner, codecs=codecs, index_location="start"),
+        serializer=ShardingCodec(chunk_shape=inner, codecs=codecs, index_location=location),
         compressors=None,
         filters=None,
         **options,
@@ -48,21 +50,23 @@ def features(dtype: str, rows: int = 8) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_shard_has_the_bytes_that_zarr_writes(dtype, rows):
+@pytest.mark.parametrize("location", ["start", "end"])
+def test_shard_has_the_bytes_that_zarr_writes(dtype, rows, location):
     values, store = features(dtype, rows), MemoryStore()
-    array(store, values.shape, rows, dtype)[:] = values
+    array(store, values.shape, rows, dtype, location)[:] = values
 
-    shard = encode_shard([compress(row[None]) for row in values])
+    shard = encode_shard([compress(row[None]) for row in values], location)
 
     assert shard == store._store_dict["c/0/0/0/0"].to_bytes()
 
 
-def test_shard_with_missing_rows_has_the_bytes_that_zarr_writes():
+@pytest.mark.parametrize("location", ["start", "end"])
+def test_shard_with_missing_rows_has_the_bytes_that_zarr_writes(location):
     values, store = features("float16"), MemoryStore()
     values[[0, 3, 7]] = np.nan
-    array(store, values.shape, 8, "float16", config={"write_empty_chunks": False})[:] = values
+    array(store, values.shape, 8, "float16", location, config={"write_empty_chunks": False})[:] = values
 
-    shard = encode_shard([None if np.isnan(row).all() else compress(row[None]) for row in values])
+    shard = encode_shard([None if np.isnan(row).all() else compress(row[None]) for row in values], location)
 
     assert shard == store._store_dict["c/0/0/0/0"].to_bytes()
 
@@ -367,7 +371,7 @@ def test_listing_the_store_meets_no_unknown_object(written, recwarn):
     groups = {"5x3", "index", "ledger", "pooled", "runs", "views", "x0.5", "x1", "x2"}
     axes = {f"{level}/{axis}" for level in ("5x3", "x0.5", "x1", "x2") for axis in "yx"}
     assert set(root) == groups
-    assert set(everything) == groups | axes | set(NAMES)
+    assert set(everything) == groups | axes | set(NAMES) | {"index/key", "index/valid"}
     assert [str(w.message) for w in recwarn if "recognized" in str(w.message)] == []
 
 
