@@ -5,10 +5,11 @@
     python jobs/evaluate.py correspondence debug
     python jobs/evaluate.py runtime vit-up-table9 --out eval/runtime --paper
     python jobs/evaluate.py probe --data VOC2012 --readouts runs/deap runs/linear --model vit_base_patch16_224.mae --out eval/voc
+    python jobs/evaluate.py classify --data train.zarr --test val.zarr --label cls --out eval/classes
 
 The first word is a task, the second one, which may be left out, a preset of it. Every table has the low-resolution row and the
-bilinear row beside the method's. The same command continues an evaluation that stopped. Exit codes: 0 done, 1 too many lost
-workers, 2 wrong settings or data.
+bilinear row beside the method's; `classify` is of whole images, by a store's pooled vectors. The same command continues an
+evaluation that stopped. Exit codes: 0 done, 1 too many lost workers, 2 wrong settings or data.
 """
 
 import sys
@@ -18,8 +19,9 @@ from jobs.program import Command, Program
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import write_demo
-from pipelines.evaluation import cka, correspondence, discovery, readouts, similarity, video
+from pipelines.evaluation import cka, classify, correspondence, discovery, readouts, similarity, video
 from pipelines.evaluation.cka import CkaConfig
+from pipelines.evaluation.classify import ClassifyConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
@@ -118,7 +120,8 @@ program = Program(
             before={"debug": partial(write_demo, "demo/evaluate")},
         )
         for name, task in TASKS.items()
-    },
+    }
+    | {"classify": Command(run=classify.main, default=ClassifyConfig())},
     stopped="stopped; what is done is kept, the same command continues",
 )
 run = program.run
