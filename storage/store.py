@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from storage.differences import differences
 from storage.documents import DamagedObject, Document, JsonObject, JsonValue, decode_known
+from storage.html import store_html
 from storage.ledger import SCHEMA, Ledger
 from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, StorageOptions, UnknownName
@@ -99,6 +100,9 @@ class FeatureStore:
     def __repr__(self) -> str:
         levels = ", ".join(f"{level.name} {level.row_shape}" for level in self.spec.levels)
         return f"FeatureStore({self.folder.displayed!r}, {len(self):,} rows, {self.status}: {levels})"
+
+    def _repr_html_(self) -> str:
+        return store_html(self)
 
     @classmethod
     def open(cls, url: str, storage_options: StorageOptions | None = None) -> "FeatureStore":

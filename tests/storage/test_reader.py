@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import fsspec
 import numpy as np
@@ -892,3 +893,19 @@ def test_store_of_another_format_is_refused_with_advice(own, version, advice):
 
     with pytest.raises(StorageError, match=f"has format {version}, this version reads 2, 3 and 4; {advice}"):
         FeatureStore.open(own.folder.url)
+
+
+def test_notebook_shows_what_a_store_holds_and_no_markup_of_names(tmp_path):
+    url = str(tmp_path / "<b>a&b.zarr")
+    failed = make_store(url, n_rows=21, failed=[4, 9])
+    shown = FeatureStore.open(url)._repr_html_()
+    unfinished = make_store(str(tmp_path / "half.zarr"), blocks=[0])._repr_html_()
+
+    parsed = ElementTree.fromstring(shown.replace("<br>", "<br/>"))
+    facts, levels = ([[cell.text for cell in row] for row in table] for table in parsed.iter("table"))
+    assert parsed.find("code").text == url
+    assert ["status", "complete"] in facts
+    assert ["rows", "21, 2 failed, 19 ok"] in facts
+    assert levels[1][:5] == ["x1", "backbone", "4 x 6", "5", "float16"]
+    assert [row[0] for row in levels[1:]] == list(failed.levels)
+    assert "still being written" in unfinished
