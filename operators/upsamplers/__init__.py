@@ -15,6 +15,7 @@ from operators.upsamplers.interpolate import Average, Interpolation
 from operators.upsamplers.jafar import Jafar
 from operators.upsamplers.jbu import Jbu
 from operators.upsamplers.lift import Lift
+from operators.upsamplers.loftup import LoftUp
 from operators.upsamplers.protocol import TELLING, Precision
 from operators.upsamplers.protocol import AnyMethod as AnyMethod
 from operators.upsamplers.protocol import Method as Method
@@ -23,6 +24,7 @@ from operators.upsamplers.protocol import Upsampler as Upsampler
 from operators.upsamplers.protocol import UpsamplerError as UpsamplerError
 from operators.upsamplers.protocol import WithoutWeights as WithoutWeights
 from operators.upsamplers.resize_conv import ResizeConv
+from operators.upsamplers.uplift import Uplift
 from operators.upsamplers.vit_up.method import ViTUpMethod
 from storage.documents import JsonObject
 
@@ -37,6 +39,8 @@ UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
     "jafar": Jafar,
     "featup": FeatUp,
     "vit_up": ViTUpMethod,
+    "uplift": Uplift,
+    "loftup": LoftUp,
 }
 """What there is, by name."""
 

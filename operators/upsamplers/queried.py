@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the backbone's map, Ho Wo 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -74,6 +74,10 @@ class QueriedNet(nn.Module, Generic[P]):
     def cell_values(self, channels: int, base: tuple[int, int], grid: tuple[int, int]) -> int:
         """Upper bound on the values held while one cell of a tile is made, the cell included."""
         raise NotImplementedError
+
+    def bases(self, grid: tuple[int, int]) -> Iterable[tuple[int, int]]:
+        """Cells of maps, of which some take as much memory as any when they are brought to `grid`."""
+        return [grid]
 
     def forward(self, images_BCHW: Tensor, maps_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.query(self.prepare(images_BCHW, maps_BChw, grid), Tile(rows=slice(0, grid[0]), columns=slice(0, grid[1])))
@@ -170,9 +174,11 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         self._cells = cells
 
     def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
-        """As `call_bytes` has it where the maps are as fine as the grid, and the images as fine as that takes."""
+        """As `call_bytes` has it of the maps that take most, and images as fine as these take."""
         patch = self.settings.patch
-        return self.call_bytes(batch, channels, grid, (patch * grid[0], patch * grid[1]), grid)
+        return max(
+            self.call_bytes(batch, channels, base, (patch * base[0], patch * base[1]), grid) for base in self.net.bases(grid)
+        )
 
     def call_bytes(self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]) -> int:
         largest = max((parameter.nbytes for parameter in self.net.parameters()), default=0)
@@ -182,7 +188,8 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
             self._image_bytes(channels, base, image, grid) + math.prod(tile.shape) * self._cell_bytes(channels, base, grid)
         )
         # The result; all layers' maps stacked; the images, where they are normalised anew.
-        given = 4 * batch * (channels * (math.prod(grid) + math.prod(base)) + 3 * math.prod(image))
+        anew = 3 * math.prod(image) * self.method.imagenet
+        given = 4 * batch * (channels * (math.prod(grid) + math.prod(base)) + anew)
         # A convolution may copy its weights into another layout.
         return self.kept_bytes(batch) + largest + given + working
 

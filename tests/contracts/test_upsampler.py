@@ -11,7 +11,7 @@ from operators.upsamplers.protocol import TELLING
 from tests.contracts.upsampler import Case, UpsamplerContract, small_vit
 
 RESIDUAL = ("resize_conv", "jbu")
-CONVEX = ("jafar",)
+CONVEX = ("jafar", "uplift")
 
 VARIANTS = (
     Case(method="lift", settings={"image_branch": False}),
@@ -25,6 +25,10 @@ VARIANTS = (
     Case(method="featup", settings={"norm": False}, residual=True),
     Case(method="featup", settings={"norm": False}, factor=16, residual=True),
     Case(method="featup", settings={"norm": False, "radius": 2, "key_dim": 8}, factor=7, residual=True),
+    Case(method="loftup", settings={"position": "learnable"}, factor=2.5),
+    Case(method="uplift", settings={"patch": 14}, factor=4, convex=True),
+    Case(method="uplift", settings={"neighbours": 9}, factor=2.5, convex=True),
+    Case(method="uplift", settings={"antialias": False}, factor=3.5, convex=True),
 )
 
 
