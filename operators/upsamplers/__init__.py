@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from operators.upsamplers.anyup import AnyUp
 from operators.upsamplers.featup import FeatUp
 from operators.upsamplers.interpolate import Average, Interpolation
 from operators.upsamplers.jafar import Jafar
@@ -38,6 +39,7 @@ UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
     "jbu": Jbu,
     "jafar": Jafar,
     "featup": FeatUp,
+    "anyup": AnyUp,
     "vit_up": ViTUpMethod,
     "uplift": Uplift,
     "loftup": LoftUp,

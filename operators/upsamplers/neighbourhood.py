@@ -1,4 +1,4 @@
-"""Dilated neighbourhood attention as NATTEN defines it, in plain PyTorch: NAF's, and AnyUp's NATTEN variant.
+"""Dilated neighbourhood attention as NATTEN defines it, in plain PyTorch: NAF's, and AnyUp's NATTEN variant; other windows, too.
 
 Along an axis of N positions, with an odd kernel k and a dilation d, position i belongs to the group of those that leave the
 same remainder g when divided by d, of which there are L = ceil((N - g) / d). It attends to k neighbours in its group, itself in
@@ -68,6 +68,14 @@ def nearest_exact(cells: int, positions: int) -> np.ndarray:
     return np.minimum(np.floor(centre + np.float32(0.5)).astype(np.int64), cells - 1)
 
 
+def neighbour_counts(cells: int, positions: int, kernel: int, dilation: int) -> np.ndarray:
+    """How often each position of an axis counts each of a map's cells by NATTEN's rule, [positions, cells]."""
+    attended = nearest_exact(cells, positions)[neighbours(positions, kernel, dilation)]
+    counts = np.zeros((positions, cells), dtype=np.int64)
+    np.add.at(counts, (np.arange(positions)[:, None], attended), 1)
+    return counts
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Axis:
     """The windows of one axis, by blocks of queries that follow each other; the last block may be longer than the grid."""
@@ -82,20 +90,22 @@ class _Axis:
     "logarithms of how often each query counts each cell of its block's window, [blocks, span, block]; None where that is once"
 
     @classmethod
-    def of(cls, cells: int, positions: int, kernel: int, dilation: int, block: int, device: torch.device) -> Self:
-        attended = nearest_exact(cells, positions)[neighbours(positions, kernel, dilation)]
-        attended = np.concatenate([attended, np.repeat(attended[-1:], -positions % block, axis=0)]).reshape(-1, block, kernel)
-        low, high = attended.min((1, 2)), attended.max((1, 2))
+    def of(cls, counts: np.ndarray, block: int, device: torch.device) -> Self:
+        """`counts`: how often each position counts each cell, [positions, cells]; each must count one."""
+        positions, cells = counts.shape
+        blocks = np.concatenate([counts, np.repeat(counts[-1:], -positions % block, axis=0)]).reshape(-1, block, cells)
+        seen = blocks.max(1) > 0
+        low, high = seen.argmax(1), cells - 1 - seen[:, ::-1].argmax(1)
         span = int((high - low).max()) + 1
         first = np.minimum(low, cells - span)
-        counts = (attended[..., None] - first[:, None, None, None] == np.arange(span)).sum(2)
+        within = np.take_along_axis(blocks, (first[:, None] + np.arange(span))[:, None], axis=2)
         with np.errstate(divide="ignore"):
-            logarithms = np.log(counts.swapaxes(1, 2))
+            logarithms = np.log(within.swapaxes(1, 2))
         return cls(
             block=block,
             span=span,
             first=torch.tensor(first.tolist(), device=device),
-            counts=None if (counts == 1).all() else torch.tensor(logarithms.tolist(), device=device),
+            counts=None if (within == 1).all() else torch.tensor(logarithms.tolist(), device=device),
         )
 
     def blocks(self, part: slice) -> slice:
@@ -125,11 +135,14 @@ class Neighbourhoods:
     ) -> Self:
         """`dilation`: by default the whole number of times that the map goes into the grid, by axis, at least 1."""
         steps = dilation or enlargement(cells, grid)
-        tall, wide = block_of(steps)
-        return cls(
-            rows=_Axis.of(cells[0], grid[0], kernel[0], steps[0], tall, device),
-            columns=_Axis.of(cells[1], grid[1], kernel[1], steps[1], wide, device),
-        )
+        rows, columns = (neighbour_counts(*each) for each in zip(cells, grid, kernel, steps, strict=True))
+        return cls.counted(rows, columns, steps, device)
+
+    @classmethod
+    def counted(cls, rows: np.ndarray, columns: np.ndarray, dilation: tuple[int, int], device: torch.device) -> Self:
+        """Of any windows: how often rows of the grid count rows of the map, [positions, cells], and columns likewise."""
+        tall, wide = block_of(dilation)
+        return cls(rows=_Axis.of(rows, tall, device), columns=_Axis.of(columns, wide, device))
 
     def attend(self, queries_BNIJD: Tensor, keys_BNhwD: Tensor, values_BMhwE: Tensor, rows: slice, columns: slice) -> Tensor:
         """Cells of a tile, `rows` times `columns` of the grid, whose queries are given: [B, I, J, M * E] of the values' type.

@@ -28,10 +28,10 @@ GROUPS = 8
 """Of channels, in every GroupNorm."""
 
 _STRIP = {"cpu": 2**20}
-_LARGE_STRIP = 2**23
-"""Values of a strip at most; large where each operation costs a launch. Measured on a CPU (1 thread, 448 x 448 px, 128 channels):
-a convolution, a SiLU and a norm take 0.06 s in strips of 2^17 to 2^21 values, 0.22 s in one piece, for which the system hands
-out new pages each time."""
+_SMALL_STRIP, _LARGE_STRIP = 2**16, 2**23
+"""Values of a strip at least, and at most; large where each operation costs a launch. Measured on a CPU (1 thread, 448 x 448 px,
+128 channels): a convolution, a SiLU and a norm take 0.06 s in strips of 2^17 to 2^21 values, 0.22 s in one piece, for which the
+system hands out new pages each time."""
 
 _AT_WORK = 5
 """Strips that are held while one goes through a convolution or a position code."""
@@ -126,7 +126,7 @@ def _pointwise(conv: nn.Conv2d, strip_BCS: Tensor) -> Tensor:
 def _strips(x_BDHW: Tensor, at_once: int, channels: int = 0) -> Iterator[Tensor]:
     """Views of a few rows each, [B, D, S], as many as if there were `channels`: `_AT_WORK` like them are held at once."""
     batch, depth, height, width = x_BDHW.shape
-    values = min(at_once // _AT_WORK, _STRIP.get(x_BDHW.device.type, _LARGE_STRIP))
+    values = max(_SMALL_STRIP, min(at_once // _AT_WORK, _STRIP.get(x_BDHW.device.type, _LARGE_STRIP)))
     rows = max(1, values // (batch * (channels or depth) * width))
     for top in range(0, height, rows):
         yield x_BDHW[:, :, top : top + rows].flatten(2)
@@ -227,7 +227,7 @@ def _turned(x_BDHW: Tensor, rows_DH: Tensor, columns_DW: Tensor) -> Tensor:
 def encode_values(width: int, image: tuple[int, int], at_once: int) -> int:
     """Upper bound on the values that the pixels' encoders hold at once: three maps, and a strip on its way."""
     row, rows = width * image[1], image[0]
-    return row * (3 * rows + _AT_WORK * min(rows, max(1, min(at_once // _AT_WORK, _LARGE_STRIP) // row)))
+    return row * (3 * rows + _AT_WORK * min(rows, max(1, max(_SMALL_STRIP, min(at_once // _AT_WORK, _LARGE_STRIP)) // row)))
 
 
 # --- attention ----------------------------------------------------------------------------------------------------------
@@ -279,9 +279,8 @@ class CrossDecode(nn.Module):
         self.conv2d = nn.Conv2d(width, width, 3, padding=1, bias=False)
 
     def keys(self, keys_BDhw: Tensor) -> Tensor:
-        """[B, N, K, d], so that their products with queries are the logits."""
-        keys = self.cross_attn.heads_of(keys_BDhw.flatten(2), 1)
-        return keys * keys.shape[-1] ** -0.5
+        """Of all cells of the map, [B, N, K, d]."""
+        return self.cross_attn.heads_of(keys_BDhw.flatten(2), 1)
 
     def queries(self, queries_BDHW: Tensor, tile: Tile) -> Tensor:
         """Those of a tile, [B, N, n, d]: from the pooled pixels round it, and zeros beyond the grid."""
@@ -296,8 +295,9 @@ class CrossDecode(nn.Module):
 
 
 def average(queries_BNLd: Tensor, keys_BNKd: Tensor, values_BKC: Tensor) -> Tensor:
-    """The values weighed by the mean of the heads' softmax over all keys, [B, L, C]; keys are scaled already."""
-    batch, heads, cells = keys_BNKd.shape[:3]
+    """The values weighed by the mean of the heads' softmax over all keys, [B, L, C]."""
+    batch, heads, cells, depth = keys_BNKd.shape
+    keys_BNKd = keys_BNKd * depth**-0.5
     limit = _WEIGHTS.get(values_BKC.device.type, _MANY_WEIGHTS)
     out = []
     for queries in queries_BNLd.split(max(64, limit // (batch * cells)), dim=2):

@@ -11,7 +11,7 @@ from operators.upsamplers.protocol import TELLING
 from tests.contracts.upsampler import Case, UpsamplerContract, small_vit
 
 RESIDUAL = ("resize_conv", "jbu")
-CONVEX = ("jafar", "uplift")
+CONVEX = ("jafar", "anyup", "uplift")
 
 VARIANTS = (
     Case(method="lift", settings={"image_branch": False}),
@@ -29,6 +29,8 @@ VARIANTS = (
     Case(method="uplift", settings={"patch": 14}, factor=4, convex=True),
     Case(method="uplift", settings={"neighbours": 9}, factor=2.5, convex=True),
     Case(method="uplift", settings={"antialias": False}, factor=3.5, convex=True),
+    Case(method="anyup", settings={"window_ratio": 0.3, "num_heads": 2, "kernel_size_lfu": 3}, factor=3.5, convex=True),
+    Case(method="anyup", settings={"window_ratio": 0.0, "patch": 14}, convex=True),
 )
 
 
