@@ -66,10 +66,7 @@ class FeatUp(Recursive[FeatUpSettings]):
         return passes
 
     def with_backbone(self, settings: FeatUpSettings, backbone: TimmBackbone) -> FeatUpSettings:
-        if backbone.facet != "token" or not backbone.norm:
-            raise UpsamplerError(
-                f"{self.name} takes what the model gives after its final norm: use --facet token, and no --norm False"
-            )
+        self.require_last_tokens(backbone)
         return settings
 
     def untrained(

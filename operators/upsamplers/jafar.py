@@ -29,7 +29,7 @@ from operators.upsamplers.pixels import (
     pooled,
     values_of,
 )
-from operators.upsamplers.protocol import UpsamplerError, require_counts
+from operators.upsamplers.protocol import require_counts
 from operators.upsamplers.queried import Queried, QueriedNet, Tile
 from storage.documents import JsonObject
 
@@ -59,16 +59,8 @@ class Jafar(Queried[JafarSettings]):
         image, features = state.get("image_encoder.0.weight"), state.get("key_features_encoder.0.weight")
         if self.telling not in state or image is None or features is None or image.ndim != 4 or features.ndim != 4:
             return super().official(state, backbone)
-        if backbone.facet != "token" or not backbone.norm:
-            raise UpsamplerError(
-                f"official files of {self.name} are for what the model gives after its final norm: use --facet token, and no "
-                "--norm False"
-            )
         channels = features.shape[1]
-        if channels != backbone.channels:
-            raise UpsamplerError(
-                f"this {self.name} was made for a backbone of {channels} channels; this one has {backbone.channels}"
-            )
+        self.require_last_tokens(backbone, channels)
         return {"channels": channels, "patch": backbone.patch, "qk_dim": len(image), "kernel_size": image.shape[-1]}, dict(state)
 
 

@@ -73,13 +73,6 @@ class LoftUp(Queried[LoftUpSettings]):
         net.to(memory_format=torch.channels_last)
         cast(LoftUpNet, net).each_image = True
 
-    def with_backbone(self, settings: LoftUpSettings, backbone: TimmBackbone) -> LoftUpSettings:
-        if backbone.facet != "token" or not backbone.norm:
-            raise UpsamplerError(
-                f"{self.name} was made for what the model gives after its final norm: use --facet token, and no --norm False"
-            )
-        return settings
-
     def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[JsonObject, dict[str, Tensor]]:
         """Shapes tell the settings, but for the number of heads. The older files hold the backbone, too, as `model.0.*`."""
         state = {
@@ -90,6 +83,7 @@ class LoftUp(Queried[LoftUpSettings]):
         norm, phases = state.get("channelnorm.norm.weight"), state.get("upsampler.fourier_feat.1.biases")
         if norm is None or phases is None:
             return super().official(state, backbone)
+        self.require_last_tokens(backbone, len(norm))
         table = state.get("upsampler.lr_pe")
         numbers = {name.split(".")[3] for name in state if name.startswith("upsampler.ca_transformer.layers.")}
         found: JsonObject = {
@@ -285,7 +279,7 @@ class LoftUpNet(QueriedNet[Prepared]):
 
     def cell_values(self, channels: int, base: tuple[int, int], grid: tuple[int, int]) -> int:
         # Besides asking: the residual stream, normalised, queries, what they found, projected; or the hidden ones, twice.
-        return max(self._asked_values(), 7 * self.settings.width + 24 * self.settings.heads) + 2 * channels
+        return max(self._asked_values(), 7 * self.settings.width + 24 * self.settings.heads)
 
     def _asked_values(self) -> int:
         waves = 10 * self.settings.frequencies

@@ -204,6 +204,17 @@ class Method(Generic[S]):
         if owners and TELLING.get(self.telling) not in owners:
             raise UpsamplerError(f"this looks like a file of {' or '.join(sorted(owners))}, not of {self.name}")
 
+    def require_last_tokens(self, backbone: TimmBackbone, channels: int | None = None) -> None:
+        """Raise `UpsamplerError` unless features are the tokens after the model's final norm, and of so many channels."""
+        if backbone.facet != "token" or not backbone.norm:
+            raise UpsamplerError(
+                f"{self.name} takes what the model gives after its final norm: use --facet token, and no --norm False"
+            )
+        if channels not in (None, backbone.channels):
+            raise UpsamplerError(
+                f"this {self.name} was made for a backbone of {channels} channels; this one has {backbone.channels}"
+            )
+
     def untrained(self, backbone: TimmBackbone, channels: int, size: int, reload: Reload) -> tuple[S, dict[str, Tensor]]:
         """Settings and weights from a seed, for images of `size` pixels a side: of what is timed, or counted."""
         settings = self.with_backbone(self.settings_for(backbone, channels), backbone)

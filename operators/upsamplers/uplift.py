@@ -106,15 +106,12 @@ class Uplift(Queried[UpliftSettings]):
             )
         if first is None or logits is None or first.ndim != 4 or not names:
             return super().official(state, backbone)
-        if backbone.facet != "token" or not backbone.norm:
-            raise UpsamplerError(
-                f"published {self.name} was trained on what the model gives after its final norm: use --facet token, and no "
-                "--norm False"
-            )
         widths = [len(state[f"encoder.block_{i}.blocks.0.conv.0.weight"]) for i in range(len(names))]
+        channels = first.shape[1] - widths[-1]
+        self.require_last_tokens(backbone, channels)
         last = state.get("decoder.block_1.blocks.0.conv.0.weight", first)
         return {
-            "channels": first.shape[1] - widths[-1],
+            "channels": channels,
             "patch": backbone.patch,
             "widths": [*widths],
             "decoder": [len(first), len(last)],

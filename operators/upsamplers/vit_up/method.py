@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
-from operators.upsamplers.protocol import Method, Need, Precision, Reload, UpsamplerError
+from operators.upsamplers.protocol import Method, Need, Precision, Reload
 from operators.upsamplers.vit_up.checkpoint import HEAD_CHANNELS, read_checkpoint
 from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.lora import Lora
@@ -32,10 +32,7 @@ class ViTUpMethod(Method[ViTUpConfig]):
         return {name: value for name, value in super().identity(settings).items() if name != "method"}
 
     def with_backbone(self, settings: ViTUpConfig, backbone: TimmBackbone) -> ViTUpConfig:
-        if backbone.facet != "token" or not backbone.norm:
-            raise UpsamplerError(
-                f"{self.name} gives what the model gives after its final norm: use --facet token, and no --norm False"
-            )
+        self.require_last_tokens(backbone)
         return settings
 
     def read(

@@ -137,7 +137,8 @@ def test_memory_stays_under_what_is_declared(base, grid, settings, allowed):
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("name", FILES)
 def test_an_official_file_tells_its_settings(name, older):
-    (tensors, settings), backbone = golden(name), TimmBackbone(small_vit(8))
+    tensors, settings = golden(name)
+    backbone = TimmBackbone(small_vit(settings.channels))
     state = under(tensors, "w.")
     if older:
         state = {key.replace("channelnorm.norm.", "model.1.norm."): tensor for key, tensor in state.items()}
@@ -154,9 +155,11 @@ def test_wrong_files_features_and_settings_are_refused():
 
     for options in ({"facet": "key"}, {"norm": False}):
         with pytest.raises(UpsamplerError, match="after its final norm: use --facet token, and no --norm False"):
-            method.read(state, None, TimmBackbone(small_vit(8), **options))
+            method.read(state, None, TimmBackbone(small_vit(16), **options))
+    with pytest.raises(UpsamplerError, match="made for a backbone of 16 channels; this one has 8"):
+        method.read(state, None, TimmBackbone(small_vit(8)))
     with pytest.raises(UpsamplerError, match="1 unexpected: upsampler.more"):
-        method.read({**state, "upsampler.more": torch.zeros(1)}, None, TimmBackbone(small_vit(8)))
+        method.read({**state, "upsampler.more": torch.zeros(1)}, None, TimmBackbone(small_vit(16)))
     with pytest.raises(UpsamplerError, match="width of 30 for maps of 10 channels must divide into its 4 heads"):
         LoftUpSettings(channels=10, patch=16)
     with pytest.raises(UpsamplerError, match="made for maps of 12 channels"):

@@ -184,9 +184,10 @@ def test_memory_stays_under_what_is_declared(base, grid, settings, pixels, allow
     assert declared < 8 * peak
 
 
-def official(name: str = "uplift_small_p16_iters3", **options) -> tuple[dict[str, torch.Tensor], TimmBackbone]:
-    tensors, _ = golden(name)
-    return under(tensors, "w."), TimmBackbone(small_vit(8), **options)
+def official() -> tuple[dict[str, torch.Tensor], TimmBackbone]:
+    """A file as it is published, and a backbone of as many channels."""
+    tensors, settings = golden("uplift_small_p16_iters3")
+    return under(tensors, "w."), TimmBackbone(small_vit(settings.channels))
 
 
 def test_an_official_file_tells_its_settings():
@@ -204,7 +205,9 @@ def test_wrong_files_and_features_are_refused():
     with pytest.raises(UpsamplerError, match="diffusion model's VAE"):
         method.read({**state, "refiner.conv.weight": torch.zeros(1)}, None, backbone)
     with pytest.raises(UpsamplerError, match="final norm: use --facet token"):
-        method.read(state, None, TimmBackbone(small_vit(8), facet="key"))
+        method.read(state, None, TimmBackbone(backbone.model, facet="key"))
+    with pytest.raises(UpsamplerError, match="made for a backbone of [0-9]+ channels; this one has 8"):
+        method.read(state, None, TimmBackbone(small_vit(8)))
     with pytest.raises(UpsamplerError, match="1 missing: decoder.up_1.up.bias"):
         method.read({name: t for name, t in state.items() if name != "decoder.up_1.up.bias"}, None, backbone)
     with pytest.raises(UpsamplerError, match="neighbours must be one of 5, 9, 13, 17, 25, got 7"):
