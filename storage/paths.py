@@ -179,6 +179,11 @@ class Folder:
         """The URL as it may be printed."""
         return redact(self.url, self.options)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a disk, where each file has permissions and faults of its own."""
+        return isinstance(self._fs()[0], LocalFileSystem)
+
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
         # Reopened after a fork: s3fs sessions of the parent hang or fail in the child.
         if self._open is None or self._open[0] != os.getpid():

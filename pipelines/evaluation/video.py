@@ -37,10 +37,10 @@ from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row, Size
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import LIFT_VIDEO
-from pipelines.results import Cell, Findings, Items, Table, Taken, panel, percent, sides
+from pipelines.results import Cell, Findings, Items, LeftOut, Table, Taken, panel, percent, sides
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip
-from storage.datasets.files import DatasetError, DatasetFile
+from storage.datasets.files import DatasetError, DatasetFile, ItemLeftOut
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn, require_size
 from storage.datasets.labels import COLOURS, label_png, read_labels
 from storage.datasets.registry import CLIPS
@@ -111,6 +111,8 @@ class Video:
     "of label images, where their size doesn't tell"
     taken: tuple[Taken, ...] = ()
     "which of the list's clips"
+    left_out: tuple[LeftOut, ...] = ()
+    "clips whose shape can't be told"
 
     def pieces(self) -> list[Piece]:
         """A clip at one size each; the longest ones first, so that none is waited for at the end."""
@@ -210,9 +212,9 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
     all_clips = CLIPS["davis"](folder, config.split, config.resolution, config.frame_step)
-    clips, taken = limited(all_clips, config.limit, "clips")
-    _require_scored(clips)
-    shapes = tuple(_upright_shape(clip) for clip in clips)
+    asked, taken = limited(all_clips, config.limit, "clips")
+    _require_scored(asked)
+    clips, shapes, left_out = _upright_shapes(asked)
     sides = config.sizes or ((480,) if config.protocol == "dino" and not config.stores else ())
     wanted = [input_size(config.protocol, side, *shape) for side in sides for shape in shapes]
     recipe, sizes = resolve_source(config.source, wanted, "squash")
@@ -224,6 +226,7 @@ def prepare(config: VideoConfig) -> tuple[Video, Recipe, Folder]:
         propagation=config.propagation,
         frame=config.label_frame,
         taken=taken,
+        left_out=left_out,
     )
     for side in task.sides:
         for number in range(len(clips)):
@@ -247,6 +250,22 @@ def _require_scored(clips: Sequence[Clip]) -> None:
             )
 
 
+def _upright_shapes(clips: Sequence[Clip]) -> tuple[tuple[Clip, ...], tuple[Size, ...], tuple[LeftOut, ...]]:
+    """The clips, their shapes, and those whose first frame or label image can't be read. Raises `DatasetError`, also where that
+    is all of them."""
+    shapes: list[tuple[Clip, Size]] = []
+    unread: dict[str, list[str]] = {}
+    for clip in clips:
+        try:
+            shapes.append((clip, _upright_shape(clip)))
+        except ItemLeftOut as error:
+            unread.setdefault(error.reason, []).append(error.displayed)
+    left_out = tuple(each for reason, names in unread.items() for each in LeftOut.of(reason, names))
+    if not shapes:
+        raise DatasetError(f"no clip can be scored: {'; '.join(map(str, left_out))}")
+    return tuple(clip for clip, _ in shapes), tuple(shape for _, shape in shapes), left_out
+
+
 def _upright_shape(clip: Clip) -> Size:
     """(height, width) of a clip's first frame. Raises `DatasetError` where its label image isn't of its size."""
     frame, labels = clip.frames[0], read_labels(clip.frames[0].folder, clip.masks[0])
@@ -266,6 +285,7 @@ def scores(records: Sequence[Record]) -> dict[tuple[str, int], Summary]:
 def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """J&F and its parts, in percent, and each object's own."""
     records, left_out = split_left_out(records)
+    left_out = (*task.left_out, *left_out)
     found = scores(records)
     sizes = {side: task.size(0, side) for side in task.sides}
     columns = ("J&F", "J", "F", "J recall", "F recall", "J decay", "F decay", "objects")
@@ -278,7 +298,7 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
         lambda row, side: _values(found[row, side]),
         published,
         {
-            "items": listed(task.taken, len(task.clips)),
+            "items": listed(task.taken, len(task.clips) + count_of(task.left_out)),
             **{name: getattr(config, name) for name in ("split", "resolution", "frame_step", "limit")},
             **asdict(config.propagation),
             "left_out": count_of(left_out),

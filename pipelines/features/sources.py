@@ -22,6 +22,7 @@ from pipelines.features.clipping import ClippedCounts, What
 from pipelines.features.config import LevelConfig, completed
 from pipelines.features.join import Join, PlacedRow, Wanted, join
 from pipelines.features.model import FeatureModel, not_finite
+from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture, draw
 from pipelines.features.rows import Rendering, Row, Size, pooled_level, rows_of
 from storage.datasets.content import joint_digest
@@ -52,7 +53,8 @@ class FeatureSource(Protocol):
         """What is evaluated for inputs of `size`; the low-resolution map first, then bilinear ones, then the methods'."""
 
     def require(self, image: EncodedImage, size: Size) -> None:
-        """Raises `ItemLeftOut` where there are no features of the image for inputs of `size`: its extraction failed."""
+        """Raises `ItemLeftOut` where there are no features of the image for inputs of `size`: its extraction failed, or it can't
+        be read."""
 
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:
         """How the image was turned for the maps of inputs of `size`: what `label_turn` needs. Raises `DatasetError`,
@@ -182,8 +184,11 @@ class LiveSource:
     def rows(self, size: Size) -> tuple[Row, ...]:
         return self.recipe.rows(size)
 
-    def require(self, image: EncodedImage, size: Size) -> None:
-        """A model runs on whatever it is given."""
+    def require(self, image: EncodedImage, size: Size) -> None:  # noqa: ARG002
+        if self._data[0] != image.displayed:  # else it was read for another size
+            data = image.data()
+            upright_pixels(image, data)
+            self._data = image.displayed, data
 
     def oriented(self, image: EncodedImage, size: Size) -> OrientedImage:  # noqa: ARG002
         self._data = image.displayed, image.data()

@@ -4,6 +4,7 @@ Everything is read through `storage.paths.Folder`, so that a path and any fsspec
 in a `DatasetError` that names the file.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -29,11 +30,14 @@ class DatasetError(StorageError):
 
 
 class ItemLeftOut(DatasetError):
-    """Nothing is wrong with the data set, but an item of it can't be trained on or scored."""
+    """An item of the data set can't be trained on or scored; the others can."""
 
     def __init__(self, displayed: str, reason: str):
         super().__init__(f"{displayed}: {reason}")
         self.displayed, self.reason = displayed, reason
+
+    def __reduce__(self) -> tuple[type["ItemLeftOut"], tuple[str, str]]:
+        return type(self), (self.displayed, self.reason)
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,16 @@ class DatasetFile:
 
 
 def read(folder: Folder, name: str) -> bytes:
-    """An object's bytes. Raises `DatasetError` with its URL where it is missing."""
+    """An object's bytes. Raises `DatasetError` with its URL where it is missing, `ItemLeftOut` where it is a disk's file that
+    this user may not read, or that the disk itself can't: object stores refuse all alike, which costs no item alone."""
     try:
         return folder.read(name)
     except (FileNotFoundError, IsADirectoryError):
         raise missing(folder, name) from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EIO) or not folder.is_local:
+            raise
+        raise ItemLeftOut(f"{folder.displayed}/{name}", f"can't be read: {error.strerror}") from None
 
 
 def missing(folder: Folder, name: str) -> DatasetError:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from storage.datasets.files import DatasetError, DatasetFile, Listed, missing
+from storage.datasets.files import DatasetError, DatasetFile, ItemLeftOut, Listed, missing
 from storage.inputs import IMAGE_EXTENSIONS, InputFile, expand_inputs
 from storage.left_out import log_left_out
 from storage.orientation import Orientation
@@ -119,11 +119,19 @@ def decoded(data: bytes, displayed: str, convert: Callable[[Image.Image], T]) ->
         raise unreadable(displayed, error) from None
 
 
-def unreadable(displayed: str, error: BaseException) -> DatasetError:
+class ImageUnreadable(ItemLeftOut):
+    """The bytes of an image, or of labels that are one, can't be read as an image."""
+
+    def __init__(self, displayed: str, reason: str):
+        super().__init__(displayed, reason)
+        self.args = (f"{displayed} {reason}",)
+
+
+def unreadable(displayed: str, error: BaseException) -> ImageUnreadable:
     """The error to raise for bytes that are no image."""
     # Pillow names the buffer by its address, which is another one in every run: reasons are kept beside results.
     why = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
-    return DatasetError(f"{displayed} can't be read as an image: {type(error).__name__}: {why}")
+    return ImageUnreadable(displayed, f"can't be read as an image: {type(error).__name__}: {why}")
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -16,12 +17,18 @@ import s3fs
 
 from cluster.resources import WorkerPool, WorkerRequest
 from jobs import evaluate as job
-from pipelines.evaluation import correspondence, discovery, run, video
+from pipelines.evaluation import cka, correspondence, discovery, run, similarity, video
 from pipelines.evaluation.run import Piece, Record, run_pieces
+from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.features.sources import FeatureSource
+from storage.datasets.files import DatasetError, ItemLeftOut
+from storage.datasets.images import unreadable as unreadable_image
 from storage.paths import Folder
+from tests.conftest import unreadable
 from tests.pipelines.evaluation.test_evaluation import (
+    TINY,
+    cka_config,
     discovery_config,
     evaluate,
     extract,
@@ -234,3 +241,63 @@ def test_clips_on_s3_score_as_on_disk(tmp_path, s3_options):
     here, there = Folder(str(tmp_path / "local")), Folder(f"{bucket}/out", options)
     assert tree(there, "masks/") == tree(here, "masks/")
     assert tree(there, "pictures/") == tree(here, "pictures/")
+
+
+def similarity_config(data: object, out: Path) -> SimilarityConfig:
+    return SimilarityConfig.of(data=str(data), out=str(out), sizes=(64,), **TINY)
+
+
+UNREADABLE = [
+    (correspondence, make_spair, spair_config, "JPEGImages/cat/2008_000001.jpg"),
+    (video, make_davis, video_config, "JPEGImages/480p/clip-a/00000.jpg"),
+    (video, make_davis, video_config, "JPEGImages/480p/clip-a/00003.jpg"),
+    (video, make_davis, video_config, "Annotations/480p/clip-a/00000.png"),
+    (video, make_davis, video_config, "Annotations/480p/clip-a/00004.png"),
+    (discovery, make_voc, discovery_config, "JPEGImages/000002.jpg"),
+    (cka, make_spair, cka_config, "JPEGImages/cat/2008_000001.jpg"),
+    (similarity, make_spair, similarity_config, "JPEGImages/cat/2008_000001.jpg"),
+]
+
+
+@pytest.mark.parametrize("fault", ["no image", "no permission"])
+@pytest.mark.parametrize(("module", "make", "config", "name"), UNREADABLE)
+def test_what_can_not_be_read_costs_its_own_items_alone(tmp_path, monkeypatch, module, make, config, name, fault):
+    """The others' records are those of the whole data set, and the results say what was left out, and why."""
+    data = make(tmp_path / "d")
+    if module is discovery:
+        data = data / "VOCdevkit/VOC2007"
+    whole, _ = evaluate(module, config(tmp_path / "d", tmp_path / "whole"))
+    reason = "can't be read: Permission denied"
+    if fault == "no image":
+        (data / name).write_text("no image")
+        reason = "can't be read as an image: "
+    else:
+        unreadable(monkeypatch, name)
+
+    records, found = evaluate(module, config(tmp_path / "d", tmp_path / "damaged"))
+
+    ((said, count),) = [(each.reason, each.count) for each in found.items.left_out if each.first.endswith(name)]
+    assert said.startswith(reason)
+    scored = [record for record in records if "left_out" not in record]
+    assert scored
+    assert count >= 1
+    if module is not cka:  # a batch's terms are of all its images
+        assert all(record in whole for record in scored)
+        assert 0 < len(scored) < len(whole)
+
+
+def test_a_data_set_of_which_nothing_can_be_read_is_refused(tmp_path):
+    for path in (make_davis(tmp_path / "d") / "JPEGImages/480p").rglob("*.jpg"):
+        path.write_text("no image")
+
+    with pytest.raises(DatasetError, match="no clip can be scored: 2 left out: can't be read as an image"):
+        evaluate(video, video_config(tmp_path / "d", tmp_path / "out"))
+
+
+def test_an_item_that_is_left_out_says_why_across_processes():
+    errors = [ItemLeftOut("a.png", "why"), unreadable_image("a.png", OSError("cut"))]
+
+    assert [str(each) for each in map(pickle.loads, map(pickle.dumps, errors))] == [
+        "a.png: why",
+        "a.png can't be read as an image: OSError: cut",
+    ]
