@@ -17,6 +17,7 @@ from operators.upsamplers.jafar import Jafar
 from operators.upsamplers.jbu import Jbu
 from operators.upsamplers.lift import Lift
 from operators.upsamplers.loftup import LoftUp
+from operators.upsamplers.naf import Naf
 from operators.upsamplers.protocol import TELLING, Precision
 from operators.upsamplers.protocol import AnyMethod as AnyMethod
 from operators.upsamplers.protocol import Method as Method
@@ -40,6 +41,7 @@ UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
     "jafar": Jafar,
     "featup": FeatUp,
     "anyup": AnyUp,
+    "naf": Naf,
     "vit_up": ViTUpMethod,
     "uplift": Uplift,
     "loftup": LoftUp,

@@ -95,18 +95,18 @@ def encode(layers: nn.Sequential, x_BCHW: Tensor, at_once: int, *, in_place: boo
     for block in blocks:
         norm1, conv1, norm2, conv2 = cast(ResidualBlock, block).parts()
         scale, shift = moments.affine(norm1)
-        moments = _Moments()
+        moments = Moments()
         for strip, made in zip(_strips(x, at_once), _strips(hidden, at_once), strict=True):
             moments.add(made.copy_(_pointwise(conv1, F.silu(torch.addcmul(shift, strip, scale), inplace=True))))
         scale, shift = moments.affine(norm2)
-        moments = _Moments()
+        moments = Moments()
         for strip, made in zip(_strips(x, at_once), _strips(hidden, at_once), strict=True):
             moments.add(strip.add_(_pointwise(conv2, F.silu(torch.addcmul(shift, made, scale), inplace=True))))
     return x
 
 
-def _first(conv: nn.Conv2d, x: Tensor, at_once: int, *, in_place: bool) -> tuple[Tensor, "_Moments"]:
-    moments = _Moments()
+def _first(conv: nn.Conv2d, x: Tensor, at_once: int, *, in_place: bool) -> tuple[Tensor, "Moments"]:
+    moments = Moments()
     if conv.kernel_size != (1, 1):
         out = conv(x)
         for made in _strips(out, at_once):
@@ -133,7 +133,7 @@ def _strips(x_BDHW: Tensor, at_once: int, channels: int = 0) -> Iterator[Tensor]
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Mean and variance of GroupNorm's groups, from those of each strip's channels."""
 
     parts: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
@@ -169,7 +169,7 @@ def group_normalised(x_BDHW: Tensor, at_once: int) -> Tensor:
     """GroupNorm without weights; in place where no gradients are wanted."""
     if torch.is_grad_enabled():
         return F.group_norm(x_BDHW, GROUPS)
-    moments = _Moments()
+    moments = Moments()
     for strip in _strips(x_BDHW, at_once):
         moments.add(strip)
     scale, shift = moments.affine(nn.GroupNorm(GROUPS, x_BDHW.shape[1], affine=False))
@@ -265,9 +265,13 @@ def values_of(maps_BChw: Tensor) -> Tensor:
 
     Everything that decides about weights is float32: in bfloat16, sharp attention is off by up to 0.07 of features around 1.
     """
-    kind = maps_BChw.device.type
-    values = maps_BChw.flatten(2).transpose(1, 2)
-    return values.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype).contiguous()
+    return as_weighed(maps_BChw).flatten(2).transpose(1, 2).contiguous()
+
+
+def as_weighed(maps: Tensor) -> Tensor:
+    """In autocast's precision where that is on."""
+    kind = maps.device.type
+    return maps.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else maps
 
 
 class CrossDecode(nn.Module):

@@ -11,7 +11,10 @@ from operators.upsamplers.protocol import TELLING
 from tests.contracts.upsampler import Case, UpsamplerContract, small_vit
 
 RESIDUAL = ("resize_conv", "jbu")
-CONVEX = ("jafar", "anyup", "uplift")
+CONVEX = ("jafar", "anyup", "naf", "uplift")
+SETTINGS: dict[str, dict[str, object]] = {"naf": {"kernel_size": 3}}
+"Of methods that need larger maps than the tests' by default."
+SMALLEST = {"naf": 3}
 
 VARIANTS = (
     Case(method="lift", settings={"image_branch": False}),
@@ -22,6 +25,12 @@ VARIANTS = (
     Case(method="jbu", settings={"radius": 2}, factor=4, residual=True),
     Case(method="jbu", settings={"stages": 2}, factor=4, residual=True),
     Case(method="jafar", settings={"qk_dim": 16, "num_heads": 2, "kernel_size": 3, "patch": 14}, factor=2.5, convex=True),
+    Case(
+        method="naf",
+        settings={"kernel_size": 1, "dim": 32, "heads_attn": 2, "heads_rope": 1, "img_layers": 1, "patch": 14},
+        factor=2.5,
+        convex=True,
+    ),
     Case(method="featup", settings={"norm": False}, residual=True),
     Case(method="featup", settings={"norm": False}, factor=16, residual=True),
     Case(method="featup", settings={"norm": False, "radius": 2, "key_dim": 8}, factor=7, residual=True),
@@ -39,6 +48,8 @@ class TestUpsamplers(UpsamplerContract):
         *(
             Case(
                 method=name,
+                settings=SETTINGS.get(name, {}),
+                smallest=SMALLEST.get(name, 1),
                 factor=2 if find_method(name).enlarges else 0.5,
                 residual=name in RESIDUAL,
                 convex=name in CONVEX,

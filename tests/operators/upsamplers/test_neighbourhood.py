@@ -33,10 +33,12 @@ SIZES = [
 ]
 
 
-def plain(queries: Tensor, keys: Tensor, values: Tensor, kernel: tuple[int, int]) -> Tensor:
+def plain(
+    queries: Tensor, keys: Tensor, values: Tensor, kernel: tuple[int, int], dilation: tuple[int, int] | None = None
+) -> Tensor:
     """As it is published: the map is enlarged, and each query gathers its neighbours."""
     grid = queries.shape[2:4]
-    steps = enlargement(keys.shape[2:4], grid)
+    steps = dilation or enlargement(keys.shape[2:4], grid)
     near = [torch.from_numpy(neighbours(*each)) for each in zip(grid, kernel, steps, strict=True)]
 
     def gathered(maps: Tensor) -> Tensor:
@@ -104,6 +106,16 @@ def test_enlarges_nothing_and_equals_what_does(cells, grid, kernel, groups):
     out = Neighbourhoods.of(cells, grid, kernel, queries.device).attend(queries, keys, values, *map(whole, grid))
 
     torch.testing.assert_close(out, plain(queries, keys, values, kernel), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 5), (4, 3), (6, 1)])
+def test_dilations_other_than_the_enlargement_are_taken_as_well(dilation):
+    queries, keys, values = made((6, 8), (25, 20))
+
+    near = Neighbourhoods.of((6, 8), (25, 20), (3, 3), queries.device, dilation)
+
+    out = near.attend(queries, keys, values, whole(25), whole(20))
+    torch.testing.assert_close(out, plain(queries, keys, values, (3, 3), dilation), rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize(("cells", "grid", "kernel"), SIZES)
