@@ -259,7 +259,7 @@ def test_inputs_that_patches_do_not_fill(tmp_path):
         ({"levels": ("x1", "x2")}, "--levels is not for runtime"),
         ({"data": "photos"}, "--data is not for runtime"),
         ({"actors": 2}, "--actors 2: timings beside each other"),
-        ({"methods": ("anyup",)}, "--methods anyup: there are bilinear"),
+        ({"methods": ("lanczos",)}, "--methods lanczos: there are bilinear"),
         ({"methods": ("bilinear:s3://key@bucket/a",)}, r"--methods bilinear:...: there are .* may have a checkpoint"),
         ({"methods": ("lift", "lift:a")}, "give each once"),
         ({"grids": ()}, "--grids must be at least 1"),
