@@ -6,11 +6,12 @@
     python jobs/train.py vit-up-dinov3-splus-imagenet --data ... --out ...
     python jobs/extract.py --levels x1 x2=lift:s3://bucket/lift ...
     python jobs/train.py deap --task segmentation --dataset voc --data VOC2012 --backbone vit_base_patch16_224.mae --out ...
+    python jobs/train.py featup --task segmentation --dataset voc --data VOC2012 --level x16=featup:dinov2.ckpt --out ...
     python jobs/train.py probe --dataset ade20k --data ADE20K --store s3://bucket/ade-448.zarr --no-flip --out ...
 
 The first word is an upsampler (lift, resize_conv, jbu, vit-up), a readout (deap, bicubic, transposed, strided,
-linear; probe for ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes: 0 finished, 1
-not (diverged, too many unreadable images, too many lost workers), 2 wrong settings.
+linear, featup; probe for ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes:
+0 finished, 1 not (diverged, too many unreadable images, too many lost workers), 2 wrong settings.
 """
 
 import sys
@@ -165,6 +166,7 @@ NAMES: dict[str, TrainConfig] = {
     **trainings(),
     "vit-up": ViTUpTraining(),
     **{name: ReadoutTraining().changed(method=name) for name, kind in READOUTS.items() if kind.only_outputs is None},
+    "featup": ReadoutTraining.of(method="featup", **published.DEAP_FEATUP),
     "probe": PROBE,
     **PRESETS,
 }

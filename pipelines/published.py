@@ -305,6 +305,9 @@ RELEASED_PARAMETERS: Mapping[str, float] = {
 DEAP_FEATURES: Settings = {"model": "vit_base_patch14_reg4_dinov2.lvd142m", "size": 518}
 """DINOv2-B, of which the ablations are."""
 
+DEAP_FEATUP: Settings = {"model": "vit_small_patch14_dinov2.lvd142m", "size": 280, "side": 280}
+"""What its release compares with as FeatUp reads, beside FeatUp's file with its LayerNorm, and gives: 320 x 320 cells, 280 px."""
+
 DEAP_TRAINING: Settings = {"epochs": 100_000}
 """AdamW 1e-3, weight decay 0.01, batches of 32, as by default; a number of steps is published, not of passes."""
 

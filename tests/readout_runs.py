@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from operators.upsamplers.featup import FeatUpNet
 from pipelines.demo_datasets import scene, write_demo
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.prepare import prepare, resolve
@@ -104,3 +106,20 @@ def extract(tiny, url: Path, images: Path, **changes: object) -> str:
     config = tiny(str(images), out=str(url), **settings)
     run_prepared(prepare(resolve(config), InlineExecutor()), InlineExecutor())
     return str(url)
+
+
+def featup_file(path: Path) -> Path:
+    """As FeatUp's training leaves it, for test_vit."""
+    net = FeatUpNet(64, norm=False)
+    state = {f"upsampler.{name}": value for name, value in net.state_dict().items()}
+    state |= {"model.1.norm.weight": torch.ones(64), "model.1.norm.bias": torch.zeros(64)}
+    state |= {"model.0.model.blocks.0.mlp.fc1.bias": torch.zeros(8), "scale_net.net.bias": torch.zeros(1)}
+    beside = {
+        "epoch": 1,
+        "pytorch-lightning_version": "2.1.2",
+        "callbacks": {},
+        "hyper_parameters": {"lr": 1e-3},
+        "lr_schedulers": [],
+    }
+    torch.save({**beside, "state_dict": state}, path)
+    return path

@@ -11,7 +11,7 @@ import torch
 
 from operators.readouts.baselines import Bicubic, StridedConv, TransposedConv
 from operators.readouts.deap import DeAP
-from operators.readouts.linear import DepthBins, LinearReadout
+from operators.readouts.linear import DepthBins, FeatUpReadout, LinearReadout
 from operators.readouts.readout import Readout, ReadoutError, SplitReadout, decoder_width
 from operators.upsamplers.protocol import UpsamplerError, given_settings
 from storage.documents import JsonObject
@@ -24,6 +24,7 @@ READOUTS: dict[str, type[Readout]] = {
     "transposed": TransposedConv,
     "strided": StridedConv,
     "linear": LinearReadout,
+    "featup": FeatUpReadout,
     "depth_bins": DepthBins,
 }
 """Methods by name; each says which settings it takes."""
@@ -69,6 +70,8 @@ class ReadoutConfig:
     "deap: keep the LayerNorm that is never applied, but counted"
     resize: Literal["bilinear", "nearest"] = "bilinear"
     "linear: how logits come to the output's size"
+    hidden: int | None = None
+    "featup: channels between two convolutions, 1x1 and 3x3, the release's other mode, with 32; null: a single one, 1x1"
 
     @classmethod
     def parse(cls, settings: JsonObject) -> "ReadoutConfig":

@@ -1,4 +1,4 @@
-"""Linear probes: a 1x1 convolution to classes, and the depth bins of ViT-Up's probe.
+"""Linear probes: a 1x1 convolution to classes, on any map or on one that FeatUp has enlarged; the depth bins of ViT-Up's probe.
 
 Shapes: B batch, C channels, h w cells of the given map, which an upsampler may have enlarged to the output's size.
 """
@@ -28,6 +28,26 @@ class LinearReadout(Readout):
 
     def _predict(self, features_BChw: Tensor, _size: tuple[int, int], _pooled_BC: Tensor | None) -> Tensor:
         return self.conv(features_BChw)
+
+
+class FeatUpReadout(Readout):
+    """What DeAP's release compares with as FeatUp: one 1x1 convolution to the outputs, on the frozen backbone's map that FeatUp
+    has enlarged x16. Logits come to the output's size by the nearest, and no bias is given to depth.
+
+    `hidden`: the release's other mode, 1x1 to so many channels (there 32), ReLU, 3x3 to the outputs.
+    """
+
+    settings = frozenset({"hidden"})
+    reads = "featup"
+    resize = "nearest"
+
+    def __init__(self, channels: int, outputs: int, *, hidden: int | None = None):
+        super().__init__(channels, outputs)
+        first = nn.Conv2d(channels, hidden or outputs, 1)
+        self.decoder = nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, outputs, 3, padding=1)) if hidden else first
+
+    def _predict(self, features_BChw: Tensor, _size: tuple[int, int], _pooled_BC: Tensor | None) -> Tensor:
+        return self.decoder(features_BChw)
 
 
 class DepthBins(Readout):

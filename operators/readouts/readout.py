@@ -41,6 +41,8 @@ class Readout(nn.Module):
     only_outputs: ClassVar[int | None] = None
     "how many it has, where it is for one purpose"
     needs_pooled = False
+    reads: ClassVar[str] = ""
+    "the upsampler that has made its map, where it can't be another; it is frozen, as the backbone is"
     resize = "bilinear"
     "how a prediction is brought to other sizes than it was made in"
 

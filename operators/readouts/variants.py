@@ -12,6 +12,7 @@ VARIANTS: Mapping[str, Mapping[str, bool | int | str]] = {
     "transposed": {"method": "transposed"},
     "strided": {"method": "strided"},
     "linear": {"method": "linear"},
+    "featup": {"method": "featup"},
 }
-"""DeAP, its ablations (Table 5), what it is held against (Fig. 4; `strided` is the release's transposed convolution), and the
-linear probe: settings of `ReadoutConfig`, and of jobs/train.py."""
+"""DeAP, its ablations (Table 5), what it is held against (Fig. 4; `strided` is the release's transposed convolution, `featup`
+reads a map that FeatUp has enlarged), and the linear probe: settings of `ReadoutConfig`, and of jobs/train.py."""

@@ -121,6 +121,9 @@ class JointBilateral(StripedNet):
         for dy, dx in itertools.product(range(2 * radius + 1), repeat=2):
             yield padded[..., dy : dy + count, dx : dx + width]
 
+    def summed_macs(self, grid: tuple[int, int], channels: int) -> int:
+        return grid[0] * grid[1] * self.taps * (self.key_dim + channels)
+
     def stripe_values(self, rows: int, width: int, channels: int) -> int:
         taps, keys, seen, wide = self.taps, self.key_dim, rows + 2 * self.radius, width + 2 * self.radius
         # Kernels: stacked, scaled, softmax, product, with guidance, two projections. Keys: projected, activated, padded.
@@ -150,6 +153,9 @@ class JointBilateralStack(StripedNet):
 
     def finished(self, maps_BChw: Tensor) -> Tensor:
         return maps_BChw + 0.1 * self.fixup_proj(maps_BChw)
+
+    def summed_macs(self, grid: tuple[int, int], channels: int) -> int:
+        return self._filter(1).summed_macs(grid, channels)
 
     def stripe_values(self, rows: int, width: int, channels: int) -> int:
         return self._filter(1).stripe_values(rows, width, channels) + rows * width * channels

@@ -44,6 +44,10 @@ class DoublingNet(nn.Module):
         """Upper bound on the values held at once while one image is brought to `grid`, the result included."""
         raise NotImplementedError
 
+    def summed_macs(self, grid: tuple[int, int], channels: int) -> int:
+        """Multiply-accumulates of one pass to `grid` that aren't matrix products or convolutions: no counter sees them."""
+        return 0
+
 
 class StripedNet(DoublingNet):
     """A network whose cells are made of what lies near them, so that a step's rows can be made some at a time, and are the same.

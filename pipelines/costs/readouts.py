@@ -6,14 +6,17 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 
 from operators.readouts import READOUTS, ReadoutConfig, build_readout
 from operators.readouts.variants import VARIANTS
+from operators.upsamplers import find_method
+from operators.upsamplers.recursive import DoublingNet
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile
-from pipelines.costs.upsamplers import counted_macs
+from pipelines.costs.upsamplers import count_parameters, counted_macs
 from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES
 from pipelines.results import table_lines
 from storage.documents import JsonValue
@@ -71,6 +74,20 @@ def published_counts() -> list[ParameterCount]:
     return rows
 
 
+FEATUP_CHANNELS = 384
+"""Of the backbone that DeAP's release has FeatUp on, a ViT-S."""
+
+
+def featup_counts() -> dict[str, int]:
+    """Learned parameters of the FeatUp baseline by task, as released: 385 for each output."""
+    with torch.device("meta"):
+        configs = {
+            task: ReadoutConfig(method="featup", channels=FEATUP_CHANNELS, outputs=each.outputs, split=each.split)
+            for task, each in _COUNTED.items()
+        }
+        return {RECIPES[task].label: build_readout(each).parameter_count() for task, each in configs.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeapCost:
     """Parameters of DeAP as published and as built here; parameters and operations of all readouts for one map."""
@@ -102,7 +119,9 @@ class ReadoutCost:
     name: str
     parameters: int
     macs: int
-    "multiply-accumulates"
+    "multiply-accumulates, those of an upsampler that it reads too"
+    frozen: int = 0
+    "parameters of that upsampler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +144,28 @@ def _measure(config: DeapCost, name: str) -> ReadoutCost:
     if "grid" in READOUTS[str(VARIANTS[name]["method"])].settings:
         settings["grid"] = (config.grid, config.grid)
     readout = build_readout(ReadoutConfig.parse({**settings, **VARIANTS[name]})).eval()
-    macs = counted_macs(partial(readout, torch.zeros(1, config.channels, config.grid, config.grid), size))
-    return ReadoutCost(name=name, parameters=readout.parameter_count(), macs=macs)
+    grid, frozen, macs = config.grid, 0, 0
+    device = "meta" if readout.reads else "cpu"  # enlarged maps are large, and nothing need be computed
+    if readout.reads:
+        grid, frozen, macs = _enlarged(readout.reads, config)
+    maps = torch.zeros(1, config.channels, grid, grid, device=device)
+    macs += counted_macs(partial(readout.to(device), maps, size))
+    return ReadoutCost(name=name, parameters=readout.parameter_count(), macs=macs, frozen=frozen)
+
+
+def _enlarged(name: str, config: DeapCost) -> tuple[int, int, int]:
+    """Cells a side of what an upsampler of several x2 steps makes of the map; its parameters, and operations."""
+    method = find_method(name)
+    net = cast(DoublingNet, method.initialised(method.parse({"channels": config.channels, "patch": _PATCH})).eval().to("meta"))
+    sides = [config.grid << step for step in range(net.stages + 1)]
+    image = torch.zeros(1, 3, _PATCH * config.grid, _PATCH * config.grid, device="meta")
+    maps = torch.zeros(1, config.channels, config.grid, config.grid, device="meta")
+    macs = counted_macs(partial(net, image, maps)) + sum(net.summed_macs((side, side), config.channels) for side in sides[1:])
+    return sides[-1], count_parameters(net), macs
+
+
+_PATCH = 14
+"""Of the backbone whose image guides, in pixels: it changes no count."""
 
 
 def deap_report(config: DeapCost, result: DeapResult, _: Machine) -> Iterator[str]:
@@ -147,9 +186,18 @@ def deap_report(config: DeapCost, result: DeapResult, _: Machine) -> Iterator[st
         f"\nFor a map of {config.grid} x {config.grid} x {config.channels}, {config.outputs} outputs, {config.side} px, one "
         "image, without the backbone:"
     )
-    first = result.readouts[0].macs
+    first, reading = result.readouts[0].macs, [one for one in result.readouts if one.frozen]
     body = [[one.name, f"{one.parameters:,}", f"{one.macs / 1e6:,.1f}", f"{one.macs / first:.2f}"] for one in result.readouts]
     yield from table_lines(["readout", "parameters", "multiply-accumulates, 10^6", "of DeAP's"], body)
     yield """
-- Multiply-accumulates of matrix products and convolutions, by torch's FlopCounterMode; masks and softmax have none.
+- Multiply-accumulates of matrix products and convolutions, by torch's FlopCounterMode, and of joint bilateral filters' sums;
+  masks and softmax have none.
 - DeAP's counts include a LayerNorm that its code makes and never applies; only-mask's, queries and keys that it doesn't read."""
+    for one in reading:
+        yield (
+            f"- {one.name} reads a map of 16 times as many cells a side: what makes it counts, too, and has {one.frozen:,} "
+            "frozen parameters. The paper has it at about four times DeAP's time, on a ViT-S at 280 px."
+        )
+    if reading:
+        counts = ", ".join(f"{task} {count:,}" for task, count in featup_counts().items())
+        yield f"- As released, on {FEATUP_CHANNELS} channels, it learns: {counts}."

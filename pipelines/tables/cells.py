@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from cluster.resources import WorkerRequest
+from operators.readouts import READOUTS
 from operators.readouts.variants import VARIANTS
 from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least, require_gpus, said
 from pipelines.costs.speed import SpeedProtocol
@@ -52,7 +53,9 @@ class GridConfig(JobConfig):
     probe-cityscapes (ViT-Up's); or any TASK:DATASET, for example segmentation:photos_open."""
     methods: Free[tuple[str, ...]] = ("deap",)
     """deap and its ablations deap-8-dim, deap-no-sigma, deap-no-indiv-sigma, deap-only-mask; bicubic, transposed, strided,
-    linear, depth_bins."""
+    linear, featup, depth_bins."""
+    levels: Free[tuple[str, ...]] = ()
+    """METHOD=LEVEL for methods that read another map than the others: featup=x16=featup:URL, linear=448x448=vit_up:URL."""
     seeds: Free[tuple[int, ...]] = (0,)
     """Tables have the mean over them, and the standard deviation."""
     data: Free[tuple[str, ...]] = ()
@@ -123,6 +126,20 @@ class GridConfig(JobConfig):
                 given = redact(text, self.options)
                 raise ConfigError(f"--data {given}: use DATASET=FOLDER; there are {', '.join(DATASETS)}")
             found[name] = absolute(url)
+        return found
+
+    @property
+    def level_of(self) -> dict[str, str]:
+        """`levels` by method. Raises `ConfigError`."""
+        found = {}
+        for text in self.levels:
+            method, equals, level = text.partition("=")
+            if method not in self.methods or not equals or not level:
+                raise ConfigError(
+                    f"--levels {redact(text, self.options)}: use METHOD=LEVEL, of --methods {' '.join(self.methods)}; for "
+                    "example featup=x16=featup:URL"
+                )
+            found[method] = level
         return found
 
     @property
@@ -224,6 +241,7 @@ def plan_cells(config: GridConfig) -> list[Cell]:
     if lacking := sorted({task.dataset for task in tasks} - config.folders.keys()):
         raise ConfigError(f"--data lacks {', '.join(lacking)}: give {lacking[0]}=FOLDER")
     _check_template("--store", config.store, backbones, {task.dataset for task in tasks})
+    _require_levels(config)
     cells = [
         _cell(config, backbone, task, method, seed)
         for backbone in backbones
@@ -244,6 +262,18 @@ def _find_backbone(config: GridConfig, word: str) -> PaperBackbone:
     if weights != config.backbone_weights and not found.weights:
         logger.info("--weights of %s: %s", word, redact(weights, config.options))
     return found
+
+
+def _require_levels(config: GridConfig) -> None:
+    """Raises `ConfigError` where `--levels` aren't of the methods, or a method that can't read any map has none."""
+    given = config.level_of
+    for name in config.methods:
+        reads = READOUTS[str(METHODS[name]["method"])].reads
+        if reads and name not in given and not config.cell.is_given("level"):
+            raise ConfigError(
+                f"--methods {name} reads a map that {reads} has enlarged: give --levels {name}=x16={reads}:URL, or with --store "
+                "the name of such a level of it"
+            )
 
 
 def _check_template(flag: str, text: str, backbones: Sequence[PaperBackbone], datasets: set[str]) -> None:
@@ -269,6 +299,7 @@ def _cell(config: GridConfig, backbone: PaperBackbone, task: TableTask, method: 
     settings = {**published_settings(task, method), **_given(config.cell), **_stores(config, backbone, task)}
     limits = {each: getattr(config, each) for each in ("max_steps", "limit", "val_limit")}
     settings |= {each: value for each, value in limits.items() if value is not None}
+    settings |= {"level": level} if (level := config.level_of.get(method)) else {}
     if not config.store:  # whose features have been made
         settings = {"ragged": backbone.ragged, **settings}
     if not config.store or backbone.weights or config.is_given("weights"):

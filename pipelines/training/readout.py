@@ -53,7 +53,11 @@ class ReadConfig(DenseConfig, SizedConfig[int | None]):
     """The maps of a square input."""
 
 
-_DRAWN = used_with(method=tuple(name for name, kind in READOUTS.items() if "dim" in kind.settings))
+def _names_taking(setting: str) -> tuple[str, ...]:
+    return tuple(name for name, kind in READOUTS.items() if setting in kind.settings)
+
+
+_DRAWN = used_with(method=_names_taking("dim"))
 "Of readouts that draw pixels from a query map."
 _DEAP = used_with(method="deap")
 _INSTANCES = used_with(task="instances")
@@ -63,7 +67,7 @@ _INSTANCES = used_with(task="instances")
 class ReadoutTraining(TrainConfig):
     """Settings of one training run: a readout learns a dense task from a frozen backbone's features."""
 
-    method: Counts[Literal["deap", "bicubic", "transposed", "strided", "linear", "depth_bins"]] = "deap"
+    method: Counts[Literal["deap", "bicubic", "transposed", "strided", "linear", "featup", "depth_bins"]] = "deap"
     """The readout."""
     task: Counts[Literal["segmentation", "depth", "boundaries", "detection", "instances"]] = "segmentation"
     """What it learns."""
@@ -105,7 +109,8 @@ class ReadoutTraining(TrainConfig):
     val_store: Annotated[Found[str], used_with(store=True)] = ""
     """The same for --val-split; default: --store."""
     level: Counts[str] = "x1"
-    """The map that is read out, named as for jobs/extract.py: x1, x2=lift:s3://bucket/ckpt; of a store, its name."""
+    """The map that is read out, named as for jobs/extract.py: x1, x2=lift:s3://bucket/ckpt; of a store, its name. Of featup,
+    x16=featup:URL, made of each image anew: 39 million numbers at 280 px."""
     features: Held[ReadConfig] = ReadConfig()
 
     dim: Annotated[Counts[int | None], _DRAWN] = None
@@ -120,6 +125,8 @@ class ReadoutTraining(TrainConfig):
     """Channels of the convolutions that draw pixels; default: max(dim / 4, outputs / 2). COCO-Stuff's published one has 32."""
     outputs: Annotated[Counts[int | None], used_with(task="segmentation")] = None
     """segmentation: more outputs than there are classes; COCO-Stuff's published readout has 200."""
+    hidden: Annotated[Counts[int | None], used_with(method=_names_taking("hidden"))] = None
+    """featup: channels between two convolutions, as the release's other mode has 32; default: a single convolution."""
     depth_loss: Annotated[Counts[Literal["deap", "vit-up"]], used_with(task="depth")] = "deap"
     """depth: the loss."""
     gradient_loss: Annotated[Counts[Literal["released", "spatial"]], used_with(task="depth", depth_loss="vit-up")] = "released"
@@ -191,7 +198,7 @@ class ReadoutTraining(TrainConfig):
             settings["grid"] = level.grid
         if self.task == "depth" and "output_bias" in taken:
             settings["output_bias"] = 1.0
-        given = {name: getattr(self, name) for name in ("dim", "mask", "shared_sigma", "only_mask", "width")}
+        given = {name: getattr(self, name) for name in ("dim", "mask", "shared_sigma", "only_mask", "width", "hidden")}
         plain = ReadoutTraining()
         settings |= {name: value for name, value in given.items() if value != getattr(plain, name)}
         try:
@@ -222,6 +229,7 @@ class ReadoutTraining(TrainConfig):
         opened = functools.cache(lambda url: FeatureStore.open(url, self.options))
         spec, bundle = self._features(task, opened)
         level = _level(spec, self.level_name, self.store)
+        _require_made_for(self.method, level)
         pooled = _pooled(spec, self.store) if READOUTS[self.method].needs_pooled else None
         read = [name for name in (level.name, pooled) if name]
         sources = [
@@ -289,6 +297,14 @@ def _level(spec: FeatureSpec, name: str, store: str) -> Level:
         have = ", ".join(level.name for level in spec.levels if level.grid)
         raise ConfigError(f"--level {name}: {store or spec.model} has the maps {have}")
     return found
+
+
+def _require_made_for(method: str, level: Level) -> None:
+    if (reads := READOUTS[method].reads) not in ("", level.method):
+        raise ConfigError(
+            f"--method {method} reads a map that {reads} has enlarged, and --level {level.name} is {level.method}'s; give "
+            f"--level x16={reads}:URL, or the name of such a level of --store"
+        )
 
 
 def _pooled(spec: FeatureSpec, store: str) -> str:

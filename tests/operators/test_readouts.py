@@ -6,16 +6,20 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from operators.backbone import PatchFeatures, TimmBackbone, normalise
 from operators.readouts import READOUTS, Readout, ReadoutConfig, ReadoutError, build_readout
 from operators.readouts.deap import DeAP, coordinates, squared_distances
 from operators.readouts.readout import position_code
-from pipelines.costs.readouts import published_counts
-from tests.goldens import evaluation_golden
+from operators.upsamplers import find_method
+from pipelines.costs.readouts import featup_counts, published_counts
+from tests.goldens import evaluation_golden, tensor_golden, under
 
 # README_eval.md suggests 1e-4; float32 noise against the golden file is 5e-7.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -412,6 +416,49 @@ def test_depth_bins_name_the_pooled_vector_they_need(pooled):
         readout(random(2, 6, 4, 4), (8, 8), pooled)
 
 
+# FeatUp, as DeAP's release compares with it
+
+
+def test_featup_gives_what_the_release_gives_from_the_image_to_the_loss():
+    tensors, config = tensor_golden("deap_featup_readout")
+    state = under(tensors, "sd/")
+    decoder = {name: state.pop(name) for name in ("decoder.weight", "decoder.bias")}
+    pixels = F.interpolate(tensors["in/image01"], size=config["input_size"], mode="nearest")
+    image = normalise(pixels.permute(0, 2, 3, 1) * 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    maps = PatchFeatures(layers={0: tensors["in/backbone_map"]}, prefix={}, stride=config["patch"])
+    featup = find_method("featup")
+    given, stack = featup.official(state, TimmBackbone(timm.create_model("test_vit", patch_size=config["patch"])))
+    upsampler = featup.build(featup.parse(given), stack, "fp32", lambda: None)
+    readout = build_readout({"method": "featup", "channels": config["channels"], "outputs": config["outputs"]})
+    readout.load_state_dict(decoder)
+
+    enlarged = upsampler(image, maps, (0,), tuple(tensors["out/hr_features"].shape[-2:]))
+    out = readout(enlarged, (config["input_size"],) * 2)
+
+    torch.testing.assert_close(image, tensors["mid/normalised_image"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(enlarged, tensors["out/hr_features"], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(out, tensors["out/prediction"], rtol=2e-4, atol=2e-4)
+    labels = F.interpolate(tensors["in/labels"][None].float(), size=out.shape[-2:], mode="nearest")[0].long()
+    torch.testing.assert_close(F.cross_entropy(out, labels, ignore_index=255), tensors["out/cross_entropy"], rtol=1e-4, atol=1e-4)
+
+
+def test_featup_learns_as_many_parameters_as_are_published():
+    assert featup_counts() == {
+        "VOC": 8_085, "boundaries": 385, "depth": 385, "COCO-Stuff": 77_000, "detection": 385 + 770, "instances": 32 * 385
+    }  # fmt: skip
+
+
+def test_featup_has_the_other_mode_of_the_release():
+    readout = build_readout({"method": "featup", "channels": 16, "outputs": 3, "hidden": 32})
+    maps = random(1, 16, 8, 8)
+
+    out = readout(maps, (8, 8))
+
+    first, _, last = readout.decoder
+    torch.testing.assert_close(out, F.conv2d(F.relu(first(maps)), last.weight, last.bias, padding=1))
+    assert readout.parameter_count() == 17 * 32 + (9 * 32 + 1) * 3
+
+
 # What every readout promises
 
 SMALL = {"channels": 16, "outputs": 3, "output": 32}
@@ -420,6 +467,7 @@ KINDS = {name: {**SMALL, "method": name} for name in READOUTS} | {
     "strided": {**SMALL, "method": "strided", "grid": 8},
     "depth_bins": {**SMALL, "method": "depth_bins", "outputs": 1},
     "detection": {**SMALL, "method": "deap", "split": [1, 2]},
+    "featup, two": {**SMALL, "method": "featup", "hidden": 8},
     "eq. 2": {**SMALL, "method": "deap", "mask": "paper"},
     "no-sigma": {**SMALL, "method": "deap", "mask": "none"},
     "no-indiv-sigma": {**SMALL, "method": "deap", "shared_sigma": True},

@@ -43,6 +43,18 @@ def test_parameters_and_operations_are_those_of_the_papers_configuration():
     assert found["deap-only-mask"].macs < found["deap"].macs
 
 
+def test_featup_counts_what_enlarges_its_map():
+    config = DeapCost(channels=64, grid=4, side=32)
+    found = {one.name: one for one in measure_deap(config).readouts}
+
+    fine = sum((4 << step) ** 2 for step in range(1, 5))
+    # A pixel's key and its products with 49 others; corrections of its filter; the filtered sum of every channel.
+    kernel = 3 * 32 + 32 * 32 + 49 * 32 + 52 * 49 + 49 * 49
+    assert found["featup"].macs == fine * (kernel + 49 * 64) + 64**2 * (64 * 64 + 64 * 21)
+    assert (found["featup"].parameters, found["featup"].frozen) == (65 * 21, 4 * 6_233 + 65 * 64 + 128)
+    assert {one.frozen for name, one in found.items() if name != "featup"} == {0}
+
+
 def test_channels_that_one_of_them_cannot_group_are_refused():
     with pytest.raises(ConfigError, match="multiple of 16"):
         DeapCost(channels=100)

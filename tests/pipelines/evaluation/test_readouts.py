@@ -27,7 +27,7 @@ from storage.datasets.files import DatasetError
 from storage.paths import Folder
 from storage.runs import read_pointers
 from tests.pipelines.evaluation.test_evaluation import evaluate
-from tests.readout_runs import OF_TASK, TINY, extract, held_out, train, training
+from tests.readout_runs import OF_TASK, TINY, extract, featup_file, held_out, train, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,6 +149,15 @@ def test_maps_are_read_by_name(trained, config_of, tmp_path):
     with pytest.raises(ConfigError, match=r"reads x2 \(bilinear\), which isn't among --levels"):
         probe.prepare(config_of(url))
     assert scores(config_of(url, levels=("x1", "x2"))) == [expected(url)]
+
+
+def test_featup_is_judged_on_the_map_that_its_file_enlarges(trained, config_of, tmp_path):
+    level = f"x4=featup:{featup_file(tmp_path / 'test_jbu_stack.ckpt')}"
+    url = trained(level=level, method="featup")
+
+    with pytest.raises(ConfigError, match=r"reads x4 \(featup\), which isn't among --levels"):
+        probe.prepare(config_of(url))
+    assert scores(config_of(url, levels=("x1", level))) == [expected(url)]
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_inline
 from storage.paths import Folder
 from tests.conftest import loud_weights
-from tests.readout_runs import extract, held_out, losses, write_sets
+from tests.readout_runs import extract, featup_file, held_out, losses, write_sets
 from tests.stops import Died, dies_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -622,3 +622,28 @@ def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:
             for process in training[:1]:
                 process.kill()
                 killed.append(process.pid)
+
+
+def test_methods_may_read_maps_of_their_own(sets, tmp_path):
+    level = f"x4=featup:{featup_file(tmp_path / 'test_jbu_stack.ckpt')}"
+    config = tiny_grid(sets, tmp_path / "grid", methods=("linear", "featup"), levels=(f"featup={level}",), speed=False)
+
+    linear, featup = plan_cells(config)
+
+    assert (linear.training.level, featup.training.level, featup.training.method) == ("x1", level, "featup")
+    text = "\n".join(main(config))
+    assert re.search(r"\| linear \|.* \| 0\.001 ", text)
+    assert re.search(r"\| featup \|.* \| 0\.001 ", text)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (("deap=x2",), "--levels deap=x2: use METHOD=LEVEL, of --methods linear featup; for example featup=x16=featup:URL"),
+        (("x16=featup:file.ckpt",), "--levels x16=featup:file.ckpt: use METHOD=LEVEL"),
+        ((), "--methods featup reads a map that featup has enlarged: give --levels featup=x16=featup:URL"),
+    ],
+)
+def test_levels_that_no_method_reads_are_refused(sets, tmp_path, levels, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_cells(tiny_grid(sets, tmp_path / "grid", methods=("linear", "featup"), levels=levels))

@@ -24,7 +24,7 @@ from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_on_ray
 from storage.paths import Folder
 from storage.runs import read_last
-from tests.readout_runs import OF_TASK, extract, held_out, losses, prepared, train, training, write_nyu
+from tests.readout_runs import OF_TASK, extract, featup_file, held_out, losses, prepared, train, training, write_nyu
 from tests.stops import Died, dies_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,6 +89,28 @@ def test_other_readouts_learn_by_the_same_command(sets, tmp_path, method):
 
     assert np.mean(losses(config.out)[-4:]) < 0.6 * np.mean(losses(config.out)[:4])
     assert load_readout(config.out).config.method == method
+
+
+def test_featup_learns_on_the_map_that_its_file_enlarges(sets, tmp_path):
+    level = f"x16=featup:{featup_file(tmp_path / 'test_jbu_stack.ckpt')}"
+    config = training(sets, tmp_path / "run", method="featup", level=level, epochs=6, checkpoint_every=12, validate_every=12)
+
+    train(config)
+
+    assert np.mean(losses(config.out)[-4:]) < 0.6 * np.mean(losses(config.out)[:4])
+    readout = load_readout(config.out)
+    assert (readout.config.method, readout.features["level"]["method"]) == ("featup", "featup")
+    assert {name: tuple(value.shape) for name, value in readout.state.items()} == {
+        "decoder.weight": (21, 64, 1, 1), "decoder.bias": (21,)
+    }  # fmt: skip
+
+
+def test_featup_refuses_maps_that_featup_has_not_enlarged(sets, tmp_path):
+    for level, named in (("x1", "x1 is backbone"), ("x2=bicubic", "x2 is bicubic")):
+        with pytest.raises(
+            ConfigError, match=f"reads a map that featup has enlarged, and --level {named}'s; give --level x16=featup"
+        ):
+            training(sets, tmp_path / "run", method="featup", level=level).resolve()
 
 
 def test_mirrored_batches_mirror_image_and_label(sets, tmp_path):
