@@ -579,7 +579,7 @@ def test_settings_come_from_json_with_published_defaults():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "dpt"}, "no readout is called 'dpt'; there are: deap, bicubic, transposed, strided, linear, depth_bins"),
+        ({"method": "dpt"}, "no readout is called 'dpt'; there are: deap, bicubic, transposed, strided, linear, featup"),
         ({"chanels": 4}, "no such readout settings: chanels; there are: method, channels, outputs"),
         ({"outputs": None}, "the readout's settings lack outputs"),
         ({"channels": 0}, "channels must be a whole number of at least 1, got 0"),
