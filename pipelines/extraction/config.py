@@ -64,7 +64,8 @@ class ExtractConfig(JobConfig):
     """Images per task, a power of two; default: by input size and row size. Part of the store's layout."""
 
     plan: Free[bool] = False
-    """Print what would be done and what it would cost, then stop."""
+    """Print what would be done and what it would cost, then stop. The input is listed and the cluster asked as the run would do
+    it: without one, a local Ray is started and ended again; --executor inline needs none."""
     json: Free[bool] = False
     """With --plan: as JSON."""
 
