@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 Method = Literal["knn", "linear"]
 
+FOLDER = "folder"
+"""The label that is no column: folders of images are how most small sets come."""
+
 READ_ROWS = 8192
 """Rows that are read from a store at once."""
 
@@ -49,7 +52,8 @@ class ClassifyConfig(JobConfig):
     out: Free[str] = ""
     """The folder to write results.md and results.json to."""
     label: Counts[str] = "cls"
-    """The column with the class, which jobs/extract.py --carry took from the samples: numbers or names."""
+    """The column with the class, which jobs/extract.py --carry took from the samples: numbers or names. `folder`: the folder that
+    the image lies in, as its key has it, where no column is called so."""
     level: Counts[str] = ""
     """The pooled level; default: the CLS vector, else the only pooled one."""
     methods: Counts[tuple[Method, ...]] = ("knn", "linear")
@@ -120,17 +124,20 @@ def labelled_rows(store: FeatureStore, level_name: str, label: str) -> LabelledR
     """The rows of a store that can be used, and why others can't. Raises `ConfigError`."""
     level = _pooled(store, level_name)
     displayed, carried = store.folder.displayed, store.index.carried
-    if label not in carried:
+    if label not in carried and label != FOLDER:
         there = f"it carries {', '.join(carried)}" if carried else "it carries nothing"
         raise ConfigError(
             f"{displayed} has no column {label!r}; {there}. Labels come from the tars with jobs/extract.py --carry {label}, "
-            f"which takes the text members named KEY.{label}; give --label the name of one that is there"
+            f"which takes the text members named KEY.{label}; give --label the name of one that is there, or `folder`"
         )
     rows = np.arange(len(store))
     valid = store.valid(rows)
-    table = store.index.take(rows, ["key", label])
-    names = pc.utf8_trim_whitespace(pc.fill_null(table[label], "")).to_numpy(zero_copy_only=False).astype(str)
+    table = store.index.take(rows, ["key", *({label} & set(carried))])
     keys = table["key"].to_numpy(zero_copy_only=False).astype(str)
+    if label in carried:
+        names = pc.utf8_trim_whitespace(pc.fill_null(table[label], "")).to_numpy(zero_copy_only=False).astype(str)
+    else:
+        names = np.array([key.rpartition("/")[0].rpartition("/")[2] for key in keys.tolist()], str)
     labelled = names != ""
     what = "no features: its extraction failed" if store.status == "complete" else "no features: failed, or not written yet"
     left_out = LeftOut.of(f"{displayed}: {what}", keys[~valid].tolist())

@@ -195,3 +195,21 @@ def test_names_are_classes_and_stores_of_other_features_are_refused(tmp_path, ti
     argv = ["classify", "--data", stores["train"], "--test", config.out, "--out", str(tmp_path / "two")]
     assert evaluate.run(argv) == 2
     assert "hold different features" in capsys.readouterr().err
+
+
+def test_folders_are_classes(tmp_path, tiny):
+    for n in range(24):
+        photo = tmp_path / "in/birds" / ["crow", "jay"][n % 2] / f"{n}.jpg"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        photo.write_bytes(jpeg(n))
+    (tmp_path / "in/stray.jpg").write_bytes(jpeg(99))
+    config = tiny(str(tmp_path / "in"), levels=("x1", "pooled"))
+    extract(config, InlineExecutor())
+
+    found = classify(tmp_path / "out", "--data", config.out, "--label", "folder", "--held-out", "0.4")
+
+    assert [(each["class"], each["training_images"] + each["test_images"]) for each in found["details"]["classes"]] == [
+        ("crow", 12),
+        ("jay", 12),
+    ]
+    assert [each["first"] for each in found["items"]["left_out"]] == ["stray"]
