@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from pipelines.stream_order import StreamOrder, block_ranges
 from storage.errors import RayliftError
 from storage.ledger import SCHEMA
 from storage.paths import StorageOptions, UnknownName
@@ -190,68 +191,6 @@ class FeatureDataset(Dataset[Sample]):
             self._opened = (os.getpid(), self._rows.reopened())
         samples = self._opened[1].samples(np.asarray(indices, np.int64))
         return samples if self.transform is None else [self.transform(sample) for sample in samples]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamOrder:
-    """Which rows one consumer of a stream gives, and in which order: numbers alone, nothing is read.
-
-    The chosen rows of all blocks, in the epoch's order of blocks, are one sequence. Each rank has a range of it, and each of
-    its workers a range of that; so only blocks at the borders are read by two consumers, a part each.
-    """
-
-    block_rows: int
-    shuffle: bool
-    seed: int
-    buffer_rows: int
-    even: bool
-    rank: int
-    world_size: int
-    worker: int = 0
-    workers: int = 1
-
-    def parts(self, rows: np.ndarray, epoch: int) -> list[tuple[int, int]]:
-        """What this consumer reads: ranges (first, last) of positions in the sorted `rows`, each within one block."""
-        first, last = _blocks(rows, self.block_rows)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(first))
-            first, last = first[order], last[order]
-        ends = np.cumsum(last - first)
-        begins = ends - (last - first)
-        mine = self.share(len(rows))
-        lower, upper = np.maximum(begins, mine[0]), np.minimum(ends, mine[1])
-        some = lower < upper
-        return list(zip((first + lower - begins)[some].tolist(), (first + upper - begins)[some].tolist(), strict=True))
-
-    def share(self, n_rows: int) -> tuple[int, int]:
-        """This consumer's range of a sequence of `n_rows`; the sizes of two consumers' differ by one at most."""
-        if self.even:
-            n_rows -= n_rows % self.world_size
-        first, last = (n_rows * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        begin, end = ((last - first) * worker // self.workers for worker in (self.worker, self.worker + 1))
-        return first + begin, first + end
-
-    def steps(self, parts: Sequence[tuple[int, int]], epoch: int) -> Iterator[tuple[int, int]]:
-        """For each row in the order given: how many of `parts` have entered the buffer by then, and its position."""
-        if not self.shuffle:
-            yield from ((entered, at) for entered, part in enumerate(parts, 1) for at in range(*part))
-            return
-        # A spawn key: entropy alone is padded with zeros, and consumer 0 would draw the numbers of the blocks' order.
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch], spawn_key=(self.rank, self.worker)))
-        held: list[int] = []
-        for entered, part in enumerate(parts, 1):
-            held += range(*part)
-            spare = len(held) if entered == len(parts) else max(0, len(held) - self.buffer_rows + 1)
-            for draw in rng.random(spare).tolist():
-                chosen = int(draw * len(held))
-                held[chosen], held[-1] = held[-1], held[chosen]
-                yield entered, held.pop()
-
-
-def _blocks(rows: np.ndarray, block_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rows of each block begin and end in the sorted `rows`."""
-    first = np.flatnonzero(np.diff(rows // block_rows, prepend=-1))
-    return first, np.append(first[1:], len(rows))
 
 
 @dataclass(kw_only=True)
@@ -430,7 +369,7 @@ def _start(function: Callable[[Asked], Made], argument: Asked) -> Future[Made]:
 def _fulfil(future: Future[Made], function: Callable[[Asked], Made], argument: Asked) -> None:
     try:
         future.set_result(function(argument))
-    except BaseException as error:  # noqa: BLE001 - raised where the result is taken
+    except BaseException as error:  # noqa: BLE001 - of any kind: who takes the result raises it, and would else wait for ever
         future.set_exception(error)
 
 
@@ -461,7 +400,7 @@ def _datasource(chosen: _Rows) -> "ray.data.Datasource":
 
     features = sum(_row_bytes(chosen.store, level) for level in chosen.levels)
     row_bytes = features + chosen.labels.nbytes // len(chosen.rows)
-    blocks = np.stack(_blocks(chosen.rows, chosen.store.layout.block_rows), axis=1)
+    blocks = np.stack(block_ranges(chosen.rows, chosen.store.layout.block_rows), axis=1)
 
     class FeatureRows(Datasource):
         def estimate_inmemory_data_size(self) -> int:

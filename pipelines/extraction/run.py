@@ -236,7 +236,8 @@ class _Run:
                     stuck = self._drain([self.store.layout.task(block) for block in aside], solo=True)
                     self.errors += [f"task {block}: set aside twice" for block in stuck]
             except Exception:
-                self.store.require_in_place()  # if it isn't, that is the reason
+                # Whatever it was goes on from here; but a store that was removed makes errors of all kinds, and is their reason.
+                self.store.require_in_place()
                 raise
         self._save_progress()
 

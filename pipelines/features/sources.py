@@ -331,7 +331,12 @@ class StoreSource:
     ) -> dict[str, Tensor]:
         values = {level: store.read([row.row], level) for level in levels}
         # The ledger says how many there are in all levels of the row; what is merely rounded to the limit isn't among them.
-        halves = {n: min(row.clipped or 0, int(count_clipped(each)[0])) for n, each in values.items() if each.dtype == np.float16}
+        # Nearly every row has none, and its values needn't be looked at.
+        halves = {
+            level: min(row.clipped, int(count_clipped(each)[0])) if row.clipped else 0
+            for level, each in values.items()
+            if each.dtype == np.float16
+        }
         self.clipped.add(picture, what, halves, store.spec.levels)
         return {level: torch.from_numpy(each[0]).to(self.device) for level, each in values.items()}
 
