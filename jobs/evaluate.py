@@ -88,7 +88,12 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
         # ViT-Up's Table 9, with random weights.
         # `python jobs/evaluate.py runtime vit-up-table9 --out eval/runtime --paper`
         "vit-up-table9": RuntimeConfig.of(
-            methods=("bilinear", "vit_up"), grids=(112, 224, 448), chunks=(0, 112, 224, 448), weights="random", **VIT_UP_FEATURES
+            methods=("bilinear", "jafar", "anyup", "uplift", "naf", "vit_up"),
+            settings=("anyup.natten=true",),
+            grids=(112, 224, 448),
+            chunks=(0, 112, 224, 448),
+            weights="random",
+            **VIT_UP_FEATURES,
         ),
         # LiFT's Table 5 at 224 px; at 448 with --size 448 --grids 56. About 1 minute on 2 CPU cores.
         "lift-table5": RuntimeConfig.of(size=224, grids=(28,), methods=("bilinear", "lift"), weights="random", **LIFT),

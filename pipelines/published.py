@@ -292,7 +292,7 @@ VIT_UP_RUNTIME = Published(
 )  # fmt: skip
 """bf16, on a GPU that the paper doesn't name: by method and side of the output grid. ViT-Up's, by its queries at once."""
 
-VIT_UP_RUNTIME_SETTINGS: Mapping[str, JsonObject] = {"anyup": {"use_natten": True}}
+VIT_UP_RUNTIME_SETTINGS: Mapping[str, JsonObject] = {"anyup": {"natten": True}}
 """What it is of where that isn't a method's default: AnyUp's variant with NATTEN's neighbourhoods."""
 
 RELEASED_PARAMETERS: Mapping[str, float] = {
