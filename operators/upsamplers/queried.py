@@ -198,10 +198,10 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
 
     def _guides(self, images: Tensor) -> Tensor:
         settings = self.settings
+        if not self.method.imagenet or (settings.mean, settings.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+            return images
         ours = torch.tensor([settings.mean, settings.std])
         theirs = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
-        if not self.method.imagenet or torch.equal(ours, theirs):
-            return images
         scale, shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
         return torch.addcmul(shift.view(3, 1, 1).to(images.device), images, scale.view(3, 1, 1).to(images.device))
 
