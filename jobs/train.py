@@ -9,8 +9,8 @@
     python jobs/train.py featup --task segmentation --dataset voc --data VOC2012 --level x16=featup:dinov2.ckpt --out ...
     python jobs/train.py probe --dataset ade20k --data ADE20K --store s3://bucket/ade-448.zarr --no-flip --out ...
 
-The first word is an upsampler (lift, resize_conv, jbu, vit-up), a readout (deap, bicubic, transposed, strided,
-linear, featup; probe for ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes:
+The first word is an upsampler (lift, resize_conv, jbu, vit-up, jafar, featup-upsampler), a readout (deap, bicubic, transposed,
+strided, linear, featup; probe for ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes:
 0 finished, 1 not (diverged, too many unreadable images, too many lost workers), 2 wrong settings.
 """
 
@@ -26,9 +26,12 @@ from pipelines.demo_datasets import write_demo, write_photos
 from pipelines.features.config import BackboneConfig
 from pipelines.training import run as training
 from pipelines.training.config import TrainConfig
+from pipelines.training.featup import FeatUpTraining
+from pipelines.training.jafar import JafarTraining
 from pipelines.training.lift import LIFT_MAPS, X2Config
 from pipelines.training.objectives import trainings
 from pipelines.training.readout import ReadConfig, ReadoutTraining
+from pipelines.training.square import SquareMapConfig
 from pipelines.training.vit_up import ViTUpTraining
 
 LIFT_S16 = X2Config.of(method="lift", **published.LIFT_FEATURES, **published.LIFT_TRAINING)
@@ -99,7 +102,7 @@ PRESETS: dict[str, TrainConfig] = {
     # The same for ViT-B/16.
     "vit-up-dinov3-b-imagenet": ViTUpTraining.of(model="vit_base_patch16_dinov3_qkvb.lvd1689m", **published.VIT_UP_TRAINING),
     # A supervised ViT-Ti/16 on 600 photographs: canvases of 256 px instead of 896, three blocks instead of six.
-    # pipelines/TRAINING.md has the results.
+    # pipelines/TRAINING.md says how far that is known.
     "vit-up-vit-tiny-photos": ViTUpTraining(
         canvas=256,
         teacher_sizes=(64, 128, 256),
@@ -117,6 +120,43 @@ PRESETS: dict[str, TrainConfig] = {
         checkpoint_every=100,
         validate_every=200,
         features=BackboneConfig(model="vit_tiny_patch16_224.augreg_in21k_ft_in1k", precision="fp32"),
+        cluster=GpuConfig(executor="inline"),
+    ),
+    # JAFAR's recipe: 100,000 steps, no labels. No published duration; not run here.
+    # `python jobs/train.py jafar-dinov2-s14-imagenet --data 'imagenet1k-train-{0000..1023}.tar' --out jafar-s14 --val-rows 512`
+    "jafar-dinov2-s14-imagenet": JafarTraining.of(**published.JAFAR_TRAINING),
+    # A supervised ViT-Ti/16 on 600 photographs: images of 128 px instead of 448, made smaller without aliasing, random parts of
+    # them, a larger learning rate that falls.
+    # `python jobs/train.py jafar-vit-tiny-photos --weights DIR --data 'imagenet-sample-{000000..000005}.tar' --out jafar-tiny`
+    "jafar-vit-tiny-photos": JafarTraining(
+        crop=0.5,
+        antialias=True,
+        batch=8,
+        epochs=2,
+        lr=1e-3,
+        schedule="cosine",
+        warmup_steps=10,
+        net_precision="fp32",
+        val_rows=60,
+        log_every=20,
+        checkpoint_every=20,
+        validate_every=200,
+        features=SquareMapConfig(model="vit_tiny_patch16_224.augreg_in21k_ft_in1k", size=128, precision="fp32"),
+        cluster=GpuConfig(executor="inline"),
+    ),
+    # FeatUp's recipe for its joint bilateral stack: one pass over COCO's photographs. No published duration; not run here.
+    # `python jobs/train.py featup-dinov2-s14-coco --data 'coco-train2017-{000..117}.tar' --out featup-s14`
+    "featup-dinov2-s14-coco": FeatUpTraining.of(**published.FEATUP_TRAINING),
+    # A supervised ViT-Ti/16 on 600 photographs: images of 64 px instead of 224, two jitters instead of five.
+    # pipelines/TRAINING.md says how far that is known.
+    "featup-vit-tiny-photos": FeatUpTraining(
+        crop=0.5,
+        jitters=2,
+        val_rows=60,
+        log_every=10,
+        checkpoint_every=10,
+        validate_every=100,
+        features=SquareMapConfig(model="vit_tiny_patch16_224.augreg_in21k_ft_in1k", size=64, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
     # No network, no Ray: DeAP on six drawn images with timm's test_vit, random weights. 2 CPU cores: about 15 seconds, imports
@@ -163,7 +203,8 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 NAMES: dict[str, TrainConfig] = {
-    **trainings(),
+    # A readout may have an upsampler's name.
+    **{f"{name}-upsampler" if name in READOUTS else name: config for name, config in trainings().items()},
     "vit-up": ViTUpTraining(),
     **{name: ReadoutTraining().changed(method=name) for name, kind in READOUTS.items() if kind.only_outputs is None},
     "featup": ReadoutTraining.of(method="featup", **published.DEAP_FEATUP),

@@ -27,6 +27,8 @@ class Paper:
 
 LIFT = Paper(name="LiFT", arxiv="2403.14625")
 VIT_UP = Paper(name="ViT-Up", arxiv="2606.14024")
+JAFAR = Paper(name="JAFAR", arxiv="2506.11136")
+FEATUP = Paper(name="FeatUp", arxiv="2403.10516")
 DEAP = Paper(name="DeAP")
 """Characterizing Vision Backbones for Dense Prediction with Dense Attentive Probing (TMLR)."""
 
@@ -299,6 +301,14 @@ RELEASED_PARAMETERS: Mapping[str, float] = {
     "jafar": 628_480, "anyup": 878_080, "uplift": 789_521, "naf": 662_528, "vit_up": 24.9e6
 }  # fmt: skip
 """Of the networks that their authors released, for maps of 384 channels; ViT-Up's is Table 9's."""
+
+# --- JAFAR and FeatUp -------------------------------------------------------------------------------------------------
+
+JAFAR_TRAINING: Settings = {"model": "vit_small_patch14_dinov2.lvd142m", "max_steps": 100_000}
+"""On ImageNet-1k in batches of 4, images of 448 px; what else there is to set has the published value by default."""
+
+FEATUP_TRAINING: Settings = {"model": "vit_small_patch14_dinov2.lvd142m"}
+"""One pass over COCO-Stuff's photographs in batches of 4, images of 224 px; likewise."""
 
 # --- DeAP -------------------------------------------------------------------------------------------------------------
 

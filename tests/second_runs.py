@@ -36,6 +36,8 @@ from pipelines.extraction.run import run_prepared
 from pipelines.tables import deap
 from pipelines.tables.cells import GridConfig
 from pipelines.training import data as training_data
+from pipelines.training.featup import FeatUpTraining
+from pipelines.training.jafar import JafarTraining
 from pipelines.training.lift import X2Config
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.vit_up import ViTUpTraining
@@ -336,11 +338,17 @@ _VIT_UP = {
     **_ON_IMAGES,
 }
 
+_JAFAR = {"size": 64, "net_precision": "fp32", "val_rows": 2, **_ON_IMAGES}
+
+_FEATUP = {"size": 64, "radius": 1, "jitters": 1, "val_rows": 2, **_ON_IMAGES}
+
 _SPAIR = {"sizes": (64,), "pairs_per_category": 0, "levels": ("x1", "x2=resize_conv:WORLD/upsampler"), "force_upsampler": True}
 
 KINDS: Mapping[str, Kind] = {
     "x2": kind_of(X2Config, trained, *_IMAGES, **X2),
     "vit_up": kind_of(ViTUpTraining, trained, *_IMAGES, **_VIT_UP),
+    "jafar": kind_of(JafarTraining, trained, *_IMAGES, **_JAFAR),
+    "featup": kind_of(FeatUpTraining, trained, *_IMAGES, **_FEATUP),
     "readout: voc": _readout("voc", "VOC2012"),
     "readout: level": kind_of(ReadoutTraining, trained, "upsampler", **_READOUT, level="x2=resize_conv:WORLD/upsampler"),
     "readout: photos_open": _readout("photos_open", "photos_open"),

@@ -18,8 +18,8 @@ from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRIED = (
-    "x2", "vit_up", "readout: voc", "readout: nyu", "grid", "correspondence: lift", "correspondence: navi", "video", "discovery",
-    "cka", "similarity", "probe", "runtime", "extract",
+    "x2", "vit_up", "jafar", "featup", "readout: voc", "readout: nyu", "grid", "correspondence: lift", "correspondence: navi",
+    "video", "discovery", "cka", "similarity", "probe", "runtime", "extract",
 )  # fmt: skip
 """A kind of run for each class of settings, and one that trains on depth."""
 
@@ -52,6 +52,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "actor_gpus": (1.0,),
     "actors": (1,),
     "runtime: actors": (2,),
+    "runtime: settings": (("jbu.radius=2",),),
     "alphas": ((0.2,),),
     "backbones": ((f"{VIT}@128",),),
     "batch": (3,),
@@ -60,6 +61,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "cell_cpus": (1,),
     "cell_gpus": (0.5,),
     "clip": (0.5,),
+    "clip_steps": (1, None),
     "crop": (0.5,),
     "crop_pct": (0.875,),
     "dataset": ("photos_open",),
@@ -68,6 +70,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "drawing": ("extract",),
     "grids": ((4,),),
     "chunks": ((4,),),
+    "hidden": (16,),
     "hidden_size": (128,),
     "hidden_states": ((0, 6),),
     "image_member": ("png",),
@@ -97,6 +100,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "side": (128,),
     "size": (128,),
     "vit_up: size": (256,),
+    "shrink": ((0.5, 0.5),),
     "sizes": ((32, 96),),
     "speed_reference": ("test_vit2.r160_in1k",),
     "split": ("val",),

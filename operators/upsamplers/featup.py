@@ -41,7 +41,7 @@ class FeatUp(Recursive[FeatUpSettings]):
 
     settings = FeatUpSettings
     telling = "range_temp"
-    trained_by = None
+    trained_by = "featup"
     overshoots = True
 
     def network(self, settings: FeatUpSettings) -> "FeatUpNet":

@@ -51,6 +51,7 @@ class Jafar(Queried[JafarSettings]):
 
     settings = JafarSettings
     telling = "sft_key.gamma.weight"
+    trained_by = "jafar"
 
     def network(self, settings: JafarSettings) -> "JafarNet":
         return JafarNet(settings.channels, settings.qk_dim, settings.num_heads, settings.kernel_size)

@@ -126,7 +126,7 @@ N = TypeVar("N", bound=DoublingSettings)
 class Recursive(Method[N]):
     """A method whose network enlarges x2. A subclass has `settings` and `network`, and `prepared` where inference needs it."""
 
-    trained_by: ClassVar[Literal["lift", "vit_up"] | None] = "lift"
+    trained_by: ClassVar[str | None] = "lift"
     trained_factors = (1, 2, 4)
     "maps of images are learned from those of their halves, and those from the quarters' (LiFT's eq. 1)"
     overshoots: ClassVar[bool] = False

@@ -14,7 +14,8 @@ from storage.runs import read_run
 _MEASURE = (
     *("val_rows", "max_image_pixels", "backbone", "features", "dataset", "task", "val_split", "label_frame", "depth_scale"),
     *("size", "side", "placement", "geometry", "interpolation", "crop", "drawing", "normalise"),
-    *("loss", "lower", "teacher_sizes", "l2_weight", "cosine_weight", "relational_weight"),
+    *("loss", "lower", "teacher_sizes", "l2_weight", "cosine_weight", "relational_weight", "shrink", "antialias"),
+    *("jitters", "downsampler", "projected", "channel_norm", "crf_weight", "tv_weight"),
     *("depth_loss", "gradient_loss", "outputs", "large_area", "many"),
 )
 """What numbers of held-out images depend on beside the network, of a run's identity; and all that begins with `held_out`."""

@@ -1,13 +1,17 @@
-"""What upsamplers are trained to do, by the name that methods say in `trained_by`. An objective is a file here and an entry of
+"""What upsamplers are trained to do, by the name that methods say in `trained_by`. An objective is a file here and a line of
 `OBJECTIVES`: settings, which say what is made of an image and of the backbone, and an `ImageObjective`.
 """
 
 from operators.upsamplers import UPSAMPLERS, find_method
+from pipelines.training.featup import FeatUpTraining
 from pipelines.training.images import ImageTraining
+from pipelines.training.jafar import JafarTraining
 from pipelines.training.lift import X2Config
 from pipelines.training.vit_up import ViTUpTraining
 
-OBJECTIVES: dict[str, type[ImageTraining]] = {kind.trains: kind for kind in (X2Config, ViTUpTraining)}
+OBJECTIVES: dict[str, type[ImageTraining]] = {
+    kind.trains: kind for kind in (X2Config, ViTUpTraining, JafarTraining, FeatUpTraining)
+}
 """What there is, by name."""
 
 

@@ -95,7 +95,8 @@ class SquareTraining(ImageTraining):
             settings = found.with_backbone(settings, backbone)
             found.require_grid(settings, (cells, cells), (self.enlarged * cells, self.enlarged * cells))
         except UpsamplerError as error:
-            flags = [said(name, getattr(self, name)) for name, theirs in self.of_methods.items() if theirs in own]
+            values = {name: getattr(self, name) for name, theirs in self.of_methods.items() if theirs in own}
+            flags = [said(name, value) for name, value in values.items() if not isinstance(value, bool)]
             raise ConfigError(f"{' '.join([f'--size {size}', *flags])}: {error}") from None
         return found.to_json(settings)
 
