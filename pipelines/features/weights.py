@@ -157,9 +157,13 @@ def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> d
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, struct.error) as error:
+        # torch advises over several lines; which object it met is in one of them.
+        met = re.search(r"Unsupported \w+: [^\n]*?(?= was |\n|$)", str(error))
+        reason = met[0] if met else str(error).partition("\n")[0]
         raise WeightsUnavailable(
-            f"{displayed} can't be read as plain tensors (weights_only): {type(error).__name__}: {error}. Convert it to "
-            "safetensors where you trust it"
+            f"{displayed} can't be read as plain tensors (weights_only): {type(error).__name__}: {reason}. Where you "
+            "trust it, save its tensors apart: safetensors.torch.save_file(torch.load(FILE, weights_only=False)['state_dict'], "
+            "'weights.safetensors')"
         ) from None
     for key in ("state_dict", "model", "teacher", "jafar"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

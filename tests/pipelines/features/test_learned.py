@@ -65,6 +65,12 @@ def official_file(path: Path, seed: int = 0, settings: dict = LIFT) -> str:
     return str(path)
 
 
+def lightning_file(path: Path) -> str:
+    """One that holds objects beside its tensors."""
+    torch.save({"state_dict": {}, "hyper_parameters": Folder(str(path))}, path)
+    return str(path)
+
+
 def trained_on(**changes: object) -> dict[str, object]:
     """What `tiny`'s backbone with `--facet key` is, in the terms of a checkpoint."""
     model = create_model("test_vit.r160_in1k", (64, 64), None, 0)
@@ -569,6 +575,7 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "wide": lambda path: with_settings(path, {**LIFT, "wide": True}),
     "foreign_file": lambda path: official_file(path, settings={**LIFT, "channels": 32}),
     "foreign_folder": lambda path: checkpoint(path, {**LIFT, "channels": 32}),
+    "lightning_file": lightning_file,
     "jbu": lambda path: checkpoint(path, {"method": "jbu", "channels": 64, "patch": 16, "radius": 9}),
 }
 
@@ -579,6 +586,8 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
         ("x2=lift:{nowhere.pth}", "WeightsUnavailable: no weights at .*nowhere.pth"),
         ("x2=lift:{nowhere}", "WeightsUnavailable: no weights at .*nowhere"),
         ("x2=lift:{cut.pth}", "WeightsUnavailable: .*cut.pth can't be read as plain tensors"),
+        ("x2=featup:{lightning_file}", r"WeightsUnavailable: .*can't be read as plain tensors.*\['state_dict'\], 'weights.saf"),
+        ("x2=featup:{file}", "UpsamplerError: .*looks like a file of lift, not of featup"),
         ("x2=lift:{cut_folder}", "WeightsUnavailable: .*cut_folder is no whole safetensors file"),
         ("x2=resize_conv:{folder}", "UpsamplerError: .*folder holds a lift, not a resize_conv"),
         ("x2=resize_conv:{file}", "UpsamplerError: .*looks like a file of lift, not of resize_conv"),
