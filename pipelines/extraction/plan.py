@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class LevelCost:
     objects: int
     shard_bytes: int
     "raw bytes of the largest object"
+    device_bytes: int = 0
+    "upper bound on what a batch's call of its learned upsampler takes, weights and result included"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,9 @@ class Plan:
             size = f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}"
             what = f"{level.name:<6} {shape:<18} {level.dtype:<8} {level.method}"
             lines.append(("" if i else "levels", what, size))
+            if cost.device_bytes:
+                held = f"{size_text(cost.device_bytes)} of the {self.device}'s memory for {self.batch} images, in parts"
+                lines.append(("", f"{'':<6} made by {level.method}", held))
         lines += [("note", note, "") for note in self.notes]
         stages = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in self.stage_seconds.items())
         lines += [
@@ -183,7 +188,7 @@ def make_plan(prepared: Prepared) -> Plan:
         tasks=layout.n_blocks,
         pending=pending,
         block_rows=layout.block_rows,
-        levels=tuple(_level_cost(level, layout) for level in spec.levels),
+        levels=tuple(replace(_level_cost(each, layout), device_bytes=model.level_bytes(each, batch)) for each in spec.levels),
         device=pool.device,
         actors=pool.size,
         batch=batch,

@@ -173,6 +173,13 @@ class FeatureModel:
         """The upsamplers, those that several levels share once."""
         return list({id(each): each for each in self.upsamplers.values()}.values())
 
+    def level_bytes(self, level: Level, batch: int) -> int:
+        """Upper bound on the device memory that making a level with learned weights takes beside the backbone; else 0."""
+        if not level.digest or level.grid is None:
+            return 0
+        base, size = self.backbone.grid_of(self.spec.input_size), self.spec.input_size
+        return self.upsamplers[level.name].call_bytes(batch, level.channels, base, size, level.grid)
+
     def peak_bytes(self, batch: int) -> int:
         """Upper bound on device memory for a batch: the backbone, its images, what upsamplers keep, the largest one's call, and
         the rows of all levels: those that are made, and those of the batch before, which are still on their way to the host."""

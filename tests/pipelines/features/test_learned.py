@@ -696,6 +696,9 @@ def test_plan_counts_the_memory_of_a_learned_level(keys, tmp_path, capsys):
     upsampler = learned_upsampler(OFFICIAL, make_net().state_dict())
     rows = 4 * 16 * 16 * 64 * 2  # stay on the device until they are copied, while the next batch's are made
     assert with_lift["device_bytes"] - without["device_bytes"] == upsampler.peak_bytes(4, 64, (16, 16)) + 2 * rows
+    assert [level["device_bytes"] for level in with_lift["levels"]] == [0, upsampler.peak_bytes(4, 64, (16, 16))]
+    run(arguments(data, tmp_path / "said.zarr", "--levels", f"x4=lift:{url}", "--plan", "--batch", "4", "--block-rows", "4"))
+    assert re.search(r"made by lift +[\d.]+ MB of the cpu's memory for 4 images, in parts", capsys.readouterr().out)
     weights = sum(value.nbytes for value in make_net().state_dict().values())
     block = 2 * 4 * 16 * 16 * 64 * 2
     assert with_lift["host_bytes"] - without["host_bytes"] == pytest.approx(block + weights, rel=0.05)
