@@ -102,7 +102,7 @@ PRESETS: dict[str, TrainConfig] = {
     # The same for ViT-B/16.
     "vit-up-dinov3-b-imagenet": ViTUpTraining.of(model="vit_base_patch16_dinov3_qkvb.lvd1689m", **published.VIT_UP_TRAINING),
     # A supervised ViT-Ti/16 on 600 photographs: canvases of 256 px instead of 896, three blocks instead of six.
-    # pipelines/TRAINING.md says how far that is known.
+    # pipelines/TRAINING.md has the results.
     "vit-up-vit-tiny-photos": ViTUpTraining(
         canvas=256,
         teacher_sizes=(64, 128, 256),
