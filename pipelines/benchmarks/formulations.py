@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from operators.upsamplers.queried import Tile
 from storage.documents import JsonObject
 
 Plain: TypeAlias = Callable[[Any, Tensor, Tensor, tuple[int, int]], Tensor]
@@ -29,8 +30,8 @@ class Formulation:
     plain: Plain
     holds: str
     "what it has in memory at once, in words"
-    large: int = 0
-    "side of a grid from which on that is most of its work: there ours is to be twice as fast at least, else no slower"
+    large: int | None = 0
+    "side of a grid from which on that is most of its work: there ours is to be twice as fast, else no slower; None: never"
     settings: JsonObject = field(default_factory=dict)
 
 
@@ -220,6 +221,26 @@ def _with_given(layers: Any, given: Tensor) -> Tensor:
     return out + F.pad(given[:, : out.shape[1]], (0, 0, 0, 0, 0, max(0, out.shape[1] - given.shape[1])))
 
 
+def full_attention(net: Any, images: Tensor, maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """LoftUp: all pixels of the image at the grid's size ask all cells, block by block, and attention gives its weights, too."""
+    colours = images if images.shape[2:] == grid else F.interpolate(images, grid, mode="bilinear", antialias=True)
+    least, most = colours.amin((2, 3), keepdim=True), colours.amax((2, 3), keepdim=True)
+    colours = (colours - least) / (most - least).clamp(min=1e-4) - 0.5
+    inner = net.upsampler
+    whole = Tile(rows=slice(0, grid[0]), columns=slice(0, grid[1]))
+    queries = inner.asked(colours, whole).flatten(2).permute(2, 0, 1)
+    tokens = inner.tokens(net.channelnorm(maps)).transpose(0, 1)
+    for block, feed_forward in inner.ca_transformer.layers:
+        given, weights = block.norm_kv(tokens), block.attention
+        found, _ = F.multi_head_attention_forward(
+            block.norm_q(queries), given, given, given.shape[2], block.heads, weights.in_proj_weight, weights.in_proj_bias,
+            None, None, False, 0.0, weights.out_proj.weight, weights.out_proj.bias, training=False,
+        )  # fmt: skip
+        queries = queries + found
+        queries = queries + feed_forward(queries)
+    return inner.final_conv(inner.ca_transformer.norm(queries).permute(1, 2, 0).unflatten(2, grid))
+
+
 FORMULATIONS: Mapping[str, Formulation] = {
     "jafar": Formulation(method="jafar", plain=dense_attention, holds="weights of all heads, queries and cells", large=224),
     "anyup": Formulation(
@@ -234,6 +255,7 @@ FORMULATIONS: Mapping[str, Formulation] = {
     ),
     "naf": Formulation(method="naf", plain=neighbourhoods, holds="81 keys and values of each cell of the grid"),
     "uplift": Formulation(method="uplift", plain=local_attender, holds="17 neighbours of each finer cell"),
+    "loftup": Formulation(method="loftup", plain=full_attention, holds="weights of all heads, queries and cells", large=None),
     "featup": Formulation(method="featup", plain=bilateral_stack, holds="49 neighbours of each finer cell"),
     "jbu": Formulation(method="jbu", plain=bilateral, holds="49 neighbours of each finer cell"),
 }

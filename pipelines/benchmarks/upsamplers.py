@@ -154,7 +154,7 @@ def _compare(
         seconds=seconds,
         of_bilinear=median_ratio(seconds["ours"], seconds["bilinear"]),
         times_faster=median_ratio(seconds["plain"], seconds["ours"]),
-        asked=2.0 if side >= formulation.large else 1.0,
+        asked=2.0 if formulation.large is not None and side >= formulation.large else 1.0,
         peak_bytes={way: weights + peaks[way] for way in ("ours", "plain")},
         declared_bytes=upsampler.call_bytes(*call),
         difference=float(apart),

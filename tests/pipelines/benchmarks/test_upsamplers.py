@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from jobs import benchmark
+from operators.upsamplers import method_names
 from operators.upsamplers.jbu import JointBilateral
 from pipelines.benchmarks import upsamplers
 from pipelines.benchmarks.formulations import FORMULATIONS
@@ -31,6 +32,13 @@ def test_debug_compares_every_method_with_its_plain_formulation(tmp_path, capsys
         assert one["peak_bytes"]["ours"] <= one["declared_bytes"]
         assert {len(seconds) for seconds in one["seconds"].values()} == {1}
         assert min(min(seconds) for seconds in one["seconds"].values()) > 0
+
+
+def test_every_guided_method_with_official_files_has_a_plain_formulation():
+    """LiFT and the resize-convolution are their own, and ViT-Up is compared by `cost --vit-up`."""
+    names = method_names(lambda method: method.learned and "maps" in method.needs)
+
+    assert set(names) - {each.method for each in FORMULATIONS.values()} == {"lift", "resize_conv"}
 
 
 def test_results_that_differ_and_bounds_that_do_not_hold_end_the_benchmark(monkeypatch, capsys):
