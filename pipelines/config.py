@@ -317,6 +317,11 @@ class JobConfig:
             if setting.used_with and setting.of(self) != setting.of(plain) and not setting.used_with.holds(self)
         }
 
+    def without_use(self) -> set[str]:
+        """The settings that nothing looks at beside the others, whatever their values are."""
+        marked = {name: setting.used_with for name, setting in settings_of(type(self)).items() if setting.used_with}
+        return {name for name, used_with in marked.items() if not used_with.holds(self)}
+
     def require_used(self) -> None:
         """Raises `ConfigError` for a setting that nothing looks at beside the others."""
         for name, beside in self.unused().items():

@@ -276,7 +276,8 @@ class FeatureStore:
         if outside.any():
             x, y = points[outside][0].tolist()
             name = str(self.index.keys(row, row + 1)[0])
-            raise OutsideImage(f"{name!r} has {pixels.width} x {pixels.height} pixels; the point x {x:g}, y {y:g} lies outside")
+            size = f"{pixels.width} x {pixels.height} pixels"
+            raise OutsideImage(f"{name!r} has {size}, ({x:g}, {y:g}) lies outside; points are (x, y)")
         placed = pixels.to_input(points)
         height, width = self.spec.input_size
         # A hair of tolerance: the image's own border must not fall to rounding.

@@ -4,7 +4,7 @@ A readout is made of settings (`ReadoutConfig`, `build_readout`); each has a cla
 """
 
 import math
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +14,7 @@ from operators.readouts.deap import DeAP
 from operators.readouts.linear import DepthBins, FeatUpReadout, LinearReadout
 from operators.readouts.readout import Readout, ReadoutError, SplitReadout, decoder_width
 from operators.upsamplers.protocol import UpsamplerError, given_settings
-from storage.documents import JsonObject
+from storage.documents import JsonObject, JsonValue
 
 __all__ = ["READOUTS", "Readout", "ReadoutConfig", "ReadoutError", "SplitReadout", "build_readout"]
 
@@ -72,6 +72,10 @@ class ReadoutConfig:
     "linear: how logits come to the output's size"
     hidden: int | None = None
     "featup: channels between two convolutions, 1x1 and 3x3, the release's other mode, with 32; null: a single one, 1x1"
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """As checkpoints have it; `hidden`, which the first ones hadn't, where there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "hidden" or value is not None}
 
     @classmethod
     def parse(cls, settings: JsonObject) -> "ReadoutConfig":

@@ -7,9 +7,10 @@ Shapes: B batch, C channels, H W pixels of the guidance, h w cells of the given 
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +83,7 @@ class JointBilateral(StripedNet):
         height, width = guidance.shape[-2:]
         if min(height, width) <= self.radius:
             raise ValueError(f"joint bilateral filters of radius {self.radius} need more than {height}x{width} cells")
-        kernel = self.kernel(guidance, rows)
-        views = self._shifted(near_maps, rows, height)
-        out = kernel[:, :1] * next(views)
-        for tap, view in enumerate(views, start=1):
-            out.addcmul_(kernel[:, tap : tap + 1], view)  # keeps no copy for the backward pass: views and kernels only
-        return out
+        return cast(Tensor, _Filtered.apply(self._padded(near_maps, rows, height), self.kernel(guidance, rows)))
 
     def kernel(self, guidance_BCHW: Tensor, rows: slice | None = None) -> Tensor:
         """The filter of each pixel (of these rows), [B, T, H, W] float32: range x spatial, normalised, and a correction."""
@@ -103,7 +99,8 @@ class JointBilateral(StripedNet):
         seen = near(rows, self.radius, height)
         near_keys = self.range_proj(guidance_BCHW[:, :, seen]).float()
         keys = near_keys[:, :, rows.start - seen.start : rows.stop - seen.start]
-        similarity = torch.stack([(keys * view).sum(dim=1) for view in self._shifted(near_keys, rows, height)], dim=1)
+        views = _shifted(self._padded(near_keys, rows, height), self.taps)
+        similarity = torch.stack([(keys * view).sum(dim=1) for view in views], dim=1)
         return (similarity * self.range_temp.exp().clamp(1e-4, 1e4)).softmax(dim=1)
 
     def spatial_kernel(self) -> Tensor:
@@ -112,14 +109,12 @@ class JointBilateral(StripedNet):
         distance = axis[:, None].square() + axis[None].square()
         return torch.exp(-distance / (2 * self.sigma_spatial**2)).reshape(1, -1, 1, 1)
 
-    def _shifted(self, near_maps: Tensor, rows: slice, height: int) -> Iterator[Tensor]:
-        """Rows of the maps moved by each tap's offset, as views of one reflect-padded copy of those within the radius."""
+    def _padded(self, near_maps: Tensor, rows: slice, height: int) -> Tensor:
+        """These rows of the maps, of which those within the radius are given, and what lies within the radius of them: reflected
+        where the maps end."""
         radius, seen = self.radius, near(rows, self.radius, height)
         beyond = radius - (rows.start - seen.start), radius - (seen.stop - rows.stop)
-        padded = F.pad(near_maps, [radius, radius, *beyond], mode="reflect")
-        count, width = rows.stop - rows.start, near_maps.shape[-1]
-        for dy, dx in itertools.product(range(2 * radius + 1), repeat=2):
-            yield padded[..., dy : dy + count, dx : dx + width]
+        return F.pad(near_maps, [radius, radius, *beyond], mode="reflect")
 
     def summed_macs(self, grid: tuple[int, int], channels: int) -> int:
         return grid[0] * grid[1] * self.taps * (self.key_dim + channels)
@@ -130,6 +125,46 @@ class JointBilateral(StripedNet):
         kernels = rows * width * (7 * taps + keys + 9) + seen * (3 * width * keys + wide * keys)
         # Maps: the given rows, enlarged, padded, and the result before and after it is finished.
         return kernels + channels * (width * (seen + DOUBLED_BESIDE) * 5 // 4 + wide * seen + 2 * width * rows)
+
+
+class _Filtered(torch.autograd.Function):
+    """Each pixel's weighted sum over its neighbours, from padded maps [B, C, H + 2r, W + 2r] and kernels [B, T, H, W].
+
+    Autograd alone would make a gradient of the size of all kernels, and one of all maps, for every tap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, kernel)
+        views = _shifted(padded, kernel.shape[1])
+        out = kernel[:, :1] * next(views)
+        for tap, view in enumerate(views, start=1):
+            out.addcmul_(kernel[:, tap : tap + 1], view)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        padded, kernel = ctx.saved_tensors
+        (gradient,) = gradients
+        of_maps = torch.zeros_like(padded) if ctx.needs_input_grad[0] else None
+        of_kernel = torch.empty_like(kernel) if ctx.needs_input_grad[1] else None
+        taps = kernel.shape[1]
+        if of_maps is not None:
+            for tap, view in enumerate(_shifted(of_maps, taps)):
+                view.addcmul_(kernel[:, tap : tap + 1], gradient)
+        if of_kernel is not None:
+            products = torch.empty_like(gradient)
+            for tap, view in enumerate(_shifted(padded, taps)):
+                torch.sum(torch.mul(gradient, view, out=products), dim=1, out=of_kernel[:, tap])
+        return of_maps, of_kernel
+
+
+def _shifted(padded: Tensor, taps: int) -> Iterator[Tensor]:
+    """Maps moved by each tap's offset, as views of the padded ones."""
+    side = math.isqrt(taps)
+    height, width = (n - side + 1 for n in padded.shape[-2:])
+    for dy, dx in itertools.product(range(side), repeat=2):
+        yield padded[..., dy : dy + height, dx : dx + width]
 
 
 class JointBilateralStack(StripedNet):

@@ -252,7 +252,8 @@ def begin(config: EvaluateConfig, task: str, recipe: R, of: Evaluated) -> tuple[
     identity["images_content"] = joint_digest(contents.values())
     identity["labels_content"] = joint_digest(content_digests(of.labels))
     identity |= {f"{name}_content": content for name, content in of.contents.items()}
-    begin_run(folder, json.loads(json.dumps(identity)), recipe.recorded(config))
+    # Settings that mean nothing beside the others: earlier versions may not have had them.
+    begin_run(folder, json.loads(json.dumps(identity)), recipe.recorded(config), aside=config.without_use())
     return recipe, folder
 
 

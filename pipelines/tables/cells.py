@@ -54,7 +54,7 @@ class GridConfig(JobConfig):
     methods: Free[tuple[str, ...]] = ("deap",)
     """deap and its ablations deap-8-dim, deap-no-sigma, deap-no-indiv-sigma, deap-only-mask; bicubic, transposed, strided,
     linear, featup, depth_bins."""
-    levels: Free[tuple[str, ...]] = ()
+    method_levels: Free[tuple[str, ...]] = ()
     """METHOD=LEVEL for methods that read another map than the others: featup=x16=featup:URL, linear=448x448=vit_up:URL."""
     seeds: Free[tuple[int, ...]] = (0,)
     """Tables have the mean over them, and the standard deviation."""
@@ -132,11 +132,11 @@ class GridConfig(JobConfig):
     def level_of(self) -> dict[str, str]:
         """`levels` by method. Raises `ConfigError`."""
         found = {}
-        for text in self.levels:
+        for text in self.method_levels:
             method, equals, level = text.partition("=")
             if method not in self.methods or not equals or not level:
                 raise ConfigError(
-                    f"--levels {redact(text, self.options)}: use METHOD=LEVEL, of --methods {' '.join(self.methods)}; for "
+                    f"--method-levels {redact(text, self.options)}: use METHOD=LEVEL, of --methods {' '.join(self.methods)}; for "
                     "example featup=x16=featup:URL"
                 )
             found[method] = level
@@ -265,14 +265,14 @@ def _find_backbone(config: GridConfig, word: str) -> PaperBackbone:
 
 
 def _require_levels(config: GridConfig) -> None:
-    """Raises `ConfigError` where `--levels` aren't of the methods, or a method that can't read any map has none."""
+    """Raises `ConfigError` where `--method-levels` aren't of the methods, or a method that can't read any map has none."""
     given = config.level_of
     for name in config.methods:
         reads = READOUTS[str(METHODS[name]["method"])].reads
         if reads and name not in given and not config.cell.is_given("level"):
             raise ConfigError(
-                f"--methods {name} reads a map that {reads} has enlarged: give --levels {name}=x16={reads}:URL, or with --store "
-                "the name of such a level of it"
+                f"--methods {name} reads a map that {reads} has enlarged: give --method-levels {name}=x16={reads}:URL, or with "
+                "--store the name of such a level of it"
             )
 
 

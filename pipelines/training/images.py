@@ -266,7 +266,7 @@ class ResolvedImages:
             backbone=self.backbone,
             description={
                 "upsampler": dict(self.upsampler),
-                "backbone": {**_description(self.backbone.spec), "sides": list(config.trained_sides(self.patch))},
+                "backbone": {**_description(self.backbone.spec), **self._sides(config)},
             },
             order=order,
             images=images,
@@ -274,6 +274,12 @@ class ResolvedImages:
             held_out_rows=tuple(rows),
             seen=seen,
         )
+
+    def _sides(self, config: "ImageTraining") -> dict[str, JsonValue]:
+        """The sides of the images whose maps the network is given, where its method doesn't tell them."""
+        factors, size = find_method(str(self.upsampler["method"])).trained_factors, self.backbone.spec.input_size[0]
+        sides = config.trained_sides(self.patch)
+        return {} if sides == tuple(size // factor for factor in factors) else {"sides": list(sides)}
 
     def _images(
         self,

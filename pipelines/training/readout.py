@@ -5,7 +5,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
@@ -238,7 +238,7 @@ class ReadoutTraining(TrainConfig):
         ]
         readout, features = self.readout(task, level), features_of(spec, level)
         description = {
-            "readout": asdict(readout),
+            "readout": readout.to_json(),
             "task": {"name": self.task, "dataset": self.dataset, **task.as_json()},
             "features": {**features, "drawing": self.rendering},
         }

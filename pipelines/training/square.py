@@ -2,6 +2,7 @@
 images themselves: settings, stored maps, and how held-out images are judged.
 """
 
+import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,9 @@ class SquareTraining(ImageTraining):
         given = {theirs: getattr(self, name) for name, theirs in asked.items()}
         try:
             settings = found.settings_for(backbone, backbone.channels * len(self.features.layers), **given)
-            settings = found.with_backbone(settings, backbone)
+            whole = copy.copy(backbone)
+            whole.ragged = False  # patches fill all images that are trained on
+            settings = found.with_backbone(settings, whole)
             found.require_grid(settings, (cells, cells), (self.enlarged * cells, self.enlarged * cells))
         except UpsamplerError as error:
             values = {name: getattr(self, name) for name, theirs in self.of_methods.items() if theirs in own}

@@ -36,7 +36,7 @@ def test_extract_measures_all_four_side_by_side_and_their_features_agree(tmp_pat
     code = benchmark.run(["extract", "debug", "--levels", "x1", "x2", "pooled", "--json", str(path)])
 
     assert code == 0
-    printed = capsys.readouterr().out
+    printed = squeezed(capsys.readouterr().out)
     for row in (
         "(a) this pipeline, steady",
         "(a) this pipeline, whole run",
@@ -87,8 +87,7 @@ def test_read_compares_contenders_on_the_same_rows_and_leaves_nothing_behind(tmp
     code = benchmark.run(["read", "debug", "--out", str(tmp_path / "work"), "--json", str(path)])
 
     assert code == 0
-    printed = capsys.readouterr().out
-    printed = squeezed(printed)
+    printed = squeezed(capsys.readouterr().out)
     for row in (
         "local: random rows | rows/s | MB/s | CPU s / 1,000 rows | rows read | of zarr by row |",
         "S3: random rows | rows/s | MB/s | CPU s / 1,000 rows | server's | rows read | of zarr by row |",
@@ -273,7 +272,7 @@ def test_cost_vit_up_debug_times_and_weighs_every_grid_and_chunk(tmp_path, capfd
     code = benchmark.run(["cost", "debug", "--vit-up", "--json", str(path)])
 
     assert code == 0
-    printed = capfd.readouterr().out
+    printed = squeezed(capfd.readouterr().out)
     result = json.loads(path.read_text())
     grids = {
         (row["method"], row["grid"], row["queries"]): (row["parameters"], row["call_bytes"], row["declared_bytes"])
@@ -304,7 +303,7 @@ def test_cost_vit_up_debug_times_and_weighs_every_grid_and_chunk(tmp_path, capfd
     assert (window["window"], window["channels"], window["tokens"], window["grid"]) == (3, 64, [4, 4], 16)
     assert (len(window["seconds"]["head"]), len(window["seconds"]["gather"])) == (2, 2)
     assert 0 < window["largest_difference"] < 1e-4 * window["largest_value"]
-    assert "| gather for each query, then attend |" in squeezed(printed)
+    assert "| gather for each query, then attend |" in printed
     assert "all queries at once take" in printed
     assert "Left out" not in printed
 

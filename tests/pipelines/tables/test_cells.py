@@ -32,7 +32,7 @@ from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_inline
 from storage.paths import Folder
-from tests.conftest import loud_weights
+from tests.conftest import loud_weights, squeezed
 from tests.readout_runs import extract, featup_file, held_out, losses, write_sets
 from tests.stops import Died, dies_after
 
@@ -626,12 +626,12 @@ def kill_once(sign: Path, killed: list[int], ended: threading.Event) -> None:
 
 def test_methods_may_read_maps_of_their_own(sets, tmp_path):
     level = f"x4=featup:{featup_file(tmp_path / 'test_jbu_stack.ckpt')}"
-    config = tiny_grid(sets, tmp_path / "grid", methods=("linear", "featup"), levels=(f"featup={level}",), speed=False)
+    config = tiny_grid(sets, tmp_path / "grid", methods=("linear", "featup"), method_levels=(f"featup={level}",), speed=False)
 
     linear, featup = plan_cells(config)
 
     assert (linear.training.level, featup.training.level, featup.training.method) == ("x1", level, "featup")
-    text = "\n".join(main(config))
+    text = squeezed("\n".join(main(config)))
     assert re.search(r"\| linear \|.* \| 0\.001 ", text)
     assert re.search(r"\| featup \|.* \| 0\.001 ", text)
 
@@ -639,11 +639,11 @@ def test_methods_may_read_maps_of_their_own(sets, tmp_path):
 @pytest.mark.parametrize(
     ("levels", "message"),
     [
-        (("deap=x2",), "--levels deap=x2: use METHOD=LEVEL, of --methods linear featup; for example featup=x16=featup:URL"),
-        (("x16=featup:file.ckpt",), "--levels x16=featup:file.ckpt: use METHOD=LEVEL"),
-        ((), "--methods featup reads a map that featup has enlarged: give --levels featup=x16=featup:URL"),
+        (("deap=x2",), "--method-levels deap=x2: use METHOD=LEVEL, of --methods linear featup; for example featup=x16"),
+        (("x16=featup:file.ckpt",), "--method-levels x16=featup:file.ckpt: use METHOD=LEVEL"),
+        ((), "--methods featup reads a map that featup has enlarged: give --method-levels featup=x16=featup:URL"),
     ],
 )
 def test_levels_that_no_method_reads_are_refused(sets, tmp_path, levels, message):
     with pytest.raises(ConfigError, match=message):
-        plan_cells(tiny_grid(sets, tmp_path / "grid", methods=("linear", "featup"), levels=levels))
+        plan_cells(tiny_grid(sets, tmp_path / "grid", methods=("linear", "featup"), method_levels=levels))
