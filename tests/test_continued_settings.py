@@ -83,6 +83,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "cka: limit": (4,),
     "max_steps": (1, 5),
     "method": ("jbu",),
+    "method_levels": (("linear=x2",),),
     "methods": (("deap",),),
     "runtime: methods": (("jbu",), ("resize_conv:WORLD/upsampler_b",)),
     "micro_batch": (1,),
@@ -123,6 +124,7 @@ CALLED: Mapping[str, tuple[str, ...]] = {
     "weights": FeatureSpec.names(*Use),
     "dataset": ("--data",),
     "levels": ("x2",),
+    "method_levels": ("x2",),
     "methods": ("upsamplers",),
     "val_limit": ("held_out", "held-out"),
 }
