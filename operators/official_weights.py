@@ -22,6 +22,17 @@ from operators.timm_models import BackboneError
 State = Mapping[str, Tensor]
 
 
+_PLAIN = {
+    (384, 16): "vit_small_patch16_224.dino",
+    (384, 8): "vit_small_patch8_224.dino",
+    (768, 16): "vit_base_patch16_224.dino",
+    (768, 8): "vit_base_patch8_224.dino",
+    (1024, 16): "vit_large_patch16_224.mae",
+    (1280, 14): "vit_huge_patch14_224.mae",
+}
+"""Plain ViTs whose statistics are ImageNet's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Backbones that were trained and released alike. All of them take images normalised by ImageNet's statistics."""
@@ -35,7 +46,7 @@ class Family:
     "of the backbone's names"
     training: str = r"(?!)"
     "a regular expression of the names that belong to training alone, without `prefix`"
-    models: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    models: Mapping[tuple[int, int], str] = field(default_factory=_PLAIN.copy)
     "timm's model of a width and a patch size in pixels"
     model_args: Mapping[str, Any] = field(default_factory=dict)
     "timm's, without which it would be another network"
@@ -103,17 +114,6 @@ def _all(*names: str) -> Callable[[State], bool]:
     return lambda state: all(name in state for name in names)
 
 
-_PLAIN = {
-    (384, 16): "vit_small_patch16_224.dino",
-    (384, 8): "vit_small_patch8_224.dino",
-    (768, 16): "vit_base_patch16_224.dino",
-    (768, 8): "vit_base_patch8_224.dino",
-    (1024, 16): "vit_large_patch16_224.mae",
-    (1280, 14): "vit_huge_patch14_224.mae",
-}
-"""Plain ViTs whose statistics are ImageNet's."""
-
-
 def _of_dinov2(suffix: str) -> dict[tuple[int, int], str]:
     sizes = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
     return {(width, 14): f"vit_{size}_patch14_{suffix}.lvd142m" for width, size in sizes.items()}
@@ -153,15 +153,13 @@ MOCO_V3 = Family(
     found=_any("base_encoder."),
     prefix="base_encoder.",
     training=r"(momentum_encoder|predictor|base_encoder\.head)\.",
-    models=_PLAIN,
     model_args={"num_heads": 12},
 )
 SELF_PATCH = Family(
     name="SelfPatch",
     holds="the backbone, which has neither a CLS token nor a final norm",
-    found=lambda state: any(name.startswith("ca_head.") for name in state) or _is_bare(state),
+    found=lambda state: _any("ca_head.")(state) or _is_bare(state),
     training=r"(ca_head|c_head|p_head)\.",
-    models=_PLAIN,
     model_args={"class_token": False, "global_pool": "", "final_norm": False},
     pos_embed="dino",
 )
@@ -170,7 +168,6 @@ MAE = Family(
     holds="the encoder",
     found=lambda state: "decoder_embed.weight" in state or _has_fixed_table(state, _mae_table),
     training=r"(mask_token$|decoder)",
-    models=_PLAIN,
 )
 LEOPART = Family(
     name="Leopart",
@@ -178,7 +175,6 @@ LEOPART = Family(
     found=_all("model.cls_token", "model.patch_embed.proj.weight"),
     prefix="model.",
     training=r"(teacher|model\.projection_head|model\.prototypes)\.",
-    models=_PLAIN,
     pos_embed="dino",
 )
 IBOT = Family(
@@ -187,7 +183,6 @@ IBOT = Family(
     found=lambda state: "backbone.cls_token" in state and any("last_layer2" in name for name in state),
     prefix="backbone.",
     training=r"(head\.|backbone\.masked_embed$)",
-    models=_PLAIN,
     pos_embed="dino",
 )
 DINO = Family(
@@ -196,15 +191,10 @@ DINO = Family(
     found=_all("backbone.cls_token"),
     prefix="backbone.",
     training=r"(head\.|backbone\.masked_embed$)",
-    models=_PLAIN,
     pos_embed="dino",
 )
 MOCO_V3_CONVERTED = Family(
-    name="MoCo v3",
-    holds="the encoder",
-    found=lambda state: _has_fixed_table(state, _moco_table),
-    models=_PLAIN,
-    model_args=MOCO_V3.model_args,
+    name="MoCo v3", holds="the encoder", found=lambda state: _has_fixed_table(state, _moco_table), model_args=MOCO_V3.model_args
 )
 
 FAMILIES = (MOCO_V3, DINOV3, DINOV2_REGISTERS, DINOV2, SELF_PATCH, LEOPART, IBOT, DINO, MOCO_V3_CONVERTED, MAE)

@@ -307,20 +307,15 @@ class JobConfig:
         found: JsonValue = known[name].of(self) if name in known else getattr(self, name)
         return found
 
-    def unused(self) -> dict[str, UsedWith]:
-        """The settings that nothing looks at beside the others, though they have another value than by default, and where they
-        are used."""
-        plain = type(self)()
-        return {
-            name: setting.used_with
-            for name, setting in settings_of(type(self)).items()
-            if setting.used_with and setting.of(self) != setting.of(plain) and not setting.used_with.holds(self)
-        }
-
-    def without_use(self) -> set[str]:
-        """The settings that nothing looks at beside the others, whatever their values are."""
+    def without_use(self) -> dict[str, UsedWith]:
+        """The settings that nothing looks at beside the others, whatever their values are, and where they are used."""
         marked = {name: setting.used_with for name, setting in settings_of(type(self)).items() if setting.used_with}
-        return {name for name, used_with in marked.items() if not used_with.holds(self)}
+        return {name: used_with for name, used_with in marked.items() if not used_with.holds(self)}
+
+    def unused(self) -> dict[str, UsedWith]:
+        """Those of `without_use` that have another value than by default."""
+        plain = type(self)()
+        return {name: used_with for name, used_with in self.without_use().items() if self.value(name) != plain.value(name)}
 
     def require_used(self) -> None:
         """Raises `ConfigError` for a setting that nothing looks at beside the others."""

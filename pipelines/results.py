@@ -291,6 +291,10 @@ def sides(size: Size) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
+RIGHT, WRONG = (60, 220, 90), (240, 60, 50)
+"""Colours of matches in pictures."""
+
+
 def panel(
     tiles: Sequence[Sequence[Tile]],
     columns: Sequence[str],

@@ -11,7 +11,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the map, Ho Wo of the grid
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,20 +21,13 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
 from operators.upsamplers.neighbourhood import Neighbourhoods, block_of, enlargement, query_values
-from operators.upsamplers.pixels import GROUPS, Moments, as_weighed, in_float32
+from operators.upsamplers.pixels import AT_WORK, GROUPS, Moments, as_weighed, in_float32, most_strip_rows, strips
 from operators.upsamplers.protocol import UpsamplerError, require_counts
 from operators.upsamplers.queried import Queried, QueriedNet, QueriedSettings, Tile
 from storage.documents import JsonObject
 
 CAP = 4
 """Pixels that an image has at most for each cell of the grid, a side."""
-
-_STRIP = {"cpu": 2**20}
-"""Values of a strip of an image on its way through a convolution, as in `pixels`. Measured on a CPU (one thread, 448 x 448 px):
-0.52 s and 1.9 s for the two encoders in strips of 2^18 to 2^20 values, 1.15 s and 2.4 s in one piece."""
-
-_AT_WORK = 5
-"""Strips that are held while one goes through a convolution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +87,6 @@ class Naf(Queried[NafSettings]):
             )
 
     def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[JsonObject, dict[str, Tensor]]:
-        self.require_own(state)
         if not any(name.removeprefix("module.") == self.telling for name in state):
             return super().official(state, backbone)
         return {"patch": backbone.patch}, dict(state)
@@ -163,8 +155,8 @@ class NafNet(QueriedNet[Prepared]):
 
     def prepare_values(self, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]) -> int:
         dim, height, width = self.image_encoder.dim, *capped_size(image, grid)
-        rows = max(1, self.values_at_once // _AT_WORK // (dim // 2 * width))
-        strips = _AT_WORK * dim // 2 * width * (min(height, rows) + 2)
+        rows = most_strip_rows(dim // 2 * width, self.values_at_once)
+        strips = AT_WORK * dim // 2 * width * (min(height, rows) + 2)
         pixels = height * width * (dim + 3) + strips
         cells = math.prod(base) * 2 * (dim + channels)
         return pixels + dim * math.prod(grid) + cells
@@ -212,7 +204,7 @@ class ImageEncoder(nn.Module):
             pooled = pixels if tuple(pixels.shape[2:]) == grid else F.adaptive_avg_pool2d(pixels, grid)
             part.copy_(pooled.permute(0, 2, 3, 1))
         del pixels, pooled, maps
-        for rows in _strips(code.permute(0, 3, 1, 2), at_once):
+        for rows in strips(code.permute(0, 3, 1, 2), at_once):
             for part, turned in zip(self.rope.halves(code[:, rows]), self.rope(code, rows), strict=True):
                 part.copy_(turned)
         return code
@@ -282,7 +274,7 @@ def _encode(layers: nn.Sequential, images_BCHW: Tensor, maps: list[Tensor], at_o
     for turn, (norm, conv) in enumerate(steps):
         affine = moments.affine(norm) if norm is not None else None
         moments = Moments()
-        for rows in _strips(x, at_once, conv.out_channels):
+        for rows in strips(x, at_once, conv.out_channels):
             made = _convolved(conv, x, rows, affine)
             moments.add(made.flatten(2))
             if len(maps) <= turn % 2:
@@ -303,12 +295,3 @@ def _convolved(conv: nn.Conv2d, x_BWHW: Tensor, rows: slice, affine: tuple[Tenso
         ends = [halo if at_end else 0 for at_end in (rows.start == 0, rows.stop == height)]
         part = F.pad(part, (halo, halo, *ends), mode="reflect")
     return F.conv2d(part, conv.weight, conv.bias)
-
-
-def _strips(x_BWHW: Tensor, at_once: int, channels: int = 0) -> Iterator[slice]:
-    """Rows, a few at a time, `_AT_WORK` times whose values, of so many `channels`, may be held at once."""
-    batch, depth, height, width = x_BWHW.shape
-    values = min(at_once // _AT_WORK, _STRIP.get(x_BWHW.device.type, at_once))
-    step = max(1, values // (batch * (channels or depth) * width))
-    for top in range(0, height, step):
-        yield slice(top, min(top + step, height))

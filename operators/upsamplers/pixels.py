@@ -33,7 +33,7 @@ _SMALL_STRIP, _LARGE_STRIP = 2**16, 2**23
 128 channels): a convolution, a SiLU and a norm take 0.06 s in strips of 2^17 to 2^21 values, 0.22 s in one piece, for which the
 system hands out new pages each time."""
 
-_AT_WORK = 5
+AT_WORK = 5
 """Strips that are held while one goes through a convolution or a position code."""
 
 _WEIGHTS = {"cpu": 2**20}
@@ -123,13 +123,27 @@ def _pointwise(conv: nn.Conv2d, strip_BCS: Tensor) -> Tensor:
     return torch.bmm(conv.weight.flatten(1).expand(len(strip_BCS), -1, -1), strip_BCS)
 
 
-def _strips(x_BDHW: Tensor, at_once: int, channels: int = 0) -> Iterator[Tensor]:
-    """Views of a few rows each, [B, D, S], as many as if there were `channels`: `_AT_WORK` like them are held at once."""
+def strips(x_BDHW: Tensor, at_once: int, channels: int = 0) -> Iterator[slice]:
+    """A few rows at a time, as many as if there were `channels`: `AT_WORK` strips are held at once, in about `at_once` values."""
     batch, depth, height, width = x_BDHW.shape
-    values = max(_SMALL_STRIP, min(at_once // _AT_WORK, _STRIP.get(x_BDHW.device.type, _LARGE_STRIP)))
-    rows = max(1, values // (batch * (channels or depth) * width))
+    rows = _strip_rows(batch * (channels or depth) * width, at_once, _STRIP.get(x_BDHW.device.type, _LARGE_STRIP))
     for top in range(0, height, rows):
-        yield x_BDHW[:, :, top : top + rows].flatten(2)
+        yield slice(top, min(top + rows, height))
+
+
+def _strips(x_BDHW: Tensor, at_once: int, channels: int = 0) -> Iterator[Tensor]:
+    """The same as views, [B, D, S]."""
+    for rows in strips(x_BDHW, at_once, channels):
+        yield x_BDHW[:, :, rows].flatten(2)
+
+
+def most_strip_rows(row_values: int, at_once: int) -> int:
+    """Upper bound on the rows of a strip, on any device."""
+    return _strip_rows(row_values, at_once, _LARGE_STRIP)
+
+
+def _strip_rows(row_values: int, at_once: int, largest: int) -> int:
+    return max(1, max(_SMALL_STRIP, min(at_once // AT_WORK, largest)) // row_values)
 
 
 @dataclass
@@ -227,7 +241,7 @@ def _turned(x_BDHW: Tensor, rows_DH: Tensor, columns_DW: Tensor) -> Tensor:
 def encode_values(width: int, image: tuple[int, int], at_once: int) -> int:
     """Upper bound on the values that the pixels' encoders hold at once: three maps, and a strip on its way."""
     row, rows = width * image[1], image[0]
-    return row * (3 * rows + _AT_WORK * min(rows, max(1, max(_SMALL_STRIP, min(at_once // _AT_WORK, _LARGE_STRIP)) // row)))
+    return row * (3 * rows + AT_WORK * min(rows, most_strip_rows(row, at_once)))
 
 
 # --- attention ----------------------------------------------------------------------------------------------------------

@@ -136,9 +136,9 @@ class Method(Generic[S]):
     def official(self, state: Mapping[str, Tensor], backbone: TimmBackbone) -> tuple[JsonObject, dict[str, Tensor]]:
         """Settings, and the network's state, of a file as the method's authors publish it, used with `backbone`.
 
-        Raises `UpsamplerError` for other files: those that a subclass doesn't know it leaves to this.
+        Raises `UpsamplerError` for other files: those that a subclass doesn't know it leaves to this. `read` has refused those
+        that are plainly another method's.
         """
-        self.require_own(state)
         raise UpsamplerError(
             f"weights without settings, which aren't understood as an official file of {self.name}; give a folder with "
             "config.json and model.safetensors"
@@ -204,6 +204,11 @@ class Method(Generic[S]):
         if owners and TELLING.get(self.telling) not in owners:
             raise UpsamplerError(f"this looks like a file of {' or '.join(sorted(owners))}, not of {self.name}")
 
+    def require_channels(self, made_for: int | None, layers: tuple[int, ...], found: int) -> None:
+        """Raise `UpsamplerError` where the maps of `layers` have other channels than a network was made for (None: any)."""
+        if made_for not in (None, found):
+            raise UpsamplerError(f"this {self.name} was made for maps of {made_for} channels; layers {layers} have {found}")
+
     def require_last_tokens(self, backbone: TimmBackbone, channels: int | None = None) -> None:
         """Raise `UpsamplerError` unless features are the tokens after the model's final norm, and of so many channels."""
         if backbone.facet != "token" or not backbone.norm:
@@ -244,6 +249,19 @@ class WithoutWeights(Method[Settings]):
 
     def build(self, settings: Settings, state: Mapping[str, Tensor], precision: Precision, reload: Reload) -> Upsampler:
         return self.make()
+
+
+# --- for memory ----------------------------------------------------------------------------------------------------------
+
+
+def weights_bytes(net: nn.Module) -> int:
+    """Of a network's parameters."""
+    return sum(parameter.nbytes for parameter in net.parameters())
+
+
+def largest_weight_bytes(net: nn.Module) -> int:
+    """Of the largest parameter, which a convolution may copy into another layout."""
+    return max((parameter.nbytes for parameter in net.parameters()), default=0)
 
 
 # --- for images that guide -----------------------------------------------------------------------------------------------

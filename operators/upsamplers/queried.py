@@ -24,8 +24,10 @@ from operators.upsamplers.protocol import (
     Settings,
     Upsampler,
     UpsamplerError,
+    largest_weight_bytes,
     require_counts,
     tiled_area,
+    weights_bytes,
 )
 
 P = TypeVar("P")
@@ -147,11 +149,8 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
     def __call__(self, images_BCHW: Tensor, features: PatchFeatures, layers: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
         """Float32 [B, C, *grid]. Raises `UpsamplerError` for other channels than it was made for, or for grids it can't give."""
         maps = features.stacked(layers)
-        channels, made_for = maps.shape[1], getattr(self.settings, "channels", None)
-        if made_for not in (None, channels):
-            raise UpsamplerError(
-                f"this {self.method.name} was made for maps of {made_for} channels; layers {tuple(layers)} have {channels}"
-            )
+        channels = maps.shape[1]
+        self.method.require_channels(getattr(self.settings, "channels", None), tuple(layers), channels)
         self.method.require_grid(self.settings, features.grid, grid)
         images = self._guides(tiled_area(images_BCHW, features, self.settings.patch))
         self.net.to(maps.device)
@@ -181,7 +180,6 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         )
 
     def call_bytes(self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]) -> int:
-        largest = max((parameter.nbytes for parameter in self.net.parameters()), default=0)
         images = min(batch, self._images_at_once(channels, base, image, grid))
         tile = next(self._tiles(images, channels, base, grid))
         working = images * (
@@ -190,11 +188,10 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         # The result; all layers' maps stacked; the images, where they are normalised anew.
         anew = 3 * math.prod(image) * self.method.imagenet
         given = 4 * batch * (channels * (math.prod(grid) + math.prod(base)) + anew)
-        # A convolution may copy its weights into another layout.
-        return self.kept_bytes(batch) + largest + given + working
+        return self.kept_bytes(batch) + largest_weight_bytes(self.net) + given + working
 
     def kept_bytes(self, batch: int) -> int:
-        return sum(parameter.nbytes for parameter in self.net.parameters())
+        return weights_bytes(self.net)
 
     def _guides(self, images: Tensor) -> Tensor:
         settings = self.settings

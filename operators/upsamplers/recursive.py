@@ -23,8 +23,10 @@ from operators.upsamplers.protocol import (
     Settings,
     Upsampler,
     UpsamplerError,
+    largest_weight_bytes,
     require_counts,
     tiled_area,
+    weights_bytes,
 )
 from storage.documents import JsonObject, JsonValue
 
@@ -205,11 +207,7 @@ class LearnedUpsampler(Upsampler, Generic[N]):
         doesn't make of the maps'."""
         maps = features.stacked(layers)
         channels, passes = maps.shape[1], self.method.passes(self.settings, features.grid, grid)
-        if channels != self.settings.channels:
-            raise UpsamplerError(
-                f"this {self.method.name} was made for maps of {self.settings.channels} channels; layers {tuple(layers)} "
-                f"have {channels}"
-            )
+        self.method.require_channels(self.settings.channels, tuple(layers), channels)
         images = tiled_area(images_BCHW, features, self.settings.patch)
         self.net.to(maps.device)
         out = torch.empty(
@@ -249,15 +247,13 @@ class LearnedUpsampler(Upsampler, Generic[N]):
 
     def peak_bytes(self, batch: int, channels: int, grid: tuple[int, int]) -> int:
         """Upper bound on the device memory that one call takes beyond its arguments: weights, maps, images at work."""
-        largest = max(parameter.nbytes for parameter in self.net.parameters())
         working = min(batch, self._images_at_once(grid)) * self._bytes_per_image(grid)
         # The result, and several layers' maps stacked, of at most a quarter as many cells.
         maps = 4 * batch * channels * grid[0] * grid[1] * 5 // 4
-        # A convolution may copy its weights into another layout.
-        return self.kept_bytes(batch) + largest + maps + working
+        return self.kept_bytes(batch) + largest_weight_bytes(self.net) + maps + working
 
     def kept_bytes(self, batch: int) -> int:
-        return sum(parameter.nbytes for parameter in self.net.parameters())
+        return weights_bytes(self.net)
 
 
 class StripedUpsampler(LearnedUpsampler[N]):
@@ -312,8 +308,7 @@ class StripedUpsampler(LearnedUpsampler[N]):
         working = images * (self._image_bytes(channels, sizes) + self._stripe_bytes(rows, channels, sizes))
         # The result, and several layers' maps stacked.
         given = 4 * batch * channels * (math.prod(grid) + math.prod(sizes.base))
-        # A convolution may copy its weights into another layout.
-        return self.kept_bytes(batch) + max(parameter.nbytes for parameter in self.net.parameters()) + given + working
+        return self.kept_bytes(batch) + largest_weight_bytes(self.net) + given + working
 
     def _at_once(self, batch: int, channels: int, sizes: "_Sizes") -> tuple[int, int]:
         """How many images are taken together, and how many rows of each."""

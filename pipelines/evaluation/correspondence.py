@@ -34,7 +34,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import LIFT_CORRESPONDENCE, VIT_UP_CORRESPONDENCE
-from pipelines.results import Findings, Items, Table, Taken, panel, percent
+from pipelines.results import RIGHT, WRONG, Findings, Items, Table, Taken, panel, percent
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import ImageFile
@@ -301,10 +301,6 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
         "candidates": rules.candidates,
         "threshold": f"error {'<' if rules.strict else '<='} alpha x longer side of the target's {rules.threshold}",
     }
-
-
-RIGHT, WRONG = (60, 220, 90), (240, 60, 50)
-"""Colours of matches."""
 
 
 def _pictures(task: Correspondence, records: Sequence[Record], side: int = 224) -> dict[str, Image.Image]:

@@ -45,7 +45,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published import VIT_UP_NAVI
-from pipelines.results import Findings, Items, LeftOut, Table, Taken, panel, percent
+from pipelines.results import RIGHT, WRONG, Findings, Items, LeftOut, Table, Taken, panel, percent
 from storage.datasets.content import HasContent
 from storage.datasets.files import ItemLeftOut
 from storage.datasets.navi import NaviView
@@ -118,14 +118,17 @@ def geometry(view: NaviView, side: int) -> tuple[Crop, View]:
     """How a view is cut out, and its points. Raises `ItemLeftOut` where its depth says nothing."""
     values = view.depth.read()
     depth = depth_of(values if view.prepared else prepare_depth(values))
-    camera = Camera(
-        quaternion=view.quaternion, translation=view.translation, focal_length=view.focal_length, image_size=view.original_size
-    )
     try:
         crop = Crop.round_object(depth, side)
     except NaviError as error:
         raise ItemLeftOut(str(error), view.depth.displayed) from None
-    return crop, View.of(depth, camera, crop)
+    return crop, View.of(depth, _camera(view), crop)
+
+
+def _camera(view: NaviView) -> Camera:
+    return Camera(
+        quaternion=view.quaternion, translation=view.translation, focal_length=view.focal_length, image_size=view.original_size
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +177,7 @@ def draw_pairs(objects: Sequence[Sequence[NaviView]], every: int) -> tuple[list[
     """A partner for each view, drawn for all of them, of which every `every`-th is then taken; and views without any."""
     random, pairs, alone = torch.Generator().manual_seed(SEED), [], []
     for views in objects:
-        cameras = [
-            Camera(quaternion=v.quaternion, translation=v.translation, focal_length=v.focal_length, image_size=v.original_size)
-            for v in views
-        ]
-        for view, partner in zip(views, draw_partners([camera.pose for camera in cameras], random), strict=True):
+        for view, partner in zip(views, draw_partners([_camera(view).pose for view in views], random), strict=True):
             pairs.append(None if partner is None else Pair(source=view, target=views[partner]))
             alone += [view.name] if partner is None else []
     return [pair for pair in pairs[::every] if pair], LeftOut.of(NO_PARTNER, alone)
@@ -252,10 +251,6 @@ def _choices(task: Navi, recipe: Recipe) -> dict[str, str]:
         else f"made from the originals as probe3d's script does it, for {originals} of {len(task.pairs)} sources",
         "diamond variant": "left out: the released code projects it with a principal point of 0",
     }
-
-
-RIGHT, WRONG = (60, 220, 90), (240, 60, 50)
-"""Colours of matches: within 2 cm, or not."""
 
 
 def _pictures(task: Navi, records: Sequence[Record], side: int = 224) -> dict[str, Image.Image]:

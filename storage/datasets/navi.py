@@ -72,11 +72,9 @@ def _scene(folder: Folder, name: str, scene: str) -> tuple[NaviView, ...]:
     there = {kind: set(folder.sizes(f"{root}/{kind}")) for kind in ("images", "depth")}
     ids = sorted(each[:-4] for each in there["images"] if each.endswith(".jpg") and "_" not in each)
     path = f"{root}/annotations.json"
-    data = read(folder, path)
-    entries = parsed(folder, path, data, _by_id)
-    if lacking := [each for each in ids if each not in entries]:
+    views = parsed(folder, path, read(folder, path), lambda entries: _views(folder, (name, scene), ids, _by_id(entries), there))
+    if lacking := sorted(set(ids) - {view.id for view in views}):
         raise DatasetError(f"{folder.displayed}/{path} says nothing of {lacking[0]}.jpg ({len(lacking)} such images)")
-    views = parsed(folder, path, data, lambda entries: _views(folder, (name, scene), ids, _by_id(entries), there))
     require_files(folder, (view.depth for view in views), "but there is an image of it")
     return views
 
@@ -90,7 +88,7 @@ def _views(
     folder: Folder, scene: tuple[str, str], ids: Sequence[str], entries: Mapping[str, RawObject], there: Mapping[str, set[str]]
 ) -> tuple[NaviView, ...]:
     root, found = "/".join(scene), []
-    for each in ids:
+    for each in filter(entries.__contains__, ids):
         camera, size = entries[each]["camera"], entries[each]["image_size"]
         prepared = f"{_PREPARED}{each}.jpg" in there["images"] and f"{_PREPARED}{each}.png" in there["depth"]
         name = f"{_PREPARED * prepared}{each}"
