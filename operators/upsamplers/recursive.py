@@ -28,6 +28,7 @@ from operators.upsamplers.protocol import (
     tiled_area,
     weights_bytes,
 )
+from operators.upsamplers.sampling import Resampling
 from storage.documents import JsonObject, JsonValue
 
 
@@ -283,14 +284,16 @@ class StripedUpsampler(LearnedUpsampler[N]):
             if not last:
                 size = (*maps.shape[:2], height, width)
                 to = torch.empty(size, device=out.device, memory_format=torch.channels_last)
+            sampling = Resampling(size=height, cells=to.shape[-2], antialias=False)
             for top in range(0, to.shape[-2], stripe):
                 rows = slice(top, min(top + stripe, to.shape[-2]))
-                seen = rows if to.shape[-2:] == (height, width) else _sampled(rows, height, to.shape[-2])
+                seen = slice(*sampling.read(rows))
                 made = self.net.rows(step, guidance, maps, seen)
                 if last:
                     made = self.net.finished(made).float()
-                if seen is not rows:
-                    made = _resampled(made, seen, rows, (height, width), (to.shape[-2], to.shape[-1]))
+                if to.shape[-1] != width:
+                    made = F.interpolate(made, size=(made.shape[-2], to.shape[-1]), mode="bilinear", align_corners=False)
+                made = sampling.applied(made, 2, seen.start, rows)
                 to[:, :, rows] = made
             maps = to
 
@@ -343,21 +346,3 @@ class _Sizes:
     @classmethod
     def of(cls, base: tuple[int, int], passes: int, image: tuple[int, int]) -> "_Sizes":
         return cls(base=base, fine=(base[0] << passes, base[1] << passes), image=image)
-
-
-def _sampled(rows: slice, given: int, asked: int) -> slice:
-    """Of `given` rows, those that bilinear sampling at these of the `asked` rows reads."""
-    first, last = (max(0.0, (row + 0.5) * given / asked - 0.5) for row in (rows.start, rows.stop - 1))
-    return near(slice(int(first), int(last) + 1), 1, given)
-
-
-def _resampled(made: Tensor, seen: slice, rows: slice, given: tuple[int, int], asked: tuple[int, int]) -> Tensor:
-    """Bilinear sampling at `rows` of a grid of `asked` cells, from those of the `given` grid's rows that are `seen`, as torch's
-    interpolation of the whole does it: cell centres, edges clamped."""
-    wide = F.interpolate(made, size=(made.shape[-2], asked[1]), mode="bilinear", align_corners=False)
-    at = torch.arange(rows.start, rows.stop, device=made.device, dtype=torch.float32)
-    at = ((at + 0.5) * (given[0] / asked[0]) - 0.5).clamp(min=0)
-    upper = at.long().clamp(max=given[0] - 1)
-    lower = (upper + 1).clamp(max=given[0] - 1)
-    weight = (at - upper)[:, None]
-    return wide[:, :, upper - seen.start] * (1 - weight) + wide[:, :, lower - seen.start] * weight

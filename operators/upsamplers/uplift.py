@@ -11,15 +11,13 @@ a step reads: for x2 at patch 16, every eighth.
 Shapes: B batch, C channels, H W pixels, h w cells of the given map, n neighbours of a cell.
 """
 
-import functools
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Self, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +26,8 @@ from operators.backbone import TimmBackbone
 from operators.upsamplers.pixels import in_float32
 from operators.upsamplers.protocol import UpsamplerError, require_counts
 from operators.upsamplers.queried import Queried, QueriedNet, QueriedSettings, Tile
+from operators.upsamplers.reading import Axis, Places, Plan, planned, spacing, window
+from operators.upsamplers.sampling import Resampling
 from storage.documents import JsonObject
 
 _CELL_PIXELS = 16
@@ -119,203 +119,6 @@ class Uplift(Queried[UpliftSettings]):
         }, dict(state)
 
 
-# --- which of the encoder's pixels are read ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Rows (or columns) of one of the encoder's maps: those that any step reads, in order, and where each step's lie there."""
-
-    kept: Sequence[int]
-    steps: Sequence[Sequence[int]]
-
-    @classmethod
-    def of(cls, pixels: int, sides: Sequence[int]) -> Self:
-        """Of a map of so many pixels a side, brought to each of `sides` by torch's `nearest`, which takes the first of each."""
-        read = [
-            np.minimum(np.floor(np.arange(side, dtype=np.float32) * (np.float32(pixels) / np.float32(side))), pixels - 1)
-            for side in sides
-        ]
-        kept, places = np.unique(np.concatenate(read or [np.zeros(0)]).astype(int), return_inverse=True)
-        ends = np.cumsum(sides, dtype=int)
-        return cls(kept=kept.tolist(), steps=[places[end - side : end].tolist() for side, end in zip(sides, ends, strict=True)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How maps of `base` cells are brought to a grid: after step i (from 0) there are `sides[i + 1]` cells."""
-
-    sides: Sequence[tuple[int, int]]
-    image: tuple[int, int]
-    "pixels of the image that the encoder is given"
-    coarse: tuple[Reading, Reading]
-    "of the encoder's last map, which is read at the grid that a step is given: rows and columns"
-    fine: tuple[Reading, Reading]
-    "of the one before, which is read at the grid that a step makes"
-
-    @property
-    def steps(self) -> int:
-        return len(self.sides) - 1
-
-
-@functools.lru_cache(maxsize=16)
-def planned(base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]) -> Plan:
-    """The steps that give at least `grid`, and what they read of an encoder's maps of `image` pixels."""
-    steps = max(0, *(math.ceil(math.log2(to / side)) for side, to in zip(base, grid, strict=True)))
-    sides = [(base[0] << i, base[1] << i) for i in range(steps + 1)]
-    coarse = [Reading.of(image[axis], [each[axis] for each in sides[:-1]]) for axis in (0, 1)]
-    fine = [Reading.of(image[axis], [each[axis] for each in sides[1:]]) for axis in (0, 1)]
-    return Plan(sides=sides, image=image, coarse=(coarse[0], coarse[1]), fine=(fine[0], fine[1]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where some lines (rows or columns) lie among others, in order."""
-
-    numbers: Sequence[int]
-    there: Tensor | None
-    "the same on a device; None where they are evenly spaced, and needn't be there"
-
-    @classmethod
-    def of(cls, have: Sequence[int], want: Sequence[int], device: torch.device) -> Self:
-        places = {line: place for place, line in enumerate(have)}
-        numbers = [places[line] for line in want]
-        return cls(numbers=numbers, there=None if _spacing(numbers) else torch.tensor(numbers).to(device))
-
-    def part(self, first: int, last: int, less: int = 0) -> "Places":
-        """Those of the lines `first` to `last`, each less by so much."""
-        there = None if self.there is None else self.there[first:last] - less
-        return Places(numbers=[number - less for number in self.numbers[first:last]], there=there)
-
-    def taken(self, maps: Tensor, dim: int) -> Tensor:
-        """The lines of `maps` that lie there, a view where they are evenly spaced."""
-        if not self.numbers:
-            return maps.narrow(dim, 0, 0)
-        if step := _spacing(self.numbers):
-            return maps[(slice(None),) * dim + (slice(self.numbers[0], self.numbers[-1] + 1, step),)]
-        assert self.there is not None
-        return maps.index_select(dim, self.there)
-
-
-def _spacing(numbers: Sequence[int]) -> int:
-    """From one to the next, 0 where that varies."""
-    between = {b - a for a, b in itertools.pairwise(numbers)} or {1}
-    return between.pop() if len(between) == 1 else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """Rows (or columns) of the image and of each map that the encoder makes of it, where only those are made that are read."""
-
-    size: int
-    levels: Sequence[Sequence[int]]
-    "the lines that are made of the image, and of each block's result"
-    image: Places
-    "the image's lines among its pixels"
-    blocks: Sequence[Places]
-    "those of a block's result among those of what it is given"
-    fine: Places
-    "those that steps read of the map before the last, among its lines"
-    coarse_steps: Sequence[Places]
-    fine_steps: Sequence[Places]
-    "what each step reads, among all that are read"
-
-    @classmethod
-    def of(cls, coarse: Reading, fine: Reading, size: int, depth: int, device: torch.device) -> Self:
-        levels: list[Sequence[int]] = [coarse.kept, sorted({*_widened(coarse.kept, size), *fine.kept})]
-        while len(levels) <= depth:
-            levels.append(_widened(levels[-1], size))
-        levels.reverse()
-
-        def placed(reading: Reading) -> list[Places]:
-            return [Places.of(range(len(reading.kept)), numbers, device) for numbers in reading.steps]
-
-        return cls(
-            size=size,
-            levels=levels,
-            image=Places.of(range(size), levels[0], device),
-            blocks=[Places.of(have, want, device) for have, want in itertools.pairwise(levels)],
-            fine=Places.of(levels[-2], fine.kept, device),
-            coarse_steps=placed(coarse),
-            fine_steps=placed(fine),
-        )
-
-    def between(self, begin: int, end: int) -> "Axis":
-        """What is made where of the last map the lines from `begin` to `end` are, and of the one before."""
-        depth = len(self.levels) - 1
-        spans = [
-            (bisect_left(lines, begin - depth + i), bisect_left(lines, end + depth - i)) for i, lines in enumerate(self.levels)
-        ]
-        fine = [bisect_left(self.fine.numbers, bisect_left(self.levels[-2], line)) for line in (begin, end)]
-        return replace(
-            self,
-            levels=[lines[first:last] for lines, (first, last) in zip(self.levels, spans, strict=True)],
-            image=self.image.part(*spans[0]),
-            blocks=[part.part(*here, there[0]) for part, here, there in zip(self.blocks, spans[1:], spans, strict=False)],
-            fine=self.fine.part(fine[0], fine[1], spans[-2][0]),
-        )
-
-    def borders(self, level: int) -> tuple[int, int]:
-        """Whether a level's lines begin and end with the map's own, as 0 or 1."""
-        lines = self.levels[level]
-        return int(lines[0] == 0), int(lines[-1] == self.size - 1)
-
-
-def _window(first: int, last: int, size: int, least: int) -> tuple[int, int]:
-    """The lines `first` to `last`, where these are among `size`, and others beside them while there are fewer than `least`."""
-    last = min(size, last)
-    first = max(0, min(first, last - least))
-    return first, min(size, max(last, first + least))
-
-
-def _widened(lines: Sequence[int], size: int) -> list[int]:
-    """With those on either side."""
-    return sorted({line + by for line in lines for by in (-1, 0, 1)} & {*range(size)})
-
-
-# --- other sizes ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resampling:
-    """An axis of `size` lines, bilinearly brought to `cells`, any of them at a time; torch's numbers."""
-
-    size: int
-    cells: int
-    antialias: bool
-
-    @property
-    def scale(self) -> float:
-        return self.size / self.cells
-
-    @property
-    def reach(self) -> float:
-        """Lines beyond this distance from a cell's centre aren't read."""
-        return max(1.0, self.scale) if self.antialias else 1.0
-
-    def read(self, made: slice) -> tuple[int, int]:
-        """First line that cells are made from, and the one after the last."""
-        if self.size == self.cells:
-            return made.start, made.stop
-        first, last = ((cell + 0.5) * self.scale for cell in (made.start, made.stop - 1))
-        return max(0, math.floor(first - self.reach)), min(self.size, math.ceil(last + self.reach) + 1)
-
-    def applied(self, maps: Tensor, dim: int, first: int, made: slice) -> Tensor:
-        """Cells from `maps`, whose lines along `dim` begin with the axis's line `first`."""
-        if self.size == self.cells:
-            return maps.narrow(dim, made.start - first, made.stop - made.start)
-        cells = torch.arange(made.start, made.stop, dtype=torch.float64, device=maps.device)
-        centres = (cells + 0.5) * self.scale
-        lines = (centres - self.reach + 0.5).floor() + torch.arange(2 * math.ceil(self.reach) + 1, device=maps.device)[:, None]
-        weights = (1 - (lines + 0.5 - centres).abs() / self.reach).clamp(min=0) * ((lines >= 0) & (lines < self.size))
-        weights = (weights / weights.sum(dim=0)).to(maps.dtype).view(len(lines), -1, *[1] * (maps.ndim - 1 - dim))
-        places = (lines.long() - first).clamp(0, maps.shape[dim] - 1)
-        out = weights[0] * maps.index_select(dim, places[0])
-        for weight, place in zip(weights[1:], places[1:], strict=True):
-            out.addcmul_(weight, maps.index_select(dim, place))
-        return out
-
-
 def _stretched(maps: Tensor, made: slice) -> Tensor:
     """Rows `made` of the maps bilinearly x2 with aligned corners."""
     rows = maps.shape[2]
@@ -349,7 +152,7 @@ class SingleConv(nn.Module):
         padded = F.pad(maps, (left, right, top, bottom)) if top or bottom or left or right else maps
         # Where the window of three lines round each of them begins.
         begins = [place.part(0, len(place.numbers), 1 - first) for place, first in zip(places, (top, left), strict=True)]
-        spacings = [_spacing(begin.numbers) for begin in begins]
+        spacings = [spacing(begin.numbers) for begin in begins]
         for dim, (begin, even) in enumerate(zip(begins, spacings, strict=True), start=2):
             if even:
                 padded = padded.narrow(dim, begin.numbers[0], begin.numbers[-1] - begin.numbers[0] + 3)
@@ -526,7 +329,7 @@ class UpliftNet(QueriedNet[Prepared]):
         at_once = self._low_stripe(channels, (h, w), batch)[0]
         for first in range(0, h, at_once):
             last = min(h, first + at_once)
-            top, bottom = _window(first - _READ, last + _READ, h, -(-_SAME_BITS // w))
+            top, bottom = window(first - _READ, last + _READ, h, -(-_SAME_BITS // w))
             read = columns.taken(rows.part(top, bottom).taken(coarse, 2), 3)
             made = self._block(0, torch.cat([maps[:, :, top:bottom], read], dim=1))
             out[:, :, first:last] = made[:, :, first - top : last - top]
@@ -541,7 +344,7 @@ class UpliftNet(QueriedNet[Prepared]):
         at_once = self._fine_stripe((h, w), batch)[0]
         for first in range(0, 2 * h, at_once):
             last = min(2 * h, first + at_once)
-            top, bottom = _window(first - _READ, last + _READ, 2 * h, -(-_SAME_BITS // (2 * w)))
+            top, bottom = window(first - _READ, last + _READ, 2 * h, -(-_SAME_BITS // (2 * w)))
             cells = slice(top // 2, -(-bottom // 2))
             made = up(low[:, :, cells])[:, :, top - 2 * cells.start : bottom - 2 * cells.start]
             made = made + _stretched(low, slice(top, bottom))
