@@ -1,9 +1,11 @@
-"""Small training runs of readouts, for tests of training and of evaluation: drawn data sets, timm's test_vit, no Ray."""
+"""Small training runs, of readouts above all, for tests of training and evaluation: drawn data sets, timm's test_vit, no Ray."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -17,6 +19,8 @@ from pipelines.training.loop import read_metrics
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import TrainSummary, train_inline
 from storage.paths import Folder
+from storage.runs import Checkpoint, read_last
+from tests.stops import Died, dies_after
 
 TINY = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "executor": "inline", "device": "cpu"}
 
@@ -88,6 +92,26 @@ def prepared(config: TrainConfig, on_step=None):
 
 def train(config: TrainConfig, on_step=None) -> TrainSummary:
     return train_inline(prepared(config, on_step))
+
+
+def continued(whole: TrainConfig, broken: TrainConfig, stops: Sequence[int]) -> Checkpoint:
+    """The last checkpoint of a run that is killed after each of `stops`, and continued; the same as the uninterrupted one's, bit
+    for bit, what it resumes from included."""
+    train(whole)
+    for step in stops:
+        with pytest.raises(Died):
+            train(broken, dies_after(step))
+    train(broken)
+
+    expected, found = read_last(Folder(whole.out)), read_last(Folder(broken.out))
+    assert expected is not None
+    assert found is not None
+    for there, here in ((expected.model, found.model), (expected.resume, found.resume)):
+        assert there.keys() == here.keys()
+        for name in there:
+            np.testing.assert_array_equal(there[name], here[name], err_msg=name)
+    assert losses(broken.out) == losses(whole.out)
+    return found
 
 
 def losses(out: str) -> list[float]:

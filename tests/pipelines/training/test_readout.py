@@ -24,8 +24,7 @@ from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_on_ray
 from storage.paths import Folder
 from storage.runs import read_last
-from tests.readout_runs import OF_TASK, extract, featup_file, held_out, losses, prepared, train, training, write_nyu
-from tests.stops import Died, dies_after
+from tests.readout_runs import OF_TASK, continued, extract, featup_file, held_out, losses, prepared, train, training, write_nyu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -322,18 +321,9 @@ def test_stores_that_do_not_fit_are_refused(sets, tmp_path, store, extracted, ch
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(sets, tmp_path, task):
     """Instances draw pixels at random, and train a classifier beside the readout."""
     whole, broken = (training(sets, tmp_path / name, task, flip=True) for name in ("whole", "broken"))
-    train(whole)
 
-    for step in (1, 3):
-        with pytest.raises(Died):
-            train(broken, dies_after(step))
-    train(broken)
+    continued(whole, broken, (1, 3))
 
-    expected, found = weights(whole.out), weights(broken.out)
-    assert expected.keys() == found.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-    assert losses(broken.out) == losses(whole.out)
     assert held_out(broken.out) == held_out(whole.out)
 
 
