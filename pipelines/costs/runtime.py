@@ -5,14 +5,12 @@ What it takes to bring one random image to a grid of features, backbone included
 checkpoint: the numbers don't depend on them. How things are timed and counted is said in pipelines/costs/upsamplers.py.
 """
 
-import io
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Annotated
 
-import matplotlib
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -37,6 +35,7 @@ from pipelines.features.memory import allow_alone
 from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
+from pipelines.plots import png_of, styled
 from pipelines.published import (
     LIFT,
     LIFT_OPERATIONS,
@@ -523,7 +522,7 @@ def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
         name = case.name.replace(case.row.name, case.row.method)
         curves.setdefault(name, []).append((case.row.grid[0], found[case.name].ms))
     grids = sorted({side for curve in curves.values() for side, _ in curve})
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with styled():
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.set(xscale="log", yscale="log", xlabel="side of the grid", ylabel="ms for one image, backbone included")
@@ -535,6 +534,4 @@ def plot(task: Runtime, found: Mapping[str, Timing]) -> bytes:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=130)
-    return data.getvalue()
+        return png_of(figure)

@@ -3,11 +3,9 @@
 The paper's code isn't released, nor are its sizes, images and batches; those here are our choice.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -30,6 +28,7 @@ from pipelines.evaluation.run import (
 )
 from pipelines.features.pictures import Squash
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
+from pipelines.plots import png_of, styled
 from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken
 from storage.datasets.files import DatasetError
 from storage.datasets.images import ImageFile, load_images
@@ -199,7 +198,7 @@ def _drawn(recipe: Recipe) -> str:
 def plot(found: Mapping[str, np.ndarray], sides: Sequence[int]) -> bytes:
     """Curves of each row for up to four source sizes, PNG."""
     chosen = spread(len(sides), 4)
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with styled():
         figure = Figure(figsize=(3.1 * len(chosen), 3.2), layout="constrained")
         axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
         for axis, index in zip(axes, chosen, strict=True):
@@ -211,6 +210,4 @@ def plot(found: Mapping[str, np.ndarray], sides: Sequence[int]) -> bytes:
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("CKA")
         axes[0].legend(frameon=False)
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=130)
-    return data.getvalue()
+        return png_of(figure)

@@ -1,12 +1,12 @@
 """Curves of training runs: the loss, and what was measured on held-out images, against the steps."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipelines.plots import png_of, styled
 from pipelines.training.watch import PLAIN, Validations
 from storage.documents import decode
 from storage.paths import Folder
@@ -27,9 +27,7 @@ _SMOOTHED = 60
 
 def curves_png(runs: Mapping[str, Folder]) -> bytes:
     """`curves_figure` as a PNG."""
-    data = io.BytesIO()
-    curves_figure(runs).savefig(data, format="png", dpi=130)
-    return data.getvalue()
+    return png_of(curves_figure(runs))
 
 
 def curves_figure(runs: Mapping[str, Folder]) -> "Figure":
@@ -37,7 +35,6 @@ def curves_figure(runs: Mapping[str, Folder]) -> "Figure":
 
     The best checkpoint is marked, bilinear enlargement's scores are dashed. Raises `CheckpointError` where metrics are damaged.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     losses = {name: _losses(folder) for name, folder in runs.items()}
@@ -47,7 +44,7 @@ def curves_figure(runs: Mapping[str, Folder]) -> "Figure":
     )
     count = 1 + len(scores)
     rows, wide = math.ceil(count / _WIDE), min(count, _WIDE)
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}):
+    with styled(parse_math=False):
         figure = Figure(figsize=(4.2 * wide, 2.9 * rows + 0.5), layout="constrained")
         panels = figure.subplots(rows, wide, squeeze=False).ravel()
         for panel, title in zip(panels, ["loss of the training", *scores], strict=False):

@@ -171,8 +171,11 @@ def similarities(columns: Sequence[Shown], point_xy: tuple[float, float]) -> lis
             lacking.remove(column.grid)
             finer = np.stack([enlarged(m, base, level) for m in base_maps])
             found.append((f"{base.name} bilinear\n{cells(level)}", cosine_map(base_query, finer)))
-        query = column.store.sample(int(column.rows[0]), [point_xy], level.name)[0]
-        found.append((column.title, cosine_map(query, column.maps())))
+        if column.store is store and level == base:
+            query, maps = base_query, base_maps
+        else:
+            query, maps = column.store.sample(int(column.rows[0]), [point_xy], level.name)[0], column.maps()
+        found.append((column.title, cosine_map(query, maps)))
     return found
 
 
