@@ -26,7 +26,7 @@ from storage.datasets.files import (
     require_plain,
 )
 from storage.datasets.images import ImageFile
-from storage.datasets.instances import Instances
+from storage.datasets.instances import Instances, has_mask
 from storage.datasets.labels import LabelledImage
 from storage.datasets.pairing import joined, masked_images, pairs_of_stems, require_place
 from storage.paths import Folder
@@ -48,23 +48,47 @@ COCO20K_IMAGES = ("COCO/images/train2014", "images/train2014", "train2014", "COC
 # --- instances and boxes ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class CocoSet:
+    """A split of COCO's instances, for those who need its categories and ids as well."""
+
+    images: Listed[LabelledImage]
+    numbers: tuple[int, ...]
+    "the images' ids, in their order"
+    categories: Mapping[int, str]
+    "names by id, ascending; where the file lists none, those of its annotations, named by their ids"
+    without_mask: int
+    "annotations of these images that have a box alone"
+
+
 def load_coco_instances(folder: Folder, split: str, limit: int | None = None) -> Listed[LabelledImage]:
     """COCO's images of `annotations/instances_<split>.json` by id, those without objects included, and crowds.
 
     The folder may be the one above `coco`. The whole JSON is read: train2017's takes gigabytes meanwhile. Raises `DatasetError`.
     """
+    return load_coco(folder, split, limit).images
+
+
+def load_coco(folder: Folder, split: str, limit: int | None = None, *, boxes_alone: bool = False) -> CocoSet:
+    """As `load_coco_instances`, with categories and ids. `boxes_alone`: annotations may lack masks. Raises `DatasetError`."""
     require_plain(split, "the split")
     notes = f"annotations/instances_{split}.json"
     root = require_place(folder, ("", "coco"), notes)
     place = require_place(folder, [joined(root, inside, split) for inside in ("", "images")])
     where, files, found = joined(root, notes), [], []
-    listed = Listed.first(read_coco(folder, where), limit)
+    annotated = read_annotations(folder, where)
+    listed = Listed.first(annotated.images, limit)
     for each in listed:
         require_plain(each.file_name, f"{folder.displayed}/{where}")
         files.append(ImageFile.at(folder, f"{place}/{each.file_name}", each.width, each.height))
-        found.append(LabelledImage(image=files[-1], label=instances_of(folder, where, each)))
+        found.append(LabelledImage(image=files[-1], label=instances_of(folder, where, each, boxes_alone=boxes_alone)))
     require_files(folder, files)
-    return Listed(tuple(found), listed.of)
+    return CocoSet(
+        images=Listed(tuple(found), listed.of),
+        numbers=tuple(each.number for each in listed),
+        categories=annotated.categories,
+        without_mask=sum(not has_mask(note) for each in listed for note in each.objects),
+    )
 
 
 def load_coco20k(folder: Folder) -> list[BoxedImage]:
@@ -86,10 +110,10 @@ def load_coco20k(folder: Folder) -> list[BoxedImage]:
     return found
 
 
-def instances_of(folder: Folder, where: str, image: "CocoImage") -> Instances:
+def instances_of(folder: Folder, where: str, image: "CocoImage", *, boxes_alone: bool = False) -> Instances:
     """The objects of an image of the annotation file `where`. Raises `DatasetError`."""
     with _annotation_errors(folder, where, image) as displayed:
-        return Instances.pack(image.objects, displayed, image.width, image.height)
+        return Instances.pack(image.objects, displayed, image.width, image.height, boxes_alone=boxes_alone)
 
 
 def _rounded_boxes(folder: Folder, where: str, image: "CocoImage") -> tuple[Box, ...]:
@@ -167,20 +191,40 @@ class CocoImage:
     objects: list[RawObject]
 
 
-def read_coco(folder: Folder, name: str) -> list[CocoImage]:
-    """A file's images, by id. Raises `DatasetError`: also for ids and file names that are there twice, and for annotations of
+@dataclass(frozen=True, kw_only=True)
+class CocoAnnotations:
+    """What an annotation file holds."""
+
+    images: list[CocoImage]
+    "by id"
+    categories: Mapping[int, str]
+    "names by id, ascending"
+
+
+def read_annotations(folder: Folder, name: str) -> CocoAnnotations:
+    """A file of annotations. Raises `DatasetError`: also for ids and file names that are there twice, and for annotations of
     images or categories that aren't."""
-    return parsed(folder, name, read(folder, name), _images)
+    return parsed(folder, name, read(folder, name), _annotations)
 
 
-def _images(data: RawObject) -> list[CocoImage]:
+def read_coco(folder: Folder, name: str) -> list[CocoImage]:
+    """A file's images, by id. Raises as `read_annotations`."""
+    return read_annotations(folder, name).images
+
+
+def _annotations(data: RawObject) -> CocoAnnotations:
     images = [_coco_image(each) for each in data["images"]]
     by_id = _unique({}, ((each.number, each) for each in images), "image id", lambda each: each.file_name)
     _unique({}, ((each.file_name, each) for each in images), "file name", lambda each: f"image {each.number}")
     categories: dict[int, str] = {}
     named = ((_id(each["id"], "category id"), str(each.get("name"))) for each in data.get("categories") or ())
     _give_objects(by_id, _unique(categories, named, "category id", str), data["annotations"])
-    return [by_id[number] for number in sorted(by_id)]
+    if not categories:
+        categories = {note["category_id"]: str(note["category_id"]) for each in images for note in each.objects}
+    return CocoAnnotations(
+        images=[by_id[number] for number in sorted(by_id)],
+        categories={number: categories[number] for number in sorted(categories)},
+    )
 
 
 def _coco_image(entry: RawObject) -> CocoImage:

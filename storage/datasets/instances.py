@@ -45,14 +45,17 @@ class Instances:
     "zlib of the annotations' JSON"
 
     @classmethod
-    def pack(cls, objects: Sequence[RawObject], displayed: str, width: int, height: int) -> "Instances":
-        """Raises `KeyError`, `ValueError` or `TypeError` where a field lacks or isn't what it should be."""
-        kept = [_kept(each, width, height) for each in objects]
+    def pack(
+        cls, objects: Sequence[RawObject], displayed: str, width: int, height: int, *, boxes_alone: bool = False
+    ) -> "Instances":
+        """Raises `KeyError`, `ValueError` or `TypeError` where a field lacks or isn't what it should be. `boxes_alone`: objects
+        may lack their mask, and have no `segmentation` then."""
+        kept = [_kept(each, width, height, boxes_alone=boxes_alone) for each in objects]
         packed = zlib.compress(json.dumps(kept, separators=(",", ":")).encode(), level=1)
         return cls(displayed=displayed, width=width, height=height, packed=packed)
 
     def objects(self) -> list[RawObject]:
-        """COCO's annotations: `id`, `category_id`, `bbox`, `area`, `iscrowd`, `segmentation`."""
+        """COCO's annotations: `id`, `category_id`, `bbox`, `area`, `iscrowd`, and `segmentation` of those that have one."""
         return json.loads(zlib.decompress(self.packed))
 
     def areas(self) -> np.ndarray:
@@ -89,14 +92,20 @@ class Instances:
         return self.objects()
 
 
-def _kept(note: RawObject, width: int, height: int) -> RawObject:
+def has_mask(note: RawObject) -> bool:
+    """Whether an annotation says which pixels its object covers; some files have boxes alone."""
+    return note.get("segmentation") not in (None, [], {})
+
+
+def _kept(note: RawObject, width: int, height: int, *, boxes_alone: bool) -> RawObject:
     """What of an annotation is used; its numbers are checked, its segmentation isn't yet."""
     coco_box(note, width, height)
     box, area = [float(value) for value in note["bbox"]], float(note["area"])
     if not 0 <= area <= 1.1 * width * height:  # not of NaN, either
         raise ValueError(f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels")
     kept = {"id": int(note["id"]), "category_id": int(note["category_id"]), "bbox": box, "area": area}
-    return kept | {"iscrowd": int(note.get("iscrowd", 0)), "segmentation": note["segmentation"]}
+    kept |= {"iscrowd": int(note.get("iscrowd", 0))}
+    return kept if boxes_alone and not has_mask(note) else kept | {"segmentation": note["segmentation"]}
 
 
 def _require_box_of(mask_HW: np.ndarray, box: Sequence[float]) -> None:

@@ -19,7 +19,7 @@ from pipelines.features.photos import upright_pixels
 from storage.datasets.ade20k import load_ade20k
 from storage.datasets.cityscapes import load_cityscapes
 from storage.datasets.classes import TABLES
-from storage.datasets.coco import load_coco_instances, load_coco_stuff
+from storage.datasets.coco import load_coco, load_coco_instances, load_coco_stuff
 from storage.datasets.files import DatasetError, digest, listed_names
 from storage.datasets.images import TarImage, tar_members
 from storage.datasets.instances import InstanceArrays, decode_mask
@@ -512,6 +512,31 @@ def test_an_image_without_objects_has_empty_arrays(tmp_path):
     assert label.boxes.shape == (0, 4)
     above = load_coco_instances(Folder(str(tmp_path)), "val2017", 2)
     assert [each.image.name for each in above] == ["coco/val2017/000000000139.jpg", "coco/val2017/000000000785.jpg"]
+
+
+def test_a_split_says_its_categories_and_the_ids_of_its_images(tmp_path):
+    notes = coco_notes()
+    notes["categories"] = [{"id": n, "name": name} for n, name in ((90, "toothbrush"), (1, "person"), (18, "dog"))]
+
+    found = load_coco(make_coco(Folder(str(tmp_path)), notes), "val2017", 2)
+
+    assert list(found.categories.items()) == [(1, "person"), (18, "dog"), (90, "toothbrush")]
+    assert found.numbers == (139, 785)
+    assert (len(found.images), found.images.of, found.without_mask) == (2, 3, 0)
+
+
+def test_annotations_may_lack_their_mask_where_that_is_said(tmp_path):
+    notes = coco_notes()
+    del notes["annotations"][0]["segmentation"]
+    notes["annotations"][2]["segmentation"] = []
+    folder = make_coco(Folder(str(tmp_path)), notes)
+
+    found = load_coco(folder, "val2017", boxes_alone=True)
+
+    assert found.without_mask == 2
+    assert ["segmentation" in each for each in found.images[1].label.objects()] == [False, True, True]
+    with pytest.raises(DatasetError, match="an annotation has no field 'segmentation'"):
+        load_coco_instances(folder, "val2017")
 
 
 def test_polygons_with_corners_between_pixels_are_joined():
