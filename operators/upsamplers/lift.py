@@ -5,6 +5,7 @@ State dicts of the official files load as they are. Their channels are head-mino
 Shapes: B batch, C channels, H W pixels, h w cells of the given map.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from operators.backbone import TimmBackbone
 from operators.upsamplers.protocol import UpsamplerError, require_counts
 from operators.upsamplers.recursive import DoublingNet, DoublingSettings, OfLiftsPaper
-from storage.documents import JsonObject
+from storage.documents import JsonObject, JsonValue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +28,18 @@ class LiftSettings(DoublingSettings):
     "False for the ablation without the image"
     border_crop: bool = False
     "the paper's way with 56 px at patch 16"
-    wide: bool = False
-    "the larger variant"
+    image_width: int = 32
+    "channels of the image encoder"
+    image_convs: int = 0
+    "further convolutions in it, beside the released three"
     heads: int | None = None
     "the weights expect head-minor channels of so many heads, as official checkpoints do; maps stay head-major"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_counts(self, "heads")
+        require_counts(self, "heads", "image_width")
+        if type(self.image_convs) is not int or self.image_convs < 0:
+            raise UpsamplerError(f"image_convs must be a whole number of at least 0, got {self.image_convs!r}")
         if self.channels < 2:
             raise UpsamplerError("lift needs at least 2 channels")
         if self.channels % (self.heads or 1):
@@ -53,8 +58,29 @@ class Lift(OfLiftsPaper[LiftSettings]):
             settings.patch,
             image_branch=settings.image_branch,
             border_crop=settings.border_crop,
-            wide=settings.wide,
+            image_width=settings.image_width,
+            image_convs=settings.image_convs,
         )
+
+    @property
+    def setting_names(self) -> frozenset[str]:
+        return super().setting_names | {"wide"}
+
+    def parse(self, given: JsonObject) -> LiftSettings:
+        """`wide` stands for an `image_width` of C/4 and one of `image_convs`, as it did before there were these."""
+        named = {name: value for name, value in given.items() if name != "wide"}
+        channels = given.get("channels")
+        if given.get("wide") and isinstance(channels, int):
+            if said := [name for name in _encoder(0, 0) if named.get(name) is not None]:
+                raise UpsamplerError(f"wide says what {said[0]} is, too; give one of them")
+            named |= _encoder(channels // 4, 1)
+        return super().parse(named)
+
+    def to_json(self, settings: LiftSettings) -> dict[str, JsonValue]:
+        return _in_first_words(settings, super().to_json(settings))
+
+    def identity(self, settings: LiftSettings) -> dict[str, JsonValue]:
+        return _in_first_words(settings, super().identity(settings))
 
     def with_backbone(self, settings: LiftSettings, backbone: TimmBackbone) -> LiftSettings:
         return replace(settings, border_crop=True) if backbone.ragged else settings
@@ -65,13 +91,33 @@ class Lift(OfLiftsPaper[LiftSettings]):
         if last is None or last.ndim != 4:
             return super().official(state, backbone)
         heads = None if backbone.facet == "token" else backbone.heads
-        return {"channels": len(last), "patch": backbone.patch, "heads": heads}, dict(state)
+        convs = [value for name, value in state.items() if re.fullmatch(r"image_convs_1\.\d+\.weight", name) and value.ndim == 4]
+        encoder = _encoder(len(convs[0]), max(0, len(convs) - _CONVS)) if convs else {}
+        return {"channels": len(last), "patch": backbone.patch, "heads": heads, **encoder}, dict(state)
 
     def prepared(self, net: DoublingNet, settings: LiftSettings) -> None:
         if settings.heads:
             # Channel (head, dimension) of ours is channel (dimension, head) of the weights.
             order = torch.arange(settings.channels).view(-1, settings.heads).t().flatten()
             cast(LiftNet, net).reorder_channels(order)
+
+
+_CONVS = 2
+"""Of the image encoder's first part, as released."""
+
+
+def _encoder(width: int, convs: int) -> dict[str, JsonValue]:
+    """The settings of an image encoder."""
+    return {"image_width": width, "image_convs": convs}
+
+
+def _in_first_words(settings: LiftSettings, said: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Settings as the first checkpoints have them, which say of an encoder whether it is `wide`, where that says all of it."""
+    found = _encoder(settings.image_width, settings.image_convs)
+    others = {name: value for name, value in said.items() if name not in found}
+    if found == _encoder(LiftSettings.image_width, LiftSettings.image_convs):
+        return others
+    return {**others, **({"wide": True} if found == _encoder(settings.channels // 4, 1) else found)}
 
 
 class LiftNet(DoublingNet):
@@ -84,17 +130,27 @@ class LiftNet(DoublingNet):
     the paper's 56 px columns need.
 
     `image_branch=False` is the ablation without the image; its channels are left out (no source says what replaced them).
-    `wide` is our reading of the supplement's ViTDet variant, whose layout isn't published: C/4 image channels and one
-    more convolution in the image encoder, 6.8 M parameters at C = 768.
+    The supplement's variant for ViTDet has wider layers and one more convolution block in the image encoder, 7 M parameters; its
+    layout isn't published. `image_width` and `image_convs` are our reading: 200 channels and one more convolution of stride 1 at
+    the end of the encoder's first part have 6,950,556 parameters at C = 768, 6.3 % of ViTDet's, as the paper says.
     """
 
     enlarges_image = True
 
-    def __init__(self, channels: int, patch: int, *, image_branch: bool = True, border_crop: bool = False, wide: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        patch: int,
+        *,
+        image_branch: bool = True,
+        border_crop: bool = False,
+        image_width: int = LiftSettings.image_width,
+        image_convs: int = LiftSettings.image_convs,
+    ):
         super().__init__()
         self.channels, self.patch, self.border_crop = channels, patch, border_crop
         self.pool = -(-patch // 8)
-        self.image_channels = image = (channels // 4 if wide else 32) * image_branch
+        self.image_channels = image = image_width * image_branch
         joined, out = (channels + image) // 2, channels // 2
         self.up1 = nn.ModuleDict(
             {
@@ -104,9 +160,8 @@ class LiftNet(DoublingNet):
         )
         self.outc = nn.Conv2d(out, channels, 1)
         if image_branch:
-            self.image_convs_1 = _convs(3, [image, image], stride=2, bias=True)
-            if wide:
-                self.image_convs_1.extend(_convs(image, [image], stride=1, bias=True))
+            self.image_convs_1 = _convs(3, [image] * _CONVS, stride=2, bias=True)
+            self.image_convs_1.extend(_convs(image, [image] * image_convs, stride=1, bias=True))
             self.image_convs_2 = _convs(image, [image], stride=2, bias=True)
 
     def forward(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:

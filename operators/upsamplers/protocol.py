@@ -154,6 +154,11 @@ class Method(Generic[S]):
         """`Settings.parse`, where checkpoints of the method hold anything else too."""
         return self.settings.parse(given)
 
+    @property
+    def setting_names(self) -> frozenset[str]:
+        """What `parse` takes."""
+        return frozenset(each.name for each in fields(self.settings))
+
     def settings_for(self, backbone: TimmBackbone, channels: int, **given: JsonValue) -> S:
         """The defaults, but for what is `given`, for maps of so many channels of `backbone`."""
         known = {"channels": channels, "patch": backbone.patch}

@@ -6,7 +6,7 @@ any method that is `trained_by` it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,14 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from operators.objectives.lift import averaged, lower, multi_scale_loss
 from operators.upsamplers import build_net
-from pipelines.config import ConfigError, Counts, Held
+from operators.upsamplers.lift import LiftSettings
+from pipelines.config import ConfigError, Counts, Held, used_with
 from pipelines.training.data import Loaded, TrainOrder
 from pipelines.training.images import ImageSetup
 from pipelines.training.square import SquareMapConfig, SquareObjective, SquareTraining, bilinear
-from storage.documents import JsonObject
+from storage.documents import JsonObject, JsonValue
 
 LIFT_MAPS = SquareMapConfig(size=448, facet="key", geometry="squash")
 """LiFT's: keys of images whose aspect isn't kept."""
+
+
+LATER = ("image_width", "image_convs")
+"""Settings that the first runs don't say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +35,20 @@ class X2Config(SquareTraining):
 
     trains: ClassVar[str] = "lift"
     trained_by: ClassVar[str] = "LiFT's self-supervision"
-    of_methods: ClassVar[Mapping[str, str]] = {name: name for name in ("image_branch", "wide", "kernel", "radius")}
+    of_methods: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("image_branch", "image_width", "image_convs", "wide", "kernel", "radius")
+    }
 
     method: Counts[str] = "lift"
     """The network: lift, resize_conv, jbu, or module:Class of your own (operators/DESIGN.md)."""
     image_branch: Counts[bool] = True
     """lift: False for the ablation without the image."""
+    image_width: Annotated[Counts[int], used_with(image_branch=True)] = LiftSettings.image_width
+    """lift: channels of the image encoder; the variant of 7 M parameters for ViTDet has 200."""
+    image_convs: Annotated[Counts[int], used_with(image_branch=True)] = LiftSettings.image_convs
+    """lift: further convolutions in the image encoder; that variant has 1."""
     wide: Counts[bool] = False
-    """lift: the larger variant."""
+    """lift: short for --image-convs 1 and an --image-width of a quarter of the channels."""
     kernel: Counts[int] = 1
     """resize_conv: of its convolutions."""
     radius: Counts[int] = 3
@@ -49,6 +60,11 @@ class X2Config(SquareTraining):
     """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
     lower: Counts[Literal["sliced", "resized"]] = "sliced"
     """How the half and the quarter image are made: every second and fourth pixel, as LiFT's code, or averaged, as its text."""
+
+    def identity(self, found: JsonObject) -> dict[str, JsonValue]:
+        """As for all runs; runs from before there were `LATER` go on, where these say nothing."""
+        plain, made_of = type(self)(), super().identity(found)
+        return {name: value for name, value in made_of.items() if name not in LATER or value != plain.value(name)}
 
     def trained_sides(self, patch: int) -> tuple[int, ...]:  # noqa: ARG002
         return tuple(self.features.size // factor for factor in (1, 2, 4))

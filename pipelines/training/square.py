@@ -6,7 +6,7 @@ import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -86,7 +86,7 @@ class SquareTraining(ImageTraining):
                 f"{backbone.patch} px; the nearest is {nearest}"
             )
         found, cells = self.found_method(), size // multiple
-        own = {field.name for field in fields(found.settings)}
+        own = found.setting_names
         asked = {name: theirs for name, theirs in self.of_methods.items() if getattr(self, name) != getattr(type(self), name)}
         if misplaced := [name for name, theirs in asked.items() if theirs not in own]:
             raise ConfigError(f"{flag_of(misplaced[0])} is no setting of {self.method}")

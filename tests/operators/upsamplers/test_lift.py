@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from operators.backbone import PatchFeatures
-from operators.timm_models import state_arrays, weights_digest
+from operators.backbone import PatchFeatures, TimmBackbone
+from operators.timm_models import create_model, state_arrays, weights_digest
 from operators.upsamplers import UpsamplerError, build_net, find_method, learned_upsampler
 from operators.upsamplers.lift import LiftNet
 from operators.upsamplers.resize_conv import ResizeConvNet
@@ -138,9 +138,63 @@ def test_a_step_costs_the_true_number_of_multiply_adds(channels, patch, side, gi
     assert counter.get_total_flops() / 2e9 == pytest.approx(giga_macs, abs=6e-4)
 
 
-def test_larger_and_imageless_variants_have_the_parameters_we_say():
-    assert sum(p.numel() for p in LiftNet(768, 16, wide=True).parameters()) == pytest.approx(6.8e6, rel=0.01)
-    assert not any("image" in key for key in LiftNet(384, 16, image_branch=False).state_dict())
+PARAMETERS = {
+    (32, 0): 4_417_296, (32, 1): 4_426_608, (64, 0): 4_744_096, (64, 1): 4_781_152, (128, 0): 5_520_576, (128, 1): 5_668_416,
+    (192, 0): 6_460_896, (192, 1): 6_793_248, (200, 0): 6_589_956, (200, 1): 6_950_556, (208, 0): 6_721_576,
+    (208, 1): 7_111_576, (224, 0): 6_992_496, (224, 1): 7_444_752,
+}  # fmt: skip
+"""Of the official module for 768 channels, whose image encoder has so many channels and so many further convolutions."""
+
+
+def test_wider_and_imageless_variants_have_the_parameters_we_say():
+    with torch.device("meta"):
+        found = {each: LiftNet(768, 16, image_width=each[0], image_convs=each[1]) for each in PARAMETERS}
+        imageless = LiftNet(384, 16, image_branch=False)
+
+    assert {each: sum(p.numel() for p in net.parameters()) for each, net in found.items()} == PARAMETERS
+    assert found[200, 1].image_convs_1[6].weight.shape == (200, 200, 3, 3)
+    assert not any("image" in key for key in imageless.state_dict())
+
+
+@pytest.mark.parametrize(
+    "encoder", [{"image_width": 8, "image_convs": 2}, {"image_width": 8}, {"image_convs": 1}, {"wide": True}]
+)
+def test_official_files_tell_their_encoder_by_their_shapes(encoder):
+    lift, backbone = find_method("lift"), TimmBackbone(create_model("test_vit.r160_in1k", (160, 160), None, 0))
+    made = lift.parse({"method": "lift", "channels": 64, "patch": 16, **encoder})
+
+    settings, state = lift.read(lift.initialised(made, 3).state_dict(), None, backbone)
+
+    assert settings == made
+    assert state.keys() == lift.initialised(made).state_dict().keys()
+
+
+def test_documents_say_wide_where_the_first_ones_did():
+    lift = find_method("lift")
+    plain, wide, seven, spelled = (
+        lift.parse({"channels": 64, "patch": 16, **encoder})
+        for encoder in ({}, {"wide": True}, {"image_width": 20, "image_convs": 1}, {"image_width": 16, "image_convs": 1})
+    )
+
+    assert wide == spelled
+    assert lift.to_json(wide) == {**lift.to_json(plain), "wide": True}
+    assert lift.identity(wide) == {**lift.identity(plain), "wide": True}
+    assert lift.to_json(seven) == {**lift.to_json(plain), "image_width": 20, "image_convs": 1}
+    for each in (plain, wide, seven):
+        assert lift.parse(lift.to_json(each)) == each
+
+
+@pytest.mark.parametrize(
+    ("encoder", "said"),
+    [
+        ({"wide": True, "image_width": 200}, "wide says what image_width is, too"),
+        ({"image_width": 0}, "image_width must be a whole number of at least 1, got 0"),
+        ({"image_convs": -1}, "image_convs must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_encoders_that_make_no_sense_are_refused(encoder, said):
+    with pytest.raises(UpsamplerError, match=said):
+        find_method("lift").parse({"channels": 64, "patch": 16, **encoder})
 
 
 # --- sizes that the official code refuses -----------------------------------------------------------------------------
@@ -213,6 +267,7 @@ VARIANTS = [
     {"method": "lift"},
     {"method": "lift", "image_branch": False},
     {"method": "lift", "wide": True},
+    {"method": "lift", "image_width": 20, "image_convs": 2},
     {"method": "lift", "channels": 31},
     {"method": "resize_conv", "kernel": 3},
 ]
