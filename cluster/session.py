@@ -9,11 +9,12 @@ import os
 import secrets
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.lost import ending_with
@@ -176,7 +177,7 @@ def _session(address: str, **options: int | None) -> Iterator[None]:
 
     try:
         _require_answer(address)
-        with _keeping_sigterm():
+        with _keeping_sigterm(), _without_rays_line():
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except AuthenticationError:
         raise ClusterError(
@@ -242,3 +243,44 @@ def _keeping_sigterm() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+_PASS_ON = """
+import os
+with open(0, "rb") as lines:
+    for line in lines:
+        if b"Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to" not in line:
+            os.write(2, line)
+"""
+"""Passes standard input on to standard error, line by line, but for Ray's word on the level that `own_environment` sets."""
+
+
+@contextmanager
+def _without_rays_line() -> Iterator[None]:
+    """What is written to standard error meanwhile, by Python or not, goes through a process that leaves that one line out.
+
+    A process and no thread: where Ray aborts this program, its last words are on their way still.
+    """
+    try:
+        shown = os.dup(2)
+        passing = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _PASS_ON],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for this program, which may have something to say of it
+        )
+    except OSError as error:  # standard error is closed, or nothing more can be started: then the line is shown
+        logger.debug("Ray's word on its log level isn't left out: %s", error)
+        yield
+        return
+    try:
+        if passing.stdin is not None:
+            os.dup2(passing.stdin.fileno(), 2)
+            passing.stdin.close()
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
+        with suppress(subprocess.TimeoutExpired):  # where a process that was started meanwhile goes on to write there
+            passing.wait(1)

@@ -147,7 +147,13 @@ class Session:
         # A mode that a user may have in his shell; and a folder in which no other session is the latest.
         environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SESSION], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SESSION],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(home / "stderr").open("w"),
+            text=True,
         )
         self.said = json.loads(self.process.stdout.readline())
         parent = psutil.Process(self.process.pid)
@@ -247,6 +253,11 @@ def test_a_process_uses_local_sessions_and_a_cluster_of_another_token(session):
     )
 
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr[-3000:]
+
+
+def test_the_session_says_nothing_of_its_log_level(session, home):
+    assert "RAY_BACKEND_LOG_LEVEL" in os.environ
+    assert "logging.cc" not in (home / "stderr").read_text()
 
 
 def test_after_all_that_the_session_ends_well_and_gives_the_environment_back(session):
@@ -356,3 +367,41 @@ def test_cluster_that_is_not_there_is_named_within_seconds(address, monkeypatch)
 def test_address_that_is_none_is_refused(address):
     with pytest.raises(ClusterError, match="give host:port"), _session(address):
         pass
+
+
+LEAVING_OUT = """
+import ctypes, os, sys
+from cluster.session import _without_rays_line
+
+def native(text):  # as C++ does: by the file's number
+    ctypes.CDLL(None).dprintf(2, text.encode())
+
+native("before\\n")
+with _without_rays_line():
+    native("[00:00:00 I 1 1] logging.cc:303: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\\n")
+    print("from Python", file=sys.stderr)
+    native("[2026-01-01 00:00:00,000 C 1 1] core.cc:1: Check failed\\n")
+    native("without an end")
+    {end}
+native("; after\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "after"),
+    [("pass", 0, "; after\n"), ("os.abort()", -6, ""), ("raise SystemExit(3)", 3, ""), ("os.close(2)", 0, "; after\n")],
+)
+def test_all_but_rays_line_is_shown_also_where_ray_aborts(end, code, after):
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING_OUT.replace("{end}", end)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.stderr == "before\nfrom Python\n[2026-01-01 00:00:00,000 C 1 1] core.cc:1: Check failed\nwithout an end" + after
+    assert done.returncode == code
+
+
+def test_a_program_without_standard_error_goes_on():
+    program = 'import os; os.close(2)\nfrom cluster.session import _without_rays_line\nwith _without_rays_line(): print("on")'
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout) == (0, "on\n")
