@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from PIL import Image, ImageFont
 
+from operators.metrics.bootstrap import RESAMPLES, SEED, Estimate, Interval
 from operators.visual import Panel, Tile
 from pipelines.features.clipping import ClippedFeatures
 from pipelines.features.rows import Row, Size
@@ -33,12 +34,18 @@ class Line:
     grid: str
     values: tuple[Cell, ...]
     published: bool = False
+    estimates: tuple[Estimate | None, ...] = ()
+    "how far each value is known, in its unit; none of counts, nor of what a paper prints"
 
     @classmethod
     def of(cls, row: Row, size: Size, values: Sequence[Cell]) -> "Line":
         return cls(
             features=row.name, input_px=sides(size), stride=row.stride, grid=f"{row.grid[0]}x{row.grid[1]}", values=tuple(values)
         )
+
+    def known(self, estimates: Sequence[Estimate | None]) -> "Line":
+        """The line with estimates of its first values."""
+        return replace(self, estimates=(*estimates, *[None] * (len(self.values) - len(estimates))))
 
     def like(self, input_px: str, grid: str) -> "Line":
         """The line with other words for input and grid."""
@@ -54,13 +61,60 @@ class Table:
     lines: tuple[Line, ...] = ()
     notes: tuple[str, ...] = ()
     "what is to be known of its lines, in sentences"
+    drawn: str = ""
+    "how many items of which unit estimates are drawn from: 200 pairs"
 
     def markdown(self) -> str:
-        """With a line for the title, and its notes below it."""
+        """With a line for the title, its notes below it, and what is known of its figures."""
         head = ["features", "input px", "stride", "grid", *self.columns]
         rows = [[line.features, line.input_px, _text(line.stride), line.grid, *map(_text, line.values)] for line in self.lines]
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([self.title, *table_lines(head, rows), *notes])
+        return "\n".join([self.title, *table_lines(head, rows), *notes, *self._known()])
+
+    def _known(self) -> Iterator[str]:
+        """The intervals of figures, and of their differences to another row."""
+        measured = [line for line in self.lines if any(line.estimates)]
+        compared = [line for line in measured if any(each and each.difference_interval for each in line.estimates)]
+        columns = [n for n in range(len(self.columns)) if any(line.estimates[n] for line in measured)]
+        names = [self.columns[n] for n in columns]
+        if measured:
+            yield f"\n95 % intervals: {RESAMPLES:,} draws from the {self.drawn}, seed {SEED}"
+            rows = [[line.features, line.input_px, *(_interval(line, n) for n in columns)] for line in measured]
+            yield from table_lines(["features", "input px", *names], rows, left=2)
+        if compared:
+            yield "\nDifferences of the same draws, with their 95 % intervals; those that hold 0 show none"
+            rows = [[line.features, _against(line), line.input_px, *(_difference(line, n) for n in columns)] for line in compared]
+            yield from table_lines(["features", "less", "input px", *names], rows, left=3)
+
+
+NOT_SHOWN = "no difference shown"
+"""What tables say of a difference whose interval holds 0."""
+
+
+def _interval(line: Line, number: int) -> str:
+    found = line.estimates[number]
+    return _bounds(found.interval, _digits(line, number)) if found and found.interval else ""
+
+
+def _difference(line: Line, number: int) -> str:
+    found, digits = line.estimates[number], _digits(line, number)
+    if found is None or found.difference is None or found.difference_interval is None:
+        return ""
+    text = f"{found.difference:+.{digits}f} {_bounds(found.difference_interval, digits)}"
+    return f"{text}, {NOT_SHOWN}" if found.difference_interval.holds_zero else text
+
+
+def _against(line: Line) -> str:
+    return next(each.against for each in line.estimates if each and each.against)
+
+
+def _bounds(interval: Interval, digits: int) -> str:
+    return f"[{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def _digits(line: Line, number: int) -> int:
+    """Behind the point, as the value itself is printed."""
+    return len(_text(line.values[number]).partition(".")[2])
 
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,3 +99,17 @@ def cka(batches: Iterable[HsicTerms]) -> Tensor:
     terms = torch.tensor(means, dtype=torch.float64)
     own = terms.diagonal()
     return torch.where((own > 0)[:, None] & (own > 0), terms / (own[:, None] * own).sqrt(), torch.nan)
+
+
+def batch_sums(batches: Sequence[HsicTerms]) -> np.ndarray:
+    """What each batch adds to `cka`'s sums, float64 [n, S * S]."""
+    return np.array([each.terms for each in batches], np.float64).reshape(len(batches), -1)
+
+
+def cka_of_sums(sums_Bk: np.ndarray) -> np.ndarray:
+    """CKA [B, S * S] of sums of `batch_sums`, row by row; NaN where a size's own term isn't positive."""
+    sizes = math.isqrt(sums_Bk.shape[1])
+    terms = sums_Bk.reshape(-1, sizes, sizes)
+    own = np.einsum("bii->bi", terms)
+    of_both = np.sqrt(np.where(own > 0, own, np.nan))
+    return (terms / (of_both[:, :, None] * of_both[:, None])).reshape(len(terms), -1)

@@ -226,5 +226,23 @@ class Pck:
         return sum(others, start=first)
 
 
+def category_sums(scores: Sequence[PairScore], times: Sequence[int]) -> np.ndarray:
+    """What each pair adds to the sums of `Pck.mean`, float64 [n, G * (1 + A)]: of each of G categories, key points and how
+    many of them are right by each alpha. `times`: how often each pair counts."""
+    categories = {name: number for number, name in enumerate(sorted({score.category for score in scores}))}
+    sums = np.zeros((len(scores), len(categories), 1 + len(scores[0].correct)))
+    for of_pair, score, count in zip(sums, scores, times, strict=True):
+        of_pair[categories[score.category]] = np.multiply(count, (score.points, *score.correct))
+    return sums.reshape(len(scores), -1)
+
+
+def mean_of_categories(sums_Bk: np.ndarray, alphas: int) -> np.ndarray:
+    """`Pck.mean` [B, A] of sums of `category_sums`: over the categories that have key points in them."""
+    sums = sums_Bk.reshape(len(sums_Bk), -1, 1 + alphas)
+    points, correct = sums[..., :1], sums[..., 1:]
+    shares = np.divide(correct, points, out=np.zeros_like(correct), where=points > 0)
+    return shares.sum(axis=1) / (points > 0).sum(axis=1)
+
+
 def _shares(hits: Sequence[int], points: int) -> tuple[float, ...]:
     return tuple(count / points for count in hits)

@@ -163,6 +163,23 @@ def summarise(curves: Iterable[ObjectCurves]) -> Summary:
     return Summary(j=j, f=f, j_and_f=(j.mean + f.mean) / 2, objects=len(curves))
 
 
+def clip_sums(curves: Sequence[ObjectCurves]) -> np.ndarray:
+    """What each clip adds to the sums of `summarise`, float64 [n, 7] in the order of the clips: of its objects the means of J and
+    F, the recalls and the decays; and how many objects there are."""
+    clips: dict[str, np.ndarray] = {}
+    for curve in curves:
+        j, f = Statistics.of(curve.j), Statistics.of(curve.f)
+        of_object = np.array([j.mean, f.mean, j.recall, f.recall, j.decay, f.decay, 1.0])
+        clips[curve.clip] = clips.get(curve.clip, 0) + of_object
+    return np.stack(list(clips.values()))
+
+
+def figures_of_clips(sums_B7: np.ndarray) -> np.ndarray:
+    """J&F, and J, F, both recalls and both decays [B, 7], of sums of `clip_sums`: means over objects."""
+    means = sums_B7[:, :6] / sums_B7[:, 6:]
+    return np.concatenate([means[:, :2].mean(axis=1, keepdims=True), means], axis=1)
+
+
 def _mean_statistics(statistics: list[Statistics]) -> Statistics:
     # fsum rounds once, so that the order doesn't matter.
     names = ("mean", "recall", "decay")

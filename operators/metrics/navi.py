@@ -269,6 +269,26 @@ class Recalls:
         )
 
 
+def pair_sums(pairs: Sequence[PairCounts]) -> np.ndarray:
+    """What each pair adds to the sums of `Recalls`, float64 [n, k]: right matches by each threshold in space, then in the image,
+    then the share at 2 cm in the bin of its rotation; and what these are divided by: matches, and pairs of each bin."""
+    middle, rows = METRES.index(0.02), []
+    for each in pairs:
+        in_bin = [float(low <= each.degrees < high) for low, high in itertools.pairwise(BINS)]
+        share = each.by_metres[middle] / each.matches
+        rows.append([*each.by_metres, *each.by_pixels, *(share * one for one in in_bin), each.matches, *in_bin])
+    return np.array(rows, np.float64)
+
+
+def recalls_of_sums(sums_Bk: np.ndarray) -> np.ndarray:
+    """`Recalls` [B, 10] of sums of `pair_sums`: by metres, pixels and degrees; NaN for a bin without a pair."""
+    matched, bins = len(METRES) + len(PIXELS), len(BINS) - 1
+    right, shares = sums_Bk[:, :matched], sums_Bk[:, matched : matched + bins]
+    matches, pairs = sums_Bk[:, matched + bins, None], sums_Bk[:, matched + bins + 1 :]
+    by_bin = np.divide(shares, pairs, out=np.full_like(shares, np.nan), where=pairs > 0)
+    return np.concatenate([right / matches, by_bin], axis=1)
+
+
 def draw_partners(poses: Sequence[Tensor], random: torch.Generator) -> list[int | None]:
     """A partner for each view of an object's scene: one of those turned from it by more than 0 and at most 120 degrees, drawn
     uniformly; None where there is none. One draw of `random` for each view that has any."""

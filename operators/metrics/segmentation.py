@@ -80,3 +80,39 @@ class Segmentation:
             pixel_accuracy=float(right.sum() / total),
             mean_accuracy=float((right[labelled > 0] / labelled[labelled > 0]).mean()),
         )
+
+
+def pair_sums(images: Sequence[Sequence[Sequence[int]]], classes: int) -> np.ndarray:
+    """What each image's `class_pairs` add to the sums of scores, float64 [n, 3 * classes + 1]: of each class the right, the
+    labelled and the predicted pixels, and those that are another class than 0 by label and prediction."""
+    sums = np.zeros((len(images), 3 * classes + 1))
+    for of_image, pairs in zip(sums, images, strict=True):
+        for label, prediction, count in pairs:
+            of_image[label] += count if label == prediction else 0
+            of_image[classes + label] += count
+            of_image[2 * classes + prediction] += count
+            of_image[-1] += count if label and prediction else 0
+    return sums
+
+
+def scores_of_sums(sums_Bk: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean IoU, accuracy of pixels, of classes, and IoU of all classes but 0 as one, each [B], of sums of `pair_sums`."""
+    right, labelled, predicted = np.split(sums_Bk[:, :-1], 3, axis=1)
+    total, union = labelled.sum(axis=1), labelled + predicted - right
+    foreground = total - right[:, 0]
+    return {
+        "miou": _mean_share(right, union),
+        "pixel_accuracy": _share(right.sum(axis=1), total),
+        "mean_accuracy": _mean_share(right, labelled),
+        "foreground_iou": _share(sums_Bk[:, -1], foreground),
+    }
+
+
+def _share(part: np.ndarray, of: np.ndarray) -> np.ndarray:
+    return np.divide(part, of, out=np.full_like(part, np.nan), where=of > 0)
+
+
+def _mean_share(part_BC: np.ndarray, of_BC: np.ndarray) -> np.ndarray:
+    """Over the classes that there are any of."""
+    shares = np.divide(part_BC, of_BC, out=np.zeros_like(part_BC), where=of_BC > 0)
+    return _share(shares.sum(axis=1), (of_BC > 0).sum(axis=1).astype(np.float64))

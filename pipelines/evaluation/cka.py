@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from operators.metrics.cka import Estimator, HsicTerms, cka, gram, terms_of_grams
+from operators.metrics.bootstrap import estimates
+from operators.metrics.cka import Estimator, HsicTerms, batch_sums, cka, cka_of_sums, gram, terms_of_grams
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import (
@@ -27,6 +28,7 @@ from pipelines.evaluation.run import (
     split_left_out,
 )
 from pipelines.features.pictures import Squash
+from pipelines.features.rows import compared_rows
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.plots import png_of, styled
 from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken
@@ -159,9 +161,11 @@ def scores(records: Sequence[Record]) -> dict[str, np.ndarray]:
 def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """A line per row and size: CKA with every size."""
     records, left_out = split_left_out(records)
-    found = scores(records)
+    found, count = scores(records), len(task.sides)
+    sums = {name: batch_sums([decode_known(HsicTerms, r) for r in each]) for (name,), each in grouped(records, "row").items()}
+    known = estimates(sums, cka_of_sums, compared_rows(recipe.rows((task.sides[0],) * 2)))
     lines = [
-        Line.of(row, (side, side), [float(value) for value in found[row.name][i]])
+        Line.of(row, (side, side), [float(value) for value in found[row.name][i]]).known(known[row.name][i * count :][:count])
         for row in recipe.rows((task.sides[0],) * 2)
         for i, side in enumerate(task.sides)
         for row in [next(each for each in recipe.rows((side, side)) if each.name == row.name)]
@@ -171,6 +175,7 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
         columns=tuple(f"{side} px" for side in task.sides),
         lines=tuple(lines),
         notes=("LiFT's Fig. 4 has curves, no numbers to print",) if config.paper else (),
+        drawn=f"{len(records) // len(found):,} batches",
     )
     used = sum(record["images"] for record in records) // len(found)
     return Findings(

@@ -10,7 +10,20 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from operators.metrics.canvas import Canvas, CanvasMode
-from operators.metrics.correspondence import ALPHAS, LIFT, VIT_UP, PairScore, Pck, Protocol, View, are_right, match, score_pair
+from operators.metrics.correspondence import (
+    ALPHAS,
+    LIFT,
+    VIT_UP,
+    PairScore,
+    Pck,
+    Protocol,
+    View,
+    are_right,
+    category_sums,
+    match,
+    mean_of_categories,
+    score_pair,
+)
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts, require_at_least, used_with
 from pipelines.evaluation import navi
@@ -19,6 +32,7 @@ from pipelines.evaluation.run import (
     Evaluated,
     Piece,
     Record,
+    Resampled,
     begin,
     count_of,
     cut,
@@ -198,6 +212,15 @@ def scores(records: Sequence[Record]) -> dict[tuple[str, int], Pck]:
     return {name: Pck.of([s for r in each for s in [decode_known(PairScore, r)] * r["times"]]) for name, each in groups}
 
 
+def resampled(records: Sequence[Record], alphas: int) -> Resampled:
+    """PCK in percent, drawn from pairs: one that was drawn twice is one pair that counts twice."""
+    sums = {
+        name: category_sums([decode_known(PairScore, record) for record in each], [record["times"] for record in each])
+        for name, each in grouped(records, "row", "size").items()
+    }
+    return Resampled(unit="pairs", sums=sums, figures=lambda drawn: 100 * mean_of_categories(drawn, alphas))
+
+
 def prepare(config: CorrespondenceConfig) -> tuple[Correspondence | navi.Navi, Recipe, Folder]:
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     if config.protocol == "navi":
@@ -254,6 +277,7 @@ def find(config: CorrespondenceConfig, task: Correspondence | navi.Navi, recipe:
             "limit": config.limit,
             "left_out": count_of(left_out),
         },
+        resampled=resampled(records, len(task.alphas)),
     )
     points = {record["pair"]: record["points"] for record in records}
     return Findings(

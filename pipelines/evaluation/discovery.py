@@ -15,6 +15,7 @@ from pipelines.evaluation.run import (
     Evaluated,
     Piece,
     Record,
+    Resampled,
     begin,
     by_size,
     count_of,
@@ -210,6 +211,15 @@ def scores(records: Sequence[Record]) -> dict[tuple[str, int], CorLoc]:
     return {name: sum((decode_known(CorLoc, record) for record in each), CorLoc()) for name, each in groups}
 
 
+def resampled(records: Sequence[Record]) -> Resampled:
+    """CorLoc in percent, drawn from images."""
+    sums = {
+        name: np.array([(record["hits"], record["images"]) for record in each], np.float64)
+        for name, each in grouped(records, "row", "side").items()
+    }
+    return Resampled(unit="images", sums=sums, figures=lambda drawn: 100 * drawn[:, :1] / drawn[:, 1:])
+
+
 def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """CorLoc per row and size, in percent."""
     records, left_out = split_left_out(records)
@@ -230,6 +240,7 @@ def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records
             "left_out": count_of(left_out),
         },
         varied={0: ORIGINAL},
+        resampled=resampled(records),
     )
     scored = {record["image"] for record in records}
     return Findings(

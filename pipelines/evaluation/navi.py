@@ -25,6 +25,8 @@ from operators.metrics.navi import (
     depth_of,
     draw_partners,
     match,
+    pair_sums,
+    recalls_of_sums,
 )
 from operators.visual import Tile
 from pipelines.evaluation.config import EvaluateConfig
@@ -32,6 +34,7 @@ from pipelines.evaluation.run import (
     Evaluated,
     Piece,
     Record,
+    Resampled,
     begin,
     count_of,
     cut,
@@ -205,6 +208,15 @@ def prepare(config: EvaluateConfig, sizes: Sequence[int], matches: int, every: i
     return task, *begin(config, "navi", recipe, of)
 
 
+def resampled(records: Sequence[Record], side: int) -> Resampled:
+    """All recalls in percent, drawn from pairs, whose matches are right or wrong together."""
+    sums = {
+        (row, side): pair_sums([decode_known(PairCounts, record) for record in each])
+        for (row,), each in grouped(records, "row").items()
+    }
+    return Resampled(unit="pairs", sums=sums, figures=lambda drawn: 100 * recalls_of_sums(drawn))
+
+
 def find(config: EvaluateConfig, task: Navi, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """Recalls in percent, over all pairs and matches."""
     records, left_out = split_left_out(records)
@@ -219,6 +231,7 @@ def find(config: EvaluateConfig, task: Navi, recipe: Recipe, records: Sequence[R
         lambda row, _: [*percent(found[row].by_metres), *percent(found[row].by_pixels), *percent(found[row].by_degrees), pairs],
         VIT_UP_NAVI if config.paper else None,
         {"matches": task.matches, "every": task.every, "limit": config.limit, "left_out": count_of(left_out)},
+        resampled=resampled(records, task.side),
     )
     return Findings(
         tables=(table,),

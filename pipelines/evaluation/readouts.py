@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from operators.metrics.bootstrap import Estimate, estimates
 from operators.readouts import Readout
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
@@ -271,7 +272,11 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     empty = sorted({record["image"] for record, each in judged if probe.task.is_empty(each)})
     scored = {record["image"] for record in records} - {*empty}
     columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
-    lines = [Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)) for name, values in scores.items()]
+    known = _estimates(probe, by_readout, columns)
+    lines = [
+        Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)).known(known.get(name, ()))
+        for name, values in scores.items()
+    ]
     named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
     first = next(iter(probe.readouts))
     table = Table(
@@ -279,6 +284,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=tuple(named),
         notes=("what papers publish of readouts is printed by jobs/tables.py --paper",) if config.paper else (),
+        drawn=f"{len(records) // len(scores):,} images",
     )
     left_out += LeftOut.of(probe.task.empty, [probe.images[number].image.displayed for number in empty])
     return Findings(
@@ -296,6 +302,27 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         details={"scores": scores, "trained on": {name: dict(r.features) for name, r in probe.readouts.items()}},
         pictures=_pictures(config, probe),
     )
+
+
+def _estimates(
+    probe: Probe, by_readout: Mapping[str, Sequence[object]], columns: Sequence[str]
+) -> dict[str, tuple[Estimate | None, ...]]:
+    """Of each readout, for its name and size, which have none, and the columns. Differences are to the first readout of a
+    bilinear map, else to the first one."""
+    found = {name: probe.task.sums(records) for name, records in by_readout.items()}
+    sums = {name: each for name, each in found.items() if each is not None}
+    if not sums:
+        return {}
+    first = next((name for name in sums if probe.rows[name].method == "bilinear"), next(iter(sums)))
+    names = [name for name in columns if name in probe.task.of_sums(next(iter(sums.values()))[:1])]
+
+    def figures(drawn: np.ndarray) -> np.ndarray:
+        of_sums = probe.task.of_sums(drawn)
+        return np.stack([of_sums[name] * (100 if name in probe.task.shares else 1) for name in names], axis=1)
+
+    known = estimates(sums, figures, {name: first for name in sums if name != first})
+    by_name = {readout: dict(zip(names, each, strict=True)) for readout, each in known.items()}
+    return {readout: (None, None, *(each.get(column) for column in columns)) for readout, each in by_name.items()}
 
 
 def _drawing(probe: Probe, recipe: Recipe) -> str:

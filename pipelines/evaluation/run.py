@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from cluster.progress import Progress
+from operators.metrics.bootstrap import Estimate, Figures, estimates
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.executors import Executor, executor_for
 from pipelines.features.clipping import ClippedFeatures, ClippedImage
-from pipelines.features.rows import Size
+from pipelines.features.rows import Size, compared_rows
 from pipelines.features.sources import CachedSource, FeatureSource, LiveRecipe, Recipe, StoreRecipe, describe, distinct
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.published import Published
@@ -156,6 +158,27 @@ def grouped(records: Sequence[Record], *names: str) -> dict[tuple[JsonValue, ...
     return groups
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """What the items of an evaluation add to the sums that its figures are taken from."""
+
+    unit: str
+    "of items: pairs, clips, images"
+    sums: Mapping[tuple[str, int], np.ndarray]
+    "by row and side: [n, k], of the same items in the same order"
+    figures: Figures
+    "of sums; the table's first columns, in its units"
+
+    def over(self) -> str:
+        """From how many items figures are drawn."""
+        counts = sorted({len(each) for each in self.sums.values()})
+        return f"{' to '.join(f'{count:,}' for count in dict.fromkeys((counts[0], counts[-1])))} {self.unit}"
+
+    def estimates(self, rows: Sequence[str], side: int, against: Mapping[str, str]) -> dict[str, tuple[Estimate, ...]]:
+        """Of each row at a side."""
+        return estimates({row: self.sums[row, side] for row in rows}, self.figures, against)
+
+
 def score_table(
     table: Table,
     recipe: Recipe,
@@ -164,21 +187,24 @@ def score_table(
     published: Published | None = None,
     settings: JsonObject | None = None,
     varied: Mapping[int, str] | None = None,
+    resampled: Resampled | None = None,
 ) -> Table:
     """`table` with a line of `values` for each side and each row of features, and the paper's below it.
 
     `sizes`: the input's, by side. `settings`: the evaluation's, defaults resolved, by which the paper's numbers are told from
-    those of other settings. `varied`: what tables say of the input where other items' sizes are others.
+    those of other settings. `varied`: what tables say of the input where other items' sizes are others. `resampled`: what tells
+    how far the first columns' figures are known, and how far they differ from the bilinear row's.
     """
     measured = []
     for side, size in sizes.items():
         low, *_ = rows = recipe.rows(size)
         here = {**_features_of(recipe, size), **(settings or {})}
+        known = resampled.estimates([row.name for row in rows], side, compared_rows(rows)) if resampled else {}
         for row in rows:
-            line = Line.of(row, size, values(row.name, side))
+            line = Line.of(row, size, values(row.name, side)).known(known.get(row.name, ()))
             line = line.like(varied[side], f"{line.grid}, ...") if varied and side in varied else line
             measured.append(Measured(line=line, row=row, low=low, size=size, settings=here))
-    return with_published(table, measured, published)
+    return with_published(replace(table, drawn=resampled.over() if resampled else ""), measured, published)
 
 
 def _features_of(recipe: Recipe, size: Size) -> dict[str, JsonValue]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from operators.metrics.bootstrap import estimates
 from operators.metrics.similarity import centre_cell, self_similarity
 from operators.visual import Tile, heat
 from pipelines.config import ConfigError, Counts
@@ -24,7 +25,7 @@ from pipelines.evaluation.run import (
 )
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
-from pipelines.features.rows import Size
+from pipelines.features.rows import Size, compared_rows
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, panel
 from storage.datasets.images import ImageFile, load_images
@@ -94,15 +95,21 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
         for name, each in grouped(records, "side", "row").items()
     }
     rows = {(side, row.name): row for side in task.sides for row in recipe.rows((side, side))}
+    shares = {name: np.array([(each >= 0.5).mean() for each in of_images.values()]) for name, of_images in maps.items()}
     lines = []
-    for (side, name), of_images in maps.items():
-        share = float(np.mean([(each >= 0.5).mean() for each in of_images.values()]))
-        lines.append(Line.of(rows[side, name], (side, side), [100 * share, len(of_images)]))
+    for side in task.sides:
+        of_side = {name: np.stack([each, np.ones_like(each)], axis=1) for (at, name), each in shares.items() if at == side}
+        against = {name: other for name, other in compared_rows(recipe.rows((side, side))).items() if other in of_side}
+        known = estimates(of_side, lambda drawn: 100 * drawn[:, :1] / drawn[:, 1:], against)
+        for name in of_side:
+            values = [100 * float(shares[side, name].mean()), len(shares[side, name])]
+            lines.append(Line.of(rows[side, name], (side, side), values).known(known[name]))
     table = Table(
         title="Self-similarity of the centre cell, each map stretched to 0..1",
         columns=("cells above 0.5, %", "images"),
         lines=tuple(lines),
         notes=("LiFT's Fig. 5 and 6 are pictures, with no numbers to print",) if config.paper else (),
+        drawn=f"{len({record['image'] for record in records}):,} images",
     )
     return Findings(
         tables=(table,),

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from operators.metrics.davis import ObjectCurves, Summary, score_clip, summarise
+from operators.metrics.davis import ObjectCurves, Summary, clip_sums, figures_of_clips, score_clip, summarise
 from operators.metrics.propagation import Propagation, Propagator, label_image, one_hot
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts
@@ -21,6 +21,7 @@ from pipelines.evaluation.run import (
     Evaluated,
     Piece,
     Record,
+    Resampled,
     begin,
     by_size,
     count_of,
@@ -282,6 +283,15 @@ def scores(records: Sequence[Record]) -> dict[tuple[str, int], Summary]:
     return {name: summarise([decode_known(ObjectCurves, record) for record in each]) for name, each in groups}
 
 
+def resampled(records: Sequence[Record]) -> Resampled:
+    """All figures in percent, drawn from clips, whose objects move together."""
+    sums = {
+        name: clip_sums([decode_known(ObjectCurves, record) for record in each])
+        for name, each in grouped(records, "row", "side").items()
+    }
+    return Resampled(unit="clips", sums=sums, figures=lambda drawn: 100 * figures_of_clips(drawn))
+
+
 def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Record]) -> Findings:
     """J&F and its parts, in percent, and each object's own."""
     records, left_out = split_left_out(records)
@@ -309,6 +319,7 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
             for side, size in sizes.items()
             if any(task.size(number, side) != size for number in range(len(task.clips)))
         },
+        resampled=resampled(records),
     )
     frames = {(record["clip"], record["object_id"]): len(record["j"]) for record in records}
     of_clips = {clip: count for (clip, _), count in frames.items()}

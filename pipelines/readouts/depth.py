@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -85,6 +85,18 @@ class DepthTask(Task[DepthRecord]):
     def scores(self, records: Sequence[DepthRecord]) -> dict[str, float]:
         means = average(record.metrics for record in records if record.metrics)
         return {"rmse_pooled": pooled_rmse(record.error for record in records), **asdict(means)}
+
+    def sums(self, records: Sequence[DepthRecord]) -> np.ndarray:
+        none = (0.0,) * len(fields(DepthMetrics))
+        rows = [
+            (*astuple(each.error), *(astuple(each.metrics) if each.metrics else none), bool(each.metrics)) for each in records
+        ]
+        return np.array(rows, np.float64)
+
+    def of_sums(self, sums_Bk: np.ndarray) -> dict[str, np.ndarray]:
+        squares, pixels, *metrics, images = np.where(sums_Bk[:, -1:] > 0, sums_Bk, np.nan).T
+        means = {field.name: each / images for field, each in zip(fields(DepthMetrics), metrics, strict=True)}
+        return {"rmse_pooled": np.sqrt(squares / pixels), **means}
 
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         truth = targets["depth"].cpu().numpy()

@@ -61,6 +61,16 @@ class BoundaryTask(ObjectsTask[BoundarySums]):
         found = merge(records)
         return {"iou": found.iou, "cross_entropy": found.cross_entropy}
 
+    def sums(self, records: Sequence[BoundarySums]) -> np.ndarray:
+        return np.array([(each.intersection, each.union, each.bce, each.batches) for each in records], np.float64)
+
+    def of_sums(self, sums_Bk: np.ndarray) -> dict[str, np.ndarray]:
+        intersection, union, bce, batches = sums_Bk.T
+        return {
+            "iou": np.divide(intersection, union, out=np.zeros_like(union), where=union > 0),
+            "cross_entropy": np.divide(bce, batches, out=np.full_like(bce, np.nan), where=batches > 0),
+        }
+
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         return heat(output_CHW[0].sigmoid().cpu().numpy(), 0, 1), heat(targets["boundary"].cpu().numpy(), 0, 1)
 
@@ -159,6 +169,13 @@ class InstanceTask(ObjectsTask[InstanceRecord]):
         if not found:
             raise ValueError("no image has an object left after it was placed")
         return {"ari": 100 * math.fsum(found) / len(found), "images": float(len(found))}
+
+    def sums(self, records: Sequence[InstanceRecord]) -> np.ndarray:
+        return np.array([(each.ari or 0.0, each.ari is not None) for each in records], np.float64)
+
+    def of_sums(self, sums_Bk: np.ndarray) -> dict[str, np.ndarray]:
+        ari, images = sums_Bk.T
+        return {"ari": 100 * np.divide(ari, images, out=np.full_like(ari, np.nan), where=images > 0)}
 
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Clusters, on the truth's foreground."""

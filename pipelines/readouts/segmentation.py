@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from torch import Tensor
 
-from operators.metrics.segmentation import Segmentation, class_pairs, matrix_of
+from operators.metrics.segmentation import Segmentation, class_pairs, matrix_of, pair_sums, scores_of_sums
 from operators.objectives.dense import LossSum, cross_entropy
 from operators.readouts import Readout
 from pipelines.config import ConfigError
@@ -80,6 +80,12 @@ class SegmentationTask(Task[ClassPairs]):
         if self.background and (union := matrix.sum() - matrix[0, 0]):
             values["foreground_iou"] = float(matrix[1:, 1:].sum() / union)
         return values
+
+    def sums(self, records: Sequence[ClassPairs]) -> np.ndarray:
+        return pair_sums([record.pairs for record in records], self.outputs)
+
+    def of_sums(self, sums_Bk: np.ndarray) -> dict[str, np.ndarray]:
+        return scores_of_sums(sums_Bk)
 
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         return class_colours(output_CHW.argmax(0).cpu().numpy()), class_colours(targets["classes"].cpu().numpy())

@@ -138,6 +138,14 @@ class Task(Generic[Record]):
         """Over all images. Raises `ValueError` where nothing could be judged."""
         raise NotImplementedError
 
+    def sums(self, records: Sequence[Record]) -> np.ndarray | None:  # noqa: ARG002
+        """What each image adds to the sums that `scores` are taken from, float64 [n, k]; None where scores aren't of sums."""
+        return None
+
+    def of_sums(self, sums_Bk: np.ndarray) -> dict[str, np.ndarray]:
+        """`scores` [B] of sums of `sums`, NaN where they are of nothing."""
+        raise NotImplementedError
+
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """The prediction and the truth, uint8 [side, side, 3]."""
         raise NotImplementedError

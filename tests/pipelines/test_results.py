@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from operators.metrics.bootstrap import Estimate, Interval
 from pipelines.evaluation.run import set_aside
 from pipelines.features.rows import Row
 from pipelines.published import Paper, Published
@@ -101,3 +102,26 @@ def test_names_in_cells_stay_in_their_cells():
     found = list(table_lines(["name"], [["two\nlines\x1b[2J"], ["a|b"]]))
 
     assert found[-2:] == [r"| two\nlines\x1b[2J |", r"| a\|b              |"]
+
+
+# --- how far figures are known ----------------------------------------------------------------------------------------
+
+
+def test_tables_have_intervals_and_say_where_no_difference_is_shown():
+    def estimate(low: float, high: float, against: str = "", difference: float | None = None) -> Estimate:
+        apart = None if difference is None else Interval(low=difference - 1, high=difference + 1)
+        return Estimate(interval=Interval(low=low, high=high), against=against, difference=difference, difference_interval=apart)
+
+    bilinear, lift = measured("bilinear", 2).line, measured("lift", 2).line
+    lines = (
+        bilinear.known([estimate(9, 11), estimate(18.125, 22)]),
+        lift.known([estimate(12, 14, "bilinear x2", 3.0), estimate(19, 23, "bilinear x2", 0.5)]),
+    )
+
+    text = Table(title="", columns=("score", "loss", "items"), lines=lines, drawn="30 pairs").markdown()
+
+    assert lines[0].estimates[2] is None  # a count
+    assert "95 % intervals: 2,000 draws from the 30 pairs, seed 0" in text
+    assert "| bilinear x2 | 64       |  [9.00, 11.00] | [18.12, 22.00] |" in text
+    assert "| lift x2  | bilinear x2 | 64       | +3.00 [2.00, 4.00] | +0.50 [-0.50, 1.50], no difference shown |" in text
+    assert "95 %" not in Table(title="", columns=("score", "loss", "items"), lines=(bilinear,)).markdown()

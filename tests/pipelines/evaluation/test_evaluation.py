@@ -470,6 +470,11 @@ def test_a_table_has_low_res_and_bilinear_rows_with_pixels_stride_and_grid(tmp_p
     assert {record["points"] for record in records} == {3, 4}
     saved = json.loads((tmp_path / "out/results.json").read_text())
     assert saved["details"]["low-res at 48 px"]["key_points"] == {"cat": 12, "tvmonitor": 9}
+    low, bilinear = saved["tables"][0]["lines"][:2]
+    assert [each and each["against"] for each in low["estimates"]] == ["bilinear x4"] * 3 + [None]  # pairs are a count
+    differences = [each and each["difference"] for each in low["estimates"][:3]]
+    assert differences == pytest.approx([a - b for a, b in zip(low["values"][:3], bilinear["values"], strict=False)], abs=1e-6)
+    assert saved["tables"][0]["drawn"] == "6 pairs"
     assert len(saved["features"]["model"]["weights"]) == 64
     assert saved["versions"]["torch"] in torch.__version__
     assert saved["choices"]["threshold"] == "error < alpha x longer side of the target's box"

@@ -24,6 +24,7 @@ from pipelines.features.sources import CachedSource, LiveSource
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.segmentation import SegmentationTask, class_colours
 from storage.datasets.files import DatasetError
+from storage.documents import decode
 from storage.paths import Folder
 from storage.runs import read_pointers
 from tests.pipelines.evaluation.test_evaluation import evaluate
@@ -84,6 +85,25 @@ def test_scores_are_those_that_training_printed(trained, config_of, task):
     url = trained(task)
 
     assert scores(config_of(url, task=task)) == [expected(url)]
+
+
+@pytest.mark.parametrize("task", OF_TASK)
+def test_scores_are_of_sums_of_images_but_for_average_precision(trained, config_of, task):
+    config = config_of(trained(task), task=task)
+    evaluation, recipe, folder = probe.prepare(config)
+    records = run_pieces(config, evaluation, recipe, folder, InlineExecutor())
+    judged = [decode(evaluation.task.record, record["judged"]) for record in records]
+
+    sums = evaluation.task.sums(judged)
+    (line,) = probe.find(config, evaluation, recipe, records).tables[0].lines
+
+    assert (sums is None) == (task == "detection") == (not any(line.estimates))
+    if sums is not None:
+        found = evaluation.task.of_sums(sums.sum(axis=0, keepdims=True))
+        scores = evaluation.task.scores(judged)
+        assert {name: found[name][0] for name in scores if name in found} == pytest.approx(
+            {name: value for name, value in scores.items() if name != "images"}, nan_ok=True
+        )
 
 
 def test_workers_on_ray_give_the_scores_of_one_process(trained, config_of, tmp_path, monkeypatch, ray_session):
