@@ -95,10 +95,14 @@ class Orientation:
         """Points (x, y) that number stored pixels from 0, so that the last one is `width` - 1: the upright image's, float64."""
         return self._moved(points_K2, [side - 1 for side in self.upright_size])
 
+    def edges(self, points_K2: np.ndarray) -> np.ndarray:
+        """Points (x, y) measured from the edges of the stored image, which ends at x = `width`: the upright image's, float64."""
+        return self._moved(points_K2, self.upright_size)
+
     def boxes(self, boxes_N4: np.ndarray) -> np.ndarray:
         """Boxes x1, y1, x2, y2 between the edges of stored pixels, so that the whole image ends at `width`: the upright
         image's, float64."""
-        corners = self._moved(np.asarray(boxes_N4, np.float64).reshape(-1, 2, 2), self.upright_size)
+        corners = self.edges(np.asarray(boxes_N4, np.float64).reshape(-1, 2, 2))
         return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
 
     @property

@@ -1,4 +1,4 @@
-"""The learning rate of trainings that ask for a schedule: a linear warm-up, then a cosine."""
+"""The learning rate of trainings that ask for a schedule: a linear warm-up, then a cosine or steps."""
 
 import math
 
@@ -16,3 +16,14 @@ def learning_rate(
     if step >= steps:
         return floor
     return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+VITDET_DROPS = (163_889 / 184_375, 177_546 / 184_375)
+"""Parts of ViTDet's published run after which the learning rate is divided by 10, 8/9 and 26/27 of its steps."""
+
+
+def stepped(step: int, *, steps: int = 184_375, warmup: int = 250, start: float = 0.001) -> float:
+    """What the learning rate is multiplied by at an optimiser step, counted from 0: a line from `start` up to 1 at step `warmup`,
+    and a tenth from each of `VITDET_DROPS` on. The defaults are those of ViTDet's published run."""
+    rise = start + (1 - start) * step / warmup if step < warmup else 1.0
+    return rise * 0.1 ** sum(step >= round(part * steps) for part in VITDET_DROPS)

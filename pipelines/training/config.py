@@ -6,7 +6,7 @@ What is wrong with the settings is wrong before anything is computed. What is tr
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster.resources import WorkerRequest
-from operators.objectives.schedule import learning_rate
+from operators.objectives.schedule import learning_rate, stepped
 from pipelines.config import (
     ConfigError,
     Counts,
@@ -38,6 +38,9 @@ from storage.runs import read_pointers
 
 logger = logging.getLogger(__name__)
 
+LR_SCALE = "lr_scale"
+"""What an optimiser's group of parameters calls that by which the learning rate is multiplied for it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(JobConfig):
@@ -46,7 +49,6 @@ class TrainConfig(JobConfig):
     out: Free[str] = ""
     """The folder to write or continue: a path or fsspec URL."""
 
-    features: Held[BackboneConfig] = BackboneConfig()
     net_precision: Counts[Literal["bf16", "fp32"]] = "fp32"
     """Autocast of the network's forward; its weights, the loss and the optimiser are always float32."""
 
@@ -62,10 +64,11 @@ class TrainConfig(JobConfig):
     """Adam's learning rate."""
     weight_decay: Counts[float] = 0.0
     """AdamW's."""
-    schedule: Counts[Literal["constant", "cosine"]] = "constant"
-    """Of the learning rate; `cosine` falls to --final-lr at the last step."""
+    schedule: Counts[Literal["constant", "cosine", "steps"]] = "constant"
+    """Of the learning rate; `cosine` falls to --final-lr at the last step, `steps` to a tenth after 8/9 of them, and again after
+    26/27."""
     warmup_steps: Counts[int] = 0
-    """cosine: steps over which the learning rate first rises linearly from a hundredth."""
+    """cosine, steps: over so many steps the learning rate first rises linearly, from a hundredth or from a thousandth."""
     final_lr: Annotated[Counts[float], used_with(schedule="cosine")] = 1e-6
     """cosine: the learning rate at the end."""
     clip: Counts[float | None] = None
@@ -109,7 +112,7 @@ class TrainConfig(JobConfig):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be above 0")
         if self.warmup_steps and self.schedule == "constant":
-            raise ConfigError(f"--warmup-steps {self.warmup_steps} needs --schedule cosine")
+            raise ConfigError(f"--warmup-steps {self.warmup_steps} needs --schedule cosine or steps")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ConfigError(f"--max-failed-fraction {self.max_failed_fraction}: must lie between 0 and 1")
         if self.validate_every % self.checkpoint_every or self.validate_every < 1:
@@ -117,8 +120,6 @@ class TrainConfig(JobConfig):
                 f"--validate-every {self.validate_every} must be a multiple of --checkpoint-every {self.checkpoint_every}: "
                 "the best checkpoint is one that was validated"
             )
-        if self.features.precision == "fp16":
-            raise ConfigError("--precision fp16: training takes bf16 or fp32")
         self._check_workers()
 
     def _check_workers(self) -> None:
@@ -177,20 +178,27 @@ class TrainConfig(JobConfig):
         """Of a step, from 0, of so many."""
         if self.schedule == "constant":
             return self.lr
+        if self.schedule == "steps":
+            return self.lr * stepped(step, steps=steps, warmup=self.warmup_steps)
         return learning_rate(step, steps=steps, warmup=self.warmup_steps, peak=self.lr, floor=self.final_lr)
 
     def clipping(self, step: int) -> float | None:  # noqa: ARG002
         """The largest norm of the gradient of a step, from 0; None: any."""
         return self.clip
 
-    def optimiser(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """One whose state is tensors, by parameter."""
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+    def optimiser(
+        self,
+        net: torch.nn.Module,  # noqa: ARG002
+        trained: Mapping[str, torch.nn.Parameter],
+    ) -> torch.optim.Optimizer:
+        """One whose state is tensors, by parameter, of the `trained` ones by name, most of which are `net`'s. Groups of them may
+        have a `LR_SCALE`."""
+        return torch.optim.AdamW(trained.values(), lr=self.lr, weight_decay=self.weight_decay)
 
     def notes(self, order: TrainOrder) -> Iterator[str]:
         """See `TrainSetup.notes`."""
         steps, images = order.steps, order.n_rows
-        if self.schedule == "cosine" and self.warmup_steps >= steps:
+        if self.schedule != "constant" and self.warmup_steps >= steps:
             highest = max(self.learning_rate(step, steps) for step in (0, steps - 1))
             yield (
                 f"--warmup-steps {self.warmup_steps:,} of a run of {steps:,} steps: the learning rate rises to {highest:.3g} at "
@@ -249,6 +257,18 @@ class TrainConfig(JobConfig):
     def resolve(self) -> "Resolved":
         """Find what the settings name, before any cluster is asked for anything: most that can be wrong is wrong here."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureTraining(TrainConfig):
+    """Settings of a training on the features of a frozen backbone."""
+
+    features: Held[BackboneConfig] = BackboneConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features.precision == "fp16":
+            raise ConfigError("--precision fp16: training takes bf16 or fp32")
 
 
 class Resolved(Protocol):

@@ -4,7 +4,7 @@ The fine map is moved as its image is moved, and brought down by a learned downs
 image (operators/objectives/featup.py).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -88,8 +88,8 @@ class FeatUpTraining(SquareTraining):
     def clipping(self, step: int) -> float | None:
         return self.clip if self.clip_steps is None or step < self.clip_steps else None
 
-    def optimiser(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.NAdam(parameters, lr=self.lr, weight_decay=self.weight_decay, decoupled_weight_decay=True)
+    def optimiser(self, net: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:  # noqa: ARG002
+        return torch.optim.NAdam(trained.values(), lr=self.lr, weight_decay=self.weight_decay, decoupled_weight_decay=True)
 
     def trained_sides(self, patch: int) -> tuple[int, ...]:  # noqa: ARG002
         return (self.features.size,)

@@ -21,7 +21,7 @@ from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.config import completed
 from pipelines.features.join import Join
 from pipelines.indexing import RunInput, report_left_out
-from pipelines.training.config import Objective, TrainConfig, TrainSetup, Validation
+from pipelines.training.config import FeatureTraining, Objective, TrainSetup, Validation
 from pipelines.training.data import ImageSource, StoredFeatures, TrainOrder, View
 from pipelines.training.overlap import require_apart, same_rows
 from pipelines.training.watch import similarity_picture
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTraining(TrainConfig):
+class ImageTraining(FeatureTraining):
     """Settings of a training run on images without labels."""
 
     trains: ClassVar[str]

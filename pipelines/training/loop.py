@@ -11,7 +11,7 @@ BatchNorm's batch statistics are those of a micro-batch; its running ones are th
 import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from operators.timm_models import load_arrays, state_arrays
 from pipelines.executors import Executor
-from pipelines.training.config import TrainSetup, Validation
+from pipelines.training.config import LR_SCALE, TrainSetup, Validation
 from pipelines.training.data import Loaded, load
 from pipelines.training.watch import EventFile, HeldOutScores
 from storage.documents import Document, JsonValue, decode, decode_known
@@ -102,7 +102,7 @@ class Trainer:
         self.objective = setup.objective(device)
         self.net, self.beside = self.objective.net, self.objective.beside
         self.trained = {**_trained(self.net), **{f"{_BESIDE}{name}": each for name, each in _trained(self.beside).items()}}
-        self.optimiser = setup.config.optimiser(self.trained.values())
+        self.optimiser = setup.config.optimiser(self.net, self.trained)
         self.step = self.images = 0
         self.seconds = 0.0
         "of training, over all starts, by the clock: waiting for images, validation and checkpoints count"
@@ -230,7 +230,9 @@ class Trainer:
                 parameter.grad = part.view_as(parameter)
             if (most := self.config.clipping(self.step)) is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, most)
-            self.optimiser.param_groups[0]["lr"] = self.config.learning_rate(self.step, self.setup.order.steps)
+            rate = self.config.learning_rate(self.step, self.setup.order.steps)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate * group.get(LR_SCALE, 1.0)
             self.optimiser.step()
         self.optimiser.zero_grad()
         return (loss / divisor if divisor else 0.0), images, failed, clipped
@@ -367,10 +369,13 @@ def _optimiser_arrays(trained: Mapping[str, torch.nn.Parameter], optimiser: torc
     }
 
 
-def _load_optimiser(trained: Collection[str], optimiser: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
-    names = list(trained)
+def _load_optimiser(
+    trained: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """An optimiser numbers its parameters group by group."""
+    number_of = {id(each): number for number, each in enumerate(p for group in optimiser.param_groups for p in group["params"])}
     state: dict[int, dict[str, Tensor]] = {}
     for name, array in arrays.items():
         parameter, _, key = name.rpartition(":")
-        state.setdefault(names.index(parameter), {})[key] = torch.from_numpy(np.array(array))
+        state.setdefault(number_of[id(trained[parameter])], {})[key] = torch.from_numpy(np.array(array))
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -24,7 +24,7 @@ from pipelines.features.sources import SourceChoice, require_geometry, resolve_s
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import TASKS
-from pipelines.training.config import Objective, TrainConfig, TrainSetup, Validation
+from pipelines.training.config import FeatureTraining, Objective, TrainSetup, Validation
 from pipelines.training.data import Loaded
 from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps
 from pipelines.training.overlap import require_apart, same_contents
@@ -64,7 +64,7 @@ _INSTANCES = used_with(task="instances")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadoutTraining(TrainConfig):
+class ReadoutTraining(FeatureTraining):
     """Settings of one training run: a readout learns a dense task from a frozen backbone's features."""
 
     method: Counts[Literal["deap", "bicubic", "transposed", "strided", "linear", "featup", "depth_bins"]] = "deap"

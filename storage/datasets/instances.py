@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -31,6 +32,27 @@ class InstanceArrays:
     def turned(self, by: Orientation) -> "InstanceArrays":
         """The objects on the upright image."""
         return replace(self, masks=by.array(self.masks, axis=1), boxes=by.boxes(self.boxes).astype(np.float32))
+
+
+Outline: TypeAlias = tuple[np.ndarray, ...] | np.ndarray
+"""An object: polygons, each float64 [corners, 2] of x and y in pixels, or its pixels, bool [H, W]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutlinedObjects:
+    """The N objects of an image that are told apart, as they were annotated, in the order of the annotation file."""
+
+    height: int
+    width: int
+    outlines: tuple[Outline, ...]
+    categories: np.ndarray
+    "int64 [N], the data set's ids"
+
+    def turned(self, by: Orientation) -> "OutlinedObjects":
+        """The objects on the upright image."""
+        turned = (tuple(map(by.edges, each)) if isinstance(each, tuple) else by.array(each) for each in self.outlines)
+        width, height = by.upright_size
+        return replace(self, height=height, width=width, outlines=tuple(turned))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +105,27 @@ class Instances:
             crowd=np.array([each["iscrowd"] for each in objects], bool),
         )
 
+    def outlined(self) -> OutlinedObjects:
+        """Without crowds, and without objects whose polygons all have two corners or fewer; COCO's own tools pass them over, too.
+
+        Raises `DatasetError` for a segmentation that is none.
+        """
+        found: list[tuple[int, Outline]] = []
+        for each in self.objects():
+            try:
+                outline = () if each["iscrowd"] else _outline(each, self.height, self.width)
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                where = f"{self.displayed}, annotation {each['id']}"
+                raise DatasetError(f"{where}: its segmentation is malformed: {error}") from None
+            if len(outline):
+                found.append((each["category_id"], outline))
+        return OutlinedObjects(
+            height=self.height,
+            width=self.width,
+            outlines=tuple(outline for _, outline in found),
+            categories=np.array([category for category, _ in found], np.int64),
+        )
+
     def content(self) -> bytes:
         """What `content_digests` counts; `identity` has all of it, too."""
         return self.packed
@@ -113,13 +156,36 @@ def _require_box_of(mask_HW: np.ndarray, box: Sequence[float]) -> None:
     rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
     if not len(rows):
         return
-    x1, y1, x2, y2 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    _require_box(np.array([columns[0], rows[0]]), np.array([columns[-1] + 1, rows[-1] + 1]), box)
+
+
+def _require_box(first_xy: np.ndarray, last_xy: np.ndarray, box: Sequence[float]) -> None:
+    """Raises `ValueError` where x, y, width, height are not, roughly, what reaches from the one corner to the other."""
+    (x1, y1), (x2, y2) = first_xy.tolist(), last_xy.tolist()
     x, y, width, height = box
     far = np.abs(np.subtract([x, y, x + width, y + height], [x1, y1, x2, y2])).max()
     if far > 4 + max(x2 - x1, y2 - y1) / 4:
         raise ValueError(
-            f"it reaches from x, y = {x1}, {y1} to {x2}, {y2}, which its box {list(box)} doesn't fit as x, y, width, height"
+            f"it reaches from x, y = {x1:g}, {y1:g} to {x2:g}, {y2:g}, which its box {list(box)} doesn't fit as x, y, width, "
+            "height"
         )
+
+
+def _outline(note: RawObject, height: int, width: int) -> Outline:
+    """An annotation's polygons of three corners or more, or its pixels. Raises as `decode_mask`, and where its box is another."""
+    segmentation = note["segmentation"]
+    if isinstance(segmentation, Mapping):
+        mask = _of_runs(segmentation, height, width)
+        _require_box_of(mask, note["bbox"])
+        return mask
+    if not segmentation:
+        raise ValueError("there are no polygons")
+    limit = 4 * max(height, width)
+    polygons = tuple(np.array(each, np.float64).reshape(-1, 2) for each in segmentation if _encloses(each, limit))
+    if polygons:
+        corners = np.concatenate(polygons)
+        _require_box(corners.min(axis=0), corners.max(axis=0), note["bbox"])
+    return polygons
 
 
 def decode_mask(segmentation: RawObject | Sequence[object], height: int, width: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from storage.datasets.depth import DepthMap
 from storage.datasets.files import DatasetError, DatasetFile, read
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import EncodedImage, decoded
-from storage.datasets.instances import InstanceArrays, Instances
+from storage.datasets.instances import InstanceArrays, Instances, OutlinedObjects
 from storage.paths import Folder
 
 COLOURS = np.array([[0, 0, 0], [240, 70, 60], [60, 200, 90], [70, 120, 250], [240, 200, 40], [200, 80, 220], [60, 210, 220]])
@@ -90,6 +90,14 @@ class LabelledImage:
         height, width = label.masks.shape[1:] if isinstance(label, InstanceArrays) else label.shape
         turn = label_turn(image, (width, height), self.frame, f"but its label {self.label.displayed} has")
         return label.turned(turn) if isinstance(label, InstanceArrays) else turn.array(label)
+
+    def upright_outlines(self, image: OrientedImage) -> OutlinedObjects:
+        """The objects that are told apart, of a label of instances, turned onto the upright image. Raises as `upright_label`."""
+        if not isinstance(self.label, Instances):
+            raise DatasetError(f"{self.image.displayed} has no annotated objects")
+        found = self.label.outlined()
+        turn = label_turn(image, (found.width, found.height), self.frame, f"but its label {self.label.displayed} has")
+        return found.turned(turn)
 
     def identity(self) -> object:
         """What `digest` counts."""
