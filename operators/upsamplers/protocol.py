@@ -291,7 +291,7 @@ def tiled_area(images_BCHW: Tensor, features: PatchFeatures, patch: int | None =
 
 
 def given_settings(kind: type, settings: JsonObject, owner: str) -> dict[str, Any]:
-    """Those of a JSON object's settings that aren't null, for the dataclass `kind`; lists become tuples.
+    """Those of a JSON object's settings that aren't null, for the dataclass `kind`; lists, and lists in them, become tuples.
 
     Raises `UpsamplerError` where one is unknown, or one without default lacks; whose they are (`owner`) is for the message.
     """
@@ -303,7 +303,11 @@ def given_settings(kind: type, settings: JsonObject, owner: str) -> dict[str, An
         )
     if missing := [name for name in required if settings.get(name) is None]:
         raise UpsamplerError(f"{owner}'s settings lack {', '.join(missing)}: {json.dumps(dict(settings))}")
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if v is not None}
+    return {name: _without_lists(value) for name, value in settings.items() if value is not None}
+
+
+def _without_lists(value: JsonValue) -> object:
+    return tuple(map(_without_lists, value)) if isinstance(value, list) else value
 
 
 def require_counts(settings: Settings, *names: str) -> None:
