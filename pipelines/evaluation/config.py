@@ -12,22 +12,13 @@ from storage.datasets.frames import LabelFrame
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(JobConfig):
-    """Settings of one evaluation."""
+class EvaluationConfig(JobConfig):
+    """Settings of one evaluation, whatever is evaluated."""
 
     data: Found[str] = ""
     """The data set's folder in its official layout: a path or fsspec URL."""
     out: Free[str] = ""
     """The folder to write or continue: results.md, results.json, pictures/, and a part per finished piece of work."""
-    stores: Found[tuple[str, ...]] = ()
-    """Feature stores to read instead of running a model, one per input size; the model's settings are then the stores'."""
-
-    features: Held[LevelConfig] = LevelConfig(levels=("x1", "x2"))
-
-    drawing: Found[Rendering | None] = None
-    """`paper`: images are drawn as the protocol's code does it; `extract`: as jobs/extract.py does it. Default: paper with a
-    model, extract with stores (which can't be otherwise)."""
-
     limit: Counts[int | None] = None
     """Only the first N items (pairs, clips, images) of the data set."""
     pictures: Free[int] = 6
@@ -43,6 +34,35 @@ class EvaluateConfig(JobConfig):
         super().__post_init__()
         require_at_least(1, self, "limit")
         require_at_least(0, self, "pictures")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return self.data, self.out
+
+    def required(self, name: Literal["data", "out"]) -> str:
+        """The URL called `name`, which other processes on this machine find, too. Raises `ConfigError` where it is empty."""
+        url: str = getattr(self, name)
+        if not url:
+            what = {"data": "no data: give --data the data set's folder", "out": "no output: give --out a folder"}
+            raise ConfigError(what[name])
+        return absolute(url)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(EvaluationConfig):
+    """Settings of one evaluation of features."""
+
+    stores: Found[tuple[str, ...]] = ()
+    """Feature stores to read instead of running a model, one per input size; the model's settings are then the stores'."""
+
+    features: Held[LevelConfig] = LevelConfig(levels=("x1", "x2"))
+
+    drawing: Found[Rendering | None] = None
+    """`paper`: images are drawn as the protocol's code does it; `extract`: as jobs/extract.py does it. Default: paper with a
+    model, extract with stores (which can't be otherwise)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.features.encoding == "int8" or any(text.endswith("@int8") for text in self.features.levels):
             raise ConfigError("--levels ...@int8: a model's maps aren't quantised; evaluate a store of them with --stores")
         if self.stores and self.drawing == "paper":
@@ -68,18 +88,10 @@ class EvaluateConfig(JobConfig):
             options=self.options,
         )
 
-    def required(self, name: Literal["data", "out"]) -> str:
-        """The URL called `name`, which other processes on this machine find, too. Raises `ConfigError` where it is empty."""
-        url: str = getattr(self, name)
-        if not url:
-            what = {"data": "no data: give --data the data set's folder", "out": "no output: give --out a folder"}
-            raise ConfigError(what[name])
-        return absolute(url)
-
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledConfig(EvaluateConfig):
-    """Settings of an evaluation that holds features against labels."""
+class LabelConfig:
+    """Labels of photographs that their EXIF turns."""
 
     label_frame: Counts[LabelFrame | None] = None
     """Of images that their EXIF mirrors or turns by half, and of square ones that it turns: whether labels are of the `stored`
@@ -90,3 +102,8 @@ class LabelledConfig(EvaluateConfig):
         """What is done with them, for `choices`."""
         otherwise = f"else {self.label_frame}" if self.label_frame else "where it can't tell, the image is left out"
         return f"upright with their labels, which are of the stored or of the upright pixels by their size; {otherwise}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledConfig(LabelConfig, EvaluateConfig):
+    """Settings of an evaluation that holds features against labels."""

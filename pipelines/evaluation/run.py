@@ -9,18 +9,19 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 
 from cluster.progress import Progress
 from operators.metrics.bootstrap import Estimate, Figures, estimates
-from pipelines.evaluation.config import EvaluateConfig
+from pipelines.config import JobConfig
+from pipelines.evaluation.config import EvaluationConfig
 from pipelines.executors import Executor, executor_for
-from pipelines.features.clipping import ClippedFeatures, ClippedImage
+from pipelines.features.clipping import ClippedCounts, ClippedFeatures, ClippedImage
 from pipelines.features.rows import Size, compared_rows
-from pipelines.features.sources import CachedSource, FeatureSource, LiveRecipe, Recipe, StoreRecipe, describe, distinct
+from pipelines.features.sources import Recipe, distinct
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.published import Published
 from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, with_published, write_results
@@ -35,7 +36,42 @@ from storage.redaction import redact
 logger = logging.getLogger(__name__)
 
 
-R = TypeVar("R", LiveRecipe, StoreRecipe)
+class Source(Protocol):
+    """What pieces are done with: features, or a detector."""
+
+    clipped: ClippedCounts
+    "what float16 couldn't hold, of the maps and vectors that were asked for"
+
+
+S = TypeVar("S", bound=Source)
+In = TypeVar("In", bound=Source, contravariant=True)
+Out = TypeVar("Out", bound=Source, covariant=True)
+
+
+class SourceRecipe(Protocol[Out]):
+    """What a source is made of, as it is sent to workers."""
+
+    def source(self, device: str) -> Out:
+        """What a worker does its pieces with."""
+
+    def identity(self) -> dict[str, JsonValue]:
+        """What it is, as JSON values."""
+
+    def described(self) -> dict[str, JsonValue]:
+        """The same for a report."""
+
+    def recorded(self, config: JobConfig) -> dict[str, JsonValue]:
+        """A job's settings as its documents have them."""
+
+    def said(self) -> dict[str, str]:
+        """What results say of it, in words."""
+
+    def joined(self, images: Mapping[Size, Sequence[EncodedImage]], contents: Mapping[str, str]) -> Self:
+        """Itself, with these images' features at hand; `images` by input size, `contents` digests of their bytes by displayed
+        names. Raises `FeaturesMissing`."""
+
+
+R = TypeVar("R", bound=SourceRecipe[Source])
 
 Record = JsonObject
 """What one item gave, as JSON values."""
@@ -77,13 +113,13 @@ def cut(items: Sequence[int], each: int, name: str, sides: Sequence[int] = (0,))
     ]
 
 
-class Evaluation(Protocol):
+class Evaluation(Protocol[In]):
     """One task on one data set; sent to every worker once."""
 
     def pieces(self) -> Sequence[Piece]:
         """All the work."""
 
-    def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
+    def run(self, piece: Piece, source: In, folder: Folder) -> list[Record]:
         """Do a piece. Larger results (label images) are written below `folder`, each name once."""
 
 
@@ -220,21 +256,21 @@ def count_of(left_out: Sequence[LeftOut]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class Work(Generic[S]):
     """What a worker is given, and makes itself of."""
 
-    evaluation: Evaluation
-    recipe: Recipe
+    evaluation: Evaluation[S]
+    recipe: SourceRecipe[S]
     folder: Folder
     device: str
     threads: int
 
     def __call__(self) -> Callable[[Piece], str]:
         torch.set_num_threads(self.threads)
-        source = CachedSource(self.recipe.open(self.device))
+        source = self.recipe.source(self.device)
         return lambda piece: self.run(piece, source)
 
-    def run(self, piece: Piece, source: FeatureSource) -> str:
+    def run(self, piece: Piece, source: S) -> str:
         """Do a piece and write its records, and before them what float16 couldn't hold; returns its name."""
         records = self.evaluation.run(piece, source, self.folder)
         lines = "".join(f"{json.dumps(record)}\n" for record in records)
@@ -266,7 +302,7 @@ def by_size(asked: Iterable[tuple[Size, EncodedImage]]) -> dict[Size, list[Encod
     return found
 
 
-def begin(config: EvaluateConfig, task: str, recipe: R, of: Evaluated) -> tuple[R, Folder]:
+def begin(config: EvaluationConfig, task: str, recipe: R, of: Evaluated) -> tuple[R, Folder]:
     """Features joined with the images that they are asked of; and the output folder, begun, or held against the settings and the
     data that it was begun with. Raises `ConfigError`, and `FeaturesMissing` where a store doesn't fit the data."""
     folder = run_folder(config.required("out"), config.options)
@@ -284,7 +320,7 @@ def begin(config: EvaluateConfig, task: str, recipe: R, of: Evaluated) -> tuple[
 
 
 def run_pieces(
-    config: EvaluateConfig, evaluation: Evaluation, recipe: Recipe, folder: Folder, executor: Executor
+    config: EvaluationConfig, evaluation: Evaluation[S], recipe: SourceRecipe[S], folder: Folder, executor: Executor
 ) -> list[Record]:
     """Do what isn't done yet; returns all records, in the order of the pieces."""
     pieces = evaluation.pieces()
@@ -299,21 +335,22 @@ def run_pieces(
     return _records(folder, pieces)
 
 
-Settings = TypeVar("Settings", bound=EvaluateConfig, contravariant=True)
-Evaluating = TypeVar("Evaluating", bound=Evaluation)
+Settings = TypeVar("Settings", bound=EvaluationConfig, contravariant=True)
+Evaluating = TypeVar("Evaluating", bound=Evaluation[Any])
+Making = TypeVar("Making", bound=SourceRecipe[Any])
 
 
-class Task(Protocol[Settings, Evaluating]):
+class Task(Protocol[Settings, Evaluating, Making]):
     """A module of this folder, or another like them: one word of `jobs/evaluate.py`."""
 
-    def prepare(self, config: Settings, /) -> tuple[Evaluating, Recipe, Folder]:
+    def prepare(self, config: Settings, /) -> tuple[Evaluating, Making, Folder]:
         """The work, the features it is done on, and the output folder, begun or continued."""
 
-    def find(self, config: Settings, evaluation: Evaluating, recipe: Recipe, records: Sequence[Record], /) -> Findings:
+    def find(self, config: Settings, evaluation: Evaluating, recipe: Making, records: Sequence[Record], /) -> Findings:
         """What the records of all pieces come to."""
 
 
-def evaluate(name: str, task: Task[Settings, Evaluating], config: Settings) -> str:
+def evaluate(name: str, task: Task[Settings, Evaluating, Making], config: Settings) -> str:
     """Evaluate, or go on with it, to the end, and write what was found; returns the tables as Markdown."""
     config.require_used()
     evaluation, recipe, folder = task.prepare(config)  # before a cluster is started: most mistakes end here
@@ -326,10 +363,10 @@ def evaluate(name: str, task: Task[Settings, Evaluating], config: Settings) -> s
     asked = f"--pictures {config.pictures}: none, since an earlier start scored these items and kept fewer; use a new --out"
     undrawn = {"pictures": asked} if config.pictures and not findings.pictures else {}
     findings = replace(findings, choices={**findings.choices, **recipe.said(), **undrawn}, clipped=clipped)
-    return write_results(folder, name, recipe.recorded(config), describe(recipe), findings)
+    return write_results(folder, name, recipe.recorded(config), recipe.described(), findings)
 
 
-def plan_lines(task: Task[Settings, Evaluating], config: Settings) -> Iterator[str]:
+def plan_lines(task: Task[Settings, Evaluating, Making], config: Settings) -> Iterator[str]:
     """What an evaluation will do, and what of it is done, in words. The data is listed and held against the evaluation that is
     there, if one is. Raises what `Task.prepare` raises."""
     config.require_used()
@@ -339,7 +376,7 @@ def plan_lines(task: Task[Settings, Evaluating], config: Settings) -> Iterator[s
         left = _pending(folder, pieces)
     yield f"evaluation {redact(config.out, config.options)}: {len(pieces) - len(left):,} of {len(pieces):,} pieces done"
     yield f"items      {_items(pieces):,}, {_items(left):,} to go ({len(left):,} of {len(pieces):,} pieces)"
-    yield f"features   {describe(recipe)}"
+    yield f"features   {recipe.described()}"
     yield NOTHING_RUN
 
 
@@ -354,7 +391,7 @@ def _items(pieces: Sequence[Piece]) -> int:
     return sum(max(1, len(piece.items)) for piece in pieces)
 
 
-def main(name: str, task: Task[Settings, Evaluating], config: Settings) -> Iterator[str]:
+def main(name: str, task: Task[Settings, Evaluating, Making], config: Settings) -> Iterator[str]:
     """`evaluate`, and what there is to say of it; with --plan, what it would do."""
     if config.plan:
         yield from plan_lines(task, config)

@@ -110,6 +110,10 @@ class LiveRecipe:
     def open(self, device: str) -> "LiveSource":
         return LiveSource(self, device)
 
+    def source(self, device: str) -> "CachedSource":
+        """What a worker reads from."""
+        return CachedSource(self.open(device))
+
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
@@ -141,6 +145,10 @@ class LiveRecipe:
         said = {name: value for name, value in spec.to_json().items() if name not in FeatureSpec.names(Use.PLACED)}
         said["levels"] = [[level.name, level.method, level.dtype, level.digest] for level in spec.levels]
         return {"drawing": self.rendering, "model": said}
+
+    def described(self) -> dict[str, JsonValue]:
+        """What made the features, weights' digests included, for a report."""
+        return self.identity()
 
     def bundle(self, size: Size) -> ModelBundle:
         """What builds the model for inputs of `size`."""
@@ -243,6 +251,10 @@ class StoreRecipe:
     def open(self, device: str) -> "StoreSource":
         return StoreSource(self, device)
 
+    def source(self, device: str) -> "CachedSource":
+        """What a worker reads from."""
+        return CachedSource(self.open(device))
+
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
@@ -283,6 +295,11 @@ class StoreRecipe:
         prints = {f"{h}x{w}": self.stores[h, w].root.fingerprint for h, w in sorted(self.stores)}
         rows = {"rows_content": joint_digest(self.joins[size].content for size in sorted(self.joins))} if self.joins else {}
         return {"drawing": "extract", "stores": prints, **rows}
+
+    def described(self) -> dict[str, JsonValue]:
+        """What made the features, weights' digests included, for a report."""
+        specs = [store.spec.to_json() for store in self.stores.values()]
+        return {**self.identity(), "specs": specs, "joins": [each.to_json() for each in self.joins.values()]}
 
     def spec(self, size: Size) -> FeatureSpec:
         """The spec of the store of that size. Raises `ConfigError` if there is none."""
@@ -500,11 +517,3 @@ def require_alike(first: FeatureStore, other: FeatureStore) -> None:
             f"--stores: {other.folder.displayed} holds other features than {first.folder.displayed}:\n"
             f"{found.text('the first', 'this one')}\nEvaluate them one after the other, each with an --out of its own."
         )
-
-
-def describe(recipe: Recipe) -> dict[str, JsonValue]:
-    """What made the features, weights' digests included, for a report."""
-    if isinstance(recipe, LiveRecipe):
-        return recipe.identity()
-    specs = [store.spec.to_json() for store in recipe.stores.values()]
-    return {**recipe.identity(), "specs": specs, "joins": [each.to_json() for each in recipe.joins.values()]}

@@ -35,7 +35,7 @@ from pipelines.features.join import FeaturesMissing
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row
-from pipelines.features.sources import describe, resolve_source
+from pipelines.features.sources import resolve_source
 from pipelines.results import write_results
 from storage.datasets.coco import load_coco20k
 from storage.datasets.davis import load_davis
@@ -110,7 +110,7 @@ def evaluate(module, config):
     executor = RayExecutor() if config.cluster.executor == "ray" else InlineExecutor()
     records = run_pieces(config, task, recipe, folder, executor)
     findings = module.find(config, task, recipe, records)
-    write_results(folder, "task", config.public(), describe(recipe), findings)
+    write_results(folder, "task", config.public(), recipe.described(), findings)
     return records, findings
 
 
