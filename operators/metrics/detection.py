@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, by pycocotools: for DeAP's CenterNet task.
+"""Average precision as COCO defines it, by pycocotools: of boxes and masks with classes, and for DeAP's CenterNet task without.
 
 Nothing can be averaged before the end: workers give the raw detections of their images, and all are scored at once.
 
@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -53,6 +53,13 @@ class CocoScores:
     ar_large: float
 
 
+class ClassScores(NamedTuple):
+    """COCO's numbers over all categories, and of each that has an object, by its id."""
+
+    total: CocoScores
+    by_category: dict[int, CocoScores]
+
+
 def class_agnostic_scores(
     truth: Sequence[np.ndarray], boxes: Sequence[np.ndarray], scores: Sequence[Sequence[float]]
 ) -> CocoScores:
@@ -92,6 +99,17 @@ def coco_scores(
 
     All are as COCO's JSON files have them; among equal scores, the order decides. Raises `ValueError` where there is no image.
     """
+    return coco_scores_by_class(images, annotations, results, overlap).total
+
+
+def coco_scores_by_class(
+    images: Sequence[Mapping[str, int]],
+    annotations: Iterable[CocoEntry],
+    results: Iterable[CocoEntry],
+    overlap: Literal["bbox", "segm"] = "bbox",
+) -> ClassScores:
+    """As `coco_scores`. Categories without an object say nothing: results of them count nowhere. Images have `id`, and with
+    "segm" `height` and `width`."""
     if not images:
         raise ValueError("there is no image to score")
     annotations = list(annotations)
@@ -102,9 +120,32 @@ def coco_scores(
         evaluation = COCOeval(*indexes, overlap)
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    stats = [float(value) if value >= 0 else math.nan for value in evaluation.stats]
-    return CocoScores(**dict(zip((field.name for field in fields(CocoScores)), stats, strict=True)))
+    precision_TRKAM, recall_TKAM = evaluation.eval["precision"], evaluation.eval["recall"]
+    total = _numbers(precision_TRKAM, recall_TKAM)
+    of_each = (_numbers(precision_TRKAM[:, :, k : k + 1], recall_TKAM[:, k : k + 1]) for k in range(len(categories)))
+    return ClassScores(total, dict(zip(categories, of_each, strict=True)))
+
+
+_IOUS: Mapping[float | None, int | slice] = {None: slice(None), 0.5: 0, 0.75: 5}
+"""Places of overlaps among pycocotools' ten."""
+
+
+def _numbers(precision_TRKAM: np.ndarray, recall_TKAM: np.ndarray) -> CocoScores:
+    """COCO's summary of what pycocotools accumulates: T overlaps, R recalls, K categories, A areas (all, small, medium, large), M
+    numbers of detections (1, 10, 100); -1 where no object counts."""
+    precisions = [(None, 0), (0.5, 0), (0.75, 0), *((None, area) for area in (1, 2, 3))]
+    recalls = [*((0, most) for most in (0, 1, 2)), *((area, 2) for area in (1, 2, 3))]
+    found = [
+        *(precision_TRKAM[_IOUS[iou]][..., area, 2] for iou, area in precisions),
+        *(recall_TKAM[..., area, most] for area, most in recalls),
+    ]
+    names = (field.name for field in fields(CocoScores))
+    return CocoScores(**{name: _mean_of_known(values) for name, values in zip(names, found, strict=True)})
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[values > -1]
+    return float(np.mean(known)) if known.size else math.nan
 
 
 def _index(images: Sequence[Mapping[str, int]], categories: Sequence[int], entries: Iterable[CocoEntry]) -> COCO:

@@ -10,7 +10,7 @@ import torch
 from torchvision.ops import nms
 
 from operators.metrics.boundaries import boundary_sums, merge
-from operators.metrics.detection import class_agnostic_scores, coco_scores
+from operators.metrics.detection import class_agnostic_scores, coco_scores, coco_scores_by_class
 from operators.objectives.targets import boundary_target, instance_ids
 from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from tests.goldens import GOLDEN
@@ -459,6 +459,20 @@ def corners(entries: list[dict[str, object]]) -> np.ndarray:
 def test_scores_carry_cocos_names_in_their_order():
     names = [name.upper().replace("_", "") for name in asdict(golden_scores())]
     assert names == [name.upper().replace("_", "") for name in coco_golden()["stat_names"]]
+
+
+@pytest.mark.parametrize("overlap", ["bbox", "segm"])
+def test_scores_of_a_category_are_those_of_its_objects_alone(overlap):
+    stored = coco_golden()
+    images, truth, found = stored["ground_truth"]["images"], stored["ground_truth"]["annotations"], stored["detections"]
+
+    scores = coco_scores_by_class(images, truth, found, overlap)
+
+    assert list(scores.by_category) == sorted({each["category_id"] for each in truth})
+    for category, each in scores.by_category.items():
+        of_it = [[entry for entry in entries if entry["category_id"] == category] for entries in (truth, found)]
+        np.testing.assert_array_equal(list(asdict(each).values()), list(asdict(coco_scores(images, *of_it, overlap)).values()))
+    np.testing.assert_allclose(scores.total.ap, np.mean([each.ap for each in scores.by_category.values()]))
 
 
 def test_nothing_is_printed(capfd):
