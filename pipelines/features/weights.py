@@ -25,6 +25,8 @@ from torch import Tensor
 
 from operators.official_weights import recognise
 from operators.timm_models import BackboneError, create_model, preprocessing
+from operators.vitdet.checkpoint import unpickled
+from operators.vitdet.settings import DetectorError
 from pipelines.features.descriptions import ModelDescription, describe_official, describe_weights, warn_of_statistics
 from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file
@@ -35,7 +37,7 @@ class WeightsUnavailable(RayliftError):
     """The weights can't be had; the message says what to do."""
 
 
-WEIGHT_FILES = ("safetensors", "pth", "pt", "bin", "ckpt", "pth.tar")
+WEIGHT_FILES = ("safetensors", "pth", "pt", "bin", "ckpt", "pth.tar", "pkl")
 """Extensions of files that hold weights; any other URL is a folder with one of WEIGHT_NAMES."""
 
 WEIGHT_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -111,9 +113,10 @@ def load_described(
 
 
 def read_state_dict(url: str, options: StorageOptions | None = None) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` or torch file, or of a folder that holds one of WEIGHT_NAMES, at a path or URL.
+    """Tensors of a `.safetensors` or torch file, of a `.pkl` of arrays, or of a folder that holds one of WEIGHT_NAMES, at a URL.
 
-    Torch files are read with weights_only=True: nothing is unpickled. Raises `WeightsUnavailable`.
+    Torch files are read with weights_only=True, and of a pickle nothing is called but what makes arrays. Raises
+    `WeightsUnavailable`.
     """
     displayed = redact(url, options)
     if not has_extension(url, *WEIGHT_FILES):
@@ -124,6 +127,11 @@ def read_state_dict(url: str, options: StorageOptions | None = None) -> dict[str
         data = read_file(url, options)
     except FileNotFoundError as error:
         raise WeightsUnavailable(f"no weights at {displayed}: {error}") from None
+    if has_extension(url, "pkl"):
+        try:
+            return unpickled(data)
+        except DetectorError as error:
+            raise WeightsUnavailable(f"{displayed}: {error}") from None
     return _parse_state_dict(data, displayed, is_safetensors=has_extension(url, "safetensors"))
 
 
