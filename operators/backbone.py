@@ -15,11 +15,10 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from operators.lean_timm import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, timm
 from operators.timm_models import Attention, TimmModel
 from operators.timm_models import BackboneError as BackboneError
 
@@ -289,7 +288,9 @@ def _with_prefix(tokens: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _timm_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[int, int], n_prefix: int) -> Tensor:
-    return resample_abs_pos_embed(trained, new_size=list(grid), old_size=list(trained_grid), num_prefix_tokens=n_prefix)
+    return timm.layers.pos_embed.resample_abs_pos_embed(
+        trained, new_size=list(grid), old_size=list(trained_grid), num_prefix_tokens=n_prefix
+    )
 
 
 def _dino_pos_embed(trained: Tensor, grid: tuple[int, int], trained_grid: tuple[int, int], n_prefix: int) -> Tensor:

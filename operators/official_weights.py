@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import timm
 import torch
 from torch import Tensor
 
+from operators.lean_timm import timm
 from operators.timm_models import BackboneError
 
 State = Mapping[str, Tensor]

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
-from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from operators.lean_timm import timm
 from storage.documents import JsonObject, decode
 from storage.errors import RayliftError
 
@@ -72,7 +71,7 @@ class Preprocessing:
     interpolation: str
 
     @classmethod
-    def of(cls, config: PretrainedCfg) -> "Preprocessing":
+    def of(cls, config: timm.models.PretrainedCfg) -> "Preprocessing":
         """As timm describes it."""
         _, height, width = config.input_size
         mean, std = (decode(tuple[float, float, float], tuple(map(float, each))) for each in (config.mean, config.std))

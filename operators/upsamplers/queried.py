@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, fold_batchnorms
+from operators.lean_timm import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from operators.upsamplers.protocol import (
     WORKING_BYTES,
     Method,

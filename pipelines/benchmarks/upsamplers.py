@@ -11,10 +11,10 @@ from functools import partial
 from typing import Literal
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from operators.backbone import PatchFeatures, TimmBackbone
+from operators.lean_timm import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from operators.timm_models import create_model
 from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method
 from pipelines.benchmarks.formulations import FORMULATIONS, Formulation

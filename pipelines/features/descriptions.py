@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg
 
 from operators.backbone import BackboneError
+from operators.lean_timm import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, timm
 from operators.official_weights import OfficialWeights
 from operators.timm_models import Preprocessing, preprocessing
 from storage.paths import Folder, StorageError
@@ -157,10 +155,10 @@ def _whose(config: object) -> str:
 # --- timm's config.json -----------------------------------------------------------------------------------------------
 
 
-def _pretrained_config(config: Mapping[str, Any], given: Mapping[str, Any], displayed: str) -> PretrainedCfg:
+def _pretrained_config(config: Mapping[str, Any], given: Mapping[str, Any], displayed: str) -> timm.models.PretrainedCfg:
     """The statistics and the input's size, timm's defaults for what isn't there. Raises `BackboneError`."""
     names = ("input_size", "fixed_input_size", "interpolation", "mean", "std")
-    defaults = {each.name: each.default for each in fields(PretrainedCfg)}
+    defaults = {each.name: each.default for each in fields(timm.models.PretrainedCfg)}
     values = {name: defaults[name] if config.get(name) is None else config[name] for name in names}
     rules: dict[str, Callable[[Any], bool]] = {
         "mean": _are_three,
@@ -179,10 +177,10 @@ def _pretrained_config(config: Mapping[str, Any], given: Mapping[str, Any], disp
     fixed = fixed and given.get("strict_img_size") is not False
     if fixed and given.get("img_size") is not None:
         values["input_size"] = (3, *_image_size(given["img_size"], displayed))
-    return PretrainedCfg(**{**values, "fixed_input_size": fixed})
+    return timm.models.PretrainedCfg(**{**values, "fixed_input_size": fixed})
 
 
-def _model_args(architecture: str, config: PretrainedCfg, given: Mapping[str, Any], displayed: str) -> dict[str, Any]:
+def _model_args(architecture: str, config: timm.models.PretrainedCfg, given: Mapping[str, Any], displayed: str) -> dict[str, Any]:
     """The arguments without which the network would be another one. Raises `BackboneError`."""
     if given.get("in_chans") not in (None, 3):
         raise BackboneError(f"{displayed}: the network takes {given['in_chans']} channels; images have 3")

@@ -18,11 +18,11 @@ from typing import Literal
 
 import huggingface_hub
 import safetensors.torch
-import timm
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 
+from operators.lean_timm import timm
 from operators.official_weights import recognise
 from operators.timm_models import BackboneError, create_model, preprocessing
 from operators.vitdet.checkpoint import unpickled
