@@ -1,7 +1,7 @@
 """Vectors and keys as plain Parquet, for vector indexes and viewers that know nothing of this store."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -31,24 +31,46 @@ def export_vectors(store: FeatureStore, level: str, target: str, storage_options
     left out and counted. Each file says under `raylift` in its metadata what made the vectors: store, fingerprint, level and
     features. Raises `StorageError` if `target` already holds parts: half of another export must not remain.
     """
+    folder = empty_target(target, storage_options)
+    rows, files = write_parts(folder, _blocks(store, level), made_of(store, level), store.level(level).channels)
+    return Export(rows=rows, left_out=len(store) - rows, files=files)
+
+
+def empty_target(target: str, storage_options: StorageOptions | None) -> Folder:
+    """The folder to export to. Raises `StorageError` if it holds Parquet already."""
     folder = Folder(target, storage_options)
     if any(name.endswith(".parquet") for name in folder.sizes("")):
         raise StorageError(f"{folder.displayed} holds Parquet files already; choose another folder, or empty this one")
-    block_rows = store.layout.block_rows
-    part_rows = max(1, PART_BYTES // (4 * store.level(level).channels * block_rows)) * block_rows
+    return folder
+
+
+def made_of(store: FeatureStore, level: str) -> dict[str, str]:
+    """What a file says of vectors from a level: store, fingerprint, level and features."""
     spec = store.spec.to_json()
     del spec["levels"]
-    made_of = {"store": store.folder.displayed, "fingerprint": store.root.fingerprint, "level": asdict(store.level(level))}
-    about = {"raylift": json.dumps({**made_of, "features": spec})}
-    tables: list[pa.Table] = []
+    about = {"store": store.folder.displayed, "fingerprint": store.root.fingerprint, "level": asdict(store.level(level))}
+    return {"raylift": json.dumps({**about, "features": spec})}
+
+
+def write_parts(folder: Folder, tables: Iterable[pa.Table], about: Mapping[str, str], channels: int) -> tuple[int, int]:
+    """Write tables with vectors of so many channels as Parquet files of up to `PART_BYTES` of them; returns rows and files."""
+    part_rows = max(1, PART_BYTES // (4 * channels))
+    held: list[pa.Table] = []
     rows = files = 0
-    for table in _blocks(store, level):
-        tables.append(table)
-        if sum(len(t) for t in tables) + block_rows > part_rows:
-            files, rows, tables = files + 1, rows + _write(folder, files, tables, about), []
-    if tables:
-        files, rows = files + 1, rows + _write(folder, files, tables, about)
-    return Export(rows=rows, left_out=len(store) - rows, files=files)
+    for table in tables:
+        if held and sum(map(len, held)) + len(table) > part_rows:
+            files, rows, held = files + 1, rows + _write(folder, files, held, about), []
+        held.append(table)
+    if held:
+        files, rows = files + 1, rows + _write(folder, files, held, about)
+    return rows, files
+
+
+def vector_column(vectors: np.ndarray) -> pa.Array:
+    """Vectors [n, C] as fixed-size lists of float32."""
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(vectors.astype(np.float32, copy=False).ravel(), pa.float32()), vectors.shape[1]
+    )
 
 
 def _blocks(store: FeatureStore, level: str) -> Iterator[pa.Table]:
@@ -63,8 +85,7 @@ def _blocks(store: FeatureStore, level: str) -> Iterator[pa.Table]:
         known = store.index.take(rows[there], columns)
         sources = urls.take(known["source"].combine_chunks())
         table = pa.table({"row": rows[there], "key": known["key"], "source": sources})
-        flat = pa.array(vectors.ravel(), pa.float32())
-        table = table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+        table = table.append_column("vector", vector_column(vectors))
         for name in store.index.carried:
             table = table.append_column(name, known[name])
         yield table

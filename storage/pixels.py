@@ -45,6 +45,19 @@ def cell_centres(level: Level) -> np.ndarray:
     return np.stack([x, y], axis=-1)
 
 
+def cell_edges(level: Level, input_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where a level's columns and rows part, in pixels of the model's input (height, width): float64 [columns + 1], [rows + 1].
+
+    Half-way between centres; the first and the last reach to the input's border.
+    """
+    start, step, (rows, columns) = _placement(level)
+    edges = []
+    for axis, count in ((1, columns), (0, rows)):
+        inner = start[axis] + (np.arange(1, count) - 0.5) * step[axis]
+        edges.append(np.concatenate([[0.0], inner, [float(input_size[axis])]]))
+    return edges[0], edges[1]
+
+
 def to_cells(level: Level, input_xy: np.ndarray) -> np.ndarray:
     """Points [..., 2] of the model's input as (column, row) of the level, float64 [..., 2]: whole numbers are centres."""
     (start_y, start_x), (step_y, step_x), _ = _placement(level)

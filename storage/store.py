@@ -23,6 +23,7 @@ from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, StorageOptions, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
+from storage.regions import Regions, is_points, pooled, region_areas
 from storage.root import FORMAT, MARKED, ROOT, RootDocument, StoreReplaced, read_attributes, require_same_store
 from storage.sample_arrays import SAMPLE_DOCUMENTS
 from storage.samples import INDEX, SampleIndex, remove_indexes
@@ -62,10 +63,10 @@ class MissingRows(StorageError, LookupError):
 class FeatureStore:
     """An open store. `create` makes one or continues an equal one, `open` takes what is there.
 
-    Reading: `read` (rows of a level), `sample` (features at points of an image), `coords` and `cells` (where cells lie),
-    `row`, `rows`, `records` and `valid` (which image is where, and what became of it). Opening costs one request; the index
-    and the ledger are opened when they are first asked for. Pickles to its URL, options and attributes; safe across threads,
-    fork and spawn.
+    Reading: `read` (rows of a level), `sample` and `pool` (features at points and of regions of an image), `coords` and `cells`
+    (where cells lie), `row`, `rows`, `records` and `valid` (which image is where, and what became of it). Opening costs one
+    request; the index and the ledger are opened when they are first asked for. Pickles to its URL, options and attributes; safe
+    across threads, fork and spawn.
     """
 
     def __init__(self, folder: Folder, attributes: JsonObject):
@@ -286,6 +287,21 @@ class FeatureStore:
         values[cut] = np.nan
         return values
 
+    def pool(self, key: str | int, regions: Regions | ArrayLike, level: str) -> np.ndarray:
+        """A vector for each region of an image, float32 [N, C]: the mean of the level's cells, weighted by the area of each that
+        the region covers.
+
+        `regions`: masks bool [N, height, width] or one [height, width]; COCO's run lengths, one or several; boxes [N, 4] (x1, y1,
+        x2, y2), cut to the image; or points [N, 2], which are `sample`d. All in pixels of the upright original, whatever its
+        placement. Regions that the crop cut away, or that are empty, are NaN. Raises `RegionError` (a `ValueError`) for what is
+        no region of the image, `OutsideImage`, and `MissingRows`.
+        """
+        if is_points(regions):
+            return self.sample(key, np.asarray(regions), level)
+        row = int(self.rows(key)[0])
+        areas = region_areas(regions, self.level(level), self.pixels(row), self.spec.input_size)
+        return pooled(self.read(row, level), areas)
+
     def coords(self, level: str, key: str | int | None = None) -> np.ndarray:
         """Cell centres (x, y), float64 [rows, columns, 2]: in pixels of the original image `key`, or of the model's input.
 
@@ -304,10 +320,16 @@ class FeatureStore:
 
     def pixels(self, key: str | int) -> PixelMap:
         """How the image was placed in the model's input. Raises `MissingRows`."""
-        record = self.records(key, [field.name for field in fields(PixelMap)]).to_pylist()[0]
-        if record["width"] is None:
-            raise MissingRows(self._why_missing(self.rows(key)))
-        return PixelMap(**record)
+        return self.pixel_maps(key)[0]
+
+    def pixel_maps(self, rows: Selection) -> list[PixelMap]:
+        """`pixels` of several rows, in the order asked. Raises `MissingRows`."""
+        numbers = self.rows(rows)
+        records = self.records(numbers, [field.name for field in fields(PixelMap)]).to_pylist()
+        lacking = [row for row, record in zip(numbers, records, strict=True) if record["width"] is None]
+        if lacking:
+            raise MissingRows(self._why_missing(np.array(lacking)))
+        return [PixelMap(**record) for record in records]
 
     def records(self, rows: Selection, columns: Sequence[str] | None = None) -> pa.Table:
         """Ledger rows (`storage.ledger.SCHEMA`), in the order asked; all null but `row` where a row isn't written yet.

@@ -10,13 +10,15 @@ import tyro
 from PIL import Image
 
 from pipelines.config import ConfigError, parse_options
-from pipelines.showing.choice import columns_of, named_together, picked_together, require_alike
+from pipelines.showing.choice import base_level, columns_of, dense_levels, named_together, picked_together, require_alike
 from pipelines.showing.compare import compare, comparison_lines
 from pipelines.showing.curves import curves_png
+from pipelines.showing.regions import Annotations, export_regions
 from pipelines.showing.report import render_report
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.showing.training import run_names, training_lines
 from pipelines.showing.views import similar_panel, view_panel
+from storage.datasets.frames import LabelFrame
 from storage.export import export_vectors
 from storage.paths import Folder, StorageOptions, extension, folder_of
 from storage.store import FeatureStore
@@ -198,19 +200,42 @@ class Compare(Show):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Show):
-    """One vector per image, with key, source and carried columns, as Parquet."""
+    """One vector per image, with key, source and carried columns, as Parquet; with --regions one per annotated object."""
 
     out: str
     """The folder to write, a path or fsspec URL; must hold no Parquet yet."""
-    level: str = "pooled"
-    """Vectors of this level; a map is averaged over its cells."""
+    level: str = ""
+    """Vectors of this level; default: pooled, or with --regions the backbone's own. A map is averaged over its cells, or over
+    those of the object, by the area that it covers of each."""
+    regions: str = ""
+    """COCO annotations (JSON): a vector for each, with the ids of annotation, image and category. Images are found by file name
+    and size."""
+    boxes: bool = False
+    """Of each annotation the box, instead of its mask."""
+    label_frame: LabelFrame | None = None
+    """Whether annotations are of images as stored or as seen, where EXIF turns an image and sizes don't tell."""
 
     def lines(self) -> Iterator[str]:
         store = self.open()
-        done = export_vectors(store, self.level, self.out, self.options)
+        if not self.regions:
+            if self.boxes or self.label_frame:
+                raise ConfigError("--boxes and --label-frame are about annotations; name these with --regions FILE.json")
+            yield from self._image_lines(store)
+            return
+        level = dense_levels(store, [self.level])[0] if self.level else base_level(store)
+        folder, name = folder_of(self.regions, self.options)
+        notes = Annotations(folder=folder, name=name, boxes=self.boxes, frame=self.label_frame)
+        done = export_regions(store, level, notes, self.out, self.options)
+        yield f"{self.out}: {done.rows:,} vectors of {level.channels} from {level.name} in {done.files} files"
+        yield from (f"{count:,} annotations left out: {reason}" for reason, count in done.left_out.items())
+        yield from store.clipped_lines([level.name])
+
+    def _image_lines(self, store: FeatureStore) -> Iterator[str]:
+        level = self.level or "pooled"
+        done = export_vectors(store, level, self.out, self.options)
         left_out = f"; {done.left_out:,} rows without features left out" if done.left_out else ""
-        yield f"{self.out}: {done.rows:,} vectors of {store.level(self.level).channels} in {done.files} files{left_out}"
-        yield from store.clipped_lines([self.level])
+        yield f"{self.out}: {done.rows:,} vectors of {store.level(level).channels} in {done.files} files{left_out}"
+        yield from store.clipped_lines([level])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,20 +112,20 @@ def load_coco20k(folder: Folder) -> list[BoxedImage]:
 
 def instances_of(folder: Folder, where: str, image: "CocoImage", *, boxes_alone: bool = False) -> Instances:
     """The objects of an image of the annotation file `where`. Raises `DatasetError`."""
-    with _annotation_errors(folder, where, image) as displayed:
+    with annotation_errors(folder, where, image) as displayed:
         return Instances.pack(image.objects, displayed, image.width, image.height, boxes_alone=boxes_alone)
 
 
 def _rounded_boxes(folder: Folder, where: str, image: "CocoImage") -> tuple[Box, ...]:
     """Corners on whole pixels, as TokenCut has them."""
     objects = [each for each in image.objects if not each.get("iscrowd")]
-    with _annotation_errors(folder, where, image):
+    with annotation_errors(folder, where, image):
         boxes = [coco_box(each, image.width, image.height) for each in objects]
     return tuple((float(round(x1)), float(round(y1)), float(round(x2)), float(round(y2))) for x1, y1, x2, y2 in boxes)
 
 
 @contextmanager
-def _annotation_errors(folder: Folder, where: str, image: "CocoImage") -> Iterator[str]:
+def annotation_errors(folder: Folder, where: str, image: "CocoImage") -> Iterator[str]:
     """Gives the name of file and image for messages; what is wrong with an annotation within becomes a `DatasetError`."""
     displayed = f"{folder.displayed}/{where}: {image.file_name}"
     try:

@@ -221,7 +221,8 @@ def _of_runs(segmentation: RawObject, height: int, width: int) -> np.ndarray:
     if list(segmentation["size"]) != [height, width]:
         raise ValueError(f"its size is {segmentation['size']}, the image's {[height, width]}")
     counts = segmentation["counts"]
-    runs = _runs_of_text(counts) if isinstance(counts, str) else [int(count) for count in counts]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts  # pycocotools gives bytes, JSON files text
+    runs = _runs_of_text(text) if isinstance(text, str) else [int(count) for count in text]
     if min(runs, default=-1) < 0 or sum(runs) != height * width:
         raise ValueError(f"its runs cover {sum(runs)} pixels, the image has {height * width}")
     runs_of_pixels = coco_mask.frPyObjects({"counts": runs, "size": [height, width]}, height, width)
