@@ -73,6 +73,24 @@ def test_the_border_repeats_its_cells_and_its_first_pixel_wins(normalise):
 
 
 @pytest.mark.parametrize("normalise", ["cells", "pixels"])
+@pytest.mark.parametrize("size", [(40, 36), (8, 9)])
+def test_neighbours_that_are_alike_are_told_apart_in_float64(size, normalise):
+    """Most pixels are passed over by a bound or by float32, which can't tell such cells from each other."""
+    torch.manual_seed(2)
+    features = F.normalize(torch.randn(5), dim=0) + 1e-9 * torch.randn(8, 9, 5).double()
+    features[3, 4] *= 1e-25  # whose length float32 can't hold
+    queries = torch.cat([features[3, 4][None] * 1e25, features[[0, 7, 5], [8, 0, 5]], torch.randn(5, 5).double()])
+
+    compared = F.normalize(queries, dim=1) if normalise == "pixels" else queries
+    similarity = (enlarged(features, size, normalise) @ compared.t()).flatten(0, 1)
+    found = best_pixels(queries, features, size, normalise=normalise)
+
+    torch.testing.assert_close(found.score_K, similarity.amax(dim=0), rtol=0, atol=1e-15)
+    chosen = similarity.gather(0, (found.xy_K2[:, 1] * size[1] + found.xy_K2[:, 0])[None])[0]
+    torch.testing.assert_close(chosen, found.score_K, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("normalise", ["cells", "pixels"])
 @pytest.mark.parametrize(("grid", "size"), SIZES)
 def test_features_of_single_pixels_are_those_of_the_enlarged_map(grid, size, normalise):
     torch.manual_seed(1)
