@@ -6,12 +6,13 @@ There is no CLS token and no final norm: the map is the residual stream after th
 Shapes: B images, h w cells of the map, N heads, D channels of one, C = N D channels.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from operators.vitdet.settings import PATCH, DetectorSettings
 
@@ -37,18 +38,18 @@ class ViT(nn.Module):
                 s.heads,
                 window=None if i in s.global_blocks else s.window,
                 table_side=s.image_size // PATCH if i in s.global_blocks else s.window,
-                drop_path=s.drop_path * i / max(1, s.depth - 1),
             )
             for i in range(s.depth)
         )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_initialise)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def forward(self, images_BCHW: Tensor, kept_L2B: Tensor | None = None) -> Tensor:
+        """`kept`: by what each block's two branches are multiplied, for each image (`kept_paths`); None: as they are."""
         maps = self.patch_embed["proj"](images_BCHW).permute(0, 2, 3, 1)
         maps = maps + self.positions((maps.shape[1], maps.shape[2]))
-        for block in self.blocks:
-            maps = block(maps)
+        for number, block in enumerate(self.blocks):
+            maps = block(maps, None if kept_L2B is None else kept_L2B[number])
         return cast(Tensor, maps.permute(0, 3, 1, 2))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
@@ -64,20 +65,23 @@ class ViT(nn.Module):
 class Block(nn.Module):
     """A block of the ViT on maps [B, h, w, C], in windows of so many cells a side, or on the whole map."""
 
-    def __init__(self, dim: int, heads: int, *, window: int | None, table_side: int, drop_path: float):
+    def __init__(self, dim: int, heads: int, *, window: int | None, table_side: int):
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, heads, table_side)
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
         self.mlp = Mlp(dim)
-        self.drop_path = StochasticDepth(drop_path, "row")
 
-    def forward(self, maps_BhwC: Tensor) -> Tensor:
+    def forward(self, maps_BhwC: Tensor, kept_2B: Tensor | None = None) -> Tensor:
         normed = self.norm1(maps_BhwC)
         attended = self.attn(normed) if self.window is None else self._in_windows(normed, self.window)
-        maps = maps_BhwC + self.drop_path(attended)
-        return maps + self.drop_path(self.mlp(self.norm2(maps)))
+        if kept_2B is None:
+            maps = maps_BhwC + attended
+            return maps + self.mlp(self.norm2(maps))
+        first, second = kept_2B[:, :, None, None, None].to(maps_BhwC.dtype)
+        maps = maps_BhwC + first * attended
+        return maps + second * self.mlp(self.norm2(maps))
 
     def _in_windows(self, maps_BhwC: Tensor, side: int) -> Tensor:
         """Attention in windows. Those at the right and at the bottom are filled up with zeros, which are attended to as well."""
@@ -130,6 +134,15 @@ class Attention(nn.Module):
         ]
         attended = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return cast(Tensor, self.proj(attended.transpose(1, 2).reshape(b, h, w, c)))
+
+
+def kept_paths(settings: DetectorSettings, generators: Sequence[np.random.Generator]) -> Tensor:
+    """Stochastic depth, drawn for each image from a generator of its own: float32 [blocks, 2, B], 0 where a branch is left out
+    (with a probability that rises linearly to `drop_path` at the last block), else what keeps its mean."""
+    rates = settings.drop_path * np.arange(settings.depth) / max(1, settings.depth - 1)
+    draws = np.stack([rng.random((settings.depth, 2)) for rng in generators], axis=-1)
+    kept = 1 - rates[:, None, None]
+    return torch.from_numpy(((draws < kept) / np.maximum(kept, 1e-9)).astype(np.float32))
 
 
 def _bias(q_BNrwD: Tensor, by_row_rhD: Tensor, by_column_wwD: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ class Detector(nn.Module):
 
     # --- the stages -------------------------------------------------------------------------------------------------------
 
-    def features(self, images_BCHW: Tensor) -> Tensor:
-        """The backbone's map, [B, C, h, w]."""
-        return cast(Tensor, self.backbone.net(images_BCHW))
+    def features(self, images_BCHW: Tensor, kept_L2B: Tensor | None = None) -> Tensor:
+        """The backbone's map, [B, C, h, w]; `kept` is training's stochastic depth (operators/vitdet/backbone.py)."""
+        return cast(Tensor, self.backbone.net(images_BCHW, kept_L2B))
 
     def enlarged(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
         """The map as the pyramid takes it: [B, C, 2h, 2w] with an upsampler, else as it is."""
