@@ -267,6 +267,15 @@ def present_nodes() -> list[Nodes]:
     ]
 
 
+def this_machine(*, gpus: bool = True) -> list[Nodes]:
+    """The one node of a local Ray as Ray would count it here, if it were started; `gpus`: whether it may have this machine's."""
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    found = ResourceAndLabelSpec(num_gpus=None if gpus else 0).resolve(is_head=True, node_ip_address="127.0.0.1")
+    kind = found.labels.get(ACCELERATOR_LABEL)
+    return [Nodes(count=1, cpus=int(found.num_cpus), gpus=int(found.num_gpus), accelerator=kind, head=True)]
+
+
 _IS_HEAD = "node:__internal_head__"
 
 

@@ -152,8 +152,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     cluster under `ray job submit` (RAY_ADDRESS is set there), else a new local one. A local one always asks for a token that only
     its own processes know, also where RAY_AUTH_MODE says otherwise. Raises `ClusterError`.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    address = _named(address)
+    if _is_open():
         yield _gcs_address()
     elif address == "local":
         logger.info("starting a local Ray (about 8 s)")
@@ -162,6 +162,19 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     else:
         with _session(address):
             yield _gcs_address()
+
+
+def starts_one(address: str | None = None) -> bool:
+    """Whether `connect` would start a local Ray, there being neither a session nor a cluster to ask."""
+    return not _is_open() and _named(address) == "local"
+
+
+def _named(address: str | None) -> str:
+    return address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def _is_open() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def _gcs_address() -> str:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, Ty
 import numpy as np
 
 from cluster.metrics import TaskReport, WorkerMetrics
-from cluster.resources import WorkerPool, WorkerRequest, choose_pool, present_nodes
-from cluster.session import ClusterError, connect
+from cluster.resources import Growth, WorkerPool, WorkerRequest, choose_pool, present_nodes, size_pool, this_machine
+from cluster.session import ClusterError, connect, starts_one
 from pipelines.config import JobConfig
 from storage.errors import RayliftError
 from storage.ledger import SampleRecord
@@ -180,6 +180,16 @@ class InlineExecutor:
 
     def pieces(self, make_worker: Make[Item, Result], pieces: Sequence[Item], pool: WorkerPool, **_: object) -> Iterator[Result]:
         yield from map(make_worker(), pieces)
+
+
+class PlanningExecutor(InlineExecutor):
+    """For plans: workers as a local Ray would have them on this machine, which isn't started; else in this process."""
+
+    def __init__(self, *, gpus: bool = True):
+        self._gpus = gpus
+
+    def pool(self, request: WorkerRequest) -> WorkerPool:
+        return size_pool(request, this_machine(gpus=self._gpus), Growth)
 
 
 def _in_order(
@@ -409,12 +419,16 @@ class _TaskActor:
 
 
 @contextmanager
-def executor_for(config: JobConfig) -> Iterator[Executor]:
+def executor_for(config: JobConfig, *, plan: bool = False) -> Iterator[Executor]:
     """The executor that settings ask for, with a Ray session round it once it needs one: of a run with nothing left to do, it
-    never does. What it is first asked for raises `ClusterError`."""
+    never does. What it is first asked for raises `ClusterError`. With `plan` no local Ray is started, but a cluster is asked."""
     if config.is_inline:
         yield InlineExecutor()
         return
+    gpus = config.cluster.device != "cpu"
+    if plan and starts_one(config.cluster.ray_address):
+        yield PlanningExecutor(gpus=gpus)
+        return
     with ExitStack() as stack:
-        num_gpus = 0 if config.cluster.device == "cpu" else None
+        num_gpus = None if gpus else 0
         yield RayExecutor(functools.cache(lambda: stack.enter_context(connect(config.cluster.ray_address, num_gpus=num_gpus))))

@@ -105,7 +105,7 @@ def main(config: ExtractConfig) -> Iterator[str]:
     if config.json and not config.plan:
         raise ConfigError("--json is how --plan is printed; give --plan, too, or leave --json out")
     resolved = resolve(config)  # before a cluster is started: most mistakes end here
-    with executor_for(config) as executor:
+    with executor_for(config, plan=config.plan) as executor:
         prepared = prepare(resolved, executor)
         if not config.plan:
             yield from run_prepared(prepared, executor).lines()

@@ -30,8 +30,10 @@ def run():
 
     return ray.get(ray.remote(num_cpus=1)(lambda: "ran").remote())
 
-with connect("local", num_cpus=1, num_gpus=0) as address:
+with connect("local", num_gpus=0) as address:
     said = {"address": address, "token": os.environ["RAY_AUTH_TOKEN"], "folder": os.environ["RAY_TMPDIR"], "ran": run()}
+    from cluster.resources import present_nodes, this_machine
+    said["nodes"], said["counted"] = str(present_nodes()), str(this_machine(gpus=False))
     print(json.dumps(said), flush=True)
     input()
     print(run())
@@ -253,6 +255,10 @@ def test_a_process_uses_local_sessions_and_a_cluster_of_another_token(session):
     )
 
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr[-3000:]
+
+
+def test_a_machine_is_counted_as_ray_counts_it(session):
+    assert session.said["counted"] == session.said["nodes"]
 
 
 def test_the_session_says_nothing_of_its_log_level(session, home):

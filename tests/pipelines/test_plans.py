@@ -1,10 +1,16 @@
-"""`--plan` of trainings, evaluations and tables: what would be done and what is done, without doing or beginning any of it."""
+"""`--plan`: what would be done and what is done, without doing or beginning any of it, and without starting a cluster."""
+
+import contextlib
+import json
 
 import pytest
 
+from cluster.resources import WorkerPool, this_machine
+from cluster.session import ClusterError
 from pipelines import executors
 from pipelines.config import ConfigError
 from pipelines.evaluation.run import main as evaluation
+from pipelines.extraction.run import main as extraction
 from pipelines.tables import deap
 from pipelines.training.run import main as training
 from storage.paths import Folder
@@ -68,3 +74,28 @@ def test_a_table_says_its_cells(sets, tmp_path):
     first, cell, *_ = deap.main(config.changed(plan=True, seeds=(0, 1), executor="ray"))
     assert first.endswith("2 cells, 1 done, 1 to go")
     assert "done, " in cell
+
+
+def test_an_extraction_is_planned_for_this_machine_without_ray(make_tars, tiny, tmp_path):
+    given = tiny(make_tars(1, 3), out=str(tmp_path / "out.zarr"), plan=True, json=True, executor="ray")
+
+    (text,) = extraction(given)
+
+    assert json.loads(text)["actors"] == this_machine()[0].cpus
+    with pytest.raises(ClusterError, match="asked for one actor with 9999 CPUs, but none fits a node"):
+        list(extraction(given.changed(actor_cpus=9999)))
+
+
+@pytest.mark.parametrize("named", ["flag", "environment"])
+def test_an_extraction_is_planned_for_the_cluster_that_is_named(make_tars, tiny, tmp_path, monkeypatch, named):
+    asked = []
+    monkeypatch.setattr(executors, "connect", lambda address, **_: contextlib.nullcontext(asked.append(address)))
+    monkeypatch.setattr(executors, "choose_pool", lambda _: WorkerPool(device="cpu", size=70, cpus=1, gpus=0))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379" if named == "environment" else "")
+    given = tiny(make_tars(1, 3), out=str(tmp_path / "out.zarr"), plan=True, json=True, executor="ray")
+    monkeypatch.setattr(executors.RayExecutor, "map", executors.InlineExecutor.map)
+
+    (text,) = extraction(given.changed(ray_address="head:6379") if named == "flag" else given)
+
+    assert json.loads(text)["actors"] == 70
+    assert asked == ["head:6379" if named == "flag" else None]
