@@ -29,7 +29,7 @@ test-rgw: setup
 
 # Where there is no Chromium, the report's browser tests are skipped by `make test`; this installs one (Debian, as root).
 test-browser: setup browser
-	$(BIN)/python -m pytest tests/jobs/test_show.py -k browser
+	$(BIN)/python -m pytest tests/jobs/test_show.py tests/pipelines/training/test_watch.py -k browser
 
 browser:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \

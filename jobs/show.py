@@ -10,6 +10,7 @@
     python jobs/show.py export feats.zarr --out vectors/      # vectors and keys as Parquet
     python jobs/show.py report feats.zarr --out report.html   # all of it in one page that can be sent
     python jobs/show.py training runs/lift runs/jbu           # training runs side by side: held-out scores, best and last
+    python jobs/show.py training runs/lift --out lift.html    # the same as a page, with curves, pictures, command and settings
     python jobs/show.py backbones                             # those that DeAP compares: size, grid, channels, normalisation
 
 Exit codes: 0 shown, 2 wrong settings or nothing to show.

@@ -13,6 +13,7 @@ import enum
 import functools
 import json
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -104,6 +105,19 @@ def said(name: str, value: object) -> str:
         return flag_of(name if value else f"no_{name}")
     words = value if isinstance(value, tuple) else (value,)
     return " ".join([flag_of(name), *map(str, words)])
+
+
+def command_of(program: str, config: Mapping[str, JsonValue], usual: Mapping[str, JsonValue]) -> str:
+    """The command line that gives settings as documents have them; `usual` are those of the program without flags."""
+    given = [said(name, _words(value, usual[name])) for name, value in config.items() if name in usual and value != usual[name]]
+    return " ".join([program, *given])
+
+
+def _words(value: JsonValue, usual: JsonValue) -> bool | tuple[str, ...]:
+    """A setting's value as a shell takes it; `usual` is its default. Where that is none, True and False are words."""
+    if isinstance(value, bool) and isinstance(usual, bool):
+        return value
+    return tuple(shlex.quote(str(each)) for each in (value if isinstance(value, list) else [value]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,6 +156,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.second_runs import write_world
 
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def chromium() -> str:
+    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium here; make test-browser installs it")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from pipelines.showing.regions import Annotations, export_regions
 from pipelines.showing.report import render_report
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.showing.training import run_names, training_lines
+from pipelines.showing.training_page import render_training
 from pipelines.showing.views import similar_panel, view_panel
 from storage.datasets.frames import LabelFrame
 from storage.export import export_vectors
@@ -248,44 +249,52 @@ class Report(Show):
     """Photographs to show."""
 
     def lines(self) -> Iterator[str]:
-        page = printable(render_report(self.open(), count=self.count, storage_options=self.options)).encode()
-        folder, name = folder_of(self.out, self.options)
-        folder.write(name, page)
-        yield f"{self.out}: {len(page) / 1e6:.1f} MB, opens without a network"
+        yield _written(render_report(self.open(), count=self.count, storage_options=self.options), self.out, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What training runs measured on their held-out images, side by side: untrained, at the best checkpoint, and last; and their
-    curves."""
+    curves, as a picture or on a page."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """The runs' folders, paths or fsspec URLs."""
     out: str = ""
-    """A picture to write: losses and scores against steps. TensorBoard reads the same from RUN/tensorboard."""
+    """What to write: a picture of losses and scores against steps (.png, .jpg, ...), or a self-contained page (.html) of scores,
+    curves, pictures, commands and settings. TensorBoard reads the same curves from RUN/tensorboard."""
     storage_options: str = ""
     """JSON for the filesystem, as for jobs/extract.py."""
 
     def lines(self) -> Iterator[str]:
         if not self.runs:
             raise ConfigError("no run: give the folder of a training run, or those of several")
-        kind = _picture_format(self.out) if self.out else ""
+        as_page = extension(self.out) in ("html", "htm")
+        kind = _picture_format(self.out, "or .html for a page") if self.out and not as_page else ""
         options = parse_options(self.storage_options)
         folders = [Folder(url, options) for url in self.runs]
         yield from training_lines(folders)
         if not self.out:
-            yield "- Curves: --out curves.png draws them; TensorBoard's files are in tensorboard/ of each run."
+            yield (
+                "- Curves: --out curves.png draws them, and --out page.html tells all of the runs; TensorBoard's files are in "
+                "tensorboard/ of each."
+            )
+            return
+        if as_page:
+            yield _written(render_training(folders), self.out, options)
             return
         with Image.open(io.BytesIO(curves_png(dict(zip(run_names(folders), folders, strict=True))))) as picture:
             yield _saved(picture.convert("RGB"), self.out, kind, options)
 
 
-def _picture_format(out: str) -> str:
+def _picture_format(out: str, otherwise: str = "") -> str:
     """Pillow's name for what a picture's name ends in. Raises `ConfigError`, before anything is drawn."""
     formats = Image.registered_extensions()
     found = formats.get(f".{extension(out)}", "")
     if found not in Image.SAVE:
-        raise ConfigError(f"--out {out}: the name must say what kind of picture it is; end it in .png, .jpg, .webp or .tif")
+        raise ConfigError(
+            f"--out {out}: the name must say what kind of picture it is; end it in .png, .jpg, .webp or .tif"
+            + (f", {otherwise}" if otherwise else "")
+        )
     return found
 
 
@@ -295,3 +304,10 @@ def _saved(picture: Image.Image, out: str, kind: str, options: StorageOptions) -
     folder, name = folder_of(out, options)
     folder.write(name, data.getvalue())
     return out
+
+
+def _written(page: str, out: str, options: StorageOptions) -> str:
+    data = printable(page).encode()
+    folder, name = folder_of(out, options)
+    folder.write(name, data)
+    return f"{out}: {len(data) / 1e6:.1f} MB, opens without a network"

@@ -18,22 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-_WIDE = 3
-"""Panels beside each other."""
-
 _SMOOTHED = 60
 """Points of a loss beyond which its running mean is drawn, over so many a part, and the loss itself faintly behind it."""
 
 
-def curves_png(runs: Mapping[str, Folder]) -> bytes:
+def curves_png(runs: Mapping[str, Folder], *, wide: int = 3) -> bytes:
     """`curves_figure` as a PNG."""
-    return png_of(curves_figure(runs))
+    return png_of(curves_figure(runs, wide=wide))
 
 
-def curves_figure(runs: Mapping[str, Folder]) -> "Figure":
+def curves_figure(runs: Mapping[str, Folder], *, wide: int = 3) -> "Figure":
     """A panel of the runs' losses in training, and one for each score of held-out images; a colour for each run.
 
-    The best checkpoint is marked, bilinear enlargement's scores are dashed. Raises `CheckpointError` where metrics are damaged.
+    Up to `wide` panels are beside each other. The best checkpoint is marked, bilinear enlargement's scores are dashed. Raises
+    `CheckpointError` where metrics are damaged.
     """
     from matplotlib.figure import Figure
 
@@ -43,7 +41,7 @@ def curves_figure(runs: Mapping[str, Folder]) -> "Figure":
         score for found in validated.values() for each in found.every for score in each.scores if not score.endswith(PLAIN)
     )
     count = 1 + len(scores)
-    rows, wide = math.ceil(count / _WIDE), min(count, _WIDE)
+    rows, wide = math.ceil(count / wide), min(count, wide)
     with styled(parse_math=False):
         figure = Figure(figsize=(4.2 * wide, 2.9 * rows + 0.5), layout="constrained")
         panels = figure.subplots(rows, wide, squeeze=False).ravel()
@@ -58,7 +56,9 @@ def curves_figure(runs: Mapping[str, Folder]) -> "Figure":
             if name in validated:
                 for panel, score in zip(panels[1:], scores, strict=False):
                     _draw_score(panel, validated[name], score, colour)
-        figure.legend(*_legend(list(runs), validated), loc="outside lower center", ncols=wide + 1, frameon=False)
+        figure.legend(
+            *_legend(list(runs), validated), loc="outside lower center", ncols=wide + 1 if wide > 1 else 1, frameon=False
+        )
     return figure
 
 

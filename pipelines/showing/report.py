@@ -1,24 +1,19 @@
-"""A store as one HTML page that can be sent to someone: no scripts, no links, no network, every picture inside."""
+"""A store as one HTML page."""
 
-import base64
 import io
 import itertools
 import json
-import shlex
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
-import jinja2
-
-from cluster.progress import duration, size_text, stage_shares
+from cluster.progress import size_text, stage_shares
 from operators.visual import Panel, Tile
-from pipelines.config import said
+from pipelines.config import command_of
 from pipelines.extraction.config import ExtractConfig
 from pipelines.showing.choice import columns_of, pick_rows
+from pipelines.showing.page import data_url, page, versions_in_words
 from pipelines.showing.status import RunStatus, bottleneck, clamped_lines, failures, level_rows, read_status, state_in_words
 from pipelines.showing.views import similar_panel, view_panel
-from storage.documents import JsonValue, as_object
+from storage.documents import as_object
 from storage.paths import StorageError, StorageOptions
 from storage.store import FeatureStore
 from storage.totals import conversion_lines
@@ -29,18 +24,10 @@ STAGE_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1
 def render_report(store: FeatureStore, *, count: int, storage_options: StorageOptions | None = None) -> str:
     """The page as text, with `count` photographs. A store without features yet has no pictures."""
     status = read_status(store)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"size": size_text, "duration": duration, "picture": _picture, "count": "{:,}".format}
-    environment.filters |= {"bars": _bars, "bottleneck": bottleneck}
-    return environment.get_template(
-        "report.html.jinja"
-    ).render(
+    return page(
+        "report.html.jinja",
+        {"size": size_text, "picture": _picture, "bars": _bars, "bottleneck": bottleneck},
+        title=status.out,
         status=status,
         state=state_in_words(status),
         spec=store.spec,
@@ -52,7 +39,6 @@ def render_report(store: FeatureStore, *, count: int, storage_options: StorageOp
         clamped=list(clamped_lines(status)),
         panels=_panels(store, count, storage_options),
         attributes=json.dumps(store.attributes, indent=1),
-        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
 
 
@@ -73,24 +59,14 @@ def _settings(store: FeatureStore) -> dict[str, str]:
 def _last_run(run: RunStatus) -> dict[str, str]:
     """The command of a run, as its settings give it, and the software that it ran."""
     config, versions = (as_object(run.settings.get(name) or {}, name) for name in ("config", "versions"))
-    usual = ExtractConfig().public()
-    # The command's words aren't kept; settings at their defaults may have been among them, and change nothing.
-    given = [
-        said(name, _words(value, usual[name]))
-        for name, value in config.items()
-        if name in usual and value not in (None, usual[name])
-    ]
-    found = {"command of the last run": " ".join(["python jobs/extract.py", *given])} if config else {}
+    found = {}
+    if config:
+        # The command's words aren't kept; settings at their defaults may have been among them, and change nothing.
+        given = {name: value for name, value in config.items() if value is not None}
+        found["command of the last run"] = command_of("python jobs/extract.py", given, ExtractConfig().public())
     if versions:
-        found["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+        found["versions"] = versions_in_words(versions)
     return found
-
-
-def _words(value: JsonValue, usual: JsonValue) -> bool | tuple[str, ...]:
-    """A setting's value as a shell takes it; `usual` is its default. Where that is none, True and False are words."""
-    if isinstance(value, bool) and isinstance(usual, bool):
-        return value
-    return tuple(shlex.quote(str(each)) for each in (value if isinstance(value, list) else [value]))
 
 
 @dataclass(frozen=True)
@@ -127,4 +103,4 @@ def _picture(tile: Tile, panel: Panel) -> str:
     data, image = io.BytesIO(), tile.image(*panel.tile_size)
     kind = "jpeg" if tile.is_photo else "png"
     image.save(data, kind, **({"quality": 88} if tile.is_photo else {"optimize": True}))
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    return data_url(data.getvalue(), kind)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from pipelines.config import ConfigError
 from pipelines.results import table_lines
@@ -21,16 +22,31 @@ _MEASURE = (
 """What numbers of held-out images depend on beside the network, of a run's identity; and all that begins with `held_out`."""
 
 
-def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
-    """Markdown: what each run measured on its held-out images: before it began, at its best checkpoint, and last; and bilinear
-    enlargement of the same images, for each run its own.
+@dataclass(frozen=True, kw_only=True)
+class TrainingTable:
+    """What runs measured on their held-out images: before they began, at their best checkpoints, last; and bilinear enlargement
+    of the same images, for each run its own."""
 
-    Below the table, which runs weren't judged on the same images by the same measure. Raises `ConfigError` for a folder without
-    metrics.
-    """
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+    "over what, and which runs weren't judged on the same images by the same measure"
+
+
+def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
+    """`training_table` as Markdown."""
+    found = training_table(folders)
+    _, *lines = table_lines(found.head, found.rows)
+    yield from lines
+    yield ""
+    yield from (f"- {note}" for note in found.notes)
+
+
+def training_table(folders: Sequence[Folder]) -> TrainingTable:
+    """Raises `ConfigError` for a folder without metrics."""
     rows: list[tuple[str, int | None, Mapping[str, float]]] = []
     judged: dict[str, dict[str, JsonValue]] = {}
-    over: list[str] = []
+    notes: list[str] = []
     for folder, name in zip(folders, run_names(folders), strict=True):
         run, found = read_run(folder), Validations.read(folder)
         if run is None or found is None:
@@ -46,23 +62,22 @@ def training_lines(folders: Sequence[Folder]) -> Iterator[str]:
         last = f"{name}, last and best" if found.best == found.last else f"{name}, last"
         rows.append((last, found.last.step, found.last.scores))
         if found.last.over:
-            over.append(f"- {name}, last: {found.last.over}.")
+            notes.append(f"{name}, last: {found.last.over}.")
     names = dict.fromkeys(name for *_, values in rows for name in values if not name.endswith(PLAIN))
     cells = [
         [run, "" if step is None else f"{step:,}", *(f"{values[name]:.4f}" if name in values else "" for name in names)]
         for run, step, values in rows
     ]
-    _, *lines = table_lines(["run", "step", *names], cells)
-    yield from lines
-    yield ""
-    yield from over
-    yield "- best: the checkpoint of the smallest val_loss, among those that were validated."
+    notes.append("best: the checkpoint of the smallest val_loss, among those that were validated.")
     first, *others = judged
     for name in others:
         if ("task" in judged[first]) != ("task" in judged[name]):
-            yield f"- {name} is trained for something else than {first}, so that their numbers don't compare."
+            notes.append(f"{name} is trained for something else than {first}, so that their numbers don't compare.")
         elif different := differences(judged[first], judged[name]):
-            yield f"- {name} wasn't judged as {first} was, so that their numbers don't compare: {different.line(first, name)}."
+            notes.append(
+                f"{name} wasn't judged as {first} was, so that their numbers don't compare: {different.line(first, name)}."
+            )
+    return TrainingTable(head=["run", "step", *names], rows=cells, notes=notes)
 
 
 def _measure(identity: JsonObject) -> dict[str, JsonValue]:

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from pipelines.config import (
     Identity,
     JobConfig,
     absolute,
+    command_of,
     require_at_least,
     used_with,
 )
@@ -45,6 +46,9 @@ LR_SCALE = "lr_scale"
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(JobConfig):
     """Settings that every training run has; what is trained, and on what, is said by its subclasses."""
+
+    word: ClassVar[str]
+    "what `jobs/train.py` calls these settings as they are without flags"
 
     out: Free[str] = ""
     """The folder to write or continue: a path or fsspec URL."""
@@ -246,7 +250,9 @@ class TrainConfig(JobConfig):
         for note in (note for each in joins for note in each.notes()):
             logger.warning("%s", note)
         config = self.public() if saved is None else saved
-        begin_run(folder, self.identity(found), config, aside=aside, joins=[each.to_json() for each in joins])
+        command = command_of(f"python jobs/train.py {self.word}", self.public(), type(self)().public())
+        said: JsonObject = {"joins": [each.to_json() for each in joins], "command": command}
+        begin_run(folder, self.identity(found), config, aside=aside, **said)
         pointers = read_pointers(folder)
         if pointers and pointers.last_step > order.steps:
             raise ConfigError(

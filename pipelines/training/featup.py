@@ -40,6 +40,7 @@ _JITTERS, _HELD_OUT = 3, 4
 class FeatUpTraining(SquareTraining):
     """Settings of one training run: a map of pixels that agrees with a frozen backbone's features of the image as it is moved."""
 
+    word: ClassVar[str] = "featup-upsampler"
     trains: ClassVar[str] = "featup"
     trained_by: ClassVar[str] = "FeatUp's objective"
     level: ClassVar[str] = "x16"

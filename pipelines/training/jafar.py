@@ -24,6 +24,7 @@ _SCALES, _NOISE = 1, 2
 class JafarTraining(SquareTraining):
     """Settings of one training run: a frozen backbone's features of an image, learned from those of the image made smaller."""
 
+    word: ClassVar[str] = "jafar"
     trains: ClassVar[str] = "jafar"
     trained_by: ClassVar[str] = "JAFAR's objective"
     level: ClassVar[str] = "x4"

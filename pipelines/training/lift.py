@@ -33,6 +33,7 @@ LATER = ("image_width", "image_convs")
 class X2Config(SquareTraining):
     """Settings of one training run: a x2 upsampler learns a frozen backbone's features of larger images (LiFT's eq. 1)."""
 
+    word: ClassVar[str] = "lift"
     trains: ClassVar[str] = "lift"
     trained_by: ClassVar[str] = "LiFT's self-supervision"
     of_methods: ClassVar[Mapping[str, str]] = {

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ _INSTANCES = used_with(task="instances")
 @dataclass(frozen=True, kw_only=True)
 class ReadoutTraining(FeatureTraining):
     """Settings of one training run: a readout learns a dense task from a frozen backbone's features."""
+
+    word: ClassVar[str] = "deap"
 
     method: Counts[Literal["deap", "bicubic", "transposed", "strided", "linear", "featup", "depth_bins"]] = "deap"
     """The readout."""

@@ -39,6 +39,7 @@ MAX_QUERIES = 4096
 class ViTUpTraining(ImageTraining):
     """Settings of one training run: ViT-Up learns a frozen backbone's features at any coordinates of an image."""
 
+    word: ClassVar[str] = "vit-up"
     trains: ClassVar[str] = "vit_up"
     trained_by: ClassVar[str] = "ViT-Up's distillation"
     level: ClassVar[str] = "x4"

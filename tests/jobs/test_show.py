@@ -30,6 +30,7 @@ from pipelines.showing.status import BOTTLENECKS, MAX_RECORDS, RunStatus, bottle
 from pipelines.showing.views import colours_for, similar_panel, similarities, view_panel
 from storage.paths import StorageError
 from storage.store import FeatureStore, MissingRows, NotAStore, OutsideImage
+from tests.browser import opens_well
 from tests.conftest import jpeg, write_tar
 from tests.stops import dying_at_task
 
@@ -721,47 +722,12 @@ def test_report_of_a_store_without_features_says_so(make_tars, tiny):
     assert "has no features to show yet" in render_report(FeatureStore.open(config.out), count=4)
 
 
-@pytest.fixture
-def chromium() -> str:
-    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no Chromium here; make test-browser installs it")
-    return found
-
-
-OVERFLOWING = """() => [...document.querySelectorAll('body *')].filter(e => {
-    const box = e.getBoundingClientRect();
-    return box.right > innerWidth + 0.5 || box.left < -0.5
-        || (getComputedStyle(e).display != 'inline' && e.scrollWidth > e.clientWidth + 1);
-}).map(e => e.tagName + ' ' + e.textContent.slice(0, 60))"""
-
-
 @pytest.mark.parametrize("width", [1280, 390])
 def test_report_opens_in_a_browser_without_requests_errors_or_cut_off_parts(
     with_failures, tmp_path, chromium, width: int, monkeypatch
 ):
-    from playwright.sync_api import sync_playwright
-
     monkeypatch.setattr(type(with_failures.folder), "displayed", "s3://a-bucket/" + "a-very-long-name-without-spaces" * 8)
-    (tmp_path / "r.html").write_text(render_report(with_failures, count=4))
-    asked: list[str] = []
-    said: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(f"file://{tmp_path}/r.html")
-        page.locator("summary").click()
-        broken = page.evaluate("[...document.images].filter(i => !i.naturalWidth).length")
-        overflowing = page.evaluate(OVERFLOWING)
-        browser.close()
-
-    assert [url for url in asked if not url.startswith("data:")] == [f"file://{tmp_path}/r.html"]
-    assert said == []
-    assert broken == 0
-    assert overflowing == []
+    opens_well(render_report(with_failures, count=4), tmp_path, chromium, width)
 
 
 # --- remote, and without torch ----------------------------------------------------------------------------------------

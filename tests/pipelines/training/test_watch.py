@@ -1,6 +1,9 @@
 """What is said of a run's held-out images: whose scores they are, and of which step."""
 
+import io
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +12,21 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from jobs import show
+from jobs.train import program
 from operators.visual import Panel, cosine_map, heat
+from pipelines.config import command_of
 from pipelines.showing.curves import curves_figure
 from pipelines.showing.training import training_lines
+from pipelines.showing.training_page import render_training
+from pipelines.training.config import TrainConfig
+from pipelines.training.objectives import OBJECTIVES
+from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import main
 from pipelines.training.watch import Validations, similarity_picture
 from storage.documents import JsonValue
 from storage.paths import Folder
 from storage.runs import write_metrics, write_run
+from tests.browser import opens_well
 from tests.pipelines.training.test_lift import small  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,9 +179,70 @@ def test_curves_are_written_where_they_are_asked_for(tmp_path, capsys):
     assert Image.open(tmp_path / "curves.png").width > 1000
     assert "Curves: --out" not in capsys.readouterr().out
     assert show.run(["training", f"{tmp_path}/run"]) == 0
-    assert "TensorBoard's files are in tensorboard/ of each run" in capsys.readouterr().out
+    assert "TensorBoard's files are in tensorboard/ of each." in capsys.readouterr().out
     assert show.run(["training", f"{tmp_path}/run", "--out", f"{tmp_path}/curves.foo"]) == show.run(["training"]) == 2
     assert "no run: give the folder of a training run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *OBJECTIVES.values(),
+        *[OBJECTIVES["lift"].of(method="resize_conv", crop=0.5, data=("a b/{0..1}.tar",), layers=(3, -1), norm=False)],
+        OBJECTIVES["featup"].of(clip=None, clip_steps=None, channel_norm=False),
+        ReadoutTraining,
+        ReadoutTraining.of(method="depth_bins", task="depth", dataset="nyu", depth_loss="vit-up", normalise=False),
+    ],
+)
+def test_a_runs_command_gives_its_settings(config):
+    config = config() if isinstance(config, type) else config
+    command = command_of(f"train {config.word}", config.public(), type(config)().public())
+
+    _, *words = shlex.split(command)
+    given: list[TrainConfig] = []
+    parsed = replace(program, commands={"": replace(program.commands[""], run=lambda each: given.append(each) or iter(()))})
+
+    assert parsed.run(words) == 0
+    assert given[0].public() == config.public()
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """Of an upsampler with its pictures, and made-up ones, whose names HTML must escape."""
+    folder = tmp_path_factory.mktemp("pages")
+    said = {"versions": {"torch": "2"}, "command": "python jobs/train.py lift '<b>'"}
+    begun = {"identity": {"val_rows": 4}, "config": {"lr": 0.5}, **said}
+    data = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(data, "png")
+    runs = [run_of(folder / name, {0: 0.9, 4: 0.2, 8: 0.5}, bilinear=0.4) for name in ("<i>one</i>", "two" * 60)]
+    for run in runs:
+        run.write("run.json", json.dumps(begun).encode())
+        run.write("pictures/step-00000004.png", data.getvalue())
+        run.write("pictures/step-00000008.png", data.getvalue())
+    return runs
+
+
+def test_a_page_tells_all_of_training_runs(two_runs, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert show.run(["training", *(run.url for run in two_runs), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("opens without a network")
+
+    text = out.read_text()
+    assert "<i>one" not in text
+    assert "&lt;i&gt;one" in text
+    assert "python jobs/train.py lift &#39;&lt;b&gt;&#39;" in text
+    assert "torch 2" in text
+    assert text.count("data:image/png;base64,") == 2 + 2  # curves for two widths, and each run's last picture
+    assert "after 8 steps" in text
+    for cell in ("0.9000", "0.2000", "0.5000", "0.4000"):
+        assert cell in text
+    assert show.run(["training", two_runs[0].url, "--out", str(tmp_path / "page.foo")]) == 2
+    assert "or .html for a page" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_opens_in_a_browser(two_runs, tmp_path, chromium, width):
+    opens_well(render_training(two_runs), tmp_path, chromium, width)
 
 
 def test_the_end_of_a_training_says_of_which_step_its_scores_are(small):  # noqa: F811
