@@ -57,6 +57,13 @@ class Upsampler(Protocol):
         """`peak_bytes` of maps of `base` cells and images of `image` pixels, for methods whose memory depends on those too."""
         return self.peak_bytes(batch, channels, grid)
 
+    def parts(
+        self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]
+    ) -> tuple[int, int]:
+        """How many images a call takes together, and in how many parts, one after another, it makes the grid of these; the rest
+        as `call_bytes`."""
+        return batch, 1
+
     def allow(self, working_bytes: int) -> None:
         """Take as many images or cells at once as fit into so many bytes, where the method works on some at a time.
 

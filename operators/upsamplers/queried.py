@@ -190,6 +190,12 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         given = 4 * batch * (channels * (math.prod(grid) + math.prod(base)) + anew)
         return self.kept_bytes(batch) + largest_weight_bytes(self.net) + given + working
 
+    def parts(
+        self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]
+    ) -> tuple[int, int]:
+        images = min(batch, self._images_at_once(channels, base, image, grid))
+        return images, sum(1 for _ in self._tiles(images, channels, base, grid))
+
     def kept_bytes(self, batch: int) -> int:
         return weights_bytes(self.net)
 

@@ -253,6 +253,11 @@ class LearnedUpsampler(Upsampler, Generic[N]):
         maps = 4 * batch * channels * grid[0] * grid[1] * 5 // 4
         return self.kept_bytes(batch) + largest_weight_bytes(self.net) + maps + working
 
+    def parts(
+        self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]
+    ) -> tuple[int, int]:
+        return min(batch, self._images_at_once(grid)), 1
+
     def kept_bytes(self, batch: int) -> int:
         return weights_bytes(self.net)
 
@@ -305,6 +310,13 @@ class StripedUpsampler(LearnedUpsampler[N]):
 
     def call_bytes(self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]) -> int:
         return self._bytes(batch, channels, _Sizes.of(base, self.method.passes(self.settings, base, grid), image), grid)
+
+    def parts(
+        self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]
+    ) -> tuple[int, int]:
+        sizes = _Sizes.of(base, self.method.passes(self.settings, base, grid), image)
+        images, rows = self._at_once(batch, channels, sizes)
+        return images, -(-grid[0] // rows)
 
     def _bytes(self, batch: int, channels: int, sizes: "_Sizes", grid: tuple[int, int]) -> int:
         images, rows = self._at_once(batch, channels, sizes)

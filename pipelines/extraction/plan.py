@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ class LevelCost:
     "raw bytes of the largest object"
     device_bytes: int = 0
     "upper bound on what a batch's call of its learned upsampler takes, weights and result included"
+    images_at_once: int = 0
+    "of a batch, by its learned upsampler"
+    parts: int = 0
+    "one after another, in which the grid of these images is made"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,8 @@ class Plan:
     device: str
     actors: int
     batch: int
+    usual_batch: int
+    "what `batch` would be with more of the device's memory free"
     device_bytes: int
     host_bytes: int
     "of one actor, beside the interpreter and its libraries"
@@ -94,6 +100,15 @@ class Plan:
         """Time for the pending tasks on `actors` workers like the timed one."""
         return self.pending * self.block_rows * self.seconds_per_image / max(self.actors, 1)
 
+    @property
+    def _halved(self) -> str:
+        return "" if self.batch == self.usual_batch else f", not of {self.usual_batch}: too little is free"
+
+    def _steps(self, cost: LevelCost) -> str:
+        """How many images are taken together, and in how many parts their grid is made, in words."""
+        at_once = "all at once" if cost.images_at_once >= self.batch else f"{cost.images_at_once} at a time"
+        return f"{at_once}, each grid {'whole' if cost.parts == 1 else f'in {cost.parts:,} parts'}"
+
     def to_json(self) -> JsonObject:
         sums = {name: getattr(self, name) for name in ("total_bytes", "total_objects", "estimate_s")}
         return json.loads(json.dumps(asdict(self) | sums))
@@ -118,8 +133,8 @@ class Plan:
             what = f"{level.name:<6} {shape:<18} {level.dtype:<8} {level.method}"
             lines.append(("" if i else "levels", what, size))
             if cost.device_bytes:
-                held = f"{size_text(cost.device_bytes)} of the {self.device}'s memory for {self.batch} images, in parts"
-                lines.append(("", f"{'':<6} made by {level.method}", held))
+                held = f"{size_text(cost.device_bytes)} of the {self.device}'s memory for {self.batch} images"
+                lines.append(("", f"{'':<6} made by {level.method}", f"{held}: {self._steps(cost)}"))
         lines += [("note", note, "") for note in self.notes]
         stages = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in self.stage_seconds.items())
         lines += [
@@ -131,7 +146,7 @@ class Plan:
             ),
             (
                 "memory",
-                f"{self.device} {size_text(self.device_bytes)} for batches of {self.batch}",
+                f"{self.device} {size_text(self.device_bytes)} for batches of {self.batch}{self._halved}",
                 f"host {size_text(self.host_bytes - self.decode_bytes)} per actor, and up to {size_text(self.decode_bytes)} "
                 "to decode large images",
             ),
@@ -158,7 +173,7 @@ def make_plan(prepared: Prepared) -> Plan:
     pending, state = _state(prepared)
     on_gpu = pool.device == "cuda" and torch.cuda.is_available()
     model = prepared.bundle.build("cuda") if on_gpu else prepared.model
-    batch = default_batch(config, layout, pool.device)
+    batch = usual_batch = default_batch(config, layout, pool.device)
     if config.batch:
         model.fit_upsamplers(batch)
     else:
@@ -188,10 +203,11 @@ def make_plan(prepared: Prepared) -> Plan:
         tasks=layout.n_blocks,
         pending=pending,
         block_rows=layout.block_rows,
-        levels=tuple(replace(_level_cost(each, layout), device_bytes=model.level_bytes(each, batch)) for each in spec.levels),
+        levels=tuple(_level_cost(each, layout, model.level_cost(each, batch)) for each in spec.levels),
         device=pool.device,
         actors=pool.size,
         batch=batch,
+        usual_batch=usual_batch,
         device_bytes=model.peak_bytes(batch),
         # Two tasks overlap in an actor: their images and encoded rows, next to the weights.
         host_bytes=2 * (block_bytes + image_bytes + input_bytes) + weights_bytes + decode_bytes,
@@ -217,7 +233,9 @@ def _statistics(spec: FeatureSpec) -> str:
     return f"mean {mean}, std {std}, {spec.interpolation}{args}"
 
 
-def _level_cost(level: Level, layout: Layout) -> LevelCost:
+def _level_cost(level: Level, layout: Layout, made: tuple[int, int, int]) -> LevelCost:
+    """`made`: what `FeatureModel.level_cost` says of it."""
+    device_bytes, images_at_once, parts = made
     rows = layout.shard_rows(level) if level.grid else layout.block_rows
     arrays = 2 if level.dtype == "int8" else 1
     return LevelCost(
@@ -225,6 +243,9 @@ def _level_cost(level: Level, layout: Layout) -> LevelCost:
         raw_bytes=layout.n_rows * level.row_bytes,
         objects=-(-layout.n_rows // rows) + (arrays - 1) * layout.n_blocks,
         shard_bytes=min(rows, layout.n_rows) * level.row_bytes,
+        device_bytes=device_bytes,
+        images_at_once=images_at_once,
+        parts=parts,
     )
 
 

@@ -111,7 +111,7 @@ class ShardWorker:
             return TaskReport(block=task.block, outcome="replaced", error=str(error))
         except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
             message = redact(f"{type(error).__name__}: {error}", self.config.options)
-            is_known = isinstance(error, OSError | StorageError)
+            is_known = isinstance(error, OSError | StorageError | torch.OutOfMemoryError)
             logger.warning("task %d did not finish: %s", task.block, message, exc_info=not is_known)
             return TaskReport(block=task.block, outcome="error", error=message)
 
@@ -214,23 +214,25 @@ class ShardWorker:
                     # Failed images are in the batch, as zeros: the others' numbers don't depend on who failed.
                     with self._device_lock:
                         rows = self._host.begin(self.model(loaded.pixels[start:stop]), self.store.spec.levels)
-                except torch.OutOfMemoryError:
-                    if pace.halved:
-                        raise
-                    restrained = self.model.restrain()
-                    if pace.batch == 1 and not restrained:
-                        raise
-                    self._halve(task, pace)
+                except torch.OutOfMemoryError as error:
+                    self._take_less(task, pace, error)
                     continue
                 yield start, rows
             start = stop
 
-    def _halve(self, task: ShardTask, pace: "_Pace") -> None:
-        batch = max(1, pace.batch // 2)
-        logger.warning("task %d: out of GPU memory with batches of %d; going on with %d", task.block, pace.batch, batch)
+    def _take_less(self, task: ShardTask, pace: "_Pace", error: torch.OutOfMemoryError) -> None:
+        """Halve the batch, and have upsamplers take as little at once as they can. Raises `OutOfMemoryError` after that."""
+        restrained, before = self.model.restrain(), pace.batch
+        if before == 1 and not restrained:
+            raise torch.OutOfMemoryError(
+                f"{error} That is with one image at a time: use fewer actors on a GPU (--actor-gpus), a smaller --size, or "
+                "coarser levels"
+            ) from None
+        pace.batch = max(1, before // 2)
+        self.batch = min(self.batch, pace.batch)
+        less = ", and with upsamplers that take less at once" if restrained else ""
+        logger.warning("task %d: out of memory with batches of %d; going on with %d%s", task.block, before, pace.batch, less)
         torch.cuda.empty_cache()
-        pace.batch, pace.halved = batch, True
-        self.batch = min(self.batch, batch)
 
     def _encode(self, writer: BlockWriter, loaded: Loaded, rows: HostRows, start: int) -> None:
         loaded.took("forward", rows.seconds.forward)
@@ -258,8 +260,6 @@ class _Pace:
     """How many images of a task are computed at once."""
 
     batch: int
-    halved: bool = False
-    "memory didn't suffice once; a second time, the task fails"
 
 
 def _decoded(

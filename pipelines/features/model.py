@@ -173,12 +173,14 @@ class FeatureModel:
         """The upsamplers, those that several levels share once."""
         return list({id(each): each for each in self.upsamplers.values()}.values())
 
-    def level_bytes(self, level: Level, batch: int) -> int:
-        """Upper bound on the device memory that making a level with learned weights takes beside the backbone; else 0."""
+    def level_cost(self, level: Level, batch: int) -> tuple[int, int, int]:
+        """Of making a level with learned weights: an upper bound on the device memory that it takes beside the backbone, how many
+        images of a batch are taken together, and in how many parts their grid is made; else zeros."""
         if not level.digest or level.grid is None:
-            return 0
-        base, size = self.backbone.grid_of(self.spec.input_size), self.spec.input_size
-        return self.upsamplers[level.name].call_bytes(batch, level.channels, base, size, level.grid)
+            return 0, 0, 0
+        upsampler, size = self.upsamplers[level.name], self.spec.input_size
+        call = (batch, level.channels, self.backbone.grid_of(size), size, level.grid)
+        return (upsampler.call_bytes(*call), *upsampler.parts(*call))
 
     def peak_bytes(self, batch: int) -> int:
         """Upper bound on device memory for a batch: the backbone, its images, what upsamplers keep, the largest one's call, and

@@ -95,6 +95,11 @@ class ViTUp(Upsampler):
         querying = result + coordinates + queries * self._bytes_per_query(channels // self.config.channels)
         return self.kept_bytes(batch) + max(self._preparing_bytes(), querying)
 
+    def parts(
+        self, batch: int, channels: int, base: tuple[int, int], image: tuple[int, int], grid: tuple[int, int]
+    ) -> tuple[int, int]:
+        return 1, -(-grid[0] * grid[1] // self.query_chunk(channels // self.config.channels))
+
     def kept_bytes(self, batch: int) -> int:
         weights = sum(p.nbytes for module in (self._backbone, self._head) for p in module.parameters())
         return weights + batch * self._cache_bytes()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import zarr
 
 from pipelines.config import ConfigError
@@ -18,6 +19,7 @@ from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import RunFailed, extract, main
 from pipelines.extraction.worker import ShardWorker
+from pipelines.features.model import FeatureModel
 from pipelines.provenance import versions
 from storage import samples
 from storage.paths import Folder
@@ -25,6 +27,7 @@ from storage.ranges import try_ranges
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
 from tests.conftest import jpeg, unreadable, write_tar
+from tests.pipelines.extraction.test_s3 import tree
 from tests.stops import dying_at_task
 
 
@@ -271,6 +274,69 @@ def test_json_is_how_a_plan_is_printed(make_tars, tiny):
     with pytest.raises(ConfigError, match="--json is how --plan is printed"):
         list(main(config))
     assert not Path(config.out).exists()
+
+
+# --- a device whose memory is short -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch):
+    """A device that holds so many images at once."""
+    whole = FeatureModel.__call__
+
+    def make(fits: int) -> None:
+        def call(model: FeatureModel, pixels: np.ndarray, *args: object, **kwargs: object) -> object:
+            if len(pixels) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return whole(model, pixels, *args, **kwargs)
+
+        monkeypatch.setattr(FeatureModel, "__call__", call)
+
+    return make
+
+
+@pytest.mark.parametrize(("fits", "batch"), [(1, 1), (3, 2), (4, 4)])
+def test_short_memory_halves_the_batch_down_to_single_images_and_nothing_else_changes(
+    make_tars, tiny, tmp_path, short_of_memory, caplog, fits, batch
+):
+    data = make_tars(1, 10)
+    alike = tiny(data, out=str(tmp_path / "alike.zarr"), block_rows=8, batch=batch)
+    extract(alike, InlineExecutor())
+    short_of_memory(fits)
+    config = tiny(data, out=str(tmp_path / "short.zarr"), block_rows=8, batch=8)
+
+    extract(config, InlineExecutor())
+
+    assert tree(Folder(config.out)) == tree(Folder(alike.out))
+    steps = [(8, 4), (4, 2), (2, 1)]
+    said = [f"out of memory with batches of {a}; going on with {b}" for a, b in steps if a > fits]
+    # The next task begins where the first one ended.
+    assert [record.getMessage() for record in caplog.records if "out of memory" in record.message] == [
+        f"task 0: {x}" for x in said
+    ]
+
+
+def test_upsamplers_that_take_less_may_be_all_that_a_single_image_needs(make_tars, tiny, short_of_memory, caplog, monkeypatch):
+    short_of_memory(0)
+
+    def restrain(_: FeatureModel) -> bool:
+        short_of_memory(1)
+        return True
+
+    monkeypatch.setattr(FeatureModel, "restrain", restrain)
+
+    assert extract(tiny(make_tars(1, 3), batch=1), InlineExecutor()).ok == 3
+
+    assert "out of memory with batches of 1; going on with 1, and with upsamplers that take less at once" in caplog.text
+
+
+def test_memory_that_does_not_hold_one_image_ends_the_run_with_what_to_do(make_tars, tiny, short_of_memory, caplog):
+    short_of_memory(0)
+
+    with pytest.raises(RunFailed, match=r"CUDA out of memory\. That is with one image at a time: use fewer actors on a GPU"):
+        extract(tiny(make_tars(1, 3)), InlineExecutor())
+
+    assert "Traceback" not in caplog.text
 
 
 # --- the same store, other settings -----------------------------------------------------------------------------------

@@ -696,14 +696,36 @@ def test_plan_counts_the_memory_of_a_learned_level(keys, tmp_path, capsys):
     upsampler = learned_upsampler(OFFICIAL, make_net().state_dict())
     rows = 4 * 16 * 16 * 64 * 2  # stay on the device until they are copied, while the next batch's are made
     assert with_lift["device_bytes"] - without["device_bytes"] == upsampler.peak_bytes(4, 64, (16, 16)) + 2 * rows
+    assert [(level["images_at_once"], level["parts"]) for level in with_lift["levels"]] == [(0, 0), (4, 1)]
     assert [level["device_bytes"] for level in with_lift["levels"]] == [0, upsampler.peak_bytes(4, 64, (16, 16))]
     run(arguments(data, tmp_path / "said.zarr", "--levels", f"x4=lift:{url}", "--plan", "--batch", "4", "--block-rows", "4"))
-    assert re.search(r"made by lift +[\d.]+ MB of the cpu's memory for 4 images, in parts", capsys.readouterr().out)
+    assert re.search(
+        r"made by lift +[\d.]+ MB of the cpu's memory for 4 images: all at once, each grid whole\n", capsys.readouterr().out
+    )
     weights = sum(value.nbytes for value in make_net().state_dict().values())
     block = 2 * 4 * 16 * 16 * 64 * 2
     assert with_lift["host_bytes"] - without["host_bytes"] == pytest.approx(block + weights, rel=0.05)
     assert [one["level"]["method"] for one in with_lift["levels"]] == ["backbone", "lift"]
     assert with_lift["stage_seconds"]["upsample"] > 0
+
+
+def test_plan_says_what_little_memory_makes_of_a_batch_and_of_a_grid(keys, tmp_path, capsys, monkeypatch):
+    url, data = official_file(tmp_path / "lift.pth"), keys().data
+    level = ["--levels", f"x4=lift:{url}", "--plan", "--block-rows", "4"]
+    monkeypatch.setattr("pipelines.features.model.free_bytes", lambda _: 0)
+    monkeypatch.setattr(type(learned_upsampler(OFFICIAL, make_net().state_dict())), "parts", lambda *_: (1, 1234))
+
+    assert (
+        run(arguments(data, tmp_path / "a.zarr", *level))
+        == run(arguments(data, tmp_path / "a.zarr", *level, "--batch", "4"))
+        == 0
+    )
+
+    halved, given = (text.splitlines() for text in capsys.readouterr().out.split("drop --plan to start\n")[:2])
+    assert any(line.endswith("for 1 images: all at once, each grid in 1,234 parts") for line in halved)
+    assert any("for batches of 1, not of 4: too little is free" in line for line in halved)
+    assert any(line.endswith("for 4 images: 1 at a time, each grid in 1,234 parts") for line in given)
+    assert not any("too little is free" in line for line in given)
 
 
 def test_store_with_a_learned_level_is_shown_beside_the_bilinear_map(keys, tmp_path, capsys):
