@@ -148,7 +148,7 @@ PRESETS: dict[str, TrainConfig] = {
     # `python jobs/train.py featup-dinov2-s14-coco --data 'coco-train2017-{000..117}.tar' --out featup-s14`
     "featup-dinov2-s14-coco": FeatUpTraining.of(**published.FEATUP_TRAINING),
     # A supervised ViT-Ti/16 on 600 photographs: images of 64 px instead of 224, two jitters instead of five.
-    # pipelines/TRAINING.md says how far that is known.
+    # pipelines/TRAINING.md has the results.
     "featup-vit-tiny-photos": FeatUpTraining(
         crop=0.5,
         jitters=2,
