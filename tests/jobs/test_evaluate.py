@@ -1,11 +1,19 @@
 """The command line of evaluations: presets, mistakes, and what is printed and written."""
 
+import contextlib
 import json
+import shutil
+import tarfile
+from pathlib import Path
 
 import pytest
 
 from jobs import evaluate, train
 from pipelines.config import ConfigError
+from pipelines.demo_datasets import write_demo
+from tests.conftest import unreadable
+from tests.goldens import golden_file
+from tests.pipelines.evaluation.test_evaluation import make_davis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +48,69 @@ def test_debug_probes_what_debug_readout_trained(tmp_path, monkeypatch, capsys):
     assert evaluate.run(["probe", "debug"]) == 0
     assert "| train-readout on low-res" in capsys.readouterr().out
     assert (tmp_path / "demo/eval-probe/pictures/predictions.png").exists()
+
+
+READ_IMAGES = {
+    "correspondence": "JPEGImages/cat/2008_000001.jpg",
+    "video": "JPEGImages/480p/clip-a/00003.jpg",
+    "discovery": "VOCdevkit/VOC2007/JPEGImages/*.jpg",
+    "cka": "JPEGImages/cat/2008_000001.jpg",
+    "similarity": "JPEGImages/cat/2008_000001.jpg",
+    "probe": "VOCdevkit/VOC2012/JPEGImages/*.jpg",
+    "navi": "navi_v1/*/wild_set/images/downsampled_000.jpg",
+}
+"""An image below the data of every evaluation that reads some."""
+
+
+def test_every_evaluation_of_images_is_tried_without_one():
+    assert READ_IMAGES.keys() == evaluate.TASKS.keys() - {"runtime"} | {"navi"}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The data of every evaluation, and a readout; by task, words after which --data and --out are given."""
+    root = tmp_path_factory.mktemp("evaluated")
+    write_demo(str(root))
+    with tarfile.open(golden_file("navi_mini.tar")) as tar:
+        tar.extractall(root / "NAVI", filter="data")
+    debug = "--model test_vit.r160_in1k --weights random --precision fp32 --executor inline --device cpu"
+    words = {
+        task: (root / Path(presets["debug"].data).name, [task, "debug"])
+        for task, presets in evaluate.PRESETS.items()
+        if task in READ_IMAGES
+    }
+    navi = ["--protocol", "navi", "--levels", "x1", "112x112=bilinear", "--sizes", "448", "--every", "1", "--matches", "200"]
+    words["navi"] = root / "NAVI", ["correspondence", *navi, *debug.split()]
+    words["video"] = make_davis(root / "two-clips"), ["video", "debug"]
+    with contextlib.chdir(root):
+        assert train.run(["debug-readout", "--max-steps", "4"]) == 0
+    data, probe = words["probe"]
+    words["probe"] = data, [*probe, "--readouts", str(root / "demo/train-readout"), "--split", "train"]
+    return words
+
+
+@pytest.mark.parametrize(
+    ("task", "fault"), [*((task, "no image") for task in READ_IMAGES), ("probe", "no permission"), ("navi", "no permission")]
+)
+def test_an_image_that_can_not_be_read_costs_its_own_items_alone(task, fault, evaluated, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data, words = evaluated[task]
+    shutil.copytree(data, tmp_path / "data")
+    image = min((tmp_path / "data").glob(READ_IMAGES[task]))
+    if fault == "no image":
+        image.write_text("no image")
+    else:
+        unreadable(monkeypatch, str(image))
+
+    assert evaluate.run([*words, "--data", str(tmp_path / "data"), "--out", "out"]) == 0
+
+    found = json.loads(Path("out/results.json").read_text())["items"]
+    (left_out,) = [each for each in found["left_out"] if image.name in each["first"]]
+    assert left_out["reason"].startswith(
+        {"no image": "can't be read as an image", "no permission": "can't be read: Permission"}[fault]
+    )
+    assert all(count > 0 for count in found["scored"].values())
+    assert left_out["reason"] in capsys.readouterr().out
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):
