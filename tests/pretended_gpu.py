@@ -180,6 +180,8 @@ def _without_driver(free: int) -> Iterator[None]:
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, free))
+        # BatchNorm would be one of cuDNN's operators, which the CPU hasn't.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         # Else a module keeps its parameters' class, which isn't the GPU's.
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)

@@ -127,12 +127,13 @@ def pooled(levels: Sequence[Tensor], boxes: Sequence[Tensor], side: int, canonic
     images = torch.arange(len(boxes), device=levels[0].device).repeat_interleave(
         torch.tensor(counts).to(levels[0].device), output_size=sum(counts)
     )
-    all_boxes = torch.cat([*boxes]).to(levels[0].dtype)
-    rois = torch.cat([images[:, None].to(all_boxes.dtype), all_boxes], dim=1)
-    numbers = pooling_levels(all_boxes.float(), canonical_size)
+    all_boxes = torch.cat([*boxes]).float()
+    rois = torch.cat([images[:, None].float(), all_boxes], dim=1)
+    numbers = pooling_levels(all_boxes, canonical_size)
     order = numbers.argsort(stable=True)
+    # In float32 under any autocast: half precision has no pixels above 256.
     parts = [
-        roi_align(level, rois[numbers == number], side, 1 / stride, sampling_ratio=0, aligned=True)
+        roi_align(level.float(), rois[numbers == number], side, 1 / stride, sampling_ratio=0, aligned=True)
         for number, level, stride in zip(LEVELS, levels, STRIDES, strict=False)
     ]
     return torch.cat(parts)[order.argsort()]

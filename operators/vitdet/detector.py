@@ -106,7 +106,7 @@ class Detector(nn.Module):
 
     # --- all of them ------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def detect(self, images_BCHW: Tensor, sizes: Sequence[Size], output_sizes: Sequence[Size]) -> list[Detections]:
         """What is found in each image, at its output size. The network must be in eval mode."""
         frame_sizes = self.in_frame(sizes)

@@ -15,16 +15,14 @@ from operators.vitdet.settings import DetectorError, DetectorSettings, Size
 
 
 def fitted_size(size: Size, side: int) -> Size:
-    """Height and width with the longer side brought to `side` pixels; halves are rounded up."""
-    height, width = size
-    # As the published code reckons: the shorter side first, the whole then made smaller where it is too large.
-    scale = side / min(height, width)
-    longer = scale * max(height, width)
-    scales = [side / longer] if longer > side else []
-    sides = [float(side) if each == min(height, width) else scale * each for each in (height, width)]
-    for factor in scales:
-        sides = [each * factor for each in sides]
-    return int(sides[0] + 0.5), int(sides[1] + 0.5)
+    """Height and width with the longer side brought to `side` pixels; halves are rounded up.
+
+    Reckoned as the published code does, the shorter side first, so that rounding is the same.
+    """
+    shorter = min(size)
+    sides = [float(side) if each == shorter else side / shorter * each for each in size]
+    height, width = (max(1, int(each * (side / max(sides)) + 0.5)) for each in sides)
+    return height, width
 
 
 def resize(image: Image.Image, side: int) -> Image.Image:
@@ -43,7 +41,8 @@ def padded(images: Sequence[np.ndarray | Tensor], settings: DetectorSettings) ->
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (settings.pixel_mean, settings.pixel_std))
     batch, sizes = [], []
     for image in images:
-        pixels = torch.as_tensor(image).permute(2, 0, 1).float()
+        # Copied, since arrays of Pillow are read-only.
+        pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1).float()
         height, width = pixels.shape[1:]
         if max(height, width) > side:
             raise DetectorError(f"an image of {height} x {width} px doesn't fit into {side} x {side}; resize it first")

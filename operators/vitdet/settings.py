@@ -117,6 +117,8 @@ class DetectorSettings:
         for name in ("square_pad", "image_size", "pretrain_size"):
             if getattr(self, name) % PATCH:
                 raise DetectorError(f"{name} must be a multiple of {PATCH} pixels, got {getattr(self, name)}")
+        if self.square_pad < STRIDES[3]:
+            raise DetectorError(f"square_pad must be at least {STRIDES[3]} pixels, a cell of p5; got {self.square_pad}")
         if self.dim % self.heads or self.dim % 4:
             raise DetectorError(f"dim must be a multiple of 4 and of the {self.heads} heads, got {self.dim}")
         if any(not 0 <= block < self.depth for block in self.global_blocks):
