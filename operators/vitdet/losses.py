@@ -172,7 +172,7 @@ class _ScaledGradient(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.scale, None
 
 
@@ -193,7 +193,7 @@ def stage_losses(
             samples = [labelled(each, truth, iou, classes) for each, truth in zip(boxes, truths, strict=True)]
         pooled = heads.pooled(levels, boxes, BOX_SIDE)
         if heads.stages > 1:
-            pooled = _ScaledGradient.apply(pooled, 1 / heads.stages)  # type: ignore[no-untyped-call]
+            pooled = _ScaledGradient.apply(pooled, 1 / heads.stages)
         logits, deltas = heads.stage(number, pooled)
         entropy, distance = box_losses(logits, deltas, samples, truths, STAGE_CODERS[number])
         suffix = f"_stage{number}" if heads.stages > 1 else ""
