@@ -5,6 +5,7 @@
     python jobs/evaluate.py correspondence debug
     python jobs/evaluate.py runtime vit-up-table9 --out eval/runtime --paper
     python jobs/evaluate.py probe --data VOC2012 --readouts runs/deap runs/linear --model vit_base_patch16_224.mae --out eval/voc
+    python jobs/evaluate.py detection lift-coco --data coco --detector vitdet_b.pkl --finetuned runs/vitdet-lift --out eval/coco
     python jobs/evaluate.py classify --data train.zarr --test val.zarr --label cls --out eval/classes
 
 The first word is a task, the second one, which may be left out, a preset of it. Every table has the low-resolution row and the
@@ -19,11 +20,12 @@ from jobs.program import Command, Program
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import write_demo
-from pipelines.evaluation import cka, classify, correspondence, discovery, readouts, similarity, video
+from pipelines.evaluation import cka, classify, correspondence, detection, discovery, readouts, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.classify import ClassifyConfig
-from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
+from pipelines.evaluation.detection import DetectionConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import main
@@ -36,10 +38,11 @@ LIFT = {**LIFT_FEATURES, "ragged": True}
 
 LIFT_SIZES = (56, 112, 224, 448)
 
-DEBUG = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", "executor": "inline", "device": "cpu"}
+HERE = {"executor": "inline", "device": "cpu"}
+DEBUG = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", **HERE}
 """No network, no Ray, no GPU: random weights on drawn images. Seconds on 2 CPU cores; what the tests run."""
 
-PRESETS: dict[str, dict[str, EvaluateConfig]] = {
+PRESETS: dict[str, dict[str, EvaluationConfig]] = {
     # No preset but `debug` was run here: data sets, weights or GPUs lack. What the papers have for them, --paper prints.
     "correspondence": {
         "debug": CorrespondenceConfig.of(data="demo/evaluate/SPair-71k", out="demo/eval-spair", sizes=(64,), **DEBUG),
@@ -102,6 +105,21 @@ PRESETS: dict[str, dict[str, EvaluateConfig]] = {
         # Of what `jobs/train.py debug-readout` trained.
         "debug": ProbeConfig.of(data="demo/evaluate/VOC2012", out="demo/eval-probe", readouts=("demo/train-readout",), **DEBUG)
     },
+    "detection": {
+        "debug": DetectionConfig.of(
+            data="demo/evaluate/coco",
+            out="demo/eval-detection",
+            detector="random",
+            upsamplers=("lift",),
+            size=64,
+            shown_from=0.0,
+            **HERE,
+        ),
+        # LiFT's Table 4, Mask R-CNN and Cascade R-CNN.
+        # `python jobs/evaluate.py detection lift-coco --data coco --detector vitdet_b.pkl --finetuned RUN --out ... --paper`
+        "lift-coco": DetectionConfig.of(head="mask_rcnn", size=512),
+        "lift-coco-cascade": DetectionConfig.of(head="cascade", size=512),
+    },
 }
 
 TASKS = {
@@ -112,6 +130,7 @@ TASKS = {
     "similarity": similarity,
     "runtime": runtime,
     "probe": readouts,
+    "detection": detection,
 }
 
 program = Program(

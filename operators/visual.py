@@ -131,6 +131,75 @@ def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return (matplotlib.colormaps["viridis"](np.clip(scaled, 0, 1))[..., :3] * 255).round().astype(np.uint8)
 
 
+_KINDS = (
+    (230, 60, 50), (60, 140, 250), (40, 180, 90), (250, 170, 30), (170, 80, 220), (20, 190, 200), (240, 100, 170), (140, 190, 40),
+    (120, 110, 240), (200, 120, 60),
+)  # fmt: skip
+"""Colours of kinds of objects, used again from the 11th on: names are beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnObject:
+    """An object of a picture."""
+
+    box: tuple[float, float, float, float]
+    "x1, y1, x2, y2 in the picture's pixels"
+    mask: np.ndarray | None
+    "bool [H, W] of the picture's pixels"
+    text: str
+    kind: int = 0
+    "number of its class, which its colour is of"
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        return _KINDS[self.kind % len(_KINDS)]
+
+
+def draw_objects(pixels_HW3: np.ndarray, objects: Sequence[DrawnObject]) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], with its objects' masks as tints, their boxes as frames, and their texts on grounds of their
+    colour, inside the picture and beside each other where there is room; what comes later lies above."""
+    tinted = pixels_HW3.astype(np.float32)
+    for each in objects:
+        if each.mask is not None:
+            tinted[each.mask] = 0.55 * tinted[each.mask] + 0.45 * np.array(each.colour)
+    image = Image.fromarray(tinted.round().astype(np.uint8))
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
+    for each in objects:
+        x1, y1, x2, y2 = each.box
+        # Pillow refuses frames that end before they begin.
+        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=each.colour, width=2)
+    taken: list[tuple[float, float, float, float]] = []
+    for each in reversed(objects):
+        size = pen.textlength(each.text, font=font) + 4, 15.0
+        taken.append(_text_place(each.box, size, image.size, taken))
+    for each, (left, top, right, bottom) in zip(objects, reversed(taken), strict=True):
+        pen.rectangle((left, top, right, bottom), fill=each.colour)
+        dark = np.dot(each.colour, (0.299, 0.587, 0.114)) < 150
+        pen.text((left + 2, top), each.text, fill="white" if dark else "black", font=font)
+    return np.asarray(image)
+
+
+def _text_place(
+    box: tuple[float, float, float, float],
+    size: tuple[float, float],
+    picture: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    """Where a box's text goes: above its upper side, below it or at its lower side, and further down; what covers least."""
+    (x1, y1, _, y2), (width, height) = box, size
+    left = min(max(0.0, x1), max(0.0, picture[0] - width))
+    tops = [y1 - height, y1, y2 - height, y2, *(y1 + n * height for n in range(1, 6))]
+    inside = [min(max(0.0, top), max(0.0, picture[1] - height)) for top in tops]
+    places = [(left, top, left + width, top + height) for top in inside]
+    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
+    """Pixels that two places share."""
+    across, down = (min(one[axis + 2], other[axis + 2]) - max(one[axis], other[axis]) for axis in (0, 1))
+    return max(0.0, across) * max(0.0, down)
+
+
 _BAR_PX = 160
 """Length of a colour bar."""
 

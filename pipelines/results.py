@@ -285,15 +285,22 @@ class Findings:
     pictures: Mapping[str, Image.Image | bytes] = field(default_factory=dict)
     clipped: ClippedFeatures | None = None
     "values that float16 couldn't hold"
+    times: tuple[Table, ...] = ()
+    "what the work took: the same evaluation takes another time elsewhere"
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    "further objects of the output folder, by name"
 
 
 def write_results(folder: Folder, task: str, config: JsonObject, features: JsonObject, findings: Findings) -> str:
     """Write results.md, results.json and pictures/; returns the Markdown."""
     for name, picture in findings.pictures.items():
         folder.write(f"pictures/{name}", picture if isinstance(picture, bytes) else _png(picture))
+    for name, data in findings.files.items():
+        folder.write(name, data)
     report: JsonObject = {
         "task": task,
         "tables": [asdict(table) for table in findings.tables],
+        **({"times": [asdict(table) for table in findings.times]} if findings.times else {}),
         "items": findings.items.to_json(),
         "left_out": [asdict(each) for each in findings.items.left_out],
         "clipped": asdict(findings.clipped) if findings.clipped else None,
@@ -310,7 +317,7 @@ def write_results(folder: Folder, task: str, config: JsonObject, features: JsonO
 
 
 def _markdown(task: str, findings: Findings) -> str:
-    parts = [f"# {task}", *(table.markdown() for table in findings.tables)]
+    parts = [f"# {task}", *(table.markdown() for table in (*findings.tables, *findings.times))]
     # What was left out shouldn't be overlooked.
     parts.append(f"**{findings.items}**" if findings.items.left_out else str(findings.items))
     parts.append("\n".join(f"- {name}: {value}" for name, value in findings.choices.items()))

@@ -9,21 +9,24 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import safetensors.torch
 from PIL import Image
 
-from operators.timm_models import create_model, weights_digest
+from operators.timm_models import create_model, state_arrays, weights_digest
+from operators.vitdet.checkpoint import build, described
 from pipelines.config import JobConfig
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import scene
-from pipelines.evaluation import cka, correspondence, discovery, readouts, similarity, video
+from pipelines.evaluation import cka, correspondence, detection, discovery, readouts, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
+from pipelines.evaluation.detection import DetectionConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import Task, evaluate
@@ -33,6 +36,7 @@ from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
+from pipelines.features.detectors import RANDOM
 from pipelines.tables import deap
 from pipelines.tables.cells import GridConfig
 from pipelines.training import data as training_data
@@ -109,6 +113,9 @@ def write_world(root: Path) -> Path:
     for name, seed in (("weights", 0), ("weights_b", 1)):
         write_weights(root / name, seed=seed)
     _write_checkpoints(root)
+    for name, seed in (("detector", 0), ("detector_b", 1)):
+        write_detector(root / name, seed)
+    write_detector(root / "lifted", 0, {"method": "lift", "channels": RANDOM.dim, "patch": 16, "image_width": 8})
     return root
 
 
@@ -216,6 +223,14 @@ def write_weights(folder: Path, seed: int, args: Mapping[str, object] | None = N
     said = {"architecture": VIT.partition(".")[0], "pretrained_cfg": {"input_size": [3, 160, 160], **pretrained}}
     said |= {"model_args": args} if args else {}
     (folder / "config.json").write_text(json.dumps(said))
+
+
+def write_detector(folder: Path, seed: int, upsampler: Mapping[str, JsonValue] | None = None) -> None:
+    """A detector with random weights, which finds something whatever its scores are."""
+    folder.mkdir(parents=True)
+    described_as = described(replace(RANDOM, classes=2, score_threshold=0.0, topk=10), upsampler)
+    safetensors.numpy.save_file(state_arrays(build(described_as, seed)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(described_as))
 
 
 def _write_checkpoints(root: Path) -> None:
@@ -389,6 +404,19 @@ KINDS: Mapping[str, Kind] = {
     "cka": _evaluation("cka", cka, CkaConfig, "VOC2012/VOCdevkit/VOC2012/JPEGImages", sizes=(32, 64)),
     "similarity": _evaluation("similarity", similarity, SimilarityConfig, "SPair-71k/JPEGImages", sizes=(64,)),
     "probe": _evaluation("probe", readouts, ProbeConfig, "VOC2012", "readout", readouts=("WORLD/readout",)),
+    "detection": kind_of(
+        DetectionConfig,
+        evaluated("detection", detection),
+        "coco",
+        "detector",
+        ends_with="parts/*",
+        data="WORLD/coco",
+        detector="WORLD/detector",
+        upsamplers=("lift",),
+        size=64,
+        pictures=0,
+        **HERE,
+    ),
     "runtime": kind_of(
         RuntimeConfig,
         timed,

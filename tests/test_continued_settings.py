@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRIED = (
     "x2", "vit_up", "jafar", "featup", "readout: voc", "readout: nyu", "grid", "correspondence: lift", "correspondence: navi",
-    "video", "discovery", "cka", "similarity", "probe", "runtime", "extract",
+    "video", "discovery", "cka", "similarity", "probe", "detection", "runtime", "extract",
 )  # fmt: skip
 """A kind of run for each class of settings, and one that trains on depth."""
 
@@ -66,10 +66,12 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "crop_pct": (0.875,),
     "dataset": ("photos_open",),
     "depth_scale": (4000.0,),
+    "detector": ("WORLD/detector_b", "random"),
     "dim": (8,),
     "drawing": ("extract",),
     "grids": ((4,),),
     "chunks": ((4,),),
+    "head": ("mask_rcnn",),
     "hidden": (16,),
     "hidden_size": (128,),
     "hidden_states": ((0, 6),),
@@ -95,17 +97,21 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "query_size": (256,),
     "ray_address": ("127.0.0.1:1",),
     "readouts": (("WORLD/readout_b",),),
+    "finetuned": (("WORLD/lifted",),),
     "resolution": ("240p",),
     "revision": ("other",),
     "seeds": ((1,),),
     "side": (128,),
     "size": (128,),
     "vit_up: size": (256,),
+    "detection: size": (96,),
+    "upsamplers": (("resize_conv",), ()),
     "shrink": ((0.5, 0.5),),
     "sizes": ((32, 96),),
     "speed_reference": ("test_vit2.r160_in1k",),
     "split": ("val",),
     "video: split": ("train",),
+    "detection: split": ("train2017",),
     "storage_options": ('{"file": {}}',),
     "stride": (8,),
     "tasks": (("probe-voc",),),
@@ -123,6 +129,8 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
 CALLED: Mapping[str, tuple[str, ...]] = {
     "weights": FeatureSpec.names(*Use),
     "dataset": ("--data",),
+    "upsamplers": ("detectors",),
+    "finetuned": ("detectors",),
     "levels": ("x2",),
     "method_levels": ("x2",),
     "methods": ("upsamplers",),

@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
+import pycocotools.mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 
 class CocoEntry(TypedDict, total=False):
-    """An annotation or a result, as in COCO's JSON files. Where an area lacks, it is the box's."""
+    """An annotation or a result, as in COCO's JSON files. Where an area lacks, it is the box's, or without a box the mask's."""
 
     image_id: int
     category_id: int
@@ -148,15 +149,20 @@ def _mean_of_known(values: np.ndarray) -> float:
     return float(np.mean(known)) if known.size else math.nan
 
 
+def _area(entry: CocoEntry) -> float:
+    """As pycocotools has it of results that don't say theirs."""
+    if "bbox" in entry:
+        return entry["bbox"][2] * entry["bbox"][3]
+    return float(coco_mask.area(entry["segmentation"]))
+
+
 def _index(images: Sequence[Mapping[str, int]], categories: Sequence[int], entries: Iterable[CocoEntry]) -> COCO:
     index = COCO()
     index.dataset = {
         "images": images,
         "categories": [{"id": each} for each in categories],
         # From 1 on: pycocotools takes a match with id 0 for none.
-        "annotations": [
-            {"area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": n} for n, entry in enumerate(entries, start=1)
-        ],
+        "annotations": [{"area": _area(entry), **entry, "id": n} for n, entry in enumerate(entries, start=1)],
     }
     index.createIndex()
     return index

@@ -60,6 +60,9 @@ class SourceRecipe(Protocol[Out]):
     def described(self) -> dict[str, JsonValue]:
         """The same for a report."""
 
+    def planned(self) -> Sequence[str]:
+        """Lines on it for a plan."""
+
     def recorded(self, config: JobConfig) -> dict[str, JsonValue]:
         """A job's settings as its documents have them."""
 
@@ -376,7 +379,7 @@ def plan_lines(task: Task[Settings, Evaluating, Making], config: Settings) -> It
         left = _pending(folder, pieces)
     yield f"evaluation {redact(config.out, config.options)}: {len(pieces) - len(left):,} of {len(pieces):,} pieces done"
     yield f"items      {_items(pieces):,}, {_items(left):,} to go ({len(left):,} of {len(pieces):,} pieces)"
-    yield f"features   {recipe.described()}"
+    yield from recipe.planned()
     yield NOTHING_RUN
 
 

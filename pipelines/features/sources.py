@@ -150,6 +150,10 @@ class LiveRecipe:
         """What made the features, weights' digests included, for a report."""
         return self.identity()
 
+    def planned(self) -> list[str]:
+        """Lines on it for a plan."""
+        return [f"features   {self.described()}"]
+
     def bundle(self, size: Size) -> ModelBundle:
         """What builds the model for inputs of `size`."""
         spec = self.spec(size)
@@ -300,6 +304,10 @@ class StoreRecipe:
         """What made the features, weights' digests included, for a report."""
         specs = [store.spec.to_json() for store in self.stores.values()]
         return {**self.identity(), "specs": specs, "joins": [each.to_json() for each in self.joins.values()]}
+
+    def planned(self) -> list[str]:
+        """Lines on it for a plan."""
+        return [f"features   {self.described()}"]
 
     def spec(self, size: Size) -> FeatureSpec:
         """The spec of the store of that size. Raises `ConfigError` if there is none."""

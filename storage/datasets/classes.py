@@ -76,3 +76,16 @@ CITYSCAPES_NAMES = """road sidewalk building wall fence pole traffic-light traff
 car truck bus train motorcycle bicycle"""
 PHOTOS_NAMES = """background Apple Bag Banana Bicycle Bottle Car Cat Clock Cow Dog Handbag Horse Kite Laptop Motorcycle
 Pizza Tie"""
+
+_COCO_NAMES = """
+person bicycle car motorcycle airplane bus train truck boat traffic-light fire-hydrant - stop-sign parking-meter bench bird
+cat dog horse sheep cow elephant bear zebra giraffe - backpack umbrella - - handbag tie suitcase frisbee skis snowboard
+sports-ball kite baseball-bat baseball-glove skateboard surfboard tennis-racket bottle - wine-glass cup fork knife spoon bowl
+banana apple sandwich orange broccoli carrot hot-dog pizza donut cake chair couch potted-plant bed - dining-table - - toilet
+- tv laptop mouse remote keyboard cell-phone microwave oven toaster sink refrigerator - book clock vase scissors teddy-bear
+hair-drier toothbrush
+"""
+COCO_CATEGORIES: Mapping[int, str] = {
+    number: name.replace("-", " ") for number, name in enumerate(_COCO_NAMES.split(), 1) if name != "-"
+}
+"""COCO's 80 categories of objects by id, in the order of the classes of detectors that were trained on them."""
