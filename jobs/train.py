@@ -1,4 +1,4 @@
-"""Train on a frozen backbone's features: upsamplers on the features themselves, readouts on labels.
+"""Train on a frozen backbone's features: upsamplers on the features themselves, readouts on labels; and detectors.
 
     python jobs/train.py debug
     python jobs/train.py lift --data 's3://bucket/train-{000000..001281}.tar' --out s3://bucket/lift --weights ...
@@ -7,11 +7,12 @@
     python jobs/extract.py --levels x1 x2=lift:s3://bucket/lift ...
     python jobs/train.py deap --task segmentation --dataset voc --data VOC2012 --backbone vit_base_patch16_224.mae --out ...
     python jobs/train.py featup --task segmentation --dataset voc --data VOC2012 --level x16=featup:dinov2.ckpt --out ...
+    python jobs/train.py vitdet --weights mae_pretrain_vit_base.pth --data COCO --out s3://bucket/vitdet ...
     python jobs/train.py probe --dataset ade20k --data ADE20K --store s3://bucket/ade-448.zarr --no-flip --out ...
 
 The first word is an upsampler (lift, resize_conv, jbu, vit-up, jafar, featup-upsampler), a readout (deap, bicubic, transposed,
-strided, linear, featup; probe for ViT-Up's linear probes) or a preset. The same command continues a run that stopped. Exit codes:
-0 finished, 1 not (diverged, too many unreadable images, too many lost workers), 2 wrong settings.
+strided, linear, featup; probe for ViT-Up's linear probes), a detector (vitdet) or a preset. The same command continues a run that
+stopped. Exit codes: 0 finished, 1 not (diverged, too many unreadable images, too many lost workers), 2 wrong settings.
 """
 
 import sys
@@ -33,6 +34,7 @@ from pipelines.training.objectives import trainings
 from pipelines.training.readout import ReadConfig, ReadoutTraining
 from pipelines.training.square import SquareMapConfig
 from pipelines.training.vit_up import ViTUpTraining
+from pipelines.training.vitdet import ViTDetTraining
 
 LIFT_S16 = X2Config.of(method="lift", **published.LIFT_FEATURES, **published.LIFT_TRAINING)
 
@@ -174,6 +176,50 @@ PRESETS: dict[str, TrainConfig] = {
         features=ReadConfig(model="test_vit.r160_in1k", weights="random", size=64, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
+    # No network, no Ray: a tiny ViTDet on six drawn images. 2 CPU cores: about 15 seconds, imports included.
+    # `python jobs/train.py debug-vitdet`; what the tests run.
+    "debug-vitdet": ViTDetTraining(
+        model="tiny",
+        depth=2,
+        global_blocks=(1,),
+        size=96,
+        data="demo/evaluate/coco",
+        out="demo/train-vitdet",
+        batch=3,
+        micro_batch=3,
+        epochs=10,
+        lr=1e-3,
+        warmup_steps=4,
+        proposals=32,
+        log_every=5,
+        checkpoint_every=10,
+        validate_every=20,
+        cluster=GpuConfig(executor="inline"),
+    ),
+    # A small ViTDet from random weights that learns a few images by heart, as they are: what two cores can check of it.
+    # pipelines/TRAINING.md has the results.
+    # `python jobs/train.py vitdet-tiny-few --data COCO --split val2017 --limit 16 --val-limit 16 --overlap --out vitdet-tiny`
+    "vitdet-tiny-few": ViTDetTraining(
+        model="tiny",
+        size=256,
+        scales=(1.0, 1.0),
+        mirror=0.0,
+        proposals=64,
+        batch=2,
+        micro_batch=2,
+        epochs=200,
+        lr=1e-3,
+        weight_decay=0.0,
+        warmup_steps=50,
+        log_every=50,
+        checkpoint_every=100,
+        validate_every=400,
+        cluster=GpuConfig(executor="inline"),
+    ),
+    # ViTDet's recipe for Mask R-CNN with ViT-B: 184,375 steps of 64 images from MAE's weights, a forward for each image, which
+    # --workers share. --method cascade for Cascade R-CNN, --model large for ViT-L. Not run here.
+    # `python jobs/train.py vitdet-coco --weights mae_pretrain_vit_base.pth --data COCO --out vitdet-b --workers 64`
+    "vitdet-coco": ViTDetTraining.of(**published.VITDET_TRAINING),
     # DeAP's Table 3, DINOv2-B. None was run here: of VOC, COCO and NYUv2 there are few images. Segmentation of VOC 2012:
     "deap-voc": deap("voc"),
     # Segmentation with 200 outputs.
@@ -206,6 +252,7 @@ NAMES: dict[str, TrainConfig] = {
     # A readout may have an upsampler's name.
     **{f"{name}-upsampler" if name in READOUTS else name: config for name, config in trainings().items()},
     "vit-up": ViTUpTraining(),
+    "vitdet": ViTDetTraining(),
     **{name: ReadoutTraining().changed(method=name) for name, kind in READOUTS.items() if kind.only_outputs is None},
     "featup": ReadoutTraining.of(method="featup", **published.DEAP_FEATUP),
     "probe": PROBE,
@@ -220,7 +267,11 @@ program = Program(
         "": Command(
             run=training.main,
             presets=NAMES,
-            before={"debug": partial(write_photos, "demo"), "debug-readout": partial(write_demo, "demo/evaluate")},
+            before={
+                "debug": partial(write_photos, "demo"),
+                "debug-readout": partial(write_demo, "demo/evaluate"),
+                "debug-vitdet": partial(write_demo, "demo/evaluate"),
+            },
             about=__doc__,
         )
     },

@@ -45,6 +45,7 @@ from pipelines.training.jafar import JafarTraining
 from pipelines.training.lift import X2Config
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.vit_up import ViTUpTraining
+from pipelines.training.vitdet import ViTDetTraining
 from storage.datasets.labels import label_png
 from storage.datasets.registry import DATASETS
 from storage.documents import JsonValue
@@ -357,6 +358,11 @@ _JAFAR = {"size": 64, "net_precision": "fp32", "val_rows": 2, **_ON_IMAGES}
 
 _FEATUP = {"size": 64, "radius": 1, "jitters": 1, "val_rows": 2, **_ON_IMAGES}
 
+_VITDET = {
+    "data": "WORLD/coco", "model": "tiny", "size": 64, "dim": 32, "heads": 2, "depth": 2, "global_blocks": (1,), "channels": 16,
+    "fc": 8, "anchors": 16, "proposals": 8, "micro_batch": 2, "warmup_steps": 0, **HERE, **STEPS,
+}  # fmt: skip
+
 _SPAIR = {"sizes": (64,), "pairs_per_category": 0, "levels": ("x1", "x2=resize_conv:WORLD/upsampler"), "force_upsampler": True}
 
 KINDS: Mapping[str, Kind] = {
@@ -371,6 +377,7 @@ KINDS: Mapping[str, Kind] = {
     "readout: coco": _readout("coco", "coco", task="boundaries"),
     "readout: photos_open_instances": _readout("photos_open_instances", "photos_open", task="boundaries"),
     **{f"readout: {name}": _readout(name, name) for name in LAYOUTS},
+    "vitdet": kind_of(ViTDetTraining, trained, "coco", **_VITDET),
     "grid": kind_of(
         GridConfig,
         tabled,

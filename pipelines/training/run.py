@@ -25,6 +25,7 @@ from pipelines.provenance import NOTHING_RUN, planned
 from pipelines.training.config import TrainConfig, TrainSetup
 from pipelines.training.images import ImageTraining
 from pipelines.training.loop import Group, Progress, Trainer, TrainFailed
+from pipelines.training.vitdet import ViTDetTraining
 from pipelines.training.watch import Validations
 from storage.documents import decode, decode_known, parse_json
 from storage.paths import Folder, StorageError, filesystem
@@ -117,6 +118,14 @@ def main(config: TrainConfig) -> Iterator[str]:
     yield from (f"note       {note}" for note in summary.notes)
     best = f"{summary.out}/{summary.best or summary.last}"
     yield f"{'best' if summary.best else 'last'}       {best}"
+    if isinstance(config, ViTDetTraining):
+        asked = (
+            f"--detector {redact(config.weights, config.options)} --finetuned {best}"
+            if config.upsampler
+            else f"--detector {best}"
+        )
+        yield f"try next   python jobs/evaluate.py detection {asked} --data ... --out ..."
+        return
     if not isinstance(config, ImageTraining):
         yield f"try next   python jobs/evaluate.py probe --readouts {best} --data ... --out ..."
         return
