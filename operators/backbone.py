@@ -65,6 +65,8 @@ class _AllSeen(Exception):
 class TimmBackbone:
     """A frozen timm ViT, or a hierarchical model's last stage. Not thread-safe: one call at a time.
 
+    What isn't a plain ViT of timm's is asked for maps as they are, `is_hierarchical` or ViTDet (operators/vitdet/named.py).
+
     `stride` below the patch size makes patches overlap. `pos_embed="dino"` interpolates absolute position embeddings as
     DINO's code does (LiFT's features depend on it): bicubic without antialias, sampled at (h + 0.1) / m; "timm" is
     timm's own antialiased resampling, which its models see at other sizes. `ragged` allows inputs of any size: pixels beyond
@@ -123,6 +125,8 @@ class TimmBackbone:
 
     def _free_patches(self) -> None:
         patch_embed = getattr(self.model, "patch_embed", None)
+        if self.stride == self.patch and getattr(self.model, "takes_any_size", False):
+            return
         if self.is_hierarchical or not isinstance(getattr(patch_embed, "proj", None), nn.Conv2d) or self.patch % self.stride:
             raise BackboneError(
                 f"stride {self.stride}{', ragged,' * self.ragged} is not possible for {type(self.model).__name__} with patch "
@@ -148,11 +152,16 @@ class TimmBackbone:
             out.append(layer % self.n_layers)
         if len(set(out)) != len(out) or not out:
             raise BackboneError(f"layers {tuple(layers)} must be different ones, at least one")
-        if self.is_hierarchical and out != [self.n_layers - 1]:
+        if self.is_hierarchical and any(self._shape(layer) != self._shape(-1) for layer in out):
             raise BackboneError(
                 f"{type(self.model).__name__} is hierarchical: only its last stage ({self.n_layers - 1}) is a map of one stride"
             )
         return tuple(out)
+
+    def _shape(self, layer: int) -> tuple[int, int]:
+        """The stride in pixels and the channels of a layer's map."""
+        info = self.model.feature_info[layer]
+        return int(info["reduction"]), int(info["num_chs"])
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of cells for an input of `size` pixels. Raises `BackboneError` where cells don't fit the input."""
@@ -227,9 +236,8 @@ class TimmBackbone:
         blocks = getattr(self.model, "blocks", None)
         attention = getattr(blocks[layer], "attn", None) if blocks is not None and not self.is_hierarchical else None
         if attention is None or all(getattr(attention, name, None) is None for name in ("qkv", "q_proj")):
-            raise BackboneError(
-                f"facet {self.facet} needs blocks with a qkv or q_proj layer; {type(self.model).__name__} has none"
-            )
+            name = type(self.model).__name__
+            raise BackboneError(f"facet {self.facet} needs a plain ViT, whose blocks have a qkv or q_proj layer; {name} is none")
         return attention
 
     def _facet_tokens(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:

@@ -59,9 +59,10 @@ class Geometry:
     `crop`: resized, aspect kept, until it covers the input divided by `crop_pct` (for a square: short side =
     floor(size / crop_pct), long side rounded down), then the centre is cut out, as torchvision's Resize and CenterCrop do.
     `squash`: resized to the input, aspect not kept. `pad`: resized, aspect kept, until it fits; centred on the mean colour.
+    `corner`: as `pad`, but in the upper left corner and by `fitted_size`, as detectors have it (ViTDet).
     """
 
-    mode: Literal["crop", "squash", "pad"]
+    mode: Literal["crop", "squash", "pad", "corner"]
     height: int
     width: int
     crop_pct: float = 1.0
@@ -72,6 +73,9 @@ class Geometry:
         """The placement of a `width` x `height` image."""
         if self.mode == "squash":
             return _placement(width, height, (self.width, self.height), (0, 0))
+        if self.mode == "corner":
+            h, w = fitted_size((height, width), (self.height, self.width))
+            return _placement(width, height, (w, h), (0, 0))
         if self.mode == "pad":
             scale = min(self.width / width, self.height / height)
             w, h = max(1, round(width * scale)), max(1, round(height * scale))
@@ -83,6 +87,21 @@ class Geometry:
         else:
             w, h = max(cover_w, cover_h * width // height), cover_h
         return _placement(width, height, (w, h), (-round((w - self.width) / 2), -round((h - self.height) / 2)))
+
+
+def fitted_size(size: tuple[int, int], into: tuple[int, int]) -> tuple[int, int]:
+    """The largest (height, width) of an image's aspect that fits into another; halves are rounded up.
+
+    Into a square as detectron2's ResizeShortestEdge reckons, the shorter side first, so that rounding is the same.
+    """
+    scale = min(inside / side for inside, side in zip(into, size, strict=True))
+    sides = [scale * side for side in size]
+    if into[0] == into[1]:
+        shorter = min(size)
+        enlarged = [float(into[0]) if side == shorter else into[0] / shorter * side for side in size]
+        sides = [side * (into[0] / max(enlarged)) for side in enlarged]
+    height, width = (max(1, int(side + 0.5)) for side in sides)
+    return height, width
 
 
 def _placement(width: int, height: int, resized: tuple[int, int], corner: tuple[int, int]) -> Placement:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from operators.lean_timm import timm
 from operators.timm_models import BackboneError
+from operators.vitdet import named as vitdet
 
 State = Mapping[str, Tensor]
 
@@ -50,6 +51,8 @@ class Family:
     "timm's model of a width and a patch size in pixels"
     model_args: Mapping[str, Any] = field(default_factory=dict)
     "timm's, without which it would be another network"
+    told: Callable[[State, str], Mapping[str, Any]] = lambda *_: {}
+    "timm's arguments that the tensors tell, for its model of a name"
     pos_embed: Literal["timm", "dino"] = "timm"
     "how its authors bring position embeddings to other sizes"
 
@@ -74,17 +77,25 @@ class OfficialWeights:
         """Number of blocks."""
         return 1 + max(int(found[1]) for name in self.state if (found := re.match(r"blocks\.(\d+)\.", name)))
 
-    def fitting(self, name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], State]:
+    def fitting(self, name: str, given: Mapping[str, Any], *, told: bool = True) -> tuple[dict[str, Any], State]:
         """timm's arguments for its model `name`, those that the weights need unless they are `given`; and the state for it.
 
+        `told`: where the family's tensors tell arguments, these are taken, too; else what is given is all.
         Raises `BackboneError` where the model isn't one that these weights are for, with the one to use.
         """
-        arguments = {**self.family.model_args, **given}
+        self._require_family(name)
+        arguments = {**self.family.model_args, **(self.family.told(self.state, name) if told else {}), **given}
         with torch.device("meta"):
             model = timm.create_model(name.partition(".")[0], **{**arguments, "num_classes": 0})
         parameters = {key: tuple(value.shape) for key, value in model.named_parameters()}
         self._require_shape(name, parameters)
         return arguments, _with_biases_of(name, parameters, self.state) if self.family is DINOV3 else self.state
+
+    def _require_family(self, name: str) -> None:
+        """Raises `BackboneError` where a ViTDet's weights are for a model of another kind, or of another published size."""
+        family, known = self.family, self.family.models.get((self.width, self.patch))
+        if family in (VITDET, VITDET_BACKBONE) and (name not in family.models.values() or known not in (None, name)):
+            raise BackboneError(f"these are weights of {family.name}, width {self.width}. Use --model {known or 'vitdet_base'}")
 
     def _require_shape(self, name: str, parameters: Mapping[str, tuple[int, ...]]) -> None:
         here = self.width, self.patch, self.depth
@@ -119,6 +130,23 @@ def _of_dinov2(suffix: str) -> dict[tuple[int, int], str]:
     return {(width, 14): f"vit_{size}_patch14_{suffix}.lvd142m" for width, size in sizes.items()}
 
 
+VITDET = Family(
+    name="ViTDet",
+    holds="the backbone alone",
+    found=_any("backbone.net."),
+    prefix="backbone.net.",
+    training=r"(backbone\.simfp_\d|proposal_generator|roi_heads|lift)\.|pixel_(mean|std)$",
+    models=vitdet.NAMES,
+    told=vitdet.told,
+)
+VITDET_BACKBONE = Family(
+    name="ViTDet",
+    holds="the backbone",
+    # SAM's, which timm has, too, has a table of positions by rows and columns.
+    found=lambda state: "blocks.0.attn.rel_pos_h" in state and "pos_embed" in state and state["pos_embed"].ndim == 3,
+    models=vitdet.NAMES,
+    told=vitdet.told,
+)
 DINOV3 = Family(
     name="DINOv3",
     holds="the backbone",
@@ -197,7 +225,20 @@ MOCO_V3_CONVERTED = Family(
     name="MoCo v3", holds="the encoder", found=lambda state: _has_fixed_table(state, _moco_table), model_args=MOCO_V3.model_args
 )
 
-FAMILIES = (MOCO_V3, DINOV3, DINOV2_REGISTERS, DINOV2, SELF_PATCH, LEOPART, IBOT, DINO, MOCO_V3_CONVERTED, MAE)
+FAMILIES = (
+    VITDET,
+    VITDET_BACKBONE,
+    MOCO_V3,
+    DINOV3,
+    DINOV2_REGISTERS,
+    DINOV2,
+    SELF_PATCH,
+    LEOPART,
+    IBOT,
+    DINO,
+    MOCO_V3_CONVERTED,
+    MAE,
+)
 """In the order in which they are told: the first whose `found` says yes."""
 
 

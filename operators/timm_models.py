@@ -34,6 +34,8 @@ class TimmModel(nn.Module):
     norm: nn.Module
     forward_intermediates: Callable[..., Sequence[Tensor]]
     reset_classifier: Callable[[int], None]
+    takes_any_size: bool
+    "of ours: pixels beyond the last whole patch are left out"
 
 
 class PatchEmbed(nn.Module):

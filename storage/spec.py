@@ -134,7 +134,7 @@ class FeatureSpec:
     "how absolute position embeddings are brought to another grid"
     input_size: Placed[tuple[int, int]]
     "(height, width) of the model's input in pixels"
-    geometry: Placed[Literal["crop", "squash", "pad"]]
+    geometry: Placed[Literal["crop", "squash", "pad", "corner"]]
     crop_pct: Placed[float]
     interpolation: Numbers[str]
     mean: LearnedLater[tuple[float, float, float]]

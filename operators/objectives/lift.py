@@ -1,9 +1,12 @@
 """Losses between feature maps, and LiFT's multi-scale self-supervision (arXiv 2403.14625, eq. 1)."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from operators.objectives.shown import Shown, loss_of
 
 
 def cosine_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
@@ -33,18 +36,19 @@ def multi_scale_loss(
     features: Sequence[Tensor],
     kind: str = "cosine",
     smaller: Callable[[Tensor, int], Tensor] = lower,
+    shown: Shown | None = None,
 ) -> Tensor:
     """LiFT's eq. 1: the x2 network's output from the half and the quarter image against the backbone's own, summed.
 
-    `features` are the backbone's maps F1, F2, F4 [B, C, ., .] of the images and of `smaller(images, 2)` and `smaller(images, 4)`.
-    Two calls of the network, half scale first: in train mode each has batch statistics of its own and updates the running
-    ones. Raises `ValueError` where a map isn't twice the next one.
+    `features` are the backbone's maps F1, F2, F4 [B, C, ., .] of the images and of `smaller(images, 2)` and `smaller(images, 4)`;
+    without the last, its part of the loss is left out. Two calls of the network, half scale first: in train mode each has batch
+    statistics of its own and updates the running ones. Cells that hold nothing of what is `shown` aren't judged. Raises
+    `ValueError` where a map isn't twice the next one.
     """
-    full, half, quarter = features
-    losses = []
-    for factor, given, target in ((2, half, full), (4, quarter, half)):
-        predicted = net(smaller(images_BCHW, factor), given)
+    total = images_BCHW.new_zeros(())
+    for number, (target, given) in enumerate(itertools.pairwise(features), 1):
+        predicted = net(smaller(images_BCHW, 2**number), given)
         if predicted.shape != target.shape:
             raise ValueError(f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must be of one shape")
-        losses.append(LOSSES[kind](predicted, target))
-    return losses[0] + losses[1]
+        total = total + loss_of(LOSSES[kind], predicted, target, shown)
+    return total

@@ -6,8 +6,9 @@ There is no CLS token and no final norm: the map is the residual stream after th
 Shapes: B images, h w cells of the map, N heads, D channels of one, C = N D channels.
 """
 
-from collections.abc import Sequence
-from typing import cast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,34 @@ EPS = 1e-6
 
 BIAS_BYTES = 2**27
 """Of the relative positions of all heads that are held at once, about; all of a 1024-px image would be 805 MB with ViT-B."""
+
+
+def facts_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """What shapes tell of a backbone, by names of settings, and `sides`: cells a side of each block's tables of relative
+    positions. None where these aren't a ViTDet's tensors."""
+    tables = {
+        int(found[1]): value for name, value in state.items() if (found := re.fullmatch(r"blocks\.(\d+)\.attn\.rel_pos_h", name))
+    }
+    positions = state.get("pos_embed")
+    if positions is None or positions.ndim != 3 or any(each.ndim != 2 for each in tables.values()):
+        return None
+    if not tables or sorted(tables) != list(range(len(tables))):
+        return None
+    return {
+        "dim": positions.shape[-1],
+        "depth": len(tables),
+        "heads": positions.shape[-1] // tables[0].shape[1],
+        "sides": tuple((len(tables[i]) + 1) // 2 for i in range(len(tables))),
+        "pretrain_size": PATCH * round((positions.shape[1] - 1) ** 0.5),
+    }
+
+
+def attending(sides: Sequence[int]) -> dict[str, Any]:
+    """Which blocks attend in windows and which to the whole map, by `sides` of `facts_of`, as settings: those with the largest
+    tables are the global ones; where all have the same, all are taken for windows."""
+    window, table = min(sides), max(sides)
+    outer = tuple(i for i, side in enumerate(sides) if side == table != window)
+    return {"window": window, "global_blocks": outer, "image_size": table * PATCH}
 
 
 class ViT(nn.Module):
@@ -46,11 +75,15 @@ class ViT(nn.Module):
 
     def forward(self, images_BCHW: Tensor, kept_L2B: Tensor | None = None) -> Tensor:
         """`kept`: by what each block's two branches are multiplied, for each image (`kept_paths`); None: as they are."""
-        maps = self.patch_embed["proj"](images_BCHW).permute(0, 2, 3, 1)
-        maps = maps + self.positions((maps.shape[1], maps.shape[2]))
+        maps = self.embedded(images_BCHW)
         for number, block in enumerate(self.blocks):
             maps = block(maps, None if kept_L2B is None else kept_L2B[number])
-        return cast(Tensor, maps.permute(0, 3, 1, 2))
+        return maps.permute(0, 3, 1, 2)
+
+    def embedded(self, images_BCHW: Tensor) -> Tensor:
+        """What the first block is given, [B, h, w, C]."""
+        maps = self.patch_embed["proj"](images_BCHW).permute(0, 2, 3, 1)
+        return cast(Tensor, maps + self.positions((maps.shape[1], maps.shape[2])))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The table of absolute positions for a map of `grid` cells, bicubic, [1, *grid, C]."""

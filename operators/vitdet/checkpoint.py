@@ -21,8 +21,9 @@ from torch import Tensor
 from operators.upsamplers import UpsamplerError, find_method
 from operators.upsamplers.protocol import require_fitting
 from operators.upsamplers.recursive import DoublingNet
+from operators.vitdet.backbone import attending, facts_of
 from operators.vitdet.detector import Detector
-from operators.vitdet.settings import PATCH, DetectorError, DetectorSettings
+from operators.vitdet.settings import DetectorError, DetectorSettings
 from storage.documents import JsonObject, JsonValue
 
 State: TypeAlias = Mapping[str, Tensor]
@@ -110,10 +111,7 @@ def settings_of(state: State, **others: Any) -> DetectorSettings:
     Raises `DetectorError` where they are no detector's.
     """
     facts = _facts(state)
-    sides = facts.pop("sides")
-    facts["window"], table = min(sides), max(sides)
-    facts["global_blocks"] = tuple(i for i, side in enumerate(sides) if side == table != facts["window"])
-    facts["image_size"] = table * PATCH
+    facts |= attending(facts.pop("sides"))
     return DetectorSettings(**(facts | others))
 
 
@@ -143,25 +141,10 @@ def _facts(state: State) -> dict[str, Any]:
     }
     _require_detector(state, [name for name in needed.values() if name not in state])
     shape = {what: tuple(state[name].shape) for what, name in needed.items()}
-    tables = {
-        int(found[1]): value
-        for name, value in state.items()
-        if (found := re.fullmatch(r"backbone\.net\.blocks\.(\d+)\.attn\.rel_pos_h", name))
-    }
-    flat = len(shape["positions"]) == 3 and all(each.ndim == 2 for each in tables.values())
-    if sorted(tables) != list(range(len(tables))) or not flat:
+    backbone = facts_of({name.removeprefix("backbone.net."): value for name, value in state.items()})
+    if backbone is None:
         raise DetectorError("these weights' blocks aren't those of a ViTDet")
-    return {
-        "cascade": cascade,
-        "dim": shape["positions"][-1],
-        "depth": len(tables),
-        "heads": shape["positions"][-1] // shape["tables"][1],
-        "sides": tuple((len(tables[i]) + 1) // 2 for i in range(len(tables))),
-        "pretrain_size": PATCH * round((shape["positions"][1] - 1) ** 0.5),
-        "channels": shape["rpn"][1],
-        "fc": shape["fc"][0],
-        "classes": shape["masks"][0],
-    }
+    return {"cascade": cascade, **backbone, "channels": shape["rpn"][1], "fc": shape["fc"][0], "classes": shape["masks"][0]}
 
 
 def _require_detector(state: State, missing: list[str]) -> None:

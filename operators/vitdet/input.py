@@ -11,23 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from operators.image import fitted_size
 from operators.vitdet.settings import DetectorError, DetectorSettings, Size
-
-
-def fitted_size(size: Size, side: int) -> Size:
-    """Height and width with the longer side brought to `side` pixels; halves are rounded up.
-
-    Reckoned as the published code does, the shorter side first, so that rounding is the same.
-    """
-    shorter = min(size)
-    sides = [float(side) if each == shorter else side / shorter * each for each in size]
-    height, width = (max(1, int(each * (side / max(sides)) + 0.5)) for each in sides)
-    return height, width
 
 
 def resize(image: Image.Image, side: int) -> Image.Image:
     """An RGB image with its longer side at `side` pixels, bilinear with antialias."""
-    height, width = fitted_size((image.height, image.width), side)
+    height, width = fitted_size((image.height, image.width), (side, side))
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 

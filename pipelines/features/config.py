@@ -81,8 +81,8 @@ class SizedConfig(Generic[Size]):
 class PlacedConfig:
     """How images become the input."""
 
-    geometry: Counts[Literal["crop", "squash", "pad"]] = "crop"
-    """Centre crop, aspect not kept, or letterbox."""
+    geometry: Counts[Literal["crop", "squash", "pad", "corner"]] = "crop"
+    """Centre crop, aspect not kept, letterbox, or letterbox in the upper left corner, as ViTDet has images."""
 
 
 @dataclass(frozen=True, kw_only=True)

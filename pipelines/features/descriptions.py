@@ -18,6 +18,9 @@ from operators.backbone import BackboneError
 from operators.lean_timm import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, timm
 from operators.official_weights import OfficialWeights
 from operators.timm_models import Preprocessing, preprocessing
+from operators.vitdet import named as vitdet
+from operators.vitdet.settings import DetectorError, DetectorSettings
+from storage.documents import JsonObject
 from storage.paths import Folder, StorageError
 
 logger = logging.getLogger(__name__)
@@ -88,11 +91,11 @@ def describe_official(
 
     Raises `BackboneError` for a model that it isn't for."""
     family, said = official.family, description.expects
-    arguments, state = official.fitting(description.name, description.model_args)
+    arguments, state = official.fitting(description.name, description.model_args, told=not description.source)
     expects = said if description.source else replace(said, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     added = {name: value for name, value in arguments.items() if description.model_args.get(name) != value}
     notes = [f"weights of {family.name}, of which {family.holds} is taken"]
-    notes += [f"built with {name}={value}" for name, value in added.items()]
+    notes += [f"built with {', '.join(f'{name}={value}' for name, value in added.items())}"] if added else []
     notes += [f"input normalised by ImageNet's mean and deviation, not by those of {description.name}"] if expects != said else []
     if family.pos_embed == "dino":
         notes.append("at other sizes than its own, --pos-embed dino is its authors' way of bringing position embeddings there")
@@ -128,6 +131,8 @@ def _read(folder: Folder, name: str) -> Any:
 
 
 def _description_in(name: str, config: object, displayed: str) -> ModelDescription:
+    if isinstance(config, dict) and isinstance(config.get("detector"), dict):
+        return _of_detector(name, config["detector"], displayed)
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise Unreadable(f"{displayed} isn't timm's: {_whose(config)}")
     wanted, found = name.partition(".")[0], config["architecture"].partition(".")[0]
@@ -140,6 +145,24 @@ def _description_in(name: str, config: object, displayed: str) -> ModelDescripti
     return ModelDescription(
         name=name, expects=Preprocessing.of(timms), model_args=_model_args(wanted, timms, given, displayed), source=displayed
     )
+
+
+def _of_detector(name: str, config: JsonObject, displayed: str) -> ModelDescription:
+    """Of a ViTDet that was trained here, whose backbone is taken."""
+    if name not in vitdet.NAMES.values():
+        raise BackboneError(
+            f"{displayed} is a detector's, whose backbone is a ViTDet; --model is {name}. Use --model vitdet_base"
+        )
+    try:
+        settings = DetectorSettings.parse(config)
+    except DetectorError as error:
+        raise Unreadable(f"{displayed} is damaged: {error}") from None
+    own, plain = preprocessing(name), DetectorSettings()
+    expects = replace(own, size=(settings.square_pad, settings.square_pad))
+    if (settings.pixel_mean, settings.pixel_std) != (plain.pixel_mean, plain.pixel_std):
+        mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (settings.pixel_mean, settings.pixel_std))
+        expects = replace(expects, mean=mean, std=std)
+    return ModelDescription(name=name, expects=expects, model_args=vitdet.arguments_of(settings, name), source=displayed)
 
 
 def _whose(config: object) -> str:

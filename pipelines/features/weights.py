@@ -12,7 +12,7 @@ import struct
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,12 +25,14 @@ from torch import Tensor
 from operators.lean_timm import timm
 from operators.official_weights import recognise
 from operators.timm_models import BackboneError, create_model, preprocessing
+from operators.vitdet import named as vitdet
 from operators.vitdet.checkpoint import unpickled
 from operators.vitdet.settings import DetectorError
 from pipelines.features.descriptions import ModelDescription, describe_official, describe_weights, warn_of_statistics
 from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file
 from storage.redaction import redact
+from storage.runs import named_checkpoint
 
 
 class WeightsUnavailable(RayliftError):
@@ -63,6 +65,14 @@ class WeightsChoice:
                 f"--weights {text}: the seed is a whole number, as in random:1; a file of that name: ./{text}"
             )
         return cls(source="file", url=text)
+
+
+def found(name: str, weights: WeightsChoice, options: StorageOptions | None) -> WeightsChoice:
+    """Where a detector's training run is named, of which `name` is a backbone, its best checkpoint. Raises `CheckpointError`."""
+    is_folder = weights.source == "file" and not has_extension(weights.url, *WEIGHT_FILES)
+    if not is_folder or name not in vitdet.NAMES.values():
+        return weights
+    return replace(weights, url=named_checkpoint(weights.url, options).url)
 
 
 def read_description(name: str, weights: WeightsChoice, options: StorageOptions | None) -> ModelDescription:
@@ -187,7 +197,8 @@ def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:
     repo = config.hf_hub_id if config else None
     if not repo:
         raise WeightsUnavailable(
-            f"timm knows no hub repository for {name}; give --weights a file, or a name with a tag such as {name}.<tag>"
+            f"timm knows no hub repository for {name}; give --weights a file"
+            + (f", or a name with a tag such as {name}.<tag>" if timm.list_pretrained(f"{name}.*") else "")
         )
     repo, _, pinned = repo.partition("@")
     revision = revision or pinned or None

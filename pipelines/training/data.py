@@ -107,7 +107,8 @@ class View(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class JitteredView:
-    """The image at a geometry's size, cropped, flipped and its colours jittered: `pixels`, uint8 [H, W, 3].
+    """The image at a geometry's size, cropped, flipped and its colours jittered: `pixels`, uint8 [H, W, 3]; in a `corner`,
+    `shown`, its height and width there, int64 [2].
 
     `crop`: the smallest side of a random part of the image, of its own aspect; below 1, half of the images are mirrored, too.
     """
@@ -123,19 +124,31 @@ class JitteredView:
         pixels = fit(image, self.geometry)
         if rng is not None and self.jitter:
             pixels = np.asarray(colour_jitter(Image.fromarray(pixels), rng, (self.jitter,) * 4))
-        return {"pixels": pixels}
+        return {"pixels": pixels, **_shown("shown", image, self.geometry)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SidesView:
-    """The image as squares of several sides, placed by one geometry: uint8 [side, side, 3], named by the side."""
+    """The image as squares of several sides, placed by one geometry: uint8 [side, side, 3], named by the side; in a `corner`, its
+    height and width there, int64 [2], as `shown SIDE`."""
 
     geometry: Geometry
     sides: tuple[int, ...]
 
     def __call__(self, blob: bytes, rng: np.random.Generator | None, max_pixels: int) -> dict[str, np.ndarray]:  # noqa: ARG002
         image, _, _ = open_rgb(blob, max_pixels=max_pixels)
-        return {str(side): fit(image, replace(self.geometry, height=side, width=side)) for side in self.sides}
+        made: dict[str, np.ndarray] = {}
+        for side in self.sides:
+            geometry = replace(self.geometry, height=side, width=side)
+            made |= {str(side): fit(image, geometry), **_shown(f"shown {side}", image, geometry)}
+        return made
+
+
+def _shown(name: str, image: Image.Image, geometry: Geometry) -> dict[str, np.ndarray]:
+    if geometry.mode != "corner":
+        return {}
+    width, height = geometry.place(*image.size).resized
+    return {name: np.array([height, width], np.int64)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +302,7 @@ class ImageSource:
             return _indexes[name]
 
     def at_sides(self, rows: Sequence[int], geometry: Geometry, sides: Sequence[int]) -> Example:
-        """The images at several sizes, each decoded once: uint8 [n, side, side, 3], named by the side."""
+        """The images at several sizes, each decoded once, as `SidesView` has them."""
         view = SidesView(geometry=geometry, sides=tuple(sides))
         return replace(self, view=view, features=None).load(rows, None)
 

@@ -26,6 +26,7 @@ from operators.objectives.featup import (
     total_variation,
     uncertain_l2,
 )
+from operators.objectives.shown import Shown
 from pipelines.config import ConfigError, Counts, Free, Held, require_at_least, used_with
 from pipelines.training.data import Loaded, generator
 from pipelines.training.images import ImageSetup
@@ -197,7 +198,7 @@ class FeatUpObjective(SquareObjective):
     def enlarge(self, images_BCHW: Tensor, maps_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
         return F.adaptive_avg_pool2d(self.run_net(images_BCHW, maps_BChw), grid)
 
-    def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor) -> tuple[Tensor, Tensor]:
+    def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor, shown: Shown | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         plain = bilinear(maps_BChw, (images_BCHW.shape[-2], images_BCHW.shape[-1]))
         return self._held_out(images_BCHW, self._pixels(images_BCHW, maps_BChw)), self._held_out(images_BCHW, plain)
 

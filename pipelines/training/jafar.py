@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operators.objectives.jafar import GuidanceNoise, map_loss, shrunk_side, shrunk_sides
+from operators.objectives.shown import Shown
 from pipelines.config import ConfigError, Counts, Free, Held
 from pipelines.training.data import Loaded, generator
 from pipelines.training.images import ImageSetup
@@ -112,7 +113,7 @@ class JafarObjective(SquareObjective):
     def enlarge(self, images_BCHW: Tensor, maps_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.run_net(images_BCHW, maps_BChw, grid)
 
-    def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor) -> tuple[Tensor, Tensor]:
+    def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor, shown: Shown | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         guide = self._resized(images_BCHW, self.config.features.size // 2)
         ours = [map_loss(self._enlarged(guide, images_BCHW, share, maps_BChw), maps_BChw) for share in self.config.shrink]
         grid = (maps_BChw.shape[-2], maps_BChw.shape[-1])

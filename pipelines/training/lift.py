@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from operators.objectives.lift import averaged, lower, multi_scale_loss
+from operators.objectives.shown import Shown, count_shown, counting
 from operators.upsamplers import build_net
 from operators.upsamplers.lift import LiftSettings
 from pipelines.config import ConfigError, Counts, Held, used_with
@@ -25,7 +26,7 @@ LIFT_MAPS = SquareMapConfig(size=448, facet="key", geometry="squash")
 """LiFT's: keys of images whose aspect isn't kept."""
 
 
-LATER = ("image_width", "image_convs")
+LATER = ("image_width", "image_convs", "pairs")
 """Settings that the first runs don't say."""
 
 
@@ -36,6 +37,7 @@ class X2Config(SquareTraining):
     word: ClassVar[str] = "lift"
     trains: ClassVar[str] = "lift"
     trained_by: ClassVar[str] = "LiFT's self-supervision"
+    judges_shown: ClassVar[bool] = True
     of_methods: ClassVar[Mapping[str, str]] = {
         name: name for name in ("image_branch", "image_width", "image_convs", "wide", "kernel", "radius")
     }
@@ -55,6 +57,9 @@ class X2Config(SquareTraining):
     radius: Counts[int] = 3
     """jbu: of its filters, in cells."""
     features: Held[SquareMapConfig] = LIFT_MAPS
+    pairs: Counts[Literal[1, 2]] = 2
+    """Of maps that are compared, of an image and of it made twice as small: 2 are the image with its half, and the half with the
+    quarter, as LiFT's paper has it; 1 is the image with its half alone."""
     loss: Counts[Literal["cosine", "l1", "l2"]] = "cosine"
     """Distance between feature maps."""
     jitter: Counts[float] = 0.2
@@ -68,10 +73,15 @@ class X2Config(SquareTraining):
         return {name: value for name, value in made_of.items() if name not in LATER or value != plain.value(name)}
 
     def trained_sides(self, patch: int) -> tuple[int, ...]:  # noqa: ARG002
-        return tuple(self.features.size // factor for factor in (1, 2, 4))
+        return tuple(self.features.size // factor for factor in (1, *self.factors))
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """By how much a side images are made smaller."""
+        return (2, 4)[: self.pairs]
 
     def require_trainable(self, network: JsonObject, order: TrainOrder) -> None:
-        """BatchNorm has no statistics of one image whose map is a single cell; the quarter image's is the smallest."""
+        """BatchNorm has no statistics of one image whose map is a single cell; that of the smallest image may be."""
         if order.fewest > 1:
             return
         net = build_net(network, self.seed)
@@ -81,7 +91,8 @@ class X2Config(SquareTraining):
         channels, patch = getattr(found, "channels", 0), getattr(found, "patch", 0)
         if not channels or not patch:  # a method of the user's own, which says neither
             return
-        cells = self.features.size // (4 * patch)
+        smallest = self.factors[-1]
+        cells = self.features.size // (smallest * patch)
         try:
             with torch.no_grad():
                 net(torch.zeros(1, 3, cells * patch, cells * patch), torch.zeros(1, channels, cells, cells))
@@ -89,11 +100,12 @@ class X2Config(SquareTraining):
             if "more than 1 value per channel" not in str(error):
                 raise
             micro = f" --micro-batch {self.micro_batch}" if self.micro_batch else ""
+            part, enough = "quarter" if smallest == 4 else "half", 2 * smallest * patch
             raise ConfigError(
                 f"--batch {self.batch}{micro}: of {order.n_rows:,} images to train on, that leaves a forward of a single one, "
-                f"and at --size {self.features.size} its quarter has {cells} x {cells} cells of {patch} px: BatchNorm of "
+                f"and at --size {self.features.size} its {part} has {cells} x {cells} cells of {patch} px: BatchNorm of "
                 f"{self.method} needs more than one value. Give a {'--batch and a --micro-batch' if micro else '--batch'} "
-                f"that leaves no image alone, a --limit that leaves another number of images, or --size {8 * patch} or more"
+                f"that leaves no image alone, a --limit that leaves another number of images, or --size {enough} or more"
             ) from None
 
     def objective(self, setup: ImageSetup, device: torch.device) -> "X2Objective":
@@ -110,17 +122,21 @@ class X2Objective(SquareObjective):
     def __init__(self, config: X2Config, setup: ImageSetup, device: torch.device):
         super().__init__(config, setup, device)
         self.config = config
+        if config.features.geometry == "corner":
+            self.net = count_shown(self.net)
 
     def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
         """Adds the gradient of the images' summed loss to the network's; gives that sum and their number."""
         images, target = self.given(loaded)
-        loss = self._loss(self.run_net, images, target) * len(loaded)
+        shown = self.shown(loaded.example.arrays)
+        with counting(self.net, shown):
+            loss = self._loss(self.run_net, images, target, shown) * len(loaded)
         loss.backward()
         return loss.detach(), len(loaded)
 
-    def _loss(self, net: Callable[[Tensor, Tensor], Tensor], images: Tensor, target: Tensor) -> Tensor:
-        smaller = [self.features(self._lower(images, factor)) for factor in (2, 4)]
-        return multi_scale_loss(net, images, [target, *smaller], self.config.loss, self._lower)
+    def _loss(self, net: Callable[[Tensor, Tensor], Tensor], images: Tensor, target: Tensor, shown: Shown | None) -> Tensor:
+        smaller = [self.features(self._lower(images, factor)) for factor in self.config.factors]
+        return multi_scale_loss(net, images, [target, *smaller], self.config.loss, self._lower, shown)
 
     def _lower(self, images: Tensor, factor: int) -> Tensor:
         return (lower if self.config.lower == "sliced" else averaged)(images, factor)
@@ -133,8 +149,9 @@ class X2Objective(SquareObjective):
         height, width = images_BCHW.shape[-2:]
         return self.enlarge(bilinear(images_BCHW, (2 * height, 2 * width)), maps, grid)
 
-    def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        return self._loss(self.run_net, images_BCHW, maps_BChw), self._loss(_doubled, images_BCHW, maps_BChw)
+    def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor, shown: Shown | None) -> tuple[Tensor, Tensor]:
+        ours, plain = (self._loss(net, images_BCHW, maps_BChw, shown) for net in (self.run_net, _doubled))
+        return ours, plain
 
 
 def _doubled(_: Tensor, maps: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.objectives.lift import cosine_loss
+from operators.objectives.shown import Shown, loss_of
 from operators.upsamplers import UpsamplerError, build_net
 from pipelines.config import ConfigError, Counts, Found, Held, flag_of, said
 from pipelines.features.bundle import ModelBundle
@@ -45,6 +46,8 @@ class SquareTraining(ImageTraining):
     "the backbone is given images made smaller by as much a side, so that --size must be a multiple of so many patches"
     enlarged: ClassVar[int] = 2
     "by how much a side the map of the smallest image is enlarged"
+    judges_shown: ClassVar[bool] = False
+    "whether padding in the corner of a square can be left out of the loss"
 
     features: Held[SquareMapConfig] = SquareMapConfig(size=448)
     interpolation: Counts[Literal["bilinear", "bicubic", "lanczos"]] = "bilinear"
@@ -61,6 +64,11 @@ class SquareTraining(ImageTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.found_method()
+        if self.features.geometry == "corner" and not self.judges_shown:
+            raise ConfigError(
+                f"--geometry corner: {self.trained_by} doesn't leave padding out of its loss; use crop, squash or pad with "
+                f"--method {self.method}"
+            )
         if not 0 <= self.jitter <= 0.5:
             raise ConfigError(f"--jitter {self.jitter}: must lie between 0 and 0.5")
         for name, plain in (("jitter", 0), ("crop", 1)):
@@ -170,11 +178,23 @@ class SquareObjective(ImageObjective):
     def given(self, loaded: Loaded) -> tuple[Tensor, Tensor]:
         """The images of a micro-batch, and the backbone's maps of them, of a store where there is one."""
         arrays = loaded.example.arrays
-        images = self.input(arrays["pixels"])
+        images = self.normalised(arrays["pixels"], self.shown(arrays))
         if "features" not in arrays:
             return images, self.features(images)
         stored = torch.from_numpy(np.array(arrays["features"])).to(self.device)
         return images, stored.float().permute(0, 3, 1, 2)
+
+    def shown(self, arrays: Mapping[str, np.ndarray], side: int | None = None) -> Shown | None:
+        """What the squares show of their images, where these lie in a corner; those of --size, or of another side."""
+        name = "shown" if side is None else f"shown {side}"
+        if name not in arrays:
+            return None
+        return Shown(sizes=tuple((int(height), int(width)) for height, width in arrays[name]), side=side or self._size)
+
+    def normalised(self, pixels_BHW3: np.ndarray, shown: Shown | None) -> Tensor:
+        """`input`, with zeros beside what is shown."""
+        images = self.input(pixels_BHW3)
+        return images if shown is None else shown.blanked(images)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """The frozen backbone's maps, float32 [B, C, h, w]."""
@@ -193,7 +213,7 @@ class SquareObjective(ImageObjective):
         """The network's map of images on a grid of 2 or 4 times the maps' cells a side."""
 
     @abstractmethod
-    def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor) -> tuple[Tensor, Tensor]:
+    def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor, shown: Shown | None) -> tuple[Tensor, Tensor]:
         """The images' mean loss, by which the best checkpoint is chosen, and that of bilinear enlargement; `maps` are the
         backbone's of the images."""
 
@@ -205,17 +225,18 @@ class SquareObjective(ImageObjective):
         found = self.setup.held_out.at_sides(rows, self._geometry, sorted(sides.values()))
         if not found.arrays:
             return np.zeros(len(self.metrics)), found.failed
-        images = {factor: self.input(found.arrays[str(side)]) for factor, side in sides.items()}
+        shown = {factor: self.shown(found.arrays, side) for factor, side in sides.items()}
+        images = {factor: self.normalised(found.arrays[str(side)], shown[factor]) for factor, side in sides.items()}
         maps = {factor: self.features(each) for factor, each in images.items()}
-        means = list(self.held_out_losses(images[1], maps[1]))
+        means = list(self.held_out_losses(images[1], maps[1], shown[1]))
         for name, (small, large) in octaves.items():
             wanted = maps[large]
             grid = (wanted.shape[-2], wanted.shape[-1])
             ours, plain = self.enlarge(images[small], maps[small], grid), bilinear(maps[small], grid)
-            means += [1 - cosine_loss(ours, wanted), 1 - cosine_loss(plain, wanted)]
+            means += [1 - loss_of(cosine_loss, each, wanted, shown[large]) for each in (ours, plain)]
             if name == "cosine":
-                shown = [each.permute(0, 2, 3, 1).cpu().numpy() for each in (maps[small], plain, ours, wanted)]
-                panels.extend([list(row) for row in zip(found.arrays[str(sides[large])], *shown, strict=True)])
+                seen = [each.permute(0, 2, 3, 1).cpu().numpy() for each in (maps[small], plain, ours, wanted)]
+                panels.extend([list(row) for row in zip(found.arrays[str(sides[large])], *seen, strict=True)])
         return len(images[1]) * np.array([float(mean) for mean in means]), found.failed
 
 

@@ -411,7 +411,7 @@ def hiera() -> torch.nn.Module:
     ("options", "message"),
     [
         ({"stride": 16}, "stride 16 is not possible for Hiera"),
-        ({"facet": "key"}, "facet key needs blocks with a qkv or q_proj layer; Hiera has none"),
+        ({"facet": "key"}, "facet key needs a plain ViT, whose blocks have a qkv or q_proj layer; Hiera is none"),
         ({"norm": True}, "the final norm applies to facet token of plain ViTs only"),
     ],
 )

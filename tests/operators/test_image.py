@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from operators import image as image_module
-from operators.image import DecodedImage, Geometry, ImageRefused, decode
+from operators.image import DecodedImage, Geometry, ImageRefused, decode, fitted_size
 from tests.conftest import jpeg
 
 RNG = np.random.default_rng(7)
@@ -102,7 +102,23 @@ def test_pad_keeps_the_aspect_on_the_mean_colour():
     assert (found.pixels[56:] == [124, 116, 104]).all()
 
 
-@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+def test_corner_keeps_the_aspect_in_the_upper_left_on_the_mean_colour():
+    image = noise(200, 100)
+
+    found = decoded(encoded(image), geometry("corner", 64, 64, mean=(0.485, 0.456, 0.406), interpolation="bilinear"))
+
+    np.testing.assert_array_equal(found.pixels[:32], np.array(image.resize((64, 32), Image.Resampling.BILINEAR)))
+    assert (found.pixels[32:] == [124, 116, 104]).all()
+
+
+def test_images_in_a_corner_are_rounded_as_detectors_round_them():
+    """The published sizes: tests/operators/vitdet/test_settings.py."""
+    assert fitted_size((100, 300), (64, 96)) == (32, 96)
+    # A half, which 105 * 64 / 640 would round up.
+    assert geometry("corner", 64, 64).place(640, 105).resized == (64, 10)
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad", "corner"])
 @pytest.mark.parametrize(("width", "height"), [(200, 120), (120, 200), (131, 97)])
 @pytest.mark.parametrize("at", [(0.5, 0.5), (0.4, 0.6), (0.62, 0.37)])
 def test_placement_says_where_a_dot_of_the_original_lands(mode, width, height, at):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from operators.vitdet.input import fitted_size, padded, resize
+from operators.image import fitted_size
+from operators.vitdet.input import padded, resize
 from operators.vitdet.settings import DetectorError, DetectorSettings
 from tests.goldens import golden_file
 
@@ -59,11 +60,11 @@ def test_impossible_settings_are_refused(given, message):
 def test_sizes_of_resized_images_are_the_official_ones():
     rows = json.loads(golden_file("vitdet_training_tables.json").read_text())["test_resize_hw"]
     assert len(rows) > 5
-    assert [list(fitted_size(tuple(size), 1024)) for size, _ in rows] == [expected for _, expected in rows]
+    assert [list(fitted_size(tuple(size), (1024, 1024))) for size, _ in rows] == [expected for _, expected in rows]
 
 
 def test_a_line_of_pixels_keeps_one():
-    assert fitted_size((1, 5000), 1024) == (1, 1024)
+    assert fitted_size((1, 5000), (1024, 1024)) == (1, 1024)
 
 
 def test_images_are_normalised_and_zeros_fill_the_square():
