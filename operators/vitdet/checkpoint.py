@@ -41,7 +41,7 @@ _MAE_ONLY = r"cls_token$|norm\.(weight|bias)$|mask_token$|decoder"
 def _latin1(text: str, encoding: str) -> bytes:
     """What protocols 0 to 2 write bytes as."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"_codecs.encode to {encoding}")
+        raise _asking(f"_codecs.encode to {encoding}")
     return _codecs.encode(text, encoding)
 
 
@@ -58,11 +58,22 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 """All that a pickle of arrays calls, by module and name, in protocols 0 to 5."""
 
 
+_BROKEN = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError, MemoryError,
+    RecursionError,
+)  # fmt: skip
+"""What a damaged pickle, or one that isn't meant well, ends with."""
+
+
 class _ArraysAlone(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
+            raise _asking(f"{module}.{name}")
         return _ALLOWED[module, name]
+
+
+def _asking(what: str) -> DetectorError:
+    return DetectorError(f"this pickle isn't one of arrays alone, and isn't run: it asks for {what}")
 
 
 def unpickled(data: bytes) -> dict[str, Tensor]:
@@ -74,9 +85,9 @@ def unpickled(data: bytes) -> dict[str, Tensor]:
     try:
         # Python 2 wrote the first ones.
         loaded = _ArraysAlone(io.BytesIO(data), encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        raise DetectorError(f"this pickle isn't one of arrays alone, and isn't run: it asks for {error}") from None
-    except (EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError, MemoryError) as error:
+    except DetectorError:
+        raise
+    except _BROKEN as error:
         raise DetectorError(f"this is no whole pickle of arrays: {type(error).__name__}: {error}") from None
     model = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(model, dict) or not model:

@@ -108,7 +108,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images_BCHW: Tensor, sizes: Sequence[Size], output_sizes: Sequence[Size]) -> list[Detections]:
-        """What is found in each image, at its output size. The network must be in eval mode."""
+        """What is found in each image, at its output size. An upsampler with BatchNorm must be in eval mode."""
         frame_sizes = self.in_frame(sizes)
         levels = self.maps(images_BCHW)
         found = self.find(levels, self.propose(levels, frame_sizes), frame_sizes)

@@ -104,11 +104,6 @@ class DetectorSettings:
         return asdict(self)
 
     @property
-    def grid(self) -> int:
-        """Cells a side of the backbone's map of an input."""
-        return self.square_pad // PATCH
-
-    @property
     def anchors_per_cell(self) -> int:
         return len(self.anchor_sizes[0]) * len(RATIOS)
 

@@ -1,5 +1,6 @@
 """Weights of detectors: pickles that hold arrays and those that do more, and weights of another network."""
 
+import io
 import os
 import pickle
 import re
@@ -113,8 +114,15 @@ def test_a_codec_other_than_that_of_bytes_is_refused():
 def test_a_pickle_that_is_cut_off_is_refused_wherever_that_is():
     data = pickle.dumps({"model": {"a": np.arange(50)}})
     for end in range(len(data)):
-        with pytest.raises(DetectorError):
+        with pytest.raises(DetectorError, match="this is no whole pickle of arrays"):
             unpickled(data[:end])
+
+
+def test_a_torch_file_of_that_name_is_refused():
+    file = io.BytesIO()
+    torch.save({"model": {}}, file)
+    with pytest.raises(DetectorError, match="this is no whole pickle of arrays"):
+        unpickled(file.getvalue())
 
 
 def test_training_checkpoints_hold_more_than_the_model(tmp_path):
