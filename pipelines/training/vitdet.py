@@ -16,6 +16,7 @@ from operators.backbone import autocast
 from operators.upsamplers import split_method
 from operators.vitdet.augment import LargeScaleJitter
 from operators.vitdet.backbone import kept_paths
+from operators.vitdet.detector import Detector
 from operators.vitdet.groups import parameter_groups
 from operators.vitdet.input import padded
 from operators.vitdet.losses import Sampling, Truth, detector_losses
@@ -25,7 +26,7 @@ from pipelines.config import ConfigError, Counts, Found, Free, absolute, require
 from pipelines.executors import Executor
 from pipelines.features.detectors import DetectorWeights, load_detector, load_upsampler_net
 from pipelines.features.weights import WeightsChoice
-from pipelines.training.beginnings import Beginning, backbone_at, require_same_classes
+from pipelines.training.beginnings import Beginning, backbone_at, require_same_classes, require_trained_on
 from pipelines.training.config import LR_SCALE, Objective, TrainConfig, TrainSetup, Validation
 from pipelines.training.data import Loaded, generator
 from pipelines.training.objects import ObjectSource, unpacked
@@ -74,7 +75,8 @@ MODELS: Mapping[str, DetectorSettings] = {
 }
 """Sizes by name: the published ones, and one for CPUs and images of about 256 pixels, whose boxes are a quarter as large."""
 
-LAYER_DECAY = {"base": 0.7, "large": 0.8, "huge": 0.9, "tiny": 1.0}
+LAYER_DECAY = {12: 0.7, 24: 0.8, 32: 0.9}
+"""As published, by the number of blocks."""
 
 OWN_SIZES = ("model", "dim", "depth", "heads", "window", "global_blocks", "channels", "fc")
 """Settings of a detector that begins; one that was trained has its own."""
@@ -140,7 +142,7 @@ class ViTDetTraining(TrainConfig):
     proposals: Counts[int] = 512
     """Proposals of an image that its boxes' losses are of."""
     layer_decay: Annotated[Counts[float | None], _BACKBONE] = None
-    """What the learning rate of a block is of the next one's; default: 0.7 for base, 0.8 for large, 0.9 for huge, 1 for tiny."""
+    """What the learning rate of a block is of the next one's; default: 0.7, 0.8 and 0.9 of 12, 24 and 32 blocks, else 1."""
     decays_norms: Annotated[Counts[bool], _BACKBONE] = False
     """Whether --weight-decay is for the backbone's norms, too, as published for huge."""
 
@@ -188,7 +190,8 @@ class ViTDetTraining(TrainConfig):
         return Sampling(anchors=self.anchors, proposals=self.proposals)
 
     def optimiser(self, net: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        decay = LAYER_DECAY[self.model] if self.layer_decay is None else self.layer_decay
+        blocks = net.settings.depth if isinstance(net, Detector) else 0
+        decay = LAYER_DECAY.get(blocks, 1.0) if self.layer_decay is None else self.layer_decay
         groups = parameter_groups(net, trained, weight_decay=self.weight_decay, layer_decay=decay, decays_norms=self.decays_norms)
         described = [
             {"params": [*group.values()], LR_SCALE: kind.lr_scale, "weight_decay": kind.weight_decay}
@@ -208,6 +211,8 @@ class ViTDetTraining(TrainConfig):
             found = load_detector(choice.url, self.options)
             self._require_fitting(found, categories)
             upsampler = load_upsampler_net(self.upsampler, found, self.options) if self.upsampler else None
+            if not self.trains_backbone:
+                require_trained_on(found, self.upsampler, self.options)
             new = bool(self.upsampler) and self.trains_backbone
             return Beginning.of(found, upsampler, categories, new=new).resized(self.size, self.drop_path)
         if not self.trains_backbone:
@@ -219,10 +224,12 @@ class ViTDetTraining(TrainConfig):
 
     def _require_fitting(self, found: DetectorWeights, categories: Mapping[int, str]) -> None:
         """Raises `ConfigError` or `DetectorError` where the settings or the data are of another detector."""
-        if given := [name for name in OWN_SIZES if self.is_given(name)]:
+        plain = type(self)()
+        if given := [name for name in OWN_SIZES if getattr(self, name) != getattr(plain, name)]:
+            asked, back = (said(given[0], getattr(config, given[0])) for config in (self, plain))
             raise ConfigError(
-                f"{said(given[0], getattr(self, given[0]))} would change nothing: the detector of --weights {found.displayed} "
-                "has its own sizes; leave it out"
+                f"{asked} would change nothing: the detector of --weights {found.displayed} has its own sizes. Leave it out; "
+                f"where a preset sets it, say {back}"
             )
         if found.head != self.method:
             raise ConfigError(

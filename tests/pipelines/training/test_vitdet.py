@@ -14,6 +14,7 @@ from operators.vitdet.augment import LargeScaleJitter, Objects
 from operators.vitdet.settings import DetectorError
 from pipelines.config import ConfigError
 from pipelines.features.detectors import load_detector
+from pipelines.training.lift import X2Config
 from pipelines.training.loop import TrainFailed
 from pipelines.training.objects import packed, unpacked
 from pipelines.training.run import main, plan_lines, train_on_ray
@@ -215,6 +216,23 @@ def test_a_detector_with_an_upsampler_is_trained_on_with_it(sets, tmp_path, trai
 def test_a_detector_that_is_another_is_refused(sets, tmp_path, trained, changes, said):
     with pytest.raises(ConfigError, match=said):
         detector(sets, tmp_path / "run", weights=trained, **(OWN | changes)).resolve()
+
+
+def test_an_upsampler_of_another_backbone_is_refused(sets, tmp_path, trained, make_tars):
+    """LiFT is trained on the very detector."""
+    values = {"method": "lift", "lower": "resized", "model": "vitdet_base", "weights": trained, "size": 64, "geometry": "corner"}
+    values |= {"data": (make_tars(count=1, each=5),), "out": str(tmp_path / "lift"), "val_rows": 2, "batch": 3, "max_steps": 1}
+    values |= {"facet": "token", "precision": "fp32", "executor": "inline", "device": "cpu"}
+    train(X2Config.of(**values))
+    lift = f"lift:{tmp_path / 'lift'}"
+
+    assert prepared(
+        detector(sets, tmp_path / "run", weights=trained, upsampler=lift, layer_decay=None, **OWN)
+    ).beginning.keeps_maps
+    other = detector(sets, tmp_path / "other", seed=1, weights="random:1", max_steps=1)
+    train(other)
+    with pytest.raises(DetectorError, match="was trained on the maps of other weights"):
+        detector(sets, tmp_path / "next", weights=other.out, upsampler=lift, layer_decay=None, **OWN).resolve()
 
 
 def test_upsamplers_of_other_maps_are_refused(sets, tmp_path, trained, lift):
