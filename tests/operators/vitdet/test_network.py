@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators.vitdet.backbone import ViT, relative_positions
+from operators.vitdet.backbone import Attention, ViT, relative_positions
 from operators.vitdet.detector import Detector
 from operators.vitdet.heads import MASK_SIDE
 from operators.vitdet.input import padded
 from operators.vitdet.pyramid import Pyramid
 from operators.vitdet.settings import DetectorSettings
-from tests.goldens import golden_file, hash_tensor, tensor_golden, under
+from tests.goldens import Allocations, golden_file, hash_tensor, tensor_golden, under
 
 
 def close(found: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
@@ -68,6 +68,14 @@ def test_tables_of_relative_positions_are_resized_to_any_side(vit):
     assert len(sides) > 1
     for side in sides:
         close(relative_positions(table, side), tensors[f"mid/rel_pos_h_global_{side}"])
+
+
+def test_relative_positions_of_all_queries_are_never_held(monkeypatch):
+    monkeypatch.setattr("operators.vitdet.backbone.BIAS_BYTES", 2**20)
+    heads, side = 4, 32
+    with Allocations() as seen, torch.no_grad():
+        Attention(8 * heads, heads, side)(torch.randn(1, side, side, 8 * heads))
+    assert seen.largest <= 2**20 < 4 * heads * side**4
 
 
 def test_pyramid_of_maps_of_stride_16_and_8():
