@@ -220,6 +220,14 @@ PRESETS: dict[str, TrainConfig] = {
     # --workers share. --method cascade for Cascade R-CNN, --model large for ViT-L. Not run here.
     # `python jobs/train.py vitdet-coco --weights mae_pretrain_vit_base.pth --data COCO --out vitdet-b --workers 64`
     "vitdet-coco": ViTDetTraining.of(**published.VITDET_TRAINING),
+    # LiFT's Table 4 is made of runs of three kinds: a detector's (vitdet-coco, or a published file), LiFT's on its backbone, and
+    # the finetuning of its heads on LiFT's maps. pipelines/published.py says what of it is the paper's. Not run here.
+    # `python jobs/train.py lift-vitdet-coco --weights model_final.pkl --data COCO/train2017 --val-data COCO/val2017 --out lift-b`
+    "lift-vitdet-coco": X2Config.of(method="lift", **published.LIFT_FOR_VITDET),
+    # `python jobs/train.py vitdet-lift-coco --weights model_final.pkl --upsampler lift:lift-b --data COCO --out vitdet-lift`
+    "vitdet-lift-coco": ViTDetTraining.of(method="mask_rcnn", **published.LIFT_VITDET_HEADS),
+    # The same for Cascade R-CNN; its detector's backbone is another, which has a LiFT of its own.
+    "vitdet-cascade-lift-coco": ViTDetTraining.of(method="cascade", **published.LIFT_VITDET_HEADS),
     # DeAP's Table 3, DINOv2-B. None was run here: of VOC, COCO and NYUv2 there are few images. Segmentation of VOC 2012:
     "deap-voc": deap("voc"),
     # Segmentation with 200 outputs.

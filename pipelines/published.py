@@ -86,6 +86,22 @@ LIFT_TRAINING: Settings = {"interpolation": "bilinear", "batch": 256, "epochs": 
 script has it there. The paper says about 8 h on one A6000."""
 
 
+LIFT_FOR_VITDET: Settings = {
+    "model": "vitdet_base", "facet": "token", "geometry": "corner", "size": 1024, "pairs": 1, "lower": "resized",
+    "image_width": 200, "image_convs": 1, "batch": 64, "micro_batch": 16, "epochs": 100, "lr": 1e-3,
+}  # fmt: skip
+"""LiFT for a ViTDet's backbone (section 3.5 and supplement B: 7 M parameters, wider layers and one more block in the image
+encoder, the usual loss, 100 epochs of COCO's images). The rest is ours: how wide; images as the detector has them, and the half
+of 1,024 px, which is what it will have; a batch of about as many cells as LiFT's own. No duration is published."""
+
+LIFT_VITDET_HEADS: Settings = {
+    "size": 512, "batch": 64, "micro_batch": 1, "epochs": 1, "lr": 3e-5, "weight_decay": 0.1, "schedule": "steps",
+    "warmup_steps": 250, "net_precision": "bf16",
+}  # fmt: skip
+"""A trained ViTDet's pyramid and heads on the maps of such a LiFT (section 3.5 says that they are finetuned briefly). Ours: 512
+px, of which LiFT makes the frame of 1,024 that the heads know; three tenths of ViTDet's learning rate; one epoch."""
+
+
 def _by_size(columns: Mapping[str, Sequence[float]]) -> dict[str, Values]:
     """The values of each column at 56, 112, 224 and 448 px."""
     sizes = ("56", "112", "224", "448")

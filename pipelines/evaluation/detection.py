@@ -342,6 +342,7 @@ def _choices(config: DetectionConfig, task: ObjectDetection, recipe: DetectorRec
         "frame": "with an enlarged map, all that follows the backbone works in a frame of twice the pixels, as it was trained; "
         "LiFT's paper doesn't say it, and its 118 M parameters fit no other reading",
         "heads": heads,
+        **({"upsamplers": _upsamplers(recipe)} if recipe.upsamplers else {}),
         "categories": "ids as the detector's checkpoint says them"
         if any(each.categories for each in recipe.detectors)
         else "classes in the ascending order of ids, as the file doesn't say them",
@@ -353,6 +354,16 @@ def _choices(config: DetectionConfig, task: ObjectDetection, recipe: DetectorRec
         "turned photographs": config.turned_photographs,
         "precision": "float32",
     }
+
+
+def _upsamplers(recipe: DetectorRecipe) -> str:
+    known = [f"{each.displayed}: {each.method}, {each.parameters:,} parameters" for each in recipe.upsamplers]
+    if any(each.method == "lift" for each in recipe.upsamplers):
+        known.append(
+            "LiFT's paper has one of 7 M with wider layers and one more block in its image encoder, and no layout; "
+            "--image-width 200 --image-convs 1 is our reading, and so are the sizes of the images that it learns from"
+        )
+    return "; ".join(known)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -200,9 +200,11 @@ def load_upsampler_net(text: str, detector: DetectorWeights, options: StorageOpt
         raise DetectorError(
             f"{displayed}: a file of weights alone doesn't say its settings; give a checkpoint's folder, or a run's"
         )
-    config = _read_config(named.url, "upsampler", options)["upsampler"]
+    found = _read_config(named.url, "upsampler", options)
+    config = found["upsampler"]
     if config.get("method") != name:
         raise DetectorError(f"{displayed} holds a {config.get('method')}, not a {name}")
+    _require_trained_on(detector, found.get("backbone"), displayed)
     try:
         net = doubling_net(config, detector.settings)
         state = read_state_dict(named.url, options)
@@ -212,6 +214,19 @@ def load_upsampler_net(text: str, detector: DetectorWeights, options: StorageOpt
     return UpsamplerNet(
         displayed=displayed, config=config, arrays={key: value.numpy() for key, value in state.items()}, step=named.step
     )
+
+
+def _require_trained_on(detector: DetectorWeights, made_for: JsonValue, displayed: str) -> None:
+    """Raises `DetectorError` where an upsampler says that it learned other features than a detector's maps (upsamplers.py)."""
+    if not isinstance(made_for, Mapping):
+        return
+    net = {name.removeprefix(NET): array for name, array in detector.arrays.items() if name.startswith(NET)}
+    here: JsonObject = {"weights": weights_digest(net), "layers": [detector.settings.depth - 1], "facet": "token"}
+    if differing := [name for name, value in here.items() if made_for.get(name, value) != value]:
+        raise DetectorError(
+            f"{displayed} was trained on other maps than those of {detector.displayed}, whose backbone has other "
+            f"{' and '.join(differing)}; train one on it (jobs/train.py lift-vitdet-coco --weights {detector.displayed})"
+        )
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from operators.objectives.shown import ShownBatchNorm2d
 from operators.upsamplers import UpsamplerError
 from operators.vitdet.checkpoint import described
 from operators.vitdet.detector import Detector
-from operators.vitdet.settings import DetectorSettings
+from operators.vitdet.settings import DetectorError, DetectorSettings
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.run import extract
 from pipelines.features.bundle import load_bundle
+from pipelines.features.detectors import load_detector, load_upsampler_net
 from pipelines.training.data import Example, Loaded
 from pipelines.training.jafar import JafarTraining
 from pipelines.training.lift import X2Config
@@ -125,6 +126,9 @@ def test_a_trained_lift_goes_on_and_is_used_with_that_detector_alone(on_detector
     other.write_bytes(pickle.dumps(detector(1)))
     with pytest.raises(UpsamplerError, match=r"(?s)trained on other features.*weights"):
         extract(store(other, "other.zarr"), InlineExecutor())
+    assert load_upsampler_net(f"lift:{config.out}", load_detector(str(official))).method == "lift"
+    with pytest.raises(DetectorError, match=r"trained on other maps .* whose backbone has other weights; train one on it"):
+        load_upsampler_net(f"lift:{config.out}", load_detector(str(other)))
 
 
 def test_the_folder_of_a_detectors_training_stands_for_its_best_checkpoint(tmp_path):
