@@ -213,6 +213,8 @@ class Tile:
     "a point (x, y) to ring, in 0..1 of the tile"
     is_photo: bool = False
     "enlarged with interpolation; cells of a map stay sharp squares"
+    caption: str = ""
+    "written into the tile's lower left corner"
 
     def image(self, width: int, height: int) -> Image.Image:
         """The tile at a size in pixels."""
@@ -225,6 +227,10 @@ class Tile:
             draw = ImageDraw.Draw(image)
             for radius, colour in ((9, "white"), (8, "red"), (7, "red"), (6, "white")):
                 draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour)
+        if self.caption:
+            draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
+            draw.rectangle((0, height - 18, font.getlength(self.caption) + 8, height), fill="white")
+            draw.text((4, height - 17), self.caption, fill="black", font=font)
         return image
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: real photographs in tars, tiny configs, an S3 server, a local Ray."""
 
+import functools
 import io
 import os
 import re
@@ -121,25 +122,26 @@ def make_tars(tmp_path: Path) -> Callable[..., str]:
     return make
 
 
+def tiny_config(folder: Path, data: str | tuple[str, ...], **changes: object) -> ExtractConfig:
+    """A config that runs in a second: timm's test_vit with random weights at 64 px, inline, to `folder`/out.zarr."""
+    settings: dict[str, object] = {
+        "data": (data,) if isinstance(data, str) else data,
+        "out": str(folder / "out.zarr"),
+        "model": "test_vit.r160_in1k",
+        "weights": "random",
+        "size": "64",
+        "levels": ("x1", "x2", "pooled"),
+        "precision": "fp32",
+        "executor": "inline",
+        "block_rows": 4,
+    }
+    return ExtractConfig.of(**{**settings, **changes})
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., ExtractConfig]:
-    """A config that runs in a second: timm's test_vit with random weights at 64 px, inline."""
-
-    def make(data: str | tuple[str, ...], **changes: object) -> ExtractConfig:
-        settings: dict[str, object] = {
-            "data": (data,) if isinstance(data, str) else data,
-            "out": str(tmp_path / "out.zarr"),
-            "model": "test_vit.r160_in1k",
-            "weights": "random",
-            "size": "64",
-            "levels": ("x1", "x2", "pooled"),
-            "precision": "fp32",
-            "executor": "inline",
-            "block_rows": 4,
-        }
-        return ExtractConfig.of(**{**settings, **changes})
-
-    return make
+    """`tiny_config` in the test's own folder."""
+    return functools.partial(tiny_config, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,18 @@ import tyro
 from PIL import Image
 
 from pipelines.config import ConfigError, parse_options
-from pipelines.showing.choice import base_level, columns_of, dense_levels, named_together, picked_together, require_alike
+from pipelines.showing.choice import (
+    base_level,
+    columns_of,
+    dense_levels,
+    named_rows,
+    named_together,
+    picked_together,
+    require_alike,
+)
 from pipelines.showing.compare import compare, comparison_lines
 from pipelines.showing.curves import curves_png
+from pipelines.showing.nearest import Query, nearest_cells, nearest_lines, nearest_panel
 from pipelines.showing.regions import Annotations, export_regions
 from pipelines.showing.report import render_report
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
@@ -172,6 +181,41 @@ class Similar(ShowMaps):
         rows = [np.concatenate(each) for each in zip(own, others, strict=True)]
         picture = similar_panel(columns_of(stores, rows, self.levels), self.point, storage_options=self.options)
         yield _saved(picture.draw(), self.out, kind, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest(Show):
+    """The cells of the whole store that are most like a point of an image, by cosine: exact, in one pass."""
+
+    key: str
+    """Key or row number of the image."""
+    point: tuple[float, float]
+    """x y in pixels of the original photograph."""
+    level: str = ""
+    """Default: the backbone's own."""
+    count: int = 10
+    """How many to find."""
+    per_image: bool = False
+    """Of each image its best cell alone."""
+    others: bool = False
+    """Not in the image itself."""
+    out: str = ""
+    """A picture to write: the photographs, with the cells ringed."""
+
+    def lines(self) -> Iterator[str]:
+        if self.count < 1:
+            raise ConfigError(f"--count {self.count}: at least 1 is needed")
+        kind = _picture_format(self.out) if self.out else ""
+        store = self.open()
+        level = dense_levels(store, [self.level])[0] if self.level else base_level(store)
+        query = Query.at(store, int(named_rows(store, [self.key])[0]), self.point, level)
+        without = [query.row] if self.others else []
+        found = nearest_cells(store, query.vector_C, level, self.count, per_image=self.per_image, without=without)
+        yield from nearest_lines(store, level, found)
+        yield from store.clipped_lines([level.name])
+        if self.out:
+            picture = nearest_panel(store, level, query, found, storage_options=self.options)
+            yield _saved(picture.draw(), self.out, kind, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)

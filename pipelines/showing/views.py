@@ -100,9 +100,9 @@ def view_panel(
     return Panel(
         tiles=tiles,
         columns=["photo", *(column.title for column in columns)],
-        rows=_row_titles(store, rows),
-        title=_store_title(store),
-        tile_size=_tile_size(store),
+        rows=row_titles(store, rows),
+        title=store_title(store),
+        tile_size=tile_size(store),
     )
 
 
@@ -140,13 +140,13 @@ def similar_panel(
         ]
         for i, photo in enumerate(read_photos(store, rows, storage_options))
     ]
-    titles = _row_titles(store, rows)
+    titles = row_titles(store, rows)
     return Panel(
         tiles=tiles,
         columns=["photo", *(title for title, _ in found)],
         rows=[f"{title}\n{low:.2f} to {high:.2f}" for title, (low, high) in zip(titles, scales, strict=True)],
-        title=f"cosine with pixel ({point_xy[0]:.0f}, {point_xy[1]:.0f}) of {titles[0]}, ringed; {_store_title(store)}",
-        tile_size=_tile_size(store),
+        title=f"cosine with pixel ({point_xy[0]:.0f}, {point_xy[1]:.0f}) of {titles[0]}, ringed; {store_title(store)}",
+        tile_size=tile_size(store),
         scale=("lowest cosine beside the row", "highest"),
     )
 
@@ -188,19 +188,22 @@ def enlarged(values: np.ndarray, of: Level, to: Level) -> np.ndarray:
 # --- words and sizes --------------------------------------------------------------------------------------------------
 
 
-def _store_title(store: FeatureStore) -> str:
+def store_title(store: FeatureStore) -> str:
+    """What made a store's features, for a picture's title."""
     spec = store.spec
     weights = "RANDOM WEIGHTS, " if spec.weights_source == "random" else ""
     blocks = ", ".join(map(str, spec.layers))
     return f"{spec.model}, {weights}{spec.facet} of block {blocks}, {spec.input_size[1]} x {spec.input_size[0]} px"
 
 
-def _row_titles(store: FeatureStore, rows: np.ndarray) -> list[str]:
+def row_titles(store: FeatureStore, rows: np.ndarray) -> list[str]:
+    """Keys, as long as a picture has room for."""
     keys = store.index.take(rows, ["key"])["key"].to_pylist()
     return [shortened(key, 23) for key in keys]
 
 
-def _tile_size(store: FeatureStore) -> tuple[int, int]:
+def tile_size(store: FeatureStore) -> tuple[int, int]:
+    """(width, height) in pixels of a picture's tiles."""
     height, width = store.spec.input_size
     scale = TILE_PX / max(height, width)
     return max(32, round(width * scale)), max(32, round(height * scale))
