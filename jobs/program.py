@@ -171,12 +171,12 @@ class Program:
 
     def _command(self, args: list[str]) -> tuple[str, AnyCommand]:
         """The command that `args` begin with, whose name is taken off them."""
-        if "" in self.commands and args:
+        if "" in self.commands and args and args[0] not in self.commands:
             return "", self.commands[""]
         word = pick_word(args, self.commands)
         if word is None:
             self._end_with_usage(args)
-        for name in self.commands:
+        for name in filter(None, self.commands):
             first, *flags = name.split()
             if first == word and flags and set(flags) <= set(args):
                 args[:] = [each for each in args if each not in flags]

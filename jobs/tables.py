@@ -5,10 +5,13 @@
         --data voc=VOC2012 coco=COCO --seeds 0 1 2 --out grid --paper
     python jobs/tables.py deap-table3 --data voc=... coco=... coco_stuff=... nyu=... --out s3://bucket/table3
     python jobs/tables.py --store 's3://bucket/{backbone}-{dataset}-{part}.zarr' ...
+    python jobs/tables.py lift --plan --out s3://bucket/lift
+    python jobs/tables.py lift --table 1 3 --data spair=SPair-71k coco20k=COCO photos=IMAGENET_TARS --out s3://bucket/lift
+    python jobs/tables.py lift mini --root DATA --table 1 --out lift-mini
 
-The first word is a preset, and may be left out. `python jobs/show.py backbones` lists backbones. The same command continues a
-grid that stopped: what is done isn't done again. Exit codes: 0 all cells done, 1 some failed (the tables say which and why), 2
-wrong settings.
+The first word is a preset, and may be left out; `lift` is all of that paper, its tables and curves, from training on.
+`python jobs/show.py backbones` lists backbones. The same command continues what stopped: what is done isn't done again. Exit
+codes: 0 all cells done, 1 some failed (the tables say which and why), 2 wrong settings.
 """
 
 import sys
@@ -16,11 +19,13 @@ from functools import partial
 
 from jobs.program import Command, Program
 from pipelines.config import ActorsConfig
-from pipelines.demo_datasets import write_demo
+from pipelines.demo_datasets import write_demo, write_photos
 from pipelines.published import DEAP_ABLATED, DEAP_ABLATIONS, DEAP_TASKS, PROBE_TASKS, VIT_UP_FEATURES, VIT_UP_SEED, VIT_UP_SIZE
+from pipelines.tables import lift, paper_report
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import GridConfig
 from pipelines.tables.deap import main
+from pipelines.tables.papers import PapersConfig
 from pipelines.training.readout import ReadConfig, ReadoutTraining
 
 PRESETS: dict[str, GridConfig] = {
@@ -58,13 +63,32 @@ PRESETS: dict[str, GridConfig] = {
     ),
 }
 
+PAPERS: dict[str, PapersConfig] = {
+    # The published data and schedules; it needs ImageNet, the data sets and GPUs. Not run here; `--plan` says what it takes.
+    "paper": PapersConfig(),
+    # Few real photographs, at --root as FOLDERS of pipelines/tables/lift.py has them.
+    "mini": PapersConfig(scale="mini", out="tables-mini"),
+    # No network, no Ray, drawn images and random weights, which say nothing; what the tests run.
+    "debug": PapersConfig(scale="debug", out="demo/tables", cluster=ActorsConfig(executor="inline", device="cpu")),
+}
+
+
+def write_debug() -> None:
+    """What `PAPERS["debug"]` needs."""
+    write_demo("demo/evaluate")
+    write_photos("demo")
+
+
 program = Program(
     name="tables",
     doc=__doc__,
     commands={
         "": Command(
             run=main, default=GridConfig(), presets=PRESETS, before={"debug": partial(write_demo, "demo/evaluate")}, about=__doc__
-        )
+        ),
+        "lift": Command(
+            run=partial(paper_report.main, lift.plan), default=PAPERS["paper"], presets=PAPERS, before={"debug": write_debug}
+        ),
     },
     stopped="stopped; the same command goes on from what is done",
     pairs=True,  # so that --cell.no-flip can be said, where a task's published settings mirror images

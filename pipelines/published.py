@@ -222,6 +222,108 @@ LIFT_DISCOVERY: Mapping[str, Published] = {
 """By data set; of each, by method and side of the input."""
 
 
+LIFT_RIVALS: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "leopart": {
+        "PCK@0.1": (2.35, 11.2, 23.33, 26.54), "PCK@0.05": (0.6, 3.22, 8.9, 12.26), "PCK@0.01": (0.05, 0.1, 0.47, 0.79),
+        "J&F": (6.9, 16.1, 30.3, 45.1), "J": (9.0, 20.2, 34.9, 47.3), "F": (4.8, 12.1, 25.7, 42.8),
+        "voc07": (18.92, 32.59, 51.59, 48.79), "voc12": (22.44, 37.41, 55.74, 54.40), "coco20k": (16.14, 26.78, 43.89, 44.08),
+    },
+    "selfpatch": {
+        "PCK@0.1": (2.13, 12.18, 23.03, 27.34), "PCK@0.05": (0.44, 3.61, 9.32, 14.44), "PCK@0.01": (0.02, 0.17, 0.42, 1.12),
+        "J&F": (7.4, 17.2, 33.0, 51.4), "J": (9.7, 21.6, 38.1, 52.5), "F": (5.1, 12.9, 27.9, 50.3),
+        "voc07": (18.04, 41.99, 62.40, 63.62), "voc12": (20.19, 47.32, 68.02, 66.48), "coco20k": (14.15, 35.76, 52.18, 55.47),
+    },
+}  # fmt: skip
+"""Other networks' own maps, as `LIFT_SIDES` has them: Tables 1 to 3 and their supplements; of discovery, CorLoc by data set."""
+
+LIFT_SIDES = ("56", "112", "224", "448")
+
+LIFT_BACKBONES: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]] = {
+    "dino-b16": {
+        "backbone": {
+            "PCK@0.1": (1.98, 12.20, 24.90, 28.22), "PCK@0.05": (0.46, 3.61, 9.64, 15.04), "PCK@0.01": (0.01, 0.17, 0.52, 1.15)
+        },
+        "lift": {
+            "PCK@0.1": (5.43, 17.74, 29.35, 31.27), "PCK@0.05": (1.29, 6.56, 14.80, 18.10), "PCK@0.01": (0.04, 0.37, 0.92, 2.43)
+        },
+    },
+    "dino-s8": {
+        "backbone": {
+            "PCK@0.1": (9.39, 21.30, 31.05, 32.15), "PCK@0.05": (2.35, 8.44, 16.74, 18.96), "PCK@0.01": (0.15, 0.39, 1.19, 2.32)
+        },
+        "lift": {
+            "PCK@0.1": (12.90, 26.73, 34.54, 34.58), "PCK@0.05": (4.35, 11.99, 20.61, 21.01), "PCK@0.01": (0.18, 0.75, 2.21, 3.77)
+        },
+    },
+    "dino-b8": {
+        "backbone": {
+            "PCK@0.1": (8.88, 20.40, 30.08, 30.89), "PCK@0.05": (2.83, 7.70, 15.81, 17.84), "PCK@0.01": (0.12, 0.39, 1.09, 1.95)
+        },
+        "lift": {
+            "PCK@0.1": (12.21, 25.17, 33.23, 33.17), "PCK@0.05": (4.22, 11.73, 19.39, 20.18), "PCK@0.01": (0.13, 0.69, 2.27, 3.32)
+        },
+    },
+    "moco": {
+        "backbone": {
+            "PCK@0.1": (1.27, 3.43, 7.37, 12.31), "PCK@0.05": (0.21, 0.84, 2.35, 5.49), "PCK@0.01": (0.0, 0.03, 0.10, 0.31)
+        },
+        "lift": {
+            "PCK@0.1": (6.48, 10.51, 14.13, 16.34), "PCK@0.05": (1.74, 3.36, 6.42, 8.05), "PCK@0.01": (0.04, 0.16, 0.42, 0.73)
+        },
+        "lift twice": {"PCK@0.1": (8.72, 13.21, 16.12, 17.08)},
+    },
+    "vit": {
+        "backbone": {
+            "PCK@0.1": (1.26, 5.72, 13.23, 16.90), "PCK@0.05": (0.27, 1.62, 4.89, 7.34), "PCK@0.01": (0.02, 0.06, 0.30, 0.50)
+        },
+        "lift": {
+            "PCK@0.1": (3.76, 9.21, 16.58, 18.69), "PCK@0.05": (1.02, 2.71, 6.63, 8.81), "PCK@0.01": (0.02, 0.13, 0.45, 0.72)
+        },
+        "lift twice": {"PCK@0.1": (5.17, 9.89, 16.49, 18.18)},
+    },
+    "leopart": {
+        "lift": {
+            "PCK@0.1": (4.24, 15.61, 27.77, 30.06), "PCK@0.05": (1.22, 5.16, 12.81, 15.66), "PCK@0.01": (0.02, 0.25, 0.74, 1.39)
+        }
+    },
+    "dino-s16": {"lift twice": {"PCK@0.1": (7.42, 20.12, 29.45, 31.35)}},
+}  # fmt: skip
+"""Supplement: SPair-71k by backbone and map, as `LIFT_SIDES` has them."""
+
+LIFT_ABLATIONS: Mapping[str, Sequence[float]] = {
+    "random": (1.45, 2.37, 4.21, 6.16),
+    "no-image": (4.38, 15.74, 28.49, 31.42),
+    "l1": (4.48, 16.64, 27.77, 31.03),
+    "l2": (4.82, 17.72, 28.17, 31.13),
+}
+"""Supplement: PCK@0.1 of LiFT that is trained otherwise, or not at all, as `LIFT_SIDES` has them."""
+
+LIFT_EPOCHS: Mapping[int, tuple[float, float]] = {
+    5: (17.47, 28.45), 10: (17.53, 28.50), 30: (17.75, 28.65), 50: (17.97, 29.00), 100: (18.14, 29.11)
+}  # fmt: skip
+"""Supplement: PCK@0.1 at 112 and 224 px by epochs of training; its 5 epochs are another run than Table 1's."""
+
+LIFT_COMPUTE: Mapping[tuple[int, int], Mapping[str, tuple[float, float]]] = {
+    (224, 16): {"backbone": (24.76, 33.0), "lift": (28.68, 44.3)},
+    (224, 8): {"backbone": (29.92, 43.9), "lift": (31.91, 52.6)},
+    (448, 16): {"backbone": (28.60, 50.9), "lift": (31.38, 61.1)},
+    (448, 8): {"backbone": (31.92, 61.9), "lift": (32.20, 69.7)},
+}
+"""Table 5: PCK@0.1 and J&F by side of the input and stride; operations are `LIFT_OPERATIONS`."""
+
+LIFT_DETECTION: Mapping[str, tuple[float, ...]] = {
+    "mask": (39.50, 61.56, 42.23, 37.81, 60.47, 39.97),
+    "mask, lift": (45.98, 66.41, 49.87, 40.78, 63.34, 43.57),
+    "cascade": (45.65, 64.39, 48.90, 40.93, 62.86, 44.28),
+    "cascade, lift": (47.92, 65.88, 51.67, 41.42, 63.21, 44.45),
+}
+"""Table 4: AP, AP_50 and AP_75 of boxes, then of masks, by R-CNN head."""
+
+LIFT_CROSSED: Mapping[str, tuple[float | None, float]] = {"dino-s16": (28.6, 31.38), "moco": (12.31, 16.34), "vit": (16.9, 18.69)}
+"""Table 7's diagonal: PCK@0.1 at 448 px without LiFT, and with that trained on the same backbone. Our copy of its other cells is
+damaged; all of them are below the first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operations:
     """A row of LiFT's Tables 5 and 6: 10^9 "FLOPs" (multiply-accumulates, by its count) of DINO's keys alone and with LiFT."""

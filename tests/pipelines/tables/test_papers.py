@@ -1,0 +1,163 @@
+"""Papers' tables: every cell is done once, goes on where it stopped, and says what is missing where it can't be done."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import tables as job
+from pipelines.config import ConfigError
+from pipelines.published import LIFT_CORRESPONDENCE, LIFT_DISCOVERY, LIFT_VIDEO
+from pipelines.tables import lift, paper_report, paper_run
+from pipelines.tables.paper_run import Order
+from pipelines.tables.papers import PapersConfig
+from storage.paths import Folder
+
+EVERYTHING = tuple(f"{name}=/there/{name}" for name in ("spair", "davis", "voc07", "voc12", "coco20k", "photos"))
+
+DEBUG = job.PAPERS["debug"]
+
+
+def debug(out: Path, *tables: str, **changes: object) -> PapersConfig:
+    return DEBUG.changed(out=str(out), table=tables, **changes)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Iterator[Path]:
+    """The working directory of `tables.py lift debug`."""
+    root = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        job.write_debug()
+        yield root
+
+
+def printed(config: PapersConfig) -> str:
+    return "\n".join(paper_report.main(lift.plan, config))
+
+
+def test_a_table_is_the_same_whenever_its_run_was_killed(demo, tmp_path, monkeypatch):
+    """Killed before it writes this or that object: of a training, of an evaluation, and at the end of either."""
+    config, killed = debug(tmp_path / "whole", "8"), debug(tmp_path / "killed", "8")
+    writes, write, at = [], Folder.write, [0]
+
+    class Killed(BaseException):
+        """As by `kill -9`, nothing is tidied up."""
+
+    def counted(folder: Folder, name: str, *args: object, **more: object) -> object:
+        writes.append(name)
+        if len(writes) == at[0]:
+            raise Killed
+        return write(folder, name, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Folder, "write", counted)
+    printed(config)
+    for at[0] in (len(writes) // 4, len(writes) // 3, 3):
+        writes.clear()
+        with pytest.raises(Killed):
+            printed(killed)
+    at[0] = 0
+    printed(killed)
+
+    assert (tmp_path / "killed/tables.md").read_bytes() == (tmp_path / "whole/tables.md").read_bytes()
+    (table,) = json.loads((tmp_path / "whole/tables.json").read_text())["tables"]
+    assert [each["difference"] for each in table["figures"]] == [None] * 3  # the paper has nothing at 64 px
+    assert [bool(each["interval"]) for each in table["figures"]] == [True, False, False]
+
+
+def test_what_is_done_is_not_done_again_and_cells_are_shared(demo, tmp_path, monkeypatch):
+    printed(debug(tmp_path, "5"))
+    done: list[str] = []
+    real = paper_run.run_cell
+
+    def run_cell(order: Order) -> paper_run.Outcome:
+        done.append(order.cell.name)
+        return real(order)
+
+    monkeypatch.setattr(paper_run, "run_cell", run_cell)
+    text = printed(debug(tmp_path, "5", "8"))
+
+    assert done == ["correspondence-dino-s16-lift-dino-s16-twice"]  # of the LiFT that Table 5 has trained
+    assert "| DINO, LiFT twice" in text
+    printed(debug(tmp_path, "8", limit=3))
+    assert done[1:] == ["correspondence-dino-s16-lift-dino-s16-twice"]  # of other pairs, beside the first
+
+
+def test_a_figure_is_drawn_and_operations_are_counted(demo, tmp_path):
+    text = printed(debug(tmp_path, "fig3"))
+
+    assert (tmp_path / "pictures/fig3.png").read_bytes()[:4] == b"\x89PNG"
+    assert "![Figure 3](pictures/fig3.png)" in text
+    assert "LiFT at another stride than the patch's" in text
+
+
+def test_a_cell_that_fails_ends_no_other_one_and_the_program_with_1(demo, tmp_path, capsys):
+    args = ["--out", str(tmp_path), "--table", "8", "--data", f"spair={tmp_path / 'nothing'}"]
+
+    assert job.run(["lift", "debug", *args]) == 1
+    text = (tmp_path / "tables.md").read_text()
+    assert "missing, DINO, LiFT twice: DatasetError" in text
+    assert json.loads((tmp_path / "tables.json").read_text())["cells"]["train-lift-dino-s16"]["error"] == ""
+
+
+# --- the whole paper --------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_of_all_of_lift_names_what_is_missing(tmp_path):
+    config = PapersConfig(out=str(tmp_path), plan=True, data=EVERYTHING)
+
+    text = printed(config)
+
+    assert not list(tmp_path.iterdir())
+    for number in ("1", "2", "3", "4", "5", "6", "7", "8", "fig3", "fig4", "fig5", "fig6", "s1", "s2", "s3", "s4", "s5"):
+        assert lift.plan(config).only([number]).cells
+    assert "Leopart's weights: give --weights leopart=URL" in text
+    assert "jobs/evaluate.py has no word detection" in text
+    assert "GPU hours" in text
+    assert "train-lift-dino-s16                               lift                8.00 GPU h  to do" in text
+
+
+def test_data_and_weights_that_are_given_are_not_missing(tmp_path):
+    bare, given = PapersConfig(out=str(tmp_path)), PapersConfig(
+        out=str(tmp_path), data=EVERYTHING, weights=("leopart=a.pth", "selfpatch=b.pth", "moco=c.pth")
+    )  # fmt: skip
+    for number in ("1", "2", "3", "s3", "s4", "s5"):
+        assert all(cell.missing for cell in lift.plan(bare).only([number]).cells.values())
+        assert not any(cell.missing for cell in lift.plan(given).only([number]).cells.values())
+
+
+def test_published_numbers_stand_beside_their_cells(tmp_path):
+    plan = lift.plan(PapersConfig(out=str(tmp_path), data=EVERYTHING))
+    tables = {table.number: {(each.row, each.column): each for each in table.wanted} for table in plan.tables}
+
+    assert tables["1"]["+ LiFT", "PCK@0.05, 112 px"].published == LIFT_CORRESPONDENCE.values("lift", "112")["PCK@0.05"] == 6.29
+    assert tables["2"]["+ JBU", "J&F, 448 px"].published == LIFT_VIDEO.values("jbu", "448")["J&F"] == 54.5
+    assert tables["3"]["DINO", "coco20k, 56 px"].published == LIFT_DISCOVERY["coco20k"].values("backbone", "56")["CorLoc"]
+    assert tables["s5"]["Leopart", "voc12, 224 px"].published == 55.74
+    assert tables["5"]["448 px, stride 8, LiFT", "J&F"].published == 69.7
+    assert tables["s3"]["MoCo v3, LiFT", "PCK@0.01, 448 px"].published == 0.73
+    assert {each.line for each in tables["8"].values()} == {"lift x4"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"table": ("9",)}, "--table 9: there are 1, 2, 3"),
+        ({"data": ("imagenet=x",)}, "--data imagenet: there are coco20k"),
+        ({"weights": ("dino=x",)}, "--weights dino: there are dino-b16"),
+        ({"data": ("spair",)}, "--data spair: use NAME=VALUE"),
+        ({"out": ""}, "no output: give --out"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        printed(PapersConfig(out=str(tmp_path)).changed(**changes))
+
+
+def test_a_root_is_minis(tmp_path):
+    with pytest.raises(ConfigError, match="only mini's layout is known"):
+        PapersConfig(root=str(tmp_path))
+    cells = lift.plan(PapersConfig(out="o", scale="mini", root=str(tmp_path))).cells
+    assert cells["video-dino-s16"].settings["data"] == f"{tmp_path}/labelled/davis/DAVIS"
+    assert cells["train-lift-dino-s16"].settings["weights"] == f"{tmp_path}/weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
