@@ -7,6 +7,7 @@ tell the settings, and no categories.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder, StorageError, StorageOptions, has_extension
 from storage.redaction import redact
 from storage.runs import NamedCheckpoint, named_checkpoint
+
+logger = logging.getLogger(__name__)
 
 LIFT = "lift."
 """What an upsampler's tensors are called in a detector's state dict."""
@@ -218,14 +221,16 @@ def load_upsampler_net(text: str, detector: DetectorWeights, options: StorageOpt
 
 def _require_trained_on(detector: DetectorWeights, made_for: JsonValue, displayed: str) -> None:
     """Raises `DetectorError` where an upsampler says that it learned other features than a detector's maps (upsamplers.py)."""
-    if not isinstance(made_for, Mapping):
+    if not isinstance(made_for, Mapping) or made_for.get("weights") is None:
+        logger.warning("%s doesn't say what it was trained on; taken to be the backbone of %s", displayed, detector.displayed)
         return
     net = {name.removeprefix(NET): array for name, array in detector.arrays.items() if name.startswith(NET)}
     here: JsonObject = {"weights": weights_digest(net), "layers": [detector.settings.depth - 1], "facet": "token"}
     if differing := [name for name, value in here.items() if made_for.get(name, value) != value]:
         raise DetectorError(
             f"{displayed} was trained on other maps than those of {detector.displayed}, whose backbone has other "
-            f"{' and '.join(differing)}; train one on it (jobs/train.py lift-vitdet-coco --weights {detector.displayed})"
+            f"{' and '.join(differing)}; give the detector that it was trained on, or train one on this (jobs/train.py "
+            "lift-vitdet-coco)"
         )
 
 

@@ -1,7 +1,6 @@
 """What a detector's training begins from: random weights, a backbone that was trained otherwise, a detector, or one with an
 upsampler put between backbone and pyramid."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -9,17 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from operators.timm_models import load_arrays, state_arrays, weights_digest
-from operators.upsamplers import find_method, split_method
+from operators.upsamplers import find_method
 from operators.vitdet.checkpoint import build, described, load_backbone
 from operators.vitdet.detector import Detector
 from operators.vitdet.settings import PATCH, DetectorError, DetectorSettings
 from pipelines.features.detectors import LIFT, NET, DetectorWeights, UpsamplerNet
 from pipelines.features.weights import WEIGHT_FILES, read_state_dict
-from storage.documents import JsonObject, JsonValue, as_object, parse_json
+from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder, StorageOptions, has_extension
-from storage.runs import named_checkpoint
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +103,6 @@ def backbone_at(url: str, options: StorageOptions | None = None) -> dict[str, Te
 def _is_backbones(folder: Folder) -> bool:
     """Whether a folder, such as timm's, holds weights and is neither a training run nor one of its checkpoints."""
     return not folder.exists("checkpoints.json") and not folder.exists("resume.json")
-
-
-def require_trained_on(detector: DetectorWeights, upsampler: str, options: StorageOptions | None = None) -> None:
-    """Raises `DetectorError` where the checkpoint of METHOD:URL says that it learned from another backbone's maps."""
-    named = named_checkpoint(split_method(upsampler)[1], options)
-    folder = Folder(named.url, options)
-    made_for = as_object(parse_json(folder.read("config.json")).get("backbone", {}), "backbone").get("weights")
-    here = weights_digest({name.removeprefix(NET): each for name, each in detector.arrays.items() if name.startswith(NET)})
-    if made_for is None:
-        logger.warning(
-            "%s doesn't say what it was trained on; taken to be the backbone of %s", folder.displayed, detector.displayed
-        )
-    elif made_for != here:
-        raise DetectorError(
-            f"{folder.displayed} was trained on the maps of other weights (sha256 {str(made_for)[:8]}…) than those of the "
-            f"backbone of {detector.displayed} ({here[:8]}…); give as --weights the detector that it was trained on"
-        )
 
 
 def require_same_classes(detector: DetectorWeights, categories: Mapping[int, str]) -> None:

@@ -26,7 +26,7 @@ from pipelines.config import ConfigError, Counts, Found, Free, absolute, require
 from pipelines.executors import Executor
 from pipelines.features.detectors import DetectorWeights, load_detector, load_upsampler_net
 from pipelines.features.weights import WeightsChoice
-from pipelines.training.beginnings import Beginning, backbone_at, require_same_classes, require_trained_on
+from pipelines.training.beginnings import Beginning, backbone_at, require_same_classes
 from pipelines.training.config import LR_SCALE, Objective, TrainConfig, TrainSetup, Validation
 from pipelines.training.data import Loaded, generator
 from pipelines.training.objects import ObjectSource, unpacked
@@ -211,8 +211,6 @@ class ViTDetTraining(TrainConfig):
             found = load_detector(choice.url, self.options)
             self._require_fitting(found, categories)
             upsampler = load_upsampler_net(self.upsampler, found, self.options) if self.upsampler else None
-            if not self.trains_backbone:
-                require_trained_on(found, self.upsampler, self.options)
             new = bool(self.upsampler) and self.trains_backbone
             return Beginning.of(found, upsampler, categories, new=new).resized(self.size, self.drop_path)
         if not self.trains_backbone:
