@@ -127,7 +127,7 @@ def test_a_trained_lift_goes_on_and_is_used_with_that_detector_alone(on_detector
     with pytest.raises(UpsamplerError, match=r"(?s)trained on other features.*weights"):
         extract(store(other, "other.zarr"), InlineExecutor())
     assert load_upsampler_net(f"lift:{config.out}", load_detector(str(official))).method == "lift"
-    with pytest.raises(DetectorError, match=r"trained on other maps .* whose backbone has other weights "):
+    with pytest.raises(DetectorError, match=r"trained on other maps .* whose backbone has other weights; give"):
         load_upsampler_net(f"lift:{config.out}", load_detector(str(other)))
 
 
