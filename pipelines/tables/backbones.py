@@ -34,7 +34,7 @@ class PaperBackbone:
     channels: int | None = None
     "of the map"
     parameters: int | None = None
-    "as timm has it without a classifier; SigLIP's with the head that pools"
+    "of the trunk, whose map is read: without a classifier, and without the head by which SigLIP pools"
     weights: str | None = None
     "None: those that the run is given"
     absent: str = ""
@@ -83,11 +83,11 @@ BACKBONES: tuple[PaperBackbone, ...] = (
     _vit("clip-b", "CLIP B", "vit_base_patch16_clip_224.openai", 224, 85_799_424),
     _vit("clip-l", "CLIP L", "vit_large_patch14_clip_336.openai", 336, 303_507_456, 14, 1024),
     _vit("metaclip", "MetaCLIP", "vit_base_patch16_clip_224.metaclip_2pt5b", 224, 85_799_424),
-    _vit("siglip-224", "SigLIP 224", "vit_base_patch16_siglip_224.webli", 224, 92_884_224),
-    _vit("siglip-384", "SigLIP 384", "vit_base_patch16_siglip_384.webli", 384, 93_176_064),
-    _vit("siglip-512", "SigLIP 512", "vit_base_patch16_siglip_512.webli", 512, 93_520_128),
+    _vit("siglip-224", "SigLIP 224", "vit_base_patch16_siglip_224.webli", 224, 85_797_120),
+    _vit("siglip-384", "SigLIP 384", "vit_base_patch16_siglip_384.webli", 384, 86_088_960),
+    _vit("siglip-512", "SigLIP 512", "vit_base_patch16_siglip_512.webli", 512, 86_433_024),
     _vit(
-        "siglip-so", "SigLIP SO", "vit_so400m_patch14_siglip_384.webli", 512, 428_225_600, 14, 1152,
+        "siglip-so", "SigLIP SO", "vit_so400m_patch14_siglip_384.webli", 512, 412_987_248, 14, 1152,
         note="made for 384 px and run at 512, where the last 8 px aren't seen",
     ),
     _vit("aim2", "Aim2", "aimv2_large_patch14_336.apple_pt", 336, 309_525_504, 14, 1024),
@@ -136,7 +136,7 @@ def main(config: Backbones) -> Iterator[str]:
     found = [each for each in BACKBONES if not names or each.name in names]
     rows = []
     for each in found:
-        millions = f"{each.parameters / 1e6:.1f} M" if each.parameters else ""
+        millions = f"{each.parameters / 1e6:.1f} M" if each.parameters else "missing"
         grid = f"{each.grid}x{each.grid}" if each.grid else ""
         cells = (each.name, each.label, each.model, each.size, grid, each.channels, *_scale(each), millions)
         rows.append([str(cell) for cell in cells])
