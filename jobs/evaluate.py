@@ -112,7 +112,6 @@ PRESETS: dict[str, dict[str, EvaluationConfig]] = {
             detector="random",
             upsamplers=("lift",),
             size=64,
-            shown_from=0.0,
             **HERE,
         ),
         # LiFT's Table 4, Mask R-CNN and Cascade R-CNN.

@@ -68,8 +68,8 @@ class DetectionConfig(LabelConfig, EvaluationConfig):
     """Of annotations/instances_SPLIT.json, and the images' folder."""
     per_class: Free[bool] = False
     """A table of each category's numbers, too; results.json has them anyway."""
-    shown_from: Annotated[Free[float], used_with(pictures=True)] = 0.5
-    """Pictures show what has at least this score."""
+    shown_from: Annotated[Free[float], used_with(pictures=True)] = 0.3
+    """Pictures show what has at least this score, of an image the best 20."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -370,6 +370,9 @@ def _upsamplers(recipe: DetectorRecipe) -> str:
 
 _TILE = 400
 
+_SHOWN = 20
+"""Found objects of a tile at most: the best ones, which come first."""
+
 
 def _pictures(
     config: DetectionConfig, task: ObjectDetection, recipe: DetectorRecipe, records: Sequence[Record]
@@ -383,9 +386,9 @@ def _pictures(
     tiles = []
     for record in shown:
         photo = upright_pixels(task.images[record["image"]].image)
-        found = [[e for e in record["found"][name] if e["score"] >= config.shown_from] for name in names]
+        found = [[e for e in record["found"][name] if e["score"] >= config.shown_from][:_SHOWN] for name in names]
         tiles.append([_tile(task, photo, entries) for entries in (record["truth"], *found)])
-    title = f"objects with a score of {config.shown_from:g} or more, {recipe.size} px, beside the annotated ones"
+    title = f"beside annotated objects, those found at {recipe.size} px with a score of {config.shown_from:g} or more"
     rows = [task.images[record["image"]].image.keys[-1] for record in shown]
     return {"detections.png": panel(tiles, ["annotated", *names], rows, title, (_TILE, _TILE))}
 
