@@ -107,12 +107,7 @@ PRESETS: dict[str, dict[str, EvaluationConfig]] = {
     },
     "detection": {
         "debug": DetectionConfig.of(
-            data="demo/evaluate/coco",
-            out="demo/eval-detection",
-            detector="random",
-            upsamplers=("lift",),
-            size=64,
-            **HERE,
+            data="demo/evaluate/coco", out="demo/eval-detection", detector="random", upsamplers=("lift",), size=64, **HERE
         ),
         # LiFT's Table 4, Mask R-CNN and Cascade R-CNN.
         # `python jobs/evaluate.py detection lift-coco --data coco --detector vitdet_b.pkl --finetuned RUN --out ... --paper`

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,8 @@ def rows_of(upsampled: Sequence[tuple[int, UpsamplerNet]], cells: int) -> tuple[
     ]
     for number, (detector, net) in enumerate(upsampled):
         name = f"{net.method} x2"
+        if any(each.row.name == name for each in rows):
+            name += ", finetuned" if detector else ""
         while any(each.row.name == name for each in rows):
             name += "'"
         rows.append(DetectorRow(row=row(name, net.method, 2, net.digest), detector=detector, upsampler=number))
@@ -205,7 +208,7 @@ def find(config: DetectionConfig, task: ObjectDetection, recipe: DetectorRecipe,
         pictures=_pictures(config, task, recipe, records),
         times=(_times(recipe, records),),
         files={
-            f"detections/{name.replace(' ', '-')}.{kind}.json": json.dumps(entries).encode()
+            f"detections/{re.sub('[^A-Za-z0-9_]+', '-', name)}.{kind}.json": json.dumps(entries).encode()
             for name, by_kind in results.items()
             for kind, entries in by_kind.items()
         },

@@ -113,8 +113,8 @@ class DetectorWeights:
 
     @cached_property
     def net_digest(self) -> str:
-        """sha256 of the backbone's weights."""
-        return weights_digest({name: array for name, array in self.arrays.items() if name.startswith(NET)})
+        """sha256 of the backbone's weights, as a model of its own has them."""
+        return weights_digest({name.removeprefix(NET): array for name, array in self.arrays.items() if name.startswith(NET)})
 
     def build(self) -> Detector:
         """Ready to run, on the CPU, without its upsampler."""
@@ -224,8 +224,7 @@ def _require_trained_on(detector: DetectorWeights, made_for: JsonValue, displaye
     if not isinstance(made_for, Mapping) or made_for.get("weights") is None:
         logger.warning("%s doesn't say what it was trained on; taken to be the backbone of %s", displayed, detector.displayed)
         return
-    net = {name.removeprefix(NET): array for name, array in detector.arrays.items() if name.startswith(NET)}
-    here: JsonObject = {"weights": weights_digest(net), "layers": [detector.settings.depth - 1], "facet": "token"}
+    here: JsonObject = {"weights": detector.net_digest, "layers": [detector.settings.depth - 1], "facet": "token"}
     if differing := [name for name, value in here.items() if made_for.get(name, value) != value]:
         raise DetectorError(
             f"{displayed} was trained on other maps than those of {detector.displayed}, whose backbone has other "

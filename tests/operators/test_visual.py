@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from operators.visual import BACKGROUND, Foreground, Panel, RgbProjection, Tile, cosine_map, heat
+from operators.visual import BACKGROUND, DrawnObject, Foreground, Panel, RgbProjection, Tile, cosine_map, draw_objects, heat
 from storage.spread import spread
 
 
@@ -142,3 +142,42 @@ def test_a_panels_legend_and_colour_bar_stand_below_its_tiles():
     assert all((drawn[above.height :] == colour).all(axis=-1).sum() >= 100 for colour in colours)
     for end in (0, 1):
         assert (drawn[above.height :] == heat(np.array([end]), 0, 1)).all(axis=-1).any()
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+
+def test_objects_have_a_frame_a_tint_and_a_name_inside_the_picture():
+    photo = np.full((80, 120, 3), 100, np.uint8)
+    mask = np.zeros((80, 120), bool)
+    mask[40:60, 40:80] = True
+    one = DrawnObject(box=(40, 40, 80, 60), mask=mask, text="cat 0.90", kind=1)
+    cut_off = DrawnObject(box=(100, -20, 140, 10), mask=None, text="a name wider than its box", kind=2)
+
+    drawn = draw_objects(photo, [one, cut_off])
+
+    assert (drawn[40, 50] == one.colour).all()
+    assert (drawn[59, 50] == one.colour).all()
+    assert (drawn[50, 60] == np.round(0.55 * 100 + 0.45 * np.array(one.colour))).all()
+    assert (drawn[70, 20] == 100).all()
+    grounds = [(drawn == np.array(each.colour, np.uint8)).all(axis=2) for each in (one, cut_off)]
+    assert grounds[0][26:40, 41:60].mean() > 0.3  # above its box
+    assert grounds[1][:12, :100].mean() > 0.1  # as far to the left as its name needs
+    assert (photo == 100).all()
+
+
+def test_names_of_objects_in_one_place_do_not_cover_each_other():
+    photo = np.zeros((100, 100, 3), np.uint8)
+    objects = [DrawnObject(box=(20, 40, 60, 80), mask=None, text=f"dog {n}", kind=n) for n in range(3)]
+
+    drawn = draw_objects(photo, objects)
+
+    for each in objects:
+        assert (drawn == np.array(each.colour, np.uint8)).all(axis=2).sum() > 250
+
+
+def test_boxes_without_extent_and_pictures_without_objects_are_drawn():
+    photo = np.zeros((20, 20, 3), np.uint8)
+
+    assert (draw_objects(photo, []) == 0).all()
+    assert draw_objects(photo, [DrawnObject(box=(5, 5, 5, 5), mask=None, text="")]).any()

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from jobs.evaluate import run
 from operators.timm_models import state_arrays
-from operators.vitdet.checkpoint import build, described
+from operators.vitdet.checkpoint import build, described, doubling_net
 from operators.vitdet.detector import Detections, Detector
 from operators.vitdet.settings import DetectorSettings
 from pipelines.demo_datasets import write_demo
@@ -120,7 +120,7 @@ def twelve(found: dict, row: str, kind: str) -> list[float]:
 def require_by_hand(found: dict, data: Path, out: Path, rows: tuple[str, ...]) -> None:
     for row in rows:
         for kind, word in (("bbox", "boxes"), ("segm", "masks")):
-            ours, theirs = twelve(found, row, word), by_hand(data, out, row.replace(" ", "-"), kind)
+            ours, theirs = twelve(found, row, word), by_hand(data, out, row.replace(", ", "-").replace(" ", "-"), kind)
             assert [each is None for each in ours] == [each is None for each in theirs]
             np.testing.assert_allclose(*([each or 0 for each in values] for values in (ours, theirs)), rtol=0, atol=1e-9)
 
@@ -144,7 +144,7 @@ def test_numbers_of_each_row_are_those_of_cocos_tool_with_crowds_and_images_with
 
     found = results(config)
 
-    rows = ("low-res", "bilinear x2", "lift x2", "lift x2'")
+    rows = ("low-res", "bilinear x2", "lift x2", "lift x2, finetuned")
     assert [line["features"] for line in found["tables"][0]["lines"]] == list(rows)
     assert [line["grid"] for line in found["tables"][0]["lines"]] == ["4x4", "8x8", "8x8", "8x8"]
     require_by_hand(found, data, tmp_path / "out", rows)
@@ -324,7 +324,11 @@ def test_a_checkpoint_of_other_heads_or_classes_is_refused(data, plain, tmp_path
     three = save(tmp_path / "three", replace(TWO, classes=3), LIFT)
     unsaid = save(tmp_path / "unsaid", replace(TWO, classes=5))
     wide = save(tmp_path / "wide", replace(TWO, dim=96), {**LIFT, "channels": 96})
-    out = tmp_path / "out"
+    others, out = tmp_path / "others", tmp_path / "out"
+    others.mkdir()
+    safetensors.numpy.save_file(state_arrays(doubling_net(LIFT, TWO)), others / "model.safetensors")
+    backbone = {"model": "vitdet_base", "weights": "0123" * 16}
+    (others / "config.json").write_text(json.dumps({"upsampler": LIFT, "backbone": backbone}))
 
     for settings, message in (
         ({"detector": plain, "head": "cascade"}, "has the heads of --head mask_rcnn, not of cascade"),
@@ -335,6 +339,7 @@ def test_a_checkpoint_of_other_heads_or_classes_is_refused(data, plain, tmp_path
         ({"detector": plain, "finetuned": (plain,)}, "has no upsampler: it's a plain detector; evaluate it as --detector"),
         ({"detector": plain, "upsamplers": ("vit_up",)}, "vit_up can't stand in a detector"),
         ({"detector": plain, "upsamplers": ("lift:" + plain,)}, "is no trained upsampler"),
+        ({"detector": plain, "upsamplers": (f"lift:{others}",)}, "was trained on other maps than those of"),
         ({"detector": str(data)}, "no weights at"),
         ({}, "no detector: give --detector"),
         ({"detector": plain, "shown_from": 0.2}, "--shown-from 0.2 would change nothing"),
