@@ -111,9 +111,10 @@ class FeatureStore:
         folder = Folder(url, storage_options)
         attributes = read_attributes(folder)
         if attributes is None:
-            raise NotAStore(
-                f"there is no feature store at {folder.displayed}; make one with jobs/extract.py --out {folder.displayed}"
-            )
+            advice = f"make one with jobs/extract.py --out {folder.displayed}"
+            if folder.exists("run.json"):
+                advice = f"a training or an evaluation is there; jobs/show.py training {folder.displayed} shows a training"
+            raise NotAStore(f"there is no feature store at {folder.displayed}; {advice}")
         return cls(folder, attributes)
 
     @classmethod

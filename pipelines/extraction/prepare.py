@@ -123,7 +123,11 @@ def resolve(config: ExtractConfig) -> Resolved:
         raise ConfigError("no output: give --out a path or URL for the Zarr store")
     member_rules(config)  # raises for columns that can't be carried
     # Refuses what is there and isn't ours, before anything is written.
-    read_attributes(Folder(config.out, config.options))
+    folder = Folder(config.out, config.options)
+    if read_attributes(folder) is None and folder.exists("run.json"):
+        raise ConfigError(
+            f"--out {folder.displayed} holds a training or an evaluation (run.json); give the store a folder of its own"
+        )
     if itself := [url for url in config.data if Folder(url, config.options).url == Folder(config.out, config.options).url]:
         raise ConfigError(
             f"--out {redact(itself[0], config.options)} is also the input (--data); give the store a folder of its own"

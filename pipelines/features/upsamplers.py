@@ -2,7 +2,8 @@
 
 A checkpoint is a folder at any URL: `config.json` and `model.safetensors`; a training run's folder stands for its best one.
 config.json holds `upsampler` (`method`, and the method's settings) and `backbone` (`FeatureSpec.learned`: what made the features
-it was trained on). Official files hold weights alone; the rest is taken from the backbone that they are used with.
+it was trained on). Official files hold weights alone; the rest is taken from the backbone that they are used with. A folder with
+such a file as `pytorch_model.bin` and a config.json of `upsampler` alone is that file with some settings that aren't the usual.
 
 `backbone` of a training run says `size` as well, the side of its images in pixels, and `sides`, those of all images whose maps
 its network was given. Maps of another size are no mistake, since the papers have them, too; but how good they are nobody knows,
@@ -114,7 +115,8 @@ def load_upsampler(
     settings, made_for = (None, None) if has_extension(url, *WEIGHT_FILES) else _read_config(url, storage_options)
     if settings is not None and settings.get("method") != method:
         raise UpsamplerError(f"{displayed} holds a {settings.get('method')}, not a {method}")
-    weights = replace(_read_weights(method, settings, state, backbone, displayed), step=named.step)
+    weights = _read_weights(method, settings, state, backbone, displayed, official=made_for is None)
+    weights = replace(weights, step=named.step)
     if made_for is None:
         logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", displayed)
         return replace(weights, remark="its upsampler's file doesn't say what it was trained on; taken to be these features")
@@ -130,12 +132,16 @@ def _trained_sides(made_for: JsonObject, method: AnyMethod) -> tuple[int, ...]:
 
 
 def _read_weights(
-    name: str, given: JsonObject | None, state: Mapping[str, Tensor], backbone: TimmBackbone, displayed: str
+    name: str, given: JsonObject | None, state: Mapping[str, Tensor], backbone: TimmBackbone, displayed: str, *, official: bool
 ) -> UpsamplerWeights:
     # NumPy has no bfloat16, and what runs is cast anyway.
     plain = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in state.items()}
     method = find_method(name)
     try:
+        if official and given is not None:  # says what is to be otherwise than the file does
+            method.require_own(plain)
+            told, plain = method.official(plain, backbone)
+            given = {**told, **given}
         return UpsamplerWeights.of(method, *method.read(plain, given, backbone))
     except UpsamplerError as error:
         raise UpsamplerError(f"{displayed}: {error}") from None
@@ -156,12 +162,13 @@ def unfamiliar(level: str, weights: UpsamplerWeights, size: tuple[int, int], bas
     ]
 
 
-def _read_config(url: str, options: StorageOptions | None) -> tuple[JsonObject, JsonObject]:
-    """`upsampler` and `backbone` of a folder's config.json."""
+def _read_config(url: str, options: StorageOptions | None) -> tuple[JsonObject, JsonObject | None]:
+    """`upsampler` and `backbone` of a folder's config.json; without the latter, where it is beside an official file."""
     folder = Folder(url, options)
     try:
         config = json.loads(folder.read("config.json"))
-        return {**config["upsampler"]}, {**config["backbone"]}
+        is_official = "backbone" not in config and not folder.exists("model.safetensors")
+        return {**config["upsampler"]}, None if is_official else {**config["backbone"]}
     except FileNotFoundError:
         raise WeightsUnavailable(f"{folder.displayed} has weights but no config.json, which says what they are") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -28,8 +28,9 @@ from pipelines.training.watch import similarity_picture
 from storage.datasets.content import joint_digest
 from storage.documents import JsonObject, JsonValue
 from storage.identity import content_of, sample_images
-from storage.inputs import Listing
-from storage.paths import Folder
+from storage.inputs import InputFile, Listing
+from storage.paths import Folder, StorageOptions, filesystem
+from storage.redaction import redact
 from storage.runs import read_run
 from storage.samples import SampleIndex
 from storage.sources import LIMIT
@@ -120,6 +121,7 @@ class ImageTraining(FeatureTraining):
         folder = self.begin_folder()
         files = self.input.files(self.data, self.options, self.image_member)
         held_out = self.input.files(self.val_data, self.options, self.image_member) if self.val_data else Listing()
+        _require_apart(folder, [*files, *held_out], self.options)
         # Whether the network can be trained on such inputs, it says itself.
         wanted = completed(self.features, size=str(self.backbone_size), levels=("x1",), ragged=True)
         backbone, model = load_bundle(wanted, self.options)
@@ -134,6 +136,18 @@ class ImageTraining(FeatureTraining):
             held_out_files=held_out,
             features=self.stored_features(backbone),
         )
+
+
+def _require_apart(folder: Folder, files: Sequence[InputFile], options: StorageOptions) -> None:
+    """Raise `ConfigError` where the pictures of a run in `folder` would be images of its input, which isn't the same then."""
+    (there, out) = filesystem(folder.url, options)
+    for base in {file.base for file in files if file.base}:
+        fs, path = filesystem(base, options)
+        if fs.protocol == there.protocol and f"{out}/".startswith(f"{path.rstrip('/')}/"):
+            raise ConfigError(
+                f"--out {folder.displayed} is in {redact(base)}, whose images are --data: the run's own pictures would be among "
+                "them when it goes on; give --out a place outside"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

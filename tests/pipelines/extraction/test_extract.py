@@ -24,8 +24,9 @@ from pipelines.provenance import versions
 from storage import samples
 from storage.paths import Folder
 from storage.ranges import try_ranges
+from storage.runs import write_run
 from storage.spec import FingerprintMismatch
-from storage.store import FeatureStore
+from storage.store import FeatureStore, NotAStore
 from tests.conftest import jpeg, unreadable, write_tar
 from tests.pipelines.extraction.test_s3 import tree
 from tests.stops import dying_at_task
@@ -266,6 +267,17 @@ def test_without_git_the_commit_is_unknown_and_nothing_is_lost(make_tars, tiny, 
         assert extract(tiny(make_tars(1, 2)), InlineExecutor()).ok == 2
     finally:
         versions.cache_clear()
+
+
+def test_a_trainings_folder_is_no_place_for_a_store_and_holds_none(make_tars, tiny):
+    config = tiny(make_tars(1, 2))
+    write_run(Folder(config.out), {"identity": {}, "config": {}})
+
+    with pytest.raises(ConfigError, match=r"out.zarr holds a training or an evaluation \(run.json\); give the store a folder"):
+        extract(config, InlineExecutor())
+    assert os.listdir(config.out) == ["run.json"]
+    with pytest.raises(NotAStore, match=r"no feature store at .*; a training or an evaluation is there; jobs/show.py training"):
+        FeatureStore.open(config.out)
 
 
 def test_json_is_how_a_plan_is_printed(make_tars, tiny):

@@ -26,7 +26,7 @@ from jobs.extract import run
 from jobs.show import run as show
 from operators.backbone import BackboneError, TimmBackbone, normalise
 from operators.timm_models import create_model, state_arrays, weights_digest
-from operators.upsamplers import build_net, create_upsampler, learned_upsampler
+from operators.upsamplers import UpsamplerError, build_net, create_upsampler, find_method, learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.demo_datasets import write_demo
 from pipelines.evaluation import correspondence
@@ -36,9 +36,11 @@ from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.extraction.run import extract
 from pipelines.features.levels import LevelChoice
 from pipelines.features.photos import read_photos
+from pipelines.features.upsamplers import load_upsampler
 from storage.paths import Folder
 from storage.spec import FingerprintMismatch
 from storage.store import FeatureStore
+from tests.operators.test_backbone import described
 from tests.pipelines.extraction.test_s3 import same_but_sources, tree
 from tests.stops import dying_at_task
 
@@ -677,6 +679,32 @@ def test_level_error_shows_no_password():
         LevelChoice.parse("up=lift:s3://me:hunter2@bucket/lift", "float16")
 
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "usual"),
+    [("anyup", {"natten": True}, {"natten": False}), ("naf", {"kernel_size": 3}, {"kernel_size": 9})],
+)
+def test_an_official_file_in_a_folder_may_be_given_other_settings(tmp_path, method, asked, usual):
+    bundle, model = described((64, 64))
+    backbone = model.backbone
+    _, state = find_method(method).untrained(backbone, backbone.channels, 64, bundle.reload)
+    folder, file = tmp_path / "folder", tmp_path / "official.pth"
+    folder.mkdir()
+    torch.save(state, file)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({"upsampler": {"method": method, **asked}}))
+
+    plain = load_upsampler(method, str(file), backbone, bundle.spec)
+    found = load_upsampler(method, str(folder), backbone, bundle.spec)
+
+    assert {name: plain.settings[name] for name in usual} == usual
+    assert found.settings == {**plain.settings, **asked}
+    assert found.digest != plain.digest
+    assert found.remark == plain.remark
+    (folder / "config.json").write_text(json.dumps({"upsampler": {"method": "jafar"}}))
+    with pytest.raises(UpsamplerError, match="this looks like a file of .*, not of jafar"):
+        load_upsampler("jafar", str(folder), backbone, bundle.spec)
 
 
 # --- plan and show ----------------------------------------------------------------------------------------------------

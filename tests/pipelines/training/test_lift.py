@@ -577,6 +577,20 @@ def test_copies_are_found_by_their_bytes_among_images_of_one_size(small, tmp_pat
     assert prepared(other).seen == 3
 
 
+def test_a_run_among_its_own_images_is_refused_where_its_pictures_would_be_some(small, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for n in range(4):
+        (tmp_path / f"photos/{n}.jpg").write_bytes(jpeg(n))
+    photos = {"data": (str(tmp_path / "photos"),), "val_rows": 1}
+
+    for out in ("photos", "photos/runs/one"):
+        with pytest.raises(ConfigError, match=f"--out .*{out} is in .*photos, whose images are --data: .* a place outside"):
+            small(**photos, out=str(tmp_path / out)).resolve()
+    small(**photos, out=str(tmp_path / "photos-run")).resolve()
+    # Beside tars there are no images.
+    small(out=str(tmp_path / "in/run")).resolve()
+
+
 # --- Ray Train --------------------------------------------------------------------------------------------------------
 
 
