@@ -271,13 +271,16 @@ def log_to_stderr() -> None:
 
 
 def pick_word(args: list[str], names: Collection[str], missing: str = "nothing") -> str | None:
-    """Take the leading word, one of `names`, off `args`; None if there is none.
+    """Take the leading word, one of `names`, off `args`; None if there is none. Hyphens and underscores are alike: what some
+    methods' names have, words have.
 
     Raises `ConfigError` with the nearest name; `missing` is what there isn't of another (`no preset`).
     """
     if not args or args[0].startswith("-"):
         return None
     word = args.pop(0)
+    alike = {name.replace("-", "_"): name for name in names}
+    word = word if word in names else alike.get(word.replace("-", "_"), word)
     if word not in names:
         near = difflib.get_close_matches(word, names, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""

@@ -10,7 +10,7 @@
     python jobs/train.py vitdet --weights mae_pretrain_vit_base.pth --data COCO --out s3://bucket/vitdet ...
     python jobs/train.py probe --dataset ade20k --data ADE20K --store s3://bucket/ade-448.zarr --no-flip --out ...
 
-The first word is an upsampler (lift, resize_conv, jbu, vit-up, jafar, featup-upsampler), a readout (deap, bicubic, transposed,
+The first word is an upsampler (lift, resize_conv, jbu, vit_up, jafar, featup-upsampler), a readout (deap, bicubic, transposed,
 strided, linear, featup; probe for ViT-Up's linear probes), a detector (vitdet) or a preset. The same command continues a run that
 stopped. Exit codes: 0 finished, 1 not (diverged, too many unreadable images, too many lost workers), 2 wrong settings.
 """
@@ -259,7 +259,6 @@ PRESETS: dict[str, TrainConfig] = {
 NAMES: dict[str, TrainConfig] = {
     # A readout may have an upsampler's name.
     **{f"{name}-upsampler" if name in READOUTS else name: config for name, config in trainings().items()},
-    "vit-up": ViTUpTraining(),
     "vitdet": ViTDetTraining(),
     **{name: ReadoutTraining().changed(method=name) for name, kind in READOUTS.items() if kind.only_outputs is None},
     "featup": ReadoutTraining.of(method="featup", **published.DEAP_FEATUP),

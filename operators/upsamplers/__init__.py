@@ -51,11 +51,18 @@ UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
 _IMPORTABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+def spelled(name: str) -> str:
+    """A name as `UPSAMPLERS` has it, where it is there with hyphens for underscores (vit-up); any other one as it is."""
+    found = name.replace("-", "_")
+    return found if found in UPSAMPLERS else name
+
+
 def find_method(name: str) -> AnyMethod:
     """The method called `name`: of `UPSAMPLERS`, or `module:Class`, which is imported.
 
     Raises `UpsamplerError` with the names there are, or with the module that can't be imported.
     """
+    name = spelled(name)
     if name in UPSAMPLERS:
         return UPSAMPLERS[name](name)
     if not _IMPORTABLE.fullmatch(name):
@@ -76,6 +83,7 @@ def find_method(name: str) -> AnyMethod:
 def split_method(text: str) -> tuple[str, str]:
     """(name, URL of a checkpoint or nothing) of `METHOD[:URL]`, METHOD being a name of `UPSAMPLERS` or `module:Class`."""
     name, _, url = text.partition(":")
+    name = spelled(name)
     own = _IMPORTABLE.match(text)
     if name in UPSAMPLERS or not own or text[own.end() : own.end() + 1] not in ("", ":"):
         return name, url

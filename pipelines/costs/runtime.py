@@ -16,7 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from operators.backbone import PatchFeatures, TimmBackbone
-from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, split_method
+from operators.upsamplers import Upsampler, UpsamplerError, create_upsampler, find_method, method_names, spelled, split_method
 from pipelines.config import ClusterConfig, ConfigError, Counts, Held, require_at_least
 from pipelines.costs.clocks import device_name, held_bytes, processor_of, timed
 from pipelines.costs.upsamplers import (
@@ -132,7 +132,7 @@ class RuntimeConfig(EvaluateConfig):
                 parsed = value
             if not (equals and dot and method and setting):
                 raise ConfigError(f"--settings {text}: give METHOD.NAME=VALUE, as in lift.wide=true")
-            found.setdefault(method, {})[setting] = parsed
+            found.setdefault(spelled(method), {})[setting] = parsed
         return dict(found)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
 from operators.timm_models import preprocessing
-from operators.upsamplers import AnyMethod, UpsamplerError, find_method, method_names
+from operators.upsamplers import AnyMethod, UpsamplerError, find_method, method_names, spelled
 from pipelines.config import ConfigError, Counts, Found, Held, InputConfig, require_at_least
 from pipelines.executors import Executor
 from pipelines.features.bundle import ModelBundle, load_bundle
@@ -67,6 +67,7 @@ class ImageTraining(FeatureTraining):
     """The network."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", spelled(self.method))
         super().__post_init__()
         require_at_least(1, self, "val_rows", "limit")
 

@@ -39,12 +39,12 @@ MAX_QUERIES = 4096
 class ViTUpTraining(ImageTraining):
     """Settings of one training run: ViT-Up learns a frozen backbone's features at any coordinates of an image."""
 
-    word: ClassVar[str] = "vit-up"
+    word: ClassVar[str] = "vit_up"
     trains: ClassVar[str] = "vit_up"
     trained_by: ClassVar[str] = "ViT-Up's distillation"
     level: ClassVar[str] = "x4"
 
-    method: Counts[Literal["vit_up"]] = "vit_up"
+    method: Counts[Literal["vit_up", "vit-up"]] = "vit_up"
     """The network."""
     canvas: Annotated[Counts[int], tyro.conf.arg(name="size")] = 896
     """Side of the square that the teacher sees and of the canvas that the student sees, in pixels."""

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.program import pick_word
 from jobs.train import NAMES
 from operators.readouts import READOUTS
-from operators.upsamplers import UPSAMPLERS, UpsamplerError, find_method
+from operators.upsamplers import UPSAMPLERS, UpsamplerError, find_method, split_method
 from pipelines.config import ConfigError
+from pipelines.costs.runtime import RuntimeConfig
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
+from pipelines.features.levels import LevelChoice
 from pipelines.training.data import Loaded, load
 from pipelines.training.featup import FeatUpObjective, FeatUpTraining
 from pipelines.training.images import ImageTraining
@@ -85,6 +88,18 @@ def test_every_method_that_is_trained_is_a_word_and_its_objective_is_there():
     assert {name: (type(NAMES[word]), NAMES[word].method) for name, word in words.items()} == {
         name: (OBJECTIVES[by], name) for name, by in trained.items()
     }
+
+
+@pytest.mark.parametrize(("said", "meant"), [("vit-up", "vit_up"), ("vit_up", "vit_up"), ("resize-conv", "resize_conv")])
+def test_methods_are_named_with_hyphens_too_and_spelled_in_one_way(said, meant):
+    level = LevelChoice.parse(f"x2={said}:s3://bucket/run-1", "float16")
+    assert (level.method, level.url) == (meant, "s3://bucket/run-1")
+    assert find_method(said).name == meant
+    assert split_method("my-module:Class") == ("my-module", "Class")
+    assert OBJECTIVES[find_method(said).trained_by].of(method=said).method == meant
+    assert RuntimeConfig.of(methods=(said,), settings=(f"{said}.size=8",)).named_methods == [(meant, "")]
+    assert pick_word([said, "--plan"], NAMES) == meant
+    assert pick_word(["vit_up-vit_tiny_photos"], NAMES) == "vit-up-vit-tiny-photos"
 
 
 @pytest.mark.parametrize(
