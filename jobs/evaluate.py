@@ -5,7 +5,7 @@
     python jobs/evaluate.py correspondence debug
     python jobs/evaluate.py runtime vit-up-table9 --out eval/runtime --paper
     python jobs/evaluate.py probe --data VOC2012 --readouts runs/deap runs/linear --model vit_base_patch16_224.mae --out eval/voc
-    python jobs/evaluate.py detection lift-coco --data coco --detector vitdet_b.pkl --finetuned runs/vitdet-lift --out eval/coco
+    python jobs/evaluate.py detection vitdet-lift-coco --data coco --detector vitdet_b.pkl --finetuned vitdet-lift --out eval/coco
     python jobs/evaluate.py classify --data train.zarr --test val.zarr --label cls --out eval/classes
 
 The first word is a task, the second one, which may be left out, a preset of it. Every table has the low-resolution row and the
@@ -110,9 +110,9 @@ PRESETS: dict[str, dict[str, EvaluationConfig]] = {
             data="demo/evaluate/coco", out="demo/eval-detection", detector="random", upsamplers=("lift",), size=64, **HERE
         ),
         # LiFT's Table 4, Mask R-CNN and Cascade R-CNN.
-        # `python jobs/evaluate.py detection lift-coco --data coco --detector vitdet_b.pkl --finetuned RUN --out ... --paper`
-        "lift-coco": DetectionConfig.of(head="mask_rcnn", size=512),
-        "lift-coco-cascade": DetectionConfig.of(head="cascade", size=512),
+        # `python jobs/evaluate.py detection vitdet-lift-coco --data coco --detector vitdet_b.pkl --finetuned RUN --out ...`
+        "vitdet-lift-coco": DetectionConfig.of(head="mask_rcnn", size=512),
+        "vitdet-cascade-lift-coco": DetectionConfig.of(head="cascade", size=512),
     },
 }
 

@@ -311,14 +311,6 @@ LIFT_COMPUTE: Mapping[tuple[int, int], Mapping[str, tuple[float, float]]] = {
 }
 """Table 5: PCK@0.1 and J&F by side of the input and stride; operations are `LIFT_OPERATIONS`."""
 
-LIFT_DETECTION: Mapping[str, tuple[float, ...]] = {
-    "mask": (39.50, 61.56, 42.23, 37.81, 60.47, 39.97),
-    "mask, lift": (45.98, 66.41, 49.87, 40.78, 63.34, 43.57),
-    "cascade": (45.65, 64.39, 48.90, 40.93, 62.86, 44.28),
-    "cascade, lift": (47.92, 65.88, 51.67, 41.42, 63.21, 44.45),
-}
-"""Table 4: AP, AP_50 and AP_75 of boxes, then of masks, by R-CNN head."""
-
 LIFT_CROSSED: Mapping[str, tuple[float | None, float]] = {"dino-s16": (28.6, 31.38), "moco": (12.31, 16.34), "vit": (16.9, 18.69)}
 """Table 7's diagonal: PCK@0.1 at 448 px without LiFT, and with that trained on the same backbone. Our copy of its other cells is
 damaged; all of them are below the first."""

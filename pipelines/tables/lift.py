@@ -23,6 +23,7 @@ from pipelines.published import (
     LIFT_RIVALS,
     LIFT_SIDES,
     LIFT_VIDEO,
+    UNSAID,
     Published,
 )
 from pipelines.tables.lift_cells import ALPHAS, CROSSED, DETECTOR, IMAGES, LABELS, METHODS, MODELS, OWN, STRIDE, Cells
@@ -115,12 +116,15 @@ def _discovery(make: Cells, number: str, title: str, *datasets: str) -> PaperTab
 
 
 def _detection(make: Cells) -> PaperTable:
-    columns = ("AP", "AP50", "AP75", "mask AP", "mask AP50", "mask AP75")
     wanted = []
-    for row, values in LIFT_DETECTION.items():
-        cell = make.missing(f"detection-{row.replace(', ', '-')}", DETECTOR)
-        for column, published in zip(columns, values, strict=True):
-            wanted.append(Wanted(row=row, column=column, cell=cell, line=row, value=column, published=published))
+    for head, published in LIFT_DETECTION.items():
+        for method, values in published.rows.items():
+            name = f"{head}-{method}"
+            cell = make.missing(f"detection-{name}", DETECTOR)
+            row = published.of if method == "backbone" else f"{published.of}, LiFT"
+            for column, value in values[UNSAID].items():
+                line = _line(method)
+                wanted.append(Wanted(row=row, column=column, cell=cell, line=line, value=column, published=value))
     return PaperTable(number="4", title="COCO with ViTDet", wanted=tuple(wanted))
 
 

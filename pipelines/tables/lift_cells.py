@@ -64,7 +64,7 @@ DRAWN: Mapping[str, JsonValue] = {
 """debug's, of 4 steps."""
 
 STRIDE = "LiFT at another stride than the patch's: jobs/train.py has none, and how the paper did it isn't published"
-DETECTOR = "the detection cells: jobs/evaluate.py has no word detection that these tables could take from"
+DETECTOR = "no cell trains a detector: see jobs/train.py vitdet-lift-coco, and jobs/evaluate.py detection --paper"
 CROSSED = "LiFT of another backbone: a checkpoint is refused with features that it wasn't trained on"
 
 

@@ -113,7 +113,7 @@ def test_the_plan_of_all_of_lift_names_what_is_missing(tmp_path):
     for number in ("1", "2", "3", "4", "5", "6", "7", "8", "fig3", "fig4", "fig5", "fig6", "s1", "s2", "s3", "s4", "s5"):
         assert lift.plan(config).only([number]).cells
     assert "Leopart's weights: give --weights leopart=URL" in text
-    assert "jobs/evaluate.py has no word detection" in text
+    assert "no cell trains a detector" in text
     assert "GPU hours" in text
     assert "train-lift-dino-s16                               lift                8.00 GPU h  to do" in text
 
