@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -22,6 +22,9 @@ ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 MOST_CPUS = 16
 """CPUs of one GPU actor where none were asked for: more don't make decoding for one GPU faster."""
+
+WITHOUT_BF16 = ("K80", "P100", "P4", "V100", "T4")
+"""Kinds of NVIDIA's GPUs, as Ray calls them, that were made before Ampere and don't compute in bf16."""
 
 ANSWER_S = 60.0
 """How long the head may take to say what its autoscaler may add: it starts a process for that, unless we run there."""
@@ -48,6 +51,15 @@ class WorkerPool:
     "GPUs of one actor; 0 on CPU"
     accelerator: str | None = None
     "the kind of GPU that actors must have"
+    calls: int = 1
+    "tasks that overlap in an actor: some read and write while another computes"
+    kinds: tuple[str, ...] = field(default=(), compare=False)
+    "kinds of GPU, as Ray calls them, that actors may get, as far as nodes say so"
+
+    @property
+    def gpu_share(self) -> float:
+        """The part of a GPU's memory that an actor may take."""
+        return self.gpus if 0 < self.gpus < 1 else 1.0
 
     @property
     def placement(self) -> "Placement":
@@ -167,7 +179,9 @@ def _fill(request: WorkerRequest, device: str, nodes: Sequence[Nodes]) -> Worker
     gpus = 0 if device == "cpu" else request.gpus or 1
     cpus = request.cpus or (_share(nodes, gpus, request.accelerator, request.spare_cpu) if gpus else 1)
     size = sum(kind.count * _room(kind, cpus, gpus, request.accelerator) for kind in nodes)
-    return WorkerPool(device=device, size=size, cpus=cpus, gpus=gpus, accelerator=request.accelerator)
+    named = {kind.accelerator for kind in nodes if gpus and kind.accelerator and _room(kind, cpus, gpus, request.accelerator)}
+    kinds = tuple(sorted(named))
+    return WorkerPool(device=device, size=size, cpus=cpus, gpus=gpus, accelerator=request.accelerator, kinds=kinds)
 
 
 def _room(kind: Nodes, cpus: int, gpus: float, accelerator: str | None) -> int:

@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from operators.lean_timm import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, timm
 from operators.timm_models import Attention, TimmModel
 from operators.timm_models import BackboneError as BackboneError
+from operators.transfer import to_device
 
 Facet = Literal["token", "key", "query", "value"]
 
@@ -56,6 +57,10 @@ class PatchFeatures:
 
 _OTHERS = "use a plain ViT (vit_*, deit*, beit*, eva02*) or a hierarchical transformer (swin*, hiera*)"
 """What to do about models that aren't of those kinds."""
+
+
+_GRIDS = 4
+"""Of so many grids a backbone keeps the position embeddings."""
 
 
 class _AllSeen(Exception):
@@ -109,6 +114,8 @@ class TimmBackbone:
         self.pos_embed = pos_embed or ("dino" if overlaps else "timm")
         self._trained_grid: tuple[int, int] = getattr(getattr(model, "patch_embed", None), "grid_size", (0, 0))
         self._grid: tuple[int, int] | None = None
+        self._resampled: dict[tuple[int, int], nn.Parameter] = {}
+        "position embeddings of the last few grids"
         if facet != "token":
             self._attention(self.n_layers - 1)
         if self.stride != self.patch or ragged:
@@ -217,6 +224,23 @@ class TimmBackbone:
                     f"says {(self.channels, *grid)}; {_OTHERS}"
                 )
 
+    def compile(self, mode: str | None, layers: Sequence[int]) -> None:
+        """Have torch compile the blocks, in place, for inputs of one shape; all of them by one compilation, at the first call.
+
+        Those of `layers` stay as they are where a facet of them is taken, which asks for what goes into their attention. Raises
+        `BackboneError` for models that aren't a row of blocks.
+        """
+        for number, block in enumerate(self.require_blocks()):
+            if self.facet == "token" or number not in layers:
+                block.compile(mode=mode, dynamic=False)
+
+    def require_blocks(self) -> nn.Sequential | nn.ModuleList:
+        """What `compile` is for. Raises `BackboneError`."""
+        blocks = getattr(self.model, "blocks", None)
+        if self.is_hierarchical or not isinstance(blocks, nn.Sequential | nn.ModuleList):
+            raise BackboneError(f"--compile is for plain ViTs, whose blocks are alike; {type(self.model).__name__} is none")
+        return blocks
+
     def _block_tokens(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
         """Tokens after each of `layers`, [B, T + h*w, C]."""
         options = {"return_prefix_tokens": True} if "return_prefix_tokens" in self._forward_options else {}
@@ -267,10 +291,16 @@ class TimmBackbone:
         """Bring absolute position embeddings to `grid` once, instead of in every forward."""
         trained = self._trained_pos_embed
         if isinstance(trained, nn.Parameter) and trained.ndim == 3 and getattr(self.model, "dynamic_img_size", False):
-            n_prefix = 0 if getattr(self.model, "no_embed_class", False) else self.n_prefix
-            resample = _dino_pos_embed if self.pos_embed == "dino" else _timm_pos_embed
-            resampled = resample(trained.detach(), grid, self._trained_grid, n_prefix)
-            self.model.pos_embed = nn.Parameter(resampled.to(self.model.pos_embed.device), requires_grad=False)
+            # Training alternates between grids; evaluations have some of each image's own.
+            found, device = self._resampled.pop(grid, None), self.model.pos_embed.device
+            if found is None or found.device != device:
+                n_prefix = 0 if getattr(self.model, "no_embed_class", False) else self.n_prefix
+                resample = _dino_pos_embed if self.pos_embed == "dino" else _timm_pos_embed
+                resampled = resample(trained.detach(), grid, self._trained_grid, n_prefix)
+                found = nn.Parameter(to_device(resampled, device), requires_grad=False)
+            self.model.pos_embed = self._resampled[grid] = found
+            for oldest in list(self._resampled)[:-_GRIDS]:
+                del self._resampled[oldest]
             self.model.patch_embed.grid_size = grid
         elif self.pos_embed == "dino" and trained is not None and grid != self._trained_grid:
             raise BackboneError(f"pos_embed dino is not possible for {type(self.model).__name__}")
@@ -336,9 +366,28 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """torch autocast for `precision`; nothing for fp32."""
+    """torch autocast for `precision`; nothing for fp32, which is float32 in convolutions, too, from then on.
+
+    Raises `BackboneError` for bf16 on a GPU that hasn't any.
+    """
     dtype = _PRECISIONS[precision]
+    if device.type == "cuda" and dtype is torch.float32:
+        # By default torch rounds what convolutions multiply to TF32's 10 bits. For all of the process, since upsamplers and
+        # backward passes come behind this.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if dtype is torch.bfloat16 and lacks_bf16(device):
+        raise BackboneError(f"{torch.cuda.get_device_name(device)}: {NO_BF16}")
     return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
+
+
+NO_BF16 = "this kind of GPU doesn't compute in bf16; use --precision fp16, whose numbers are nearer to fp32, or fp32"
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether it's a GPU before NVIDIA's Ampere: torch emulates bf16 there, several times slower than float32."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] < 8
 
 
 def cast_matmul_weights(model: nn.Module, precision: str) -> None:
@@ -361,6 +410,6 @@ def fold_batchnorms(net: nn.Module) -> None:
 
 def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, H, W, 3] to normalised float32 [B, 3, H, W] on the same device."""
-    scale = torch.tensor(std, device=images_BHWC.device) * 255
-    shift = torch.tensor(mean, device=images_BHWC.device) * 255
+    # Filled there: a copy of `torch.tensor` waits until a GPU is done with all that it was given.
+    scale, shift = (torch.stack([torch.full((), each, device=images_BHWC.device) for each in of]) * 255 for of in (std, mean))
     return ((images_BHWC.float() - shift) / scale).permute(0, 3, 1, 2).contiguous()

@@ -9,6 +9,7 @@ import gc
 import itertools
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,8 +40,8 @@ WINDOW_TASKS = 20_000
 NO_PROGRESS_S = 900
 """A run in which no task ends for this long is stuck (a node that can't start, storage that hangs) and is ended."""
 
-AHEAD = 4
-"""Items that each loader of `Executor.map` is given before their results are asked for."""
+AHEAD = 2
+"""Items that each loader of `Executor.map` is given before their results are asked for: it does one while another is fetched."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -57,6 +58,12 @@ one task at a time in one worker."""
 
 class WorkersLost(RayliftError):
     """Workers were lost again and again."""
+
+    exit_code = 1
+
+
+class WorkerBroken(RayliftError):
+    """Nothing can be done any more in this process, though it is there; in another one it can. Its tasks run again."""
 
     exit_code = 1
 
@@ -114,6 +121,13 @@ class MakeWorker(Protocol):
 class Executor(Protocol):
     """Where work runs. All of it may be done again after a fault, so that it must come to the same."""
 
+    @property
+    def loads_here(self) -> bool:
+        """Whether `map` with `loaders` runs them in this process."""
+
+    def cpus(self) -> int:
+        """CPUs that are there now."""
+
     def pool(self, request: WorkerRequest) -> WorkerPool:
         """The workers that are asked for. Raises `ClusterError` for what the cluster can't meet."""
 
@@ -151,7 +165,12 @@ class Executor(Protocol):
 
 
 class InlineExecutor:
-    """Everything in this process, one after another; `map` with a few threads."""
+    """Everything in this process: `map` and, where a GPU computes, `stream` in a few threads, all else one after another."""
+
+    loads_here = True
+
+    def cpus(self) -> int:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def pool(self, request: WorkerRequest) -> WorkerPool:
         import torch
@@ -176,7 +195,16 @@ class InlineExecutor:
     def stream(
         self, make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How = "actor"
     ) -> Iterator[TaskReport]:
-        yield from map(make_worker().run, tasks)
+        worker = make_worker()
+        # On a CPU, whose threads the model takes all, one after another.
+        if pool.device == "cpu" or how == "solo":
+            yield from map(worker.run, tasks)
+            return
+        threads = ThreadPoolExecutor(pool.calls)
+        try:
+            yield from _in_order(lambda task: threads.submit(worker.run, task), Future.result, tasks, pool.calls)
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def pieces(self, make_worker: Make[Item, Result], pieces: Sequence[Item], pool: WorkerPool, **_: object) -> Iterator[Result]:
         yield from map(make_worker(), pieces)
@@ -215,6 +243,12 @@ class RayExecutor:
     def __init__(self, session: Callable[[], object] = lambda: None):
         self._session = session
 
+    loads_here = False
+
+    def cpus(self) -> int:
+        self._session()
+        return sum(node.count * node.cpus for node in present_nodes())
+
     def pool(self, request: WorkerRequest) -> WorkerPool:
         self._session()
         return choose_pool(request)
@@ -227,8 +261,7 @@ class RayExecutor:
 
         if loaders is None:
             call, shared = ray.remote(num_cpus=1, max_retries=3)(_call), ray.put(do)
-            ahead = max(2, 2 * sum(node.count * node.cpus for node in present_nodes()))
-            yield from _in_order(lambda item: call.remote(shared, item), _fetch, items, ahead)
+            yield from _in_order(lambda item: call.remote(shared, item), _fetch, items, max(2, 2 * self.cpus()))
             return
         # Actors and not tasks, since on a node whose CPUs are all held Ray ends idle processes at once, and each task would
         # start one anew.
@@ -363,19 +396,21 @@ def _dataset(make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPo
     if how == "cluster":
         load = functools.partial(_load_task, factory=factory)
         dataset = dataset.map_batches(load, batch_size=1, batch_format="numpy", num_cpus=1)
-    size = 1 if how == "solo" else min(pool.size, len(tasks))
+    size, calls = (1, 1) if how == "solo" else (min(pool.size, len(tasks)), pool.calls)
     return dataset.map_batches(
         _TaskActor,
         batch_size=1,
         batch_format="numpy",
         fn_constructor_kwargs={"factory": factory},
         **pool.placement,
-        # Two calls overlap in an actor, with a lock round the model: one reads and writes while the other computes.
+        # Calls overlap in an actor: some read and write while another computes. One more is there when one of them ends; no
+        # more, since those would wait for this actor while others end.
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
             max_size=size,
             initial_size=size,
-            max_concurrent_calls_per_actor=1 if how == "solo" else 2,
+            max_concurrent_calls_per_actor=calls,
+            max_tasks_in_flight_per_actor=calls + 1,
             enable_true_multi_threading=True,
         ),
     )
@@ -410,7 +445,13 @@ class _TaskActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         loaded = Loaded.from_notes(batch["pixels"][0], batch["notes"][0]) if "pixels" in batch else None
-        report = self._worker.run(_task_of(batch), loaded)
+        try:
+            report = self._worker.run(_task_of(batch), loaded)
+        except WorkerBroken as error:
+            # Ray starts an actor anew that ended so, and has its tasks run again, as if it had been killed.
+            logger.error("this worker ends, and another takes its place: %s", error)
+            logging.shutdown()
+            os._exit(1)
         self._metrics.count(report)
         return {"report": [json.dumps(asdict(report))]}
 

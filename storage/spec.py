@@ -23,7 +23,7 @@ MAX_SHARD_BYTES = 96 * 2**20
 """Raw bytes of one Zarr shard: one PUT on S3 (s3fs goes multipart at 100 MB), at most twice that in memory."""
 
 MAX_BLOCK_BYTES = 256 * 2**20
-"""Raw bytes of one task over all levels: what a worker may hold twice, since two tasks overlap in it."""
+"""Raw bytes of one task over all levels, of which a worker holds several: they overlap in it."""
 
 
 MAX_ROW_BYTES = 0x7E000000
@@ -144,6 +144,8 @@ class FeatureSpec:
     levels: Numbers[tuple[Level, ...]]
     model_args: LearnedLater[JsonObject] = field(default_factory=dict, hash=False)
     "timm's arguments where the network isn't built as its name alone says"
+    compiled: Numbers[bool] = False
+    "its blocks are compiled, which in half precision rounds fewer values between them"
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]
@@ -157,6 +159,8 @@ class FeatureSpec:
         data: dict[str, JsonValue] = json.loads(json.dumps(asdict(self)))
         if not self.model_args:  # stores from before there were any keep their fingerprint
             del data["model_args"]
+        if not self.compiled:
+            del data["compiled"]
         return data
 
     @classmethod

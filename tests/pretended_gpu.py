@@ -9,8 +9,10 @@ host is noted. There is no backward pass: torch's engine wants a driver.
 import contextlib
 import itertools
 import math
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
+
+ROOT = Path(__file__).resolve().parent.parent
 
 INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
 """What takes numbers of places from the host, too."""
@@ -80,7 +84,12 @@ class Gpu(TorchDispatchMode):
     to_host: list[tuple[int, ...]] = field(default_factory=list)
     "shapes of what was brought to the host, numbers that were asked for one by one included: ()"
     waits: int = 0
-    "how often the host waited for the GPU: what is copied from or to it, and results whose size depends on values"
+    """how often the host waited for the GPU: what is copied from or to it, but for pinned memory where nobody was to wait, and
+    results whose size depends on values"""
+    where: list[str] = field(default_factory=list)
+    "our lines that waited"
+    pinned: list[Tensor] = field(default_factory=list)
+    "host memory that a GPU can copy by itself"
 
     def __post_init__(self):
         super().__init__()
@@ -99,31 +108,46 @@ class Gpu(TorchDispatchMode):
             return SDPBackend.MATH.value
         if func is aten._local_scalar_dense.default and there:
             self.to_host.append(())
-            self.waits += 1
+            self._wait()
         elif func in (aten._to_copy.default, aten.copy_.default):
-            there = self._copied(func, args, there)
+            there = self._copied(func, args, kwargs, there)
         elif func not in INDEXED or not isinstance(args[0], There):
             _require_one_device(func, tensors)
         if there and (func in SIZED_BY_VALUES or (func in INDEXED and _by_mask(args[1]))):
-            self.waits += 1
+            self._wait()
         if device is not None:
             kwargs["device"] = torch.device("cpu")
-        kwargs.pop("pin_memory", None)
+        pinned = kwargs.pop("pin_memory", None)
         with unset_fake_temporarily():
             out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if pinned:
+            self.pinned.append(out)
         if any(each.alias_info is not None and each.alias_info.is_write for each in func._schema.arguments):
             return kwargs["out"] if "out" in kwargs else args[0]
         return tree_map(lambda each: There(each) if there and isinstance(each, Tensor) else each, out)
 
-    def _copied(self, func, args, there: bool) -> bool:
+    def _copied(self, func, args, kwargs, there: bool) -> bool:
         """Notes what comes to the host; whether the result is on the GPU."""
-        source = args[0]
+        source, host = args[0], args[0]
+        asked = kwargs.get("non_blocking", False)
         if func is aten.copy_.default:
             there, source = isinstance(args[0], There), args[1]
+            host, asked = (source if there else args[0]), asked or args[2:] == (True,)
         if isinstance(source, There) and not there:
             self.to_host.append(tuple(source.shape))
-        self.waits += isinstance(source, There) != there
+        if isinstance(source, There) != there and not (asked and self._is_pinned(host)):
+            self._wait()
         return there
+
+    def _is_pinned(self, host: Tensor) -> bool:
+        return any(host.untyped_storage().data_ptr() == each.untyped_storage().data_ptr() for each in self.pinned)
+
+    def _wait(self) -> None:
+        self.waits += 1
+        ours = [
+            each for each in traceback.extract_stack() if each.filename.startswith(str(ROOT)) and "/tests/" not in each.filename
+        ]
+        self.where += [f"{Path(ours[-1].filename).relative_to(ROOT)}: {ours[-1].line}"] if ours else []
 
 
 def _by_mask(indices) -> bool:
@@ -173,6 +197,7 @@ class _Stream:
 def _without_driver(free: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its operations are for GPUs alone
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "Stream", _Stream)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream())

@@ -61,6 +61,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "cell_cpus": (1,),
     "cell_gpus": (0.5,),
     "clip": (0.5,),
+    "loaders": (1,),
     "clip_steps": (1, None),
     "crop": (0.5,),
     "crop_pct": (0.875,),

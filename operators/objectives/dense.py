@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from operators.metrics.depth import MAX_DEPTH, MIN_DEPTH
+from operators.transfer import to_device
 from storage.datasets.classes import VOID
 
 EPS = 0.001
@@ -128,7 +129,7 @@ def _sampled(latents: Tensor, ids: Tensor, count: int, generator: torch.Generato
     pixels = ids_BP.shape[1]
     if count < pixels:
         drawn = [torch.randperm(pixels, generator=generator, device=generator.device)[:count] for _ in ids_BP]
-        index_BP = torch.stack(drawn).to(ids_BP.device)
+        index_BP = to_device(torch.stack(drawn), ids_BP.device)
         latents_BCP = latents_BCP.gather(2, index_BP[:, None].expand(-1, latents.shape[1], -1))
         ids_BP = ids_BP.gather(1, index_BP)
     return latents_BCP.transpose(1, 2).flatten(0, 1), ids_BP.flatten()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.objectives.blur import gaussian_blur
+from operators.transfer import to_device
 
 PAD = 20
 """Mirrored pixels round an image before it is moved."""
@@ -182,7 +183,7 @@ class Crf:
                 "one size"
             )
         rows, columns = pixels_2N
-        sides = torch.tensor(maps_BCHW.shape[-2:], device=pixels_2N.device)[:, None]
+        sides = to_device(torch.tensor(maps_BCHW.shape[-2:]), pixels_2N.device)[:, None]
         apart_NN = _distances((pixels_2N / sides)[None])
         colours_BNN = _distances(guidance_B3HW[..., rows, columns])
         likeness_BNN = self.w1 * torch.exp(-apart_NN / (2 * self.alpha) - colours_BNN / (2 * self.beta))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from operators.objectives.blur import gaussian_blur
 from operators.objectives.lift import cosine_loss
+from operators.transfer import to_device
 
 EPS = 1e-6
 """Added to the range of a target's channels."""
@@ -68,7 +69,7 @@ class GuidanceNoise:
             DEVIATION * rng.standard_normal((3, *shape), np.float32) if each else np.zeros((3, *shape), np.float32)
             for rng, each in zip(generators, noisy, strict=True)
         ]
-        return cls(blurred_B=torch.tensor(blurred, device=device), added_B3HW=torch.from_numpy(np.stack(noise)).to(device))
+        return cls(blurred_B=to_device(torch.tensor(blurred), device), added_B3HW=to_device(np.stack(noise), device))
 
     def __call__(self, images_B3HW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         """Normalised images, blurred and with noise, within what pixels can be: 0 to 1 before they were normalised.
@@ -78,5 +79,5 @@ class GuidanceNoise:
         """
         images = torch.where(self.blurred_B[:, None, None, None], gaussian_blur(images_B3HW), images_B3HW)
         images = images + self.added_B3HW
-        middle, unit = (torch.tensor(each, device=images.device).view(3, 1, 1) for each in (mean, std))
+        middle, unit = to_device(torch.tensor([mean, std]).view(2, 3, 1, 1), images.device)
         return torch.clamp(images, -middle / unit, (1 - middle) / unit)

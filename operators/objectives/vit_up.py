@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from operators.transfer import to_device
+
 EPS = 1e-5
 """Floor of norms, and what is added to the teacher's variance."""
 
@@ -222,7 +224,7 @@ def objective(
         # Means, not sums, so that a loss counts the same whatever the number of layers and grids.
         pairs = list(zip(predictions, targets, strict=True))[first:]
         values_LS = torch.stack([torch.stack([*map(loss, *of_layer)]) for of_layer in pairs])
-        shares_LS = torch.outer(layers[first:], scales).to(values_LS.device)
+        shares_LS = to_device(torch.outer(layers[first:], scales), values_LS.device)
         mean = (values_LS * shares_LS).sum() / shares_LS.sum()
         total = total + weight * mean
         parts[name], last[name] = mean.detach(), values_LS[-1, -1].detach()

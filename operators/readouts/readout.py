@@ -158,7 +158,8 @@ def position_code(grid: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0)
 
     Columns first, four numbers for each axis. Float32 whatever the autocast.
     """
-    frequencies = torch.tensor([1.0, 0.01], device=device)
+    # Not from a list, whose copy a GPU would be waited for.
+    frequencies = torch.stack([torch.full((), each, device=device) for each in (1.0, 0.01)])
     codes = []
     for cells, factor in zip(grid, scale, strict=True):
         angles = torch.arange(cells, device=device)[:, None] * factor * frequencies

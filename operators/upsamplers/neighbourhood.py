@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from operators.transfer import to_device
 from operators.upsamplers.protocol import UpsamplerError
 
 _QUERIES = 64
@@ -104,8 +105,8 @@ class _Axis:
         return cls(
             block=block,
             span=span,
-            first=torch.tensor(first.tolist(), device=device),
-            counts=None if (within == 1).all() else torch.tensor(logarithms.tolist(), device=device),
+            first=to_device(torch.tensor(first.tolist()), device),
+            counts=None if (within == 1).all() else to_device(torch.tensor(logarithms.tolist()), device),
         )
 
     def blocks(self, part: slice) -> slice:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, fold_batchnorms
 from operators.lean_timm import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from operators.transfer import to_device
 from operators.upsamplers.protocol import (
     WORKING_BYTES,
     Method,
@@ -206,7 +207,8 @@ class QueriedUpsampler(Upsampler, Generic[Q]):
         ours = torch.tensor([settings.mean, settings.std])
         theirs = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
         scale, shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
-        return torch.addcmul(shift.view(3, 1, 1).to(images.device), images, scale.view(3, 1, 1).to(images.device))
+        shift, scale = to_device(torch.stack([shift, scale]).view(2, 3, 1, 1), images.device)
+        return torch.addcmul(shift, images, scale)
 
     def _tiles(self, images: int, channels: int, base: tuple[int, int], grid: tuple[int, int]) -> Iterator[Tile]:
         """Of whole rows where these fit, else of a part of some; of whole units, but for the last ones."""

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from operators.transfer import to_device
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -75,7 +77,7 @@ class Places:
     def of(cls, have: Sequence[int], want: Sequence[int], device: torch.device) -> Self:
         places = {line: place for place, line in enumerate(have)}
         numbers = [places[line] for line in want]
-        return cls(numbers=numbers, there=None if spacing(numbers) else torch.tensor(numbers).to(device))
+        return cls(numbers=numbers, there=None if spacing(numbers) else to_device(torch.tensor(numbers), device))
 
     def part(self, first: int, last: int, less: int = 0) -> "Places":
         """Those of the lines `first` to `last`, each less by so much."""

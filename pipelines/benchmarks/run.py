@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pipelines.benchmarks import autoscale, chaos, evaluation, extract, index, read, readout, scale, train
+from pipelines.benchmarks import autoscale, chaos, device, evaluation, extract, index, read, readout, scale, train
 from pipelines.benchmarks import upsamplers as upsampler_ways
 from pipelines.benchmarks.evaluation import evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract_report import extract_report
@@ -94,6 +94,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any, Any]] = {
     "readout": Benchmark(readout.DEBUG, readout.measure_readouts, readout.readout_report),
     "evaluate": Benchmark(evaluation.DEBUG, lambda config, _: measure_evaluate(config), evaluate_report),
     "scale": Benchmark(scale.DEBUG, scale.measure_scale, scale.scale_report),
+    "device": Benchmark(device.DEBUG, device.measure_device, device.device_report),
     "chaos": Benchmark(chaos.DEBUG, chaos.measure_chaos, chaos.chaos_report, judge=chaos.require_nothing_lost),
     "autoscale": Benchmark(autoscale.DEBUG, autoscale.measure_autoscaling, autoscale.autoscale_report, keeps=True),
 }

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from cluster.session import connect
 from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
+from pipelines.benchmarks.feeding import Fed, Feeding, feeding_report, measure_feeding
 from pipelines.config import require_at_least
 from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, steady_rate
 from pipelines.costs.process import CORES
@@ -60,15 +61,25 @@ class TrainBenchmark:
     """Rounds; each runs every contender once. Rates are the best of them."""
     ray: bool = True
     """Run Ray Train, too: one worker per core, one thread each, half of a batch for each of two."""
+    loaders: int = 16
+    """Loaders that feed a network that sleeps."""
+    fed_steps: int = 100
+    """Steps of it that are counted; as many as loaders are ahead come before and after."""
     json: NumbersFile = ""
 
+    @property
+    def feeding(self) -> Feeding:
+        return Feeding(loaders=self.loaders, batch=self.batch, steps=self.fed_steps, size=self.size, model=self.model)
+
     def __post_init__(self) -> None:
-        require_at_least(1, self, "images", "batch", "repeat")
+        require_at_least(1, self, "images", "batch", "repeat", "loaders", "fed_steps")
         require_at_least(WARM_UP + 1, self, "steps")
 
 
 # No network. 2 CPU cores: about 15 seconds, and the numbers mean nothing at this size; the defaults take about 5 minutes.
-DEBUG = TrainBenchmark(images=16, model="test_vit.r160_in1k", size=64, batch=4, steps=4, repeat=1, ray=False)
+DEBUG = TrainBenchmark(
+    images=16, model="test_vit.r160_in1k", size=64, batch=4, steps=4, repeat=1, ray=False, loaders=2, fed_steps=5
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +91,7 @@ class TrainResult:
     best: Mapping[str, float]
     ratios: Mapping[str, float]
     "of the best to that of the plain loop"
+    fed: Fed
 
 
 def measure_training(config: TrainBenchmark, folder: Path) -> TrainResult:
@@ -90,8 +102,9 @@ def measure_training(config: TrainBenchmark, folder: Path) -> TrainResult:
             for name, rate in _round(config, folder / f"round-{n}", photos):
                 logger.info("round %d of %d: %s, %.2f images/s", n + 1, config.repeat, name, rate)
                 rates[name].append(rate)
+        fed = measure_feeding(config.feeding, folder / "fed", photos, ray=config.ray)
     best = {name: max(found) for name, found in rates.items()}
-    return TrainResult(rates=dict(rates), best=best, ratios={name: rate / best[PLAIN] for name, rate in best.items()})
+    return TrainResult(rates=dict(rates), best=best, ratios={name: rate / best[PLAIN] for name, rate in best.items()}, fed=fed)
 
 
 def _round(config: TrainBenchmark, folder: Path, photos: str) -> Iterator[tuple[str, float]]:
@@ -132,6 +145,7 @@ def train_report(config: TrainBenchmark, result: TrainResult, machine: Machine) 
     rounds = {name: " ".join(f"{rate:.1f}" for rate in rates) for name, rates in result.rates.items()}
     rows = [[name, result.best[name], result.ratios[name], text] for name, text in rounds.items()]
     yield from number_lines({"": "", "images/s, best": ".2f", "of the plain loop": ".2f", "by round": ""}, rows)
+    yield from feeding_report(config.feeding, result.fed)
     yield f"""
 - From the {WARM_UP + 1}th step on; waiting for images counts, checkpoints and validation don't (the plain loop has none).
 - Colour jitter and all three scales of the backbone are computed in each."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from cluster.metrics import TaskReport
-from pipelines.executors import Loaded
+from pipelines.executors import Loaded, WorkerBroken
 from storage.ledger import SampleRecord
 from storage.paths import Folder
 from storage.samples import SampleIndex
@@ -21,16 +21,22 @@ from storage.writer import BlockWriter
 def attempt(folder: Folder, run_id: str, task: ShardTask) -> Iterator[int]:
     """Leave a marker while the task runs; yields how many starts of it ended without removing theirs, this one included.
 
-    Markers belong to one run: a killed driver's tasks are counted anew in the next one.
+    Markers belong to one run: a killed driver's tasks are counted anew in the next one. `WorkerBroken` is the worker's death, and
+    leaves them.
     """
     markers = f"runs/{run_id}/attempts/{task.block:08d}"
     name = f"{markers}/{uuid.uuid4().hex}"
     folder.write(name, b"")
+    survives = True
     try:
         yield len(folder.sizes(markers))
+    except WorkerBroken:
+        survives = False
+        raise
     finally:
-        folder.remove([name])
-        folder.remove_empty(markers)
+        if survives:
+            folder.remove([name])
+            folder.remove_empty(markers)
 
 
 EARLIER_RUNS = 3

@@ -1,21 +1,27 @@
-"""The way of a batch's rows from the device that made them to the host, which stores them.
+"""The way of a batch's images from the host to the device that computes, and of its rows back to the host, which stores them.
 
-On a GPU they are quantised there, where they are to be, and copied into pinned memory on a stream of their own, so that the
-next batch is computed meanwhile. On a CPU they are where they have to be, and nothing is copied.
+On a GPU both are copied through pinned memory, each on a stream of its own, while other batches are computed; rows are quantised
+there, where they are to be. On a CPU they are where they have to be, and nothing is copied.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.features.model import Maps, Timings
+from operators.transfer import to_device
+from pipelines.features.model import FeatureModel, Maps, Timings
 from storage.spec import Level
 
-Item = TypeVar("Item")
+
+class Arrival(Protocol):
+    """What can be waited for; `torch.cuda.Event` is one."""
+
+    def synchronize(self) -> None:
+        """Until it has come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,7 @@ class HostRows:
     bad: np.ndarray
     "bool [B]: features that hold NaN or infinity"
     seconds: Timings
-    arrived: torch.cuda.Event | None
+    arrived: Arrival | None
     "when all of it is there; None: it is"
 
     def wait(self) -> "HostRows":
@@ -69,14 +75,64 @@ class HostCopy:
         there.record_stream(self._stream)
         return here.numpy()
 
-    def ahead(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The batches; on a GPU each once the one after it was begun."""
-        begun: list[Item] = []
-        for batch in batches:
-            begun.append(batch)
-            if self._stream is None or len(begun) > 1:
-                yield begun.pop(0)
-        yield from begun
+
+class Device(Protocol):
+    """What computes batches. A simulated one takes the place of a model in `jobs/benchmark.py device`."""
+
+    def begin(self, images: np.ndarray, batch: int) -> HostRows:
+        """Give it images, uint8 [B, H, W, 3]; their rows may be waited for in another thread. One call at a time. A task's last
+        ones are fewer than its `batch`."""
+
+    def fit_batch(self, batch: int) -> int:
+        """`batch`, or as many images as its memory suffices for."""
+
+    def restrain(self) -> bool:
+        """Where memory didn't suffice: have it take less at once beside the batch. Whether it took more."""
+
+    def is_lost(self) -> bool:
+        """Whether no process can use it any more that has used it so far: after an illegal access, a failed assertion, or an
+        error of its memory, each call gives that same error."""
+
+
+class ModelDevice:
+    """A model on its device, with the copies to it and from it."""
+
+    def __init__(self, model: FeatureModel):
+        self.model = model
+        self._up = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._down = HostCopy(model.device)
+
+    def begin(self, images: np.ndarray, batch: int) -> HostRows:
+        count = len(images)
+        if self.model.is_compiled and count < batch:  # for one shape
+            images = np.concatenate([images, np.zeros((batch - count, *images.shape[1:]), images.dtype)])
+        return self._down.begin(self.model(self._there(images)).first(count), self.model.spec.levels)
+
+    def fit_batch(self, batch: int) -> int:
+        return self.model.fit_batch(batch)
+
+    def restrain(self) -> bool:
+        return self.model.restrain()
+
+    def is_lost(self) -> bool:
+        if self._up is None:
+            return False
+        try:
+            torch.cuda.synchronize(self.model.device)
+        except RuntimeError:
+            return True
+        return False
+
+    def _there(self, images: np.ndarray) -> Tensor:
+        """The images on the device, whose work on earlier batches isn't waited for."""
+        if self._up is None:
+            return torch.from_numpy(images)
+        with torch.cuda.stream(self._up):
+            there = to_device(images, self.model.device)
+        computing = torch.cuda.current_stream()
+        computing.wait_stream(self._up)
+        there.record_stream(computing)
+        return there
 
 
 def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:

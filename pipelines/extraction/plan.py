@@ -6,7 +6,7 @@ Nothing here computes features, except the micro-batch that the time is extrapol
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ from operators.codecs.memory import DecodeMemory
 from operators.codecs.refusal import ImageRefused
 from operators.image import decode
 from pipelines.config import ConfigError
-from pipelines.extraction.prepare import Prepared, default_batch
+from pipelines.extraction.prepare import Prepared, default_batch, wanted_batch
+from pipelines.extraction.schedule import lanes_for
 from pipelines.features.model import FeatureModel
 from pipelines.features.photos import geometry_of
 from storage.documents import JsonObject
@@ -42,6 +43,16 @@ class LevelCost:
     "of a batch, by its learned upsampler"
     parts: int = 0
     "one after another, in which the grid of these images is made"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What --compile comes to."""
+
+    start_s: float
+    "longer for an actor's first batch, on this machine"
+    error: float
+    "relative L2 of the timed images' rows against the model's that isn't compiled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +85,8 @@ class Plan:
     batch: int
     usual_batch: int
     "what `batch` would be with more of the device's memory free"
+    wanted_batch: int
+    "images per forward that would be taken if tasks and memory allowed it"
     device_bytes: int
     host_bytes: int
     "of one actor, beside the interpreter and its libraries"
@@ -82,6 +95,7 @@ class Plan:
     timed_images: int
     stage_seconds: Mapping[str, float]
     "per image on one worker of this machine"
+    compiled: Compiled | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -150,6 +164,8 @@ class Plan:
                 f"host {size_text(self.host_bytes - self.decode_bytes)} per actor, and up to {size_text(self.decode_bytes)} "
                 "to decode large images",
             ),
+            *self._bounded_batch(),
+            *self._compiled(),
             (
                 "time",
                 f"timed on {self.timed_images} images: {1 / self.seconds_per_image:.1f} images/s per worker",
@@ -158,6 +174,17 @@ class Plan:
             ("", f"per image: {stages}", ""),
         ]
         return "\n".join(f"{head:<10} {left:<58} {right}".rstrip() for head, left, right in lines)
+
+    def _compiled(self) -> Iterator[tuple[str, str, str]]:
+        if self.compiled:
+            what = f"{self.compiled.start_s:.0f} s longer for each actor's first batch"
+            yield "compiled", what, f"rows differ by {self.compiled.error:.1e} (relative L2 of the timed images)"
+
+    def _bounded_batch(self) -> Iterator[tuple[str, str, str]]:
+        """A line where tasks are so small that batches are, too."""
+        if self.block_rows < min(self.wanted_batch, self.images):
+            why = f"a task is {self.block_rows} images, and so is a batch at most, where {self.wanted_batch} were to be tried"
+            yield "", why, "--block-rows makes larger tasks, in a new store"
 
 
 def _hours(seconds: float) -> str:
@@ -172,13 +199,13 @@ def make_plan(prepared: Prepared) -> Plan:
     folder = Folder(config.out, config.options)
     pending, state = _state(prepared)
     on_gpu = pool.device == "cuda" and torch.cuda.is_available()
-    model = prepared.bundle.build("cuda") if on_gpu else prepared.model
+    model = prepared.bundle.build("cuda", pool.gpu_share) if on_gpu else prepared.model
     batch = usual_batch = default_batch(config, layout, pool.device)
     if config.batch:
         model.fit_upsamplers(batch)
     else:
         batch = model.fit_batch(batch)
-    timed, seconds = _time_microbatch(prepared, model, min(batch, 16), pool.cpus)
+    timed, seconds, compiled = _time_microbatch(prepared, model, min(batch, 16), pool.cpus)
     block_bytes = spec.row_bytes * layout.block_rows
     image_bytes = layout.block_rows * spec.input_size[0] * spec.input_size[1] * 3
     # What is read at a time, and the images cut out of it.
@@ -186,6 +213,7 @@ def make_plan(prepared: Prepared) -> Plan:
     decode_bytes = DecodeMemory(config.max_image_pixels).capacity
     bundle = prepared.bundle
     networks = (bundle.arrays, *(each.arrays for each in bundle.upsamplers.values()))
+    lanes = lanes_for(pool.device, block_bytes)
     weights_bytes = sum(array.nbytes for arrays in networks for array in arrays.values())
     return Plan(
         inputs=tuple(redact(url, config.options) for url in config.data),
@@ -208,12 +236,14 @@ def make_plan(prepared: Prepared) -> Plan:
         actors=pool.size,
         batch=batch,
         usual_batch=usual_batch,
+        wanted_batch=wanted_batch(config, pool.device),
         device_bytes=model.peak_bytes(batch),
-        # Two tasks overlap in an actor: their images and encoded rows, next to the weights.
-        host_bytes=2 * (block_bytes + image_bytes + input_bytes) + weights_bytes + decode_bytes,
+        # Tasks overlap in an actor: their images and encoded rows, next to the weights.
+        host_bytes=lanes.images * (image_bytes + input_bytes) + lanes.rows * block_bytes + weights_bytes + decode_bytes,
         decode_bytes=decode_bytes,
         timed_images=timed,
         stage_seconds=seconds,
+        compiled=compiled,
     )
 
 
@@ -249,8 +279,11 @@ def _level_cost(level: Level, layout: Layout, made: tuple[int, int, int]) -> Lev
     )
 
 
-def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: int) -> tuple[int, dict[str, float]]:
-    """How many of the first `n` readable images were timed, and seconds per image and stage with `threads` threads."""
+def _time_microbatch(
+    prepared: Prepared, model: FeatureModel, n: int, threads: int
+) -> tuple[int, dict[str, float], Compiled | None]:
+    """How many of the first `n` readable images were timed, seconds per image and stage with `threads` threads, and what
+    compiling takes, which is done with the model."""
     spec, geometry = prepared.bundle.spec, geometry_of(prepared.bundle.spec)
     rows = prepared.index.read(0, min(prepared.layout.n_rows, 8192))
     keep = [i for i, problem in enumerate(rows["problem"].to_pylist()) if problem is None][:n]
@@ -270,6 +303,7 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
         if not images:
             raise ConfigError(f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member")
         model(np.stack(images[:1]))
+        compiled = _compile(model, prepared.config.compile, np.stack(images))
         maps = model(np.stack(images))
         by_level = [(level, maps.levels[level.name].cpu().numpy()) for level in spec.levels]
         t3 = time.perf_counter()
@@ -282,10 +316,28 @@ def _time_microbatch(prepared: Prepared, model: FeatureModel, n: int, threads: i
     count = len(images)
     # Host stages run on all threads of a worker; the timing above used one.
     host = max(threads, 1) * count
-    return count, {
+    stages = {
         "read": (t1 - t0) / count,
         "decode": (t2 - t1) / host,
         "forward": maps.seconds.forward / count,
         "upsample": maps.seconds.upsample / count,
         "encode": (t4 - t3) / host,
     }
+    return count, stages, compiled
+
+
+def _compile(model: FeatureModel, mode: str, images: np.ndarray) -> Compiled | None:
+    """Compile the model, where that is asked for; what that takes, and changes in its rows of some images."""
+    if mode == "off":
+        return None
+
+    def rows() -> dict[str, np.ndarray]:
+        return {name: made.float().cpu().numpy() for name, made in model(images).levels.items()}
+
+    plain = rows()
+    model.compile(mode)
+    t0 = time.perf_counter()
+    found = rows()
+    seconds = time.perf_counter() - t0
+    errors = [float(np.linalg.norm(found[name] - each) / np.linalg.norm(each)) for name, each in plain.items()]
+    return Compiled(start_s=seconds, error=max(errors))

@@ -8,7 +8,10 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from cluster.resources import WorkerPool
+import torch
+
+from cluster.resources import WITHOUT_BF16, WorkerPool
+from operators.backbone import NO_BF16, lacks_bf16
 from pipelines.config import ConfigError
 from pipelines.executors import Executor
 from pipelines.extraction.config import ExtractConfig
@@ -134,6 +137,10 @@ def resolve(config: ExtractConfig) -> Resolved:
         )
     files = config.input.files(config.data, config.options, config.image_member)
     bundle, model = load_bundle(config.features, config.options)
+    if config.compile != "off":
+        model.backbone.require_blocks()
+        # In float32 the numbers are those of another batch size: the same to rounding.
+        bundle = replace(bundle, spec=replace(bundle.spec, compiled=bundle.spec.precision != "fp32"))
     found = Resolved(config=config, bundle=bundle, model=model, files=files)
     for note in found.notes:
         logger.warning("%s", note)
@@ -165,6 +172,7 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
         layout = replace(update.before, n_rows=index.n_rows, index=index.digest)
         if not pool.size and (config.retry_failed or len(update.done - update.redo) < layout.n_blocks):
             pool = executor.pool(request)
+    _require_precision(spec.precision, pool)
     return Prepared(
         **vars(resolved),
         pool=pool,
@@ -176,6 +184,22 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
     )
 
 
+def _require_precision(precision: str, pool: WorkerPool) -> None:
+    """Raises `ConfigError` for bf16 on GPUs that haven't any, of this machine or as the cluster's nodes name them."""
+    if precision != "bf16" or pool.device != "cuda":
+        return
+    lacking = [kind for kind in pool.kinds if kind in WITHOUT_BF16]
+    if lacking:
+        raise ConfigError(f"the cluster has {' and '.join(lacking)}: {NO_BF16}, or other GPUs by --accelerator")
+    if not pool.kinds and lacks_bf16(torch.device("cuda")):
+        raise ConfigError(f"{torch.cuda.get_device_name()}: {NO_BF16}")
+
+
+def wanted_batch(config: ExtractConfig, device: str) -> int:
+    """Images per forward where neither tasks nor memory are too small for them."""
+    return config.batch or (64 if device == "cuda" else 16)
+
+
 def default_batch(config: ExtractConfig, layout: Layout, device: str) -> int:
     """Images per forward that workers start from; they take fewer where memory is short."""
-    return min(config.batch or (64 if device == "cuda" else 16), layout.block_rows)
+    return min(wanted_batch(config, device), layout.block_rows)

@@ -22,6 +22,7 @@ from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import changed_meanwhile
 from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import Prepared, default_batch, prepare, resolve
+from pipelines.extraction.schedule import lanes_for
 from pipelines.extraction.worker import WorkerSetup
 from pipelines.provenance import versions
 from storage.errors import RayliftError
@@ -128,8 +129,9 @@ def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
 
 
 def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
-    config, pool = prepared.config, prepared.pool
-    store = prepared.create_store()
+    config, store = prepared.config, prepared.create_store()
+    lanes = lanes_for(prepared.pool.device, store.spec.row_bytes * store.layout.block_rows)
+    pool = replace(prepared.pool, calls=lanes.calls)
     # In the order of their names, runs are in that of their times: the last one's settings and rates are looked for.
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:6]}"
     batch = default_batch(config, store.layout, pool.device)
@@ -150,8 +152,10 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
         urls=prepared.urls,
         run_id=run_id,
         device=pool.device,
+        share=pool.gpu_share,
         threads=pool.cpus,
         batch=batch,
+        lanes=lanes,
         suspects=suspects(store.folder, {task.block for task in pending}),
     )
     run = _Run(store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +19,13 @@ from cluster.metrics import TaskReport
 from operators.codecs.memory import DecodeMemory
 from operators.codecs.refusal import ImageRefused
 from operators.image import DecodedImage, decode, limit_pillow
-from pipelines.executors import Loaded
+from pipelines.executors import Loaded, WorkerBroken
 from pipelines.extraction.attempts import attempt, failed, ledger_records, write_and_commit
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
-from pipelines.extraction.host import HostCopy, HostRows
+from pipelines.extraction.host import Device, HostRows, ModelDevice
 from pipelines.extraction.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
+from pipelines.extraction.schedule import Lanes, Schedule
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.model import not_finite
 from pipelines.features.photos import geometry_of
@@ -61,52 +63,61 @@ class WorkerSetup:
     urls: tuple[str, ...]
     run_id: str
     device: str
+    share: float
+    "of a GPU, that is the worker's"
     threads: int
     batch: int
+    lanes: Lanes
     suspects: frozenset[int] = frozenset()
     "blocks that were under way when an earlier run died"
     solo: bool = False
     "one task at a time; what can be found out about a task is found out"
 
     def __call__(self, *, model: bool = True) -> "ShardWorker":
-        return ShardWorker(self, model=model)
+        if not model:
+            return ShardWorker(self, None)
+        torch.set_num_threads(self.threads)
+        built = self.bundle.build(self.device, self.share)
+        if self.config.compile != "off":
+            built.compile(self.config.compile)
+        return ShardWorker(self, ModelDevice(built))
 
 
 class ShardWorker:
-    """Does tasks: read, decode, forward, upsample, encode, write, commit. Two calls may overlap; the model is locked."""
+    """Does tasks: read, decode, forward, upsample, encode, write, commit. Calls may overlap, as the schedule has it."""
 
-    def __init__(self, setup: WorkerSetup, *, model: bool = True):
+    def __init__(self, setup: WorkerSetup, device: Device | None):
+        """`device` computes; None where the worker only loads."""
         self.setup, self.config = setup, setup.config
         folder = Folder(self.config.out, self.config.options)
         self.store = FeatureStore(folder, require_same_store(folder, setup.fingerprint, setup.input_digest))
         self.index = self.store.index
         self.geometry = geometry_of(self.store.spec)
-        self.batch = setup.batch
-        self._device_lock, self._index_lock = threading.Lock(), threading.Lock()
+        self._device = device
+        # What the user named is not reduced where memory is short.
+        self.batch = setup.batch if self.config.batch or device is None else device.fit_batch(setup.batch)
+        self.schedule = Schedule(setup.lanes)
+        self._index_lock = threading.Lock()
         # These only compress, and are idle when a call has returned.
         self._pool = ThreadPoolExecutor(setup.threads)
         self._decoders = DecodeThreads(setup.threads)
         self._memory = DecodeMemory(self.config.max_image_pixels)
         limit_pillow(self.config.max_image_pixels)
-        if model:
-            torch.set_num_threads(setup.threads)
-            self.model = setup.bundle.build(setup.device)
-            self._host = HostCopy(self.model.device)
-            # What the user named is not reduced where memory is short.
-            self.batch = setup.batch if self.config.batch else self.model.fit_batch(setup.batch)
 
     def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
         """Do one task to its commit record, from its images or from what a separate stage `loaded`; returns a report.
 
         A fault of the infrastructure (storage that stays unreachable after its own retries, say) gives a report of an error
-        and leaves the task pending; so does a bug, and the driver stops when such reports mount up.
+        and leaves the task pending; so does a bug, and the driver stops when such reports mount up. Raises `WorkerBroken`.
         """
         try:
-            with attempt(self.store.folder, self.setup.run_id, task) as starts:
+            with self.schedule.call(), attempt(self.store.folder, self.setup.run_id, task) as starts:
                 if given_up := self._give_up(task, starts):
                     return given_up
                 ready = loaded or self._load_or_set_aside(task, starts)
                 return TaskReport(block=task.block, outcome="set_aside") if ready.aside else self.compute(task, ready)
+        except WorkerBroken:
+            raise
         except StoreReplaced as error:
             return TaskReport(block=task.block, outcome="replaced", error=str(error))
         except Exception as error:  # the task boundary: the driver counts these and raises RunFailed
@@ -198,31 +209,43 @@ class ShardWorker:
     # --- compute ------------------------------------------------------------------------------------------------------
 
     def compute(self, task: ShardTask, loaded: Loaded) -> TaskReport:
-        """Features of the loaded images, written and committed."""
+        """Features of the loaded images, written and committed. Raises `WorkerBroken`."""
         writer, pace = self.store.writer(task), _Pace(self.batch)
-        for start, rows in self._host.ahead(self._batches(task, loaded, pace)):
-            self._encode(writer, loaded, rows.wait(), start)
+        try:
+            batches = self._batches(task, loaded, pace)
+            encoded = self.schedule.compute(batches, lambda batch: batch[1].wait(), partial(self._encode, writer, loaded))
+        except RuntimeError as error:
+            if self._device is None or not self._device.is_lost():
+                raise
+            raise WorkerBroken(
+                f"the GPU can't be used by this process any more, after task {task.block} ({error}); the same command goes on"
+            ) from error
+        for seconds in encoded:
+            for stage, value in seconds.items():
+                loaded.took(stage, value)
         return replace(write_and_commit(task, writer, loaded), batch=pace.batch)
 
     def _batches(self, task: ShardTask, loaded: Loaded, pace: "_Pace") -> Iterator[tuple[int, HostRows]]:
         """Rows of the task's images, and where they start. Batches without a readable image are left out."""
+        assert self._device, "made to load, and not to compute"
         start = 0
         while start < task.n_rows:
             stop = min(start + pace.batch, task.n_rows)
             if any(record.status == "ok" for record in loaded.records[start:stop]):
                 try:
                     # Failed images are in the batch, as zeros: the others' numbers don't depend on who failed.
-                    with self._device_lock:
-                        rows = self._host.begin(self.model(loaded.pixels[start:stop]), self.store.spec.levels)
+                    rows = self._device.begin(loaded.pixels[start:stop], pace.batch)
                 except torch.OutOfMemoryError as error:
                     self._take_less(task, pace, error)
                     continue
                 yield start, rows
             start = stop
+        loaded.pixels = np.empty(0, np.uint8)
 
     def _take_less(self, task: ShardTask, pace: "_Pace", error: torch.OutOfMemoryError) -> None:
         """Halve the batch, and have upsamplers take as little at once as they can. Raises `OutOfMemoryError` after that."""
-        restrained, before = self.model.restrain(), pace.batch
+        assert self._device
+        restrained, before = self._device.restrain(), pace.batch
         if before == 1 and not restrained:
             raise torch.OutOfMemoryError(
                 f"{error} That is with one image at a time: use fewer actors on a GPU (--actor-gpus), a smaller --size, or "
@@ -234,11 +257,12 @@ class ShardWorker:
         logger.warning("task %d: out of memory with batches of %d; going on with %d%s", task.block, before, pace.batch, less)
         torch.cuda.empty_cache()
 
-    def _encode(self, writer: BlockWriter, loaded: Loaded, rows: HostRows, start: int) -> None:
-        loaded.took("forward", rows.seconds.forward)
-        loaded.took("upsample", rows.seconds.upsample)
+    def _encode(self, writer: BlockWriter, loaded: Loaded, batch: tuple[int, HostRows]) -> dict[str, float]:
+        """Encode a batch's rows, which are there; returns seconds by stage."""
         t0 = time.perf_counter()
+        start, rows = batch
         good = []
+        # While later batches are computed, too, but each has records of its own.
         for at, record in enumerate(loaded.records[start : start + len(rows.bad)]):
             if record.status == "ok" and rows.bad[at]:
                 loaded.records[start + at] = failed(record, "forward", "NonFinite", not_finite(self.store.spec))
@@ -252,7 +276,8 @@ class ShardWorker:
 
         for _ in self._pool.map(put, [(at, level) for at in good for level in self.store.spec.levels]):
             pass
-        loaded.took("encode", time.perf_counter() - t0)
+        encoding = time.perf_counter() - t0
+        return {"forward": rows.seconds.forward, "upsample": rows.seconds.upsample, "encode": encoding}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone, normalise
 from operators.timm_models import Preprocessing, create_model, load_arrays, state_arrays, weights_digest
+from operators.transfer import to_device
 from pipelines.config import ConfigError
 from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
@@ -33,8 +34,9 @@ class ModelBundle:
     upsamplers: Mapping[str, UpsamplerWeights] = field(default_factory=dict)
     "learned ones, by level"
 
-    def build(self, device: str) -> FeatureModel:
-        return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.reload)
+    def build(self, device: str, share: float = 1.0) -> FeatureModel:
+        """The model; `share`: the part of a GPU that is its own."""
+        return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.reload, share)
 
     def backbone(self) -> TimmBackbone:
         """The backbone as it gives the features, on the CPU."""
@@ -43,7 +45,7 @@ class ModelBundle:
 
     def input(self, pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
         """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
-        return normalise(torch.from_numpy(np.array(pixels_BHW3)).to(device), self.spec.mean, self.spec.std)
+        return normalise(to_device(pixels_BHW3, device), self.spec.mean, self.spec.std)
 
     def reload(self) -> nn.Module:
         """The timm model with its own position embeddings, which a backbone in use has replaced."""

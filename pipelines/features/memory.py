@@ -15,12 +15,18 @@ WITHIN = 0.6
 _LARGEST = 2**40
 
 
-def free_bytes(device: torch.device) -> int:
-    """What may still be allocated on a device, what torch's allocator holds without using it included."""
+def free_bytes(device: torch.device, share: float = 1.0) -> int:
+    """What may still be allocated on a device, what torch's allocator holds without using it included.
+
+    `share`: where only that part of a GPU is this process's, no more than that part of all that it has. Not of what is free
+    just now: a worker that is started anew beside others would then take another batch than the one before it.
+    """
     if device.type != "cuda":
         return psutil.virtual_memory().available
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    free, total = torch.cuda.mem_get_info(device)
+    mine = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - mine
+    return min(free + unused, int(share * total) - mine) if share < 1 else free + unused
 
 
 def allow_within(upsamplers: Collection[Upsampler], peak: Callable[[], int], limit: float) -> int:

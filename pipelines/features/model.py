@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, normalise
+from operators.transfer import to_device
 from operators.upsamplers import Upsampler, create_upsampler
 from operators.upsamplers.protocol import WORKING_BYTES, Reload
 from pipelines.features.memory import WITHIN, allow_within, free_bytes
@@ -69,6 +70,12 @@ class Maps:
     "bool [B]: whether an image's features hold NaN or infinity, before they are cast"
     seconds: Timings
 
+    def first(self, count: int) -> "Maps":
+        """Of the first images only."""
+        if count == len(self.bad):
+            return self
+        return replace(self, levels={name: rows[:count] for name, rows in self.levels.items()}, bad=self.bad[:count])
+
     def as_stored(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`levels` as they are read from a store, float16's largest value in place of those beyond it, NaN in images that are
         `bad`, which no store has; and by float16 level, how many values were beyond it in each image, int64 [B]."""
@@ -90,9 +97,11 @@ class FeatureModel:
         device: torch.device,
         learned: Mapping[str, UpsamplerWeights],
         reload: Reload,
+        share: float = 1.0,
     ):
-        """`learned`: weights by level, one object where levels share them; `reload` makes the backbone's model anew."""
-        self.spec, self.backbone, self.device = spec, backbone, device
+        """`learned`: weights by level, one object where levels share them; `reload` makes the backbone's model anew; `share`: the
+        part of a GPU that is its own, where several processes use one."""
+        self.spec, self.backbone, self.device, self._share = spec, backbone, device, share
         cast_matmul_weights(backbone.model, spec.precision)
         backbone.model.to(device)
         built = {id(weights): weights.build(spec.precision, reload) for weights in learned.values()}
@@ -101,19 +110,26 @@ class FeatureModel:
             for level in spec.levels
             if level.grid and level.method != "backbone"
         }
+        self.is_compiled = False
         self._fitted, self._allowance = 0, WORKING_BYTES
         "images of the largest batch that upsamplers' memory was chosen for; and how much that is"
         extra = {layer for upsampler in self.upsamplers.values() for layer in upsampler.layers}
         self._asked = (*spec.layers, *sorted(extra - set(spec.layers)))
 
+    def compile(self, mode: str) -> None:
+        """Have torch compile the backbone's blocks: `on`, or a mode of `torch.compile`. Batches should be of one shape from then
+        on. Raises `BackboneError` where it can't."""
+        self.backbone.compile(None if mode == "on" else mode, self._asked)
+        self.is_compiled = True
+
     # Not inference_mode(), whose tensors no readout could be trained on.
     @torch.no_grad()
-    def __call__(self, images_BHWC: np.ndarray) -> Maps:
+    def __call__(self, images_BHWC: np.ndarray | Tensor) -> Maps:
         """uint8 [B, H, W, 3] to the rows of every level."""
         if len(images_BHWC) > self._fitted:
             self.fit_upsamplers(len(images_BHWC))
         begun = _now(self.device)
-        images = normalise(torch.from_numpy(images_BHWC).to(self.device), self.spec.mean, self.spec.std)
+        images = normalise(to_device(images_BHWC, self.device), self.spec.mean, self.spec.std)
         with autocast(self.device, self.spec.precision):
             features = self.backbone(images, self._asked)
         maps = features.stacked(self.spec.layers)
@@ -144,7 +160,7 @@ class FeatureModel:
         On a GPU, what upsamplers take at once comes first, out of two thirds of that: a fine grid in a thousand pieces costs more
         than a small batch does.
         """
-        limit = WITHIN * free_bytes(self.device)
+        limit = WITHIN * free_bytes(self.device, self._share)
         self.fit_upsamplers(1, limit * 2 / 3)
         while batch > 1 and self.peak_bytes(batch) > limit:
             batch //= 2
@@ -158,7 +174,7 @@ class FeatureModel:
         """
         self._fitted = batch
         if self.device.type == "cuda" and self.upsamplers:
-            limit = WITHIN * free_bytes(self.device) if limit is None else limit
+            limit = WITHIN * free_bytes(self.device, self._share) if limit is None else limit
             self._allowance = allow_within(self._distinct, lambda: self.peak_bytes(batch), limit)
 
     def restrain(self) -> bool:

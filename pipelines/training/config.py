@@ -99,8 +99,9 @@ class TrainConfig(JobConfig):
     """Training processes, one per GPU; at most the number of micro-batches in a batch."""
     worker_cpus: Free[int] = 1
     """CPUs and threads of one training process on Ray."""
-    loaders: Free[int] = 2
-    """Micro-batches that are decoded at once, for each training process: actors anywhere in the cluster, or threads inline."""
+    loaders: Free[int | None] = None
+    """Micro-batches that are loaded at once, for each training process: actors anywhere in the cluster, or threads inline; by
+    default as many as there are CPUs."""
     max_failures: Free[int] = 3
     """Lost workers or nodes after which the run is given up; each time, it goes on from its last checkpoint."""
 

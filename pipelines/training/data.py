@@ -9,9 +9,10 @@ import functools
 import json
 import threading
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import Field, asdict, dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -234,10 +235,30 @@ class Example:
 
 
 class ExampleSource(Protocol):
-    """Where examples come from; travels to whoever loads them."""
+    """Where examples come from; a dataclass that travels to whoever loads them."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def threads(self) -> int:
+        """Images of a micro-batch that are decoded at once."""
 
     def load(self, rows: Sequence[int], epoch: int | None) -> Example:
         """Arrays of `rows`, in their order, as drawn for `epoch` (None: with nothing random)."""
+
+
+Asked = TypeVar("Asked")
+Made = TypeVar("Made")
+
+
+def at_once(threads: int, make: Callable[[Asked], Made], images: Sequence[Asked]) -> list[Made]:
+    """What `make` gives of each image, in their order, in so many threads of this process, which all that it loads share."""
+    return list(map(make, images) if threads == 1 else _threads(threads).map(make, images))
+
+
+@functools.lru_cache(maxsize=2)
+def _threads(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "decoder")
 
 
 _indexes: dict[tuple[str, str], SampleIndex] = {}
@@ -260,6 +281,7 @@ class ImageSource:
     view: View
     features: StoredFeatures | None = None
     "adds the array `features` of the images, from a store"
+    threads: int = 1
 
     def load(self, rows: Sequence[int], epoch: int | None) -> Example:
         """Faults of the storage are raised: an image that can't be had today is no damaged image. One that can't be read while
@@ -272,11 +294,15 @@ class ImageSource:
         records = dict(zip(rows, table.to_pylist(), strict=True))
         examples: dict[int, dict[str, np.ndarray]] = {}
         failed: dict[int, str] = {}
-        for (row, record), blob in zip(records.items(), blobs, strict=True):
+
+        def one(image: tuple[int, bytes]) -> dict[str, np.ndarray] | str:
+            row, blob = image
             rng = None if epoch is None else np.random.default_rng([self.seed, epoch, row])
-            example = record["problem"] or unread.get(row) or self._view(blob, record["size"], rng)
+            return records[row]["problem"] or unread.get(row) or self._view(blob, records[row]["size"], rng)
+
+        for row, example in zip(records, at_once(self.threads, one, list(zip(records, blobs, strict=True))), strict=True):
             if isinstance(example, str):
-                failed[row] = f"{record['key']}: {example}"[:500]
+                failed[row] = f"{records[row]['key']}: {example}"[:500]
             else:
                 examples[row] = example
         clipped = 0
@@ -340,9 +366,23 @@ def generator(purpose: int, *numbers: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(numbers, spawn_key=(purpose,)))
 
 
-def load(source: ExampleSource, items: Iterable[MicroBatch], executor: Executor, loaders: int) -> Generator[Loaded, None, None]:
-    """Micro-batches in order, loaded ahead by so many threads or, anywhere in a cluster, processes; to be closed."""
-    return executor.map(functools.partial(_load, source), items, loaders=loaders)
+MOST_LOADERS = 32
+"""Micro-batches that are loaded at once by default, for one training process."""
+
+
+def load(
+    source: ExampleSource, items: Iterable[MicroBatch], executor: Executor, loaders: int | None, processes: int = 1
+) -> Generator[Loaded, None, None]:
+    """Micro-batches in order, loaded ahead by so many threads or, anywhere in a cluster, processes; to be closed.
+
+    By default there are as many as there are CPUs for each of the `processes` that train together, but for the one that it has
+    itself; where there are fewer, each decodes several images of its micro-batch at once.
+    """
+    cpus = max(1, executor.cpus() // processes)
+    count = loaders or max(2, min(MOST_LOADERS, cpus - 1))
+    # Threads of one process share what is there.
+    threads = cpus if executor.loads_here else max(1, cpus // count)
+    return executor.map(functools.partial(_load, replace(source, threads=threads)), items, loaders=count)
 
 
 def _load(source: ExampleSource, item: MicroBatch) -> Loaded:

@@ -27,6 +27,7 @@ from operators.objectives.featup import (
     uncertain_l2,
 )
 from operators.objectives.shown import Shown
+from operators.transfer import to_device
 from pipelines.config import ConfigError, Counts, Free, Held, require_at_least, used_with
 from pipelines.training.data import Loaded, generator
 from pipelines.training.images import ImageSetup
@@ -180,8 +181,8 @@ class FeatUpObjective(SquareObjective):
         config, beside = self.config, self.beside
         size = (images.shape[-2], images.shape[-1])
         jitter = Jitter.draw(rng, size)
-        shared = projection(rng, fine.shape[1], config.projected).to(self.device)
-        pixels = sampled_pixels(rng, size).to(self.device)
+        shared = to_device(projection(rng, fine.shape[1], config.projected), self.device)
+        pixels = to_device(sampled_pixels(rng, size), self.device)
         seen, moved = jitter(images), jitter(fine)
         target = self.features(seen)
         predicted = beside.downsampler(moved, (target.shape[-2], target.shape[-1]))

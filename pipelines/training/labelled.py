@@ -14,7 +14,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import draw
 from pipelines.features.rows import Rendering
 from pipelines.readouts.task import Task
-from pipelines.training.data import Example, open_store
+from pipelines.training.data import Example, at_once, open_store
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import OrientedImage
 from storage.datasets.images import orientation_of
@@ -83,6 +83,7 @@ class LabelledSource:
     rendering: Rendering
     stored: StoredMaps | None
     "None: images for a live model"
+    threads: int = 1
 
     @property
     def named_contents(self) -> list[tuple[str, str]]:
@@ -92,11 +93,11 @@ class LabelledSource:
     def load(self, rows: Sequence[int], epoch: int | None) -> Example:  # noqa: ARG002 - nothing is random here
         """Arrays of `rows`, in their order: the task's targets, and `pixels` or the stored levels."""
         examples, failed = {}, {}
-        for row in rows:
-            try:
-                examples[row] = self._example(row)
-            except (DatasetError, FeaturesMissing) as error:
-                failed[row] = str(error)[:500]
+        for row, example in zip(rows, at_once(self.threads, self._example_or_reason, rows), strict=True):
+            if isinstance(example, str):
+                failed[row] = example
+            else:
+                examples[row] = example
         if self.stored is not None and examples:
             maps, there = self.stored.read(list(examples))
             for position, row in enumerate(list(examples)):
@@ -106,6 +107,12 @@ class LabelledSource:
                     failed[row] = f"{self.items[row].image.displayed}: {NOT_THERE}"
         clipped = 0 if self.stored is None else self.stored.clipped(list(examples), self.spec)
         return Example.of(examples, failed, clipped)
+
+    def _example_or_reason(self, row: int) -> dict[str, np.ndarray] | str:
+        try:
+            return self._example(row)
+        except (DatasetError, FeaturesMissing) as error:
+            return str(error)[:500]
 
     def _example(self, row: int) -> dict[str, np.ndarray]:
         if self.stored is not None:

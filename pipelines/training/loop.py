@@ -163,7 +163,7 @@ class Trainer:
             return
         events = EventFile(self.setup.folder, self.step) if group.rank == 0 else None
         items = order.micro_batches(self.step, group.rank, group.world)
-        stream = load(self.setup.images, items, executor, self.config.loaders)
+        stream = load(self.setup.images, items, executor, self.config.loaders, group.world)
         try:
             if not self.step:
                 self._validate(events)  # what the network does untrained
@@ -206,14 +206,22 @@ class Trainer:
                 logger.warning("left out: row %d, %s", row, reason)
                 self.failed[row] = reason
         example = loaded.example
-        total = torch.tensor([0.0, 0.0, len(loaded), len(example.failed), example.clipped], device=self.device)
+        loss: Tensor | float = 0.0
+        clipped: Tensor | int = example.clipped
+        divisor = 0.0
         if len(loaded):
             # Dropout, where a network has it, depends on neither interruptions nor the number of processes.
             seed = np.random.SeedSequence([self.config.seed, loaded.item.step, loaded.item.part]).generate_state(1)
             torch.manual_seed(int(seed[0]))
-            total[0], total[1] = self.objective.accumulate(loaded)
-            total[4] += self.objective.clipped
-        return total
+            loss, divisor = self.objective.accumulate(loaded)
+            clipped = clipped + self.objective.clipped
+        return torch.stack([self._there(each) for each in (loss, divisor, len(loaded), len(example.failed), clipped)])
+
+    def _there(self, value: Tensor | float) -> Tensor:
+        """A number on the device, which isn't waited for."""
+        if isinstance(value, Tensor):
+            return value.detach().float()
+        return torch.full((), float(value), device=self.device)
 
     def _update(self, totals: Tensor) -> tuple[float, int, int, int]:
         """One optimiser step on the mean gradient over all processes; (mean loss, images, left out, clipped)."""

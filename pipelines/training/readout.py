@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from operators.backbone import autocast
 from operators.readouts import READOUTS, ReadoutConfig, ReadoutError, build_readout
+from operators.transfer import to_device
 from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, require_at_least, settings_of, used_with
 from pipelines.executors import Executor
 from pipelines.features.agreement import AskedFeatures, recorded
@@ -410,7 +411,7 @@ class ReadoutObjective:
         return {name: self._there(arrays[name]) for name in self.task.target_names}
 
     def _there(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return to_device(values, self.device)
 
     def _loss(self, outputs: Tensor, targets: Mapping[str, Tensor], step: int) -> tuple[Tensor, float]:
         return self.task.loss(self.net, outputs, targets, step)

@@ -19,6 +19,7 @@ from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.objectives.lift import cosine_loss
 from operators.objectives.shown import Shown, loss_of
+from operators.transfer import to_device
 from operators.upsamplers import UpsamplerError, build_net
 from pipelines.config import ConfigError, Counts, Found, Held, flag_of, said
 from pipelines.features.bundle import ModelBundle
@@ -181,7 +182,7 @@ class SquareObjective(ImageObjective):
         images = self.normalised(arrays["pixels"], self.shown(arrays))
         if "features" not in arrays:
             return images, self.features(images)
-        stored = torch.from_numpy(np.array(arrays["features"])).to(self.device)
+        stored = to_device(arrays["features"], self.device)
         return images, stored.float().permute(0, 3, 1, 2)
 
     def shown(self, arrays: Mapping[str, np.ndarray], side: int | None = None) -> Shown | None:

@@ -17,6 +17,7 @@ from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.objectives.lift import cosine_loss
 from operators.objectives.vit_up import LossWeights, Supervision, objective
+from operators.transfer import to_device
 from operators.upsamplers import UpsamplerError, find_method
 from operators.upsamplers.vit_up.geometry import grid_coordinates
 from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
@@ -269,7 +270,7 @@ class ViTUpObjective(ImageObjective):
 
     def _batch(self, arrays: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         """What the teacher and the student see, and the boxes."""
-        boxes = torch.from_numpy(np.array(arrays["box"])).to(self.device)
+        boxes = to_device(arrays["box"], self.device)
         return self.input(arrays["teacher"]), self.input(arrays["canvas"]), boxes
 
     # --- held-out images ----------------------------------------------------------------------------------------------

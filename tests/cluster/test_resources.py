@@ -65,6 +65,18 @@ def test_gpu_pool_fills_nodes_one_by_one(present, asked, expected):
     assert pool_on(present, **asked) == expected
 
 
+def test_pool_names_the_kinds_of_gpu_that_its_actors_may_get():
+    nodes = [Nodes(count=1, cpus=8, gpus=1, accelerator=kind) for kind in ("T4", "H100")]
+    nodes += [Nodes(count=1, cpus=8, gpus=1), Nodes(count=1, cpus=1, gpus=1, accelerator="K80")]
+
+    def kinds(**asked: object) -> tuple[str, ...]:
+        return size_pool(WorkerRequest(device="auto", **asked), nodes, lambda: Growth()).kinds
+
+    assert kinds(cpus=2) == ("H100", "T4")
+    assert kinds(accelerator="T4") == ("T4",)
+    assert kinds(cpus=1) == ("H100", "K80", "T4")
+
+
 def test_cpu_pool_fills_nodes_one_by_one():
     assert pool_on([Nodes(count=2, cpus=3), Nodes(count=1, cpus=1)], device="cpu") == (7, 1, 0)
     assert pool_on([Nodes(count=2, cpus=3), Nodes(count=1, cpus=1)], device="cpu", cpus=2) == (2, 2, 0)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch.profiler import ProfilerActivity, profile
 
-from operators.backbone import BackboneError, TimmBackbone, autocast, cast_matmul_weights, normalise
+from operators.backbone import BackboneError, TimmBackbone, autocast, cast_matmul_weights, lacks_bf16, normalise
 from operators.timm_models import create_model, load_arrays, preprocessing, state_arrays, weights_digest
 from pipelines.features.bundle import LoadedModel, ModelBundle, describe_model
 from pipelines.features.config import FeatureConfig
@@ -823,3 +823,28 @@ def test_maps_of_other_sizes_than_described_are_refused():
 
     with pytest.raises(BackboneError, match=r"test_vit gives \(64, 4, 4\) at layer -1 for 64x64 px, where .* \(63, 4, 4\)"):
         backbone.try_out("test_vit", (64, 64), [-1])
+
+
+def test_fp32_is_float32_in_convolutions_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with autocast(torch.device("cpu"), "fp32"):
+        assert torch.backends.cudnn.allow_tf32
+    with autocast(torch.device("cuda"), "fp32"):
+        pass  # what comes behind it, too: upsamplers, and backward passes
+
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(("capability", "lacking"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_bf16_is_refused_on_gpus_that_emulate_it(capability, lacking, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    gpu = torch.device("cuda")
+
+    assert lacks_bf16(gpu) == lacking
+    assert not lacks_bf16(torch.device("cpu"))
+    if lacking:
+        with pytest.raises(BackboneError, match=r"Tesla T4: .* use --precision fp16"):
+            autocast(gpu, "bf16")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 import zarr
 
+from cluster.resources import WorkerPool
+from operators.backbone import BackboneError
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction import worker as worker_module
@@ -399,3 +402,78 @@ def test_file_of_many_gigabytes_costs_its_sample_and_is_never_read(tmp_path, tin
     assert "--max-image-bytes" in failure["message"]
     assert len(asked) == 3 + 4  # of the plan, and of the run
     assert max(size for _, _, size in asked) < 2**20
+
+
+@pytest.mark.parametrize(
+    ("kinds", "precision", "refused"), [(("H100", "T4"), "bf16", True), (("H100",), "bf16", False), (("T4",), "fp16", False)]
+)
+def test_bf16_is_refused_where_the_clusters_gpus_have_none(make_tars, tiny, kinds, precision, refused):
+    class OnGpus(InlineExecutor):
+        def pool(self, request):
+            return WorkerPool(device="cuda", size=1, cpus=1, gpus=1, kinds=kinds)
+
+    config = tiny(make_tars(), precision=precision)
+    with pytest.raises(ConfigError, match="the cluster has T4: .* --precision fp16") if refused else contextlib.nullcontext():
+        prepare(resolve(config), OnGpus())
+    assert not refused or not os.path.exists(config.out)
+
+
+def test_a_plan_says_where_tasks_bound_the_batch(make_tars, tiny):
+    said = "a task is 4 images, and so is a batch at most, where 16 were to be tried"
+    small, whole = (make_plan(prepare(resolve(tiny(make_tars(), block_rows=rows)), InlineExecutor())) for rows in (4, 16))
+
+    assert said in small.describe()
+    assert "--block-rows makes larger tasks" in small.describe()
+    assert "is a batch at most" not in whole.describe()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Blocks are traced as for compiling, but run as they are: to compile them takes most of a minute."""
+    original, shapes = torch.nn.Module.compile, set()
+
+    def traced_only(self, *, mode, dynamic):
+        original(self, backend="eager", dynamic=dynamic)
+        self.register_forward_pre_hook(lambda _, given: shapes.add(tuple(given[0].shape)))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced_only)
+    yield shapes
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_see_one_shape_and_give_the_same_rows(make_tars, tiny, tmp_path, traced):
+    data = make_tars(count=1, each=10)  # tasks of 4, 4 and 2
+    plain, compiled = (tiny(data, out=str(tmp_path / f"{mode}.zarr"), compile=mode, batch=3) for mode in ("off", "on"))
+    for config in (plain, compiled):
+        extract(config, InlineExecutor())
+
+    assert {shape[0] for shape in traced} == {3}
+    one, other = (FeatureStore.open(config.out) for config in (plain, compiled))
+    for level in ("x1", "x2", "pooled"):
+        np.testing.assert_allclose(one.read(slice(None), level), other.read(slice(None), level), rtol=0, atol=2e-3)
+    assert one.root.fingerprint == other.root.fingerprint  # of float32; either goes on with the other
+
+
+def test_compiling_counts_where_it_changes_numbers(make_tars, tiny, traced):
+    config = tiny(make_tars(), precision="bf16", compile="on")
+    extract(config, InlineExecutor())
+    store = FeatureStore.open(config.out)
+
+    assert store.spec.compiled
+    with pytest.raises(FingerprintMismatch, match="compiled"):
+        extract(config.changed(compile="off"), InlineExecutor())
+    assert "compiled" not in replace(store.spec, compiled=False).to_json()
+
+
+def test_a_plan_says_what_compiling_takes_and_changes(make_tars, tiny, traced):
+    plan = make_plan(prepare(resolve(tiny(make_tars(), compile="on")), InlineExecutor()))
+
+    assert plan.compiled.error < 1e-5
+    assert "s longer for each actor's first batch" in plan.describe()
+    assert make_plan(prepare(resolve(tiny(make_tars())), InlineExecutor())).compiled is None
+
+
+def test_models_without_a_row_of_blocks_are_not_compiled(make_tars, tiny):
+    config = tiny(make_tars(), model="hiera_tiny_224.mae", size="224", levels=("x1",), compile="on")
+    with pytest.raises(BackboneError, match="--compile is for plain ViTs, whose blocks are alike; Hiera is none"):
+        resolve(config)

@@ -9,18 +9,22 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.metrics import TaskReport
 from cluster.nodes import free_port
+from cluster.resources import WorkerPool
 from cluster.session import own_environment
-from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.executors import InlineExecutor, RayExecutor, WorkerBroken
 from pipelines.extraction.run import extract
 from pipelines.indexing import RunInput
 from storage.paths import Folder
+from storage.spec import ShardTask
 from storage.store import FeatureStore
 from storage.tars import MemberRules, scan_source
 from tests.pipelines.extraction.test_s3 import tree
@@ -40,6 +44,36 @@ def test_ray_writes_the_bytes_of_the_inline_run(make_tars, tiny, tmp_path, decod
 
     assert (summary.ok, summary.failed, summary.this_run) == (20, 0, 20)
     assert tree(Folder(on_ray.out)) == tree(Folder(inline.out))
+
+
+@dataclass(frozen=True)
+class BreaksOnce:
+    """Makes itself: a worker whose process can't go on after its first try at task 1, as after CUDA's illegal accesses."""
+
+    tried: str
+
+    def __call__(self, *, model: bool = True) -> "BreaksOnce":
+        return self
+
+    def run(self, task: ShardTask, loaded: object = None) -> TaskReport:
+        if task.block == 1 and not Path(self.tried).exists():
+            Path(self.tried).touch()
+            raise WorkerBroken("CUDA error: an illegal memory access was encountered")
+        return TaskReport(block=task.block, ok=task.n_rows, marks={"process": os.getpid()})
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_that_is_broken_is_replaced_and_its_tasks_run_again(tmp_path):
+    tasks = [ShardTask(block=block, first=4 * block, last=4 * block + 4) for block in range(4)]
+    pool = WorkerPool(device="cpu", size=1, cpus=1, gpus=0, calls=2)
+    tried = tmp_path / "tried"
+
+    reports = {report.block: report for report in RayExecutor().stream(BreaksOnce(str(tried)), tasks, pool)}
+
+    assert tried.exists()
+    assert sorted(reports) == [0, 1, 2, 3]
+    assert all(report.outcome == "done" for report in reports.values())
+    assert reports[1].marks["process"] == reports[3].marks["process"]
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -10,7 +10,7 @@ from operators.upsamplers import Upsampler, find_method
 from operators.upsamplers.protocol import WORKING_BYTES
 from operators.upsamplers.vit_up.head import ViTUpHead
 from pipelines.features.bundle import ModelBundle
-from pipelines.features.memory import allow_within
+from pipelines.features.memory import allow_within, free_bytes
 from pipelines.features.upsamplers import UpsamplerWeights
 from tests.operators.test_backbone import described, photos
 from tests.pretended_gpu import pretended_gpu, shapes_on_a_gpu
@@ -111,3 +111,32 @@ def test_the_bound_counts_what_each_upsampler_keeps_while_others_work(published)
 
     assert shared.build("cpu").peak_bytes(1) - one.peak_bytes(1) == rows
     assert again.build("cpu").peak_bytes(1) - one.peak_bytes(1) == rows + upsampler.kept_bytes(1)
+
+
+@pytest.mark.parametrize(
+    ("free", "taken", "expected"),
+    [
+        (80 * GB, 0, 40 * GB),  # two actors that start at once
+        (60 * GB, 0, 40 * GB),  # one that is started anew beside the other has what it had before
+        (30 * GB, 0, 30 * GB),
+        (75 * GB, 5 * GB, 35 * GB),
+    ],
+)
+def test_actors_on_one_gpu_share_its_memory(free, taken, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: taken)
+
+    assert free_bytes(torch.device("cuda"), 0.5) == expected
+    assert free_bytes(torch.device("cuda")) == free
+
+
+def test_half_a_gpu_takes_half_the_batch(published):
+    with shapes_on_a_gpu(24 * GB):
+        batches = []
+        for share in (1.0, 0.5):
+            model = published.build("cpu", share)
+            model.device = torch.device("cuda")
+            batches.append(model.fit_batch(512))
+
+    assert batches[1] == batches[0] // 2

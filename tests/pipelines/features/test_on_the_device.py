@@ -18,7 +18,7 @@ from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
 from pipelines.executors import InlineExecutor
-from pipelines.extraction.host import HostCopy, quantised
+from pipelines.extraction.host import HostCopy, ModelDevice, quantised
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.bundle import ModelBundle
@@ -106,18 +106,18 @@ def test_a_cpus_rows_are_not_copied(bundle):
     assert all(np.shares_memory(rows.levels[name], each.numpy()) for name, each in found.levels.items())
 
 
-def test_a_gpus_next_batch_is_begun_before_one_is_waited_for():
-    begun = []
+def test_batches_are_given_to_a_gpu_without_waiting_for_it(bundle):
+    with pretended_gpu() as gpu:
+        device = ModelDevice(bundle.build("cuda"))
+        device.begin(photos(2), 2).wait()  # what is made once for all batches may be waited for
+        gpu.where.clear()
+        rows = device.begin(photos(2), 2)
+        assert gpu.where == []
+        rows.wait()
+        expected = HostCopy(torch.device("cuda")).begin(bundle.build("cuda")(photos(2)), bundle.spec.levels).wait()
 
-    def batches():
-        for number in range(3):
-            begun.append(number)
-            yield number
-
-    with pretended_gpu():
-        assert [(each, len(begun)) for each in HostCopy(torch.device("cuda")).ahead(batches())] == [(0, 2), (1, 3), (2, 3)]
-    begun.clear()
-    assert [(each, len(begun)) for each in HostCopy(torch.device("cpu")).ahead(batches())] == [(0, 1), (1, 2), (2, 3)]
+    for name, values in expected.levels.items():
+        np.testing.assert_array_equal(rows.levels[name], values)
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-6, 1.0, 3e38])
