@@ -16,7 +16,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.results import Taken
 from storage.datasets.classes import COCO_CATEGORIES
 from storage.datasets.coco import CocoSet
-from storage.datasets.files import RawObject
+from storage.datasets.files import DatasetError, RawObject
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import orientation_of
 from storage.datasets.instances import Instances
@@ -145,15 +145,21 @@ def _usual_ids(detector: DetectorWeights, annotated: Mapping[int, str]) -> tuple
 
 
 def require_known(data: CocoSet, classes: Sequence[int], detector: DetectorWeights) -> None:
-    """Raises `ConfigError` where objects are annotated that no class of the detector is."""
-    for item in data.images:
-        assert isinstance(item.label, Instances)
-        for note in item.label.objects():
+    """Raises `ConfigError` where objects are annotated that no class of the detector is, `DatasetError` where there are none."""
+    labels = [item.label for item in data.images if isinstance(item.label, Instances)]
+    objects = 0
+    for label in labels:
+        for note in label.objects():
+            objects += 1
             if (number := note["category_id"]) not in classes:
                 raise ConfigError(
-                    f"{item.label.displayed}: annotation {note['id']} is of category {number} ({data.categories[number]}), which "
+                    f"{label.displayed}: annotation {note['id']} is of category {number} ({data.categories[number]}), which "
                     f"isn't among the {len(classes)} of {detector.displayed}; evaluate it on annotations of those"
                 )
+    if not objects:
+        raise DatasetError(
+            f"none of {len(labels):,} images has an annotated object, so that nothing can be scored; check --split"
+        )
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from pipelines.evaluation.detection import DetectionConfig
 from pipelines.evaluation.run import evaluate
 from pipelines.features.detectors import RANDOM, STAGES, Detected, RunningDetectors, load_detector
 from storage.datasets.classes import COCO_CATEGORIES
+from storage.datasets.frames import OrientedImage
 from storage.errors import RayliftError
+from storage.orientation import Orientation
 from tests.goldens import golden_file
 
 NOTES = "annotations/instances_val2017.json"
@@ -300,6 +302,17 @@ def test_an_image_that_cannot_be_read_costs_itself_alone(data, drawn, plain, tmp
     assert "can't be read as an image" in left_out["reason"]
 
 
+@pytest.mark.parametrize("exif", [3, 6, 8])
+def test_objects_of_photographs_that_exif_turns_lie_on_the_upright_image(data, plain, tmp_path, exif):
+    task = detection.prepare(config_of(data, tmp_path / "out", detector=plain, label_frame="stored"))[0]
+    item = task.images[0]
+    turn = Orientation(width=item.image.width, height=item.image.height, exif=exif)
+
+    for note in task.truth_of(item, OrientedImage(item.image.displayed, turn)):
+        assert note["segmentation"]["size"] == [turn.upright_size[1], turn.upright_size[0]]
+        np.testing.assert_allclose(coco_mask.toBbox(note["segmentation"]), note["bbox"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -311,6 +324,7 @@ def test_an_image_that_cannot_be_read_costs_itself_alone(data, drawn, plain, tmp
         ),
         (lambda n: n["categories"][0].update(name="dog"), "category 1 is 'dog' in the annotations, and 'red' to"),
         (lambda n: n["annotations"][0].pop("area"), "an annotation has no field 'area'"),
+        (lambda n: n.update(annotations=[]), "none of 4 images has an annotated object"),
     ],
 )
 def test_annotations_that_cannot_be_right_end_it_in_a_sentence(data, plain, tmp_path, change, message):
@@ -357,11 +371,12 @@ def test_weights_that_went_astray_end_it_in_a_sentence(data, tmp_path):
     assert "gives NaN or infinity" in refusal(config_of(data, tmp_path / "out", detector=str(folder)))
 
 
-def test_plan_says_what_rows_are_made_of_and_begins_nothing(data, plain, tmp_path, capsys):
+def test_plan_says_what_rows_are_made_of_and_what_memory_they_take_and_begins_nothing(data, plain, tmp_path, capsys):
     out = tmp_path / "out"
     code = run(["detection", "debug", "--data", str(data), "--detector", plain, "--out", str(out), "--plan"])
 
     printed = capsys.readouterr().out
     assert code == 0
     assert "lift x2" in printed
+    assert "memory     about 0.9 GB a process on a CPU, an image of 64 px at a time" in printed
     assert not out.exists()
