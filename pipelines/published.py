@@ -419,6 +419,28 @@ VIT_UP_PROBES = Published(
 """By method and task; `bilinear` is the backbone's own map, whose logits are enlarged."""
 
 
+VIT_UP_SEGMENTATION: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "jafar": {"COCO": (62.50, 81.50), "VOC": (83.88, 96.16), "ADE20K": (42.48, 75.81), "Cityscapes": (57.78, 92.47)},
+    "anyup": {"COCO": (63.03, 81.83), "VOC": (84.54, 96.34), "ADE20K": (42.77, 76.02), "Cityscapes": (58.96, 92.93)},
+    "uplift": {"COCO": (63.79, 82.28), "VOC": (85.69, 96.72), "ADE20K": (44.24, 76.71), "Cityscapes": (63.08, 93.94)},
+    "naf": {"COCO": (63.86, 82.33), "VOC": (85.84, 96.72), "ADE20K": (44.17, 76.69), "Cityscapes": (63.34, 94.13)},
+}
+"""Table 1, of the methods that `VIT_UP_PROBES` lacks: mIoU and accuracy in percent."""
+
+VIT_UP_DEPTH: Mapping[str, tuple[float, float]] = {
+    "bilinear": (61.52, 62.80), "jafar": (60.64, 64.92), "anyup": (61.66, 62.62), "uplift": (61.84, 61.79), "naf": (62.17, 61.15),
+    "vit_up": (62.72, 59.82),
+}  # fmt: skip
+"""Table 1's depth: delta 1 in percent, and RMSE times 100, of targets that Depth Anything V2 predicts."""
+
+VIT_UP_LARGER: Mapping[str, Mapping[str, float]] = {
+    "bilinear": {"VOC": 87.20, "Cityscapes": 64.21, "PCK@0.1": 50.01, "PCK@0.05": 34.03, "PCK@0.01": 3.89},
+    "naf": {"VOC": 88.07, "Cityscapes": 66.45, "PCK@0.1": 47.19, "PCK@0.05": 29.09, "PCK@0.01": 3.41},
+    "vit_up": {"VOC": 89.18, "Cityscapes": 69.81, "PCK@0.1": 58.10, "PCK@0.05": 42.00, "PCK@0.01": 7.93},
+}
+"""Table 4, of DINOv3-B: mIoU, and PCK on SPair-71k, in percent."""
+
+
 def _cost(ms: float, mebibytes: float) -> Values:
     return {"ms": ms, "peak MiB": mebibytes}
 

@@ -34,7 +34,7 @@ METHODS = {"bilinear": "bilinear", "resize_conv": "resize-conv", "jbu": "JBU", "
 
 ALPHAS = ("PCK@0.1", "PCK@0.05", "PCK@0.01")
 
-IMAGES = {"spair": 3_600, "davis": 1_999, "voc07": 5_011, "voc12": 11_540, "coco20k": 19_817}
+IMAGES = {"coco": 5_000, "spair": 3_600, "davis": 1_999, "voc07": 5_011, "voc12": 11_540, "coco20k": 19_817}
 """That an evaluation looks at, of each data set as it is published: SPair's are 1,800 pairs that are drawn."""
 
 TRAINED_IMAGES = 25_025 * 256
@@ -64,7 +64,9 @@ DRAWN: Mapping[str, JsonValue] = {
 """debug's, of 4 steps."""
 
 STRIDE = "LiFT at another stride than the patch's: jobs/train.py has none, and how the paper did it isn't published"
-DETECTOR = "no cell trains a detector: see jobs/train.py vitdet-lift-coco, and jobs/evaluate.py detection --paper"
+DETECTORS = ("mask_rcnn", "mask_rcnn-lift", "cascade", "cascade-lift")
+"""Names that --weights may have of detectors: plain ones, and those that jobs/train.py vitdet trained on LiFT's maps."""
+
 CROSSED = "LiFT of another backbone: a checkpoint is refused with features that it wasn't trained on"
 
 
@@ -228,6 +230,29 @@ class Cells:
         lacks = self.lacks(backbone) if self.config.scale != "paper" else ""
         name = f"runtime-{backbone}-{side}px{f'-stride{stride}' if stride else ''}"
         return self.add(PaperCell(name=name, job="runtime", settings=settings, missing=lacks, stored_bytes=1e4))
+
+    def detection(self, head: str, *, lift: bool) -> str:
+        """COCO by a plain detector, or beside it by one whose heads were trained on LiFT's maps."""
+        weights, names = self.config.pairs("weights"), [head, *([f"{head}-lift"] if lift else [])]
+        lacks = [f"the detector {name}: give --weights {name}=URL" for name in names if name not in weights]
+        if not self.folder("coco"):
+            lacks.append("the data set coco: give --data coco=FOLDER")
+        urls = [weights.get(name, "") for name in names]
+        limit: dict[str, JsonValue] = {"limit": self.config.limit} if self.config.limit else {}
+        settings: dict[str, JsonValue] = {
+            "data": self.folder("coco"), "detector": urls[0], "finetuned": tuple(urls[1:]), "head": head, "pictures": 0, **limit
+        }  # fmt: skip
+        images = min(5_000, self.config.limit or 5_000)
+        return self.add(
+            PaperCell(
+                name=f"detection-{names[-1]}",
+                job="detection",
+                settings=settings,
+                missing="; ".join(lacks),
+                token_parameters=len(names) * images * 111e6 * (512 // 16) ** 2,
+                stored_bytes=images * 2e4,
+            )
+        )
 
     def missing(self, name: str, why: str) -> str:
         """A cell that nothing here can do."""

@@ -11,7 +11,7 @@ from pipelines.plots import png_of, styled
 from pipelines.provenance import NOTHING_RUN, versions
 from pipelines.results import Table, table_lines
 from pipelines.tables.paper_run import RESULTS, Figure, Outcome, read_figure, run_papers_cells, state_in_words
-from pipelines.tables.papers import PaperPlan, PapersConfig, PaperTable
+from pipelines.tables.papers import TRAININGS, PaperPlan, PapersConfig, PaperTable
 from pipelines.tables.run import CellsFailed
 from storage.documents import JsonValue, decode, parse_json
 from storage.paths import Folder
@@ -23,7 +23,7 @@ TOKEN_PARAMETERS_AN_HOUR = 25_025 * 256 * (28**2 + 14**2 + 7**2) * 21.6e6 / 8
 
 def figures(plan: PaperPlan, outcomes: Mapping[str, Outcome], folder: Folder) -> dict[str, list[Figure]]:
     """Of each table, by its number."""
-    names = [name for name in plan.cells if not outcomes[name].error and plan.cells[name].job != "lift"]
+    names = [name for name in plan.cells if not outcomes[name].error and plan.cells[name].job not in TRAININGS]
     files = folder.read_many([f"{plan.place(plan.cells[name])}/{RESULTS}" for name in names])
     found = {name: parse_json(data)["tables"] for name, data in zip(names, files, strict=True)}
     results = {name: decode(tuple[Table, ...], tables, name) for name, tables in found.items()}

@@ -15,18 +15,23 @@ from operators.metrics.bootstrap import Interval
 from pipelines.config import parse_options
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
-from pipelines.evaluation import cka, correspondence, discovery, similarity, video
+from pipelines.evaluation import cka, correspondence, detection, discovery, readouts, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
+from pipelines.evaluation.detection import DetectionConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import Evaluating, Making, Settings, Task, evaluate
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
 from pipelines.executors import Executor, WorkersLost
 from pipelines.results import Table
 from pipelines.tables.papers import Job, PaperCell, PaperPlan, PapersConfig, Wanted
+from pipelines.training.config import TrainConfig
 from pipelines.training.lift import X2Config
+from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train
+from pipelines.training.vit_up import ViTUpTraining
 from storage.documents import JsonValue, parse_json
 from storage.errors import RayliftError
 from storage.paths import Folder, StorageOptions
@@ -56,7 +61,12 @@ _EVALUATIONS: Mapping[Job, Callable[[str, Mapping[str, JsonValue]], None]] = {
     "cka": _evaluating(CkaConfig, cka),
     "similarity": _evaluating(SimilarityConfig, similarity),
     "runtime": _evaluating(RuntimeConfig, runtime),
+    "probe": _evaluating(ProbeConfig, readouts),
+    "detection": _evaluating(DetectionConfig, detection),
 }
+
+
+_TRAININGS: Mapping[Job, type[TrainConfig]] = {"lift": X2Config, "vit-up": ViTUpTraining, "readout": ReadoutTraining}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +191,7 @@ def run_cell(order: Order) -> Outcome:
         if order.cell.job in _EVALUATIONS:
             _EVALUATIONS[order.cell.job](order.cell.job, settings)
         else:
-            train(X2Config.of(**settings))
+            train(_TRAININGS[order.cell.job].of(**settings))
         folder = Folder(order.out, options)
         folder.write(DONE, json.dumps({"identity": order.identity, "job": order.cell.job}).encode())
         return Outcome(name=order.cell.name)
@@ -222,7 +232,7 @@ def read_figure(tables: Sequence[Table], wanted: Wanted) -> Figure:
     for table in tables:
         at = table.columns.index(wanted.value) if wanted.value in table.columns else len(table.columns)
         for line in table.lines if at < len(table.columns) else ():
-            is_it = line.features == wanted.line and (wanted.px is None or line.input_px == str(wanted.px))
+            is_it = wanted.line in ("", line.features) and (wanted.px is None or line.input_px == str(wanted.px))
             value, known = line.values[at], line.estimates[at] if line.estimates else None
             if is_it and not line.published and isinstance(value, int | float):
                 return Figure(wanted=wanted, measured=value, interval=known.interval if known else None)

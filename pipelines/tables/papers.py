@@ -20,8 +20,13 @@ from storage.redaction import redact
 Scale = Literal["paper", "mini", "debug"]
 """The paper's own data and backbones; few real photographs, in the layout of their folder; drawn images, in a minute."""
 
-Job = Literal["lift", "correspondence", "video", "discovery", "cka", "similarity", "runtime"]
-"""The first word of jobs/evaluate.py, or what jobs/train.py learns."""
+TRAININGS = ("lift", "vit-up", "readout")
+"""What jobs/train.py learns: x2 upsamplers as LiFT does, ViT-Up, readouts."""
+
+Job = Literal[
+    "lift", "vit-up", "readout", "correspondence", "video", "discovery", "cka", "similarity", "runtime", "probe", "detection"
+]
+"""One of `TRAININGS`, or the first word of jobs/evaluate.py."""
 
 
 Pairs = Literal["data", "backbone", "weights"]
@@ -127,7 +132,7 @@ class Wanted:
     column: str
     cell: str
     line: str
-    "of the cell's results: low-res, lift x2, ..."
+    "of the cell's results: low-res, lift x2, ...; empty: its first one"
     value: str
     "the column of that line"
     px: int | None = None

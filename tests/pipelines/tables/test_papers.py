@@ -14,7 +14,7 @@ from pipelines.tables.paper_run import Order
 from pipelines.tables.papers import PapersConfig
 from storage.paths import Folder
 
-EVERYTHING = tuple(f"{name}=/there/{name}" for name in ("spair", "davis", "voc07", "voc12", "coco20k", "photos"))
+EVERYTHING = tuple(f"{name}=/there/{name}" for name in ("spair", "davis", "voc07", "voc12", "coco20k", "coco", "photos"))
 
 DEBUG = job.PAPERS["debug"]
 
@@ -113,7 +113,7 @@ def test_the_plan_of_all_of_lift_names_what_is_missing(tmp_path):
     for number in ("1", "2", "3", "4", "5", "6", "7", "8", "fig3", "fig4", "fig5", "fig6", "s1", "s2", "s3", "s4", "s5"):
         assert lift.plan(config).only([number]).cells
     assert "Leopart's weights: give --weights leopart=URL" in text
-    assert "no cell trains a detector" in text
+    assert "the detector cascade-lift: give --weights cascade-lift=URL" in text
     assert "GPU hours" in text
     assert "train-lift-dino-s16                               lift                8.00 GPU h  to do" in text
 
@@ -136,6 +136,7 @@ def test_published_numbers_stand_beside_their_cells(tmp_path):
     assert tables["3"]["DINO", "coco20k, 56 px"].published == LIFT_DISCOVERY["coco20k"].values("backbone", "56")["CorLoc"]
     assert tables["s5"]["Leopart", "voc12, 224 px"].published == 55.74
     assert tables["5"]["448 px, stride 8, LiFT", "J&F"].published == 69.7
+    assert tables["4"]["Cascade R-CNN, LiFT", "mask AP75"].published == 44.45
     assert tables["s3"]["MoCo v3, LiFT", "PCK@0.01, 448 px"].published == 0.73
     assert {each.line for each in tables["8"].values()} == {"lift x4"}
 
@@ -144,8 +145,8 @@ def test_published_numbers_stand_beside_their_cells(tmp_path):
     ("changes", "said"),
     [
         ({"table": ("9",)}, "--table 9: there are 1, 2, 3"),
-        ({"data": ("imagenet=x",)}, "--data imagenet: there are coco20k"),
-        ({"weights": ("dino=x",)}, "--weights dino: there are dino-b16"),
+        ({"data": ("imagenet=x",)}, "--data imagenet: there are coco, coco20k"),
+        ({"weights": ("dino=x",)}, "--weights dino: there are cascade, cascade-lift, dino-b16"),
         ({"data": ("spair",)}, "--data spair: use NAME=VALUE"),
         ({"out": ""}, "no output: give --out"),
     ],
