@@ -312,7 +312,8 @@ class TimmBackbone:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if self.is_hierarchical:
             # Early stages have 4 x more tokens of half the channels, at a stride of 4.
-            return weights + batch * (size[0] // 4) * (size[1] // 4) * self.channels * 24
+            working = getattr(self.model, "working_bytes", 0)
+            return weights + working + batch * (size[0] // 4) * (size[1] // 4) * self.channels * 24
         h, w = self.grid_of(size)
         return weights + batch * (h * w + self.n_prefix) * self.channels * 24 * 4
 

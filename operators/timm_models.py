@@ -36,6 +36,8 @@ class TimmModel(nn.Module):
     reset_classifier: Callable[[int], None]
     takes_any_size: bool
     "of ours: pixels beyond the last whole patch are left out"
+    working_bytes: int
+    "of ours: what a forward holds at once whatever its batch is"
 
 
 class PatchEmbed(nn.Module):

@@ -20,7 +20,7 @@ from pipelines.features.descriptions import ModelDescription
 from pipelines.features.levels import LevelChoice, resolve_level
 from pipelines.features.model import FeatureModel
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler, unfamiliar
-from pipelines.features.weights import WeightsChoice, found, load_described, read_description
+from pipelines.features.weights import WeightsChoice, best_of_run, load_described, read_description
 from storage.paths import StorageOptions
 from storage.spec import FeatureSpec
 
@@ -86,7 +86,7 @@ def load_settings(
 
     Raises `BackboneError`, `WeightsUnavailable` or `ConfigError`.
     """
-    weights = found(features.model, WeightsChoice.parse(features.weights), options)
+    weights = best_of_run(features.model, WeightsChoice.parse(features.weights), options)
     description = description or read_description(features.model, weights, options)
     size = size or description.expects.size
     model, description = load_described(features.model, size, weights, features.revision, options, description)

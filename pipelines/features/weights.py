@@ -67,7 +67,7 @@ class WeightsChoice:
         return cls(source="file", url=text)
 
 
-def found(name: str, weights: WeightsChoice, options: StorageOptions | None) -> WeightsChoice:
+def best_of_run(name: str, weights: WeightsChoice, options: StorageOptions | None) -> WeightsChoice:
     """Where a detector's training run is named, of which `name` is a backbone, its best checkpoint. Raises `CheckpointError`."""
     is_folder = weights.source == "file" and not has_extension(weights.url, *WEIGHT_FILES)
     if not is_folder or name not in vitdet.NAMES.values():

@@ -102,10 +102,16 @@ def test_weights_of_a_detector_are_refused_for_other_models():
         recognise(same).fitting("vitdet_base", {})
 
 
-def test_published_sizes_have_their_parameters_and_statistics():
+def test_published_sizes_have_their_parameters_memory_and_statistics():
     with torch.device("meta"):
         model = create_model("vitdet_base", (1024, 1024), None, None)
 
     assert sum(each.numel() for each in model.parameters()) == 85_889_024
+    measured = 412.9e6, 333.5e6  # beyond the weights, of one image with 3 and 4 blocks on a CPU
+    for dim, least in zip((768, 96), measured, strict=True):
+        with torch.device("meta"):
+            backbone = TimmBackbone(create_model("vitdet_base", (1024, 1024), None, None, {"dim": dim, "heads": dim // 64 or 1}))
+        weights = sum(each.nbytes for each in backbone.model.parameters())
+        assert least < backbone.peak_bytes(1, (1024, 1024)) - weights < 5 * least
     expects = preprocessing("vitdet_base")
     assert (expects.size, expects.interpolation, expects.mean) == ((1024, 1024), "bilinear", (0.485, 0.456, 0.406))
