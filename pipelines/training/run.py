@@ -18,6 +18,7 @@ import torch
 from cluster import progress as shown
 from cluster.repeated import every
 from cluster.resources import WorkerRequest, accelerator_selector
+from operators.vitdet import named as vitdet
 from pipelines.config import absolute
 from pipelines.executors import InlineExecutor, RayExecutor, executor_for
 from pipelines.features.config import FeatureConfig
@@ -131,6 +132,10 @@ def main(config: TrainConfig) -> Iterator[str]:
         return
     yield f"try next   python jobs/extract.py {_same_features(config)} \\"
     yield f"               --levels x1 {config.level}={config.method}:{best} --data ... --out ..."
+    if config.trains == "lift" and config.features.model in vitdet.NAMES.values():
+        weights = redact(config.features.weights, config.options)
+        yield f"or         python jobs/train.py vitdet-lift-coco --weights {weights} --upsampler {config.method}:{best} \\"
+        yield "               --data ... --out ..."
 
 
 def _held_out_lines(summary: TrainSummary) -> Iterator[str]:

@@ -24,7 +24,7 @@ from pipelines.training.data import Example, Loaded
 from pipelines.training.jafar import JafarTraining
 from pipelines.training.lift import X2Config
 from pipelines.training.loop import Group, Trainer
-from pipelines.training.run import train_inline
+from pipelines.training.run import main, train_inline
 from storage.paths import Folder
 from storage.runs import Checkpoint, write_checkpoint
 from storage.spec import FeatureSpec
@@ -103,11 +103,11 @@ def test_padding_changes_neither_the_loss_nor_what_is_learned(on_detector):
 
 def test_a_trained_lift_goes_on_and_is_used_with_that_detector_alone(on_detector, make_tars, official, tmp_path):
     config = on_detector()
-    whole = train_inline(prepared(config.changed(out=str(tmp_path / "whole"))))
+    said = "\n".join(main(config.changed(out=str(tmp_path / "whole"))))
+    assert f"vitdet-lift-coco --weights {official} --upsampler lift:{tmp_path}/whole/steps/00000002" in said
     Trainer(prepared(config.changed(max_steps=1)), Group(), torch.device("cpu")).run(InlineExecutor())
     train_inline(prepared(config))
     data, name = config.data, "steps/00000002/model.safetensors"
-    assert whole.step == 2
     assert (tmp_path / "lift" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
     def store(weights: Path, out: str) -> ExtractConfig:
