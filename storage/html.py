@@ -45,7 +45,7 @@ def store_html(store: "FeatureStore") -> str:
 
 def _level(level: Level) -> Sequence[str]:
     cells = "one vector" if level.grid is None else f"{level.grid[0]} x {level.grid[1]}"
-    return level.name, level.method, cells, f"{level.channels:,}", level.dtype, f"{level.row_bytes:,}"
+    return level.name, level.method, cells, f"{level.channels:,}", level.encoding, f"{level.row_bytes:,}"
 
 
 def _row(cells: Iterable[str], tag: str) -> str:

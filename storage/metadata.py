@@ -5,14 +5,14 @@ import warnings
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.codec import Codec
-from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
+from zarr.abc.codec import BytesBytesCodec, Codec
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from storage.documents import JsonObject, JsonValue
 from storage.sample_arrays import create_sample_arrays
 from storage.shards import IndexLocation
-from storage.spec import SIDE_GROUPS, FeatureSpec, Layout, Level
+from storage.spec import SIDE_GROUPS, Compression, FeatureSpec, Layout, Level
 
 _MULTISCALES = {
     "schema_url": "https://raw.githubusercontent.com/zarr-conventions/multiscales/refs/tags/v1/schema.json",
@@ -65,7 +65,7 @@ def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: La
         attributes["scale"] = "features * scale, per row and channel; a row without scale (NaN) holds no features"
         _create_vectors(group, "scale", level.channels, "float32", {}, layout)
     if level.grid is None:
-        _create_vectors(group, "features", level.channels, level.dtype, attributes, layout)
+        _create_vectors(group, "features", level.channels, level.dtype, attributes, layout, level.compression)
         return
     _create_maps(group, level, attributes, layout, index_location)
     assert level.start
@@ -74,11 +74,15 @@ def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: La
         _create_coordinate(group, name, start + np.arange(count) * step)
 
 
+def _bytes_codec(compression: Compression) -> BytesBytesCodec:
+    return ZstdCodec(level=1, checksum=True) if compression == "zstd" else Crc32cCodec()
+
+
 def _create_maps(
     group: zarr.Group, level: Level, attributes: dict[str, JsonValue], layout: Layout, index_location: IndexLocation
 ) -> None:
     """One inner chunk per row, so that one image's map is one ranged read; many of them in a shard, which is one object."""
-    inner: list[Codec] = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
+    inner: list[Codec] = [BytesCodec(endian="little"), _bytes_codec(level.compression)]
     group.create_array(
         "features",
         shape=(layout.n_rows, *level.row_shape),
@@ -110,7 +114,13 @@ def _create_coordinate(group: zarr.Group, name: str, centres: NDArray[np.floatin
 
 
 def _create_vectors(
-    group: zarr.Group, name: str, channels: int, dtype: str, attributes: dict[str, JsonValue], layout: Layout
+    group: zarr.Group,
+    name: str,
+    channels: int,
+    dtype: str,
+    attributes: dict[str, JsonValue],
+    layout: Layout,
+    compression: Compression = "zstd",
 ) -> None:
     """One chunk per block: a chunk per row would be all overhead."""
     group.create_array(
@@ -120,7 +130,7 @@ def _create_vectors(
         dtype=dtype,
         fill_value=np.nan,
         dimension_names=["sample", "channel"],
-        compressors=ZstdCodec(level=1, checksum=True),
+        compressors=_bytes_codec(compression),
         filters=None,
         attributes=attributes,
     )

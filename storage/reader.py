@@ -191,7 +191,7 @@ class LevelReader:
 
     def _decode_one(self, chunk: bytes | memoryview, out: np.ndarray, shard: int) -> None:
         try:
-            decompress(chunk, out)
+            decompress(chunk, out, self.level.compression)
         except DamagedChunk as error:
             # Also what a shard looks like that was rewritten (--retry-failed) since its index was read.
             self._indexes.drop(shard)
@@ -228,7 +228,7 @@ class LevelReader:
                 continue
             chunks[block] = np.empty(shape, dtype)
             try:
-                decompress(data, chunks[block])
+                decompress(data, chunks[block], "zstd" if array == "scale" else self.level.compression)
             except DamagedChunk as error:
                 raise StorageError(f"{self.folder.displayed}/{name} is damaged: {error}") from None
             # One with absent rows may be filled by --retry-failed.

@@ -13,6 +13,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 
 from storage.errors import RayliftError
+from storage.spec import Compression
 
 FLOAT16_MAX = 65504.0
 
@@ -31,20 +32,34 @@ class DamagedChunk(RayliftError, ValueError):
     """Bytes that aren't what was written: their length or their checksum is wrong."""
 
 
-def compress(data: np.ndarray) -> bytes:
-    """One Zarr chunk: the array's bytes, zstd level 1 with checksum. Releases the GIL."""
-    return _ZSTD.encode(np.ascontiguousarray(data))
+def compress(data: np.ndarray, compression: Compression = "zstd") -> bytes:
+    """One Zarr chunk: the array's bytes, zstd level 1 with checksum, without the GIL; or as they are, with their crc32c."""
+    data = np.ascontiguousarray(data)
+    if compression == "none":
+        raw = data.tobytes()
+        return raw + _crc32c(raw)
+    return _ZSTD.encode(data)
 
 
-def decompress(chunk: bytes | memoryview, out: np.ndarray) -> None:
-    """Fill `out` from the chunk that `compress` made of such an array. Releases the GIL. Raises `DamagedChunk`."""
-    try:
-        data = _ZSTD.decode(chunk)
-    except RuntimeError as error:
-        raise DamagedChunk(str(error)) from None
+def decompress(chunk: bytes | memoryview, out: np.ndarray, compression: Compression = "zstd") -> None:
+    """Fill `out` from the chunk that `compress` made of such an array. Raises `DamagedChunk`."""
+    if compression == "none":
+        data, checksum = chunk[:-4], bytes(chunk[-4:])
+        if _crc32c(bytes(data)) != checksum:
+            raise DamagedChunk(f"the checksum of its {len(data)} bytes is wrong")
+    else:
+        try:
+            data = _ZSTD.decode(chunk)
+        except RuntimeError as error:
+            raise DamagedChunk(str(error)) from None
     if len(data) != out.nbytes:
         raise DamagedChunk(f"{len(data)} bytes where {out.nbytes} were expected")
     out[...] = np.frombuffer(data, out.dtype).reshape(out.shape)
+
+
+def _crc32c(data: bytes) -> bytes:
+    """As Zarr's codec of that name has it behind the bytes: little-endian."""
+    return google_crc32c.value(data).to_bytes(4, "little")
 
 
 def encode_row(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None, int]:
@@ -90,9 +105,8 @@ def encode_shard(chunks: Sequence[bytes | None], location: IndexLocation = "end"
             index[i] = offset, len(chunk)
             offset += len(chunk)
     entries = index.tobytes()
-    checksum = google_crc32c.value(entries).to_bytes(4, "little")
     there = [chunk for chunk in chunks if chunk is not None]
-    return b"".join([entries, checksum, *there] if location == "start" else [*there, entries, checksum])
+    return b"".join([entries, _crc32c(entries), *there] if location == "start" else [*there, entries, _crc32c(entries)])
 
 
 def index_bytes(rows: int) -> int:
@@ -111,7 +125,7 @@ def decode_index(shard: bytes, rows: int, location: IndexLocation) -> np.ndarray
         raise DamagedChunk(f"{len(shard)} bytes, and its index alone has {size}")
     index_part = shard[:size] if location == "start" else shard[-size:]
     entries = index_part[:-4]
-    if google_crc32c.value(entries) != int.from_bytes(index_part[-4:], "little"):
+    if _crc32c(entries) != index_part[-4:]:
         raise DamagedChunk("the checksum of its index is wrong")
     index = np.frombuffer(entries, "<u8").reshape(rows, 2)
     there = index[:, 0] != _ABSENT

@@ -19,6 +19,12 @@ from storage.paths import StorageError
 
 Dtype = Literal["float16", "float32", "int8"]
 
+Compression = Literal["zstd", "none"]
+"""Of chunks: zstd level 1 with checksum, or the bytes as they are and their crc32c."""
+
+Encoding = Literal["float16", "float32", "int8", "float16-raw", "float32-raw", "int8-raw"]
+"""How a level's numbers are stored: their type, `-raw` where they aren't compressed."""
+
 MAX_SHARD_BYTES = 96 * 2**20
 """Raw bytes of one Zarr shard: one PUT on S3 (s3fs goes multipart at 100 MB), at most twice that in memory."""
 
@@ -36,6 +42,11 @@ MAX_ROWS = 2**40
 
 SIDE_GROUPS = ("index", "ledger", "runs", "views")
 """Folders beside the levels."""
+
+
+def encoding_of(dtype: Dtype, compression: Compression) -> str:
+    """As `Encoding` names it."""
+    return f"{dtype}-raw" if compression == "none" else dtype
 
 
 class InvalidSpec(StorageError, ValueError):
@@ -64,6 +75,7 @@ class Level:
     step: tuple[float, float] | None = None
     digest: str = ""
     "sha256 of the upsampler's weights; empty for parameter-free methods"
+    compression: Compression = "zstd"
 
     def __post_init__(self) -> None:
         # Its name is a folder's: one that leads elsewhere would be written there.
@@ -79,12 +91,21 @@ class Level:
         placed = [each for each in (self.start, self.step) if each is not None]
         if any(len(each) != 2 or not all(map(math.isfinite, each)) for each in placed):
             raise InvalidSpec(f"level {self.name}: start {self.start} and step {self.step} must be two numbers each")
+        if self.compression not in get_args(Compression):
+            raise InvalidSpec(
+                f"level {self.name}: compressed by {self.compression!r}, which isn't one of {get_args(Compression)}"
+            )
         axes = 0 if self.grid is None else len(self.grid)
         if axes != len(placed) or any(size <= 0 for size in self.step or ()):
             raise InvalidSpec(
                 f"level {self.name}: a grid of two axes has a start and a step above 0 for each, a vector has none; got "
                 f"{self.grid}, {self.start} and {self.step}"
             )
+
+    @property
+    def encoding(self) -> str:
+        """As `Encoding` names it."""
+        return encoding_of(self.dtype, self.compression)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -156,11 +177,15 @@ class FeatureSpec:
 
     def to_json(self) -> dict[str, JsonValue]:
         """As a store's attributes hold it: lists where there are tuples, the fields in this order."""
-        data: dict[str, JsonValue] = json.loads(json.dumps(asdict(self)))
-        if not self.model_args:  # stores from before there were any keep their fingerprint
+        data = json.loads(json.dumps(asdict(self)))
+        # Stores from before there were any keep their fingerprint.
+        if not self.model_args:
             del data["model_args"]
         if not self.compiled:
             del data["compiled"]
+        for level in data["levels"]:
+            if level["compression"] == "zstd":
+                del level["compression"]
         return data
 
     @classmethod
@@ -181,7 +206,8 @@ class FeatureSpec:
 
     def numbers(self, levels: Collection[str]) -> dict[str, JsonValue]:
         """All that makes the numbers of some of its levels, what only rounds them included, as JSON values."""
-        said = replace(self, levels=tuple(level for level in self.levels if level.name in levels)).to_json()
+        some = (replace(level, compression="zstd") for level in self.levels if level.name in levels)
+        said = replace(self, levels=tuple(some)).to_json()
         return {name: value for name, value in said.items() if name != "weights_source"}
 
     def differences(self, other: "FeatureSpec", names: Collection[str] | None = None) -> Differences:

@@ -46,7 +46,7 @@ class BlockWriter:
             stored, scale, clipped = encode_row(values, level.dtype)
         self.clipped[position] += clipped
         if level.grid:
-            self._chunks[level.name][position] = compress(stored)
+            self._chunks[level.name][position] = compress(stored, level.compression)
         else:
             self._vectors[f"{level.name}/features"][position] = stored
         if scale is not None:
@@ -75,7 +75,7 @@ class BlockWriter:
                 shard = chunks[start : start + rows]
                 yield encode_shard(shard + [None] * (rows - len(shard)), location)
         else:
-            yield compress(self._vectors[f"{level.name}/features"])
+            yield compress(self._vectors[f"{level.name}/features"], level.compression)
         if level.dtype == "int8":
             yield compress(self._vectors[f"{level.name}/scale"])
 

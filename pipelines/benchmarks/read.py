@@ -102,6 +102,9 @@ def _store(place: Place) -> Read:
 
 
 def _zarr(place: Place) -> Read:
+    """As fast as the installed zarr-python goes: newer ones have a pipeline that is not their default."""
+    if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
+        zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"})
     options = dict(place.options) or None
     array = zarr.open_array(f"{place.url}/{LEVEL}/features", mode="r", storage_options=options)
     return lambda rows: np.asarray(array[rows])

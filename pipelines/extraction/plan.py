@@ -144,7 +144,7 @@ class Plan:
         for i, cost in enumerate(self.levels):
             level, shape = cost.level, " x ".join(str(n) for n in cost.level.row_shape)
             size = f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}"
-            what = f"{level.name:<6} {shape:<18} {level.dtype:<8} {level.method}"
+            what = f"{level.name:<6} {shape:<18} {level.encoding:<8} {level.method}"
             lines.append(("" if i else "levels", what, size))
             if cost.device_bytes:
                 held = f"{size_text(cost.device_bytes)} of the {self.device}'s memory for {self.batch} images"
@@ -309,7 +309,7 @@ def _time_microbatch(
         t3 = time.perf_counter()
         for level, made in by_level:
             for row in made:
-                compress(encode_row(row, level.dtype)[0])
+                compress(encode_row(row, level.dtype)[0], level.compression)
         t4 = time.perf_counter()
     finally:
         torch.set_num_threads(before)

@@ -101,19 +101,20 @@ class AskedFeatures:
         encoding, asked = self.settings.get("encoding"), self.settings.get("levels", ())
         own = {text.rpartition("@")[0] for text in asked if re.search("@[^@/:]*$", text)}
         for level in there.values():
-            if encoding and level.grid and level.dtype != encoding and not any(text.split("=")[0] == level.name for text in own):
-                yield Difference(field=f"{level.name}.encoding", there=level.dtype, here=encoding)
+            has_its_own = any(text.split("=")[0] == level.name for text in own)
+            if encoding and level.grid and level.encoding != encoding and not has_its_own:
+                yield Difference(field=f"{level.name}.encoding", there=level.encoding, here=encoding)
         for text in asked:
             name = re.split("[=@]", text)[0]
             if name not in there:
                 yield Difference(field="levels", there=list(there), here=redact(text, self.options))
-            elif not self._is_level(LevelChoice.parse(text, there[name].dtype), there[name], spec):
+            elif not self._is_level(LevelChoice.parse(text, there[name].encoding), there[name], spec):
                 level = there[name]
-                yield Difference(field=name, there=f"{level.method}@{level.dtype}", here=redact(text, self.options))
+                yield Difference(field=name, there=f"{level.method}@{level.encoding}", here=redact(text, self.options))
 
     def _is_level(self, choice: LevelChoice, level: Level, spec: FeatureSpec) -> bool:
         """A name alone stands for whatever the store calls so."""
-        if choice.method not in ("", level.method) or choice.dtype != level.dtype:
+        if choice.method not in ("", level.method) or choice.encoding != level.encoding:
             return False
         if not choice.url:
             return True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pipelines.config import ConfigError, Counts, Found, require_at_least, used_with
+from storage.spec import Encoding
 
 Size = TypeVar("Size", str | None, int, int | None)
 
@@ -52,8 +53,8 @@ class DenseConfig(MapConfig):
     """Allow input sizes that patches don't fill: what lies beyond the last whole one isn't seen (LiFT's 56 px at patch 16)."""
     force_upsampler: Counts[bool] = False
     """Use a learned upsampler with other features than it was trained on."""
-    encoding: Counts[Literal["float16", "float32", "int8"]] = "float16"
-    """How features are stored, or rounded where they aren't, unless a level says otherwise."""
+    encoding: Counts[Encoding] = "float16"
+    """How features are stored, or rounded where they aren't, unless a level says otherwise; -raw: without compression."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "stride")

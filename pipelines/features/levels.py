@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from typing import cast, get_args
 
 from operators.backbone import TimmBackbone
 from operators.upsamplers import UpsamplerError, find_method, method_names, split_method
 from pipelines.config import ConfigError
 from pipelines.features.upsamplers import UpsamplerWeights
 from storage.redaction import redact
-from storage.spec import Level
+from storage.spec import Compression, Dtype, Encoding, Level, encoding_of
 
 _OF_THE_BACKBONE = ("", "backbone", "mean", "cls")
 """What a level may be without an upsampler; nothing stands for what suits its grid."""
@@ -16,18 +17,19 @@ _OF_THE_BACKBONE = ("", "backbone", "mean", "cls")
 
 @dataclass(frozen=True, kw_only=True)
 class LevelChoice:
-    """One `--levels` entry: `NAME[=METHOD[:URL]][@DTYPE]`, NAME being xFACTOR, ROWSxCOLUMNS, or pooled."""
+    """One `--levels` entry: `NAME[=METHOD[:URL]][@ENCODING]`, NAME being xFACTOR, ROWSxCOLUMNS, or pooled."""
 
     name: str
     method: str
-    dtype: str
+    dtype: Dtype
+    compression: Compression
     url: str = ""
     "of a learned method's checkpoint"
 
     @classmethod
     def parse(cls, text: str, encoding: str) -> "LevelChoice":
         # Not what lies between an @ and the end of a URL, which may have one of its own.
-        body, dtype = re.fullmatch(r"(.*?)(?:@([^@/:]*))?", text).groups()
+        body, own = re.fullmatch(r"(.*?)(?:@([^@/:]*))?", text).groups()
         name, _, method = body.partition("=")
         method, url = split_method(method)
         if not re.fullmatch(r"pooled|x\d+(\.\d+)?|\d+x\d+", name):
@@ -35,11 +37,11 @@ class LevelChoice:
                 f"--levels {redact(text)}: {redact(name)!r} is no level; use x1, x2, x0.5, ..., 112x112 (rows x columns), "
                 "or pooled"
             )
-        dtype = dtype or encoding
-        if dtype not in ("float16", "float32", "int8"):
-            raise ConfigError(f"--levels {redact(text)}: {dtype!r} is no encoding; there are float16, float32, int8")
-        if name == "pooled" and dtype == "int8":
-            dtype = "float16"
+        encoding = own or encoding
+        if encoding not in get_args(Encoding):
+            raise ConfigError(f"--levels {redact(text)}: {encoding!r} is no encoding; there are {', '.join(get_args(Encoding))}")
+        if name == "pooled":
+            encoding = encoding.replace("int8", "float16")
         try:
             learned = method not in _OF_THE_BACKBONE and find_method(method).learned
         except UpsamplerError as error:
@@ -50,7 +52,13 @@ class LevelChoice:
                 f"--levels {redact(text)}: learned methods ({names}) take the URL of a checkpoint, as in "
                 "x2=lift:s3://bucket/checkpoint; others take none"
             )
-        return cls(name=name, method=method, dtype=dtype, url=url)
+        dtype, _, raw = encoding.partition("-")
+        return cls(name=name, method=method, dtype=cast(Dtype, dtype), compression="none" if raw else "zstd", url=url)
+
+    @property
+    def encoding(self) -> str:
+        """As it is asked for."""
+        return encoding_of(self.dtype, self.compression)
 
 
 def resolve_level(
@@ -64,7 +72,9 @@ def resolve_level(
             raise ConfigError(
                 f"--levels pooled={method}: use mean{', or cls' if backbone.has_cls else '; this model has no CLS token'}"
             )
-        return Level(name="pooled", method=method, grid=None, channels=channels, dtype=choice.dtype)
+        return Level(
+            name="pooled", method=method, grid=None, channels=channels, dtype=choice.dtype, compression=choice.compression
+        )
     base = backbone.grid_of(size)
     grid = _level_grid(choice.name, base)
     method = choice.method
@@ -81,6 +91,7 @@ def resolve_level(
         grid=grid,
         channels=channels,
         dtype=choice.dtype,
+        compression=choice.compression,
         start=(edge + step[0] / 2, edge + step[1] / 2),
         step=(step[0], step[1]),
         digest=digest,

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,24 +13,34 @@ import xarray
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
+from storage.paths import StorageError
 from storage.shards import IndexLocation, compress, encode_row, encode_shard
 from storage.spec import FeatureSpec, Layout, Level, choose_block_rows, fingerprint
+from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
 
 RNG = np.random.default_rng(5)
+ZSTD = ZstdCodec(level=1, checksum=True)
 
 
 def array(
-    store: MemoryStore, shape: tuple[int, ...], rows: int, dtype: str, location: IndexLocation = "end", **options: object
+    store: MemoryStore,
+    shape: tuple[int, ...],
+    rows: int,
+    dtype: str,
+    location: IndexLocation = "end",
+    last: BytesBytesCodec = ZSTD,
+    **options: object,
 ) -> zarr.Array:
-    """A Zarr array as the store's design says: a chunk a row, `rows` a shard, zstd 1 with checksum."""
+    """A Zarr array as the store's design says: a chunk a row, `rows` a shard, zstd 1 with checksum unless `last` is another."""
     inner = (1, *shape[1:])
-    codecs = [BytesCodec(endian="little"), ZstdCodec(level=1, checksum=True)]
+    codecs = [BytesCodec(endian="little"), last]
     return zarr.create_array(
         store,
         shape=shape,
@@ -51,11 +62,12 @@ def features(dtype: str, rows: int = 8) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("location", ["start", "end"])
-def test_shard_has_the_bytes_that_zarr_writes(dtype, rows, location):
+@pytest.mark.parametrize(("compression", "codec"), [("zstd", ZSTD), ("none", Crc32cCodec())])
+def test_shard_has_the_bytes_that_zarr_writes(dtype, rows, location, compression, codec):
     values, store = features(dtype, rows), MemoryStore()
-    array(store, values.shape, rows, dtype, location)[:] = values
+    array(store, values.shape, rows, dtype, location, codec)[:] = values
 
-    shard = encode_shard([compress(row[None]) for row in values], location)
+    shard = encode_shard([compress(row[None], compression) for row in values], location)
 
     assert shard == store._store_dict["c/0/0/0/0"].to_bytes()
 
@@ -277,6 +289,7 @@ OTHER_LEVEL = {
     "start": (4.0, 8.0),
     "step": (8.0, 16.0),
     "digest": "3" * 64,
+    "compression": "none",
 }
 OTHER_LAYOUT = {"n_rows": 1001, "block_rows": 32, "index": "4" * 64}
 
@@ -303,14 +316,26 @@ def test_spec_survives_json():
 # --- a written store, read by others ------------------------------------------------------------------------------------------
 
 
+WRITTEN = ("x1", "x2@float32", "x0.5@int8", "5x3=bicubic", "pooled")
+
+
 @pytest.fixture
-def written(tmp_path, tiny) -> Path:
-    """Seven images, the fourth unreadable; shards of four rows, so that the last one is clipped."""
+def seven(tmp_path, tiny) -> Callable[..., Path]:
+    """Writes stores of seven images, the fourth unreadable; shards of four rows, so that the last one is clipped."""
     members = [(f"{n}.jpg", b"junk" if n == 3 else jpeg(n)) for n in range(7)]
-    levels = ("x1", "x2@float32", "x0.5@int8", "5x3=bicubic", "pooled")
-    config = tiny(str(write_tar(tmp_path / "in/a.tar", members)), levels=levels, max_failed_fraction=0.5)
-    extract(config, InlineExecutor())
-    return Path(config.out)
+    data = str(write_tar(tmp_path / "in/a.tar", members))
+
+    def write(name: str = "out.zarr", levels: Sequence[str] = WRITTEN) -> Path:
+        config = tiny(data, out=str(tmp_path / name), levels=tuple(levels), max_failed_fraction=0.5)
+        extract(config, InlineExecutor())
+        return Path(config.out)
+
+    return write
+
+
+@pytest.fixture
+def written(seven) -> Path:
+    return seven()
 
 
 NAMES = ("x1/features", "x2/features", "x0.5/features", "x0.5/scale", "5x3/features", "pooled/features")
@@ -323,6 +348,40 @@ def test_zarr_and_tensorstore_read_the_same_numbers(written):
         numbers = tensorstore.open(spec, open=True, read=True).result().read().result()
 
         np.testing.assert_array_equal(group[name][:], numbers)
+
+
+def test_levels_without_compression_hold_the_same_numbers_in_every_tool(seven, written):
+    raw = seven("raw.zarr", [f"{level}-raw" if "@" in level else f"{level}@float16-raw" for level in WRITTEN])
+    group, plain = zarr.open_group(raw, mode="r"), zarr.open_group(written, mode="r")
+    store, other = FeatureStore.open(str(raw)), FeatureStore.open(str(written))
+
+    for name in NAMES:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(raw / name)}}
+        np.testing.assert_array_equal(group[name][:], plain[name][:])
+        np.testing.assert_array_equal(tensorstore.open(spec, open=True, read=True).result().read().result(), plain[name][:])
+    for level in store.spec.levels:
+        for rows in (slice(None), [6, 1]):  # whole shards, and chunks by their ranges
+            wanted = other.read(rows, level.name, missing="nan")
+            np.testing.assert_array_equal(store.read(rows, level.name, missing="nan"), wanted)
+    assert [level.encoding for level in store.spec.levels[:3]] == ["float16-raw", "float32-raw", "int8-raw"]
+    assert store.spec.numbers(["x1", "x0.5"]) == other.spec.numbers(["x1", "x0.5"])
+
+
+def test_a_flipped_bit_without_compression_is_an_error(seven):
+    raw = seven("raw.zarr", ["x1@float16-raw"])
+    shard = raw / "x1/features/c/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    for rows in (slice(0, 3), 0):
+        with pytest.raises(StorageError, match=r"damaged.*checksum"):
+            FeatureStore.open(str(raw)).read(rows, "x1")
+
+
+def test_stores_from_before_there_was_a_choice_keep_their_fingerprint(written):
+    spec = FeatureStore.open(str(written)).spec
+    assert all("compression" not in level for level in spec.to_json()["levels"])
+    assert FeatureSpec.from_json(spec.to_json()) == spec
 
 
 def test_xarray_reads_the_same_numbers_with_names_and_pixel_coordinates(written):
