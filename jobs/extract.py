@@ -9,13 +9,13 @@ The same command continues a run that stopped. Exit codes: 0 complete within the
 """
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 from jobs.program import Command, Program
-from pipelines import demo
 from pipelines.config import ClusterConfig
 from pipelines.demo_datasets import write_photos
-from pipelines.extraction import run as extraction
+from pipelines.extraction import start
 from pipelines.extraction.config import ExtractConfig, start_from_run
 from pipelines.features.config import FeatureConfig
 from pipelines.published import LIFT_FEATURES
@@ -43,16 +43,24 @@ PRESETS: dict[str, ExtractConfig] = {
     "lift-dino-s16": ExtractConfig.of(size="448", geometry="squash", levels=("x1",), **LIFT_FEATURES),
 }
 
+
+def run_demo(config: ExtractConfig) -> Iterator[str]:
+    """What `make demo` runs; its picture's libraries are for nothing in any other run."""
+    from pipelines import demo
+
+    return demo.main(config)
+
+
 program = Program(
     name="extract",
     doc=__doc__,
     commands={
         "": Command(
-            run=extraction.main,
+            run=start.main,
             default=ExtractConfig(),
             presets=PRESETS,
             before=dict.fromkeys(("demo", "debug"), partial(write_photos, "demo")),
-            instead={"demo": demo.main},
+            instead={"demo": run_demo},
             start=start_from_run,
             about=f"{__doc__}\n--from RUN: settings of an earlier run (run.json or store)",
         )

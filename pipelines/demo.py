@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pipelines.extraction import run as extraction
+from pipelines.extraction import start as extraction
 from pipelines.extraction.config import ExtractConfig
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.showing.choice import columns_of, pick_rows

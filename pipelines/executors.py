@@ -460,9 +460,12 @@ class _TaskActor:
 
 
 @contextmanager
-def executor_for(config: JobConfig, *, plan: bool = False) -> Iterator[Executor]:
+def executor_for(config: JobConfig, *, plan: bool = False, meanwhile: Callable[[], None] | None = None) -> Iterator[Executor]:
     """The executor that settings ask for, with a Ray session round it once it needs one: of a run with nothing left to do, it
-    never does. What it is first asked for raises `ClusterError`. With `plan` no local Ray is started, but a cluster is asked."""
+    never does. What it is first asked for raises `ClusterError`. With `plan` no local Ray is started, but a cluster is asked.
+
+    `meanwhile`: imports that the run needs. Ray starts at once then, and they are done while it does.
+    """
     if config.is_inline:
         yield InlineExecutor()
         return
@@ -472,4 +475,15 @@ def executor_for(config: JobConfig, *, plan: bool = False) -> Iterator[Executor]
         return
     with ExitStack() as stack:
         num_gpus = None if gpus else 0
-        yield RayExecutor(functools.cache(lambda: stack.enter_context(connect(config.cluster.ray_address, num_gpus=num_gpus))))
+        session = functools.cache(lambda: stack.enter_context(connect(config.cluster.ray_address, num_gpus=num_gpus)))
+        if meanwhile is not None:
+            side_by_side(session, meanwhile)
+        yield RayExecutor(session)
+
+
+def side_by_side(session: Callable[[], object], meanwhile: Callable[[], None]) -> None:
+    """Start Ray, and do imports in a thread: in that order, since Ray belongs to the thread that starts it, and signals, too."""
+    with ThreadPoolExecutor(1, thread_name_prefix="imports") as thread:
+        imported = thread.submit(meanwhile)
+        session()
+    imported.result()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipelines.executors import Executor
+from pipelines.executors import Executor, InlineExecutor
 from storage.identity import InputState, LedgerRows, input_state
 from storage.inputs import InputFile, Listing
 from storage.left_out import LeftOut, log_left_out, merge_left_out
@@ -19,6 +19,9 @@ from storage.sources import LIMIT, Source, changes_of, is_of_input, limit_change
 from storage.tars import MemberRules, SourceScan, scan_source
 
 logger = logging.getLogger(__name__)
+
+SMALL_INPUT = 2**28
+"""Bytes of tars that the driver scans itself, in seconds, where a cluster would first have to start processes for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,10 @@ class RunInput:
             return
         scan = functools.partial(_scan_group, rules=self.rules, options=self.options)
         together = max(1, min(16, len(files) // 64))
-        for scans in self.executor.map(scan, [files[i : i + together] for i in range(0, len(files), together)]):
+        small = sum(file.size for file in files) <= SMALL_INPUT
+        for scans in (InlineExecutor() if small else self.executor).map(
+            scan, [files[i : i + together] for i in range(0, len(files), together)]
+        ):
             yield from scans
 
     def collect(self) -> tuple[pa.Table, list[Source]]:

@@ -3,10 +3,8 @@
 What is measured runs in new processes, one thing at a time, so that start-up is whole and memory is its own. CPUs only.
 """
 
-import functools
 import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,15 +17,13 @@ from cluster.metrics import TaskReport
 from pipelines.benchmarks.baselines import STAGES, BaselineJob, bare_stages, user_loop
 from pipelines.benchmarks.data import require_fresh, write_photos
 from pipelines.benchmarks.processes import SPAWN, Usage, durations, in_new_processes
-from pipelines.benchmarks.scale import Watched, watched
+from pipelines.benchmarks.watched import timed_extraction
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import NumbersFile
 from pipelines.costs.process import CORES, BenchmarkFailed
-from pipelines.executors import Loaded, MakeWorker, Worker
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import resolve
 from pipelines.features.levels import LevelChoice
-from storage.spec import ShardTask
 from storage.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -63,8 +59,8 @@ class ExtractBenchmark:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "loop_batch", "repeat")
-        if any(LevelChoice.parse(level, "float16").dtype == "int8" for level in self.levels):
-            raise ConfigError("int8 levels have no counterpart in the user's loop; use @float16 or @float32")
+        if any(LevelChoice.parse(level, "float16").encoding not in ("float16", "float32") for level in self.levels):
+            raise ConfigError("the user's loop has no int8 levels, and compresses all others; use @float16 or @float32")
 
 
 # No network. 2 CPU cores: about 40 seconds; the numbers mean nothing at this size.
@@ -82,6 +78,8 @@ class WholeRun:
     start_up_s: float
     "to the end of the first task or batch"
     start_up_parts_s: Mapping[str, float]
+    start_up_cpu_s: Mapping[str, float]
+    "CPU seconds in that time, by group of processes"
     memory: Mapping[str, int]
     "peaks in bytes, by group of processes"
 
@@ -94,6 +92,7 @@ class WholeRun:
             images_per_s=images / (done - usage.started),
             start_up_s=max(marks.values()) - usage.started,
             start_up_parts_s=durations(usage.started, marks),
+            start_up_cpu_s=usage.cpu_between(usage.started, max(marks.values())),
             memory=usage.peak,
         )
 
@@ -194,33 +193,6 @@ class ExtractResult:
     rounds: Sequence[Round]
 
 
-@dataclass
-class _Clocked:
-    """A worker whose reports say when their task began and ended."""
-
-    inner: Worker
-
-    def load(self, task: ShardTask) -> Loaded:
-        return self.inner.load(task)
-
-    def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
-        began = time.monotonic()
-        report = self.inner.run(task, loaded)
-        return replace(report, marks={"began": began, "ended": time.monotonic()})
-
-
-def _clocked(make_worker: MakeWorker, *, model: bool = True) -> _Clocked:
-    return _Clocked(make_worker(model=model))
-
-
-def _pipeline(config: ExtractConfig) -> Watched:
-    """One extraction, end to end."""
-    found = watched(config, lambda make_worker: functools.partial(_clocked, make_worker), CORES)
-    if failed := found.summary.failed:
-        raise BenchmarkFailed(f"{failed} images failed, so speeds can't be compared: {found.summary.reasons}")
-    return found
-
-
 @dataclass(frozen=True, kw_only=True)
 class SteadyWindow:
     """From the end of the first finished task to the end of the last; of few tasks, from the beginning of the first."""
@@ -255,9 +227,11 @@ def _steady(tasks: Sequence[TaskReport]) -> SteadyWindow:
 
 
 def _measure_pipeline(config: ExtractConfig) -> PipelineRun:
-    [found], usage = in_new_processes(_pipeline, (config,))
+    [found], usage = in_new_processes(timed_extraction, (config, CORES))
+    if failed := found.summary.failed:
+        raise BenchmarkFailed(f"{failed} images failed, so speeds can't be compared: {found.summary.reasons}")
     images, tasks, done = found.summary.ok, found.reports, found.marks["finished"].wall_s
-    marks = {name: found.marks[name].wall_s for name in ("imports", "model", "ray", "index")}
+    marks = {name: found.marks[name].wall_s for name in ("settings", "input list", "Ray and imports", "model", "index", "ready")}
     marks["first task"] = min(task.marks["ended"] for task in tasks)
     window = _steady(tasks)
     cpu = usage.cpu_between(window.start, window.stop)

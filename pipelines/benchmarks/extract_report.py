@@ -43,12 +43,19 @@ def _gap_report(gap: Gap) -> Iterator[str]:
     yield from number_lines({"": "", "bare": ".2f", "stage clock": ".2f", "in the run": ".2f", "gap": "+.2f"}, rows)
 
 
+_GROUPS = (("driver", "main process"), ("workers", "workers"), ("ray", "Ray's daemons"), ("other", "other programs"))
+
+
 def _process_report(pipeline: PipelineRun, loop: LoopRun) -> Iterator[str]:
     def megabytes(value: float) -> str:
         return f"{value / 2**20:,.0f} MB" if value else "-"
 
     rows = [
         ["start-up", f"{pipeline.start_up_s:.1f} s", f"{loop.start_up_s:.1f} s"],
+        *(
+            [f"CPU time of it, {of}", *(f"{run.start_up_cpu_s[group]:.1f} s" for run in (pipeline, loop))]
+            for group, of in _GROUPS
+        ),
         ["whole run", f"{pipeline.seconds:.1f} s", f"{loop.seconds:.1f} s"],
     ]
     names = {"pss": "peak memory (PSS)", "rss": "peak memory (RSS)", "driver": "of it the main process"}

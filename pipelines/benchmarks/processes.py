@@ -2,11 +2,13 @@
 
 import contextlib
 import multiprocessing
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -106,8 +108,9 @@ def in_new_processes(function: Callable[..., Found], *calls: tuple[object, ...])
     pipes = [SPAWN.Pipe(duplex=False) for _ in calls]
     started = time.monotonic()
     processes = [SPAWN.Process(target=_send, args=(send, function, call)) for (_, send), call in zip(pipes, calls, strict=True)]
-    for process in processes:
-        process.start()
+    with _nameless_program():
+        for process in processes:
+            process.start()
     for _, send in pipes:
         send.close()
     results: dict[Connection, Found] = {}
@@ -124,6 +127,18 @@ def in_new_processes(function: Callable[..., Found], *calls: tuple[object, ...])
             for process in processes:
                 process.join()
     return [results[receive] for receive, _ in pipes], usage
+
+
+@contextlib.contextmanager
+def _nameless_program() -> Iterator[None]:
+    """New processes import the program that starts them, unless it has no file: what is measured shouldn't begin with the imports
+    of all benchmarks."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 def _send(pipe: Connection, function: Callable[..., object], call: tuple[object, ...]) -> None:

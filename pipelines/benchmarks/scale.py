@@ -6,7 +6,7 @@ worker's reading, decoding and forward are left out: it writes zeros. So tens of
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from cluster.metrics import TaskReport
-from cluster.session import connect
 from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import in_new_processes
-from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor, simulated
+from pipelines.benchmarks.simulated import DriverUse, simulated
+from pipelines.benchmarks.watched import Watched, watched
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.process import BenchmarkFailed
-from pipelines.executors import WINDOW_TASKS, MakeWorker
+from pipelines.executors import WINDOW_TASKS
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.prepare import prepare, resolve
-from pipelines.extraction.run import Summary, run_prepared
 from pipelines.results import number_lines, table_lines
 
 logger = logging.getLogger(__name__)
@@ -128,33 +126,6 @@ def measure_scale(config: ScaleBenchmark, folder: Path) -> ScaleResult:
         fed=run(config.feed_tasks * config.block_rows, config.feed_actors, 0.0),
         long=run(config.rows, config.feed_actors, config.long_forward_s),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watched:
-    """An extraction that was run on a Ray of its own."""
-
-    summary: Summary
-    tasks: int
-    marks: Mapping[str, DriverUse]
-    "what the driver had used when each step was done"
-    reports: Sequence[TaskReport]
-    "of all tasks"
-
-
-def watched(config: ExtractConfig, instead: Callable[[MakeWorker], MakeWorker], cpus: int) -> Watched:
-    """Run an extraction with other workers, as `WatchedExecutor`."""
-    marks = {"imports": DriverUse.now()}
-    resolved = resolve(config)
-    marks["model"] = DriverUse.now()
-    with connect("local", num_cpus=cpus, num_gpus=0):
-        executor = WatchedExecutor(instead)
-        marks["ray"] = DriverUse.now()
-        prepared = prepare(resolved, executor)
-        marks["index"] = DriverUse.now()
-        summary = run_prepared(prepared, executor)
-        marks |= executor.marks | {"finished": DriverUse.now()}
-    return Watched(summary=summary, tasks=prepared.layout.n_blocks, marks=marks, reports=executor.reports)
 
 
 def _drive(folder: str, rows: int, block_rows: int, actors: int, forward_s: float) -> Watched:

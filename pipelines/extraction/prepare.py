@@ -15,7 +15,8 @@ from operators.backbone import NO_BF16, lacks_bf16
 from pipelines.config import ConfigError
 from pipelines.executors import Executor
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.continued import InputUpdate, continue_store, draft, input_of, member_rules
+from pipelines.extraction.continued import InputUpdate, continue_store, draft, input_of
+from pipelines.extraction.start import find_input
 from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.model import FeatureModel
 from pipelines.indexing import report_left_out
@@ -24,7 +25,6 @@ from storage.documents import JsonValue
 from storage.inputs import Listing
 from storage.left_out import LeftOut
 from storage.paths import Folder, InputError, is_memory
-from storage.redaction import redact
 from storage.root import StoreReplaced, read_attributes
 from storage.samples import SampleIndex, move_index
 from storage.sources import sources_digest
@@ -44,14 +44,19 @@ class Resolved:
 
     config: ExtractConfig
     bundle: ModelBundle
-    model: FeatureModel
-    "the same model in this process, on the CPU"
+    patch: int
+    "of the backbone, in pixels"
     files: Listing
+
+    @functools.cached_property
+    def model(self) -> FeatureModel:
+        """The same model in this process, on the CPU; a driver whose workers compute needs none."""
+        return self.bundle.build("cpu")
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is no mistake, and who reads the features should know; kept in the store's attributes."""
-        return tuple(self.bundle.unfamiliar(self.bundle.spec, self.model.backbone.patch))
+        return tuple(self.bundle.unfamiliar(self.bundle.spec, self.patch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,32 +121,19 @@ class Prepared(Resolved):
             move_index(self.index, Folder(self.config.out, self.config.options), put)
 
 
-def resolve(config: ExtractConfig) -> Resolved:
-    """Find the input's files and load the model: what can be wrong with the settings is wrong here.
+def resolve(config: ExtractConfig, files: Listing | None = None) -> Resolved:
+    """Find the input's files, where they aren't given, and load the model: what can be wrong with the settings is wrong here.
 
     Raises `InputError`, `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
     """
-    config.require_used()
-    if not config.out:
-        raise ConfigError("no output: give --out a path or URL for the Zarr store")
-    member_rules(config)  # raises for columns that can't be carried
-    # Refuses what is there and isn't ours, before anything is written.
-    folder = Folder(config.out, config.options)
-    if read_attributes(folder) is None and folder.exists("run.json"):
-        raise ConfigError(
-            f"--out {folder.displayed} holds a training or an evaluation (run.json); give the store a folder of its own"
-        )
-    if itself := [url for url in config.data if Folder(url, config.options).url == Folder(config.out, config.options).url]:
-        raise ConfigError(
-            f"--out {redact(itself[0], config.options)} is also the input (--data); give the store a folder of its own"
-        )
-    files = config.input.files(config.data, config.options, config.image_member)
+    if files is None:
+        files = find_input(config)
     bundle, model = load_bundle(config.features, config.options)
     if config.compile != "off":
         model.backbone.require_blocks()
         # In float32 the numbers are those of another batch size: the same to rounding.
         bundle = replace(bundle, spec=replace(bundle.spec, compiled=bundle.spec.precision != "fp32"))
-    found = Resolved(config=config, bundle=bundle, model=model, files=files)
+    found = Resolved(config=config, bundle=bundle, patch=model.backbone.patch, files=files)
     for note in found.notes:
         logger.warning("%s", note)
     return found
@@ -174,7 +166,10 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
             pool = executor.pool(request)
     _require_precision(spec.precision, pool)
     return Prepared(
-        **vars(resolved),
+        config=config,
+        bundle=resolved.bundle,
+        patch=resolved.patch,
+        files=resolved.files,
         pool=pool,
         layout=layout,
         index=index,

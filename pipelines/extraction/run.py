@@ -15,8 +15,7 @@ from cluster.metrics import TaskReport
 from cluster.progress import Progress, stage_shares
 from cluster.repeated import every
 from cluster.resources import WorkerPool
-from pipelines.config import ConfigError
-from pipelines.executors import Executor, executor_for
+from pipelines.executors import Executor
 from pipelines.extraction.attempts import suspects
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import changed_meanwhile
@@ -26,6 +25,7 @@ from pipelines.extraction.schedule import lanes_for
 from pipelines.extraction.worker import WorkerSetup
 from pipelines.provenance import versions
 from storage.errors import RayliftError
+from storage.inputs import Listing
 from storage.ledger import REASON_COLUMNS, commonest_reasons
 from storage.left_out import LeftOut, left_out_lines
 from storage.paths import StorageError
@@ -101,18 +101,14 @@ def extract(config: ExtractConfig, executor: Executor) -> Summary:
     return run_prepared(prepare(resolve(config), executor), executor)
 
 
-def main(config: ExtractConfig) -> Iterator[str]:
-    """Run the extraction, or only plan it, and give what there is to say of it, line by line. Raises what `extract` raises."""
-    if config.json and not config.plan:
-        raise ConfigError("--json is how --plan is printed; give --plan, too, or leave --json out")
-    resolved = resolve(config)  # before a cluster is started: most mistakes end here
-    with executor_for(config, plan=config.plan) as executor:
-        prepared = prepare(resolved, executor)
-        if not config.plan:
-            yield from run_prepared(prepared, executor).lines()
-            return
-        plan = make_plan(prepared)
-        prepared.keep_index()
+def lines(config: ExtractConfig, files: Listing, executor: Executor) -> Iterator[str]:
+    """`extract` or its plan, for files that were listed already, and what there is to say of it, line by line."""
+    prepared = prepare(resolve(config, files), executor)
+    if not config.plan:
+        yield from run_prepared(prepared, executor).lines()
+        return
+    plan = make_plan(prepared)
+    prepared.keep_index()
     if config.json:
         yield json.dumps(plan.to_json(), indent=1)
     else:

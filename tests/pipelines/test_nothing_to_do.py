@@ -7,7 +7,7 @@ import pytest
 from pipelines import executors
 from pipelines.evaluation import discovery
 from pipelines.evaluation.run import evaluate
-from pipelines.extraction.run import main as extraction
+from pipelines.extraction.start import main as extraction
 from pipelines.tables.deap import main as tables
 from pipelines.training.run import train
 from tests.second_runs import KINDS

@@ -10,7 +10,7 @@ from cluster.session import ClusterError
 from pipelines import executors
 from pipelines.config import ConfigError
 from pipelines.evaluation.run import main as evaluation
-from pipelines.extraction.run import main as extraction
+from pipelines.extraction.start import main as extraction
 from pipelines.tables import deap
 from pipelines.training.run import main as training
 from storage.paths import Folder

@@ -20,7 +20,8 @@ from pipelines.extraction import worker as worker_module
 from pipelines.extraction.config import config_from_run
 from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import prepare, resolve
-from pipelines.extraction.run import RunFailed, extract, main
+from pipelines.extraction.run import RunFailed, extract
+from pipelines.extraction.start import main
 from pipelines.extraction.worker import ShardWorker
 from pipelines.features.model import FeatureModel
 from pipelines.provenance import versions

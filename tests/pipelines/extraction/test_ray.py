@@ -77,9 +77,10 @@ def test_a_worker_that_is_broken_is_replaced_and_its_tasks_run_again(tmp_path):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_scan_on_ray_keeps_the_order_of_the_sources(make_tars):
+def test_scan_on_ray_keeps_the_order_of_the_sources(make_tars, monkeypatch):
     from storage.inputs import expand_inputs
 
+    monkeypatch.setattr("pipelines.indexing.SMALL_INPUT", 0)
     files = expand_inputs([make_tars(count=9, each=3)])
 
     given = RunInput(files=files, rules=MemberRules(), limit=None, options={}, executor=RayExecutor())

@@ -1,0 +1,76 @@
+"""Extractions as they are measured. Imports no torch before the measured run would."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cluster.metrics import TaskReport
+from cluster.session import connect
+from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor
+from pipelines.executors import Loaded, MakeWorker, Worker, side_by_side
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.start import find_input, import_driver
+from storage.spec import ShardTask
+
+if TYPE_CHECKING:  # it imports torch
+    from pipelines.extraction.run import Summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """An extraction that was run on a Ray of its own."""
+
+    summary: "Summary"
+    tasks: int
+    marks: Mapping[str, DriverUse]
+    "what the driver had used when each step was done"
+    reports: Sequence[TaskReport]
+    "of all tasks"
+
+
+def watched(config: ExtractConfig, instead: Callable[[MakeWorker], MakeWorker], cpus: int) -> Watched:
+    """Run an extraction with other workers, as `WatchedExecutor`; its steps are those of `extraction.start.main`."""
+    marks = {"settings": DriverUse.now()}
+    files = find_input(config)
+    marks["input list"] = DriverUse.now()
+    with ExitStack() as stack:
+        side_by_side(lambda: stack.enter_context(connect("local", num_cpus=cpus, num_gpus=0)), import_driver)
+        from pipelines.extraction.prepare import prepare, resolve
+        from pipelines.extraction.run import run_prepared
+
+        executor = WatchedExecutor(instead)
+        marks["Ray and imports"] = DriverUse.now()
+        resolved = resolve(config, files)
+        marks["model"] = DriverUse.now()
+        prepared = prepare(resolved, executor)
+        marks["index"] = DriverUse.now()
+        summary = run_prepared(prepared, executor)
+        marks |= executor.marks | {"finished": DriverUse.now()}
+    return Watched(summary=summary, tasks=prepared.layout.n_blocks, marks=marks, reports=executor.reports)
+
+
+@dataclass
+class Clocked:
+    """A worker whose reports say when their task began and ended."""
+
+    inner: Worker
+
+    def load(self, task: ShardTask) -> Loaded:
+        return self.inner.load(task)
+
+    def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
+        began = time.monotonic()
+        report = self.inner.run(task, loaded)
+        return replace(report, marks={"began": began, "ended": time.monotonic()})
+
+
+def clocked(make_worker: MakeWorker, *, model: bool = True) -> Clocked:
+    return Clocked(make_worker(model=model))
+
+
+def timed_extraction(config: ExtractConfig, cpus: int) -> Watched:
+    """One extraction, end to end, with the times of its tasks."""
+    return watched(config, lambda make_worker: functools.partial(clocked, make_worker), cpus)

@@ -1,0 +1,57 @@
+"""How an extraction starts: what is wrong with paths is said before torch is imported, and that happens while Ray starts."""
+
+from collections.abc import Iterator
+
+from pipelines.config import ConfigError
+from pipelines.executors import executor_for
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.continued import member_rules
+from storage.inputs import Listing
+from storage.paths import Folder
+from storage.redaction import redact
+from storage.root import read_attributes
+
+
+def main(config: ExtractConfig) -> Iterator[str]:
+    """Run the extraction, or only plan it, and give what there is to say of it, line by line. Raises what `extract` raises."""
+    if config.json and not config.plan:
+        raise ConfigError("--json is how --plan is printed; give --plan, too, or leave --json out")
+    files = find_input(config)  # before a cluster is started: many mistakes end here
+    meanwhile = None if _is_complete(config) else import_driver
+    with executor_for(config, plan=config.plan, meanwhile=meanwhile) as executor:
+        from pipelines.extraction.run import lines
+
+        yield from lines(config, files, executor)
+
+
+def import_driver() -> None:
+    """The module that drives a run, with torch and timm behind it: 2.5 s of CPU time."""
+    import pipelines.extraction.run  # noqa: F401
+
+
+def find_input(config: ExtractConfig) -> Listing:
+    """The input's files. What can be wrong with the settings and needs no model to be told is wrong here.
+
+    Raises `InputError` and `ConfigError`.
+    """
+    config.require_used()
+    if not config.out:
+        raise ConfigError("no output: give --out a path or URL for the Zarr store")
+    member_rules(config)  # raises for columns that can't be carried
+    # Refuses what is there and isn't ours, before anything is written.
+    folder = Folder(config.out, config.options)
+    if read_attributes(folder) is None and folder.exists("run.json"):
+        raise ConfigError(
+            f"--out {folder.displayed} holds a training or an evaluation (run.json); give the store a folder of its own"
+        )
+    if itself := [url for url in config.data if Folder(url, config.options).url == folder.url]:
+        raise ConfigError(
+            f"--out {redact(itself[0], config.options)} is also the input (--data); give the store a folder of its own"
+        )
+    return config.input.files(config.data, config.options, config.image_member)
+
+
+def _is_complete(config: ExtractConfig) -> bool:
+    """Whether the store is there and finished, so that perhaps nothing is left to do, and no cluster is needed for that."""
+    attributes = read_attributes(Folder(config.out, config.options))
+    return attributes is not None and attributes["status"] == "complete"
