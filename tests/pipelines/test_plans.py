@@ -76,6 +76,20 @@ def test_a_table_says_its_cells(sets, tmp_path):
     assert "done, " in cell
 
 
+@pytest.mark.parametrize(
+    ("holds", "message"), [("run.json", "holds a training or an evaluation"), ("zarr.json", "is a feature store")]
+)
+def test_a_table_is_refused_where_something_else_is(sets, make_tars, tiny, tmp_path, holds, message):
+    if holds == "zarr.json":
+        list(extraction(tiny(make_tars(1, 2), out=str(tmp_path / "grid"))))
+    else:
+        Folder(str(tmp_path / "grid")).write(holds, b"{}")
+
+    for plan in (True, False):
+        with pytest.raises(ConfigError, match=f"grid {message}"):
+            list(deap.main(tiny_grid(sets, tmp_path / "grid", methods=("deap",), plan=plan)))
+
+
 def test_an_extraction_is_planned_for_this_machine_without_ray(make_tars, tiny, tmp_path):
     given = tiny(make_tars(1, 3), out=str(tmp_path / "out.zarr"), plan=True, json=True, executor="ray")
 

@@ -174,6 +174,7 @@ def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
     assert on_gpu.tables[0].columns[3] == "peak MiB"
     assert on_cpu.tables[0].columns[3] == "peak RSS, MiB"
     assert not any(line.published for line in on_cpu.tables[0].lines)
+    assert not any("LiFT" in note for note in on_cpu.tables[1].notes)
     assert {grid for values in VIT_UP_RUNTIME.rows.values() for grid in values} == {"112", "224", "448"}
 
 

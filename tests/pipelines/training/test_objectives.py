@@ -24,9 +24,9 @@ from pipelines.training.images import ImageTraining
 from pipelines.training.jafar import JafarTraining
 from pipelines.training.loop import read_metrics
 from pipelines.training.objectives import OBJECTIVES, trainings
-from pipelines.training.run import train_inline
+from pipelines.training.run import train_inline, train_on_ray
 from storage.paths import Folder
-from storage.runs import read_checkpoint
+from storage.runs import read_checkpoint, read_last
 from storage.store import FeatureStore
 from tests.pipelines.training.test_lift import together
 from tests.readout_runs import continued, losses, prepared
@@ -202,6 +202,27 @@ def test_two_workers_take_the_steps_of_one(small, tmp_path, name):
     np.testing.assert_allclose(losses(str(tmp_path / "two")), losses(str(tmp_path / "one")), rtol=1e-4)
     one, two = ({**trainer.net.state_dict(), **trainer.beside.state_dict()} for trainer in trainers)
     assert all(torch.equal(one[each], two[each]) for each in one)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("name", BOTH)
+def test_two_processes_of_ray_train_the_weights_of_one(small, tmp_path, name):
+    """What is dropped is a micro-batch's, whichever process has it."""
+    settings = {"micro_batch": 1, "epochs": 1}
+    whole = small(name, out=str(tmp_path / "one"), **settings)
+    shared = small(name, out=str(tmp_path / "two"), **settings, workers=2, executor="ray", loaders=1)
+    train_inline(prepared(whole))
+
+    assert train_on_ray(prepared(shared), "cpu").step == 3
+
+    np.testing.assert_allclose(losses(shared.out), losses(whole.out), rtol=1e-4)
+    one, two = (read_last(Folder(config.out)) for config in (whole, shared))
+    # Three steps of at most --lr each; where a gradient is next to nothing, their sign is a matter of rounding.
+    for there, here in ((one.model, two.model), (one.resume, two.resume)):
+        assert there.keys() == here.keys()
+        for each in there:
+            close = np.isclose(here[each], there[each], rtol=1e-3, atol=1e-2 * whole.lr)
+            assert close.mean() > 0.99, each
 
 
 # --- FeatUp -----------------------------------------------------------------------------------------------------------
