@@ -31,7 +31,7 @@ from pipelines.features.detectors import (
 from pipelines.features.photos import upright_pixels
 from pipelines.features.rows import Row, Size
 from pipelines.published import LIFT_DETECTION
-from pipelines.results import Findings, Items, Line, Measured, Table, panel, with_published
+from pipelines.results import Findings, Items, Line, Measured, Table, panel, percent, with_published
 from storage.datasets.classes import COCO_CATEGORIES
 from storage.datasets.coco import load_coco
 from storage.documents import JsonObject
@@ -123,14 +123,17 @@ def _recipe(config: DetectionConfig, classes: int) -> DetectorRecipe:
     finetuned = [load_detector(_place(url), config.options) for url in config.finetuned]
     for each in (plain, *finetuned):
         _require_alike(each, plain, config.head or plain.head)
+    if without := [each.displayed for each in finetuned if not each.upsampler]:
+        raise ConfigError(f"--finetuned {without[0]} has no upsampler: it's a plain detector; evaluate it as --detector")
     asked = [(0, load_upsampler_net(text, plain, config.options)) for text in config.upsamplers]
     own = [(number, each.upsampler) for number, each in enumerate((plain, *finetuned)) if each.upsampler]
-    if not plain.upsampler and len(own) < len(finetuned):
-        without = next(each for each in finetuned if not each.upsampler)
-        raise ConfigError(f"--finetuned {without.displayed} has no upsampler: it's a plain detector; evaluate it as --detector")
     size = config.size or min(SIZE, plain.settings.square_pad)
-    rows = rows_of([(number, net) for number, net in (*asked, *own)], size // PATCH)
-    return DetectorRecipe(detectors=(plain, *finetuned), upsamplers=tuple(net for _, net in (*asked, *own)), rows=rows, size=size)
+    return DetectorRecipe(
+        detectors=(plain, *finetuned),
+        upsamplers=tuple(net for _, net in (*asked, *own)),
+        rows=rows_of([*asked, *own], size // PATCH),
+        size=size,
+    )
 
 
 def _place(url: str) -> str:
@@ -208,21 +211,17 @@ def find(config: DetectionConfig, task: ObjectDetection, recipe: DetectorRecipe,
         pictures=_pictures(config, task, recipe, records),
         times=(_times(recipe, records),),
         files={
-            f"detections/{re.sub('[^A-Za-z0-9_]+', '-', name)}.{kind}.json": json.dumps(entries).encode()
+            f"detections/{re.sub('[^A-Za-z0-9_]', '-', name)}.{kind}.json": json.dumps(entries).encode()
             for name, by_kind in results.items()
             for kind, entries in by_kind.items()
         },
     )
 
 
-def _percent(value: float) -> float:
-    return 100 * value
-
-
 def _main_values(numbers: Mapping[Overlap, CocoScores]) -> list[float]:
     """AP, AP50 and AP75 of boxes and of masks, in percent; NaN of masks that aren't scored."""
     found = [numbers.get(kind) for kind in _KINDS]
-    return [_percent(value) for each in found for value in ((each.ap, each.ap_50, each.ap_75) if each else (math.nan,) * 3)]
+    return percent([value for each in found for value in ((each.ap, each.ap_50, each.ap_75) if each else (math.nan,) * 3)])
 
 
 _MAIN = tuple(f"{kind} {name}" for kind in _KINDS.values() for name in _TWELVE[:3])
@@ -280,9 +279,7 @@ def _twelve(recipe: DetectorRecipe, kind: Overlap, numbers: Mapping[str, CocoSco
     return Table(
         title=f"COCO's twelve numbers of {'boxes' if kind == 'bbox' else 'masks'}, %",
         columns=_TWELVE,
-        lines=tuple(
-            Line.of(each.row, size, [_percent(v) for v in vars(numbers[each.row.name]).values()]) for each in recipe.rows
-        ),
+        lines=tuple(Line.of(each.row, size, percent(list(vars(numbers[each.row.name]).values()))) for each in recipe.rows),
     )
 
 
@@ -313,7 +310,7 @@ def _by_class(
 def _details(task: ObjectDetection, scores: Mapping[Overlap, ClassScores]) -> JsonObject:
     """COCO's numbers of each category, 0 to 1, by kind and name."""
     return {
-        _KINDS[kind]: {task.names[number]: vars(each) for number, each in found.by_category.items()}
+        _KINDS[kind]: {f"{number} {task.names[number]}": vars(each) for number, each in found.by_category.items()}
         for kind, found in scores.items()
     }
 

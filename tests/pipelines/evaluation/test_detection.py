@@ -122,7 +122,7 @@ def twelve(found: dict, row: str, kind: str) -> list[float]:
 def require_by_hand(found: dict, data: Path, out: Path, rows: tuple[str, ...]) -> None:
     for row in rows:
         for kind, word in (("bbox", "boxes"), ("segm", "masks")):
-            ours, theirs = twelve(found, row, word), by_hand(data, out, row.replace(", ", "-").replace(" ", "-"), kind)
+            ours, theirs = twelve(found, row, word), by_hand(data, out, row.replace(",", "-").replace(" ", "-"), kind)
             assert [each is None for each in ours] == [each is None for each in theirs]
             np.testing.assert_allclose(*([each or 0 for each in values] for values in (ours, theirs)), rtol=0, atol=1e-9)
 
@@ -333,7 +333,7 @@ def test_annotations_that_cannot_be_right_end_it_in_a_sentence(data, plain, tmp_
     assert message in refusal(config_of(data, tmp_path / "out", detector=plain))
 
 
-def test_a_checkpoint_of_other_heads_or_classes_is_refused(data, plain, tmp_path):
+def test_a_checkpoint_of_other_heads_or_classes_is_refused(data, plain, lifted, tmp_path):
     cascade = save(tmp_path / "cascade", replace(TWO, cascade=True), LIFT)
     three = save(tmp_path / "three", replace(TWO, classes=3), LIFT)
     unsaid = save(tmp_path / "unsaid", replace(TWO, classes=5))
@@ -351,6 +351,7 @@ def test_a_checkpoint_of_other_heads_or_classes_is_refused(data, plain, tmp_path
         ({"detector": unsaid}, "has 5 classes and doesn't say which; the annotations have 2 categories"),
         ({"detector": plain, "finetuned": (wide,)}, "has a backbone of 96 channels"),
         ({"detector": plain, "finetuned": (plain,)}, "has no upsampler: it's a plain detector; evaluate it as --detector"),
+        ({"detector": lifted, "finetuned": (lifted, plain)}, "has no upsampler: it's a plain detector"),
         ({"detector": plain, "upsamplers": ("vit_up",)}, "vit_up can't stand in a detector"),
         ({"detector": plain, "upsamplers": ("lift:" + plain,)}, "is no trained upsampler"),
         ({"detector": plain, "upsamplers": (f"lift:{others}",)}, "was trained on other maps than those of"),
