@@ -303,7 +303,7 @@ class TimmBackbone:
                 del self._resampled[oldest]
             self.model.patch_embed.grid_size = grid
         elif self.pos_embed == "dino" and trained is not None and grid != self._trained_grid:
-            raise BackboneError(f"pos_embed dino is not possible for {type(self.model).__name__}")
+            raise BackboneError(f"pos_embed dino is not possible for {type(self.model).__name__}; leave it out")
         self._grid = grid
 
     def peak_bytes(self, batch: int, size: tuple[int, int]) -> int:

@@ -36,6 +36,16 @@ def test_cosine_is_that_of_torch_where_vectors_vanish():
     torch.testing.assert_close(cosine_loss(predicted, target), expected)
 
 
+def test_without_the_smallest_map_the_first_part_is_the_loss():
+    net = build_net({"method": "lift", "channels": 6, "patch": 8}).eval()
+    images, maps = torch.randn(2, 3, 64, 64), [torch.randn(2, 6, side, side) for side in (8, 4, 2)]
+
+    first, both = (multi_scale_loss(net, images, maps[:count]) for count in (2, 3))
+
+    torch.testing.assert_close(first, cosine_loss(net(lower(images, 2), maps[1]), maps[0]))
+    torch.testing.assert_close(both - first, cosine_loss(net(lower(images, 4), maps[2]), maps[1]))
+
+
 def test_two_training_steps_are_those_of_lifts_script():
     tensors, config = golden("lift_train_steps_cosine_p8")
     net = build_net({"method": "lift", "channels": config["in_channels"], "patch": config["patch_size"]})
