@@ -379,5 +379,5 @@ def test_plan_says_what_rows_are_made_of_and_what_memory_they_take_and_begins_no
     printed = capsys.readouterr().out
     assert code == 0
     assert "lift x2" in printed
-    assert "memory     about 0.9 GB a process on a CPU, an image of 64 px at a time" in printed
+    assert "memory     about 1.0 GB a process on a CPU, an image of 64 px at a time" in printed
     assert not out.exists()
