@@ -6,7 +6,6 @@ NumPy and Pillow only: what is drawn comes from a store as often as from a model
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -128,6 +127,8 @@ def cosine_map(query: np.ndarray, features: np.ndarray) -> np.ndarray:
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """A map of numbers as uint8 colours [..., 3], from `low` (dark blue) to `high` (yellow)."""
     scaled = (np.asarray(values, np.float64) - low) / max(high - low, 1e-12)
+    import matplotlib  # 0.3 s, and most of what looks at a store draws no heat
+
     return (matplotlib.colormaps["viridis"](np.clip(scaled, 0, 1))[..., :3] * 255).round().astype(np.uint8)
 
 

@@ -43,7 +43,7 @@ def _gap_report(gap: Gap) -> Iterator[str]:
     yield from number_lines({"": "", "bare": ".2f", "stage clock": ".2f", "in the run": ".2f", "gap": "+.2f"}, rows)
 
 
-_GROUPS = (("driver", "main process"), ("workers", "workers"), ("ray", "Ray's daemons"), ("other", "other programs"))
+_GROUPS = (("driver", "main process"), ("workers", "workers"), ("ray", "Ray's own processes"), ("other", "other programs"))
 
 
 def _process_report(pipeline: PipelineRun, loop: LoopRun) -> Iterator[str]:
@@ -59,7 +59,7 @@ def _process_report(pipeline: PipelineRun, loop: LoopRun) -> Iterator[str]:
         ["whole run", f"{pipeline.seconds:.1f} s", f"{loop.seconds:.1f} s"],
     ]
     names = {"pss": "peak memory (PSS)", "rss": "peak memory (RSS)", "driver": "of it the main process"}
-    names |= {"workers": "of it workers", "largest_worker": "largest worker", "ray": "of it Ray's daemons"}
+    names |= {"workers": "of it workers", "largest_worker": "largest worker", "ray": "of it Ray's own processes"}
     for name, title in names.items():
         rows.append([title, megabytes(pipeline.memory[name]), megabytes(loop.memory[name])])
     yield from table_lines(["", "pipeline", "user's loop"], rows)

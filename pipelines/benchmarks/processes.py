@@ -20,7 +20,10 @@ Found = TypeVar("Found")
 
 SPAWN = multiprocessing.get_context("spawn")
 GROUPS = ("driver", "workers", "ray")
-"""The measured program; its worker processes (Ray's, or the DataLoader's); Ray's own daemons."""
+"""The measured program; its worker processes (Ray's, or the DataLoader's); Ray's own: daemons, and actors that Ray Data makes for
+itself."""
+
+_RAYS_OWN = ("DashboardAgent", "RuntimeEnvAgent", "_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker")
 
 
 class Usage:
@@ -83,6 +86,8 @@ class Usage:
         if process in self._roots:
             return "driver"
         command = " ".join(process.cmdline())
+        if any(f"ray::{name}" in command for name in _RAYS_OWN):
+            return "ray"
         if "ray::" in command or "default_worker.py" in command:
             return "workers"
         return "ray" if "/ray/" in command else "workers"
