@@ -9,7 +9,7 @@
     python jobs/tables.py lift --table 1 3 --data spair=SPair-71k coco20k=COCO photos=IMAGENET_TARS --out s3://bucket/lift
     python jobs/tables.py lift mini --root DATA --table 1 --out lift-mini
 
-The first word is a preset, and may be left out; `lift` is all of that paper, its tables and curves, from training on.
+The first word is a preset, and may be left out; `lift` and `vit-up` are all of those papers, from training on.
 `python jobs/show.py backbones` lists backbones. The same command continues what stopped: what is done isn't done again. Exit
 codes: 0 all cells done, 1 some failed (the tables say which and why), 2 wrong settings.
 """
@@ -21,7 +21,7 @@ from jobs.program import Command, Program
 from pipelines.config import ActorsConfig
 from pipelines.demo_datasets import write_demo, write_photos
 from pipelines.published import DEAP_ABLATED, DEAP_ABLATIONS, DEAP_TASKS, PROBE_TASKS, VIT_UP_FEATURES, VIT_UP_SEED, VIT_UP_SIZE
-from pipelines.tables import lift, paper_report
+from pipelines.tables import lift, paper_report, vit_up
 from pipelines.tables.backbones import BACKBONES
 from pipelines.tables.cells import GridConfig
 from pipelines.tables.deap import main
@@ -86,9 +86,12 @@ program = Program(
         "": Command(
             run=main, default=GridConfig(), presets=PRESETS, before={"debug": partial(write_demo, "demo/evaluate")}, about=__doc__
         ),
-        "lift": Command(
-            run=partial(paper_report.main, lift.plan), default=PAPERS["paper"], presets=PAPERS, before={"debug": write_debug}
-        ),
+        **{
+            name: Command(
+                run=partial(paper_report.main, plan), default=PAPERS["paper"], presets=PAPERS, before={"debug": write_debug}
+            )
+            for name, plan in {"lift": lift.plan, "vit-up": vit_up.plan}.items()
+        },
     },
     stopped="stopped; the same command goes on from what is done",
     pairs=True,  # so that --cell.no-flip can be said, where a task's published settings mirror images

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs import tables as job
 from pipelines.config import ConfigError
+from pipelines.executors import InlineExecutor
 from pipelines.published import LIFT_CORRESPONDENCE, LIFT_DISCOVERY, LIFT_VIDEO
-from pipelines.tables import lift, paper_report, paper_run
+from pipelines.tables import lift, paper_report, paper_run, vit_up
 from pipelines.tables.paper_run import Order
 from pipelines.tables.papers import PapersConfig
 from storage.paths import Folder
@@ -139,6 +141,54 @@ def test_published_numbers_stand_beside_their_cells(tmp_path):
     assert tables["4"]["Cascade R-CNN, LiFT", "mask AP75"].published == 44.45
     assert tables["s3"]["MoCo v3, LiFT", "PCK@0.01, 448 px"].published == 0.73
     assert {each.line for each in tables["8"].values()} == {"lift x4"}
+
+
+VIT_UP_DATA = tuple(f"{name}=/there/{name}" for name in ("coco", "voc", "ade20k", "cityscapes", "spair", "navi", "photos"))
+
+
+def test_the_plan_of_all_of_vit_up_names_what_is_missing(tmp_path):
+    config = PapersConfig(out=str(tmp_path), plan=True, data=VIT_UP_DATA)
+
+    text = "\n".join(paper_report.main(vit_up.plan, config))
+
+    plan = vit_up.plan(config)
+    assert [table.number for table in plan.tables] == ["1", "2", "4", "5", "6", "7", "9", "fig4"]
+    unknown = {"depth", "table-7", "table-fig4"}
+    for name, cell in plan.cells.items():
+        if cell.missing and name not in unknown:
+            method = name.split("-")[-1]
+            assert cell.missing == f"{vit_up.LABELS[method]}'s weights for this backbone: give --weights {method}=URL"
+    assert "Depth Anything V2" in text
+    given = config.changed(weights=tuple(f"{method}=/there/{method}" for method in vit_up.RIVALS))
+    assert {name for name, cell in vit_up.plan(given).cells.items() if cell.missing} == unknown
+
+
+def test_vit_ups_published_numbers_stand_beside_their_cells(tmp_path):
+    plan = vit_up.plan(PapersConfig(out=str(tmp_path), data=VIT_UP_DATA))
+    tables = {table.number: {(each.row, each.column): each for each in table.wanted} for table in plan.tables}
+
+    assert tables["1"]["ViT-Up", "Cityscapes mIoU"].published == 65.41
+    assert tables["1"]["NAF", "VOC acc"].published == 96.72
+    assert tables["1"]["bilinear", "depth δ1"].published == 61.52
+    assert tables["2"]["UPLiFT", "NAVI 2 cm"].published == 49.05
+    assert tables["4"]["ViT-Up", "SPair PCK@0.01"].published == 7.93
+    assert tables["9"]["vit_up, 112 x 112 at once", "ms, 224 x 224"].line == "vit_up x8, 112 x 112 at once"
+    assert tables["9"]["naf", "peak MiB, 448 x 448"].published == 1780.5
+
+
+def test_a_probe_of_vit_up_is_trained_and_judged(demo, tmp_path):
+    config = debug(tmp_path, "1", data=("coco=/not/there",))
+    plan = vit_up.plan(config).only(["1"])
+    names = ("readout-voc-splus-vit_up", "probe-voc-splus-vit_up", "train-vit-up-splus")
+    few = replace(plan, cells={name: plan.cells[name] for name in names})
+
+    outcomes = paper_run.run_papers_cells(config, few, InlineExecutor())
+
+    assert {each.error for each in outcomes.values()} == {""}
+    table = replace(plan.tables[0], wanted=tuple(each for each in plan.tables[0].wanted if each.cell == names[1]))
+    found = paper_report.figures(replace(few, tables=(table,)), outcomes, config.folder)["1"]
+    assert [bool(each.interval) for each in found] == [True, True]
+    assert [each.wanted.published for each in found] == [87.47, 97.14]
 
 
 @pytest.mark.parametrize(
