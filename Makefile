@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-rgw test-browser browser soak lint lock clean
+.PHONY: setup demo test test-rgw test-browser browser soak gpu lint lock clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,10 @@ test-browser: setup browser
 browser:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	    { apt-get update -qq && apt-get install -y -qq chromium; }
+
+# For whoever has a GPU: about 8 minutes.
+gpu: setup
+	$(BIN)/python jobs/benchmark.py gpu
 
 soak: setup
 	$(BIN)/python -m pytest -m soak

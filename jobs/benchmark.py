@@ -12,6 +12,7 @@
     python jobs/benchmark.py train                        # images per second, beside a plain loop
     python jobs/benchmark.py scale                        # what one driver feeds: tens of actors that sleep
     python jobs/benchmark.py device                       # how busy extraction keeps a device, on one that sleeps
+    python jobs/benchmark.py gpu                          # on a machine with a GPU: all that is said of one, in 8 minutes
     python jobs/benchmark.py chaos                        # 15 minutes of machines that die: is anything lost?
     python jobs/benchmark.py autoscale                    # nodes that come and go, with Ray's own autoscaler
     python jobs/benchmark.py readout                      # readouts trained from a store, beside the live backbone

@@ -23,9 +23,6 @@ from pipelines.training.loop import Group, Trainer
 FORWARD_S = 0.005
 """What the network takes for a micro-batch."""
 
-BARE_S = 5.0
-"""How long the CPUs decode alone."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Feeding:
@@ -35,6 +32,8 @@ class Feeding:
     batch: int
     steps: int
     "that are counted"
+    bare_s: float
+    "how long the CPUs decode alone, twice"
     size: int
     model: str
 
@@ -78,12 +77,12 @@ class FedConfig(X2Config):
 def measure_feeding(config: Feeding, folder: Path, photos: str, *, ray: bool) -> Fed:
     """The loop with loaders in threads and, with `ray`, in Ray's processes; the CPUs alone before and after."""
     setup = _setup(config, str(folder / "inline"), photos, InlineExecutor())
-    before = _bare(setup)
+    before = _bare(config, setup)
     rates = {"threads": _rate(config, setup, InlineExecutor())}
     if ray:
         executor = RayExecutor()
         rates["Ray's processes"] = _rate(config, _setup(config, str(folder / "ray"), photos, executor), executor)
-    return Fed(rates=rates, bare=(before + _bare(setup)) / 2)
+    return Fed(rates=rates, bare=(before + _bare(config, setup)) / 2)
 
 
 def _setup(config: Feeding, out: str, photos: str, executor: Executor) -> ImageSetup:
@@ -110,16 +109,16 @@ def _rate(config: Feeding, setup: ImageSetup, executor: Executor) -> float:
     return sum(rows) / (given[last] - given[first])
 
 
-def _bare(setup: ImageSetup) -> float:
-    counts, _ = in_new_processes(_decode, *[(setup.images, setup.order.n_rows, core) for core in range(CORES)])
-    return sum(counts)
+def _bare(config: Feeding, setup: ImageSetup) -> float:
+    calls = [(setup.images, setup.order.n_rows, core, config.bare_s) for core in range(CORES)]
+    return sum(in_new_processes(_decode, *calls)[0])
 
 
-def _decode(source: ImageSource, n_rows: int, core: int) -> float:
+def _decode(source: ImageSource, n_rows: int, core: int, seconds: float) -> float:
     """Images per second of one process, which decodes some of them after another."""
     source.load([core % n_rows], 0)
     begun, done = time.perf_counter(), 0
-    while time.perf_counter() - begun < BARE_S:
+    while time.perf_counter() - begun < seconds:
         source.load([(core + CORES * done) % n_rows], 0)
         done += 1
     return done / (time.perf_counter() - begun)

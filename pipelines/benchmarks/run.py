@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pipelines.benchmarks import autoscale, chaos, device, evaluation, extract, index, read, readout, scale, train
+from pipelines.benchmarks import autoscale, chaos, device, evaluation, extract, gpu, index, read, readout, scale, train
 from pipelines.benchmarks import upsamplers as upsampler_ways
 from pipelines.benchmarks.evaluation import evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract_report import extract_report
@@ -95,6 +95,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any, Any]] = {
     "evaluate": Benchmark(evaluation.DEBUG, lambda config, _: measure_evaluate(config), evaluate_report),
     "scale": Benchmark(scale.DEBUG, scale.measure_scale, scale.scale_report),
     "device": Benchmark(device.DEBUG, device.measure_device, device.device_report),
+    "gpu": Benchmark(gpu.DEBUG, gpu.measure_gpu, gpu.gpu_report, judge=gpu.require_kept),
     "chaos": Benchmark(chaos.DEBUG, chaos.measure_chaos, chaos.chaos_report, judge=chaos.require_nothing_lost),
     "autoscale": Benchmark(autoscale.DEBUG, autoscale.measure_autoscaling, autoscale.autoscale_report, keeps=True),
 }

@@ -28,7 +28,7 @@ from operators.upsamplers import build_net
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.feeding import Fed, Feeding, feeding_report, measure_feeding
 from pipelines.config import require_at_least
-from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, rated_steps, steady_rate
+from pipelines.costs.clocks import WARM_UP, Machine, NumbersFile, device_of, rated_steps, steady_rate
 from pipelines.costs.process import CORES
 from pipelines.executors import InlineExecutor, RayExecutor
 from pipelines.results import number_lines
@@ -61,15 +61,20 @@ class TrainBenchmark:
     """Rounds; each runs every contender once. Rates are the best of them."""
     ray: bool = True
     """Run Ray Train, too: one worker per core, one thread each, half of a batch for each of two."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where all but the network that sleeps is trained."""
     loaders: int = 16
     """Loaders that feed a network that sleeps."""
     fed_steps: int = 100
     """Steps of it that are counted; as many as loaders are ahead come before and after."""
+    decode_s: float = 5.0
+    """Seconds for which the CPUs decode alone, before and after that."""
     json: NumbersFile = ""
 
     @property
     def feeding(self) -> Feeding:
-        return Feeding(loaders=self.loaders, batch=self.batch, steps=self.fed_steps, size=self.size, model=self.model)
+        shared = {name: getattr(self, name) for name in ("loaders", "batch", "size", "model")}
+        return Feeding(steps=self.fed_steps, bare_s=self.decode_s, **shared)
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "batch", "repeat", "loaders", "fed_steps")
@@ -78,7 +83,7 @@ class TrainBenchmark:
 
 # No network. 2 CPU cores: about 15 seconds, and the numbers mean nothing at this size; the defaults take about 5 minutes.
 DEBUG = TrainBenchmark(
-    images=16, model="test_vit.r160_in1k", size=64, batch=4, steps=4, repeat=1, ray=False, loaders=2, fed_steps=5
+    images=16, model="test_vit.r160_in1k", size=64, batch=4, steps=4, repeat=1, ray=False, loaders=2, fed_steps=5, decode_s=0.2
 )
 
 
@@ -131,10 +136,10 @@ def _this_loop(config: TrainBenchmark, out: str, photos: str, workers: int) -> f
         log_every=1,
         executor="inline" if workers == 1 else "ray",
         workers=workers,
-        device="cpu",
+        device=config.device,
     )
     setup = run.resolve().prepare(InlineExecutor() if workers == 1 else RayExecutor())
-    train_inline(setup) if workers == 1 else train_on_ray(setup, "cpu")
+    train_inline(setup) if workers == 1 else train_on_ray(setup, config.device)
     return steady_rate(rated_steps(Folder(out)))
 
 
@@ -203,8 +208,9 @@ class _Keys(nn.Module):
 def _plain_loop(config: TrainBenchmark, photos: str, workers: int) -> float:
     paths = sorted(Path(photos).parent.glob(Path(photos).name))
     loader = DataLoader(_Photos(paths, config), config.batch, shuffle=True, num_workers=workers, drop_last=True)
-    backbone = _Keys(config)
-    net = build_net({"method": "lift", "channels": backbone.vit.num_features, "patch": backbone.patch})
+    device = device_of(config.device)
+    backbone = _Keys(config).to(device)
+    net = build_net({"method": "lift", "channels": backbone.vit.num_features, "patch": backbone.patch}).to(device)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
     step, counted, begun = 0, 0, 0.0
     while step < config.steps:
@@ -213,14 +219,14 @@ def _plain_loop(config: TrainBenchmark, photos: str, workers: int) -> float:
                 begun, counted = time.perf_counter(), 0
             if step == config.steps:
                 break
-            _plain_step(backbone, net, optimiser, images, config.precision)
+            _plain_step(backbone, net, optimiser, images.to(device), config.precision)
             step, counted = step + 1, counted + len(images)
     return counted / (time.perf_counter() - begun)
 
 
 def _plain_step(backbone: nn.Module, net: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, precision: str) -> None:
     half, quarter = images[..., ::2, ::2].contiguous(), images[..., ::4, ::4].contiguous()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         full, coarse, coarser = backbone(images), backbone(half), backbone(quarter)
     loss = _distance(net(half, coarse), full) + _distance(net(quarter, coarser), coarse)
     optimiser.zero_grad()
@@ -231,4 +237,4 @@ def _plain_step(backbone: nn.Module, net: nn.Module, optimiser: torch.optim.Opti
 
 def _distance(ours: Tensor, target: Tensor) -> Tensor:
     ours, target = (maps.flatten(2).transpose(1, 2).flatten(0, 1) for maps in (ours, target))
-    return F.cosine_embedding_loss(ours, target, torch.ones(len(ours)))
+    return F.cosine_embedding_loss(ours, target, torch.ones(len(ours), device=ours.device))
