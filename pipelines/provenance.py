@@ -73,6 +73,14 @@ def run_folder(out: str, options: StorageOptions) -> Folder:
     return folder
 
 
+def require_no_run(folder: Folder, what: str) -> None:
+    """Raise `ConfigError` where a folder that is to be a store's or a grid's (`what`) is a training's or an evaluation's."""
+    if folder.exists("run.json"):
+        raise ConfigError(
+            f"--out {folder.displayed} holds a training or an evaluation (run.json); give the {what} a folder of its own"
+        )
+
+
 NOTHING_RUN = "nothing was run; drop --plan to start"
 """The last line of a plan."""
 

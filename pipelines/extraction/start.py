@@ -6,6 +6,7 @@ from pipelines.config import ConfigError
 from pipelines.executors import executor_for
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import member_rules
+from pipelines.provenance import require_no_run
 from storage.inputs import Listing
 from storage.paths import Folder
 from storage.redaction import redact
@@ -40,10 +41,8 @@ def find_input(config: ExtractConfig) -> Listing:
     member_rules(config)  # raises for columns that can't be carried
     # Refuses what is there and isn't ours, before anything is written.
     folder = Folder(config.out, config.options)
-    if read_attributes(folder) is None and folder.exists("run.json"):
-        raise ConfigError(
-            f"--out {folder.displayed} holds a training or an evaluation (run.json); give the store a folder of its own"
-        )
+    if read_attributes(folder) is None:
+        require_no_run(folder, "store")
     if itself := [url for url in config.data if Folder(url, config.options).url == folder.url]:
         raise ConfigError(
             f"--out {redact(itself[0], config.options)} is also the input (--data); give the store a folder of its own"

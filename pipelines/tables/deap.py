@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.config import ConfigError, Identity, flag_of, settings_of
+from pipelines.config import Identity, flag_of, settings_of
 from pipelines.costs.speed import Speed
 from pipelines.executors import executor_for
-from pipelines.provenance import NOTHING_RUN, run_folder, versions
+from pipelines.provenance import NOTHING_RUN, require_no_run, run_folder, versions
 from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, Values
 from pipelines.results import sides, table_lines
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
@@ -445,10 +445,7 @@ def plan_lines(config: GridConfig, cells: Sequence[Cell]) -> Iterator[str]:
 def main(config: GridConfig) -> Iterator[str]:
     """Run all cells, then measure speeds; writes what was found and gives it line by line. Raises `CellsFailed` at the end."""
     cells, folder = plan_cells(config), run_folder(config.folder.url, config.options)  # before a cluster is started
-    if folder.exists("run.json"):
-        raise ConfigError(
-            f"--out {folder.displayed} holds a training or an evaluation (run.json); give the grid a folder of its own"
-        )
+    require_no_run(folder, "grid")
     if config.plan:
         yield from plan_lines(config, cells)
         return

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure as Drawing
 
 from pipelines.executors import executor_for
 from pipelines.plots import png_of, styled
-from pipelines.provenance import NOTHING_RUN, versions
+from pipelines.provenance import NOTHING_RUN, require_no_run, run_folder, versions
 from pipelines.results import Table, table_lines
 from pipelines.tables.paper_run import RESULTS, Figure, Outcome, read_figure, run_papers_cells, state_in_words
 from pipelines.tables.papers import TRAININGS, PaperPlan, PapersConfig, PaperTable
@@ -201,7 +201,8 @@ def plan_lines(config: PapersConfig, plan: PaperPlan) -> Iterator[str]:
 
 def main(make: Callable[[PapersConfig], PaperPlan], config: PapersConfig) -> Iterator[str]:
     """Do all cells, and write the tables. Raises `CellsFailed` at the end where one failed; what is missing is no failure."""
-    folder, plan = config.folder, make(config).only(config.table)
+    folder, plan = run_folder(config.folder.url, config.options), make(config).only(config.table)
+    require_no_run(folder, "tables")
     if config.plan:
         yield from plan_lines(config, plan)
         return
