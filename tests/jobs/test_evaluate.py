@@ -58,6 +58,7 @@ READ_IMAGES = {
     "cka": "JPEGImages/cat/2008_000001.jpg",
     "similarity": "JPEGImages/cat/2008_000001.jpg",
     "probe": "VOCdevkit/VOC2012/JPEGImages/*.jpg",
+    "detection": "val2017/*.jpg",
     "navi": "navi_v1/*/wild_set/images/downsampled_000.jpg",
 }
 """An image below the data of every evaluation that reads some."""
