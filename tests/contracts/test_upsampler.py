@@ -18,6 +18,7 @@ SMALLEST = {"naf": 3}
 
 VARIANTS = (
     Case(method="lift", settings={"image_branch": False}),
+    Case(method="lift", settings={"image_width": 200, "image_convs": 1}),
     Case(method="lift", settings={"patch": 14}),
     Case(method="lift", factor=4),
     Case(method="resize_conv", settings={"kernel": 3}, residual=True),
