@@ -71,6 +71,10 @@ class UpsamplerNet:
         """sha256 of its weights."""
         return weights_digest(self.arrays)
 
+    def identity(self) -> JsonObject:
+        """What makes its maps, as JSON values."""
+        return {**self.config, "weights": self.digest}
+
     @cached_property
     def parameters(self) -> int:
         """How many there are, BatchNorm's running statistics apart."""
@@ -268,7 +272,7 @@ class DetectorRecipe:
                 each.row.name: {
                     "detector": self.detectors[each.detector].digest,
                     "settings": self.detectors[each.detector].settings.to_json(),
-                    "upsampler": "" if each.upsampler is None else self.upsamplers[each.upsampler].digest,
+                    "upsampler": {} if each.upsampler is None else self.upsamplers[each.upsampler].identity(),
                 }
                 for each in self.rows
             },
