@@ -149,7 +149,7 @@ def _drive(folder: str, rows: int, block_rows: int, actors: int, forward_s: floa
 
 
 PHASES = {
-    "index": ("ray", "index"),
+    "index": ("model", "index"),
     "start": ("ready", "first task"),
     "stream": ("first task", "last task"),
     "finish": ("last task", "finished"),
