@@ -49,6 +49,9 @@ PRESETS: dict[str, dict[str, EvaluationConfig]] = {
         # LiFT's Table 1.
         # `python jobs/evaluate.py correspondence lift-spair --data SPair-71k --levels x1 x2=lift:CHECKPOINT --out ... --paper`
         "lift-spair": CorrespondenceConfig.of(sizes=LIFT_SIZES, **LIFT),
+        # Pairs whose correspondences are exactly known (a photograph and a warp of it, say), in SPair-71k's layout with the whole
+        # image as box: every pair, and precision beside the usual thresholds. Run on 24 warps of photos_open with ViT-Ti/16.
+        "known-points": CorrespondenceConfig.of(pairs_per_category=0, alphas=(0.1, 0.05, 0.02, 0.01)),
         # ViT-Up's Table 2, with --levels x1 448x448=vit_up:CHECKPOINT.
         "vit-up-spair": CorrespondenceConfig.of(protocol="vit-up", sizes=(448,), **VIT_UP_FEATURES),
         # The same table's NAVI columns, with --levels x1 112x112=vit_up:CHECKPOINT.
