@@ -403,15 +403,9 @@ def _dataset(make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPo
         batch_format="numpy",
         fn_constructor_kwargs={"factory": factory},
         **pool.placement,
-        # Calls overlap in an actor: some read and write while another computes. One more is there when one of them ends; no
-        # more, since those would wait for this actor while others end.
+        # Calls overlap in an actor: some read and write while another computes.
         compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=size,
-            initial_size=size,
-            max_concurrent_calls_per_actor=calls,
-            max_tasks_in_flight_per_actor=calls + 1,
-            enable_true_multi_threading=True,
+            min_size=1, max_size=size, initial_size=size, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=True
         ),
     )
 

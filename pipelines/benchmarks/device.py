@@ -188,7 +188,7 @@ class SleepingExecutor(InlineExecutor):
         setup = replace(cast("WorkerSetup", make_worker), lanes=self._way.lanes, batch=self._config.batch)
         self.device = SimulatedDevice(self._config, setup.bundle.spec.levels, pageable=self._way.pageable)
         self.worker = SleepingWorker(setup, self.device, self._config)
-        for report in super().stream(self._made, tasks, replace(pool, calls=self._way.calls), how):
+        for report in super().stream(self._made, tasks, replace(pool, calls=self._way.lanes.calls), how):
             self.reports.append(report)
             yield report
 
@@ -204,11 +204,10 @@ class Way:
     """How a worker works."""
 
     lanes: Lanes
-    calls: int
     pageable: bool = False
 
 
-BEFORE = Way(lanes=Lanes(), calls=2, pageable=True)
+BEFORE = Way(lanes=Lanes(), pageable=True)
 """Two tasks at a time, each from its images to its commit, and copies from memory that isn't pinned: what extraction did before
 it had a schedule."""
 
@@ -265,8 +264,7 @@ class DeviceResult:
 def measure_device(config: DeviceBenchmark, folder: Path) -> DeviceResult:
     """Both runs, one after the other."""
     data = write_tiny_tars(folder / "tars", config.tasks * config.block_rows, 1)
-    lanes = lanes_for("cuda", config.block_bytes)
-    now = Way(lanes=lanes, calls=lanes.calls)
+    now = Way(lanes=lanes_for("cuda", config.block_bytes))
     return DeviceResult(
         now=_run(config, data, str(folder / "now.zarr"), now), before=_run(config, data, str(folder / "before.zarr"), BEFORE)
     )
@@ -296,12 +294,12 @@ def _run(config: DeviceBenchmark, data: str, out: str, way: Way) -> Busy:
         seconds=seconds,
         run_s=run_s,
         stages={
-            "loading": stage(spent("load"), min(way.lanes.images, way.calls)),
+            "loading": stage(spent("load"), min(way.lanes.images, way.lanes.calls)),
             "copies to it": stage(device.up.busy_s, 1),
             DEVICE: stage(device.computing.busy_s, 1),
             "copies from it": stage(device.down.busy_s, 1),
             "encoding": stage(spent("encode"), way.lanes.encoding),
-            "writing": stage(spent("write"), min(way.lanes.rows, way.calls)),
+            "writing": stage(spent("write"), min(way.lanes.rows, way.lanes.calls)),
         },
         most_images=schedule.images.most,
         most_rows=schedule.rows.most,

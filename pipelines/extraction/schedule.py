@@ -31,11 +31,8 @@ class Lanes:
     "batches that were given to the device and whose rows haven't come back: one is computed while another is on its way"
     encoding: int = 3
     "batches whose rows are encoded, in so many threads"
-
-    @property
-    def calls(self) -> int:
-        """Calls that may overlap with something to do. The task on the device holds images and rows."""
-        return self.images + self.rows - 1
+    calls: int = 2
+    "tasks that overlap"
 
 
 def lanes_for(device: str, block_bytes: int) -> Lanes:
@@ -47,7 +44,9 @@ def lanes_for(device: str, block_bytes: int) -> Lanes:
     if device != "cuda":
         return Lanes()
     # Three tasks' images: one's are decoded while the next one's are still on their way from the storage.
-    return Lanes(images=3, rows=min(max(2, WRITING_BYTES // block_bytes), MOST_WRITING))
+    images, rows = 3, min(max(2, WRITING_BYTES // block_bytes), MOST_WRITING)
+    # The task on the device holds both.
+    return Lanes(images=images, rows=rows, calls=images + rows - 1)
 
 
 class Lane:

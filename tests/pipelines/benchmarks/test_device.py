@@ -44,7 +44,7 @@ def test_more_is_written_at_once_within_what_is_declared(tmp_path):
     config = replace(DEBUG, block_rows=8, batch=8, tasks=8, **times)
     result = measure_device(config, tmp_path)
 
-    assert result.before.most_rows <= BEFORE.calls
+    assert result.before.most_rows <= BEFORE.lanes.calls
     assert 3 <= result.now.most_rows <= result.now.lanes.rows
     assert result.now.most_images <= result.now.lanes.images
     assert result.before.bound == "writing"

@@ -28,7 +28,7 @@ def arrived(batch: int) -> None:
 def test_a_gpus_worker_writes_as_many_tasks_at_once_as_its_memory_holds():
     assert [lanes_for("cuda", block).rows for block in (1, 150 * 10**6, WRITING_BYTES)] == [MOST_WRITING, 14, 2]
     assert lanes_for("cpu", 1) == Lanes()
-    assert Lanes(images=2, rows=3).calls == 4
+    assert lanes_for("cuda", WRITING_BYTES // 5).calls == 7
 
 
 def test_tasks_are_written_while_others_compute_and_no_lane_is_overfull():
