@@ -114,9 +114,9 @@ def write_world(root: Path) -> Path:
     for name, seed in (("weights", 0), ("weights_b", 1)):
         write_weights(root / name, seed=seed)
     _write_checkpoints(root)
-    for name, seed in (("detector", 0), ("detector_b", 1)):
+    for name, seed in (("detector", 3), ("detector_b", 1)):
         write_detector(root / name, seed)
-    write_detector(root / "lifted", 0, {"method": "lift", "channels": RANDOM.dim, "patch": 16, "image_width": 8})
+    write_detector(root / "lifted", 3, {"method": "lift", "channels": RANDOM.dim, "patch": 16, "image_width": 8})
     return root
 
 
@@ -229,7 +229,7 @@ def write_weights(folder: Path, seed: int, args: Mapping[str, object] | None = N
 def write_detector(folder: Path, seed: int, upsampler: Mapping[str, JsonValue] | None = None) -> None:
     """A detector with random weights, which finds something whatever its scores are."""
     folder.mkdir(parents=True)
-    described_as = described(replace(RANDOM, classes=2, score_threshold=0.0, topk=10), upsampler)
+    described_as = described(replace(RANDOM, classes=2, score_threshold=0.0, topk=60), upsampler)
     safetensors.numpy.save_file(state_arrays(build(described_as, seed)), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(described_as))
 
