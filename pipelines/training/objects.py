@@ -13,7 +13,7 @@ from PIL import Image
 from operators.vitdet.augment import LargeScaleJitter, Objects, cropped, resized
 from operators.vitdet.input import resize
 from pipelines.features.photos import upright_pixels
-from pipelines.training.data import Example
+from pipelines.training.data import Example, at_once
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import OrientedImage
 from storage.datasets.images import orientation_of
@@ -38,6 +38,7 @@ class ObjectSource:
     jitter: LargeScaleJitter
     "its square is that of all images; of those without an epoch, nothing is drawn"
     seed: int
+    threads: int = 1
 
     @property
     def named_contents(self) -> list[tuple[str, str]]:
@@ -48,13 +49,19 @@ class ObjectSource:
         """Arrays of `rows` as drawn for `epoch`, for `unpacked`; None: images as a detector is given them."""
         found: dict[int, tuple[np.ndarray, Objects]] = {}
         failed: dict[int, str] = {}
-        for row in rows:
-            rng = None if epoch is None else np.random.default_rng([self.seed, epoch, row])
-            try:
-                found[row] = self._example(row, rng)
-            except DatasetError as error:
-                failed[row] = str(error)[:500]
+        for row, example in zip(rows, at_once(self.threads, lambda row: self._example_or_reason(row, epoch), rows), strict=True):
+            if isinstance(example, str):
+                failed[row] = example
+            else:
+                found[row] = example
         return Example(arrays=packed(list(found.values()), self.jitter.side) if found else {}, failed=failed)
+
+    def _example_or_reason(self, row: int, epoch: int | None) -> tuple[np.ndarray, Objects] | str:
+        rng = None if epoch is None else np.random.default_rng([self.seed, epoch, row])
+        try:
+            return self._example(row, rng)
+        except DatasetError as error:
+            return str(error)[:500]
 
     def _example(self, row: int, rng: np.random.Generator | None) -> tuple[np.ndarray, Objects]:
         item = self.items[row]
