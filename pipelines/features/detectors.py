@@ -298,7 +298,7 @@ class DetectorRecipe:
     @property
     def cpu_bytes(self) -> int:
         """About what a process takes that runs them on a CPU: its own, weights as they are sent and as they run, and an image in
-        the largest frame. Measured with ViT-B and 100 masks, in frames of 256, 512 and 1024 px."""
+        the largest frame. Measured with ViT-B and 100 masks, at 256 to 1024 px."""
         weights = sum(array.nbytes for each in (*self.detectors, *self.upsamplers) for array in each.arrays.values())
         frame = self.size * (1 if all(each.row.method == "backbone" for each in self.rows) else 2)
         return _PROCESS_BYTES + 2 * weights + _FRAME_BYTES * frame**2
