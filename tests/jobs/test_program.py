@@ -44,7 +44,16 @@ def test_all_errors_have_one_base_and_say_how_a_program_ends():
 
     assert {name for name, kind in found.items() if not issubclass(kind, RayliftError)} == set(OTHERS)
     failures = {name for name, kind in found.items() if issubclass(kind, RayliftError) and kind.exit_code == 1}
-    assert failures == {"BenchmarkFailed", "CellsFailed", "DecodeStuck", "DecoderDied", "RunFailed", "TrainFailed", "WorkersLost"}
+    assert failures == {
+        "BenchmarkFailed",
+        "CellsFailed",
+        "DecodeStuck",
+        "DecoderDied",
+        "RunFailed",
+        "TrainFailed",
+        "WorkerBroken",
+        "WorkersLost",
+    }
 
 
 def test_help_ends_quietly_when_its_reader_goes_away():
