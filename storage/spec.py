@@ -166,7 +166,7 @@ class FeatureSpec:
     model_args: LearnedLater[JsonObject] = field(default_factory=dict, hash=False)
     "timm's arguments where the network isn't built as its name alone says"
     compiled: Numbers[bool] = False
-    "its blocks are compiled, which in half precision rounds fewer values between them"
+    "its blocks are compiled, which rounds otherwise: in half precision fewer values, in float32 in another order"
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]

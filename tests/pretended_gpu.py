@@ -144,9 +144,8 @@ class Gpu(TorchDispatchMode):
 
     def _wait(self) -> None:
         self.waits += 1
-        ours = [
-            each for each in traceback.extract_stack() if each.filename.startswith(str(ROOT)) and "/tests/" not in each.filename
-        ]
+        own = [f"{ROOT / folder}/" for folder in ("cluster", "jobs", "operators", "pipelines", "storage")]
+        ours = [each for each in traceback.extract_stack() if each.filename.startswith(tuple(own))]
         self.where += [f"{Path(ours[-1].filename).relative_to(ROOT)}: {ours[-1].line}"] if ours else []
 
 

@@ -75,6 +75,7 @@ OF_FIELD: Mapping[str, Mapping[str, object]] = {
     "level method": {"levels": ("x1", "x2=bicubic")},
     "level dtype": {"levels": ("x1@float32", f"{LEARNED}@float32")},
     "level digest": {"levels": ("x1", f"{LEARNED}_b")},
+    "level compression": {"levels": ("x1@float16-raw", f"{LEARNED}@float16-raw")},
     "level channels": {"layers": (0, -1), "levels": ("x1", "x2")},
 }
 """Settings of the extraction that differ, by the field of the spec, or of a level, that they change. `geometry` is another than
@@ -84,6 +85,7 @@ FOLLOWS = {
     "level grid": "from input_size, stride and the level's name",
     "level start": "from stride",
     "level step": "from stride",
+    "compiled": "takes a minute; tests/pipelines/extraction/test_extract.py holds that a store is refused by it",
 }
 """Fields that don't differ alone."""
 

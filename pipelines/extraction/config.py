@@ -58,7 +58,7 @@ class ExtractConfig(JobConfig):
     cluster: Held[ClusterConfig] = ClusterConfig()
     decode_on: Free[Literal["actor", "cluster"]] = "actor"
     """`cluster` decodes in separate tasks on any CPU, for GPU nodes whose own CPUs can't keep up."""
-    compile: Free[Literal["off", "on", "max-autotune-no-cudagraphs"]] = "off"
+    compile: Found[Literal["off", "on", "max-autotune-no-cudagraphs"]] = "off"
     """Have torch compile the backbone's blocks: `on`, or a mode of torch.compile. Plain ViTs; takes a minute or so when an actor
     starts. In bf16 and fp16 the numbers differ a little, and the store says so: it isn't continued without it."""
     batch: Free[int | None] = None

@@ -131,8 +131,7 @@ def resolve(config: ExtractConfig, files: Listing | None = None) -> Resolved:
     bundle, model = load_bundle(config.features, config.options)
     if config.compile != "off":
         model.backbone.require_blocks()
-        # In float32 the numbers are those of another batch size: the same to rounding.
-        bundle = replace(bundle, spec=replace(bundle.spec, compiled=bundle.spec.precision != "fp32"))
+        bundle = replace(bundle, spec=replace(bundle.spec, compiled=True))
     found = Resolved(config=config, bundle=bundle, patch=model.backbone.patch, files=files)
     for note in found.notes:
         logger.warning("%s", note)

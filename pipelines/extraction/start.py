@@ -27,7 +27,7 @@ def main(config: ExtractConfig) -> Iterator[str]:
 
 def import_driver() -> None:
     """The module that drives a run, with torch and timm behind it: 2.5 s of CPU time."""
-    import pipelines.extraction.run  # noqa: F401
+    from pipelines.extraction import run  # noqa: F401
 
 
 def find_input(config: ExtractConfig) -> Listing:

@@ -220,7 +220,9 @@ def _annotations(data: RawObject) -> CocoAnnotations:
     named = ((_id(each["id"], "category id"), str(each.get("name"))) for each in data.get("categories") or ())
     _give_objects(by_id, _unique(categories, named, "category id", str), data["annotations"])
     if not categories:
-        categories = {note["category_id"]: str(note["category_id"]) for each in images for note in each.objects}
+        # Boxes alone may have none.
+        given = (note["category_id"] for each in images for note in each.objects if "category_id" in note)
+        categories = {number: str(number) for number in given}
     return CocoAnnotations(
         images=[by_id[number] for number in sorted(by_id)],
         categories={number: categories[number] for number in sorted(categories)},

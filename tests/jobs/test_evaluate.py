@@ -153,4 +153,4 @@ def test_no_word_prints_what_there_is(capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.program.parse([])
     assert end.value.code == 2
-    assert "correspondence: debug, lift-spair, vit-up-spair" in capsys.readouterr().out
+    assert "correspondence: debug, lift-spair, known-points, vit-up-spair" in capsys.readouterr().out

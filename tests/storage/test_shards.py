@@ -261,6 +261,7 @@ def test_rows_of_a_task_follow_from_the_data_on_any_machine(n_rows, levels, expe
 
 
 OTHER_SPEC = {
+    "compiled": True,
     "model_args": {"init_values": 1e-5},
     "model": "vit_small_patch16_224.augreg_in1k",
     "weights": "2" * 64,

@@ -180,9 +180,9 @@ def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
 
 def test_a_published_line_stands_below_the_settings_it_is_of(tmp_path, monkeypatch):
     monkeypatch.setitem(runtime.VIT_UP_RUNTIME.rows, "lift", {"112": {"ms": 7.0}})
-    monkeypatch.setitem(runtime.VIT_UP_RUNTIME_SETTINGS, "lift", {"wide": True})
+    monkeypatch.setitem(runtime.VIT_UP_RUNTIME_SETTINGS, "lift", {"image_width": 96})
     plain = config(tmp_path / "out", methods=("lift",), grids=(112,), paper=True, **SPLUS)
-    wide = plain.changed(settings=("lift.wide=true",), out=str(tmp_path / "wide"))
+    wide = plain.changed(settings=("lift.image_width=96",), out=str(tmp_path / "wide"))
 
     findings, as_published = (found_by(each, "NVIDIA H200")[1] for each in (plain, wide))
 
@@ -190,8 +190,8 @@ def test_a_published_line_stands_below_the_settings_it_is_of(tmp_path, monkeypat
     assert "nothing of low-res, bilinear x4, lift x4" in findings.tables[0].notes[1]
     (line,) = [line for line in as_published.tables[0].lines if line.features == "ViT-Up Table 9: lift x4"]
     assert line.values[0] == 7.0
-    assert as_published.choices["weights"] == "backbone random, lift random with wide true"
-    net = build_net({"method": "lift", "channels": 384, "patch": 16, "wide": True})
+    assert as_published.choices["weights"] == "backbone random, lift random with image_width 96"
+    net = build_net({"method": "lift", "channels": 384, "patch": 16, "image_width": 96})
     (line,) = [line for line in as_published.tables[0].lines if line.features == "lift x4"]
     assert line.values[4] * 1e6 == sum(each.numel() for each in net.parameters())
     with pytest.raises(ConfigError, match="--settings: no such .* settings: wider"):

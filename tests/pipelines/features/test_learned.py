@@ -740,7 +740,7 @@ def test_plan_counts_the_memory_of_a_learned_level(keys, tmp_path, capsys):
 def test_plan_says_what_little_memory_makes_of_a_batch_and_of_a_grid(keys, tmp_path, capsys, monkeypatch):
     url, data = official_file(tmp_path / "lift.pth"), keys().data
     level = ["--levels", f"x4=lift:{url}", "--plan", "--block-rows", "4"]
-    monkeypatch.setattr("pipelines.features.model.free_bytes", lambda _: 0)
+    monkeypatch.setattr("pipelines.features.model.free_bytes", lambda *_: 0)
     monkeypatch.setattr(type(learned_upsampler(OFFICIAL, make_net().state_dict())), "parts", lambda *_: (1, 1234))
 
     assert (

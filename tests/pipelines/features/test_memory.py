@@ -132,10 +132,9 @@ def test_actors_on_one_gpu_share_its_memory(free, taken, expected, monkeypatch):
 
 
 def test_half_a_gpu_takes_half_the_batch(published):
+    models, batches = [published.build("cpu", share) for share in (1.0, 0.5)], []
     with shapes_on_a_gpu(24 * GB):
-        batches = []
-        for share in (1.0, 0.5):
-            model = published.build("cpu", share)
+        for model in models:
             model.device = torch.device("cuda")
             batches.append(model.fit_batch(512))
 
