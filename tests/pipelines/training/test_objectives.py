@@ -205,7 +205,7 @@ def test_two_workers_take_the_steps_of_one(small, tmp_path, name):
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", [pytest.param("jafar", marks=pytest.mark.soak), "featup"])  # 50 s each
 def test_two_processes_of_ray_train_the_weights_of_one(small, tmp_path, name):
     """What is dropped is a micro-batch's, whichever process has it."""
     settings = {"micro_batch": 1, "epochs": 1}
