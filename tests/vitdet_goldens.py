@@ -1,4 +1,4 @@
-"""What tests of ViTDet need of its golden files (README_vitdet.md): settings and weights."""
+"""What tests of ViTDet share: a tiny detector's settings, and those and the weights of golden files (README_vitdet.md)."""
 
 import torch
 
@@ -6,6 +6,12 @@ from operators.upsamplers.lift import Lift, LiftSettings
 from operators.vitdet.detector import Detector
 from operators.vitdet.settings import DetectorSettings
 from tests.goldens import under
+
+TINY = DetectorSettings(
+    square_pad=64, image_size=64, pretrain_size=32, dim=16, depth=2, heads=2, window=2, global_blocks=(1,), channels=8, fc=8,
+    classes=3,
+)  # fmt: skip
+"""The smallest detector that has all parts."""
 
 
 def settings_of(config: dict) -> DetectorSettings:

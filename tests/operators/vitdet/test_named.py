@@ -7,27 +7,13 @@ from operators.backbone import BackboneError, TimmBackbone
 from operators.official_weights import recognise
 from operators.timm_models import create_model, load_arrays, preprocessing, state_arrays
 from operators.vitdet.detector import Detector
-from operators.vitdet.settings import DetectorSettings
 from tests.goldens import tensor_golden, under
+from tests.vitdet_goldens import TINY
 
 ARGUMENTS = {
     "dim": 48, "depth": 3, "heads": 3, "window": 3, "global_blocks": [1], "image_size": 96, "pretrain_size": 64,
 }  # fmt: skip
 """Of the golden file's backbone."""
-
-TINY = DetectorSettings(
-    square_pad=64,
-    image_size=64,
-    pretrain_size=32,
-    dim=16,
-    depth=2,
-    heads=2,
-    window=2,
-    global_blocks=(1,),
-    channels=8,
-    fc=8,
-    classes=3,
-)
 
 
 def golden_backbone(**options: object) -> tuple[TimmBackbone, dict[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from operators.objectives.shown import ShownBatchNorm2d
 from operators.upsamplers import UpsamplerError
 from operators.vitdet.checkpoint import described
 from operators.vitdet.detector import Detector
-from operators.vitdet.settings import DetectorError, DetectorSettings
+from operators.vitdet.settings import DetectorError
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
@@ -30,22 +30,9 @@ from storage.runs import Checkpoint, write_checkpoint
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 from tests.readout_runs import prepared
+from tests.vitdet_goldens import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = DetectorSettings(
-    square_pad=64,
-    image_size=64,
-    pretrain_size=32,
-    dim=16,
-    depth=2,
-    heads=2,
-    window=2,
-    global_blocks=(1,),
-    channels=8,
-    fc=8,
-    classes=3,
-)
 
 
 def detector(seed: int) -> dict[str, np.ndarray]:
