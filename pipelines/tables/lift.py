@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from pipelines.config import ConfigError
 from pipelines.published import (
     LIFT_ABLATIONS,
     LIFT_BACKBONES,
@@ -27,17 +26,13 @@ from pipelines.published import (
     Published,
 )
 from pipelines.tables.lift_cells import ALPHAS, CROSSED, DETECTORS, IMAGES, LABELS, METHODS, MODELS, OWN, STRIDE, Cells
-from pipelines.tables.papers import PAIRS, Job, PaperPlan, PapersConfig, PaperTable, Wanted
+from pipelines.tables.papers import Job, PaperPlan, PapersConfig, PaperTable, Wanted
 from storage.documents import JsonValue
-from storage.redaction import redact
 
 
 def plan(config: PapersConfig) -> PaperPlan:
     """All of the paper. Raises `ConfigError` for words that mean nothing."""
-    known = {"data": {*IMAGES, "photos"}, "backbone": {*MODELS}, "weights": {*MODELS, *DETECTORS}}
-    for name in PAIRS:
-        if unknown := config.pairs(name).keys() - known[name]:
-            raise ConfigError(f"--{name} {redact(', '.join(sorted(unknown)))}: there are {', '.join(sorted(known[name]))}")
+    config.require_known(data={*IMAGES, "photos"}, backbone={*MODELS}, weights={*MODELS, *DETECTORS})
     make = Cells(config=config)
     tables: tuple[PaperTable, ...] = (
         _rows(make, "1", "SPair-71k, PCK, %", make.correspondence, {each: (LIFT_CORRESPONDENCE, each) for each in ALPHAS}),
@@ -161,9 +156,9 @@ def _larger(make: Cells) -> PaperTable:
     side, wanted = make.side(224), []
     known = {each.model: each for each in LIFT_OPERATIONS if (each.size, each.stride) == (224, 16)}
     for row, backbone, method, score in (
-        ("ViT-S/16", OWN, "backbone", 24.76),
-        ("ViT-S/16, LiFT", OWN, "lift", 28.68),
-        ("ViT-B/16", "dino-b16", "backbone", 24.90),
+        ("ViT-S/16", OWN, "backbone", LIFT_CORRESPONDENCE.values("backbone", "224")["PCK@0.1"]),
+        ("ViT-S/16, LiFT", OWN, "lift", LIFT_CORRESPONDENCE.values("lift", "224")["PCK@0.1"]),
+        ("ViT-B/16", "dino-b16", "backbone", _by_side(LIFT_BACKBONES["dino-b16"]["backbone"]["PCK@0.1"], 224)),
     ):
         numbers = known[MODELS[backbone]]
         macs, trained = (numbers.lift, make.training()) if method == "lift" else (numbers.alone, "")

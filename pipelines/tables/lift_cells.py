@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from pipelines.config import absolute
 from pipelines.published import LIFT_FEATURES, LIFT_SIDES, LIFT_TRAINING
-from pipelines.tables.papers import Job, PaperCell, PapersConfig
+from pipelines.tables.paper_cells import ScaledCells
+from pipelines.tables.papers import Job, PaperCell
 from storage.documents import JsonValue
 
 OWN = "dino-s16"
@@ -38,8 +38,6 @@ IMAGES = {"coco": 5_000, "spair": 3_600, "davis": 1_999, "voc07": 5_011, "voc12"
 """That an evaluation looks at, of each data set as it is published: SPair's are 1,800 pairs that are drawn."""
 
 TRAINED_IMAGES = 25_025 * 256
-
-TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 FOLDERS = {
     "spair": "labelled/spair_layout/SPair-71k", "davis": "labelled/davis/DAVIS", "voc07": "labelled/voc", "voc12": "labelled/voc",
@@ -75,11 +73,10 @@ TRAINED_PARAMETERS = 1.2e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cells:
-    """Makes cells as tables ask for them, each once, and gives their names."""
+class Cells(ScaledCells):
+    """LiFT's."""
 
-    config: PapersConfig
-    cells: dict[str, PaperCell] = field(default_factory=dict)
+    own, models, folders, drawn, lacking = OWN, MODELS, FOLDERS, DEMO, "correspondence"
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -90,46 +87,22 @@ class Cells:
         """A size of the paper's, or the scale's in its place."""
         return side if self.config.scale == "paper" else min(self.sides, key=lambda each: abs(each - side))
 
-    def add(self, cell: PaperCell) -> str:
-        self.cells.setdefault(cell.name, cell)
-        return cell.name
-
     # --- what cells are of --------------------------------------------------------------------------------------------
-
-    def model(self, backbone: str) -> str:
-        given = self.config.pairs("backbone").get(backbone)
-        return given or {"paper": MODELS[backbone], "mini": TINY, "debug": "test_vit.r160_in1k"}[self.config.scale]
 
     def features(self, backbone: str) -> dict[str, JsonValue]:
         """Settings of a backbone's maps."""
-        scale, weights = self.config.scale, self.config.pairs("weights").get(backbone)
-        if scale == "mini" and not weights and self.model(backbone) == TINY and self.config.root:
-            weights = f"{absolute(self.config.root).rstrip('/')}/weights/{TINY}"
-        default = "random" if scale == "debug" else "pretrained"
-        found: dict[str, JsonValue] = {**LIFT_FEATURES, "model": self.model(backbone), "weights": weights or default}
-        if scale != "paper":  # not DINO's
+        found: dict[str, JsonValue] = {**LIFT_FEATURES, "model": self.model(backbone), "weights": self.weights(backbone)}
+        if self.config.scale != "paper":  # not DINO's
             found.pop("pos_embed")
         return found
 
     def lacks(self, backbone: str, *datasets: str) -> str:
         """What isn't there of a backbone and data sets."""
-        config, found = self.config, []
-        weights, others = config.pairs("weights"), config.pairs("backbone")
-        if config.scale != "paper" and backbone != OWN and backbone not in others:
-            found.append(f"the backbone {backbone}: {config.scale} has one; give --backbone {backbone}=TIMM_NAME")
-        elif backbone in RELEASED and backbone not in {*weights, *others}:
-            found.append(f"{RELEASED[backbone]} weights: give --weights {backbone}=URL of the file that its authors released")
-        lacking = [each for each in datasets if not self.folder(each)]
-        found += [f"the data set {each}: give --data {each}={'TARS' if each == 'photos' else 'FOLDER'}" for each in lacking]
-        return "; ".join(found)
-
-    def folder(self, dataset: str) -> str:
-        """Of a data set; empty where there is none."""
-        if given := self.config.pairs("data").get(dataset):
-            return absolute(given)
-        if self.config.scale == "mini" and self.config.root and dataset in FOLDERS:
-            return f"{absolute(self.config.root).rstrip('/')}/{FOLDERS[dataset]}"
-        return absolute(DEMO[dataset]) if self.config.scale == "debug" and dataset in DEMO else ""
+        given = {*self.config.pairs("weights"), *self.config.pairs("backbone")}
+        found = self.lacks_backbone(backbone)
+        if not found and backbone in RELEASED and backbone not in given:
+            found = f"{RELEASED[backbone]} weights: give --weights {backbone}=URL of the file that its authors released"
+        return "; ".join([*filter(None, [found]), *self.lacks_data(*datasets)])
 
     def tokens(self, backbone: str, side: int, stride: int | None = None) -> float:
         """Of one image, times the backbone's parameters."""
@@ -235,8 +208,7 @@ class Cells:
         """COCO by a plain detector, or beside it by one whose heads were trained on LiFT's maps."""
         weights, names = self.config.pairs("weights"), [head, *([f"{head}-lift"] if lift else [])]
         lacks = [f"the detector {name}: give --weights {name}=URL" for name in names if name not in weights]
-        if not self.folder("coco"):
-            lacks.append("the data set coco: give --data coco=FOLDER")
+        lacks += self.lacks_data("coco")
         urls = [weights.get(name, "") for name in names]
         limit: dict[str, JsonValue] = {"limit": self.config.limit} if self.config.limit else {}
         settings: dict[str, JsonValue] = {
@@ -253,7 +225,3 @@ class Cells:
                 stored_bytes=images * 2e4,
             )
         )
-
-    def missing(self, name: str, why: str) -> str:
-        """A cell that nothing here can do."""
-        return self.add(PaperCell(name=name, job="correspondence", missing=why))

@@ -6,7 +6,7 @@ isn't there, and cells that several tables take from are done once. A paper is p
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,11 +27,6 @@ Job = Literal[
     "lift", "vit-up", "readout", "correspondence", "video", "discovery", "cka", "similarity", "runtime", "probe", "detection"
 ]
 """One of `TRAININGS`, or the first word of jobs/evaluate.py."""
-
-
-Pairs = Literal["data", "backbone", "weights"]
-PAIRS: tuple[Pairs, ...] = ("data", "backbone", "weights")
-"""Settings that are NAME=VALUE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +84,8 @@ class PapersConfig(JobConfig):
             raise ConfigError("no output: give --out a path or URL for the tables")
         return Folder(absolute(self.out), self.options)
 
-    def pairs(self, name: Pairs) -> dict[str, str]:
-        """NAME=VALUE settings by name. Raises `ConfigError`."""
+    def pairs(self, name: str) -> dict[str, str]:
+        """`data`, `backbone` or `weights`, which are NAME=VALUE, by name. Raises `ConfigError`."""
         found = {}
         for text in getattr(self, name):
             key, equals, value = text.partition("=")
@@ -98,6 +93,12 @@ class PapersConfig(JobConfig):
                 raise ConfigError(f"--{name} {redact(text, self.options)}: use NAME=VALUE")
             found[key] = value
         return found
+
+    def require_known(self, **known: Collection[str]) -> None:
+        """Raises `ConfigError` for names of NAME=VALUE settings that a paper doesn't have; `known`: its names by setting."""
+        for name, names in known.items():
+            if unknown := self.pairs(name).keys() - names:
+                raise ConfigError(f"--{name} {redact(', '.join(sorted(unknown)))}: there are {', '.join(sorted(names))}")
 
     def worker_request(self) -> WorkerRequest:
         """Workers that do a cell each."""

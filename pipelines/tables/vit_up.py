@@ -5,9 +5,9 @@ which: here 5 leaves out parts of the network, 6 terms of the loss, and 7 and th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pipelines.config import ConfigError, absolute
+from pipelines.config import ConfigError
 from pipelines.published import (
     RECIPES,
     VIT_UP_CORRESPONDENCE,
@@ -22,9 +22,9 @@ from pipelines.published import (
     VIT_UP_SIZE,
     VIT_UP_TRAINING,
 )
-from pipelines.tables.papers import PAIRS, PaperCell, PaperPlan, PapersConfig, PaperTable, Wanted
+from pipelines.tables.paper_cells import ScaledCells
+from pipelines.tables.papers import PaperCell, PaperPlan, PapersConfig, PaperTable, Wanted
 from storage.documents import JsonValue
-from storage.redaction import redact
 
 MODELS = {"splus": "vit_small_plus_patch16_dinov3_qkvb.lvd1689m", "base": "vit_base_patch16_dinov3_qkvb.lvd1689m"}
 
@@ -46,8 +46,6 @@ DEMO = {"spair": "demo/evaluate/SPair-71k", "voc": "demo/evaluate/VOC2012", "pho
 
 FOLDERS = {"spair": "labelled/spair_layout/SPair-71k", "photos": "photos_train"}
 """Of `mini`, below --root: its other sets have no training part."""
-
-TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 SMALL: Mapping[str, Mapping[str, JsonValue]] = {
     "mini": {
@@ -82,51 +80,26 @@ DEPTH = "the depth probe's targets: Depth Anything V2, which predicts them, isn'
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cells:
-    """Makes cells as tables ask for them, each once, and gives their names."""
+class _Cells(ScaledCells):
+    """ViT-Up's."""
 
-    config: PapersConfig
-    cells: dict[str, PaperCell] = field(default_factory=dict)
+    own, models, folders, drawn, lacking = "splus", MODELS, FOLDERS, DEMO, "probe"
 
     @property
     def side(self) -> int:
         return (self.config.sizes or ({"paper": VIT_UP_SIZE, "mini": 224, "debug": 64}[self.config.scale],))[0]
 
-    def add(self, cell: PaperCell) -> str:
-        self.cells.setdefault(cell.name, cell)
-        return cell.name
-
-    def missing(self, name: str, why: str) -> str:
-        """A cell that nothing here can do."""
-        return self.add(PaperCell(name=name, job="probe", missing=why))
-
     def features(self, backbone: str) -> dict[str, JsonValue]:
         """Settings of a backbone's maps."""
-        scale, given, weights = self.config.scale, self.config.pairs("backbone"), self.config.pairs("weights").get(backbone)
-        model = given.get(backbone) or {"paper": MODELS[backbone], "mini": TINY, "debug": "test_vit.r160_in1k"}[scale]
-        if scale == "mini" and not weights and model == TINY and self.config.root:
-            weights = f"{absolute(self.config.root).rstrip('/')}/weights/{TINY}"
-        precision = VIT_UP_FEATURES["precision"] if scale == "paper" else "fp32"
-        return {"model": model, "weights": weights or ("random" if scale == "debug" else "pretrained"), "precision": precision}
-
-    def folder(self, dataset: str) -> str:
-        """Of a data set; empty where there is none."""
-        if given := self.config.pairs("data").get(dataset):
-            return absolute(given)
-        if self.config.scale == "mini" and self.config.root and dataset in FOLDERS:
-            return f"{absolute(self.config.root).rstrip('/')}/{FOLDERS[dataset]}"
-        return absolute(DEMO[dataset]) if self.config.scale == "debug" and dataset in DEMO else ""
+        precision = VIT_UP_FEATURES["precision"] if self.config.scale == "paper" else "fp32"
+        return {"model": self.model(backbone), "weights": self.weights(backbone), "precision": precision}
 
     def lacks(self, backbone: str, dataset: str, method: str = "") -> str:
         """What isn't there of a backbone, a data set and a rival's file."""
-        config, found = self.config, []
-        if config.scale != "paper" and backbone != "splus" and backbone not in config.pairs("backbone"):
-            found.append(f"the backbone {backbone}: {config.scale} has one; give --backbone {backbone}=TIMM_NAME")
-        if method in RIVALS and method not in config.pairs("weights"):
+        found = [*filter(None, [self.lacks_backbone(backbone)])]
+        if method in RIVALS and method not in self.config.pairs("weights"):
             found.append(f"{LABELS[method]}'s weights for this backbone: give --weights {method}=URL")
-        if not self.folder(dataset):
-            found.append(f"the data set {dataset}: give --data {dataset}={'TARS' if dataset == 'photos' else 'FOLDER'}")
-        return "; ".join(found)
+        return "; ".join([*found, *self.lacks_data(dataset)])
 
     def training(self, backbone: str = "splus", name: str = "", **changes: JsonValue) -> str:
         """The cell that trains ViT-Up."""
@@ -229,10 +202,7 @@ class _Cells:
 
 def plan(config: PapersConfig) -> PaperPlan:
     """All of the paper. Raises `ConfigError` for words that mean nothing."""
-    known = {"data": {*PROBES, "spair", "navi", "photos"}, "backbone": {*MODELS}, "weights": {*MODELS, *RIVALS}}
-    for name in PAIRS:
-        if unknown := config.pairs(name).keys() - known[name]:
-            raise ConfigError(f"--{name} {redact(', '.join(sorted(unknown)))}: there are {', '.join(sorted(known[name]))}")
+    config.require_known(data={*PROBES, "spair", "navi", "photos"}, backbone={*MODELS}, weights={*MODELS, *RIVALS})
     if len(config.sizes) > 1:
         raise ConfigError(f"--sizes {' '.join(map(str, config.sizes))}: ViT-Up's tables have one side of the input; give one")
     make = _Cells(config=config)
