@@ -60,7 +60,7 @@ class ExtractConfig(JobConfig):
     """`cluster` decodes in separate tasks on any CPU, for GPU nodes whose own CPUs can't keep up."""
     compile: Found[Literal["off", "on", "max-autotune-no-cudagraphs"]] = "off"
     """Have torch compile the backbone's blocks: `on`, or a mode of torch.compile. Plain ViTs; takes a minute or so when an actor
-    starts. In bf16 and fp16 the numbers differ a little, and the store says so: it isn't continued without it."""
+    starts. The numbers differ a little, and the store says so: it isn't continued without it."""
     batch: Free[int | None] = None
     """Images per forward; default: 16 on CPU, 64 on GPU, less where memory is short."""
     block_rows: Counts[int | None] = None

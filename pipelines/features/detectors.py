@@ -187,6 +187,12 @@ def _read_config(url: str, entry: str, options: StorageOptions | None) -> JsonOb
     return config
 
 
+def new_upsampler(method: str, settings: DetectorSettings) -> JsonObject:
+    """What a checkpoint says of an untrained upsampler for a detector's maps: method and settings."""
+    known = {"channels": settings.dim, "patch": PATCH}
+    return {"method": method, **{name: value for name, value in known.items() if name in find_method(method).setting_names}}
+
+
 def load_upsampler_net(text: str, detector: DetectorWeights, options: StorageOptions | None = None) -> UpsamplerNet:
     """The upsampler of `METHOD:URL`, a checkpoint's folder or a training run's, or of `METHOD` with random weights, for a
     detector's maps. Raises `WeightsUnavailable`, and `UpsamplerError` or `DetectorError` where it isn't one for them."""
@@ -195,8 +201,7 @@ def load_upsampler_net(text: str, detector: DetectorWeights, options: StorageOpt
         doubling = ", ".join(method_names(lambda method: isinstance(method, Recursive)))
         raise DetectorError(f"{name} can't stand in a detector: it takes a network that doubles a map, as those of {doubling} do")
     if not url:
-        known: dict[str, JsonValue] = {"channels": detector.settings.dim, "patch": PATCH}
-        config: JsonObject = {"method": name, **{n: value for n, value in known.items() if n in find_method(name).setting_names}}
+        config = new_upsampler(name, detector.settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             arrays = state_arrays(doubling_net(config, detector.settings))

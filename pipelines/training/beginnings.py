@@ -8,11 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from operators.timm_models import load_arrays, state_arrays, weights_digest
-from operators.upsamplers import find_method
 from operators.vitdet.checkpoint import build, described, load_backbone
 from operators.vitdet.detector import Detector
-from operators.vitdet.settings import PATCH, DetectorError, DetectorSettings
-from pipelines.features.detectors import LIFT, NET, DetectorWeights, UpsamplerNet
+from operators.vitdet.settings import DetectorError, DetectorSettings
+from pipelines.features.detectors import LIFT, NET, DetectorWeights, UpsamplerNet, new_upsampler
 from pipelines.features.weights import WEIGHT_FILES, read_state_dict
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder, StorageOptions, has_extension
@@ -58,7 +57,7 @@ class Beginning:
     ) -> "Beginning":
         """Drawn from a seed, with an upsampler of `method` where one is named, but for a backbone's tensors where there are some.
         Raises `DetectorError` where these don't fit."""
-        upsampler = _upsampler(method, settings) if method else None
+        upsampler = new_upsampler(method, settings) if method else None
         net = build(described(settings, upsampler), seed)
         if backbone is not None:
             load_backbone(net, backbone)
@@ -84,12 +83,6 @@ class Beginning:
         net = build(described(self.settings, self.upsampler))
         load_arrays(net, self.arrays)
         return net
-
-
-def _upsampler(method: str, settings: DetectorSettings) -> JsonObject:
-    """Of a method, for a detector's maps."""
-    known = {"channels": settings.dim, "patch": PATCH}
-    return {"method": method, **{name: value for name, value in known.items() if name in find_method(method).setting_names}}
 
 
 def backbone_at(url: str, options: StorageOptions | None = None) -> dict[str, Tensor] | None:
