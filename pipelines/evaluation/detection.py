@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -24,6 +24,7 @@ from pipelines.features.detectors import (
     DetectorRecipe,
     DetectorRow,
     DetectorWeights,
+    Head,
     UpsamplerNet,
     load_detector,
     load_upsampler_net,
@@ -60,7 +61,7 @@ class DetectionConfig(LabelConfig, EvaluationConfig):
     finetuned: Found[tuple[str, ...]] = ()
     """A row each: detectors whose heads were trained on an upsampler's maps (jobs/train.py vitdet --upsampler ...), which is in
     them, too."""
-    head: Counts[Literal["mask_rcnn", "cascade"] | None] = None
+    head: Counts[Head | None] = None
     """What the detectors' heads must be; default: what the plain one's are."""
     size: Counts[int | None] = None
     """Pixels a side of the square input: images' longer side is brought to it. Default: 512, or what the detector was trained at

@@ -17,8 +17,9 @@ def main(config: ExtractConfig) -> Iterator[str]:
     """Run the extraction, or only plan it, and give what there is to say of it, line by line. Raises what `extract` raises."""
     if config.json and not config.plan:
         raise ConfigError("--json is how --plan is printed; give --plan, too, or leave --json out")
-    files = find_input(config)  # before a cluster is started: many mistakes end here
-    meanwhile = None if _is_complete(config) else import_driver
+    files, complete = _looked_at(config)  # before a cluster is started: many mistakes end here
+    # Of a finished store perhaps nothing is left to do, and no cluster is needed for that.
+    meanwhile = None if complete else import_driver
     with executor_for(config, plan=config.plan, meanwhile=meanwhile) as executor:
         from pipelines.extraction.run import lines
 
@@ -35,22 +36,23 @@ def find_input(config: ExtractConfig) -> Listing:
 
     Raises `InputError` and `ConfigError`.
     """
+    return _looked_at(config)[0]
+
+
+def _looked_at(config: ExtractConfig) -> tuple[Listing, bool]:
+    """`find_input`, and whether the store is there and finished: its root is read once for both."""
     config.require_used()
     if not config.out:
         raise ConfigError("no output: give --out a path or URL for the Zarr store")
     member_rules(config)  # raises for columns that can't be carried
     # Refuses what is there and isn't ours, before anything is written.
     folder = Folder(config.out, config.options)
-    if read_attributes(folder) is None:
+    attributes = read_attributes(folder)
+    if attributes is None:
         require_no_run(folder, "store")
     if itself := [url for url in config.data if Folder(url, config.options).url == folder.url]:
         raise ConfigError(
             f"--out {redact(itself[0], config.options)} is also the input (--data); give the store a folder of its own"
         )
-    return config.input.files(config.data, config.options, config.image_member)
-
-
-def _is_complete(config: ExtractConfig) -> bool:
-    """Whether the store is there and finished, so that perhaps nothing is left to do, and no cluster is needed for that."""
-    attributes = read_attributes(Folder(config.out, config.options))
-    return attributes is not None and attributes["status"] == "complete"
+    files = config.input.files(config.data, config.options, config.image_member)
+    return files, attributes is not None and attributes["status"] == "complete"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ RANDOM = DetectorSettings(
     dim=48, depth=2, heads=3, window=4, global_blocks=(1,), drop_path=0.0, channels=32, fc=64, square_pad=128, image_size=128
 )
 """Of a detector with random weights: what programs are tried with."""
+
+
+Head = Literal["mask_rcnn", "cascade"]
+"""Whose boxes and masks a detector's heads are: Mask R-CNN's or Cascade R-CNN's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,7 @@ class DetectorWeights:
     "in words, which of its run's steps it is, where a run was named"
 
     @property
-    def head(self) -> str:
+    def head(self) -> Head:
         """What the heads are called, as --head has it."""
         return "cascade" if self.settings.cascade else "mask_rcnn"
 

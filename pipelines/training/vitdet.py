@@ -24,7 +24,7 @@ from operators.vitdet.masks import ObjectMasks
 from operators.vitdet.settings import DetectorError, DetectorSettings
 from pipelines.config import ConfigError, Counts, Found, Free, absolute, require_at_least, said, used_with
 from pipelines.executors import Executor
-from pipelines.features.detectors import DetectorWeights, load_detector, load_upsampler_net
+from pipelines.features.detectors import DetectorWeights, Head, load_detector, load_upsampler_net
 from pipelines.features.weights import WeightsChoice
 from pipelines.training.beginnings import Beginning, backbone_at, require_same_classes
 from pipelines.training.config import LR_SCALE, Objective, TrainConfig, TrainSetup, Validation
@@ -42,9 +42,6 @@ from storage.paths import Folder
 from storage.redaction import redact
 
 logger = logging.getLogger(__name__)
-
-HEADS = {"mask_rcnn": False, "cascade": True}
-"""By name, whether a detector's heads are Cascade R-CNN's."""
 
 _PATHS = 11
 """What stochastic depth is drawn by, for an image of a step."""
@@ -90,7 +87,7 @@ class ViTDetTraining(TrainConfig):
 
     word: ClassVar[str] = "vitdet"
 
-    method: Counts[Literal["mask_rcnn", "cascade"]] = "mask_rcnn"
+    method: Counts[Head] = "mask_rcnn"
     """The heads."""
     data: Found[str] = ""
     """COCO's folder in its official layout, with annotations/instances_SPLIT.json: a path or fsspec URL."""
@@ -242,7 +239,7 @@ class ViTDetTraining(TrainConfig):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         sides = {"square_pad": self.size, "image_size": self.size}
         try:
-            return replace(MODELS[self.model], **sides, classes=classes, cascade=HEADS[self.method], **given)
+            return replace(MODELS[self.model], **sides, classes=classes, cascade=self.method == "cascade", **given)
         except DetectorError as error:
             raise ConfigError(f"--model {self.model} at --size {self.size}: {error}") from None
 
