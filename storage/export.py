@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +48,7 @@ def made_of(store: FeatureStore, level: str) -> dict[str, str]:
     """What a file says of vectors from a level: store, fingerprint, level and features."""
     spec = store.spec.to_json()
     del spec["levels"]
-    about = {"store": store.folder.displayed, "fingerprint": store.root.fingerprint, "level": asdict(store.level(level))}
+    about = {"store": store.folder.displayed, "fingerprint": store.root.fingerprint, "level": store.level(level).to_json()}
     return {"raylift": json.dumps({**about, "features": spec})}
 
 

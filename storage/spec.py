@@ -43,6 +43,16 @@ MAX_ROWS = 2**40
 SIDE_GROUPS = ("index", "ledger", "runs", "views")
 """Folders beside the levels."""
 
+_TAKEN = (*SIDE_GROUPS, "zarr.json", "row", "key")
+"""What no level can be called: what lies beside them, and what samples of a data set have beside their maps."""
+
+_SCALE = re.compile(r"x\d+(\.\d+)?|\d+x\d+|pooled")
+
+
+def is_scale(text: str) -> bool:
+    """Whether a level may be asked for so without a name of its own: x2, 112x112, pooled."""
+    return bool(_SCALE.fullmatch(text))
+
 
 def encoding_of(dtype: Dtype, compression: Compression) -> str:
     """As `Encoding` names it."""
@@ -66,6 +76,7 @@ class Level:
     """
 
     name: str
+    "its scale (x2, 112x112, pooled), or a name of its own"
     method: str
     "`backbone`, an upsampler's name, or `cls` / `mean` for the pooled vector"
     grid: tuple[int, int] | None
@@ -76,14 +87,11 @@ class Level:
     digest: str = ""
     "sha256 of the upsampler's weights; empty for parameter-free methods"
     compression: Compression = "zstd"
+    scale: str = ""
+    "as it was asked for, where the name is another one"
 
     def __post_init__(self) -> None:
-        # Its name is a folder's: one that leads elsewhere would be written there.
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", self.name) or self.name in (*SIDE_GROUPS, "zarr.json"):
-            raise InvalidSpec(
-                f"a level can't be called {self.name!r}: letters, digits and . _ + - are allowed, "
-                f"{', '.join(SIDE_GROUPS)} are taken"
-            )
+        require_level_name(self.name, self.scale)
         if self.dtype not in get_args(Dtype):
             raise InvalidSpec(f"level {self.name}: stored as {self.dtype!r}, which isn't one of {get_args(Dtype)}")
         if any(size < 1 for size in self.row_shape) or self.row_bytes > MAX_ROW_BYTES:
@@ -102,6 +110,25 @@ class Level:
                 f"{self.grid}, {self.start} and {self.step}"
             )
 
+    def to_json(self) -> dict[str, JsonValue]:
+        """What it says, but for what stores didn't say from the beginning and what is as it was then."""
+        said = json.loads(json.dumps(asdict(self)))
+        if self.compression == "zstd":
+            del said["compression"]
+        if not self.scale:
+            del said["scale"]
+        return said
+
+    @property
+    def asked(self) -> str:
+        """How one asks for its place: the scale, behind the name where that is another one."""
+        return f"{self.name}:{self.scale}" if self.scale else self.name
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether its grid is the backbone's times a factor, whatever that one's is."""
+        return (self.scale or self.name).startswith("x")
+
     @property
     def encoding(self) -> str:
         """As `Encoding` names it."""
@@ -116,6 +143,19 @@ class Level:
         """Raw bytes of one row as stored, scales of int8 included."""
         width = {"float16": 2, "float32": 4, "int8": 1}[self.dtype]
         return math.prod(self.row_shape) * width + (4 * self.channels if self.dtype == "int8" else 0)
+
+
+def require_level_name(name: str, scale: str = "") -> None:
+    """Raise `InvalidSpec` where no level can be called so; `scale`: as it is asked for, where the name is another one."""
+    # Its name is a folder's: one that leads elsewhere would be written there. Some disks take capitals for small letters.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name) or name.casefold() in _TAKEN:
+        raise InvalidSpec(
+            f"a level can't be called {name!r}: letters, digits and . _ + - are allowed, {', '.join(_TAKEN)} are taken"
+        )
+    if scale and not is_scale(scale):
+        raise InvalidSpec(f"level {name}: {scale!r} is no scale; there are x2 and other factors, 112x112 and pooled")
+    if scale and is_scale(name.casefold()):
+        raise InvalidSpec(f"a level of scale {scale} can't be called {name!r}, which is another scale; give it another name")
 
 
 class Use(enum.Enum):
@@ -170,22 +210,19 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]
-        if len(set(names)) != len(names):
-            raise InvalidSpec(f"levels must be different ones; got {' '.join(names)}")
+        if len({name.casefold() for name in names}) != len(names):
+            raise InvalidSpec(f"levels must have different names, in small letters, too; got {' '.join(names)}")
         if len(self.input_size) != 2 or any(size < 1 for size in self.input_size):
             raise InvalidSpec(f"the model's input can't be of {self.input_size} pixels")
 
     def to_json(self) -> dict[str, JsonValue]:
         """As a store's attributes hold it: lists where there are tuples, the fields in this order."""
-        data = json.loads(json.dumps(asdict(self)))
+        data = json.loads(json.dumps({**asdict(self), "levels": [level.to_json() for level in self.levels]}))
         # Stores from before there were any keep their fingerprint.
         if not self.model_args:
             del data["model_args"]
         if not self.compiled:
             del data["compiled"]
-        for level in data["levels"]:
-            if level["compression"] == "zstd":
-                del level["compression"]
         return data
 
     @classmethod

@@ -76,7 +76,7 @@ def float16_levels(levels: Sequence[Level]) -> list[str]:
 
 def clipping_advice(levels: Sequence[Level]) -> str:
     """What to do about clamped values of a store with these levels."""
-    names = " ".join(f"{name}@float32" for name in float16_levels(levels))
+    names = " ".join(f"{level.asked}@float32" for level in levels if level.dtype == "float16")
     return f"To keep them, extract again with --encoding float32 (by level: --levels {names}) and another --out"
 
 

@@ -53,7 +53,8 @@ class EvaluateConfig(EvaluationConfig):
     """Settings of one evaluation of features."""
 
     stores: Found[tuple[str, ...]] = ()
-    """Feature stores to read instead of running a model, one per input size; the model's settings are then the stores'."""
+    """Feature stores to read instead of running a model, one per input size; the model's settings are then the stores', and
+    --levels names those of their levels that are evaluated (default: all)."""
 
     features: Held[LevelConfig] = LevelConfig(levels=("x1", "x2"))
 

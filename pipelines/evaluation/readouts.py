@@ -29,6 +29,7 @@ from pipelines.evaluation.run import (
     split_left_out,
 )
 from pipelines.features.config import LevelConfig
+from pipelines.features.levels import level_name
 from pipelines.features.photos import upright_pixels
 from pipelines.features.rows import Row, Size, pooled_level
 from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolve_source
@@ -203,7 +204,7 @@ def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tu
     if not config.stores:
         wants_pooled = any(each.config.kind.needs_pooled for each in readouts.values())
         levels = config.features.levels
-        pooled = ("pooled",) if wants_pooled and "pooled" not in {text[:6] for text in levels} else ()
+        pooled = ("pooled",) if wants_pooled and "pooled" not in map(level_name, levels) else ()
         rendering = config.drawing or first.features["drawing"]
         choice = replace(choice, features=replace(config.features, levels=(*levels, *pooled)), rendering=rendering)
     recipe, (size,) = resolve_source(choice, (tuple(first.features["input_size"]),), first.task.placement)
@@ -220,16 +221,19 @@ def _row_of(readout: TrainedReadout, recipe: Recipe, size: Size) -> Row:
     spec, trained = recipe.spec(size), dict(readout.features)
     level = trained.pop("level")
     trained.pop("drawing")
-    found = next((each for each in spec.levels if each.name == level["name"]), None)
-    if found is None:
+    rows = {row.level: row for row in recipe.rows(size)}
+    there = {each.name: features_of(spec, each) for each in spec.levels if each.name in rows}
+    # Whatever it is called: a store may have it beside others of its scale.
+    alike = [name for name, each in there.items() if {**each["level"], "name": level["name"]} == level]
+    name = next((name for name in (level["name"], *alike) if name in (alike or there)), None)
+    if name is None:
         raise ConfigError(f"{readout.displayed} reads {level['name']} ({level['method']}), which isn't among --levels")
-    here = features_of(spec, found)
-    if different := differences({**trained, "level": level}, here):
+    if different := differences({**trained, "level": {**level, "name": name}}, there[name]):
         lines = different.text("trained on", "now")
         raise ConfigError(f"{readout.displayed} was trained on other features:\n{lines}")
     if readout.config.kind.needs_pooled and pooled_level(spec.levels) is None:
         raise ConfigError(f"{readout.displayed} reads the CLS vector, too, which isn't there; extract with --levels pooled=cls")
-    return next(row for row in recipe.rows(size) if row.level == found.name)
+    return rows[name]
 
 
 def _require_alike(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> None:

@@ -141,14 +141,15 @@ class Plan:
         ]
         if self.statistics:
             lines.append(("", self.statistics, ""))
+        wide = max(6, *(len(cost.level.name) for cost in self.levels))
         for i, cost in enumerate(self.levels):
             level, shape = cost.level, " x ".join(str(n) for n in cost.level.row_shape)
             size = f"{size_text(cost.raw_bytes):>10} in {cost.objects:,} objects of up to {size_text(cost.shard_bytes)}"
-            what = f"{level.name:<6} {shape:<18} {level.encoding:<8} {level.method}"
+            what = f"{level.name:<{wide}} {shape:<18} {level.encoding:<8} {level.method}"
             lines.append(("" if i else "levels", what, size))
             if cost.device_bytes:
                 held = f"{size_text(cost.device_bytes)} of the {self.device}'s memory for {self.batch} images"
-                lines.append(("", f"{'':<6} made by {level.method}", f"{held}: {self._steps(cost)}"))
+                lines.append(("", f"{'':<{wide}} made by {level.method}", f"{held}: {self._steps(cost)}"))
         lines += [("note", note, "") for note in self.notes]
         stages = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in self.stage_seconds.items())
         lines += [

@@ -13,7 +13,7 @@ from operators.timm_models import create_model, state_arrays, weights_digest
 from pipelines.config import ConfigError, JobConfig, flag_of, settings_of
 from pipelines.features.bundle import load_settings
 from pipelines.features.config import BackboneConfig
-from pipelines.features.levels import LevelChoice
+from pipelines.features.levels import LevelChoice, level_name
 from pipelines.features.upsamplers import load_upsampler
 from pipelines.features.weights import WeightsChoice
 from storage.differences import Difference, Differences
@@ -99,22 +99,22 @@ class AskedFeatures:
     def _levels(self, spec: FeatureSpec) -> Iterator[Difference]:
         there = {level.name: level for level in spec.levels}
         encoding, asked = self.settings.get("encoding"), self.settings.get("levels", ())
-        own = {text.rpartition("@")[0] for text in asked if re.search("@[^@/:]*$", text)}
+        own = {level_name(text) for text in asked if re.search("@[^@/:]*$", text)}
         for level in there.values():
-            has_its_own = any(text.split("=")[0] == level.name for text in own)
-            if encoding and level.grid and level.encoding != encoding and not has_its_own:
+            if encoding and level.grid and level.encoding != encoding and level.name not in own:
                 yield Difference(field=f"{level.name}.encoding", there=level.encoding, here=encoding)
         for text in asked:
-            name = re.split("[=@]", text)[0]
+            name = level_name(text)
             if name not in there:
                 yield Difference(field="levels", there=list(there), here=redact(text, self.options))
-            elif not self._is_level(LevelChoice.parse(text, there[name].encoding), there[name], spec):
+            elif not self._is_level(LevelChoice.parse(text, there[name].encoding, there), there[name], spec):
                 level = there[name]
-                yield Difference(field=name, there=f"{level.method}@{level.encoding}", here=redact(text, self.options))
+                stored = f"{level.scale}={level.method}" if level.scale else level.method
+                yield Difference(field=name, there=f"{stored}@{level.encoding}", here=redact(text, self.options))
 
     def _is_level(self, choice: LevelChoice, level: Level, spec: FeatureSpec) -> bool:
         """A name alone stands for whatever the store calls so."""
-        if choice.method not in ("", level.method) or choice.encoding != level.encoding:
+        if choice.method not in ("", level.method) or choice.encoding != level.encoding or choice.own_scale != level.scale:
             return False
         if not choice.url:
             return True

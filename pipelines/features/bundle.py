@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from operators.backbone import TimmBackbone, normalise
 from operators.timm_models import Preprocessing, create_model, load_arrays, state_arrays, weights_digest
 from operators.transfer import to_device
-from pipelines.config import ConfigError
 from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
-from pipelines.features.levels import LevelChoice, resolve_level
+from pipelines.features.levels import parse_levels, resolve_level
 from pipelines.features.model import FeatureModel
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler, unfamiliar
 from pipelines.features.weights import WeightsChoice, best_of_run, load_described, read_description
@@ -96,7 +95,7 @@ def load_settings(
 def load_bundle(features: FeatureConfig, options: StorageOptions | None = None) -> tuple[ModelBundle, FeatureModel]:
     """What workers build the model from that settings name, and the model. Raises `BackboneError`, `UpsamplerError`,
     `WeightsUnavailable` or `ConfigError`."""
-    _choices(features)  # what is wrong there is wrong before anything is fetched
+    parse_levels(features.levels, features.encoding)  # what is wrong there is wrong before anything is fetched
     return describe_model(features, load_settings(features, features.input_size, options), options)
 
 
@@ -107,7 +106,7 @@ def describe_model(
     CPU. `features.size` is for nothing here: the model was made for its size.
 
     Raises `BackboneError`, `UpsamplerError` or `ConfigError`."""
-    levels = _choices(features)
+    levels = parse_levels(features.levels, features.encoding)
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(loaded.model).items()}
     backbone = _backbone(loaded.model, features, loaded.description.expects, ragged=features.ragged)
@@ -121,15 +120,8 @@ def describe_model(
     resolved = tuple(
         resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name)) for choice in levels
     )
-    if len({level.name for level in resolved}) != len(resolved) or not resolved:
-        raise ConfigError(f"--levels must be different ones, at least one; got {' '.join(level.name for level in resolved)}")
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
     return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, bundle.reload)
-
-
-def _choices(features: FeatureConfig) -> list[LevelChoice]:
-    """The levels as they are asked for. Raises `ConfigError`."""
-    return [LevelChoice.parse(text, features.encoding) for text in features.levels]
 
 
 def _backbone(

@@ -65,8 +65,9 @@ class LevelConfig(DenseConfig):
     """Several maps, and the pooled vector."""
 
     levels: Counts[tuple[str, ...]] = ("x1", "pooled")
-    """`NAME[=METHOD][@ENCODING]`: x1, x2, x0.5, 112x112, pooled; methods bilinear, bicubic, nearest, average, cls, mean,
-    and learned ones with a checkpoint's URL: x2=lift:s3://bucket/ckpt."""
+    """`[NAME:]SCALE[=METHOD][@ENCODING]`: x1, x2, x0.5, 112x112, pooled; methods bilinear, bicubic, nearest, average, cls, mean,
+    and learned ones with a checkpoint's URL: x2=lift:s3://bucket/ckpt. A name of its own lets a level stand beside others of its
+    scale, and is what it is read by: x2 sharp:x2=lift:URL finer:x2=vit_up:URL."""
 
 
 @dataclass(frozen=True, kw_only=True)

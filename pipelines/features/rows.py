@@ -66,7 +66,8 @@ def rows_of(levels: Sequence[Level], stride: int, displayed: str) -> tuple[Row, 
     ]
     bilinear = [row for row in others if row.method == "bilinear"]
     finer = [row for row in others if row.grid[0] * row.grid[1] > base.grid[0] * base.grid[1]]
-    grids = {row.grid: row.level for row in finer if row.method != "bilinear"}
+    scales = {level.name: level.scale or level.name for level in dense}
+    grids = {row.grid: scales[row.level or ""] for row in finer if row.method != "bilinear"}
     if not finer:
         grids = {(2 * base.grid[0], 2 * base.grid[1]): "x2"}
     made = [

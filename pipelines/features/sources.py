@@ -21,6 +21,7 @@ from pipelines.features.bundle import ModelBundle, cells, describe_model, load_s
 from pipelines.features.clipping import ClippedCounts, What
 from pipelines.features.config import LevelConfig, completed
 from pipelines.features.join import Join, PlacedRow, Wanted, join
+from pipelines.features.levels import level_name
 from pipelines.features.model import FeatureModel, not_finite
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture, draw
@@ -143,7 +144,10 @@ class LiveRecipe:
         """What makes the features, as JSON values."""
         spec = next(iter(self.bundles.values())).spec
         said = {name: value for name, value in spec.to_json().items() if name not in FeatureSpec.names(Use.PLACED)}
-        said["levels"] = [[level.name, level.method, level.dtype, level.digest] for level in spec.levels]
+        # Without a scale where that is the name, as those of earlier versions are.
+        said["levels"] = [
+            [level.name, level.method, level.dtype, level.digest, *filter(None, [level.scale])] for level in spec.levels
+        ]
         return {"drawing": self.rendering, "model": said}
 
     def described(self) -> dict[str, JsonValue]:
@@ -169,11 +173,11 @@ class LiveRecipe:
 
 def _at(level: Level, old: Size, new: Size) -> Level:
     """A level for a backbone's grid of `new` instead of `old` cells; those that name their grid keep it."""
-    if level.grid is None or (not level.name.startswith("x")):
+    if level.grid is None or not level.is_relative:
         return level
     grid = tuple(n * cells for n, cells in zip(level.grid, new, strict=True))
     if any(n % cells for n, cells in zip(grid, old, strict=True)):
-        raise ConfigError(f"--levels {level.name}: {new[0]}x{new[1]} cells times its factor are not whole")
+        raise ConfigError(f"--levels {level.asked}: {new[0]}x{new[1]} cells times its factor are not whole")
     return replace(level, grid=tuple(n // cells for n, cells in zip(grid, old, strict=True)))
 
 
@@ -250,6 +254,8 @@ class StoreRecipe:
     stores: Mapping[Size, FeatureStore]
     joins: Mapping[Size, Join] = field(default_factory=dict)
     "with the images that are asked for"
+    levels: tuple[str, ...] = ()
+    "names of those that were asked for, beside the backbone's map, which every table shows; none: all"
     rendering: ClassVar[Rendering] = "extract"
 
     def open(self, device: str) -> "StoreSource":
@@ -262,7 +268,12 @@ class StoreRecipe:
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
-        return rows_of(spec.levels, spec.stride, self.store(size).folder.displayed)
+        return rows_of(self._chosen(spec.levels), spec.stride, self.store(size).folder.displayed)
+
+    def _chosen(self, levels: Sequence[Level]) -> list[Level]:
+        asked = [level for level in levels if not self.levels or level.name in self.levels]
+        own = [level for level in levels if level.method == "backbone"]
+        return asked if any(level in asked for level in own) else [*asked, *own[:1]]
 
     def recorded(self, config: JobConfig) -> dict[str, JsonValue]:
         """A job's settings as its documents have them."""
@@ -298,7 +309,10 @@ class StoreRecipe:
         """What made the features, as JSON values."""
         prints = {f"{h}x{w}": self.stores[h, w].root.fingerprint for h, w in sorted(self.stores)}
         rows = {"rows_content": joint_digest(self.joins[size].content for size in sorted(self.joins))} if self.joins else {}
-        return {"drawing": "extract", "stores": prints, **rows}
+        # Nothing where all are evaluated, as before one could choose.
+        all_maps = {level.name for store in self.stores.values() for level in store.spec.levels if level.grid}
+        chosen = {"levels": sorted(self.levels)} if self.levels and all_maps - set(self.levels) else {}
+        return {"drawing": "extract", "stores": prints, **chosen, **rows}
 
     def described(self) -> dict[str, JsonValue]:
         """What made the features, weights' digests included, for a report."""
@@ -500,7 +514,8 @@ def _open_stores(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometri
         raise ConfigError("--stores: two of them have one input size; give one store per size")
     for store in stores[1:]:
         require_alike(stores[0], store)
-    recipe = StoreRecipe(stores=by_size)
+    asked = choice.asked.settings.get("levels", ()) if choice.asked else ()
+    recipe = StoreRecipe(stores=by_size, levels=tuple(map(level_name, asked)))
     sizes = tuple(dict.fromkeys(sizes)) or tuple(sorted(by_size))
     for size in sizes:
         require_geometry(recipe.store(size), geometry)
@@ -516,7 +531,7 @@ def require_alike(first: FeatureStore, other: FeatureStore) -> None:
     def made_of(spec: FeatureSpec) -> dict[str, JsonValue]:
         said = {name: value for name, value in spec.to_json().items() if name in names}
         # Whatever their grids: those are of the size.
-        levels = [{n: getattr(level, n) for n in ("name", "method", "dtype", "digest")} for level in spec.levels]
+        levels = [{n: getattr(level, n) for n in ("name", "scale", "method", "dtype", "digest")} for level in spec.levels]
         return {**said, "levels": [level for level in levels if level["name"] in common]}
 
     there, here = made_of(first.spec), made_of(other.spec)

@@ -1,7 +1,7 @@
 """What a picture shows: rows and maps of a store, or of several stores of the same features, where methods are side by side.
 
-A level's name is its scale, so that each method at one scale has a store of its own. Stores go together where their maps are of
-one backbone and of images that are placed alike; their rows where they are of one image.
+Stores go together where their maps are of one backbone and of images that are placed alike; their rows where they are of one
+image.
 """
 
 import json
@@ -178,7 +178,7 @@ def columns_of(stores: Sequence[FeatureStore], rows: Sequence[np.ndarray], names
 
 def _numbers(store: FeatureStore, level: Level) -> str:
     """All that makes a level's numbers, whatever it is called."""
-    spec = replace(store.spec, levels=(replace(level, name="x1"),))
+    spec = replace(store.spec, levels=(replace(level, name="x1", scale=""),))
     return json.dumps(spec.numbers(["x1"]), sort_keys=True)
 
 

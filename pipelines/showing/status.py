@@ -335,10 +335,13 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
     blocks = ", ".join(map(str, spec.layers))
     yield f"features {spec.facet} of block {blocks}{', normed' if spec.norm else ''}, stride {spec.stride} px"
     yield ""
-    yield f"{'level':<8} {'row':<16} {'stored as':<9} {'cell':<14} {'method':<10} {'a row':>10} {'all rows':>10} {'of raw':>7}"
-    for row in level_rows(store, status):
+    levels = level_rows(store, status)
+    wide = max(8, *(len(row.name) for row in levels))
+    head = f"{'row':<16} {'stored as':<9} {'cell':<14} {'method':<10} {'a row':>10} {'all rows':>10} {'of raw':>7}"
+    yield f"{'level':<{wide}} {head}"
+    for row in levels:
         yield (
-            f"{row.name:<8} {row.shape:<16} {row.dtype:<9} {row.cell:<14} {row.method:<10} "
+            f"{row.name:<{wide}} {row.shape:<16} {row.dtype:<9} {row.cell:<14} {row.method:<10} "
             f"{size_text(row.row_bytes):>10} {size_text(row.stored_bytes):>10} {row.ratio:>7.0%}"
         )
     yield ""

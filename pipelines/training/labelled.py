@@ -27,7 +27,13 @@ from storage.store import FeatureStore
 logger = logging.getLogger(__name__)
 
 PIXELS = "pixels"
-"""The example's image, uint8 [H, W, 3]; other names of inputs are levels of features."""
+"""The example's image, uint8 [H, W, 3]."""
+
+
+def stored_array(level: str) -> str:
+    """What an example calls its map of a stored level, whatever the targets beside it are called."""
+    return f"stored/{level}"
+
 
 NOT_THERE = "its features in the store are not there, or not finite"
 
@@ -101,7 +107,7 @@ class LabelledSource:
         if self.stored is not None and examples:
             maps, there = self.stored.read(list(examples))
             for position, row in enumerate(list(examples)):
-                examples[row] |= {level: values[position] for level, values in maps.items()}
+                examples[row] |= {stored_array(level): values[position] for level, values in maps.items()}
                 if not there[position]:
                     del examples[row]
                     failed[row] = f"{self.items[row].image.displayed}: {NOT_THERE}"

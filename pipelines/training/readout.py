@@ -3,7 +3,6 @@ extracted store."""
 
 import functools
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -20,6 +19,7 @@ from pipelines.executors import Executor
 from pipelines.features.agreement import AskedFeatures, recorded
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import DenseConfig, SizedConfig, completed
+from pipelines.features.levels import level_name
 from pipelines.features.rows import Rendering, pooled_level
 from pipelines.features.sources import SourceChoice, require_geometry, resolve_source
 from pipelines.readouts.depth import require_depth
@@ -27,7 +27,7 @@ from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import TASKS
 from pipelines.training.config import FeatureTraining, Objective, TrainSetup, Validation
 from pipelines.training.data import Loaded
-from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps
+from pipelines.training.labelled import PIXELS, LabelledSource, StoredMaps, stored_array
 from pipelines.training.overlap import require_apart, same_contents
 from pipelines.training.watch import panel_picture
 from storage.datasets.content import content_digests, joint_digest
@@ -112,7 +112,7 @@ class ReadoutTraining(FeatureTraining):
     val_store: Annotated[Found[str], used_with(store=True)] = ""
     """The same for --val-split; default: --store."""
     level: Counts[str] = "x1"
-    """The map that is read out, named as for jobs/extract.py: x1, x2=lift:s3://bucket/ckpt; of a store, its name. Of featup,
+    """The map that is read out, as for jobs/extract.py: x1, x2=lift:s3://bucket/ckpt; of a store, its name. Of featup,
     x16=featup:URL, made of each image anew: 39 million numbers at 280 px."""
     features: Held[ReadConfig] = ReadConfig()
 
@@ -180,7 +180,7 @@ class ReadoutTraining(FeatureTraining):
     @property
     def level_name(self) -> str:
         """Of `level`, without what makes it."""
-        return re.split("[=@]", self.level)[0]
+        return level_name(self.level)
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -401,7 +401,7 @@ class ReadoutObjective:
             counts = [beyond[name] for name in read if name in beyond]
             self.clipped = torch.stack(counts).any(dim=0).sum() if counts else 0
         else:
-            rows = {name: self._there(arrays[name]) for name in read}
+            rows = {name: self._there(arrays[stored_array(name)]) for name in read}
         maps = rows[self.setup.level].float().permute(0, 3, 1, 2)
         pooled = rows[self.setup.pooled].float() if self.setup.pooled else None
         with autocast(self.device, self.config.net_precision):
