@@ -3,13 +3,16 @@
 `Folder` reads whole objects below one URL, and writes them atomically. Retries are left to the filesystem.
 """
 
+import base64
 import contextlib
 import errno
 import functools
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
@@ -55,6 +58,23 @@ class UnknownName(StorageError, KeyError):
     """There is no key, level or column of that name."""
 
     __str__ = Exception.__str__  # KeyError's puts the message in quotes
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What a listing says of an object."""
+
+    size: int
+    md5: str = ""
+    "hex, of stores that say it of what they hold; empty where they don't, or the object was sent in parts"
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Stat":
+        """Of what fsspec lists. S3's ETag is the content's MD5 but where keys of a service encrypt it: then it's no content's."""
+        tag = str(entry.get("ETag") or entry.get("etag") or "").strip('"')
+        if in_base64 := entry.get("md5Hash"):  # Google's
+            tag = base64.b64decode(in_base64).hex()
+        return cls(size=entry["size"], md5=tag if re.fullmatch("[0-9a-f]{32}", tag) else "")
 
 
 def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -335,6 +355,20 @@ class Folder:
         """Sorted names of the folders directly inside `name`; empty if there is none."""
         found = (e["name"] for e in self._inside(name) if e["type"] == "directory")
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+    @_guarded
+    def below(self, name: str) -> "dict[str, Stat]":
+        """All objects below the subfolder `name`, by their names in this folder; with no name, all that there are.
+
+        Found in one listing, in memory: some 200 bytes each."""
+        fs, root = self._fs()
+        fs.invalidate_cache()
+        try:
+            found = fs.find(f"{root}/{name}" if name else root, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        start = len(root) + 1
+        return {path[start:]: Stat.of(entry) for path, entry in found.items() if entry["type"] == "file"}
 
     def _inside(self, name: str) -> list[dict[str, Any]]:
         fs, root = self._fs()

@@ -43,7 +43,7 @@ MAX_ROWS = 2**40
 SIDE_GROUPS = ("index", "ledger", "runs", "views")
 """Folders beside the levels."""
 
-_TAKEN = (*SIDE_GROUPS, "zarr.json", "row", "key")
+_TAKEN = (*SIDE_GROUPS, "search", "zarr.json", "readme.md", "row", "key")
 """What no level can be called: what lies beside them, and what samples of a data set have beside their maps."""
 
 _SCALE = re.compile(r"x\d+(\.\d+)?|\d+x\d+|pooled")

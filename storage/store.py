@@ -82,12 +82,12 @@ class FeatureStore:
         # Records of a store that format 2 began have no fingerprint, also after it was upgraded.
         unmarked = self.root.format < MARKED or self.root.upgraded_from is not None
         self.ledger = Ledger(
-            self.folder, self.layout, self.spec.levels, self._origin, unmarked=unmarked, sample_arrays=self.root.has_sample_arrays
+            self.folder, self.layout, self.spec.levels, self.origin, unmarked=unmarked, sample_arrays=self.root.has_sample_arrays
         )
         self._readers: dict[str, LevelReader] = {}
 
     @property
-    def _origin(self) -> str:
+    def origin(self) -> str:
         """The fingerprint that the commit records have."""
         return self.root.origin or self.root.fingerprint
 
@@ -438,7 +438,7 @@ class FeatureStore:
             "fingerprint": fingerprint(self.spec, layout),
             "index": index.prefix,
             "input": sources_digest(index.sources),
-            "origin": self._origin,
+            "origin": self.origin,
         }
         self._write_root({**self._kept(), **own}, complete=False)
         self.__dict__.pop("index", None)  # the cached property holds the index before

@@ -5,6 +5,7 @@ Nothing is unpickled. Every way that weights can be missing ends in `WeightsUnav
 
 import argparse
 import io
+import json
 import pickle
 import re
 import socket
@@ -28,7 +29,8 @@ from operators.timm_models import BackboneError, create_model, preprocessing
 from operators.vitdet import named as vitdet
 from operators.vitdet.checkpoint import unpickled
 from operators.vitdet.settings import DetectorError
-from pipelines.features.descriptions import ModelDescription, describe_official, describe_weights, warn_of_statistics
+from pipelines.features.descriptions import CONFIG, ModelDescription, describe_official, describe_weights, warn_of_statistics
+from storage.documents import as_object
 from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file
 from storage.redaction import redact
@@ -80,12 +82,32 @@ def read_description(name: str, weights: WeightsChoice, options: StorageOptions 
 
     Raises `BackboneError`.
     """
+    folder = _folder_of_weights(weights, options)
+    if folder is None:
+        return ModelDescription(name=name, expects=preprocessing(name))
+    return describe_weights(name, folder, is_file=has_extension(weights.url, *WEIGHT_FILES))
+
+
+def stated_license(name: str, weights: WeightsChoice, options: StorageOptions | None) -> str:
+    """The weights' licence as timm's config states it, of a file as the config.json beside it does; empty where none is."""
+    if weights.source == "pretrained":
+        known = timm.get_pretrained_cfg(name)
+        return str(known.license or "") if known else ""
+    folder = _folder_of_weights(weights, options)
+    try:
+        config = as_object(json.loads(folder.read(CONFIG))) if folder else {}
+        return str(as_object(config.get("pretrained_cfg") or config).get("license") or "")
+    except (OSError, StorageError, ValueError):
+        return ""
+
+
+def _folder_of_weights(weights: WeightsChoice, options: StorageOptions | None) -> Folder | None:
+    """Where files lie that say what weights are; None where there are none to be read."""
     path, _, query = weights.url.partition("?") if "://" in weights.url else (weights.url, "", "")
     if weights.source != "file" or query:  # a signature is for one object
-        return ModelDescription(name=name, expects=preprocessing(name))
-    is_file = has_extension(path, *WEIGHT_FILES)
+        return None
     parent, slash, _ = path.rpartition("/")
-    return describe_weights(name, Folder(parent or slash or "." if is_file else path, options), is_file=is_file)
+    return Folder(parent or slash or "." if has_extension(path, *WEIGHT_FILES) else path, options)
 
 
 def load_model(

@@ -9,7 +9,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from pipelines.config import ConfigError, parse_options
+from pipelines.config import ConfigError, absolute, parse_options
+from pipelines.showing.card import push_lines, render_card
 from pipelines.showing.choice import (
     base_level,
     columns_of,
@@ -21,6 +22,7 @@ from pipelines.showing.choice import (
 )
 from pipelines.showing.compare import compare, comparison_lines
 from pipelines.showing.curves import curves_png
+from pipelines.showing.hub import SCHEME, HubPlace
 from pipelines.showing.nearest import Query, nearest_cells, nearest_lines, nearest_panel
 from pipelines.showing.regions import Annotations, export_regions
 from pipelines.showing.report import render_report
@@ -28,9 +30,11 @@ from pipelines.showing.status import failure_lines, failures, read_status, row_l
 from pipelines.showing.training import run_names, training_lines
 from pipelines.showing.training_page import render_training
 from pipelines.showing.views import similar_panel, view_panel
+from storage.copies import CARD, FolderPlace
 from storage.datasets.frames import LabelFrame
 from storage.export import export_vectors
 from storage.paths import Folder, StorageOptions, extension, folder_of
+from storage.redaction import redact
 from storage.store import FeatureStore
 from storage.words import printable
 
@@ -294,6 +298,65 @@ class Report(Show):
 
     def lines(self) -> Iterator[str]:
         yield _written(render_report(self.open(), count=self.count, storage_options=self.options), self.out, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card(Show):
+    """A README for the store, as the Hugging Face hub shows it of data sets: what it holds, what made it, how it is read, what
+    failed, pictures. Put into the store itself, where `push` finds it; edit it there."""
+
+    out: str = ""
+    """Another folder to write README.md and views/card.png to."""
+    url: str = ""
+    """Where the store will lie, for the code that reads it; default: where it is."""
+    license: str = ""
+    """The features' own licence, as the hub calls it (cc-by-4.0, ...); default: not stated. The weights' is looked up in timm."""
+    count: int = 6
+    """Photographs to show; 0 for none, where they aren't to be shared."""
+    replace: bool = False
+    """Write it anew where there is one."""
+
+    def lines(self) -> Iterator[str]:
+        if self.count < 0:
+            raise ConfigError(f"--count {self.count}: give 0 for no picture, or more")
+        store = self.open()
+        folder = Folder(self.out, self.options) if self.out else store.folder
+        if not self.replace and folder.exists(CARD):
+            raise ConfigError(f"{folder.displayed} has a {CARD}; --replace writes it anew, and drops what was edited in it")
+        card = render_card(store, url=self.url, license_name=self.license, count=self.count, storage_options=self.options)
+        for name, data in card.files().items():
+            folder.write(name, data)
+        folder.remove_partial()
+        yield f"{folder.displayed}/{CARD}: {' and '.join(card.files())}, {sum(map(len, card.files().values())) / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push(Show):
+    """Copy the store with its card to another place. What is there already, by size and digest, isn't sent again; the root
+    document goes last, so that a copy that isn't whole is no store. The same command goes on."""
+
+    to: tyro.conf.Positional[str]
+    """An fsspec URL (s3://, a path, ...) or hf://datasets/USER/NAME, a data set of the Hugging Face hub, which is made where
+    there is none. Credentials by `hf auth login`, HF_TOKEN, AWS_*, or --storage-options by scheme."""
+    unfinished: bool = False
+    """Also a store that isn't complete; its copy can be continued as it can."""
+    runs: bool = False
+    """Also runs/, notes on the runs that made it: they name hosts, paths and times."""
+    public: bool = False
+    """A repository that is made on the hub is open to everyone; default: private."""
+
+    def lines(self) -> Iterator[str]:
+        on_hub = self.to.startswith(SCHEME)
+        if self.public and not on_hub:
+            raise ConfigError(f"--public is about repositories that are made on the hub (hf://); {redact(self.to)} is none")
+        store = self.open()
+        source, target = absolute(self.store).rstrip("/"), absolute(self.to).rstrip("/")
+        if f"{target}/".startswith(f"{source}/") or f"{source}/".startswith(f"{target}/"):
+            raise ConfigError(f"{redact(self.to)} lies in the store, or is it; give the copy a place of its own")
+        if store.status != "complete" and not self.unfinished:
+            raise ConfigError(f"{store.folder.displayed} is unfinished; finish it, or push it as it is with --unfinished")
+        place = HubPlace(self.to, self.options, public=self.public) if on_hub else FolderPlace(Folder(self.to, self.options))
+        yield from push_lines(store, place, url=self.to, runs=self.runs, storage_options=self.options)
 
 
 @dataclass(frozen=True, kw_only=True)

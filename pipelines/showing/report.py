@@ -32,7 +32,7 @@ def render_report(store: FeatureStore, *, count: int, storage_options: StorageOp
         state=state_in_words(status),
         spec=store.spec,
         levels=level_rows(store, status),
-        settings={**_settings(store), **(_last_run(status.runs[-1]) if status.runs else {})},
+        settings={**settings_in_words(store), **(_last_run(status.runs[-1]) if status.runs else {})},
         runs=status.runs[::-1],  # the latest first
         groups=failures(store)[:20] if status.failed else [],
         converted=list(conversion_lines(status.conversions, "" if status.is_counted else "about ")),
@@ -42,7 +42,8 @@ def render_report(store: FeatureStore, *, count: int, storage_options: StorageOp
     )
 
 
-def _settings(store: FeatureStore) -> dict[str, str]:
+def settings_in_words(store: FeatureStore) -> dict[str, str]:
+    """What made a store's features."""
     spec = store.spec
     height, width = spec.input_size
     return {

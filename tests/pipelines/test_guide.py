@@ -29,4 +29,5 @@ def test_the_script_goes_from_a_folder_to_a_probe_and_an_upsampler(tmp_path):
     assert "32 images ok, 0 failed" in done.stdout
     assert re.search(r"^\d of 8 held-out images$", done.stdout, re.MULTILINE)
     assert "| linear probe" in done.stdout
+    assert "FeatureStore('shared/feats.zarr', 32 rows, complete: x1" in done.stdout
     assert "(4, 4) -> (2, 64, 8, 8)" in done.stdout
