@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import hashlib
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from operators.lean_timm import timm
 from storage.documents import JsonObject, decode
@@ -118,12 +120,13 @@ def create_model(
     """A timm model without its classifier, in eval mode, for inputs of `size`.
 
     Weights: a checkpoint in any form that timm converts for this model (strict), or random from `seed`; with neither,
-    whatever the constructor leaves, to be filled by `load_arrays`. `model_args`: timm's, where the network isn't built as its
+    whatever lies in memory, to be filled by `load_arrays`. `model_args`: timm's, where the network isn't built as its
     name alone says. Raises `BackboneError` where timm has no such model, or weights or arguments don't fit it.
     """
     given = dict(model_args or {})
     _require_known(name)
-    with torch.random.fork_rng(devices=[]):
+    drawing = contextlib.nullcontext() if seed is not None else _Undrawn()
+    with torch.random.fork_rng(devices=[]), drawing:
         torch.manual_seed(seed or 0)
         try:
             if state_dict is None:
@@ -138,6 +141,32 @@ def create_model(
             reason = textwrap.shorten(str(error), 600, placeholder=" ...")
             raise BackboneError(f"the weights don't fit {name} at {size[0]}x{size[1]} px: {reason}") from None
     return model.eval().requires_grad_(False)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the drawing of initial weights, where all of them are replaced: half of the time that a ViT takes to build."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _DRAWING:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWING = frozenset(
+    (
+        "uniform_",
+        "normal_",
+        "trunc_normal_",
+        "erfinv_",
+        "xavier_uniform_",
+        "xavier_normal_",
+        "kaiming_uniform_",
+        "kaiming_normal_",
+    )
+)
+"""Of `torch.Tensor` and `torch.nn.init`: those that fill a tensor with random numbers, or change their distribution."""
 
 
 def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor], given: JsonObject) -> nn.Module:
@@ -194,6 +223,18 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
 def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> nn.Module:
     """Fill `model` with copies of `arrays`, strictly."""
     model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
+    return model
+
+
+def share_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> nn.Module:
+    """Have `model` compute with `arrays` themselves, strictly: nothing may write to its weights, nor to the arrays.
+
+    Workers of a machine that have them out of Ray's object store then hold them once together.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        shared = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    model.load_state_dict(shared, strict=True, assign=True)
     return model
 
 

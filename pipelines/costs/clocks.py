@@ -8,12 +8,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
 import tyro
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipelines.config import ConfigError
 from pipelines.costs.process import CORES, peak_rss
@@ -115,6 +120,35 @@ def peak_bytes(run: Callable[[], object], device: torch.device, *, warm_up: bool
         run()
     changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(changes))
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made within it held at once. Also counts what `FakeTensorMode` only pretends to make."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.held = {key: each for key, each in self.held.items() if not each[0].expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return out
+
+
+def needed_bytes(run: Callable[[], object]) -> int:
+    """What `peak_bytes` would come to, without computing or allocating anything, but for what operations hold by themselves
+    while they run, which can be as much again."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+        run()
+    return live.peak
 
 
 def held_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, int | None]:

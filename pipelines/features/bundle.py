@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone, normalise
-from operators.timm_models import Preprocessing, create_model, load_arrays, state_arrays, weights_digest
+from operators.timm_models import Preprocessing, create_model, load_arrays, share_arrays, state_arrays, weights_digest
 from operators.transfer import to_device
 from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
@@ -38,18 +38,20 @@ class ModelBundle:
         return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.reload, share)
 
     def backbone(self) -> TimmBackbone:
-        """The backbone as it gives the features, on the CPU."""
+        """The backbone as it gives the features, on the CPU; its weights are the bundle's, and not to be written to."""
         ragged = any(side % self.spec.stride for side in self.spec.input_size)
-        return _backbone(self.reload(), self.spec, self.spec, ragged=ragged)
+        return _backbone(share_arrays(self._undrawn(), self.arrays), self.spec, self.spec, ragged=ragged)
 
     def input(self, pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
         """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
         return normalise(to_device(pixels_BHW3, device), self.spec.mean, self.spec.std)
 
     def reload(self) -> nn.Module:
-        """The timm model with its own position embeddings, which a backbone in use has replaced."""
-        spec = self.spec
-        return load_arrays(create_model(spec.model, spec.input_size, None, None, spec.model_args), self.arrays)
+        """The timm model with its own position embeddings, which a backbone in use has replaced, and weights of its own."""
+        return load_arrays(self._undrawn(), self.arrays)
+
+    def _undrawn(self) -> nn.Module:
+        return create_model(self.spec.model, self.spec.input_size, None, None, self.spec.model_args)
 
     def unfamiliar(self, spec: FeatureSpec, patch: int) -> list[str]:
         """Sentences on learned levels of `spec` (this one's, or of other input) whose upsamplers weren't, or may not have been,

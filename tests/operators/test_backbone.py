@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.profiler import ProfilerActivity, profile
 
 from operators.backbone import BackboneError, TimmBackbone, autocast, cast_matmul_weights, lacks_bf16, normalise
-from operators.timm_models import create_model, load_arrays, preprocessing, state_arrays, weights_digest
+from operators.timm_models import create_model, load_arrays, preprocessing, share_arrays, state_arrays, weights_digest
 from pipelines.features.bundle import LoadedModel, ModelBundle, describe_model
 from pipelines.features.config import FeatureConfig
 from pipelines.features.descriptions import ModelDescription
@@ -848,3 +848,21 @@ def test_bf16_is_refused_on_gpus_that_emulate_it(capability, lacking, monkeypatc
     if lacking:
         with pytest.raises(BackboneError, match=r"Tesla T4: .* use --precision fp16"):
             autocast(gpu, "bf16")
+
+
+@pytest.mark.parametrize("name", [TINY, "swin_tiny_patch4_window7_224.ms_in1k", "eva02_tiny_patch14_224.mim_in22k"])
+def test_a_model_computes_with_arrays_that_nobody_may_write_to_without_a_copy(name):
+    """As Ray's object store gives them: what was drawn, or lay in memory, before they came plays no part."""
+    size = preprocessing(name).size
+    drawn = create_model(name, size, None, seed=3)
+    arrays = {key: array.copy() for key, array in state_arrays(drawn).items()}
+    for array in arrays.values():
+        array.setflags(write=False)
+
+    shared = share_arrays(create_model(name, size, None, None), arrays)
+
+    held = {key: tensor.data_ptr() for key, tensor in shared.state_dict().items()}
+    assert held == {key: array.ctypes.data for key, array in arrays.items()}
+    assert not any(parameter.requires_grad for parameter in shared.parameters())
+    x = torch.randn(1, 3, *size)
+    torch.testing.assert_close(shared(x), drawn(x), rtol=0, atol=0)

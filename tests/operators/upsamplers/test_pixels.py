@@ -2,35 +2,14 @@
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from operators.backbone import PatchFeatures
 from operators.upsamplers import find_method
 from operators.upsamplers.anyup import Block
 from operators.upsamplers.pixels import PixelRope, encode, encoder
+from pipelines.costs.clocks import Live
 from tests.contracts.upsampler import small_vit
 from tests.pretended_gpu import shapes_on_a_gpu
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made within it held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        self.held = {key: each for key, each in self.held.items() if not each[0].expired()}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
-                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
-        return out
 
 
 @pytest.mark.parametrize(

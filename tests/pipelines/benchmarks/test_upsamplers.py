@@ -12,6 +12,7 @@ from pipelines.benchmarks import upsamplers
 from pipelines.benchmarks.formulations import FORMULATIONS
 from pipelines.benchmarks.upsamplers import UpsamplersBenchmark
 from pipelines.config import ConfigError
+from pipelines.costs.clocks import device_of, needed_bytes
 from tests.conftest import squeezed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +55,33 @@ def test_results_that_differ_and_bounds_that_do_not_hold_end_the_benchmark(monke
     monkeypatch.setattr(upsamplers, "_compare", lambda *given: replace(compare(*given), declared_bytes=10))
     assert benchmark.run(arguments) == 1
     assert "bytes, but declares 10" in capsys.readouterr().err
+
+
+def test_a_plain_formulation_that_the_memory_does_not_hold_is_not_run(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "numbers.json"
+    monkeypatch.setattr(upsamplers, "free_bytes", lambda device: 2**20)
+
+    assert benchmark.run(["upsamplers", "debug", "--methods", "naf", "--json", str(path)]) == 0
+
+    (one,) = json.loads(path.read_text())["compared"]
+    assert set(one["seconds"]) == {"ours", "bilinear"}
+    assert one["times_faster"] is None
+    assert one["difference"] is None
+    assert one["peak_bytes"]["plain"] > 0.6 * 2**20
+    assert "- Plain naf at 18 x 18 wasn't run: its tensors alone would take" in squeezed(capsys.readouterr().out)
+
+
+def test_the_memory_that_a_plain_formulation_needs_is_known_beforehand():
+    """NAF's einsums copy what they are given."""
+    config = replace(upsamplers.DEBUG, methods=("naf", "jafar"))
+    seen = {}
+    for name in config.methods:
+        found: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(upsamplers, "needed_bytes", lambda run, found=found: found.append(needed_bytes(run)) or 0)
+            one = upsamplers._compare(config, name, FORMULATIONS[name], 18, device_of("cpu"))
+        seen[name] = found[0] / one.peak_bytes["plain"]
+    assert all(0.5 < ratio < 1.1 for ratio in seen.values()), seen
 
 
 def test_grids_that_a_method_cannot_give_are_named(capsys):
