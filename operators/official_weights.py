@@ -5,7 +5,7 @@ A strict load alone isn't enough: MoCo v3's ViT-S has the shapes of one with hal
 file that has them, and a training checkpoint holds several encoders. So the family is told from the names of the tensors, and
 what would load but compute something else is refused.
 
-No files are read here. Facts: shared/specs/backbone_checkpoints.md, from the code of each family.
+No files are read here. What names tell is read from the released code of each family.
 """
 
 import re

@@ -1,8 +1,9 @@
 """Intervals of scores, and of differences between scores, by a bootstrap over the items that a score was taken from.
 
-A score here is a function of sums over items: shares of right key points, IoU, means. Items (pairs, clips, images) are drawn
+Most scores are functions of sums over items: shares of right key points, IoU, means. Items (pairs, clips, images) are drawn
 with replacement, as many as there are, and their sums are added again; so a figure of the whole data set is resampled by items,
-not by pixels or points, which an item's neighbours share. All rows of a table are taken from the same draws, which makes the
+not by pixels or points, which an item's neighbours share. COCO's average precision is no such function, and is told how often
+a draw has each item (operators/metrics/coco_draws.py). All rows of a table are taken from the same draws, which makes the
 difference of two rows a paired one. Intervals are percentiles of the draws (Efron and Tibshirani, 1993, chapter 13).
 
 Shapes: n items, k sums, m figures, B draws.
@@ -54,6 +55,10 @@ class Estimate:
     "of the difference, both rows being of the same items in each draw"
 
 
+Drawn: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""Figures [B, m] of draws which have each of the n items so many times, float64 [n, B]; NaN where they are of nothing."""
+
+
 def estimates(sums: Mapping[str, np.ndarray], figures: Figures, against: Mapping[str, str]) -> dict[str, tuple[Estimate, ...]]:
     """Of each row's `sums` [n, k], which are of the same items in the same order, an estimate of each of its figures.
 
@@ -63,13 +68,14 @@ def estimates(sums: Mapping[str, np.ndarray], figures: Figures, against: Mapping
     counts = {len(each) for each in sums.values()}
     if len(counts) > 1:
         raise ValueError(f"rows are of {sorted(counts)} items; compare rows of the same ones")
-    whole = {name: figures(each.sum(axis=0, keepdims=True))[0] for name, each in sums.items()}
+    return drawn_estimates({name: _of_sums(each, figures) for name, each in sums.items()}, max(counts, default=0), against)
+
+
+def drawn_estimates(rows: Mapping[str, Drawn], items: int, against: Mapping[str, str]) -> dict[str, tuple[Estimate, ...]]:
+    """As `estimates`, of figures that are taken from draws of the items in another way than by sums."""
+    whole = {name: figures(np.ones((items, 1)))[0] for name, figures in rows.items()}
     # All draws of one item are alike, which says nothing of how far a figure is known.
-    drawn = (
-        _drawn(sums, figures)
-        if max(counts, default=0) > 1
-        else {name: np.full((1, len(each)), np.nan) for name, each in whole.items()}
-    )
+    drawn = _drawn(rows, items) if items > 1 else {name: np.full((1, len(each)), np.nan) for name, each in whole.items()}
     found = {}
     for name, values in whole.items():
         other = against.get(name, "")
@@ -83,17 +89,20 @@ def estimates(sums: Mapping[str, np.ndarray], figures: Figures, against: Mapping
     return found
 
 
-def _drawn(sums: Mapping[str, np.ndarray], figures: Figures) -> dict[str, np.ndarray]:
-    """Figures [B, m] of every draw, by row."""
+def _of_sums(sums_nk: np.ndarray, figures: Figures) -> Drawn:
     from scipy.sparse import csr_array  # most of an item's sums are 0: other categories' and classes'
 
-    items = len(next(iter(sums.values()), ()))
-    by_sum = {name: csr_array(each.T) for name, each in sums.items()}
     # A sparse product adds in one order, whatever the machine's threads.
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in sums}
+    by_sum = csr_array(sums_nk.T)
+    return lambda times_nB: figures((by_sum @ times_nB).T)
+
+
+def _drawn(rows: Mapping[str, Drawn], items: int) -> dict[str, np.ndarray]:
+    """Figures [B, m] of every draw, by row."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in rows}
     for times_nB in _draws(items):
-        for name, each in by_sum.items():
-            parts[name].append(figures((each @ times_nB).T))
+        for name, figures in rows.items():
+            parts[name].append(figures(times_nB))
     return {name: np.concatenate(each) for name, each in parts.items()}
 
 

@@ -6,16 +6,20 @@ Shapes: N objects or detections of one image; boxes are x1, y1, x2, y2 in pixels
 """
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 import pycocotools.mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from operators.metrics.bootstrap import Drawn
+from operators.metrics.coco_draws import Matches, mean_of_known
 
 
 class CocoEntry(TypedDict, total=False):
@@ -59,6 +63,29 @@ class ClassScores(NamedTuple):
 
     total: CocoScores
     by_category: dict[int, CocoScores]
+    evaluation: COCOeval
+    "whose matches they are of"
+
+    def drawn(self, names: Sequence[str]) -> Drawn:
+        """These numbers of draws of the images, which are in the order of their ids; equal to those of COCO's tools if they were
+        given the drawn images, each as often as it was drawn."""
+        areas = {_PRECISIONS[name][1] if name in _PRECISIONS else _RECALLS[name][0] for name in names}
+        matches = {area: _matches(self.evaluation, area) for area in areas}
+
+        def figures(times_nB: np.ndarray) -> np.ndarray:
+            precisions = functools.cache(lambda area: [each.mean_precision(times_nB) for each in matches[area]])
+
+            def values_TB(name: str) -> list[np.ndarray]:
+                if name in _PRECISIONS:
+                    iou, area = _PRECISIONS[name]
+                    return [each[_IOUS[iou]] for each in precisions(area)]
+                area, most = _RECALLS[name]
+                return [each.recall(times_nB, _MOST[most]) for each in matches[area]]
+
+            nothing = np.zeros((0, times_nB.shape[1]))
+            return np.stack([mean_of_known(np.concatenate([nothing, *values_TB(name)])) for name in names], axis=1)
+
+        return figures
 
 
 def class_agnostic_scores(
@@ -124,24 +151,32 @@ def coco_scores_by_class(
     precision_TRKAM, recall_TKAM = evaluation.eval["precision"], evaluation.eval["recall"]
     total = _numbers(precision_TRKAM, recall_TKAM)
     of_each = (_numbers(precision_TRKAM[:, :, k : k + 1], recall_TKAM[:, k : k + 1]) for k in range(len(categories)))
-    return ClassScores(total, dict(zip(categories, of_each, strict=True)))
+    return ClassScores(total, dict(zip(categories, of_each, strict=True)), evaluation)
 
 
-_IOUS: Mapping[float | None, int | slice] = {None: slice(None), 0.5: 0, 0.75: 5}
+_IOUS: Mapping[float | None, slice] = {None: slice(None), 0.5: slice(0, 1), 0.75: slice(5, 6)}
 """Places of overlaps among pycocotools' ten."""
+
+_MOST = (1, 10, 100)
+"""Detections of an image and a category."""
+
+_PRECISIONS: Mapping[str, tuple[float | None, int]] = {
+    "ap": (None, 0), "ap_50": (0.5, 0), "ap_75": (0.75, 0), "ap_small": (None, 1), "ap_medium": (None, 2), "ap_large": (None, 3),
+}  # fmt: skip
+"""Overlap (None: all ten) and range of areas (all, small, medium, large), with the most detections."""
+
+_RECALLS: Mapping[str, tuple[int, int]] = {
+    "ar_1": (0, 0), "ar_10": (0, 1), "ar_100": (0, 2), "ar_small": (1, 2), "ar_medium": (2, 2), "ar_large": (3, 2),
+}  # fmt: skip
+"""Range of areas and place of the number of detections, over all overlaps."""
 
 
 def _numbers(precision_TRKAM: np.ndarray, recall_TKAM: np.ndarray) -> CocoScores:
-    """COCO's summary of what pycocotools accumulates: T overlaps, R recalls, K categories, A areas (all, small, medium, large), M
-    numbers of detections (1, 10, 100); -1 where no object counts."""
-    precisions = [(None, 0), (0.5, 0), (0.75, 0), *((None, area) for area in (1, 2, 3))]
-    recalls = [*((0, most) for most in (0, 1, 2)), *((area, 2) for area in (1, 2, 3))]
-    found = [
-        *(precision_TRKAM[_IOUS[iou]][..., area, 2] for iou, area in precisions),
-        *(recall_TKAM[..., area, most] for area, most in recalls),
-    ]
-    names = (field.name for field in fields(CocoScores))
-    return CocoScores(**{name: _mean_of_known(values) for name, values in zip(names, found, strict=True)})
+    """COCO's summary of what pycocotools accumulates: T overlaps, R recalls, K categories, A areas, M numbers of detections; -1
+    where no object counts."""
+    precisions = {name: precision_TRKAM[_IOUS[iou], ..., area, -1] for name, (iou, area) in _PRECISIONS.items()}
+    recalls = {name: recall_TKAM[..., area, most] for name, (area, most) in _RECALLS.items()}
+    return CocoScores(**{name: _mean_of_known(values) for name, values in (precisions | recalls).items()})
 
 
 def _mean_of_known(values: np.ndarray) -> float:
@@ -166,3 +201,11 @@ def _index(images: Sequence[Mapping[str, int]], categories: Sequence[int], entri
     }
     index.createIndex()
     return index
+
+
+def _matches(evaluation: COCOeval, area: int) -> list[Matches]:
+    """Within a range of areas, of each category."""
+    settings = evaluation.params
+    images = len(settings.imgIds)
+    kept = [evaluation.evalImgs[first : first + images] for first in range(area * images, len(evaluation.evalImgs), 4 * images)]
+    return [Matches.of(of_category, len(settings.iouThrs)) for of_category in kept]

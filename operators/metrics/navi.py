@@ -1,6 +1,6 @@
 """Geometric correspondence on NAVI: views of an object with depth and pose, dense matches between two of them, and recalls.
 
-The rules are probe3d's as ViT-Up's Table 2 uses them (shared/specs/navi.md): square crops round the object, nearest resampling
+The rules are probe3d's as ViT-Up's Table 2 uses them: square crops round the object, nearest resampling
 throughout, metric points carried along with the pixels, and the best of all matches of a pair judged in space and in the image.
 Recalls are kept as counts of errors, so that any split of the pairs adds up exactly.
 

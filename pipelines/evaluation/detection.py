@@ -12,6 +12,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 from PIL import Image
 
+from operators.metrics.bootstrap import Drawn, Estimate, drawn_estimates
 from operators.metrics.detection import ClassScores, CocoEntry, CocoScores
 from operators.visual import DrawnObject, Tile, draw_objects
 from operators.vitdet.settings import PATCH
@@ -30,7 +31,7 @@ from pipelines.features.detectors import (
     load_upsampler_net,
 )
 from pipelines.features.photos import upright_pixels
-from pipelines.features.rows import Row, Size
+from pipelines.features.rows import Row, Size, compared_rows
 from pipelines.published import LIFT_DETECTION
 from pipelines.results import Findings, Items, Line, Measured, Table, panel, percent, with_published
 from storage.datasets.classes import COCO_CATEGORIES
@@ -192,7 +193,7 @@ def find(config: DetectionConfig, task: ObjectDetection, recipe: DetectorRecipe,
     records, left_out = split_left_out(records)
     results = {row.row.name: results_of(task, records, row.row.name) for row in recipe.rows}
     scores = {name: scores_of(task, records, each) for name, each in results.items()}
-    numbers = {name: {kind: each.total for kind, each in by_kind.items()} for name, by_kind in scores.items()}
+    totals = {name: _totals(by_kind) for name, by_kind in scores.items()}
     objects = sum(not note["iscrowd"] for record in records for note in record["truth"])
     settings = {
         "items": listed(task.taken, len(task.images)),
@@ -201,8 +202,8 @@ def find(config: DetectionConfig, task: ObjectDetection, recipe: DetectorRecipe,
         "left_out": count_of(left_out),
     }
     tables = [
-        _average_precision(config, task, recipe, numbers, settings),
-        *(_twelve(recipe, kind, {name: each[kind] for name, each in numbers.items()}) for kind in kinds_of(task)),
+        _average_precision(config, task, recipe, scores, settings, len(records)),
+        *(_twelve(recipe, kind, {name: each[kind] for name, each in totals.items()}) for kind in kinds_of(task)),
     ]
     return Findings(
         tables=(*tables, *([_by_class(task, recipe, records, scores)] if config.per_class else [])),
@@ -219,6 +220,10 @@ def find(config: DetectionConfig, task: ObjectDetection, recipe: DetectorRecipe,
     )
 
 
+def _totals(scores: Mapping[Overlap, ClassScores]) -> dict[Overlap, CocoScores]:
+    return {kind: each.total for kind, each in scores.items()}
+
+
 def _main_values(numbers: Mapping[Overlap, CocoScores]) -> list[float]:
     """AP, AP50 and AP75 of boxes and of masks, in percent; NaN of masks that aren't scored."""
     found = [numbers.get(kind) for kind in _KINDS]
@@ -232,19 +237,41 @@ def _average_precision(
     config: DetectionConfig,
     task: ObjectDetection,
     recipe: DetectorRecipe,
-    numbers: Mapping[str, Mapping[Overlap, CocoScores]],
+    scores: Mapping[str, Mapping[Overlap, ClassScores]],
     settings: JsonObject,
+    images: int,
 ) -> Table:
     size, low = (recipe.size, recipe.size), recipe.rows[0].row
-    measured = []
+    measured, known = [], _estimates(recipe, scores, images)
     for each in recipe.rows:
         weights = recipe.detectors[each.detector]
-        values = [_heads(recipe, each), _parameters(recipe, each) / 1e6, *_main_values(numbers[each.row.name])]
+        values = [_heads(recipe, each), _parameters(recipe, each) / 1e6, *_main_values(_totals(scores[each.row.name]))]
         here = {**settings, **_network(weights), "heads trained on these maps": _is_own(recipe, each)}
-        measured.append(Measured(line=Line.of(each.row, size, values), row=each.row, low=low, size=size, settings=here))
+        line = Line.of(each.row, size, values).known(known[each.row.name])
+        measured.append(Measured(line=line, row=each.row, low=low, size=size, settings=here))
     notes = () if task.masks else (f"masks aren't scored: {task.without_mask:,} annotations have a box alone",)
-    table = Table(title=f"Average precision on {config.split}, %", columns=("heads", "parameters, M", *_MAIN), notes=notes)
+    table = Table(
+        title=f"Average precision on {config.split}, %",
+        columns=("heads", "parameters, M", *_MAIN),
+        notes=notes,
+        drawn=f"{images:,} images",
+    )
     return with_published(table, measured, LIFT_DETECTION[recipe.detectors[0].head] if config.paper else None)
+
+
+def _estimates(
+    recipe: DetectorRecipe, scores: Mapping[str, Mapping[Overlap, ClassScores]], images: int
+) -> dict[str, tuple[Estimate | None, ...]]:
+    """By row, how far its numbers are known, for the table's columns: heads and parameters have no such thing."""
+    rows = {name: _of_draws(by_kind) for name, by_kind in scores.items()}
+    known = drawn_estimates(rows, images, compared_rows([each.row for each in recipe.rows]))
+    return {name: (None, None, *each) for name, each in known.items()}
+
+
+def _of_draws(scores: Mapping[Overlap, ClassScores]) -> Drawn:
+    """AP, AP50 and AP75 of draws of images, of boxes and of masks, in percent."""
+    kinds = [each.drawn(("ap", "ap_50", "ap_75")) for each in scores.values()]
+    return lambda times_nB: 100 * np.concatenate([figures(times_nB) for figures in kinds], axis=1)
 
 
 def _network(weights: DetectorWeights) -> JsonObject:

@@ -6,7 +6,6 @@ heads were trained on the maps of one, `upsampler` (method and settings). Offici
 tell the settings, and no categories.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from operators.vitdet.settings import PATCH, DetectorError, DetectorSettings
 from pipelines.config import JobConfig
 from pipelines.features.clipping import ClippedCounts
 from pipelines.features.rows import Row, Size
-from pipelines.features.weights import WEIGHT_FILES, WeightsChoice, WeightsUnavailable, read_state_dict
+from pipelines.features.weights import WEIGHT_FILES, WeightsChoice, WeightsUnavailable, read_config, read_state_dict
 from storage.datasets.images import EncodedImage
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder, StorageError, StorageOptions, has_extension
@@ -150,7 +149,7 @@ def load_detector(url: str, options: StorageOptions | None = None, classes: int 
     displayed = redact(named.url, options)
     state = read_state_dict(named.url, options)
     try:
-        config = {"detector": settings_of(state).to_json()} if is_file else _read_config(named.url, "detector", options)
+        config = {"detector": settings_of(state).to_json()} if is_file else read_config(Folder(named.url, options), "detector")
         upsampler = config.get("upsampler")
         parts = {name: config[name] for name in ("detector", "upsampler") if config.get(name) is not None}
         detector = build(parts)
@@ -174,21 +173,6 @@ def load_detector(url: str, options: StorageOptions | None = None, classes: int 
 
 def _without_prefix(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix(LIFT): array for name, array in arrays.items() if name.startswith(LIFT)}
-
-
-def _read_config(url: str, entry: str, options: StorageOptions | None) -> JsonObject:
-    """A checkpoint's config.json, which must say `entry`: what it is of."""
-    folder = Folder(url, options)
-    try:
-        config = json.loads(folder.read("config.json"))
-    except FileNotFoundError:
-        raise WeightsUnavailable(f"{folder.displayed} has weights but no config.json, which says what they are") from None
-    except json.JSONDecodeError as error:
-        raise WeightsUnavailable(f"{folder.displayed}/config.json is no JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get(entry), dict):
-        has = f"has {', '.join(config)}" if isinstance(config, dict) and config else "says nothing"
-        raise WeightsUnavailable(f"{folder.displayed} is no trained {entry}: its config.json {has}, not {entry!r}")
-    return config
 
 
 def new_upsampler(method: str, settings: DetectorSettings) -> JsonObject:
@@ -216,7 +200,7 @@ def load_upsampler_net(text: str, detector: DetectorWeights, options: StorageOpt
         raise DetectorError(
             f"{displayed}: a file of weights alone doesn't say its settings; give a checkpoint's folder, or a run's"
         )
-    found = _read_config(named.url, "upsampler", options)
+    found = read_config(Folder(named.url, options), "upsampler")
     config = found["upsampler"]
     if config.get("method") != name:
         raise DetectorError(f"{displayed} holds a {config.get('method')}, not a {name}")

@@ -25,7 +25,7 @@ from operators.backbone import TimmBackbone
 from operators.timm_models import weights_digest
 from operators.upsamplers import AnyMethod, Settings, Upsampler, UpsamplerError, find_method
 from operators.upsamplers.protocol import Precision, Reload
-from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_state_dict
+from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_config, read_state_dict
 from storage.differences import differences
 from storage.documents import JsonObject
 from storage.paths import Folder, StorageOptions, has_extension
@@ -112,7 +112,11 @@ def load_upsampler(
     url = named.url
     displayed = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
-    settings, made_for = (None, None) if has_extension(url, *WEIGHT_FILES) else _read_config(url, storage_options)
+    settings = made_for = None
+    if not has_extension(url, *WEIGHT_FILES):
+        folder = Folder(url, storage_options)
+        config = read_config(folder, "upsampler")
+        settings, made_for = config["upsampler"], _made_for(config, folder)
     if settings is not None and settings.get("method") != method:
         raise UpsamplerError(f"{displayed} holds a {settings.get('method')}, not a {method}")
     weights = _read_weights(method, settings, state, backbone, displayed, official=made_for is None)
@@ -162,20 +166,17 @@ def unfamiliar(level: str, weights: UpsamplerWeights, size: tuple[int, int], bas
     ]
 
 
-def _read_config(url: str, options: StorageOptions | None) -> tuple[JsonObject, JsonObject | None]:
-    """`upsampler` and `backbone` of a folder's config.json; without the latter, where it is beside an official file."""
-    folder = Folder(url, options)
-    try:
-        config = json.loads(folder.read("config.json"))
-        is_official = "backbone" not in config and not folder.exists("model.safetensors")
-        return {**config["upsampler"]}, None if is_official else {**config["backbone"]}
-    except FileNotFoundError:
-        raise WeightsUnavailable(f"{folder.displayed} has weights but no config.json, which says what they are") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+def _made_for(config: JsonObject, folder: Folder) -> JsonObject | None:
+    """`backbone` of a folder's config.json; None where it is beside an official file, which doesn't say. Raises
+    `WeightsUnavailable`."""
+    made_for = config.get("backbone")
+    if "backbone" not in config and not folder.exists("model.safetensors"):
+        return None
+    if not isinstance(made_for, Mapping):
         raise WeightsUnavailable(
-            f"{folder.displayed}/config.json is no upsampler's: {type(error).__name__}: {error}; "
-            "it needs `upsampler` and `backbone`"
-        ) from None
+            f"{folder.displayed} is no trained upsampler: its config.json doesn't say under `backbone` what it was trained on"
+        )
+    return made_for
 
 
 def _require_same_features(displayed: str, made_for: JsonObject, here: FeatureSpec, *, force: bool) -> str:

@@ -30,7 +30,7 @@ from operators.vitdet import named as vitdet
 from operators.vitdet.checkpoint import unpickled
 from operators.vitdet.settings import DetectorError
 from pipelines.features.descriptions import CONFIG, ModelDescription, describe_official, describe_weights, warn_of_statistics
-from storage.documents import as_object
+from storage.documents import JsonObject, as_object
 from storage.errors import RayliftError
 from storage.paths import Folder, StorageError, StorageOptions, has_extension, read_file
 from storage.redaction import redact
@@ -184,6 +184,23 @@ def _read_first(folder: Folder, displayed: str) -> tuple[str, bytes]:
     raise WeightsUnavailable(
         f"no weights at {displayed}: {WEIGHT_NAMES[0]} does not exist, nor {', '.join(WEIGHT_NAMES[1:])}{holds}"
     )
+
+
+def read_config(folder: Folder, entry: str) -> JsonObject:
+    """A checkpoint's config.json, which must have settings of `entry`: what it is of. Raises `WeightsUnavailable`."""
+    try:
+        config = json.loads(folder.read("config.json"))
+    except FileNotFoundError:
+        raise WeightsUnavailable(f"{folder.displayed} has weights but no config.json, which says what they are") from None
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or one within the other without end
+        raise WeightsUnavailable(f"{folder.displayed} is no trained {entry}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get(entry), dict):
+        has = ", ".join(config) if isinstance(config, dict) else ""
+        raise WeightsUnavailable(
+            f"{folder.displayed} is no trained {entry}: its config.json has no settings of a {entry}"
+            + (f"; it has {has}" if has else "")
+        )
+    return config
 
 
 def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ config.json holds `readout` (`operators.readouts.ReadoutConfig`), `task` (pipeli
 `features` (what it was trained on).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -13,7 +12,7 @@ import torch
 
 from operators.readouts import Readout, ReadoutConfig, ReadoutError, build_readout
 from operators.timm_models import weights_digest
-from pipelines.features.weights import WeightsUnavailable, read_state_dict
+from pipelines.features.weights import WeightsUnavailable, read_config, read_state_dict
 from pipelines.readouts.instances import CLASSIFIER
 from pipelines.readouts.task import Task
 from pipelines.readouts.tasks import parse_task
@@ -54,8 +53,8 @@ def load_readout(url: str, storage_options: StorageOptions | None = None) -> Tra
     url = named.url
     folder = Folder(url, storage_options)
     state = read_state_dict(url, storage_options)
+    found = read_config(folder, "readout")
     try:
-        found = json.loads(folder.read("config.json"))
         config, task = ReadoutConfig.parse(found["readout"]), dict(found["task"])
         trained = TrainedReadout(
             displayed=folder.displayed,
@@ -70,8 +69,6 @@ def load_readout(url: str, storage_options: StorageOptions | None = None) -> Tra
         # What an evaluation needs to know of the features.
         itemgetter("input_size", "mean", "std", "drawing")(trained.features)
         itemgetter("name", "method")(trained.features["level"])
-    except FileNotFoundError:
-        raise WeightsUnavailable(f"{folder.displayed} has weights but no config.json, which says what they are") from None
     except (ValueError, KeyError, TypeError, RuntimeError, ReadoutError) as error:
         raise WeightsUnavailable(f"{folder.displayed} is no trained readout: {type(error).__name__}: {error}") from None
     return trained

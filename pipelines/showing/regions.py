@@ -13,7 +13,7 @@ from storage.datasets.coco import CocoImage, annotation_errors, read_coco
 from storage.datasets.files import ItemLeftOut
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
 from storage.datasets.images import keys_of, orientation_of
-from storage.datasets.instances import decode_mask
+from storage.datasets.instances import decode_masks, has_mask
 from storage.export import empty_target, made_of, vector_column, write_parts
 from storage.ledger import image_digest
 from storage.orientation import EXIF_ROTATE, Orientation
@@ -151,12 +151,11 @@ def _wanted(image: CocoImage, rows: Sequence[PlacedRow]) -> Wanted:
 def _regions(notes: Annotations, image: CocoImage, turn: Orientation) -> tuple[np.ndarray, np.ndarray]:
     """The objects on the upright image, masks bool [N, height, width] or boxes [N, 4], and the area of each in pixels."""
     sides = np.array([image.width, image.height] * 2, np.float64)
-    with annotation_errors(notes.folder, notes.name, image):
+    with annotation_errors(notes.folder, notes.name, image) as displayed:
+        if lacking := [each for each in image.objects if not (notes.boxes or has_mask(each))]:
+            raise ValueError(f"annotation {lacking[0].get('id', '')} has no segmentation; --boxes takes the boxes")
         if notes.boxes:
             boxes = np.clip([coco_box(each, image.width, image.height) for each in image.objects], 0, sides)
             return turn.boxes(boxes), (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        lacking = [each for each in image.objects if not each.get("segmentation")]
-        if lacking:
-            raise ValueError(f"annotation {lacking[0].get('id', '')} has no segmentation; --boxes takes the boxes")
-        masks = np.array([decode_mask(each["segmentation"], image.height, image.width) for each in image.objects])
-        return turn.array(masks, axis=1), masks.sum(axis=(1, 2)).astype(np.float64)
+    masks = decode_masks(image.objects, image.height, image.width, displayed)
+    return turn.array(masks, axis=1), masks.sum(axis=(1, 2)).astype(np.float64)

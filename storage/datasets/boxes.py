@@ -1,6 +1,7 @@
 """Points and boxes of annotations, held against their image, and images with the boxes of their objects."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -59,15 +60,24 @@ def corner_box(values: Sequence[float], width: int, height: int) -> Box:
     return x1, y1, x2, y2
 
 
+def as_number(value: object) -> float:
+    """A number of an annotation, also as text; NaN for what is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def coco_box(note: RawObject, width: int, height: int) -> Box:
     """x1, y1, x2, y2 of the box of a COCO annotation of a `width` x `height` image; it may be empty, as some of COCO's are.
 
     Raises `KeyError`, or `ValueError` where it can't be x, y, width, height of a box inside the image.
     """
-    numbers = [float(value) for value in note["bbox"]]
-    what = f"annotation {note.get('id', '')} has the box {note['bbox']}"
+    given = note["bbox"]
+    numbers = [as_number(value) for value in given] if isinstance(given, list | tuple) else []
+    what = f"annotation {note.get('id', '')} has the box {textwrap.shorten(str(given), 80)}"
     if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
-        raise ValueError(what)
+        raise ValueError(f"{what}; it should be four numbers, x, y, width, height")
     x, y, across, down = numbers
     if across < 0 or down < 0:
         raise ValueError(f"{what}, with a negative extent; it should be x, y, width, height")

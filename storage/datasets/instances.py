@@ -2,14 +2,15 @@
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import pycocotools.mask as coco_mask
 
-from storage.datasets.boxes import coco_box
+from storage.datasets.boxes import as_number, coco_box
 from storage.datasets.files import DatasetError, RawObject
 from storage.orientation import Orientation
 
@@ -85,18 +86,14 @@ class Instances:
         return np.array([each["area"] for each in self.objects()], np.float64)
 
     def read(self) -> InstanceArrays:
-        """Raises `DatasetError` for a segmentation that is none."""
+        """Raises `DatasetError` for a segmentation that is none, or isn't, roughly, its box's."""
         objects = self.objects()
         boxes = np.array([each["bbox"] for each in objects], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        masks = np.zeros((len(objects), self.height, self.width), bool)
+        masks = decode_masks(objects, self.height, self.width, self.displayed)
         for mask, each in zip(masks, objects, strict=True):
-            try:
-                mask[:] = decode_mask(each["segmentation"], self.height, self.width)
+            with _segmentation_errors(self.displayed, each):
                 _require_box_of(mask, each["bbox"])
-            except (ValueError, TypeError, KeyError, OverflowError) as error:
-                where = f"{self.displayed}, annotation {each['id']}"
-                raise DatasetError(f"{where}: its segmentation is malformed: {error}") from None
         return InstanceArrays(
             masks=masks,
             boxes=boxes.astype(np.float32),
@@ -112,11 +109,8 @@ class Instances:
         """
         found: list[tuple[int, Outline]] = []
         for each in self.objects():
-            try:
+            with _segmentation_errors(self.displayed, each):
                 outline = () if each["iscrowd"] else _outline(each, self.height, self.width)
-            except (ValueError, TypeError, KeyError, OverflowError) as error:
-                where = f"{self.displayed}, annotation {each['id']}"
-                raise DatasetError(f"{where}: its segmentation is malformed: {error}") from None
             if len(outline):
                 found.append((each["category_id"], outline))
         return OutlinedObjects(
@@ -143,7 +137,7 @@ def has_mask(note: RawObject) -> bool:
 def _kept(note: RawObject, width: int, height: int, *, boxes_alone: bool) -> RawObject:
     """What of an annotation is used; its numbers are checked, its segmentation isn't yet."""
     coco_box(note, width, height)
-    box, area = [float(value) for value in note["bbox"]], float(note["area"])
+    box, area = [float(value) for value in note["bbox"]], as_number(note["area"])
     if not 0 <= area <= 1.1 * width * height:  # not of NaN, either
         raise ValueError(f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels")
     kept = {"id": int(note["id"]), "category_id": int(note["category_id"]), "bbox": box, "area": area}
@@ -186,6 +180,26 @@ def _outline(note: RawObject, height: int, width: int) -> Outline:
         corners = np.concatenate(polygons)
         _require_box(corners.min(axis=0), corners.max(axis=0), note["bbox"])
     return polygons
+
+
+def decode_masks(objects: Sequence[RawObject], height: int, width: int, displayed: str) -> np.ndarray:
+    """The masks of an image's annotations, bool [N, height, width]; `displayed` is file and image. Raises `DatasetError` for a
+    segmentation that is none."""
+    masks = np.zeros((len(objects), height, width), bool)
+    for mask, each in zip(masks, objects, strict=True):
+        with _segmentation_errors(displayed, each):
+            mask[:] = decode_mask(each["segmentation"], height, width)
+    return masks
+
+
+@contextmanager
+def _segmentation_errors(displayed: str, note: RawObject) -> Iterator[None]:
+    """What is wrong with an annotation's segmentation becomes a `DatasetError`."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        where = f"{displayed}, annotation {note.get('id', '')}"
+        raise DatasetError(f"{where}: its segmentation is malformed: {error}") from None
 
 
 def decode_mask(segmentation: RawObject | Sequence[object], height: int, width: int) -> np.ndarray:

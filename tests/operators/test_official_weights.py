@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,29 @@ def official_state(names: dict[str, object], prefix: str, config: dict[str, obje
     return state
 
 
+@pytest.mark.parametrize("file", ["dinov3", "dinov2_reg"])
+def test_of_a_training_checkpoint_the_teachers_backbone_is_taken(file):
+    """DINOv2's and DINOv3's training has it beside heads; DINOv3's norm of local crops belongs to training, too."""
+    state = read_state_dict(str(golden_file(f"ckpt_{file}.pth")))
+    heads = {"dino_head.mlp.0.weight": torch.zeros(2), "ibot_head.last_layer.weight": torch.zeros(2)}
+    heads |= {"backbone.local_cls_norm.weight": torch.zeros(2)} if file == "dinov3" else {}
+
+    found = recognise({**{f"backbone.{name}": value for name, value in state.items()}, **heads})
+
+    expected = recognise(state)
+    assert (found.family, found.state.keys()) == (expected.family, expected.state.keys())
+    assert all(torch.equal(found.state[name], value) for name, value in expected.state.items())
+
+
+def test_the_table_of_official_files_has_every_family():
+    text = (Path(__file__).parents[2] / "operators/DESIGN.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \|", text.partition("| family | what is read |")[2].partition("\n\n")[0], re.MULTILINE)
+
+    assert {family.name.partition(" with ")[0] for family in FAMILIES} == {
+        name for row in rows for name in row.split(", ") if name not in ("with registers", "giant")
+    }
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +170,7 @@ def test_masks_of_nan_are_of_a_model_that_was_never_initialised():
     ("file", "args", "message"),
     [
         ("dinov2_reg", {"reg_tokens": 0}, "DINOv2 with registers: .* with register tokens; .* without register tokens"),
+        ("dinov2", {"reg_tokens": 4}, "DINOv2: .* without register tokens; .* with register tokens"),
         ("dino_full", {"depth": 3}, "DINO: width 24, patch 16, 2 blocks.* has width 24, patch 16, 3 blocks"),
         ("leopart_flat", {"embed_dim": 48}, "Leopart: width 24, .* has width 48"),
         ("dinov2", {"patch_size": 7, "img_size": 28}, "DINOv2: width 24, patch 14, .* patch 7"),

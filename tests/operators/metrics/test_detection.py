@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torchvision.ops import nms
 
 from operators.metrics.boundaries import boundary_sums, merge
-from operators.metrics.detection import class_agnostic_scores, coco_scores, coco_scores_by_class
+from operators.metrics.detection import CocoScores, class_agnostic_scores, coco_scores, coco_scores_by_class
 from operators.objectives.targets import boundary_target, instance_ids
 from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from tests.goldens import GOLDEN
@@ -473,6 +473,39 @@ def test_scores_of_a_category_are_those_of_its_objects_alone(overlap):
         of_it = [[entry for entry in entries if entry["category_id"] == category] for entries in (truth, found)]
         np.testing.assert_array_equal(list(asdict(each).values()), list(asdict(coco_scores(images, *of_it, overlap)).values()))
     np.testing.assert_allclose(scores.total.ap, np.mean([each.ap for each in scores.by_category.values()]))
+
+
+TWELVE = tuple(field.name for field in fields(CocoScores))
+
+
+@pytest.mark.parametrize("overlap", ["bbox", "segm"])
+def test_draws_of_images_score_as_so_many_copies_of_them_do(overlap):
+    """Also where a draw has no object of a category, and where it has every image once."""
+    stored = coco_golden()
+    images, truth, found = stored["ground_truth"]["images"], stored["ground_truth"]["annotations"], stored["detections"]
+    rng = np.random.default_rng(0)
+    draws = [np.ones(len(images), int), *(np.bincount(rng.integers(0, len(images), len(images)), minlength=len(images))
+             for _ in range(8)), np.eye(len(images), dtype=int)[0] * 3]  # fmt: skip
+    by_id = sorted(images, key=lambda each: each["id"])
+
+    drawn = coco_scores_by_class(images, truth, found, overlap).drawn(TWELVE)(np.array(draws, float).T)
+
+    for times, figures in zip(draws, drawn, strict=True):
+        copies = [(image["id"], 1000 * n + copy) for n, image in enumerate(by_id) for copy in range(times[n])]
+        sizes = {image["id"]: image for image in images}
+        again = coco_scores(
+            [{**sizes[old], "id": new} for old, new in copies],
+            *([{**each, "image_id": new} for old, new in copies for each in entries if each["image_id"] == old]
+              for entries in (truth, found)),
+            overlap,
+        )  # fmt: skip
+        np.testing.assert_allclose(figures, [*asdict(again).values()], rtol=0, atol=1e-12)
+
+
+def test_draws_of_nothing_have_no_score():
+    scores = coco_scores_by_class([{"id": 1}, {"id": 2}], [], [])
+
+    assert np.isnan(scores.drawn(TWELVE)(np.ones((2, 3)))).all()
 
 
 def test_nothing_is_printed(capfd):

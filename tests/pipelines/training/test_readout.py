@@ -416,7 +416,7 @@ def damage(out: str, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found.pop("readout"), "KeyError: 'readout'"),
+        (lambda found: found.pop("readout"), "has no settings of a readout; it has task, features"),
         (lambda found: found["readout"].pop("channels"), "channels"),
         (lambda found: found["readout"].update(width="wide"), "width"),
         (lambda found: found["readout"].update(outputs=5), "size mismatch"),

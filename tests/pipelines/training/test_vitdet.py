@@ -1,7 +1,12 @@
 """Training detectors: what they begin from, that runs are the same in any number of parts and processes, what is refused."""
 
+import itertools
 import json
+import os
 import shutil
+import signal
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +28,7 @@ from storage.datasets.files import DatasetError
 from storage.errors import RayliftError
 from storage.paths import Folder
 from storage.runs import read_checkpoint, read_last, read_pointers
+from tests.forks import Fork, forks
 from tests.readout_runs import continued, held_out, losses, prepared, train, write_sets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,15 +39,17 @@ def sets(tmp_path_factory) -> Path:
     return write_sets(tmp_path_factory.mktemp("sets"))
 
 
+SMALL: Mapping[str, object] = {
+    "executor": "inline", "device": "cpu", "size": 64, "model": "tiny", "depth": 2, "global_blocks": (1,), "drop_path": 0.5,
+    "dim": 32, "heads": 2, "channels": 16, "fc": 16, "batch": 4, "micro_batch": 2, "epochs": 2, "lr": 1e-3, "warmup_steps": 2,
+    "anchors": 32, "proposals": 16, "layer_decay": 0.8, "log_every": 1, "checkpoint_every": 1, "validate_every": 2,
+}  # fmt: skip
+
+
 def detector(sets: Path, out: Path | str, **changes: object) -> ViTDetTraining:
     """A run of 6 images in 2 epochs of 2 steps, at 64 px; everything is drawn: jitter, anchors, proposals, depth."""
-    values: dict[str, object] = {
-        "data": str(sets / "coco"), "out": str(out), "executor": "inline", "device": "cpu", "size": 64, "model": "tiny",
-        "depth": 2, "global_blocks": (1,), "drop_path": 0.5, "dim": 32, "heads": 2, "channels": 16, "fc": 16, "batch": 4,
-        "micro_batch": 2, "epochs": 2, "lr": 1e-3, "warmup_steps": 2, "anchors": 32, "proposals": 16, "layer_decay": 0.8,
-        "log_every": 1, "checkpoint_every": 1, "validate_every": 2,
-    }  # fmt: skip
-    return ViTDetTraining.of(**{name: value for name, value in (values | changes).items() if value is not None})
+    values = {**SMALL, "data": str(sets / "coco"), "out": str(out), **changes}
+    return ViTDetTraining.of(**{name: value for name, value in values.items() if value is not None})
 
 
 OWN = dict.fromkeys(("model", "dim", "depth", "heads", "global_blocks", "channels", "fc", "drop_path"))
@@ -98,16 +106,53 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(sets, tmp_path, me
     assert held_out(broken.out) == held_out(whole.out)
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_two_ray_workers_take_the_steps_of_one_process(sets, tmp_path):
-    train(detector(sets, tmp_path / "one"))
+@pytest.mark.soak
+@pytest.mark.parametrize("upsampler", ["", "lift"])
+def test_a_run_that_is_killed_at_random_five_times_trains_the_same_bits(sets, tmp_path, upsampler):
+    """The process itself, by SIGKILL, wherever it is just then."""
+    seed = int.from_bytes(os.urandom(4))
+    rng = np.random.default_rng(seed)
+    values = {**SMALL, "data": str(sets / "coco"), "epochs": 50, **({"upsampler": upsampler} if upsampler else {})}
 
-    two = detector(sets, tmp_path / "two", workers=2, executor="ray", loaders=1)
+    def program(name: str) -> Fork:
+        flags = [(f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,)))
+                 for key, value in (values | {"out": str(tmp_path / name)}).items()]  # fmt: skip
+        argv = ["vitdet", *itertools.chain(*flags)]
+        return Fork(program="train", argv=argv, place=str(tmp_path / name), log=str(tmp_path / f"{name}.log"))
+
+    with forks() as processes:
+        began = time.monotonic()
+        assert processes.run(program("whole")) == 0, (tmp_path / "whole.log").read_text()
+        took = time.monotonic() - began
+        for _ in range(5):
+            process = processes.start(program("broken"))
+            time.sleep(rng.uniform(0, took / 6))
+            os.kill(process, signal.SIGKILL)
+            assert processes.wait(process) == -signal.SIGKILL, f"it was done before it was killed (seed {seed})"
+        assert processes.run(program("broken")) == 0, (tmp_path / "broken.log").read_text()
+
+    there, here = (read_last(Folder(str(tmp_path / name))) for name in ("whole", "broken"))
+    assert there.step == here.step == 100
+    for expected, found in ((there.model, here.model), (there.resume, here.resume)):
+        assert expected.keys() == found.keys()
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=f"{name}, seed {seed}")
+    assert losses(str(tmp_path / "broken")) == losses(str(tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("upsampler", ["", pytest.param("lift", marks=pytest.mark.soak)])
+def test_two_ray_workers_take_the_steps_of_one_process(sets, tmp_path, upsampler):
+    one, two = (detector(sets, tmp_path / name, upsampler=upsampler or None, **settings)
+                for name, settings in (("one", {}), ("two", {"workers": 2, "executor": "ray", "loaders": 1})))  # fmt: skip
+    train(one)
+
     summary = train_on_ray(prepared(two), "cpu")
 
     assert summary.step == 4
-    np.testing.assert_allclose(losses(two.out), losses(str(tmp_path / "one")), rtol=1e-5)
-    assert held_out(two.out) == pytest.approx(held_out(str(tmp_path / "one")), rel=1e-5)
+    np.testing.assert_allclose(losses(two.out), losses(one.out), rtol=1e-5)
+    if not upsampler:  # the running statistics of LiFT's norms are of what worker 0 has seen
+        assert held_out(two.out) == pytest.approx(held_out(one.out), rel=1e-5)
 
 
 def test_what_is_drawn_for_an_image_depends_neither_on_other_images_nor_on_micro_batches(sets, tmp_path):
