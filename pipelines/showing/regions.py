@@ -114,6 +114,8 @@ class _Vectors:
         self, image: CocoImage, row: PlacedRow, key: str, turn: Orientation, map_HWC: np.ndarray, place: PixelMap
     ) -> pa.Table:
         regions, sizes = _regions(self.notes, image, turn)
+        with annotation_errors(self.notes.folder, self.notes.name, image):
+            categories = [each["category_id"] for each in image.objects]
         areas = region_areas(regions, self.level, place, self.store.spec.input_size)
         seen = np.divide(areas.sum(axis=(1, 2)), sizes, out=np.zeros(len(sizes)), where=sizes > 0)
         n = len(image.objects)
@@ -122,7 +124,7 @@ class _Vectors:
             "key": [key] * n,
             "image": np.full(n, image.number),
             "annotation": pa.array([each.get("id") for each in image.objects], pa.int64()),
-            "category": np.array([each["category_id"] for each in image.objects], np.int64),
+            "category": np.array(categories, np.int64),
             "seen": np.minimum(seen, 1).astype(np.float32),
         }
         return pa.table({**columns, "vector": vector_column(pooled(map_HWC, areas))})

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from storage.datasets.boxes import Box, BoxedImage, coco_box
+from storage.datasets.boxes import Box, BoxedImage, as_number, coco_box
 from storage.datasets.files import (
     DatasetError,
     Listed,
@@ -229,11 +229,19 @@ def _annotations(data: RawObject) -> CocoAnnotations:
     )
 
 
+_LARGEST_SIDE = 2**20
+"""Of an image, in pixels; far more than JPEG can hold."""
+
+
 def _coco_image(entry: RawObject) -> CocoImage:
-    width, height = int(entry["width"]), int(entry["height"])
-    return CocoImage(
-        number=_id(entry["id"], "image id"), file_name=str(entry["file_name"]), width=width, height=height, objects=[]
-    )
+    number, name = _id(entry["id"], "image id"), entry["file_name"]
+    width, height = (as_number(entry[side]) for side in ("width", "height"))
+    if not (0 < width < _LARGEST_SIDE and 0 < height < _LARGEST_SIDE):
+        raise ValueError(f"image {number} is {entry['width']} x {entry['height']} pixels")
+    # JSON can spell halves of characters, which no file name has.
+    if not isinstance(name, str) or not name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(f"the file name of image {number} is {textwrap.shorten(repr(name), 80)}")
+    return CocoImage(number=number, file_name=name, width=int(width), height=int(height), objects=[])
 
 
 def _unique(found: dict[K, V], pairs: Iterable[tuple[K, V]], what: str, name: Callable[[V], str]) -> dict[K, V]:
@@ -249,9 +257,11 @@ def _id(value: object, what: str) -> int:
     """An id as the format has it; text of digits, as some converters write it, is the same number."""
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
         return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    # NaN, infinity and what no 64 bits hold are no ids, either.
+    is_id = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63 and value == int(value)
+    if not is_id:
         raise ValueError(f"the {what} {textwrap.shorten(repr(value), 40)} is no whole number; number them, as COCO does")
-    return int(value)
+    return int(value)  # type: ignore[call-overload]
 
 
 def _give_objects(images: Mapping[int, CocoImage], kinds: Mapping[int, str], notes: Iterable[RawObject]) -> None:

@@ -112,7 +112,7 @@ def parsed(folder: Folder, name: str, data: bytes, parse: Callable[[RawObject], 
         return parse(json.loads(data))
     except KeyError as error:
         raise DatasetError(f"{folder.displayed}/{name} has no field {error}") from None
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise DatasetError(f"{folder.displayed}/{name} is malformed: {type(error).__name__}: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """Objects of an image in COCO's annotations: small records that workers read, and the masks that they decode to."""
 
 import json
+import textwrap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,10 +173,8 @@ def _outline(note: RawObject, height: int, width: int) -> Outline:
         mask = _of_runs(segmentation, height, width)
         _require_box_of(mask, note["bbox"])
         return mask
-    if not segmentation:
-        raise ValueError("there are no polygons")
     limit = 4 * max(height, width)
-    polygons = tuple(np.array(each, np.float64).reshape(-1, 2) for each in segmentation if _encloses(each, limit))
+    polygons = tuple(np.array(each, np.float64).reshape(-1, 2) for each in _listed(segmentation) if _encloses(each, limit))
     if polygons:
         corners = np.concatenate(polygons)
         _require_box(corners.min(axis=0), corners.max(axis=0), note["bbox"])
@@ -211,18 +210,28 @@ def decode_mask(segmentation: RawObject | Sequence[object], height: int, width: 
     """
     if isinstance(segmentation, Mapping):
         return _of_runs(segmentation, height, width)
-    if not segmentation:
-        raise ValueError("there are no polygons")
-    areas = [polygon for polygon in segmentation if _encloses(polygon, 4 * max(height, width))]
+    areas = [polygon for polygon in _listed(segmentation) if _encloses(polygon, 4 * max(height, width))]
     if not areas:
         return np.zeros((height, width), bool)
     runs = coco_mask.merge(coco_mask.frPyObjects(areas, height, width))
     return coco_mask.decode(runs).astype(bool)
 
 
+def _listed(segmentation: Sequence[object]) -> Sequence[object]:
+    """The polygons of a segmentation. Raises `ValueError` where there are none."""
+    if not isinstance(segmentation, list | tuple):
+        raise ValueError(f"it is {textwrap.shorten(repr(segmentation), 40)}, neither a list of polygons nor runs")
+    if not segmentation:
+        raise ValueError("there are no polygons")
+    return segmentation
+
+
 def _encloses(polygon: object, limit: int) -> bool:
     """Whether a polygon has three corners or more. Raises `ValueError` where it's no list of x, y, or goes beyond `limit`."""
-    corners = np.asarray(polygon, np.float64)
+    try:
+        corners = np.asarray(polygon, np.float64)
+    except (ValueError, TypeError):
+        corners = np.zeros(0)
     if corners.ndim != 1 or not len(corners) or len(corners) % 2:
         raise ValueError(f"a polygon is a list x, y, x, y, ..., not {str(polygon)[:80]}")
     # Its memory is as long as the outline; corners lie inside the image, or nearly.
@@ -232,12 +241,16 @@ def _encloses(polygon: object, limit: int) -> bool:
 
 
 def _of_runs(segmentation: RawObject, height: int, width: int) -> np.ndarray:
-    if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"its size is {segmentation['size']}, the image's {[height, width]}")
-    counts = segmentation["counts"]
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(size, list | tuple | np.ndarray) or list(size) != [height, width]:
+        raise ValueError(f"its size is {size}, the image's {[height, width]}")
     text = counts.decode("ascii") if isinstance(counts, bytes) else counts  # pycocotools gives bytes, JSON files text
+    if not isinstance(text, str | list | tuple | np.ndarray):
+        raise ValueError(f"its runs (counts) are {textwrap.shorten(repr(counts), 40)}, neither a list nor text")
     runs = _runs_of_text(text) if isinstance(text, str) else [int(count) for count in text]
-    if min(runs, default=-1) < 0 or sum(runs) != height * width:
+    if min(runs, default=0) < 0 or (not isinstance(text, str) and runs != list(text)):
+        raise ValueError("its runs aren't all whole numbers of at least 0")
+    if sum(runs) != height * width:
         raise ValueError(f"its runs cover {sum(runs)} pixels, the image has {height * width}")
     runs_of_pixels = coco_mask.frPyObjects({"counts": runs, "size": [height, width]}, height, width)
     return coco_mask.decode(runs_of_pixels).astype(bool)

@@ -109,6 +109,17 @@ def test_what_cannot_be_exported_is_one_sentence(store, tmp_path, capsys, flags,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--boxes"]])
+def test_annotations_without_a_category_are_named(store, tmp_path, capsys, flags):
+    notes = json.loads(Path(annotated(tmp_path / "c.json", BOXES)).read_text())
+    del notes["categories"], notes["annotations"][1]["category_id"]
+    (tmp_path / "c.json").write_text(json.dumps(notes))
+
+    assert run(["export", store.folder.url, "--regions", str(tmp_path / "c.json"), "--out", str(tmp_path / "o"), *flags]) == 2
+
+    assert "turned.jpg: an annotation has no field 'category_id'" in capsys.readouterr().err
+
+
 def test_annotations_of_an_image_of_another_size_are_refused(store, tmp_path, capsys):
     notes = json.loads(Path(annotated(tmp_path / "c.json", BOXES)).read_text())
     notes["images"][0].update(width=200, height=100)

@@ -113,7 +113,7 @@ def test_no_region_is_no_vector(store):
         ([[100, 5, 120, 9]], "lies outside the image of 96 x 72 pixels"),
         ({"size": [96, 72], "counts": [6912]}, "its size is [96, 72]"),
         ({"size": [72, 96], "counts": [1]}, "its runs cover 1 pixels"),
-        ([{"size": [72, 96]}], "'counts'"),
+        ([{"size": [72, 96]}], "its runs (counts) are None, neither a list nor text"),
     ],
 )
 def test_what_is_no_region_of_the_image_is_refused(store, regions, said):

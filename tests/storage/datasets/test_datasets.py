@@ -570,17 +570,21 @@ def test_polygons_of_two_corners_cover_nothing():
     [
         ([], "there are no polygons"),
         ([[1, 2, 3, 4, 5, 6, 7]], "a polygon is a list x, y"),
-        ([["a", 2, 3, 4, 5, 6]], "could not convert"),
+        ([["a", 2, 3, 4, 5, 6]], "a polygon is a list x, y"),
         ([[1, 2, 3, 4, 5, float("nan")]], "far outside the image"),
         ([[1, 2, 3, 4, 5, 1e9]], "far outside the image"),
         ({"size": [64, 48], "counts": [3072]}, r"its size is \[64, 48\], the image's \[48, 64\]"),
         ({"size": [48, 64], "counts": [1, 2]}, "its runs cover 3 pixels, the image has 3072"),
-        ({"size": [48, 64], "counts": [-1, 3073]}, "its runs cover 3072 pixels"),
+        ({"size": [48, 64], "counts": [-1, 3073]}, "its runs aren't all whole numbers"),
+        ({"size": [48, 64], "counts": [0.5, 3072]}, "its runs aren't all whole numbers"),
+        ({"size": [48, 64], "counts": None}, r"its runs \(counts\) are None"),
+        ({"size": None, "counts": [3072]}, "its size is None"),
         ({"size": [48, 64], "counts": "03"}, "its runs cover 3 pixels"),
         ({"size": [48, 64], "counts": "o"}, "ends within a number"),
         ({"size": [48, 64], "counts": "é"}, "holds the character"),
         ({"size": [48, 64]}, "counts"),
-        (7, "not iterable"),
+        (7, "it is 7, neither a list of polygons nor runs"),
+        ("5", "it is '5', neither a list of polygons nor runs"),
     ],
 )
 def test_a_malformed_segmentation_is_named_with_its_annotation(tmp_path, segmentation, message):
@@ -602,6 +606,17 @@ def test_a_malformed_segmentation_is_named_with_its_annotation(tmp_path, segment
         (lambda d: d["images"][0].pop("width"), "has no field 'width'"),
         (lambda d: d["images"][0].update(file_name="../x.jpg"), "no plain name"),
         (lambda d: d["images"][0].update(file_name="x.jpg"), r"x\.jpg is missing"),
+        (lambda d: d["images"][0].update(file_name="\ud800.jpg"), r"the file name of image .*ud800"),
+        (lambda d: d["images"][0].update(file_name=None), "the file name of image .* is None"),
+        (lambda d: d["images"][0].update(width=0), "image .* is 0 x "),
+        (lambda d: d["images"][0].update(width=float("nan")), "image .* is nan x "),
+        (lambda d: d["images"][0].update(height=10**12), "image .* is .* x 10{12} pixels"),
+        (lambda d: d["annotations"][0].update(bbox="1 2 3 4"), "the box 1 2 3 4; it should be four numbers, x, y, width, height"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), "it should be four numbers"),
+        (lambda d: d["annotations"][0].update(bbox=[float("nan")] * 4), "it should be four numbers"),
+        (lambda d: d["annotations"][0].update(bbox=None), "the box None; it should be four numbers"),
+        (lambda d: d["annotations"][0].update(area="big"), "the area big"),
+        (lambda d: d["annotations"][0].update(id=float("inf")), "the id of annotation inf inf is no whole number"),
         (lambda d: d.pop("images"), "has no field 'images'"),
     ],
 )
@@ -626,7 +641,7 @@ def test_ids_that_are_text_of_digits_are_numbers(tmp_path):
     assert digest(found.items) == digest(numbers.items)
 
 
-@pytest.mark.parametrize("value", ["a3f9", 3.5, True, None, "1" * 5000])
+@pytest.mark.parametrize("value", ["a3f9", 3.5, True, None, "1" * 5000, 10**30, float("inf"), float("nan")])
 def test_ids_that_are_no_numbers_are_named(tmp_path, value):
     notes = coco_notes()
     notes["images"][0]["id"] = value
@@ -640,6 +655,14 @@ def test_a_byte_order_mark_is_no_part_of_a_lists_first_name(tmp_path):
     folder.write("val.txt", "\ufeff2007_000033\r\n2007_000042\r\n".encode())
 
     assert listed_names(folder, "val.txt") == ["2007_000033", "2007_000042"]
+
+
+@pytest.mark.parametrize("value", [b"[" * 100_000 + b"]" * 100_000, b"1" * 6000], ids=["nested", "digits"])
+def test_json_that_python_cannot_read_is_named(tmp_path, value):
+    make_coco(Folder(str(tmp_path))).write("annotations/instances_val2017.json", b'{"images": ' + value + b"}")
+
+    with pytest.raises(DatasetError, match=r"instances_val2017\.json is malformed: (RecursionError|ValueError)"):
+        load_coco_instances(Folder(str(tmp_path)), "val2017")
 
 
 def test_json_that_is_cut_short_is_named(tmp_path):
