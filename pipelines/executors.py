@@ -73,12 +73,15 @@ class WorkerBroken(RayliftError):
 
 @dataclass
 class Loaded:
-    """A task's images: `pixels` uint8 [rows, H, W, 3], zero where `records` say `failed`."""
+    """A task's images: `pixels` uint8 [rows, H, W, 3], zero where `records` say `failed`, and in the first rows, which the writer
+    has, where the task was done in part."""
 
     pixels: np.ndarray
     records: list[SampleRecord]
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
+    begun: int = 0
+    "rows that were done before the store grew, and aren't computed again"
     aside: bool = False
     "nothing was loaded: the task is to run again, alone"
 

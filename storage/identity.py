@@ -2,7 +2,7 @@
 
 A source is known by its URL. Where its size and its stamp (ETag, or times) are as they were indexed, it is taken for unchanged.
 The headers of any other are scanned again, and the bytes of its samples are held against the digests in the ledger: a copy, a
-move or a touch costs one reading, and what really changed is known sample by sample.
+move or a touch costs one reading, and what really changed is known sample by sample. Further sources come after those there are.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
-from storage.paths import StorageOptions
+from storage.paths import InputError, StorageOptions
 from storage.redaction import query_free
 from storage.samples import MAX_IMAGE_BYTES, PART_ROWS, SampleIndex, Unread, try_images
-from storage.scans import refuse_duplicates
-from storage.sources import Source, describe_change, gone_and_new, is_unchanged, other_input, pair
+from storage.scans import DuplicateKeys, refuse_duplicates, taken
+from storage.sources import BY_PLACE, RESTORE, Source, describe_change, gone_and_new, is_unchanged, other_input, pair
 from storage.tars import SourceScan
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ LEDGER_ROWS = 2**13
 
 Scan = Callable[[Sequence[InputFile]], Iterable[SourceScan]]
 """Scans sources, in order."""
+
+ADD = "Further input is added to a store where all that it was made from is given, too. Give that as well, or use a new --out."
+"""What to do where input is another one, and not more."""
 
 LedgerRows = Callable[[np.ndarray], pa.Table]
 """`row`, `status` and `digest` of row numbers, in that order; status is null where nothing is committed yet."""
@@ -63,6 +66,12 @@ class InputState:
     "failed rows whose image is another one now"
     added: int = 0
     "samples that a source holds now and didn't before; their rows come after all others"
+    new_sources: int = 0
+    "the last ones of `sources`, which weren't there before"
+    grown: int = 0
+    "samples of those; their rows come last"
+    displaced: bool = False
+    "samples took rows of others, which are gone"
     reordered: bool = False
     "samples took rows of others, or new ones: rows aren't in the order of the sources any more"
     changes: list[str] = field(default_factory=list)
@@ -77,6 +86,11 @@ class InputState:
     def stands(self) -> bool:
         """No image differs."""
         return not (self.redo or self.repaired or self.added) and self.table is None
+
+    @property
+    def grows(self) -> bool:
+        """Rows that there are keep their samples, and those with features their images."""
+        return not (self.redo or self.displaced)
 
 
 def input_state(
@@ -94,7 +108,8 @@ def input_state(
     are read, not of changed ones only. `gone_is_unchanged`: at the end of a run, which doesn't need its input any more, nor
     what is new.
 
-    Raises `InputError` where sources are gone or new, or where samples with features aren't in the input any more.
+    Raises `InputError` where sources are gone, or samples with features aren't in the input any more, and `DuplicateKeys` for new
+    sources that hold a key once more.
     """
     paired, new = pair(index.sources, files)
     if gone_is_unchanged:
@@ -108,14 +123,16 @@ def input_state(
     moved = _moved(index, paired, new, scan)
     if index.is_cut:  # what lies behind the limit was never looked at
         new = []
-    if lines := gone_and_new(index.sources, paired, new):
-        raise other_input(index, lines)
+    if gone_and_new(index.sources, paired):
+        raise other_input(index, gone_and_new(index.sources, paired, new), ADD if new else RESTORE)
     now = [file for file in paired if file is not None]
     doubtful = [i for i, file in enumerate(now) if not is_unchanged(index.sources[i], file)]
     sources = [
         replace(source, url=query_free(file.url), size=file.size, etag=file.etag)
         for source, file in zip(index.sources, now, strict=True)
     ]
+    if new:
+        _require_same_places(index, now)
     state = InputState(files=now, sources=sources)
     wanted = list(range(len(now))) if rescan else doubtful
     scans = {i: moved[i] for i in wanted if i in moved}
@@ -128,7 +145,55 @@ def input_state(
         )
     if scans:
         _Comparison(index, state, scans, set(doubtful), ledger, options, limit).run()
+    if new:
+        _grow(index, state, zip(new, scan(new), strict=True), limit)
     return state
+
+
+def _require_same_places(index: SampleIndex, files: Sequence[InputFile]) -> None:
+    """Raise `InputError` where keys would begin with other places, by further files, than those of the rows there are do."""
+    if BY_PLACE not in index.rules:
+        return
+    first = index.read(0, 1).to_pylist()[0]
+    place = files[first["source"]].place
+    if first["key"] != place and not first["key"].startswith(f"{place}/"):
+        raise InputError(
+            f"{index.displayed} was indexed with {BY_PLACE}, by which keys begin with a file's place below the folder that all "
+            f"files share. With the new ones that is another folder, and {first['key']!r} would begin with {place!r}. Put new "
+            "files below the folder that the others share, or use a new --out"
+        )
+
+
+def _grow(index: SampleIndex, state: InputState, scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None) -> None:
+    """Take sources that are new, up to `limit` rows in all: their rows come after all others."""
+    room = None if limit is None else limit - index.n_rows - state.added
+    tables = [_whole(index) if state.table is None else state.table]
+    for file, scanned in scans if room is None or room > 0 else ():
+        rows, source = taken(file, scanned, len(state.sources))
+        tables.append(rows.slice(0, None if room is None else room - state.grown).select(tables[0].column_names))
+        state.files.append(file)
+        state.sources.append(source)
+        state.new_sources += 1
+        state.grown += len(tables[-1])
+        state.changes.append(f"{source.url} is new")
+        if room is not None and state.grown >= room:
+            break
+    if not state.new_sources:
+        return
+    state.table = pa.concat_tables(tables)
+    try:
+        refuse_duplicates(state.table, state.sources)
+    except DuplicateKeys as error:
+        raise DuplicateKeys(
+            f"{index.displayed} can't be added to, since it keeps its keys: {error} For that, use a new --out"
+        ) from None
+
+
+def _whole(index: SampleIndex) -> pa.Table:
+    """All rows of an index."""
+    return pa.concat_tables(
+        index.read(first, min(first + PART_ROWS, index.n_rows)) for first in range(0, index.n_rows, PART_ROWS)
+    )
 
 
 def _moved(index: SampleIndex, paired: list[InputFile | None], new: list[InputFile], scan: Scan) -> dict[int, SourceScan]:
@@ -200,6 +265,7 @@ class _Comparison:
             keys = {}  # beyond the limit
         spare = iter(list(keys.values()))
         self.state.reordered |= bool(keys)
+        self.state.displaced |= None in place
         place = [next(spare, None) if at is None else at for at in place]
         lost = [key for key, at in zip(before["key"].to_pylist(), place, strict=True) if at is None]
         url = self.index.sources[source].url

@@ -10,14 +10,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.documents import DamagedObject, Document, decode, parse_json, schema_of
+from storage.documents import DamagedObject, Document, decode, parse_json, schema_of, with_columns
 from storage.paths import Folder, StorageError
 from storage.sample_arrays import sample_chunks
 from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_bytes
@@ -82,6 +82,7 @@ class Ledger:
     """The records of one store: of its layout and levels, under its fingerprint.
 
     `unmarked`: records without a fingerprint count too, which format 2 wrote. `sample_arrays`: `merge` writes those, too.
+    `sizes`: how many rows the store had when it grew; a block that wasn't full then may have a record of those rows yet.
     What is read is checked; what isn't as it must be raises `DamagedObject`, which names it.
     """
 
@@ -94,10 +95,17 @@ class Ledger:
         *,
         unmarked: bool = False,
         sample_arrays: bool = False,
+        sizes: Iterable[int] = (),
     ):
         self.folder, self.layout, self.levels = folder, layout, levels
         self.fingerprint, self.unmarked, self.sample_arrays = fingerprint, unmarked, sample_arrays
         self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
+        self._ends: dict[int, set[int]] = {}
+        "where blocks ended before they grew, by block"
+        for n_rows in sizes:
+            block = n_rows // layout.block_rows
+            if n_rows % layout.block_rows and n_rows < layout.task(block).last:
+                self._ends.setdefault(block, set()).add(n_rows)
 
     @staticmethod
     def commit_name(block: int) -> str:
@@ -114,7 +122,7 @@ class Ledger:
         return self.folder.write_new(self.commit_name(task.block), self._record_bytes(task, records, objects))
 
     def replace(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> None:
-        """Put `task`'s record over one that isn't this store's."""
+        """Put `task`'s record over one that isn't this store's, or is of the fewer rows that it had before the store grew."""
         self.folder.write(self.commit_name(task.block), self._record_bytes(task, records, objects))
 
     def _record_bytes(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bytes:
@@ -128,7 +136,27 @@ class Ledger:
         return table_bytes(table, metadata)
 
     def done(self) -> set[int]:
-        """Blocks whose commit record exists."""
+        """Blocks whose commit record exists, of all their rows."""
+        listed = self.listed()
+        return listed - {block for block in listed.intersection(self._ends) if self.begun(block) is not None}
+
+    def begun(self, block: int) -> pa.Table | None:
+        """The record of a block as it was before the store grew, where there is none of all its rows yet; None where there is
+        one, or none at all."""
+        if block not in self._ends:
+            return None
+        try:
+            record = self.record(block)
+        except DamagedObject:
+            return None
+        return record if len(record) < self.layout.task(block).n_rows else None
+
+    def begun_rows(self) -> int:
+        """How many rows such records hold."""
+        return sum(len(record) for block in self._ends if (record := self.begun(block)) is not None)
+
+    def listed(self) -> set[int]:
+        """Blocks whose commit record exists, also of some of their rows only: those that there were before the store grew."""
         return {block for name in self.folder.sizes("ledger/commits") if (block := self._block_of(name)) is not None}
 
     def strangers(self) -> list[str]:
@@ -161,7 +189,8 @@ class Ledger:
                 yield from zip(window, pool.map(ask, window), strict=True)
 
     def record(self, block: int) -> pa.Table:
-        """The commit record of a block: `SCHEMA`, and the objects among its metadata. Raises `DamagedObject`."""
+        """The commit record of a block: `SCHEMA`, and the objects among its metadata. It's of the block's first rows where the
+        store grew since. Raises `DamagedObject`."""
         document = Document(self.folder, self.commit_name(block), _AGAIN)
         table = document.table(SCHEMA, optional=_LATER if self.unmarked else ())
         with document.parsing():
@@ -171,6 +200,8 @@ class Ledger:
     def _require_own(self, block: int, table: pa.Table) -> None:
         """Raise `ValueError` unless `table` is this store's record of `block`."""
         metadata, task = table.schema.metadata or {}, self.layout.task(block)
+        if task.first + len(table) in self._ends.get(block, ()):
+            task = replace(task, last=task.first + len(table))
         made_by = metadata.get(b"fingerprint", b"").decode()
         if made_by != self.fingerprint and (made_by or not self.unmarked):
             raise ValueError(f"it belongs to another store, of fingerprint {made_by or 'unknown'}")
@@ -180,7 +211,8 @@ class Ledger:
         if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
             raise ValueError("it has rows without a key, or of a status other than ok and failed")
         objects = decode(dict[str, int], parse_json(metadata[b"objects"]), "objects")
-        if set(objects) != {name for level in self.levels for name in self.layout.shard_names(level, block)}:
+        layout = replace(self.layout, n_rows=min(self.layout.n_rows, task.last))
+        if set(objects) != {name for level in self.levels for name in layout.shard_names(level, block)}:
             raise ValueError("the objects it lists aren't its task's")
 
     def torn(self, blocks: Sequence[int]) -> dict[int, str]:
@@ -247,15 +279,15 @@ class Ledger:
         """The same from the commit records, for a store that is being written: null but for `row` where there is none yet."""
         layout = self.layout
         blocks, at = np.unique(rows // layout.block_rows, return_inverse=True)
-        done = self.done()  # one listing costs less than a failed request for each block that isn't there
-        known = dict(self.records([int(b) for b in blocks if int(b) in done]))
+        there = self.listed()  # one listing costs less than a failed request for each block that isn't there
+        known = dict(self.records([int(b) for b in blocks if int(b) in there]))
         tables = []
         for i, block in enumerate(blocks.tolist()):
             mine = rows[at == i]
-            if block in known:
-                tables.append(known[block].replace_schema_metadata(None).take(mine - layout.task(block).first))
-            else:
-                tables.append(pa.Table.from_pylist([{"row": row} for row in mine.tolist()], schema=SCHEMA))
+            task, record = layout.task(block), known.get(block, SCHEMA.empty_table())
+            unwritten = pa.table({"row": np.arange(task.first + len(record), task.last)})
+            record = pa.concat_tables([record.replace_schema_metadata(None), with_columns(unwritten, SCHEMA)])
+            tables.append(record.take(mine - task.first))
         # `tables` hold the rows block after block; the inverse of that permutation brings them into the order asked.
         order = np.argsort(np.argsort(at, kind="stable"), kind="stable")
         table = pa.concat_tables(tables).take(order) if tables else SCHEMA.empty_table()

@@ -35,10 +35,13 @@ class _Stale(StorageError):
 
 
 class LevelReader:
-    """Reads rows of `level`, whose shards have their index at `location`, also from several threads at once."""
+    """Reads rows of `level`, whose shards have their index at `location`, also from several threads at once.
 
-    def __init__(self, folder: Folder, layout: Layout, level: Level, location: IndexLocation):
-        self.folder, self.layout, self.level, self.location = folder, layout, level, location
+    `grows`: the store is being written, so that rows may come to a shard that was read before: its last one, where it has grown.
+    """
+
+    def __init__(self, folder: Folder, layout: Layout, level: Level, location: IndexLocation, *, grows: bool = False):
+        self.folder, self.layout, self.level, self.location, self.grows = folder, layout, level, location, grows
         self.name = f"{level.name}/features"
         self.shard_rows = layout.shard_rows(level)
         self.dtype = np.dtype("float32" if level.dtype == "int8" else level.dtype)
@@ -85,7 +88,12 @@ class LevelReader:
             else:
                 parts.append((shard, at))
         for some in _batches(parts, 1024):
-            indexes = {shard: index for shard, _ in some if (index := self._indexes.get(shard)) is not None}
+            indexes = {
+                shard: index
+                for shard, at in some
+                if (index := self._indexes.get(shard)) is not None
+                and not (self.grows and (index[rows[at] % self.shard_rows, 1] == 0).any())
+            }
             indexes |= self._fetch_indexes([shard for shard, _ in some if shard not in indexes])
             suspects = self._read_parts(some, indexes, rows, values, there)
             self._refuse_rewritten(suspects, indexes)

@@ -30,6 +30,14 @@ class StoreReplaced(StorageError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a store was before it grew: its first `n_rows` rows are of the same samples still."""
+
+    n_rows: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RootDocument:
     """What every store's `raylift` attributes hold, as they must be. Stores may hold more, which is kept and not looked at."""
 
@@ -47,7 +55,9 @@ class RootDocument:
     index: str | None = None
     "the index's folder, where it isn't the first one: input was repaired"
     origin: str | None = None
-    "the fingerprint that the store began with, and that its commit records have, where input was repaired since"
+    "the fingerprint that the store began with, and that its commit records have, where input was repaired or came since"
+    generations: tuple[Generation, ...] = ()
+    "what it was each time that it grew, the first one first; empty again where other samples took rows since"
     input: str | None = None
     "`sources_digest` of the input as the run reads it that writes the store; complete stores have none"
     versions: Mapping[str, str] | None = None
@@ -58,6 +68,11 @@ class RootDocument:
     def index_location(self) -> IndexLocation:
         """Where shards have their index, which stays where it was begun: shards of both kinds can't be of one array."""
         return "end" if self.format >= FORMAT else "start"
+
+    def came_from(self, fingerprint: str) -> bool:
+        """Whether this is the store of that fingerprint, or it has grown from it: then the rows of that one are of the same
+        samples."""
+        return fingerprint in (self.fingerprint, *(each.fingerprint for each in self.generations))
 
     @property
     def has_sample_arrays(self) -> bool:
@@ -102,6 +117,9 @@ def _check(found: RootDocument) -> None:
         raise ValueError(f"{found.index!r} is no place of an index")
     if not found.spec.levels:
         raise ValueError("a store without levels holds nothing")
+    sizes = [1, *(each.n_rows for each in found.generations), found.layout.n_rows]
+    if sizes != sorted(sizes):
+        raise ValueError(f"a store of {found.layout.n_rows} rows can't have had {', '.join(map(str, sizes[1:-1]))}")
     counts = found.counts or {}
     if set(counts) - {"ok", "failed"} or any(count < 0 for count in counts.values()):
         raise ValueError(f"counts can't be {dict(counts)}")
@@ -122,6 +140,10 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
     if attributes is None:
         raise StoreReplaced(f"{folder.displayed} is gone: it was removed while this run wrote it; nothing more is written")
     if attributes["fingerprint"] != fingerprint:
+        if decode_known(RootDocument, attributes).came_from(fingerprint):
+            raise StoreReplaced(
+                f"{folder.displayed} has grown: another run adds further input to it; this run writes nothing more"
+            )
         raise StoreReplaced(
             f"{folder.displayed} is another store now: it was removed and begun anew with other settings while this run wrote "
             "it; nothing more is written"

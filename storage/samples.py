@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,8 @@ from storage.spread import spread
 from storage.tars import SCHEMA, MemberRules
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PART_ROWS = MAX_BLOCK_ROWS
 """Rows of one Parquet file of the index; a multiple of every block size, so that no task spans two parts."""
@@ -155,8 +158,9 @@ class SampleIndex:
     with the repair are the last ones.
     """
 
-    def __init__(self, folder: Folder, prefix: str = INDEX):
-        self.folder, self.prefix = folder, prefix
+    def __init__(self, folder: Folder, prefix: str = INDEX, later: "Callable[[], SampleIndex | None] | None" = None):
+        """`later`: gives the index that took this one's place, if one did, with the same rows and further ones."""
+        self.folder, self.prefix, self._later = folder, prefix, later
         self.displayed = folder.displayed
         "what messages call that which was made from it"
         document = Document(folder, f"{prefix}/sources.parquet", "the same extraction writes it, where its input is as it was")
@@ -168,6 +172,7 @@ class SampleIndex:
         named = None if self.order is None else self.digest
         self._table = Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named)
         self._keys = Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
+        self._now = self
 
     def _parse(self, table: pa.Table) -> None:
         """Take what index/sources.parquet says. Raises one of what `Document.parsing` knows where that can't be."""
@@ -228,11 +233,22 @@ class SampleIndex:
 
     def read(self, first: int, last: int) -> pa.Table:
         """Rows `first` to `last` (exclusive); they must lie within one part."""
-        return self._within(self._table.read(first, last))
+        return self._ask(lambda index: index._within(index._table.read(first, last)))
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows whose numbers are in `rows`, in that order."""
-        return self._within(self._table.take(rows, columns))
+        return self._ask(lambda index: index._within(index._table.take(rows, columns)))
+
+    def _ask(self, ask: "Callable[[SampleIndex], T]") -> T:
+        """What `ask` gets from this index, or, where that is gone, from the one that took its place."""
+        try:
+            return ask(self._now)
+        except (DamagedObject, OSError):
+            later = self._later() if self._later else None
+            if later is None:
+                raise
+            self._now = later
+            return ask(later)
 
     def _within(self, table: pa.Table) -> pa.Table:
         """`table`, whose rows lie in sources that there are. Raises `DamagedObject` otherwise."""
@@ -246,11 +262,11 @@ class SampleIndex:
 
     def keys(self, first: int, last: int) -> pa.ChunkedArray:
         """Keys of rows `first` to `last` (exclusive); they must lie within one part."""
-        return self._table.read(first, last, ["key"])["key"]
+        return self._ask(lambda index: index._table.read(first, last, ["key"])["key"])
 
     def sizes(self, first: int, last: int) -> np.ndarray:
         """Bytes of the images of rows `first` to `last` (exclusive), int64; they must lie within one part."""
-        return self._table.read(first, last, ["size"])["size"].to_numpy()
+        return self._ask(lambda index: index._table.read(first, last, ["size"])["size"].to_numpy())
 
     def names(self, rows: Sequence[int]) -> list[str]:
         """What people know some rows by: their source and key."""
@@ -277,6 +293,9 @@ class SampleIndex:
 
     def find(self, keys: Sequence[str]) -> dict[str, int]:
         """Row numbers of those of `keys` that there are."""
+        return self._ask(lambda index: index._find_all(keys))
+
+    def _find_all(self, keys: Sequence[str]) -> dict[str, int]:
         wanted = sorted(set(keys))
         found: dict[str, int] = {}
         for part, group in itertools.groupby(wanted, lambda key: max(0, bisect.bisect_right(self.first_keys, key) - 1)):

@@ -26,18 +26,10 @@ def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | No
     sources: list[Source] = []
     count = 0
     for file, scan in scans:
-        url = query_free(file.url)
-        if scan.why_empty and EMPTY not in scan.left_out:
-            raise InputError(
-                f"{url} holds no images: {scan.why_empty}. Name the image member with --image-member, or drop the tar; {SKIP}"
-            )
-        problems = "; ".join(scan.problems)
-        # A scan, which may run in any process, doesn't know its source's number; it is column 1 of `SCHEMA`.
-        ordinal = pa.array([len(sources)] * len(scan.rows), pa.int32())
-        tables.append(scan.rows.set_column(1, "source", ordinal))
-        left_out = left_out_json(scan.left_out)
-        sources.append(Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out))
-        count += len(scan.rows)
+        rows, source = taken(file, scan, len(sources))
+        tables.append(rows)
+        sources.append(source)
+        count += len(rows)
         if limit is not None and count >= limit:
             break
     if not count:
@@ -48,6 +40,19 @@ def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | No
         table = table.slice(0, limit)
     refuse_duplicates(table, sources)
     return table, sources
+
+
+def taken(file: InputFile, scan: SourceScan, number: int) -> tuple[pa.Table, Source]:
+    """The rows of source `number` of an index, and what that knows of it. Raises `InputError` for a tar without images."""
+    url = query_free(file.url)
+    if scan.why_empty and EMPTY not in scan.left_out:
+        raise InputError(
+            f"{url} holds no images: {scan.why_empty}. Name the image member with --image-member, or drop the tar; {SKIP}"
+        )
+    # A scan, which may run in any process, doesn't know its source's number; it is column 1 of `SCHEMA`.
+    rows = scan.rows.set_column(1, "source", pa.array([number] * len(scan.rows), pa.int32()))
+    left_out, problems = left_out_json(scan.left_out), "; ".join(scan.problems)
+    return rows, Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
 
 
 def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:

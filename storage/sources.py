@@ -25,6 +25,9 @@ LIMIT = "--limit"
 RESTORE = "Use a new --out, or restore what changed."
 """What to do about input that isn't what something was made from."""
 
+BY_PLACE = "--duplicate-keys rename"
+"""How an index says that keys begin with places of files."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -172,4 +175,4 @@ def rules_text(rules: MemberRules | None) -> str:
     text = f"--image-member {rules.image or 'not given'} and --carry {' '.join(rules.carry) or 'not given'}"
     # Named only where given: indexes of earlier versions don't know them.
     text += " and --empty-shards skip" if rules.skip_empty else ""
-    return text + (" and --duplicate-keys rename" if rules.by_place else "")
+    return text + (f" and {BY_PLACE}" if rules.by_place else "")

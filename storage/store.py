@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 
 from storage.differences import differences
-from storage.documents import DamagedObject, Document, JsonObject, JsonValue, decode_known
+from storage.documents import DamagedObject, Document, JsonObject, JsonValue, MissingObject, decode_known
 from storage.html import store_html
 from storage.ledger import SCHEMA, Ledger
 from storage.metadata import zarr_documents
@@ -24,7 +24,7 @@ from storage.paths import Folder, StorageError, StorageOptions, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
 from storage.regions import Regions, is_points, pooled, region_areas
-from storage.root import FORMAT, MARKED, ROOT, RootDocument, StoreReplaced, read_attributes, require_same_store
+from storage.root import FORMAT, MARKED, ROOT, Generation, RootDocument, StoreReplaced, read_attributes, require_same_store
 from storage.sample_arrays import SAMPLE_DOCUMENTS
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
@@ -78,13 +78,22 @@ class FeatureStore:
         self.attributes = dict(attributes)
         self.root = decode_known(RootDocument, self.attributes)
         "`attributes`, typed"
-        self.spec, self.layout = self.root.spec, self.root.layout
-        # Records of a store that format 2 began have no fingerprint, also after it was upgraded.
-        unmarked = self.root.format < MARKED or self.root.upgraded_from is not None
+        self.spec = self.root.spec
         self.ledger = Ledger(
-            self.folder, self.layout, self.spec.levels, self.origin, unmarked=unmarked, sample_arrays=self.root.has_sample_arrays
+            self.folder,
+            self.root.layout,
+            self.spec.levels,
+            self.origin,
+            # Records of a store that format 2 began have no fingerprint, also after it was upgraded.
+            unmarked=self.root.format < MARKED or self.root.upgraded_from is not None,
+            sample_arrays=self.root.has_sample_arrays,
+            # Of a complete store, every record is of all rows.
+            sizes=[each.n_rows for each in self.root.generations] if self.root.status == "writing" else (),
         )
-        self._readers: dict[str, LevelReader] = {}
+        self.__dict__.pop("index", None)  # the cached property holds the index before
+        self._readers: dict[tuple[str, int], LevelReader] = {}
+        # Last: whoever asks for a further row in another thread has all that is needed for it.
+        self.layout = self.root.layout
 
     @property
     def origin(self) -> str:
@@ -185,13 +194,25 @@ class FeatureStore:
     @functools.cached_property
     def index(self) -> SampleIndex:
         """The samples. Raises `DamagedObject` where they aren't those that the store was made of."""
-        index = SampleIndex(self.folder, self.index_prefix)
-        if (index.n_rows, index.digest) != (self.layout.n_rows, self.layout.index):
-            raise Document(self.folder, f"{self.index_prefix}/sources.parquet").damaged(
+        root, prefix = self.root, self.index_prefix
+        try:
+            index = SampleIndex(self.folder, prefix, self._later_index)
+        except MissingObject:
+            # Of a store that grew, the index before is removed when it's complete.
+            if (later := self._later_index()) is None:
+                raise
+            return later
+        if (index.n_rows, index.digest) != (root.layout.n_rows, root.layout.index):
+            raise Document(self.folder, f"{prefix}/sources.parquet").damaged(
                 f"is another index's: {index.n_rows} rows, digest {index.digest[:12]}, where the store has "
-                f"{self.layout.n_rows} rows, digest {self.layout.index[:12]}"
+                f"{root.layout.n_rows} rows, digest {root.layout.index[:12]}"
             )
         return index
+
+    def _later_index(self) -> SampleIndex | None:
+        """The index that the store has by now, if it has another one than when it was opened: of the same rows, and further."""
+        later = self._later()
+        return None if later is None or later.index_prefix == self.index_prefix else later.index
 
     def has_index(self) -> bool:
         """Whether the whole index is there, and is the one that the store was made of."""
@@ -219,13 +240,24 @@ class FeatureStore:
 
     def row(self, key: str) -> int:
         """The row of the sample called `key`. Raises `UnknownName` (a `KeyError`)."""
-        return int(self.index.rows([key])[0])
+        return int(self.rows(key)[0])
 
     def rows(self, selection: Selection) -> np.ndarray:
         """Row numbers, int64 [n], of a slice, row numbers (negative ones count from the end), keys, or a mask over all rows.
 
-        Raises `NoSuchRow` (an `IndexError`) and `UnknownName` (a `KeyError`) for those that don't exist.
+        Raises `NoSuchRow` (an `IndexError`) and `UnknownName` (a `KeyError`) for those that don't exist: not when the store was
+        opened, and not now.
         """
+        try:
+            return self._rows(selection)
+        except (NoSuchRow, UnknownName):
+            later = self._later()
+            if later is None or len(later) == len(self):
+                raise
+            self._take_attributes(later.attributes)
+            return self._rows(selection)
+
+    def _rows(self, selection: Selection) -> np.ndarray:
         if isinstance(selection, slice):
             return np.arange(*selection.indices(len(self)), dtype=np.int64)
         items = np.asarray([selection] if isinstance(selection, str | int | np.integer) else selection)
@@ -233,7 +265,7 @@ class FeatureStore:
             return np.zeros(0, np.int64)
         # pandas and Arrow give strings as objects.
         if items.dtype.kind == "U" or (items.dtype.kind == "O" and all(isinstance(item, str) for item in items.flat)):
-            return self.index.rows(items.tolist())
+            return self._rows(self.index.rows(items.tolist()))  # a later index has further ones
         if items.dtype == bool and items.shape == (len(self),):
             return np.flatnonzero(items)
         if items.dtype.kind not in "iu" or items.ndim != 1:
@@ -258,9 +290,12 @@ class FeatureStore:
 
     def read_present(self, rows: np.ndarray, level: str) -> tuple[np.ndarray, np.ndarray]:
         """Features of row numbers, NaN where there are none, and which are there, bool [n]."""
-        reader = self._readers.get(level)
+        layout = self.layout
+        reader = self._readers.get((level, layout.n_rows))
         if reader is None:  # kept, since it caches the indexes of shards
-            reader = self._readers[level] = LevelReader(self.folder, self.layout, self.level(level), self.root.index_location)
+            grows = self.status == "writing"
+            reader = LevelReader(self.folder, layout, self.level(level), self.root.index_location, grows=grows)
+            self._readers[level, layout.n_rows] = reader
         return reader.read(rows)
 
     def sample(self, key: str | int, points_xy: ArrayLike, level: str) -> np.ndarray:
@@ -342,7 +377,13 @@ class FeatureStore:
         own = self._ledger_columns(columns)
         # The merged ledger is written at the end; before, only commit records say what became of a row.
         take = self.ledger.take if self.status == "complete" else self.ledger.take_committed
-        return self._with_carried(take(wanted, own), wanted, columns)
+        try:
+            return self._with_carried(take(wanted, own), wanted, columns)
+        except (DamagedObject, OSError):
+            # Another one by now, since the store has grown?
+            if (later := self._later()) is None:
+                raise
+            return later.records(wanted, columns)
 
     def _ledger_columns(self, columns: Sequence[str]) -> list[str]:
         """Those of `columns` that the ledger has, and `row`. Raises `UnknownName` for what neither it nor the index carries."""
@@ -378,18 +419,41 @@ class FeatureStore:
     def failures(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
         """Ledger rows of all that failed so far: `columns` of the ledger, or carried ones. Raises `UnknownName` for others."""
         own = self._ledger_columns([*columns, "status"])
-        if self.status == "complete":
-            table = self.ledger.table(own)
-            table = table.filter(pc.equal(table["status"], "failed"))
-        else:
-            table = self.ledger.failed(sorted(self.ledger.done()))
+        try:
+            if self.status == "complete":
+                table = self.ledger.table(own)
+                table = table.filter(pc.equal(table["status"], "failed"))
+            else:
+                table = self.ledger.failed(sorted(self.ledger.listed()))
+        except (DamagedObject, OSError):
+            if (later := self._later()) is None:
+                raise
+            table = later.failures(own)
+            table = table.filter(pa.array(table["row"].to_numpy() < len(self)))
         return self._with_carried(table, table["row"].to_numpy(), columns)
+
+    def refresh(self) -> bool:
+        """Take what has come since the store was opened; whether anything has: further rows, or that it's complete. Rows keep
+        their numbers. Raises `StoreReplaced` where another store lies there by now."""
+        self.require_unreplaced()
+        later = self._later()
+        if later is not None:
+            self._take_attributes(later.attributes)
+        return later is not None
+
+    def _later(self) -> "FeatureStore | None":
+        """The store as it is now, where it isn't as it was opened, and has its rows still: it has grown, or is complete."""
+        attributes = read_attributes(self.folder)
+        if attributes is None or attributes == self.attributes:
+            return None
+        later = FeatureStore(self.folder, attributes)
+        return later if later.root.came_from(self.root.fingerprint) else None
 
     def require_unreplaced(self) -> None:
         """For those who keep rows, keys or labels of it: raise `StoreReplaced` where by now there is another store, or none, or
-        the same with its samples on other rows. One request."""
+        the same with its samples on other rows. One that has grown has them where they were. One request."""
         now = read_attributes(self.folder)
-        if now is None or now["fingerprint"] != self.root.fingerprint:
+        if now is None or not decode_known(RootDocument, now).came_from(self.root.fingerprint):
             what = "is gone" if now is None else "is another store now, or has its samples on other rows"
             raise StoreReplaced(
                 f"{self.folder.displayed} {what} since it was opened: keys and labels that were read then aren't those of its "
@@ -425,14 +489,15 @@ class FeatureStore:
         """Raise `StoreReplaced` unless this store still lies where it was opened."""
         require_same_store(self.folder, self.root.fingerprint, self.root.input)
 
-    def adopt_index(self, index: SampleIndex) -> None:
-        """Go on with an index of changed input, which is written: the root names it. Driver only. Raises `StoreReplaced`.
+    def adopt_index(self, index: SampleIndex, *, grows: bool) -> None:
+        """Go on with an index of other input, which is written: the root names it. Driver only. Raises `StoreReplaced`.
 
-        Rows that changed must be pending by now. Further rows make the arrays longer. Commit records keep the fingerprint
-        that the store began with.
+        Further rows make the arrays longer. `grows`: that is all; the rows that there are keep their samples, and readers go on
+        with them. Otherwise rows that changed must be pending by now, and the last block, if it wasn't full. Commit records keep
+        the fingerprint that the store began with.
         """
         layout = replace(self.layout, n_rows=index.n_rows, index=index.digest)
-        own: JsonObject = {
+        own: dict[str, JsonValue] = {
             "status": "writing",
             "layout": asdict(layout),
             "fingerprint": fingerprint(self.spec, layout),
@@ -440,8 +505,11 @@ class FeatureStore:
             "input": sources_digest(index.sources),
             "origin": self.origin,
         }
-        self._write_root({**self._kept(), **own}, complete=False)
-        self.__dict__.pop("index", None)  # the cached property holds the index before
+        kept = {name: value for name, value in self._kept().items() if name != "generations"}
+        if grows:
+            before = Generation(n_rows=self.layout.n_rows, fingerprint=self.root.fingerprint)
+            own["generations"] = [asdict(each) for each in (*self.root.generations, before)]
+        self._write_root({**kept, **own}, complete=False)
         self._restore_documents()
 
     def put(self, name: str, data: bytes) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from storage.begun import Begun, vector_arrays
 from storage.documents import DamagedObject
 from storage.ledger import SampleRecord
 from storage.paths import StorageError
@@ -16,23 +17,24 @@ if TYPE_CHECKING:
 
 
 class BlockWriter:
-    """Collects one task's rows as encoded bytes, then writes whole shards. Memory: about the compressed block."""
+    """Collects one task's rows as encoded bytes, then writes whole shards. Memory: about the compressed block.
+
+    Rows that were done before the store grew are there from the start (`begun`).
+    """
 
     def __init__(self, store: "FeatureStore", task: ShardTask):
-        self.store, self.task = store, task
+        self.store, self.task, self.begun = store, task, Begun.of(store, task)
         self.clipped = np.zeros(task.n_rows, np.int64)
         self._chunks: dict[str, list[bytes | None]] = {}
         self._vectors: dict[str, np.ndarray] = {}
         for level in store.spec.levels:
             if level.grid:
-                self._chunks[level.name] = [None] * task.n_rows
-            else:
-                self._vectors[f"{level.name}/features"] = self._empty(level.channels, level.dtype)
-            if level.dtype == "int8":
-                self._vectors[f"{level.name}/scale"] = self._empty(level.channels, "float32")
-
-    def _empty(self, channels: int, dtype: str) -> np.ndarray:
-        return np.full((self.store.layout.block_rows, channels), np.nan, dtype)
+                before = self.begun.chunks.get(level.name, ())
+                self._chunks[level.name] = [*before, *[None] * (task.n_rows - len(before))]
+            for array in vector_arrays(level):
+                self._vectors[array.name] = np.full((store.layout.block_rows, array.channels), np.nan, array.dtype)
+                if self.begun:
+                    self._vectors[array.name][: len(self.begun)] = self.begun.vectors[array.name]
 
     def put(self, level: Level, position: int, values: np.ndarray, scale: np.ndarray | None = None) -> None:
         """Encode one row's features (`level.row_shape`, float) at `position` in the task. Rows never put stay NaN.
@@ -86,9 +88,11 @@ class BlockWriter:
         if ledger.commit(self.task, records, objects):
             return True
         try:
-            ledger.record(self.task.block)
+            if len(ledger.record(self.task.block)) == self.task.n_rows:
+                return False
         except DamagedObject:  # no worker of this store wrote it
-            self.store.require_in_place()
-            ledger.replace(self.task, records, objects)
-            return True
-        return False
+            pass
+        # So it is where the store grew: the record is of the rows that the task had before.
+        self.store.require_in_place()
+        ledger.replace(self.task, records, objects)
+        return True

@@ -73,15 +73,17 @@ def failed(record: SampleRecord, stage: str, error: str, message: str) -> Sample
 
 
 def write_and_commit(task: ShardTask, writer: BlockWriter, loaded: Loaded) -> TaskReport:
-    """Write a task's shards whole and declare it done; returns its report."""
+    """Write a task's shards whole and declare it done; returns its report, which leaves out the rows that were done before."""
     t0 = time.perf_counter()
     records = [
         replace(record, clipped=int(writer.clipped[i])) if writer.clipped[i] else record
         for i, record in enumerate(loaded.records)
     ]
+    records[: len(writer.begun)] = writer.begun.records
     objects = writer.write()
     writer.commit(records, objects)
     loaded.seconds["write"] = time.perf_counter() - t0
+    records = records[len(writer.begun) :]
     n_failed = sum(record.status == "failed" for record in records)
     return TaskReport(
         block=task.block,

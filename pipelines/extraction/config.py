@@ -34,7 +34,8 @@ class ExtractConfig(JobConfig):
     data: Found[tuple[str, ...]] = ()
     """WebDataset tars (URLs; braces and globs allowed) or folders of tars or images."""
     out: Free[str] = ""
-    """The Zarr store to write or continue: a path or fsspec URL."""
+    """The Zarr store to write or continue: a path or fsspec URL. With more --data than it was made of, it grows: old rows stay as
+    they are, new ones come after them."""
     features: Held[FeatureConfig] = FeatureConfig()
 
     image_member: Counts[str | None] = None

@@ -36,27 +36,49 @@ class InputUpdate:
     before: Layout
     redo: frozenset[int]
     "blocks with rows whose image is another one now"
-    done: frozenset[int]
-    "blocks that were done when the input was compared with them"
+    begun: frozenset[int]
+    "blocks that get further rows, beside those that are done"
+    listed: frozenset[int]
+    "blocks that had a commit record when the input was compared with them"
     is_known: bool
     "the files are those that the store's index names"
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Blocks that stay as they are."""
+        return self.listed - self.redo - self.begun
+
+    @property
+    def new(self) -> str:
+        """What comes to the store, in words; empty where no source does."""
+        state, first = self.state, self.before.n_rows + self.state.added
+        if not state.new_sources:
+            return ""
+        names = [source.url.rsplit("/", 1)[-1] for source in state.sources[-state.new_sources :][:3]]
+        more = ", ..." if state.new_sources > len(names) else ""
+        sources = f"{state.new_sources:,} new source{'s' * (state.new_sources > 1)} ({', '.join(names)}{more})"
+        if not state.grown:
+            return f"{sources} without images"
+        return f"{state.grown:,} images of {sources}, on rows {first:,} to {first + state.grown - 1:,}"
 
     def apply(self, store: FeatureStore) -> None:
         """Make blocks pending first, then take over the index: a kill in between leaves a store that is asked again."""
         digest = sources_digest(self.state.sources)
         if not self.is_known and store.status == "writing":
             store.set_writing(digest)  # a driver that reads other files stops here
-        done = store.ledger.done()
-        again = done & self.redo
+        listed = store.ledger.listed()
+        again = listed & self.redo
         if not self.is_known:
-            again |= done - self.done  # such a driver may have done those
+            again |= listed - self.listed  # such a driver may have done those
         if again:
             store.set_writing(digest)
             store.revoke(sorted(again))
             logger.info("%d tasks hold images that changed, and run again", len(again))
         if self.state.table is not None:
-            logger.info("the index is written anew: sources hold their samples at other places, or with other text, than before")
-            store.adopt_index(move_index(self.index, store.folder, store.put))
+            logger.info(
+                "%s", self.new or "the index is written anew: sources hold their samples at other places, or with other text"
+            )
+            store.adopt_index(move_index(self.index, store.folder, store.put), grows=self.state.grows)
             return
         # One in memory stands for one that was lost.
         index = move_index(self.index, store.folder, store.put) if is_memory(self.index.folder.url) else self.index
@@ -136,18 +158,23 @@ def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:
 
 def _input_update(store: FeatureStore, index: SampleIndex, given: RunInput, config: ExtractConfig) -> InputUpdate:
     """What the store needs for the input as it is now. Raises `InputError` for changes that weren't allowed for."""
-    done, state = store.ledger.done(), given.state(index, store.input_rows)
+    listed, done = store.ledger.listed(), store.ledger.done()
+    state = given.state(index, store.input_rows)
     _require_allowed(index, state, config)
-    rows = state.redo | state.repaired
-    if state.added and index.n_rows % store.layout.block_rows:
-        rows = rows | {index.n_rows - 1}  # the last block wasn't full, and takes the first of the new rows
-    redo = frozenset(row // store.layout.block_rows for row in rows)
+    block_rows = store.layout.block_rows
+    redo = {row // block_rows for row in state.redo | state.repaired}
+    begun = listed - done
+    if (state.added or state.grown) and index.n_rows % block_rows:
+        begun.add(index.n_rows // block_rows)  # the last block wasn't full, and takes the first of the new rows
+    if not state.grows:
+        redo |= begun
     return InputUpdate(
         state=state,
         index=_index_now(index, state, given),
         before=store.layout,
-        redo=redo,
-        done=frozenset(done),
+        redo=frozenset(redo),
+        begun=frozenset(begun),
+        listed=frozenset(listed),
         is_known=list(state.sources) == index.sources,
     )
 

@@ -76,6 +76,10 @@ class Plan:
     out: str
     state: str
     "`new`, or how many of its tasks are done"
+    new_images: int
+    "of sources that a store that exists doesn't have yet"
+    new: str
+    "them in words"
     tasks: int
     pending: int
     block_rows: int
@@ -136,6 +140,7 @@ class Plan:
                 " ".join(self.inputs),
                 f"{self.images:,} images (index of {self.sources:,} sources, {self.unreadable} unreadable)",
             ),
+            *([("new", self.new, "")] if self.new else []),
             *(("left out", line, "") for line in left_out_lines(self.left_out)),
             ("model", f"timm {self.model}", f"{height} x {width} px, weights {self.weights}"),
         ]
@@ -229,6 +234,8 @@ def make_plan(prepared: Prepared) -> Plan:
         notes=prepared.notes,
         out=folder.displayed,
         state=state,
+        new_images=prepared.update.state.grown if prepared.update else 0,
+        new=prepared.update.new if prepared.update else "",
         tasks=layout.n_blocks,
         pending=pending,
         block_rows=layout.block_rows,
@@ -253,9 +260,11 @@ def _state(prepared: Prepared) -> tuple[int, str]:
     update, n_blocks = prepared.update, prepared.layout.n_blocks
     if update is None:
         return n_blocks, "new"
-    again = len(update.done & update.redo)
+    begun = update.begun - update.redo
+    again = len(update.listed & update.redo)
     words = f", {again:,} run again for changed images" if again else ""
-    return n_blocks - len(update.done - update.redo), f"{len(update.done):,} of {n_blocks:,} tasks done{words}"
+    words += f", {len(begun):,} in part" if begun else ""
+    return n_blocks - len(update.done), f"{len(update.listed - begun):,} of {n_blocks:,} tasks done{words}"
 
 
 def _statistics(spec: FeatureSpec) -> str:

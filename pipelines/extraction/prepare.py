@@ -161,7 +161,7 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
         update = continue_store(store, spec, given, config)
         index, urls = update.index, update.state.urls
         layout = replace(update.before, n_rows=index.n_rows, index=index.digest)
-        if not pool.size and (config.retry_failed or len(update.done - update.redo) < layout.n_blocks):
+        if not pool.size and (config.retry_failed or len(update.done) < layout.n_blocks):
             pool = executor.pool(request)
     _require_precision(spec.precision, pool)
     return Prepared(

@@ -134,7 +134,7 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     _write_run_json(store, run_id, config, pool, batch)
     done = _check_done(store)
     if config.retry_failed:
-        done -= _revoke_failed(store, done, prepared.input_digest)
+        done -= _revoke_failed(store, prepared.input_digest)
     pending = [task for task in store.layout.tasks() if task.block not in done]
     if pending:
         store.set_writing(prepared.input_digest)
@@ -154,7 +154,8 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
         lanes=lanes,
         suspects=suspects(store.folder, {task.block for task in pending}),
     )
-    run = _Run(store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
+    rows_done = sum(store.layout.task(block).n_rows for block in done) + store.ledger.begun_rows()
+    run = _Run(store, setup, executor, pool, rows_done=rows_done)
     try:
         run.execute(pending)
         if pending and not run.errors and (changes := changed_meanwhile(config, store, executor)):
@@ -198,9 +199,11 @@ def _check_done(store: FeatureStore) -> set[int]:
     return done
 
 
-def _revoke_failed(store: FeatureStore, done: set[int], input_digest: str) -> set[int]:
+def _revoke_failed(store: FeatureStore, input_digest: str) -> set[int]:
     """Make tasks with failed rows pending again; returns their blocks."""
-    blocks = {block for block, table in store.ledger.records(sorted(done)) if "failed" in table["status"].to_pylist()}
+    blocks = {
+        block for block, table in store.ledger.records(sorted(store.ledger.listed())) if "failed" in table["status"].to_pylist()
+    }
     if blocks:
         # First, so that a crash in between leaves a store that says it's unfinished.
         store.set_writing(input_digest)

@@ -29,6 +29,7 @@ from pipelines.extraction.schedule import Lanes, Schedule
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.model import not_finite
 from pipelines.features.photos import geometry_of
+from storage.begun import Begun
 from storage.ledger import SampleRecord, image_digest
 from storage.paths import Folder, StorageError
 from storage.redaction import redact
@@ -165,8 +166,9 @@ class ShardWorker:
         t0 = time.perf_counter()
         with self._index_lock:
             table = self.index.read(task.first, task.last)
-        records = ledger_records(self.index, task, table)
-        readable = [i for i, record in enumerate(records) if record.status == "ok"]
+        records, begun = ledger_records(self.index, task, table), Begun.of(self.store, task)
+        records[: len(begun)] = begun.records
+        readable = [i for i, record in enumerate(records) if record.status == "ok" and i >= len(begun)]
         chosen = table.take(pa.array(readable, pa.int64()))
         found = try_images(chosen, self.setup.urls, self.config.options, max_bytes=self.config.max_image_bytes)
         blobs = dict(zip(readable, found, strict=True))
@@ -176,7 +178,8 @@ class ShardWorker:
         decode_all = self._decode_apart if apart else self._decode_in_threads
         decode_all(records, blobs, pixels)
         seconds = {"read": t1 - t0, "decode": time.perf_counter() - t1}
-        return Loaded(pixels, records, seconds, sum(len(blob) for blob in blobs.values() if isinstance(blob, bytes)))
+        bytes_read = sum(len(blob) for blob in blobs.values() if isinstance(blob, bytes))
+        return Loaded(pixels, records, seconds, bytes_read, begun=len(begun))
 
     def _decode_in_threads(self, records: list[SampleRecord], blobs: _Blobs, pixels: np.ndarray) -> None:
         def here(data: bytes) -> DecodedImage:
@@ -211,6 +214,8 @@ class ShardWorker:
     def compute(self, task: ShardTask, loaded: Loaded) -> TaskReport:
         """Features of the loaded images, written and committed. Raises `WorkerBroken`."""
         writer, pace = self.store.writer(task), _Pace(self.batch)
+        if len(writer.begun) != loaded.begun:
+            raise StorageError(f"what there was of task {task.block} was damaged after it was looked at; it has to run again")
         try:
             batches = self._batches(task, loaded, pace)
             encoded = self.schedule.compute(batches, lambda batch: batch[1].wait(), partial(self._encode, writer, loaded))
@@ -226,14 +231,15 @@ class ShardWorker:
         return replace(write_and_commit(task, writer, loaded), batch=pace.batch)
 
     def _batches(self, task: ShardTask, loaded: Loaded, pace: "_Pace") -> Iterator[tuple[int, HostRows]]:
-        """Rows of the task's images, and where they start. Batches without a readable image are left out."""
+        """Rows of the task's images, and where they start. Batches without an image to compute are left out."""
         assert self._device, "made to load, and not to compute"
         start = 0
         while start < task.n_rows:
             stop = min(start + pace.batch, task.n_rows)
-            if any(record.status == "ok" for record in loaded.records[start:stop]):
+            if any(record.status == "ok" for record in loaded.records[max(start, loaded.begun) : stop]):
                 try:
-                    # Failed images are in the batch, as zeros: the others' numbers don't depend on who failed.
+                    # Failed images are in the batch, as zeros: the others' numbers don't depend on who failed. So are rows
+                    # that were done before.
                     rows = self._device.begin(loaded.pixels[start:stop], pace.batch)
                 except torch.OutOfMemoryError as error:
                     self._take_less(task, pace, error)
@@ -264,6 +270,8 @@ class ShardWorker:
         good = []
         # While later batches are computed, too, but each has records of its own.
         for at, record in enumerate(loaded.records[start : start + len(rows.bad)]):
+            if start + at < loaded.begun:
+                continue
             if record.status == "ok" and rows.bad[at]:
                 loaded.records[start + at] = failed(record, "forward", "NonFinite", not_finite(self.store.spec))
             elif record.status == "ok":

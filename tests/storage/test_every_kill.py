@@ -172,6 +172,15 @@ def growth(parent: Forks, images: str, tmp_path: Path) -> Sweep:
     return sweep
 
 
+def addition(parent: Forks, images: str, tmp_path: Path) -> Sweep:
+    """A second tar comes, which sorts before the first: its images go on in the last block, which wasn't full."""
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in/b.tar", [("b-0.jpg", jpeg(10)), ("b-1.jpg", jpeg(11)), ("b-2.jpg", jpeg(12))])
+    sweep = again(parent, str(tmp_path / "in"), tmp_path)
+    write_tar(tmp_path / "in/a.tar", [("a-0.jpg", jpeg(13)), ("a-1.jpg", jpeg(14)), ("a-2.jpg", b"not an image")])
+    return sweep
+
+
 def training(parent: Forks, images: str, tmp_path: Path) -> Sweep:
     def place(number: int) -> Folder:
         return Folder(str(tmp_path / f"run-{number}"))
@@ -180,7 +189,7 @@ def training(parent: Forks, images: str, tmp_path: Path) -> Sweep:
 
 
 @pytest.mark.parametrize(
-    ("kind", "points"), [(extraction, 7), (retry, 4), (repair, 5), (replacement, 4), (growth, 5), (training, 5)]
+    ("kind", "points"), [(extraction, 7), (retry, 4), (repair, 5), (replacement, 4), (growth, 5), (addition, 6), (training, 5)]
 )
 def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind, points):
     assert kind(parent, images, tmp_path).run(points) == points
@@ -188,7 +197,7 @@ def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(pare
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", [extraction, retry, repair, replacement, growth, training])
+@pytest.mark.parametrize("kind", [extraction, retry, repair, replacement, growth, addition, training])
 def test_killed_before_every_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind):
     assert kind(parent, images, tmp_path).run() >= 30
 

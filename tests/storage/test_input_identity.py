@@ -172,14 +172,12 @@ def test_tars_elsewhere_with_other_images_of_the_same_names_and_sizes_are_refuse
         extract(config_of(write_tars(tmp_path / "there", {"a": [0, 9, 2]}), out), InlineExecutor())
 
 
-@pytest.mark.parametrize(("left", "said"), [(["a"], r"b\.tar is gone"), (["a", "b", "c"], r"c\.tar is new")])
-def test_less_and_more_input_is_refused_by_name(tmp_path, left, said):
-    images = {"a": [0, 1], "b": [2, 3], "c": [4]}
-    tars = write_tars(tmp_path, images)
-    extract(config_of(tars[:2], tmp_path / "out.zarr"), InlineExecutor())
+def test_less_input_is_refused_by_name(tmp_path):
+    tars = write_tars(tmp_path, {"a": [0, 1], "b": [2, 3]})
+    extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
 
-    with pytest.raises(InputError, match=said):
-        extract(config_of([str(tmp_path / f"{name}.tar") for name in left], tmp_path / "out.zarr"), InlineExecutor())
+    with pytest.raises(InputError, match=r"b\.tar is gone"):
+        extract(config_of(tars[:1], tmp_path / "out.zarr"), InlineExecutor())
 
 
 def test_training_images_in_another_order_are_read_by_their_names(tmp_path):
