@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H W pixels, h w cells of the given map.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,9 @@ class Lift(OfLiftsPaper[LiftSettings]):
             cast(LiftNet, net).reorder_channels(order)
 
 
+_LIFTED = 3.0
+"""Deviations by which a start as the enlargement lifts what ReLU is to let pass."""
+
 _CONVS = 2
 """Of the image encoder's first part, as released."""
 
@@ -165,6 +168,10 @@ class LiftNet(DoublingNet):
             self.image_convs_2 = _convs(image, [image], stride=2, bias=True)
 
     def forward(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
+        return cast(Tensor, self.outc(self._hidden(images_BCHW, maps_BChw)))
+
+    def _hidden(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
+        """What the last layer makes the map of, [B, C/2, 2h, 2w]."""
         if not self.image_channels:
             return self._decode(self.up1["up"](maps_BChw))
         h, w = maps_BChw.shape[-2:]
@@ -175,7 +182,7 @@ class LiftNet(DoublingNet):
         return self._decode(torch.cat([up, fine], dim=1))
 
     def _decode(self, joined: Tensor) -> Tensor:
-        return self.outc(cast(nn.ModuleDict, self.up1["conv_1"])["double_conv"](joined))
+        return cast(Tensor, cast(nn.ModuleDict, self.up1["conv_1"])["double_conv"](joined))
 
     def _fitted(self, images: Tensor, h: int, w: int) -> Tensor:
         height, width = images.shape[-2:]
@@ -188,6 +195,55 @@ class LiftNet(DoublingNet):
 
     def _fits(self, pixels: int, cells: int) -> bool:
         return (pixels + 3) // 4 // self.pool == 2 * cells
+
+    @torch.no_grad()
+    def start_enlarging(self, images_BCHW: Tensor, maps_BChw: Tensor) -> None:
+        """Set weights by which the network enlarges such maps bilinearly, as far as its C/2 channels hold them. The image adds
+        nothing to that yet; its encoder keeps the weights that were drawn.
+
+        The maps' principal components at variance 1, enlarged by the nearest cell and weighed by 1/4, 1/2, 1/4 along each axis,
+        are enlarged bilinearly. ReLU leaves them nearly as they are, lifted by `_LIFTED`; the last layer, by least squares,
+        makes channels of them again. All of it, BatchNorm's running statistics too, is of this batch, which needs two cells.
+        """
+        up = cast(nn.ConvTranspose2d, self.up1["up"])
+        first, first_norm, _, second, second_norm, _ = cast(Any, self.up1["conv_1"])["double_conv"]
+        cells = maps_BChw.permute(0, 2, 3, 1).flatten(0, 2).double()
+        mean = cells.mean(dim=0)
+        variances, axes = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells))  # the largest last
+        kept = min(self.channels // 2, len(cells) - 1)
+        whitened = (axes / variances.clamp(min=1e-6 * variances[-1]).sqrt()).flip(1)[:, :kept]
+        up.weight[:, :kept] = 0
+        up.weight[: self.channels, :kept] = whitened[:, :, None, None].to(up.weight)
+        assert up.bias is not None
+        up.bias[:kept] = -(mean @ whitened).to(up.bias)
+        tent, itself = torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.0, 1.0, 0.0])
+        for conv, weights, norm in ((first, tent, first_norm), (second, itself, second_norm)):
+            nn.init.zeros_(conv.weight)
+            conv.weight[range(kept), range(kept)] = torch.outer(weights, weights).to(conv.weight)
+            nn.init.ones_(norm.weight)
+            nn.init.constant_(norm.bias, _LIFTED)
+        wanted = F.interpolate(maps_BChw, scale_factor=2, mode="bilinear", align_corners=False)
+        hidden, made = (
+            each.permute(0, 2, 3, 1).flatten(0, 2).double() for each in (self._settled(images_BCHW, maps_BChw), wanted)
+        )
+        mid, end = hidden.mean(dim=0), made.mean(dim=0)
+        gram = (hidden - mid).T @ (hidden - mid)
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+        last = torch.linalg.solve(gram, (hidden - mid).T @ (made - end))
+        self.outc.weight.copy_(last.T[:, :, None, None])
+        assert self.outc.bias is not None
+        self.outc.bias.copy_(end - mid @ last)
+
+    def _settled(self, images_BCHW: Tensor, maps_BChw: Tensor) -> Tensor:
+        """What the last layer is given, and BatchNorm's running statistics are those of this batch from then on."""
+        norms = [layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d)]
+        usual = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        hidden = self._hidden(images_BCHW, maps_BChw)
+        for norm, momentum in zip(norms, usual, strict=True):
+            norm.momentum = momentum
+        return hidden
 
     def reorder_channels(self, order: Tensor) -> None:
         """Make the network take and give channel `order[i]` of what it was trained on as channel i."""

@@ -4,10 +4,11 @@ LiFT, the baselines that its paper trains alike (a resize convolution and a join
 any method that is `trained_by` it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from operators.objectives.lift import averaged, lower, multi_scale_loss
 from operators.objectives.shown import Shown, count_shown, counting
 from operators.upsamplers import build_net
-from operators.upsamplers.lift import LiftSettings
+from operators.upsamplers.lift import LiftNet, LiftSettings
 from pipelines.config import ConfigError, Counts, Held, used_with
 from pipelines.training.data import Loaded, TrainOrder
 from pipelines.training.images import ImageSetup
@@ -26,7 +27,10 @@ LIFT_MAPS = SquareMapConfig(size=448, facet="key", geometry="squash")
 """LiFT's: keys of images whose aspect isn't kept."""
 
 
-LATER = ("image_width", "image_convs", "pairs")
+START_IMAGES = 64
+"""That a start as the enlargement is made of, at most."""
+
+LATER = ("image_width", "image_convs", "pairs", "start", "keep_maps")
 """Settings that the first runs don't say."""
 
 
@@ -60,12 +64,24 @@ class X2Config(SquareTraining):
     pairs: Counts[Literal[1, 2]] = 2
     """Of maps that are compared, of an image and of it made twice as small: 2 are the image with its half, and the half with the
     quarter, as LiFT's paper has it; 1 is the image with its half alone."""
+    start: Annotated[Counts[Literal["drawn", "enlargement"]], used_with(method="lift")] = "drawn"
+    """lift: weights before the first step. `drawn` at random, as the paper's; `enlargement` is the same network with weights by
+    which it enlarges maps of some of the images bilinearly, so that a short run has only to learn what is better than that."""
     loss: Counts[Literal["cosine", "l1", "l2"]] = "cosine"
     """Distance between feature maps."""
     jitter: Counts[float] = 0.2
     """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
     lower: Counts[Literal["sliced", "resized"]] = "sliced"
     """How the half and the quarter image are made: every second and fourth pixel, as LiFT's code, or averaged, as its text."""
+    keep_maps: Counts[bool] = False
+    """Keep the backbone's maps in memory, in float32, so that each image goes through it once, and alone, for all epochs. Needs
+    --jitter 0 and --crop 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, plain in (("jitter", 0), ("crop", 1)):
+            if self.keep_maps and (value := getattr(self, name)) != plain:
+                raise ConfigError(f"--keep-maps: with --{name} {value:g} an image has other maps each time; use --{name} {plain}")
 
     def identity(self, found: JsonObject) -> dict[str, JsonValue]:
         """As for all runs; runs from before there were `LATER` go on, where these say nothing."""
@@ -122,21 +138,61 @@ class X2Objective(SquareObjective):
     def __init__(self, config: X2Config, setup: ImageSetup, device: torch.device):
         super().__init__(config, setup, device)
         self.config = config
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        "the backbone's map of a row, by how much a side its image was made smaller"
         if config.features.geometry == "corner":
             self.net = count_shown(self.net)
+        if config.start == "enlargement" and not setup.steps_done():
+            self._start_enlarging()
+
+    def _start_enlarging(self) -> None:
+        """By images spread over all that there are to train on, so that each process of a run comes to the same weights."""
+        n_rows, side = self.setup.order.n_rows, self._size // self.config.factors[0]
+        rows = sorted(set(np.linspace(0, n_rows - 1, START_IMAGES).astype(int).tolist()))
+        found = self.setup.images.at_sides(rows, self._geometry, [side])
+        if not found.arrays:
+            row, reason = next(iter(found.failed.items()))
+            raise ConfigError(
+                f"--start enlargement: none of {len(rows)} images can be read (row {row}, {reason}); use --start drawn"
+            )
+        shown = self.shown(found.arrays, side)
+        images = self.normalised(found.arrays[str(side)], shown)
+        with counting(self.net, shown):
+            cast(LiftNet, self.net).start_enlarging(images, self.features(images))
 
     def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
         """Adds the gradient of the images' summed loss to the network's; gives that sum and their number."""
-        images, target = self.given(loaded)
         shown = self.shown(loaded.example.arrays)
+        images, maps = self._given_maps(loaded, shown)
         with counting(self.net, shown):
-            loss = self._loss(self.run_net, images, target, shown) * len(loaded)
+            loss = self._loss(self.run_net, images, maps, shown) * len(loaded)
         loss.backward()
         return loss.detach(), len(loaded)
 
-    def _loss(self, net: Callable[[Tensor, Tensor], Tensor], images: Tensor, target: Tensor, shown: Shown | None) -> Tensor:
-        smaller = [self.features(self._lower(images, factor)) for factor in self.config.factors]
-        return multi_scale_loss(net, images, [target, *smaller], self.config.loss, self._lower, shown)
+    def _given_maps(self, loaded: Loaded, shown: Shown | None) -> tuple[Tensor, list[Tensor]]:
+        """The images of a micro-batch, and the backbone's maps of them and of smaller ones."""
+        if not self.config.keep_maps:
+            images, target = self.given(loaded)
+            return images, [target, *self._of_smaller(images)]
+        arrays = loaded.example.arrays
+        images, *stored = self.given(loaded) if "features" in arrays else (self.normalised(arrays["pixels"], shown),)
+        factors = (1, *self.config.factors)[len(stored) :]
+        return images, [*stored, *(self._kept_maps(factor, loaded.rows, images) for factor in factors)]
+
+    def _kept_maps(self, factor: int, rows: Sequence[int], images: Tensor) -> Tensor:
+        """Each made of its own image alone: the others of a batch would count for the last bits."""
+        for number, row in enumerate(rows):
+            if (factor, row) not in self._kept:
+                self._kept[factor, row] = self.features(self._lower(images[number : number + 1], factor))
+        return torch.cat([self._kept[factor, row] for row in rows])
+
+    def _loss(
+        self, net: Callable[[Tensor, Tensor], Tensor], images: Tensor, maps: Sequence[Tensor], shown: Shown | None
+    ) -> Tensor:
+        return multi_scale_loss(net, images, maps, self.config.loss, self._lower, shown)
+
+    def _of_smaller(self, images: Tensor) -> list[Tensor]:
+        return [self.features(self._lower(images, factor)) for factor in self.config.factors]
 
     def _lower(self, images: Tensor, factor: int) -> Tensor:
         return (lower if self.config.lower == "sliced" else averaged)(images, factor)
@@ -150,7 +206,8 @@ class X2Objective(SquareObjective):
         return self.enlarge(bilinear(images_BCHW, (2 * height, 2 * width)), maps, grid)
 
     def held_out_losses(self, images_BCHW: Tensor, maps_BChw: Tensor, shown: Shown | None) -> tuple[Tensor, Tensor]:
-        ours, plain = (self._loss(net, images_BCHW, maps_BChw, shown) for net in (self.run_net, _doubled))
+        maps = [maps_BChw, *self._of_smaller(images_BCHW)]
+        ours, plain = (self._loss(net, images_BCHW, maps, shown) for net in (self.run_net, _doubled))
         return ours, plain
 
 

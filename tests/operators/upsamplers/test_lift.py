@@ -197,6 +197,53 @@ def test_encoders_that_make_no_sense_are_refused(encoder, said):
         find_method("lift").parse({"channels": 64, "patch": 16, **encoder})
 
 
+# --- a start as the enlargement ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", [{}, {"image_branch": False}, {"image_width": 8, "image_convs": 1}], ids=str)
+def test_a_start_as_the_enlargement_enlarges_what_its_channels_hold(encoder):
+    """Maps of 12 components of unequal variances among 32 channels, whose mean isn't zero; 16 can be held."""
+    net = build_net({"method": "lift", "channels": 32, "patch": 16, **encoder})
+    mixed = random_like(12, 32, seed=1) * torch.linspace(3, 0.3, 12)[:, None]
+    maps = 4 * random_like(32, 1, 1, seed=2) + torch.einsum("bkyx,kc->bcyx", random_like(24, 12, 6, 7, seed=3), mixed)
+    images = random_like(24, 3, 96, 112, seed=4)
+
+    net.start_enlarging(images, maps)
+
+    wanted = F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)[..., 1:-1, 1:-1]
+    deviation = wanted - wanted.mean(dim=(0, 2, 3), keepdim=True)
+    for made in (net(images, maps), net.eval()(images, maps), net(-images, maps)):
+        missed = (made.detach()[..., 1:-1, 1:-1] - wanted).square().mean() / deviation.square().mean()
+        assert missed < 0.01
+
+
+def test_more_components_than_channels_hold_leave_the_smallest_out():
+    net = build_net({"method": "lift", "channels": 8, "patch": 16})
+    scales = torch.tensor([8.0, 7, 6, 5, 1, 1, 1, 1])[:, None, None]
+    maps, images = scales * random_like(16, 8, 8, 8), random_like(16, 3, 128, 128)
+
+    net.start_enlarging(images, maps)
+
+    wanted = F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)[..., 1:-1, 1:-1]
+    missed = (net(images, maps)[..., 1:-1, 1:-1] - wanted).square().mean(dim=(0, 2, 3)) / wanted.square().mean(dim=(0, 2, 3))
+    assert missed[:4].max() < 0.05
+    assert missed[4:].min() > 0.5
+
+
+def test_what_starts_as_the_enlargement_learns_from_the_image():
+    net = build_net({"method": "lift", "channels": 16, "patch": 16})
+    images, maps = random_like(4, 3, 64, 64), random_like(4, 16, 4, 4)
+    net.start_enlarging(images, maps)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    for _ in range(2):  # the encoder's turn comes when what sees it has weights
+        optimiser.zero_grad()
+        net(images, maps).square().mean().backward()
+        optimiser.step()
+
+    assert all(each.grad.abs().max() > 0 for name, each in net.named_parameters() if name.endswith("weight"))
+
+
 # --- sizes that the official code refuses -----------------------------------------------------------------------------
 
 

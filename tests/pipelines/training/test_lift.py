@@ -18,7 +18,7 @@ from operators.upsamplers import learned_upsampler
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
-from pipelines.training.config import TrainSetup
+from pipelines.training.config import TrainSetup, Validation
 from pipelines.training.data import TrainOrder
 from pipelines.training.lift import X2Config, X2Objective
 from pipelines.training.loop import Group, Trainer, TrainFailed, read_metrics
@@ -203,6 +203,15 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path, m
     found = continued(whole, broken, (1, 5))
 
     assert (found.step, found.progress["images"]) == (9, 36)
+
+
+def test_a_start_as_the_enlargement_is_near_it_and_goes_on_bit_for_bit(small, tmp_path):
+    whole, broken = (small(method="lift", start="enlargement", out=str(tmp_path / name)) for name in ("whole", "broken"))
+
+    continued(whole, broken, (1, 5))
+
+    first = read_metrics(Folder(whole.out))[0]
+    assert first["val_cosine"] == pytest.approx(first["val_cosine_bilinear"], abs=0.05)
 
 
 def test_a_killed_run_trains_no_image_twice(small):
@@ -612,6 +621,33 @@ def test_two_ray_workers_of_which_one_is_killed_take_the_steps_of_one_process(sm
     np.testing.assert_allclose(losses(config.out), losses(str(tmp_path / "one")), rtol=1e-4)
     assert summarise(Folder(config.out)).metrics["images"] == 36
     assert Folder(config.out).folders("ray_train") == []
+
+
+# --- maps that are kept ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("from_store", [False, True])
+def test_kept_maps_train_as_computed_ones_and_each_is_computed_once(small, stored, tmp_path, monkeypatch, from_store):
+    plain = stored() if from_store else {"jitter": 0.0}
+    train_inline(prepared(small(**plain, out=str(tmp_path / "computed"))))
+    given: list[int] = []
+    features = X2Objective.features
+    monkeypatch.setattr(X2Objective, "features", lambda self, images: (given.append(len(images)), features(self, images))[1])
+    monkeypatch.setattr(X2Objective, "measure", lambda *_: Validation(values={"val_loss": 1.0}, images=2))
+    whole, broken = (small(**plain, keep_maps=True, out=str(tmp_path / name)) for name in ("whole", "broken"))
+
+    train_inline(prepared(whole))
+    once = list(given)
+    continued(whole, broken, (5,))
+
+    assert once == [1] * 12 * (2 if from_store else 3)
+    np.testing.assert_allclose(losses(whole.out), losses(str(tmp_path / "computed")), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "said"), [({}, "--jitter 0.2 "), ({"jitter": 0.0, "crop": 0.5}, "--crop 0.5 ")])
+def test_maps_of_images_that_change_are_not_kept(small, changes, said):
+    with pytest.raises(ConfigError, match=f"--keep-maps: with {said}an image has other maps each time"):
+        small(keep_maps=True, **changes)
 
 
 # --- features from a store --------------------------------------------------------------------------------------------
