@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.objectives.shown import Shown, loss_of
+from operators.objectives.vit_up import relational_kl
 
 
 def cosine_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
@@ -18,6 +20,23 @@ def cosine_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine_loss, "l1": F.l1_loss, "l2": F.mse_loss}
 """Between maps of one shape [B, C, H, W]; the last two are means over all elements, channels included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relations:
+    """A further loss, which the paper hasn't: ViT-Up's, between what cells of an image are like.
+
+    A distance to the larger image's map is mostly one to what all cells share; which cells are alike says the rest.
+    """
+
+    weight: float
+    tau: float
+    "what cosines are divided by: the smaller, the more the nearest cells count"
+
+    def loss(self, predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+        """`relational_kl` of the maps' cells, times its weight."""
+        predicted, target = (each.flatten(2).transpose(1, 2) for each in (predicted_BCHW, target_BCHW))
+        return self.weight * relational_kl(predicted, target, self.tau)
 
 
 def lower(images_BCHW: Tensor, factor: int) -> Tensor:
@@ -37,13 +56,14 @@ def multi_scale_loss(
     kind: str = "cosine",
     smaller: Callable[[Tensor, int], Tensor] = lower,
     shown: Shown | None = None,
+    relations: Relations | None = None,
 ) -> Tensor:
     """LiFT's eq. 1: the x2 network's output from the half and the quarter image against the backbone's own, summed.
 
     `features` are the backbone's maps F1, F2, F4 [B, C, ., .] of the images and of `smaller(images, 2)` and `smaller(images, 4)`;
     without the last, its part of the loss is left out. Two calls of the network, half scale first: in train mode each has batch
-    statistics of its own and updates the running ones. Cells that hold nothing of what is `shown` aren't judged. Raises
-    `ValueError` where a map isn't twice the next one.
+    statistics of its own and updates the running ones. Cells that hold nothing of what is `shown` aren't judged. `relations` are
+    added at each scale. Raises `ValueError` where a map isn't twice the next one.
     """
     total = images_BCHW.new_zeros(())
     for number, (target, given) in enumerate(itertools.pairwise(features), 1):
@@ -51,4 +71,6 @@ def multi_scale_loss(
         if predicted.shape != target.shape:
             raise ValueError(f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must be of one shape")
         total = total + loss_of(LOSSES[kind], predicted, target, shown)
+        if relations is not None:
+            total = total + loss_of(relations.loss, predicted, target, shown)
     return total

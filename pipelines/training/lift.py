@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from operators.objectives.lift import averaged, lower, multi_scale_loss
+from operators.objectives.lift import Relations, averaged, lower, multi_scale_loss
 from operators.objectives.shown import Shown, count_shown, counting
 from operators.upsamplers import build_net
 from operators.upsamplers.lift import LiftNet, LiftSettings
@@ -30,7 +30,7 @@ LIFT_MAPS = SquareMapConfig(size=448, facet="key", geometry="squash")
 START_IMAGES = 64
 """That a start as the enlargement is made of, at most."""
 
-LATER = ("image_width", "image_convs", "pairs", "start", "keep_maps")
+LATER = ("image_width", "image_convs", "pairs", "start", "keep_maps", "relational_weight", "relational_tau")
 """Settings that the first runs don't say."""
 
 
@@ -69,6 +69,10 @@ class X2Config(SquareTraining):
     which it enlarges maps of some of the images bilinearly, so that a short run has only to learn what is better than that."""
     loss: Counts[Literal["cosine", "l1", "l2"]] = "cosine"
     """Distance between feature maps."""
+    relational_weight: Counts[float] = 0.0
+    """Of a loss that is added: ViT-Up's divergence between the cells' similarities, of each image. The paper's LiFT hasn't it."""
+    relational_tau: Annotated[Counts[float], used_with(relational_weight=True)] = 0.05
+    """What cosines are divided by in it: the smaller, the more the most similar cells count."""
     jitter: Counts[float] = 0.2
     """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
     lower: Counts[Literal["sliced", "resized"]] = "sliced"
@@ -79,6 +83,10 @@ class X2Config(SquareTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.relational_weight < 0:
+            raise ConfigError(f"--relational-weight {self.relational_weight:g}: must be at least 0")
+        if self.relational_tau <= 0:
+            raise ConfigError(f"--relational-tau {self.relational_tau:g}: must be above 0")
         for name, plain in (("jitter", 0), ("crop", 1)):
             if self.keep_maps and (value := getattr(self, name)) != plain:
                 raise ConfigError(f"--keep-maps: with --{name} {value:g} an image has other maps each time; use --{name} {plain}")
@@ -189,7 +197,10 @@ class X2Objective(SquareObjective):
     def _loss(
         self, net: Callable[[Tensor, Tensor], Tensor], images: Tensor, maps: Sequence[Tensor], shown: Shown | None
     ) -> Tensor:
-        return multi_scale_loss(net, images, maps, self.config.loss, self._lower, shown)
+        config, relations = self.config, None
+        if config.relational_weight:
+            relations = Relations(weight=config.relational_weight, tau=config.relational_tau)
+        return multi_scale_loss(net, images, maps, config.loss, self._lower, shown, relations)
 
     def _of_smaller(self, images: Tensor) -> list[Tensor]:
         return [self.features(self._lower(images, factor)) for factor in self.config.factors]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from operators.objectives.lift import LOSSES, cosine_loss, lower, multi_scale_loss
+from operators.objectives.lift import LOSSES, Relations, cosine_loss, lower, multi_scale_loss
+from operators.objectives.vit_up import relational_kl
 from operators.upsamplers import build_net
 from tests.goldens import tensor_golden as golden
 
@@ -44,6 +45,25 @@ def test_without_the_smallest_map_the_first_part_is_the_loss():
 
     torch.testing.assert_close(first, cosine_loss(net(lower(images, 2), maps[1]), maps[0]))
     torch.testing.assert_close(both - first, cosine_loss(net(lower(images, 4), maps[2]), maps[1]))
+
+
+def test_relations_are_added_at_each_scale_and_see_what_a_shared_offset_hides():
+    net = build_net({"method": "lift", "channels": 6, "patch": 8}).eval()
+    images, maps = torch.randn(2, 3, 64, 64), [torch.randn(2, 6, side, side) for side in (8, 4, 2)]
+    relations = Relations(weight=3.0, tau=0.2)
+
+    with_them, without = (multi_scale_loss(net, images, maps, relations=each) for each in (relations, None))
+    made = [net(lower(images, 2), maps[1]), net(lower(images, 4), maps[2])]
+
+    parts = [
+        relational_kl(*(each.flatten(2).transpose(1, 2) for each in pair), tau=0.2) for pair in zip(made, maps[:2], strict=True)
+    ]
+    torch.testing.assert_close(with_them - without, 3 * sum(parts))
+    # Maps that are all but the same everywhere are near any that share their mean, and tell nothing apart.
+    offset = 10 * torch.ones(1, 6, 1, 1)
+    mean, target = offset.expand(2, 6, 8, 8), offset + torch.randn(2, 6, 8, 8)
+    assert cosine_loss(mean, target) < 0.01
+    assert Relations(weight=1.0, tau=0.01).loss(mean, target) > 0.05
 
 
 def test_two_training_steps_are_those_of_lifts_script():
