@@ -96,28 +96,29 @@ PRESETS: dict[str, TrainConfig] = {
         features=replace(LIFT_MAPS, model="vit_tiny_patch16_224.augreg_in21k_ft_in1k", size=128, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
-    # DINOv2's keys of block 9 on 2,500 photographs, which needs minutes instead of days because LiFT starts as the bilinear
+    # DINOv2's keys of block 9 on 2,500 photographs, which takes minutes because LiFT starts as the bilinear
     # enlargement, learns relations beside distances, and the backbone sees each photograph once. pipelines/TRAINING.md has the
     # results, and what each of these is worth.
     # `python jobs/train.py lift-dinov2-small-photos --weights DIR --data 'photos-train-{000000..000004}.tar' --out lift-dinov2`
     "lift-dinov2-small-photos": X2Config(
         method="lift",
         start="enlargement",
-        relational_weight=5.5,
+        loss="l2",
+        relational_weight=25.0,
         pairs=1,
         lower="resized",
         interpolation="bicubic",
         jitter=0.0,
         keep_maps=True,
         batch=16,
-        epochs=6,
-        lr=1e-3,
+        epochs=5,
+        lr=2e-3,
         schedule="cosine",
         warmup_steps=20,
         val_rows=64,
         log_every=50,
-        checkpoint_every=300,
-        validate_every=3000,
+        checkpoint_every=400,
+        validate_every=4000,
         features=replace(LIFT_MAPS, model="vit_small_patch14_dinov2.lvd142m", layers=(9,), size=224, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),

@@ -24,9 +24,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine_loss, 
 
 @dataclass(frozen=True, kw_only=True)
 class Relations:
-    """A further loss, which the paper hasn't: ViT-Up's, between what cells of an image are like.
+    """A further loss, which the paper hasn't: ViT-Up's, between what cells of an image are like, each seeing itself, too.
 
-    A distance to the larger image's map is mostly one to what all cells share; which cells are alike says the rest.
+    A distance to the larger image's map is mostly one to what all cells share; which cells are alike says the rest. A cell's
+    own 1 among its cosines says how unlike the others are, where softmax would forget what they have in common.
     """
 
     weight: float
@@ -34,9 +35,9 @@ class Relations:
     "what cosines are divided by: the smaller, the more the nearest cells count"
 
     def loss(self, predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-        """`relational_kl` of the maps' cells, times its weight."""
+        """`relational_kl` of the maps' cells [B, C, h, w], times its weight."""
         predicted, target = (each.flatten(2).transpose(1, 2) for each in (predicted_BCHW, target_BCHW))
-        return self.weight * relational_kl(predicted, target, self.tau)
+        return self.weight * relational_kl(predicted, target, self.tau, itself=True)
 
 
 def lower(images_BCHW: Tensor, factor: int) -> Tensor:

@@ -126,26 +126,28 @@ def cosine(predicted_BsD: Tensor, teacher_BsD: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(predicted, teacher, dim=-1, eps=EPS).mean()
 
 
-def relational_kl(predicted_BsD: Tensor, teacher_BsD: Tensor, tau: float = TEMPERATURE) -> Tensor:
+def relational_kl(predicted_BsD: Tensor, teacher_BsD: Tensor, tau: float = TEMPERATURE, *, itself: bool = False) -> Tensor:
     """How far the student's relations between a chunk's tokens are from the teacher's: a KL divergence, teacher first.
 
-    A token's relations are the softmax of its cosines to all others, divided by `tau`. The sum over tokens is divided by
-    B * s * max(ln s, 1). float32, under autocast too (the official code then multiplies in bfloat16).
+    A token's relations are the softmax of its cosines to all others, divided by `tau`; with `itself`, to all. The sum over
+    tokens is divided by B * s * max(ln s, 1). float32, under autocast too (the official code then multiplies in bfloat16).
     """
     predicted, teacher = _as_pair(predicted_BsD, teacher_BsD)
     batch, tokens, _ = predicted.shape
     with torch.autocast(predicted.device.type, enabled=False):
-        student_Bss, expected_Bss = _log_relations(predicted, tau), _log_relations(teacher, tau)
+        student_Bss, expected_Bss = (_log_relations(each, tau, itself=itself) for each in (predicted, teacher))
         divergence = F.kl_div(student_Bss, expected_Bss, reduction="sum", log_target=True)
     return divergence / batch / (tokens * max(math.log(tokens), 1))
 
 
-def _log_relations(tokens_BsD: Tensor, tau: float) -> Tensor:
-    """Log-softmax of each token's cosines to the others; itself it doesn't see."""
+def _log_relations(tokens_BsD: Tensor, tau: float, *, itself: bool) -> Tensor:
+    """Log-softmax of each token's cosines to the others, and to `itself` or not."""
     unit = F.normalize(tokens_BsD, dim=-1, eps=EPS)
     similarity_Bss = unit @ unit.transpose(1, 2) / tau
-    itself = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
-    return similarity_Bss.masked_fill(itself, -1e4).log_softmax(dim=-1)
+    if not itself:
+        diagonal = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
+        similarity_Bss = similarity_Bss.masked_fill(diagonal, -1e4)
+    return similarity_Bss.log_softmax(dim=-1)
 
 
 def _as_pair(predicted: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Reconstruction losses: LiFT's values, gradients and optimiser steps."""
 
+import math
+
 import pytest
 import torch
 
@@ -56,14 +58,29 @@ def test_relations_are_added_at_each_scale_and_see_what_a_shared_offset_hides():
     made = [net(lower(images, 2), maps[1]), net(lower(images, 4), maps[2])]
 
     parts = [
-        relational_kl(*(each.flatten(2).transpose(1, 2) for each in pair), tau=0.2) for pair in zip(made, maps[:2], strict=True)
+        relational_kl(*(each.flatten(2).transpose(1, 2) for each in pair), tau=0.2, itself=True)
+        for pair in zip(made, maps[:2], strict=True)
     ]
     torch.testing.assert_close(with_them - without, 3 * sum(parts))
     # Maps that are all but the same everywhere are near any that share their mean, and tell nothing apart.
     offset = 10 * torch.ones(1, 6, 1, 1)
     mean, target = offset.expand(2, 6, 8, 8), offset + torch.randn(2, 6, 8, 8)
     assert cosine_loss(mean, target) < 0.01
-    assert Relations(weight=1.0, tau=0.01).loss(mean, target) > 0.05
+    assert Relations(weight=1.0, tau=0.002).loss(mean, target) > 0.1
+
+
+def test_a_cell_that_sees_itself_tells_maps_whose_cosines_are_all_lower():
+    """Two cells of three at cosine 0.5 to each other, and at 0.9: seen without themselves, all others are alike in both."""
+    near, far = (torch.full((3, 3), cosine).fill_diagonal_(1.0) for cosine in (0.9, 0.5))
+    maps = [torch.linalg.cholesky(each.double()).float()[None] for each in (near, far)]
+
+    without, with_itself = (relational_kl(*maps, tau=0.1, itself=each) for each in (False, True))
+
+    expected = torch.nn.functional.kl_div(
+        *((each / 0.1).log_softmax(dim=1) for each in (near, far)), log_target=True, reduction="sum"
+    )
+    torch.testing.assert_close(without, torch.tensor(0.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(with_itself, expected / (3 * math.log(3)), rtol=1e-3, atol=0)
 
 
 def test_two_training_steps_are_those_of_lifts_script():
