@@ -24,7 +24,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine_loss, 
 
 @dataclass(frozen=True, kw_only=True)
 class Relations:
-    """A further loss, which the paper hasn't: ViT-Up's, between what cells of an image are like, each seeing itself, too.
+    """A further loss, which the paper hasn't: ViT-Up's, between what cells are like, each seeing itself, too.
 
     A distance to the larger image's map is mostly one to what all cells share; which cells are alike says the rest. A cell's
     own 1 among its cosines says how unlike the others are, where softmax would forget what they have in common.
@@ -33,11 +33,17 @@ class Relations:
     weight: float
     tau: float
     "what cosines are divided by: the smaller, the more the nearest cells count"
+    images: int = 1
+    "whose cells see each other: features are compared between images, too"
 
     def loss(self, predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-        """`relational_kl` of the maps' cells [B, C, h, w], times its weight."""
-        predicted, target = (each.flatten(2).transpose(1, 2) for each in (predicted_BCHW, target_BCHW))
-        return self.weight * relational_kl(predicted, target, self.tau, itself=True)
+        """`relational_kl` of the maps' cells [B, C, h, w], times its weight; the mean over groups of images."""
+        total = predicted_BCHW.new_zeros(())
+        pairs = zip(predicted_BCHW.split(self.images), target_BCHW.split(self.images), strict=True)
+        for predicted, target in pairs:
+            cells = (each.permute(0, 2, 3, 1).flatten(0, 2)[None] for each in (predicted, target))
+            total = total + len(predicted) * relational_kl(*cells, self.tau, itself=True)
+        return self.weight * total / len(predicted_BCHW)
 
 
 def lower(images_BCHW: Tensor, factor: int) -> Tensor:

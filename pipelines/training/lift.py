@@ -17,7 +17,7 @@ from operators.objectives.lift import Relations, averaged, lower, multi_scale_lo
 from operators.objectives.shown import Shown, count_shown, counting
 from operators.upsamplers import build_net
 from operators.upsamplers.lift import LiftNet, LiftSettings
-from pipelines.config import ConfigError, Counts, Held, used_with
+from pipelines.config import ConfigError, Counts, Held, require_at_least, used_with
 from pipelines.training.data import Loaded, TrainOrder
 from pipelines.training.images import ImageSetup
 from pipelines.training.square import SquareMapConfig, SquareObjective, SquareTraining, bilinear
@@ -30,7 +30,7 @@ LIFT_MAPS = SquareMapConfig(size=448, facet="key", geometry="squash")
 START_IMAGES = 64
 """That a start as the enlargement is made of, at most."""
 
-LATER = ("image_width", "image_convs", "pairs", "start", "keep_maps", "relational_weight", "relational_tau")
+LATER = ("image_width", "image_convs", "pairs", "start", "keep_maps", "relational_weight", "relational_tau", "relational_images")
 """Settings that the first runs don't say."""
 
 
@@ -70,9 +70,11 @@ class X2Config(SquareTraining):
     loss: Counts[Literal["cosine", "l1", "l2"]] = "cosine"
     """Distance between feature maps."""
     relational_weight: Counts[float] = 0.0
-    """Of a loss that is added: ViT-Up's divergence between the cells' similarities, of each image. The paper's LiFT hasn't it."""
+    """Of a loss that is added: ViT-Up's divergence between the cells' similarities. The paper's LiFT hasn't it."""
     relational_tau: Annotated[Counts[float], used_with(relational_weight=True)] = 0.05
     """What cosines are divided by in it: the smaller, the more the most similar cells count."""
+    relational_images: Annotated[Counts[int], used_with(relational_weight=True)] = 1
+    """Images of a micro-batch whose cells are compared with each other in it."""
     jitter: Counts[float] = 0.2
     """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
     lower: Counts[Literal["sliced", "resized"]] = "sliced"
@@ -87,6 +89,11 @@ class X2Config(SquareTraining):
             raise ConfigError(f"--relational-weight {self.relational_weight:g}: must be at least 0")
         if self.relational_tau <= 0:
             raise ConfigError(f"--relational-tau {self.relational_tau:g}: must be above 0")
+        require_at_least(1, self, "relational_images")
+        if self.relational_images > 1 and self.features.geometry == "corner":
+            raise ConfigError(
+                f"--relational-images {self.relational_images}: with --geometry corner each image's cells are judged alone; use 1"
+            )
         for name, plain in (("jitter", 0), ("crop", 1)):
             if self.keep_maps and (value := getattr(self, name)) != plain:
                 raise ConfigError(f"--keep-maps: with --{name} {value:g} an image has other maps each time; use --{name} {plain}")
@@ -199,7 +206,8 @@ class X2Objective(SquareObjective):
     ) -> Tensor:
         config, relations = self.config, None
         if config.relational_weight:
-            relations = Relations(weight=config.relational_weight, tau=config.relational_tau)
+            tau, together = config.relational_tau, config.relational_images
+            relations = Relations(weight=config.relational_weight, tau=tau, images=together)
         return multi_scale_loss(net, images, maps, config.loss, self._lower, shown, relations)
 
     def _of_smaller(self, images: Tensor) -> list[Tensor]:

@@ -52,7 +52,7 @@ def test_without_the_smallest_map_the_first_part_is_the_loss():
 def test_relations_are_added_at_each_scale_and_see_what_a_shared_offset_hides():
     net = build_net({"method": "lift", "channels": 6, "patch": 8}).eval()
     images, maps = torch.randn(2, 3, 64, 64), [torch.randn(2, 6, side, side) for side in (8, 4, 2)]
-    relations = Relations(weight=3.0, tau=0.2)
+    relations = Relations(weight=3.0, tau=0.2)  # of each image
 
     with_them, without = (multi_scale_loss(net, images, maps, relations=each) for each in (relations, None))
     made = [net(lower(images, 2), maps[1]), net(lower(images, 4), maps[2])]
@@ -81,6 +81,16 @@ def test_a_cell_that_sees_itself_tells_maps_whose_cosines_are_all_lower():
     )
     torch.testing.assert_close(without, torch.tensor(0.0), rtol=0, atol=1e-5)
     torch.testing.assert_close(with_itself, expected / (3 * math.log(3)), rtol=1e-3, atol=0)
+
+
+def test_cells_of_several_images_are_compared_with_each_other_where_asked():
+    predicted, target = torch.randn(5, 6, 3, 3), torch.randn(5, 6, 3, 3)
+
+    found = Relations(weight=2.0, tau=0.2, images=2).loss(predicted, target)
+
+    parts = [[each[part].permute(0, 2, 3, 1).reshape(1, -1, 6) for each in (predicted, target)] for part in ([0, 1], [2, 3], [4])]
+    losses = [relational_kl(*pair, tau=0.2, itself=True) for pair in parts]
+    torch.testing.assert_close(found, 2 * (2 * losses[0] + 2 * losses[1] + losses[2]) / 5)
 
 
 def test_two_training_steps_are_those_of_lifts_script():
