@@ -5,6 +5,7 @@ import errno
 import glob
 import io
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -156,6 +157,10 @@ def _without_extension(path: str) -> str:
     return f"{folder}{slash}{name.rpartition('.')[0] or name}"
 
 
+_MOST_NAMES = 10_000_000
+"""That braces may stand for; ten times as many as the largest published data sets have tars."""
+
+
 def _expand_pattern(pattern: str, options: StorageOptions | None, keys: _Keys) -> Listing:
     try:
         pattern.encode()
@@ -164,6 +169,9 @@ def _expand_pattern(pattern: str, options: StorageOptions | None, keys: _Keys) -
             f"{pattern}: this path is no UTF-8 text, which an index can hold; rename it, or name a link to it"
         ) from None
     is_there = _is_there(pattern)
+    ranges = [range(int(first), int(last)) for first, last in re.findall(r"\{(-?\d{1,20})\.\.(-?\d{1,20})", pattern)]
+    if not is_there and math.prod(1 + abs(each.stop - each.start) for each in ranges) > _MOST_NAMES:
+        raise InputError(f"{redact(pattern, options)}: its braces stand for more than {_MOST_NAMES:,} names; give fewer")
     try:
         urls = [pattern] if is_there else list(braceexpand(pattern))
     except ValueError:  # braceexpand's UnbalancedBracesError, which its type stub lacks

@@ -378,7 +378,7 @@ class Training:
         as_page = extension(self.out) in ("html", "htm")
         kind = _picture_format(self.out, "or .html for a page") if self.out and not as_page else ""
         options = parse_options(self.storage_options)
-        folders = [Folder(url, options) for url in self.runs]
+        folders = [*{folder.url.rstrip("/"): folder for folder in (Folder(url, options) for url in self.runs)}.values()]
         yield from training_lines(folders)
         if not self.out:
             yield (

@@ -51,7 +51,8 @@ class Query:
         row = int(store.rows(key)[0])
         vector = store.sample(row, [point_xy], level.name)[0]
         if np.isnan(vector).any():
-            raise OutsideImage(f"the crop cut {point_xy} of {key!r} away; choose a point nearer to the middle")
+            name = store.index.take(np.array([row]), ["key"])["key"][0].as_py()
+            raise OutsideImage(f"the crop cut {point_xy} of {name!r} away; choose a point nearer to the middle")
         return cls(row=row, point_xy=point_xy, vector_C=vector)
 
 

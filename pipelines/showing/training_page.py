@@ -1,6 +1,7 @@
 """Training runs as one HTML page."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def _run(folder: Folder, name: str) -> _Run:
         said["command"] = str(command)
     if versions := as_object(run.get("versions") or {}, "versions"):
         said["versions"] = versions_in_words(versions)
-    pictures = sorted(each for each in folder.sizes("pictures") if each.endswith(".png"))
+    pictures = sorted(each for each in folder.sizes("pictures") if re.fullmatch(r"step-\d+\.png", each))
     settings: JsonObject = {key: value for key, value in run.items() if key not in ("command", "versions")}
     found = _Run(name=name, displayed=folder.displayed, said=said, settings=json.dumps(settings, indent=1))
     if not pictures:

@@ -203,6 +203,7 @@ def main(make: Callable[[PapersConfig], PaperPlan], config: PapersConfig) -> Ite
     """Do all cells, and write the tables. Raises `CellsFailed` at the end where one failed; what is missing is no failure."""
     folder, plan = run_folder(config.folder.url, config.options), make(config).only(config.table)
     require_no_run(folder, "tables")
+    config.require_places()
     if config.plan:
         yield from plan_lines(config, plan)
         return

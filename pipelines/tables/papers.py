@@ -8,6 +8,7 @@ isn't there, and cells that several tables take from are done once. A paper is p
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from cluster.resources import WorkerRequest
@@ -99,6 +100,14 @@ class PapersConfig(JobConfig):
         for name, names in known.items():
             if unknown := self.pairs(name).keys() - names:
                 raise ConfigError(f"--{name} {redact(', '.join(sorted(unknown)))}: there are {', '.join(sorted(names))}")
+
+    def require_places(self) -> None:
+        """Raises `ConfigError` where --root or a data set's folder isn't there, as far as this machine sees it."""
+        named = {"--root": self.root} | {f"--data {name}": url for name, url in self.pairs("data").items() if name != "photos"}
+        for flag, url in named.items():
+            path = absolute(url) if url else ""
+            if path and "://" not in path and not Path(path).is_dir():
+                raise ConfigError(f"{flag} {redact(url, self.options)}: there is no such folder")
 
     def worker_request(self) -> WorkerRequest:
         """Workers that do a cell each."""

@@ -7,7 +7,7 @@ another one's objects; COCO's own tools keep the last of both and say nothing. H
 import posixpath
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -213,12 +213,15 @@ def read_coco(folder: Folder, name: str) -> list[CocoImage]:
 
 
 def _annotations(data: RawObject) -> CocoAnnotations:
-    images = [_coco_image(each) for each in data["images"]]
+    images = [_coco_image(each) for each in _entries(data, "images")]
     by_id = _unique({}, ((each.number, each) for each in images), "image id", lambda each: each.file_name)
     _unique({}, ((each.file_name, each) for each in images), "file name", lambda each: f"image {each.number}")
     categories: dict[int, str] = {}
-    named = ((_id(each["id"], "category id"), str(each.get("name"))) for each in data.get("categories") or ())
-    _give_objects(by_id, _unique(categories, named, "category id", str), data["annotations"])
+    named = (
+        (_id(each["id"], "category id"), str(each.get("name")))
+        for each in _entries({**data, "categories": data.get("categories") or []}, "categories")
+    )
+    _give_objects(by_id, _unique(categories, named, "category id", str), _entries(data, "annotations"))
     if not categories:
         # Boxes alone may have none.
         given = (note["category_id"] for each in images for note in each.objects if "category_id" in note)
@@ -227,6 +230,16 @@ def _annotations(data: RawObject) -> CocoAnnotations:
         images=[by_id[number] for number in sorted(by_id)],
         categories={number: categories[number] for number in sorted(categories)},
     )
+
+
+def _entries(data: RawObject, name: str) -> Sequence[RawObject]:
+    """A list of a file's objects. Raises `KeyError`, or `ValueError` where it is none."""
+    if not isinstance(data, Mapping):
+        raise ValueError("it is no object with images, annotations and categories")
+    found = data[name]
+    if not isinstance(found, list) or not all(isinstance(each, Mapping) for each in found):
+        raise ValueError(f"its {name} are no list of objects")
+    return found
 
 
 _LARGEST_SIDE = 2**20

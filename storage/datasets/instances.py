@@ -142,7 +142,10 @@ def _kept(note: RawObject, width: int, height: int, *, boxes_alone: bool) -> Raw
     if not 0 <= area <= 1.1 * width * height:  # not of NaN, either
         raise ValueError(f"annotation {note['id']} has the area {note['area']}, of an image of {width} x {height} pixels")
     kept = {"id": int(note["id"]), "category_id": int(note["category_id"]), "bbox": box, "area": area}
-    kept |= {"iscrowd": int(note.get("iscrowd", 0))}
+    crowd = note.get("iscrowd") or 0
+    if as_number(crowd) not in (0, 1):
+        raise ValueError(f"annotation {note['id']} has iscrowd {textwrap.shorten(repr(crowd), 40)}, which is neither 0 nor 1")
+    kept |= {"iscrowd": int(crowd)}
     return kept if boxes_alone and not has_mask(note) else kept | {"segmentation": note["segmentation"]}
 
 

@@ -95,7 +95,7 @@ def test_the_command_says_where_and_draws(store, tmp_path, capsys):
     ("flags", "said"),
     [
         (["--key", "03", "--point", "500", "30"], "lies outside"),
-        (["--key", "03", "--point", "1", "30"], "the crop cut"),
+        (["--key", "03", "--point", "1", "30"], "the crop cut (1.0, 30.0) of '03' away"),
         (["--key", "05", "--point", "40", "30"], "which failed"),
         (["--key", "nope", "--point", "40", "30"], "nope"),
         (["--key", "03", "--point", "40", "30", "--level", "pooled"], "has no maps among pooled"),

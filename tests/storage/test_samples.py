@@ -434,6 +434,12 @@ def test_brace_pattern_names_the_files_that_are_missing(tmp_path, four):
         expand_inputs([pattern])
 
 
+@pytest.mark.parametrize("braces", ["{0..9999999999}", "{0..9999}/{99999..0}", "{1..99999999999999999999}"])
+def test_braces_that_stand_for_endless_names_are_refused(tmp_path, braces):
+    with pytest.raises(InputError, match="its braces stand for more than 10,000,000 names"):
+        expand_inputs([f"{tmp_path}/{braces}.tar"])
+
+
 def test_unbalanced_braces_are_refused(tmp_path):
     with pytest.raises(InputError, match="unbalanced braces"):
         expand_inputs([f"{tmp_path}/{{000..003.tar"])

@@ -199,6 +199,8 @@ def test_a_probe_of_vit_up_is_trained_and_judged(demo, tmp_path):
         ({"weights": ("dino=x",)}, "--weights dino: there are cascade, cascade-lift, dino-b16"),
         ({"data": ("spair",)}, "--data spair: use NAME=VALUE"),
         ({"out": ""}, "no output: give --out"),
+        ({"data": ("spair=nowhere",)}, "--data spair nowhere: there is no such folder"),
+        ({"scale": "mini", "root": "nowhere"}, "--root nowhere: there is no such folder"),
     ],
 )
 def test_words_that_mean_nothing_are_refused(tmp_path, changes, said):

@@ -214,6 +214,8 @@ def two_runs(tmp_path_factory):
     begun = {"identity": {"val_rows": 4}, "config": {"lr": 0.5}, **said}
     data = io.BytesIO()
     Image.new("RGB", (300, 200)).save(data, "png")
+    (folder / "<i>one</i>/pictures").mkdir(parents=True)
+    (folder / "<i>one</i>/pictures/zoomed.png").write_bytes(b"someone's own")
     runs = [run_of(folder / name, {0: 0.9, 4: 0.2, 8: 0.5}, bilinear=0.4) for name in ("<i>one</i>", "two" * 60)]
     for run in runs:
         run.write("run.json", json.dumps(begun).encode())
@@ -224,7 +226,7 @@ def two_runs(tmp_path_factory):
 
 def test_a_page_tells_all_of_training_runs(two_runs, tmp_path, capsys):
     out = tmp_path / "page.html"
-    assert show.run(["training", *(run.url for run in two_runs), "--out", str(out)]) == 0
+    assert show.run(["training", *(run.url for run in two_runs), two_runs[0].url + "/", "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("opens without a network")
 
     text = out.read_text()

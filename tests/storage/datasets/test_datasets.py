@@ -599,9 +599,14 @@ def test_a_malformed_segmentation_is_named_with_its_annotation(tmp_path, segment
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda d: d.update(images=None), "its images are no list of objects"),
+        (lambda d: d.update(annotations={"a": 1}), "its annotations are no list of objects"),
+        (lambda d: d["annotations"].append(5), "its annotations are no list of objects"),
+        (lambda d: d.update(categories=["dog"]), "its categories are no list of objects"),
+        (lambda d: d["annotations"][0].update(iscrowd="yes"), "has iscrowd 'yes', which is neither 0 nor 1"),
         (lambda d: d["annotations"][0].pop("bbox"), "an annotation has no field 'bbox'"),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 0 has the box \[1, 2, 3\]"),
-        (lambda d: d["annotations"][0].update(area="big"), "an annotation is malformed"),
+        (lambda d: d["annotations"][0].update(area="big"), "an annotation is malformed: annotation 0 has the area big"),
         (lambda d: d["annotations"][0].update(image_id=5), "is of image 5, which isn't among the images"),
         (lambda d: d["images"][0].pop("width"), "has no field 'width'"),
         (lambda d: d["images"][0].update(file_name="../x.jpg"), "no plain name"),
