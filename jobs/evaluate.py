@@ -31,7 +31,8 @@ from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import main
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
-from pipelines.published import LIFT_FEATURES, VIT_UP_FEATURES
+from pipelines.published.lift import LIFT_FEATURES
+from pipelines.published.vit_up import VIT_UP_FEATURES
 
 LIFT = {**LIFT_FEATURES, "ragged": True}
 """What LiFT's tables are of; 56 px aren't a whole number of patches."""

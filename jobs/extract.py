@@ -18,7 +18,7 @@ from pipelines.demo_datasets import write_photos
 from pipelines.extraction import start
 from pipelines.extraction.config import ExtractConfig, start_from_run
 from pipelines.features.config import FeatureConfig
-from pipelines.published import LIFT_FEATURES
+from pipelines.published.lift import LIFT_FEATURES
 
 PRESETS: dict[str, ExtractConfig] = {
     # Photographs of scikit-image, DINO ViT-S/16 at 448 px, x1 and x2 and pooled. 2 CPU cores: about 1 minute.

@@ -1,15 +1,17 @@
-"""Train readouts for several backbones, tasks, methods and seeds, and write the papers' tables.
+"""Run papers' tables from training on, with the published numbers beside the measured ones; or a grid of readouts of your own.
 
-    python jobs/tables.py debug
-    python jobs/tables.py --backbones dinov2-b mae vit_tiny_patch16_224.augreg_in21k_ft_in1k@224 --tasks voc boundaries \\
-        --data voc=VOC2012 coco=COCO --seeds 0 1 2 --out grid --paper
-    python jobs/tables.py deap-table3 --data voc=... coco=... coco_stuff=... nyu=... --out s3://bucket/table3
-    python jobs/tables.py --store 's3://bucket/{backbone}-{dataset}-{part}.zarr' ...
     python jobs/tables.py lift --plan --out s3://bucket/lift
     python jobs/tables.py lift --table 1 3 --data spair=SPair-71k coco20k=COCO photos=IMAGENET_TARS --out s3://bucket/lift
     python jobs/tables.py lift mini --root DATA --table 1 --out lift-mini
+    python jobs/tables.py deap --table 3 fig7 --data voc=VOC2012 coco=COCO coco_stuff=STUFF nyu=NYU --out s3://bucket/deap
+    python jobs/tables.py deap debug
+    python jobs/tables.py --backbones dinov2-b mae vit_tiny_patch16_224.augreg_in21k_ft_in1k@224 --tasks voc boundaries \\
+        --data voc=VOC2012 coco=COCO --seeds 0 1 2 --out grid --paper
+    python jobs/tables.py deap-table3 --data voc=... coco=... coco_stuff=... nyu=... --seeds 0 1 2 --out s3://bucket/table3
+    python jobs/tables.py --store 's3://bucket/{backbone}-{dataset}-{part}.zarr' ...
 
-The first word is a preset, and may be left out; `lift` and `vit-up` are all of those papers, from training on.
+`lift`, `vit-up` and `deap` are all of those papers; the word behind them is a scale (paper, mini, debug). Without such a
+word it's a grid: backbones x tasks x methods x seeds of readouts, on models or stores; its first word is a preset, or left out.
 `python jobs/show.py backbones` lists backbones. The same command continues what stopped: what is done isn't done again. Exit
 codes: 0 all cells done, 1 some failed (the tables say which and why), 2 wrong settings.
 """
@@ -20,11 +22,12 @@ from functools import partial
 from jobs.program import Command, Program
 from pipelines.config import ActorsConfig
 from pipelines.demo_datasets import write_demo, write_photos
-from pipelines.published import DEAP_ABLATED, DEAP_ABLATIONS, DEAP_TASKS, PROBE_TASKS, VIT_UP_FEATURES, VIT_UP_SEED, VIT_UP_SIZE
-from pipelines.tables import lift, paper_report, vit_up
+from pipelines.published.deap import DEAP_ABLATED, DEAP_ABLATIONS, DEAP_TASKS
+from pipelines.published.vit_up import PROBE_TASKS, VIT_UP_FEATURES, VIT_UP_SEED, VIT_UP_SIZE
+from pipelines.tables import deap, lift, paper_report, vit_up
 from pipelines.tables.backbones import BACKBONES
-from pipelines.tables.cells import GridConfig
-from pipelines.tables.deap import main
+from pipelines.tables.grid import main
+from pipelines.tables.grid_cells import GridConfig
 from pipelines.tables.papers import PapersConfig
 from pipelines.training.readout import ReadConfig, ReadoutTraining
 
@@ -66,7 +69,7 @@ PRESETS: dict[str, GridConfig] = {
 PAPERS: dict[str, PapersConfig] = {
     # The published data and schedules; it needs ImageNet, the data sets and GPUs. Not run here; `--plan` says what it takes.
     "paper": PapersConfig(),
-    # Few real photographs, at --root as FOLDERS of pipelines/tables/lift.py has them.
+    # Few real photographs, at --root as FOLDERS of pipelines/tables/lift_cells.py, vit_up.py and deap.py have them.
     "mini": PapersConfig(scale="mini", out="tables-mini"),
     # No network, no Ray, drawn images and random weights, which say nothing; what the tests run.
     "debug": PapersConfig(scale="debug", out="demo/tables", cluster=ActorsConfig(executor="inline", device="cpu")),
@@ -90,7 +93,7 @@ program = Program(
             name: Command(
                 run=partial(paper_report.main, plan), default=PAPERS["paper"], presets=PAPERS, before={"debug": write_debug}
             )
-            for name, plan in {"lift": lift.plan, "vit-up": vit_up.plan}.items()
+            for name, plan in {"lift": lift.plan, "vit-up": vit_up.plan, "deap": deap.plan}.items()
         },
     },
     stopped="stopped; the same command goes on from what is done",

@@ -21,10 +21,16 @@ from functools import partial
 
 from jobs.program import Command, Program
 from operators.readouts import READOUTS
-from pipelines import published
 from pipelines.config import GpuConfig
 from pipelines.demo_datasets import write_demo, write_photos
 from pipelines.features.config import BackboneConfig
+from pipelines.published.deap import DEAP_FEATUP, DEAP_FEATURES
+from pipelines.published.featup import FEATUP_TRAINING
+from pipelines.published.jafar import JAFAR_TRAINING
+from pipelines.published.lift import LIFT_FEATURES, LIFT_FOR_VITDET, LIFT_TRAINING, LIFT_VITDET_HEADS
+from pipelines.published.recipes import RECIPES
+from pipelines.published.vit_up import VIT_UP_FEATURES, VIT_UP_PROBE, VIT_UP_SEED, VIT_UP_TRAINING
+from pipelines.published.vitdet import VITDET_TRAINING
 from pipelines.training import run as training
 from pipelines.training.config import TrainConfig
 from pipelines.training.featup import FeatUpTraining
@@ -36,23 +42,21 @@ from pipelines.training.square import SquareMapConfig
 from pipelines.training.vit_up import ViTUpTraining
 from pipelines.training.vitdet import ViTDetTraining
 
-LIFT_S16 = X2Config.of(method="lift", **published.LIFT_FEATURES, **published.LIFT_TRAINING)
+LIFT_S16 = X2Config.of(method="lift", **LIFT_FEATURES, **LIFT_TRAINING)
 
-PROBE = ReadoutTraining.of(method="linear", seed=published.VIT_UP_SEED, **published.VIT_UP_PROBE)
+PROBE = ReadoutTraining.of(method="linear", seed=VIT_UP_SEED, **VIT_UP_PROBE)
 
 
 def deap(name: str) -> ReadoutTraining:
     """DeAP's recipe for a task, on the backbone of its ablations."""
-    recipe = published.RECIPES[name]
-    return ReadoutTraining.of(
-        log_every=50, task=recipe.task, dataset=recipe.dataset, **published.DEAP_FEATURES, **recipe.settings
-    )
+    recipe = RECIPES[name]
+    return ReadoutTraining.of(log_every=50, task=recipe.task, dataset=recipe.dataset, **DEAP_FEATURES, **recipe.settings)
 
 
 def probe(name: str) -> ReadoutTraining:
     """ViT-Up's recipe for a linear probe, on the map of its backbone."""
-    recipe = published.RECIPES[name]
-    return PROBE.changed(dataset=recipe.dataset, model=published.VIT_UP_FEATURES["model"], **recipe.settings)
+    recipe = RECIPES[name]
+    return PROBE.changed(dataset=recipe.dataset, model=VIT_UP_FEATURES["model"], **recipe.settings)
 
 
 PRESETS: dict[str, TrainConfig] = {
@@ -125,11 +129,9 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # ViT-Up's recipe. No published duration; not run here. The official order isn't shuffled, ours is, and the backbone stays
     # in eval mode, where the official code rescales its rotary embeddings at random.
-    "vit-up-dinov3-splus-imagenet": ViTUpTraining.of(
-        model="vit_small_plus_patch16_dinov3_qkvb.lvd1689m", **published.VIT_UP_TRAINING
-    ),
+    "vit-up-dinov3-splus-imagenet": ViTUpTraining.of(model="vit_small_plus_patch16_dinov3_qkvb.lvd1689m", **VIT_UP_TRAINING),
     # The same for ViT-B/16.
-    "vit-up-dinov3-b-imagenet": ViTUpTraining.of(model="vit_base_patch16_dinov3_qkvb.lvd1689m", **published.VIT_UP_TRAINING),
+    "vit-up-dinov3-b-imagenet": ViTUpTraining.of(model="vit_base_patch16_dinov3_qkvb.lvd1689m", **VIT_UP_TRAINING),
     # A supervised ViT-Ti/16 on 600 photographs: canvases of 256 px instead of 896, three blocks instead of six.
     # pipelines/TRAINING.md has the results.
     "vit-up-vit-tiny-photos": ViTUpTraining(
@@ -153,7 +155,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # JAFAR's recipe: 100,000 steps, no labels. No published duration; not run here.
     # `python jobs/train.py jafar-dinov2-s14-imagenet --data 'imagenet1k-train-{0000..1023}.tar' --out jafar-s14 --val-rows 512`
-    "jafar-dinov2-s14-imagenet": JafarTraining.of(**published.JAFAR_TRAINING),
+    "jafar-dinov2-s14-imagenet": JafarTraining.of(**JAFAR_TRAINING),
     # A supervised ViT-Ti/16 on 600 photographs: images of 128 px instead of 448, made smaller without aliasing, random parts of
     # them, a larger learning rate that falls.
     # `python jobs/train.py jafar-vit-tiny-photos --weights DIR --data 'imagenet-sample-{000000..000005}.tar' --out jafar-tiny`
@@ -175,7 +177,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # FeatUp's recipe for its joint bilateral stack: one pass over COCO's photographs. No published duration; not run here.
     # `python jobs/train.py featup-dinov2-s14-coco --data 'coco-train2017-{000..117}.tar' --out featup-s14`
-    "featup-dinov2-s14-coco": FeatUpTraining.of(**published.FEATUP_TRAINING),
+    "featup-dinov2-s14-coco": FeatUpTraining.of(**FEATUP_TRAINING),
     # A supervised ViT-Ti/16 on 600 photographs: images of 64 px instead of 224, two jitters instead of five.
     # pipelines/TRAINING.md has the results.
     "featup-vit-tiny-photos": FeatUpTraining(
@@ -246,15 +248,15 @@ PRESETS: dict[str, TrainConfig] = {
     # ViTDet's recipe for Mask R-CNN with ViT-B: 184,375 steps of 64 images from MAE's weights, a forward for each image, which
     # --workers share. --method cascade for Cascade R-CNN, --model large for ViT-L. Not run here.
     # `python jobs/train.py vitdet-coco --weights mae_pretrain_vit_base.pth --data COCO --out vitdet-b --workers 64`
-    "vitdet-coco": ViTDetTraining.of(**published.VITDET_TRAINING),
+    "vitdet-coco": ViTDetTraining.of(**VITDET_TRAINING),
     # LiFT's Table 4 is made of runs of three kinds: a detector's (vitdet-coco, or a published file), LiFT's on its backbone, and
-    # the finetuning of its heads on LiFT's maps. pipelines/published.py says what of it is the paper's. Not run here.
+    # the finetuning of its heads on LiFT's maps. pipelines/published/lift.py says what of it is the paper's. Not run here.
     # `python jobs/train.py lift-vitdet-coco --weights model_final.pkl --data COCO/train2017 --val-data COCO/val2017 --out lift-b`
-    "lift-vitdet-coco": X2Config.of(method="lift", **published.LIFT_FOR_VITDET),
+    "lift-vitdet-coco": X2Config.of(method="lift", **LIFT_FOR_VITDET),
     # `python jobs/train.py vitdet-lift-coco --weights model_final.pkl --upsampler lift:lift-b --data COCO --out vitdet-lift`
-    "vitdet-lift-coco": ViTDetTraining.of(method="mask_rcnn", **published.LIFT_VITDET_HEADS),
+    "vitdet-lift-coco": ViTDetTraining.of(method="mask_rcnn", **LIFT_VITDET_HEADS),
     # The same for Cascade R-CNN; its detector's backbone is another, which has a LiFT of its own.
-    "vitdet-cascade-lift-coco": ViTDetTraining.of(method="cascade", **published.LIFT_VITDET_HEADS),
+    "vitdet-cascade-lift-coco": ViTDetTraining.of(method="cascade", **LIFT_VITDET_HEADS),
     # DeAP's Table 3, DINOv2-B. None was run here: of VOC, COCO and NYUv2 there are few images. Segmentation of VOC 2012:
     "deap-voc": deap("voc"),
     # Segmentation with 200 outputs.
@@ -274,12 +276,7 @@ PRESETS: dict[str, TrainConfig] = {
     # The probe's head and losses for depth, on images that aren't normalised, as its code has them. The paper's targets are a
     # depth model's, which isn't here: this is NYUv2's depth, so that the paper's numbers are of something else.
     "probe-depth": PROBE.changed(
-        method="depth_bins",
-        task="depth",
-        dataset="nyu",
-        depth_loss="vit-up",
-        normalise=False,
-        model=published.VIT_UP_FEATURES["model"],
+        method="depth_bins", task="depth", dataset="nyu", depth_loss="vit-up", normalise=False, model=VIT_UP_FEATURES["model"]
     ),
 }
 
@@ -288,7 +285,7 @@ NAMES: dict[str, TrainConfig] = {
     **{f"{name}-upsampler" if name in READOUTS else name: config for name, config in trainings().items()},
     "vitdet": ViTDetTraining(),
     **{name: ReadoutTraining().changed(method=name) for name, kind in READOUTS.items() if kind.only_outputs is None},
-    "featup": ReadoutTraining.of(method="featup", **published.DEAP_FEATUP),
+    "featup": ReadoutTraining.of(method="featup", **DEAP_FEATUP),
     "probe": PROBE,
     **PRESETS,
 }

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 import uuid
@@ -66,8 +67,14 @@ _CONTENTS = {
 
 
 def run_folder(out: str, options: StorageOptions) -> Folder:
-    """The folder of a run's `out`. Raises `ConfigError` for a feature store."""
+    """The folder of a run's `out`. Raises `ConfigError` for a feature store, and for a file or what would lie below one, which
+    only a disk refuses, and only once something is written."""
     folder = Folder(out, options)
+    if folder.is_local:
+        path = Path(filesystem(out, options)[1])
+        if file := next((each for each in (path, *path.parents) if os.path.isfile(each)), None):  # noqa: PTH113 - of no access: no
+            what = "is a file" if file == path else f"lies below {file}, which is a file"
+            raise ConfigError(f"--out {folder.displayed} {what}; give a folder that is there or can be made")
     if read_attributes(folder) is not None:
         raise ConfigError(f"{folder.displayed} is a feature store; give --out a folder of its own")
     return folder

@@ -37,8 +37,8 @@ from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.detectors import RANDOM
-from pipelines.tables import deap
-from pipelines.tables.cells import GridConfig
+from pipelines.tables import grid as grids
+from pipelines.tables.grid_cells import GridConfig
 from pipelines.training import data as training_data
 from pipelines.training.featup import FeatUpTraining
 from pipelines.training.jafar import JafarTraining
@@ -278,8 +278,8 @@ class CellRefused(RayliftError):
 
 def tabled(config: JobConfig) -> JsonValue:
     try:
-        list(deap.main(config))
-    except deap.CellsFailed:
+        list(grids.main(config))
+    except grids.CellsFailed:
         cells = json.loads((Path(config.out) / "grid.json").read_text())["cells"]
         raise CellRefused("\n".join(cell["error"] for cell in cells if cell["error"])) from None
     found = json.loads((Path(config.out) / "grid.json").read_text())

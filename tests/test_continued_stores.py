@@ -20,7 +20,7 @@ from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.extraction.config import ExtractConfig
-from pipelines.tables.cells import GridConfig
+from pipelines.tables.grid_cells import GridConfig
 from pipelines.training.lift import X2Config
 from pipelines.training.readout import ReadoutTraining
 from storage.spec import FeatureSpec, Level

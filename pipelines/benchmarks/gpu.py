@@ -29,7 +29,7 @@ from pipelines.extraction.run import extract
 from pipelines.features.bundle import load_bundle
 from pipelines.features.config import FeatureConfig
 from pipelines.features.model import FeatureModel
-from pipelines.published import VIT_UP_FEATURES
+from pipelines.published.vit_up import VIT_UP_FEATURES
 from pipelines.results import number_lines
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from operators.upsamplers.recursive import DoublingNet
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.upsamplers import count_parameters, counted_macs
-from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, RECIPES
+from pipelines.published.deap import DEAP_PARAMETERS, DEAP_TASKS
+from pipelines.published.recipes import RECIPES
 from pipelines.results import table_lines
 from storage.documents import JsonValue
 

@@ -36,15 +36,9 @@ from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.plots import png_of, styled
-from pipelines.published import (
-    LIFT,
-    LIFT_OPERATIONS,
-    RELEASED_PARAMETERS,
-    VIT_UP_RUNTIME,
-    VIT_UP_RUNTIME_SETTINGS,
-    Published,
-    Values,
-)
+from pipelines.published import Published, Values
+from pipelines.published.lift import LIFT, LIFT_OPERATIONS
+from pipelines.published.vit_up import RELEASED_PARAMETERS, VIT_UP_RUNTIME, VIT_UP_RUNTIME_SETTINGS
 from pipelines.results import Findings, Items, LeftOut, Line, Measured, Table, sides, with_published
 from storage.datasets.content import joint_digest
 from storage.differences import Differences, differences

@@ -5,7 +5,7 @@ what else the machine did then was much the same for both.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -96,6 +96,16 @@ def measure_speed(protocol: SpeedProtocol, device: torch.device, backbone: Timed
     )
     logger.info("speed of %s at %d px: %.2f of %s", backbone.model, backbone.size, found.relative, reference.model)
     return found
+
+
+def speeds_on(
+    protocol: SpeedProtocol, device: torch.device, backbones: Mapping[str, tuple[TimedBackbone, Speed | None]]
+) -> Iterator[tuple[str, Speed]]:
+    """The speed of each, by name, as it comes; those that are known of this very device are as they are. Raises
+    `BackboneError`."""
+    for name, (backbone, known) in backbones.items():
+        fits = known is not None and known.of == backbone.saved and known.was_measured_on(device)
+        yield name, known if known and fits else measure_speed(protocol, device, backbone)
 
 
 def _program(protocol: SpeedProtocol, device: torch.device, of: TimedBackbone) -> Callable[[], object]:

@@ -23,7 +23,7 @@ from operators.upsamplers.protocol import Precision
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, require_device, timed
 from pipelines.features.memory import allow_alone
-from pipelines.published import LIFT, LIFT_OPERATIONS, Operations
+from pipelines.published.lift import LIFT, LIFT_OPERATIONS, Operations
 from pipelines.results import table_lines
 from storage.documents import JsonObject
 

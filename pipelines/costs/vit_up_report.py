@@ -6,7 +6,7 @@ from pipelines.costs.clocks import Machine
 from pipelines.costs.upsamplers import BACKBONE, network_of
 from pipelines.costs.vit_up import ALL_GRIDS, Line, ViTUpBenchmark, ViTUpResult
 from pipelines.costs.windows import window_report
-from pipelines.published import VIT_UP_RUNTIME
+from pipelines.published.vit_up import VIT_UP_RUNTIME
 from pipelines.results import table_lines
 from storage.differences import differences
 from storage.documents import JsonValue

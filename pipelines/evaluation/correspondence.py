@@ -47,7 +47,8 @@ from pipelines.evaluation.run import (
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
-from pipelines.published import LIFT_CORRESPONDENCE, VIT_UP_CORRESPONDENCE
+from pipelines.published.lift import LIFT_CORRESPONDENCE
+from pipelines.published.vit_up import VIT_UP_CORRESPONDENCE
 from pipelines.results import RIGHT, WRONG, Findings, Items, Table, Taken, panel, percent
 from storage.datasets.files import DatasetError
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn

@@ -32,7 +32,7 @@ from pipelines.features.detectors import (
 )
 from pipelines.features.photos import upright_pixels
 from pipelines.features.rows import Row, Size, compared_rows
-from pipelines.published import LIFT_DETECTION
+from pipelines.published.lift import LIFT_DETECTION
 from pipelines.results import Findings, Items, Line, Measured, Table, panel, percent, with_published
 from storage.datasets.classes import COCO_CATEGORIES
 from storage.datasets.coco import load_coco

@@ -31,7 +31,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture, Squash
 from pipelines.features.rows import Size
 from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolve_source
-from pipelines.published import LIFT_DISCOVERY
+from pipelines.published.lift import LIFT_DISCOVERY
 from pipelines.results import Findings, Items, LeftOut, Table, Taken, panel
 from storage.datasets.boxes import BoxedImage
 from storage.datasets.files import DatasetError

@@ -47,7 +47,7 @@ from pipelines.evaluation.run import (
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
-from pipelines.published import VIT_UP_NAVI
+from pipelines.published.vit_up import VIT_UP_NAVI
 from pipelines.results import RIGHT, WRONG, Findings, Items, LeftOut, Table, Taken, panel, percent
 from storage.datasets.content import HasContent
 from storage.datasets.files import ItemLeftOut

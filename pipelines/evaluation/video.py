@@ -37,7 +37,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row, Size
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
-from pipelines.published import LIFT_VIDEO
+from pipelines.published.lift import LIFT_VIDEO
 from pipelines.results import Cell, Findings, Items, LeftOut, Table, Taken, panel, percent, sides
 from storage.datasets.classes import VOID
 from storage.datasets.davis import Clip

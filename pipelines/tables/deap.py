@@ -1,462 +1,421 @@
-"""What a grid of readouts found: the papers' tables as Markdown, all of it as JSON, and the picture of speed and scores."""
+"""DeAP's tables and figures (Dense Attentive Probing, TMLR) as cells: readouts that are trained and judged, counts and speeds.
 
-import io
-import itertools
-import json
-import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+Table 3 (backbones and tasks) and Table 5 (ablations) are as our notes on the paper have them; so is that Figure 4 compares
+readouts and Figure 7 speeds, without numbers. Table 4 is taken to be the learned parameters, which the notes have without a
+number. Of Figures 3, 5 and 6 the notes have neither pictures nor numbers: here 3 shows predictions, 5 what comes of more or fewer
+query positions than were trained on, and 6 how scores go with ImageNet accuracies that others publish of the same backbones.
+"""
 
-from pipelines.config import Identity, flag_of, settings_of
-from pipelines.costs.speed import Speed
-from pipelines.executors import executor_for
-from pipelines.provenance import NOTHING_RUN, require_no_run, run_folder, versions
-from pipelines.published import DEAP_PARAMETERS, DEAP_TASKS, Values
-from pipelines.results import sides, table_lines
-from pipelines.tables.backbones import BY_NAME, PaperBackbone
-from pipelines.tables.cells import Cell, CellResult, GridConfig, plan_cells, published_recipe
-from pipelines.tables.run import CellsFailed, run_cells, state_in_words
-from pipelines.tables.speeds import measure_speeds
-from pipelines.tables.tasks import Column, TableTask, published_values
-from pipelines.training.readout import FEATURES, ReadoutTraining
-from pipelines.training.watch import COUNTS, held_out_words
-from storage.differences import Difference, Differences, differences
-from storage.documents import JsonObject, JsonValue
-from storage.paths import Folder
-from storage.totals import KEEP_THEM
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from operators.readouts.variants import VARIANTS
+from pipelines.config import ConfigError
+from pipelines.costs.speed import SpeedProtocol
+from pipelines.published.deap import (
+    DEAP_ABLATED,
+    DEAP_ABLATIONS,
+    DEAP_FEATUP,
+    DEAP_PARAMETERS,
+    DEAP_RECIPES,
+    DEAP_TASKS,
+    deap_values,
+)
+from pipelines.published.others import IMAGENET_LINEAR, IMAGENET_ZERO_SHOT
+from pipelines.tables.backbones import BACKBONES, BY_NAME
+from pipelines.tables.grid_cells import without_unused
+from pipelines.tables.paper_cells import ScaledCells
+from pipelines.tables.papers import LACKS, Correlated, PaperCell, PaperPlan, PapersConfig, PaperTable, Wanted
+from storage.documents import JsonValue
+
+OWN = "dinov2-b"
+"""The backbone of the figures that don't say another."""
+
+MOCO = "MoCo v3's weights: give --weights moco-v3=URL of the file that its authors released"
+
+SAM2 = "SAM2's neck, whose map is what DeAP reads: timm has the trunk alone"
+
+MODELS = {each.name: each.model for each in BACKBONES}
+
+HERE: Mapping[str, Mapping[str, int]] = {
+    "mini": {OWN: 224, "untrained": 224},
+    "debug": {OWN: 64, "mae": 64, "siglip-384": 96, "dino": 64, "untrained": 64},
+}
+"""Backbones that other scales than the paper's have, and the sides of their input."""
+
+FOLDERS = {"voc": "photos_open", "coco": "photos_open"}
+"""Of `mini`, below --root."""
+
+STAND_INS: Mapping[str, str] = {"voc": "photos_open", "coco": "photos_open_instances"}
+"""mini's data sets in the place of those that --data doesn't name."""
+
+DEMO = {"voc": "demo/evaluate/VOC2012", "coco": "demo/evaluate/coco"}
+
+IMAGES: Mapping[str, int] = {"voc": 1_449, "coco": 5_000, "coco_stuff": 5_000, "nyu": 654}
+"""That are judged, of each data set as it is published."""
+
+SMALL: Mapping[str, Mapping[str, JsonValue]] = {
+    "mini": {
+        "precision": "fp32", "side": 112, "batch": 8, "max_steps": 100, "checkpoint_every": 25, "validate_every": 100,
+        "log_every": 25,
+    },
+    "debug": {
+        "precision": "fp32", "side": 64, "batch": 3, "lr": 1e-2, "max_steps": 2, "checkpoint_every": 2, "validate_every": 2,
+        "log_every": 1,
+    },
+}  # fmt: skip
+"""Trainings at other scales than the paper's."""
+
+FEW_OBJECTS: Mapping[str, JsonValue] = {"samples": 256, "large_area": 100.0, "many": 1}
+"""Of instance discrimination there: which images are judged."""
+
+BASELINES = {"deap": "DeAP", "bicubic": "bicubic", "transposed": "transposed convolution", "linear": "linear", "featup": "FeatUp"}
+
+ABLATIONS = {
+    "deap": "DeAP", "deap-8-dim": "8 dimensions", "deap-no-sigma": "no mask", "deap-no-indiv-sigma": "one width for all heads",
+    "deap-only-mask": "mask alone",
+}  # fmt: skip
+
+
+SPEED = "speed, relative to the reference"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """A number over seeds."""
+class Column:
+    """A number of a task: where it is found, and how it is printed."""
 
-    mean: float
-    deviation: float | None
-    "sample standard deviation; None for one seed"
-    runs: int
+    head: str
+    value: str
+    "of the probe's results, or of the training's metrics"
+    digits: int
+    falls: bool = False
+    of_training: bool = False
+    "cross-entropy, which the probe's results don't have"
+
+
+COLUMNS: Mapping[str, tuple[Column, ...]] = {
+    "instances": (Column(head="ARI", value="ari", digits=1),),
+    "boundaries": (Column(head="CE", value="cross_entropy", digits=4, falls=True), Column(head="IoU", value="iou, %", digits=1)),
+    "detection": (Column(head="AP_lg", value="ap_large", digits=4),),
+    "voc": (
+        Column(head="CE", value="val_loss", digits=4, falls=True, of_training=True),
+        Column(head="IoU", value="miou, %", digits=1),
+    ),
+    "coco-stuff": (
+        Column(head="CE", value="val_loss", digits=4, falls=True, of_training=True),
+        Column(head="IoU", value="miou, %", digits=1),
+    ),
+    "depth": (Column(head="RMSE", value="rmse_pooled", digits=3, falls=True),),
+}
+"""By task, as Table 3 has them; figures show the last one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A backbone, a task and a method, over seeds."""
+class _Cells(ScaledCells):
+    """DeAP's."""
 
-    backbone: PaperBackbone
-    task: TableTask
-    method: str
-    scores: tuple[Score | None, ...]
-    "of the task's columns"
-    due: int
-    "runs"
-    parameters: int | None
-    grid: tuple[int, int] | None
-    input_size: tuple[int, int] | None
-    other_settings: Differences
-    "between what a paper's numbers of the task are of, and these runs"
-    left_out: Mapping[str, str]
-    "settings of the task's recipe that nothing here uses, and why"
+    own, models, folders, drawn, lacking = OWN, MODELS, FOLDERS, DEMO, "probe"
+
+    # --- what cells are of --------------------------------------------------------------------------------------------
+
+    def side(self, backbone: str) -> int:
+        """Of a backbone's input, in pixels."""
+        if self.config.scale == "paper":
+            return BY_NAME[backbone].size
+        return (self.config.sizes or (HERE[self.config.scale].get(backbone, HERE[self.config.scale][OWN]),))[0]
+
+    def weights(self, backbone: str) -> str:
+        if BY_NAME[backbone].weights == "random":
+            return "random"
+        drawn = self.config.scale == "debug" and backbone not in self.config.pairs("weights")
+        return f"random:{[*HERE['debug'], backbone].index(backbone)}" if drawn else super().weights(backbone)
+
+    def features(self, backbone: str) -> dict[str, JsonValue]:
+        """Settings of a backbone's map."""
+        ragged = self.config.scale == "paper" and BY_NAME[backbone].ragged and backbone not in self.config.pairs("backbone")
+        found: dict[str, JsonValue] = {"model": self.model(backbone), "weights": self.weights(backbone)}
+        return {**found, **({"ragged": True} if ragged else {})}
+
+    def lacks(self, backbone: str, task: str, method: str = "deap") -> str:
+        """What isn't there of a backbone, a task's data set and a method's file."""
+        scale, given = self.config.scale, {*self.config.pairs("weights"), *self.config.pairs("backbone")}
+        found = []
+        if backbone == "sam2" and backbone not in self.config.pairs("backbone"):
+            found.append(SAM2)
+        elif backbone == "moco-v3" and scale == "paper" and backbone not in given:
+            found.append(MOCO)
+        elif scale != "paper" and backbone not in HERE[scale]:
+            found += filter(None, [self.lacks_backbone(backbone)])
+        if method == "featup" and "featup" not in given:
+            found.append("FeatUp's file for DINOv2 ViT-S/14: give --weights featup=URL")
+        return LACKS.join([*found, *self.lacks_data(DEAP_RECIPES[task].dataset)])
+
+    def tokens(self, backbone: str) -> float:
+        """Of one image, times the backbone's parameters."""
+        of = BY_NAME[backbone]
+        if self.config.scale == "paper":
+            return float((of.grid or 0) ** 2 * (of.parameters or 0))
+        return 5.7e6 * (self.side(backbone) // 16) ** 2
+
+    def dataset(self, task: str) -> str:
+        """What a task is learned on: the paper's, or what stands in its place."""
+        name = DEAP_RECIPES[task].dataset
+        return STAND_INS.get(name, name) if self.config.scale == "mini" and name not in self.config.pairs("data") else name
+
+    def output(self) -> int:
+        """Sides of outputs as they are trained."""
+        return int(str(SMALL.get(self.config.scale, {}).get("side", 224)))
+
+    # --- cells --------------------------------------------------------------------------------------------------------
+
+    def readout(self, backbone: str, task: str, method: str = "deap") -> str:
+        """The cell that trains."""
+        config, recipe = self.config, DEAP_RECIPES[task]
+        small: dict[str, JsonValue] = {**SMALL.get(config.scale, {})}
+        if small and task == "instances":
+            small |= FEW_OBJECTS
+        if config.steps:
+            every = min(config.steps, 1_000)
+            small |= {"max_steps": config.steps, **({"checkpoint_every": every, "validate_every": config.steps} if small else {})}
+        if config.limit:
+            small |= {"limit": config.limit, "val_limit": config.limit}
+        recipes: dict[str, JsonValue] = {**recipe.settings, **VARIANTS[method], **self.features(backbone)}
+        if self.dataset(task) != recipe.dataset:  # whose classes are others
+            recipes.pop("outputs", None)
+        if method == "featup":
+            recipes |= {**DEAP_FEATUP, "level": f"x16=featup:{config.pairs('weights').get('featup', '')}"}
+        settings: dict[str, JsonValue] = {
+            **recipes, "data": self.folder(recipe.dataset), "task": recipe.task, "dataset": self.dataset(task),
+            **({"size": self.side(backbone)} if method != "featup" else {}), **small,
+        }  # fmt: skip
+        training, _ = without_unused(settings)
+        images = (training.max_steps or 0) * training.batch + IMAGES[recipe.dataset]
+        return self.add(
+            PaperCell(
+                name="-".join(filter(None, ("readout", backbone, task, method.removeprefix("deap").strip("-")))),
+                job="readout",
+                settings={name: value for name, value in settings.items() if name in training.given},
+                missing=self.lacks(backbone, task, method),
+                token_parameters=images * self.tokens(backbone),
+                stored_bytes=1e6,
+            )
+        )
+
+    def probe(self, backbone: str, task: str, method: str = "deap", *, side: int | None = None, pictures: int = 0) -> str:
+        """The cell that judges what was trained on the validation part, by outputs of `side` pixels."""
+        readout, recipe, config = self.readout(backbone, task, method), DEAP_RECIPES[task], self.config
+        limit = pictures or config.limit
+        levels = [level] if (level := self.cells[readout].settings.get("level")) else []
+        model = {"model": DEAP_FEATUP["model"]} if method == "featup" else {}
+        precision = {"precision": "fp32"} if config.scale != "paper" else {}
+        settings: dict[str, JsonValue] = {
+            **self.features(backbone), **model, **precision, "data": self.folder(recipe.dataset),
+            "readouts": (f"{{{readout}}}",), "levels": ("x1", *levels), "pictures": pictures,
+            **({"limit": limit} if limit else {}), **({"side": side} if side else {}),
+        }  # fmt: skip
+        words = ("probe", readout.removeprefix("readout-"), f"{side}px" if side else "", "pictures" if pictures else "")
+        images = min(IMAGES[recipe.dataset], limit or IMAGES[recipe.dataset])
+        return self.add(
+            PaperCell(
+                name="-".join(filter(None, words)),
+                job="probe",
+                settings=settings,
+                needs=(readout,),
+                missing=self.cells[readout].missing,
+                token_parameters=images * self.tokens(backbone),
+                stored_bytes=2e3 * images,
+            )
+        )
+
+    def counts(self) -> str:
+        """Learned parameters of DeAP: nothing is trained for it."""
+        return self.add(PaperCell(name="counts", job="counts", stored_bytes=1e4))
+
+    def speeds(self) -> str:
+        """Of all backbones that are there, with random weights, on one machine."""
+        there: dict[str, JsonValue] = {each: [self.model(each), self.side(each)] for each in self.backbones if self.model(each)}
+        protocol: dict[str, JsonValue] = {}
+        if self.config.scale == "mini":
+            protocol = {"precision": "fp32", "batch": 4, "batches": 5}
+        elif self.config.scale == "debug":
+            protocol = {"precision": "fp32", "batch": 1, "batches": 3, "reference": self.model(OWN), "reference_size": 64}
+        full = SpeedProtocol()
+        settings: dict[str, JsonValue] = {"backbones": there, "protocol": {**vars(full), **protocol}}
+        return self.add(PaperCell(name="speeds", job="speed", settings=settings, stored_bytes=1e5))
 
     @property
-    def published(self) -> Values:
-        """By the heads of the task's columns; empty where no paper has any."""
-        return published_values(self.backbone, self.method, self.task.name)
+    def backbones(self) -> list[str]:
+        """Those of a table: the paper's; of other scales, those that are there or that --backbone gives."""
+        if self.config.scale == "paper":
+            return [each.name for each in BACKBONES]
+        given = {*HERE[self.config.scale], *self.config.pairs("backbone")}
+        return [each.name for each in BACKBONES if each.name in given]
+
+    @property
+    def ablated(self) -> list[str]:
+        """Table 5's, likewise."""
+        return [each for each in DEAP_ABLATED if each in self.backbones]
+
+    def wanted(self, column: Column, backbone: str, task: str, method: str = "deap", *, row: str, name: str) -> Wanted:
+        """A number of a table."""
+        cell = self.readout(backbone, task, method) if column.of_training else self.probe(backbone, task, method)
+        known = method in ("deap", *DEAP_ABLATIONS.rows)
+        published = deap_values(backbone, method, task).get(column.head) if known and task in DEAP_TASKS else None
+        return Wanted(
+            row=row,
+            column=name,
+            cell=cell,
+            line="",
+            value=column.value,
+            published=published,
+            digits=column.digits,
+            falls=column.falls,
+        )
 
 
-def entries(cells: Sequence[Cell], results: Sequence[CellResult]) -> list[Entry]:
-    """Results over seeds, in the order of the cells."""
-    groups: dict[tuple[str, str, str], list[tuple[Cell, CellResult]]] = {}
-    for cell, result in zip(cells, results, strict=True):
-        groups.setdefault((cell.backbone.name, cell.task.name, cell.method), []).append((cell, result))
-    return [_entry(group) for group in groups.values()]
+def plan(config: PapersConfig) -> PaperPlan:
+    """All of the paper. Raises `ConfigError` for words that mean nothing."""
+    names = {each.name for each in BACKBONES}
+    datasets = {recipe.dataset for recipe in DEAP_RECIPES.values()}
+    config.require_known(data=datasets, backbone=names, weights={*names, "featup"} - {"untrained"})
+    if len(config.sizes) > 1 or (config.sizes and config.scale == "paper"):
+        given = " ".join(map(str, config.sizes))
+        raise ConfigError(
+            f"--sizes {given}: each of DeAP's backbones has one side of its input, the paper's; give one size, for mini and debug"
+        )
+    make = _Cells(config=config)
+    tables: tuple[PaperTable, ...] = (
+        _backbones(make), _parameters(make), _ablations(make), _predictions(make), _readouts(make), _resolutions(make),
+        _correlations(make), _speeds(make),
+    )  # fmt: skip
+    if config.scale != "paper":
+        note = f"of other data, backbones and lengths than the paper's (--scale {config.scale}): a difference to it says little"
+        own = {each.number: note for each in tables if each.number not in ("4", "fig3")}
+        tables = tuple(replace(each, notes=(*each.notes, *filter(None, [own.get(each.number)]))) for each in tables)
+    return PaperPlan(paper="DeAP", tables=tables, cells=make.cells)
 
 
-def _entry(group: Sequence[tuple[Cell, CellResult]]) -> Entry:
-    cell, done = group[0][0], [result for _, result in group if not result.error]
-    first = done[0] if done else group[0][1]  # what failed has neither counts nor sizes
-    return Entry(
-        backbone=cell.backbone,
-        task=cell.task,
-        method=cell.method,
-        scores=tuple(_score(column, done) for column in cell.task.columns),
-        due=len(group),
-        parameters=first.parameters,
-        grid=first.grid,
-        input_size=first.input_size,
-        other_settings=_other_settings(cell, first.other_features),
-        left_out={n: why for n, why in cell.unused.items() if published_recipe(cell.task, cell.method).is_given(n)},
+def _label(task: str, column: Column) -> str:
+    return f"{DEAP_RECIPES[task].label} {column.head}"
+
+
+def _backbones(make: _Cells) -> PaperTable:
+    wanted = [
+        make.wanted(column, backbone, task, row=BY_NAME[backbone].label, name=_label(task, column))
+        for backbone, task in product(make.backbones, DEAP_TASKS)
+        for column in COLUMNS[task]
+    ]
+    notes = [f"{BY_NAME[each].label}: {BY_NAME[each].note}" for each in make.backbones if BY_NAME[each].note]
+    units = "ARI and IoU in percent; CE is the mean cross-entropy; AP_lg a share of 1; RMSE in metres"
+    return PaperTable(number="3", title="backbones, read out by DeAP", wanted=tuple(wanted), notes=(units, *notes))
+
+
+def _parameters(make: _Cells) -> PaperTable:
+    cell = make.counts()
+    wanted = [
+        Wanted(
+            row=row, column=DEAP_RECIPES[task].label, cell=cell, line=row, value=DEAP_RECIPES[task].label, published=value,
+            scale=1e-6, digits=3,
+        )
+        for (row, _), values in DEAP_PARAMETERS.items()
+        for task, value in zip(DEAP_TASKS, values, strict=True)
+    ]  # fmt: skip
+    return PaperTable(number="4", title="learned parameters of DeAP, 10^6", wanted=tuple(wanted))
+
+
+def _ablations(make: _Cells) -> PaperTable:
+    wanted = []
+    for method, row in ABLATIONS.items():
+        for task, backbone in product(("detection", "voc", "depth"), make.ablated):
+            column = COLUMNS[task][-1]
+            name = f"{_label(task, column)}, {BY_NAME[backbone].label}"
+            wanted.append(make.wanted(column, backbone, task, method, row=row, name=name))
+    return PaperTable(number="5", title="parts of DeAP left out or changed", wanted=tuple(wanted))
+
+
+UNNUMBERED = "the paper prints no numbers"
+
+
+def _predictions(make: _Cells) -> PaperTable:
+    cells = [make.probe(OWN, task, pictures=6) for task in ("voc", "boundaries")]
+    return PaperTable(
+        number="fig3", title="predictions of held-out images", pictures=dict.fromkeys(cells, "pictures/predictions.png"),
+        notes=("what it shows in the paper isn't in our notes",),
+    )  # fmt: skip
+
+
+def _readouts(make: _Cells) -> PaperTable:
+    wanted = [
+        replace(make.wanted(column, OWN, task, method, row=row, name=_label(task, column)), published=None)
+        for method, row in BASELINES.items()
+        for task in DEAP_TASKS
+        for column in COLUMNS[task][-1:]
+    ]
+    note = "FeatUp reads DINOv2 ViT-S/14 at 280 px, as the paper's release has it"
+    return PaperTable(
+        number="fig4", title=f"readouts of {BY_NAME[OWN].label}", wanted=tuple(wanted), drawing="bars", notes=(UNNUMBERED, note)
     )
 
 
-_RUNS_OWN = ("data", "store", "val_store", "revision", "seed", "micro_batch", "weights", "drawing")
-"""Settings that aren't what papers' numbers are of, or are said by what comes of them."""
-
-_NETWORK = ("dim", "width", "outputs", "mask", "shared_sigma", "only_mask")
-"""Those that decide how many parameters a readout has."""
-
-
-def _other_settings(cell: Cell, of_features: Sequence[Difference]) -> Differences:
-    """Between the recipe that a paper has for the task, and what the cell's runs are; `of_features`: what is known of those that
-    they read."""
-    recipe, stored = published_recipe(cell.task, cell.method), bool(cell.training.store)
-    own = {"model": cell.backbone.model, "size": cell.backbone.size, "ragged": cell.backbone.ragged}
-    published = recipe.changed(**own, weights=cell.backbone.weights or "pretrained")
-    found = differences(_what_counts(published), _what_counts(cell.training)).found
-    # A store's features are as it says, not as the settings do that nothing used.
-    of_settings = [each for each in found if not (stored and each.field in FEATURES)]
-    return Differences(found=tuple({each.field: each for each in (*of_settings, *of_features)}.values()))
-
-
-def _what_counts(training: ReadoutTraining) -> dict[str, JsonValue]:
-    """Settings that a score depends on. A file may hold the paper's weights; random ones don't."""
-    known, values = settings_of(ReadoutTraining), training.flat()
-    counted = [name for name, each in known.items() if each.identity in (Identity.COUNTS, Identity.FOUND)]
-    found = {name: values[name] for name in (*counted, "epochs", "max_steps") if name not in _RUNS_OWN}
-    weights = "random" if str(values["weights"]).startswith("random") else "pretrained"
-    return {**found, "weights": weights, "drawing": training.rendering}
+def _resolutions(make: _Cells) -> PaperTable:
+    wanted, trained = [], make.output()
+    for task, backbone in (("voc", OWN), *(("voc", each) for each in make.ablated if each != OWN), ("boundaries", OWN)):
+        column = COLUMNS[task][-1]
+        for side in (trained // 2, trained, 2 * trained):
+            cell = make.probe(backbone, task, side=side) if side != trained else make.probe(backbone, task)
+            row, name = f"{_label(task, column)}, {BY_NAME[backbone].label}", f"{side} px"
+            wanted.append(Wanted(row=row, column=name, cell=cell, line="", value=column.value, digits=column.digits))
+    notes = (
+        f"trained with outputs of {trained} px, a query for each 8 x 8; labels are of the output's size, so that only "
+        "lines within one size compare",
+        "what it shows in the paper isn't in our notes",
+    )
+    return PaperTable(
+        number="fig5", title="outputs of other sizes than were trained, %", wanted=tuple(wanted), drawing="lines", notes=notes
+    )
 
 
-def _score(column: Column, done: Sequence[CellResult]) -> Score | None:
-    values = [column.scale * result.metrics[column.metric] for result in done if column.metric in result.metrics]
-    if not values:
-        return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Score(mean=statistics.fmean(values), deviation=deviation, runs=len(values))
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def report(config: GridConfig, found: Sequence[Entry], speeds: Mapping[str, Speed], results: Sequence[CellResult]) -> str:
-    """The tables as Markdown."""
-    failed = [result for result in results if result.error]
-    parts = ["# Readouts on frozen features"]
-    for method in config.methods:
-        rows = _by_backbone([entry for entry in found if entry.method == method], speeds, paper=config.paper)
-        parts.append(_section(method, rows))
-    if len(config.methods) > 1:
-        for name in config.backbones:
-            rows = _by_method([entry for entry in found if entry.backbone.name == name], paper=config.paper)
-            parts.append(_section(f"Methods on {name}", rows))
-    parts.append(_section("Learned parameters", _parameters(found, paper=config.paper)))
-    published = _notes_of_published(found) if config.paper else ()
-    notes = _notes(config, speeds), _notes_of_left_out(found), published, _cell_notes(results)
-    parts.append("\n".join(itertools.chain(*notes)))
-    if failed:
-        lines = "\n".join(f"- {each.name}: {each.error}" for each in failed)
-        parts.append(f"## Failed: {len(failed)}\n\n{lines}")
-    if speeds:
-        parts.append("![speed and scores](grid.png)")
-    return "\n\n".join(parts) + "\n"
-
-
-Rows = list[list[str]]
-"""A table's cells; the first row is the head."""
-
-
-def _tasks(found: Sequence[Entry]) -> list[TableTask]:
-    return list({entry.task.name: entry.task for entry in found}.values())
-
-
-def _heads(tasks: Sequence[TableTask]) -> list[str]:
-    return [f"{task.label} {column.head}" for task in tasks for column in task.columns]
-
-
-def _by_backbone(found: Sequence[Entry], speeds: Mapping[str, Speed], *, paper: bool) -> Rows:
-    """DeAP's Table 3: rows are backbones."""
-    tasks = _tasks(found)
-    rows = [["backbone", "px", "grid", *_heads(tasks), "learned, M", "speed"]]
-    for name in dict.fromkeys(entry.backbone.name for entry in found):
-        of = {entry.task.name: entry for entry in found if entry.backbone.name == name}
-        first = next((entry for entry in of.values() if entry.grid), next(iter(of.values())))
-        speed = f"{speeds[name].relative:.2f}" if name in speeds else ""
-        rows += _rows(first.backbone.label, [of[task.name] for task in tasks], _input_of(first), [speed], paper=paper)
-    return rows
-
-
-def _by_method(found: Sequence[Entry], *, paper: bool) -> Rows:
-    """ViT-Up's Table 1, DeAP's Table 5: rows are methods of one backbone."""
-    tasks = _tasks(found)
-    rows = [["method", *_heads(tasks), "learned, M"]]
-    for method in dict.fromkeys(entry.method for entry in found):
-        of = {entry.task.name: entry for entry in found if entry.method == method}
-        rows += _rows(method, [of[task.name] for task in tasks], [], [], paper=paper)
-    return rows
-
-
-def _rows(label: str, found: Sequence[Entry], before: list[str], after: list[str], *, paper: bool) -> Rows:
-    """A row of scores and learned parameters between other cells; below it the published one, if there is any."""
-    counts = [entry.parameters for entry in found if entry.parameters]
-    learned = f"{sum(counts) / 1e6:.3f}" if len(counts) == len(found) else ""
-    rows = [[label, *before, *(cell for entry in found for cell in _cells(entry)), learned, *after]]
-    printed = [cell for entry in found for cell in _published_cells(entry)]
-    if paper and any(printed):
-        others = any(entry.published and entry.other_settings for entry in found)
-        name = f"{label}, published, of other settings" if others else f"{label}, published"
-        rows.append([name, *before, *printed, "", *([""] * len(after))])
-    return rows
-
-
-def _parameters(found: Sequence[Entry], *, paper: bool) -> Rows:
-    """Counts of every readout; DeAP's published ones are in millions."""
-    tasks = _tasks(found)
-    rows = [["backbone, method", *(task.label for task in tasks)]]
-    known = {channels: dict(zip(DEAP_TASKS, each, strict=True)) for (_, channels), each in DEAP_PARAMETERS.items()}
-    for name, method in dict.fromkeys((entry.backbone.name, entry.method) for entry in found):
-        of = {e.task.name: e for e in found if (e.backbone.name, e.method) == (name, method)}
-        counts = [f"{of[task.name].parameters:,}" if of[task.name].parameters else "" for task in tasks]
-        rows.append([f"{name}, {method}", *counts])
-        published = known.get(BY_NAME[name].channels or 0, {}) if name in BY_NAME else {}
-        millions = [None if _is_other_network(of[task.name]) else published.get(task.name) for task in tasks]
-        if paper and method == "deap" and any(millions):
-            rows.append([f"{name}, published", *(f"{each:.3f} M" if each else "" for each in millions)])
-    return rows
-
-
-def _is_other_network(entry: Entry) -> bool:
-    return any(each.field in _NETWORK for each in entry.other_settings.found)
-
-
-def _input_of(entry: Entry) -> list[str]:
-    """Pixels and cells, measured where something was."""
-    if entry.input_size and entry.grid:
-        return [sides(entry.input_size), sides(entry.grid)]
-    return [str(entry.backbone.size), str(entry.backbone.grid or "")]
-
-
-def _cells(entry: Entry) -> Iterator[str]:
-    for column, score in zip(entry.task.columns, entry.scores, strict=True):
-        if score is None:
-            yield "failed"
-            continue
-        text = f"{score.mean:.{column.digits}f}"
-        if score.deviation is not None:
-            text += f" ± {score.deviation:.{column.digits}f}"
-        yield text + (f" ({score.runs} of {entry.due})" if score.runs < entry.due else "")
-
-
-def _published_cells(entry: Entry) -> Iterator[str]:
-    for column in entry.task.columns:
-        value = entry.published.get(column.head)
-        yield "" if value is None else f"{value:.{column.digits}f}"
-
-
-def _section(title: str, rows: Rows) -> str:
-    return "\n".join([f"## {title}", *table_lines(rows[0], rows[1:])])
-
-
-def _notes(config: GridConfig, speeds: Mapping[str, Speed]) -> Iterator[str]:
-    over = f"mean ± sample deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
-    yield f"- Scores: of held-out images after the last step; {over}."
-    yield "- IoU, accuracy and ARI in percent; CE is the mean cross-entropy; AP_lg a share of 1; RMSE in metres."
-    yield "- learned, M: the readouts of a row's tasks together, 10^6."
-    if speeds:
-        one = next(iter(speeds.values()))
-        yield (
-            f"- speed: images per second of the backbone alone, of those of {config.speed_reference} at "
-            f"{config.speed_reference_size} px beside it; {one.batches} batches of {config.speed_batch}, {one.where}."
-        )
-    yield from (f"- {name}: {BY_NAME[name].note}." for name in config.backbones if name in BY_NAME and BY_NAME[name].note)
-
-
-def _notes_of_left_out(found: Sequence[Entry]) -> Iterator[str]:
-    """What of the tasks' recipes the runs do without."""
-    groups: dict[tuple[str, str], dict[str, None]] = {}
-    for entry in found:
-        for each in entry.left_out.items():
-            groups.setdefault(each, {})[f"{entry.task.label}, {entry.method}"] = None
-    for (name, why), runs in groups.items():
-        yield f"- Turned off, which the recipe has: {flag_of(name)}, since {why} ({'; '.join(runs)})."
-
-
-def _cell_notes(results: Sequence[CellResult]) -> Iterator[str]:
-    """What of a cell's run isn't as a reader would think."""
-    for result in results:
-        if any(result.metrics.get(name) for name in COUNTS if name != "val_images"):
-            yield f"- {result.name}: scores {held_out_words(result.metrics)}."
-        if result.clipped:
-            times = f"trained {result.clipped:,} times on an image with features beyond float16's range"
-            yield f"- {result.name}: {times}, which are clamped; {KEEP_THEM}."
-        yield from (f"- {result.name}: {note}" for note in result.notes)
-
-
-def _notes_of_published(found: Sequence[Entry]) -> Iterator[str]:
-    """In what the papers' runs are others than these, and of what they have nothing."""
-    names = {f"{entry.backbone.name}, {entry.method}, {entry.task.label}": entry for entry in found}
-    for name, entry in names.items():
-        if entry.published and entry.other_settings:
-            yield f"- Published of {name}: of other settings than this run: {entry.other_settings.line('published', 'here')}."
-    if alone := [name for name, entry in names.items() if not entry.published]:
-        yield f"- Nothing is published of {'; '.join(alone)}."
-
-
-# --- the picture ------------------------------------------------------------------------------------------------------
-
-
-def scatter(found: Sequence[Entry], speeds: Mapping[str, Speed], reference: str) -> bytes:
-    """DeAP's Fig. 7 as a PNG: speed across, relative to the `reference`'s (a backbone in words), score up (errors point down), a
-    panel for each task."""
-    from matplotlib.figure import Figure
-
-    tasks = _tasks(found)
-    columns = min(3, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    points = [
-        _draw_panel(panel, task, [entry for entry in found if entry.task.name == task.name], speeds, reference)
-        for panel, task in zip(panels, tasks, strict=False)
-    ]
-    for panel in panels[len(tasks) :]:
-        panel.set_axis_off()
-    methods = {label: mark for panel in panels for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    if len(methods) > 1:
-        figure.legend(methods.values(), methods.keys(), loc="outside lower center", ncols=len(methods), fontsize=8)
-    figure.draw_without_rendering()  # where points lie is known once it's laid out
-    for panel, of_panel in zip(panels, points, strict=False):
-        _name_points(panel, of_panel)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()
-
-
-def _draw_panel(
-    panel: "Axes", task: TableTask, found: Sequence[Entry], speeds: Mapping[str, Speed], reference: str
-) -> list[tuple[float, float, str]]:
-    """Gives what was drawn: speed, score and backbone of each point."""
-    methods = list(dict.fromkeys(entry.method for entry in found))
-    points_of: list[tuple[float, float, str]] = []
-    for method in methods:
-        points = [
-            (speeds[e.backbone.name].relative, e.scores[-1], e.backbone.name)
-            for e in found
-            if e.method == method and e.scores[-1] is not None and e.backbone.name in speeds
-        ]
-        if not points:
-            continue
-        across, scores, names = zip(*points, strict=True)
-        up, spread = [score.mean for score in scores], [score.deviation or 0.0 for score in scores]
-        panel.errorbar(across, up, yerr=spread, fmt="o", capsize=3, label=method)
-        points_of.extend(zip(across, up, names, strict=True))
-    _scale_speeds(panel, [speeds[entry.backbone.name].relative for entry in found if entry.backbone.name in speeds])
-    panel.set(title=task.label, xlabel=f"images/s of the backbone, as a multiple of\n{reference}", ylabel=task.columns[-1].head)
-    # No score is below 0 but ARI; error bars and margins would show an axis there.
-    if points_of and min(up for _, up, _ in points_of) >= 0:
-        panel.set_ylim(bottom=max(0.0, panel.get_ylim()[0]))
-    if task.task == "depth":
-        panel.invert_yaxis()
-    return points_of
-
-
-def _name_points(panel: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
-    """Each backbone's name once, over its highest point (at the panel's top, under it), moved from names that it would cover."""
-    unit = panel.figure.dpi / 72
-    box = panel.get_window_extent()
-    highest: dict[str, tuple[float, float, tuple[float, float]]] = {}
-    for across, up, name in points:
-        x, y = panel.transData.transform((across, up)) / unit
-        if name not in highest or y > highest[name][1]:
-            highest[name] = x, y, (across, up)
-    line, taken = 10.0, list[tuple[float, float, float]]()
-    for name, (x, y, place) in sorted(highest.items(), key=lambda each: each[1][1]):
-        half = 2.4 * len(name)  # of letters of 8 points
-        middle = min(max(x, box.x0 / unit + half), max(box.x1 / unit - half, box.x0 / unit + half))
-        rises = y + 5 + line <= box.y1 / unit
-        bottom = y + 5 if rises else y - 5 - line
-        for left, right, at in sorted(taken, key=lambda each: each[2] if rises else -each[2]):
-            if middle - half < right and left < middle + half and abs(at - bottom) < line:
-                bottom = at + line if rises else at - line
-        taken.append((middle - half, middle + half, bottom))
-        words = panel.annotate(
-            name, place, (middle - x, bottom - y), textcoords="offset points", fontsize=8, ha="center", va="bottom"
-        )
-        words.set_in_layout(False)
-
-
-def _scale_speeds(panel: "Axes", relative: Sequence[float]) -> None:
-    """Logarithmic where speeds differ much; room for names at the sides."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    panel.margins(x=0.3, y=0.25)
-    if max(relative, default=1) > 4 * min(relative, default=1):
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _entry_report(entry: Entry) -> JsonObject:
-    """An entry, as grid.json has it: scores and published numbers by their columns' heads."""
-    heads = [column.head for column in entry.task.columns]
-    return {
-        "backbone": entry.backbone.name,
-        "task": entry.task.name,
-        "method": entry.method,
-        "scores": {head: asdict(score) if score else None for head, score in zip(heads, entry.scores, strict=True)},
-        "published": {head: entry.published.get(head) for head in heads} if entry.published else {},
-        "published_differs": [asdict(each) for each in entry.other_settings.found] if entry.published else [],
-        "left_out": dict(entry.left_out),
-        "parameters": entry.parameters,
+def _correlations(make: _Cells) -> PaperTable:
+    correlated = []
+    sets: Mapping[str, Mapping[str, float]] = {
+        "ImageNet, linear probe": IMAGENET_LINEAR,
+        "ImageNet, zero-shot": IMAGENET_ZERO_SHOT,
     }
+    for row, others in sets.items():
+        names = [each for each in make.backbones if each in others]
+        for task in DEAP_TASKS:
+            column = COLUMNS[task][-1]
+            label = _label(task, column)
+            numbers = tuple(make.wanted(column, each, task, row=BY_NAME[each].label, name=label) for each in names)
+            labels = tuple(each.row for each in numbers)
+            correlated.append(
+                Correlated(
+                    row=row, column=label, numbers=numbers, others=tuple(others[each] for each in names), names=labels
+                )
+            )  # fmt: skip
+    notes = (
+        "Spearman's rank correlation; below it, that of Table 3's printed scores, which the paper doesn't print; of errors "
+        "(RMSE), less is better",
+        "which scores of others the paper takes isn't in our notes: these are of their authors' and OpenCLIP's repositories",
+    )
+    return PaperTable(
+        number="fig6", title="scores beside ImageNet accuracies that others publish", correlated=tuple(correlated),
+        drawing="pairs", notes=notes,
+    )  # fmt: skip
 
 
-def write_grid(
-    folder: Folder, config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult], speeds: Mapping[str, Speed]
-) -> str:
-    """Write grid.json, grid.md and, with speeds, grid.png, of which none is left otherwise; returns the Markdown."""
-    found = entries(cells, results)
-    text = report(config, found, speeds, results)
-    document = {
-        "config": config.public(),
-        "cells": [asdict(result) for result in results],
-        "entries": [_entry_report(entry) for entry in found],
-        "speed": {name: asdict(speed) for name, speed in speeds.items()},
-        "versions": versions(),
-    }
-    folder.write("grid.json", json.dumps(document, indent=1).encode())
-    if speeds:
-        folder.write("grid.png", scatter(found, speeds, f"{config.speed_reference} at {config.speed_reference_size} px"))
-    else:
-        folder.remove(["grid.png"])  # an earlier start's, of other scores
-    folder.write("grid.md", text.encode())
-    return text
-
-
-def plan_lines(config: GridConfig, cells: Sequence[Cell]) -> Iterator[str]:
-    """What a grid will do: a line for each cell, and how far that is. Nothing is begun, and no data is read."""
-    states = [state_in_words(cell) for cell in cells]
-    done = sum(state.startswith("done") for state in states)
-    yield f"{config.folder.displayed}: {len(cells):,} cells, {done:,} done, {len(cells) - done:,} to go"
-    width = max(len(cell.name) for cell in cells)
-    yield from (f"  {cell.name:<{width}}  {state}" for cell, state in zip(cells, states, strict=True))
-    if config.speed:
-        count = len({cell.backbone.name for cell in cells})
-        yield f"then the speed of {count} backbone{'s' if count > 1 else ''}, unless it is known"
-    yield "done: whether with these settings and this data, is asked when it is run"
-    yield NOTHING_RUN
-
-
-def main(config: GridConfig) -> Iterator[str]:
-    """Run all cells, then measure speeds; writes what was found and gives it line by line. Raises `CellsFailed` at the end."""
-    cells, folder = plan_cells(config), run_folder(config.folder.url, config.options)  # before a cluster is started
-    require_no_run(folder, "grid")
-    if config.plan:
-        yield from plan_lines(config, cells)
-        return
-    with executor_for(config) as executor:
-        results = run_cells(config, cells, executor)
-        failed = sum(bool(result.error) for result in results)
-        text, speeds = write_grid(folder, config, cells, results, {}), {}
-        if config.speed and failed < len(cells):
-            speeds = measure_speeds(config, cells, results, executor)
-            text = write_grid(folder, config, cells, results, speeds)
-    yield text
-    yield f"{folder.displayed}: grid.md, grid.json{', grid.png' if speeds else ''}; each run in a folder of its own"
-    if failed:
-        raise CellsFailed(f"{failed} of {len(cells)} runs failed; the tables say which and why")
+def _speeds(make: _Cells) -> PaperTable:
+    wanted, cell = [], make.speeds()
+    for backbone in make.backbones:
+        row = BY_NAME[backbone].label
+        here = cell if make.model(backbone) else make.missing(f"speed-{backbone}", SAM2)
+        wanted.append(Wanted(row=row, column=SPEED, cell=here, line=backbone, value="relative"))
+        for task in DEAP_TASKS:
+            column = COLUMNS[task][-1]
+            wanted.append(make.wanted(column, backbone, task, row=row, name=_label(task, column)))
+    notes = (
+        f"{UNNUMBERED} of speeds; scores are Table 3's",
+        "the reference is ViT-B/16 at 224 px at the paper's scale and at mini",
+    )
+    return PaperTable(number="fig7", title="speed and scores", wanted=tuple(wanted), drawing="front", notes=notes)

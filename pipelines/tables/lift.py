@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from pipelines.published import (
+from pipelines.published import UNSAID, Published
+from pipelines.published.lift import (
     LIFT_ABLATIONS,
     LIFT_BACKBONES,
     LIFT_COMPUTE,
@@ -22,10 +23,9 @@ from pipelines.published import (
     LIFT_RIVALS,
     LIFT_SIDES,
     LIFT_VIDEO,
-    UNSAID,
-    Published,
 )
-from pipelines.tables.lift_cells import ALPHAS, CROSSED, DETECTORS, IMAGES, LABELS, METHODS, MODELS, OWN, STRIDE, Cells
+from pipelines.tables.lift_cells import ALPHAS, CROSSED, IMAGES, LABELS, METHODS, MODELS, OWN, STRIDE, Cells
+from pipelines.tables.lift_detectors import DETECTORS, DetectorCells
 from pipelines.tables.papers import Job, PaperPlan, PapersConfig, PaperTable, Wanted
 from storage.documents import JsonValue
 
@@ -111,11 +111,11 @@ def _discovery(make: Cells, number: str, title: str, *datasets: str) -> PaperTab
 
 
 def _detection(make: Cells) -> PaperTable:
-    """Detectors are taken as they are given: plain ones, and those whose heads were trained on LiFT's maps."""
-    wanted = []
+    """A plain detector, and one whose heads were trained on the maps of a LiFT of its backbone."""
+    wanted, detectors = [], DetectorCells(make)
     for head, label in (("mask_rcnn", "Mask R-CNN"), ("cascade", "Cascade R-CNN")):
         for method in ("backbone", "lift"):
-            cell, row = make.detection(head, lift=method == "lift"), f"{label}{', LiFT' if method == 'lift' else ''}"
+            cell, row = detectors.detection(head, lift=method == "lift"), f"{label}{', LiFT' if method == 'lift' else ''}"
             for column, published in LIFT_DETECTION[head].values(method, UNSAID).items():
                 line = _line(method)
                 wanted.append(Wanted(row=row, column=column, cell=cell, line=line, value=column, published=published))
@@ -149,7 +149,7 @@ def _compute(make: Cells, number: str, title: str, *, curve: bool = False) -> Pa
                     Wanted(row=row, column=column, cell=cell, line=_line(method), value=column, px=here, published=value)
                 )
     note = "the published totals of LiFT at stride 8, 19.65 and 81.18, follow from no rule of counting that we know"
-    return PaperTable(number=number, title=title, wanted=tuple(wanted), scatter=curve, notes=(note,))
+    return PaperTable(number=number, title=title, wanted=tuple(wanted), drawing="scatter" if curve else "", notes=(note,))
 
 
 def _larger(make: Cells) -> PaperTable:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from pipelines.published import LIFT_FEATURES, LIFT_SIDES, LIFT_TRAINING
+from pipelines.published.lift import LIFT_FEATURES, LIFT_SIDES, LIFT_TRAINING
 from pipelines.tables.paper_cells import ScaledCells
-from pipelines.tables.papers import Job, PaperCell
+from pipelines.tables.papers import LACKS, Job, PaperCell
 from storage.documents import JsonValue
 
 OWN = "dino-s16"
@@ -41,13 +41,13 @@ TRAINED_IMAGES = 25_025 * 256
 
 FOLDERS = {
     "spair": "labelled/spair_layout/SPair-71k", "davis": "labelled/davis/DAVIS", "voc07": "labelled/voc", "voc12": "labelled/voc",
-    "photos": "photos_train",
+    "coco": "labelled/coco", "photos": "photos_train",
 }  # fmt: skip
 """Of `mini`, below --root."""
 
 DEMO = {
     "spair": "demo/evaluate/SPair-71k", "davis": "demo/evaluate/DAVIS", "voc07": "demo/evaluate/VOC2007",
-    "photos": "demo/photos-{000..001}.tar",
+    "coco": "demo/evaluate/coco", "photos": "demo/photos-{000..001}.tar",
 }  # fmt: skip
 
 SHORT: Mapping[str, JsonValue] = {
@@ -62,9 +62,6 @@ DRAWN: Mapping[str, JsonValue] = {
 """debug's, of 4 steps."""
 
 STRIDE = "LiFT at another stride than the patch's: jobs/train.py has none, and how the paper did it isn't published"
-DETECTORS = ("mask_rcnn", "mask_rcnn-lift", "cascade", "cascade-lift")
-"""Names that --weights may have of detectors: plain ones, and those that jobs/train.py vitdet trained on LiFT's maps."""
-
 CROSSED = "LiFT of another backbone: a checkpoint is refused with features that it wasn't trained on"
 
 
@@ -102,7 +99,7 @@ class Cells(ScaledCells):
         found = self.lacks_backbone(backbone)
         if not found and backbone in RELEASED and backbone not in given:
             found = f"{RELEASED[backbone]} weights: give --weights {backbone}=URL of the file that its authors released"
-        return "; ".join([*filter(None, [found]), *self.lacks_data(*datasets)])
+        return LACKS.join([*filter(None, [found]), *self.lacks_data(*datasets)])
 
     def tokens(self, backbone: str, side: int, stride: int | None = None) -> float:
         """Of one image, times the backbone's parameters."""
@@ -203,25 +200,3 @@ class Cells(ScaledCells):
         lacks = self.lacks(backbone) if self.config.scale != "paper" else ""
         name = f"runtime-{backbone}-{side}px{f'-stride{stride}' if stride else ''}"
         return self.add(PaperCell(name=name, job="runtime", settings=settings, missing=lacks, stored_bytes=1e4))
-
-    def detection(self, head: str, *, lift: bool) -> str:
-        """COCO by a plain detector, or beside it by one whose heads were trained on LiFT's maps."""
-        weights, names = self.config.pairs("weights"), [head, *([f"{head}-lift"] if lift else [])]
-        lacks = [f"the detector {name}: give --weights {name}=URL" for name in names if name not in weights]
-        lacks += self.lacks_data("coco")
-        urls = [weights.get(name, "") for name in names]
-        limit: dict[str, JsonValue] = {"limit": self.config.limit} if self.config.limit else {}
-        settings: dict[str, JsonValue] = {
-            "data": self.folder("coco"), "detector": urls[0], "finetuned": tuple(urls[1:]), "head": head, "pictures": 0, **limit
-        }  # fmt: skip
-        images = min(5_000, self.config.limit or 5_000)
-        return self.add(
-            PaperCell(
-                name=f"detection-{names[-1]}",
-                job="detection",
-                settings=settings,
-                missing="; ".join(lacks),
-                token_parameters=len(names) * images * 111e6 * (512 // 16) ** 2,
-                stored_bytes=images * 2e4,
-            )
-        )

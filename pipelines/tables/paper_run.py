@@ -3,15 +3,12 @@
 import functools
 import json
 import logging
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TypeAlias
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
-from operators.metrics.bootstrap import Interval
 from pipelines.config import parse_options
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
@@ -25,17 +22,17 @@ from pipelines.evaluation.run import Evaluating, Making, Settings, Task, evaluat
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
 from pipelines.executors import Executor, WorkersLost
-from pipelines.results import Table
-from pipelines.tables.papers import Job, PaperCell, PaperPlan, PapersConfig, Wanted
+from pipelines.tables.doing import attempted, given_up, with_threads_of
+from pipelines.tables.measures import count_readouts, measure_speeds
+from pipelines.tables.papers import Job, PaperCell, PaperPlan, PapersConfig
 from pipelines.training.config import TrainConfig
 from pipelines.training.lift import X2Config
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train
 from pipelines.training.vit_up import ViTUpTraining
+from pipelines.training.vitdet import ViTDetTraining
 from storage.documents import JsonValue, parse_json
-from storage.errors import RayliftError
-from storage.paths import Folder, StorageOptions
-from storage.redaction import redact
+from storage.paths import Folder
 from storage.runs import read_pointers
 
 logger = logging.getLogger(__name__)
@@ -45,28 +42,34 @@ DONE = "done.json"
 RESULTS = "results.json"
 
 
-def _evaluating(kind: type[Settings], task: Task[Settings, Evaluating, Making]) -> Callable[[str, Mapping[str, JsonValue]], None]:
-    """Evaluates by settings of that kind."""
-
-    def run(name: str, settings: Mapping[str, JsonValue]) -> None:
-        evaluate(name, task, kind.of(**settings))
-
-    return run
+Doing: TypeAlias = Callable[[Mapping[str, JsonValue]], object]
+"""Does a job by its settings, or goes on with it."""
 
 
-_EVALUATIONS: Mapping[Job, Callable[[str, Mapping[str, JsonValue]], None]] = {
-    "correspondence": _evaluating(CorrespondenceConfig, correspondence),
-    "video": _evaluating(VideoConfig, video),
-    "discovery": _evaluating(DiscoveryConfig, discovery),
-    "cka": _evaluating(CkaConfig, cka),
-    "similarity": _evaluating(SimilarityConfig, similarity),
-    "runtime": _evaluating(RuntimeConfig, runtime),
-    "probe": _evaluating(ProbeConfig, readouts),
-    "detection": _evaluating(DetectionConfig, detection),
+def _evaluating(name: str, kind: type[Settings], task: Task[Settings, Evaluating, Making]) -> Doing:
+    return lambda settings: evaluate(name, task, kind.of(**settings))
+
+
+def _training(kind: type[TrainConfig]) -> Doing:
+    return lambda settings: train(kind.of(**settings))
+
+
+_JOBS: Mapping[Job, Doing] = {
+    "lift": _training(X2Config),
+    "vit-up": _training(ViTUpTraining),
+    "readout": _training(ReadoutTraining),
+    "vitdet": _training(ViTDetTraining),
+    "correspondence": _evaluating("correspondence", CorrespondenceConfig, correspondence),
+    "video": _evaluating("video", VideoConfig, video),
+    "discovery": _evaluating("discovery", DiscoveryConfig, discovery),
+    "cka": _evaluating("cka", CkaConfig, cka),
+    "similarity": _evaluating("similarity", SimilarityConfig, similarity),
+    "runtime": _evaluating("runtime", RuntimeConfig, runtime),
+    "probe": _evaluating("probe", ProbeConfig, readouts),
+    "detection": _evaluating("detection", DetectionConfig, detection),
+    "speed": measure_speeds,
+    "counts": count_readouts,
 }
-
-
-_TRAININGS: Mapping[Job, type[TrainConfig]] = {"lift": X2Config, "vit-up": ViTUpTraining, "readout": ReadoutTraining}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,8 @@ class Outcome:
     name: str
     error: str = ""
     "why there is nothing"
+    hindered: bool = False
+    "by what isn't there, of its own or of a cell that it takes from: it wasn't tried"
 
 
 def run_papers_cells(config: PapersConfig, plan: PaperPlan, executor: Executor) -> dict[str, Outcome]:
@@ -114,8 +119,8 @@ def run_papers_cells(config: PapersConfig, plan: PaperPlan, executor: Executor) 
     with Progress(total=len(plan.cells), done=0, unit="cells") as progress:
         for wave in plan.waves():
             for cell in wave:
-                if why := _hindered(cell, found):
-                    found[cell.name] = Outcome(name=cell.name, error=why)
+                if (outcome := _untried(plan, cell, found)) is not None:
+                    found[cell.name] = outcome
                 elif is_done(config.folder, plan, cell):
                     found[cell.name] = Outcome(name=cell.name)
             progress.add(len([cell for cell in wave if cell.name in found]))
@@ -127,11 +132,12 @@ def run_papers_cells(config: PapersConfig, plan: PaperPlan, executor: Executor) 
     return found
 
 
-def _hindered(cell: PaperCell, found: Mapping[str, Outcome]) -> str:
-    """Why a cell can't be done; empty where it can."""
-    if cell.missing:
-        return cell.missing
-    return next((f"it needs {need}: {found[need].error}" for need in cell.needs if found[need].error), "")
+def _untried(plan: PaperPlan, cell: PaperCell, found: Mapping[str, Outcome]) -> Outcome | None:
+    """What is said of a cell that can't be done; None where it can."""
+    if lacks := plan.lacks(cell):
+        return Outcome(name=cell.name, error=lacks, hindered=True)
+    failed = next((found[need] for need in cell.needs if found[need].error), None)
+    return failed and Outcome(name=cell.name, error=f"it needs {failed.name}: {failed.error}")
 
 
 def is_done(folder: Folder, plan: PaperPlan, cell: PaperCell) -> bool:
@@ -145,8 +151,8 @@ def is_done(folder: Folder, plan: PaperPlan, cell: PaperCell) -> bool:
 
 def state_in_words(folder: Folder, plan: PaperPlan, cell: PaperCell) -> str:
     """How far a cell is."""
-    if cell.missing:
-        return f"missing: {cell.missing}"
+    if lacks := plan.lacks(cell):
+        return f"missing: {lacks}"
     if is_done(folder, plan, cell):
         return "done"
     own = Folder(f"{folder.url.rstrip('/')}/{plan.place(cell)}", folder.options)
@@ -160,7 +166,7 @@ def _done_now(config: PapersConfig, plan: PaperPlan, pending: Sequence[PaperCell
     """Outcomes as cells end."""
 
     def lost(order: Order, error: WorkersLost) -> Outcome:
-        return Outcome(name=order.cell.name, error=f"given up after {config.max_failures} restarts (--max-failures): {error}")
+        return Outcome(name=order.cell.name, error=given_up(error, config.max_failures))
 
     pool = executor.pool(config.worker_request())
     orders = [
@@ -178,63 +184,17 @@ def _done_now(config: PapersConfig, plan: PaperPlan, pending: Sequence[PaperCell
 
 
 def _cell_worker(pool: WorkerPool | None) -> Callable[[Order], Outcome]:
-    if pool is not None:
-        torch.set_num_threads(pool.cpus)
-    return run_cell
+    return with_threads_of(pool, run_cell)
 
 
 def run_cell(order: Order) -> Outcome:
     """Do it, or go on with it; an error is an outcome, too."""
-    options = parse_options(order.storage_options)
-    try:
-        settings = order.settings()
-        if order.cell.job in _EVALUATIONS:
-            _EVALUATIONS[order.cell.job](order.cell.job, settings)
-        else:
-            train(_TRAININGS[order.cell.job].of(**settings))
-        folder = Folder(order.out, options)
-        folder.write(DONE, json.dumps({"identity": order.identity, "job": order.cell.job}).encode())
-        return Outcome(name=order.cell.name)
-    except RayliftError as error:  # in words, which the tables have
-        return Outcome(name=order.cell.name, error=_short(error, options))
-    except Exception as error:  # the boundary between cells: one that fails must not end the others
-        logger.exception("%s failed", order.cell.name)
-        return Outcome(name=order.cell.name, error=_short(error, options))
+    options, name = parse_options(order.storage_options), order.cell.name
 
+    def do() -> Outcome:
+        _JOBS[order.cell.job](order.settings())
+        said = json.dumps({"identity": order.identity, "job": order.cell.job})
+        Folder(order.out, options).write(DONE, said.encode())
+        return Outcome(name=name)
 
-def _short(error: Exception, options: StorageOptions) -> str:
-    return textwrap.shorten(redact(f"{type(error).__name__}: {error}", options), 600, placeholder=" ...")
-
-
-# --- what they came to ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A number of a table, measured or not."""
-
-    wanted: Wanted
-    measured: float | None
-    interval: Interval | None = None
-    missing: str = ""
-    "why nothing is measured"
-
-    @property
-    def difference(self) -> float | None:
-        """Measured less published."""
-        if self.measured is None or self.wanted.published is None:
-            return None
-        return round(self.measured - self.wanted.published, 6)
-
-
-def read_figure(tables: Sequence[Table], wanted: Wanted) -> Figure:
-    """From the tables of a cell's results.json."""
-    for table in tables:
-        at = table.columns.index(wanted.value) if wanted.value in table.columns else len(table.columns)
-        for line in table.lines if at < len(table.columns) else ():
-            is_it = wanted.line in ("", line.features) and (wanted.px is None or line.input_px == str(wanted.px))
-            value, known = line.values[at], line.estimates[at] if line.estimates else None
-            if is_it and not line.published and isinstance(value, int | float):
-                return Figure(wanted=wanted, measured=value, interval=known.interval if known else None)
-    where = f"{wanted.line}{f' at {wanted.px} px' if wanted.px else ''}"
-    return Figure(wanted=wanted, measured=None, missing=f"{wanted.cell} has no {wanted.value} of {where}")
+    return attempted(name, do, lambda reason: Outcome(name=name, error=reason), options)

@@ -21,13 +21,14 @@ from storage.redaction import redact
 Scale = Literal["paper", "mini", "debug"]
 """The paper's own data and backbones; few real photographs, in the layout of their folder; drawn images, in a minute."""
 
-TRAININGS = ("lift", "vit-up", "readout")
-"""What jobs/train.py learns: x2 upsamplers as LiFT does, ViT-Up, readouts."""
+TRAININGS = ("lift", "vit-up", "readout", "vitdet")
+"""What jobs/train.py learns: x2 upsamplers as LiFT does, ViT-Up, readouts, detectors."""
 
 Job = Literal[
-    "lift", "vit-up", "readout", "correspondence", "video", "discovery", "cka", "similarity", "runtime", "probe", "detection"
-]
-"""One of `TRAININGS`, or the first word of jobs/evaluate.py."""
+    "lift", "vit-up", "readout", "vitdet", "correspondence", "video", "discovery", "cka", "similarity", "runtime", "probe",
+    "detection", "speed", "counts",
+]  # fmt: skip
+"""One of `TRAININGS`, the first word of jobs/evaluate.py, or one of pipelines/tables/measures.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +43,18 @@ class PapersConfig(JobConfig):
     """`paper`: the published sizes, backbones and schedules. `mini`: short trainings on few photographs, on one backbone, at
     --sizes. `debug`: drawn images and random weights."""
     data: Free[tuple[str, ...]] = ()
-    """DATASET=FOLDER for each data set: spair, davis, voc07, voc12, coco20k; photos=TARS to train upsamplers on (ImageNet-1k)."""
+    """DATASET=FOLDER for each data set: spair, davis, voc07, voc12, coco20k, coco, voc, coco_stuff, nyu, ...; photos=TARS to
+    train upsamplers on (ImageNet-1k). --plan names those of a paper that aren't there."""
     root: Free[str] = ""
-    """mini: a folder that holds labelled/ (spair_layout, davis, voc) and photos_train/, for what --data doesn't name."""
+    """mini: a folder that holds labelled/ (spair_layout, davis, voc, coco), photos_train/ and photos_open/, for what --data
+    doesn't name."""
     backbone: Free[tuple[str, ...]] = ()
     """NAME=TIMM_NAME: another network for one of the paper's, for example dino-s16=vit_small_patch14_dinov2.lvd142m."""
     weights: Free[tuple[str, ...]] = ()
     """NAME=WEIGHTS of a backbone, as for jobs/train.py, where timm's pretrained ones aren't it: leopart=URL moco=URL."""
     sizes: Free[tuple[int, ...]] = ()
-    """Sides of the input in pixels, of tables that have several. Default: the paper's 56 112 224 448; mini: 112 224."""
+    """Sides of the input in pixels, of tables that have several. Default: the paper's (LiFT's 56 112 224 448); mini: 112 224, or
+    224 where tables have one."""
     steps: Free[int | None] = None
     """Optimiser steps of each training; default: the scale's."""
     limit: Free[int | None] = None
@@ -116,6 +120,10 @@ class PapersConfig(JobConfig):
         )
 
 
+LACKS = "; "
+"""Between the sentences of what a cell lacks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PaperCell:
     """A run: its settings, and what it takes from other cells."""
@@ -127,7 +135,7 @@ class PaperCell:
     needs: tuple[str, ...] = ()
     "names of the cells that it takes from"
     missing: str = ""
-    "what isn't there of its data, weights or method, so that it can't be done"
+    "what isn't there of its data, weights or method, so that it can't be done, joined by `LACKS`"
     token_parameters: float = 0.0
     "of the backbone's forward passes: images times tokens times parameters, which are about their multiply-accumulates"
     stored_bytes: float = 0.0
@@ -148,6 +156,30 @@ class Wanted:
     px: int | None = None
     "the line's input; None: that of any"
     published: float | None = None
+    scale: float = 1.0
+    "of the table's unit in that of the cell's results"
+    digits: int = 2
+    "behind the point, as the paper prints them"
+    falls: bool = False
+    "whether less is better"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correlated:
+    """A number of a table that is the rank correlation of several cells' numbers with what others have published."""
+
+    row: str
+    column: str
+    numbers: tuple[Wanted, ...]
+    others: tuple[float, ...]
+    "theirs, of the same things"
+    names: tuple[str, ...]
+    "of these things"
+
+
+Drawing = Literal["", "scatter", "front", "lines", "bars", "pairs"]
+"""How a table is drawn: a point a row, its first column across and its second one up; such a panel for every further column, with
+the rows that none beats in both; a line a row; bars of each column by row; a panel for each correlation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +192,15 @@ class PaperTable:
     wanted: tuple[Wanted, ...] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)
     "of a figure: file by the cell whose picture it is, as CELL: pictures/FILE"
-    scatter: bool = False
-    "drawn with a point a row: the first column across, the second one up"
+    correlated: tuple[Correlated, ...] = ()
+    drawing: Drawing = ""
     notes: tuple[str, ...] = ()
 
     @property
     def needs(self) -> list[str]:
         """Names of its cells."""
-        return list(dict.fromkeys([*(each.cell for each in self.wanted), *self.pictures]))
+        correlated = [wanted.cell for each in self.correlated for wanted in each.numbers]
+        return list(dict.fromkeys([*(each.cell for each in self.wanted), *correlated, *self.pictures]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +231,16 @@ class PaperPlan:
             done |= {cell.name for cell in wave}
             left = {name: cell for name, cell in left.items() if name not in done}
         return waves
+
+    def lacks(self, cell: PaperCell) -> str:
+        """What isn't there of a cell, or of one that it takes from; empty where it can be tried."""
+        of_needs = ((name, self.lacks(self.cells[name])) for name in cell.needs)
+        return cell.missing or next((f"it needs {name}: {lacks}" for name, lacks in of_needs if lacks), "")
+
+    def reasons(self, cell: PaperCell) -> set[str]:
+        """All that isn't there of a cell, and of those that it takes from."""
+        own = set(cell.missing.split(LACKS)) if cell.missing else set[str]()
+        return own.union(*(self.reasons(self.cells[name]) for name in cell.needs))
 
     def place(self, cell: PaperCell) -> str:
         """The name of its folder, which is another one where its settings are others."""

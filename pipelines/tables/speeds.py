@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import torch
 
-from pipelines.costs.speed import Speed, SpeedProtocol, TimedBackbone, measure_speed
+from pipelines.costs.speed import Speed, SpeedProtocol, TimedBackbone, speeds_on
 from pipelines.executors import Executor
-from pipelines.tables.cells import Cell, CellResult, GridConfig
+from pipelines.tables.grid_cells import Cell, CellResult, GridConfig
 from storage.documents import JsonObject, as_object, decode, parse_json
 
 SPEEDS = "speed.json"
@@ -80,9 +80,4 @@ def _speed_worker(
     """Measures the speeds of some backbones, by name; those that are known of this very machine are as they are."""
     if threads:
         torch.set_num_threads(threads)
-    where = torch.device(device)
-
-    def speed_of(backbone: TimedBackbone, known: Speed | None) -> Speed:
-        return known if known and known.was_measured_on(where) else measure_speed(protocol, where, backbone)
-
-    return lambda backbones: {name: speed_of(*each) for name, each in backbones.items()}
+    return lambda backbones: dict(speeds_on(protocol, torch.device(device), backbones))

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipelines.config import ConfigError
-from pipelines.published import PROBE_TASKS, RECIPES, VIT_UP_FEATURES, VIT_UP_PROBES, VIT_UP_SIZE, Settings, Values, deap_values
+from pipelines.published import Settings, Values
+from pipelines.published.deap import deap_values
+from pipelines.published.recipes import RECIPES
+from pipelines.published.vit_up import PROBE_TASKS, VIT_UP_FEATURES, VIT_UP_PROBES, VIT_UP_SIZE
 from pipelines.readouts.tasks import TASKS
 from pipelines.tables.backbones import BY_NAME, PaperBackbone
 from storage.datasets.registry import DATASETS
@@ -19,7 +22,7 @@ class Column:
     """A number of a table."""
 
     head: str
-    "as papers' numbers have it, too (pipelines/published.py)"
+    "as papers' numbers have it, too (pipelines/published/)"
     metric: str
     "of a training run, as metrics.jsonl has it"
     scale: float = 1.0

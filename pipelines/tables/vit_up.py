@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipelines.config import ConfigError
-from pipelines.published import (
-    RECIPES,
+from pipelines.published.recipes import RECIPES
+from pipelines.published.vit_up import (
     VIT_UP_CORRESPONDENCE,
     VIT_UP_DEPTH,
     VIT_UP_FEATURES,
@@ -23,7 +23,7 @@ from pipelines.published import (
     VIT_UP_TRAINING,
 )
 from pipelines.tables.paper_cells import ScaledCells
-from pipelines.tables.papers import PaperCell, PaperPlan, PapersConfig, PaperTable, Wanted
+from pipelines.tables.papers import LACKS, PaperCell, PaperPlan, PapersConfig, PaperTable, Wanted
 from storage.documents import JsonValue
 
 MODELS = {"splus": "vit_small_plus_patch16_dinov3_qkvb.lvd1689m", "base": "vit_base_patch16_dinov3_qkvb.lvd1689m"}
@@ -99,7 +99,7 @@ class _Cells(ScaledCells):
         found = [*filter(None, [self.lacks_backbone(backbone)])]
         if method in RIVALS and method not in self.config.pairs("weights"):
             found.append(f"{LABELS[method]}'s weights for this backbone: give --weights {method}=URL")
-        return "; ".join([*found, *self.lacks_data(dataset)])
+        return LACKS.join([*found, *self.lacks_data(dataset)])
 
     def training(self, backbone: str = "splus", name: str = "", **changes: JsonValue) -> str:
         """The cell that trains ViT-Up."""

@@ -26,7 +26,7 @@ from pipelines.costs import upsamplers as cost_benchmark
 from pipelines.costs import vit_up as vit_up_benchmark
 from pipelines.costs import windows as window_benchmark
 from pipelines.costs.vit_up_report import vit_up_report
-from pipelines.published import LIFT_OPERATIONS
+from pipelines.published.lift import LIFT_OPERATIONS
 from tests.conftest import squeezed
 
 

@@ -8,7 +8,7 @@ from pipelines import executors
 from pipelines.evaluation import discovery
 from pipelines.evaluation.run import evaluate
 from pipelines.extraction.start import main as extraction
-from pipelines.tables.deap import main as tables
+from pipelines.tables.grid import main as tables
 from pipelines.training.run import train
 from tests.second_runs import KINDS
 

@@ -11,12 +11,12 @@ from pipelines import executors
 from pipelines.config import ConfigError
 from pipelines.evaluation.run import main as evaluation
 from pipelines.extraction.start import main as extraction
-from pipelines.tables import deap
+from pipelines.tables import grid as grids
 from pipelines.training.run import main as training
 from storage.paths import Folder
 from storage.runs import read_pointers
 from tests.pipelines.evaluation.test_evaluation import correspondence, make_spair, spair_config
-from tests.pipelines.tables.test_cells import tiny_grid
+from tests.pipelines.tables.test_grid import tiny_grid
 from tests.readout_runs import training as readout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,12 +66,12 @@ def test_an_evaluation_says_its_items_and_what_is_done(tmp_path):
 
 def test_a_table_says_its_cells(sets, tmp_path):
     config = tiny_grid(sets, tmp_path / "grid", methods=("deap",), speed=False)
-    first, *_ = deap.main(config.changed(plan=True))
+    first, *_ = grids.main(config.changed(plan=True))
     assert first.endswith("1 cells, 0 done, 1 to go")
     assert not (tmp_path / "grid").exists()
 
-    list(deap.main(config))
-    first, cell, *_ = deap.main(config.changed(plan=True, seeds=(0, 1), executor="ray"))
+    list(grids.main(config))
+    first, cell, *_ = grids.main(config.changed(plan=True, seeds=(0, 1), executor="ray"))
     assert first.endswith("2 cells, 1 done, 1 to go")
     assert "done, " in cell
 
@@ -87,7 +87,7 @@ def test_a_table_is_refused_where_something_else_is(sets, make_tars, tiny, tmp_p
 
     for plan in (True, False):
         with pytest.raises(ConfigError, match=f"grid {message}"):
-            list(deap.main(tiny_grid(sets, tmp_path / "grid", methods=("deap",), plan=plan)))
+            list(grids.main(tiny_grid(sets, tmp_path / "grid", methods=("deap",), plan=plan)))
 
 
 def test_an_extraction_is_planned_for_this_machine_without_ray(make_tars, tiny, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from pipelines.costs.runtime import RuntimeConfig
 from pipelines.costs.vit_up import head_macs
 from pipelines.evaluation.run import run_pieces
 from pipelines.executors import InlineExecutor
-from pipelines.published import VIT_UP_RUNTIME
+from pipelines.published.vit_up import VIT_UP_RUNTIME
 from tests.pipelines.evaluation.test_evaluation import TINY, evaluate
 from tests.pipelines.features.test_learned import checkpoint
 

@@ -74,11 +74,11 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 
 @contextlib.contextmanager
-def ended(process: subprocess.Popen) -> Iterator[None]:
+def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
     """Whatever happens, nothing of `process` is left."""
     children = family(process)
     try:
-        yield
+        yield process
     finally:
         children += family(process)
         for p in children:

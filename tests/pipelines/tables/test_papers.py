@@ -1,7 +1,12 @@
 """Papers' tables: every cell is done once, goes on where it stopped, and says what is missing where it can't be done."""
 
 import json
-from collections.abc import Iterator
+import os
+import random
+import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +15,13 @@ import pytest
 from jobs import tables as job
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
-from pipelines.published import LIFT_CORRESPONDENCE, LIFT_DISCOVERY, LIFT_VIDEO
+from pipelines.published.lift import LIFT_CORRESPONDENCE, LIFT_DISCOVERY, LIFT_VIDEO
 from pipelines.tables import lift, paper_report, paper_run, vit_up
+from pipelines.tables.figures import Results, figures_of
 from pipelines.tables.paper_run import Order
 from pipelines.tables.papers import PapersConfig
 from storage.paths import Folder
+from tests.pipelines.extraction.test_faults import ROOT, ended, kill
 
 EVERYTHING = tuple(f"{name}=/there/{name}" for name in ("spair", "davis", "voc07", "voc12", "coco20k", "coco", "photos"))
 
@@ -25,22 +32,12 @@ def debug(out: Path, *tables: str, **changes: object) -> PapersConfig:
     return DEBUG.changed(out=str(out), table=tables, **changes)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Iterator[Path]:
-    """The working directory of `tables.py lift debug`."""
-    root = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        job.write_debug()
-        yield root
-
-
 def printed(config: PapersConfig) -> str:
     return "\n".join(paper_report.main(lift.plan, config))
 
 
 def test_a_table_is_the_same_whenever_its_run_was_killed(demo, tmp_path, monkeypatch):
-    """Killed before it writes this or that object: of a training, of an evaluation, and at the end of either."""
+    """Killed five times, before it writes some object that is drawn: of a training, of an evaluation, at the end of either."""
     config, killed = debug(tmp_path / "whole", "8"), debug(tmp_path / "killed", "8")
     writes, write, at = [], Folder.write, [0]
 
@@ -55,7 +52,8 @@ def test_a_table_is_the_same_whenever_its_run_was_killed(demo, tmp_path, monkeyp
 
     monkeypatch.setattr(Folder, "write", counted)
     printed(config)
-    for at[0] in (len(writes) // 4, len(writes) // 3, 3):
+    draw, all_of_it = random.Random(24), len(writes)
+    for at[0] in (draw.randint(2, all_of_it // 3) for _ in range(5)):
         writes.clear()
         with pytest.raises(Killed):
             printed(killed)
@@ -115,7 +113,9 @@ def test_the_plan_of_all_of_lift_names_what_is_missing(tmp_path):
     for number in ("1", "2", "3", "4", "5", "6", "7", "8", "fig3", "fig4", "fig5", "fig6", "s1", "s2", "s3", "s4", "s5"):
         assert lift.plan(config).only([number]).cells
     assert "Leopart's weights: give --weights leopart=URL" in text
-    assert "the detector cascade-lift: give --weights cascade-lift=URL" in text
+    assert "or a trained detector: --weights cascade=URL" in text
+    assert re.search(r"detection-cascade-lift +detection .* missing: it needs train-vitdet-cascade: MAE's weights", text)
+    assert re.search(r"missing +Leopart's weights: give --weights leopart=URL .* \(\d+ cells\)", text)
     assert "GPU hours" in text
     assert "train-lift-dino-s16                               lift                8.00 GPU h  to do" in text
 
@@ -186,9 +186,59 @@ def test_a_probe_of_vit_up_is_trained_and_judged(demo, tmp_path):
 
     assert {each.error for each in outcomes.values()} == {""}
     table = replace(plan.tables[0], wanted=tuple(each for each in plan.tables[0].wanted if each.cell == names[1]))
-    found = paper_report.figures(replace(few, tables=(table,)), outcomes, config.folder)["1"]
+    found = figures_of(table, Results.read(replace(few, tables=(table,)), outcomes, config.folder))
     assert [bool(each.interval) for each in found] == [True, True]
     assert [each.wanted.published for each in found] == [87.47, 97.14]
+
+
+# --- detectors --------------------------------------------------------------------------------------------------------
+
+
+def test_detectors_are_trained_with_and_without_lift_and_judged(demo, tmp_path):
+    """Table 4's cells as they are, but that one kind of heads serves both rows here: the other's are the same code."""
+    config = debug(tmp_path, "4")
+    plan = lift.plan(config).only(["4"])
+    of_one = {name: cell for name, cell in plan.cells.items() if "cascade" not in name}
+    assert list(of_one) == [
+        "train-vitdet-mask_rcnn", "detection-mask_rcnn", "train-lift-on-mask_rcnn", "train-vitdet-mask_rcnn-lift",
+        "detection-mask_rcnn-lift",
+    ]  # fmt: skip
+    few = replace(plan, tables=(), cells=of_one)
+
+    outcomes = paper_run.run_papers_cells(config, few, InlineExecutor())
+
+    assert {each.error for each in outcomes.values()} == {""}
+    table = replace(plan.tables[0], wanted=tuple(each for each in plan.tables[0].wanted if each.cell in of_one))
+    found = figures_of(table, Results.read(replace(few, tables=(table,)), outcomes, config.folder))
+    assert [each.missing for each in found] == [""] * 12
+    assert found[6].wanted.line == "lift x2"
+
+
+def test_a_detector_that_is_given_is_not_trained():
+    given = PapersConfig(out="o", data=("coco=c",), weights=("mask_rcnn=b.pkl", "cascade=c.pkl", "cascade-lift=d"))
+
+    plan = lift.plan(given).only(["4"])
+
+    assert {name for name in plan.cells if name.startswith("train")} == {"train-lift-on-mask_rcnn", "train-vitdet-mask_rcnn-lift"}
+    assert plan.cells["train-vitdet-mask_rcnn-lift"].settings["weights"] == "b.pkl"
+    assert plan.cells["detection-cascade-lift"].settings["finetuned"] == ("d",)
+    assert not any(plan.lacks(cell) for cell in plan.cells.values())
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["a file", "below one"])
+@pytest.mark.parametrize("words", [["lift", "debug"], ["deap", "debug", "--plan"], ["debug"]])
+def test_an_output_that_is_a_file_is_refused_before_anything_is_done(demo, tmp_path, capsys, words, where):
+    file = tmp_path / "file"
+    file.write_bytes(b"mine")
+
+    assert job.run([*words, "--out", str(file if where == "a file" else file / "tables")]) == 2
+
+    said = "is a file" if where == "a file" else f"lies below {file}, which is a file"
+    assert f"{said}; give a folder" in capsys.readouterr().err
+    assert file.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(
@@ -214,3 +264,53 @@ def test_a_root_is_minis(tmp_path):
     cells = lift.plan(PapersConfig(out="o", scale="mini", root=str(tmp_path))).cells
     assert cells["video-dino-s16"].settings["data"] == f"{tmp_path}/labelled/davis/DAVIS"
     assert cells["train-lift-dino-s16"].settings["weights"] == f"{tmp_path}/weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+def mini(out: Path, root: Path, *more: str) -> subprocess.Popen[bytes]:
+    """Table 1 of `tables lift mini`, on few pairs and after short trainings."""
+    command = [sys.executable, "jobs/tables.py", "lift", "mini", "--table", "1", "--root", str(root), "--out", str(out)]
+    command += ["--sizes", "112", "--steps", "40", "--limit", "8", *more]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+    with out.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def objects(folder: Path) -> int:
+    """That are below it."""
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+def test_table_1_killed_five_times_on_two_workers_is_the_same_to_the_digit(shared_data, tmp_path):
+    """kill -9 of a worker, of the driver, or of all of its Ray, whichever is drawn, at a random moment of its writing."""
+    with ended(mini(tmp_path / "whole", shared_data, "--executor", "inline", "--device", "cpu")) as whole:
+        assert whole.wait(timeout=900) == 0, (tmp_path / "whole.log").read_text()[-3000:]
+    draw, out, kinds = random.Random(24), tmp_path / "killed", ["worker", "driver", "cluster", "worker", "driver"]
+    draw.shuffle(kinds)
+
+    for _ in range(12):
+        with ended(
+            mini(out, shared_data, "--executor", "ray", "--ray-address", "local", "--actors", "2", "--max-failures", "9")
+        ) as run:
+            while kinds and run.poll() is None:
+                target = objects(out) + draw.randint(2, 12)
+                while run.poll() is None and objects(out) < target:
+                    time.sleep(0.1)
+                time.sleep(draw.random())
+                kind = kinds.pop()
+                kill(run, kind)
+                if kind != "worker":
+                    break
+            code = run.wait(timeout=900)
+        if code == 0 and not kinds:
+            break
+
+    assert (code, kinds) == (0, []), out.with_suffix(".log").read_text()[-3000:]
+    assert (out / "tables.md").read_bytes() == (tmp_path / "whole/tables.md").read_bytes()
+    tables = [json.loads((tmp_path / name / "tables.json").read_text())["tables"] for name in ("whole", "killed")]
+    assert tables[0] == tables[1]
+    assert sum(each["measured"] is not None for each in tables[0][0]["figures"]) == 15

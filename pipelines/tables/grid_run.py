@@ -1,18 +1,15 @@
 """Doing a grid's cells: side by side on a cluster or in turn, each a training run that is begun, continued, or read.
 
 A cell's state is its run's folder (pipelines/training/loop.py) and `cell.json`, written last: whoever starts the grid again
-does what isn't there. A cell that fails ends no other one; the tables (pipelines/tables/deap.py) say why it did.
+does what isn't there. A cell that fails ends no other one; the tables (pipelines/tables/grid.py) say why it did.
 """
 
 import functools
 import json
 import logging
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-
-import torch
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
@@ -21,16 +18,15 @@ from pipelines.config import ConfigError
 from pipelines.executors import Executor, InlineExecutor, WorkersLost
 from pipelines.features.agreement import AskedFeatures
 from pipelines.features.weights import WeightsChoice
-from pipelines.tables.cells import Cell, CellResult, GridConfig, published_recipe
+from pipelines.tables.doing import attempted, given_up, with_threads_of
+from pipelines.tables.grid_cells import Cell, CellResult, GridConfig, published_recipe
 from pipelines.tables.tasks import PUBLISHED
 from pipelines.training.readout import ReadoutSetup
 from pipelines.training.run import train_inline
 from pipelines.training.watch import COUNTS
 from storage.differences import Difference
 from storage.documents import decode_known, parse_json
-from storage.errors import RayliftError
 from storage.paths import Folder
-from storage.redaction import redact
 from storage.runs import read_pointers
 from storage.spec import FeatureSpec
 
@@ -39,32 +35,18 @@ logger = logging.getLogger(__name__)
 RESULT = "cell.json"
 
 
-class CellsFailed(RayliftError):
-    """Some cells have no result; all others are done."""
-
-    exit_code = 1
-
-
 # --- one cell ---------------------------------------------------------------------------------------------------------
 
 
 def run_cell(cell: Cell) -> CellResult:
     """Train it, go on with it, or read what it came to; an error is a result, too."""
-    try:
+
+    def do() -> CellResult:
         # Whether it is done is asked of what it would be now: settings, weights, images, labels, stores.
         setup = _prepared(cell)
         return _read_result(cell, setup) or _train(cell, setup)
-    except RayliftError as error:  # in words, which the tables have
-        return failed(cell, f"{type(error).__name__}: {error}")
-    except Exception as error:  # the boundary between cells: one that fails must not end the others
-        logger.exception("%s failed", cell.name)
-        return failed(cell, f"{type(error).__name__}: {error}")
 
-
-def failed(cell: Cell, reason: str) -> CellResult:
-    """A cell without numbers."""
-    error = textwrap.shorten(redact(reason, cell.training.options), 600, placeholder=" ...")
-    return replace(_empty(cell), error=error)
+    return attempted(cell.name, do, lambda reason: replace(_empty(cell), error=reason), cell.training.options)
 
 
 def _empty(cell: Cell) -> CellResult:
@@ -143,7 +125,7 @@ def run_cells(config: GridConfig, cells: Sequence[Cell], executor: Executor) -> 
     """Results of all cells, in their order. Of a cell whose worker is lost, the next one goes on from its last checkpoint."""
 
     def lost(cell: Cell, error: WorkersLost) -> CellResult:
-        return failed(cell, f"given up after {config.max_failures} restarts (--max-failures): {error}")
+        return replace(_empty(cell), error=given_up(error, config.max_failures))
 
     found = _done_already(cells)
     pending = [cell for cell in cells if cell.name not in found]
@@ -189,6 +171,5 @@ def _cell_worker(pool: WorkerPool | None) -> Callable[[Cell], CellResult]:
     """Does cells with what a pool has for each; without a pool, with what this process has."""
     if pool is None:
         return run_cell
-    torch.set_num_threads(pool.cpus)
     device = pool.device
-    return lambda cell: run_cell(replace(cell, training=cell.training.changed(device=device)))
+    return with_threads_of(pool, lambda cell: run_cell(replace(cell, training=cell.training.changed(device=device))))

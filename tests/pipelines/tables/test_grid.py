@@ -19,13 +19,13 @@ from pipelines.config import ConfigError
 from pipelines.costs import speed
 from pipelines.costs.speed import Speed
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.published import DEAP_RESULTS, DEAP_TASKS
-from pipelines.tables import run as doing
-from pipelines.tables import speeds as timing
+from pipelines.published.deap import DEAP_RESULTS, DEAP_TASKS
+from pipelines.tables import grid_run as doing
 from pipelines.tables.backbones import BACKBONES, BY_NAME, PaperBackbone
-from pipelines.tables.cells import CellResult, GridConfig, plan_cells
-from pipelines.tables.deap import entries, main, report, scatter, write_grid
-from pipelines.tables.run import CellsFailed, run_cell, run_cells
+from pipelines.tables.doing import CellsFailed
+from pipelines.tables.grid import entries, main, report, scatter, write_grid
+from pipelines.tables.grid_cells import CellResult, GridConfig, plan_cells
+from pipelines.tables.grid_run import run_cell, run_cells
 from pipelines.tables.speeds import measure_speeds
 from pipelines.tables.tasks import PUBLISHED, find_task, published_values
 from pipelines.training.loop import read_metrics
@@ -212,7 +212,7 @@ def test_what_is_done_is_not_done_again(sets, tmp_path, monkeypatch):
     cells, first = plan_cells(config), run(config)
     speeds = measure_speeds(config, cells, first, InlineExecutor())
     monkeypatch.setattr(doing, "train_inline", lambda setup: pytest.fail("trained again"))
-    monkeypatch.setattr(timing, "measure_speed", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(speed, "measure_speed", lambda *args: pytest.fail("measured again"))
 
     second = run(config)
 

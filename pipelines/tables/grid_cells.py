@@ -315,7 +315,7 @@ def _cell(config: GridConfig, backbone: PaperBackbone, task: TableTask, method: 
         "device": config.cluster.device,
     }
     # A table's methods and tasks don't all take what some of them do.
-    training, unused = _without_unused(settings)
+    training, unused = without_unused(settings)
     return Cell(name=name, backbone=backbone, task=task, method=method, seed=seed, training=training, unused=unused)
 
 
@@ -326,11 +326,11 @@ def published_settings(task: TableTask, method: str) -> dict[str, JsonValue]:
 
 def published_recipe(task: TableTask, method: str) -> ReadoutTraining:
     """The same as settings of a run, without what the method makes no use of."""
-    recipe, _ = _without_unused(published_settings(task, method))
+    recipe, _ = without_unused(published_settings(task, method))
     return recipe
 
 
-def _without_unused(settings: Mapping[str, JsonValue]) -> tuple[ReadoutTraining, dict[str, str]]:
+def without_unused(settings: Mapping[str, JsonValue]) -> tuple[ReadoutTraining, dict[str, str]]:
     """A run of the settings that it makes use of; the others, and why it doesn't."""
     unused = {name: str(why) for name, why in ReadoutTraining.of(**settings).unused().items()}
     return ReadoutTraining.of(**{name: value for name, value in settings.items() if name not in unused}), unused
