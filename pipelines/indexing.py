@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.executors import Executor, InlineExecutor
+from storage.gathered import GatheredRows
 from storage.identity import InputState, LedgerRows, input_state
 from storage.inputs import InputFile, Listing
 from storage.left_out import LeftOut, log_left_out, merge_left_out
-from storage.paths import Folder, StorageOptions
-from storage.samples import INDEX, SampleIndex, kept_index, update_sources, write_index
+from storage.paths import Folder, StorageOptions, is_memory
+from storage.samples import INDEX, PART_ROWS, SampleIndex, kept_index, update_sources, write_index
 from storage.scans import collect_index
 from storage.sources import LIMIT, Source, changes_of, is_of_input, limit_changes, other_input, settings_changes, sources_left_out
 from storage.tars import MemberRules, SourceScan, scan_source
@@ -49,28 +52,29 @@ class RunInput:
         ):
             yield from scans
 
-    def collect(self) -> tuple[pa.Table, list[Source]]:
+    def collect(self) -> tuple[GatheredRows, list[Source]]:
         """All samples, and the sources that hold them. Raises `InputError`."""
         return collect_index(zip(self.files, self.scan(self.files), strict=False), self.limit)
 
     def write(
-        self, folder: Folder, table: pa.Table, sources: Sequence[Source], *, order: str = "", prefix: str = INDEX
+        self, folder: Folder, rows: GatheredRows, sources: Sequence[Source], *, order: str = "", prefix: str = INDEX
     ) -> SampleIndex:
         """Save an index of these samples under `folder`; `order` as for `index_digest`."""
         return write_index(
-            folder, table, sources, rules=self.rules, limit=self.limit, left_out=self.files.left_out, order=order, prefix=prefix
+            folder, rows, sources, rules=self.rules, limit=self.limit, left_out=self.files.left_out, order=order, prefix=prefix
         )
 
-    def index(self, kept_in: Folder, write_to: Folder) -> SampleIndex:
-        """The index that an earlier start left, where it is of this input; else a new one. Raises `InputError`."""
+    def index(self, kept_in: Folder, write_to: Folder | None) -> SampleIndex:
+        """The index that an earlier start left, where it is of this input; else a new one, written to a folder, or only drafted.
+        Raises `InputError`."""
         kept = kept_index(kept_in)
         if kept is not None and is_of_input(kept, self.files, self.limit, self.rules):
             return kept
-        table, sources = self.collect()
+        rows, sources = self.collect()
         for name in self.rules.carry:
-            if table[name].null_count == table.num_rows:
-                logger.warning("--carry %s: not one of the %s samples has a member .%s", name, f"{table.num_rows:,}", name)
-        return self.write(write_to, table, sources)
+            if rows.null_counts[name] == len(rows):
+                logger.warning("--carry %s: not one of the %s samples has a member .%s", name, f"{len(rows):,}", name)
+        return self.write(write_to or draft(len(rows)), rows, sources)
 
     def index_in_use(self, folder: Folder) -> SampleIndex:
         """The index below `folder`, on whose rows something rests: sources may have moved, or been touched while they hold the
@@ -92,6 +96,24 @@ class RunInput:
         if settings and not state.stands:
             raise other_input(index, [*settings, *state.changes])
         return state
+
+
+_drafts: dict[str, tempfile.TemporaryDirectory[str]] = {}
+"""Folders of drafts on the disk, by URL; they go with the process."""
+
+
+def draft(n_rows: int) -> Folder:
+    """For an index of so many rows that isn't to be written yet: in memory, or on the local disk where it has several parts."""
+    if n_rows <= PART_ROWS:
+        return Folder(f"memory://raylift-index-{uuid.uuid4().hex}")
+    folder = tempfile.TemporaryDirectory(prefix="raylift-index-")
+    _drafts[folder.name] = folder
+    return Folder(folder.name)
+
+
+def is_draft(index: SampleIndex) -> bool:
+    """Whether an index isn't written yet where it is to lie."""
+    return is_memory(index.folder.url) or index.folder.url in _drafts
 
 
 def _scan_group(files: Sequence[InputFile], rules: MemberRules, options: StorageOptions) -> list[SourceScan]:

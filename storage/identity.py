@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.gathered import GatheredRows
 from storage.inputs import InputFile
 from storage.ledger import image_digest
 from storage.left_out import left_out_json
@@ -24,7 +25,7 @@ from storage.redaction import query_free
 from storage.samples import MAX_IMAGE_BYTES, PART_ROWS, SampleIndex, Unread, try_images
 from storage.scans import DuplicateKeys, refuse_duplicates, taken
 from storage.sources import BY_PLACE, RESTORE, Source, describe_change, gone_and_new, is_unchanged, other_input, pair
-from storage.tars import SourceScan
+from storage.tars import SCHEMA, SourceScan
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class InputState:
     "by source of the index"
     sources: list[Source]
     "as they are now"
-    table: pa.Table | None = None
+    rows: GatheredRows | None = None
     "all rows as they are now; None where those of the index still hold"
     redo: set[int] = field(default_factory=set)
     "rows with features whose image is another one now, or can't be told to be the same"
@@ -85,7 +86,7 @@ class InputState:
     @property
     def stands(self) -> bool:
         """No image differs."""
-        return not (self.redo or self.repaired or self.added) and self.table is None
+        return not (self.redo or self.repaired or self.added) and self.rows is None
 
     @property
     def grows(self) -> bool:
@@ -167,33 +168,35 @@ def _require_same_places(index: SampleIndex, files: Sequence[InputFile]) -> None
 def _grow(index: SampleIndex, state: InputState, scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None) -> None:
     """Take sources that are new, up to `limit` rows in all: their rows come after all others."""
     room = None if limit is None else limit - index.n_rows - state.added
-    tables = [_whole(index) if state.table is None else state.table]
+    together, columns = GatheredRows(), [*SCHEMA.names, *index.carried]
+    for part in _whole(index) if state.rows is None else state.rows.chunks():
+        together.append(part.select(columns))
     for file, scanned in scans if room is None or room > 0 else ():
         rows, source = taken(file, scanned, len(state.sources))
-        tables.append(rows.slice(0, None if room is None else room - state.grown).select(tables[0].column_names))
+        rows = rows.slice(0, None if room is None else room - state.grown).select(columns)
+        together.append(rows)
         state.files.append(file)
         state.sources.append(source)
         state.new_sources += 1
-        state.grown += len(tables[-1])
+        state.grown += len(rows)
         state.changes.append(f"{source.url} is new")
         if room is not None and state.grown >= room:
             break
     if not state.new_sources:
         return
-    state.table = pa.concat_tables(tables)
+    state.rows = together
     try:
-        refuse_duplicates(state.table, state.sources)
+        refuse_duplicates(together, state.sources)
     except DuplicateKeys as error:
         raise DuplicateKeys(
             f"{index.displayed} can't be added to, since it keeps its keys: {error} For that, use a new --out"
         ) from None
 
 
-def _whole(index: SampleIndex) -> pa.Table:
-    """All rows of an index."""
-    return pa.concat_tables(
-        index.read(first, min(first + PART_ROWS, index.n_rows)) for first in range(0, index.n_rows, PART_ROWS)
-    )
+def _whole(index: SampleIndex) -> Iterator[pa.Table]:
+    """All rows of an index, a part at a time."""
+    for first in range(0, index.n_rows, PART_ROWS):
+        yield index.read(first, min(first + PART_ROWS, index.n_rows))
 
 
 def _moved(index: SampleIndex, paired: list[InputFile | None], new: list[InputFile], scan: Scan) -> dict[int, SourceScan]:
@@ -294,8 +297,8 @@ class _Comparison:
         table = pa.concat_tables([kept, found.select(kept.column_names)])
         table = table.take(pc.sort_indices(table["row"])).drop_columns("row")
         table = pa.concat_tables([table, *(rows.select(table.column_names) for rows in self._added)])
-        refuse_duplicates(table, self.state.sources)
-        self.state.table = table
+        self.state.rows = GatheredRows.of(table)
+        refuse_duplicates(self.state.rows, self.state.sources)
 
     # --- whether a row's image is the one that it was -----------------------------------------------------------------
 
@@ -408,10 +411,10 @@ def content_of(images: Mapping[str, bytes]) -> str:
     return hashlib.sha256("".join(map(image_digest, images.values())).encode()).hexdigest()
 
 
-def order_digest(table: pa.Table) -> str:
+def order_digest(rows: GatheredRows) -> str:
     """sha256 of which sample is on which row, for an index whose rows aren't in the order of its sources any more."""
     digest = hashlib.sha256()
-    for batch in table.select(["source", "key"]).to_batches():
+    for batch in (batch for chunk in rows.chunks() for batch in chunk.select(["source", "key"]).to_batches()):
         for source, key in zip(batch["source"].to_pylist(), batch["key"].to_pylist(), strict=True):
             digest.update(f"{source} {key}\n".encode())
     return digest.hexdigest()

@@ -7,8 +7,10 @@ exactly one counts. Records hold nothing that depends on when or where a task ra
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
@@ -24,6 +26,8 @@ from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_byte
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
 from storage.totals import Totals
+
+logger = logging.getLogger(__name__)
 
 _AGAIN = "remove it, and the same extraction does its task again"
 """What to do about a damaged commit record."""
@@ -126,7 +130,10 @@ class Ledger:
         self.folder.write(self.commit_name(task.block), self._record_bytes(task, records, objects))
 
     def _record_bytes(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bytes:
-        table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
+        return self.record_bytes(task, pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA), objects)
+
+    def record_bytes(self, task: ShardTask, table: pa.Table, objects: Mapping[str, int]) -> bytes:
+        """What `commit` writes, of rows as a table of `SCHEMA`."""
         metadata = {
             "task": json.dumps(asdict(task)),
             # Sorted, so that the record's bytes don't depend on the order in which shards were written.
@@ -157,11 +164,11 @@ class Ledger:
 
     def listed(self) -> set[int]:
         """Blocks whose commit record exists, also of some of their rows only: those that there were before the store grew."""
-        return {block for name in self.folder.sizes("ledger/commits") if (block := self._block_of(name)) is not None}
+        return {block for name in self.folder.names("ledger/commits") if (block := self._block_of(name)) is not None}
 
     def strangers(self) -> list[str]:
         """Names in ledger/commits that are no record of this store: copies, notes of file managers. Nothing reads them."""
-        return sorted(name for name in self.folder.sizes("ledger/commits") if name and self._block_of(name) is None)
+        return sorted(name for name in self.folder.names("ledger/commits") if name and self._block_of(name) is None)
 
     def _block_of(self, name: str) -> int | None:
         match = re.fullmatch(r"(\d{8,18})\.parquet", name)
@@ -205,55 +212,66 @@ class Ledger:
         made_by = metadata.get(b"fingerprint", b"").decode()
         if made_by != self.fingerprint and (made_by or not self.unmarked):
             raise ValueError(f"it belongs to another store, of fingerprint {made_by or 'unknown'}")
-        rows = list(range(task.first, task.last))
-        if parse_json(metadata[b"task"]) != asdict(task) or table["row"].to_pylist() != rows:
+        is_of_rows = np.array_equal(table["row"].to_numpy(), np.arange(task.first, task.last))
+        if parse_json(metadata[b"task"]) != asdict(task) or not is_of_rows:
             raise ValueError(f"it isn't of rows {task.first} to {task.last}")
-        if table["key"].null_count or not set(table["status"].to_pylist()) <= {"ok", "failed"}:
+        if table["key"].null_count or not set(table["status"].unique().to_pylist()) <= {"ok", "failed"}:
             raise ValueError("it has rows without a key, or of a status other than ok and failed")
         objects = decode(dict[str, int], parse_json(metadata[b"objects"]), "objects")
         layout = replace(self.layout, n_rows=min(self.layout.n_rows, task.last))
         if set(objects) != {name for level in self.levels for name in layout.shard_names(level, block)}:
             raise ValueError("the objects it lists aren't its task's")
 
-    def torn(self, blocks: Sequence[int]) -> dict[int, str]:
-        """Blocks that aren't done for all that their records say, and why: a record that is damaged or another store's, a shard
-        that is missing or has another size than was committed."""
-        return {block: why for block, why in self._each(blocks, self._why_torn) if why}
-
-    def _why_torn(self, block: int) -> str:
-        try:
-            objects = committed_objects(self.record(block))
-        except DamagedObject as error:
-            return str(error)
-        short = next((name for name, size in objects.items() if self.folder.size(name) != size), None)
-        return f"{self.folder.displayed}/{short} is missing, or shorter or longer than was committed" if short else ""
-
-    def merge(self, index: SampleIndex, put: Callable[[str, bytes], None]) -> Totals:
-        """Join all commit records into `ledger/samples/part-*.parquet`; returns what they come to.
+    def merge(self, index: SampleIndex, put: Callable[[str, bytes], None], earlier: Collection[int] = ()) -> Totals:
+        """Join all commit records into `ledger/samples/part-*.parquet`, a part at a time; returns what they come to.
 
         `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been
-        repaired, since a task was done. Raises `StorageError` unless every row of the layout has exactly one record, of
-        its key in the index.
+        repaired, since a task was done. `earlier`: blocks that an earlier run did, whose shards are held against the sizes that
+        were committed. Raises `TornTasks` for those and for records that can't be read, once all were looked at, and
+        `StorageError` unless every row of the layout has exactly one record, of its key in the index.
         """
-        totals, layout = Totals(), self.layout
+        totals, layout, torn = Totals(), self.layout, dict[int, str]()
+        sizes = _ShardSizes(self.folder, layout, self.levels, earlier)
+
+        def ask(block: int) -> pa.Table | str:
+            try:
+                record = self.record(block)
+            except DamagedObject as error:
+                return str(error)
+            # Without its metadata, of which the joined table would keep one task's.
+            return sizes.why_torn(block, committed_objects(record)) or record.replace_schema_metadata(None)
+
         blocks_per_part = PART_ROWS // layout.block_rows
         for part, first in enumerate(range(0, layout.n_blocks, blocks_per_part)):
-            blocks = list(range(first, min(first + blocks_per_part, layout.n_blocks)))
-            # Without the records' metadata, of which the joined table would keep one task's.
-            table = pa.concat_tables([t.replace_schema_metadata(None) for _, t in self.records(blocks)])
-            expected = range(part * PART_ROWS, min((part + 1) * PART_ROWS, layout.n_rows))
-            if len(table) != len(expected) or table["row"].to_pylist() != list(expected):
-                raise StorageError(
-                    f"{self.folder.displayed}: the ledger's rows don't add up in part {part}; keep the store, report this"
-                )
-            places = index.read(expected.start, expected.stop)
-            self._require_keys(table, places["key"])
-            table = _placed(table, places, index.sources)
-            totals += Totals.of(table)
-            put(part_name("ledger/samples", part), table_bytes(table))
-            for name, chunk in sample_chunks(expected.start, table) if self.sample_arrays else ():
-                put(name, chunk)
+            blocks = range(first, min(first + blocks_per_part, layout.n_blocks))
+            tables = []
+            for block, found in self._each(blocks, ask):
+                if isinstance(found, str):
+                    torn[block] = found
+                else:
+                    tables.append(found)
+            if not torn:
+                expected = range(part * PART_ROWS, min((part + 1) * PART_ROWS, layout.n_rows))
+                totals += self._merge_part(part, expected, pa.concat_tables(tables), index, put)
+        if torn:
+            raise TornTasks(self.folder, torn)
         return totals
+
+    def _merge_part(
+        self, part: int, expected: range, table: pa.Table, index: SampleIndex, put: Callable[[str, bytes], None]
+    ) -> Totals:
+        """Write the rows of a part; returns what they come to."""
+        if not np.array_equal(table["row"].to_numpy(), np.arange(expected.start, expected.stop)):
+            raise StorageError(
+                f"{self.folder.displayed}: the ledger's rows don't add up in part {part}; keep the store, report this"
+            )
+        places = index.read(expected.start, expected.stop)
+        self._require_keys(table, places["key"])
+        table = _placed(table, places, index.sources)
+        put(part_name("ledger/samples", part), table_bytes(table))
+        for name, chunk in sample_chunks(expected.start, table) if self.sample_arrays else ():
+            put(name, chunk)
+        return Totals.of(table)
 
     def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:
         other = pc.index(pc.not_equal(table["key"], keys), True).as_py()
@@ -266,10 +284,14 @@ class Ledger:
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The merged ledger. Raises `FileNotFoundError` before the first run has finished."""
-        parts = range(-(-self.layout.n_rows // PART_ROWS))
+        return pa.concat_tables(self.parts(columns))
+
+    def parts(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The same, a part at a time."""
         if not self.folder.exists(part_name("ledger/samples", 0)):
             raise FileNotFoundError(f"{self.folder.displayed} has no merged ledger yet: its first run has not finished")
-        return pa.concat_tables([self._merged.read_groups(part, None, columns) for part in parts])
+        for part in range(-(-self.layout.n_rows // PART_ROWS)):
+            yield self._merged.read_groups(part, None, columns)
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of the merged ledger by their numbers, in that order; reads only the row groups that hold them."""
@@ -293,11 +315,66 @@ class Ledger:
         table = pa.concat_tables(tables).take(order) if tables else SCHEMA.empty_table()
         return table if columns is None else table.select(columns)
 
-    def failed(self, blocks: Sequence[int]) -> pa.Table:
-        """Failed rows of committed `blocks`, from their records."""
-        tables = [table.filter(pc.equal(table["status"], "failed")) for _, table in self.records(blocks)]
-        tables = [table.replace_schema_metadata(None) for table in tables]
-        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    def failed(self, blocks: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Failed rows, some at a time: of committed `blocks`, from their records, or of the merged ledger."""
+        names = list(SCHEMA.names if columns is None else columns)
+        tables = self.parts([*dict.fromkeys([*names, "status"])]) if blocks is None else (t for _, t in self.records(blocks))
+        for table in tables:
+            failed = table.filter(pc.equal(table["status"], "failed"))
+            if len(failed):
+                yield failed.select(names).replace_schema_metadata(None)
+
+    def unfinished(self, blocks: Sequence[int]) -> set[int]:
+        """Those of committed `blocks` that have failed rows, or a record that can't be read."""
+
+        def ask(block: int) -> bool:
+            try:
+                return pc.any(pc.equal(self.record(block)["status"], "failed")).as_py()
+            except DamagedObject as error:
+                logger.warning("a finished task is damaged; it runs again: %s", error)
+                return True
+
+        return {block for block, found in self._each(blocks, ask) if found}
+
+
+class TornTasks(StorageError):
+    """Tasks aren't done, though there are records of them."""
+
+    def __init__(self, folder: Folder, reasons: Mapping[int, str]):
+        self.folder, self.reasons = folder, reasons
+        "in words, by block"
+        super().__init__(f"{len(reasons)} finished tasks are damaged; they run again:\n  " + "\n  ".join([*reasons.values()][:5]))
+
+
+class _ShardSizes:
+    """Sizes of the shards of some blocks, as they are now: of a local disk looked at one by one, elsewhere listed at once."""
+
+    def __init__(self, folder: Folder, layout: Layout, levels: Sequence[Level], blocks: Collection[int]):
+        self.folder, self.blocks = folder, blocks
+        self._listed: dict[str, np.ndarray] = {}
+        if not blocks or folder.is_local:
+            return
+        last: dict[str, str] = {}
+        for level in levels:
+            for name in layout.shard_names(level, layout.n_blocks - 1):
+                array, _, place = name.partition("/c/")
+                last[array] = place
+        for array, place in last.items():
+            number, _, rest = place.partition("/")
+            self._listed[array] = folder.sizes_by_number(f"{array}/c", rest, int(number) + 1)
+
+    def why_torn(self, block: int, objects: Mapping[str, int]) -> str:
+        """In words, which shard isn't as it was committed; empty where all are, or where nobody asked."""
+        if block not in self.blocks:
+            return ""
+        short = next((name for name, size in objects.items() if self._size(name) != size), None)
+        return f"{self.folder.displayed}/{short} is missing, or shorter or longer than was committed" if short else ""
+
+    def _size(self, name: str) -> int | None:
+        array, _, place = name.partition("/c/")
+        if array not in self._listed:
+            return self.folder.size(name)
+        return int(self._listed[array][int(place.partition("/")[0])])
 
 
 def committed_objects(record: pa.Table) -> dict[str, int]:
@@ -334,22 +411,25 @@ REASON_COLUMNS = ("key", "stage", "error", "message")
 """What `group_failures` needs of a ledger row."""
 
 
-def group_failures(failed: pa.Table) -> list[FailureGroup]:
-    """The reasons of failed rows, the commonest first."""
+def group_failures(failed: Iterable[pa.Table]) -> list[FailureGroup]:
+    """The reasons of failed rows, which come some at a time, the commonest first."""
     groups: dict[str, list[dict[str, str]]] = {}
-    for row in failed.select(REASON_COLUMNS).to_pylist():
+    counts: Counter[str] = Counter()
+    for row in (row for table in failed for batch in table.select(REASON_COLUMNS).to_batches() for row in batch.to_pylist()):
         kind = re.sub(r"\d+|'.*?'|b\".*?\"", "#", f"{row['stage']}: {row['error']}: {row['message']}")
-        groups.setdefault(kind, []).append(row)
+        counts[kind] += 1
+        if counts[kind] <= 5:
+            groups.setdefault(kind, []).append(row)
     return [
         FailureGroup(
-            **{name: rows[0][name] for name in ("stage", "error", "message")},
-            count=len(rows),
-            keys=tuple(row["key"] for row in rows[:5]),
+            **{name: groups[kind][0][name] for name in ("stage", "error", "message")},
+            count=count,
+            keys=tuple(row["key"] for row in groups[kind]),
         )
-        for rows in sorted(groups.values(), key=len, reverse=True)
+        for kind, count in counts.most_common()
     ]
 
 
-def commonest_reasons(failed: pa.Table, top: int = 5) -> list[str]:
+def commonest_reasons(failed: Iterable[pa.Table], top: int = 5) -> list[str]:
     """The `top` reasons of failed rows, in words, with an example key each."""
     return [str(group) for group in group_failures(failed)[:top]]

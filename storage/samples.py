@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TypeVar
@@ -32,6 +32,7 @@ from storage.documents import (
     rows_as,
     with_columns,
 )
+from storage.gathered import KEYS_SCHEMA, GatheredRows, cut
 from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, StorageOptions, UnknownName
@@ -50,14 +51,14 @@ T = TypeVar("T")
 PART_ROWS = MAX_BLOCK_ROWS
 """Rows of one Parquet file of the index; a multiple of every block size, so that no task spans two parts."""
 
+OPEN_PARTS = 64
+"""Parts of a table that stay open: the footer of each is a megabyte in memory."""
+
 INDEX = "index"
 """Folder of an index below the output."""
 
 ROW_GROUP_ROWS = 2**13
 """Rows of one Parquet row group: what a worker reads to learn about its task."""
-
-KEYS_SCHEMA = pa.schema([("key", pa.string()), ("row", pa.int64())])
-"""Keys in order, each with its row."""
 
 
 @dataclass
@@ -125,7 +126,9 @@ class Parts:
 
     def _file(self, part: int) -> pq.ParquetFile:
         name = (os.getpid(), part)  # a forked child opens its own: the parent's file would move under it
-        if name not in self._open:
+        if name in self._open:
+            self._open[name] = self._open.pop(name)  # the last used comes last
+        else:
             try:
                 source = self.folder.open(part_name(self.prefix, part))
             except FileNotFoundError:
@@ -134,6 +137,8 @@ class Parts:
                 raise self._document(part).damaged("is a folder where a file must be") from None
             file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
             self._require_whole(file, part)
+            if len(self._open) >= OPEN_PARTS:
+                del self._open[next(iter(self._open))]
             self._open[name] = file
         return self._open[name]
 
@@ -341,9 +346,22 @@ def table_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> b
     return sink.getvalue()
 
 
+def part_files(tables: Iterable[pa.Table], metadata: Mapping[str, str]) -> Iterator[tuple[bytes, str]]:
+    """Parquet files of `PART_ROWS` rows each, but for the last one, as `table_bytes` gives them, made a row group at a time; and
+    the key of each one's first row."""
+    groups = cut(tables, ROW_GROUP_ROWS)
+    for first in groups:
+        sink = BytesIO()
+        described = first.replace_schema_metadata(metadata)
+        with pq.ParquetWriter(sink, described.schema, compression="zstd", write_page_checksum=True) as writer:
+            for group in itertools.chain([first], itertools.islice(groups, PART_ROWS // ROW_GROUP_ROWS - 1)):
+                writer.write_table(group.replace_schema_metadata(metadata), ROW_GROUP_ROWS)
+        yield sink.getvalue(), first["key"][0].as_py()
+
+
 def write_index(
     folder: Folder,
-    table: pa.Table,
+    rows: GatheredRows | pa.Table,
     sources: Sequence[Source],
     *,
     rules: MemberRules | None = None,
@@ -352,22 +370,28 @@ def write_index(
     order: str = "",
     prefix: str = INDEX,
 ) -> SampleIndex:
-    """Save the index under `folder`; the sources file goes last and makes it exist.
+    """Save the index under `folder`; the sources file goes last and makes it exist. A part's row group is in memory at a time,
+    and its file.
 
     `left_out` is what lay beside the sources. `order`: see `index_digest`.
     """
-    meta = {"index": index_digest(len(table), sources, order)}
-    for part, start in enumerate(range(0, len(table), PART_ROWS)):
-        folder.write(part_name(f"{prefix}/samples", part), table_bytes(table.slice(start, PART_ROWS), meta))
-    first_keys = _write_keys(folder, f"{prefix}/keys", table["key"], meta)
+    if isinstance(rows, pa.Table):
+        rows = GatheredRows.of(rows)
+    meta = {"index": index_digest(len(rows), sources, order)}
+    for part, (data, _) in enumerate(part_files(rows.chunks(), meta)):
+        folder.write(part_name(f"{prefix}/samples", part), data)
+    first_keys = []
+    for part, (data, first) in enumerate(part_files(rows.keys(), meta)):
+        folder.write(part_name(f"{prefix}/keys", part), data)
+        first_keys.append(first)
     settings = {
-        "n_rows": str(len(table)),
-        "n_unreadable": str(len(table) - table["problem"].null_count),
+        "n_rows": str(len(rows)),
+        "n_unreadable": str(len(rows) - rows.null_counts["problem"]),
         "digest": meta["index"],
         "order": order,
-        "is_cut": str(len(table) == limit),
+        "is_cut": str(len(rows) == limit),
         "rules": rules_text(rules),
-        "carried": json.dumps([name for name in table.column_names if name not in SCHEMA.names]),
+        "carried": json.dumps([name for name in rows.null_counts if name not in SCHEMA.names]),
         "first_keys": json.dumps(first_keys),
         "left_out": left_out_json(merge_left_out(left_out or {}, sources_left_out(sources))),
     }
@@ -406,20 +430,6 @@ def update_sources(index: SampleIndex, sources: Sequence[Source]) -> SampleIndex
     meta = parquet_table(index.folder.read(name)).schema.metadata or {}
     index.folder.write(name, _sources_bytes(sources, {key.decode(): value.decode() for key, value in meta.items()}))
     return SampleIndex(index.folder, index.prefix)
-
-
-def _write_keys(folder: Folder, prefix: str, keys: pa.ChunkedArray, meta: Mapping[str, str]) -> list[str]:
-    """Save keys in order, each with its row, so that one is found without reading all; returns each part's first."""
-    # In one chunk to be sorted, which as `string` could hold 2 GB of keys at most.
-    keys = pa.chunked_array(keys, pa.string()).cast(pa.large_string()).combine_chunks()
-    order = pc.sort_indices(keys)
-    first_keys = []
-    for part, start in enumerate(range(0, len(order), PART_ROWS)):
-        rows = order.slice(start, PART_ROWS).cast(pa.int64())
-        table = pa.table({"key": keys.take(rows).cast(pa.string()), "row": rows})
-        folder.write(part_name(prefix, part), table_bytes(table, meta))
-        first_keys.append(table["key"][0].as_py())
-    return first_keys
 
 
 def index_digest(n_rows: int, sources: Sequence[Source], order: str = "") -> str:

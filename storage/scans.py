@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from storage.gathered import GatheredRows
 from storage.inputs import InputFile
 from storage.left_out import left_out_json, left_out_lines, parse_left_out
 from storage.paths import InputError
@@ -17,29 +17,24 @@ class DuplicateKeys(InputError):
     """Two samples of the input have the same key."""
 
 
-def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None) -> tuple[pa.Table, list[Source]]:
-    """Join scans, in the order of the sources, into one table; stops once `limit` rows are there.
+def collect_index(scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None = None) -> tuple[GatheredRows, list[Source]]:
+    """Gather the rows of scans, in the order of the sources; stops once `limit` rows are there.
 
     Raises `DuplicateKeys`, and `InputError` for a tar without images or an input without rows.
     """
-    tables: list[pa.Table] = []
+    rows = GatheredRows()
     sources: list[Source] = []
-    count = 0
     for file, scan in scans:
-        rows, source = taken(file, scan, len(sources))
-        tables.append(rows)
+        found, source = taken(file, scan, len(sources))
+        rows.append(found if limit is None else found.slice(0, limit - len(rows)))
         sources.append(source)
-        count += len(rows)
-        if limit is not None and count >= limit:
+        if limit is not None and len(rows) >= limit:
             break
-    if not count:
+    if not len(rows):
         skipped = [line for source in sources for line in left_out_lines(parse_left_out(source.left_out))]
         raise InputError("\n  ".join(["the input holds no samples", *skipped[:5]]))
-    table = pa.concat_tables(tables)
-    if limit is not None:
-        table = table.slice(0, limit)
-    refuse_duplicates(table, sources)
-    return table, sources
+    refuse_duplicates(rows, sources)
+    return rows, sources
 
 
 def taken(file: InputFile, scan: SourceScan, number: int) -> tuple[pa.Table, Source]:
@@ -55,19 +50,18 @@ def taken(file: InputFile, scan: SourceScan, number: int) -> tuple[pa.Table, Sou
     return rows, Source(url=url, size=file.size, etag=file.etag, digest=scan.digest, problems=problems, left_out=left_out)
 
 
-def refuse_duplicates(table: pa.Table, sources: Sequence[Source]) -> None:
+def refuse_duplicates(rows: GatheredRows, sources: Sequence[Source]) -> None:
     """Raise `DuplicateKeys` where two rows of an index have one key."""
-    counts = pc.value_counts(table["key"])
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if not len(repeated):
+    count, examples = rows.repeated()
+    if not count:
         return
     lines = []
-    for key in repeated.field("values").slice(0, 5).to_pylist():
-        rows = table.filter(pc.equal(table["key"], key)).slice(0, 4).to_pylist()
-        places = ", ".join(f"{sources[r['source']].url} .{r['member']} at byte {r['offset']}" for r in rows)
-        lines.append(f"  {key!r}: {places}")
+    for numbers in examples:
+        found = rows.take(numbers).to_pylist()
+        places = ", ".join(f"{sources[r['source']].url} .{r['member']} at byte {r['offset']}" for r in found)
+        lines.append(f"  {found[0]['key']!r}: {places}")
     raise DuplicateKeys(
-        f"{len(repeated)} keys belong to more than one sample (members of a sample must follow each other in the tar):\n"
+        f"{count} keys belong to more than one sample (members of a sample must follow each other in the tar):\n"
         + "\n".join(lines)
         + "\nRename them, drop one source, or name the image with --image-member where one key has two images; or give "
         "--duplicate-keys rename, which puts the shard's name before each key, and takes whole names of image files for keys, "

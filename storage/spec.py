@@ -9,9 +9,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_args, get_type_hints, overload
 
 from storage.differences import Differences, differences
 from storage.documents import JsonObject, JsonValue, decode
@@ -31,6 +31,10 @@ MAX_SHARD_BYTES = 96 * 2**20
 MAX_BLOCK_BYTES = 256 * 2**20
 """Raw bytes of one task over all levels, of which a worker holds several: they overlap in it."""
 
+
+MANY_TASKS = 2**17
+"""Tasks above which they become larger, where memory allows it: 20 minutes of a driver that hands out 120 a second. Up to 33
+million rows, blocks are of 256."""
 
 MAX_ROW_BYTES = 0x7E000000
 """Raw bytes of one row of one level, which are one chunk: more than this (2.1 GB) zstd's encoder here doesn't take."""
@@ -280,8 +284,9 @@ class Layout:
     def n_blocks(self) -> int:
         return -(-self.n_rows // self.block_rows)
 
-    def tasks(self) -> list["ShardTask"]:
-        return [self.task(block) for block in range(self.n_blocks)]
+    def tasks(self, blocks: Sequence[int] | None = None) -> "Tasks":
+        """Those of some blocks, or of all."""
+        return Tasks(self, range(self.n_blocks) if blocks is None else blocks)
 
     def task(self, block: int) -> "ShardTask":
         first = block * self.block_rows
@@ -317,14 +322,37 @@ class ShardTask:
         return self.last - self.first
 
 
+class Tasks(Sequence[ShardTask]):
+    """Tasks that are made when they are asked for: a list of those of 10^8 rows would be most of a driver's memory."""
+
+    def __init__(self, layout: Layout, blocks: Sequence[int]):
+        self.layout, self.blocks = layout, blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> ShardTask: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Tasks": ...
+    def __getitem__(self, index: int | slice) -> "ShardTask | Tasks":
+        if isinstance(index, slice):
+            return Tasks(self.layout, self.blocks[index])
+        return self.layout.task(self.blocks[index])
+
+
 def choose_block_rows(n_rows: int, spec: FeatureSpec) -> int:
-    """Rows per task: 256, fewer for small inputs (so that workers share them evenly) and for large rows (memory).
+    """Rows per task: 256, fewer for small inputs (so that workers share them evenly) and for large rows (memory), more where one
+    driver would have more than `MANY_TASKS` to hand out.
 
     Depends on the data alone, never on the machine: a run may continue on a cluster of any size.
     """
     by_count = 2 ** max(4, math.floor(math.log2(max(1, n_rows / 64))))
     by_bytes = 2 ** math.floor(math.log2(max(1, MAX_BLOCK_BYTES / spec.row_bytes)))
-    return max(1, min(256, by_count, by_bytes))
+    # Decoded images take memory as features do; up to 256 of any size were always taken together.
+    by_pixels = 2 ** math.floor(math.log2(max(256, MAX_BLOCK_BYTES / (3 * math.prod(spec.input_size)))))
+    by_tasks = 2 ** math.ceil(math.log2(max(1, n_rows / MANY_TASKS)))
+    return max(1, min(max(256, min(by_tasks, by_pixels)), by_count, by_bytes))
 
 
 def fingerprint(spec: FeatureSpec, layout: Layout) -> str:

@@ -6,7 +6,8 @@ then commits it. There is no method that writes part of a shard. Layout and prot
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Literal
 
@@ -28,7 +29,7 @@ from storage.root import FORMAT, MARKED, ROOT, Generation, RootDocument, StoreRe
 from storage.sample_arrays import SAMPLE_DOCUMENTS
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
-from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, fingerprint
+from storage.spec import FeatureSpec, FingerprintMismatch, Layout, Level, ShardTask, Tasks, fingerprint
 from storage.totals import Totals, clipped_lines, float16_levels
 from storage.writer import BlockWriter
 
@@ -418,19 +419,19 @@ class FeatureStore:
 
     def failures(self, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
         """Ledger rows of all that failed so far: `columns` of the ledger, or carried ones. Raises `UnknownName` for others."""
-        own = self._ledger_columns([*columns, "status"])
         try:
-            if self.status == "complete":
-                table = self.ledger.table(own)
-                table = table.filter(pc.equal(table["status"], "failed"))
-            else:
-                table = self.ledger.failed(sorted(self.ledger.listed()))
+            tables = list(self.failed_rows(self._ledger_columns(columns)))
         except (DamagedObject, OSError):
             if (later := self._later()) is None:
                 raise
-            table = later.failures(own)
-            table = table.filter(pa.array(table["row"].to_numpy() < len(self)))
+            tables = list(later.failed_rows(self._ledger_columns(columns)))
+            tables = [table.filter(pa.array(table["row"].to_numpy() < len(self))) for table in tables]
+        table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         return self._with_carried(table, table["row"].to_numpy(), columns)
+
+    def failed_rows(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
+        """The same, some at a time, of the ledger's columns alone."""
+        return self.ledger.failed(None if self.status == "complete" else sorted(self.ledger.listed()), columns)
 
     def refresh(self) -> bool:
         """Take what has come since the store was opened; whether anything has: further rows, or that it's complete. Rows keep
@@ -476,10 +477,10 @@ class FeatureStore:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def pending(self) -> list[ShardTask]:
-        """Tasks without a commit record."""
-        done = self.ledger.done()
-        return [task for task in self.layout.tasks() if task.block not in done]
+    def pending(self, done: Collection[int] | None = None) -> Tasks:
+        """Tasks without a commit record, or those that aren't among `done`."""
+        there = self.ledger.done() if done is None else done
+        return self.layout.tasks(array("q", (block for block in range(self.layout.n_blocks) if block not in there)))
 
     def input_rows(self, rows: np.ndarray) -> pa.Table:
         """`row`, `status` and `digest` of row numbers, from the commit records; null where nothing is committed."""
@@ -541,18 +542,18 @@ class FeatureStore:
         self.require_in_place()
         self.ledger.revoke(blocks)
 
-    def finalize(self) -> dict[str, int]:
+    def finalize(self, earlier: Collection[int] = ()) -> dict[str, int]:
         """Merge the ledger, mark the store complete, consolidate metadata; returns row counts by status. Idempotent.
 
-        Driver only, once no task is pending (`StorageError` otherwise). Raises `StoreReplaced`, and `DamagedObject` for a
-        commit record that isn't what a worker wrote.
+        Driver only, once no task is pending (`StorageError` otherwise). `earlier`: blocks that an earlier run did, whose shards
+        are looked at. Raises `StoreReplaced`, and `TornTasks` where what was committed isn't there, which has to be done again.
         """
         if self.status != "complete":
-            self._complete()
+            self._complete(earlier)
         self._sweep()
         return dict(self.root.counts or {})
 
-    def _complete(self) -> None:
+    def _complete(self, earlier: Collection[int]) -> None:
         # Before the ledger is merged, and once more after it, which may take long.
         self.require_in_place()
         missing = self.pending()
@@ -561,7 +562,7 @@ class FeatureStore:
                 f"{self.folder.displayed}: {len(missing)} tasks have no commit record, the first is {missing[0].block}"
             )
         self._restore_documents()
-        totals = asdict(self.ledger.merge(self.index, self.put))
+        totals = asdict(self.ledger.merge(self.index, self.put, earlier))
         self.require_in_place()
         self._write_root({**self._kept(), "status": "complete", **totals}, complete=True)
 

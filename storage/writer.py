@@ -63,12 +63,12 @@ class BlockWriter:
         written: dict[str, int] = {}
         for level in self.store.spec.levels:
             names = self.store.layout.shard_names(level, self.task.block)
-            for name, data in zip(names, self._objects(level), strict=True):
+            for name, data in zip(names, self.objects(level), strict=True):
                 self.store.put(name, data)
                 written[name] = len(data)
         return written
 
-    def _objects(self, level: Level) -> Iterator[bytes]:
+    def objects(self, level: Level) -> Iterator[bytes]:
         """The bytes of the level's objects, in the order of their names."""
         if level.grid:
             rows, chunks = self.store.layout.shard_rows(level), self._chunks[level.name]

@@ -76,13 +76,18 @@ def _photo(source: Image.Image, rng: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
-def write_tiny_tars(folder: Path, samples: int, tars: int) -> str:
-    """Tars of one-pixel JPEGs, written as whole arrays of tar blocks; returns their pattern."""
+def tiny_jpeg() -> bytes:
+    """Of one grey pixel."""
     jpeg = io.BytesIO()
     Image.new("L", (1, 1)).save(jpeg, "JPEG", optimize=True)
-    info = tarfile.TarInfo("000000000.jpg")
-    info.size = len(jpeg.getvalue())
-    member = info.tobuf(tarfile.USTAR_FORMAT) + jpeg.getvalue() + bytes(-info.size % 512)
+    return jpeg.getvalue()
+
+
+def write_tiny_tars(folder: Path, samples: int, tars: int) -> str:
+    """Tars of one-pixel JPEGs, written as whole arrays of tar blocks; returns their pattern."""
+    jpeg, info = tiny_jpeg(), tarfile.TarInfo("000000000.jpg")
+    info.size = len(jpeg)
+    member = info.tobuf(tarfile.USTAR_FORMAT) + jpeg + bytes(-info.size % 512)
     zeros_sum = int(member[148:154], 8)
     folder.mkdir(parents=True)
     for t in range(tars):

@@ -17,6 +17,7 @@ from cluster.metrics import TaskReport
 from pipelines.benchmarks.data import write_tiny_tars
 from pipelines.benchmarks.processes import in_new_processes
 from pipelines.benchmarks.simulated import DriverUse, simulated
+from pipelines.benchmarks.stages import StagesRun, measure_stages, stages_report
 from pipelines.benchmarks.watched import Watched, watched
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile
@@ -48,20 +49,39 @@ class ScaleBenchmark:
     """Images of the long run, which shows what grows with them."""
     long_forward_s: float = 0.1
     """Seconds that the model is busy with a task in the long run."""
+    stage_rows: tuple[int, ...] = (1_000_000, 10_000_000)
+    """Images of the runs whose driver is measured stage by stage, the smallest number first."""
+    stage_block_rows: int = 1024
+    """Images per task of those: what 10^8 have."""
+    stages_only: bool = False
+    """Only those."""
     out: str = ""
     """Folder in which a temporary one is made (1 KB an image) and deleted; default: the system's."""
     json: NumbersFile = ""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "actors", "tasks_each", "feed_tasks", "feed_actors", "rows")
+        require_at_least(1, self, "actors", "tasks_each", "feed_tasks", "feed_actors", "rows", "stage_rows")
+        if sorted(self.stage_rows) != list(self.stage_rows):
+            raise ConfigError(f"--stage-rows {' '.join(map(str, self.stage_rows))}: the smallest must come first")
         require_at_least(0, self, "forward_s", "long_forward_s")
-        if self.block_rows & (self.block_rows - 1):
-            raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
+        for name in ("block_rows", "stage_block_rows"):
+            if (number := getattr(self, name)) & (number - 1):
+                raise ConfigError(f"--{name.replace('_', '-')} {number}: must be a power of two")
 
 
-# No network. 2 CPU cores: about 50 seconds, and the numbers mean nothing at this size. The defaults take about 10 minutes, 6 GB
+# No network. 2 CPU cores: about a minute, and the numbers mean nothing at this size. The defaults take about 20 minutes, 6 GB
 # of memory and 3 GB of disk.
-DEBUG = ScaleBenchmark(actors=(1, 3), forward_s=0.1, tasks_each=5, block_rows=16, feed_tasks=20, feed_actors=2, rows=2000)
+DEBUG = ScaleBenchmark(
+    actors=(1, 3),
+    forward_s=0.1,
+    tasks_each=5,
+    block_rows=16,
+    feed_tasks=20,
+    feed_actors=2,
+    rows=2000,
+    stage_rows=(1000, 10_000),
+    stage_block_rows=16,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +126,13 @@ class Run(Steady):
 class ScaleResult:
     """All runs."""
 
-    runs: Sequence[Run]
+    runs: Sequence[Run] = ()
     "by number of actors"
-    fed: Run
+    fed: Run | None = None
     "of tasks that take no time"
-    long: Run
+    long: Run | None = None
+    stages: Sequence[StagesRun] = ()
+    "by number of rows"
 
 
 def measure_scale(config: ScaleBenchmark, folder: Path) -> ScaleResult:
@@ -121,7 +143,15 @@ def measure_scale(config: ScaleBenchmark, folder: Path) -> ScaleResult:
         logger.info("%d actors: %d tasks, %.1f tasks/s", actors, found.tasks, found.fed_per_s)
         return found
 
+    stages = []
+    for rows in config.stage_rows:
+        (folder / f"{rows}").mkdir()
+        stages.append(measure_stages(folder / f"{rows}", rows, config.stage_block_rows))
+        shutil.rmtree(folder / f"{rows}")
+    if config.stages_only:
+        return ScaleResult(stages=stages)
     return ScaleResult(
+        stages=stages,
         runs=[run(n * config.tasks_each * config.block_rows, n, config.forward_s) for n in config.actors],
         fed=run(config.feed_tasks * config.block_rows, config.feed_actors, 0.0),
         long=run(config.rows, config.feed_actors, config.long_forward_s),
@@ -236,24 +266,35 @@ def scale_report(config: ScaleBenchmark, result: ScaleResult, machine: Machine) 
     """The numbers as Markdown, line by line."""
     yield f"## scale: simulated actors, {config.forward_s:g} s a task of {config.block_rows} images"
     yield machine.line(f"{machine.cores} cores")
-    columns = {"actors": "", "tasks/s, all": ".2f", "steady": ".2f", "of linear": ".3f", "driver CPU, ms/task": ".1f"}
-    columns |= {"of a core": ".1%", "report late, ms": ".0f", "start, s": ".1f"}
-    rows = []
-    for run in result.runs:
-        rates = [run.actors, run.fed_per_s, run.tasks_per_s, run.linear, run.driver_ms]
-        core = run.cpu_s["driver"] / run.phases["stream"]["wall_s"]
-        rows.append([*rates, core, 1e3 * run.report_delay_s, run.phases["start"]["wall_s"]])
-    yield from number_lines(columns, rows)
-    yield from _fed_report(config, result.fed)
-    yield from _long_report(result.long)
-    if result.long.rows >= 100_000:  # of fewer, what doesn't grow with them is the larger part
-        yield from _extrapolation(config, result.long)
+    if result.runs:
+        yield from _actors_report(result.runs)
+    if result.fed:
+        yield from _fed_report(config, result.fed)
+    if result.long:
+        yield from _long_report(result.long)
+        if result.long.rows >= 100_000:  # of fewer, what doesn't grow with them is the larger part
+            yield from _extrapolation(config, result.long)
+    if result.stages:
+        yield from stages_report(result.stages, TARGET_ROWS)
     yield """
 - Steady: the longest time in which all actors were there, each from its first task to its last one. Linear: every model busy all
   that time. Start: until the first report; other actors come later. A report is late by writing, committing, and its way.
 - Driver CPU is that of its process, from the first report to the actors' end; what it has to do once weighs on few tasks.
 - The index's wall time is that of scanning on these cores; the driver waits for it.
-- What isn't simulated shares the cores: workers read the index, encode zeros, and write shards and commits to a local disk."""
+- What isn't simulated shares the cores: workers read the index, encode zeros, and write shards and commits to a local disk.
+- Stage by stage, scans are made up, and so is what an earlier run did. Continue: from the command to the first task. Memory is
+  that of the driver's process, torch and the model included."""
+
+
+def _actors_report(runs: Sequence[Run]) -> Iterator[str]:
+    columns = {"actors": "", "tasks/s, all": ".2f", "steady": ".2f", "of linear": ".3f", "driver CPU, ms/task": ".1f"}
+    columns |= {"of a core": ".1%", "report late, ms": ".0f", "start, s": ".1f"}
+    rows = []
+    for run in runs:
+        rates = [run.actors, run.fed_per_s, run.tasks_per_s, run.linear, run.driver_ms]
+        core = run.cpu_s["driver"] / run.phases["stream"]["wall_s"]
+        rows.append([*rates, core, 1e3 * run.report_delay_s, run.phases["start"]["wall_s"]])
+    yield from number_lines(columns, rows)
 
 
 def _fed_report(config: ScaleBenchmark, run: Run) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ EARLIER_RUNS = 3
 """Runs before this one whose markers are looked at."""
 
 
-def suspects(folder: Folder, pending: Collection[int]) -> frozenset[int]:
+def suspects(folder: Folder, pending: Iterable[int]) -> frozenset[int]:
     """Blocks among `pending` that were under way when an earlier run died.
 
     That condemns none of them, since whoever killed that run did so to all; but one may hold the image that did it.

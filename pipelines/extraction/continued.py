@@ -1,7 +1,6 @@
 """A store that goes on with its input: what differs from what was extracted, and what is to be done about it."""
 
 import logging
-import uuid
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -10,12 +9,12 @@ import pyarrow.compute as pc
 from pipelines.config import ConfigError
 from pipelines.executors import Executor
 from pipelines.extraction.config import ExtractConfig
-from pipelines.indexing import RunInput
+from pipelines.indexing import RunInput, draft, is_draft
 from storage.documents import DamagedObject
 from storage.identity import InputState, input_state, order_digest
 from storage.inputs import Listing
 from storage.ledger import SCHEMA
-from storage.paths import Folder, InputError, is_memory
+from storage.paths import InputError
 from storage.root import read_attributes
 from storage.samples import INDEX, SampleIndex, index_digest, move_index, update_sources
 from storage.sources import other_input, sources_digest
@@ -32,7 +31,7 @@ class InputUpdate:
 
     state: InputState
     index: SampleIndex
-    "of the input as it is now; in memory where it isn't the store's"
+    "of the input as it is now; a draft where it isn't the store's"
     before: Layout
     redo: frozenset[int]
     "blocks with rows whose image is another one now"
@@ -74,14 +73,14 @@ class InputUpdate:
             store.set_writing(digest)
             store.revoke(sorted(again))
             logger.info("%d tasks hold images that changed, and run again", len(again))
-        if self.state.table is not None:
+        if self.state.rows is not None:
             logger.info(
                 "%s", self.new or "the index is written anew: sources hold their samples at other places, or with other text"
             )
             store.adopt_index(move_index(self.index, store.folder, store.put), grows=self.state.grows)
             return
-        # One in memory stands for one that was lost.
-        index = move_index(self.index, store.folder, store.put) if is_memory(self.index.folder.url) else self.index
+        # A draft stands for one that was lost.
+        index = move_index(self.index, store.folder, store.put) if is_draft(self.index) else self.index
         if not self.is_known:
             update_sources(index, self.state.sources)
 
@@ -97,11 +96,6 @@ def member_rules(config: ExtractConfig) -> MemberRules:
 def input_of(config: ExtractConfig, files: Listing, executor: Executor) -> RunInput:
     """The input of an extraction."""
     return RunInput(files=files, rules=member_rules(config), limit=config.limit, options=config.options, executor=executor)
-
-
-def draft() -> Folder:
-    """For an index that isn't to be written yet."""
-    return Folder(f"memory://raylift-index-{uuid.uuid4().hex}")
 
 
 def continue_store(store: FeatureStore, spec: FeatureSpec, given: RunInput, config: ExtractConfig) -> InputUpdate:
@@ -140,10 +134,10 @@ def _require_within_limits(store: FeatureStore, config: ExtractConfig) -> None:
 
 
 def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:
-    """The index, in memory, of a store that lost it, or whose run was killed before it had one. Raises `InputError` where the
+    """A draft of the index of a store that lost it, or whose run was killed before it had one. Raises `InputError` where the
     input is another one."""
-    table, sources = given.collect()
-    if index_digest(len(table), sources) != store.layout.index:
+    rows, sources = given.collect()
+    if index_digest(len(rows), sources) != store.layout.index:
         raise InputError(
             f"{store.folder.displayed} has no index of its input, and was begun with other input than this: give --data in the "
             "same order as then, restore its index from a copy, or use a new --out"
@@ -151,7 +145,7 @@ def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:
     if sources_digest(sources) != store.root.input:
         # Samples of equal names and sizes may be other ones: without a stamp, they are held against the ledger.
         sources = [replace(source, etag="") for source in sources]
-    index = given.write(draft(), table, sources, prefix=store.index_prefix)
+    index = given.write(draft(len(rows)), rows, sources, prefix=store.index_prefix)
     index.displayed = store.folder.displayed
     return index
 
@@ -180,12 +174,12 @@ def _input_update(store: FeatureStore, index: SampleIndex, given: RunInput, conf
 
 
 def _index_now(index: SampleIndex, state: InputState, given: RunInput) -> SampleIndex:
-    """The index of the input as it is now: the store's own where its rows still hold, else a new one in memory."""
-    if state.table is None:
+    """The index of the input as it is now: the store's own where its rows still hold, else a draft of a new one."""
+    if state.rows is None:
         return index
-    order = order_digest(state.table) if index.order or state.reordered else ""
-    digest = index_digest(len(state.table), state.sources, order)
-    return given.write(draft(), state.table, state.sources, order=order, prefix=f"{INDEX}/{digest[:12]}")
+    order = order_digest(state.rows) if index.order or state.reordered else ""
+    digest = index_digest(len(state.rows), state.sources, order)
+    return given.write(draft(len(state.rows)), state.rows, state.sources, order=order, prefix=f"{INDEX}/{digest[:12]}")
 
 
 def _require_allowed(index: SampleIndex, state: InputState, config: ExtractConfig) -> None:
@@ -215,6 +209,6 @@ def changed_meanwhile(config: ExtractConfig, store: FeatureStore, executor: Exec
         return state.changes
     for change in state.changes:
         logger.warning("%s; --retry-failed extracts them", change)
-    if state.table is None and list(state.sources) != index.sources:
+    if state.rows is None and list(state.sources) != index.sources:
         update_sources(index, state.sources)
     return []

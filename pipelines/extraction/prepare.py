@@ -15,16 +15,16 @@ from operators.backbone import NO_BF16, lacks_bf16
 from pipelines.config import ConfigError
 from pipelines.executors import Executor
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.continued import InputUpdate, continue_store, draft, input_of
+from pipelines.extraction.continued import InputUpdate, continue_store, input_of
 from pipelines.extraction.start import find_input
 from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.model import FeatureModel
-from pipelines.indexing import report_left_out
+from pipelines.indexing import is_draft, report_left_out
 from pipelines.provenance import versions
 from storage.documents import JsonValue
 from storage.inputs import Listing
 from storage.left_out import LeftOut
-from storage.paths import Folder, InputError, is_memory
+from storage.paths import Folder, InputError
 from storage.root import StoreReplaced, read_attributes
 from storage.samples import SampleIndex, move_index
 from storage.sources import sources_digest
@@ -66,7 +66,7 @@ class Prepared(Resolved):
     pool: WorkerPool
     layout: Layout
     index: SampleIndex
-    "below the output, or in memory until there is a store"
+    "below the output, or a draft until there is a store"
     urls: tuple[str, ...]
     "the index's sources with credentials, as this run reads them"
     left_out: Mapping[str, LeftOut]
@@ -117,7 +117,7 @@ class Prepared(Resolved):
 
     def keep_index(self, put: Callable[[str, bytes], None] | None = None) -> None:
         """Save a new index with the output; a plan does so, too, for the run that follows it."""
-        if self.update is None and is_memory(self.index.folder.url):
+        if self.update is None and is_draft(self.index):
             move_index(self.index, Folder(self.config.out, self.config.options), put)
 
 
@@ -151,7 +151,7 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
     update = None
     if attributes is None:
         pool = executor.pool(request)
-        index = given.index(folder, draft())
+        index = given.index(folder, None)
         block_rows = config.block_rows or choose_block_rows(index.n_rows, spec)
         layout = Layout(n_rows=index.n_rows, block_rows=block_rows, index=index.digest)
         urls = index.urls(resolved.files)

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -26,7 +26,7 @@ from pipelines.extraction.worker import WorkerSetup
 from pipelines.provenance import versions
 from storage.errors import RayliftError
 from storage.inputs import Listing
-from storage.ledger import REASON_COLUMNS, commonest_reasons
+from storage.ledger import REASON_COLUMNS, TornTasks, commonest_reasons
 from storage.left_out import LeftOut, left_out_lines
 from storage.paths import StorageError
 from storage.root import StoreReplaced
@@ -132,10 +132,10 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:6]}"
     batch = default_batch(config, store.layout, pool.device)
     _write_run_json(store, run_id, config, pool, batch)
-    done = _check_done(store)
+    done = _done(store)
     if config.retry_failed:
         done -= _revoke_failed(store, prepared.input_digest)
-    pending = [task for task in store.layout.tasks() if task.block not in done]
+    pending = store.pending(done)
     if pending:
         store.set_writing(prepared.input_digest)
     elif store.status == "complete":
@@ -152,18 +152,21 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
         threads=pool.cpus,
         batch=batch,
         lanes=lanes,
-        suspects=suspects(store.folder, {task.block for task in pending}),
+        suspects=suspects(store.folder, pending.blocks),
     )
     rows_done = sum(store.layout.task(block).n_rows for block in done) + store.ledger.begun_rows()
     run = _Run(store, setup, executor, pool, rows_done=rows_done)
     try:
-        run.execute(pending)
-        if pending and not run.errors and (changes := changed_meanwhile(config, store, executor)):
-            raise RunFailed(
-                f"{store.folder.displayed}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
-                "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
-            )
-        return run.finish(prepared.left_out)
+        run.do(pending)
+        try:
+            return run.finish(prepared.left_out, earlier=done)
+        except TornTasks as torn:
+            logger.warning("%s", torn)
+            store.revoke(torn.reasons)
+            pending = store.layout.tasks(sorted(torn.reasons))
+            run.progress.done -= sum(task.n_rows for task in pending)
+            run.do(pending)
+            return run.finish(prepared.left_out)
     except (Exception, KeyboardInterrupt) as error:
         if pending:
             run.note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -185,25 +188,16 @@ def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, poo
     store.folder.write(f"runs/{run_id}/run.json", json.dumps(document, indent=1).encode())
 
 
-def _check_done(store: FeatureStore) -> set[int]:
-    """Blocks that are done. Of an unfinished store each record is read, and each shard's size compared with it: a full disk
-    or a power cut can leave a file short, and the run that wrote it can't tell."""
-    done = store.ledger.done()
+def _done(store: FeatureStore) -> set[int]:
+    """Blocks that have a commit record. Whether those are whole is seen when they are merged, once all are there."""
     if strangers := store.ledger.strangers():
         logger.warning("ledger/commits holds what is no record of this store; it is left alone: %s", strangers[:10])
-    if store.status == "writing" and done and (torn := store.ledger.torn(sorted(done))):
-        reasons = "\n  ".join(list(torn.values())[:5])
-        logger.warning("%d finished tasks are damaged; they run again:\n  %s", len(torn), reasons)
-        store.revoke(torn)
-        done -= set(torn)
-    return done
+    return store.ledger.done()
 
 
 def _revoke_failed(store: FeatureStore, input_digest: str) -> set[int]:
     """Make tasks with failed rows pending again; returns their blocks."""
-    blocks = {
-        block for block, table in store.ledger.records(sorted(store.ledger.listed())) if "failed" in table["status"].to_pylist()
-    }
+    blocks = store.ledger.unfinished(sorted(store.ledger.listed()))
     if blocks:
         # First, so that a crash in between leaves a store that says it's unfinished.
         store.set_writing(input_digest)
@@ -225,6 +219,15 @@ class _Run:
         self.finished_tasks = 0
         self.has_clipped = False
         "a warning of clamped values was given"
+
+    def do(self, pending: Sequence[ShardTask]) -> None:
+        """`execute`, and hold the input against what was read. Raises `RunFailed` where it changed meanwhile."""
+        self.execute(pending)
+        if pending and not self.errors and (changes := changed_meanwhile(self.config, self.store, self.executor)):
+            raise RunFailed(
+                f"{self.store.folder.displayed}: the input changed while it was read:\n  " + "\n  ".join(changes[:10]) + "\n"
+                "Finished tasks are kept; the same command with --replace-changed extracts again what differs."
+            )
 
     def execute(self, pending: Sequence[ShardTask]) -> None:
         """Run `pending`; tasks whose workers died, hung or ran out of memory run again, alone."""
@@ -307,11 +310,12 @@ class _Run:
         }
         self.store.folder.write(f"runs/{self.setup.run_id}/progress.json", json.dumps(document, indent=1).encode())
 
-    def finish(self, left_out: Mapping[str, LeftOut]) -> Summary:
-        """Merge the ledger and check that everything adds up. Raises `RunFailed`."""
+    def finish(self, left_out: Mapping[str, LeftOut], earlier: Collection[int] = ()) -> Summary:
+        """Merge the ledger and check that everything adds up. Raises `RunFailed`, and `TornTasks` for tasks that have to run
+        again, those of `earlier` runs whose shards aren't whole among them."""
         if self.errors:
             raise RunFailed(self._errors_text(f"{len(self.errors)} tasks did not finish"))
-        counts = self.store.finalize()
+        counts = self.store.finalize(earlier)
         ok, failed = counts.get("ok", 0), counts.get("failed", 0)
         if ok + failed != self.store.layout.n_rows:
             raise RunFailed(
@@ -328,7 +332,7 @@ class _Run:
             seconds=time.monotonic() - self.progress.started,
             start_up_s=self.start_up_s,
             stage_seconds=dict(self.progress.seconds),
-            reasons=commonest_reasons(self.store.failures(REASON_COLUMNS)) if failed else [],
+            reasons=commonest_reasons(self.store.failed_rows(REASON_COLUMNS)) if failed else [],
             bytes_written=self.bytes_written,
             left_out=left_out,
             clipped=self.store.root.clipped,
@@ -337,7 +341,7 @@ class _Run:
         )
 
     def _budget_text(self, what: str) -> str:
-        reasons = "\n  ".join(commonest_reasons(self.store.failures(REASON_COLUMNS)))
+        reasons = "\n  ".join(commonest_reasons(self.store.failed_rows(REASON_COLUMNS)))
         return (
             f"{what}, more than the budget of {self.config.max_failed_fraction:.2%} (--max-failed-fraction). The commonest "
             f"reasons:\n  {reasons}\nWhat is written stays; the same command continues, --retry-failed tries the failed again."

@@ -289,7 +289,7 @@ def failure_lines(groups: Sequence[FailureGroup], rows: int) -> Iterator[str]:
 
 def failures(store: FeatureStore) -> list[FailureGroup]:
     """What failed so far, grouped by reason, the commonest first."""
-    return group_failures(store.failures(REASON_COLUMNS))
+    return group_failures(store.failed_rows(REASON_COLUMNS))
 
 
 @dataclass(frozen=True, kw_only=True)

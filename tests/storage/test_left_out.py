@@ -86,7 +86,7 @@ def keys(folder: Path, *patterns: str) -> list[str]:
     """Keys of the input as `--duplicate-keys rename --empty-shards skip` takes it."""
     given = InputConfig(duplicate_keys="rename", empty_shards="skip")
     files = given.files(patterns or (str(folder),), {}, None)
-    return run_input(files, given.rules()).collect()[0]["key"].to_pylist()
+    return run_input(files, given.rules()).collect()[0].table()["key"].to_pylist()
 
 
 def test_dotted_names_in_a_folder_are_told_apart_where_that_is_asked_for(tmp_path):
@@ -139,7 +139,8 @@ def test_shards_without_images_are_left_out_where_that_is_asked_for(tmp_path):
     for i in range(1, 5):
         with pytest.raises(InputError, match=f"{'bcde'[i - 1]}.tar .*--empty-shards skip"):
             run_input(Listing(files[i : i + 1])).collect()
-    table, sources = run_input(files, MemberRules(skip_empty=True)).collect()
+    rows, sources = run_input(files, MemberRules(skip_empty=True)).collect()
+    table = rows.table()
     assert table["key"].to_pylist() == ["1", "2"]
     assert table["source"].to_pylist() == [0, 5]
     left = sources_left_out(sources)["shard without images"]

@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from storage.inputs import expand_inputs
 from storage.local_files import PARTIAL
-from storage.paths import Folder, InputError, StorageError, filesystem, read_file
+from storage.paths import Folder, InputError, StorageError, _number_prefixes, filesystem, read_file
 from storage.reachable import why_unreachable
 
 
@@ -39,6 +39,41 @@ def test_written_object_is_read_back_whole(folder):
     assert folder.read("a/b/c.bin") == b"\0\1\2" * 1000
     assert folder.size("a/b/c.bin") == 3000
     assert folder.open("a/b/c.bin").read(2) == b"\0\1"
+
+
+NUMBERED = {0: 3, 7: 1, 10: 0, 123: 5, 4095: 2, 15_000: 4}
+"""Sizes by number."""
+
+
+def require_numbered(folder: Folder, count: int) -> None:
+    for number, size in NUMBERED.items():
+        folder.write(f"x/c/{number}/0/0", b"a" * size)
+    for other in ("x/c/7/0/1", "x/c/9/0", "x/c/007/0/0", "x/c/8/0/0_$folder$", "x/c/11", "x/cc/6/0/0"):
+        folder.write(other, b"a stranger")
+
+    sizes = folder.sizes_by_number("x/c", "0/0", count)
+
+    assert len(sizes) == count
+    assert {number: sizes[number] for number in (sizes >= 0).nonzero()[0]} == {n: s for n, s in NUMBERED.items() if n < count}
+    assert (folder.sizes_by_number("y/c", "0/0", 5) == -1).all()
+
+
+def test_sizes_of_numbered_objects_are_those_of_their_own_names(folder):
+    require_numbered(folder, 4096)
+
+
+def test_many_numbered_objects_of_s3_are_listed_by_how_their_names_begin(s3_options):
+    require_numbered(Folder(f"s3://{s3_options['bucket']}/root", s3_options["options"]), 20_000)
+    for number in range(20_000):
+        assert sum(f"{number}/".startswith(prefix) for prefix in _number_prefixes(20_000)) == 1
+
+
+def test_names_in_a_folder_are_those_of_its_objects(folder):
+    for name in ("a/x", "a/y.parquet", "a/below/z"):
+        folder.write(name, b"1")
+
+    assert sorted(folder.names("a")) == ["x", "y.parquet"]
+    assert folder.names("b") == []
 
 
 def test_write_replaces_an_older_object(folder):

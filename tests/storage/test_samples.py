@@ -743,12 +743,12 @@ def test_rows_read_across_row_groups_and_parts_are_the_table(tmp_path, monkeypat
     for t in range(3):
         write_tar(tmp_path / f"{t}.tar", [(f"{t}-{i:02d}.jpg", b"x" * (i + 1)) for i in range(13)])
     files = expand_inputs([f"{tmp_path}/{{0..2}}.tar"])
-    table, sources = collect_index((file, scan_source(file, MemberRules())) for file in files)
+    rows, sources = collect_index((file, scan_source(file, MemberRules())) for file in files)
 
-    index = write_index(Folder(str(tmp_path / "out")), table, sources)
+    index = write_index(Folder(str(tmp_path / "out")), rows, sources)
 
     assert sorted(p.name for p in (tmp_path / "out/index/samples").iterdir()) == [f"part-{i:05d}.parquet" for i in range(3)]
-    assert pa.concat_tables([index.read(n, min(n + 8, 39)) for n in range(0, 39, 8)]) == table
+    assert pa.concat_tables([index.read(n, min(n + 8, 39)) for n in range(0, 39, 8)]) == rows.table()
     assert index.read(38, 39)["key"].to_pylist() == ["2-12"]
     assert index.read(14, 16)["source"].to_pylist() == [1, 1]
 
@@ -791,8 +791,8 @@ def test_chained_urls_are_refused(chained):
 
 def folder_rows(folder: Path) -> tuple[pa.Table, list[str]]:
     files = expand_inputs([str(folder)])
-    table, _ = collect_index((file, scan_source(file, MemberRules())) for file in files)
-    return table, [file.url for file in files]
+    rows, _ = collect_index((file, scan_source(file, MemberRules())) for file in files)
+    return rows.table(), [file.url for file in files]
 
 
 def test_image_that_cannot_be_read_among_others_says_why(tmp_path, monkeypatch):

@@ -17,10 +17,12 @@ import s3fs
 from jobs.extract import run
 from pipelines.config import ConfigError
 from pipelines.evaluation.run import Piece, _records
+from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import config_from_run
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.showing.views import colours_for
 from storage.documents import DamagedObject, decode
+from storage.ledger import Ledger
 from storage.paths import Folder, StorageError
 from storage.spec import FeatureSpec, Layout, Level, fingerprint_of
 from storage.store import FeatureStore
@@ -411,6 +413,24 @@ def test_what_a_continued_run_can_do_again_it_does(pair, tmp_path, capfd, change
         if not name.startswith(("runs/", "views/")):
             assert (store / name).read_bytes() == (pair.finished / name).read_bytes(), name
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_stopped_run_goes_on_by_what_it_lists(pair, tmp_path, monkeypatch):
+    """No record is read, and no shard looked at, before its first task; at its end each record is read once."""
+    store = shutil.copytree(pair.half, tmp_path / "copy.zarr")
+    asked: list[object] = []
+    record, size, stream = Ledger.record, Folder.size, InlineExecutor.stream
+    monkeypatch.setattr(Ledger, "record", lambda self, block: asked.append(block) or record(self, block))
+    monkeypatch.setattr(Folder, "size", lambda self, name: asked.append(name) or size(self, name))
+    monkeypatch.setattr(InlineExecutor, "stream", lambda *each: asked.append("first task") or stream(*each))
+
+    assert run([*pair.argv, "--out", str(store)]) == 0
+
+    assert asked[0] == "first task"
+    assert sorted(each for each in asked if isinstance(each, int)) == [0, 1, 2, 3]
+    # Of the tasks that an earlier run did, the shards, too: the other run's are this one's own.
+    shards = [each for each in asked if isinstance(each, str) and "/c/" in each]
+    assert sorted({int(name.split("/c/")[1].split("/")[0]) for name in shards}) == [0, 2]
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {

@@ -12,12 +12,15 @@ from cluster.nodes import free_port
 from pipelines.benchmarks.autoscale import DEBUG, Sample, autoscale_report, draw, measure_autoscaling
 from pipelines.benchmarks.scale import ScaleBenchmark, ScaleResult, _steady, measure_run, measure_scale, scale_report
 from pipelines.benchmarks.simulated import SimulatedSetup
+from pipelines.benchmarks.stages import measure_stages, stages_report
 from pipelines.config import ConfigError
 from pipelines.costs.clocks import machine
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
+from storage.inputs import expand_inputs
 from storage.store import FeatureStore
+from storage.tars import MemberRules, scan_source
 
 
 def test_simulated_workers_fill_a_store_as_real_ones_do(make_tars, tiny):
@@ -57,10 +60,40 @@ def test_scale_measures_every_number_of_actors_and_two_runs_more(tmp_path, monke
         return SimpleNamespace(tasks=1, fed_per_s=1.0)
 
     monkeypatch.setattr("pipelines.benchmarks.scale.measure_run", record)
-    config = ScaleBenchmark(actors=(1, 3), tasks_each=2, block_rows=4, feed_tasks=5, feed_actors=2, rows=50)
+    monkeypatch.setattr("pipelines.benchmarks.scale.measure_stages", lambda folder, rows, block_rows: asked.append(rows))
+    config = ScaleBenchmark(actors=(1, 3), tasks_each=2, block_rows=4, feed_tasks=5, feed_actors=2, rows=50, stage_rows=(6, 7))
     measure_scale(config, tmp_path)
 
-    assert asked == [(8, 1, 2.0), (24, 3, 2.0), (20, 2, 0.0), (50, 2, 0.1)]
+    assert asked == [6, 7, (8, 1, 2.0), (24, 3, 2.0), (20, 2, 0.0), (50, 2, 0.1)]
+    asked.clear()
+    assert measure_scale(replace(config, stages_only=True), tmp_path).runs == ()
+    assert asked == [6, 7]
+
+
+def test_every_stage_of_many_rows_is_that_of_an_extraction(tmp_path, monkeypatch):
+    def here(do, *calls):
+        return [do(*call) for call in calls], None
+
+    monkeypatch.setattr("pipelines.benchmarks.stages.in_new_processes", here)
+    monkeypatch.setattr("pipelines.benchmarks.stages.TAR_ROWS", 40)
+    for module in ("benchmarks.stages", "indexing"):
+        monkeypatch.setattr(f"pipelines.{module}.SMALL_INPUT", 0)
+
+    runs = [measure_stages(tmp_path / str(rows), rows, 16) for rows in (200, 1000)]
+
+    store = FeatureStore.open(str(tmp_path / "1000/out.zarr"))
+    assert (store.status, store.root.counts, store.root.conversions) == ("complete", {"ok": 1000}, {"grey->rgb": 1000})
+    assert sorted(store.index.keys(0, 1000).to_pylist()) == [f"{row:09d}" for row in range(1000)]
+    # What is made up lies where the real tar has it.
+    (real,) = (
+        scan_source(expand_inputs([str(tmp_path / "1000/tars/tiny-000000.tar")])[0], MemberRules()).rows.slice(3, 1).to_pylist()
+    )
+    made_up = store.index.take(np.array([3])).to_pylist()[0]
+    assert {**made_up, "key": real["key"]} == real
+    text = "\n".join(stages_report(runs, 10**8))
+    assert "200, 1,000 rows" in text
+    assert "On the line through 200 and 1,000 rows, 100,000,000 come to" in text
+    assert all(run.stages["finish"].cpu_s > 0 for run in runs)
 
 
 def test_share_of_linear_is_of_the_time_in_which_all_actors_have_work():
@@ -81,7 +114,7 @@ def test_share_of_linear_is_of_the_time_in_which_all_actors_have_work():
     assert _steady(turns, 3, 1.0).linear is None  # a third actor never came
 
 
-@pytest.mark.parametrize("setting", [{"actors": (0,)}, {"block_rows": 12}, {"forward_s": -1.0}])
+@pytest.mark.parametrize("setting", [{"actors": (0,)}, {"block_rows": 12}, {"forward_s": -1.0}, {"stage_rows": (2, 1)}])
 def test_contradictory_scale_settings_are_refused(setting):
     with pytest.raises(ConfigError, match="--" + next(iter(setting)).replace("_", "-")):
         ScaleBenchmark(**setting)
