@@ -27,9 +27,10 @@ test: setup
 test-rgw: setup
 	$(BIN)/python -m pytest -m rgw
 
-# Where there is no Chromium, the report's browser tests are skipped by `make test`; this installs one (Debian, as root).
+# Where there is no Chromium, the pages' browser tests are skipped by `make test`; this installs one (Debian, as root).
 test-browser: setup browser
 	$(BIN)/python -m pytest tests/jobs/test_show.py tests/pipelines/training/test_watch.py -k browser
+	$(BIN)/python -m pytest tests/jobs/test_browse_page.py
 
 browser:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \

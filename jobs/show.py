@@ -12,6 +12,7 @@
     python jobs/show.py report feats.zarr --out report.html   # all of it in one page that can be sent
     python jobs/show.py card feats.zarr                       # a README for it, as the Hugging Face hub has them
     python jobs/show.py push feats.zarr hf://datasets/me/feats  # store and card to a hub or any URL; goes on where it stopped
+    python jobs/show.py browse s3://bucket/feats.zarr         # all of it in a browser: prints an address of this machine
     python jobs/show.py training runs/lift runs/jbu           # training runs side by side: held-out scores, best and last
     python jobs/show.py training runs/lift --out lift.html    # the same as a page, with curves, pictures, command and settings
     python jobs/show.py backbones                             # those that DeAP compares: size, grid, channels, normalisation
@@ -40,6 +41,7 @@ program = Program(
         "report": Command(run=commands.Report.lines, default=commands.Report),
         "card": Command(run=commands.Card.lines, default=commands.Card),
         "push": Command(run=commands.Push.lines, default=commands.Push),
+        "browse": Command(run=commands.Browse.lines, default=commands.Browse),
         "training": Command(run=commands.Training.lines, default=commands.Training),
         "backbones": Command(run=backbones.main, default=backbones.Backbones),
     },

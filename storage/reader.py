@@ -6,14 +6,13 @@ from the shard's index, so that an absent row costs nothing and is never a guess
 """
 
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
+from storage.kept import Kept
 from storage.paths import Folder, StorageError
 from storage.ranges import merge_ranges
 from storage.shards import DamagedChunk, IndexLocation, decode_index, decompress, index_bytes
@@ -45,8 +44,8 @@ class LevelReader:
         self.name = f"{level.name}/features"
         self.shard_rows = layout.shard_rows(level)
         self.dtype = np.dtype("float32" if level.dtype == "int8" else level.dtype)
-        self._indexes: _Cache = _Cache()
-        self._vectors: dict[str, _Cache] = {"features": _Cache(), "scale": _Cache()}
+        self._indexes = _kept()
+        self._vectors = {"features": _kept(), "scale": _kept()}
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of any order and number: values [n, *row_shape] (int8 undone to float32), and which are there, bool [n].
@@ -245,32 +244,8 @@ class LevelReader:
         return chunks
 
 
-class _Cache:
-    """The arrays used last, up to CACHE_BYTES."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, name: int) -> np.ndarray | None:
-        with self._lock:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-            return self._kept.get(name)
-
-    def put(self, name: int, array: np.ndarray) -> None:
-        self.drop(name)
-        with self._lock:
-            self._kept[name] = array
-            self._bytes += array.nbytes
-            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
-
-    def drop(self, name: int) -> None:
-        with self._lock:
-            old = self._kept.pop(name, None)
-            self._bytes -= old.nbytes if old is not None else 0
+def _kept() -> Kept[int, np.ndarray]:
+    return Kept(CACHE_BYTES, lambda array: array.nbytes)
 
 
 def _batches(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:

@@ -160,9 +160,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def chromium() -> str:
-    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    """A browser's program: $RAYLIFT_CHROMIUM, or one that is installed."""
+    names = (os.environ.get("RAYLIFT_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("no Chromium here; make test-browser installs it")
     return found

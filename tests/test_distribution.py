@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from storage import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
+SUFFIXES = (".py", ".jinja", ".html", ".css", ".js")
 FOLDERS = ("cluster", "jobs", "operators", "pipelines", "storage")
 STORE = ROOT / "tests" / "data" / "format2" / "finished.zarr"
 
@@ -78,7 +79,7 @@ def test_one_package_is_installed_with_its_licence_and_its_types(site):
     assert "Version 2.0, January 2004" in (info / "licenses" / "LICENSE").read_text()
     assert (site / "raylift" / "py.typed").is_file()
     for folder in FOLDERS:
-        ours = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".jinja")}
+        ours = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES}
         installed = {str(path.relative_to(site / "raylift")) for path in (site / "raylift" / folder).rglob("*") if path.is_file()}
         assert installed == ours
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+import webbrowser
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ import tyro
 from PIL import Image
 
 from pipelines.config import ConfigError, absolute, parse_options
+from pipelines.showing.browse import BrowseServer
 from pipelines.showing.card import push_lines, render_card
 from pipelines.showing.choice import (
     base_level,
@@ -357,6 +360,25 @@ class Push(Show):
             raise ConfigError(f"{store.folder.displayed} is unfinished; finish it, or push it as it is with --unfinished")
         place = HubPlace(self.to, self.options, public=self.public) if on_hub else FolderPlace(Folder(self.to, self.options))
         yield from push_lines(store, place, url=self.to, runs=self.runs, storage_options=self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Browse(Show):
+    """The store in a web browser: photographs and PCA colours at any level, what is similar to a click, nearest cells, failures,
+    search. For this machine alone: the address that is printed holds a token, without which nothing is answered."""
+
+    port: int = 0
+    """Of 127.0.0.1; default: one that is free."""
+    open_browser: bool = False
+    """Open the address in this machine's browser, too."""
+
+    def lines(self) -> Iterator[str]:
+        server = BrowseServer(self.open(), self.options, self.port)
+        yield f"{server.address}\nOpen it in a browser of this machine; Ctrl-C ends it."
+        sys.stdout.flush()  # what reads it through a pipe has to know it now
+        if self.open_browser:
+            webbrowser.open(server.address)
+        server.run()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The cells of a whole store that are most like one point of one image: exact, in one pass over a level."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -57,10 +57,18 @@ class Query:
 
 
 def nearest_cells(
-    store: FeatureStore, query_C: np.ndarray, level: Level, count: int, *, per_image: bool = False, without: Sequence[int] = ()
+    store: FeatureStore,
+    query_C: np.ndarray,
+    level: Level,
+    count: int,
+    *,
+    per_image: bool = False,
+    without: Sequence[int] = (),
+    looked_at: Callable[[int], object] | None = None,
 ) -> list[NearCell]:
     """The `count` cells of a level with the largest cosine to `query_C` [C], best first; of equal ones that of the lower row and
-    cell. `per_image`: of each image its best cell alone. `without`: rows that are passed over.
+    cell. `per_image`: of each image its best cell alone. `without`: rows that are passed over. `looked_at` is
+    told how many rows are done with, again and again; what it raises ends the search.
 
     Cells are compared as they are stored, undone to float32. Rows without features are passed over; all that are there are
     looked at, a chunk at a time, so that memory doesn't grow with the store.
@@ -70,6 +78,8 @@ def nearest_cells(
         cosines = cosine_map(query_C, maps_NHWC).reshape(len(rows), -1)
         cosines[np.isin(rows, list(without))] = -np.inf
         best = _better(best, rows, cosines, count, per_image=per_image)
+        if looked_at:
+            looked_at(int(rows[-1]) + 1)
     width = level.grid[1] if level.grid else 1
     return [NearCell(row=int(each["row"]), cell=divmod(int(each["cell"]), width), cosine=float(each["cosine"])) for each in best]
 

@@ -29,7 +29,7 @@ def render_report(store: FeatureStore, *, count: int, storage_options: StorageOp
         {"size": size_text, "picture": _picture, "bars": _bars, "bottleneck": bottleneck},
         title=status.out,
         status=status,
-        state=state_in_words(status),
+        state=state_in_words(status.status, status.runs),
         spec=store.spec,
         levels=level_rows(store, status),
         settings={**settings_in_words(store), **(_last_run(status.runs[-1]) if status.runs else {})},

@@ -141,9 +141,14 @@ def read_status(store: FeatureStore) -> StoreStatus:
         is_counted=not is_sampled or root.clipped is not None,
         levels=store.spec.levels,
         left_out=_left_out(store),
-        runs=[run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))],
+        runs=read_runs(store),
         notes=store.root.notes or (),
     )
+
+
+def read_runs(store: FeatureStore) -> list[RunStatus]:
+    """The runs that have written to it, in the order in which they began."""
+    return [run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))]
 
 
 def _left_out(store: FeatureStore) -> Mapping[str, LeftOut]:
@@ -203,7 +208,7 @@ def _seconds(iso: str) -> float:
 def status_lines(status: StoreStatus) -> Iterator[str]:
     """The state in words, a line each."""
     about = "about " if status.is_sampled else ""
-    yield f"{status.out}: {state_in_words(status)}"
+    yield f"{status.out}: {state_in_words(status.status, status.runs)}"
     yield f"images   {status.ok:,} ok, {about}{status.failed:,} failed, {status.pending:,} pending, {status.rows:,} in all"
     for line in left_out_lines(status.left_out):
         yield f"left out {line}"
@@ -227,13 +232,13 @@ def clamped_lines(status: StoreStatus) -> Iterator[str]:
         yield f"no value beyond float16's range in a sample of {MAX_RECORDS:,} tasks; of the others it isn't known"
 
 
-def state_in_words(status: StoreStatus) -> str:
+def state_in_words(status: str, runs: Sequence[RunStatus]) -> str:
     """Complete, being written, or stopped, and how to go on."""
-    if status.status == "complete":
+    if status == "complete":
         return "complete"
-    if not status.runs:
+    if not runs:
         return "not started: it has metadata, and no run"
-    run = status.runs[-1]
+    run = runs[-1]
     if run.ended:
         was = "was stopped" if run.ended == "stopped" else "failed"
         return (
@@ -329,7 +334,7 @@ def row_lines(store: FeatureStore, status: StoreStatus, first: int) -> Iterator[
     """What a row is, and the first few rows."""
     spec = store.spec
     size = f"{spec.input_size[0]} x {spec.input_size[1]} px"
-    yield f"{status.out}: {status.rows:,} rows, {state_in_words(status)}"
+    yield f"{status.out}: {status.rows:,} rows, {state_in_words(status.status, status.runs)}"
     yield f"model    {spec.model}, {spec.weights_source} weights, sha256 {spec.weights[:12]}..."
     yield f"input    {size}, {spec.geometry}, {spec.interpolation}, {spec.precision}"
     blocks = ", ".join(map(str, spec.layers))
