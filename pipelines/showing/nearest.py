@@ -18,6 +18,9 @@ from storage.store import FeatureStore, OutsideImage
 CHUNK_BYTES = 2**26
 """Of a level as float32 that is compared at once, about."""
 
+CHUNK_ROWS = 2**14
+"""Of a level of small maps at most, so that whoever waits hears how far it is."""
+
 ACROSS = 5
 """Photographs beside each other in a picture."""
 
@@ -86,7 +89,7 @@ def nearest_cells(
 
 def _chunks(store: FeatureStore, level: Level) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Row numbers with features, and their maps, read ahead of who asks."""
-    at_once = max(1, CHUNK_BYTES // (4 * int(np.prod(level.row_shape))))
+    at_once = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * int(np.prod(level.row_shape)))))
     starts = range(0, len(store), at_once)
 
     def read(first: int) -> tuple[np.ndarray, np.ndarray]:

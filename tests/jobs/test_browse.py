@@ -56,7 +56,10 @@ def store(tmp_path_factory) -> FeatureStore:
     path = tmp_path_factory.mktemp("browse")
     members = [(f"{i:02d}.jpg", b"" if i in BROKEN else jpeg(i)) for i in range(12)]
     config = tiny_config(
-        path, str(write_tar(path / "in.tar", members)), levels=("x1", "x2", "x4=bicubic@int8", "pooled"), max_failed_fraction=1.0
+        path,
+        str(write_tar(path / "in.tar", members)),
+        levels=("x1", "x2", "sharp:x2=bicubic", "x4=bicubic@int8", "pooled"),
+        max_failed_fraction=1.0,
     )
     extract(config, InlineExecutor())
     return FeatureStore.open(config.out)
@@ -235,7 +238,7 @@ def test_a_search_gives_a_bounded_number_of_rows(store, monkeypatch):
     assert (found["total"], found["has_more"]) == (4, True)
 
 
-@pytest.mark.parametrize("level", ["x1", "x2", "x4"])
+@pytest.mark.parametrize("level", ["x1", "sharp", "x4"])
 def test_pictures_are_those_of_view(server, store, level):
     rows = np.array([0, 5, 11])
     panel = view_panel(columns_of([store], [rows], [level]))
@@ -327,9 +330,9 @@ def test_heat_is_256_colours(server):
 def test_what_the_store_is_and_how_far(server, store):
     said = ask(server, "/store")
 
-    assert [level["name"] for level in said["levels"]] == ["x1", "x2", "x4", "pooled"]
+    assert [level["name"] for level in said["levels"]] == ["x1", "x2", "sharp", "x4", "pooled"]
     assert said["levels"][0]["grid"] == [4, 4]
-    assert "grid" not in said["levels"][3]
+    assert "grid" not in said["levels"][4]
     assert (said["rows"], said["input"], said["is_random"]) == (12, [64, 64], True)
     assert ask(server, "/status") == {
         "is_complete": True, "state": "complete", "rows": 12, "finished": 12, "failed": 2, "fingerprint": store.root.fingerprint,
