@@ -68,14 +68,16 @@ class OpenStore:
     """A store as it was when it was opened; `newer` is it as it is now."""
 
     def __init__(self, store: FeatureStore, options: StorageOptions):
-        self.store, self.options = store, options
+        self.store, self.options, self._opened = store, options, store.attributes
         self._photos: Kept[int, bytes] = Kept(PHOTO_BYTES, len)
         self._maps: Kept[tuple[str, int], np.ndarray] = Kept(MAP_BYTES, lambda array: array.nbytes)
         self._colours: Kept[tuple[str, int], bytes] = Kept(COLOUR_BYTES, len)
         self._palettes: dict[int, RgbProjection] = {}
         self._fitting = threading.Lock()
         self._failed_of: dict[int, pa.Table] = {}
-        "failed rows by block, of a store that is being written; of one that is complete, all as one"
+        "failed rows of the blocks that are done, of a store that is being written"
+        self._all_failed: pa.Table | None = None
+        "of one that is complete"
         self._counting = threading.Lock()
         self._found: tuple[str, np.ndarray, bool] = "", np.zeros(0, np.int64), False
         "what was searched for last: text, rows, whether there are more"
@@ -85,7 +87,7 @@ class OpenStore:
         attributes = read_attributes(self.store.folder)
         if attributes is None:
             raise NotAStore(f"{self.store.folder.displayed} is gone since it was opened")
-        if attributes == self.store.attributes:
+        if attributes == self._opened:  # a store that grew takes later attributes by itself
             return self
         return OpenStore(FeatureStore(self.store.folder, attributes), self.options)
 
@@ -148,9 +150,9 @@ class OpenStore:
             return store.ledger.failed([]).select(wanted)
         with self._counting:
             if store.status == "complete":
-                if not self._failed_of:
-                    self._failed_of[0] = store.failures(["row", *REASON_COLUMNS])
-                return self._failed_of[0].select(wanted)
+                if self._all_failed is None:
+                    self._all_failed = store.failures(["row", *REASON_COLUMNS])
+                return self._all_failed.select(wanted)
             done = store.ledger.done()
             for block, table in store.ledger.records(sorted(done - self._failed_of.keys())):
                 failed = table.filter(pc.equal(table["status"], "failed")).replace_schema_metadata(None)

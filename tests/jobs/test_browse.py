@@ -435,6 +435,30 @@ def test_failures_of_a_store_that_is_being_written_are_counted_on(tmp_path, tiny
     assert [card["key"] for card in failed["cards"]] == ["01", "06"]
 
 
+def test_a_store_that_grows_has_further_rows(tmp_path, make_tars, tiny):
+    """Also while the rows that came are computed: the block that was the last is done anew."""
+    both = make_tars(2, 6)
+    config = tiny(str(tmp_path / "in" / "s-000.tar"), levels=("x1",))
+    extract(config, InlineExecutor())
+
+    with browsing(FeatureStore.open(config.out)) as server:
+        before = ask(server, "/status"), ask(server, "/colours", rows="0,5", level="x1")
+        with dying_at_task(1):
+            extract(tiny(both, levels=("x1",)), InlineExecutor())
+        while_written = ask(server, "/status")
+        assert ask(server, "/cards", count=20)["total"] == 12
+        extract(tiny(both, levels=("x1",)), InlineExecutor())
+        after = ask(server, "/status"), ask(server, "/colours", rows="0,5", level="x1")
+
+        assert ask(server, "/colours", rows="6,11", level="x1")["rows"] == [6, 11]
+        assert {card["status"] for card in ask(server, "/cards", count=20)["cards"]} == {"ok"}
+    assert (before[0]["rows"], before[0]["finished"]) == (6, 6)
+    assert (while_written["rows"], while_written["finished"], while_written["is_complete"]) == (12, 4, False)
+    assert (after[0]["rows"], after[0]["finished"], after[0]["is_complete"]) == (12, 12, True)
+    assert after[1] == before[1]
+    assert len({before[0]["fingerprint"], after[0]["fingerprint"]}) == 2
+
+
 def test_another_store_in_its_place_is_shown_as_that(make_tars, tiny):
     config = tiny(make_tars(1, 8), levels=("x1",))
     extract(config, InlineExecutor())
