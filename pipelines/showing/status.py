@@ -110,9 +110,10 @@ class StoreStatus:
 
 def read_status(store: FeatureStore) -> StoreStatus:
     """The state of `store`, in a few requests and at most MAX_RECORDS small ones."""
-    done = sorted(store.ledger.done())
+    # Of a store that grows, one is of rows of a task that has further ones now.
+    listed, done = sorted(store.ledger.listed()), store.ledger.done()
     layout = store.layout
-    picked = [done[i] for i in spread(len(done), MAX_RECORDS)]
+    picked = [listed[i] for i in spread(len(listed), MAX_RECORDS)]
     stored, objects, found = dict.fromkeys(store.levels, 0), 0, Totals()
     for _, table in store.ledger.records(picked):
         found += Totals.of(table)
@@ -120,8 +121,8 @@ def read_status(store: FeatureStore) -> StoreStatus:
         objects += len(written)
         for name, size in written.items():
             stored[name.split("/", 1)[0]] += size
-    scale, root = len(done) / max(1, len(picked)), store.root
-    is_sampled = len(picked) < len(done)
+    scale, root = len(listed) / max(1, len(picked)), store.root
+    is_sampled = len(picked) < len(listed)
     found = found.scaled(scale)
     # Where a sample has none, others may have some.
     clipped = found.clipped if found.clipped.rows or not is_sampled else None
@@ -129,7 +130,7 @@ def read_status(store: FeatureStore) -> StoreStatus:
         out=store.folder.displayed,
         status=store.status,
         rows=layout.n_rows,
-        finished=sum(layout.task(block).n_rows for block in done),
+        finished=sum(layout.task(block).n_rows for block in done) + store.ledger.begun_rows(),
         failed=(root.counts or found.counts).get("failed", 0),
         tasks=layout.n_blocks,
         tasks_done=len(done),

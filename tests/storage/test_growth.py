@@ -18,6 +18,7 @@ from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import RunFailed, extract, run_prepared
 from pipelines.feature_datasets import FeatureDataset
+from pipelines.showing.status import read_status
 from storage.paths import Folder, InputError
 from storage.root import StoreReplaced
 from storage.scans import DuplicateKeys
@@ -146,14 +147,18 @@ def test_folder_of_images_with_more_of_them(tmp_path, features):
     assert FeatureStore.open(str(out)).rows(["1", "9", "0", "4"]).tolist() == [0, 4, 5, 7]
 
 
-def test_growing_twice_with_readers_that_were_open_before(tmp_path, features):
-    tars, out = write_tars(tmp_path, {"a": [0, 1, 2, 3, 4], "b": [5], "c": [6, 7, 8, 9]}), tmp_path / "out.zarr"
-    go(tars[:1], out, levels=LEVELS)
-    read, unread = FeatureStore.open(str(out)), FeatureStore.open(str(out))
+def test_growing_twice_with_readers_that_were_open_before(place, features):
+    numbers = {"a": (0, 1, 2, 3, 4), "b": (5,), "c": (6, 7, 8, 9)}
+    for name, some in numbers.items():
+        place["put"](f"in/{name}.tar", tar_of(bmps(name, *some)))
+    tars, out, options = [f"{place['base']}/in/{name}.tar" for name in numbers], f"{place['base']}/out.zarr", place["options"]
+    settings = {"levels": LEVELS} | ({"storage_options": json.dumps(options)} if options else {})
+    go(tars[:1], out, **settings)
+    read, unread = FeatureStore.open(out, options), FeatureStore.open(out, options)
     expected = everything(read, 5)
-    data = FeatureDataset(str(out), ["x1", "pooled"])
+    data = FeatureDataset(out, ["x1", "pooled"], storage_options=options)
     for n in (2, 3):
-        go(tars[:n], out, levels=LEVELS)
+        go(tars[:n], out, **settings)
 
     # One has files open that are gone by now, the other opens them now.
     assert everything(read, 5) == everything(unread, 5) == expected
@@ -167,7 +172,12 @@ def test_growing_twice_with_readers_that_were_open_before(tmp_path, features):
     with pytest.raises(KeyError):
         read.row("d-0")
     assert [each.n_rows for each in read.root.generations] == [5, 6]
-    assert_holds(out, all_samples(tars), features)
+    assert_holds(
+        out,
+        {key: data for name, some in numbers.items() for key, data in samples_of(tar_of(bmps(name, *some))).items()},
+        features,
+        options,
+    )
 
 
 def test_growing_by_a_tar_that_holds_a_key_once_more_is_refused(tmp_path):
@@ -371,6 +381,7 @@ def test_readers_see_old_rows_after_each_object_that_is_written(tmp_path, begun)
         readers = [now, early[0], *([early.pop()] if len(early) > 1 else [])]
         assert all(everything(reader, n_rows) == expected for reader in readers)
         assert as_others_read(out, n_rows) == others
+        assert read_status(now).finished >= n_rows
         seen.append(int(now.valid().sum()) if len(now) == 10 else 0)
         if watcher := next(iter(watching), None):
             new = watcher.read(slice(None), "x1", missing="nan")
