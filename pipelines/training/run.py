@@ -121,9 +121,9 @@ def main(config: TrainConfig) -> Iterator[str]:
     yield f"{'best' if summary.best else 'last'}       {best}"
     if isinstance(config, ViTDetTraining):
         asked = (
-            f"--detector {redact(config.weights, config.options)} --finetuned {best}"
-            if config.upsampler
-            else f"--detector {best}"
+            f"--detector {best}"
+            if config.trains_backbone
+            else f"--detector {redact(config.weights, config.options)} --finetuned {best}"
         )
         yield f"try next   python jobs/evaluate.py detection {asked} --data ... --out ..."
         return

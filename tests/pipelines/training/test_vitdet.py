@@ -406,7 +406,14 @@ def test_jitter_is_drawn_by_seed_epoch_and_row(sets, tmp_path):
     assert isinstance(source.jitter, LargeScaleJitter)
 
 
-def test_a_finished_run_says_how_it_is_judged(sets, tmp_path):
-    lines = list(main(detector(sets, tmp_path / "run", max_steps=1)))
+@pytest.mark.parametrize("upsampler", ["", "lift", "trained"])
+def test_a_finished_run_says_how_it_is_judged(sets, tmp_path, trained, lift, upsampler):
+    """Where the backbone was trained, too, there is no plain detector that its heads belong to."""
+    begun = {"weights": trained, "layer_decay": None, **OWN} if upsampler == "trained" else {}
+    asked = {"": {}, "lift": {"upsampler": "lift"}, "trained": {"upsampler": lift, **begun}}[upsampler]
 
-    assert any("jobs/evaluate.py detection" in line for line in lines)
+    lines = list(main(detector(sets, tmp_path / "run", max_steps=1, **asked)))
+
+    best = f"{tmp_path}/run/steps/00000001"
+    said = f"--detector {trained} --finetuned {best}" if upsampler == "trained" else f"--detector {best}"
+    assert any(line.endswith(f"jobs/evaluate.py detection {said} --data ... --out ...") for line in lines)
