@@ -176,8 +176,7 @@ class _Cells(ScaledCells):
         if small and task == "instances":
             small |= FEW_OBJECTS
         if config.steps:
-            every = min(config.steps, 1_000)
-            small |= {"max_steps": config.steps, **({"checkpoint_every": every, "validate_every": config.steps} if small else {})}
+            small["max_steps"] = config.steps
         if config.limit:
             small |= {"limit": config.limit, "val_limit": config.limit}
         recipes: dict[str, JsonValue] = {**recipe.settings, **VARIANTS[method], **self.features(backbone)}

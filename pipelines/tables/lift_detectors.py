@@ -164,7 +164,7 @@ class DetectorCells:
     ) -> Made:
         """By a cell; `passes` of the backbone's cost for each image, three where it learns."""
         config = self.make.config
-        steps: dict[str, JsonValue] = {"max_steps": config.steps, "validate_every": config.steps} if config.steps else {}
+        steps: dict[str, JsonValue] = {"max_steps": config.steps} if config.steps else {}
         images = 184_375 * 64 if passes > 1 else 118_287
         cell = self.make.add(
             PaperCell(

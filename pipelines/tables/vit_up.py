@@ -157,8 +157,10 @@ class _Cells(ScaledCells):
         words = (dataset, backbone, method, trained.removeprefix(f"train-vit-up-{backbone}").strip("-"))
         name = "-".join(filter(None, words))
         small: dict[str, JsonValue] = {} if self.config.scale == "paper" else {
-            "max_steps": self.config.steps or 4, "checkpoint_every": 2, "validate_every": 2, "side": self.side
+            "max_steps": 4, "checkpoint_every": 2, "validate_every": 2, "side": self.side
         }  # fmt: skip
+        if self.config.steps:
+            small["max_steps"] = self.config.steps
         own: dict[str, JsonValue] = {**self.features(backbone), "data": self.folder(dataset)}
         readout = self.add(
             PaperCell(

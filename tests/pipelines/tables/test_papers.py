@@ -16,10 +16,14 @@ from jobs import tables as job
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
 from pipelines.published.lift import LIFT_CORRESPONDENCE, LIFT_DISCOVERY, LIFT_VIDEO
-from pipelines.tables import lift, paper_report, paper_run, vit_up
+from pipelines.tables import deap, lift, paper_report, paper_run, vit_up
 from pipelines.tables.figures import Results, figures_of
 from pipelines.tables.paper_run import Order
 from pipelines.tables.papers import PapersConfig
+from pipelines.training.lift import X2Config
+from pipelines.training.readout import ReadoutTraining
+from pipelines.training.vit_up import ViTUpTraining
+from pipelines.training.vitdet import ViTDetTraining
 from storage.paths import Folder
 from tests.pipelines.extraction.test_faults import ROOT, ended, kill
 
@@ -223,6 +227,20 @@ def test_a_detector_that_is_given_is_not_trained():
     assert plan.cells["train-vitdet-mask_rcnn-lift"].settings["weights"] == "b.pkl"
     assert plan.cells["detection-cascade-lift"].settings["finetuned"] == ("d",)
     assert not any(plan.lacks(cell) for cell in plan.cells.values())
+
+
+@pytest.mark.parametrize("scale", ["paper", "mini", "debug"])
+@pytest.mark.parametrize("steps", [None, 3, 1_500])
+def test_settings_of_every_training_go_together(scale, steps):
+    """Also with as many steps as a user says."""
+    kinds = {"lift": X2Config, "vit-up": ViTUpTraining, "readout": ReadoutTraining, "vitdet": ViTDetTraining}
+    config = PapersConfig(out="o", scale=scale, steps=steps)
+
+    for make in (lift.plan, vit_up.plan, deap.plan):
+        for cell in make(config).cells.values():
+            if cell.job in kinds:
+                training = kinds[cell.job].of(**cell.settings)
+                assert steps is None or training.max_steps in (steps, 1) or cell.name.endswith("-epochs"), cell.name
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
