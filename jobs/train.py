@@ -100,7 +100,7 @@ PRESETS: dict[str, TrainConfig] = {
         features=replace(LIFT_MAPS, model="vit_tiny_patch16_224.augreg_in21k_ft_in1k", size=128, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
-    # DINOv2's keys of block 9 on 2,500 photographs: 10 to 15 minutes of one core, because LiFT starts as the bilinear enlargement,
+    # DINOv2's keys of block 9 on 2,500 photographs in 10 to 15 minutes of a core: LiFT starts as the bilinear enlargement,
     # learns relations beside distances, and the backbone sees each photograph once. pipelines/TRAINING.md has the results, and
     # what each of these is worth.
     # `python jobs/train.py lift-dinov2-small-photos --weights DIR --data 'photos-train-{000000..000004}.tar' --out lift-dinov2`
