@@ -20,7 +20,7 @@ from pipelines.showing.status import read_runs, state_in_words
 from pipelines.showing.views import colours_for, store_title
 from storage.documents import JsonObject, JsonValue
 from storage.kept import Kept
-from storage.ledger import REASON_COLUMNS, group_failures
+from storage.ledger import REASON_COLUMNS, SCHEMA, group_failures
 from storage.paths import StorageOptions
 from storage.pixels import PixelMap
 from storage.root import read_attributes
@@ -138,7 +138,7 @@ class OpenStore:
                     for row, key in zip(self.store.index.rows(group.keys), group.keys, strict=True)
                 ],
             }
-            for group in group_failures(failed)
+            for group in group_failures([failed])
         ]
         return {"failed": len(failed), "rows": len(self.store), "groups": groups}
 
@@ -147,7 +147,7 @@ class OpenStore:
         store, wanted = self.store, ["row", *columns]
         counts = store.root.counts
         if counts is not None and not counts.get("failed"):
-            return store.ledger.failed([]).select(wanted)
+            return SCHEMA.empty_table().select(wanted)
         with self._counting:
             if store.status == "complete":
                 if self._all_failed is None:
@@ -160,7 +160,7 @@ class OpenStore:
             for block in self._failed_of.keys() - done:  # made pending again, to be tried once more
                 del self._failed_of[block]
             tables = [self._failed_of[block] for block in sorted(done)]
-        return (pa.concat_tables(tables) if tables else store.ledger.failed([])).select(wanted)
+        return (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).select(wanted)
 
     # --- cards --------------------------------------------------------------------------------------------------------
 
