@@ -82,6 +82,8 @@ class Loaded:
     bytes_read: int = 0
     begun: int = 0
     "rows that were done before the store grew, and aren't computed again"
+    maps: np.ndarray | None = None
+    "stored maps [rows, h, w, C], where levels are made of them; they don't travel"
     aside: bool = False
     "nothing was loaded: the task is to run again, alone"
 
@@ -91,7 +93,7 @@ class Loaded:
 
     def notes(self) -> str:
         """All but the pixels, as JSON."""
-        return json.dumps({**vars(self), "pixels": None, "records": [asdict(record) for record in self.records]})
+        return json.dumps({**vars(self), "pixels": None, "maps": None, "records": [asdict(record) for record in self.records]})
 
     @classmethod
     def set_aside(cls) -> "Loaded":

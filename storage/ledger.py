@@ -29,6 +29,15 @@ from storage.totals import Totals
 
 logger = logging.getLogger(__name__)
 
+COMMITS = "ledger/commits"
+"""Where the records of a store's tasks lie."""
+
+
+def commits_of(level: str) -> str:
+    """Where those of a level lie that was added later."""
+    return f"ledger/added/{level}"
+
+
 _AGAIN = "remove it, and the same extraction does its task again"
 """What to do about a damaged commit record."""
 
@@ -87,6 +96,8 @@ class Ledger:
 
     `unmarked`: records without a fingerprint count too, which format 2 wrote. `sample_arrays`: `merge` writes those, too.
     `sizes`: how many rows the store had when it grew; a block that wasn't full then may have a record of those rows yet.
+    `commits`: the folder of the records. `added`: ledgers of levels that were added later, whose records may lie apart: of blocks
+    that were done before.
     What is read is checked; what isn't as it must be raises `DamagedObject`, which names it.
     """
 
@@ -100,9 +111,12 @@ class Ledger:
         unmarked: bool = False,
         sample_arrays: bool = False,
         sizes: Iterable[int] = (),
+        commits: str = COMMITS,
+        added: Sequence["Ledger"] = (),
     ):
         self.folder, self.layout, self.levels = folder, layout, levels
         self.fingerprint, self.unmarked, self.sample_arrays = fingerprint, unmarked, sample_arrays
+        self.commits, self.added = commits, tuple(added)
         self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
         self._ends: dict[int, set[int]] = {}
         "where blocks ended before they grew, by block"
@@ -111,9 +125,8 @@ class Ledger:
             if n_rows % layout.block_rows and n_rows < layout.task(block).last:
                 self._ends.setdefault(block, set()).add(n_rows)
 
-    @staticmethod
-    def commit_name(block: int) -> str:
-        return f"ledger/commits/{block:08d}.parquet"
+    def commit_name(self, block: int) -> str:
+        return f"{self.commits}/{block:08d}.parquet"
 
     def commit(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bool:
         """Declare `task` done; False if there is a record of it, which another worker wrote.
@@ -164,23 +177,25 @@ class Ledger:
 
     def listed(self) -> set[int]:
         """Blocks whose commit record exists, also of some of their rows only: those that there were before the store grew."""
-        return {block for name in self.folder.names("ledger/commits") if (block := self._block_of(name)) is not None}
+        return {block for name in self.folder.names(self.commits) if (block := self._block_of(name)) is not None}
 
     def strangers(self) -> list[str]:
-        """Names in ledger/commits that are no record of this store: copies, notes of file managers. Nothing reads them."""
-        return sorted(name for name in self.folder.names("ledger/commits") if name and self._block_of(name) is None)
+        """Names beside the commit records that are none of this store: copies, notes of file managers. Nothing reads them."""
+        return sorted(name for name in self.folder.names(self.commits) if name and self._block_of(name) is None)
 
     def _block_of(self, name: str) -> int | None:
         match = re.fullmatch(r"(\d{8,18})\.parquet", name)
         block = int(match[1]) if match else -1
         # `000000001.parquet`, with a zero too many, must not be a second name of block 1.
-        if not 0 <= block < self.layout.n_blocks or self.commit_name(block) != f"ledger/commits/{name}":
+        if not 0 <= block < self.layout.n_blocks or self.commit_name(block) != f"{self.commits}/{name}":
             return None
         return block
 
     def revoke(self, blocks: Iterable[int]) -> None:
         """Remove the records of tasks, which makes them pending again."""
-        self.folder.remove(self.commit_name(block) for block in blocks)
+        # Those apart come last: alone, they say nothing.
+        for ledger in (self, *self.added):
+            ledger.folder.remove(ledger.commit_name(block) for block in blocks)
 
     def records(self, blocks: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
         """Commit records of `blocks`, read concurrently: (block, table)."""
@@ -219,8 +234,32 @@ class Ledger:
             raise ValueError("it has rows without a key, or of a status other than ok and failed")
         objects = decode(dict[str, int], parse_json(metadata[b"objects"]), "objects")
         layout = replace(self.layout, n_rows=min(self.layout.n_rows, task.last))
-        if set(objects) != {name for level in self.levels for name in layout.shard_names(level, block)}:
+        wanted = {level.name: set(layout.shard_names(level, block)) for level in self.levels}
+        apart = {level.name for ledger in self.added for level in ledger.levels if wanted[level.name].isdisjoint(objects)}
+        if set(objects) != {name for level, names in wanted.items() if level not in apart for name in names}:
             raise ValueError("the objects it lists aren't its task's")
+
+    def apart(self, block: int, record: pa.Table) -> list[pa.Table]:
+        """The records of levels that were added after a block's `record`. Raises `DamagedObject`."""
+        objects = committed_objects(record).keys()
+        return [each.record(block) for each in self.added if objects.isdisjoint(self.layout.shard_names(each.levels[0], block))]
+
+    def objects(self, block: int, record: pa.Table) -> dict[str, int]:
+        """Names and sizes in bytes of all objects of a block with that `record`. Raises `DamagedObject`."""
+        return {name: size for each in (record, *self.apart(block, record)) for name, size in committed_objects(each).items()}
+
+    def torn(self, blocks: Collection[int]) -> dict[int, str]:
+        """Blocks that aren't done for all that their records say, and why: a record that is damaged or another store's, a shard
+        that is missing or has another size than was committed."""
+        sizes = _ShardSizes(self.folder, self.layout, self.levels, blocks)
+
+        def ask(block: int) -> str:
+            try:
+                return sizes.why_torn(block, self.objects(block, self.record(block)))
+            except DamagedObject as error:
+                return str(error)
+
+        return {block: why for block, why in self._each(sorted(blocks), ask) if why}
 
     def merge(self, index: SampleIndex, put: Callable[[str, bytes], None], earlier: Collection[int] = ()) -> Totals:
         """Join all commit records into `ledger/samples/part-*.parquet`, a part at a time; returns what they come to.
@@ -236,10 +275,9 @@ class Ledger:
         def ask(block: int) -> pa.Table | str:
             try:
                 record = self.record(block)
+                return sizes.why_torn(block, self.objects(block, record)) or self._clipped_in_all(block, record)
             except DamagedObject as error:
                 return str(error)
-            # Without its metadata, of which the joined table would keep one task's.
-            return sizes.why_torn(block, committed_objects(record)) or record.replace_schema_metadata(None)
 
         blocks_per_part = PART_ROWS // layout.block_rows
         for part, first in enumerate(range(0, layout.n_blocks, blocks_per_part)):
@@ -272,6 +310,15 @@ class Ledger:
         for name, chunk in sample_chunks(expected.start, table) if self.sample_arrays else ():
             put(name, chunk)
         return Totals.of(table)
+
+    def _clipped_in_all(self, block: int, record: pa.Table) -> pa.Table:
+        """A block's rows, with the values that were clamped in levels that were added since; without the record's metadata, of
+        which joined tables would keep one task's."""
+        table = record.replace_schema_metadata(None)
+        for later in self.apart(block, record) if self.added else ():
+            total = pc.add(table["clipped"], later["clipped"])
+            table = table.set_column(table.column_names.index("clipped"), SCHEMA.field("clipped"), total)
+        return table
 
     def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:
         other = pc.index(pc.not_equal(table["key"], keys), True).as_py()

@@ -38,6 +38,21 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AddedLevel:
+    """What a store says of a level that was added when it was complete."""
+
+    level: str
+    asked: str
+    "as it was asked for, without credentials"
+    made_of: str
+    "in words"
+    fingerprint: str
+    "of the store when it had it, which the level's own commit records have"
+    failed: int = 0
+    "rows that have the other levels, and not this one"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RootDocument:
     """What every store's `raylift` attributes hold, as they must be. Stores may hold more, which is kept and not looked at."""
 
@@ -63,6 +78,8 @@ class RootDocument:
     versions: Mapping[str, str] | None = None
     config: JsonObject | None = None
     notes: tuple[str, ...] | None = None
+    added: tuple[AddedLevel, ...] = ()
+    "levels that came later, in the order of `spec.levels`, whose last ones they are"
 
     @property
     def index_location(self) -> IndexLocation:
@@ -120,6 +137,11 @@ def _check(found: RootDocument) -> None:
     sizes = [1, *(each.n_rows for each in found.generations), found.layout.n_rows]
     if sizes != sorted(sizes):
         raise ValueError(f"a store of {found.layout.n_rows} rows can't have had {', '.join(map(str, sizes[1:-1]))}")
+    names, added = [level.name for level in found.spec.levels], [each.level for each in found.added]
+    if added != names[max(1, len(names) - len(added)) :]:
+        raise ValueError(f"{' '.join(added)} can't be those of the levels {' '.join(names)} that were added")
+    if lacking := [level.made_from for level in found.spec.levels if level.made_from not in ("", *names)]:
+        raise ValueError(f"a level is made from {lacking[0]}, which isn't among {' '.join(names)}")
     counts = found.counts or {}
     if set(counts) - {"ok", "failed"} or any(count < 0 for count in counts.values()):
         raise ValueError(f"counts can't be {dict(counts)}")

@@ -93,6 +93,8 @@ class Level:
     compression: Compression = "zstd"
     scale: str = ""
     "as it was asked for, where the name is another one"
+    made_from: str = ""
+    "the stored level of whose rounded numbers it was made; empty: of the backbone's map as it was computed"
 
     def __post_init__(self) -> None:
         require_level_name(self.name, self.scale)
@@ -119,8 +121,9 @@ class Level:
         said = json.loads(json.dumps(asdict(self)))
         if self.compression == "zstd":
             del said["compression"]
-        if not self.scale:
-            del said["scale"]
+        for name in ("scale", "made_from"):
+            if not said[name]:
+                del said[name]
         return said
 
     @property

@@ -19,13 +19,23 @@ from numpy.typing import ArrayLike
 from storage.differences import differences
 from storage.documents import DamagedObject, Document, JsonObject, JsonValue, MissingObject, decode_known
 from storage.html import store_html
-from storage.ledger import SCHEMA, Ledger
+from storage.ledger import SCHEMA, Ledger, commits_of
 from storage.metadata import zarr_documents
 from storage.paths import Folder, StorageError, StorageOptions, UnknownName
 from storage.pixels import PixelMap, bilinear, cell_centres, to_cells
 from storage.reader import LevelReader
 from storage.regions import Regions, is_points, pooled, region_areas
-from storage.root import FORMAT, MARKED, ROOT, Generation, RootDocument, StoreReplaced, read_attributes, require_same_store
+from storage.root import (
+    FORMAT,
+    MARKED,
+    ROOT,
+    AddedLevel,
+    Generation,
+    RootDocument,
+    StoreReplaced,
+    read_attributes,
+    require_same_store,
+)
 from storage.sample_arrays import SAMPLE_DOCUMENTS
 from storage.samples import INDEX, SampleIndex, remove_indexes
 from storage.sources import sources_digest
@@ -80,6 +90,19 @@ class FeatureStore:
         self.root = decode_known(RootDocument, self.attributes)
         "`attributes`, typed"
         self.spec = self.root.spec
+        # Of a complete store, every record is of all rows.
+        sizes = [each.n_rows for each in self.root.generations] if self.root.status == "writing" else []
+        added = [
+            Ledger(
+                self.folder,
+                self.root.layout,
+                [self.level(each.level)],
+                each.fingerprint,
+                commits=commits_of(each.level),
+                sizes=sizes,
+            )
+            for each in self.root.added
+        ]
         self.ledger = Ledger(
             self.folder,
             self.root.layout,
@@ -88,8 +111,8 @@ class FeatureStore:
             # Records of a store that format 2 began have no fingerprint, also after it was upgraded.
             unmarked=self.root.format < MARKED or self.root.upgraded_from is not None,
             sample_arrays=self.root.has_sample_arrays,
-            # Of a complete store, every record is of all rows.
-            sizes=[each.n_rows for each in self.root.generations] if self.root.status == "writing" else (),
+            sizes=sizes,
+            added=added,
         )
         self.__dict__.pop("index", None)  # the cached property holds the index before
         self._readers: dict[tuple[str, int], LevelReader] = {}
@@ -286,7 +309,7 @@ class FeatureStore:
         """
         values, there = self.read_present(self.rows(rows), level)
         if missing == "raise" and not there.all():
-            raise MissingRows(self._why_missing(self.rows(rows)[~there]))
+            raise MissingRows(self._why_missing(self.rows(rows)[~there], level))
         return values[0] if isinstance(rows, str | int | np.integer) else values
 
     def read_present(self, rows: np.ndarray, level: str) -> tuple[np.ndarray, np.ndarray]:
@@ -461,7 +484,7 @@ class FeatureStore:
                 "rows. Open it again"
             )
 
-    def _why_missing(self, rows: np.ndarray) -> str:
+    def _why_missing(self, rows: np.ndarray, level: str = "") -> str:
         columns = ["row", "key", "status", "stage", "error", "message"]
         first = self.records(rows[:1], columns).to_pylist()[0]
         many = f"{len(rows)} of the rows have no features; the first is row" if len(rows) > 1 else "no features: row"
@@ -469,6 +492,8 @@ class FeatureStore:
             reason = "which is not written yet"
         elif first["status"] == "failed":
             reason = f"{first['key']!r}, which failed: {first['stage']}: {first['error']}: {first['message']}"
+        elif any(each.level == level and each.failed for each in self.root.added):
+            reason = f"{first['key']!r}, which lacks {level} alone: its upsampler gave NaN or infinity when it was added"
         else:
             reason = f"{first['key']!r}, though the ledger says ok: shards are missing"
             reason += "; delete the task's record in ledger/commits and continue the extraction"
@@ -512,6 +537,25 @@ class FeatureStore:
             own["generations"] = [asdict(each) for each in (*self.root.generations, before)]
         self._write_root({**kept, **own}, complete=False)
         self._restore_documents()
+
+    def take_level(self, level: Level, added: AddedLevel) -> None:
+        """Make a level, all of whose shards are there, part of this complete store: its documents first, then the root, which
+        readers go by. Driver only. Raises `StoreReplaced`."""
+        spec = replace(self.spec, levels=(*self.spec.levels, level))
+        before = Generation(n_rows=self.layout.n_rows, fingerprint=self.root.fingerprint)
+        own: JsonObject = {
+            "spec": spec.to_json(),
+            "fingerprint": added.fingerprint,
+            "origin": self.origin,
+            "generations": [asdict(each) for each in (*self.root.generations, before)],
+            "added": [asdict(each) for each in (*self.root.added, added)],
+        }
+        whole = FeatureStore(self.folder, {**self._kept(), **own})
+        for name, data in whole._documents(complete=True).items():
+            if name.startswith(f"{level.name}/"):
+                self.put(name, data)
+        totals = asdict(whole.ledger.merge(self.index, self.put))
+        self._write_root({**whole.attributes, **totals}, complete=True)
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object of this store: one request where there is none of that name. Raises `StoreReplaced`.

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "stores": "tests/test_continued_stores.py",
     "features": "tests/test_continued_stores.py",
     "cell": "each of the settings that it holds",
+    "add_level": "tests/pipelines/extraction/test_add_level.py",
     "plan": "nothing is run: tests/pipelines/test_plans.py",
     "data": "tests/test_continued_inputs.py, and below: where they lie doesn't count",
     "val_data": "likewise",

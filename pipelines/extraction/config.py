@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipelines.config import (
     ClusterConfig,
@@ -17,6 +17,7 @@ from pipelines.config import (
     parse_options,
     require_at_least,
     settings_of,
+    used_with,
 )
 from pipelines.features.config import FeatureConfig
 from storage.documents import Document, JsonValue, as_object, decode
@@ -25,6 +26,9 @@ from storage.redaction import redact
 from storage.samples import MAX_IMAGE_BYTES
 
 logger = logging.getLogger(__name__)
+
+
+_NOT_ADDING = used_with("--add-level leaves the levels that are there as they are", add_level=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,15 @@ class ExtractConfig(JobConfig):
     """Images in larger files fail before they are read."""
     max_failed_fraction: Free[float] = 0.01
     """The failure budget: with a larger part of the images failed, the run ends with an error."""
-    retry_failed: Free[bool] = False
+    add_level: Free[tuple[str, ...]] = ()
+    """Add levels, as --levels has them, to the finished store --out, and do nothing else: its settings are the store's, its
+    photographs are read where they were. Readers see a level once it is whole."""
+    added_from: Annotated[Free[Literal["stored", "backbone"]], used_with(add_level=True)] = "stored"
+    """--add-level: of the stored map of the backbone (float32 or float16, as it was rounded) where the method needs no more, with
+    the photographs if it needs those; other methods, or all: of the backbone, which runs again."""
+    retry_failed: Annotated[Free[bool], _NOT_ADDING] = False
     """Run tasks with failed rows again, also where their images were repaired since."""
-    replace_changed: Free[bool] = False
+    replace_changed: Annotated[Free[bool], _NOT_ADDING] = False
     """Run tasks again whose images aren't those that were extracted any more; without it, changed input is refused."""
 
     cluster: Held[ClusterConfig] = ClusterConfig()
@@ -118,7 +128,7 @@ def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractC
     with document.parsing():
         settings = {name: decode(known[name].kind, value, f"config.{name}") for name, value in saved.items()}
     # Those runs had them without any use, which is refused now.
-    settings["json"] = False
+    settings |= {"json": False, "add_level": (), "added_from": "stored"}
     if settings.get("geometry", "crop") != "crop":
         settings["crop_pct"] = 1.0
     if "***" in str(settings.get("storage_options")):

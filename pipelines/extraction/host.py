@@ -108,6 +108,11 @@ class ModelDevice:
             images = np.concatenate([images, np.zeros((batch - count, *images.shape[1:]), images.dtype)])
         return self._down.begin(self.model(self._there(images)).first(count), self.model.spec.levels)
 
+    def begin_stored(self, maps: np.ndarray, images: np.ndarray | None) -> HostRows:
+        """As `begin`, of stored maps [B, h, w, C] instead of the backbone's, which doesn't run; with images, where levels need
+        them."""
+        return self._down.begin(self.model.from_stored(maps, images), self.model.spec.levels)
+
     def fit_batch(self, batch: int) -> int:
         return self.model.fit_batch(batch)
 

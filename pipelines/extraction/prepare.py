@@ -14,6 +14,7 @@ from cluster.resources import WITHOUT_BF16, WorkerPool
 from operators.backbone import NO_BF16, lacks_bf16
 from pipelines.config import ConfigError
 from pipelines.executors import Executor
+from pipelines.extraction.added_levels import with_added_levels
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import InputUpdate, continue_store, input_of
 from pipelines.extraction.start import find_input
@@ -148,7 +149,7 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
     request = config.cluster.request(spare_cpu=config.decode_on == "cluster")
     folder, given = Folder(config.out, config.options), input_of(config, resolved.files, executor)
     attributes = read_attributes(folder)
-    update = None
+    update, bundle = None, resolved.bundle
     if attributes is None:
         pool = executor.pool(request)
         index = given.index(folder, None)
@@ -158,15 +159,17 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
     else:
         store = FeatureStore(folder, attributes)
         pool = NO_WORKERS if store.status == "complete" else executor.pool(request)
-        update = continue_store(store, spec, given, config)
+        bundle = with_added_levels(bundle, store, config.options, load=False)
+        update = continue_store(store, bundle.spec, given, config)
         index, urls = update.index, update.state.urls
         layout = replace(update.before, n_rows=index.n_rows, index=index.digest)
         if not pool.size and (config.retry_failed or len(update.done) < layout.n_blocks):
             pool = executor.pool(request)
-    _require_precision(spec.precision, pool)
+        bundle = with_added_levels(bundle, store, config.options, load=bool(pool.size) or config.plan)
+    require_precision(spec.precision, pool)
     return Prepared(
         config=config,
-        bundle=resolved.bundle,
+        bundle=bundle,
         patch=resolved.patch,
         files=resolved.files,
         pool=pool,
@@ -178,7 +181,7 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
     )
 
 
-def _require_precision(precision: str, pool: WorkerPool) -> None:
+def require_precision(precision: str, pool: WorkerPool) -> None:
     """Raises `ConfigError` for bf16 on GPUs that haven't any, of this machine or as the cluster's nodes name them."""
     if precision != "bf16" or pool.device != "cuda":
         return

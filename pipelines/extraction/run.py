@@ -128,10 +128,9 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     config, store = prepared.config, prepared.create_store()
     lanes = lanes_for(prepared.pool.device, store.spec.row_bytes * store.layout.block_rows)
     pool = replace(prepared.pool, calls=lanes.calls)
-    # In the order of their names, runs are in that of their times: the last one's settings and rates are looked for.
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:6]}"
+    run_id = new_run_id()
     batch = default_batch(config, store.layout, pool.device)
-    _write_run_json(store, run_id, config, pool, batch)
+    write_run_json(store, run_id, config, pool, batch)
     done = _done(store)
     if config.retry_failed:
         done -= _revoke_failed(store, prepared.input_digest)
@@ -155,7 +154,7 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
         suspects=suspects(store.folder, pending.blocks),
     )
     rows_done = sum(store.layout.task(block).n_rows for block in done) + store.ledger.begun_rows()
-    run = _Run(store, setup, executor, pool, rows_done=rows_done)
+    run = Run(store, setup, executor, pool, rows_done=rows_done)
     try:
         run.do(pending)
         try:
@@ -173,7 +172,13 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
         raise
 
 
-def _write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
+def new_run_id() -> str:
+    """In the order of their names, runs are in that of their times: the last one's settings and rates are looked for."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:6]}"
+
+
+def write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
+    """Write what the run is, before its first task."""
     document = {
         "run_id": run_id,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -206,7 +211,9 @@ def _revoke_failed(store: FeatureStore, input_digest: str) -> set[int]:
     return blocks
 
 
-class _Run:
+class Run:
+    """A run over pending tasks of a store, to its finish."""
+
     def __init__(self, store: FeatureStore, setup: WorkerSetup, executor: Executor, pool: WorkerPool, rows_done: int):
         self.config, self.store, self.setup, self.executor, self.pool = setup.config, store, setup, executor, pool
         self.progress = Progress(total=store.layout.n_rows, done=rows_done)

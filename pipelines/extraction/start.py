@@ -11,12 +11,16 @@ from storage.inputs import Listing
 from storage.paths import Folder
 from storage.redaction import redact
 from storage.root import read_attributes
+from storage.store import FeatureStore
 
 
 def main(config: ExtractConfig) -> Iterator[str]:
     """Run the extraction, or only plan it, and give what there is to say of it, line by line. Raises what `extract` raises."""
     if config.json and not config.plan:
         raise ConfigError("--json is how --plan is printed; give --plan, too, or leave --json out")
+    if config.add_level:
+        yield from _add_levels(config)
+        return
     files, complete = _looked_at(config)  # before a cluster is started: many mistakes end here
     # Of a finished store perhaps nothing is left to do, and no cluster is needed for that.
     meanwhile = None if complete else import_driver
@@ -24,6 +28,19 @@ def main(config: ExtractConfig) -> Iterator[str]:
         from pipelines.extraction.run import lines
 
         yield from lines(config, files, executor)
+
+
+def _add_levels(config: ExtractConfig) -> Iterator[str]:
+    """`main` for levels that are to be added to a store that is there."""
+    config.require_used()
+    if not config.out:
+        raise ConfigError("no store: give --out the store that the levels are to be added to")
+    if FeatureStore.open(config.out, config.options).status != "complete":
+        raise ConfigError(f"--add-level: {redact(config.out, config.options)} isn't finished; the command that began it goes on")
+    with executor_for(config, plan=config.plan, meanwhile=import_driver) as executor:
+        from pipelines.extraction.adding import lines
+
+        yield from lines(config, executor)
 
 
 def import_driver() -> None:

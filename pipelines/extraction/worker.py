@@ -75,13 +75,20 @@ class WorkerSetup:
     "one task at a time; what can be found out about a task is found out"
 
     def __call__(self, *, model: bool = True) -> "ShardWorker":
-        if not model:
-            return ShardWorker(self, None)
+        return ShardWorker(self, self.model_device() if model else None)
+
+    def model_device(self) -> ModelDevice:
+        """What computes."""
         torch.set_num_threads(self.threads)
         built = self.bundle.build(self.device, self.share)
         if self.config.compile != "off":
             built.compile(self.config.compile)
-        return ShardWorker(self, ModelDevice(built))
+        return ModelDevice(built)
+
+    def open_store(self) -> FeatureStore:
+        """The store, as its tasks see it. Raises `StoreReplaced`."""
+        folder = Folder(self.config.out, self.config.options)
+        return FeatureStore(folder, require_same_store(folder, self.fingerprint, self.input_digest))
 
 
 class ShardWorker:
@@ -90,8 +97,7 @@ class ShardWorker:
     def __init__(self, setup: WorkerSetup, device: Device | None):
         """`device` computes; None where the worker only loads."""
         self.setup, self.config = setup, setup.config
-        folder = Folder(self.config.out, self.config.options)
-        self.store = FeatureStore(folder, require_same_store(folder, setup.fingerprint, setup.input_digest))
+        self.store = setup.open_store()
         self.index = self.store.index
         self.geometry = geometry_of(self.store.spec)
         self._device = device
@@ -240,13 +246,17 @@ class ShardWorker:
                 try:
                     # Failed images are in the batch, as zeros: the others' numbers don't depend on who failed. So are rows
                     # that were done before.
-                    rows = self._device.begin(loaded.pixels[start:stop], pace.batch)
+                    rows = self._begin(self._device, loaded, slice(start, stop), pace.batch)
                 except torch.OutOfMemoryError as error:
                     self._take_less(task, pace, error)
                     continue
                 yield start, rows
             start = stop
-        loaded.pixels = np.empty(0, np.uint8)
+        loaded.pixels, loaded.maps = np.empty(0, np.uint8), None
+
+    def _begin(self, device: Device, loaded: Loaded, some: slice, batch: int) -> HostRows:
+        """Give some of a task's rows to the device."""
+        return device.begin(loaded.pixels[some], batch)
 
     def _take_less(self, task: ShardTask, pace: "_Pace", error: torch.OutOfMemoryError) -> None:
         """Halve the batch, and have upsamplers take as little at once as they can. Raises `OutOfMemoryError` after that."""

@@ -135,12 +135,51 @@ class FeatureModel:
         maps = features.stacked(self.spec.layers)
         bad = _not_finite(maps)
         forwarded = _now(self.device)
-        levels = {}
+        levels: dict[str, Tensor] = {}
         for level in self.spec.levels:
-            rows = self._rows(level, images, features, maps)
-            if level.digest:  # a network can make what isn't finite of what is
-                bad = bad | _not_finite(rows)
-            levels[level.name] = rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous()
+            given, own = features, maps
+            if level.made_from:
+                given = self._as_stored(levels[level.made_from])
+                own = given.stacked(self.spec.layers)
+            levels[level.name], bad = self._level(level, images, given, own, bad)
+        return self._finished(levels, bad, begun, forwarded)
+
+    @torch.no_grad()
+    def from_stored(self, maps_BhwC: np.ndarray, images_BHWC: np.ndarray | None) -> Maps:
+        """The same of the backbone's maps as they are stored, float16 or float32 (NaN where there are none), for levels that need
+        no more of the backbone, and where they need no image without images. The backbone doesn't run."""
+        if len(maps_BhwC) > self._fitted:
+            self.fit_upsamplers(len(maps_BhwC))
+        begun = _now(self.device)
+        features = self._as_stored(to_device(np.nan_to_num(maps_BhwC, posinf=np.inf, neginf=-np.inf), self.device))
+        maps = features.stacked(self.spec.layers)
+        images = maps.new_empty((len(maps), 3, 0, 0))
+        if images_BHWC is not None:
+            images = normalise(to_device(images_BHWC, self.device), self.spec.mean, self.spec.std)
+        bad, forwarded, levels = _not_finite(maps), _now(self.device), {}
+        for level in self.spec.levels:
+            levels[level.name], bad = self._level(level, images, features, maps, bad)
+        return self._finished(levels, bad, begun, forwarded)
+
+    def _as_stored(self, rows_BhwC: Tensor) -> PatchFeatures:
+        """A map as who reads it from a store has it: its rows' values, beyond float16's range its largest one."""
+        values = rows_BhwC.float()
+        if rows_BhwC.dtype == torch.float16:
+            values = values.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        parts = values.permute(0, 3, 1, 2).chunk(len(self.spec.layers), dim=1)
+        layers = dict(zip(self.spec.layers, parts, strict=True))
+        return PatchFeatures(layers=layers, prefix={}, stride=self.backbone.stride)
+
+    def _level(
+        self, level: Level, images: Tensor, features: PatchFeatures, maps_BChw: Tensor, bad_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A level's rows in the type that they are given in, and which images are bad by now."""
+        rows = self._rows(level, images, features, maps_BChw)
+        if level.digest:  # a network can make what isn't finite of what is
+            bad_B = bad_B | _not_finite(rows)
+        return rows.to(torch.float16 if level.dtype == "float16" else torch.float32).contiguous(), bad_B
+
+    def _finished(self, levels: dict[str, Tensor], bad: Tensor, begun: Moment, forwarded: Moment) -> Maps:
         for upsampler in self.upsamplers.values():
             upsampler.forget()
         timings = Timings(begun=begun, forwarded=forwarded, ended=_now(self.device))

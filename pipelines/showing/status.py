@@ -12,9 +12,11 @@ from datetime import datetime
 import numpy as np
 
 from cluster.progress import duration, size_text, stage_shares
+from storage.added import LevelAddition, additions
 from storage.documents import Document, JsonObject, MissingObject, decode_known
-from storage.ledger import REASON_COLUMNS, FailureGroup, committed_objects, group_failures
+from storage.ledger import REASON_COLUMNS, FailureGroup, group_failures
 from storage.left_out import LeftOut, left_out_lines
+from storage.root import AddedLevel
 from storage.spec import Level
 from storage.spread import spread
 from storage.store import FeatureStore
@@ -95,6 +97,8 @@ class StoreStatus:
     levels: Sequence[Level]
     notes: Sequence[str] = ()
     "what was said when it was begun: no mistake, but worth knowing"
+    added: Sequence[str] = ()
+    "levels that came later, of what they were made; and those that are being added, and how far"
 
     @property
     def ok(self) -> int:
@@ -115,9 +119,9 @@ def read_status(store: FeatureStore) -> StoreStatus:
     layout = store.layout
     picked = [listed[i] for i in spread(len(listed), MAX_RECORDS)]
     stored, objects, found = dict.fromkeys(store.levels, 0), 0, Totals()
-    for _, table in store.ledger.records(picked):
+    for block, table in store.ledger.records(picked):
         found += Totals.of(table)
-        written = committed_objects(table)
+        written = store.ledger.objects(block, table)
         objects += len(written)
         for name, size in written.items():
             stored[name.split("/", 1)[0]] += size
@@ -144,12 +148,23 @@ def read_status(store: FeatureStore) -> StoreStatus:
         left_out=_left_out(store),
         runs=read_runs(store),
         notes=store.root.notes or (),
+        added=[*map(_added, store.root.added), *map(_being_added, additions(store))],
     )
 
 
 def read_runs(store: FeatureStore) -> list[RunStatus]:
     """The runs that have written to it, in the order in which they began."""
     return [run for run_id in store.folder.folders("runs") if (run := _read_run(store, run_id))]
+
+
+def _added(level: AddedLevel) -> str:
+    lacking = f"; {level.failed:,} rows that have the others lack it" if level.failed else ""
+    return f"level {level.level} was added, made of {level.made_of}{lacking}"
+
+
+def _being_added(level: LevelAddition) -> str:
+    done, of = len(level.ledger.done()), level.layout.n_blocks
+    return f"level {level.new.name} is being added: {done:,} of {of:,} tasks done; readers see it once it is whole"
 
 
 def _left_out(store: FeatureStore) -> Mapping[str, LeftOut]:
@@ -219,6 +234,8 @@ def status_lines(status: StoreStatus) -> Iterator[str]:
         yield f"clamped  {line}"
     yield f"tasks    {status.tasks_done:,} of {status.tasks:,} done"
     yield f"stored   {about}{size_text(sum(status.stored_bytes.values()))} in {about}{status.objects:,} objects"
+    for line in status.added:
+        yield f"added    {line}"
     for note in status.notes:
         yield f"note     {note}"
     if status.runs:

@@ -139,6 +139,11 @@ def retry(parent: Forks, images: str, tmp_path: Path) -> Sweep:
     return again(parent, images, tmp_path, "--retry-failed")
 
 
+def further_level(parent: Forks, images: str, tmp_path: Path) -> Sweep:
+    """A level of the stored maps is added."""
+    return again(parent, images, tmp_path, "--add-level", "x2")
+
+
 def repair(parent: Forks, images: str, tmp_path: Path) -> Sweep:
     """The tar was cut behind its third sample, and is whole now: a row is repaired, and there is one more."""
     whole = Path(images).read_bytes()
@@ -189,7 +194,8 @@ def training(parent: Forks, images: str, tmp_path: Path) -> Sweep:
 
 
 @pytest.mark.parametrize(
-    ("kind", "points"), [(extraction, 7), (retry, 4), (repair, 5), (replacement, 4), (growth, 5), (addition, 6), (training, 5)]
+    ("kind", "points"),
+    [(extraction, 7), (retry, 4), (repair, 5), (replacement, 4), (growth, 5), (addition, 6), (further_level, 5), (training, 5)],
 )
 def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind, points):
     assert kind(parent, images, tmp_path).run(points) == points
@@ -197,7 +203,7 @@ def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(pare
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", [extraction, retry, repair, replacement, growth, addition, training])
+@pytest.mark.parametrize("kind", [extraction, retry, repair, replacement, growth, addition, further_level, training])
 def test_killed_before_every_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind):
     assert kind(parent, images, tmp_path).run() >= 30
 

@@ -1,0 +1,227 @@
+"""Levels that are added to a finished store (`--add-level`).
+
+A level is made of the backbone's map as it is stored where its method needs no more of the backbone; else the backbone runs
+again.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from cluster.progress import size_text
+from operators.upsamplers import find_method
+from pipelines.config import ConfigError, settings_of
+from pipelines.executors import Executor
+from pipelines.extraction.attempts import suspects
+from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.level_worker import LevelSetup, Way
+from pipelines.extraction.prepare import default_batch, require_precision
+from pipelines.extraction.run import Run, RunFailed, Summary, new_run_id, write_run_json
+from pipelines.extraction.schedule import lanes_for
+from pipelines.features.agreement import AskedFeatures
+from pipelines.features.bundle import ModelBundle, load_bundle
+from pipelines.features.config import FeatureConfig
+from pipelines.features.levels import level_name, parse_levels
+from storage.added import LevelAddition
+from storage.documents import JsonObject, decode
+from storage.ledger import TornTasks
+from storage.redaction import redact
+from storage.root import StoreReplaced
+from storage.sources import sources_digest
+from storage.spec import FeatureSpec, Level
+from storage.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+_COMPARED = tuple(name for name in FeatureSpec.__dataclass_fields__ if name not in ("levels", "weights_source", "compiled"))
+"""What of a spec a level has in common with those that are there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """A level that is to be added, before anything is written."""
+
+    config: ExtractConfig
+    asked: str
+    "with its encoding, without credentials"
+    bundle: ModelBundle
+    "of that level alone"
+    way: Way
+    store: LevelAddition
+
+    @property
+    def level(self) -> Level:
+        return self.store.new
+
+
+def lines(config: ExtractConfig, executor: Executor) -> Iterator[str]:
+    """Add levels one after another, or only plan it, and what there is to say of it. Raises `ConfigError` where the store has
+    another level of a name, or other features, what `load_bundle` raises, `BegunOtherwise`, and `RunFailed`."""
+    parse_levels(config.add_level, config.features.encoding)
+    plans = []
+    for text in config.add_level:
+        store = FeatureStore.open(config.out, config.options)
+        if level_name(text) in store.levels:
+            _require_same(config, text, store)
+            if not config.plan:
+                store.finalize()  # what a run left that was killed at its end
+            logger.info("%s has level %s already", store.folder.displayed, level_name(text))
+            if not config.json:
+                yield f"{store.folder.displayed}: level {level_name(text)} is there already"
+            continue
+        addition = prepare_addition(config, text, store)
+        if config.plan:
+            plans.append(_planned(addition))
+            if not config.json:
+                yield from _plan_lines(addition)
+            continue
+        summary = run_addition(addition, executor)
+        yield f"{summary.out}: level {addition.level.name} is added, made of {addition.way}"
+        yield from summary.lines()
+    if config.plan:
+        yield json.dumps(plans, indent=1) if config.json else "nothing was run; drop --plan to start"
+
+
+def _require_same(config: ExtractConfig, text: str, store: FeatureStore) -> None:
+    """Raise `ConfigError` where the store's level of that name is another one."""
+    asked = AskedFeatures(settings={"levels": (text,)}, options=config.options)
+    if found := asked.differences(store.spec):
+        raise ConfigError(
+            f"--add-level {redact(text, config.options)}: {store.folder.displayed} has another level of that name:\n"
+            f"{found.text('store', 'asked')}\nGive this one a name of its own, as in other:x2"
+        )
+
+
+def prepare_addition(config: ExtractConfig, text: str, store: FeatureStore) -> Addition:
+    """Load what makes the level, and hold it against the store. Nothing is written."""
+    if store.status != "complete":
+        raise ConfigError(f"--add-level: {store.folder.displayed} isn't finished; the command that began it goes on")
+    features = replace(_features(config, store), levels=(text,))
+    bundle, model = load_bundle(features, config.options)
+    if found := store.spec.differences(bundle.spec, _COMPARED):
+        raise ConfigError(
+            f"--add-level: {store.folder.displayed} holds other features than these settings make:\n"
+            f"{found.text('store', 'run')}\nLeave them out to have the store's"
+        )
+    (level,) = bundle.spec.levels
+    further = {layer for each in model.upsamplers.values() for layer in each.layers} - set(bundle.spec.layers)
+    way = _AGAIN if further else way_of(level, store.spec, config.added_from)
+    if way.base is None and store.spec.compiled != (config.compile != "off"):
+        with_it = "with --compile; give it, too" if store.spec.compiled else "without --compile; leave it out"
+        raise ConfigError(f"--add-level: the backbone runs again, and {store.folder.displayed} was made {with_it}")
+    level = replace(level, made_from=way.made_from)
+    bundle = replace(bundle, spec=replace(bundle.spec, levels=(level,), compiled=store.spec.compiled))
+    asked = text if text.endswith(f"@{level.encoding}") else f"{text}@{level.encoding}"
+    addition = LevelAddition(store.folder, store.attributes, level)
+    return Addition(config=config, asked=redact(asked, config.options), bundle=bundle, way=way, store=addition)
+
+
+def _features(config: ExtractConfig, store: FeatureStore) -> FeatureConfig:
+    """The settings that made the store, but for those that are given."""
+    known, saved = settings_of(ExtractConfig), store.root.config or {}
+    names = [name for name in saved if name in known and known[name].path[0] == "features" and not config.is_given(name)]
+    values = {name: decode(known[name].kind, saved[name], f"config.{name}") for name in names}
+    if values.get("geometry", config.features.geometry) != "crop":
+        values["crop_pct"] = 1.0
+    return config.changed(**values).features
+
+
+_AGAIN = Way(base=None, photographs=True, exact=True)
+"""The backbone runs again."""
+
+
+def way_of(level: Level, stored: FeatureSpec, wanted: str) -> Way:
+    """How a level is made beside those that are `stored`: of the most precise of the backbone's maps, if one is as precise as
+    float16, and unless the backbone is `wanted` or needed.
+
+    That is exact of float32 maps, by interpolation, or where the backbone computes in float32: in half precision networks and
+    means may be given half-precision maps by one run.
+    """
+    if level.method in ("backbone", "cls"):
+        needs: frozenset[str] = frozenset({"backbone"})
+    else:
+        needs = frozenset({"maps"}) if level.grid is None else find_method(level.method).needs
+    maps = [each for each in stored.levels if each.method == "backbone" and each.dtype != "int8"]
+    if wanted == "backbone" or "backbone" in needs or not maps:
+        return _AGAIN
+    base = min(maps, key=lambda each: each.dtype != "float32")
+    interpolated = level.grid is not None and needs == {"maps"}
+    exact = base.dtype == "float32" and (interpolated or stored.precision == "fp32")
+    return Way(base=base, photographs="image" in needs, exact=exact)
+
+
+def run_addition(addition: Addition, executor: Executor) -> Summary:
+    """Do the level's pending tasks and make it part of the store."""
+    try:
+        return _run_addition(addition, executor)
+    except StoreReplaced as error:
+        raise RunFailed(str(error)) from None
+
+
+def _run_addition(addition: Addition, executor: Executor) -> Summary:
+    config, store, way = addition.config, addition.store, addition.way
+    pool = executor.pool(config.cluster.request(spare_cpu=config.decode_on == "cluster"))
+    require_precision(addition.bundle.spec.precision, pool)
+    held = store.spec.row_bytes + (way.base.row_bytes if way.base else 0)
+    lanes = lanes_for(pool.device, held * store.layout.block_rows)
+    pool, run_id = replace(pool, calls=lanes.calls), new_run_id()
+    batch = default_batch(config, store.layout, pool.device)
+    store.begin(addition.asked, str(way))
+    write_run_json(store, run_id, config, pool, batch)
+    done = store.ledger.done()
+    if torn := store.ledger.torn(done):
+        logger.warning("%s", TornTasks(store.folder, torn))
+        store.revoke(torn)
+        done = done - set(torn)
+    pending = store.pending(done)
+    setup = LevelSetup(
+        config=config,
+        bundle=addition.bundle,
+        fingerprint=store.root.fingerprint,
+        input_digest=sources_digest(store.index.sources),
+        urls=tuple(source.url for source in store.index.sources),
+        run_id=run_id,
+        device=pool.device,
+        share=pool.gpu_share,
+        threads=pool.cpus,
+        batch=batch,
+        lanes=lanes,
+        suspects=suspects(store.folder, pending.blocks),
+        way=way,
+    )
+    run = Run(store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
+    try:
+        run.execute(pending)
+        return run.finish(store.index.left_out)
+    except (Exception, KeyboardInterrupt) as error:
+        run.note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def _planned(addition: Addition) -> JsonObject:
+    layout, level = addition.store.layout, addition.level
+    return {
+        "store": addition.store.folder.displayed,
+        "level": json.loads(json.dumps(asdict(level))),
+        "made_of": str(addition.way),
+        "bytes": layout.n_rows * level.row_bytes,
+        "objects": sum(len(layout.shard_names(level, task.block)) for task in layout.tasks()),
+        "tasks": layout.n_blocks,
+        "pending": len(addition.store.pending()),
+    }
+
+
+def _plan_lines(addition: Addition) -> Iterator[str]:
+    plan, level = _planned(addition), addition.level
+    shape = " x ".join(map(str, level.row_shape))
+    size = f"{size_text(layout_bytes)} in {plan['objects']:,} objects" if isinstance(layout_bytes := plan["bytes"], int) else ""
+    yield f"store      {plan['store']}  (complete, {addition.store.layout.n_rows:,} images)"
+    yield f"add        {level.name}  {shape}  {level.encoding}  {level.method}  {size}"
+    yield f"made of    {plan['made_of']}"
+    yield f"tasks      {plan['pending']:,} of {plan['tasks']:,} to be done"
+    for note in addition.bundle.unfamiliar(addition.bundle.spec, addition.bundle.backbone().patch):
+        yield f"note       {note}"
