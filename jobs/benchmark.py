@@ -5,6 +5,7 @@
     python jobs/benchmark.py index --samples 1000000 --tars 1000
     python jobs/benchmark.py precision --data photos.tar --model vit_tiny_patch16_224.augreg_in21k_ft_in1k
     python jobs/benchmark.py read                         # random rows and whole epochs, from disk and over S3
+    python jobs/benchmark.py nearest                      # the nearest of 10^6 cells: all compared, by an index, by NumPy
     python jobs/benchmark.py cost                         # operations, time and memory of upsamplers beside the backbone
     python jobs/benchmark.py cost --vit-up                # ViT-Up for several output grids and chunks of queries
     python jobs/benchmark.py cost --deap                  # DeAP's published parameter counts, and readouts' operations

@@ -266,7 +266,12 @@ def log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for name in ("botocore", "aiobotocore", "boto3"):  # each says, again and again, where credentials were found
+    for name in (
+        "botocore",
+        "aiobotocore",
+        "boto3",
+        "faiss",
+    ):  # say, again and again, where credentials were found, what was loaded
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

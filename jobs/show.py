@@ -6,6 +6,7 @@
     python jobs/show.py view feats.zarr --out view.png        # photographs and PCA colours of every level
     python jobs/show.py similar feats.zarr --key coffee --point 300 200
     python jobs/show.py nearest feats.zarr --key coffee --point 300 200 --others  # the most similar cells of the whole store
+    python jobs/show.py index feats.zarr                      # an index for nearest --index, which then reads a small part
     python jobs/show.py view bilinear.zarr lift.zarr          # several methods beside each other; similar likewise
     python jobs/show.py compare a.zarr b.zarr --level x1      # cosine per row, worst rows
     python jobs/show.py export feats.zarr --out vectors/      # vectors and keys as Parquet
@@ -24,6 +25,7 @@ import sys
 
 from jobs.program import Command, Program
 from pipelines.showing import commands
+from pipelines.showing.search_build import SearchIndex
 from pipelines.tables import backbones
 
 program = Program(
@@ -36,6 +38,7 @@ program = Program(
         "view": Command(run=commands.View.lines, default=commands.View),
         "similar": Command(run=commands.Similar.lines, default=commands.Similar),
         "nearest": Command(run=commands.Nearest.lines, default=commands.Nearest),
+        "index": Command(run=SearchIndex.lines, default=SearchIndex()),
         "compare": Command(run=commands.Compare.lines, default=commands.Compare),
         "export": Command(run=commands.Export.lines, default=commands.Export),
         "report": Command(run=commands.Report.lines, default=commands.Report),

@@ -193,7 +193,7 @@ class InlineExecutor:
         threads = loaders or 4
         pool = ThreadPoolExecutor(threads)
         try:
-            yield from _in_order(lambda item: pool.submit(do, item), Future.result, items, threads)
+            yield from in_order(lambda item: pool.submit(do, item), Future.result, items, threads)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -207,7 +207,7 @@ class InlineExecutor:
             return
         threads = ThreadPoolExecutor(pool.calls)
         try:
-            yield from _in_order(lambda task: threads.submit(worker.run, task), Future.result, tasks, pool.calls)
+            yield from in_order(lambda task: threads.submit(worker.run, task), Future.result, tasks, pool.calls)
         finally:
             threads.shutdown(cancel_futures=True)
 
@@ -225,7 +225,7 @@ class PlanningExecutor(InlineExecutor):
         return size_pool(request, this_machine(gpus=self._gpus), Growth)
 
 
-def _in_order(
+def in_order(
     submit: Callable[[Item], Reference], result: Callable[[Reference], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
     """Results in the order of the items, of which up to `ahead` were submitted already."""
@@ -266,14 +266,14 @@ class RayExecutor:
 
         if loaders is None:
             call, shared = ray.remote(num_cpus=1, max_retries=3)(_call), ray.put(do)
-            yield from _in_order(lambda item: call.remote(shared, item), _fetch, items, max(2, 2 * self.cpus()))
+            yield from in_order(lambda item: call.remote(shared, item), _fetch, items, max(2, 2 * self.cpus()))
             return
         # Actors and not tasks, since on a node whose CPUs are all held Ray ends idle processes at once, and each task would
         # start one anew.
         options = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
         with _actors(functools.partial(_itself, do), loaders, options) as actors:
             turns = itertools.cycle(actors)
-            yield from _in_order(lambda item: next(turns).do.remote(item), _fetch, items, AHEAD * loaders)
+            yield from in_order(lambda item: next(turns).do.remote(item), _fetch, items, AHEAD * loaders)
 
     def stream(
         self, make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How = "actor"

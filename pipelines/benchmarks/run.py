@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pipelines.benchmarks import autoscale, chaos, device, evaluation, extract, gpu, index, read, readout, scale, train
+from pipelines.benchmarks import autoscale, chaos, device, evaluation, extract, gpu, index, nearest, read, readout, scale, train
 from pipelines.benchmarks import upsamplers as upsampler_ways
 from pipelines.benchmarks.evaluation import evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract_report import extract_report
@@ -80,6 +80,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any, Any]] = {
     "precision": Benchmark(precision.DEBUG, precision.measure_precision, precision.precision_report),
     "index": Benchmark(index.DEBUG, index.measure_index, index.index_report),
     "read": Benchmark(read.DEBUG, read.measure_read, read.read_report),
+    "nearest": Benchmark(nearest.DEBUG, nearest.measure_nearest, nearest.nearest_report),
     "cost": Benchmark(upsamplers.DEBUG, lambda config, _: upsamplers.measure_cost(config), upsamplers.cost_report),
     # With settings of their own, for they have little in common with those of upsamplers.
     "cost --vit-up": Benchmark(vit_up.DEBUG, lambda config, _: vit_up.measure_vit_up(config), vit_up_report),

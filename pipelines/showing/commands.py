@@ -1,5 +1,6 @@
 """The commands of `jobs/show.py`: the settings of each, and the lines that it prints."""
 
+import functools
 import io
 import json
 import sys
@@ -29,6 +30,7 @@ from pipelines.showing.hub import SCHEME, HubPlace
 from pipelines.showing.nearest import Query, nearest_cells, nearest_lines, nearest_panel
 from pipelines.showing.regions import Annotations, export_regions
 from pipelines.showing.report import render_report
+from pipelines.showing.search import CellIndex
 from pipelines.showing.status import failure_lines, failures, read_status, row_lines, status_lines
 from pipelines.showing.training import run_names, training_lines
 from pipelines.showing.training_page import render_training
@@ -192,7 +194,8 @@ class Similar(ShowMaps):
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest(Show):
-    """The cells of the whole store that are most like a point of an image, by cosine: exact, in one pass."""
+    """The cells of the whole store that are most like a point of an image, by cosine: exact, in one pass; or among those that an
+    index finds."""
 
     key: str
     """Key or row number of the image."""
@@ -206,6 +209,9 @@ class Nearest(Show):
     """Of each image its best cell alone."""
     others: bool = False
     """Not in the image itself."""
+    index: bool = False
+    """Compare only what the level's index finds near, which is a small part of the cells; `index` builds it, and says how many of
+    the nearest it finds. Cosines are exact all the same."""
     out: str = ""
     """A picture to write: the photographs, with the cells ringed."""
 
@@ -215,10 +221,14 @@ class Nearest(Show):
         kind = _picture_format(self.out) if self.out else ""
         store = self.open()
         level = dense_levels(store, [self.level])[0] if self.level else base_level(store)
+        among = CellIndex.open(store, level) if self.index else None
         query = Query.at(store, int(named_rows(store, [self.key])[0]), self.point, level)
         without = [query.row] if self.others else []
-        found = nearest_cells(store, query.vector_C, level, self.count, per_image=self.per_image, without=without)
+        search = among.nearest if among else functools.partial(nearest_cells, store, level=level)
+        found = search(query.vector_C, count=self.count, per_image=self.per_image, without=without)
         yield from nearest_lines(store, level, found)
+        if among:
+            yield among.said()
         yield from store.clipped_lines([level.name])
         if self.out:
             picture = nearest_panel(store, level, query, found, storage_options=self.options)

@@ -1,12 +1,13 @@
 """The cells of a whole store that are most like one point of one image: exact, in one pass over a level."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from operators.visual import Panel, Tile, cosine_map
+from pipelines.executors import in_order
 from pipelines.features.photos import read_photos
 from pipelines.results import table_lines
 from pipelines.showing.views import row_titles, store_title, tile_size
@@ -67,42 +68,43 @@ def nearest_cells(
     *,
     per_image: bool = False,
     without: Sequence[int] = (),
+    rows: np.ndarray | None = None,
     looked_at: Callable[[int], object] | None = None,
 ) -> list[NearCell]:
     """The `count` cells of a level with the largest cosine to `query_C` [C], best first; of equal ones that of the lower row and
-    cell. `per_image`: of each image its best cell alone. `without`: rows that are passed over. `looked_at` is
-    told how many rows are done with, again and again; what it raises ends the search.
+    cell. `per_image`: of each image its best cell alone. `without`: rows that are passed over. `rows`: those that are
+    looked at, in order; default: all. `looked_at` is told how many rows are done with, again and again; what it raises ends the
+    search.
 
     Cells are compared as they are stored, undone to float32. Rows without features are passed over; all that are there are
     looked at, a chunk at a time, so that memory doesn't grow with the store.
     """
     best = np.zeros(0, [("cosine", np.float32), ("row", np.int64), ("cell", np.int64)])
-    for rows, maps_NHWC in _chunks(store, level):
-        cosines = cosine_map(query_C, maps_NHWC).reshape(len(rows), -1)
-        cosines[np.isin(rows, list(without))] = -np.inf
-        best = _better(best, rows, cosines, count, per_image=per_image)
+    for some, maps_NHWC in read_chunks(store, level, rows):
+        cosines = cosine_map(query_C, maps_NHWC).reshape(len(some), -1)
+        cosines[np.isin(some, list(without))] = -np.inf
+        best = _better(best, some, cosines, count, per_image=per_image)
         if looked_at:
-            looked_at(int(rows[-1]) + 1)
+            looked_at(int(some[-1]) + 1)
     width = level.grid[1] if level.grid else 1
     return [NearCell(row=int(each["row"]), cell=divmod(int(each["cell"]), width), cosine=float(each["cosine"])) for each in best]
 
 
-def _chunks(store: FeatureStore, level: Level) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers with features, and their maps, read ahead of who asks."""
+def read_chunks(
+    store: FeatureStore, level: Level, rows: np.ndarray | range | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Those of some row numbers, or of all, that have features, and their maps, a chunk at a time, read ahead of who asks."""
+    chosen = range(len(store)) if rows is None else rows
     at_once = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * int(np.prod(level.row_shape)))))
-    starts = range(0, len(store), at_once)
 
     def read(first: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.arange(first, min(first + at_once, len(store)))
-        values, there = store.read_present(rows, level.name)
-        return rows[there], values[there]
+        some = np.asarray(chosen[first : first + at_once])
+        values, there = store.read_present(some, level.name)
+        return some[there], values[there]
 
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        ahead = [pool.submit(read, first) for first in starts[:READ_AHEAD]]
-        for first in (*starts[READ_AHEAD:], *[None] * len(ahead)):
-            found = ahead.pop(0).result()
-            if first is not None:
-                ahead.append(pool.submit(read, first))
+        starts = range(0, len(chosen), at_once)
+        for found in in_order(lambda first: pool.submit(read, first), Future.result, starts, READ_AHEAD):
             if len(found[0]):
                 yield found
 
