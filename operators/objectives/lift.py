@@ -40,9 +40,9 @@ class Relations:
         """`relational_kl` of the maps' cells [B, C, h, w], times its weight; the mean over groups of images."""
         total = predicted_BCHW.new_zeros(())
         pairs = zip(predicted_BCHW.split(self.images), target_BCHW.split(self.images), strict=True)
-        for predicted, target in pairs:
-            cells = (each.permute(0, 2, 3, 1).flatten(0, 2)[None] for each in (predicted, target))
-            total = total + len(predicted) * relational_kl(*cells, self.tau, itself=True)
+        for pair in pairs:
+            predicted, target = (each.permute(0, 2, 3, 1).flatten(0, 2)[None] for each in pair)
+            total = total + len(pair[0]) * relational_kl(predicted, target, self.tau, itself=True)
         return self.weight * total / len(predicted_BCHW)
 
 
