@@ -149,8 +149,11 @@ class _Undrawn(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _DRAWING:
-            return args[0] if args else (kwargs or {})["tensor"]
+        name = getattr(func, "__name__", "")
+        if name in _DRAWING:
+            tensor, *more = args or ((kwargs or {})["tensor"],)
+            # torch's own trunc_normal_ draws again until all lies within its bounds, which what lies in memory may never do.
+            return tensor.fill_(more[0] if more else (kwargs or {}).get("mean", 0.0)) if name == "normal_" else tensor
         return func(*args, **(kwargs or {}))
 
 

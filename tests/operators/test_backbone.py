@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch.profiler import ProfilerActivity, profile
 
+from operators import timm_models
 from operators.backbone import BackboneError, TimmBackbone, autocast, cast_matmul_weights, lacks_bf16, normalise
 from operators.timm_models import create_model, load_arrays, preprocessing, share_arrays, state_arrays, weights_digest
 from pipelines.features.bundle import LoadedModel, ModelBundle, describe_model
@@ -866,3 +867,15 @@ def test_a_model_computes_with_arrays_that_nobody_may_write_to_without_a_copy(na
     assert not any(parameter.requires_grad for parameter in shared.parameters())
     x = torch.randn(1, 3, *size)
     torch.testing.assert_close(shared(x), drawn(x), rtol=0, atol=0)
+
+
+@pytest.mark.timeout(60)
+def test_what_lies_in_memory_does_not_keep_a_network_from_being_built():
+    """torch's trunc_normal_, of ViTDet among others, draws again until all is within its bounds."""
+    left = torch.full((64,), 1e9)
+
+    with timm_models._Undrawn():
+        torch.nn.init.trunc_normal_(left, std=0.02)
+        torch.nn.init.trunc_normal_(torch.full((64,), 1e9), mean=1.0, std=0.1, a=0.5, b=1.5)
+
+    assert not left.any()
