@@ -153,7 +153,9 @@ class _Undrawn(TorchFunctionMode):
         if name in _DRAWING:
             tensor, *more = args or ((kwargs or {})["tensor"],)
             # torch's own trunc_normal_ draws again until all lies within its bounds, which what lies in memory may never do.
-            return tensor.fill_(more[0] if more else (kwargs or {}).get("mean", 0.0)) if name == "normal_" else tensor
+            if name == "normal_":
+                tensor.detach().fill_(more[0] if more else (kwargs or {}).get("mean", 0.0))
+            return tensor
         return func(*args, **(kwargs or {}))
 
 

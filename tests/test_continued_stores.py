@@ -85,6 +85,8 @@ FOLLOWS = {
     "level grid": "from input_size, stride and the level's name",
     "level start": "from stride",
     "level step": "from stride",
+    "level scale": "said where the name is another one; tests/pipelines/features/test_level_names.py",
+    "level made_from": "said of levels that a finished store was given; tests/pipelines/extraction/test_add_level.py",
     "compiled": "takes a minute; tests/pipelines/extraction/test_extract.py holds that a store is refused by it",
 }
 """Fields that don't differ alone."""

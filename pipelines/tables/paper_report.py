@@ -164,10 +164,10 @@ def main(make: Callable[[PapersConfig], PaperPlan], config: PapersConfig) -> Ite
     """Do all cells, and write the tables. Raises `CellsFailed` at the end where one failed; what is missing is no failure."""
     folder, plan = run_folder(config.folder.url, config.options), make(config).only(config.table)
     require_no_run(folder, "tables")
-    config.require_places()
-    if config.plan:
+    if config.plan:  # which may be made on a machine that doesn't see what the cluster does
         yield from plan_lines(config, plan)
         return
+    config.require_places()
     with executor_for(config) as executor:
         outcomes = run_papers_cells(config, plan, executor)
     yield write_tables(folder, config, plan, outcomes)

@@ -346,7 +346,7 @@ def test_image_has_every_package():
 
 def test_guide_names_programs_files_and_metrics_that_exist():
     subcommands = re.findall(r"^\$ python jobs/show\.py (\w+)", GUIDE, re.MULTILINE)
-    assert {"status", "failures", "view"} == set(subcommands)
+    assert {"status", "failures", "view", "browse"} == set(subcommands)
     assert set(subcommands) <= set(show.program.commands)
     files = re.findall(r"`((?:cluster/|tests/|jobs/|kuberay/)?[\w/]+\.(?:yaml|json|py))`", GUIDE)
     assert len(files) > 8

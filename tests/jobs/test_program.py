@@ -26,7 +26,10 @@ from storage.errors import RayliftError
 ROOT = Path(__file__).parents[2]
 JOBS = ("extract", "train", "evaluate", "tables", "show", "benchmark")
 
-OTHERS = {"_AllSeen": "ends a model's forward that has gone far enough; caught where it was begun"}
+OTHERS = {
+    "_AllSeen": "ends a model's forward that has gone far enough; caught where it was begun",
+    "_PageGone": "ends what is computed for a page that nobody waits for any more; caught where it was asked for",
+}
 """Exceptions without the base, and why: nobody outside their module sees them."""
 
 

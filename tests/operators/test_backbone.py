@@ -879,3 +879,13 @@ def test_what_lies_in_memory_does_not_keep_a_network_from_being_built():
         torch.nn.init.trunc_normal_(torch.full((64,), 1e9), mean=1.0, std=0.1, a=0.5, b=1.5)
 
     assert not left.any()
+
+
+def test_a_network_that_draws_with_gradients_on_is_built_undrawn():
+    with timm_models._Undrawn():
+        parameter = torch.nn.Parameter(torch.empty(3))
+        parameter.data.normal_()
+        with torch.no_grad():
+            parameter.normal_(1.0)
+
+    assert parameter.tolist() == [1.0] * 3

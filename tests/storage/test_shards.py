@@ -284,6 +284,8 @@ OTHER_SPEC = {
     "levels": LEVELS[:2],
 }
 OTHER_LEVEL = {
+    "scale": "x1",
+    "made_from": "x1@float16",
     "name": "x2",
     "method": "bicubic",
     "grid": (14, 15),
@@ -299,7 +301,9 @@ OTHER_LAYOUT = {"n_rows": 1001, "block_rows": 32, "index": "4" * 64}
 
 def test_fingerprint_changes_with_every_field():
     changed = [replace(SPEC, **{name: value}) for name, value in OTHER_SPEC.items()]
-    changed += [replace(SPEC, levels=(replace(LEVELS[0], **{k: v}), *LEVELS[1:])) for k, v in OTHER_LEVEL.items()]
+    own = {"scale": {"name": "sharp"}}  # a level is called by its scale, or has a name of its own
+    others = [replace(LEVELS[0], **{k: v, **own.get(k, {})}) for k, v in OTHER_LEVEL.items()]
+    changed += [replace(SPEC, levels=(other, *LEVELS[1:])) for other in others]
     layouts = [replace(LAYOUT, **{name: value}) for name, value in OTHER_LAYOUT.items()]
 
     prints = {fingerprint(SPEC, LAYOUT)}

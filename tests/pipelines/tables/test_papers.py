@@ -97,12 +97,14 @@ def test_a_figure_is_drawn_and_operations_are_counted(demo, tmp_path):
 
 
 def test_a_cell_that_fails_ends_no_other_one_and_the_program_with_1(demo, tmp_path, capsys):
-    args = ["--out", str(tmp_path), "--table", "8", "--data", f"spair={tmp_path / 'nothing'}"]
+    (nothing := tmp_path / "nothing").mkdir()
+    out = tmp_path / "out"
+    args = ["--out", str(out), "--table", "8", "--data", f"spair={nothing}"]
 
     assert job.run(["lift", "debug", *args]) == 1
-    text = (tmp_path / "tables.md").read_text()
+    text = (out / "tables.md").read_text()
     assert "missing, DINO, LiFT twice: DatasetError" in text
-    assert json.loads((tmp_path / "tables.json").read_text())["cells"]["train-lift-dino-s16"]["error"] == ""
+    assert json.loads((out / "tables.json").read_text())["cells"]["train-lift-dino-s16"]["error"] == ""
 
 
 # --- the whole paper --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.checkpoints import load_readout
 from pipelines.readouts.instances import CLASSIFIER
 from pipelines.showing.training import training_lines
+from pipelines.training.labelled import stored_array
 from pipelines.training.loop import TrainFailed, read_metrics
 from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_on_ray
@@ -243,7 +244,7 @@ def test_live_maps_are_the_stores(sets, tmp_path, store):
 
     maps = model(live.images.load([4], None).arrays["pixels"]).levels["x1"]
 
-    np.testing.assert_array_equal(stored.images.load([1, 4], None).arrays["x1"][1:], maps)
+    np.testing.assert_array_equal(stored.images.load([1, 4], None).arrays[stored_array("x1")][1:], maps)
 
 
 def test_training_and_validation_may_have_a_store_each(sets, tmp_path, tiny):
@@ -476,7 +477,7 @@ def test_depth_bins_learn_live_and_from_a_store(sets, tmp_path, tiny):
     assert np.mean(found[-2:]) < np.mean(found[:2])
     np.testing.assert_allclose(losses(stored.out), found, rtol=2e-3)
     example = prepared(stored).images.load([0, 1], None)
-    assert example.arrays["pooled"].shape == (2, 64)
+    assert example.arrays[stored_array("pooled")].shape == (2, 64)
 
 
 def test_images_may_be_given_without_normalisation(sets, tmp_path):
