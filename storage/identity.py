@@ -168,10 +168,12 @@ def _require_same_places(index: SampleIndex, files: Sequence[InputFile]) -> None
 def _grow(index: SampleIndex, state: InputState, scans: Iterable[tuple[InputFile, SourceScan]], limit: int | None) -> None:
     """Take sources that are new, up to `limit` rows in all: their rows come after all others."""
     room = None if limit is None else limit - index.n_rows - state.added
+    if room is not None and room <= 0:
+        return
     together, columns = GatheredRows(), [*SCHEMA.names, *index.carried]
     for part in _whole(index) if state.rows is None else state.rows.chunks():
         together.append(part.select(columns))
-    for file, scanned in scans if room is None or room > 0 else ():
+    for file, scanned in scans:
         rows, source = taken(file, scanned, len(state.sources))
         rows = rows.slice(0, None if room is None else room - state.grown).select(columns)
         together.append(rows)
@@ -182,8 +184,6 @@ def _grow(index: SampleIndex, state: InputState, scans: Iterable[tuple[InputFile
         state.changes.append(f"{source.url} is new")
         if room is not None and state.grown >= room:
             break
-    if not state.new_sources:
-        return
     state.rows = together
     try:
         refuse_duplicates(together, state.sources)

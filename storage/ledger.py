@@ -240,12 +240,14 @@ class Ledger:
 
     def apart(self, block: int, record: pa.Table) -> list[pa.Table]:
         """The records of levels that were added after a block's `record`. Raises `DamagedObject`."""
+        if not self.added:
+            return []
         objects = committed_objects(record).keys()
         return [each.record(block) for each in self.added if objects.isdisjoint(self.layout.shard_names(each.levels[0], block))]
 
     def objects(self, block: int, record: pa.Table) -> dict[str, int]:
         """Names and sizes in bytes of all objects of a block with that `record`. Raises `DamagedObject`."""
-        return {name: size for each in (record, *self.apart(block, record)) for name, size in committed_objects(each).items()}
+        return _all_objects([record, *self.apart(block, record)])
 
     def torn(self, blocks: Collection[int]) -> dict[int, str]:
         """Blocks that aren't done for all that their records say, and why: a record that is damaged or another store's, a shard
@@ -254,7 +256,8 @@ class Ledger:
 
         def ask(block: int) -> str:
             try:
-                return sizes.why_torn(block, self.objects(block, self.record(block)))
+                record = self.record(block)
+                return sizes.why_torn(block, [record, *self.apart(block, record)])
             except DamagedObject as error:
                 return str(error)
 
@@ -273,8 +276,8 @@ class Ledger:
 
         def ask(block: int) -> pa.Table | str:
             try:
-                record = self.record(block)
-                return sizes.why_torn(block, self.objects(block, record)) or self._clipped_in_all(block, record)
+                records = [record := self.record(block), *self.apart(block, record)]
+                return sizes.why_torn(block, records) or _clipped_in_all(records)
             except DamagedObject as error:
                 return str(error)
 
@@ -309,15 +312,6 @@ class Ledger:
         for name, chunk in sample_chunks(expected.start, table) if self.sample_arrays else ():
             put(name, chunk)
         return Totals.of(table)
-
-    def _clipped_in_all(self, block: int, record: pa.Table) -> pa.Table:
-        """A block's rows, with the values that were clamped in levels that were added since; without the record's metadata, of
-        which joined tables would keep one task's."""
-        table = record.replace_schema_metadata(None)
-        for later in self.apart(block, record) if self.added else ():
-            total = pc.add(table["clipped"], later["clipped"])
-            table = table.set_column(table.column_names.index("clipped"), SCHEMA.field("clipped"), total)
-        return table
 
     def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:
         other = pc.index(pc.not_equal(table["key"], keys), True).as_py()
@@ -409,11 +403,11 @@ class _ShardSizes:
             number, _, rest = place.partition("/")
             self._listed[array] = folder.sizes_by_number(f"{array}/c", rest, int(number) + 1)
 
-    def why_torn(self, block: int, objects: Mapping[str, int]) -> str:
-        """In words, which shard isn't as it was committed; empty where all are, or where nobody asked."""
+    def why_torn(self, block: int, records: Sequence[pa.Table]) -> str:
+        """In words, which shard isn't as a block's records say; empty where all are, or where nobody asked."""
         if block not in self.blocks:
             return ""
-        short = next((name for name, size in objects.items() if self._size(name) != size), None)
+        short = next((name for name, size in _all_objects(records).items() if self._size(name) != size), None)
         return f"{self.folder.displayed}/{short} is missing, or shorter or longer than was committed" if short else ""
 
     def _size(self, name: str) -> int | None:
@@ -430,6 +424,21 @@ def _is_of_rows(table: pa.Table, first: int, last: int) -> bool:
         return False
     # Not `to_numpy`, which imports pandas: half a second of `show status`.
     return np.array_equal(np.frombuffer(rows.buffers()[1], np.int64, len(rows), 8 * rows.offset), np.arange(first, last))
+
+
+def _all_objects(records: Sequence[pa.Table]) -> dict[str, int]:
+    """`committed_objects` of all records of a block."""
+    return {name: size for each in records for name, size in committed_objects(each).items()}
+
+
+def _clipped_in_all(records: Sequence[pa.Table]) -> pa.Table:
+    """A block's rows, with the values that were clamped in levels that were added since; without the record's metadata, of which
+    joined tables would keep one task's."""
+    table = records[0].replace_schema_metadata(None)
+    for later in records[1:]:
+        total = pc.add(table["clipped"], later["clipped"])
+        table = table.set_column(table.column_names.index("clipped"), SCHEMA.field("clipped"), total)
+    return table
 
 
 def committed_objects(record: pa.Table) -> dict[str, int]:

@@ -132,6 +132,11 @@ class Level:
         return f"{self.name}:{self.scale}" if self.scale else self.name
 
     @property
+    def cells(self) -> int:
+        """Of a row's map; a vector is one."""
+        return math.prod(self.grid or (1,))
+
+    @property
     def is_relative(self) -> bool:
         """Whether its grid is the backbone's times a factor, whatever that one's is."""
         return (self.scale or self.name).startswith("x")

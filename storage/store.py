@@ -533,21 +533,24 @@ class FeatureStore:
         }
         kept = {name: value for name, value in self._kept().items() if name != "generations"}
         if grows:
-            before = Generation(n_rows=self.layout.n_rows, fingerprint=self.root.fingerprint)
-            own["generations"] = [asdict(each) for each in (*self.root.generations, before)]
+            own["generations"] = self._generations()
         self._write_root({**kept, **own}, complete=False)
         self._restore_documents()
+
+    def _generations(self) -> list[JsonValue]:
+        """What the store was before, and what it is now, for the root of what comes of it."""
+        now = Generation(n_rows=self.layout.n_rows, fingerprint=self.root.fingerprint)
+        return [asdict(each) for each in (*self.root.generations, now)]
 
     def take_level(self, level: Level, added: AddedLevel) -> None:
         """Make a level, all of whose shards are there, part of this complete store: its documents first, then the root, which
         readers go by. Driver only. Raises `StoreReplaced`."""
         spec = replace(self.spec, levels=(*self.spec.levels, level))
-        before = Generation(n_rows=self.layout.n_rows, fingerprint=self.root.fingerprint)
         own: JsonObject = {
             "spec": spec.to_json(),
             "fingerprint": added.fingerprint,
             "origin": self.origin,
-            "generations": [asdict(each) for each in (*self.root.generations, before)],
+            "generations": self._generations(),
             "added": [asdict(each) for each in (*self.root.added, added)],
         }
         whole = FeatureStore(self.folder, {**self._kept(), **own})

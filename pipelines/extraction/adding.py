@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from cluster.progress import size_text
 from operators.upsamplers import find_method
@@ -16,9 +17,9 @@ from pipelines.executors import Executor
 from pipelines.extraction.attempts import suspects
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.level_worker import LevelSetup, Way
-from pipelines.extraction.prepare import default_batch, require_precision
-from pipelines.extraction.run import Run, RunFailed, Summary, new_run_id, write_run_json
-from pipelines.extraction.schedule import lanes_for
+from pipelines.extraction.prepare import require_precision
+from pipelines.extraction.run import Run, Summary, begin_run, failing_where_replaced
+from pipelines.extraction.start import open_finished
 from pipelines.features.agreement import AskedFeatures
 from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.config import FeatureConfig
@@ -27,7 +28,6 @@ from storage.added import LevelAddition
 from storage.documents import JsonObject, decode
 from storage.ledger import TornTasks
 from storage.redaction import redact
-from storage.root import StoreReplaced
 from storage.sources import sources_digest
 from storage.spec import FeatureSpec, Level
 from storage.store import FeatureStore
@@ -47,6 +47,8 @@ class Addition:
     "with its encoding, without credentials"
     bundle: ModelBundle
     "of that level alone"
+    patch: int
+    "of the backbone, in pixels"
     way: Way
     store: LevelAddition
 
@@ -61,7 +63,7 @@ def lines(config: ExtractConfig, executor: Executor) -> Iterator[str]:
     parse_levels(config.add_level, config.features.encoding)
     plans = []
     for text in config.add_level:
-        store = FeatureStore.open(config.out, config.options)
+        store = open_finished(config)
         if level_name(text) in store.levels:
             _require_same(config, text, store)
             if not config.plan:
@@ -72,9 +74,9 @@ def lines(config: ExtractConfig, executor: Executor) -> Iterator[str]:
             continue
         addition = prepare_addition(config, text, store)
         if config.plan:
-            plans.append(_planned(addition))
+            plans.append(plan := _planned(addition))
             if not config.json:
-                yield from _plan_lines(addition)
+                yield from _plan_lines(addition, plan)
             continue
         summary = run_addition(addition, executor)
         yield f"{summary.out}: level {addition.level.name} is added, made of {addition.way}"
@@ -94,9 +96,7 @@ def _require_same(config: ExtractConfig, text: str, store: FeatureStore) -> None
 
 
 def prepare_addition(config: ExtractConfig, text: str, store: FeatureStore) -> Addition:
-    """Load what makes the level, and hold it against the store. Nothing is written."""
-    if store.status != "complete":
-        raise ConfigError(f"--add-level: {store.folder.displayed} isn't finished; the command that began it goes on")
+    """Load what makes the level, and hold it against a finished store. Nothing is written."""
     features = replace(_features(config, store), levels=(text,))
     bundle, model = load_bundle(features, config.options)
     if found := store.spec.differences(bundle.spec, _COMPARED):
@@ -114,7 +114,9 @@ def prepare_addition(config: ExtractConfig, text: str, store: FeatureStore) -> A
     bundle = replace(bundle, spec=replace(bundle.spec, levels=(level,), compiled=store.spec.compiled))
     asked = text if text.endswith(f"@{level.encoding}") else f"{text}@{level.encoding}"
     addition = LevelAddition(store.folder, store.attributes, level)
-    return Addition(config=config, asked=redact(asked, config.options), bundle=bundle, way=way, store=addition)
+    return Addition(
+        config=config, asked=redact(asked, config.options), bundle=bundle, patch=model.backbone.patch, way=way, store=addition
+    )
 
 
 def _features(config: ExtractConfig, store: FeatureStore) -> FeatureConfig:
@@ -151,45 +153,30 @@ def way_of(level: Level, stored: FeatureSpec, wanted: str) -> Way:
     return Way(base=base, photographs="image" in needs, exact=exact)
 
 
+@failing_where_replaced()
 def run_addition(addition: Addition, executor: Executor) -> Summary:
     """Do the level's pending tasks and make it part of the store."""
-    try:
-        return _run_addition(addition, executor)
-    except StoreReplaced as error:
-        raise RunFailed(str(error)) from None
-
-
-def _run_addition(addition: Addition, executor: Executor) -> Summary:
     config, store, way = addition.config, addition.store, addition.way
     pool = executor.pool(config.cluster.request(spare_cpu=config.decode_on == "cluster"))
     require_precision(addition.bundle.spec.precision, pool)
-    held = store.spec.row_bytes + (way.base.row_bytes if way.base else 0)
-    lanes = lanes_for(pool.device, held * store.layout.block_rows)
-    pool, run_id = replace(pool, calls=lanes.calls), new_run_id()
-    batch = default_batch(config, store.layout, pool.device)
     store.begin(addition.asked, str(way))
-    write_run_json(store, run_id, config, pool, batch)
+    setup, pool = begin_run(
+        partial(LevelSetup, way=way),
+        store,
+        config,
+        pool,
+        store.spec.row_bytes + (way.base.row_bytes if way.base else 0),
+        bundle=addition.bundle,
+        input_digest=sources_digest(store.index.sources),
+        urls=tuple(source.url for source in store.index.sources),
+    )
     done = store.ledger.done()
     if torn := store.ledger.torn(done):
         logger.warning("%s", TornTasks(store.folder, torn))
         store.revoke(torn)
         done = done - set(torn)
     pending = store.pending(done)
-    setup = LevelSetup(
-        config=config,
-        bundle=addition.bundle,
-        fingerprint=store.root.fingerprint,
-        input_digest=sources_digest(store.index.sources),
-        urls=tuple(source.url for source in store.index.sources),
-        run_id=run_id,
-        device=pool.device,
-        share=pool.gpu_share,
-        threads=pool.cpus,
-        batch=batch,
-        lanes=lanes,
-        suspects=suspects(store.folder, pending.blocks),
-        way=way,
-    )
+    setup = replace(setup, suspects=suspects(store.folder, pending.blocks))
     run = Run(store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
     try:
         run.execute(pending)
@@ -215,13 +202,13 @@ def _planned(addition: Addition) -> JsonObject:
     }
 
 
-def _plan_lines(addition: Addition) -> Iterator[str]:
-    plan, level = _planned(addition), addition.level
+def _plan_lines(addition: Addition, plan: JsonObject) -> Iterator[str]:
+    level, rows = addition.level, addition.store.layout.n_rows
     shape = " x ".join(map(str, level.row_shape))
-    size = f"{size_text(layout_bytes)} in {plan['objects']:,} objects" if isinstance(layout_bytes := plan["bytes"], int) else ""
-    yield f"store      {plan['store']}  (complete, {addition.store.layout.n_rows:,} images)"
+    size = f"{size_text(rows * level.row_bytes)} in {plan['objects']:,} objects"
+    yield f"store      {plan['store']}  (complete, {rows:,} images)"
     yield f"add        {level.name}  {shape}  {level.encoding}  {level.method}  {size}"
     yield f"made of    {plan['made_of']}"
     yield f"tasks      {plan['pending']:,} of {plan['tasks']:,} to be done"
-    for note in addition.bundle.unfamiliar(addition.bundle.spec, addition.bundle.backbone().patch):
+    for note in addition.bundle.unfamiliar(addition.bundle.spec, addition.patch):
         yield f"note       {note}"

@@ -6,10 +6,11 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cluster.metrics import TaskReport
 from cluster.progress import Progress, stage_shares
@@ -23,6 +24,7 @@ from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import Prepared, default_batch, prepare, resolve
 from pipelines.extraction.schedule import lanes_for
 from pipelines.extraction.worker import WorkerSetup
+from pipelines.features.bundle import ModelBundle
 from pipelines.provenance import versions
 from storage.errors import RayliftError
 from storage.inputs import Listing
@@ -36,6 +38,7 @@ from storage.totals import Clipped, clipped_lines, clipping_advice, conversion_l
 
 logger = logging.getLogger(__name__)
 
+Setup = TypeVar("Setup", bound=WorkerSetup)
 
 SAVE_INTERVAL_S = 10.0
 """How often a run says how far it is, where `jobs/show.py status` finds it."""
@@ -116,43 +119,38 @@ def lines(config: ExtractConfig, files: Listing, executor: Executor) -> Iterator
         yield "nothing was run (the index of the input is kept with the output); drop --plan to start"
 
 
-def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
-    """`extract` for an input that is already indexed and a model that is loaded."""
+@contextmanager
+def failing_where_replaced() -> Iterator[None]:
+    """A store that is replaced by another one while a run writes it ends the run with `RunFailed`."""
     try:
-        return _run_prepared(prepared, executor)
+        yield
     except StoreReplaced as error:
         raise RunFailed(str(error)) from None
 
 
-def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
-    config, store = prepared.config, prepared.create_store()
-    lanes = lanes_for(prepared.pool.device, store.spec.row_bytes * store.layout.block_rows)
-    pool = replace(prepared.pool, calls=lanes.calls)
-    run_id = new_run_id()
-    batch = default_batch(config, store.layout, pool.device)
-    write_run_json(store, run_id, config, pool, batch)
+@failing_where_replaced()
+def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
+    """`extract` for an input that is already indexed and a model that is loaded."""
+    store = prepared.create_store()
+    setup, pool = begin_run(
+        WorkerSetup,
+        store,
+        prepared.config,
+        prepared.pool,
+        store.spec.row_bytes,
+        bundle=prepared.bundle,
+        input_digest=prepared.input_digest,
+        urls=prepared.urls,
+    )
     done = _done(store)
-    if config.retry_failed:
+    if prepared.config.retry_failed:
         done -= _revoke_failed(store, prepared.input_digest)
     pending = store.pending(done)
     if pending:
         store.set_writing(prepared.input_digest)
     elif store.status == "complete":
         logger.info("%s is complete; nothing to do", store.folder.displayed)
-    setup = WorkerSetup(
-        config=config,
-        bundle=prepared.bundle,
-        fingerprint=store.root.fingerprint,
-        input_digest=prepared.input_digest,
-        urls=prepared.urls,
-        run_id=run_id,
-        device=pool.device,
-        share=pool.gpu_share,
-        threads=pool.cpus,
-        batch=batch,
-        lanes=lanes,
-        suspects=suspects(store.folder, pending.blocks),
-    )
+    setup = replace(setup, suspects=suspects(store.folder, pending.blocks))
     rows_done = sum(store.layout.task(block).n_rows for block in done) + store.ledger.begun_rows()
     run = Run(store, setup, executor, pool, rows_done=rows_done)
     try:
@@ -172,25 +170,52 @@ def _run_prepared(prepared: Prepared, executor: Executor) -> Summary:
         raise
 
 
-def new_run_id() -> str:
-    """In the order of their names, runs are in that of their times: the last one's settings and rates are looked for."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:6]}"
+def begin_run(
+    make_setup: Callable[..., Setup],
+    store: FeatureStore,
+    config: ExtractConfig,
+    pool: WorkerPool,
+    row_bytes: int,
+    *,
+    bundle: ModelBundle,
+    input_digest: str,
+    urls: tuple[str, ...],
+) -> tuple[Setup, WorkerPool]:
+    """What a run's workers get, which is written into the store before its first task, and the pool with the calls that overlap
+    in each; `row_bytes`: of what they hold of a row until it is written."""
+    lanes = lanes_for(pool.device, row_bytes * store.layout.block_rows)
+    setup = make_setup(
+        config=config,
+        bundle=bundle,
+        fingerprint=store.root.fingerprint,
+        input_digest=input_digest,
+        urls=urls,
+        # In the order of their names, runs are in that of their times: the last one's settings and rates are looked for.
+        run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:6]}",
+        device=pool.device,
+        share=pool.gpu_share,
+        threads=pool.cpus,
+        batch=default_batch(config, store.layout, pool.device),
+        lanes=lanes,
+    )
+    pool = replace(pool, calls=lanes.calls)
+    _write_run_json(store, setup, pool)
+    return setup, pool
 
 
-def write_run_json(store: FeatureStore, run_id: str, config: ExtractConfig, pool: WorkerPool, batch: int) -> None:
-    """Write what the run is, before its first task."""
+def _write_run_json(store: FeatureStore, setup: WorkerSetup, pool: WorkerPool) -> None:
     document = {
-        "run_id": run_id,
+        "run_id": setup.run_id,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": config.public(),
-        "workers": asdict(pool) | {"batch": batch},
+        "config": setup.config.public(),
+        "workers": asdict(pool) | {"batch": setup.batch},
         "fingerprint": store.root.fingerprint,
         "weights_sha256": store.spec.weights,
         "versions": versions(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    store.folder.write(f"runs/{run_id}/run.json", json.dumps(document, indent=1).encode())
+    store.folder.write(f"runs/{setup.run_id}/run.json", json.dumps(document, indent=1).encode())
 
 
 def _done(store: FeatureStore) -> set[int]:

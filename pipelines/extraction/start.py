@@ -35,12 +35,19 @@ def _add_levels(config: ExtractConfig) -> Iterator[str]:
     config.require_used()
     if not config.out:
         raise ConfigError("no store: give --out the store that the levels are to be added to")
-    if FeatureStore.open(config.out, config.options).status != "complete":
-        raise ConfigError(f"--add-level: {redact(config.out, config.options)} isn't finished; the command that began it goes on")
+    open_finished(config)  # before a cluster is started
     with executor_for(config, plan=config.plan, meanwhile=import_driver) as executor:
         from pipelines.extraction.adding import lines
 
         yield from lines(config, executor)
+
+
+def open_finished(config: ExtractConfig) -> FeatureStore:
+    """The store that levels are added to. Raises `ConfigError` where it isn't finished."""
+    store = FeatureStore.open(config.out, config.options)
+    if store.status != "complete":
+        raise ConfigError(f"--add-level: {store.folder.displayed} isn't finished; the command that began it goes on")
+    return store
 
 
 def import_driver() -> None:

@@ -27,6 +27,10 @@ CODES = 256
 """Centroids of each part of a vector; a code's bytes are their numbers."""
 
 
+SCORED = np.dtype([("score", np.float32), ("cell", np.int64)])
+"""A cell by its number, and how like it is to what was asked for."""
+
+
 class NoSearchIndex(StorageError):
     """A level has no index, or one of another state of the store."""
 
@@ -142,17 +146,13 @@ class CellIndex:
         codebook = Document(store.folder, f"{index_folder(level.name)}/codebook.safetensors", advice)
         return cls(store, level, settings, Codebook.read(codebook, settings))
 
-    @property
-    def cells_of_row(self) -> int:
-        return int(np.prod(self.level.grid or (1,)))
-
     def nearest(self, query_C: np.ndarray, count: int, *, per_image: bool = False, without: Sequence[int] = ()) -> list[NearCell]:
         """As `nearest_cells`, with exact cosines, of the rows alone whose cells the index finds near; where they don't give
         `count`, of more."""
         probes, candidates = self.settings.probes, max(self.settings.candidates, 4 * count)
         while True:
             cells = self.candidates(query_C, candidates, probes, without)
-            rows = np.unique(cells // self.cells_of_row)
+            rows = np.unique(cells // self.level.cells)
             found = nearest_cells(self.store, query_C, self.level, count, per_image=per_image, without=without, rows=rows)
             everything = len(cells) < candidates and probes >= self.settings.lists
             if len(found) == count or everything:
@@ -173,17 +173,17 @@ class CellIndex:
         lists = np.argsort(-by_list, kind="stable")[:probes]
         parts_of_query = query.reshape(settings.code_bytes, -1)
         by_code = np.einsum("md,mkd->mk", parts_of_query, codebook.codebooks_MKD)
-        best = np.zeros(0, [("score", np.float32), ("cell", np.int64)])
+        best = np.zeros(0, SCORED)
         for which, entries in self._lists(lists):
             scores = by_list[which] + by_code[np.arange(settings.code_bytes), entries["code"]].sum(axis=1)
-            keep = ~np.isin(entries["cell"] // self.cells_of_row, list(without))
-            new = np.zeros(int(keep.sum()), best.dtype)
+            keep = ~np.isin(entries["cell"] // self.level.cells, list(without))
+            new = np.zeros(int(keep.sum()), SCORED)
             new["score"], new["cell"] = scores[keep], entries["cell"][keep]
             best = np.concatenate([best, new])
             if len(best) > 4 * count:
-                best = _best(best, count)
-        cells: np.ndarray = _best(best, count)["cell"]
-        if len(cells) and not 0 <= cells.min() <= cells.max() < len(self.store) * self.cells_of_row:
+                best = best_cells(best, count)
+        cells: np.ndarray = best_cells(best, count)["cell"]
+        if len(cells) and not 0 <= cells.min() <= cells.max() < len(self.store) * self.level.cells:
             raise self._damaged(index_folder(self.level.name), "is damaged: it has cells that the store hasn't")
         return cells
 
@@ -210,7 +210,7 @@ class CellIndex:
             places = [(part_file(self.level.name, part), 0, header) for part in range(self.settings.parts)]
             found = zip(self.store.folder.read_ranges(places), places, strict=True)
             self._starts = [np.frombuffer(self._whole(data, place), "<i8") for data, place in found]
-            most = self.settings.part_rows * self.cells_of_row
+            most = self.settings.part_rows * self.level.cells
             for starts, place in zip(self._starts, places, strict=True):
                 if starts[0] != 0 or starts[-1] > most or (np.diff(starts) < 0).any():
                     raise self._damaged(place[0], "is damaged: its lists don't begin where each other end")
@@ -226,8 +226,8 @@ class CellIndex:
         return Document(self.store.folder, name, advice).damaged(what)
 
 
-def _best(found: np.ndarray, count: int) -> np.ndarray:
-    """Those with the highest scores, best first; of equal ones the lower cells."""
+def best_cells(found: np.ndarray, count: int) -> np.ndarray:
+    """Those of `SCORED` cells with the highest scores, best first; of equal ones the lower cells."""
     return found[np.lexsort((found["cell"], -found["score"]))][:count]
 
 

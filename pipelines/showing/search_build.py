@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import tyro
@@ -19,9 +18,11 @@ from pipelines.showing.choice import base_level, dense_levels
 from pipelines.showing.nearest import read_chunks
 from pipelines.showing.search import (
     CODES,
+    SCORED,
     CellIndex,
     Codebook,
     IndexSettings,
+    best_cells,
     document_of,
     entry_type,
     index_folder,
@@ -31,9 +32,6 @@ from pipelines.showing.search import (
 from storage.spec import Level
 from storage.spread import spread
 from storage.store import FeatureStore
-
-if TYPE_CHECKING:
-    pass
 
 PART_CELLS = 2**21
 """Cells of a part, which a worker holds at once: some 72 bytes each, twice."""
@@ -123,7 +121,7 @@ def build_index(
     if store.status != "complete":
         raise ConfigError(f"{store.folder.displayed} is unfinished; an index is of a complete store")
     rows = np.flatnonzero(store.valid())
-    of_row = int(np.prod(level.grid or (1,)))
+    of_row = level.cells
     if len(rows) * of_row < LEAST_CELLS:
         raise ConfigError(
             f"{store.folder.displayed} has {len(rows) * of_row:,} cells of {level.name}; an index takes {LEAST_CELLS:,} to be "
@@ -137,10 +135,10 @@ def build_index(
     asked = _queries(store, level, rows, channels, queries)
     parts = _parts(store, level)
     make = functools.partial(_Encoder, store, level, book, asked)
-    cells, nearest = 0, [_none_found()] * len(asked.cells)
+    cells, nearest = 0, [np.zeros(0, SCORED)] * len(asked.cells)
     for done in executor.pieces(make, list(enumerate(parts)), _pool(executor, actors)):
         cells += done.cells
-        nearest = [_merged(*pair) for pair in zip(nearest, done.nearest, strict=True)]
+        nearest = [best_cells(np.concatenate(pair), NEIGHBOURS) for pair in zip(nearest, done.nearest, strict=True)]
     settings = IndexSettings(
         fingerprint=store.root.fingerprint,
         counts=dict(store.root.counts or {}),
@@ -165,7 +163,7 @@ def build_index(
 
 def _parts(store: FeatureStore, level: Level) -> list[range]:
     """Rows that a worker has the cells of at once."""
-    rows = max(1, PART_CELLS // int(np.prod(level.grid or (1,))))
+    rows = max(1, PART_CELLS // level.cells)
     return [range(first, min(first + rows, len(store))) for first in range(0, len(store), rows)]
 
 
@@ -200,7 +198,7 @@ def _list_count(cells: int, channels: int) -> int:
 def _sample(store: FeatureStore, level: Level, rows: np.ndarray, channels: int) -> np.ndarray:
     """Vectors to train on, float32 [N, channels]: a quarter of the cells of rows spread over the store, or more where there are
     few."""
-    of_row = int(np.prod(level.grid or (1,)))
+    of_row = level.cells
     lists = _list_count(len(rows) * of_row, channels)
     wanted = min(len(rows) * of_row, _TRAIN_BYTES // (4 * channels), max(2**16, _PER_LIST * lists))
     chosen = rows[spread(len(rows), max(1, math.ceil(wanted / max(1, of_row // 4))))]
@@ -250,7 +248,7 @@ class _Queries:
 
 
 def _queries(store: FeatureStore, level: Level, rows: np.ndarray, channels: int, count: int) -> _Queries:
-    of_row = int(np.prod(level.grid or (1,)))
+    of_row = level.cells
     chosen = rows[spread(len(rows), count)]
     draw = np.random.default_rng(1)
     cells, vectors = [], []
@@ -260,19 +258,6 @@ def _queries(store: FeatureStore, level: Level, rows: np.ndarray, channels: int,
             cells.append(int(row) * of_row + cell)
             vectors.append(unit_vectors(each[cell], channels)[0])
     return _Queries(cells=np.array(cells, np.int64), vectors_QC=np.stack(vectors))
-
-
-_FOUND = np.dtype([("cosine", np.float32), ("cell", np.int64)])
-
-
-def _none_found() -> np.ndarray:
-    return np.zeros(0, _FOUND)
-
-
-def _merged(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The nearest of two lists."""
-    both = np.concatenate([one, other])
-    return both[np.lexsort((both["cell"], -both["cosine"]))][:NEIGHBOURS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,11 +282,11 @@ class _Encoder:
 
     def __call__(self, piece: tuple[int, range]) -> _Encoded:
         part, rows = piece
-        of_row = int(np.prod(self._level.grid or (1,)))
+        of_row = self._level.cells
         channels, code_bytes = self._book.centroids_LC.shape[1], len(self._book.codebooks_MKD)
         lists: list[np.ndarray] = []
         entries: list[np.ndarray] = []
-        nearest = [_none_found()] * len(self._queries.cells)
+        nearest = [np.zeros(0, SCORED)] * len(self._queries.cells)
         for some, maps in read_chunks(self._store, self._level, rows):
             vectors = unit_vectors(maps, channels)
             cells = (some[:, None] * of_row + np.arange(of_row)).ravel()
@@ -313,7 +298,9 @@ class _Encoder:
             entry["code"] = self._quantiser.compute_codes(vectors - self._book.centroids_LC[found])
             lists.append(found)
             entries.append(entry)
-            nearest = [_merged(*pair) for pair in zip(nearest, self._nearest(cells, vectors), strict=True)]
+            nearest = [
+                best_cells(np.concatenate(pair), NEIGHBOURS) for pair in zip(nearest, self._nearest(cells, vectors), strict=True)
+            ]
         which = np.concatenate(lists) if lists else np.zeros(0, np.int64)
         every = np.concatenate(entries) if entries else np.zeros(0, entry_type(code_bytes))
         starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(self._book.centroids_LC)))]).astype("<i8")
@@ -327,9 +314,9 @@ class _Encoder:
         for own, row in zip(self._queries.cells, cosines, strict=True):
             row[cells == own] = -np.inf
             best = np.argpartition(-row, NEIGHBOURS)[:NEIGHBOURS] if len(row) > NEIGHBOURS else np.arange(len(row))
-            new = np.zeros(len(best), _FOUND)
-            new["cosine"], new["cell"] = row[best], cells[best]
-            yield new[np.isfinite(new["cosine"])]
+            new = np.zeros(len(best), SCORED)
+            new["score"], new["cell"] = row[best], cells[best]
+            yield new[np.isfinite(new["score"])]
 
 
 # --- how much of it a question looks at -------------------------------------------------------------------------------
