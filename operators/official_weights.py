@@ -340,12 +340,13 @@ def _is_bare(state: State) -> bool:
 def _has_fixed_table(state: State, table: Callable[[int, int], Tensor]) -> bool:
     """Whether the position embeddings are sines and cosines that were never trained."""
     found = state.get("pos_embed")
-    if found is None or "cls_token" not in state or found.ndim != 3 or found.shape[-1] % 4:
+    if found is None or "cls_token" not in state or found.ndim != 3 or found.shape[-1] % 4 or not found.is_floating_point():
         return False
     side = round((found.shape[1] - 1) ** 0.5)
     if side < 2 or side**2 != found.shape[1] - 1:
         return False
-    return torch.allclose(found[0, 1:].double(), table(side, found.shape[-1]), atol=1e-5)
+    # Files that were rounded to 16 bits are the same family's.
+    return torch.allclose(found[0, 1:].double(), table(side, found.shape[-1]), atol=max(1e-5, torch.finfo(found.dtype).eps))
 
 
 def _sines(side: int, width: int) -> tuple[Tensor, Tensor]:

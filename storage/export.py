@@ -53,17 +53,36 @@ def made_of(store: FeatureStore, level: str) -> dict[str, str]:
 
 
 def write_parts(folder: Folder, tables: Iterable[pa.Table], about: Mapping[str, str], channels: int) -> tuple[int, int]:
-    """Write tables with vectors of so many channels as Parquet files of up to `PART_BYTES` of them; returns rows and files."""
-    part_rows = max(1, PART_BYTES // (4 * channels))
-    held: list[pa.Table] = []
+    """Write tables with vectors of so many channels as Parquet files of up to `PART_BYTES` of them; returns rows and files.
+
+    Where anything ends it, what it wrote is removed again, so that half of an export is never taken for the whole.
+    """
     rows = files = 0
+    try:
+        for held in _parts(tables, max(1, PART_BYTES // (4 * channels))):
+            files, rows = files + 1, rows + _write(folder, files, held, about)
+    except BaseException:
+        folder.remove(_part_name(part) for part in range(files + 1))
+        if files:
+            folder.remove_empty("")
+        raise
+    return rows, files
+
+
+def _parts(tables: Iterable[pa.Table], part_rows: int) -> Iterator[list[pa.Table]]:
+    """Tables in groups of up to so many rows, or of one."""
+    held: list[pa.Table] = []
     for table in tables:
         if held and sum(map(len, held)) + len(table) > part_rows:
-            files, rows, held = files + 1, rows + _write(folder, files, held, about), []
+            yield held
+            held = []
         held.append(table)
     if held:
-        files, rows = files + 1, rows + _write(folder, files, held, about)
-    return rows, files
+        yield held
+
+
+def _part_name(part: int) -> str:
+    return part_name("", part).lstrip("/")
 
 
 def vector_column(vectors: np.ndarray) -> pa.Array:
@@ -93,5 +112,5 @@ def _blocks(store: FeatureStore, level: str) -> Iterator[pa.Table]:
 
 def _write(folder: Folder, part: int, tables: list[pa.Table], about: Mapping[str, str]) -> int:
     table = pa.concat_tables(tables)
-    folder.write(part_name("", part).lstrip("/"), table_bytes(table, about))
+    folder.write(_part_name(part), table_bytes(table, about))
     return len(table)

@@ -108,6 +108,7 @@ def prepare(config: DetectionConfig) -> tuple[ObjectDetection, DetectorRecipe, F
         classes=classes,
         masks=not data.without_mask,
         without_mask=data.without_mask,
+        without_area=data.without_area,
         frame=config.label_frame,
         pictured=tuple(spread(len(images), config.pictures)),
         taken=first_of(len(images), images.of, "images"),
@@ -249,14 +250,25 @@ def _average_precision(
         here = {**settings, **_network(weights), "heads trained on these maps": _is_own(recipe, each)}
         line = Line.of(each.row, size, values).known(known[each.row.name])
         measured.append(Measured(line=line, row=each.row, low=low, size=size, settings=here))
-    notes = () if task.masks else (f"masks aren't scored: {task.without_mask:,} annotations have a box alone",)
     table = Table(
         title=f"Average precision on {config.split}, %",
         columns=("heads", "parameters, M", *_MAIN),
-        notes=notes,
+        notes=_notes(task),
         drawn=f"{images:,} images",
     )
     return with_published(table, measured, LIFT_DETECTION[recipe.detectors[0].head] if config.paper else None)
+
+
+def _notes(task: ObjectDetection) -> tuple[str, ...]:
+    """What of the annotations' masks isn't scored, or can't be found."""
+    if not task.masks:
+        return (f"masks aren't scored: {task.without_mask:,} annotations have a box alone",)
+    if not task.without_area:
+        return ()
+    return (
+        f"the masks of {task.without_area:,} annotated objects cover no pixel (polygons of two corners, empty runs), and count "
+        "as not found; COCO's own tools take a first polygon of four numbers for a box",
+    )
 
 
 def _estimates(

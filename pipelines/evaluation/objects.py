@@ -44,6 +44,9 @@ class ObjectDetection:
     masks: bool
     "whether annotations have masks to be scored by"
     without_mask: int
+    "annotations that have a box alone"
+    without_area: int = 0
+    "objects whose masks cover no pixel"
     frame: LabelFrame | None = None
     "of labels, where their size doesn't tell"
     pictured: tuple[int, ...] = ()

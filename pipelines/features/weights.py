@@ -206,7 +206,7 @@ def read_config(folder: Folder, entry: str) -> JsonObject:
 def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> dict[str, Tensor]:
     if is_safetensors:
         try:
-            return safetensors.torch.load(data)
+            return _unwrapped(safetensors.torch.load(data), displayed)
         except safetensors.SafetensorError as error:
             raise WeightsUnavailable(f"{displayed} is no whole safetensors file: {error}") from None
     try:
@@ -225,9 +225,18 @@ def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> d
     for key in ("state_dict", "model", "teacher", "jafar"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
         raise WeightsUnavailable(f"{displayed} holds no state dict of tensors")
-    return {key.removeprefix("module."): value.detach() for key, value in loaded.items()}
+    return _unwrapped(loaded, displayed)
+
+
+def _unwrapped(state: Mapping[str, Tensor], displayed: str) -> dict[str, Tensor]:
+    """Without the `module.` that torch's parallel wrappers put before names. Raises `WeightsUnavailable` where two become one."""
+    found = {name.removeprefix("module."): value.detach() for name, value in state.items()}
+    if len(found) < len(state):
+        twice = next(name for name in state if f"module.{name}" in state)
+        raise WeightsUnavailable(f"{displayed} holds both {twice} and module.{twice}: save the one that is meant by itself")
+    return found
 
 
 def _hub_state_dict(name: str, revision: str | None) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from storage.datasets.coco import CocoSet, load_coco
 from storage.datasets.content import content_digests, joint_digest
 from storage.datasets.files import DatasetError, digest
 from storage.datasets.frames import LabelFrame
-from storage.datasets.instances import Instances
+from storage.datasets.instances import Instances, has_area
 from storage.datasets.labels import LabelledImage
 from storage.documents import JsonValue
 from storage.paths import Folder
@@ -291,20 +291,26 @@ class Objects:
     @classmethod
     def of(cls, found: CocoSet, split: str, frame: LabelFrame | None) -> "Objects":
         """Raises `DatasetError` where no image has any."""
-        crowds, kept = 0, []
+        crowds, flat, kept = 0, list[str](), []
         for item in found.images:
             notes = item.label.objects() if isinstance(item.label, Instances) else []
-            crowd = sum(bool(each["iscrowd"]) for each in notes)
-            crowds += crowd
-            if len(notes) > crowd:
+            told_apart = [each for each in notes if not each["iscrowd"]]
+            crowds += len(notes) - len(told_apart)
+            without_area = [f"{item.image.displayed}, annotation {each['id']}" for each in told_apart if not has_area(each)]
+            flat += without_area
+            if len(told_apart) > len(without_area):
                 kept.append(replace(item, frame=frame))
+        beside = "crowds and objects without an area" if flat else "crowds"
         if not kept:
-            raise DatasetError(f"none of the {len(found.images):,} images of {split} has an annotated object beside crowds")
+            raise DatasetError(f"none of the {len(found.images):,} images of {split} has an annotated object beside {beside}")
         without = len(found.images) - len(kept)
         said = (
-            [f"{without:,} of {split}'s {len(found.images):,} images have no annotated object beside crowds"] if without else []
+            [f"{without:,} of {split}'s {len(found.images):,} images have no annotated object beside {beside}"] if without else []
         )
         said += [f"{crowds:,} crowds of {split} are no objects"] if crowds else []
+        said += (
+            [f"{len(flat):,} objects of {split} cover no pixel: polygons of two corners, empty runs ({flat[0]})"] if flat else []
+        )
         return cls(categories=found.categories, items=tuple(kept), left_out=tuple(f"left out: {each}" for each in said))
 
     def source(self, jitter: LargeScaleJitter, seed: int) -> ObjectSource:

@@ -26,7 +26,7 @@ from storage.datasets.files import (
     require_plain,
 )
 from storage.datasets.images import ImageFile
-from storage.datasets.instances import Instances, has_mask
+from storage.datasets.instances import Instances, has_area, has_mask
 from storage.datasets.labels import LabelledImage
 from storage.datasets.pairing import joined, masked_images, pairs_of_stems, require_place
 from storage.paths import Folder
@@ -59,6 +59,8 @@ class CocoSet:
     "names by id, ascending; where the file lists none, those of its annotations, named by their ids"
     without_mask: int
     "annotations of these images that have a box alone"
+    without_area: int
+    "objects of these images whose masks cover no pixel"
 
 
 def load_coco_instances(folder: Folder, split: str, limit: int | None = None) -> Listed[LabelledImage]:
@@ -88,6 +90,7 @@ def load_coco(folder: Folder, split: str, limit: int | None = None, *, boxes_alo
         numbers=tuple(each.number for each in listed),
         categories=annotated.categories,
         without_mask=sum(not has_mask(note) for each in listed for note in each.objects),
+        without_area=sum(not (note.get("iscrowd") or has_area(note)) for each in listed for note in each.objects),
     )
 
 

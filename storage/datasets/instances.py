@@ -104,10 +104,8 @@ class Instances:
         )
 
     def outlined(self) -> OutlinedObjects:
-        """Without crowds, and without objects whose polygons all have two corners or fewer; COCO's own tools pass them over, too.
-
-        Raises `DatasetError` for a segmentation that is none.
-        """
+        """Without crowds, and without objects that have no area (`has_area`). Raises `DatasetError` for a segmentation that is
+        none."""
         found: list[tuple[int, Outline]] = []
         for each in self.objects():
             with _segmentation_errors(self.displayed, each):
@@ -133,6 +131,31 @@ class Instances:
 def has_mask(note: RawObject) -> bool:
     """Whether an annotation says which pixels its object covers; some files have boxes alone."""
     return note.get("segmentation") not in (None, [], {})
+
+
+def has_area(note: RawObject) -> bool:
+    """Whether an annotation's mask can cover a pixel: it's false where all polygons are points or lines of two corners, or
+    where runs cover nothing. What is malformed isn't told here."""
+    segmentation = note.get("segmentation")
+    if isinstance(segmentation, Mapping):
+        counts = segmentation.get("counts")
+        if isinstance(counts, str):  # a mask without pixels is one number, and short; others are too many to be read for this
+            return len(counts) > _ONE_RUN or not _is_run_of_nothing(counts)
+        return not isinstance(counts, list) or any(counts[1::2]) or not counts
+    if not isinstance(segmentation, list) or not segmentation:
+        return True
+    return not all(isinstance(polygon, list) and len(polygon) in (2, 4) for polygon in segmentation)
+
+
+_ONE_RUN = 8
+"""Characters of compressed runs, of five bits each, that any image's number of pixels fits into."""
+
+
+def _is_run_of_nothing(text: str) -> bool:
+    try:
+        return not any(_runs_of_text(text)[1::2])
+    except ValueError:
+        return False
 
 
 def _kept(note: RawObject, width: int, height: int, *, boxes_alone: bool) -> RawObject:

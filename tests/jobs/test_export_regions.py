@@ -12,6 +12,7 @@ from PIL import Image
 from jobs.show import run
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
+from storage.paths import Folder
 from storage.store import FeatureStore
 from tests.conftest import jpeg
 
@@ -107,6 +108,24 @@ def test_what_cannot_be_exported_is_one_sentence(store, tmp_path, capsys, flags,
 
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_written_before_a_malformed_annotation_is_removed(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("storage.export.PART_BYTES", 4 * 64)  # a vector in each file
+    notes = json.loads(Path(annotated(tmp_path / "c.json", BOXES)).read_text())
+    notes["annotations"][1]["segmentation"] = {"size": [72, 96], "counts": [5]}  # of the last row
+    (tmp_path / "c.json").write_text(json.dumps(notes))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").touch()
+    written = []
+    write = Folder.write
+    monkeypatch.setattr(Folder, "write", lambda self, name, data: written.append(name) or write(self, name, data))
+
+    assert run(["export", store.folder.url, "--regions", str(tmp_path / "c.json"), "--out", str(tmp_path / "out")]) == 2
+
+    assert "turned.jpg, annotation 101: its segmentation is malformed" in capsys.readouterr().err
+    assert written
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--boxes"]])

@@ -512,6 +512,29 @@ def test_file_that_holds_no_weights_is_an_error_that_names_it(tmp_path, data, na
         read_state_dict(str(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a": torch.zeros(2), "module.a": torch.ones(2)}, "holds both a and module.a: save the one that is meant by itself"),
+        ({0: torch.zeros(2)}, "holds no state dict of tensors"),
+    ],
+)
+def test_names_that_tell_no_tensor_apart_are_refused(tmp_path, state, said):
+    torch.save(state, tmp_path / "w.pth")
+
+    with pytest.raises(WeightsUnavailable, match=said):
+        read_state_dict(str(tmp_path / "w.pth"))
+
+
+def test_names_of_wrapped_modules_are_unwrapped_in_every_kind_of_file(tmp_path):
+    state = {"module.a": torch.zeros(2), "module.b.module.c": torch.ones(2)}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+
+    for name in ("w.pth", "w.safetensors"):
+        assert list(read_state_dict(str(tmp_path / name))) == ["a", "b.module.c"]
+
+
 def test_weights_of_another_model_are_refused(saved):
     with pytest.raises(BackboneError, match="the weights don't fit test_vit2"):
         load_model("test_vit2.r160_in1k", (160, 160), WeightsChoice.parse(f"{saved}/w.pth"), None, None)

@@ -133,6 +133,17 @@ def test_of_a_training_checkpoint_the_teachers_backbone_is_taken(file):
     assert all(torch.equal(found.state[name], value) for name, value in expected.state.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("file", FILES)
+def test_files_that_were_rounded_to_16_bits_are_of_the_same_family(file, dtype):
+    """MAE's and MoCo v3's are told from the values of their position embeddings."""
+    state = read_state_dict(str(golden_file(f"ckpt_{file}.pth")))
+
+    found = recognise({name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()})
+
+    assert (found.family.name if found else "") == FILES[file][1]
+
+
 def test_the_table_of_official_files_has_every_family():
     text = (Path(__file__).parents[2] / "operators/DESIGN.md").read_text()
     rows = re.findall(r"^\| ([^|]+) \|", text.partition("| family | what is read |")[2].partition("\n\n")[0], re.MULTILINE)

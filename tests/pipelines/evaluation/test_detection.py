@@ -286,6 +286,15 @@ def test_without_masks_boxes_are_scored_and_masks_said_to_be_missing(data, plain
     assert ours == pytest.approx(theirs)
 
 
+def test_objects_whose_masks_cover_no_pixel_are_said_to_count_as_not_found(data, plain, tmp_path):
+    changed(data, lambda notes: notes["annotations"][0].update(segmentation=[[10, 10, 20, 20]]))
+
+    found = results(config_of(data, tmp_path / "out", detector=plain))
+
+    (note,) = found["tables"][0]["notes"]
+    assert note.startswith("the masks of 1 annotated objects cover no pixel (polygons of two corners, empty runs), and count as")
+
+
 def test_an_image_that_cannot_be_read_costs_itself_alone(data, drawn, plain, tmp_path):
     (data / "val2017").unlink()
     (data / "val2017").mkdir()

@@ -322,12 +322,35 @@ def test_crowds_and_images_without_objects_are_left_out_and_counted(sets, tmp_pa
     assert any("2 of train2017's 6 images" in line for line in plan_lines(config))
 
 
+def test_objects_that_cover_no_pixel_are_counted_and_named(sets, tmp_path):
+    def change(notes):
+        alone = [each for each in notes["annotations"] if each["image_id"] == 2]
+        for each in (*alone, notes["annotations"][0]):
+            each["segmentation"] = [[10, 10, 20, 20]]
+        notes["expected"] = len(alone) + 1
+
+    folder = changed(sets, tmp_path, change)
+    expected = json.loads((folder / "coco/annotations/instances_train2017.json").read_text())["expected"]
+
+    setup = prepared(detector(folder, tmp_path / "run"))
+
+    assert len(setup.images.items) == 4
+    assert "left out: 2 of train2017's 6 images have no annotated object beside crowds and objects without an area" in setup.notes
+    (said,) = [note for note in setup.notes if "cover no pixel" in note]
+    assert said.startswith(f"left out: {expected} objects of train2017 cover no pixel: polygons of two corners, empty runs (")
+    assert said.endswith("annotation 1)")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda notes: [each.pop("segmentation") for each in notes["annotations"]], "no field 'segmentation'"),
         (lambda notes: notes["annotations"][0].update(bbox=[90, 60, 40, 40]), "outside the image"),
         (lambda notes: notes["annotations"][0].update(category_id=7), "has the category 7, which isn't among the categories"),
+        (
+            lambda notes: [each.update(segmentation=[[1, 1, 2, 2]]) for each in notes["annotations"]],
+            "none of the 6 images of train2017 has an annotated object beside crowds and objects without an area",
+        ),
         (lambda notes: notes["annotations"].clear(), "none of the 6 images of train2017 has an annotated object beside crowds"),
         (lambda notes: notes["categories"].append({"id": 3, "name": "green"}), "have other categories"),
     ],

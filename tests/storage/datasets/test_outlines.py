@@ -1,10 +1,11 @@
 """Objects as they were annotated, for detectors."""
 
 import numpy as np
+import pycocotools.mask as coco_mask
 import pytest
 
 from storage.datasets.files import DatasetError
-from storage.datasets.instances import InstanceArrays, Instances
+from storage.datasets.instances import InstanceArrays, Instances, decode_mask, has_area
 from storage.orientation import Orientation
 
 POLYGON = [2.0, 3.0, 8.0, 3.0, 8.0, 7.0, 2.0, 7.0]
@@ -44,6 +45,34 @@ def test_polygons_of_two_corners_are_passed_over():
     found = packed(note(1, segmentation=[[2, 3, 8, 7]]), note(2, segmentation=[[1, 1, 2, 2], POLYGON])).outlined()
 
     assert [len(each) for each in found.outlines] == [1]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "covers"),
+    [
+        ([[2, 3, 8, 7]], False),
+        ([[2, 3], [4, 4, 5, 5]], False),
+        ([[2, 3, 8, 7], POLYGON], True),
+        (runs(10, 12), True),
+        ({"size": [10, 12], "counts": [120]}, False),
+        ({"size": [10, 12], "counts": [100, 0, 20]}, False),
+        (coco_mask.encode(np.zeros((10, 12), np.uint8, order="F")), False),
+        (coco_mask.encode(np.ones((10, 12), np.uint8, order="F")), True),
+        (coco_mask.encode(np.zeros((2**14, 2**14), np.uint8, order="F")), False),
+    ],
+)
+def test_whether_an_object_has_an_area_is_told_without_drawing_it(segmentation, covers):
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], bytes):
+        segmentation = {**segmentation, "counts": segmentation["counts"].decode()}
+
+    assert has_area({"segmentation": segmentation}) == covers
+    size = segmentation["size"] if isinstance(segmentation, dict) else (10, 12)
+    assert decode_mask(segmentation, *size).any() == covers
+
+
+@pytest.mark.parametrize("segmentation", [None, [], [[]], [7], [[1, 2, 3]], 5, {"counts": []}, {"counts": "\u00e9"}, {}])
+def test_what_is_malformed_is_left_to_whoever_reads_it(segmentation):
+    assert has_area({"segmentation": segmentation})
 
 
 def test_outlines_turn_as_masks_do():
