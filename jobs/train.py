@@ -153,6 +153,33 @@ PRESETS: dict[str, TrainConfig] = {
         features=BackboneConfig(model="vit_tiny_patch16_224.augreg_in21k_ft_in1k", precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
+    # DINOv2's tokens on 600 photographs in about 20 minutes of a core: ViT-Up starts as the bilinear enlargement and learns
+    # relations above all. pipelines/TRAINING.md has the results.
+    # `python jobs/train.py vit-up-dinov2-small-photos --weights DIR --data 'photos-train-{000000..000004}.tar' --out vit-up-dinov2`
+    "vit-up-dinov2-small-photos": ViTUpTraining(
+        canvas=448,
+        teacher_sizes=(224, 448),
+        hidden_size=224,
+        query_size=896,
+        hidden_states=(0, 4, 8, 12),
+        net_precision="fp32",
+        strength=0.0,
+        chunk_blocks=256,
+        start="enlargement",
+        relational_weight=10.0,
+        relational_tau=0.05,
+        relational_itself=True,
+        batch=4,
+        max_steps=150,
+        lr=5e-4,
+        warmup_steps=10,
+        val_rows=8,
+        log_every=10,
+        checkpoint_every=50,
+        validate_every=1000,
+        features=BackboneConfig(model="vit_small_patch14_dinov2.lvd142m", precision="fp32"),
+        cluster=GpuConfig(executor="inline"),
+    ),
     # JAFAR's recipe: 100,000 steps, no labels. No published duration; not run here.
     # `python jobs/train.py jafar-dinov2-s14-imagenet --data 'imagenet1k-train-{0000..1023}.tar' --out jafar-s14 --val-rows 512`
     "jafar-dinov2-s14-imagenet": JafarTraining.of(**JAFAR_TRAINING),

@@ -176,6 +176,8 @@ class LossWeights:
     "which layers the relational loss looks at"
     tau: float = TEMPERATURE
     "temperature of the relational loss"
+    itself: bool = False
+    "whether the relational loss compares a token with itself, too"
 
     def __post_init__(self) -> None:
         losses = (self.l2, self.cosine, self.relational)
@@ -237,7 +239,7 @@ def _losses(weights: LossWeights) -> dict[str, tuple[float, Callable[[Tensor, Te
     losses: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]] = {
         "l2": (weights.l2, standardised_l2),
         "cosine": (weights.cosine, cosine),
-        "relational": (weights.relational, partial(relational_kl, tau=weights.tau)),
+        "relational": (weights.relational, partial(relational_kl, tau=weights.tau, itself=weights.itself)),
     }
     return {name: loss for name, loss in losses.items() if loss[0]}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
+from operators.image import Geometry
 from operators.timm_models import preprocessing
 from operators.upsamplers import AnyMethod, UpsamplerError, find_method, method_names, spelled
 from pipelines.config import ConfigError, Counts, Found, Held, InputConfig, require_at_least
@@ -22,7 +23,7 @@ from pipelines.features.config import completed
 from pipelines.features.join import Join
 from pipelines.indexing import RunInput, report_left_out
 from pipelines.training.config import FeatureTraining, Objective, TrainSetup, Validation
-from pipelines.training.data import ImageSource, StoredFeatures, TrainOrder, View
+from pipelines.training.data import Example, ImageSource, StoredFeatures, TrainOrder, View
 from pipelines.training.overlap import require_apart, same_rows
 from pipelines.training.watch import similarity_picture
 from storage.datasets.content import joint_digest
@@ -38,6 +39,9 @@ from storage.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
 
+START_IMAGES = 64
+"""That a start as the enlargement is made of, at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTraining(FeatureTraining):
@@ -47,6 +51,8 @@ class ImageTraining(FeatureTraining):
     "the objective's name, which methods say in `Method.trained_by`"
     trained_by: ClassVar[str]
     "what that is, in words"
+    later: ClassVar[Sequence[str]] = ()
+    "settings that the first runs don't say"
     level: ClassVar[str] = "x2"
     "that a finished run says to try next"
 
@@ -94,6 +100,11 @@ class ImageTraining(FeatureTraining):
             names = ", ".join(method_names(lambda each: each.trained_by == self.trains))
             raise ConfigError(f"--method {self.method} isn't trained by {self.trained_by}; these are: {names}")
         return found
+
+    def identity(self, found: JsonObject) -> dict[str, JsonValue]:
+        """As for all runs; runs from before there were the `later` settings go on, where these say nothing."""
+        plain, made_of = type(self)(), super().identity(found)
+        return {name: value for name, value in made_of.items() if name not in self.later or value != plain.value(name)}
 
     def network(self, backbone: TimmBackbone) -> dict[str, JsonValue]:
         """The network's settings, as a checkpoint has them. Raises `ConfigError` for sizes that don't go together."""
@@ -186,6 +197,18 @@ class ImageObjective:
     def input(self, pixels_BHW3: np.ndarray) -> Tensor:
         """uint8 images as the model's input, on the device."""
         return self.setup.backbone.input(pixels_BHW3, self.device)
+
+    def starting_images(self, geometry: Geometry, sides: Sequence[int]) -> Example:
+        """Images that --start enlargement is made of: spread over all that there are to train on, so that each process of a run
+        comes to the same weights. Raises `ConfigError` where none can be read."""
+        rows = sorted(set(np.linspace(0, self.setup.order.n_rows - 1, START_IMAGES).astype(int).tolist()))
+        found = self.setup.images.at_sides(rows, geometry, sides)
+        if not found.arrays:
+            row, reason = next(iter(found.failed.items()))
+            raise ConfigError(
+                f"--start enlargement: none of {len(rows)} images can be read (row {row}, {reason}); use --start drawn"
+            )
+        return found
 
     def measure(self, step: int) -> Validation:
         """Means of `metrics` over those held-out images that can be read."""

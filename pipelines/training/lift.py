@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,17 +20,10 @@ from pipelines.config import ConfigError, Counts, Held, require_at_least, used_w
 from pipelines.training.data import Loaded, TrainOrder
 from pipelines.training.images import ImageSetup
 from pipelines.training.square import SquareMapConfig, SquareObjective, SquareTraining, bilinear
-from storage.documents import JsonObject, JsonValue
+from storage.documents import JsonObject
 
 LIFT_MAPS = SquareMapConfig(size=448, facet="key", geometry="squash")
 """LiFT's: keys of images whose aspect isn't kept."""
-
-
-START_IMAGES = 64
-"""That a start as the enlargement is made of, at most."""
-
-LATER = ("image_width", "image_convs", "pairs", "start", "keep_maps", "relational_weight", "relational_tau", "relational_images")
-"""Settings that the first runs don't say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +34,9 @@ class X2Config(SquareTraining):
     trains: ClassVar[str] = "lift"
     trained_by: ClassVar[str] = "LiFT's self-supervision"
     judges_shown: ClassVar[bool] = True
+    later: ClassVar[Sequence[str]] = (
+        "image_width", "image_convs", "pairs", "start", "keep_maps", "relational_weight", "relational_tau", "relational_images",
+    )  # fmt: skip
     of_methods: ClassVar[Mapping[str, str]] = {
         name: name for name in ("image_branch", "image_width", "image_convs", "wide", "kernel", "radius")
     }
@@ -97,11 +92,6 @@ class X2Config(SquareTraining):
         for name, plain in (("jitter", 0), ("crop", 1)):
             if self.keep_maps and (value := getattr(self, name)) != plain:
                 raise ConfigError(f"--keep-maps: with --{name} {value:g} an image has other maps each time; use --{name} {plain}")
-
-    def identity(self, found: JsonObject) -> dict[str, JsonValue]:
-        """As for all runs; runs from before there were `LATER` go on, where these say nothing."""
-        plain, made_of = type(self)(), super().identity(found)
-        return {name: value for name, value in made_of.items() if name not in LATER or value != plain.value(name)}
 
     def trained_sides(self, patch: int) -> tuple[int, ...]:  # noqa: ARG002
         return tuple(self.features.size // factor for factor in (1, *self.factors))
@@ -161,15 +151,8 @@ class X2Objective(SquareObjective):
             self._start_enlarging()
 
     def _start_enlarging(self) -> None:
-        """By images spread over all that there are to train on, so that each process of a run comes to the same weights."""
-        n_rows, side = self.setup.order.n_rows, self._size // self.config.factors[0]
-        rows = sorted(set(np.linspace(0, n_rows - 1, START_IMAGES).astype(int).tolist()))
-        found = self.setup.images.at_sides(rows, self._geometry, [side])
-        if not found.arrays:
-            row, reason = next(iter(found.failed.items()))
-            raise ConfigError(
-                f"--start enlargement: none of {len(rows)} images can be read (row {row}, {reason}); use --start drawn"
-            )
+        side = self._size // self.config.factors[0]
+        found = self.starting_images(self._geometry, [side])
         shown = self.shown(found.arrays, side)
         images = self.normalised(found.arrays[str(side)], shown)
         with counting(self.net, shown):

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from operators.backbone import TimmBackbone, autocast
 from operators.image import Geometry
 from operators.objectives.lift import cosine_loss
-from operators.objectives.vit_up import LossWeights, Supervision, objective
+from operators.objectives.vit_up import TEMPERATURE, LossWeights, Supervision, objective
 from operators.transfer import to_device
 from operators.upsamplers import UpsamplerError, find_method
 from operators.upsamplers.vit_up.geometry import grid_coordinates
 from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
+from operators.upsamplers.vit_up.start import start_enlarging
 from pipelines.config import ConfigError, Counts, Free, used_with
 from pipelines.features.bundle import ModelBundle
 from pipelines.training.data import CanvasView, Loaded
@@ -44,6 +45,7 @@ class ViTUpTraining(ImageTraining):
     trains: ClassVar[str] = "vit_up"
     trained_by: ClassVar[str] = "ViT-Up's distillation"
     level: ClassVar[str] = "x4"
+    later: ClassVar[Sequence[str]] = ("start", "relational_tau", "relational_itself")
 
     method: Counts[Literal["vit_up", "vit-up"]] = "vit_up"
     """The network."""
@@ -72,12 +74,19 @@ class ViTUpTraining(ImageTraining):
     """False for the ablation with the backbone as it is."""
     rank: Annotated[Counts[int], used_with(lora=True)] = 16
     """Of LoRA; its products are scaled by 2."""
+    start: Counts[Literal["drawn", "enlargement"]] = "drawn"
+    """Weights before the first step. `drawn` at random, as the paper's; `enlargement` is the same network with weights by which
+    it enlarges hidden states bilinearly, so that a short run has only to learn what is better than that."""
     l2_weight: Counts[float] = 1.0
     """Of the standardised squared difference."""
     cosine_weight: Counts[float] = 1.0
     """Of the cosine distance."""
     relational_weight: Counts[float] = 1.0
     """Of the divergence between the tokens' similarities; 0 for the ablation without it."""
+    relational_tau: Annotated[Counts[float], used_with(relational_weight=True)] = TEMPERATURE
+    """What cosines are divided by in it: the smaller, the more the most similar tokens count."""
+    relational_itself: Annotated[Counts[bool], used_with(relational_weight=True)] = False
+    """Whether a token is among those that it is compared with; the paper's isn't."""
 
     batch: Counts[int] = 24
     """Images per optimiser step, over all workers."""
@@ -99,6 +108,12 @@ class ViTUpTraining(ImageTraining):
         for name in ("strength", "l2_weight", "cosine_weight", "relational_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
+        if self.start == "enlargement" and not self.cross_attention:
+            raise ConfigError(
+                "--start enlargement: it's the attention that enlarges; drop --no-cross-attention, or use --start drawn"
+            )
+        if self.relational_tau <= 0:
+            raise ConfigError(f"--relational-tau {self.relational_tau:g}: must be above 0")
         if not self.l2_weight + self.cosine_weight + self.relational_weight:
             raise ConfigError("--l2-weight, --cosine-weight and --relational-weight: one must be above 0")
 
@@ -206,11 +221,14 @@ class Distillation:
 
     def prepare(self, images_BCHW: Tensor) -> TokenCache:
         """What of the student's images all queries read."""
-        config = self.head.config
         with autocast(images_BCHW.device, self.net_precision):
-            query_grid = self.backbone.query_grid(images_BCHW, (config.query_size,) * 2)
-            hidden = self.backbone.hidden(images_BCHW, config.layers, (config.hidden_size,) * 2)
-            return self.head.prepare(query_grid, hidden)
+            return self.head.prepare(*self.student(images_BCHW))
+
+    def student(self, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The query grid [B, D, gh, gw] and the hidden states [B, h, w, D] of the student's images."""
+        config = self.head.config
+        query_grid = self.backbone.query_grid(images_BCHW, (config.query_size,) * 2)
+        return query_grid, self.backbone.hidden(images_BCHW, config.layers, (config.hidden_size,) * 2)
 
     def grid(self, cache: TokenCache, grid: tuple[int, int]) -> Tensor:
         """The student's last layer on a grid over the whole image, float32 [B, D, *grid]."""
@@ -259,10 +277,30 @@ class ViTUpObjective(ImageObjective):
             head,
             teacher_sizes=config.teacher_sizes,
             chunk_blocks=config.chunk_blocks,
-            weights=LossWeights(l2=config.l2_weight, cosine=config.cosine_weight, relational=config.relational_weight),
+            weights=LossWeights(
+                l2=config.l2_weight,
+                cosine=config.cosine_weight,
+                relational=config.relational_weight,
+                tau=config.relational_tau,
+                itself=config.relational_itself,
+            ),
             precision=config.features.precision,
             net_precision=config.net_precision,
         )
+        if config.start == "enlargement" and not setup.steps_done():
+            self._start_enlarging()
+
+    @torch.no_grad()
+    def _start_enlarging(self) -> None:
+        images = self.starting_images(self._geometry, [self.side]).arrays[str(self.side)]
+        given = [self.task.student(self.input(image[None])) for image in images]
+        query_grids, hidden = zip(*given, strict=True)
+        start_enlarging(self.task.head, torch.cat(query_grids), [torch.cat(states) for states in zip(*hidden, strict=True)])
+
+    @property
+    def _geometry(self) -> Geometry:
+        mean = self.setup.backbone.spec.mean
+        return Geometry(mode="crop", height=self.side, width=self.side, interpolation="bilinear", mean=mean)
 
     def accumulate(self, loaded: Loaded) -> tuple[Tensor, float]:
         """Adds the gradient of the images' summed loss to the network's; gives that sum and their number."""
@@ -276,10 +314,8 @@ class ViTUpObjective(ImageObjective):
     # --- held-out images ----------------------------------------------------------------------------------------------
 
     def measure_some(self, rows: Sequence[int], panels: list[list[np.ndarray]]) -> tuple[np.ndarray, Mapping[int, str]]:
-        view, mean = self.setup.held_out.load(rows, None), self.setup.backbone.spec.mean
-        geometry = Geometry(mode="crop", height=self.side, width=self.side, interpolation="bilinear", mean=mean)
-        sides = (self.side, ENLARGED * self.side)
-        found = self.setup.held_out.at_sides(rows, geometry, sides)
+        view, sides = self.setup.held_out.load(rows, None), (self.side, ENLARGED * self.side)
+        found = self.setup.held_out.at_sides(rows, self._geometry, sides)
         if failed := {**found.failed, **view.failed}:  # of one row
             return np.zeros(len(self.metrics)), failed
         small, large = (found.arrays[str(side)] for side in sides)

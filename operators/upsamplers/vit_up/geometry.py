@@ -53,6 +53,11 @@ def encode_offsets(offsets_BN2: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([offsets_BN2.float(), angles.sin(), angles.cos()], dim=-1)
 
 
+def rope_frequencies(bands: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+    """The rotary bands' frequencies of an axis, in turns per token, log-linear from 1 to nearly 1 / 100: [bands]."""
+    return _ROPE_BASE ** (-torch.arange(bands, dtype=dtype, device=device) / bands)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """Continuous 2-D rotary embeddings: by how much each channel pair turns, the same for every head."""
@@ -63,8 +68,7 @@ class Rope:
     @classmethod
     def of_points(cls, points_BN2: Tensor, head_dim: int) -> "Rope":
         """For points in tokens: a query's (x * w, y * h). The first half of the channels turns with x, the second with y."""
-        bands = head_dim // 4
-        frequencies = _ROPE_BASE ** (-torch.arange(bands, dtype=torch.float32, device=points_BN2.device) / bands)
+        frequencies = rope_frequencies(head_dim // 4, device=points_BN2.device)
         angles = (2 * math.pi * points_BN2.float()[..., None] * frequencies).flatten(-2).unsqueeze(1)
         return cls(turns=torch.complex(angles.cos(), angles.sin()))
 

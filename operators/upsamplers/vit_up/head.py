@@ -7,6 +7,7 @@ Shapes: B images, N queries, h w the token grid, D channels.
 """
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import cast
@@ -270,16 +271,21 @@ class ViTUpHead(nn.Module):
         """Features [B, N, D] at some coordinates of prepared images; `outputs` as in `forward`."""
         asked = range(len(self.config.layers)) if outputs is None else outputs
         wanted = [range(len(self.config.layers))[position] for position in asked]
-        coords = coords_BN2.float()
-        x = sample(cache.query_grid, coords)
-        queries = self._queries(coords, cache.grid)
         decoded: dict[int, Tensor] = {}
-        for position in range(max(wanted) + 1):
-            if position:
-                x = self.vit_up_blocks[position - 1](x, cache.blocks[position - 1], queries)
+        for position, x in enumerate(itertools.islice(self.stream(cache, coords_BN2), max(wanted) + 1)):
             if position in wanted:
                 decoded[position] = self.decoder_mlp[position](x)
         return [decoded[position] for position in wanted]
+
+    def stream(self, cache: TokenCache, coords_BN2: Tensor) -> Iterator[Tensor]:
+        """The queries [B, N, D] after 0, 1, ... blocks, undecoded; without gradients, each overwrites the one before."""
+        coords = coords_BN2.float()
+        queries = self._queries(coords, cache.grid)
+        x = sample(cache.query_grid, coords)
+        yield x
+        for block, tokens in zip(self.vit_up_blocks, cache.blocks, strict=True):
+            x = block(x, tokens, queries)
+            yield x
 
     @property
     def _head_dim(self) -> int:

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import re
 
 import pytest
@@ -22,6 +23,7 @@ from operators.upsamplers.vit_up.geometry import Rope, encode_offsets, grid_coor
 from operators.upsamplers.vit_up.head import FeatX, Mlp, Queries, ViTUpBlock, ViTUpConfig, ViTUpHead, sample
 from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
+from operators.upsamplers.vit_up.start import bilinear_logits, start_enlarging
 from operators.upsamplers.vit_up.upsampler import ViTUp
 from pipelines.costs.windows import gather_then_attend
 from tests.goldens import GOLDEN, hash_tensor, tensor_golden, under
@@ -885,3 +887,60 @@ def test_twice_the_grid_pooled_stays_close_to_the_grid(name):
     other = F.cosine_similarity(pooled, coarse.flip(1), dim=-1)
     assert close.mean() > 0.95
     assert 1 - close.mean() < 0.5 * (1 - other.mean())
+
+
+# --- a start as the enlargement ---------------------------------------------------------------------------------------
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def started(**changes: object) -> tuple[ViTUpHead, torch.Tensor, list[torch.Tensor]]:
+    """A head of two blocks with 16 rotary bands, started by states as a norm leaves them, and what it was started by."""
+    config = ViTUpConfig(**{"channels": 128, "heads": 2, "layers": (0, 2, 4), **changes})  # type: ignore[arg-type]
+    head, scale = ViTUpHead(config), 0.5 + drawn(128, seed=1).abs()
+    maps = (F.interpolate(drawn(3, 128, 4, 5, seed=seed), size=(11, 14), mode="bicubic") for seed in range(3))
+    states = [F.layer_norm(each.permute(0, 2, 3, 1), (128,)) * scale + drawn(128, seed=2) for each in maps]
+    grid = F.interpolate(0.3 * states[0].permute(0, 3, 1, 2), size=(44, 56), mode="bilinear")
+    start_enlarging(head, grid, states)
+    return head, grid, states
+
+
+@pytest.mark.parametrize("changes", [{}, {"featx": False}, {"window": 5}], ids=str)
+def test_a_start_as_the_enlargement_enlarges_every_state_bilinearly(changes):
+    head, grid, states = started(**changes)
+
+    with torch.no_grad():
+        found = head(grid, states, grid_coordinates((33, 42)).expand(3, -1, -1))
+
+    for answer, state in zip(found[1:], states[1:], strict=True):
+        wanted = F.interpolate(state.permute(0, 3, 1, 2), size=(33, 42), mode="bilinear").flatten(2).transpose(1, 2)
+        assert (answer - wanted).square().mean() < 0.04 * (wanted - wanted.mean(dim=(0, 1))).square().mean()
+
+
+def test_what_starts_as_the_enlargement_learns_with_every_weight():
+    head, grid, states = started()
+    optimiser = torch.optim.SGD(head.parameters(), lr=0.1)
+
+    for _ in range(3):  # FeatX's modulation begins at 0 below a norm that does
+        optimiser.zero_grad()
+        sum(answer.square().mean() for answer in head(grid, states, grid_coordinates((5, 7)).expand(3, -1, -1))).backward()
+        optimiser.step()
+
+    assert all(each.grad.abs().max() > 0 for name, each in head.named_parameters() if name.endswith("weight"))
+
+
+@pytest.mark.parametrize(("bands", "off"), [(16, 0.05), (8, 0.06)])
+def test_rotary_bands_make_bilinear_weights(bands, off):
+    distances = torch.tensor([-0.5, -0.2, 0.0, 0.35])[:, None] - torch.arange(-40, 41)
+    cosines = torch.cos(2 * math.pi * distances.double()[..., None] * 100.0 ** (-torch.arange(bands) / bands))
+
+    found = (cosines @ bilinear_logits(bands)).softmax(dim=1)
+
+    assert (found - (1 - distances.abs()).clamp(min=0)).abs().sum(dim=1).mean() < off
+
+
+def test_a_start_as_the_enlargement_is_refused_without_attention():
+    with pytest.raises(UpsamplerError, match="without cross-attention"):
+        started(cross_attention=False)

@@ -131,6 +131,27 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path):
     assert any(".lora_B." in name for name in found.model)
 
 
+def test_a_start_as_the_enlargement_is_it_and_goes_on_bit_for_bit(small, tmp_path):
+    changes = {"start": "enlargement", "relational_tau": 0.05, "relational_itself": True}
+    whole, broken = (small(out=str(tmp_path / name), **changes) for name in ("whole", "broken"))
+
+    continued(whole, broken, (1, 3))
+
+    first = read_metrics(Folder(whole.out))[0]
+    assert first["val_cosine"] == pytest.approx(first["val_cosine_bilinear"], abs=0.1)  # 4 rotary bands blur
+
+
+def test_a_start_as_the_enlargement_needs_attention_and_images(small, tmp_path):
+    with pytest.raises(ConfigError, match="--start enlargement"):
+        small(start="enlargement", cross_attention=False)
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(b"no image at all")
+    with pytest.raises(ConfigError, match=r"none of 2 images can be read \(row 0.*use --start drawn"):
+        train_inline(prepared(small(data=(str(folder),), start="enlargement", val_rows=2)))
+
+
 def test_the_loss_falls_on_a_few_images_and_is_measured(small):
     config = small(val_rows=6, batch=2, epochs=25, lr=2e-3, strength=0.0, checkpoint_every=25, validate_every=25)
 
