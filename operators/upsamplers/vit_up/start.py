@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.upsamplers.protocol import UpsamplerError
+from operators.upsamplers.vit_up.attention import CrossAttention
 from operators.upsamplers.vit_up.geometry import grid_coordinates, rope_frequencies
-from operators.upsamplers.vit_up.head import CrossAttention, Mlp, ViTUpBlock, ViTUpHead
+from operators.upsamplers.vit_up.head import Mlp, ViTUpBlock, ViTUpHead
 
 _REACH = 64
 """Tokens to each side among which an attention's logits are fitted to bilinear weights."""
