@@ -155,7 +155,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # DINOv2's tokens on 600 photographs in about 20 minutes of a core: ViT-Up starts as the bilinear enlargement and learns
     # relations above all. pipelines/TRAINING.md has the results.
-    # `python jobs/train.py vit-up-dinov2-small-photos --weights DIR --data 'photos-train-{000000..000004}.tar' --out vit-up-dinov2`
+    # `python jobs/train.py vit-up-dinov2-small-photos --weights DIR --data 'photos-train-{000000..000004}.tar' --out vit-up`
     "vit-up-dinov2-small-photos": ViTUpTraining(
         canvas=448,
         teacher_sizes=(224, 448),
