@@ -17,7 +17,7 @@ from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
 
 import tyro
 
-from pipelines.config import ConfigError, JobConfig, settings_of
+from pipelines.config import ConfigError, JobConfig, require_numbers, settings_of
 from pipelines.provenance import full_version
 from storage.errors import RayliftError
 from storage.redaction import redact
@@ -25,9 +25,11 @@ from storage.words import is_of_disk, printable, what_the_disk_says
 
 Config = TypeVar("Config")
 
-STOPPED, PIPE_CLOSED, TERMINATED = 130, 141, 143
-"""Exit codes as a shell gives them to programs that an interrupt (SIGINT), a closed pipe (SIGPIPE) or a scheduler (SIGTERM)
-ends."""
+PIPE_CLOSED = 128 + signal.SIGPIPE
+"""The exit code as a shell gives it to a program that a signal ends: here that of a reader that went away."""
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end the work as an interrupt does: of schedulers, and of a terminal or connection that is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +91,16 @@ class Program:
 
         A `RayliftError` ends with the code of its class, and what the operating system says of a path or a disk with 2, each as
         one message without credentials, and so does a library that isn't installed; an interrupt ends with 130, SIGTERM with 143,
-        and a reader that went away (`| head`) with 141.
+        SIGHUP with 129, and a reader that went away (`| head`) with 141.
         """
+        open_closed_streams()
         for stream in (sys.stdout, sys.stderr):
             # A name that the terminal's encoding lacks is no reason to end after hours of work.
             with contextlib.suppress(AttributeError):  # of what stands in for a stream in tests and notebooks
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         log_to_stderr()
         options: dict[str, object] = {}
-        with _terminable() as terminated:
+        with _terminable() as ended_by:
             try:
                 return self._run(argv, options)
             except RayliftError as error:
@@ -109,8 +112,8 @@ class Program:
             except ModuleNotFoundError as error:
                 return _say(what_lacks(error), ConfigError.exit_code)
             except KeyboardInterrupt as interrupt:
-                by_scheduler = terminated.is_set() or interrupt.args == (signal.SIGTERM,)
-                return _say(self.stopped, TERMINATED if by_scheduler else STOPPED)
+                number = next((each for each in (*ended_by, *interrupt.args) if each in ENDING), signal.SIGINT)
+                return _say(self.stopped, 128 + number)
 
     def _run(self, argv: Sequence[str], options: dict[str, object]) -> int:
         """Do what `argv` says, and print what comes of it. `options` become those of the storage, for messages of errors."""
@@ -163,6 +166,8 @@ class Program:
         )
         if isinstance(config, JobConfig):
             config = config.noting(set(_given(args, type(config))))
+        else:
+            require_numbers(config)
         return Call(command=command, preset=preset, config=config)
 
     def _named(self, word: str) -> str:
@@ -211,27 +216,48 @@ def _names(kind: type) -> Iterator[str]:
             yield from (f"{name}.{each}" for each in _names(setting.kind))
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[threading.Event]:
-    """Within it, SIGTERM (of Slurm, Kubernetes, systemd) ends the work as an interrupt does, so that what holds folders, workers
-    and sessions lets go of them. A second one changes nothing: `timeout` and Slurm send several.
+def open_closed_streams() -> None:
+    """Give those of the three standard streams that the caller closed (`>&-`, a daemon's) to the null device: without it the next
+    file that is opened takes the number, and what a library prints there is written into that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        mode = "w" if number else "r"
+        null = open(os.devnull, mode)  # noqa: PTH123, SIM115 - open for good
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(null.fileno(), number)
+        setattr(sys, name, null)
 
-    Yields whether one came: Ray makes an interrupt of its own of ours."""
-    terminated = threading.Event()
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Within it, `ENDING` signals (of Slurm, Kubernetes, systemd, a lost connection) end the work as an interrupt does, so that
+    what holds folders, workers and sessions lets go of them. A second one changes nothing: `timeout` and Slurm send several.
+    One that is ignored (`nohup`) stays so.
+
+    Yields which one came, if any: Ray makes an interrupt of its own of ours."""
+    ended_by: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield terminated  # only the main one may
+        yield ended_by  # only the main one may
         return
 
     def end(number: int, _: object) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)
-        terminated.set()
-        raise KeyboardInterrupt(signal.SIGTERM)
+        for each in ENDING:
+            signal.signal(each, signal.SIG_IGN)
+        ended_by.append(number)
+        raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {each: signal.getsignal(each) for each in ENDING}
+    before = {each: answer for each, answer in before.items() if answer is not signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, end)
     try:
-        yield terminated
+        yield ended_by
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, answer in before.items():
+            signal.signal(each, answer)
 
 
 def _say(message: str, code: int) -> int:
@@ -240,7 +266,8 @@ def _say(message: str, code: int) -> int:
         sys.stdout.flush()
     except OSError:
         _drop_output()
-    print(printable(message), file=sys.stderr)
+    with contextlib.suppress(OSError):  # where the terminal is gone, too
+        print(printable(message), file=sys.stderr)
     return code
 
 

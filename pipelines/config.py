@@ -12,6 +12,7 @@ or refused.
 import enum
 import functools
 import json
+import math
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +26,7 @@ from cluster.resources import WorkerRequest
 from storage.documents import JsonValue
 from storage.errors import RayliftError
 from storage.inputs import Listing, expand_inputs
-from storage.paths import StorageOptions, is_memory
+from storage.paths import StorageOptions, is_memory, require_whole
 from storage.redaction import public_options, redact
 from storage.tars import MemberRules
 
@@ -281,6 +282,7 @@ class JobConfig:
     "names of the settings that were said, by flags or with `of` and `changed`, be it with their default's value; see `is_given`"
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if self.cluster.executor == "ray":
             require_shareable(*self.places)
 
@@ -394,10 +396,31 @@ def require_at_least(least: float, config: object, *names: str) -> None:
                 raise ConfigError(f"{flag_of(name)} {each}: must be at least {least}")
 
 
+def require_numbers(config: object) -> None:
+    """Raises `ConfigError` for a setting, or one of its values, that is NaN or infinite, which comparisons don't find and
+    trainings go on with; and for whole numbers that 64 bits don't hold, as libraries have them."""
+    for name, setting in settings_of(type(config)).items():
+        value = setting.of(config)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ConfigError(f"{flag_of(name)} {each}: must be a finite number")
+            if isinstance(each, int) and not -(2**63) <= each < 2**63:
+                raise ConfigError(f"{flag_of(name)} {each}: must be below 2**63")
+
+
 def require_gpus(gpus: float | None, flag: str) -> None:
     """Raises `ConfigError` for GPUs of one worker that Ray can't give."""
     if gpus is not None and not (0 < gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
         raise ConfigError(f"{flag} {gpus:g}: must be a part of one GPU, or a whole number of them")
+
+
+def require_out(out: str, what: str) -> None:
+    """Raises `ConfigError` where no output is named, or the disk's root, as with variables that aren't set; `what` is to be
+    given."""
+    if not out.strip():
+        raise ConfigError(f"no output: give --out {what}")
+    if set(out) == {"/"}:
+        raise ConfigError(f"--out {out} is the disk's root, as with a variable that isn't set; give --out {what}")
 
 
 def require_shareable(*urls: str) -> None:
@@ -407,7 +430,8 @@ def require_shareable(*urls: str) -> None:
 
 
 def absolute(url: str) -> str:
-    """A path so that other processes on this machine, with other working directories, find it, too."""
+    """A path so that other processes on this machine, with other working directories, find it, too. Raises `InputError`."""
+    require_whole(url)
     return url if "://" in url else str(Path(url).expanduser().resolve())
 
 

@@ -269,6 +269,8 @@ def _require_room(store: FeatureStore, place: Place, there: Mapping[str, Stat]) 
         found = _origin_of(place.read(ROOT))
     elif MARK in there:
         found = place.read(MARK).decode(errors="replace")
+    elif "" in there:
+        raise StorageError(f"{place.displayed} is a file; give the copy a folder of its own")
     elif others := sorted(set(there) - _WELCOME):
         raise StorageError(
             f"{place.displayed} holds other files ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); give the copy a "

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage.paths import Folder, StorageError, StorageOptions
+from storage.root import ROOT
 from storage.samples import part_name, table_bytes
 from storage.store import FeatureStore
 
@@ -37,8 +38,10 @@ def export_vectors(store: FeatureStore, level: str, target: str, storage_options
 
 
 def empty_target(target: str, storage_options: StorageOptions | None) -> Folder:
-    """The folder to export to. Raises `StorageError` if it holds Parquet already."""
+    """The folder to export to. Raises `StorageError` if it holds Parquet already, or is a store."""
     folder = Folder(target, storage_options)
+    if folder.size(ROOT) is not None:
+        raise StorageError(f"{folder.displayed} is a Zarr store; give what is exported a folder of its own")
     if any(name.endswith(".parquet") for name in folder.sizes("")):
         raise StorageError(f"{folder.displayed} holds Parquet files already; choose another folder, or empty this one")
     return folder

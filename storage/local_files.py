@@ -61,7 +61,7 @@ def put_file(root: str, name: str, data: bytes, put: Callable[[Path, Path], obje
         except FileNotFoundError:
             # Another run that finished may have removed it. Where all is gone, nothing is to be begun anew.
             if not tries_left or not Path(root or "/").exists():
-                raise
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target)) from None
         except IsADirectoryError:
             raise StorageError(f"{target} is a folder where a file must be; remove it") from None
         except OSError as error:

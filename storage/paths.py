@@ -9,6 +9,7 @@ import errno
 import functools
 import os
 import re
+import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,8 +82,10 @@ class Stat:
 def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
     """Open the filesystem of `url`; returns it and the path inside it.
 
-    Raises `InputError` for an unknown scheme.
+    Raises `InputError` for an unknown scheme, a URL that isn't whole and options that don't fit, and `StorageError` where opening
+    asks a server in vain.
     """
+    require_whole(url)
     if url.startswith("pipe:") or _is_chained(url):
         raise InputError(f"{redact(url)}: pipes and chained URLs are not opened; give an fsspec URL such as s3://, http://")
     options = _options_for(url, storage_options or {})
@@ -94,10 +97,29 @@ def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple
             options = {"get_client": get_client, **options}
         if "::" in url:
             return _unchained(url, options)
-        fs, path = fsspec.core.url_to_fs(url, **options)
+        with reaching(redact(url, options)):
+            fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError, TypeError) as error:
-        raise InputError(f"cannot open {redact(url, options)}: {redact(str(error), options)}") from None
+        raise _unopened(url, options, error) from None
     return fs, path
+
+
+def _unopened(url: str, options: StorageOptions, error: Exception) -> InputError:
+    return InputError(f"cannot open {redact(url, options)}: {redact(str(error), options)}; check the URL, and --storage-options")
+
+
+_WITH_PLACE = ("s3", "s3a", "gs", "gcs", "http", "https", "abfs", "abfss", "az", "adl", "oci", "oss")
+"""Schemes whose URLs begin with a host or a bucket."""
+
+
+def require_whole(url: str) -> None:
+    """Raise `InputError` for a path that is empty, and a URL without a bucket or host, as of a variable that isn't set, or with
+    one slash too few: what is left would be this folder, or the name of one in it."""
+    if not url.strip():
+        raise InputError("an empty path, as of a variable that isn't set; this folder is called .")
+    scheme, colon, rest = url.partition(":")
+    if colon and scheme in _WITH_PLACE and not re.match("//[^/]", rest):
+        raise InputError(f"{redact(url)} is no whole URL, as of a variable that isn't set; write {scheme}://PLACE/PATH")
 
 
 def _is_chained(url: str) -> bool:
@@ -116,14 +138,16 @@ def opened(url: str, storage_options: StorageOptions | None = None) -> tuple[fss
     """`filesystem` of a server that answers. Raises `StorageError` for one that doesn't within seconds: botocore alone would try
     for minutes, in silence."""
     fs, path = filesystem(url, storage_options)
-    if url.startswith(("http://", "https://")):
-        endpoint = url
-    elif url.startswith(("s3://", "s3a://")):
-        with reaching(redact(url, storage_options)):
-            endpoint = fs.s3.meta.endpoint_url
-    else:
+    if not url.startswith(("http://", "https://", "s3://", "s3a://")):
         return fs, path
-    if reason := why_endpoint_unreachable(endpoint):
+    with reaching(redact(url, storage_options)):
+        try:
+            # Here s3fs looks at its options for the first time.
+            endpoint = url if url.startswith("http") else fs.s3.meta.endpoint_url
+            reason = why_endpoint_unreachable(endpoint)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise _unopened(url, storage_options or {}, error) from None
+    if reason:
         raise StorageError(f"{redact(url, storage_options)} can't be reached: {reason}; check the URL, and `endpoint_url`")
     return fs, path
 
@@ -152,14 +176,27 @@ def is_memory(url: str) -> bool:
 
 @contextlib.contextmanager
 def reaching(displayed: str) -> Iterator[None]:
-    """Turn the HTTP libraries' own exceptions, once their retries are used up, into a `StorageError` that names the place."""
+    """Turn the network's own exceptions, once retries are used up, into a `StorageError` that names the place."""
     try:
         yield
-    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, aiohttp.ClientError) as error:
-        raise StorageError(f"{displayed} can't be reached: {type(error).__name__}: {redact(str(error))}") from None
     except FileNotFoundError as error:
         _require_bucket(error, displayed)
         raise
+    except Exception as error:
+        if not _is_of_network(error):
+            raise
+        raise StorageError(f"{displayed} can't be reached: {type(error).__name__}: {redact(str(error))}") from None
+
+
+_OF_NETWORK = ("botocore", "aiohttp", "requests", "httpx", "httpx2", "urllib3", "ftplib", "paramiko", "gcsfs", "google", "azure")
+"""Libraries that talk to servers, whose filesystems hand their exceptions on."""
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Whether it's what a server said, or that none answered. Libraries are told by name: few of them are installed."""
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+        return True
+    return any(kind.__module__.partition(".")[0] in _OF_NETWORK for kind in type(error).__mro__)
 
 
 def _require_bucket(error: OSError, displayed: str) -> None:
@@ -204,6 +241,11 @@ class Folder:
     def is_local(self) -> bool:
         """Whether it is on a disk, where each file has permissions and faults of its own."""
         return isinstance(self._fs()[0], LocalFileSystem)
+
+    def is_file(self) -> bool:
+        """Whether a file of a local disk is where the folder would be."""
+        fs, root = self._fs()
+        return isinstance(fs, LocalFileSystem) and os.path.isfile(root)  # noqa: PTH113 - of no access: no
 
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
         # Reopened after a fork: s3fs sessions of the parent hang or fail in the child.

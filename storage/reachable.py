@@ -1,6 +1,7 @@
 """Whether a server answers, found out within seconds: the libraries that talk to it may try for minutes, and say nothing."""
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -53,8 +54,12 @@ def _speaks_http2(connection: socket.socket) -> bool:
 
 
 _lock = threading.Lock()
-_answered: set[tuple[int, str, int]] = set()
-"""Processes, hosts and ports: a fork asks anew."""
+_Place = tuple[int, str, int]
+"""Process, host and port: a fork asks anew."""
+
+_answered: set[_Place] = set()
+_silent: dict[_Place, tuple[float, str]] = {}
+"""Why a place was found unreachable, and when."""
 
 
 def why_endpoint_unreachable(url: str) -> str:
@@ -64,10 +69,14 @@ def why_endpoint_unreachable(url: str) -> str:
     if not parts.hostname or (urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname)):
         return ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    place = os.getpid(), parts.hostname, port
+    place, began = (os.getpid(), parts.hostname, port), time.monotonic()
     with _lock:  # many threads begin at once, and one shall wait for all
-        if place not in _answered:
-            if reason := why_unreachable(parts.hostname, port):
-                return reason
+        if place in _answered:
+            return ""
+        when, reason = _silent.get(place, (-math.inf, ""))
+        if when < began:
+            reason = why_unreachable(parts.hostname, port)
+            _silent[place] = time.monotonic(), reason
+        if not reason:
             _answered.add(place)
-    return ""
+        return reason

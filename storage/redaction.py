@@ -36,7 +36,8 @@ _PUBLIC_OPTIONS = PUBLIC_HEADERS | frozenset({
 def redact(text: str, storage_options: Mapping[str, object] | None = None) -> str:
     """Blank credentials in `text`: user info of URLs and the values of their parameters, but for those that are known to be
     harmless, and every value of `storage_options` that isn't."""
-    text = re.sub(r"(\w+://)[^/\s?#]*@", r"\1***@", text)
+    # Secret keys may hold slashes, at which a path seems to begin; a port doesn't begin one.
+    text = re.sub(r"(\w+://)(?:[^/\s?#]*|[^/\s?#:@]+:(?!\d+(?:/|$))[^\s?#@]*)@", r"\1***@", text)
     text = re.sub(r"([?&#]([^=&#\s?'\"]+)=)[^&#\s'\"]+", _blank_parameter, text)
     for secret in sorted(_secret_texts(storage_options or {}), key=len, reverse=True):
         text = text.replace(secret, "***")

@@ -50,7 +50,7 @@ SIDE_GROUPS = ("index", "ledger", "runs", "views")
 _TAKEN = (*SIDE_GROUPS, "search", "zarr.json", "readme.md", "row", "key")
 """What no level can be called: what lies beside them, and what samples of a data set have beside their maps."""
 
-_SCALE = re.compile(r"x\d+(\.\d+)?|\d+x\d+|pooled")
+_SCALE = re.compile(r"x\d{1,9}(\.\d+)?|\d{1,9}x\d{1,9}|pooled")
 
 
 def is_scale(text: str) -> bool:

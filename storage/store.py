@@ -145,7 +145,9 @@ class FeatureStore:
         attributes = read_attributes(folder)
         if attributes is None:
             advice = f"make one with jobs/extract.py --out {folder.displayed}"
-            if folder.exists("run.json"):
+            if folder.is_file():
+                advice = "a file is there; give the folder that jobs/extract.py --out wrote"
+            elif folder.exists("run.json"):
                 advice = f"a training or an evaluation is there; jobs/show.py training {folder.displayed} shows a training"
             raise NotAStore(f"there is no feature store at {folder.displayed}; {advice}")
         return cls(folder, attributes)

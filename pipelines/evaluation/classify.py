@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from operators.classifiers import LinearClassifier, knn_votes
-from pipelines.config import ConfigError, Counts, Found, Free, JobConfig, absolute, require_at_least
+from pipelines.config import ConfigError, Counts, Found, Free, JobConfig, absolute, require_at_least, require_out
 from pipelines.features.sources import in_words
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, sides, write_results
@@ -349,8 +349,7 @@ def _shared_images(task: Classification) -> int:
 def main(config: ClassifyConfig) -> Iterator[str]:
     """Classify, write what was found, and say it; with --plan, say what would be done."""
     config.require_used()
-    if not config.out:
-        raise ConfigError("no output: give --out a folder")
+    require_out(config.out, "a folder")
     task = classification(config)
     if config.plan:
         with planned(config, config.out):

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.config import ClusterConfig, ConfigError, Counts, Found, Free, Held, JobConfig, absolute, require_at_least
+from pipelines.config import (
+    ClusterConfig,
+    ConfigError,
+    Counts,
+    Found,
+    Free,
+    Held,
+    JobConfig,
+    absolute,
+    require_at_least,
+    require_out,
+)
 from pipelines.features.agreement import AskedFeatures
 from pipelines.features.config import LevelConfig
 from pipelines.features.rows import Rendering
@@ -42,9 +53,10 @@ class EvaluationConfig(JobConfig):
     def required(self, name: Literal["data", "out"]) -> str:
         """The URL called `name`, which other processes on this machine find, too. Raises `ConfigError` where it is empty."""
         url: str = getattr(self, name)
-        if not url:
-            what = {"data": "no data: give --data the data set's folder", "out": "no output: give --out a folder"}
-            raise ConfigError(what[name])
+        if name == "out":
+            require_out(url, "a folder")
+        elif not url.strip():
+            raise ConfigError("no data: give --data the data set's folder")
         return absolute(url)
 
 

@@ -87,7 +87,7 @@ class ExtractConfig(JobConfig):
         super().__post_init__()
         if not 0 <= self.max_failed_fraction <= 1:
             raise ConfigError(f"--max-failed-fraction {self.max_failed_fraction}: must lie between 0 and 1")
-        require_at_least(1, self, "limit", "batch", "block_rows", "max_image_bytes")
+        require_at_least(1, self, "limit", "batch", "block_rows", "max_image_bytes", "max_image_pixels")
         if self.block_rows is not None and self.block_rows & (self.block_rows - 1):
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
 
@@ -139,13 +139,24 @@ def config_from_run(url: str, options: StorageOptions | None = None) -> ExtractC
 
 def start_from_run(args: list[str], default: ExtractConfig) -> ExtractConfig:
     """The settings of the earlier run that `--from RUN` names, which is taken off `args`; without it, `default`."""
-    if "--from" not in args:
+    url, others = _taken(args, "--from")
+    if url is None:
         return default
-    at = args.index("--from")
-    if at + 1 == len(args):
+    if not url:
         raise ConfigError("--from needs a run.json or a store")
-    url = args[at + 1]
-    del args[at : at + 2]
-    # They may be needed to read the run.json.
-    words = args[args.index("--storage-options") + 1 :] if "--storage-options" in args else []
-    return config_from_run(url, parse_options(words[0]) if words else None)
+    options, _ = _taken(args, "--storage-options")  # which may be needed to read the run.json
+    args[:] = others
+    return config_from_run(url, parse_options(options))
+
+
+def _taken(args: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of a flag, as in `--flag value` or `--flag=value`, and the other words. None where there is no flag, and empty
+    where it has no value."""
+    for at, word in enumerate(args):
+        name, equals, value = word.partition("=")
+        if name == flag and equals:
+            return value, [*args[:at], *args[at + 1 :]]
+        if name == flag:
+            values = [each for each in args[at + 1 : at + 2] if not each.startswith("--")]
+            return "".join(values), [*args[:at], *args[at + 1 + len(values) :]]
+    return None, args

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, require_out
 from pipelines.executors import executor_for
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import member_rules
@@ -66,8 +66,7 @@ def find_input(config: ExtractConfig) -> Listing:
 def _looked_at(config: ExtractConfig) -> tuple[Listing, bool]:
     """`find_input`, and whether the store is there and finished: its root is read once for both."""
     config.require_used()
-    if not config.out:
-        raise ConfigError("no output: give --out a path or URL for the Zarr store")
+    require_out(config.out, "a path or URL for the Zarr store")
     member_rules(config)  # raises for columns that can't be carried
     # Refuses what is there and isn't ours, before anything is written.
     folder = Folder(config.out, config.options)

@@ -110,7 +110,7 @@ class FeatureConfig(LevelConfig, SizedConfig[str | None], PlacedConfig):
         """(height, width), or None for the model's own. Raises `ConfigError`."""
         if self.size is None:
             return None
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.size)
+        match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", self.size)
         if not match:
             raise ConfigError(f"--size {self.size}: use SIDE or HEIGHTxWIDTH in pixels, for example 448 or 384x512")
         return int(match.group(1)), int(match.group(2) or match.group(1))

@@ -179,8 +179,10 @@ def _held_against(
 
 def _level_grid(choice: LevelChoice, base: tuple[int, int]) -> tuple[int, int]:
     if not choice.scale.startswith("x"):
-        rows, columns = choice.scale.split("x")
-        return int(rows), int(columns)
+        rows, columns = map(int, choice.scale.split("x"))
+        if not rows or not columns:
+            raise ConfigError(f"--levels {choice.displayed}: a map has at least one row and one column; give ROWSxCOLUMNS")
+        return rows, columns
     factor = float(choice.scale[1:])
     grid = tuple(n * factor for n in base)
     if factor <= 0 or any(n != int(n) for n in grid):

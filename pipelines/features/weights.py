@@ -60,11 +60,11 @@ class WeightsChoice:
     def parse(cls, text: str) -> "WeightsChoice":
         if text == "pretrained":
             return cls(source="pretrained")
-        if match := re.fullmatch(r"random(?::(\d+))?", text):
-            return cls(source="random", seed=int(match.group(1) or 0))
+        if (match := re.fullmatch(r"random(?::([0-9]+))?", text)) and (seed := int((match[1] or "0")[:20])) < 2**63:
+            return cls(source="random", seed=seed)
         if text.startswith("random:"):
             raise WeightsUnavailable(
-                f"--weights {text}: the seed is a whole number, as in random:1; a file of that name: ./{text}"
+                f"--weights {text}: the seed is a whole number, as in random:1, and below 2**63; a file of that name: ./{text}"
             )
         return cls(source="file", url=text)
 

@@ -96,9 +96,9 @@ class BrowseServer:
     # --- running ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until an interrupt, which ends it quietly. SIGTERM raises `KeyboardInterrupt` as it does elsewhere."""
+        """Serve until an interrupt, which ends it quietly. SIGTERM and SIGHUP raise `KeyboardInterrupt` as they do elsewhere."""
         by = asyncio.run(self._until_signalled())
-        if by == signal.SIGTERM:
+        if by != signal.SIGINT:
             raise KeyboardInterrupt(by)
 
     async def _until_signalled(self) -> signal.Signals:
@@ -109,8 +109,9 @@ class BrowseServer:
             if not signalled.done():
                 signalled.set_result(by)
 
-        for each in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(each, stop, each)
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(each) is not signal.SIG_IGN:  # as under nohup
+                loop.add_signal_handler(each, stop, each)
         await self.serve(signalled)
         return signalled.result()
 

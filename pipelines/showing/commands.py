@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from pipelines.config import ConfigError, absolute, parse_options
+from pipelines.config import ConfigError, absolute, parse_options, require_at_least
 from pipelines.showing.browse import BrowseServer
 from pipelines.showing.card import push_lines, render_card
 from pipelines.showing.choice import (
@@ -57,9 +57,9 @@ class Show:
     def options(self) -> StorageOptions:
         return parse_options(self.storage_options)
 
-    def open(self, url: str = "") -> FeatureStore:
+    def open(self, url: str | None = None) -> FeatureStore:
         """The store, or another one reached in the same way."""
-        return FeatureStore.open(url or self.store, self.options)
+        return FeatureStore.open(self.store if url is None else url, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ class Rows(Show):
     """How many rows to list."""
 
     def lines(self) -> Iterator[str]:
+        require_at_least(0, self, "first")
         store = self.open()
         yield from row_lines(store, read_status(store), self.first)
 
@@ -253,6 +254,8 @@ class Compare(Show):
     """How many of the least similar rows to list."""
 
     def lines(self) -> Iterator[str]:
+        require_at_least(1, self, "limit")
+        require_at_least(0, self, "worst")
         a, b = self.open(), self.open(self.other)
         other = self.other_level or self.level
         result = compare(a, b, self.level, other, self.limit, other_images=self.other_images)
@@ -286,6 +289,8 @@ class Export(Show):
             return
         level = dense_levels(store, [self.level])[0] if self.level else base_level(store)
         folder, name = folder_of(self.regions, self.options)
+        if folder.size(name) is None:
+            raise ConfigError(f"--regions {redact(self.regions, self.options)}: there is no such file; check the path")
         notes = Annotations(folder=folder, name=name, boxes=self.boxes, frame=self.label_frame)
         done = export_regions(store, level, notes, self.out, self.options)
         yield f"{self.out}: {done.rows:,} vectors of {level.channels} from {level.name} in {done.files} files"
@@ -310,6 +315,9 @@ class Report(Show):
     """Photographs to show."""
 
     def lines(self) -> Iterator[str]:
+        require_at_least(0, self, "count")
+        if extension(self.out) not in ("html", "htm"):
+            raise ConfigError(f"--out {self.out}: a report is a page; end the name in .html")
         yield _written(render_report(self.open(), count=self.count, storage_options=self.options), self.out, self.options)
 
 

@@ -12,7 +12,18 @@ import tyro
 from cluster.resources import WorkerRequest
 from operators.readouts import READOUTS
 from operators.readouts.variants import VARIANTS
-from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least, require_gpus, said
+from pipelines.config import (
+    ActorsConfig,
+    ConfigError,
+    Free,
+    Held,
+    JobConfig,
+    absolute,
+    require_at_least,
+    require_gpus,
+    require_out,
+    said,
+)
 from pipelines.costs.speed import SpeedProtocol
 from pipelines.published import Settings
 from pipelines.tables.backbones import PaperBackbone, find_backbone
@@ -104,7 +115,7 @@ class GridConfig(JobConfig):
         super().__post_init__()
         require_at_least(1, self, "max_steps", "limit", "val_limit", "speed_batch", "speed_batches", "speed_reference_size")
         require_at_least(1, self, "cell_cpus")
-        require_at_least(0, self, "max_failures")
+        require_at_least(0, self, "max_failures", "seeds")
         require_gpus(self.cell_gpus, "--cell-gpus")
         for name in ("backbones", "tasks", "methods", "seeds"):
             given = getattr(self, name)
@@ -149,8 +160,7 @@ class GridConfig(JobConfig):
     @property
     def folder(self) -> Folder:
         """Of `out`. Raises `ConfigError`."""
-        if not self.out:
-            raise ConfigError("no output: give --out a path or URL for the grid")
+        require_out(self.out, "a path or URL for the grid")
         return Folder(absolute(self.out), self.options)
 
     @property

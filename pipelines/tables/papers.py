@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.resources import WorkerRequest
-from pipelines.config import ActorsConfig, ConfigError, Free, Held, JobConfig, absolute, require_at_least, require_gpus
+from pipelines.config import (
+    ActorsConfig,
+    ConfigError,
+    Free,
+    Held,
+    JobConfig,
+    absolute,
+    require_at_least,
+    require_gpus,
+    require_out,
+)
 from storage.datasets.files import digest
 from storage.documents import JsonValue
 from storage.paths import Folder
@@ -85,8 +95,7 @@ class PapersConfig(JobConfig):
     @property
     def folder(self) -> Folder:
         """Of `out`. Raises `ConfigError`."""
-        if not self.out:
-            raise ConfigError("no output: give --out a path or URL for the tables")
+        require_out(self.out, "a path or URL for the tables")
         return Folder(absolute(self.out), self.options)
 
     def pairs(self, name: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from pipelines.config import (
     absolute,
     command_of,
     require_at_least,
+    require_out,
     used_with,
 )
 from pipelines.executors import Executor
@@ -112,7 +113,7 @@ class TrainConfig(JobConfig):
         super().__post_init__()
         counts = "epochs", "batch", "workers", "worker_cpus", "loaders", "log_every", "checkpoint_every", "max_steps"
         require_at_least(1, self, *counts, "micro_batch")
-        require_at_least(0, self, "warmup_steps", "max_failures", "weight_decay", "final_lr")
+        require_at_least(0, self, "warmup_steps", "max_failures", "weight_decay", "final_lr", "seed")
         for name in ("lr", "clip"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -164,8 +165,7 @@ class TrainConfig(JobConfig):
         """The folder of `out`. Raises `ConfigError` where there is none, or it is a feature store; and for settings that the
         run would make no use of."""
         self.require_used()
-        if not self.out:
-            raise ConfigError("no output: give --out a path or URL for the training run")
+        require_out(self.out, "a path or URL for the training run")
         return run_folder(absolute(self.out), self.options)
 
     def order(self, n_rows: int) -> TrainOrder:

@@ -201,6 +201,73 @@ def test_sigterm_ends_the_work_as_an_interrupt_does(capsys):
     assert ends(raising(SystemExit(signal.SIGTERM))) == 143  # Ray's answer
 
 
+def test_a_lost_terminal_ends_the_work_unless_it_is_to_go_on(monkeypatch, capsys):
+    """As a connection does that breaks off; `nohup` has the signal ignored before the program begins."""
+
+    def work() -> Iterator[str]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        yield "went on"
+
+    before = signal.getsignal(signal.SIGHUP)
+    assert ends(work) == 129
+    assert capsys.readouterr() == ("", "stopped\n")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert ends(work) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.FileIO(os.open("/dev/full", os.O_WRONLY), "w"), write_through=True))
+    assert ends(work) == 129  # where its last words go nowhere, too
+
+
+def test_streams_that_are_closed_are_no_files_of_ours(tmp_path):
+    """The next file that is opened would be standard output, and hold what libraries print."""
+    code = """
+import os, sys
+from pathlib import Path
+from jobs.program import Command, Program
+from tests.jobs.test_program import Nothing
+def work(_):
+    with Path(sys.argv[1]).open("wb") as file:
+        os.write(1, b"printed")
+        os.write(2, b"printed")
+        file.write(b"data")
+    yield "done"
+sys.exit(Program(name="none", doc="", commands={"go": Command(run=work, default=Nothing)}).run(["go"]))
+"""
+    shell = ["sh", "-c", 'exec "$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, code, tmp_path / "a"]
+
+    assert subprocess.run(shell, cwd=ROOT, timeout=120, check=False).returncode == 0
+    assert (tmp_path / "a").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        *((name, [*words, value], f"{value}: must be a finite") for value in ("nan", "inf") for name, *words in [
+            ["train", "lift", "--lr"],
+            ["train", "deap", "--weight-decay"],
+            ["evaluate", "classify", "--temperature"],
+            ["tables", "--cell.lr"],
+            ["show", "nearest", "a", "--key", "a", "--point", "1"],
+            ["benchmark", "scale", "--forward-s"],
+        ]),
+        ("extract", ["--batch", str(2**63)], f"--batch {2**63}: must be below"),
+        ("extract", ["--max-image-pixels", "0"], "--max-image-pixels 0: must be at least 1"),
+        ("train", ["lift", "--seed", "-1"], "--seed -1: must be at least 0"),
+    ],
+)  # fmt: skip
+def test_a_number_must_be_one(name, words, message, capsys):
+    try:
+        code = importlib.import_module(f"jobs.{name}").run(words)
+    except SystemExit as ended:  # the flags' parser says it
+        code = ended.code
+
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_names_that_a_terminal_lacks_or_obeys_are_escaped(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)

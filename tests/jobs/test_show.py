@@ -812,10 +812,23 @@ for command in (["rows"], ["view", "--out", "v.png"], ["report", "--out", "r.htm
         (["view", "STORE", "--levels", "x9"], "has no level 'x9'; it has x1, x2, x4, pooled"),
         (["view", "STORE", "--levels", "pooled"], "no maps among pooled"),
         (["status", "STORE", "--storage-options", "{"], "not valid JSON"),
+        (["status", ""], "an empty path, as of a variable that isn't set"),
+        (["status", "FILE"], "a file is there; give the folder that jobs/extract.py --out wrote"),
+        (["rows", "STORE", "--first", "-1"], "--first -1: must be at least 0"),
+        (["compare", "STORE", ""], "an empty path, as of a variable that isn't set"),
+        (["compare", "STORE", "STORE", "--limit", "0"], "--limit 0: must be at least 1"),
+        (["compare", "STORE", "STORE", "--worst", "-1"], "--worst -1: must be at least 0"),
+        (["export", "STORE", "--out", "STORE"], "is a Zarr store; give what is exported a folder of its own"),
+        (["export", "STORE", "--out", ""], "an empty path, as of a variable that isn't set"),
+        (["export", "STORE", "--out", "x", "--regions", "no.json"], "--regions no.json: there is no such file"),
+        (["report", "STORE", "--count", "-1"], "--count -1: must be at least 0"),
+        (["report", "STORE", "--out", "x.pdf"], "--out x.pdf: a report is a page; end the name in .html"),
+        (["push", "STORE", "FILE"], "is a file; give the copy a folder of its own"),
     ],
 )
 def test_mistakes_end_with_a_message_and_exit_code_2(store, args, words, capsys):
-    assert run([store.folder.url if arg == "STORE" else arg for arg in args]) == 2
+    places = {"STORE": store.folder.url, "FILE": __file__}
+    assert run([places.get(arg, arg) for arg in args]) == 2
     assert words in capsys.readouterr().err
 
 

@@ -6,18 +6,21 @@ import pickle
 import shutil
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
+import requests
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipelines.config import absolute
 from storage.inputs import expand_inputs
 from storage.local_files import PARTIAL
-from storage.paths import Folder, InputError, StorageError, _number_prefixes, filesystem, read_file
-from storage.reachable import why_unreachable
+from storage.paths import Folder, InputError, StorageError, _number_prefixes, filesystem, reaching, read_file
+from storage.reachable import why_endpoint_unreachable, why_unreachable
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -388,6 +391,52 @@ def test_options_that_do_not_fit_are_an_error_without_their_values():
     assert "AKIDEXAMPLE" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"endpoint_url": 5},
+        {"endpoint_url": "nonsense"},
+        {"endpoint_url": "http://127.0.0.1:99999"},
+        {"client_kwargs": 5},
+        {"client_kwargs": {"hunter": 2}},
+        {"config_kwargs": {"retries": "many"}},
+        {"hunter": "hunter2"},
+    ],
+)
+def test_options_that_only_a_connection_shows_to_be_wrong_are_an_error(options):
+    with pytest.raises(InputError, match="^cannot open s3://b/x: .*; check the URL, and --storage-options$") as caught:
+        Folder("s3://b/x", {"key": "AKIDEXAMPLE", "secret": "hunter2", **options}).read("a")
+
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///x", "s3:/b/x", "s3:x", "https://", "gs:///x"])
+def test_url_without_a_bucket_or_host_is_no_folder_here(url):
+    for make in (lambda: Folder(url).exists("a"), lambda: expand_inputs([url]), lambda: absolute(url)):
+        with pytest.raises(InputError, match="is no whole URL, as of a variable that isn't set; write .*://PLACE/PATH"):
+            make()
+
+
+@pytest.mark.parametrize("url", ["", " "])
+def test_an_empty_path_is_not_the_working_folder(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for make in (lambda: Folder(url).exists("a"), lambda: Folder(url).write("a", b""), lambda: absolute(url)):
+        with pytest.raises(InputError, match="an empty path, as of a variable that isn't set; this folder is called ."):
+            make()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_server_of_any_kind_says_is_one_sentence():
+    class Refused(requests.exceptions.ConnectionError):
+        """As a filesystem's library has it."""
+
+    for error in (Refused("no hunter2 there"), ConnectionResetError(104, "reset"), TimeoutError("timed out")):
+        with pytest.raises(StorageError, match=f"^gs://b/x can't be reached: {type(error).__name__}: "), reaching("gs://b/x"):
+            raise error
+    with pytest.raises(ValueError, match="bug"), reaching("gs://b/x"):
+        raise ValueError("bug")
+
+
 def test_folder_is_shown_without_credentials():
     folder = Folder("s3://AKIA:hunter2@bucket/x", {"secret": "other-secret"})
 
@@ -451,6 +500,21 @@ def test_endpoint_that_is_not_there_is_named_with_what_was_tried(url, monkeypatc
     with pytest.raises(StorageError, match=said):
         expand_inputs([f"{url.format(port=port)}/a.tar"], options)
     assert "waiting for 127.0.0.1" in caplog.text
+
+
+def test_a_server_that_is_not_there_is_waited_for_once_for_all_threads(monkeypatch):
+    asked, begun = [], threading.Barrier(4)
+    monkeypatch.setattr("storage.reachable.why_unreachable", lambda *place: asked.append(place) or time.sleep(0.5) or "no")
+
+    def ask(_: int) -> str:
+        begun.wait()
+        return why_endpoint_unreachable("http://not-there.invalid:9")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == ["no"] * 4
+    assert asked == [("not-there.invalid", 9)]
+    assert why_endpoint_unreachable("http://not-there.invalid:9") == "no"
+    assert len(asked) == 2  # it may be up by now
 
 
 def test_server_that_accepts_and_says_nothing_it_should_speaks_no_http2(monkeypatch):

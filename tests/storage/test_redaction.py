@@ -21,6 +21,8 @@ from storage.redaction import public_options, query_free, redact
         ("https://h/a?versionId=9#access_token=hunter2", "https://h/a?versionId=9#access_token=***"),
         ("http://me:p@hunter2@h/a.tar?x=a@b", "http://***@h/a.tar?x=***"),
         ("plain text, a/b@c.tar", "plain text, a/b@c.tar"),
+        ("s3://AKIA:hun/ter2@bucket/x", "s3://***@bucket/x"),
+        ("http://h:9000/a@b x2=lift:s3://b/c@int8", "http://h:9000/a@b x2=lift:s3://b/c@int8"),
     ],
 )
 def test_credentials_in_urls_are_blanked(text, displayed):

@@ -133,7 +133,7 @@ def test_a_store_that_an_earlier_version_completed_is_counted_by_its_ledger(phot
     monkeypatch.setattr("pipelines.showing.status.MAX_RECORDS", 2)
     show.run(["status", store.folder.url])
     assert "about 6 of 6 images have values beyond float16's range: about " in capsys.readouterr().out
-    assert extract.run([*LIVE, *INLINE, "--from", store.folder.url]) == 0
+    assert extract.run([*LIVE, *INLINE, f"--from={store.folder.url}"]) == 0
     assert "weren't counted when the store was completed" in capsys.readouterr().out
 
 
