@@ -20,9 +20,9 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 demo: setup
 	$(BIN)/python jobs/extract.py demo
 
-# Two processes, a file each at a time: much of a test is waiting, for Ray's processes above all.
+# Two processes, a file each at a time, in the order of tests/conftest.py: much of a test is waiting, for Ray's processes above all.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-rgw: setup
 	$(BIN)/python -m pytest -m rgw

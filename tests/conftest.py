@@ -5,7 +5,9 @@ import io
 import os
 import re
 import shutil
+import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,8 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+# Before anything imports torch or NumPy: of two processes on two cores, each with two threads, half of the time is spent waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -41,15 +45,35 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums in one order; and on a busy machine, several threads that wait for each other take ten times as long."""
-    import torch
+LONGEST = (
+    "storage/test_every_kill.py", "extraction/test_ray.py", "extraction/test_faults.py", "evaluation/test_faults.py",
+    "jobs/test_benchmark.py", "storage/test_one_store.py", "tests/test_readme.py", "benchmarks/test_scale.py",
+    "extraction/test_sandbox.py", "cluster/test_session.py", "tests/test_distribution.py", "contracts/test_executor.py",
+    "training/test_vitdet.py", "training/test_lift.py", "training/test_objectives.py", "tests/test_continued_inputs.py",
+)  # fmt: skip
+"""Files of few tests that start processes, or that take a minute."""
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes (`make test`), none is left with a long file at the end; others follow by their number of tests."""
+    if hasattr(config, "workerinput"):
+        counts = Counter(item.path for item in items)
+        items.sort(key=lambda item: (not item.path.as_posix().endswith(LONGEST), -counts[item.path]))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Sums in one order, also after a test of something that takes more threads for itself."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """No test cuts the power, and what the kernel was given outlives every process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 def squeezed(text: str) -> str:

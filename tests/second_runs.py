@@ -239,7 +239,7 @@ def _write_checkpoints(root: Path) -> None:
     made = [(f"{name}{suffix}", kind, seed) for name, kind in kinds.items() for suffix, seed in (("", 0), ("_b", 1))]
     for name, kind, seed in made:
         config = KINDS[kind].config(root).changed(out=str(root / f"{name}-run"), seed=seed, epochs=10)  # else, all is background
-        KINDS[kind].run(config)
+        KINDS[kind].run(config.changed(checkpoint_every=100, validate_every=100))
         shutil.copytree(named_checkpoint(config.flat()["out"]).url, root / name)
         shutil.rmtree(root / f"{name}-run")
         for path in (root / name).iterdir():
