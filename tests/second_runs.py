@@ -106,6 +106,7 @@ def write_world(root: Path) -> Path:
     _write_photos(root / "photos_open")
     with tarfile.open(golden_file("navi_mini.tar")) as tar:
         tar.extractall(root, filter="data")
+    _fewer_views(root / "navi_v1")
     for name, (image, mask, listed) in LAYOUTS.items():
         _write_layout(root / name, DATASETS[name].splits, image, mask, listed)
     for part, first in (("images", 0), ("held_out", 20)):
@@ -145,6 +146,14 @@ def _fewer_objects(coco: Path, count: int = 2) -> None:
         path.write_text(json.dumps(found))
         for each in left_out:
             next(coco.glob(f"*/{each['file_name']}")).unlink()
+
+
+def _fewer_views(navi: Path) -> None:
+    """One object, whose other scene has to be there and isn't read."""
+    for path in [*navi.glob("*/*/masks"), *navi.glob("*/multiview*/depth"), *navi.glob("*/multiview*/images")]:
+        shutil.rmtree(path)
+    for name in ("egg_a", "only_multi"):
+        shutil.rmtree(navi / name)
 
 
 def _write_clip(davis: Path) -> None:

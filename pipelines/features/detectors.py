@@ -185,9 +185,7 @@ def load_upsampler_net(text: str, detector: DetectorWeights, options: StorageOpt
     """The upsampler of `METHOD:URL`, a checkpoint's folder or a training run's, or of `METHOD` with random weights, for a
     detector's maps. Raises `WeightsUnavailable`, and `UpsamplerError` or `DetectorError` where it isn't one for them."""
     name, url = split_method(text)
-    if not isinstance(find_method(name), Recursive):
-        doubling = ", ".join(method_names(lambda method: isinstance(method, Recursive)))
-        raise DetectorError(f"{name} can't stand in a detector: it takes a network that doubles a map, as those of {doubling} do")
+    require_doubling(name)
     if not url:
         config = new_upsampler(name, detector.settings)
         with torch.random.fork_rng(devices=[]):
@@ -214,6 +212,13 @@ def load_upsampler_net(text: str, detector: DetectorWeights, options: StorageOpt
     return UpsamplerNet(
         displayed=displayed, config=config, arrays={key: value.numpy() for key, value in state.items()}, step=named.step
     )
+
+
+def require_doubling(name: str) -> None:
+    """Raises `UpsamplerError` for a method that isn't known, `DetectorError` for one whose network doesn't double a map."""
+    if not isinstance(find_method(name), Recursive):
+        doubling = ", ".join(method_names(lambda method: isinstance(method, Recursive)))
+        raise DetectorError(f"{name} can't stand in a detector: it takes a network that doubles a map, as those of {doubling} do")
 
 
 def _require_trained_on(detector: DetectorWeights, made_for: JsonValue, displayed: str) -> None:

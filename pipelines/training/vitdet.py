@@ -24,7 +24,7 @@ from operators.vitdet.masks import ObjectMasks
 from operators.vitdet.settings import DetectorError, DetectorSettings
 from pipelines.config import ConfigError, Counts, Found, Free, absolute, require_at_least, said, used_with
 from pipelines.executors import Executor
-from pipelines.features.detectors import DetectorWeights, Head, load_detector, load_upsampler_net
+from pipelines.features.detectors import DetectorWeights, Head, load_detector, load_upsampler_net, require_doubling
 from pipelines.features.weights import WeightsChoice
 from pipelines.training.beginnings import Beginning, backbone_at, require_same_classes
 from pipelines.training.config import LR_SCALE, Objective, TrainConfig, TrainSetup, Validation
@@ -200,6 +200,8 @@ class ViTDetTraining(TrainConfig):
 
     def beginning(self, categories: Mapping[int, str]) -> Beginning:
         """What training begins from. Raises `ConfigError`, `DetectorError`, `UpsamplerError`, `WeightsUnavailable`."""
+        if self.upsampler:
+            require_doubling(split_method(self.upsampler)[0])
         choice = WeightsChoice.parse(self.weights)
         if choice.source == "pretrained":
             raise ConfigError("--weights pretrained: give the file of a backbone, of a detector, or random")

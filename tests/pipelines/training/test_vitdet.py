@@ -404,6 +404,8 @@ def test_a_detector_of_other_classes_is_refused(sets, tmp_path, trained):
         ({"size": 100}, "multiple of 16 pixels, got 100"),
         ({"data": ""}, "no data: give --data"),
         ({"weights": "nowhere"}, "no weights at nowhere"),
+        ({"upsampler": "vit_up"}, "vit_up can't stand in a detector: it takes a network that doubles a map"),
+        ({"upsampler": "foo"}, "no upsampler is called 'foo'"),
     ],
 )
 def test_settings_that_make_no_run_are_refused(sets, tmp_path, changes, said):
