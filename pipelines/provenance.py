@@ -9,7 +9,7 @@ import subprocess
 import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pipelines.config import ConfigError, JobConfig, absolute
 from storage import __version__
@@ -66,17 +66,21 @@ _CONTENTS = {
 """What a run's identity calls what files hold, in words."""
 
 
-def run_folder(out: str, options: StorageOptions) -> Folder:
-    """The folder of a run's `out`. Raises `ConfigError` for a feature store, and for a file or what would lie below one, which
-    only a disk refuses, and only once something is written."""
+def run_folder(out: str, options: StorageOptions, what: Literal["", "training", "evaluation"] = "") -> Folder:
+    """The folder of a run's `out`, which is `what`. Raises `ConfigError` for a feature store, a run of the other kind, and a file
+    or what would lie below one, which only a disk refuses, and only once something is written."""
     folder = Folder(out, options)
     if folder.is_local:
         path = Path(filesystem(out, options)[1])
         if file := next((each for each in (path, *path.parents) if os.path.isfile(each)), None):  # noqa: PTH113 - of no access: no
-            what = "is a file" if file == path else f"lies below {file}, which is a file"
-            raise ConfigError(f"--out {folder.displayed} {what}; give a folder that is there or can be made")
+            wrong = "is a file" if file == path else f"lies below {file}, which is a file"
+            raise ConfigError(f"--out {folder.displayed} {wrong}; give a folder that is there or can be made")
     if read_attributes(folder) is not None:
         raise ConfigError(f"{folder.displayed} is a feature store; give --out a folder of its own")
+    if what and (identity := as_object((read_run(folder) or {}).get("identity", {}))):
+        there = "training" if "lr" in identity else "evaluation"  # a learning rate is part of what every training is
+        if there != what:
+            raise ConfigError(f"{folder.displayed} was begun as another kind of run ({there}); give this {what} its own folder")
     return folder
 
 

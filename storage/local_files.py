@@ -94,6 +94,7 @@ def _partial_file(root: str, data: bytes) -> Iterator[Path]:
     Synced, because a rename can reach the disk before the data does and a commit says that the data is there.
     """
     path = Path(root or "/", f"{PARTIAL}{uuid.uuid4().hex}")
+    is_new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -103,6 +104,13 @@ def _partial_file(root: str, data: bytes) -> Iterator[Path]:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        if is_new:  # an empty folder would be all that is left of what was begun
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+        raise
+    try:
         yield path
     finally:
         # Also where it couldn't be written: a full disk would stay full.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pipelines.benchmarks import autoscale, chaos, device, evaluation, extract, 
 from pipelines.benchmarks import upsamplers as upsampler_ways
 from pipelines.benchmarks.evaluation import evaluate_report, measure_evaluate
 from pipelines.benchmarks.extract_report import extract_report
+from pipelines.config import ConfigError
 from pipelines.costs import precision, readouts, upsamplers, vit_up
 from pipelines.costs.clocks import Machine, machine
 from pipelines.costs.vit_up_report import vit_up_report
@@ -46,14 +48,22 @@ class Benchmark(Generic[Config, Result]):
 
     def run(self, config: Config) -> Iterator[str]:
         """Measure, tell line by line, and write all numbers. Raises `BenchmarkFailed`, and what the settings are refused with."""
+        if path := getattr(config, "json", ""):
+            _require_writable(Path(path))
         with _folder(getattr(config, "out", ""), keep=self.keeps) as folder:
             result = self.measure(config, folder)
         here = machine()
         yield from self.report(config, result, here)
-        if path := getattr(config, "json", ""):
+        if path:
             numbers = {"settings": _public(config), **_public(result), "machine": asdict(here)}
             Path(path).write_text(json.dumps(numbers, indent=1))
         self.judge(result)
+
+
+def _require_writable(path: Path) -> None:
+    """Raise `ConfigError` where numbers that take minutes to measure couldn't be written."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--json {path} can't be written; give a file in a folder that is there")
 
 
 @contextlib.contextmanager

@@ -361,7 +361,7 @@ def main(config: ClassifyConfig) -> Iterator[str]:
             yield from map(str, task.left_out)
             yield NOTHING_RUN
         return
-    folder = run_folder(absolute(config.out), config.options)
+    folder = run_folder(absolute(config.out), config.options, "evaluation")
     identity: dict[str, JsonValue] = {
         "task": "classify",
         **config.counted(),

@@ -308,7 +308,7 @@ def by_size(asked: Iterable[tuple[Size, EncodedImage]]) -> dict[Size, list[Encod
 def begin(config: EvaluationConfig, task: str, recipe: R, of: Evaluated) -> tuple[R, Folder]:
     """Features joined with the images that they are asked of; and the output folder, begun, or held against the settings and the
     data that it was begun with. Raises `ConfigError`, and `FeaturesMissing` where a store doesn't fit the data."""
-    folder = run_folder(config.required("out"), config.options)
+    folder = run_folder(config.required("out"), config.options, "evaluation")
     images = distinct([image for each in of.images.values() for image in each])
     contents = dict(zip((image.displayed for image in images), content_digests(images), strict=True))
     recipe = recipe.joined(of.images, contents)

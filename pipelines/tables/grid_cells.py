@@ -251,6 +251,9 @@ def plan_cells(config: GridConfig) -> list[Cell]:
     if lacking := sorted({task.dataset for task in tasks} - config.folders.keys()):
         raise ConfigError(f"--data lacks {', '.join(lacking)}: give {lacking[0]}=FOLDER")
     _check_template("--store", config.store, backbones, {task.dataset for task in tasks})
+    if unknown := sorted(set(re.findall(r"\{([a-z_]+)\}", config.backbone_weights)) - {"backbone"}):
+        shown = redact(config.backbone_weights, config.options)
+        raise ConfigError(f"--weights {shown}: {{{unknown[0]}}} means nothing; use {{backbone}}")
     _require_levels(config)
     cells = [
         _cell(config, backbone, task, method, seed)

@@ -166,7 +166,7 @@ class TrainConfig(JobConfig):
         run would make no use of."""
         self.require_used()
         require_out(self.out, "a path or URL for the training run")
-        return run_folder(absolute(self.out), self.options)
+        return run_folder(absolute(self.out), self.options, "training")
 
     def order(self, n_rows: int) -> TrainOrder:
         """Which of the rows each step takes."""

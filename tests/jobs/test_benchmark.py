@@ -442,6 +442,12 @@ def test_wrong_settings_end_with_code_2_and_say_what_to_do(argv, message, capsys
     assert message in capsys.readouterr().err
 
 
+def test_numbers_that_could_not_be_written_are_not_measured(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "no" / "a.json", Path(__file__) / "a.json"):
+        assert benchmark.run(["extract", "debug", "--json", str(path)]) == 2
+        assert f"--json {path} can't be written; give a file in a folder that is there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("benchmark_of", "left"),
     [

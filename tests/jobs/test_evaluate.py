@@ -50,6 +50,13 @@ def test_debug_probes_what_debug_readout_trained(tmp_path, monkeypatch, capsys):
     assert "| train-readout on low-res" in capsys.readouterr().out
     assert (tmp_path / "demo/eval-probe/pictures/predictions.png").exists()
 
+    before = sorted(tmp_path.glob("demo/eval-probe/**"))
+    assert train.run(["debug", "--out", "demo/eval-probe"]) == 2
+    assert "was begun as another kind of run (evaluation); give this training its own folder" in capsys.readouterr().err
+    assert sorted(tmp_path.glob("demo/eval-probe/**")) == before
+    assert evaluate.run(["probe", "debug", "--out", "demo/train-readout"]) == 2
+    assert "was begun as another kind of run (training); give this evaluation its own folder" in capsys.readouterr().err
+
 
 READ_IMAGES = {
     "correspondence": "JPEGImages/cat/2008_000001.jpg",

@@ -338,6 +338,8 @@ def test_write_that_fails_leaves_the_old_object_and_nothing_else(tmp_path, monke
     monkeypatch.setattr("storage.paths.os.fsync", no_space)
     with pytest.raises(OSError, match="No space left"):
         folder.write("a", b"new")
+    with pytest.raises(OSError, match="No space left"):
+        Folder(str(tmp_path / "begun")).write("a", b"first")
 
     assert (tmp_path / "a").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

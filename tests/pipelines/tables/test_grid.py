@@ -143,6 +143,7 @@ def test_stores_are_named_by_backbone_data_set_and_part(sets, tmp_path):
         ({"out": ""}, "no output"),
         ({"store": "{backbone}.zarr", "tasks": ("voc", "boundaries")}, "with several datasets"),
         ({"store": "{model}.zarr"}, "{model} means nothing"),
+        ({"weights": "{model}.pth"}, "--weights {model}.pth: {model} means nothing; use {backbone}"),
         ({"store": "{backbone.zarr"}, "expected '}'"),
         ({"cell": ReadoutTraining.of(model="x", max_steps=3)}, "--cell.max-steps, --cell.model: the grid decides it"),
         ({"cell": ReadoutTraining.of(seed=0)}, "--cell.seed: the grid decides it"),
