@@ -29,6 +29,7 @@ from storage.inputs import Listing, expand_inputs
 from storage.paths import StorageOptions, is_memory, require_whole
 from storage.redaction import public_options, redact
 from storage.tars import MemberRules
+from storage.videos import Sampling
 
 
 class ConfigError(RayliftError, ValueError):
@@ -184,14 +185,14 @@ class InputConfig:
     """Keys that repeat from shard to shard: an error; or `rename`: the shard's name (and folder, where there are several) is put
     before each key, and image files of folders have their whole names for keys, not only what is before the first dot."""
 
-    def files(self, data: Sequence[str], options: StorageOptions, image: str | None) -> Listing:
-        """What `data` matches. Raises `InputError`."""
-        return expand_inputs(data, options, image, by_place=self.duplicate_keys == "rename")
+    def files(self, data: Sequence[str], options: StorageOptions, image: str | None, *, videos: bool = False) -> Listing:
+        """What `data` matches, `videos` among it. Raises `InputError`."""
+        return expand_inputs(data, options, image, by_place=self.duplicate_keys == "rename", videos=videos)
 
-    def rules(self, image: str | None = None, carry: tuple[str, ...] = ()) -> MemberRules:
+    def rules(self, image: str | None = None, carry: tuple[str, ...] = (), frames: Sampling | None = None) -> MemberRules:
         """Which members are taken, and how. Raises `InputError` for columns that can't be carried."""
         skip, rename = self.empty_shards == "skip", self.duplicate_keys == "rename"
-        return MemberRules(image=image, carry=carry, skip_empty=skip, by_place=rename)
+        return MemberRules(image=image, carry=carry, skip_empty=skip, by_place=rename, frames=frames)
 
 
 # --- where the work is done -------------------------------------------------------------------------------------------

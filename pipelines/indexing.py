@@ -41,7 +41,9 @@ class RunInput:
 
     def scan(self, files: Sequence[InputFile]) -> Iterator[SourceScan]:
         """Scan sources, in order."""
-        if all(file.is_image for file in files):  # nothing is read to index plain files
+        if not any(
+            self.rules.is_video(file.extension) or not file.is_image for file in files
+        ):  # nothing is read to index plain files
             yield from (scan_source(file, self.rules, self.options) for file in files)
             return
         scan = functools.partial(_scan_group, rules=self.rules, options=self.options)
@@ -90,7 +92,8 @@ class RunInput:
     def state(self, index: SampleIndex, ledger: LedgerRows) -> InputState:
         """The input as it is now, beside `index`. Raises `InputError` where it was indexed with settings that make other rows."""
         settings = settings_changes(index, self.limit, self.rules, self.limited_by)
-        if limit_changes(index, self.limit) or index.carried != list(self.rules.carry):
+        fps = str(self.rules.frames or "")
+        if limit_changes(index, self.limit) or index.carried != list(self.rules.carry) or index.fps != fps:
             raise other_input(index, settings)
         state = input_state(index, self.files, self.scan, ledger, self.options, limit=self.limit, rescan=bool(settings))
         if settings and not state.stands:

@@ -22,10 +22,11 @@ from storage.ledger import image_digest
 from storage.left_out import left_out_json
 from storage.paths import InputError, StorageOptions
 from storage.redaction import query_free
-from storage.samples import MAX_IMAGE_BYTES, PART_ROWS, SampleIndex, Unread, try_images
+from storage.sample_images import MAX_IMAGE_BYTES, Unread, try_images, try_some
+from storage.samples import PART_ROWS, SampleIndex
 from storage.scans import DuplicateKeys, refuse_duplicates, taken
 from storage.sources import BY_PLACE, RESTORE, Source, describe_change, gone_and_new, is_unchanged, other_input, pair
-from storage.tars import SCHEMA, SourceScan
+from storage.tars import SourceScan
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def _grow(index: SampleIndex, state: InputState, scans: Iterable[tuple[InputFile
     room = None if limit is None else limit - index.n_rows - state.added
     if room is not None and room <= 0:
         return
-    together, columns = GatheredRows(), [*SCHEMA.names, *index.carried]
+    together, columns = GatheredRows(), index.columns
     for part in _whole(index) if state.rows is None else state.rows.chunks():
         together.append(part.select(columns))
     for file, scanned in scans:
@@ -349,11 +350,13 @@ def _digests(
     """Of the images of index rows, in order; a few windows are read at once."""
 
     def digests(window: pa.Table) -> list[str]:
-        blobs = try_images(window, urls, options, max_bytes=max_bytes)
-        for blob in blobs:
-            if isinstance(blob, Unread):  # it can't be told to be the same
-                logger.warning("an image can't be read any more: %s", blob.message)
-        return [image_digest(blob if isinstance(blob, bytes) else b"") for blob in blobs]
+        found: dict[int, str] = {}
+        for some in try_some(window, urls, options, max_bytes=max_bytes):
+            for i, blob in some.items():
+                if isinstance(blob, Unread):  # it can't be told to be the same
+                    logger.warning("an image can't be read any more: %s", blob.message)
+                found[i] = image_digest(blob if isinstance(blob, bytes) else b"")
+        return [found[i] for i in range(len(window))]
 
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(digests, (rows.slice(i, CHECK_ROWS) for i in range(0, len(rows), CHECK_ROWS))):

@@ -22,6 +22,7 @@ from storage.folders import SIDE_FILE, Entry, files_below, is_side_file, matches
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
 from storage.paths import Folder, InputError, StorageOptions, extension, filesystem, is_memory, opened, reaching
 from storage.redaction import query_free, redact
+from storage.videos import TAKES_FRAMES, is_video
 
 COMMON_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 """What is mostly a photograph; format 2's stores took no others."""
@@ -41,7 +42,7 @@ _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tlz|tzst|tz|tar\.(gz|bz2?|xz|zstd?|l
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    """One tar or image file of the input."""
+    """One tar, image or video of the input."""
 
     url: str
     "fsspec URL, credentials included; `redact` it before it is shown or stored"
@@ -75,6 +76,10 @@ class InputFile:
         return _is_image(self.name)
 
     @property
+    def is_video(self) -> bool:
+        return is_video(self.name)
+
+    @property
     def is_common(self) -> bool:
         """A tar, or an image of one of `COMMON_EXTENSIONS`."""
         return not self.is_image or extension(self.name) in COMMON_EXTENSIONS
@@ -106,12 +111,26 @@ def _joined(listings: Iterable[Listing]) -> Listing:
 
 @dataclass(frozen=True)
 class _Keys:
-    """How images of plain folders get keys, and which is taken of those with one key."""
+    """Which files of plain folders are taken, how they get keys, and which is taken of those with one key."""
 
     image: str | None = None
     "the extension of the one that is taken"
     whole: bool = False
     "a key is the whole name without its extension; else what is before the first dot, as in a tar"
+    videos: bool = False
+    "frames of videos are taken, too"
+
+    def take(self, name: str) -> bool:
+        """Whether a file is an image, or a video whose frames are taken."""
+        return _is_image(name) or (self.videos and is_video(name))
+
+    def why_not(self, name: str, *, beside_tars: bool = False) -> str:
+        """Why a file is left out."""
+        if is_video(name) and not self.videos:
+            return f"video (.{extension(name)}; {TAKES_FRAMES})"
+        if beside_tars and self.take(name):
+            return f"{'video' if is_video(name) else 'image'} beside tars"
+        return _why_not(name)
 
     def of(self, path: str) -> str:
         """The part of a file's name that is the key of its sample; empty for a tar, whose name is none."""
@@ -122,20 +141,26 @@ class _Keys:
 
 
 def expand_inputs(
-    patterns: Sequence[str], storage_options: StorageOptions | None = None, image: str | None = None, *, by_place: bool = False
+    patterns: Sequence[str],
+    storage_options: StorageOptions | None = None,
+    image: str | None = None,
+    *,
+    by_place: bool = False,
+    videos: bool = False,
 ) -> Listing:
     """List what `patterns` match: tar files, or the images of plain folders, in the order given, globs sorted.
 
     A pattern is a URL with braces (`{000..127}`) and globs; a folder stands for its tars, or, where it has none, for
     the images below it. Symlinks are followed. Of images with one key in a folder, the one with the extension `image` is
     taken. `by_place`: files are to be told by their places (`InputFile.place`), not by what is before a name's first dot.
+    `videos` are taken as images are.
     Raises `InputError` if a pattern matches nothing or names a file that does not exist.
     """
     if not patterns:
         raise InputError("no input: give --data one or more URLs of tars (braces and globs allowed) or folders of images")
     if not all(pattern.strip() for pattern in patterns):
         raise InputError(f"--data {' '.join(map(repr, patterns))}: one is empty, as of a variable that isn't set; drop it")
-    keys = _Keys(image, by_place)
+    keys = _Keys(image, by_place, videos)
     listing = _joined(_expand_pattern(pattern, storage_options, keys) for pattern in patterns)
     return _rooted(listing) if by_place else listing
 
@@ -241,6 +266,8 @@ def _expand_url(url: str, options: StorageOptions | None, keys: _Keys) -> Listin
         raise InputError(f"{redact(url, options)} is neither a file nor a folder")
     if info.get("size") is None:
         raise InputError(f"{redact(url, options)}: the server does not tell the file's size, which ranged reads need")
+    if is_video(_without_query(info["name"])) and not keys.videos:
+        raise InputError(f"{redact(url, options)} is a video; jobs/extract.py --fps 2 takes two frames of each second of it")
     return Listing((_input_file(fs, info),))
 
 
@@ -248,7 +275,8 @@ def _list_glob(fs: fsspec.AbstractFileSystem, pattern: str, keys: _Keys) -> List
     """What a glob matches: tars and images by name; where there are none, every file is taken for a tar."""
     below = matches(fs, pattern)
     files = [entry for entry in below.entries if entry["type"] == "file" and not is_side_file(entry["name"])]
-    taken = [entry for entry in files if _is_tar(entry["name"]) or _is_image(entry["name"])] or files
+    named = [entry for entry in files if _is_tar(entry["name"]) or keys.take(entry["name"])]
+    taken = named or [entry for entry in files if not is_video(entry["name"])]
     names = {entry["name"] for entry in taken}
     for entry in below.entries:
         if entry["type"] == "directory":
@@ -256,21 +284,21 @@ def _list_glob(fs: fsspec.AbstractFileSystem, pattern: str, keys: _Keys) -> List
         elif is_side_file(entry["name"]):
             leave_out(below.left_out, SIDE_FILE, entry["name"], is_usual=True)
         elif entry["name"] not in names:
-            leave_out(below.left_out, _why_not(entry["name"]), entry["name"])
+            leave_out(below.left_out, keys.why_not(entry["name"]), entry["name"])
     taken = without_repeats(taken, below, lambda entry: keys.of(entry["name"]))
     return _chosen([_input_file(fs, entry) for entry in taken], keys, below.left_out)
 
 
 def _list_folder(fs: fsspec.AbstractFileSystem, path: str, url: str, keys: _Keys) -> Listing:
-    """The tars directly inside a folder, or else the images below it."""
+    """The tars directly inside a folder, or else the images, and videos, below it."""
     below = files_below(fs, path)
     depth = path.rstrip("/").count("/") + 1
     tars = [e for e in below.entries if _is_tar(e["name"]) and e["name"].count("/") == depth]
-    taken = tars or [e for e in below.entries if _is_image(e["name"])]
+    taken = tars or [e for e in below.entries if keys.take(e["name"])]
     names = {entry["name"] for entry in taken}
     for entry in below.entries:
         if entry["name"] not in names:
-            leave_out(below.left_out, _why_not(entry["name"], beside_tars=bool(tars)), entry["name"])
+            leave_out(below.left_out, keys.why_not(entry["name"], beside_tars=bool(tars)), entry["name"])
     if tars:
         taken = without_repeats(tars, below, lambda entry: keys.of(entry["name"]))
     files = [_input_file(fs, entry, base="" if tars else url) for entry in taken]
@@ -285,32 +313,32 @@ def _is_image(name: str) -> bool:
     return extension(name) in IMAGE_EXTENSIONS
 
 
-def _why_not(name: str, *, beside_tars: bool = False) -> str:
+def _why_not(name: str) -> str:
     if _is_tar(name):
         return "tar in a subfolder (name that folder, too)"
     if _COMPRESSED.search(name):
         return "compressed tar (decompress it)"
-    if _is_image(name) and beside_tars:
-        return "image beside tars"
     ending = extension(name)
     return f"neither tar nor image (.{ending})" if ending else "file without an extension"
 
 
 def _chosen(files: Sequence[InputFile], keys: _Keys, left_out: dict[str, LeftOut]) -> Listing:
-    """Of several images with one key, the one that `keys.image` names, or the only one of a common format, if there is one.
+    """Of several images with one key, the one that `keys.image` names, the only video where those are taken, or the only one of a
+    common format, if there is one.
 
     Others stay, and are refused as two samples of one key.
     """
     image = keys.image
     by_key: dict[str, list[InputFile]] = {}
     for file in files:
-        if file.is_image:
+        if keys.take(file.name):
             by_key.setdefault(f"{file.url.rpartition('/')[0]}/{keys.of(file.name)}", []).append(file)
     dropped: set[str] = set()
     for same in by_key.values():
         named = [file for file in same if image and file.name.lower().endswith(f".{image.lower().lstrip('.')}")]
+        videos = [file for file in same if file.is_video]
         common = [file for file in same if extension(file.name) in COMMON_EXTENSIONS]
-        one = next((each[0] for each in (named, common) if len(each) == 1), None)
+        one = next((each[0] for each in (named, videos, common) if len(each) == 1), None)
         if one is not None and len(same) > 1:
             dropped |= {file.url for file in same if file is not one}
     for file in files:

@@ -26,6 +26,7 @@ from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_byte
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
 from storage.totals import Totals
+from storage.videos import Frame
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class SampleRecord:
     "feature values beyond float16's range, of all levels, that were clamped"
     digest: str | None = None
     "`image_digest` of the bytes that were read; None where none were"
+    time: float | None = None
+    "of a frame of a video: its presentation time in seconds, as the file has it"
 
 
 SCHEMA = schema_of(SampleRecord, width=pa.int32(), height=pa.int32())
@@ -85,10 +88,19 @@ SCHEMA = schema_of(SampleRecord, width=pa.int32(), height=pa.int32())
 _LATER = ("digest",)
 """Columns that format 2 hasn't."""
 
+_OF_FRAMES = ("time",)
+"""Columns of tables that have frames of videos, and no others."""
+
 
 def image_digest(data: bytes) -> str:
-    """What identifies an image's bytes: the first 32 hex digits of their sha256."""
-    return hashlib.sha256(data).hexdigest()[:32]
+    """What identifies an image's bytes: the first 32 hex digits of their sha256. A frame's are those it was decoded from, which
+    other versions of a decoder don't change."""
+    return data.digest if isinstance(data, Frame) else hashlib.sha256(data).hexdigest()[:32]
+
+
+def _without_unsaid(table: pa.Table) -> pa.Table:
+    """A table of `SCHEMA` without columns that no row of it has use for."""
+    return table.drop_columns([name for name in _OF_FRAMES if table[name].null_count == len(table)])
 
 
 class Ledger:
@@ -117,7 +129,7 @@ class Ledger:
         self.folder, self.layout, self.levels = folder, layout, levels
         self.fingerprint, self.unmarked, self.sample_arrays = fingerprint, unmarked, sample_arrays
         self.commits, self.added = commits, tuple(added)
-        self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=_LATER)
+        self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=(*_LATER, *_OF_FRAMES))
         self._ends: dict[int, set[int]] = {}
         "where blocks ended before they grew, by block"
         for n_rows in sizes:
@@ -153,7 +165,7 @@ class Ledger:
             "objects": json.dumps(dict(sorted(objects.items()))),
             "fingerprint": self.fingerprint,
         }
-        return table_bytes(table, metadata)
+        return table_bytes(_without_unsaid(table), metadata)
 
     def done(self) -> set[int]:
         """Blocks whose commit record exists, of all their rows."""
@@ -214,7 +226,7 @@ class Ledger:
         """The commit record of a block: `SCHEMA`, and the objects among its metadata. It's of the block's first rows where the
         store grew since. Raises `DamagedObject`."""
         document = Document(self.folder, self.commit_name(block), _AGAIN)
-        table = document.table(SCHEMA, optional=_LATER if self.unmarked else ())
+        table = document.table(SCHEMA, optional=(*_OF_FRAMES, *(_LATER if self.unmarked else ())))
         with document.parsing():
             self._require_own(block, table)
         return table
@@ -308,7 +320,7 @@ class Ledger:
         places = index.read(expected.start, expected.stop)
         self._require_keys(table, places["key"])
         table = _placed(table, places, index.sources)
-        put(part_name("ledger/samples", part), table_bytes(table))
+        put(part_name("ledger/samples", part), table_bytes(_without_unsaid(table)))
         for name, chunk in sample_chunks(expected.start, table) if self.sample_arrays else ():
             put(name, chunk)
         return Totals.of(table)

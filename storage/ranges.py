@@ -2,6 +2,8 @@
 
 import errno
 import functools
+import io
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -73,7 +75,7 @@ def is_of_one_object(error: OSError) -> bool:
 def can_be_read(url: str, storage_options: StorageOptions | None) -> bool:
     """Whether there is a byte at `url` to be had."""
     try:
-        return len(_read_range(storage_options, url, 0, 1)) == 1
+        return len(read_range(storage_options, url, 0, 1)) == 1
     except (OSError, StorageError):
         return False
 
@@ -98,7 +100,8 @@ def merge_ranges(
     return merged
 
 
-def _read_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes:
+def read_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes:
+    """The bytes of a file from `start` up to `end`, fewer where it ends before. Raises what the filesystem raises."""
     if start == end:
         return b""
     fs, path = filesystem(url, options)
@@ -116,8 +119,68 @@ def _read_range(options: StorageOptions | None, url: str, start: int, end: int) 
 
 def _try_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes | OSError:
     try:
-        return _read_range(options, url, start, end)
+        return read_range(options, url, start, end)
     except OSError as error:
         if not is_of_one_object(error):
             raise
         return error
+
+
+class RangedFile(io.RawIOBase):
+    """A stretch of a file at a URL, as a file that is read by ranges: larger ones while reading goes straight on. A few are kept.
+
+    `error` is what the filesystem raised last: what reads through C may not hand it on.
+    """
+
+    FIRST, LARGEST, KEPT = 2**18, 2**22, 4
+    "bytes of the first range, and of the largest; how many are kept"
+
+    def __init__(self, url: str, offset: int, size: int, options: StorageOptions | None):
+        self.url, self.size = url, size
+        self.error: Exception | None = None
+        self._offset, self._options = offset, options
+        self._at, self._step = 0, self.FIRST
+        self._ranges: list[tuple[int, bytes]] = []
+        "where each begins within the stretch; the last one read comes last"
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence])
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = self.size - self._at if size < 0 else min(size, self.size - self._at)
+        parts = []
+        while left > 0:
+            start, data = self._range()
+            part = data[self._at - start :][:left]
+            if not part:  # the file is shorter than it was
+                break
+            parts.append(part)
+            self._at += len(part)
+            left -= len(part)
+        return b"".join(parts)
+
+    def _range(self) -> tuple[int, bytes]:
+        """The range that the next byte lies in."""
+        for each in self._ranges:
+            if each[0] <= self._at < each[0] + len(each[1]):
+                return each
+        goes_on = self._ranges and self._at == self._ranges[-1][0] + len(self._ranges[-1][1])
+        self._step = min(2 * self._step, self.LARGEST) if goes_on else self.FIRST
+        first, last = self._offset + self._at, self._offset + min(self._at + self._step, self.size)
+        try:
+            data = read_range(self._options, self.url, first, last)
+        except Exception as error:
+            self.error = error
+            raise
+        self._ranges = [*self._ranges[1 - self.KEPT :], (self._at, data)]
+        return self._ranges[-1]

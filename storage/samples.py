@@ -35,14 +35,12 @@ from storage.documents import (
 from storage.gathered import KEYS_SCHEMA, GatheredRows, cut
 from storage.inputs import InputFile
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
-from storage.paths import Folder, StorageOptions, UnknownName
-from storage.ranges import can_be_read, read_ranges, try_ranges
-from storage.redaction import redact
+from storage.paths import Folder, UnknownName
+from storage.sample_images import are_frames
 from storage.scans import DuplicateKeys as DuplicateKeys
 from storage.sources import Source, gone_and_new, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
-from storage.spread import spread
-from storage.tars import SCHEMA, MemberRules
+from storage.tars import AT, SCHEMA, MemberRules
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +170,8 @@ class SampleIndex:
         data = document.bytes()
         with document.parsing():
             self._parse(parquet_table(data))
-        schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried)])
+        schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried), *([AT] if self.fps else [])])
+        self.columns: list[str] = schema.names
         # Earlier versions, whose indexes have no `order`, didn't name the index in its parts.
         named = None if self.order is None else self.digest
         self._table = Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named)
@@ -194,6 +193,8 @@ class SampleIndex:
         self.rules = meta[b"rules"].decode()
         self.carried: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"carried"]), "carried"))
         "columns that `--carry` took from the samples' text members"
+        self.fps = meta.get(b"fps", b"").decode()
+        "the rate at which frames of videos were taken, as `Sampling` says it; empty where none were"
         self.first_keys: list[str] = list(decode(tuple[str, ...], json.loads(meta[b"first_keys"]), "first_keys"))
         self.left_out: dict[str, LeftOut] = parse_left_out(meta.get(b"left_out", b"").decode())
         "what the input held that is no row, when it was indexed; empty in indexes that did not count it"
@@ -270,8 +271,20 @@ class SampleIndex:
         return self._ask(lambda index: index._table.read(first, last, ["key"])["key"])
 
     def sizes(self, first: int, last: int) -> np.ndarray:
-        """Bytes of the images of rows `first` to `last` (exclusive), int64; they must lie within one part."""
-        return self._ask(lambda index: index._table.read(first, last, ["size"])["size"].to_numpy())
+        """Bytes that are read of the images of rows `first` to `last` (exclusive), int64; they must lie within one part. 0 of
+        frames, which are read a few at a time (`sample_images.FRAME_BYTES`)."""
+        columns = ["size", *([AT.name] if self.fps else [])]
+        table = self._ask(lambda index: index._table.read(first, last, columns))
+        return np.where(are_frames(table), 0, table["size"].to_numpy())
+
+    def videos(self) -> tuple[int, int]:
+        """How many videos there are that can be read, and how many rows are frames of theirs."""
+        videos = frames = 0
+        for first in range(0, self.n_rows if self.fps else 0, PART_ROWS):
+            at = self._table.read(first, min(first + PART_ROWS, self.n_rows), [AT.name])[AT.name]
+            videos += pc.sum(pc.equal(at, 0)).as_py() or 0
+            frames += len(at) - at.null_count
+        return videos, frames
 
     def names(self, rows: Sequence[int]) -> list[str]:
         """What people know some rows by: their source and key."""
@@ -391,10 +404,12 @@ def write_index(
         "order": order,
         "is_cut": str(len(rows) == limit),
         "rules": rules_text(rules),
-        "carried": json.dumps([name for name in rows.null_counts if name not in SCHEMA.names]),
+        "carried": json.dumps([name for name in rows.null_counts if name not in (*SCHEMA.names, AT.name)]),
         "first_keys": json.dumps(first_keys),
         "left_out": left_out_json(merge_left_out(left_out or {}, sources_left_out(sources))),
     }
+    if rules and rules.frames:  # stores of photographs keep the bytes that they have had from the beginning
+        settings["fps"] = str(rules.frames)
     folder.write(f"{prefix}/sources.parquet", _sources_bytes(sources, settings))
     return SampleIndex(folder, prefix)
 
@@ -455,74 +470,3 @@ def kept_index(folder: Folder) -> SampleIndex | None:
         logger.warning("the input is scanned again: %s", error)
         return None
     return index if index.is_whole() else None
-
-
-@dataclass(frozen=True)
-class Unread:
-    """Why an image can't be read, while the storage answers for others."""
-
-    error: str
-    "the exception's name"
-    message: str
-
-
-def read_images(rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None) -> list[bytes | None]:
-    """The image bytes of index rows, in order; None where the index says that there is no image.
-
-    `urls` are the sources' URLs, credentials included. Bytes may be shorter than the index says if the file shrank.
-    Raises what the filesystem raises.
-    """
-    wanted = _with_image(rows)
-    blobs: list[bytes | None] = [None] * len(rows)
-    for i, blob in zip(wanted, read_ranges(_image_ranges(rows, urls, wanted), storage_options), strict=True):
-        blobs[i] = blob
-    return blobs
-
-
-ASKED = 8
-"""Other sources of an input that are asked for a byte, where none of the images of a task can be read."""
-
-
-MAX_IMAGE_BYTES = 2**29
-"""Largest image that is read where nothing says another limit."""
-
-
-def try_images(
-    rows: pa.Table, urls: Sequence[str], storage_options: StorageOptions | None = None, *, max_bytes: int = MAX_IMAGE_BYTES
-) -> list[bytes | Unread | None]:
-    """`read_images`, but for images that can't be read while the input's storage answers: those are `Unread`. So are images of
-    more than `max_bytes`, of which nothing is read.
-
-    Raises what the filesystem raises where no other image of these rows can be read either, nor one of `ASKED` other sources:
-    then it's the storage (its credentials, a mount that is gone), which may be well again tomorrow.
-    """
-    blobs: list[bytes | Unread | None] = [None] * len(rows)
-    sizes = rows["size"].to_pylist()
-    wanted = _with_image(rows)
-    for i in wanted:
-        if sizes[i] > max_bytes:
-            why = f"{sizes[i]} bytes are more than max_image_bytes = {max_bytes}; raise --max-image-bytes if it's an image"
-            blobs[i] = Unread("TooLarge", why)
-    wanted = [i for i in wanted if blobs[i] is None]
-    ranges = _image_ranges(rows, urls, wanted)
-    found = try_ranges(ranges, storage_options)
-    errors = {url: blob for (url, _, _), blob in zip(ranges, found, strict=True) if isinstance(blob, OSError)}
-    if errors and not any(isinstance(blob, bytes) and blob for blob in found):
-        others = [url for url in dict.fromkeys(urls) if url not in errors]
-        asked = [others[i] for i in spread(len(others), ASKED)]
-        if not any(can_be_read(url, storage_options) for url in asked):
-            raise next(iter(errors.values()))
-    for i, blob in zip(wanted, found, strict=True):
-        blobs[i] = blob if isinstance(blob, bytes) else Unread(type(blob).__name__, redact(str(blob), storage_options))
-    return blobs
-
-
-def _with_image(rows: pa.Table) -> list[int]:
-    """Positions of the rows that have an image."""
-    return [i for i, problem in enumerate(rows["problem"].to_pylist()) if problem is None]
-
-
-def _image_ranges(rows: pa.Table, urls: Sequence[str], wanted: Sequence[int]) -> list[tuple[str, int, int]]:
-    """Where the images of some rows (positions) lie: (url, offset, size)."""
-    source, offset, size = (rows[name].to_pylist() for name in ("source", "offset", "size"))
-    return [(urls[source[i]], offset[i], size[i]) for i in wanted]

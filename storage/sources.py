@@ -175,4 +175,5 @@ def rules_text(rules: MemberRules | None) -> str:
     text = f"--image-member {rules.image or 'not given'} and --carry {' '.join(rules.carry) or 'not given'}"
     # Named only where given: indexes of earlier versions don't know them.
     text += " and --empty-shards skip" if rules.skip_empty else ""
+    text += f" and --fps {rules.frames}" if rules.frames else ""
     return text + (f" and {BY_PLACE}" if rules.by_place else "")

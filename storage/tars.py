@@ -8,8 +8,10 @@ import bisect
 import hashlib
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -22,6 +24,7 @@ from storage.paths import InputError, StorageOptions
 from storage.ranges import is_of_one_object
 from storage.redaction import query_free, redact
 from storage.tar_members import MAX_TEXT_BYTES, Aside, Gap, Member, TarWalk
+from storage.videos import TAKES_FRAMES, VIDEO_EXTENSIONS, Place, Sampling, VideoRefused, count_frames, frame_key
 
 SCHEMA = pa.schema(
     [
@@ -36,8 +39,18 @@ SCHEMA = pa.schema(
 """One row per sample. `source` is the position in `SampleIndex.sources`; `offset` and `size` (bytes) locate the image
 inside the source; `problem` says why the sample has no readable image, or is null."""
 
-_Row = dict[str, str | int | None]
+AT = pa.field("at", pa.float64())
+"""The further column of an index with frames of videos: how many seconds after the video's first frame a sample is taken.
+`offset` and `size` are the video's then. Null for images, and for videos that can't be read."""
+
+_Row = dict[str, str | int | float | None]
 """A row of the index by column; carried members have columns of their own."""
+
+_ROWS = 2**13
+"""Rows that are put into a table together."""
+
+_READERS = 8
+"""Headers of videos that are read at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +65,30 @@ class MemberRules:
     "a tar without images, and what is no tar or can't be read, is left out; without it, it's an error"
     by_place: bool = False
     "the place of its source among the input's files is before the key of each sample; see `InputFile.place`"
+    frames: Sampling | None = None
+    "which frames of videos are samples; a sample's video comes before its images. None: videos are no images"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of an index of such members."""
+        carried = [(name, pa.string()) for name in self.carry]
+        return pa.schema([*SCHEMA, *carried, *([AT] if self.frames else [])])
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The extensions of what is a sample's image or video, the first in this order that it has."""
+        if self.image:
+            return (self.image.lower().lstrip("."),)
+        return (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS) if self.frames else IMAGE_EXTENSIONS
+
+    def is_video(self, member: object) -> bool:
+        """Whether the extension is of a member whose frames are samples."""
+        return self.frames is not None and str(member).rsplit(".", 1)[-1] in VIDEO_EXTENSIONS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "carry", tuple(name.lower().lstrip(".") for name in self.carry))
         for name in self.carry:
-            if name in SCHEMA.names or self.carry.count(name) > 1:
+            if name in (*SCHEMA.names, AT.name) or self.carry.count(name) > 1:
                 raise InputError(f"--carry {name}: the index has a column of that name; rename the members, or drop it")
 
 
@@ -90,7 +122,7 @@ class SourceScan:
 
     @property
     def why_empty(self) -> str:
-        """In words, why it holds no image; empty where it holds one."""
+        """In words, why it holds no image, or video whose frames are taken; empty where it holds one."""
         if pc.any(pc.not_equal(self.rows["member"], "")).as_py():
             return ""
         nothing = ", but ".join(["it has no samples", *left_out_lines(self.left_out)])
@@ -98,15 +130,16 @@ class SourceScan:
 
 
 def scan_source(file: InputFile, rules: MemberRules, storage_options: StorageOptions | None = None) -> SourceScan:
-    """List the samples of one tar (or the one sample of an image file).
+    """List the samples of one tar (or the one sample of an image file, or those of a video).
 
     Raises `InputError` if it's no tar or can't be read, unless the rules skip such.
     """
-    if file.is_image:
+    if file.is_image or rules.is_video(file.extension):
         key, member = split_name(file.name) or (file.name, file.extension)
         if rules.by_place:
             key, member = file.place, file.extension
-        return _scan_result([_empty_row(key, None) | {"member": member, "size": file.size}], rules, [], {})
+        row = _empty_row(key, None) | {"member": member, "size": file.size}
+        return _scan_result(_with_frames([row], file, rules, storage_options), rules, [], {})
     try:
         scan = _scan_tar(file, rules, storage_options)
         why = scan.why_empty if rules.skip_empty else ""
@@ -137,7 +170,7 @@ def _scan_tar(file: InputFile, rules: MemberRules, storage_options: StorageOptio
         rows = samples.finish()
     if rules.by_place:
         _put_place_first(rows, file.place)
-    return _scan_result(rows, rules, walk.problems, samples.left_out)
+    return _scan_result(_with_frames(rows, file, rules, storage_options), rules, walk.problems, samples.left_out)
 
 
 def _put_place_first(rows: list[_Row], place: str) -> None:
@@ -152,13 +185,45 @@ def _put_place_first(rows: list[_Row], place: str) -> None:
         row["key"] = key
 
 
-def _scan_result(rows: list[_Row], rules: MemberRules, problems: list[str], left_out: dict[str, LeftOut]) -> SourceScan:
-    schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in rules.carry)])
-    table = pa.Table.from_pylist(rows, schema=schema)
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr([row.get(name) for name in table.column_names if name != "source"]).encode())
-    return SourceScan(table, digest.hexdigest(), problems, left_out)
+def _with_frames(
+    rows: Iterable[_Row], file: InputFile, rules: MemberRules, storage_options: StorageOptions | None
+) -> Iterator[_Row]:
+    """`rows`, with those of the frames in the place of each video's; one that can't be read has one row, which says why."""
+    sampling = rules.frames
+    if sampling is None:
+        yield from rows
+        return
+
+    def frames(row: _Row) -> tuple[_Row, int]:
+        if row["problem"] or not rules.is_video(row["member"]):
+            return row, 0
+        try:
+            place = Place(file.url, int(row["offset"] or 0), int(row["size"] or 0))
+            return row, count_frames(place, sampling, storage_options)
+        except VideoRefused as error:
+            return row | {"problem": f"no frames: {error}"}, 0
+        except OSError as error:
+            if not is_of_one_object(error):
+                raise
+            return row | {"problem": redact(f"no frames: {error}", storage_options)}, 0
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for row, count in pool.map(frames, rows):
+            if not count:
+                yield row
+            for at in map(sampling.seconds, range(count)):
+                yield row | {"key": frame_key(str(row["key"]), at), AT.name: at}
+
+
+def _scan_result(rows: Iterable[_Row], rules: MemberRules, problems: list[str], left_out: dict[str, LeftOut]) -> SourceScan:
+    schema, digest = rules.schema, hashlib.sha256()
+    names = [name for name in schema.names if name != "source"]
+    tables, left = [schema.empty_table()], iter(rows)
+    while some := list(islice(left, _ROWS)):
+        tables.append(pa.Table.from_pylist(some, schema=schema))
+        for row in some:
+            digest.update(repr([row.get(name) for name in names]).encode())
+    return SourceScan(pa.concat_tables(tables), digest.hexdigest(), problems, left_out)
 
 
 @dataclass
@@ -255,8 +320,7 @@ class _Samples:
     def _row(self, group: _Group, broken: Mapping[str, str] | None = None) -> _Row:
         """`broken` says by extension why a link leads to no data."""
         broken, members = broken or {}, group.members
-        wanted = (self.rules.image.lower().lstrip("."),) if self.rules.image else IMAGE_EXTENSIONS
-        image = next((name for name in wanted if name in members), "")
+        image = next((name for name in self.rules.members if name in members), "")
         row = _empty_row(group.key, group.problem)
         if not image:
             has = ", ".join(f".{name[:50]}" for name in sorted(members)[:20]) + (", ..." if len(members) > 20 else "")
@@ -296,7 +360,8 @@ class _Samples:
                 continue
             last = extension.rsplit(".", 1)[-1][:50]
             kind = "further image" if extension in IMAGE_EXTENSIONS else "other member"
-            self._leave_out(f"{kind} of a sample (.{last})", member.name, is_usual=True)
+            video = f"; {TAKES_FRAMES}" if last in VIDEO_EXTENSIONS and not self.rules.frames else ""
+            self._leave_out(f"{kind} of a sample (.{last}{video})", member.name, is_usual=True)
 
 
 def _empty_row(key: str, problem: str | None) -> _Row:

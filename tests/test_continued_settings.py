@@ -107,6 +107,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "ray_address": ("127.0.0.1:1",),
     "readouts": (("WORLD/readout_b",),),
     "finetuned": (("WORLD/lifted",),),
+    "fps": (2.0,),
     "resolution": ("240p",),
     "revision": ("other",),
     "seeds": ((1,),),

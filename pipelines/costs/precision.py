@@ -16,7 +16,7 @@ from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.prepare import Resolved, prepare, resolve
 from pipelines.features.photos import geometry_of
 from pipelines.results import table_lines
-from storage.samples import read_images
+from storage.sample_images import read_images
 from storage.shards import compress, encode_row
 
 BATCH = 16

@@ -23,7 +23,8 @@ from pipelines.features.config import FeatureConfig
 from storage.documents import Document, JsonValue, as_object, decode
 from storage.paths import Folder, StorageOptions, folder_of
 from storage.redaction import redact
-from storage.samples import MAX_IMAGE_BYTES
+from storage.sample_images import MAX_IMAGE_BYTES
+from storage.videos import MAX_FRAMES, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,15 @@ class ExtractConfig(JobConfig):
     """Text members that become columns of the index, for example `cls json`."""
     limit: Counts[int | None] = None
     """Only the first N samples."""
+    fps: Annotated[Counts[float | None], _NOT_ADDING] = None
+    """Take frames of videos (mp4, m4v, mov, mkv, webm; raylift[video]), so many a second: frame k is the one that is shown k/fps
+    seconds after the video's first, of key `video#000012.500` (seconds). A sample's video comes before its images."""
+    max_video_frames: Annotated[Counts[int], used_with(fps=True)] = MAX_FRAMES
+    """A video of which more frames would be taken fails before it is read."""
     max_image_pixels: Counts[int] = 89_478_485
     """Images with more pixels fail instead of filling the memory; the default is Pillow's."""
     max_image_bytes: Counts[int] = MAX_IMAGE_BYTES
-    """Images in larger files fail before they are read."""
+    """Images in larger files fail before they are read; of videos, files may have any size."""
     max_failed_fraction: Free[float] = 0.01
     """The failure budget: with a larger part of the images failed, the run ends with an error."""
     add_level: Free[tuple[str, ...]] = ()
@@ -87,9 +93,15 @@ class ExtractConfig(JobConfig):
         super().__post_init__()
         if not 0 <= self.max_failed_fraction <= 1:
             raise ConfigError(f"--max-failed-fraction {self.max_failed_fraction}: must lie between 0 and 1")
-        require_at_least(1, self, "limit", "batch", "block_rows", "max_image_bytes", "max_image_pixels")
+        require_at_least(1, self, "limit", "batch", "block_rows", "max_image_bytes", "max_image_pixels", "max_video_frames")
+        _ = self.frames
         if self.block_rows is not None and self.block_rows & (self.block_rows - 1):
             raise ConfigError(f"--block-rows {self.block_rows}: must be a power of two")
+
+    @property
+    def frames(self) -> Sampling | None:
+        """Which frames of videos are samples. Raises `InputError` for rates that there aren't."""
+        return None if self.fps is None else Sampling.of(self.fps, self.max_video_frames)
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ class InputUpdate:
 
 def member_rules(config: ExtractConfig) -> MemberRules:
     """Which members of a sample are taken. Raises `ConfigError`."""
-    rules = config.input.rules(config.image_member, config.carry)
+    rules = config.input.rules(config.image_member, config.carry, config.frames)
     if taken := [name for name in rules.carry if name in SCHEMA.names]:
         raise ConfigError(f"--carry {taken[0]}: the ledger has a column of that name; rename the members, or drop it")
     return rules
@@ -199,7 +199,7 @@ def changed_meanwhile(config: ExtractConfig, store: FeatureStore, executor: Exec
     """
     index = store.index
     try:
-        files = config.input.files(config.data, config.options, config.image_member)
+        files = config.input.files(config.data, config.options, config.image_member, videos=config.fps is not None)
     except InputError as error:
         logger.warning("whether the input changed while it was read can't be told any more: %s", error)
         return []

@@ -25,7 +25,7 @@ from storage.documents import JsonObject
 from storage.left_out import LeftOut, left_out_lines
 from storage.paths import Folder
 from storage.redaction import redact
-from storage.samples import try_images
+from storage.sample_images import FRAME_BYTES, try_images
 from storage.shards import compress, encode_row
 from storage.spec import FeatureSpec, Layout, Level
 
@@ -64,6 +64,10 @@ class Plan:
     unreadable: int
     "samples that the index already knows to have no readable image"
     sources: int
+    videos: int
+    "of which some of the images are frames"
+    frames: int
+    "how many of the images"
     left_out: Mapping[str, LeftOut]
     "what the input holds that is no image of these, by reason"
     model: str
@@ -122,6 +126,15 @@ class Plan:
     def _halved(self) -> str:
         return "" if self.batch == self.usual_batch else f", not of {self.usual_batch}: too little is free"
 
+    @property
+    def _counted(self) -> str:
+        """How many samples there are, in words."""
+        if not self.videos:
+            return f"{self.images:,} images"
+        frames = f"{self.frames:,} frames of {self.videos:,} video{'s' * (self.videos > 1)}"
+        others = self.images - self.frames - self.unreadable
+        return f"{frames}, {others:,} images" if others > 0 else frames
+
     def _steps(self, cost: LevelCost) -> str:
         """How many images are taken together, and in how many parts their grid is made, in words."""
         at_once = "all at once" if cost.images_at_once >= self.batch else f"{cost.images_at_once} at a time"
@@ -138,7 +151,7 @@ class Plan:
             (
                 "input",
                 " ".join(self.inputs),
-                f"{self.images:,} images (index of {self.sources:,} sources, {self.unreadable} unreadable)",
+                f"{self._counted} (index of {self.sources:,} sources, {self.unreadable} unreadable)",
             ),
             *([("new", self.new, "")] if self.new else []),
             *(("left out", line, "") for line in left_out_lines(self.left_out)),
@@ -216,7 +229,9 @@ def make_plan(prepared: Prepared) -> Plan:
     image_bytes = layout.block_rows * spec.input_size[0] * spec.input_size[1] * 3
     # What is read at a time, and the images cut out of it.
     input_bytes = 2 * prepared.index.largest_block_bytes(layout.block_rows, config.max_image_bytes)
+    input_bytes += FRAME_BYTES * bool(prepared.index.fps)
     decode_bytes = DecodeMemory(config.max_image_pixels).capacity
+    videos, frames = prepared.index.videos()
     bundle = prepared.bundle
     networks = (bundle.arrays, *(each.arrays for each in bundle.upsamplers.values()))
     lanes = lanes_for(pool.device, block_bytes)
@@ -226,6 +241,8 @@ def make_plan(prepared: Prepared) -> Plan:
         images=layout.n_rows,
         unreadable=prepared.index.n_unreadable,
         sources=len(prepared.index.sources),
+        videos=videos,
+        frames=frames,
         left_out=dict(prepared.left_out),
         model=spec.model,
         weights=f"{spec.weights_source}, sha256 {spec.weights[:8]}…",

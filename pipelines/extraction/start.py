@@ -12,6 +12,7 @@ from storage.paths import Folder
 from storage.redaction import redact
 from storage.root import read_attributes
 from storage.store import FeatureStore
+from storage.videos import require_decoder
 
 
 def main(config: ExtractConfig) -> Iterator[str]:
@@ -35,7 +36,8 @@ def _add_levels(config: ExtractConfig) -> Iterator[str]:
     config.require_used()
     if not config.out:
         raise ConfigError("no store: give --out the store that the levels are to be added to")
-    open_finished(config)  # before a cluster is started
+    if open_finished(config).index.fps:  # before a cluster is started
+        require_decoder()
     with executor_for(config, plan=config.plan, meanwhile=import_driver) as executor:
         from pipelines.extraction.adding import lines
 
@@ -68,6 +70,8 @@ def _looked_at(config: ExtractConfig) -> tuple[Listing, bool]:
     config.require_used()
     require_out(config.out, "a path or URL for the Zarr store")
     member_rules(config)  # raises for columns that can't be carried
+    if config.fps is not None:
+        require_decoder()
     # Refuses what is there and isn't ours, before anything is written.
     folder = Folder(config.out, config.options)
     attributes = read_attributes(folder)
@@ -77,5 +81,5 @@ def _looked_at(config: ExtractConfig) -> tuple[Listing, bool]:
         raise ConfigError(
             f"--out {redact(itself[0], config.options)} is also the input (--data); give the store a folder of its own"
         )
-    files = config.input.files(config.data, config.options, config.image_member)
+    files = config.input.files(config.data, config.options, config.image_member, videos=config.fps is not None)
     return files, attributes is not None and attributes["status"] == "complete"

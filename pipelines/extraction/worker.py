@@ -34,14 +34,15 @@ from storage.ledger import SampleRecord, image_digest
 from storage.paths import Folder, StorageError
 from storage.redaction import redact
 from storage.root import StoreReplaced, require_same_store
-from storage.samples import Unread, try_images
+from storage.sample_images import Blob, Unread, try_some
 from storage.spec import Level, ShardTask
 from storage.store import FeatureStore
+from storage.videos import Frame
 from storage.writer import BlockWriter
 
 logger = logging.getLogger(__name__)
 
-_Blobs = Mapping[int, bytes | Unread | None]
+_Blobs = Mapping[int, Blob]
 """The bytes of images by their position in the task."""
 
 MAX_STARTS = 3
@@ -176,15 +177,28 @@ class ShardWorker:
         records[: len(begun)] = begun.records
         readable = [i for i, record in enumerate(records) if record.status == "ok" and i >= len(begun)]
         chosen = table.take(pa.array(readable, pa.int64()))
-        found = try_images(chosen, self.setup.urls, self.config.options, max_bytes=self.config.max_image_bytes)
-        blobs = dict(zip(readable, found, strict=True))
-        t1 = time.perf_counter()
+        found = try_some(
+            chosen,
+            self.setup.urls,
+            self.config.options,
+            max_bytes=self.config.max_image_bytes,
+            max_pixels=self.config.max_image_pixels,
+            threads=self.setup.threads,
+        )
         h, w = self.store.spec.input_size
         pixels = np.zeros((task.n_rows, h, w, 3), np.uint8)
         decode_all = self._decode_apart if apart else self._decode_in_threads
-        decode_all(records, blobs, pixels)
-        seconds = {"read": t1 - t0, "decode": time.perf_counter() - t1}
-        bytes_read = sum(len(blob) for blob in blobs.values() if isinstance(blob, bytes))
+        seconds, bytes_read = {"read": 0.0, "decode": 0.0}, 0
+        for some in found:
+            blobs = {readable[i]: blob for i, blob in some.items()}
+            t1 = time.perf_counter()
+            decode_all(records, blobs, pixels)
+            t2 = time.perf_counter()
+            # Of a video, reading is the least.
+            seconds["decode" if any(isinstance(blob, Frame) for blob in blobs.values()) else "read"] += t1 - t0
+            seconds["decode"] += t2 - t1
+            bytes_read += sum(len(blob) for blob in blobs.values() if isinstance(blob, bytes))
+            t0 = t2
         return Loaded(pixels, records, seconds, bytes_read, begun=len(begun))
 
     def _decode_in_threads(self, records: list[SampleRecord], blobs: _Blobs, pixels: np.ndarray) -> None:
@@ -305,15 +319,15 @@ class _Pace:
     batch: int
 
 
-def _decoded(
-    record: SampleRecord, blob: bytes | Unread | None, out: np.ndarray, decoder: Callable[[bytes], DecodedImage]
-) -> SampleRecord:
+def _decoded(record: SampleRecord, blob: Blob, out: np.ndarray, decoder: Callable[[bytes], DecodedImage]) -> SampleRecord:
     """Decode one image into `out` [H, W, 3]; the record says how it went. Raises `MemoryError`, which isn't the image's."""
     if blob is None:
         return record
     if isinstance(blob, Unread):
-        return failed(record, "read", blob.error, blob.message)
-    if len(blob) < record.size:
+        return failed(record, blob.stage, blob.error, blob.message)
+    if isinstance(blob, Frame):
+        record = replace(record, time=blob.time)
+    elif len(blob) < record.size:
         message = f"{len(blob)} of {record.size} bytes: the source is shorter than when indexed"
         return failed(record, "read", "ShortRead", message)
     record = replace(record, digest=image_digest(blob))
@@ -330,4 +344,5 @@ def _decoded(
     out[:] = image.pixels
     place = image.placement
     scales = {name: getattr(place, name) for name in ("x_scale", "x_offset", "y_scale", "y_offset")}
-    return replace(record, width=image.width, height=image.height, conversion=image.conversion or None, **scales)
+    conversion = image.conversion or (blob.conversion if isinstance(blob, Frame) else "") or None
+    return replace(record, width=image.width, height=image.height, conversion=conversion, **scales)

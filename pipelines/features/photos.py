@@ -11,7 +11,7 @@ from storage.datasets.images import EncodedImage, orientation_of, unreadable
 from storage.ledger import image_digest
 from storage.paths import StorageError, StorageOptions
 from storage.redaction import redact
-from storage.samples import read_images
+from storage.sample_images import read_images
 from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 
@@ -76,7 +76,7 @@ def try_photos(
     photos: list[np.ndarray | NoPhoto] = []
     for i, digest in enumerate(digests):
         try:
-            blob = read_images(table.slice(i, 1), urls, storage_options)[0]
+            blob = read_images(table.slice(i, 1), urls, storage_options)[0]  # a frame at a time: they aren't compressed
             if digest not in (None, image_digest(blob or b"")):
                 raise StorageError("its source holds another image than the one that was extracted")
             # The ledger says whether it was accepted once; the limit on pixels was that run's.

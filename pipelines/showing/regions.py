@@ -20,7 +20,7 @@ from storage.orientation import EXIF_ROTATE, Orientation
 from storage.paths import Folder, StorageOptions
 from storage.pixels import PixelMap
 from storage.regions import pooled, region_areas
-from storage.samples import read_images
+from storage.sample_images import read_images
 from storage.spec import Level
 from storage.store import FeatureStore
 

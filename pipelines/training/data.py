@@ -26,7 +26,8 @@ from storage.datasets.images import orientation_of
 from storage.documents import JsonObject
 from storage.ledger import image_digest
 from storage.paths import Folder, StorageOptions
-from storage.samples import SampleIndex, Unread, try_images
+from storage.sample_images import Unread, try_images
+from storage.samples import SampleIndex
 from storage.store import FeatureStore
 
 # --- order ------------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_less_input_is_refused_by_name(tmp_path):
 def test_training_images_in_another_order_are_read_by_their_names(tmp_path):
     """What training reads of a row after the tars were listed in another order (pipelines/training/images.py)."""
     from storage.inputs import expand_inputs
-    from storage.samples import read_images
+    from storage.sample_images import read_images
 
     tars = write_tars(tmp_path, {"a": [0, 1], "b": [2, 3]})
     folder = Folder(str(tmp_path / "run"))

@@ -22,7 +22,8 @@ from storage import samples
 from storage.inputs import expand_inputs
 from storage.paths import Folder, InputError, StorageError
 from storage.ranges import read_ranges
-from storage.samples import DuplicateKeys, SampleIndex, read_images, try_images, write_index
+from storage.sample_images import read_images, try_images
+from storage.samples import DuplicateKeys, SampleIndex, write_index
 from storage.scans import collect_index
 from storage.tars import MemberRules, SourceScan, scan_source, split_name
 from tests.conftest import run_input, unreadable, write_tar

@@ -1,0 +1,242 @@
+"""Frames of videos as samples: which rows there are, what a store says of them, and what is refused."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.extract import run
+from jobs.show import run as show
+from pipelines.executors import InlineExecutor
+from pipelines.extraction.plan import make_plan
+from pipelines.extraction.prepare import prepare, resolve
+from pipelines.extraction.run import extract
+from pipelines.feature_datasets import FeatureDataset
+from pipelines.features.photos import NoPhoto, try_photos
+from storage import videos
+from storage.paths import InputError
+from storage.store import FeatureStore
+from tests.conftest import jpeg, write_tar
+from tests.videos import pretend as pretend
+from tests.videos import pretended
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def clips(tmp_path) -> str:
+    """A tar of two videos with text, and a photograph between them."""
+    members = [("a.mp4", pretended("a", 2.05)), ("a.txt", b"a dog runs"), ("b.jpg", jpeg(1)), ("b.txt", b"a cat")]
+    return str(write_tar(tmp_path / "in/clips-000.tar", [*members, ("c.webm", pretended("c", 0.3)), ("c.jpg", jpeg(2))]))
+
+
+KEYS = [*(f"a#{t:010.3f}" for t in (0, 0.5, 1, 1.5, 2)), "b", "c#000000.000"]
+
+
+def read(out: str, *columns: str) -> list[tuple[object, ...]]:
+    table = FeatureStore.open(out).records(slice(None), columns)
+    return [tuple(row[name] for name in columns) for row in table.to_pylist()]
+
+
+def test_each_frame_is_a_row_with_its_key_and_time(clips, tiny, pretend):
+    config = tiny(clips, fps=2, carry=("txt",))
+
+    summary = extract(config, InlineExecutor())
+
+    assert (summary.ok, summary.failed) == (7, 0)
+    assert read(config.out, "key", "time") == list(zip(KEYS, [0, 0.5, 1, 1.5, 2, None, 0], strict=True))
+    assert {row[0] for row in read(config.out, "txt")[:5]} == {"a dog runs"}
+    ledger = pq.read_table(Path(config.out) / "ledger/samples/part-00000.parquet")
+    assert ledger.schema.field("time").type == "double"
+    assert ledger["digest"].to_pylist()[0] != ledger["digest"].to_pylist()[1]
+    maps = FeatureStore.open(config.out).read(KEYS[:2], "x1")
+    assert not np.array_equal(maps[0], maps[1])
+
+
+def test_a_task_opens_a_video_once(clips, tiny, pretend):
+    config = tiny(clips, fps=10, block_rows=32)
+
+    extract(config, InlineExecutor())
+
+    assert len(FeatureStore.open(config.out)) == 21 + 1 + 3
+    assert len(pretend) == 2
+
+
+def test_stores_of_photographs_say_nothing_of_videos(make_tars, tiny):
+    config = tiny(make_tars())
+    extract(config, InlineExecutor())
+
+    for part in ("index/samples", "ledger/samples", "ledger/commits"):
+        for path in (Path(config.out) / part).glob("*.parquet"):
+            assert not {"at", "time"} & set(pq.read_schema(path).names)
+
+
+def test_plan_counts_videos_and_frames(clips, tiny, pretend, tmp_path):
+    plan = make_plan(prepare(resolve(tiny(clips, fps=2)), InlineExecutor()))
+
+    assert (plan.videos, plan.frames, plan.images) == (2, 6, 7)
+    assert "6 frames of 2 videos, 1 images (index of 1 sources, 0 unreadable)" in plan.describe()
+
+
+def test_other_rate_is_refused_by_name(clips, tiny, pretend):
+    config = tiny(clips, fps=2)
+    extract(config, InlineExecutor())
+    before = tree_of(config)
+
+    for fps in (4, None):
+        with pytest.raises(InputError, match=r"(?s)it was indexed with .* --fps 2, this run has"):
+            extract(config.changed(fps=fps), InlineExecutor())
+    assert tree_of(config) == before
+
+
+def tree_of(config) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
+
+
+def test_store_grows_by_videos(clips, tiny, pretend, tmp_path):
+    config = tiny(clips, fps=2)
+    extract(config, InlineExecutor())
+    before = read(config.out, "row", "key", "time", "digest")
+    more = write_tar(tmp_path / "in/clips-001.tar", [("d.mp4", pretended("d", 1))])
+
+    summary = extract(config.changed(data=(clips, str(more))), InlineExecutor())
+
+    assert summary.this_run == 2
+    assert read(config.out, "row", "key", "time", "digest")[:7] == before
+    assert read(config.out, "key")[7:] == [("d#000000.000",), ("d#000000.500",)]
+
+
+def test_touched_video_is_compared_by_what_its_frames_are_made_of(clips, tiny, pretend, tmp_path):
+    config = tiny(clips, fps=2)
+    extract(config, InlineExecutor())
+    members = [("a.mp4", pretended("a", 2.05)), ("a.txt", b"a dog runs"), ("b.jpg", jpeg(1)), ("b.txt", b"a cat")]
+    write_tar(Path(clips), [*members, ("c.webm", pretended("c", 0.3)), ("c.jpg", jpeg(2))])
+
+    assert extract(config, InlineExecutor()).this_run == 0
+
+    members[0] = ("a.mp4", pretended("z", 2.05))
+    write_tar(Path(clips), [*members, ("c.webm", pretended("c", 0.3)), ("c.jpg", jpeg(2))])
+    with pytest.raises(InputError, match="5 of its images differ"):
+        extract(config, InlineExecutor())
+
+
+def test_frames_that_cannot_be_decoded_fail_with_a_reason(tmp_path, tiny, pretend):
+    data = write_tar(tmp_path / "in.tar", [("a.mp4", pretended("a", 2, good=1.1)), ("b.mp4", b"nothing"), ("c.jpg", jpeg(1))])
+    config = tiny(str(data), fps=2, max_failed_fraction=1)
+
+    summary = extract(config, InlineExecutor())
+
+    assert (summary.ok, summary.failed) == (4, 2)
+    failures = FeatureStore.open(config.out).failures(["key", "stage", "error", "message"]).to_pylist()
+    assert [tuple(row.values()) for row in failures] == [
+        ("a#000001.500", "decode", "Truncated", "none can be decoded at 1.500 s"),
+        ("b", "index", "Unreadable", "no frames: not pretended to be a video"),
+    ]
+
+
+def test_pictures_and_data_sets_have_the_frames(clips, tiny, pretend, tmp_path, capsys):
+    config = tiny(clips, fps=2)
+    extract(config, InlineExecutor())
+    store = FeatureStore.open(config.out)
+
+    photos = try_photos(store, np.array([1, 5]))
+
+    assert not any(isinstance(each, NoPhoto) for each in photos)
+    assert len(np.unique(photos[0].reshape(-1, 3), axis=0)) == 1  # a pretended frame has one colour
+    samples = FeatureDataset(config.out, ["x1"], columns=["time"], rows=[1, 4])
+    assert [samples[i]["time"] for i in range(2)] == [0.5, 2.0]
+    assert show(["view", config.out, "--out", str(tmp_path / "view.png"), "--count", "2"]) == 0
+    assert show(["similar", config.out, "--key", KEYS[1], "--point", "30", "20", "--out", str(tmp_path / "similar.png")]) == 0
+    assert show(["nearest", config.out, "--key", KEYS[1], "--point", "30", "20"]) == 0
+    assert KEYS[1] in capsys.readouterr().out
+
+
+def test_folder_of_videos(tmp_path, tiny, pretend):
+    folder = tmp_path / "clips"
+    (folder / "day").mkdir(parents=True)
+    (folder / "a.mov").write_bytes(pretended("a", 1))
+    (folder / "a.jpg").write_bytes(jpeg(1))  # its poster
+    (folder / "day" / "b.MP4").write_bytes(pretended("b", 0.5))
+    config = tiny(str(folder), fps=2)
+
+    extract(config, InlineExecutor())
+
+    assert [key for (key,) in read(config.out, "key")] == ["a#000000.000", "a#000000.500", "day/b#000000.000"]
+
+
+def command(tmp_path: Path, data: str, *more: str) -> list[str]:
+    out = ["--out", str(tmp_path / "out.zarr"), "--executor", "inline", "--model", "test_vit.r160_in1k", "--weights", "random"]
+    return ["--data", data, *out, "--size", "64", *more]
+
+
+@pytest.mark.parametrize("given", ["folder", "folder/*.mp4", "folder/a.mp4", "in.tar"])
+def test_without_a_rate_videos_are_left_out_and_the_flag_is_named(tmp_path, capsys, given):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.mp4").write_bytes(pretended("a", 1))
+    write_tar(tmp_path / "in.tar", [("a.mp4", pretended("a", 1)), ("a.txt", b"text")])
+
+    assert run(command(tmp_path, str(tmp_path / given))) == 2
+
+    assert "--fps" in capsys.readouterr().err
+
+
+def test_videos_beside_images_are_counted(tmp_path, capsys):
+    data = write_tar(tmp_path / "in.tar", [("a.jpg", jpeg(1)), ("a.mp4", pretended("a", 1))])
+
+    assert run(command(tmp_path, str(data), "--plan")) == 0
+
+    assert "1 x other member of a sample (.mp4; --fps takes frames) (in.tar: a.mp4)" in capsys.readouterr().out
+
+
+def test_nothing_begins_without_a_decoder(tmp_path, capsys, monkeypatch):
+    data = write_tar(tmp_path / "in.tar", [("a.mp4", pretended("a", 1))])
+    videos._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "av", None)
+
+    assert run(command(tmp_path, str(data), "--fps", "2")) == 2
+
+    assert "--fps) needs PyAV, which isn't installed: pip install 'raylift[video]'" in capsys.readouterr().err
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_decoder_whose_libraries_are_missing_is_one_sentence(tmp_path, capsys, monkeypatch):
+    data = write_tar(tmp_path / "in.tar", [("a.mp4", pretended("a", 1))])
+
+    def broken(name: str, *_: object) -> object:
+        if name == "av":
+            raise ImportError("libavcodec.so.62: cannot open shared object file\n" + 40 * "a traceback\n")
+        return real(name)
+
+    real = importlib.import_module
+    videos._library.cache_clear()
+    monkeypatch.setattr(videos.importlib, "import_module", broken)
+
+    assert run(command(tmp_path, str(data), "--fps", "2")) == 2
+
+    said = capsys.readouterr().err
+    assert "can't be loaded (libavcodec.so.62: cannot open shared object file): pip install" in said
+    assert "traceback" not in said
+
+
+@pytest.mark.parametrize("fps", ["0", "-1", "1e9", "nan", "inf", "0.0001"])
+def test_rates_that_there_are_not(tmp_path, capsys, fps):
+    with pytest.raises(SystemExit):
+        run(command(tmp_path, str(tmp_path), "--fps", fps))
+
+    assert "frames a second, from 0.001 to 1000" in capsys.readouterr().err
+
+
+def test_flags_without_use(tmp_path, capsys):
+    assert run(command(tmp_path, str(tmp_path), "--max-video-frames", "9")) == 2
+    assert "it is used with --fps only" in capsys.readouterr().err
+
+
+def test_plan_as_json(clips, tmp_path, pretend, capsys):
+    assert run(command(tmp_path, clips, "--fps", "0.5", "--plan", "--json")) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert (found["videos"], found["frames"]) == (2, 3)
