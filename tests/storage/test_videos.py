@@ -142,11 +142,9 @@ def test_any_stretch_has_the_same_frames(tmp_path, kind):
 
 
 def test_digests_tell_frames_apart_also_where_their_packets_are_equal(tmp_path):
-    still = [np.full((48, 64, 3), 90, np.uint8)] * 12
-    other = [np.full((48, 64, 3), 91, np.uint8)] * 12
-    found = [taken(place_of(tmp_path, video(each, key_every=12)), 10) for each in (still, other, still)]
+    still, other = (video([np.full((48, 64, 3), grey, np.uint8)] * 12, key_every=12) for grey in (90, 120))
 
-    digests = [[each.digest for each in frames] for frames in found]
+    digests = [[each.digest for each in taken(place_of(tmp_path, data), 10)] for data in (still, other, still)]
 
     assert digests[0] == digests[2]
     assert len({*digests[0], *digests[1]}) == 24
