@@ -254,7 +254,9 @@ def recognise(state: State) -> OfficialWeights | None:
     inner = {name.removeprefix("backbone."): value for name, value in state.items()}
     for family in FAMILIES:
         if family.found(inner if family.prefix == "" else state):
-            return OfficialWeights(family=family, state=_of_timm(family, _backbone(family, state)))
+            found = _backbone(family, state)
+            _require_whole(family, found)
+            return OfficialWeights(family=family, state=_of_timm(family, found))
     return None
 
 
@@ -289,6 +291,19 @@ def _backbone(family: Family, state: State) -> dict[str, Tensor]:
             f"its training: {', '.join(left[:5])}"
         )
     return taken
+
+
+def _require_whole(family: Family, state: State) -> None:
+    """Raises `BackboneError` where tensors lack that tell what is built."""
+    lacking = [name for name in ("patch_embed.proj.weight",) if name not in state]
+    if not any(re.match(r"blocks\.\d+\.", name) for name in state):
+        lacking.append("blocks.*")
+    if family in (DINOV2, DINOV2_REGISTERS) and "cls_token" not in state:
+        lacking.append("cls_token")
+    masked = (name.removesuffix("_mask") for name in state if family is DINOV3 and name.endswith("attn.qkv.bias_mask"))
+    lacking += [name for name in masked if name not in state]
+    if lacking:
+        raise BackboneError(f"these look like weights of {family.name}, but tensors lack: {', '.join(lacking[:5])}")
 
 
 def _of_timm(family: Family, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -328,7 +343,7 @@ def _with_biases_of(name: str, parameters: Mapping[str, object], state: State) -
 
 def _is_bare(state: State) -> bool:
     """A plain ViT without CLS token and final norm: a position for each patch of a square, and nothing beside the blocks."""
-    if "pos_embed" not in state or "blocks.0.attn.qkv.weight" not in state:
+    if "pos_embed" not in state or "blocks.0.attn.qkv.weight" not in state or state["pos_embed"].ndim != 3:
         return False
     cells = state["pos_embed"].shape[1]
     return round(cells**0.5) ** 2 == cells and all(

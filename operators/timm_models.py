@@ -186,6 +186,12 @@ def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, 
     classifier = getattr(config, "classifier", None) or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     body = {key: value for key, value in state_dict.items() if key.rpartition(".")[0] not in heads}
+    whole = [key for key, value in body.items() if key.endswith((".weight", ".bias")) and not value.is_floating_point()]
+    if whole:
+        raise BackboneError(
+            f"{len(whole)} of the weights for {name} are whole numbers ({whole[0]}): quantised files aren't read, give one of "
+            "floating-point numbers"
+        )
     overlay: dict[str, object] = {"state_dict": body, "classifier": None}
     if "img_size" in given:  # timm takes the grid of the checkpoint's position embeddings from it
         overlay["input_size"] = (3, *decode(tuple[int, int], given["img_size"], "img_size"))

@@ -92,6 +92,8 @@ class Crop:
     columns: np.ndarray
     zoom: float
     "S to the side of the cut"
+    of: tuple[int, int]
+    "height and width of the depth that it was found by"
 
     @classmethod
     def round_object(cls, depth_HW: np.ndarray, side: int) -> "Crop":
@@ -111,10 +113,16 @@ class Crop:
         # OpenCV's rule for nearest pixels, in double precision; torch's differs for some sizes.
         taken = np.minimum(np.floor(np.arange(side) * (1 / (side / longer))).astype(np.int64), longer - 1)
         rows, columns = (np.minimum(first + taken, side - 1) for first in start)
-        return cls(side=side, rows=rows, columns=columns, zoom=side / longer)
+        return cls(side=side, rows=rows, columns=columns, zoom=side / longer, of=(depth_HW.shape[0], depth_HW.shape[1]))
 
     def __call__(self, values_HW: np.ndarray) -> np.ndarray:
-        """[H, W, ...] of the whole photograph, at whatever size, to [S, S, ...]."""
+        """[H, W, ...] of the whole photograph, at whatever size, to [S, S, ...]. Raises `NaviError` where its proportions are
+        others than the depth's."""
+        (height, width), (high, wide) = values_HW.shape[:2], self.of
+        if abs(height * wide - width * high) > 0.02 * width * high:
+            raise NaviError(
+                f"its depth is of {wide} x {high} pixels, and the photograph of {width} x {height}: other proportions"
+            )
         return _square(values_HW, self.side)[self.rows[:, None], self.columns]
 
 

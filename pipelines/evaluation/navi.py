@@ -87,7 +87,11 @@ class Drawing:
     side: int
 
     def __call__(self, pixels_HW3: np.ndarray) -> np.ndarray:
-        return geometry(self.view, self.side)[0](pixels_HW3 if self.view.prepared else prepare_photo(pixels_HW3))
+        crop = geometry(self.view, self.side)[0]
+        try:
+            return crop(pixels_HW3 if self.view.prepared else prepare_photo(pixels_HW3))
+        except NaviError as error:
+            raise ItemLeftOut(self.view.image.displayed, str(error)) from None
 
     @property
     def picture(self) -> Picture:
@@ -124,7 +128,7 @@ def geometry(view: NaviView, side: int) -> tuple[Crop, View]:
     try:
         crop = Crop.round_object(depth, side)
     except NaviError as error:
-        raise ItemLeftOut(str(error), view.depth.displayed) from None
+        raise ItemLeftOut(view.depth.displayed, str(error)) from None
     return crop, View.of(depth, _camera(view), crop)
 
 
@@ -163,7 +167,7 @@ class Navi:
             try:
                 found = match(views[0], views[1], (maps[0][row.name], maps[1][row.name]), self.matches)
             except NaviError as error:
-                raise ItemLeftOut(str(error), pair.source.image.displayed) from None
+                raise ItemLeftOut(pair.source.image.displayed, str(error)) from None
             record = {"pair": pair.source.name, "row": row.name, **asdict(found.counts(self.matches))}
             records.append({**record, **({"drawn": _drawn(found)} if number in self.pictured else {})})
         return records

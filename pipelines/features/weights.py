@@ -10,6 +10,7 @@ import pickle
 import re
 import socket
 import struct
+import textwrap
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -209,6 +210,7 @@ def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> d
             return _unwrapped(safetensors.torch.load(data), displayed)
         except safetensors.SafetensorError as error:
             raise WeightsUnavailable(f"{displayed} is no whole safetensors file: {error}") from None
+    _require_torch_file(data, displayed)
     try:
         # Training checkpoints often hold the program's arguments: a bag of attributes, which executes nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -226,16 +228,41 @@ def _parse_state_dict(data: bytes, displayed: str, *, is_safetensors: bool) -> d
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
-        raise WeightsUnavailable(f"{displayed} holds no state dict of tensors")
+        held = ", ".join(map(str, loaded)) if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
+        raise WeightsUnavailable(
+            f"{displayed} holds no state dict of tensors, alone or under state_dict, model or teacher; it holds "
+            + textwrap.shorten(held or "nothing", 200, placeholder=" ...")
+        )
     return _unwrapped(loaded, displayed)
 
 
+def _require_torch_file(data: bytes, displayed: str) -> None:
+    """Raises `WeightsUnavailable` for what begins neither as a zip nor as a pickle or a tar, as torch's files do."""
+    if data[:2] == b"PK" or data[:1] == b"\x80" or data[257:262] == b"ustar":
+        return
+    if data.startswith(b"version https://git-lfs"):
+        raise WeightsUnavailable(f"{displayed} is a pointer of Git LFS, not the file itself; fetch that (git lfs pull)")
+    raise WeightsUnavailable(
+        f"{displayed} is no file of torch's: it "
+        + (f"begins with {textwrap.shorten(repr(data[:60]), 80, placeholder=' ...')}" if data else "is empty")
+        + "; download it again"
+    )
+
+
+_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
+"""What torch's parallel and compiled modules put before names."""
+
+
 def _unwrapped(state: Mapping[str, Tensor], displayed: str) -> dict[str, Tensor]:
-    """Without the `module.` that torch's parallel wrappers put before names. Raises `WeightsUnavailable` where two become one."""
-    found = {name.removeprefix("module."): value.detach() for name, value in state.items()}
-    if len(found) < len(state):
-        twice = next(name for name in state if f"module.{name}" in state)
-        raise WeightsUnavailable(f"{displayed} holds both {twice} and module.{twice}: save the one that is meant by itself")
+    """Without what wrappers put before names. Raises `WeightsUnavailable` where two names become one."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        plain = _WRAPPED.sub("", name)
+        if plain in found:
+            raise WeightsUnavailable(
+                f"{displayed} holds {plain} twice, with and without {name.removesuffix(plain)}; save one of them"
+            )
+        found[plain] = value.detach()
     return found
 
 

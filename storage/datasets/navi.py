@@ -6,10 +6,13 @@ lie, which probe3d's script makes with a short side of 1,024 pixels: they are re
 """
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from storage.datasets.boxes import as_number
 from storage.datasets.depth import DepthPng
 from storage.datasets.files import DatasetError, RawObject, parsed, read, require_files
 from storage.datasets.images import ImageFile
@@ -72,16 +75,26 @@ def _scene(folder: Folder, name: str, scene: str) -> tuple[NaviView, ...]:
     there = {kind: set(folder.sizes(f"{root}/{kind}")) for kind in ("images", "depth")}
     ids = sorted(each[:-4] for each in there["images"] if each.endswith(".jpg") and "_" not in each)
     path = f"{root}/annotations.json"
-    views = parsed(folder, path, read(folder, path), lambda entries: _views(folder, (name, scene), ids, _by_id(entries), there))
+    entries, views = parsed(
+        folder, path, read(folder, path), lambda data: (found := _by_id(data), _views(folder, (name, scene), ids, found, there))
+    )
     if lacking := sorted(set(ids) - {view.id for view in views}):
         raise DatasetError(f"{folder.displayed}/{path} says nothing of {lacking[0]}.jpg ({len(lacking)} such images)")
+    if gone := sorted(entries.keys() - set(ids)):
+        logger.warning("%s/%s: %d views have no image and are left out, such as %s", folder.displayed, path, len(gone), gone[0])
     require_files(folder, (view.depth for view in views), "but there is an image of it")
     return views
 
 
 def _by_id(entries: Any) -> dict[str, RawObject]:
-    """By what the files are called; the document is a list."""
-    return {str(entry["filename"]).rpartition(".")[0]: entry for entry in entries}
+    """By what the files are called; the document is a list. Raises `ValueError` where it isn't one of views, each there once."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "filename" in entry for entry in entries):
+        raise ValueError("it is no list of views, each with its filename, camera and image_size")
+    found = {str(entry["filename"]).rpartition(".")[0]: entry for entry in entries}
+    if len(found) < len(entries):
+        ((twice, _),) = Counter(str(entry["filename"]) for entry in entries).most_common(1)
+        raise ValueError(f"{twice} is there twice")
+    return found
 
 
 def _views(
@@ -92,9 +105,15 @@ def _views(
         camera, size = entries[each]["camera"], entries[each]["image_size"]
         prepared = f"{_PREPARED}{each}.jpg" in there["images"] and f"{_PREPARED}{each}.png" in there["depth"]
         name = f"{_PREPARED * prepared}{each}"
-        quaternion, translation = (tuple(map(float, camera[part])) for part in "qt")
-        if len(quaternion) != 4 or len(translation) != 3 or not any(quaternion):
+        quaternion, translation = (tuple(map(as_number, camera[part])) for part in "qt")
+        are_finite = all(map(math.isfinite, (*quaternion, *translation)))
+        if len(quaternion) != 4 or len(translation) != 3 or not any(quaternion) or not are_finite:
             raise ValueError(f"{each}.jpg: q {camera['q']} and t {camera['t']} are no rotation (w, x, y, z) and translation")
+        focal_length, sides = as_number(camera["focal_length"]), [as_number(side) for side in size]
+        if not 0 < focal_length < math.inf:
+            raise ValueError(f"{each}.jpg: the focal length is {camera['focal_length']}; it should be a number of pixels above 0")
+        if len(sides) != 2 or not all(1 <= side < math.inf for side in sides):
+            raise ValueError(f"{each}.jpg: its size is {size}; it should be height, width in pixels")
         found.append(
             NaviView(
                 object=scene[0],
@@ -105,8 +124,8 @@ def _views(
                 prepared=prepared,
                 quaternion=quaternion,
                 translation=translation,
-                focal_length=float(camera["focal_length"]),
-                original_size=(int(size[0]), int(size[1])),
+                focal_length=focal_length,
+                original_size=(int(sides[0]), int(sides[1])),
             )
         )
     return tuple(found)

@@ -1,5 +1,6 @@
 """Backbones: timm's own numbers and LiFT's, weights from anywhere that run nothing, errors that say what to do."""
 
+import contextlib
 import copy
 import functools
 import os
@@ -515,24 +516,50 @@ def test_file_that_holds_no_weights_is_an_error_that_names_it(tmp_path, data, na
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({"a": torch.zeros(2), "module.a": torch.ones(2)}, "holds both a and module.a: save the one that is meant by itself"),
-        ({0: torch.zeros(2)}, "holds no state dict of tensors"),
+        ({"a": torch.zeros(2), "module.a": torch.ones(2)}, "holds a twice, with and without module.; save one of them"),
+        ({0: torch.zeros(2)}, "holds no state dict of tensors, .*; it holds 0$"),
+        ({"student": {"a": torch.zeros(2)}, "epoch": 1}, "it holds student, epoch$"),
+        ([1], "it holds a list$"),
+        ({}, None),
     ],
 )
-def test_names_that_tell_no_tensor_apart_are_refused(tmp_path, state, said):
+def test_contents_that_are_no_state_dict_are_refused_with_what_is_there(tmp_path, state, said):
     torch.save(state, tmp_path / "w.pth")
+
+    with pytest.raises(WeightsUnavailable, match=said) if said else contextlib.nullcontext():
+        read_state_dict(str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is no file of torch's: it is empty; download it again"),
+        (b"<!DOCTYPE html><html>", "is no file of torch's: it begins with b'<!DOCTYPE html><html>'; download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS, not the file itself"),
+    ],
+)
+def test_files_that_are_none_of_torchs_are_told_by_how_they_begin(tmp_path, data, said):
+    (tmp_path / "w.pth").write_bytes(data)
 
     with pytest.raises(WeightsUnavailable, match=said):
         read_state_dict(str(tmp_path / "w.pth"))
 
 
+def test_quantised_weights_are_refused():
+    state = create_model(TINY, (64, 64), None, 0).state_dict()
+    state["norm.weight"] = state["norm.weight"].to(torch.int8)
+
+    with pytest.raises(BackboneError, match=rf"1 of the weights for {TINY} are whole numbers \(norm.weight\): quantised"):
+        create_model(TINY, (64, 64), state, None)
+
+
 def test_names_of_wrapped_modules_are_unwrapped_in_every_kind_of_file(tmp_path):
-    state = {"module.a": torch.zeros(2), "module.b.module.c": torch.ones(2)}
+    state = {"module.a": torch.zeros(2), "module._orig_mod.b.module.c": torch.ones(2)}
     torch.save({"state_dict": state}, tmp_path / "w.pth")
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
 
     for name in ("w.pth", "w.safetensors"):
-        assert list(read_state_dict(str(tmp_path / name))) == ["a", "b.module.c"]
+        assert sorted(read_state_dict(str(tmp_path / name))) == ["a", "b.module.c"]
 
 
 def test_weights_of_another_model_are_refused(saved):

@@ -220,6 +220,29 @@ def test_what_is_no_backbone_that_can_be_had_is_refused(file, change, message):
         recognise(state)
 
 
+@pytest.mark.parametrize(
+    ("file", "without", "lacking"),
+    [
+        ("dinov3", "blocks", r"DINOv3, but tensors lack: blocks\.\*"),
+        ("dinov3", "blocks.0.attn.qkv.bias", r"DINOv3, but tensors lack: blocks\.0\.attn\.qkv\.bias$"),
+        ("dinov2", "cls_token", "DINOv2, but tensors lack: cls_token"),
+        ("mocov3", "base_encoder.patch_embed.proj.weight", r"MoCo v3, but tensors lack: patch_embed\.proj\.weight"),
+    ],
+)
+def test_a_file_that_lacks_what_tells_its_network_is_refused(file, without, lacking):
+    state = dict(read_state_dict(str(golden_file(f"ckpt_{file}.pth"))))
+    gone = [name for name in state if name == without or name.startswith(f"{without}.")]
+    assert gone
+
+    with pytest.raises(BackboneError, match=lacking):
+        recognise({name: value for name, value in state.items() if name not in gone})
+
+
+@pytest.mark.parametrize("file", ["mae_encoder", "selfpatch_backbone"])
+def test_position_embeddings_of_another_form_tell_no_family(file):
+    assert recognise({**read_state_dict(str(golden_file(f"ckpt_{file}.pth"))), "pos_embed": torch.zeros(3)}) is None
+
+
 def test_a_vit_without_a_family_is_left_as_it_is():
     plain = create_model("vit_tiny_patch16_224", (224, 224), None, 0).state_dict()
 

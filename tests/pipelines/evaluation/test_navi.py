@@ -1,6 +1,7 @@
 """NAVI's geometric correspondence: views, partners, matches and recalls are those of the released code (README_navi.md)."""
 
 import json
+import math
 import shutil
 import tarfile
 
@@ -15,7 +16,7 @@ from jobs.evaluate import run
 from operators.metrics.navi import Camera, Crop, NaviError, PairCounts, Recalls, angle, match
 from pipelines.evaluation.navi import Drawing, draw_pairs, geometry, prepare_depth, prepare_photo
 from pipelines.features.photos import upright_pixels
-from storage.datasets.files import DatasetError
+from storage.datasets.files import DatasetError, ItemLeftOut
 from storage.datasets.images import ImageFile
 from storage.datasets.navi import NaviView, load_navi
 from storage.paths import Folder
@@ -223,6 +224,54 @@ def test_what_is_missing_is_said(change, message, data, tmp_path):
             load_navi(Folder(str(tmp_path / "data")))
     else:
         assert load_navi(Folder(str(root)))
+
+
+def changed(root, change) -> None:
+    """The first view of ball_b's annotations."""
+    path = root / "navi_v1/ball_b/wild_set/annotations.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps(change(entries) or entries))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entries: {"views": entries}, "it is no list of views, each with its filename"),
+        (lambda entries: entries[0].pop("filename") and None, "it is no list of views, each with its filename"),
+        (lambda entries: entries.append(entries[0]), "000.jpg is there twice"),
+        (lambda entries: entries[0]["camera"].update(q=[math.nan, 0, 0, 1]), "000.jpg: q .* are no rotation"),
+        (lambda entries: entries[0]["camera"].update(t=[0, math.inf, 0]), "000.jpg: q .* are no rotation"),
+        (lambda entries: entries[0]["camera"].update(focal_length=0), "000.jpg: the focal length is 0; it should be"),
+        (lambda entries: entries[0]["camera"].update(focal_length="x"), "000.jpg: the focal length is x; it should be"),
+        (lambda entries: entries[0].update(image_size=[0, 4]), r"000.jpg: its size is \[0, 4\]; it should be height, width"),
+        (lambda entries: entries[0].update(image_size=[4]), r"000.jpg: its size is \[4\]; it should be height, width"),
+    ],
+)
+def test_annotations_that_cannot_be_right_are_said(change, message, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    changed(tmp_path / "data", change)
+
+    with pytest.raises(DatasetError, match=message):
+        load_navi(Folder(str(tmp_path / "data")))
+
+
+def test_views_without_an_image_are_counted(data, tmp_path, caplog):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/navi_v1/ball_b/wild_set/images/001.jpg").unlink()
+
+    load_navi(Folder(str(tmp_path / "data")))
+
+    assert "ball_b/wild_set/annotations.json: 1 views have no image and are left out, such as 001" in caplog.text
+
+
+def test_a_depth_of_other_proportions_than_its_photograph_is_no_views(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    depth = tmp_path / "data/navi_v1/ball_b/wild_set/depth/downsampled_000.png"
+    Image.fromarray(np.full((50, 50), 3000, np.uint16)).save(depth)
+    (view, *_), *_ = load_navi(Folder(str(tmp_path / "data")))
+
+    with pytest.raises(ItemLeftOut, match="its depth is of 50 x 50 pixels, and the photograph of .*: other proportions"):
+        Drawing(view=view, side=SIDE)(upright_pixels(view.image))
 
 
 def test_views_without_points_are_refused():
