@@ -25,7 +25,7 @@ C = TypeVar("C", bound=JobConfig)
 @functools.cache
 def versions() -> dict[str, str]:
     """Software that made the numbers."""
-    names = ("ray", "torch", "torchvision", "timm", "zarr", "numcodecs", "pillow", "numpy", "pyarrow", "fsspec")
+    names = ("ray", "torch", "torchvision", "timm", "zarr", "numcodecs", "pillow", "av", "numpy", "pyarrow", "fsspec")
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra that isn't installed, and wasn't used

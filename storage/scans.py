@@ -42,9 +42,9 @@ def taken(file: InputFile, scan: SourceScan, number: int) -> tuple[pa.Table, Sou
     """The rows of source `number` of an index, and what that knows of it. Raises `InputError` for a tar without images."""
     url = query_free(file.url)
     if scan.why_empty and EMPTY not in scan.left_out:
-        videos = "Take frames of its videos with --fps 2, name" if TAKES_FRAMES in " ".join(scan.left_out) else "Name"
+        videos = "jobs/extract.py --fps 2 takes frames of its videos. " if TAKES_FRAMES in " ".join(scan.left_out) else ""
         raise InputError(
-            f"{url} holds no images: {scan.why_empty}. {videos} the image member with --image-member, or drop the tar; {SKIP}"
+            f"{url} holds no images: {scan.why_empty}. {videos}Name the image member with --image-member, or drop the tar; {SKIP}"
         )
     # A scan, which may run in any process, doesn't know its source's number; it is column 1 of `SCHEMA`.
     rows = scan.rows.set_column(1, "source", pa.array([number] * len(scan.rows), pa.int32()))

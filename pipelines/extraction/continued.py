@@ -21,6 +21,7 @@ from storage.sources import other_input, sources_digest
 from storage.spec import FeatureSpec, Layout
 from storage.store import FeatureStore
 from storage.tars import MemberRules
+from storage.videos import is_video
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ def member_rules(config: ExtractConfig) -> MemberRules:
     rules = config.input.rules(config.image_member, config.carry, config.frames)
     if taken := [name for name in rules.carry if name in SCHEMA.names]:
         raise ConfigError(f"--carry {taken[0]}: the ledger has a column of that name; rename the members, or drop it")
+    if not rules.frames and is_video(f".{rules.image}"):
+        raise ConfigError(f"--image-member {rules.image}: that is a video; --fps 2 takes two frames of each second of it")
     return rules
 
 
@@ -121,9 +124,12 @@ def _require_within_limits(store: FeatureStore, config: ExtractConfig) -> None:
     lowered = {name: each for name, each in limits.items() if isinstance(each[0], int) and each[1] < each[0]}
     if not lowered:
         return
-    rows = store.records(slice(None), ["key", "status", "size", "width", "height"])
+    rows = store.records(slice(None), ["key", "status", "size", "width", "height", "time"])
     rows = rows.filter(pc.fill_null(pc.equal(rows["status"], "ok"), False))
-    sizes = {"max_image_pixels": pc.multiply(pc.cast(rows["width"], pa.int64()), rows["height"]), "max_image_bytes": rows["size"]}
+    sizes = {
+        "max_image_pixels": pc.multiply(pc.cast(rows["width"], pa.int64()), rows["height"]),
+        "max_image_bytes": _of_images(rows),
+    }
     for name, (before, now) in lowered.items():
         larger = rows["key"].filter(pc.greater(sizes[name], now))
         if len(larger):
@@ -131,6 +137,11 @@ def _require_within_limits(store: FeatureStore, config: ExtractConfig) -> None:
                 f"--{name.replace('_', '-')} {now}: {len(larger)} rows of {store.folder.displayed} are of larger images, for "
                 f"example {larger[0].as_py()!r}; it was begun with {before}. Use that, or a new --out"
             )
+
+
+def _of_images(rows: pa.Table) -> pa.ChunkedArray:
+    """The sizes of ledger rows' images in bytes; 0 of frames, whose rows have that of a video, of any size."""
+    return pc.if_else(pc.is_valid(rows["time"]), 0, rows["size"])
 
 
 def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:
