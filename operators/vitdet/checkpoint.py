@@ -107,7 +107,10 @@ def _tensor(name: str, value: object) -> Tensor:
 
 
 def detector_tensors(state: State) -> dict[str, Tensor]:
-    """Those of the network: what only old files hold is left out, numbers of other precisions are float32."""
+    """Those of the network: what only old files hold is left out, numbers of other precisions are float32. Raises `DetectorError`
+    for weights that are whole numbers."""
+    if whole := [name for name, value in state.items() if name.endswith((".weight", ".bias")) and not value.is_floating_point()]:
+        raise DetectorError(f"{len(whole)} weights are whole numbers ({whole[0]}): quantised files aren't read")
     return {
         name: value.float() if value.is_floating_point() else value
         for name, value in state.items()

@@ -104,6 +104,8 @@ class CorrespondenceConfig(LabelledConfig):
         if len(set(map(_column, self.alphas))) < len(self.alphas):
             raise ConfigError(f"--alphas {' '.join(map(str, self.alphas))}: give each once, six digits of it count")
         require_at_least(1, self, "matches", "every")
+        if self.protocol == "navi" and len(set(self.sizes)) > 1:
+            raise ConfigError(f"--sizes {' '.join(map(str, self.sizes))}: --protocol navi has one; give one of them")
         require_at_least(0, self, "seed")
         if self.pairs_per_category is not None and self.pairs_per_category < 0:
             raise ConfigError(f"--pairs-per-category {self.pairs_per_category}: must be at least 0")

@@ -29,6 +29,7 @@ from operators.metrics.navi import (
     recalls_of_sums,
 )
 from operators.visual import Tile
+from pipelines.config import ConfigError
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import (
     Evaluated,
@@ -194,7 +195,9 @@ def prepare(config: EvaluateConfig, sizes: Sequence[int], matches: int, every: i
     """The data read, the model loaded, the folder begun: most that can be wrong is wrong here."""
     folder = Folder(config.required("data"), config.options)
     recipe, found = resolve_source(config.source, [(side, side) for side in sizes], None)
-    (side, _), *_ = found
+    if len(found) != 1 or found[0][0] != found[0][1]:
+        raise ConfigError(f"navi is done on one square input, not on {found}; use --sizes")
+    side = found[0][0]
     drawn, without_partner = draw_pairs(VIEWS["navi"](folder), every)
     pairs, taken = limited(drawn, config.limit, "pairs")
     task = Navi(

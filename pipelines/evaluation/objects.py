@@ -126,7 +126,7 @@ def class_ids(detectors: Sequence[DetectorWeights], annotated: Mapping[int, str]
     if len(said.categories) != said.settings.classes:
         raise ConfigError(f"{said.displayed} says {len(said.categories)} categories and has {said.settings.classes} classes")
     for number, name in said.categories:
-        if number in annotated and annotated[number] != name:
+        if number in annotated and annotated[number] not in (name, str(number)):  # named by its id where the file lists none
             raise ConfigError(
                 f"category {number} is {annotated[number]!r} in the annotations, and {name!r} to {said.displayed}: they are of "
                 "other data sets"
@@ -139,7 +139,8 @@ def _usual_ids(detector: DetectorWeights, annotated: Mapping[int, str]) -> tuple
     classes = detector.settings.classes
     if len(annotated) == classes:
         return tuple(annotated)
-    if classes == len(COCO_CATEGORIES) and annotated.items() <= COCO_CATEGORIES.items():
+    unsaid = {number: str(number) for number in COCO_CATEGORIES}
+    if classes == len(COCO_CATEGORIES) and (annotated.items() <= COCO_CATEGORIES.items() or annotated.items() <= unsaid.items()):
         return tuple(COCO_CATEGORIES)
     raise ConfigError(
         f"{detector.displayed} has {classes} classes and doesn't say which; the annotations have {len(annotated)} categories. "
@@ -153,7 +154,7 @@ def require_known(data: CocoSet, classes: Sequence[int], detector: DetectorWeigh
     objects = 0
     for label in labels:
         for note in label.objects():
-            objects += 1
+            objects += not note["iscrowd"]
             if (number := note["category_id"]) not in classes:
                 raise ConfigError(
                     f"{label.displayed}: annotation {note['id']} is of category {number} ({data.categories[number]}), which "
@@ -161,7 +162,7 @@ def require_known(data: CocoSet, classes: Sequence[int], detector: DetectorWeigh
                 )
     if not objects:
         raise DatasetError(
-            f"none of {len(labels):,} images has an annotated object, so that nothing can be scored; check --split"
+            f"none of {len(labels):,} images has an annotated object beside crowds, so that nothing can be scored; check --split"
         )
 
 

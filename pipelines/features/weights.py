@@ -259,9 +259,7 @@ def _unwrapped(state: Mapping[str, Tensor], displayed: str) -> dict[str, Tensor]
     for name, value in state.items():
         plain = _WRAPPED.sub("", name)
         if plain in found:
-            raise WeightsUnavailable(
-                f"{displayed} holds {plain} twice, with and without {name.removesuffix(plain)}; save one of them"
-            )
+            raise WeightsUnavailable(f"{displayed} holds {plain} twice, once as a wrapped module; save one of them")
         found[plain] = value.detach()
     return found
 

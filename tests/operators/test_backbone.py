@@ -516,7 +516,7 @@ def test_file_that_holds_no_weights_is_an_error_that_names_it(tmp_path, data, na
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({"a": torch.zeros(2), "module.a": torch.ones(2)}, "holds a twice, with and without module.; save one of them"),
+        ({"a": torch.zeros(2), "module.a": torch.ones(2)}, "holds a twice, once as a wrapped module; save one of them"),
         ({0: torch.zeros(2)}, "holds no state dict of tensors, .*; it holds 0$"),
         ({"student": {"a": torch.zeros(2)}, "epoch": 1}, "it holds student, epoch$"),
         ([1], "it holds a list$"),

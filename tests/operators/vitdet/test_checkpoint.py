@@ -169,6 +169,11 @@ def test_weights_of_another_detector_are_refused_with_what_differs(changes, mess
         load(small(), state)
 
 
+def test_whole_numbers_are_no_weights():
+    with pytest.raises(DetectorError, match=r"1 weights are whole numbers \(a\.weight\): quantised"):
+        detector_tensors({"a.weight": torch.zeros(2, dtype=torch.int8), "lift.bn.num_batches_tracked": torch.tensor(3)})
+
+
 def test_missing_and_foreign_tensors_are_refused():
     state = small().state_dict()
     with pytest.raises(DetectorError, match=r"1 missing: roi_heads\.mask_head\.deconv\.bias; 1 unexpected: more"):

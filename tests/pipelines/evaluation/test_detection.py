@@ -295,6 +295,16 @@ def test_objects_whose_masks_cover_no_pixel_are_said_to_count_as_not_found(data,
     assert note.startswith("the masks of 1 annotated objects cover no pixel (polygons of two corners, empty runs), and count as")
 
 
+def test_annotations_that_list_no_categories_are_told_by_their_ids(data, plain, tmp_path):
+    changed(data, lambda notes: notes.pop("categories"))
+
+    task, *_ = detection.prepare(config_of(data, tmp_path / "out", detector=plain))
+
+    assert task.classes == (1, 2)
+    of_coco = replace(load_detector(plain), categories=(), settings=replace(TWO, classes=80))
+    assert detection.class_ids([of_coco], {1: "1", 90: "90"}) == tuple(COCO_CATEGORIES)
+
+
 def test_an_image_that_cannot_be_read_costs_itself_alone(data, drawn, plain, tmp_path):
     (data / "val2017").unlink()
     (data / "val2017").mkdir()
@@ -333,7 +343,11 @@ def test_objects_of_photographs_that_exif_turns_lie_on_the_upright_image(data, p
         ),
         (lambda n: n["categories"][0].update(name="dog"), "category 1 is 'dog' in the annotations, and 'red' to"),
         (lambda n: n["annotations"][0].pop("area"), "an annotation has no field 'area'"),
-        (lambda n: n.update(annotations=[]), "none of 4 images has an annotated object"),
+        (lambda n: n.update(annotations=[]), "none of 4 images has an annotated object beside crowds"),
+        (
+            lambda n: [each.update(iscrowd=1) for each in n["annotations"]],
+            "none of 4 images has an annotated object beside crowds",
+        ),
     ],
 )
 def test_annotations_that_cannot_be_right_end_it_in_a_sentence(data, plain, tmp_path, change, message):

@@ -274,6 +274,13 @@ def test_a_depth_of_other_proportions_than_its_photograph_is_no_views(data, tmp_
         Drawing(view=view, side=SIDE)(upright_pixels(view.image))
 
 
+def test_several_sizes_are_refused_as_one_is_used(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(data, tmp_path / "out", "--sizes", "224", "448")
+
+    assert "--sizes 224 448: --protocol navi has one" in capsys.readouterr().err
+
+
 def test_views_without_points_are_refused():
     with pytest.raises(NaviError, match="no pixel"):
         Crop.round_object(np.zeros((16, 16), np.float32), 8)
