@@ -73,10 +73,13 @@ class Table:
 
     def _known(self) -> Iterator[str]:
         """The intervals of figures, and of their differences to another row."""
-        measured = [line for line in self.lines if any(line.estimates)]
+        estimated = [line for line in self.lines if any(line.estimates)]
+        measured = [line for line in estimated if any(each and each.interval for each in line.estimates)]
         compared = [line for line in measured if any(each and each.difference_interval for each in line.estimates)]
         columns = [n for n in range(len(self.columns)) if any(line.estimates[n] for line in measured)]
         names = [self.columns[n] for n in columns]
+        if estimated and not measured:
+            yield f"\nNo intervals: too few to draw from ({self.drawn})"
         if measured:
             yield f"\n95 % intervals: {RESAMPLES:,} draws from the {self.drawn}, seed {SEED}"
             rows = [[line.features, line.input_px, *(_interval(line, n) for n in columns)] for line in measured]
@@ -85,6 +88,12 @@ class Table:
             yield "\nDifferences of the same draws, with their 95 % intervals; those that hold 0 show none"
             rows = [[line.features, _against(line), line.input_px, *(_difference(line, n) for n in columns)] for line in compared]
             yield from table_lines(["features", "less", "input px", *names], rows, left=3)
+
+
+def counted(count: int, units: str) -> str:
+    """A number of things by their plural: 1 batch, 2,000 pairs."""
+    one = units.removesuffix("es") if units.endswith("ches") else units.removesuffix("s")
+    return f"{count:,} {one if count == 1 else units}"
 
 
 NOT_SHOWN = "no difference shown"
@@ -260,7 +269,7 @@ class Items:
             raise ValueError("a result says over how many items of which unit it was computed")
 
     def __str__(self) -> str:
-        over = ", ".join(f"{count:,} {unit}" for unit, count in self.scored.items())
+        over = ", ".join(counted(count, unit) for unit, count in self.scored.items())
         return "; ".join([f"over {over}", *map(str, self.taken), *map(str, self.left_out)])
 
     def to_json(self) -> JsonObject:

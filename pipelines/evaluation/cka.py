@@ -31,7 +31,7 @@ from pipelines.features.pictures import Squash
 from pipelines.features.rows import compared_rows
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.plots import png_of, styled
-from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken
+from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, counted
 from storage.datasets.files import DatasetError
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import decode_known
@@ -175,7 +175,7 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
         columns=tuple(f"{side} px" for side in task.sides),
         lines=tuple(lines),
         notes=("LiFT's Fig. 4 has curves, no numbers to print",) if config.paper else (),
-        drawn=f"{len(records) // len(found):,} batches",
+        drawn=counted(len(records) // len(found), "batches"),
     )
     used = sum(record["images"] for record in records) // len(found)
     return Findings(

@@ -33,7 +33,7 @@ from pipelines.features.detectors import (
 from pipelines.features.photos import upright_pixels
 from pipelines.features.rows import Row, Size, compared_rows
 from pipelines.published.lift import LIFT_DETECTION
-from pipelines.results import Findings, Items, Line, Measured, Table, panel, percent, with_published
+from pipelines.results import Findings, Items, Line, Measured, Table, counted, panel, percent, with_published
 from storage.datasets.classes import COCO_CATEGORIES
 from storage.datasets.coco import load_coco
 from storage.documents import JsonObject
@@ -254,7 +254,7 @@ def _average_precision(
         title=f"Average precision on {config.split}, %",
         columns=("heads", "parameters, M", *_MAIN),
         notes=_notes(task),
-        drawn=f"{images:,} images",
+        drawn=counted(images, "images"),
     )
     return with_published(table, measured, LIFT_DETECTION[recipe.detectors[0].head] if config.paper else None)
 

@@ -36,7 +36,7 @@ from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolv
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
-from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, Taken, panel
+from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, Taken, counted, panel
 from pipelines.training.readout import features_of
 from storage.datasets.content import joint_digest
 from storage.datasets.files import DatasetError, Listed
@@ -288,7 +288,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=tuple(named),
         notes=("what papers publish of readouts is printed by jobs/tables.py --paper",) if config.paper else (),
-        drawn=f"{len(records) // len(scores):,} images",
+        drawn=counted(len(records) // len(scores), "images"),
     )
     left_out += LeftOut.of(probe.task.empty, [probe.images[number].image.displayed for number in empty])
     return Findings(

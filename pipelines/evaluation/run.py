@@ -24,7 +24,7 @@ from pipelines.features.rows import Size, compared_rows
 from pipelines.features.sources import Recipe, distinct
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.published import Published
-from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, with_published, write_results
+from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, counted, with_published, write_results
 from storage.datasets.content import HasContent, content_digests, joint_digest
 from storage.datasets.files import DatasetError, ItemLeftOut, digest
 from storage.datasets.images import EncodedImage
@@ -210,8 +210,8 @@ class Resampled:
 
     def over(self) -> str:
         """From how many items figures are drawn."""
-        counts = sorted({len(each) for each in self.sums.values()})
-        return f"{' to '.join(f'{count:,}' for count in dict.fromkeys((counts[0], counts[-1])))} {self.unit}"
+        least, most = min(map(len, self.sums.values())), max(map(len, self.sums.values()))
+        return counted(most, self.unit) if least == most else f"{least:,} to {counted(most, self.unit)}"
 
     def estimates(self, rows: Sequence[str], side: int, against: Mapping[str, str]) -> dict[str, tuple[Estimate, ...]]:
         """Of each row at a side."""

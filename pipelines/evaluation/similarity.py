@@ -27,7 +27,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Size, compared_rows
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
-from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, panel
+from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, counted, panel
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import JsonValue
 from storage.paths import Folder
@@ -109,7 +109,7 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
         columns=("cells above 0.5, %", "images"),
         lines=tuple(lines),
         notes=("LiFT's Fig. 5 and 6 are pictures, with no numbers to print",) if config.paper else (),
-        drawn=f"{len({record['image'] for record in records}):,} images",
+        drawn=counted(len({record["image"] for record in records}), "images"),
     )
     return Findings(
         tables=(table,),

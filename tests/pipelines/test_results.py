@@ -8,7 +8,7 @@ from operators.metrics.bootstrap import Estimate, Interval
 from pipelines.evaluation.run import set_aside
 from pipelines.features.rows import Row
 from pipelines.published import Paper, Published
-from pipelines.results import Items, LeftOut, Line, Measured, Table, Taken, table_lines, with_published
+from pipelines.results import Items, LeftOut, Line, Measured, Table, Taken, counted, table_lines, with_published
 
 
 def test_a_table_is_aligned_as_text_and_as_markdown():
@@ -125,3 +125,12 @@ def test_tables_have_intervals_and_say_where_no_difference_is_shown():
     assert "| bilinear x2 | 64       |  [9.00, 11.00] | [18.12, 22.00] |" in text
     assert "| lift x2  | bilinear x2 | 64       | +3.00 [2.00, 4.00] | +0.50 [-0.50, 1.50], no difference shown |" in text
     assert "95 %" not in Table(title="", columns=("score", "loss", "items"), lines=(bilinear,)).markdown()
+
+
+def test_a_table_of_one_item_says_that_nothing_can_be_drawn_from_it():
+    line = measured("bilinear", 2).line.known([Estimate(interval=None), Estimate(interval=None)])
+
+    text = Table(title="", columns=("score", "loss", "items"), lines=(line,), drawn=counted(1, "batches")).markdown()
+
+    assert text.endswith("\nNo intervals: too few to draw from (1 batch)")
+    assert str(Items(scored={"clips": 1, "objects": 2_000})) == "over 1 clip, 2,000 objects"
