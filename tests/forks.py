@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,17 @@ class Fork:
     place: str
     "a folder, or s3://"
     log: str
-    "what it prints; `<log>.operations` is how many there were, `<log>.held` what it's held before until `<log>.go` is there"
+    """What it prints; `<log>.operations` is how many there were, `<log>.held` what it's held before until `<log>.go` is there,
+    `<log>.images` how many images went into the model, a batch each line, also of forks that were killed."""
     number: int = -1
     held: bool = False
     "held instead of killed"
     at: float = 0.0
     "when it begins, by time.time()"
+    pause: float = 0.0
+    "seconds that it sleeps before each operation, for others to look meanwhile"
+    constants: Mapping[str, int] = field(default_factory=dict)
+    "module.NAME: what it is in the fork"
 
 
 class Forks:
@@ -88,6 +93,12 @@ def operations(fork: Fork) -> int:
     return int(Path(f"{fork.log}.operations").read_text())
 
 
+def images_computed(fork: Fork) -> int:
+    """How many images the forks with this log gave to the model."""
+    log = Path(f"{fork.log}.images")
+    return sum(map(int, log.read_text().split())) if log.exists() else 0
+
+
 # --- in the parent process of forks -----------------------------------------------------------------------------------
 
 
@@ -118,6 +129,10 @@ def _run(fork: Fork) -> None:
         os.dup2(log, 2)
         sys.stdin.close()
         counter = _Counter(fork)
+        for name, value in fork.constants.items():
+            module, _, constant = name.rpartition(".")
+            setattr(importlib.import_module(module), constant, value)
+        _count_images(Path(f"{fork.log}.images"))
         (_watch_s3 if fork.place.startswith("s3://") else _watch_disk)(fork.place, counter)
         time.sleep(max(0.0, fork.at - time.time()))
         code = importlib.import_module(f"jobs.{fork.program}").run(fork.argv)
@@ -148,6 +163,20 @@ class _Counter:
             while not Path(f"{self.fork.log}.go").exists():
                 time.sleep(0.002)
         self.count += 1
+        time.sleep(self.fork.pause)
+
+
+def _count_images(log: Path) -> None:
+    from pipelines.extraction.host import ModelDevice
+
+    original = ModelDevice.begin
+
+    def begin(self: Any, images: Any, batch: int) -> Any:
+        with log.open("a") as lines:  # what isn't an image of this task is zeros
+            lines.write(f"{int(images.reshape(len(images), -1).any(axis=1).sum())}\n")
+        return original(self, images, batch)
+
+    ModelDevice.begin = begin  # type: ignore[method-assign]
 
 
 def _watch_disk(place: str, count: Callable[[str], None]) -> None:

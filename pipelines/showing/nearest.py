@@ -93,8 +93,14 @@ def nearest_cells(
 def read_chunks(
     store: FeatureStore, level: Level, rows: np.ndarray | range | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Those of some row numbers, or of all, that have features, and their maps, a chunk at a time, read ahead of who asks."""
+    """Those of some row numbers, or of all, that have features, and their maps, a chunk at a time, read ahead of who asks.
+
+    Of a store that is being written, those of tasks that are done: before, nobody knows where an image lies.
+    """
     chosen = range(len(store)) if rows is None else rows
+    if store.status == "writing":
+        asked = np.asarray(chosen)
+        chosen = asked[store.valid(asked)]
     at_once = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * int(np.prod(level.row_shape)))))
 
     def read(first: int) -> tuple[np.ndarray, np.ndarray]:
