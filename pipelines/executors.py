@@ -23,6 +23,7 @@ from cluster.metrics import TaskReport, WorkerMetrics
 from cluster.resources import Growth, WorkerPool, WorkerRequest, choose_pool, present_nodes, size_pool, this_machine
 from cluster.session import ClusterError, connect, starts_one
 from pipelines.config import JobConfig
+from storage.begun import Begun
 from storage.errors import RayliftError
 from storage.ledger import SampleRecord
 from storage.spec import ShardTask
@@ -82,6 +83,8 @@ class Loaded:
     bytes_read: int = 0
     begun: int = 0
     "rows that were done before the store grew, and aren't computed again"
+    kept: Begun | None = None
+    "those rows as they are stored, where they were read already; they don't travel"
     maps: np.ndarray | None = None
     "stored maps [rows, h, w, C], where levels are made of them; they don't travel"
     aside: bool = False
@@ -93,7 +96,8 @@ class Loaded:
 
     def notes(self) -> str:
         """All but the pixels, as JSON."""
-        return json.dumps({**vars(self), "pixels": None, "maps": None, "records": [asdict(record) for record in self.records]})
+        stays = dict.fromkeys(("pixels", "kept", "maps"))
+        return json.dumps({**vars(self), **stays, "records": [asdict(record) for record in self.records]})
 
     @classmethod
     def set_aside(cls) -> "Loaded":

@@ -33,10 +33,9 @@ class Begun:
     @classmethod
     def of(cls, store: "FeatureStore", task: ShardTask) -> "Begun":
         """What there is of a task. Every chunk is decoded once, so that damage isn't copied: then the task is done anew."""
-        record = store.ledger.begun(task.block)
-        if record is None:
+        records = begun_records(store, task)
+        if not records:
             return cls()
-        records = tuple(SampleRecord(**row) for row in record.to_pylist())
         there = np.array([each.status == "ok" for each in records])
         maps = [level for level in store.spec.levels if level.grid]
         arrays = [array for level in store.spec.levels for array in vector_arrays(level)]
@@ -48,6 +47,12 @@ class Begun:
             logger.warning(said, task.block, error)
             return cls()
         return cls(records, chunks, vectors)
+
+
+def begun_records(store: "FeatureStore", task: ShardTask) -> tuple[SampleRecord, ...]:
+    """The ledger rows of a task that was done before the store grew; whether the chunks are whole isn't looked at."""
+    record = store.ledger.begun(task.block)
+    return () if record is None else tuple(SampleRecord(**row) for row in record.to_pylist())
 
 
 class VectorArray(NamedTuple):

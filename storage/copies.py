@@ -178,7 +178,10 @@ class _Copy:
         done = Copied(part=name)
         for names in _batches(objects):
             asked = [each for each in names if not self._listed_alike(each, objects[each])]
-            data = zip(asked, self._folder.read_many(asked, _THREADS), strict=True)
+            try:
+                data = zip(asked, self._folder.read_many(asked, _THREADS), strict=True)
+            except FileNotFoundError as error:  # a run has finished the store since, and packed the records
+                raise StorageError(f"it changed while it was copied: {error}; the same command makes the copy whole") from None
             done = self._sent(done, list(data), len(names) - len(asked), counts=counts)
         self._place.settle()
         return done

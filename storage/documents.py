@@ -82,6 +82,18 @@ class Document:
     def _unreadable(self, error: Exception) -> DamagedObject:
         return self.damaged(f"is damaged or was edited ({type(error).__name__}: {str(error).strip()[:300]})")
 
+    def table(self, schema: pa.Schema, optional: Sequence[str] = (), *, data: bytes | None = None) -> pa.Table:
+        """The Parquet table in it, with exactly the columns of `schema`; those of `optional` are null where it lacks them.
+        `data`: its bytes, or the part of them that the table is, where they were read.
+
+        Raises `MissingObject` and `DamagedObject`.
+        """
+        data = self.bytes() if data is None else data
+        with self.parsing():
+            table = parquet_table(data)
+            require_columns(table.schema, schema, optional)
+            return with_columns(table, schema)
+
     def bytes(self) -> bytes:
         """Raises `MissingObject`."""
         try:
@@ -96,17 +108,6 @@ class Document:
         data = self.bytes()
         with self.parsing():
             return parse_json(data, nan=nan)
-
-    def table(self, schema: pa.Schema, optional: Sequence[str] = ()) -> pa.Table:
-        """The Parquet table in it, with exactly the columns of `schema`; those of `optional` are null where it lacks them.
-
-        Raises `MissingObject` and `DamagedObject`.
-        """
-        data = self.bytes()
-        with self.parsing():
-            table = parquet_table(data)
-            require_columns(table.schema, schema, optional)
-            return with_columns(table, schema)
 
 
 def parquet_table(data: bytes) -> pa.Table:

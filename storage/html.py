@@ -8,10 +8,10 @@ from storage.spec import Level
 from storage.words import printable
 
 if TYPE_CHECKING:
-    from storage.store import FeatureStore
+    from storage.opened import OpenStore
 
 
-def store_html(store: "FeatureStore") -> str:
+def store_html(store: "OpenStore") -> str:
     """Key facts, and a table of its levels. All texts are escaped: names of models and URLs are anyone's."""
     spec, counts = store.spec, store.root.counts
     if counts is None:

@@ -6,6 +6,7 @@ exactly one counts. Records hold nothing that depends on when or where a task ra
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -19,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.documents import DamagedObject, Document, decode, parse_json, schema_of, with_columns
+from storage.commits import Commits, Held, Packing, Packs
+from storage.documents import DamagedObject, decode, parse_json, schema_of, with_columns
 from storage.paths import Folder, StorageError
 from storage.sample_arrays import sample_chunks
 from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_bytes
@@ -38,9 +40,6 @@ def commits_of(level: str) -> str:
     """Where those of a level lie that was added later."""
     return f"ledger/added/{level}"
 
-
-_AGAIN = "remove it, and the same extraction does its task again"
-"""What to do about a damaged commit record."""
 
 T = TypeVar("T")
 
@@ -108,8 +107,8 @@ class Ledger:
 
     `unmarked`: records without a fingerprint count too, which format 2 wrote. `sample_arrays`: `merge` writes those, too.
     `sizes`: how many rows the store had when it grew; a block that wasn't full then may have a record of those rows yet.
-    `commits`: the folder of the records. `added`: ledgers of levels that were added later, whose records may lie apart: of blocks
-    that were done before.
+    `commits`: the folder of the records; `packs`: whether they may lie in packs. `added`: ledgers of levels that were added
+    later, whose records may lie apart: of blocks that were done before.
     What is read is checked; what isn't as it must be raises `DamagedObject`, which names it.
     """
 
@@ -124,11 +123,12 @@ class Ledger:
         sample_arrays: bool = False,
         sizes: Iterable[int] = (),
         commits: str = COMMITS,
+        packs: Packs = "none",
         added: Sequence["Ledger"] = (),
     ):
         self.folder, self.layout, self.levels = folder, layout, levels
         self.fingerprint, self.unmarked, self.sample_arrays = fingerprint, unmarked, sample_arrays
-        self.commits, self.added = commits, tuple(added)
+        self.commits, self.added = Commits(folder, commits, layout, packs), tuple(added)
         self._merged = Parts(folder, "ledger/samples", layout.n_rows, SCHEMA, optional=(*_LATER, *_OF_FRAMES))
         self._ends: dict[int, set[int]] = {}
         "where blocks ended before they grew, by block"
@@ -136,9 +136,6 @@ class Ledger:
             block = n_rows // layout.block_rows
             if n_rows % layout.block_rows and n_rows < layout.task(block).last:
                 self._ends.setdefault(block, set()).add(n_rows)
-
-    def commit_name(self, block: int) -> str:
-        return f"{self.commits}/{block:08d}.parquet"
 
     def commit(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bool:
         """Declare `task` done; False if there is a record of it, which another worker wrote.
@@ -148,11 +145,11 @@ class Ledger:
         if [record.row for record in records] != list(range(task.first, task.last)):
             raise StorageError(f"task {task.block} must commit rows {task.first} to {task.last}, each once and in order")
         # Create-only: the slower of two workers on one task must not put its record over the other's, whose shards may be read.
-        return self.folder.write_new(self.commit_name(task.block), self._record_bytes(task, records, objects))
+        return self.folder.write_new(self.commits.name(task.block), self._record_bytes(task, records, objects))
 
     def replace(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> None:
         """Put `task`'s record over one that isn't this store's, or is of the fewer rows that it had before the store grew."""
-        self.folder.write(self.commit_name(task.block), self._record_bytes(task, records, objects))
+        self.folder.write(self.commits.name(task.block), self._record_bytes(task, records, objects))
 
     def _record_bytes(self, task: ShardTask, records: Sequence[SampleRecord], objects: Mapping[str, int]) -> bytes:
         return self.record_bytes(task, pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA), objects)
@@ -189,44 +186,49 @@ class Ledger:
 
     def listed(self) -> set[int]:
         """Blocks whose commit record exists, also of some of their rows only: those that there were before the store grew."""
-        return {block for name in self.folder.names(self.commits) if (block := self._block_of(name)) is not None}
+        return self.commits.listed()
 
-    def strangers(self) -> list[str]:
-        """Names beside the commit records that are none of this store: copies, notes of file managers. Nothing reads them."""
-        return sorted(name for name in self.folder.names(self.commits) if name and self._block_of(name) is None)
-
-    def _block_of(self, name: str) -> int | None:
-        match = re.fullmatch(r"(\d{8,18})\.parquet", name)
-        block = int(match[1]) if match else -1
-        # `000000001.parquet`, with a zero too many, must not be a second name of block 1.
-        if not 0 <= block < self.layout.n_blocks or self.commit_name(block) != f"{self.commits}/{name}":
-            return None
-        return block
-
-    def revoke(self, blocks: Iterable[int]) -> None:
-        """Remove the records of tasks, which makes them pending again."""
+    def revoke(self, blocks: Collection[int], put: Callable[[str, bytes], None] | None = None) -> None:
+        """Remove the records of tasks, which makes them pending again. `put` writes packs anew that had some of them."""
         # Those apart come last: alone, they say nothing.
         for ledger in (self, *self.added):
-            ledger.folder.remove(ledger.commit_name(block) for block in blocks)
+            ledger.commits.revoke(blocks, put or self.folder.write)
+
+    def remove_packed(self, look: Callable[[], None]) -> None:
+        """Remove the records that lie in packs, too, of a finished store. `look` raises where it isn't this store any more."""
+        for ledger in (self, *self.added):
+            ledger.commits.remove_packed(look)
 
     def records(self, blocks: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
         """Commit records of `blocks`, read concurrently: (block, table)."""
         return self._each(blocks, self.record)
 
-    @staticmethod
-    def _each(blocks: Sequence[int], ask: Callable[[int], T]) -> Iterator[tuple[int, T]]:
-        """What `ask` says of every block, many at once, in order."""
-        with ThreadPoolExecutor(16) as pool:
-            # In windows, since a pool given all blocks at once would read ahead and hold every record in memory.
-            for start in range(0, len(blocks), 256):
-                window = blocks[start : start + 256]
-                yield from zip(window, pool.map(ask, window), strict=True)
+    def _each(self, blocks: Sequence[int], ask: Callable[[int, Held], T]) -> Iterator[tuple[int, T]]:
+        """What `ask` says of every block, of which it's given what was read already, many at once, in order."""
+        for window, found, _ in self._windows(blocks, ask, [self]):
+            yield from zip(window, found, strict=True)
 
-    def record(self, block: int) -> pa.Table:
+    @staticmethod
+    def _windows(
+        blocks: Sequence[int], ask: Callable[[int, Held], T], ledgers: Sequence["Ledger"]
+    ) -> Iterator[tuple[Sequence[int], list[T], Packing]]:
+        """The same in windows, since a pool given all blocks at once would read ahead and hold every record in memory; and the
+        records of each that were read, to be packed where the blocks are all that there are. `ledgers`: whose records `ask`
+        will read."""
+        commits = [each.commits for each in ledgers]
+        alone, size = [each.known_alone() for each in commits], commits[0].per_pack
+        with ThreadPoolExecutor(16) as pool:
+            for start in range(0, len(blocks), size):
+                window, held = blocks[start : start + size], Held()
+                for each, some in zip(commits, alone, strict=True):
+                    held |= each.packed(window, some)
+                yield window, list(pool.map(ask, window, itertools.repeat(held))), Packing(start // size, commits, alone, held)
+
+    def record(self, block: int, held: Held | None = None) -> pa.Table:
         """The commit record of a block: `SCHEMA`, and the objects among its metadata. It's of the block's first rows where the
-        store grew since. Raises `DamagedObject`."""
-        document = Document(self.folder, self.commit_name(block), _AGAIN)
-        table = document.table(SCHEMA, optional=(*_OF_FRAMES, *(_LATER if self.unmarked else ())))
+        store grew since. `held`: records that were read, to which this one comes. Raises `DamagedObject`."""
+        document, data = self.commits.read(block, {} if held is None else held)
+        table = document.table(SCHEMA, optional=(*_OF_FRAMES, *(_LATER if self.unmarked else ())), data=data)
         with document.parsing():
             self._require_own(block, table)
         return table
@@ -250,12 +252,13 @@ class Ledger:
         if set(objects) != {name for level, names in wanted.items() if level not in apart for name in names}:
             raise ValueError("the objects it lists aren't its task's")
 
-    def apart(self, block: int, record: pa.Table) -> list[pa.Table]:
-        """The records of levels that were added after a block's `record`. Raises `DamagedObject`."""
+    def apart(self, block: int, record: pa.Table, held: Held | None = None) -> list[pa.Table]:
+        """The records of levels that were added after a block's `record`; `held` as there. Raises `DamagedObject`."""
         if not self.added:
             return []
         objects = committed_objects(record).keys()
-        return [each.record(block) for each in self.added if objects.isdisjoint(self.layout.shard_names(each.levels[0], block))]
+        later = [each for each in self.added if objects.isdisjoint(self.layout.shard_names(each.levels[0], block))]
+        return [each.record(block, held) for each in later]
 
     def objects(self, block: int, record: pa.Table) -> dict[str, int]:
         """Names and sizes in bytes of all objects of a block with that `record`. Raises `DamagedObject`."""
@@ -266,17 +269,18 @@ class Ledger:
         that is missing or has another size than was committed."""
         sizes = _ShardSizes(self.folder, self.layout, self.levels, blocks)
 
-        def ask(block: int) -> str:
+        def ask(block: int, held: Held) -> str:
             try:
-                record = self.record(block)
-                return sizes.why_torn(block, [record, *self.apart(block, record)])
+                record = self.record(block, held)
+                return sizes.why_torn(block, [record, *self.apart(block, record, held)])
             except DamagedObject as error:
                 return str(error)
 
-        return {block: why for block, why in self._each(sorted(blocks), ask) if why}
+        windows = self._windows(sorted(blocks), ask, [self, *self.added])
+        return {block: why for window, found, _ in windows for block, why in zip(window, found, strict=True) if why}
 
     def merge(self, index: SampleIndex, put: Callable[[str, bytes], None], earlier: Collection[int] = ()) -> Totals:
-        """Join all commit records into `ledger/samples/part-*.parquet`, a part at a time; returns what they come to.
+        """Join all commit records into `ledger/samples/part-*.parquet`, a part at a time, and pack them; returns their totals.
 
         `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been
         repaired, since a task was done. `earlier`: blocks that an earlier run did, whose shards are held against the sizes that
@@ -286,22 +290,21 @@ class Ledger:
         totals, layout, torn = Totals(), self.layout, dict[int, str]()
         sizes = _ShardSizes(self.folder, layout, self.levels, earlier)
 
-        def ask(block: int) -> pa.Table | str:
+        def ask(block: int, held: Held) -> pa.Table | str:
             try:
-                records = [record := self.record(block), *self.apart(block, record)]
+                records = [record := self.record(block, held), *self.apart(block, record, held)]
                 return sizes.why_torn(block, records) or _clipped_in_all(records)
             except DamagedObject as error:
                 return str(error)
 
-        blocks_per_part = PART_ROWS // layout.block_rows
-        for part, first in enumerate(range(0, layout.n_blocks, blocks_per_part)):
-            blocks = range(first, min(first + blocks_per_part, layout.n_blocks))
+        windows = self._windows(range(layout.n_blocks), ask, [self, *self.added])
+        for part, some in itertools.groupby(windows, lambda window: window[0][0] * layout.block_rows // PART_ROWS):
             tables = []
-            for block, found in self._each(blocks, ask):
-                if isinstance(found, str):
-                    torn[block] = found
-                else:
-                    tables.append(found)
+            for window, found, packing in some:
+                torn |= {block: each for block, each in zip(window, found, strict=True) if isinstance(each, str)}
+                tables += [each for each in found if not isinstance(each, str)]
+                if torn.keys().isdisjoint(window):
+                    packing.put(put)
             if not torn:
                 expected = range(part * PART_ROWS, min((part + 1) * PART_ROWS, layout.n_rows))
                 totals += self._merge_part(part, expected, pa.concat_tables(tables), index, put)
@@ -329,8 +332,7 @@ class Ledger:
         other = pc.index(pc.not_equal(table["key"], keys), True).as_py()
         if other >= 0:
             row = table["row"][other].as_py()
-            name = self.commit_name(row // self.layout.block_rows)
-            raise Document(self.folder, name, _AGAIN).damaged(
+            raise self.commits.document(row // self.layout.block_rows).damaged(
                 f"calls row {row} {table['key'][other].as_py()!r}, which the index calls {keys[other].as_py()!r}"
             )
 
@@ -379,9 +381,9 @@ class Ledger:
     def unfinished(self, blocks: Sequence[int]) -> set[int]:
         """Those of committed `blocks` that have failed rows, or a record that can't be read."""
 
-        def ask(block: int) -> bool:
+        def ask(block: int, held: Held) -> bool:
             try:
-                return pc.any(pc.equal(self.record(block)["status"], "failed")).as_py()
+                return pc.any(pc.equal(self.record(block, held)["status"], "failed")).as_py()
             except DamagedObject as error:
                 logger.warning("a finished task is damaged; it runs again: %s", error)
                 return True

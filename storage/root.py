@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from storage.commits import Packs
 from storage.documents import Document, JsonObject, JsonValue, MissingObject, as_object, decode, decode_known
 from storage.paths import Folder, StorageError
 from storage.samples import INDEX, SampleIndex
@@ -21,7 +22,10 @@ FORMAT = 4
 MARKED = 3
 """3: every commit record has the store's fingerprint; ledger rows have the digest of the image's bytes. Such a store stays 3."""
 
-READABLE = (2, MARKED, FORMAT)
+PACKED = 5
+"""5: as 4, and commit records of whole stretches of tasks lie in packs. The finish of a store that has such makes it 5."""
+
+READABLE = (2, MARKED, FORMAT, PACKED)
 """2: keys in order beside the index, counts among the attributes. Whoever continues such a store makes it 3."""
 
 
@@ -86,6 +90,13 @@ class RootDocument:
         """Where shards have their index, which stays where it was begun: shards of both kinds can't be of one array."""
         return "end" if self.format >= FORMAT else "start"
 
+    @property
+    def packs(self) -> Packs:
+        """Whether commit records may lie in packs."""
+        if self.format < FORMAT:
+            return "none"
+        return "all" if self.status == "complete" and self.format >= PACKED else "some"
+
     def came_from(self, fingerprint: str) -> bool:
         """Whether this is the store of that fingerprint, or it has grown from it: then the rows of that one are of the same
         samples."""
@@ -116,7 +127,7 @@ def read_attributes(folder: Folder) -> dict[str, JsonValue] | None:
         own = as_object(attributes["raylift"], "raylift")
         number = decode(int, own["format"], "format")
     if number not in READABLE:
-        advice = "update Raylift" if number > FORMAT else "extract it again, with a new --out"
+        advice = "update Raylift" if number > PACKED else "extract it again, with a new --out"
         readable = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
         raise StorageError(f"{document.displayed} has format {number}, this version reads {readable}; {advice}")
     with document.parsing():

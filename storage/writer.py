@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class BlockWriter:
     """Collects one task's rows as encoded bytes, then writes whole shards. Memory: about the compressed block.
 
-    Rows that were done before the store grew are there from the start (`begun`).
+    Rows that were done before the store grew are there from the start: `begun`, where they were read already.
     """
 
-    def __init__(self, store: "FeatureStore", task: ShardTask):
-        self.store, self.task, self.begun = store, task, Begun.of(store, task)
+    def __init__(self, store: "FeatureStore", task: ShardTask, begun: Begun | None = None):
+        self.store, self.task, self.begun = store, task, Begun.of(store, task) if begun is None else begun
         self.clipped = np.zeros(task.n_rows, np.int64)
         self._chunks: dict[str, list[bytes | None]] = {}
         self._vectors: dict[str, np.ndarray] = {}

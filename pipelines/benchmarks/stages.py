@@ -64,6 +64,8 @@ class StagesRun:
     rows: int
     tasks: int
     stages: Mapping[str, Stage]
+    objects: int
+    "of the finished store, below `index/` and `ledger/`"
 
 
 class MadeUp(InlineExecutor):
@@ -156,7 +158,7 @@ def commit(out: str, blocks: Sequence[int]) -> None:
             "digest": pa.array([f"{row:032x}" for row in range(task.first, task.last)]),
         }
         table = pa.table([columns.get(name, pa.nulls(n, SCHEMA.field(name).type)) for name in SCHEMA.names], schema=SCHEMA)
-        record = folder / store.ledger.commit_name(block)
+        record = folder / store.ledger.commits.name(block)
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_bytes(store.ledger.record_bytes(task, table, objects))
 
@@ -183,7 +185,8 @@ def measure_stages(folder: Path, rows: int, block_rows: int) -> StagesRun:
     in_new_processes(_commit, *((config.out, done[i::CORES]) for i in range(min(CORES, len(done)))))
     [(carry_on, finish)], _ = in_new_processes(_continue, (config, rows))
     stages = dict(zip(STAGES, (index, plan, carry_on, finish), strict=True))
-    return StagesRun(rows=rows, tasks=tasks, stages=stages)
+    objects = sum(path.is_file() for name in ("index", "ledger") for path in Path(config.out, name).rglob("*"))
+    return StagesRun(rows=rows, tasks=tasks, stages=stages, objects=objects)
 
 
 def _commit(out: str, pieces: Sequence[range]) -> None:
@@ -246,6 +249,8 @@ def stages_report(runs: Sequence[StagesRun], target: int) -> Iterator[str]:
             memory = (stage.rss_before / 2**20, stage.peak_bytes / 2**20)
             rows.append([run.rows, name, stage.wall_s, stage.cpu_s, 1e6 * stage.cpu_s / run.rows, *memory])
     yield from number_lines(columns, rows)
+    kept = ", ".join(f"{run.objects:,} of {run.rows:,} rows in {run.tasks:,} tasks" for run in runs)
+    yield f"\nObjects below index/ and ledger/ of the finished store: {kept}"
     if large.rows < 2 * small.rows:
         return
     yield f"\nOn the line through {small.rows:,} and {large.rows:,} rows, {target:,} come to"
@@ -254,5 +259,6 @@ def stages_report(runs: Sequence[StagesRun], target: int) -> Iterator[str]:
         a, b = small.stages[name], large.stages[name]
         times = (target - small.rows) / (large.rows - small.rows)
         cpu, peak = a.cpu_s + times * (b.cpu_s - a.cpu_s), a.peak_bytes + times * (b.peak_bytes - a.peak_bytes)
-        lines.append([name, cpu / 60, peak / 2**20])
-    yield from number_lines({"stage": "", "CPU, min": ".1f", "peak, MiB": ".0f"}, lines)
+        lines.append([name, (b.cpu_s / large.rows) / (a.cpu_s / small.rows), cpu / 60, peak / 2**20])
+    of_small = f"CPU a row at {large.rows:,}, of that at {small.rows:,}"
+    yield from number_lines({"stage": "", of_small: ".2f", "CPU, min": ".1f", "peak, MiB": ".0f"}, lines)

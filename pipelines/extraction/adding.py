@@ -178,12 +178,9 @@ def run_addition(addition: Addition, executor: Executor) -> Summary:
     pending = store.pending(done)
     setup = replace(setup, suspects=suspects(store.folder, pending.blocks))
     run = Run(store, setup, executor, pool, rows_done=sum(store.layout.task(block).n_rows for block in done))
-    try:
+    with run.noting_its_end():
         run.execute(pending)
         return run.finish(store.index.left_out)
-    except (Exception, KeyboardInterrupt) as error:
-        run.note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     setup = replace(setup, suspects=suspects(store.folder, pending.blocks))
     rows_done = sum(store.layout.task(block).n_rows for block in done) + store.ledger.begun_rows()
     run = Run(store, setup, executor, pool, rows_done=rows_done)
-    try:
+    with run.noting_its_end():
         run.do(pending)
         try:
             return run.finish(prepared.left_out, earlier=done)
@@ -164,10 +164,6 @@ def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
             run.progress.done -= sum(task.n_rows for task in pending)
             run.do(pending)
             return run.finish(prepared.left_out)
-    except (Exception, KeyboardInterrupt) as error:
-        if pending:
-            run.note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise
 
 
 def begin_run(
@@ -220,7 +216,7 @@ def _write_run_json(store: FeatureStore, setup: WorkerSetup, pool: WorkerPool) -
 
 def _done(store: FeatureStore) -> set[int]:
     """Blocks that have a commit record. Whether those are whole is seen when they are merged, once all are there."""
-    if strangers := store.ledger.strangers():
+    if strangers := store.ledger.commits.strangers():
         logger.warning("ledger/commits holds what is no record of this store; it is left alone: %s", strangers[:10])
     return store.ledger.done()
 
@@ -246,6 +242,8 @@ class Run:
         self.replaced = ""
         "how the heartbeat found the store gone or replaced"
         self.ended: Literal["", "stopped", "failed"] = ""
+        self.has_begun = False
+        "there was a task to be done"
         self.bytes_written = 0
         self.start_up_s = 0.0
         self.finished_tasks = 0
@@ -265,6 +263,7 @@ class Run:
         """Run `pending`; tasks whose workers died, hung or ran out of memory run again, alone."""
         if not pending:
             return
+        self.has_begun = True
         # Also while no task is finished: a slow task must not look like a dead run.
         with self.progress, every(SAVE_INTERVAL_S, self._beat, "progress"):
             try:
@@ -319,10 +318,16 @@ class Run:
         except (OSError, StorageError) as error:
             logger.warning("progress was not saved: %s", error)
 
-    def note_end(self, how: Literal["stopped", "failed"]) -> None:
-        """Say how the run ended before its store was complete, so that nobody takes it for one that writes."""
-        self.ended = how
-        self._beat()
+    @contextmanager
+    def noting_its_end(self) -> Iterator[None]:
+        """Where the run ends before its store is complete, say so, so that nobody takes it for one that writes."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if self.has_begun:
+                self.ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                self._beat()
+            raise
 
     def _save_progress(self) -> None:
         """Rates and stage times where `show` finds them, also from another machine. Raises `StoreReplaced`."""

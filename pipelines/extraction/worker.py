@@ -29,7 +29,7 @@ from pipelines.extraction.schedule import Lanes, Schedule
 from pipelines.features.bundle import ModelBundle
 from pipelines.features.model import not_finite
 from pipelines.features.photos import geometry_of
-from storage.begun import Begun
+from storage.begun import Begun, begun_records
 from storage.ledger import SampleRecord, image_digest
 from storage.paths import Folder, StorageError
 from storage.redaction import redact
@@ -173,8 +173,11 @@ class ShardWorker:
         t0 = time.perf_counter()
         with self._index_lock:
             table = self.index.read(task.first, task.last)
-        records, begun = ledger_records(self.index, task, table), Begun.of(self.store, task)
-        records[: len(begun)] = begun.records
+        # Who only loads leaves the chunks to the one that writes them.
+        kept = Begun.of(self.store, task) if self._device else None
+        begun = begun_records(self.store, task) if kept is None else kept.records
+        records = ledger_records(self.index, task, table)
+        records[: len(begun)] = begun
         readable = [i for i, record in enumerate(records) if record.status == "ok" and i >= len(begun)]
         chosen = table.take(pa.array(readable, pa.int64()))
         found = try_some(
@@ -199,7 +202,7 @@ class ShardWorker:
             seconds["decode"] += t2 - t1
             bytes_read += sum(len(blob) for blob in blobs.values() if isinstance(blob, bytes))
             t0 = t2
-        return Loaded(pixels, records, seconds, bytes_read, begun=len(begun))
+        return Loaded(pixels, records, seconds, bytes_read, begun=len(begun), kept=kept)
 
     def _decode_in_threads(self, records: list[SampleRecord], blobs: _Blobs, pixels: np.ndarray) -> None:
         def here(data: bytes) -> DecodedImage:
@@ -233,9 +236,11 @@ class ShardWorker:
 
     def compute(self, task: ShardTask, loaded: Loaded) -> TaskReport:
         """Features of the loaded images, written and committed. Raises `WorkerBroken`."""
-        writer, pace = self.store.writer(task), _Pace(self.batch)
+        writer, pace = self.store.writer(task, loaded.kept), _Pace(self.batch)
         if len(writer.begun) != loaded.begun:
-            raise StorageError(f"what there was of task {task.block} was damaged after it was looked at; it has to run again")
+            # Another process loaded it, which didn't see that the chunks of its first rows are damaged.
+            loaded = self._load(task, apart=False)
+            writer = self.store.writer(task, loaded.kept)
         try:
             batches = self._batches(task, loaded, pace)
             encoded = self.schedule.compute(batches, lambda batch: batch[1].wait(), partial(self._encode, writer, loaded))
@@ -266,7 +271,7 @@ class ShardWorker:
                     continue
                 yield start, rows
             start = stop
-        loaded.pixels, loaded.maps = np.empty(0, np.uint8), None
+        loaded.pixels, loaded.maps, loaded.kept = np.empty(0, np.uint8), None, None
 
     def _begin(self, device: Device, loaded: Loaded, some: slice, batch: int) -> HostRows:
         """Give some of a task's rows to the device."""

@@ -35,6 +35,9 @@ TRAIN = shlex.split(
     "--log-every 1 --checkpoint-every 2 --validate-every 4 --executor inline --device cpu --max-failed-fraction 0.5"
 )
 
+CONSTANTS: dict[str, int] = {}
+"""What forks have for constants of the code, by module.NAME."""
+
 MEASURED = ("images_per_s", "run_images_per_s", "seconds")
 """What lines of metrics.jsonl say of time: the only thing that two equal runs may differ in."""
 
@@ -65,7 +68,8 @@ class Sweep:
         argv = [*self.argv, "--out", folder.url]
         if folder.options:
             argv += ["--storage-options", json.dumps(folder.options)]
-        return Fork(program=self.program, argv=argv, place=watched, log=str(self.logs / f"{number}.log"), number=kill_before)
+        log = str(self.logs / f"{number}.log")
+        return Fork(program=self.program, argv=argv, place=watched, log=log, number=kill_before, constants=dict(CONSTANTS))
 
     def run(self, at_most: int = 10**6) -> int:
         """Kill before each operation, or before `at_most` of them, the first and the last included; returns how many times."""
@@ -144,6 +148,11 @@ def further_level(parent: Forks, images: str, tmp_path: Path) -> Sweep:
     return again(parent, images, tmp_path, "--add-level", "x2")
 
 
+def level_again(parent: Forks, images: str, tmp_path: Path) -> Sweep:
+    """A level for which the backbone runs again, over the photographs."""
+    return again(parent, images, tmp_path, "--add-level", "fine:x2@int8", "--added-from", "backbone")
+
+
 def repair(parent: Forks, images: str, tmp_path: Path) -> Sweep:
     """The tar was cut behind its third sample, and is whole now: a row is repaired, and there is one more."""
     whole = Path(images).read_bytes()
@@ -203,8 +212,24 @@ def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(pare
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", [extraction, retry, repair, replacement, growth, addition, further_level, training])
+@pytest.mark.parametrize("kind", [extraction, retry, repair, replacement, growth, addition, further_level, level_again, training])
 def test_killed_before_every_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind):
+    assert kind(parent, images, tmp_path).run() >= 30
+
+
+@pytest.mark.parametrize(("kind", "points"), [(extraction, 3), (retry, 2), (addition, 3), (further_level, 2)])
+def test_the_same_with_records_in_packs(parent, images, tmp_path, kind, points, monkeypatch):
+    monkeypatch.setitem(CONSTANTS, "storage.commits.PACK_BLOCKS", 2)
+    sweep = kind(parent, images, tmp_path)
+    assert sweep.run(points) == points
+    assert Folder(sweep.place(0).url).names("ledger/commits/packed")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", [extraction, retry, repair, replacement, growth, addition, further_level])
+def test_the_same_with_records_in_packs_at_every_point(parent, images, tmp_path, kind, monkeypatch):
+    monkeypatch.setitem(CONSTANTS, "storage.commits.PACK_BLOCKS", 2)
     assert kind(parent, images, tmp_path).run() >= 30
 
 
@@ -238,16 +263,23 @@ def s3_process(tmp_path_factory) -> Iterator[dict[str, str]]:
 def on_s3(sweep: Sweep, options: dict[str, str]) -> Sweep:
     """The same commands with their output on S3, in places of this test's own."""
     base = f"s3://kills/{re.sub(r'[^a-z0-9]', '-', sweep.logs.name)}"
-    return replace(sweep, place=lambda number: Folder(f"{base}/{sweep.program}-{number}", options))
+
+    def place(number: int) -> Folder:
+        made_ready, there = sweep.place(number), Folder(f"{base}/{sweep.program}-{number}", options)
+        for name in made_ready.below(""):
+            there.write(name, made_ready.read(name))
+        return there
+
+    return replace(sweep, place=place)
 
 
-@pytest.mark.parametrize(("kind", "points"), [(extraction, 3), (training, 2)])
+@pytest.mark.parametrize(("kind", "points"), [(extraction, 3), (training, 2), (further_level, 2)])
 def test_the_same_on_s3(parent, images, tmp_path, s3_process, kind, points):
     assert on_s3(kind(parent, images, tmp_path), s3_process).run(points) == points
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", [extraction, training])
+@pytest.mark.parametrize("kind", [extraction, training, retry, replacement, growth, addition, further_level, level_again])
 def test_the_same_on_s3_at_every_point(parent, images, tmp_path, s3_process, kind):
     assert on_s3(kind(parent, images, tmp_path), s3_process).run() >= 20

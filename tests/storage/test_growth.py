@@ -302,6 +302,51 @@ def test_block_that_is_damaged_where_it_must_grow_is_done_anew(tmp_path, feature
     assert_holds(out, all_samples(tars), features)
 
 
+class LoadsApart(InlineExecutor):
+    """Tasks are loaded by another worker than the one that computes them, and `between` comes what happens meanwhile."""
+
+    def __init__(self, between: Callable[[], None] = lambda: None):
+        self.between = between
+
+    def stream(self, make_worker, tasks, pool, how="actor"):
+        loader, worker = make_worker(model=False), make_worker()
+        for task in tasks:
+            loaded = loader.load(task)
+            self.between()
+            yield worker.run(task, loaded)
+
+
+@pytest.mark.parametrize("executor", [InlineExecutor(), LoadsApart()], ids=["loaded here", "loaded apart"])
+def test_rows_that_a_block_has_already_are_read_once(tmp_path, monkeypatch, executor):
+    tars, out = write_tars(tmp_path, {"a": [0, 1, 2, 3, 4], "b": [5, 6]}), tmp_path / "out.zarr"
+    go(tars[:1], out, levels=LEVELS)
+    read, names = Folder.read, []
+    monkeypatch.setattr(Folder, "read", lambda self, name: names.append(name) or read(self, name))
+
+    extract(config_of(tars, out, levels=LEVELS), executor)
+
+    shards = [name for name in names if "/c/" in name]
+    assert sorted(shards) == ["pooled/features/c/1/0", "x0.5/features/c/1/0/0/0", "x1/features/c/1/0/0/0",
+                              "x2/features/c/1/0/0/0", "x2/scale/c/1/0"]  # fmt: skip
+
+
+def test_damage_that_the_loader_did_not_see(tmp_path, features):
+    tars, out = write_tars(tmp_path, {"a": [0, 1], "b": [2]}), tmp_path / "out.zarr"
+    go(tars[:1], out, levels=LEVELS)
+    shard = out / "x1/features/c/0/0/0/0"
+
+    def damage() -> None:
+        data = bytearray(shard.read_bytes())
+        data[8] ^= 0xFF
+        shard.write_bytes(data)
+
+    with counting() as computed:
+        extract(config_of(tars, out, levels=LEVELS), LoadsApart(damage))
+
+    assert sum(computed) == 3
+    assert_holds(out, all_samples(tars), features)
+
+
 def test_two_that_add_other_tars_at_once(tmp_path, features):
     tars, out = write_tars(tmp_path, {"a": [0, 1], "b": [2], "c": [3]}), tmp_path / "out.zarr"
     go(tars[:1], out)

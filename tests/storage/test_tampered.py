@@ -420,7 +420,7 @@ def test_a_stopped_run_goes_on_by_what_it_lists(pair, tmp_path, monkeypatch):
     store = shutil.copytree(pair.half, tmp_path / "copy.zarr")
     asked: list[object] = []
     record, size, stream = Ledger.record, Folder.size, InlineExecutor.stream
-    monkeypatch.setattr(Ledger, "record", lambda self, block: asked.append(block) or record(self, block))
+    monkeypatch.setattr(Ledger, "record", lambda self, block, held=None: asked.append(block) or record(self, block, held))
     monkeypatch.setattr(Folder, "size", lambda self, name: asked.append(name) or size(self, name))
     monkeypatch.setattr(InlineExecutor, "stream", lambda *each: asked.append("first task") or stream(*each))
 

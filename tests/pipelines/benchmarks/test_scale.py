@@ -76,6 +76,7 @@ def test_every_stage_of_many_rows_is_that_of_an_extraction(tmp_path, monkeypatch
 
     monkeypatch.setattr("pipelines.benchmarks.stages.in_new_processes", here)
     monkeypatch.setattr("pipelines.benchmarks.stages.TAR_ROWS", 40)
+    monkeypatch.setattr("storage.commits.PACK_BLOCKS", 8)
     for module in ("benchmarks.stages", "indexing"):
         monkeypatch.setattr(f"pipelines.{module}.SMALL_INPUT", 0)
 
@@ -93,6 +94,9 @@ def test_every_stage_of_many_rows_is_that_of_an_extraction(tmp_path, monkeypatch
     text = "\n".join(stages_report(runs, 10**8))
     assert "200, 1,000 rows" in text
     assert "On the line through 200 and 1,000 rows, 100,000,000 come to" in text
+    assert "CPU a row at 1,000, of that at 200" in text
+    # Parts of samples, keys and ledger, the sources, two arrays of two objects each, two groups' documents; packs, records.
+    assert [run.objects for run in runs] == [10 + 1 + 5, 10 + 7 + 7]
     assert all(run.stages["finish"].cpu_s > 0 for run in runs)
 
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -29,8 +29,11 @@ N_IMAGES = 64
 MODEL = ["--model", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "--weights", "random", "--precision", "fp32"]
 
 
-def launch(data: str, out: str, options: dict | None, log: Path, *where: str) -> subprocess.Popen:
-    command = [sys.executable, "jobs/extract.py", "--data", data, "--out", out, *MODEL, "--levels", "x1", "x2", "pooled"]
+LEVELS = ("--levels", "x1", "x2", "pooled")
+
+
+def launch(data: str, out: str, options: dict | None, log: Path, *where: str, more: Sequence[str] = LEVELS) -> subprocess.Popen:
+    command = [sys.executable, "jobs/extract.py", "--data", data, "--out", out, *MODEL, *more]
     command += ["--block-rows", "4", *(where or ("--executor", "ray", "--ray-address", "local"))]
     if options:
         command += ["--storage-options", json.dumps(options)]
@@ -38,10 +41,10 @@ def launch(data: str, out: str, options: dict | None, log: Path, *where: str) ->
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("a"), stderr=subprocess.STDOUT)
 
 
-def wait_for_commits(process: subprocess.Popen, folder: Folder, count: int) -> bool:
+def wait_for_commits(process: subprocess.Popen, folder: Folder, count: int, commits: str) -> bool:
     """True once `count` tasks are committed, False if the process ended before."""
     while process.poll() is None:
-        if len(folder.sizes("ledger/commits")) >= count:
+        if len(folder.sizes(commits)) >= count:
             return True
         time.sleep(0.1)
     return False
@@ -93,7 +96,16 @@ def digest(objects: dict[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in objects.items()}
 
 
-def run_with_kills(data: str, out: str, options: dict | None, kinds: list[str], log: Path, seed: int) -> dict[str, int]:
+def run_with_kills(
+    data: str,
+    out: str,
+    options: dict | None,
+    kinds: list[str],
+    log: Path,
+    seed: int,
+    more: Sequence[str] = LEVELS,
+    commits: str = "ledger/commits",
+) -> dict[str, int]:
     """Launch, kill at a random number of commits, again for each kind; then until it is complete. Returns what happened."""
     folder = Folder(out, options)
     draw = random.Random(seed)
@@ -101,13 +113,13 @@ def run_with_kills(data: str, out: str, options: dict | None, kinds: list[str], 
     left = list(kinds)
     n_tasks = N_IMAGES // 4
     for _ in range(3 * len(kinds) + 3):
-        process = launch(data, out, options, log)
+        process = launch(data, out, options, log, more=more)
         happened["launches"] += 1
         with ended(process):
             while left:
-                done = len(folder.sizes("ledger/commits"))
+                done = len(folder.sizes(commits))
                 target = min(n_tasks - 1, done + draw.randint(1, max(1, (n_tasks - done) // (len(left) + 1))))
-                if not wait_for_commits(process, folder, target):
+                if not wait_for_commits(process, folder, target, commits):
                     break
                 time.sleep(draw.random() * 0.5)
                 kind = left.pop(0)
@@ -129,8 +141,8 @@ def images(tmp_path) -> str:
     return str(tmp_path / "in/s-{0..1}.tar")
 
 
-def uninterrupted(data: str, out: str, options: dict | None, log: Path) -> dict[str, str]:
-    process = launch(data, out, options, log, "--executor", "inline", "--actor-cpus", "1")
+def uninterrupted(data: str, out: str, options: dict | None, log: Path, more: Sequence[str] = LEVELS) -> dict[str, str]:
+    process = launch(data, out, options, log, "--executor", "inline", "--actor-cpus", "1", more=more)
     with ended(process):
         assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
     return digest(tree(Folder(out, options)))
@@ -167,3 +179,27 @@ def test_ten_random_kills_leave_the_bytes_of_an_uninterrupted_run(images, tmp_pa
     print(happened)
     assert sum(happened[kind] for kind in ("driver", "worker", "cluster")) == 10
     assert digest(tree(Folder(f"{base}/out.zarr", options))) == reference
+
+
+ADDED = ("--add-level", "x4@int8", "--added-from", "backbone")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_level_that_is_added_by_ray_with_ten_random_kills(images, tmp_path, where, s3_options):
+    log = tmp_path / "log"
+    options, base = (s3_options["options"], f"s3://{s3_options['bucket']}") if where == "s3" else (None, str(tmp_path))
+    uninterrupted(images, f"{base}/reference.zarr", options, log)
+    reference, out = Folder(f"{base}/reference.zarr", options), Folder(f"{base}/out.zarr", options)
+    for name in reference.below(""):
+        out.write(name, reference.read(name))
+    expected = uninterrupted(images, reference.url, options, log, more=ADDED)
+    draw = random.Random(6)
+    kinds = [draw.choice(["driver", "worker", "cluster"]) for _ in range(10)]
+
+    happened = run_with_kills(images, out.url, options, kinds, log, seed=3, more=ADDED, commits="ledger/added/x4")
+
+    print(happened)
+    assert sum(happened[kind] for kind in ("driver", "worker", "cluster")) == 10
+    assert digest(tree(out)) == expected
