@@ -182,6 +182,9 @@ def _without_extension(path: str) -> str:
     return f"{folder}{slash}{name.rpartition('.')[0] or name}"
 
 
+_FIRST_ANSWER_S = 15.0
+"""How long a web server may take to say what a file is."""
+
 _MOST_NAMES = 10_000_000
 """That braces may stand for; ten times as many as the largest published data sets have tars."""
 
@@ -252,9 +255,12 @@ def _expand_url(url: str, options: StorageOptions | None, keys: _Keys) -> Listin
         fs, path = opened(url, options)
         if not url.startswith(("http://", "https://")) and (pattern := _as_glob(fs, path)):
             return _list_glob(fs, pattern, keys)
+        is_web = url.startswith(("http://", "https://"))
         try:
-            info = fs.info(path)
-        except (FileNotFoundError, NotADirectoryError):
+            info = fs.info(path, **({"timeout": _FIRST_ANSWER_S} if is_web else {}))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if is_web and error.__cause__ is not None and getattr(error.__cause__, "status", None) not in (404, 410):
+                raise error.__cause__ from None  # fsspec says of whatever goes wrong that nothing is there
             return None
         except OSError as error:
             if error.errno == errno.ELOOP:  # a symlink that leads to itself

@@ -56,6 +56,10 @@ class InputError(StorageError, ValueError):
     """The input named by the user is empty, missing, or not what it should be."""
 
 
+class ServerFailed(StorageError, OSError):
+    """An object store answered with an error of its own, also when it was asked again."""
+
+
 class UnknownName(StorageError, KeyError):
     """There is no key, level or column of that name."""
 
@@ -183,6 +187,14 @@ def reaching(displayed: str) -> Iterator[None]:
         _require_bucket(error, displayed)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and isinstance(error.__cause__, botocore.exceptions.ClientError):  # as s3fs has them
+            if isinstance(error, FileExistsError):
+                raise
+            if isinstance(error, PermissionError):
+                raise PermissionError(
+                    f"{displayed}: access is refused ({redact(str(error))}); check the credentials, and what they are allowed"
+                ) from None
+            raise ServerFailed(f"{displayed}: the server answers with an error, again and again: {redact(str(error))}") from None
         if not _is_of_network(error):
             raise
         raise StorageError(f"{displayed} can't be reached: {type(error).__name__}: {redact(str(error))}") from None

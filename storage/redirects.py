@@ -17,11 +17,17 @@ from storage.redaction import PUBLIC_HEADERS
 logger = logging.getLogger(__name__)
 
 
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=30.0)
+"""As for S3. aiohttp's own is of a whole answer, which a large file takes longer for, and lets a silent server have 300 s."""
+
+
 async def get_client(**settings: Any) -> aiohttp.ClientSession:
     """A session for fsspec that follows a redirect to another origin without credentials, or not at all."""
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(_leave_credentials)
-    return aiohttp.ClientSession(**{**settings, "trace_configs": [*settings.get("trace_configs", ()), trace]})
+    return aiohttp.ClientSession(
+        **{"timeout": _TIMEOUT, **settings, "trace_configs": [*settings.get("trace_configs", ()), trace]}
+    )
 
 
 async def _leave_credentials(

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipelines.config import absolute
 from storage.inputs import expand_inputs
 from storage.local_files import PARTIAL
-from storage.paths import Folder, InputError, StorageError, _number_prefixes, filesystem, reaching, read_file
+from storage.paths import Folder, InputError, ServerFailed, StorageError, _number_prefixes, filesystem, reaching, read_file
 from storage.reachable import why_endpoint_unreachable, why_unreachable
 
 
@@ -502,6 +502,59 @@ def test_endpoint_that_is_not_there_is_named_with_what_was_tried(url, monkeypatc
     with pytest.raises(StorageError, match=said):
         expand_inputs([f"{url.format(port=port)}/a.tar"], options)
     assert "waiting for 127.0.0.1" in caplog.text
+
+
+class Answers(SimpleHTTPRequestHandler):
+    """Answers all questions alike; `silent` with nothing."""
+
+    def do_GET(self) -> None:
+        kind = self.path.strip("/").partition("/")[0]
+        if kind == "silent":
+            time.sleep(3)
+            return
+        body = b"<Error><Code>InvalidAccessKeyId</Code><Message>no such key</Message></Error>" if kind == "403" else b""
+        self.send_response(int(kind))
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answers():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_a_store_refuses_or_fails_to_do_names_the_place(answers):
+    """As one object's own fault, where it may be that."""
+    options = {"key": "a", "secret": "bbbb", "endpoint_url": answers, "config_kwargs": {"retries": {"max_attempts": 1}}}
+
+    refused, failed = Folder("s3://403/x", options), Folder("s3://500/x", options)
+
+    with pytest.raises(PermissionError, match=r"^s3://403/x: access is refused \(no such key\); check the credentials"):
+        refused.read("a")
+    with pytest.raises(PermissionError, match="^s3://403/x: access is refused"):
+        refused.read_many(["a", "b"])
+    with pytest.raises(ServerFailed, match="^s3://500/x: the server answers with an error, again and again: .*500|Internal"):
+        failed.read("a")
+
+
+@pytest.mark.parametrize(("kind", "said"), [("500", "500"), ("403", "403"), ("silent", "Timeout")])
+def test_a_web_server_that_fails_does_not_say_that_nothing_is_there(kind, said, answers, monkeypatch):
+    monkeypatch.setattr("storage.inputs._FIRST_ANSWER_S", 1.0)
+
+    with pytest.raises(StorageError, match=f"/{kind}/a.tar can't be reached: .*{said}"):
+        expand_inputs([f"{answers}/{kind}/a.tar"])
+    with pytest.raises(InputError, match="do not exist"):
+        expand_inputs([f"{answers}/404/a.tar"])
 
 
 def test_a_server_that_is_not_there_is_waited_for_once_for_all_threads(monkeypatch):
