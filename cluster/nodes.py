@@ -42,8 +42,6 @@ def local_ray(folder: Path) -> AbstractContextManager[dict[str, str]]:
         RAY_USAGE_STATS_ENABLED="0",
         # A node that starts on a busy machine isn't a dead one.
         RAY_raylet_start_wait_time_s=str(round(START_S)),
-        # Ray's default is 15, at which workers hardly ever start beside other programs.
-        RAY_worker_niceness="0",
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from cluster.session import ClusterError
+from cluster.session import ClusterError, is_own
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +295,8 @@ _IS_HEAD = "node:__internal_head__"
 
 def read_growth() -> Growth | None:
     """What the connected cluster may become; None where its head doesn't know."""
+    if is_own():
+        return Growth()
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

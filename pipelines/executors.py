@@ -14,14 +14,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from cluster.metrics import TaskReport, WorkerMetrics
 from cluster.resources import Growth, WorkerPool, WorkerRequest, choose_pool, present_nodes, size_pool, this_machine
-from cluster.session import ClusterError, connect, starts_one
+from cluster.session import ClusterError, connect, is_own, starts_one
+from pipelines.actors import Make, Stored, WorkersLost, actors_for, dealt, end_actors, fetched, shared, start_actors
 from pipelines.config import JobConfig
 from storage.begun import Begun
 from storage.errors import RayliftError
@@ -49,18 +50,9 @@ Result = TypeVar("Result")
 Reference = TypeVar("Reference")
 
 
-Make: TypeAlias = Callable[[], Callable[[Item], Result]]
-"""What travels to a worker, and makes there what does its items."""
-
 How: TypeAlias = Literal["actor", "cluster", "solo"]
 """Where tasks' images are loaded: by the actors that compute, or by further processes anywhere. `solo` is by the actors, too,
 one task at a time in one worker."""
-
-
-class WorkersLost(RayliftError):
-    """Workers were lost again and again."""
-
-    exit_code = 1
 
 
 class WorkerBroken(RayliftError):
@@ -140,6 +132,9 @@ class Executor(Protocol):
     def pool(self, request: WorkerRequest) -> WorkerPool:
         """The workers that are asked for. Raises `ClusterError` for what the cluster can't meet."""
 
+    def share(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The same arrays, where workers on this machine look at them, too."""
+
     def map(
         self, do: Callable[[Item], Result], items: Iterable[Item], *, loaders: int | None = None
     ) -> Generator[Result, None, None]:
@@ -190,6 +185,9 @@ class InlineExecutor:
         if device == "cuda" and not found:
             raise ClusterError("--device cuda --executor inline: this machine has no GPU that torch can use; drop --device")
         return WorkerPool(device=device, size=1, cpus=request.cpus or torch.get_num_threads(), gpus=request.gpus or 0)
+
+    def share(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return arrays
 
     def map(
         self, do: Callable[[Item], Result], items: Iterable[Item], *, loaders: int | None = None
@@ -246,11 +244,16 @@ def in_order(
 
 
 class RayExecutor:
-    """Ray Data over an actor pool for tasks, actors for pieces, Ray tasks or actors for `map`. Needs a connected session, or
-    `session`, which connects one (and is called each time)."""
+    """Actors for pieces, Ray tasks or actors for `map`; for tasks Ray Data over a pool of actors, and actors alone on a Ray of
+    this machine's own. Needs a connected session, or `session`, which connects one (and is called each time)."""
 
-    def __init__(self, session: Callable[[], object] = lambda: None):
-        self._session = session
+    def __init__(self, session: Callable[[], object] = lambda: None, *, as_cluster: bool = False):
+        """`as_cluster`: on a Ray of this machine's own do as on any other."""
+        self._session, self._as_cluster = session, as_cluster
+        self._ahead: list[ActorHandle[Any]] = []
+        "actors for `stream`"
+        self._ahead_pool: WorkerPool | None = None
+        "that they are of"
 
     loads_here = False
 
@@ -262,6 +265,30 @@ class RayExecutor:
         self._session()
         return choose_pool(request)
 
+    def share(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        self._session()
+        return Stored.of(arrays)
+
+    def start_ahead(self, size: Callable[[], WorkerPool], module: str) -> None:
+        """Start actors for the next `stream`, which import `module` meanwhile, where Ray is this machine's own. `size` is asked
+        for them once there is a session; `stream` may take fewer, and start more."""
+        self._session()
+        if self._is_alone():
+            self._ahead_pool = size()
+            self._ahead = start_actors(self._ahead_pool.size, _task_options(self._ahead_pool))
+            for actor in self._ahead:
+                actor.load.remote(module)
+
+    def _is_alone(self) -> bool:
+        """Whether nobody else uses this Ray, and no nodes will come and go."""
+        return is_own() and not self._as_cluster
+
+    def _end_ahead(self, keep: int = 0) -> "list[ActorHandle[Any]]":
+        """End what was started ahead, and holds CPUs, but for some, which are the caller's from now on."""
+        kept, surplus, self._ahead = self._ahead[:keep], self._ahead[keep:], []
+        end_actors(surplus)
+        return kept
+
     def map(
         self, do: Callable[[Item], Result], items: Iterable[Item], *, loaders: int | None = None
     ) -> Generator[Result, None, None]:
@@ -269,29 +296,43 @@ class RayExecutor:
         import ray
 
         if loaders is None:
-            call, shared = ray.remote(num_cpus=1, max_retries=3)(_call), ray.put(do)
-            yield from in_order(lambda item: call.remote(shared, item), _fetch, items, max(2, 2 * self.cpus()))
+            self._end_ahead()
+            call, function = ray.remote(num_cpus=1, max_retries=3)(_call), ray.put(do)
+            yield from in_order(lambda item: call.remote(function, item), fetched, items, max(2, 2 * self.cpus()))
             return
         # Actors and not tasks, since on a node whose CPUs are all held Ray ends idle processes at once, and each task would
         # start one anew.
         options = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
-        with _actors(functools.partial(_itself, do), loaders, options) as actors:
-            turns = itertools.cycle(actors)
-            yield from in_order(lambda item: next(turns).do.remote(item), _fetch, items, AHEAD * loaders)
+        with actors_for(loaders, options) as actors:
+            turns, make = itertools.cycle(actors), shared(functools.partial(_itself, do))
+            yield from in_order(lambda item: next(turns).do.remote(make, item), fetched, items, AHEAD * loaders)
 
     def stream(
         self, make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How = "actor"
     ) -> Iterator[TaskReport]:
         self._session()
-        for start in range(0, len(tasks), WINDOW_TASKS):
-            dataset = _dataset(make_worker, tasks[start : start + WINDOW_TASKS], pool, how)
-            try:
-                for row in dataset.iter_rows():
-                    yield TaskReport(**json.loads(row["report"]))
-            finally:
-                # Without this an actor that restarted keeps its GPU and starves the next Dataset (seen in 2.60).
-                del dataset
-                gc.collect()
+        if how == "solo":
+            pool = replace(pool, size=1, calls=1)
+        if how == "cluster" or not self._is_alone():
+            self._end_ahead()
+            yield from _by_ray_data(make_worker, tasks, pool, how)
+            return
+        make = functools.partial(_does_tasks, make_worker)
+        with self._task_actors(replace(pool, size=min(pool.size, len(tasks)))) as actors:
+            for _, report in dealt(actors, make, tasks, calls=pool.calls, patience_s=NO_PROGRESS_S):
+                yield fetched(report)
+
+    @contextmanager
+    def _task_actors(self, pool: WorkerPool) -> "Iterator[list[ActorHandle[Any]]]":
+        """Those that were started ahead first."""
+        ahead = self._ahead_pool
+        are_alike = ahead is not None and ahead.placement == pool.placement and ahead.calls >= pool.calls
+        actors = self._end_ahead(keep=pool.size if are_alike else 0)
+        try:
+            actors += start_actors(pool.size - len(actors), _task_options(pool))
+            yield actors
+        finally:
+            end_actors(actors)
 
     def pieces(
         self,
@@ -303,63 +344,24 @@ class RayExecutor:
         lost: Callable[[Item, WorkersLost], Result] | None = None,
     ) -> Iterator[Result]:
         self._session()
-        import ray
-
-        waiting = deque(pieces)
+        self._end_ahead()
         options = {**pool.placement, "max_restarts": -1, "max_task_retries": restarts}
-        with _actors(make_worker, min(pool.size, len(pieces)), options) as actors:
-            # An actor gets work once it is up: one that the cluster has no room for keeps nobody waiting.
-            running: dict[ray.ObjectRef[Result], tuple[ActorHandle[Any], Item | None]]
-            running = {each.start.remote(): (each, None) for each in actors}
-            while waiting or any(piece is not None for _, piece in running.values()):
-                (ready, *_), _ = ray.wait(list(running), num_returns=1)
-                free, piece = running.pop(ready)
-                if waiting:
-                    following = waiting.popleft()
-                    running[free.do.remote(following)] = free, following
+        with actors_for(min(pool.size, len(pieces)), options) as actors:
+            for piece, done in dealt(actors, make_worker, pieces):
                 result: Result
                 try:
-                    result = _fetch(ready)
+                    result = fetched(done)
                 except WorkersLost as error:
-                    if piece is None or lost is None:
+                    if lost is None:
                         raise
                     result = lost(piece, error)
-                if piece is not None:
-                    yield result
+                yield result
 
 
-@contextmanager
-def _actors(make: Make[Item, Result], count: int, options: Mapping[str, Any]) -> "Iterator[list[ActorHandle[Any]]]":
-    """So many `_Actor`s with these options of Ray, which end with the block. What `make` holds crosses the network once per
-    node."""
-    import ray
-
-    shared = ray.put(make)
-    cls = ray.remote(**options)(_Actor)
-    actors: list[ActorHandle[Any]] = [cls.remote(shared) for _ in range(count)]
-    try:
-        yield actors
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-class _Actor(Generic[Item, Result]):
-    """What does one item after another; not made before it is asked for, so that an error of that is raised as any other."""
-
-    def __init__(self, make: Make[Item, Result]):
-        self._make = make
-
-    @functools.cached_property
-    def _do(self) -> Callable[[Item], Result]:
-        return self._make()
-
-    def start(self) -> None:
-        """What can be waited for until the actor is up, and has what it needs."""
-        _ = self._do
-
-    def do(self, item: Item) -> Result:
-        return self._do(item)
+def _task_options(pool: WorkerPool) -> dict[str, Any]:
+    """Options of Ray for an actor that does tasks. It is started anew as often as it must be: what keeps killing workers is
+    told by tasks' markers."""
+    return {**pool.placement, "max_concurrency": pool.calls, "max_restarts": -1, "max_task_retries": -1}
 
 
 def _itself(do: Callable[[Item], Result]) -> Callable[[Item], Result]:
@@ -370,19 +372,38 @@ def _call(do: Callable[[Item], Result], item: Item) -> Result:
     return do(item)
 
 
-def _fetch(reference: "ray.ObjectRef[Result]") -> Result:  # type: ignore[type-var]  # references have no types
-    """A result; the error that a user's code raised, as it would be raised here; `WorkersLost` for any other."""
-    import ray
+def _does_tasks(make_worker: MakeWorker) -> Callable[..., TaskReport]:
+    """What does a task, loading it first where it comes without its images; made once per actor."""
+    worker, metrics = make_worker(), WorkerMetrics()
 
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
-        raise WorkersLost(f"a worker was lost and started again too often: {error}. The same command goes on") from None
+    def do(task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
+        try:
+            report = worker.run(task, loaded)
+        except WorkerBroken as error:
+            # Ray starts an actor anew that ended so, and has its tasks run again, as if it had been killed.
+            logger.error("this worker ends, and another takes its place: %s", error)
+            logging.shutdown()
+            os._exit(1)
+        metrics.count(report)
+        return report
+
+    return do
 
 
 # --- tasks on Ray Data ------------------------------------------------------------------------------------------------
+
+
+def _by_ray_data(make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How) -> Iterator[TaskReport]:
+    """Reports of tasks as they end."""
+    for start in range(0, len(tasks), WINDOW_TASKS):
+        dataset = _dataset(make_worker, tasks[start : start + WINDOW_TASKS], pool, how)
+        try:
+            for row in dataset.iter_rows():
+                yield TaskReport(**json.loads(row["report"]))
+        finally:
+            # Without this an actor that restarted keeps its GPU and starves the next Dataset (seen in 2.60).
+            del dataset
+            gc.collect()
 
 
 def _dataset(make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPool, how: How) -> "ray.data.Dataset":
@@ -405,7 +426,7 @@ def _dataset(make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPo
     if how == "cluster":
         load = functools.partial(_load_task, factory=factory)
         dataset = dataset.map_batches(load, batch_size=1, batch_format="numpy", num_cpus=1)
-    size, calls = (1, 1) if how == "solo" else (min(pool.size, len(tasks)), pool.calls)
+    size = min(pool.size, len(tasks))
     return dataset.map_batches(
         _TaskActor,
         batch_size=1,
@@ -414,7 +435,11 @@ def _dataset(make_worker: MakeWorker, tasks: Sequence[ShardTask], pool: WorkerPo
         **pool.placement,
         # Calls overlap in an actor: some read and write while another computes.
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=size, initial_size=size, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=True
+            min_size=1,
+            max_size=size,
+            initial_size=size,
+            max_concurrent_calls_per_actor=pool.calls,
+            enable_true_multi_threading=True,
         ),
     )
 
@@ -443,31 +468,29 @@ class _TaskActor:
     def __init__(self, factory: "ray.ObjectRef[MakeWorker]"):
         import ray
 
-        self._worker = ray.get(factory)()
-        self._metrics = WorkerMetrics()
+        self._do = _does_tasks(ray.get(factory))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         loaded = Loaded.from_notes(batch["pixels"][0], batch["notes"][0]) if "pixels" in batch else None
-        try:
-            report = self._worker.run(_task_of(batch), loaded)
-        except WorkerBroken as error:
-            # Ray starts an actor anew that ended so, and has its tasks run again, as if it had been killed.
-            logger.error("this worker ends, and another takes its place: %s", error)
-            logging.shutdown()
-            os._exit(1)
-        self._metrics.count(report)
-        return {"report": [json.dumps(asdict(report))]}
+        return {"report": [json.dumps(asdict(self._do(_task_of(batch), loaded)))]}
 
 
 # --- which of them ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def executor_for(config: JobConfig, *, plan: bool = False, meanwhile: Callable[[], None] | None = None) -> Iterator[Executor]:
+def executor_for(
+    config: JobConfig,
+    *,
+    plan: bool = False,
+    meanwhile: Callable[[], None] | None = None,
+    ahead: Callable[[RayExecutor], None] = lambda _: None,
+) -> Iterator[Executor]:
     """The executor that settings ask for, with a Ray session round it once it needs one: of a run with nothing left to do, it
     never does. What it is first asked for raises `ClusterError`. With `plan` no local Ray is started, but a cluster is asked.
 
-    `meanwhile`: imports that the run needs. Ray starts at once then, and they are done while it does.
+    `meanwhile`: imports that the run needs. Ray starts at once then, and they are done while it does, and while `ahead` gives it
+    its first work.
     """
     if config.is_inline:
         yield InlineExecutor()
@@ -479,9 +502,16 @@ def executor_for(config: JobConfig, *, plan: bool = False, meanwhile: Callable[[
     with ExitStack() as stack:
         num_gpus = None if gpus else 0
         session = functools.cache(lambda: stack.enter_context(connect(config.cluster.ray_address, num_gpus=num_gpus)))
+        executor = RayExecutor(session)
         if meanwhile is not None:
-            side_by_side(session, meanwhile)
-        yield RayExecutor(session)
+
+            def start() -> None:
+                session()
+                if not plan:
+                    ahead(executor)
+
+            side_by_side(start, meanwhile)
+        yield executor
 
 
 def side_by_side(session: Callable[[], object], meanwhile: Callable[[], None]) -> None:

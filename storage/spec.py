@@ -31,6 +31,8 @@ MAX_SHARD_BYTES = 96 * 2**20
 MAX_BLOCK_BYTES = 256 * 2**20
 """Raw bytes of one task over all levels, of which a worker holds several: they overlap in it."""
 
+FEWEST_ROWS = 16
+"""Of a task, where rows aren't large: however small the input."""
 
 MANY_TASKS = 2**17
 """Tasks above which they become larger, where memory allows it: 20 minutes of a driver that hands out 120 a second. Up to 33
@@ -355,7 +357,7 @@ def choose_block_rows(n_rows: int, spec: FeatureSpec) -> int:
 
     Depends on the data alone, never on the machine: a run may continue on a cluster of any size.
     """
-    by_count = 2 ** max(4, math.floor(math.log2(max(1, n_rows / 64))))
+    by_count = max(FEWEST_ROWS, 2 ** math.floor(math.log2(max(1, n_rows / 64))))
     by_bytes = 2 ** math.floor(math.log2(max(1, MAX_BLOCK_BYTES / spec.row_bytes)))
     # Decoded images take memory as features do; up to 256 of any size were always taken together.
     by_pixels = 2 ** math.floor(math.log2(max(256, MAX_BLOCK_BYTES / (3 * math.prod(spec.input_size)))))

@@ -172,7 +172,7 @@ def _drive(folder: str, rows: int, block_rows: int, actors: int, forward_s: floa
         actors=actors,
         actor_cpus=1,
     )
-    found = watched(config, partial(simulated, forward_s=forward_s), actors + 1)
+    found = watched(config, partial(simulated, forward_s=forward_s), actors + 1, as_cluster=True)
     if found.summary.ok != rows:
         raise BenchmarkFailed(f"{found.summary.ok} of {rows} rows are in the store")
     return found

@@ -102,8 +102,8 @@ class WatchedExecutor(RayExecutor):
     """Has `instead` make the workers, of what would have made them; keeps the reports, and when each came as their mark
     `arrived`, in seconds of the monotonic clock."""
 
-    def __init__(self, instead: Callable[[MakeWorker], MakeWorker]):
-        super().__init__()
+    def __init__(self, instead: Callable[[MakeWorker], MakeWorker], *, as_cluster: bool = False):
+        super().__init__(as_cluster=as_cluster)
         self._instead = instead
         self.reports: list[TaskReport] = []
         self.marks: dict[str, DriverUse] = {}

@@ -12,7 +12,7 @@ from cluster.session import connect
 from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor
 from pipelines.executors import Loaded, MakeWorker, Worker, side_by_side
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.start import find_input, import_driver
+from pipelines.extraction.start import find_input, import_driver, likely_tasks, workers_ahead
 from storage.spec import ShardTask
 
 if TYPE_CHECKING:  # it imports torch
@@ -31,17 +31,25 @@ class Watched:
     "of all tasks"
 
 
-def watched(config: ExtractConfig, instead: Callable[[MakeWorker], MakeWorker], cpus: int) -> Watched:
-    """Run an extraction with other workers, as `WatchedExecutor`; its steps are those of `extraction.start.main`."""
+def watched(
+    config: ExtractConfig, instead: Callable[[MakeWorker], MakeWorker], cpus: int, *, as_cluster: bool = False
+) -> Watched:
+    """Run an extraction with other workers, as `WatchedExecutor`; its steps are those of `extraction.start.main`. `as_cluster`:
+    on a Ray of this machine's own that is used as any other."""
     marks = {"settings": DriverUse.now()}
     files = find_input(config)
     marks["input list"] = DriverUse.now()
+    executor, ahead = WatchedExecutor(instead, as_cluster=as_cluster), workers_ahead(config, likely_tasks(config, files))
     with ExitStack() as stack:
-        side_by_side(lambda: stack.enter_context(connect("local", num_cpus=cpus, num_gpus=0)), import_driver)
+
+        def session() -> None:
+            stack.enter_context(connect("local", num_cpus=cpus, num_gpus=0))
+            ahead(executor)
+
+        side_by_side(session, import_driver)
         from pipelines.extraction.prepare import prepare, resolve
         from pipelines.extraction.run import run_prepared
 
-        executor = WatchedExecutor(instead)
         marks["Ray and imports"] = DriverUse.now()
         resolved = resolve(config, files)
         marks["model"] = DriverUse.now()

@@ -167,6 +167,8 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
             pool = executor.pool(request)
         bundle = with_added_levels(bundle, store, config.options, load=bool(pool.size) or config.plan)
     require_precision(spec.precision, pool)
+    if pool.size:
+        bundle = replace(bundle, arrays=executor.share(bundle.arrays))
     return Prepared(
         config=config,
         bundle=bundle,

@@ -1,5 +1,6 @@
 """The driver of the main job: run pending tasks, account for every sample, finish the store."""
 
+import ctypes
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
@@ -131,6 +132,7 @@ def failing_where_replaced() -> Iterator[None]:
 @failing_where_replaced()
 def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
     """`extract` for an input that is already indexed and a model that is loaded."""
+    _give_back_memory()
     store = prepared.create_store()
     setup, pool = begin_run(
         WorkerSetup,
@@ -164,6 +166,12 @@ def run_prepared(prepared: Prepared, executor: Executor) -> Summary:
             run.progress.done -= sum(task.n_rows for task in pending)
             run.do(pending)
             return run.finish(prepared.left_out)
+
+
+def _give_back_memory() -> None:
+    """Give the system what the driver no longer holds, and glibc would keep: the model, and the arrays that workers have."""
+    with suppress(AttributeError, OSError):  # of other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def begin_run(

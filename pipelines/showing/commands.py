@@ -13,7 +13,6 @@ import tyro
 from PIL import Image
 
 from pipelines.config import ConfigError, absolute, parse_options, require_at_least
-from pipelines.showing.browse import BrowseServer
 from pipelines.showing.card import push_lines, render_card
 from pipelines.showing.choice import (
     base_level,
@@ -391,6 +390,8 @@ class Browse(Show):
     """Open the address in this machine's browser, too."""
 
     def lines(self) -> Iterator[str]:
+        from pipelines.showing.browse import BrowseServer  # a web server, which no other command needs
+
         server = BrowseServer(self.open(), self.options, self.port)
         yield f"{server.address}\nOpen it in a browser of this machine; Ctrl-C ends it."
         sys.stdout.flush()  # what reads it through a pipe has to know it now

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from cluster.resources import WorkerPool
-from pipelines.executors import WorkersLost
+from pipelines.actors import WorkersLost
 from storage.errors import RayliftError
 from storage.paths import StorageOptions
 from storage.redaction import redact

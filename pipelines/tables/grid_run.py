@@ -14,8 +14,9 @@ from dataclasses import asdict, replace
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
 from operators.readouts import build_readout
+from pipelines.actors import WorkersLost
 from pipelines.config import ConfigError
-from pipelines.executors import Executor, InlineExecutor, WorkersLost
+from pipelines.executors import Executor, InlineExecutor
 from pipelines.features.agreement import AskedFeatures
 from pipelines.features.weights import WeightsChoice
 from pipelines.tables.doing import attempted, given_up, with_threads_of

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
+from pipelines.actors import WorkersLost
 from pipelines.config import parse_options
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
@@ -21,7 +22,7 @@ from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import Evaluating, Making, Settings, Task, evaluate
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
-from pipelines.executors import Executor, WorkersLost
+from pipelines.executors import Executor
 from pipelines.tables.doing import attempted, given_up, with_threads_of
 from pipelines.tables.measures import count_readouts, measure_speeds
 from pipelines.tables.papers import Job, PaperCell, PaperPlan, PapersConfig

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster.metrics import TaskReport
 from cluster.resources import WorkerPool
-from pipelines.executors import Executor, InlineExecutor, RayExecutor, WorkersLost
+from pipelines import executors
+from pipelines.actors import WorkersLost
+from pipelines.executors import Executor, InlineExecutor, RayExecutor
 from storage.datasets.files import DatasetError
+from storage.spec import ShardTask
 
 POOL = WorkerPool(device="cpu", size=2, cpus=1, gpus=0)
 
@@ -116,3 +120,86 @@ def test_a_loader_that_is_lost_is_replaced(tmp_path):
     found = RayExecutor().map(dying(tmp_path, 1), range(12), loaders=2)
 
     assert list(found) == [n * n for n in range(12)]
+
+
+TASKS = [ShardTask(block=block, first=4 * block, last=4 * block + 4) for block in range(9)]
+TWO_CALLS = WorkerPool(device="cpu", size=2, cpus=1, gpus=0, calls=2)
+
+
+class Reporter:
+    """A worker that says in which process a task was done."""
+
+    def run(self, task: ShardTask, loaded: object = None) -> TaskReport:
+        time.sleep(0.05)
+        return TaskReport(block=task.block, ok=task.n_rows, marks={"process": os.getpid()})
+
+
+def reporter(*, model: bool = True) -> Reporter:
+    assert model
+    return Reporter()
+
+
+def refused(*, model: bool = True) -> Reporter:
+    raise DatasetError("no such store")
+
+
+def test_every_task_is_done_once(executor):
+    reports = list(executor.stream(reporter, TASKS, TWO_CALLS))
+
+    assert sorted(report.block for report in reports) == list(range(9))
+    assert all(report.ok == 4 for report in reports)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_tasks_are_done_on_ray_data_likewise():
+    assert sorted(report.block for report in RayExecutor(as_cluster=True).stream(reporter, TASKS, TWO_CALLS)) == list(range(9))
+
+
+def test_a_worker_that_cannot_be_made_is_told_as_it_is(executor):
+    with pytest.raises(DatasetError, match=r"^no such store$"):
+        list(executor.stream(refused, TASKS, TWO_CALLS))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_actors_that_were_started_ahead_do_the_tasks_and_none_of_them_is_left(monkeypatch):
+    import ray
+
+    executor, started = RayExecutor(), []
+    executor.start_ahead(lambda: TWO_CALLS, "json")
+    ahead = list(executor._ahead)
+    monkeypatch.setattr(executors, "start_actors", lambda count, _: started.append(count) or [])
+
+    (report,) = executor.stream(reporter, TASKS[:1], TWO_CALLS)
+
+    assert (report.block, started) == (0, [0])
+    for actor in ahead:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(actor.load.remote("json"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_actors_that_were_started_ahead_keep_no_other_work_waiting():
+    executor = RayExecutor()
+    executor.start_ahead(lambda: TWO_CALLS, "json")  # which hold both CPUs
+
+    assert list(executor.map(square, range(3))) == [0, 1, 4]
+
+
+class Hangs(Reporter):
+    """Never comes back from one of its tasks."""
+
+    def run(self, task: ShardTask, loaded: object = None) -> TaskReport:
+        time.sleep(3600 if task.block == 3 else 0)
+        return super().run(task)
+
+
+def hanging(*, model: bool = True) -> Hangs:
+    return Hangs()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_in_which_nothing_ends_is_ended(monkeypatch):
+    monkeypatch.setattr(executors, "NO_PROGRESS_S", 4.0)
+
+    with pytest.raises(WorkersLost, match="no task has ended for 4 s"):
+        list(RayExecutor().stream(hanging, TASKS[:4], TWO_CALLS))

@@ -17,7 +17,7 @@ from operators.metrics.cka import cka, gram, terms_of_grams
 from operators.metrics.correspondence import LIFT, VIT_UP, Pck
 from operators.metrics.discovery import CorLoc
 from operators.metrics.propagation import nearest
-from pipelines import executors
+from pipelines import actors
 from pipelines.config import ConfigError
 from pipelines.demo_datasets import scene, write_demo
 from pipelines.evaluation import cka as cka_job
@@ -585,10 +585,10 @@ def test_errors_of_workers_are_those_of_one_process(monkeypatch):
     failed = ray.exceptions.RayTaskError("run", "a traceback", DatasetError("a.jpg is missing")).as_instanceof_cause()
     lost = ray.exceptions.ActorDiedError()
 
-    for error, expected in ((failed, DatasetError), (lost, executors.WorkersLost)):
+    for error, expected in ((failed, DatasetError), (lost, actors.WorkersLost)):
         monkeypatch.setattr(ray, "get", lambda _, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(expected):
-            executors._fetch(None)
+            actors.fetched(None)
 
 
 def test_what_was_stopped_goes_on_and_other_settings_are_refused(tmp_path, monkeypatch):

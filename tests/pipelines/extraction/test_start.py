@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipelines.executors import InlineExecutor, executor_for, side_by_side
+from pipelines.extraction import start
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.model import FeatureModel
@@ -24,6 +25,31 @@ def test_wrong_paths_are_told_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "2 []", done.stderr
     assert "nothing.tar" in done.stderr
+
+
+def test_a_wrong_model_is_told_before_ray_starts(tmp_path, make_tars):
+    program = (
+        "import sys\nfrom jobs.extract import run\n"
+        f"code = run(['--data', {make_tars(1, 1)!r}, '--out', {str(tmp_path / 'out.zarr')!r}, '--model', sys.argv[1]])\n"
+        "print(code, 'ray' in sys.modules)\n"
+    )
+    for model, said in (("vit_smal_patch16_224", "vit_small_patch16_224"), ("vit_small_patch16_224.dno", "dno")):
+        done = subprocess.run([sys.executable, "-c", program, model], capture_output=True, text=True, timeout=300, check=False)
+        assert done.stdout.strip() == "2 False", done.stderr
+        assert said in done.stderr
+
+
+def test_models_are_found_in_the_text_of_timm():
+    for name in (
+        "vit_small_patch16_224.dino",
+        "vit_small_patch16_224",
+        "convnext_tiny.in12k",
+        "vitdet_base",
+        "eva02_tiny_patch14_224",
+    ):
+        assert start._is_named_by_timm(name), name
+    for name in ("vit_small_patch16_22", "vit_small_patch16_224.dno", "create_model"):
+        assert not start._is_named_by_timm(name), name
 
 
 def test_ray_starts_here_and_imports_are_done_in_a_thread_meanwhile():
