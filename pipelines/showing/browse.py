@@ -110,7 +110,7 @@ class BrowseServer:
                 signalled.set_result(by)
 
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(each) is not signal.SIG_IGN:  # as under nohup
+            if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN:  # as under nohup
                 loop.add_signal_handler(each, stop, each)
         await self.serve(signalled)
         return signalled.result()

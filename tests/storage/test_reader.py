@@ -891,7 +891,7 @@ def test_store_of_another_format_is_refused_with_advice(own, version, advice):
     document["attributes"]["raylift"]["format"] = version
     root.write_text(json.dumps(document))
 
-    with pytest.raises(StorageError, match=f"has format {version}, this version reads 2, 3 and 4; {advice}"):
+    with pytest.raises(StorageError, match=f"has format {version}, this version reads 2, 3, 4 and 5; {advice}"):
         FeatureStore.open(own.folder.url)
 
 

@@ -25,7 +25,7 @@ from pipelines.extraction.start import main
 from pipelines.extraction.worker import ShardWorker
 from pipelines.features.model import FeatureModel
 from pipelines.provenance import versions
-from storage import samples
+from storage import sample_images
 from storage.paths import Folder
 from storage.ranges import try_ranges
 from storage.runs import write_run
@@ -392,7 +392,7 @@ def test_file_of_many_gigabytes_costs_its_sample_and_is_never_read(tmp_path, tin
     for i in range(4):
         (folder / f"b{i}.jpg").write_bytes(jpeg(i))
     config, asked = tiny(str(folder), max_failed_fraction=0.5), []
-    monkeypatch.setattr(samples, "try_ranges", lambda ranges, options: asked.extend(ranges) or try_ranges(ranges, options))
+    monkeypatch.setattr(sample_images, "try_ranges", lambda ranges, options: asked.extend(ranges) or try_ranges(ranges, options))
 
     assert make_plan(prepare(resolve(config), InlineExecutor())).images == 5
     summary = extract(config, InlineExecutor())

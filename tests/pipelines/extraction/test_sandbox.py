@@ -26,7 +26,7 @@ from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import extract
 from pipelines.extraction.sandbox import DecoderDied, Sandbox
 from pipelines.extraction.worker import ShardWorker
-from storage import samples
+from storage import sample_images
 from storage.ledger import image_digest
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
@@ -216,8 +216,8 @@ def test_stage_that_only_loads_hands_on_that_a_task_is_to_run_alone(config, monk
 
 
 def test_large_files_fail_before_they_are_read(config, monkeypatch):
-    read, original = [], samples.try_ranges
-    monkeypatch.setattr(samples, "try_ranges", lambda ranges, options: read.extend(ranges) or original(ranges, options))
+    read, original = [], sample_images.try_ranges
+    monkeypatch.setattr(sample_images, "try_ranges", lambda ranges, options: read.extend(ranges) or original(ranges, options))
     made = config({4: bytes(100_000)}, max_image_bytes=50_000)
 
     summary = extract(made, InlineExecutor())
