@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cluster.lost import ending_with
 from storage.errors import RayliftError
-from storage.reachable import why_unreachable
+from storage.reachable import speaks_http2, why_unreachable
 
 # `uv run` as a driver would make every worker resolve the project again (ray #50961).
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -297,7 +297,8 @@ def _require_answer(address: str) -> None:
             f"no Ray cluster can be at {address!r}; give host:port (of `ray start --head`), ray://host:port, or auto"
         )
     # Ray's processes speak gRPC, which is HTTP/2; a port of something else would keep it waiting, too.
-    if where and (reason := why_unreachable(host.strip("[]"), int(port), http2=os.environ.get("RAY_USE_TLS", "0") == "0")):
+    asked = [speaks_http2] if os.environ.get("RAY_USE_TLS", "0") == "0" else []
+    if where and (reason := why_unreachable(host.strip("[]"), int(port), *asked)):
         raise ClusterError(
             f"no Ray cluster answers at {address!r}: {reason}; start one with `ray start --head`, or correct --ray-address or "
             "RAY_ADDRESS"

@@ -1,5 +1,6 @@
 """Whole objects below a URL: atomic, create-only where asked, the same on every kind of storage."""
 
+import contextlib
 import functools
 import os
 import pickle
@@ -19,8 +20,18 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipelines.config import absolute
 from storage.inputs import expand_inputs
 from storage.local_files import PARTIAL
-from storage.paths import Folder, InputError, ServerFailed, StorageError, _number_prefixes, filesystem, reaching, read_file
-from storage.reachable import why_endpoint_unreachable, why_unreachable
+from storage.paths import (
+    Folder,
+    InputError,
+    ServerFailed,
+    StorageError,
+    _number_prefixes,
+    filesystem,
+    opened,
+    reaching,
+    read_file,
+)
+from storage.reachable import speaks_http2, why_endpoint_unreachable, why_unreachable
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -559,7 +570,7 @@ def test_a_web_server_that_fails_does_not_say_that_nothing_is_there(kind, said, 
 
 def test_a_server_that_is_not_there_is_waited_for_once_for_all_threads(monkeypatch):
     asked, begun = [], threading.Barrier(4)
-    monkeypatch.setattr("storage.reachable.why_unreachable", lambda *place: asked.append(place) or time.sleep(0.5) or "no")
+    monkeypatch.setattr("storage.reachable.why_unreachable", lambda *place: asked.append(place[:2]) or time.sleep(0.5) or "no")
 
     def ask(_: int) -> str:
         begun.wait()
@@ -579,4 +590,33 @@ def test_server_that_accepts_and_says_nothing_it_should_speaks_no_http2(monkeypa
         port = server.getsockname()[1]
 
         assert why_unreachable("127.0.0.1", port) == ""
-        assert "timed out" in why_unreachable("127.0.0.1", port, http2=True)
+        assert "timed out" in why_unreachable("127.0.0.1", port, speaks_http2)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_endpoint_that_accepts_and_says_nothing_is_told_within_seconds(scheme, monkeypatch):
+    """botocore alone would wait for minutes: its own time limit, again and again."""
+    monkeypatch.setattr("storage.reachable._ANSWER_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        options = {"key": "a", "secret": "bbbb", "endpoint_url": f"{scheme}://127.0.0.1:{port}"}
+
+        with pytest.raises(
+            StorageError, match="^s3://bucket/x can't be reached: .* it accepts connections, and answers nothing; "
+        ):
+            opened("s3://bucket/x", options)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", b""], ids=["refuses", "hangs up"])
+def test_endpoint_that_answers_anything_is_left_to_who_asks_for_something(scheme, answer):
+    def serve(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+
+        assert why_endpoint_unreachable(f"{scheme}://127.0.0.1:{server.getsockname()[1]}") == ""
