@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import socket
 import ssl
 import threading
@@ -72,14 +73,18 @@ def _answers_http(parts: urllib.parse.SplitResult) -> Callable[[socket.socket], 
                 context = ssl._create_unverified_context()
                 with context.wrap_socket(connection, server_hostname=parts.hostname) as secured:
                     secured.sendall(asked)
-                    secured.recv(1)
+                    answer = secured.recv(64)
             else:
                 connection.sendall(asked)
-                connection.recv(1)
+                answer = connection.recv(64)
         except TimeoutError:
             raise TimeoutError(_SILENT) from None
         except OSError:
-            pass  # what breaks off answers; whoever asks for something is told why
+            return True  # what breaks off answers; whoever asks for something is told why
+        if re.match(rb"HTTP/1\.[01] 50[0234] ", answer):
+            # It may be well for those who are known to it: no reason to end, and one to say what is waited for.
+            status = answer.split()[1].decode()
+            logger.info("%s answers %s; what it's asked is tried again for a while where it goes on so", parts.hostname, status)
         return True
 
     return answers

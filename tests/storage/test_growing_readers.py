@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -240,8 +241,8 @@ class Readers:
 
     def shown(self) -> None:
         """Programs: what they write while the store grows."""
-        scratch = self.scratch / f"{self.loops}"
-        scratch.mkdir(parents=True)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=self.scratch))
         key = self.expected.keys[min(self.old)]
         for argv in (
             ["view", self.out.url, "--count", "3", "--out", str(scratch / "view.png")],

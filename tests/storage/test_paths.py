@@ -608,8 +608,12 @@ def test_endpoint_that_accepts_and_says_nothing_is_told_within_seconds(scheme, m
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", b""], ids=["refuses", "hangs up"])
-def test_endpoint_that_answers_anything_is_left_to_who_asks_for_something(scheme, answer):
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 403 Forbidden\r\n\r\n", b"HTTP/1.1 503 Slow Down\r\n\r\n", b""], ids=["403", "503", "none"]
+)
+def test_endpoint_that_answers_anything_is_left_to_who_asks_for_something(scheme, answer, caplog):
+    caplog.set_level("INFO")
+
     def serve(server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             connection, _ = server.accept()
@@ -620,3 +624,4 @@ def test_endpoint_that_answers_anything_is_left_to_who_asks_for_something(scheme
         threading.Thread(target=serve, args=(server,), daemon=True).start()
 
         assert why_endpoint_unreachable(f"{scheme}://127.0.0.1:{server.getsockname()[1]}") == ""
+    assert ("127.0.0.1 answers 503; what it's asked is tried again" in caplog.text) == (b"503" in answer and scheme == "http")
