@@ -15,8 +15,6 @@ from pipelines.config import ConfigError, Identity, JobConfig, Setting, settings
 from storage.spec import FeatureSpec, Use
 from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TRIED = (
     "x2", "vit_up", "jafar", "featup", "readout: voc", "readout: nyu", "vitdet", "grid", "correspondence: lift",
     "correspondence: navi", "video", "discovery", "cka", "similarity", "probe", "detection", "runtime", "extract",

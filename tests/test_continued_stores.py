@@ -45,8 +45,6 @@ from tests.second_runs import (
     write_weights,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LEARNED = "x2=resize_conv:WORLD/upsampler"
 
 PLAIN = {**SETTINGS, "weights": "WORLD/weights", "levels": ("x1", LEARNED), "force_upsampler": True}

@@ -26,8 +26,6 @@ PROGRAMS = {"extract": "extract", "train": "train", "evaluate": "evaluate", "gri
 MEASURED = {"images_per_s", "run_images_per_s", "seconds", "train_seconds"}
 """What documents say of the time that something took."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Run = Callable[..., str]
 
 

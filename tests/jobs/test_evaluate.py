@@ -15,8 +15,6 @@ from tests.conftest import unreadable
 from tests.goldens import golden_file
 from tests.pipelines.evaluation.test_evaluation import make_davis
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("task", [task for task in evaluate.TASKS if task != "probe"])
 def test_debug_evaluates_and_goes_on(task, tmp_path, monkeypatch, capsys):

@@ -8,8 +8,6 @@ import pytest
 from jobs import train
 from pipelines.config import ConfigError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_debug_trains_and_its_checkpoint_extracts(tmp_path, monkeypatch, capsys):
     from jobs import extract

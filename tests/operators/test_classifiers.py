@@ -9,8 +9,6 @@ from sklearn.linear_model import LogisticRegression
 from operators import classifiers
 from operators.classifiers import LinearClassifier, knn_votes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:

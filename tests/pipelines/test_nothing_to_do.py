@@ -12,8 +12,6 @@ from pipelines.tables.grid import main as tables
 from pipelines.training.run import train
 from tests.second_runs import KINDS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Asked(Exception):
     """For a cluster."""

@@ -19,8 +19,6 @@ from tests.pipelines.evaluation.test_evaluation import correspondence, make_spai
 from tests.pipelines.tables.test_grid import tiny_grid
 from tests.readout_runs import training as readout
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):

@@ -24,8 +24,6 @@ from tests.pipelines.extraction.test_s3 import tree
 DATA = Path(__file__).parents[1] / "data/format2"
 MODIFIED_NS = 1_700_000_000 * 10**9
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def old(tmp_path):

@@ -30,8 +30,6 @@ from tests.conftest import jpeg, write_tar
 
 ROWS, BLOCK_ROWS = 8, 2
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @dataclass(frozen=True)
 class Pair:

@@ -12,8 +12,6 @@ from pipelines.benchmarks.evaluation import EvaluateBenchmark, enlarge_then_matc
 from pipelines.config import ConfigError
 from tests.conftest import squeezed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_evaluate_debug_compares_matching_and_propagation(tmp_path, capsys):
     path = tmp_path / "numbers.json"

@@ -15,8 +15,6 @@ from pipelines.config import ConfigError
 from pipelines.costs.clocks import device_of, needed_bytes
 from tests.conftest import squeezed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_debug_compares_every_method_with_its_plain_formulation(tmp_path, capsys):
     path = tmp_path / "numbers.json"

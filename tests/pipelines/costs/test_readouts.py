@@ -10,7 +10,6 @@ from pipelines.costs.readouts import DeapCost, measure_deap
 from tests.conftest import squeezed
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_cost_deap_prints_the_thirty_published_counts_beside_ours(tmp_path, capsys):
     path = tmp_path / "cost.json"
 
@@ -25,7 +24,6 @@ def test_cost_deap_prints_the_thirty_published_counts_beside_ours(tmp_path, caps
     assert saved["settings"]["channels"] == 64
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_parameters_and_operations_are_those_of_the_papers_configuration():
     found = {one.name: one for one in measure_deap(DeapCost()).readouts}
 

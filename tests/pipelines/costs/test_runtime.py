@@ -22,8 +22,6 @@ from pipelines.published.vit_up import VIT_UP_RUNTIME
 from tests.pipelines.evaluation.test_evaluation import TINY, evaluate
 from tests.pipelines.features.test_learned import checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def config(out, **changes) -> RuntimeConfig:
     settings = {"out": str(out), "size": 64, "grids": (8, 12), "warm_up": 1, "repeat": 2, "pictures": 0, **TINY}

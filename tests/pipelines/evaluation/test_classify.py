@@ -15,8 +15,6 @@ from pipelines.extraction.run import extract
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def write_images(folder: Path, labels: list[str | None], first: int = 0) -> str:
     """A tar of images with these labels; of `junk`, which can't be decoded, where a label is so."""

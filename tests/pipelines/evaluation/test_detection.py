@@ -35,8 +35,6 @@ from tests.goldens import golden_file
 
 NOTES = "annotations/instances_val2017.json"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LIFT = {"method": "lift", "channels": RANDOM.dim, "patch": 16, "image_width": 8}
 
 

@@ -54,9 +54,6 @@ SIZES = {"cat": ((80, 60), (53, 80), (64, 64), (81, 54)), "tvmonitor": ((80, 60)
 SLOTS = {"cat": 30, "tvmonitor": 16}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def save(path: Path, data: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(data if isinstance(data, str) else json.dumps(data))

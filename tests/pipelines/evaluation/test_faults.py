@@ -41,8 +41,6 @@ from tests.pipelines.evaluation.test_evaluation import (
 from tests.pipelines.extraction.test_faults import ROOT, ended
 from tests.pipelines.extraction.test_s3 import tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def parts(out: object, options: dict | None = None) -> dict[str, bytes]:
     """What each piece gave."""

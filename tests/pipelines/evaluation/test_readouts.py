@@ -30,8 +30,6 @@ from storage.runs import read_pointers
 from tests.pipelines.evaluation.test_evaluation import evaluate
 from tests.readout_runs import OF_TASK, TINY, extract, featup_file, held_out, train, training
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHORT = {"batch": 2, "micro_batch": 1, "epochs": 10, "max_steps": 24, "checkpoint_every": 24, "validate_every": 24}
 IMAGES = "VOC2012/VOCdevkit/VOC2012/JPEGImages"
 

@@ -24,8 +24,6 @@ from tests.pipelines.extraction.test_s3 import tree
 from tests.pipelines.features.test_learned import checkpoint
 from tests.stops import dying_at_task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 JAFAR = {"method": "jafar", "channels": 64, "patch": 16, "qk_dim": 32}
 
 

@@ -18,8 +18,6 @@ from storage.store import FeatureStore
 from tests.pipelines.extraction.test_s3 import tree
 from tests.pretended_gpu import pretended_gpu
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def arrived(batch: int) -> None:
     """Waits for nothing."""

@@ -13,8 +13,6 @@ from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.model import FeatureModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_wrong_paths_are_told_without_torch(tmp_path):
     program = (

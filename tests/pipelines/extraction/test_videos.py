@@ -28,8 +28,6 @@ from tests.videos import pretended
 
 ROOT = Path(__file__).resolve().parents[3]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def clips(tmp_path) -> str:

@@ -28,8 +28,6 @@ from tests.conftest import jpeg, loud_weights
 from tests.readout_runs import TINY, losses, train, training
 from tests.stops import Died, dies_after
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IMAGES = "VOCdevkit/VOC2012/JPEGImages"
 LIVE = ("--model", "test_vit.r160_in1k", "--precision", "fp32")
 INLINE = ("--executor", "inline")

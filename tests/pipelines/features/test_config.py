@@ -178,7 +178,6 @@ def test_an_upsampler_is_refused_by_all_that_the_spec_knows(upsampler):
             load_upsampler("lift", upsampler, model.backbone, replace(bundle.spec, **{name: value}))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_readout_and_its_run_are_refused(sets, tmp_path):
     config = training(sets, tmp_path / "run", max_steps=1, epochs=1)
     train(config)

@@ -30,8 +30,6 @@ from storage.spec import FeatureSpec
 from storage.store import FeatureStore
 from tests.conftest import write_tar
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = "test_vit.r160_in1k"
 INPUT = {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.5), "interpolation": "bilinear"}
 

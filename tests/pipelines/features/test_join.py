@@ -23,8 +23,6 @@ from tests.readout_runs import TINY, extract
 
 INLINE = {"executor": "inline", "device": "cpu"}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def photo(path: Path, seed: int, size: tuple[int, int] = (80, 60)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,8 +30,6 @@ from tests.pipelines.features.test_learned import checkpoint
 from tests.readout_runs import TINY, held_out, train, training
 from tests.readout_runs import extract as extract_images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 JAFAR = {"method": "jafar", "channels": 64, "patch": 16, "qk_dim": 32}
 
 

@@ -15,8 +15,6 @@ from pipelines.features.upsamplers import UpsamplerWeights
 from tests.operators.test_backbone import described, photos
 from tests.pretended_gpu import pretended_gpu, shapes_on_a_gpu
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Greedy(Upsampler):
     """Takes all that it's allowed, up to what all of its work takes."""

@@ -31,8 +31,6 @@ from tests.pipelines.features.test_learned import LIFT, checkpoint, official_fil
 from tests.pretended_gpu import Gpu, There, pretended_gpu
 from tests.readout_runs import OF_TASK, TINY, prepared, train, training
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 JBU = {**LIFT, "method": "jbu"}
 
 

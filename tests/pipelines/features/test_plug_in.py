@@ -21,7 +21,7 @@ MODULE, CONTRACT = re.findall(r"```python\n(.*?)```", PAGE.partition("\n## ")[0]
 
 TINY = ["--model", "test_vit.r160_in1k", "--weights", "random", "--precision", "fp32", "--executor", "inline"]
 
-pytestmark = pytest.mark.usefixtures("my_module", "one_thread")
+pytestmark = pytest.mark.usefixtures("my_module")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Several methods in one run: each gives what it gives alone, and they share the backbone's pass."""
 
-import pytest
-
 from operators.backbone import TimmBackbone
 from operators.upsamplers import UPSAMPLERS
 from pipelines.executors import InlineExecutor
@@ -9,8 +7,6 @@ from pipelines.extraction.run import extract
 from storage.paths import Folder
 from tests.pipelines.extraction.test_s3 import tree
 from tests.pipelines.features.test_learned import checkpoint
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 OF = {"channels": 64, "patch": 16}
 METHODS = {

@@ -54,7 +54,6 @@ def test_timm_has_the_weights_and_their_normalisation():
     assert [name for name, mean in means.items() if mean == [0.5, 0.5, 0.5]] == half
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "size"), [("hiera_tiny_224", 224), ("vitamin_small_224", 224)])
 def test_small_ones_of_unusual_families_give_timms_own_map(name, size):
     model = create_model(name, (size, size), None, 0)

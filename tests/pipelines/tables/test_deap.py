@@ -19,8 +19,6 @@ from pipelines.tables.figures import Figure, Results, figures_of, read_figure
 from pipelines.tables.papers import Correlated, PapersConfig, PaperTable, Wanted
 from tests.pipelines.tables.test_papers import DEBUG
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DATA = tuple(f"{name}=/there/{name}" for name in ("voc", "coco", "coco_stuff", "nyu"))
 
 

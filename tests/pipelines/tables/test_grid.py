@@ -36,8 +36,6 @@ from tests.conftest import loud_weights, squeezed
 from tests.readout_runs import extract, featup_file, held_out, losses, write_sets
 from tests.stops import Died, dies_after
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VIT = "test_vit.r160_in1k@64"
 SLUG = "test_vit.r160_in1k-64"
 

@@ -31,8 +31,6 @@ from tests.readout_runs import continued, losses, prepared
 from tests.stops import Died, dies_after
 from tests.storage.test_input_identity import bitmap
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def small(tmp_path, make_tars):

@@ -32,8 +32,6 @@ from storage.store import FeatureStore
 from tests.readout_runs import prepared
 from tests.vitdet_goldens import TINY
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def detector(seed: int) -> dict[str, np.ndarray]:
     torch.manual_seed(seed)

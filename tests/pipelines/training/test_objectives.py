@@ -31,8 +31,6 @@ from storage.store import FeatureStore
 from tests.pipelines.training.test_lift import together
 from tests.readout_runs import continued, losses, prepared
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BOTH = ("jafar", "featup")
 
 OWN: dict[str, dict[str, object]] = {

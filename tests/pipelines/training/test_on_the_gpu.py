@@ -18,7 +18,7 @@ from pipelines.training.objectives import OBJECTIVES
 from tests.pretended_gpu import pretended_gpu
 from tests.readout_runs import OF_TASK, prepared, training
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_gradients")
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 OWN: dict[str, dict[str, object]] = {
     "lift": {"size": 64},

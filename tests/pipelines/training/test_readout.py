@@ -27,8 +27,6 @@ from storage.paths import Folder
 from storage.runs import read_last
 from tests.readout_runs import OF_TASK, continued, extract, featup_file, held_out, losses, prepared, train, training, write_nyu
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IMAGES = "VOCdevkit/VOC2012/JPEGImages"
 
 

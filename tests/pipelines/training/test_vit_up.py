@@ -27,9 +27,6 @@ from tests.conftest import jpeg, write_tar
 from tests.operators.upsamplers.test_vit_up import dinov3, golden, load_hf, under
 from tests.readout_runs import continued, prepared
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- the official loss ------------------------------------------------------------------------------------------------
 
 

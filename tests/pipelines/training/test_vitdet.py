@@ -31,8 +31,6 @@ from storage.runs import read_checkpoint, read_last, read_pointers
 from tests.forks import Fork, forks
 from tests.readout_runs import continued, held_out, losses, prepared, train, write_sets
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> Path:

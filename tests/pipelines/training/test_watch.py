@@ -29,8 +29,6 @@ from storage.runs import write_metrics, write_run
 from tests.browser import opens_well
 from tests.pipelines.training.test_lift import small  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def validated(step: int, loss: float, bilinear: float) -> dict[str, JsonValue]:
     return {

@@ -30,8 +30,6 @@ from storage.orientation import Orientation
 from tests.pipelines.evaluation.test_evaluation import evaluate
 from tests.readout_runs import TINY, extract, prepared, train, training, write_nyu
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TO_STORED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
