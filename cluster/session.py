@@ -252,11 +252,11 @@ def _without_watchers() -> Iterator[None]:
         (node.Node, "start_api_server", lambda _, **__: None),
         (services, _PYTHON, python),
     ]
-    before = [(of, name, getattr(of, name)) for of, name, _ in instead if hasattr(of, name)]
+    there = [each for each in instead if hasattr(*each[:2])]
+    before = [(of, name, getattr(of, name)) for of, name, _ in there]
     try:
-        for of, name, value in instead:
-            if hasattr(of, name):
-                setattr(of, name, value)
+        for of, name, value in there:
+            setattr(of, name, value)
         yield
     finally:
         for of, name, value in before:

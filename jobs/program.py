@@ -249,8 +249,7 @@ def _terminable() -> Iterator[list[int]]:
         ended_by.append(number)
         raise KeyboardInterrupt(number)
 
-    before = {each: signal.getsignal(each) for each in ENDING}
-    before = {each: answer for each, answer in before.items() if answer is not signal.SIG_IGN}
+    before = {each: answer for each in ENDING if (answer := signal.getsignal(each)) is not signal.SIG_IGN}
     for each in before:
         signal.signal(each, end)
     try:

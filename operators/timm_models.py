@@ -174,6 +174,11 @@ _DRAWING = frozenset(
 """Of `torch.Tensor` and `torch.nn.init`: those that fill a tensor with random numbers, or change their distribution."""
 
 
+def whole_numbers(state: Mapping[str, Tensor]) -> list[str]:
+    """The weights and biases that are whole numbers, as in quantised files, which load as if they were others."""
+    return [name for name, value in state.items() if name.endswith((".weight", ".bias")) and not value.is_floating_point()]
+
+
 def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, Tensor], given: JsonObject) -> nn.Module:
     """Every tensor of the model comes from `state_dict`, and all of that but the classifier is used.
 
@@ -186,8 +191,7 @@ def _create_strictly(name: str, size: tuple[int, int], state_dict: Mapping[str, 
     classifier = getattr(config, "classifier", None) or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     body = {key: value for key, value in state_dict.items() if key.rpartition(".")[0] not in heads}
-    whole = [key for key, value in body.items() if key.endswith((".weight", ".bias")) and not value.is_floating_point()]
-    if whole:
+    if whole := whole_numbers(body):
         raise BackboneError(
             f"{len(whole)} of the weights for {name} are whole numbers ({whole[0]}): quantised files aren't read, give one of "
             "floating-point numbers"

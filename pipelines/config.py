@@ -397,6 +397,13 @@ def require_at_least(least: float, config: object, *names: str) -> None:
                 raise ConfigError(f"{flag_of(name)} {each}: must be at least {least}")
 
 
+def require_above(least: float, config: object, *names: str) -> None:
+    """Raises `ConfigError` for a setting that isn't above `least`."""
+    for name in names:
+        if (value := getattr(config, name)) <= least:
+            raise ConfigError(f"{flag_of(name)} {value:g}: must be above {least:g}")
+
+
 def require_numbers(config: object) -> None:
     """Raises `ConfigError` for a setting, or one of its values, that is NaN or infinite, which comparisons don't find and
     trainings go on with; and for whole numbers that 64 bits don't hold, as libraries have them."""

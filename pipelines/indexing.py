@@ -41,9 +41,7 @@ class RunInput:
 
     def scan(self, files: Sequence[InputFile]) -> Iterator[SourceScan]:
         """Scan sources, in order."""
-        if not any(
-            self.rules.is_video(file.extension) or not file.is_image for file in files
-        ):  # nothing is read to index plain files
+        if all(file.is_image for file in files):  # nothing is read to index plain files
             yield from (scan_source(file, self.rules, self.options) for file in files)
             return
         scan = functools.partial(_scan_group, rules=self.rules, options=self.options)

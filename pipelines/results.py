@@ -18,7 +18,7 @@ from pipelines.published import Published, Values
 from storage.differences import Differences, differences
 from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder
-from storage.words import printable, printable_name
+from storage.words import counted, printable, printable_name
 
 Cell = str | float | int | None
 
@@ -88,12 +88,6 @@ class Table:
             yield "\nDifferences of the same draws, with their 95 % intervals; those that hold 0 show none"
             rows = [[line.features, _against(line), line.input_px, *(_difference(line, n) for n in columns)] for line in compared]
             yield from table_lines(["features", "less", "input px", *names], rows, left=3)
-
-
-def counted(count: int, units: str) -> str:
-    """A number of things by their plural: 1 batch, 2,000 pairs."""
-    one = units.removesuffix("es") if units.endswith("ches") else units.removesuffix("s")
-    return f"{count:,} {one if count == 1 else units}"
 
 
 NOT_SHOWN = "no difference shown"

@@ -82,6 +82,7 @@ class Document:
     def _unreadable(self, error: Exception) -> DamagedObject:
         return self.damaged(f"is damaged or was edited ({type(error).__name__}: {str(error).strip()[:300]})")
 
+    # Before `bytes`, as which annotations below would read the type of that name.
     def table(self, schema: pa.Schema, optional: Sequence[str] = (), *, data: bytes | None = None) -> pa.Table:
         """The Parquet table in it, with exactly the columns of `schema`; those of `optional` are null where it lacks them.
         `data`: its bytes, or the part of them that the table is, where they were read.

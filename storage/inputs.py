@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.folders import SIDE_FILE, Entry, files_below, is_side_file, matches, without_repeats
 from storage.left_out import LeftOut, leave_out, left_out_lines, merge_left_out
-from storage.paths import Folder, InputError, StorageOptions, extension, filesystem, is_memory, opened, reaching
+from storage.paths import Folder, InputError, StorageOptions, extension, filesystem, is_memory, is_web, opened, reaching
 from storage.redaction import query_free, redact
 from storage.videos import TAKES_FRAMES, is_video
 
@@ -174,7 +174,7 @@ def _rooted(listing: Listing) -> Listing:
 
 
 def _without_query(url: str) -> str:
-    return query_free(url) if url.startswith(("http://", "https://")) else url
+    return query_free(url) if is_web(url) else url
 
 
 def _without_extension(path: str) -> str:
@@ -253,13 +253,12 @@ def _expand_url(url: str, options: StorageOptions | None, keys: _Keys) -> Listin
     """The files of one URL without braces; None if it names nothing that exists."""
     with reaching(redact(url, options)):
         fs, path = opened(url, options)
-        if not url.startswith(("http://", "https://")) and (pattern := _as_glob(fs, path)):
+        if not is_web(url) and (pattern := _as_glob(fs, path)):
             return _list_glob(fs, pattern, keys)
-        is_web = url.startswith(("http://", "https://"))
         try:
-            info = fs.info(path, **({"timeout": _FIRST_ANSWER_S} if is_web else {}))
+            info = fs.info(path, **({"timeout": _FIRST_ANSWER_S} if is_web(url) else {}))
         except (FileNotFoundError, NotADirectoryError) as error:
-            if is_web and error.__cause__ is not None and getattr(error.__cause__, "status", None) not in (404, 410):
+            if is_web(url) and error.__cause__ is not None and getattr(error.__cause__, "status", None) not in (404, 410):
                 raise error.__cause__ from None  # fsspec says of whatever goes wrong that nothing is there
             return None
         except OSError as error:
@@ -372,7 +371,7 @@ def _full_url(fs: fsspec.AbstractFileSystem, name: str) -> str:
     """The URL of a path on `fs`; local ones absolute and without `..`."""
     if isinstance(fs, LocalFileSystem):
         return fs.unstrip_protocol(os.path.normpath(fs._strip_protocol(name)))
-    return name if name.startswith(("http://", "https://")) else fs.unstrip_protocol(fs._strip_protocol(name))
+    return name if is_web(name) else fs.unstrip_protocol(fs._strip_protocol(name))
 
 
 @contextlib.contextmanager
@@ -382,7 +381,7 @@ def open_sequential(file: InputFile, storage_options: StorageOptions | None) -> 
     ahead = {} if isinstance(fs, LocalFileSystem) else {"block_size": 2**23, "cache_type": "readahead"}
     with reaching(query_free(file.url)):
         # Taken whole: a web server may not answer ranges, and what is in memory costs nothing.
-        if is_memory(file.url) or file.url.startswith(("http://", "https://")):
+        if is_memory(file.url) or is_web(file.url):
             yield io.BytesIO(fs.cat_file(path))
             return
         with fs.open(path, "rb", **ahead) as stream:

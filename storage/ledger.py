@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.commits import Commits, Held, Packing, Packs
+from storage.commits import Commits, Held, Packing, Packs, Put
 from storage.documents import DamagedObject, decode, parse_json, schema_of, with_columns
 from storage.paths import Folder, StorageError
 from storage.sample_arrays import sample_chunks
@@ -188,7 +188,7 @@ class Ledger:
         """Blocks whose commit record exists, also of some of their rows only: those that there were before the store grew."""
         return self.commits.listed()
 
-    def revoke(self, blocks: Collection[int], put: Callable[[str, bytes], None] | None = None) -> None:
+    def revoke(self, blocks: Collection[int], put: Put | None = None) -> None:
         """Remove the records of tasks, which makes them pending again. `put` writes packs anew that had some of them."""
         # Those apart come last: alone, they say nothing.
         for ledger in (self, *self.added):
@@ -279,7 +279,7 @@ class Ledger:
         windows = self._windows(sorted(blocks), ask, [self, *self.added])
         return {block: why for window, found, _ in windows for block, why in zip(window, found, strict=True) if why}
 
-    def merge(self, index: SampleIndex, put: Callable[[str, bytes], None], earlier: Collection[int] = ()) -> Totals:
+    def merge(self, index: SampleIndex, put: Put, earlier: Collection[int] = ()) -> Totals:
         """Join all commit records into `ledger/samples/part-*.parquet`, a part at a time, and pack them; returns their totals.
 
         `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been
@@ -312,9 +312,7 @@ class Ledger:
             raise TornTasks(self.folder, torn)
         return totals
 
-    def _merge_part(
-        self, part: int, expected: range, table: pa.Table, index: SampleIndex, put: Callable[[str, bytes], None]
-    ) -> Totals:
+    def _merge_part(self, part: int, expected: range, table: pa.Table, index: SampleIndex, put: Put) -> Totals:
         """Write the rows of a part; returns what they come to."""
         if not _is_of_rows(table, expected.start, expected.stop):
             raise StorageError(

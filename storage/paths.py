@@ -97,7 +97,7 @@ def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple
         if url.startswith(("s3://", "s3a://")):
             options = {**_S3_OPTIONS, **options}
             options["config_kwargs"] = {**_S3_CONFIG, **_below(options, "config_kwargs")}
-        elif url.startswith(("http://", "https://")):
+        elif is_web(url):
             options = {"get_client": get_client, **options}
         if "::" in url:
             return _unchained(url, options)
@@ -142,12 +142,12 @@ def opened(url: str, storage_options: StorageOptions | None = None) -> tuple[fss
     """`filesystem` of a server that answers. Raises `StorageError` for one that doesn't within seconds: botocore alone would try
     for minutes, in silence."""
     fs, path = filesystem(url, storage_options)
-    if not url.startswith(("http://", "https://", "s3://", "s3a://")):
+    if not is_web(url) and not url.startswith(("s3://", "s3a://")):
         return fs, path
     with reaching(redact(url, storage_options)):
         try:
             # Here s3fs looks at its options for the first time.
-            endpoint = url if url.startswith("http") else fs.s3.meta.endpoint_url
+            endpoint = url if is_web(url) else fs.s3.meta.endpoint_url
             reason = why_endpoint_unreachable(endpoint)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise _unopened(url, storage_options or {}, error) from None
@@ -171,6 +171,11 @@ def _below(options: StorageOptions, name: str) -> dict[str, object]:
     if not isinstance(found, Mapping):
         raise InputError(f"the storage option {name!r} must hold options by name, not {type(found).__name__}")
     return dict(found)
+
+
+def is_web(url: str) -> bool:
+    """Whether a web server has what is at a URL."""
+    return url.startswith(("http://", "https://"))
 
 
 def is_memory(url: str) -> bool:

@@ -88,7 +88,7 @@ def try_some(
     images, frames = _with_image(rows)
     if images or not frames:
         found = _try_images(rows, urls, images, storage_options, max_bytes)
-        yield {i: found.get(i) for i in range(len(rows)) if i not in set(frames)}
+        yield {i: found.get(i) for i in sorted({*range(len(rows))} - {*frames})}
     some: dict[int, Blob] = {}
     size = 0
     for i, frame in _frames(rows, urls, frames, storage_options, max_pixels=max_pixels, threads=threads):

@@ -40,7 +40,7 @@ from storage.sample_images import are_frames
 from storage.scans import DuplicateKeys as DuplicateKeys
 from storage.sources import Source, gone_and_new, other_input, pair, rules_text, sources_left_out
 from storage.spec import MAX_BLOCK_ROWS
-from storage.tars import AT, SCHEMA, MemberRules
+from storage.tars import AT, SCHEMA, MemberRules, index_schema
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class SampleIndex:
         data = document.bytes()
         with document.parsing():
             self._parse(parquet_table(data))
-        schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in self.carried), *([AT] if self.fps else [])])
+        schema = index_schema(self.carried, with_frames=bool(self.fps))
         self.columns: list[str] = schema.names
         # Earlier versions, whose indexes have no `order`, didn't name the index in its parts.
         named = None if self.order is None else self.digest

@@ -8,7 +8,7 @@ import bisect
 import hashlib
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -24,7 +24,7 @@ from storage.paths import InputError, StorageOptions
 from storage.ranges import is_of_one_object
 from storage.redaction import query_free, redact
 from storage.tar_members import MAX_TEXT_BYTES, Aside, Gap, Member, TarWalk
-from storage.videos import TAKES_FRAMES, VIDEO_EXTENSIONS, Place, Sampling, VideoRefused, count_frames, frame_key
+from storage.videos import TAKES_FRAMES, VIDEO_EXTENSIONS, Place, Sampling, VideoRefused, count_frames, frame_key, is_video
 
 SCHEMA = pa.schema(
     [
@@ -42,6 +42,12 @@ inside the source; `problem` says why the sample has no readable image, or is nu
 AT = pa.field("at", pa.float64())
 """The further column of an index with frames of videos: how many seconds after the video's first frame a sample is taken.
 `offset` and `size` are the video's then. Null for images, and for videos that can't be read."""
+
+
+def index_schema(carried: Sequence[str], *, with_frames: bool) -> pa.Schema:
+    """The columns of an index: `SCHEMA`, those of carried members, and of frames of videos where there may be any."""
+    return pa.schema([*SCHEMA, *((name, pa.string()) for name in carried), *([AT] if with_frames else [])])
+
 
 _Row = dict[str, str | int | float | None]
 """A row of the index by column; carried members have columns of their own."""
@@ -71,8 +77,7 @@ class MemberRules:
     @property
     def schema(self) -> pa.Schema:
         """The columns of an index of such members."""
-        carried = [(name, pa.string()) for name in self.carry]
-        return pa.schema([*SCHEMA, *carried, *([AT] if self.frames else [])])
+        return index_schema(self.carry, with_frames=self.frames is not None)
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -83,7 +88,7 @@ class MemberRules:
 
     def is_video(self, member: object) -> bool:
         """Whether the extension is of a member whose frames are samples."""
-        return self.frames is not None and str(member).rsplit(".", 1)[-1] in VIDEO_EXTENSIONS
+        return self.frames is not None and is_video(f".{member}")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "carry", tuple(name.lower().lstrip(".") for name in self.carry))

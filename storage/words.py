@@ -27,6 +27,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u20
 """What terminals obey, turns the direction of text, or is no character; not tabs and ends of lines."""
 
 
+def counted(count: int, units: str) -> str:
+    """A number of things by their plural: 1 batch, 2,000 pairs."""
+    one = units.removesuffix("es") if units.endswith("ches") else units.removesuffix("s")
+    return f"{count:,} {one if count == 1 else units}"
+
+
 def is_of_disk(error: OSError) -> bool:
     """Whether an error is of a path or a disk, about which a person can do something; others are of the network, or a bug."""
     kinds = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)

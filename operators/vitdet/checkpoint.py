@@ -18,6 +18,7 @@ from numpy._core import multiarray
 from numpy._core.numeric import _frombuffer  # type: ignore[attr-defined]
 from torch import Tensor
 
+from operators.timm_models import whole_numbers
 from operators.upsamplers import UpsamplerError, find_method
 from operators.upsamplers.protocol import require_fitting
 from operators.upsamplers.recursive import DoublingNet
@@ -109,7 +110,7 @@ def _tensor(name: str, value: object) -> Tensor:
 def detector_tensors(state: State) -> dict[str, Tensor]:
     """Those of the network: what only old files hold is left out, numbers of other precisions are float32. Raises `DetectorError`
     for weights that are whole numbers."""
-    if whole := [name for name, value in state.items() if name.endswith((".weight", ".bias")) and not value.is_floating_point()]:
+    if whole := whole_numbers(state):
         raise DetectorError(f"{len(whole)} weights are whole numbers ({whole[0]}): quantised files aren't read")
     return {
         name: value.float() if value.is_floating_point() else value

@@ -18,7 +18,7 @@ from cluster.nodes import ROOT
 from cluster.session import own_cluster
 from pipelines.benchmarks.chaos_jobs import job_command
 from pipelines.benchmarks.data import require_fresh, write_photos
-from pipelines.config import ConfigError, require_at_least
+from pipelines.config import require_above, require_at_least
 from pipelines.costs.clocks import Machine, NumbersFile
 from pipelines.costs.process import BenchmarkFailed
 from pipelines.results import number_lines
@@ -53,8 +53,7 @@ class AutoscaleBenchmark:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "images", "block_rows", "nodes")
-        if self.idle_s <= 0:
-            raise ConfigError(f"--idle-s {self.idle_s:g}: must be above 0")
+        require_above(0, self, "idle_s")
 
 
 # No network. 2 CPU cores: about 1 minute; the defaults take about 3.

@@ -31,12 +31,13 @@ from pipelines.features.pictures import Squash
 from pipelines.features.rows import compared_rows
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.plots import png_of, styled
-from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, counted
+from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken
 from storage.datasets.files import DatasetError
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import decode_known
 from storage.paths import Folder
 from storage.spread import spread
+from storage.words import counted
 
 LEAST = 4
 """Images of a batch; the unbiased estimate needs so many."""

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from operators.classifiers import LinearClassifier, knn_votes
-from pipelines.config import ConfigError, Counts, Found, Free, JobConfig, absolute, require_at_least, require_out
+from pipelines.config import ConfigError, Counts, Found, Free, JobConfig, absolute, require_above, require_at_least, require_out
 from pipelines.features.sources import in_words
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, sides, write_results
@@ -75,8 +75,7 @@ class ClassifyConfig(JobConfig):
         require_at_least(1, self, "neighbours")
         if not self.methods or ("knn" in self.methods and not self.neighbours) or ("linear" in self.methods and not self.l2):
             raise ConfigError("--methods, --neighbours and --l2 must name at least one each")
-        if not self.temperature > 0:
-            raise ConfigError(f"--temperature {self.temperature:g}: must be above 0")
+        require_above(0, self, "temperature")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"--held-out {self.held_out:g}: must be between 0 and 1")
         require_at_least(0, self, "l2")

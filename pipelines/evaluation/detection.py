@@ -33,12 +33,13 @@ from pipelines.features.detectors import (
 from pipelines.features.photos import upright_pixels
 from pipelines.features.rows import Row, Size, compared_rows
 from pipelines.published.lift import LIFT_DETECTION
-from pipelines.results import Findings, Items, Line, Measured, Table, counted, panel, percent, with_published
+from pipelines.results import Findings, Items, Line, Measured, Table, panel, percent, with_published
 from storage.datasets.classes import COCO_CATEGORIES
 from storage.datasets.coco import load_coco
 from storage.documents import JsonObject
 from storage.paths import Folder
 from storage.spread import spread
+from storage.words import counted
 
 SIZE = 512
 """Pixels a side of the input by default. LiFT's paper doesn't say its own; its plain rows lie below the published detectors of

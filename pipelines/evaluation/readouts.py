@@ -36,7 +36,7 @@ from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolv
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
-from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, Taken, counted, panel
+from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, Taken, panel
 from pipelines.training.readout import features_of
 from storage.datasets.content import joint_digest
 from storage.datasets.files import DatasetError, Listed
@@ -47,6 +47,7 @@ from storage.documents import decode
 from storage.paths import Folder
 from storage.redaction import redact
 from storage.spread import spread
+from storage.words import counted
 
 PIECE_IMAGES = 32
 

@@ -24,7 +24,7 @@ from pipelines.features.rows import Size, compared_rows
 from pipelines.features.sources import Recipe, distinct
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.published import Published
-from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, counted, with_published, write_results
+from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, with_published, write_results
 from storage.datasets.content import HasContent, content_digests, joint_digest
 from storage.datasets.files import DatasetError, ItemLeftOut, digest
 from storage.datasets.images import EncodedImage
@@ -32,6 +32,7 @@ from storage.documents import Document, JsonObject, JsonValue, decode, parse_jso
 from storage.left_out import LeftOut as NotListed
 from storage.paths import Folder
 from storage.redaction import redact
+from storage.words import counted
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,11 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Size, compared_rows
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
-from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, counted, panel
+from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, panel
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import JsonValue
 from storage.paths import Folder
+from storage.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)

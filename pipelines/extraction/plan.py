@@ -28,6 +28,7 @@ from storage.redaction import redact
 from storage.sample_images import FRAME_BYTES, try_images
 from storage.shards import compress, encode_row
 from storage.spec import FeatureSpec, Layout, Level
+from storage.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ class Plan:
         """How many samples there are, in words."""
         if not self.videos:
             return f"{self.images:,} images"
-        frames = f"{self.frames:,} frames of {self.videos:,} video{'s' * (self.videos > 1)}"
+        frames = f"{self.frames:,} frames of {counted(self.videos, 'videos')}"
         others = self.images - self.frames - self.unreadable
         return f"{frames}, {others:,} images" if others > 0 else frames
 

@@ -16,7 +16,7 @@ from operators.objectives.lift import Relations, averaged, lower, multi_scale_lo
 from operators.objectives.shown import Shown, count_shown, counting
 from operators.upsamplers import build_net
 from operators.upsamplers.lift import LiftNet, LiftSettings
-from pipelines.config import ConfigError, Counts, Held, require_at_least, used_with
+from pipelines.config import ConfigError, Counts, Held, require_above, require_at_least, used_with
 from pipelines.training.data import Loaded, TrainOrder
 from pipelines.training.images import ImageSetup
 from pipelines.training.square import SquareMapConfig, SquareObjective, SquareTraining, bilinear
@@ -82,8 +82,7 @@ class X2Config(SquareTraining):
         super().__post_init__()
         if self.relational_weight < 0:
             raise ConfigError(f"--relational-weight {self.relational_weight:g}: must be at least 0")
-        if self.relational_tau <= 0:
-            raise ConfigError(f"--relational-tau {self.relational_tau:g}: must be above 0")
+        require_above(0, self, "relational_tau")
         require_at_least(1, self, "relational_images")
         if self.relational_images > 1 and self.features.geometry == "corner":
             raise ConfigError(

@@ -24,7 +24,7 @@ from operators.upsamplers.vit_up.head import TokenCache, ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
 from operators.upsamplers.vit_up.start import start_enlarging
-from pipelines.config import ConfigError, Counts, Free, used_with
+from pipelines.config import ConfigError, Counts, Free, require_above, used_with
 from pipelines.features.bundle import ModelBundle
 from pipelines.training.data import CanvasView, Loaded
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
@@ -112,8 +112,7 @@ class ViTUpTraining(ImageTraining):
             raise ConfigError(
                 "--start enlargement: it's the attention that enlarges; drop --no-cross-attention, or use --start drawn"
             )
-        if self.relational_tau <= 0:
-            raise ConfigError(f"--relational-tau {self.relational_tau:g}: must be above 0")
+        require_above(0, self, "relational_tau")
         if not self.l2_weight + self.cosine_weight + self.relational_weight:
             raise ConfigError("--l2-weight, --cosine-weight and --relational-weight: one must be above 0")
 

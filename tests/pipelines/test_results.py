@@ -8,7 +8,8 @@ from operators.metrics.bootstrap import Estimate, Interval
 from pipelines.evaluation.run import set_aside
 from pipelines.features.rows import Row
 from pipelines.published import Paper, Published
-from pipelines.results import Items, LeftOut, Line, Measured, Table, Taken, counted, table_lines, with_published
+from pipelines.results import Items, LeftOut, Line, Measured, Table, Taken, table_lines, with_published
+from storage.words import counted
 
 
 def test_a_table_is_aligned_as_text_and_as_markdown():

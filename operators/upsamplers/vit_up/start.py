@@ -44,8 +44,9 @@ def start_enlarging(head: ViTUpHead, query_grid_BDgg: Tensor, hidden_BhwD: Seque
     if not head.config.cross_attention:
         raise UpsamplerError("a ViT-Up without cross-attention can't start as the enlargement: it sees the nearest token alone")
     grid = (hidden_BhwD[-1].shape[1], hidden_BhwD[-1].shape[2])
+    logits = bilinear_logits(head.config.channels // head.config.heads // 4)
     for block in cast("Sequence[ViTUpBlock]", head.vit_up_blocks):
-        _interpolate(block, head.config.channels, head.config.heads)
+        _interpolate(block, logits)
     coords = grid_coordinates(grid, device=query_grid_BDgg.device).expand(len(query_grid_BDgg), -1, -1)
     stream = head.stream(head.prepare(query_grid_BDgg, hidden_BhwD), coords)
     for position, state in enumerate(hidden_BhwD):
@@ -80,44 +81,44 @@ def bilinear_logits(bands: int) -> Tensor:
     return factors_K.detach()
 
 
-def _interpolate(block: ViTUpBlock, channels: int, heads: int) -> None:
-    """What the block adds to its queries: its normalised tokens, enlarged bilinearly."""
+def _interpolate(block: ViTUpBlock, logits_K: Tensor) -> None:
+    """What the block adds to its queries: its normalised tokens, enlarged bilinearly; `bilinear_logits` of its bands."""
     attention = cast(CrossAttention, block.cross_attention)
-    head_dim = channels // heads
     # Turned pairs (u, 0) and (v, 0) have u v cos(angle) as their product, of which attention takes a root of d-th.
-    factors = bilinear_logits(head_dim // 4).repeat(2) * math.sqrt(head_dim)
-    for layer, halves in ((attention.q_proj, factors.abs().sqrt()), (attention.k_proj, factors.abs().sqrt() * factors.sign())):
-        nn.init.zeros_(layer.weight)
-        layer.bias.copy_(torch.stack([halves, torch.zeros_like(halves)], dim=-1).flatten().repeat(heads))
+    factors = logits_K.repeat(2) * math.sqrt(4 * len(logits_K))
+    nothing, halves = torch.zeros(()), factors.abs().sqrt()
+    for layer, of_pairs in ((attention.q_proj, halves), (attention.k_proj, halves * factors.sign())):
+        pairs = torch.stack([of_pairs, torch.zeros_like(of_pairs)], dim=-1)
+        _set(layer, nothing, pairs.flatten().repeat(attention.heads))
     for layer in (attention.v_proj, attention.out_proj):
-        nn.init.eye_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        _set(layer, torch.eye(layer.out_features))
     if block.featx is not None:
-        nn.init.zeros_(block.norm_h_local.weight)
-        nn.init.zeros_(block.norm_h_local.bias)
-    _last(block.mlp).weight.zero_()
-    _last(block.mlp).bias.zero_()
+        _set(block.norm_h_local, nothing)
+    _set(_last(block.mlp), nothing)
 
 
 def _forget(block: ViTUpBlock, deviation: float) -> None:
     """The block's transition: minus `deviation` times the normalised query, by GELU(x) - GELU(-x) = x."""
     first, last = cast(nn.Linear, block.transition_mlp.mlp[1]), _last(block.transition_mlp)
     both = torch.cat([torch.eye(last.out_features), -torch.eye(last.out_features)])
-    first.weight.copy_(both)
-    last.weight.copy_(-deviation * both.T)
-    first.bias.zero_()
-    last.bias.zero_()
+    _set(first, both)
+    _set(last, -deviation * both.T)
 
 
 def _decode(decoder: Mlp, queries_BND: Tensor, state_BND: Tensor) -> None:
     """The decoder: for each channel the line by least squares from the normalised query to the state at its place."""
-    norm, linear = cast(nn.LayerNorm, decoder.mlp[0]), _last(decoder)
+    norm = cast(nn.LayerNorm, decoder.mlp[0])
     given, wanted = norm(queries_BND).flatten(0, 1).double(), state_BND.flatten(0, 1).double()
     variance, mean = torch.var_mean(given, dim=0, correction=0)
     slope = ((given - mean) * (wanted - wanted.mean(dim=0))).mean(dim=0) / variance.clamp(min=1e-6)
-    linear.weight.copy_(torch.diag(slope))
-    linear.bias.copy_(wanted.mean(dim=0) - slope * mean)
+    _set(_last(decoder), torch.diag(slope), wanted.mean(dim=0) - slope * mean)
 
 
 def _last(mlp: Mlp) -> nn.Linear:
     return cast(nn.Linear, mlp.mlp[-1])
+
+
+def _set(layer: nn.Linear | nn.LayerNorm, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Put these into a layer's weights and biases, which a single number fills; no biases are 0."""
+    layer.weight.copy_(weight)
+    layer.bias.copy_(torch.zeros(()) if bias is None else bias)
