@@ -28,7 +28,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"data")
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        """What is asked once to learn whether the server answers (storage/reachable.py), of nobody in particular."""
+        assert self.path == "/"
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
