@@ -92,7 +92,7 @@ def _runs_among(regions: Regions) -> list[Runs]:
 
 def _decoded(runs: Runs, pixels: PixelMap) -> np.ndarray:
     # pycocotools is only needed by those who have run lengths.
-    from storage.datasets.instances import decode_mask
+    from storage.segmentations import decode_mask
 
     try:
         return decode_mask(runs, pixels.height, pixels.width)

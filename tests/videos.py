@@ -61,7 +61,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
 
     monkeypatch.setattr(tars, "count_frames", count)
     monkeypatch.setattr(sample_images, "opened_video", open_)
-    monkeypatch.setattr("pipelines.extraction.start.require_decoder", lambda: None)
+    monkeypatch.setattr("pipelines.extraction.first_look.require_decoder", lambda: None)
     return opened
 
 

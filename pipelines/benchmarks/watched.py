@@ -12,7 +12,8 @@ from cluster.session import connect
 from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor
 from pipelines.executors import Loaded, MakeWorker, Worker, side_by_side
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.start import find_input, import_driver, likely_tasks, workers_ahead
+from pipelines.extraction.first_look import find_input
+from pipelines.extraction.start import import_driver, likely_tasks, workers_ahead
 from storage.spec import ShardTask
 
 if TYPE_CHECKING:  # it imports torch

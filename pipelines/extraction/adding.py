@@ -16,10 +16,10 @@ from pipelines.config import ConfigError, settings_of
 from pipelines.executors import Executor
 from pipelines.extraction.attempts import suspects
 from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.first_look import open_finished
 from pipelines.extraction.level_worker import LevelSetup, Way
 from pipelines.extraction.prepare import require_precision
 from pipelines.extraction.run import Run, Summary, begin_run, failing_where_replaced
-from pipelines.extraction.start import open_finished
 from pipelines.features.agreement import AskedFeatures
 from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.config import FeatureConfig

@@ -17,7 +17,7 @@ from pipelines.executors import Executor
 from pipelines.extraction.added_levels import with_added_levels
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import InputUpdate, continue_store, input_of
-from pipelines.extraction.start import find_input
+from pipelines.extraction.first_look import find_input
 from pipelines.features.bundle import ModelBundle, load_bundle
 from pipelines.features.model import FeatureModel
 from pipelines.indexing import is_draft, report_left_out

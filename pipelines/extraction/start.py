@@ -1,25 +1,17 @@
-"""How an extraction starts: what is wrong with paths is said before torch is imported, and that happens while Ray starts."""
+"""How an extraction starts: paths are looked at before torch is imported, and that happens while Ray starts."""
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from cluster.resources import WorkerPool
-from pipelines.config import ConfigError, require_out
+from pipelines.config import ConfigError
 from pipelines.executors import RayExecutor, executor_for
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.continued import member_rules
+from pipelines.extraction.first_look import is_named_by_timm, look_at, open_finished
 from pipelines.extraction.schedule import lanes_for
-from pipelines.provenance import require_no_run
 from storage.inputs import Listing
-from storage.paths import Folder
-from storage.redaction import redact
-from storage.root import read_attributes
 from storage.spec import FEWEST_ROWS
-from storage.store import FeatureStore
-from storage.videos import require_decoder
 
 WORKER, LEVEL_WORKER = (f"{__package__}.{name}" for name in ("worker", "level_worker"))
 """Modules that do tasks, with torch behind them."""
@@ -35,8 +27,8 @@ def main(config: ExtractConfig) -> Iterator[str]:
     if config.add_level:
         yield from _add_levels(config)
         return
-    files, complete = _looked_at(config)  # before a cluster is started: many mistakes end here
-    if not config.is_inline and not _is_named_by_timm(config.features.model):
+    files, complete = look_at(config)  # before a cluster is started: many mistakes end here
+    if not config.is_inline and not is_named_by_timm(config.features.model):
         from pipelines.extraction.prepare import resolve
 
         resolve(config, files)  # which says what is wrong with the name; where nothing is, no harm is done
@@ -49,39 +41,17 @@ def main(config: ExtractConfig) -> Iterator[str]:
         yield from lines(config, files, executor)
 
 
-def _is_named_by_timm(model: str) -> bool:
-    """Whether the text of timm's files defines a model of this name, and its tag: asked without importing it, which takes
-    seconds. Detectors' backbones, which aren't timm's, have names of their own."""
-    name, _, tag = model.partition(".")
-    spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations or name.startswith("vitdet"):
-        return True
-    text = b"".join(path.read_bytes() for path in Path(spec.submodule_search_locations[0], "models").glob("*.py"))
-    tagged = (f"{quote}{model}{quote}".encode() for quote in ("'", '"'))
-    return f"def {name}(pretrained".encode() in text and (not tag or any(each in text for each in tagged))
-
-
 def _add_levels(config: ExtractConfig) -> Iterator[str]:
     """`main` for levels that are to be added to a store that is there."""
     config.require_used()
     if not config.out:
         raise ConfigError("no store: give --out the store that the levels are to be added to")
     store = open_finished(config)  # before a cluster is started
-    if store.index.fps:
-        require_decoder()
     ahead = workers_ahead(config, store.layout.n_blocks, LEVEL_WORKER)
     with executor_for(config, plan=config.plan, meanwhile=import_driver, ahead=ahead) as executor:
         from pipelines.extraction.adding import lines
 
         yield from lines(config, executor)
-
-
-def open_finished(config: ExtractConfig) -> FeatureStore:
-    """The store that levels are added to. Raises `ConfigError` where it isn't finished."""
-    store = FeatureStore.open(config.out, config.options)
-    if store.status != "complete":
-        raise ConfigError(f"--add-level: {store.folder.displayed} isn't finished; the command that began it goes on")
-    return store
 
 
 def workers_ahead(config: ExtractConfig, tasks: int, module: str = WORKER) -> Callable[[RayExecutor], None]:
@@ -108,31 +78,3 @@ def likely_tasks(config: ExtractConfig, files: Listing) -> int:
 def import_driver() -> None:
     """The module that drives a run, with torch and timm behind it: 2.5 s of CPU time."""
     from pipelines.extraction import run  # noqa: F401
-
-
-def find_input(config: ExtractConfig) -> Listing:
-    """The input's files. What can be wrong with the settings and needs no model to be told is wrong here.
-
-    Raises `InputError` and `ConfigError`.
-    """
-    return _looked_at(config)[0]
-
-
-def _looked_at(config: ExtractConfig) -> tuple[Listing, bool]:
-    """`find_input`, and whether the store is there and finished: its root is read once for both."""
-    config.require_used()
-    require_out(config.out, "a path or URL for the Zarr store")
-    member_rules(config)  # raises for columns that can't be carried
-    if config.fps is not None:
-        require_decoder()
-    # Refuses what is there and isn't ours, before anything is written.
-    folder = Folder(config.out, config.options)
-    attributes = read_attributes(folder)
-    if attributes is None:
-        require_no_run(folder, "store")
-    if itself := [url for url in config.data if Folder(url, config.options).url == folder.url]:
-        raise ConfigError(
-            f"--out {redact(itself[0], config.options)} is also the input (--data); give the store a folder of its own"
-        )
-    files = config.input.files(config.data, config.options, config.image_member, videos=config.fps is not None)
-    return files, attributes is not None and attributes["status"] == "complete"

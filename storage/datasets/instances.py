@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
-import pycocotools.mask as coco_mask
 
 from storage.datasets.boxes import as_number, coco_box
 from storage.datasets.files import DatasetError, RawObject
 from storage.orientation import Orientation
+from storage.segmentations import decode_mask, polygons_of, runs_of_text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,7 +153,7 @@ _ONE_RUN = 8
 
 def _is_run_of_nothing(text: str) -> bool:
     try:
-        return not any(_runs_of_text(text)[1::2])
+        return not any(runs_of_text(text)[1::2])
     except ValueError:
         return False
 
@@ -196,11 +196,10 @@ def _outline(note: RawObject, height: int, width: int) -> Outline:
     """An annotation's polygons of three corners or more, or its pixels. Raises as `decode_mask`, and where its box is another."""
     segmentation = note["segmentation"]
     if isinstance(segmentation, Mapping):
-        mask = _of_runs(segmentation, height, width)
+        mask = decode_mask(segmentation, height, width)
         _require_box_of(mask, note["bbox"])
         return mask
-    limit = 4 * max(height, width)
-    polygons = tuple(np.array(each, np.float64).reshape(-1, 2) for each in _listed(segmentation) if _encloses(each, limit))
+    polygons = tuple(each.reshape(-1, 2) for each in polygons_of(segmentation, height, width))
     if polygons:
         corners = np.concatenate(polygons)
         _require_box(corners.min(axis=0), corners.max(axis=0), note["bbox"])
@@ -225,80 +224,3 @@ def _segmentation_errors(displayed: str, note: RawObject) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         where = f"{displayed}, annotation {note.get('id', '')}"
         raise DatasetError(f"{where}: its segmentation is malformed: {error}") from None
-
-
-def decode_mask(segmentation: RawObject | Sequence[object], height: int, width: int) -> np.ndarray:
-    """A COCO segmentation (polygons, or runs as a list or as text) as bool [height, width].
-
-    Polygons of one or two corners, which annotations do have, cover nothing; pycocotools takes four numbers for a box. Where
-    runs are too few, it gives memory that isn't its own, so they are added up first.
-    Raises `ValueError`, `TypeError`, `KeyError` or `OverflowError` with what is wrong.
-    """
-    if isinstance(segmentation, Mapping):
-        return _of_runs(segmentation, height, width)
-    areas = [polygon for polygon in _listed(segmentation) if _encloses(polygon, 4 * max(height, width))]
-    if not areas:
-        return np.zeros((height, width), bool)
-    runs = coco_mask.merge(coco_mask.frPyObjects(areas, height, width))
-    return coco_mask.decode(runs).astype(bool)
-
-
-def _listed(segmentation: Sequence[object]) -> Sequence[object]:
-    """The polygons of a segmentation. Raises `ValueError` where there are none."""
-    if not isinstance(segmentation, list | tuple):
-        raise ValueError(f"it is {textwrap.shorten(repr(segmentation), 40)}, neither a list of polygons nor runs")
-    if not segmentation:
-        raise ValueError("there are no polygons")
-    return segmentation
-
-
-def _encloses(polygon: object, limit: int) -> bool:
-    """Whether a polygon has three corners or more. Raises `ValueError` where it's no list of x, y, or goes beyond `limit`."""
-    try:
-        corners = np.asarray(polygon, np.float64)
-    except (ValueError, TypeError):
-        corners = np.zeros(0)
-    if corners.ndim != 1 or not len(corners) or len(corners) % 2:
-        raise ValueError(f"a polygon is a list x, y, x, y, ..., not {str(polygon)[:80]}")
-    # Its memory is as long as the outline; corners lie inside the image, or nearly.
-    if not (np.abs(corners) <= limit).all():
-        raise ValueError(f"a polygon has a corner beyond {limit} pixels, far outside the image: {str(polygon)[:80]}")
-    return len(corners) >= 6
-
-
-def _of_runs(segmentation: RawObject, height: int, width: int) -> np.ndarray:
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list | tuple | np.ndarray) or list(size) != [height, width]:
-        raise ValueError(f"its size is {size}, the image's {[height, width]}")
-    text = counts.decode("ascii") if isinstance(counts, bytes) else counts  # pycocotools gives bytes, JSON files text
-    if not isinstance(text, str | list | tuple | np.ndarray):
-        raise ValueError(f"its runs (counts) are {textwrap.shorten(repr(counts), 40)}, neither a list nor text")
-    runs = _runs_of_text(text) if isinstance(text, str) else [int(count) for count in text]
-    if min(runs, default=0) < 0 or (not isinstance(text, str) and runs != list(text)):
-        raise ValueError("its runs aren't all whole numbers of at least 0")
-    if sum(runs) != height * width:
-        raise ValueError(f"its runs cover {sum(runs)} pixels, the image has {height * width}")
-    runs_of_pixels = coco_mask.frPyObjects({"counts": runs, "size": [height, width]}, height, width)
-    return coco_mask.decode(runs_of_pixels).astype(bool)
-
-
-def _runs_of_text(text: str) -> list[int]:
-    """COCO's compressed runs: five bits a character from 48 on, 32 = more follow; from the fourth on, each is the difference
-    to the last but one."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in text.encode():
-        bits = character - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"its text of runs holds the character {chr(character)!r}")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise ValueError("its text of runs ends within a number")
-    return runs

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines.executors import InlineExecutor, executor_for, side_by_side
-from pipelines.extraction import start
+from pipelines.extraction.first_look import is_named_by_timm
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.model import FeatureModel
@@ -45,9 +45,9 @@ def test_models_are_found_in_the_text_of_timm():
         "vitdet_base",
         "eva02_tiny_patch14_224",
     ):
-        assert start._is_named_by_timm(name), name
+        assert is_named_by_timm(name), name
     for name in ("vit_small_patch16_22", "vit_small_patch16_224.dno", "create_model"):
-        assert not start._is_named_by_timm(name), name
+        assert not is_named_by_timm(name), name
 
 
 def test_ray_starts_here_and_imports_are_done_in_a_thread_meanwhile():

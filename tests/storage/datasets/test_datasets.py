@@ -22,13 +22,14 @@ from storage.datasets.classes import TABLES
 from storage.datasets.coco import load_coco, load_coco_instances, load_coco_stuff
 from storage.datasets.files import DatasetError, digest, listed_names
 from storage.datasets.images import TarImage, tar_members
-from storage.datasets.instances import InstanceArrays, decode_mask
+from storage.datasets.instances import InstanceArrays
 from storage.datasets.labels import ClassMask
 from storage.datasets.nyu import load_nyu
 from storage.datasets.photos_open import load_photos_open
 from storage.datasets.registry import DATASETS, load_labelled
 from storage.datasets.voc import load_voc_seg
 from storage.paths import Folder
+from storage.segmentations import decode_mask
 from tests.conftest import jpeg, write_tar
 from tests.labelled import read_labelled
 

@@ -5,8 +5,9 @@ import pycocotools.mask as coco_mask
 import pytest
 
 from storage.datasets.files import DatasetError
-from storage.datasets.instances import InstanceArrays, Instances, decode_mask, has_area
+from storage.datasets.instances import InstanceArrays, Instances, has_area
 from storage.orientation import Orientation
+from storage.segmentations import decode_mask
 
 POLYGON = [2.0, 3.0, 8.0, 3.0, 8.0, 7.0, 2.0, 7.0]
 
