@@ -21,6 +21,10 @@ MARK = ".raylift-push"
 
 CARD = "README.md"
 
+_FOLLOWS = ("index/", "ledger/")
+"""What of a copy is removed where the store has it no more: records that were packed or revoked, documents of sample arrays. A
+record beside a pack would count before it, in a store that is being written."""
+
 _WELCOME = {CARD, ".gitattributes", "LICENSE", "LICENSE.md"}
 """What may lie in a place before anything is copied there: a hub's new repository has some."""
 
@@ -57,8 +61,8 @@ class Place(Protocol):
     def settle(self) -> None:
         """All that was sent is there for readers."""
 
-    def remove(self, name: str) -> None:
-        """Delete an object."""
+    def remove(self, names: Sequence[str]) -> None:
+        """Delete objects."""
 
 
 class FolderPlace:
@@ -94,8 +98,8 @@ class FolderPlace:
     def settle(self) -> None:
         self.folder.remove_partial()
 
-    def remove(self, name: str) -> None:
-        self.folder.remove([name])
+    def remove(self, names: Sequence[str]) -> None:
+        self.folder.remove_many(names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +137,10 @@ def copy_store(
     # First, so that the shards of every commit record of a store that is being written are listed after it.
     ledger = store.folder.below("ledger")
     documents: dict[str, Stat] = {}
+    stale = {name for name in there if name.startswith(_FOLLOWS)} - ledger.keys()
     for name in (*store.levels, "index"):
         found = store.folder.below(name)
+        stale -= found.keys()
         if name in store.levels and store.status == "complete":
             _require_whole(store, name, found)
         documents |= {each: stat for each, stat in found.items() if each.endswith(f"/{ROOT}")}
@@ -142,6 +148,7 @@ def copy_store(
     documents |= {each: stat for each, stat in ledger.items() if each.endswith(f"/{ROOT}")}
     documents |= {f"runs/{name}": Stat(size) for name, size in store.folder.sizes("runs").items() if name == ROOT}
     yield copy.part("ledger", {each: stat for each, stat in ledger.items() if each not in documents})
+    copy.remove(sorted(stale))
     yield copy.beside("card and pictures", beside or {})
     for name in ("views", "search", *(["runs"] if runs else [])):
         if found := {each: stat for each, stat in store.folder.below(name).items() if not _is_hidden(each)}:
@@ -179,12 +186,24 @@ class _Copy:
         for names in _batches(objects):
             asked = [each for each in names if not self._listed_alike(each, objects[each])]
             try:
-                data = zip(asked, self._folder.read_many(asked, _THREADS), strict=True)
+                data = list(zip(asked, self._folder.read_many(asked, _THREADS), strict=True))
             except FileNotFoundError as error:  # a run has finished the store since, and packed the records
-                raise StorageError(f"it changed while it was copied: {error}; the same command makes the copy whole") from None
-            done = self._sent(done, list(data), len(names) - len(asked), counts=counts)
+                raise self._changed(str(error)) from None
+            # A pack that is written anew may have records of shards that weren't there when shards were listed.
+            if other := next((each for each, content in data if len(content) != objects[each].size), None):
+                raise self._changed(f"{other} was written anew")
+            done = self._sent(done, data, len(names) - len(asked), counts=counts)
         self._place.settle()
         return done
+
+    def _changed(self, how: str) -> StorageError:
+        return StorageError(f"{self._folder.displayed} changed while it was copied: {how}; the same command makes the copy whole")
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Take away what the store has no more, and the root of the earlier copy that had it before that."""
+        if names:
+            self._begin()
+            self._place.remove(names)
 
     def beside(self, name: str, objects: Mapping[str, bytes]) -> Copied:
         """The same for objects that are no part of the store."""
@@ -195,7 +214,7 @@ class _Copy:
     def finish(self) -> None:
         """Take the mark away."""
         if self._has_mark:
-            self._place.remove(MARK)
+            self._place.remove([MARK])
 
     def _listed_alike(self, name: str, here: Stat) -> bool:
         """Whether two listings say that an object is there with these bytes."""
@@ -227,7 +246,7 @@ class _Copy:
             self._place.settle()
             self._has_mark = True
         if self._has_root:
-            self._place.remove(ROOT)
+            self._place.remove([ROOT])
             self._there = {name: stat for name, stat in self._there.items() if name != ROOT}
             self._has_root = False
 

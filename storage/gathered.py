@@ -8,6 +8,7 @@ import bisect
 import heapq
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -37,6 +38,8 @@ class Spool:
     """Tables in a temporary file, compressed, by their numbers."""
 
     def __init__(self) -> None:
+        self.said: Counter[str] = Counter()
+        "how many rows have a value, by column"
         self._file = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)  # noqa: SIM115 - it goes with the spool
         self._bounds: list[tuple[int, int]] = []
 
@@ -46,7 +49,7 @@ class Spool:
     def append(self, table: pa.Table) -> None:
         """Raises `StorageError` for a disk that takes nothing more."""
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
             writer.write_table(table)
         data = sink.getvalue()
         try:
@@ -54,10 +57,11 @@ class Spool:
             self._file.write(memoryview(data))
         except OSError as error:
             raise StorageError(
-                f"{tempfile.gettempdir()}: {what_the_disk_says(error)}; rows of the input are kept there until its index is "
-                "written (TMPDIR names another folder)"
+                f"{tempfile.gettempdir()}: {what_the_disk_says(error)}; rows wait there to be written in order (TMPDIR names "
+                "another folder)"
             ) from None
         self._bounds.append((start, data.size))
+        self.said.update({name: len(table) - table[name].null_count for name in table.column_names})
 
     def __getitem__(self, number: int) -> pa.Table:
         start, size = self._bounds[number]

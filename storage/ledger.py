@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 
 from storage.commits import Commits, Held, Packing, Packs, Put
 from storage.documents import DamagedObject, decode, parse_json, schema_of, with_columns
+from storage.gathered import Spool, cut
 from storage.paths import Folder, StorageError
 from storage.sample_arrays import sample_chunks
-from storage.samples import PART_ROWS, Parts, SampleIndex, part_name, table_bytes
+from storage.samples import PART_ROWS, ROW_GROUP_ROWS, Parts, SampleIndex, part_files, part_name, table_bytes
 from storage.sources import Source
 from storage.spec import Layout, Level, ShardTask
 from storage.totals import Totals
@@ -86,6 +87,9 @@ SCHEMA = schema_of(SampleRecord, width=pa.int32(), height=pa.int32())
 
 _LATER = ("digest",)
 """Columns that format 2 hasn't."""
+
+_PLACES = ("source", "member", "offset", "size")
+"""Columns of an index that say where an image lies."""
 
 _OF_FRAMES = ("time",)
 """Columns of tables that have frames of videos, and no others."""
@@ -280,7 +284,8 @@ class Ledger:
         return {block: why for window, found, _ in windows for block, why in zip(window, found, strict=True) if why}
 
     def merge(self, index: SampleIndex, put: Put, earlier: Collection[int] = ()) -> Totals:
-        """Join all commit records into `ledger/samples/part-*.parquet`, a part at a time, and pack them; returns their totals.
+        """Join all commit records into `ledger/samples/part-*.parquet`, and pack them; returns their totals. In memory are the
+        records of a pack's tasks at a time, however many rows there are.
 
         `put` writes an object of the store. Where the images lie is taken from the index: a source may have moved, or been
         repaired, since a task was done. `earlier`: blocks that an earlier run did, whose shards are held against the sizes that
@@ -299,32 +304,41 @@ class Ledger:
 
         windows = self._windows(range(layout.n_blocks), ask, [self, *self.added])
         for part, some in itertools.groupby(windows, lambda window: window[0][0] * layout.block_rows // PART_ROWS):
-            tables = []
+            rows = Spool()
             for window, found, packing in some:
                 torn |= {block: each for block, each in zip(window, found, strict=True) if isinstance(each, str)}
-                tables += [each for each in found if not isinstance(each, str)]
                 if torn.keys().isdisjoint(window):
                     packing.put(put)
+                if not torn:
+                    table = self._checked(window, pa.concat_tables(cast(list[pa.Table], found)), index)
+                    totals += Totals.of(table)
+                    for group in cut([table], ROW_GROUP_ROWS):
+                        rows.append(group)
             if not torn:
-                expected = range(part * PART_ROWS, min((part + 1) * PART_ROWS, layout.n_rows))
-                totals += self._merge_part(part, expected, pa.concat_tables(tables), index, put)
+                self._put_part(part, rows, put)
         if torn:
             raise TornTasks(self.folder, torn)
         return totals
 
-    def _merge_part(self, part: int, expected: range, table: pa.Table, index: SampleIndex, put: Put) -> Totals:
-        """Write the rows of a part; returns what they come to."""
-        if not _is_of_rows(table, expected.start, expected.stop):
+    def _checked(self, blocks: Sequence[int], table: pa.Table, index: SampleIndex) -> pa.Table:
+        """The rows of blocks that follow each other, with the places that the index says. Raises `StorageError` unless they are
+        all in `table`."""
+        first, last = self.layout.task(blocks[0]).first, self.layout.task(blocks[-1]).last
+        if not _is_of_rows(table, first, last):
             raise StorageError(
-                f"{self.folder.displayed}: the ledger's rows don't add up in part {part}; keep the store, report this"
+                f"{self.folder.displayed}: the ledger's rows don't add up from {first} to {last}; keep the store, report this"
             )
-        places = index.read(expected.start, expected.stop)
+        places = index.read(first, last, ("key", *_PLACES))
         self._require_keys(table, places["key"])
-        table = _placed(table, places, index.sources)
-        put(part_name("ledger/samples", part), table_bytes(_without_unsaid(table)))
-        for name, chunk in sample_chunks(expected.start, table) if self.sample_arrays else ():
+        return _placed(table, places, index.sources)
+
+    def _put_part(self, part: int, rows: Spool, put: Put) -> None:
+        """Write the rows of a part."""
+        unsaid = [name for name in _OF_FRAMES if not rows.said[name]]
+        [(data, _)] = part_files(table.drop_columns(unsaid) for table in rows)
+        put(part_name("ledger/samples", part), data)
+        for name, chunk in sample_chunks(part * PART_ROWS, rows) if self.sample_arrays else ():
             put(name, chunk)
-        return Totals.of(table)
 
     def _require_keys(self, table: pa.Table, keys: pa.ChunkedArray) -> None:
         other = pc.index(pc.not_equal(table["key"], keys), True).as_py()
@@ -461,7 +475,7 @@ def committed_objects(record: pa.Table) -> dict[str, int]:
 def _placed(table: pa.Table, places: pa.Table, sources: Sequence[Source]) -> pa.Table:
     """Ledger rows with the sources, offsets and sizes of the same rows of an index."""
     urls = pa.array([source.url for source in sources], pa.string())
-    columns = {name: places[name] for name in ("member", "offset", "size")} | {"source": urls.take(places["source"])}
+    columns = {**{name: places[name] for name in _PLACES}, "source": urls.take(places["source"])}
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), values)
     return table

@@ -5,7 +5,7 @@ itself reads neither; index and ledger are the truth. They are written when a st
 their metadata is there in complete stores only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from numcodecs.vlen import VLenUTF8
 from zarr.codecs import ZstdCodec
 
 from storage.documents import JsonValue
+from storage.gathered import cut
 from storage.shards import compress
 
 CHUNK_ROWS = 2**16
@@ -52,12 +53,11 @@ def create_sample_arrays(root: zarr.Group, n_rows: int) -> None:
         )
 
 
-def sample_chunks(first: int, ledger: pa.Table) -> Iterator[tuple[str, bytes]]:
+def sample_chunks(first: int, ledger: Iterable[pa.Table]) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of the chunks that hold rows `first`, the first of a chunk, and following: those of `ledger`, in order,
     up to the array's end or a chunk's."""
-    for start in range(0, len(ledger), CHUNK_ROWS):
-        rows = ledger.slice(start, CHUNK_ROWS)
-        chunk = (first + start) // CHUNK_ROWS
+    columns = (table.select(["key", "status"]) for table in ledger)
+    for chunk, rows in enumerate(cut(columns, CHUNK_ROWS), first // CHUNK_ROWS):
         keys = np.full(CHUNK_ROWS, "", object)
         keys[: len(rows)] = rows["key"].to_numpy(zero_copy_only=False)
         valid = np.zeros(CHUNK_ROWS, bool)

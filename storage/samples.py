@@ -237,9 +237,9 @@ class SampleIndex:
             tables.append(table.filter(pc.is_in(table["source"], wanted)))
         return pa.concat_tables(tables)
 
-    def read(self, first: int, last: int) -> pa.Table:
+    def read(self, first: int, last: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows `first` to `last` (exclusive); they must lie within one part."""
-        return self._ask(lambda index: index._within(index._table.read(first, last)))
+        return self._ask(lambda index: index._within(index._table.read(first, last, columns)))
 
     def take(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows whose numbers are in `rows`, in that order."""
@@ -359,7 +359,7 @@ def table_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> b
     return sink.getvalue()
 
 
-def part_files(tables: Iterable[pa.Table], metadata: Mapping[str, str]) -> Iterator[tuple[bytes, str]]:
+def part_files(tables: Iterable[pa.Table], metadata: Mapping[str, str] | None = None) -> Iterator[tuple[bytes, str]]:
     """Parquet files of `PART_ROWS` rows each, but for the last one, as `table_bytes` gives them, made a row group at a time; and
     the key of each one's first row."""
     groups = cut(tables, ROW_GROUP_ROWS)

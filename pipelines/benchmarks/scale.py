@@ -49,7 +49,7 @@ class ScaleBenchmark:
     """Images of the long run, which shows what grows with them."""
     long_forward_s: float = 0.1
     """Seconds that the model is busy with a task in the long run."""
-    stage_rows: tuple[int, ...] = (1_000_000, 10_000_000)
+    stage_rows: tuple[int, ...] = (1_000_000, 3_000_000, 10_000_000)
     """Images of the runs whose driver is measured stage by stage, the smallest number first."""
     stage_block_rows: int = 1024
     """Images per task of those: what 10^8 have."""

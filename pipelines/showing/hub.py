@@ -16,7 +16,7 @@ from storage.reachable import why_endpoint_unreachable
 from storage.redaction import redact
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 SCHEME = "hf://"
 
@@ -111,21 +111,20 @@ class HubPlace:
 
     def settle(self) -> None:
         if self._operations:
-            with self._reaching():
-                self._api.create_commit(
-                    self._repo,
-                    self._operations,
-                    commit_message=f"{len(self._operations)} files of a feature store",
-                    repo_type="dataset",
-                    revision=self._revision,
-                )
+            self._commit(self._operations, f"{len(self._operations)} files of a feature store")
             self._operations = []
-            self._fs.invalidate_cache()  # whoever reads from there in this process has listings of before
 
-    def remove(self, name: str) -> None:
+    def remove(self, names: Sequence[str]) -> None:
+        from huggingface_hub import CommitOperationDelete
+
+        for start in range(0, len(names), _FILES_OF_COMMIT):
+            some = names[start : start + _FILES_OF_COMMIT]
+            self._commit([CommitOperationDelete(self._prefix + name) for name in some], f"{len(some)} files fewer")
+
+    def _commit(self, operations: "Sequence[CommitOperationAdd | CommitOperationDelete]", message: str) -> None:
         with self._reaching():
-            self._api.delete_file(self._prefix + name, self._repo, repo_type="dataset", revision=self._revision)
-        self._fs.invalidate_cache()
+            self._api.create_commit(self._repo, operations, commit_message=message, repo_type="dataset", revision=self._revision)
+        self._fs.invalidate_cache()  # whoever reads from there in this process has listings of before
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """`jobs/show.py card` and `push`: what a card says, and copies that are whole or no store, on disks, S3 and a hub."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -346,6 +347,26 @@ def test_to_the_hub_it_goes_on_where_it_stopped(store, hub, capsys, monkeypatch)
     assert push(store, "hf://datasets/me/feats", options(hub), "--public") == 0
     assert {oid: hub.asked[oid] for oid in uploaded} == uploaded  # none again
     assert FeatureStore.open("hf://datasets/me/feats", options(hub)).status == "complete"
+
+
+def test_to_the_hub_large_files_go_by_its_own_protocol(store, monkeypatch):
+    """As huggingface_hub does it where hf_xet is installed, and only with what it is given as bytes."""
+    sent: dict[str, bytes] = {}
+    with running_hub() as hub:
+
+        def by_xet(*, additions, **_):
+            for each in additions:
+                assert isinstance(each.path_or_fileobj, bytes)
+                each.upload_info.sha256 = hashlib.sha256(each.path_or_fileobj).digest()
+                hub.objects[each.upload_info.sha256.hex()] = sent[each.path_in_repo] = each.path_or_fileobj
+
+        monkeypatch.setattr("huggingface_hub._commit_api._upload_xet_files", by_xet)
+        assert push(store, "hf://datasets/me/feats", options(hub)) == 0
+
+        repository = hub.repositories["me/feats"]
+        assert sent == {name: repository.files[name] for name in repository.large}
+        assert "x1/features/c/0/0/0/0" in sent
+        assert not hub.asked["upload"]
 
 
 @pytest.mark.parametrize(

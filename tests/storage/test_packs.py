@@ -17,6 +17,7 @@ from storage.documents import DamagedObject
 from storage.paths import Folder, StorageError
 from storage.store import FeatureStore
 from tests.conftest import write_tar
+from tests.stops import dying_at_task
 from tests.storage.test_growth import LEVELS, counting, everything, go, objects
 from tests.storage.test_input_identity import IMAGES, all_samples, assert_holds, bmps, config_of, samples_of, tar_of, write_tars
 from tests.storage.test_input_identity import features as features
@@ -182,6 +183,59 @@ def test_records_beside_the_packs_of_a_finished_store_do_not_count(tmp_path, fea
 
     assert names(out) == (["000000", "000001"], alone(4))
     assert_holds(out, all_samples(tars), features)
+
+
+def test_a_copy_that_is_pushed_in_each_state_has_the_records_of_that_state(tmp_path, features):
+    """A record that lay alone when it was copied would count before the later one in a pack, and one that was revoked would say
+    that its task is done."""
+    images = [("a-0.bmp", IMAGES[0]), ("a-1.bmp", b"no image"), *((f"a-{n}.bmp", IMAGES[n]) for n in range(2, 17))]
+    tar, out, copy = write_tar(tmp_path / "a.tar", images), tmp_path / "out.zarr", tmp_path / "copy.zarr"
+
+    def push() -> None:
+        assert show(["push", str(out), str(copy), "--unfinished"]) == 0
+        here, there = objects(out), objects(copy)
+        kept = ("ledger/", "index/", "x1/", "zarr.json")
+        assert {n: d for n, d in there.items() if n.startswith(kept)} == {n: d for n, d in here.items() if n.startswith(kept)}
+        stores = [FeatureStore.open(str(folder)) for folder in (out, copy)]
+        read = [(each.valid().tolist(), each.read(slice(None), "x1", missing="nan").tobytes()) for each in stores]
+        assert read[0] == read[1]
+        assert stores[0].ledger.listed() == stores[1].ledger.listed()
+
+    with dying_at_task(3):
+        go([str(tar)], out)
+    push()
+    go([str(tar)], out)
+    push()
+    write_tar(tmp_path / "a.tar", [images[0], ("a-1.bmp", IMAGES[1]), *images[2:]])
+    with dying_at_task(0):
+        go([str(tar)], out, retry_failed=True)
+    push()
+    assert FeatureStore.open(str(copy)).ledger.listed() == {1, 2, 3, 4}
+
+    with counting() as computed:
+        go([str(tar)], copy)
+
+    assert sum(computed) == 4
+    assert_holds(copy, samples_of(tar), features)
+
+
+def test_a_copy_gets_no_record_of_a_shard_that_it_lacks(tmp_path, capsys, monkeypatch):
+    """A run that ends while its store is copied writes packs anew, with tasks that came after the shards were listed."""
+    tars, out, copy = write_tars(tmp_path, {"a": range(17)}), tmp_path / "out.zarr", tmp_path / "copy.zarr"
+    go(tars, out)
+    pack, original = Folder(str(out)).read(f"{PACKED}/000000"), Folder.read_many
+
+    def read_many(self, names, threads):
+        if f"{PACKED}/000000" in names:
+            (out / PACKED / "000000").write_bytes(pack + b"later")
+        return original(self, names, threads)
+
+    monkeypatch.setattr(Folder, "read_many", read_many)
+
+    assert show(["push", str(out), str(copy)]) == 2
+
+    assert f"{PACKED}/000000 was written anew; the same command makes the copy whole" in capsys.readouterr().err
+    assert not (copy / "zarr.json").exists()
 
 
 def test_a_record_that_is_damaged_in_its_pack_is_done_again(tmp_path, features, caplog):
