@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,12 +20,15 @@ from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import extract
 from pipelines.feature_datasets import FeatureDataset
 from pipelines.features.photos import NoPhoto, try_photos
-from storage import videos
-from storage.paths import InputError
+from storage import ranges, videos
+from storage.paths import Folder, InputError
 from storage.store import FeatureStore
 from tests.conftest import jpeg, write_tar
+from tests.stops import dying_at_task
+from tests.storage.test_samples import _Ranged
+from tests.storage.test_samples import serve as serve
+from tests.videos import drawn, pretended, video
 from tests.videos import pretend as pretend
-from tests.videos import pretended
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -258,6 +262,56 @@ def test_guide_is_true(tmp_path, pretend, monkeypatch, capsys):
     (code,) = re.findall(r"```py\n(.*?)```", section, re.DOTALL)
     exec(code, {})
     assert "[0.0, 0.5, 0.0, 0.5]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["s3", "http"])
+def test_real_videos_are_read_by_ranges_wherever_they_lie(tmp_path, tiny, s3_options, serve, monkeypatch, where):
+    """Names that URLs must quote; a plan, a run that stops, the one that goes on: the rows of a run on local files."""
+    name = "a b#1%4"
+    clip = video([drawn(i) for i in range(40)], rate=1, options={"crf": "1"})
+    tar, plain = write_tar(tmp_path / "in/c#0.tar", [(f"{name}.mp4", clip), ("z.jpg", jpeg(1))]), tmp_path / "in/d é#2%.mov"
+    plain.write_bytes(clip)
+    local = tiny((str(tar), str(plain)), fps=0.1, levels=("x1",), block_rows=4)
+    extract(local, InlineExecutor())
+    base, options, data = "", {}, (str(tar), str(plain))
+    if where == "s3":
+        base, options = f"s3://{s3_options['bucket']}", s3_options["options"]
+        for path in (tar, plain):
+            Folder(f"{base}/in", options).write(path.name, path.read_bytes())
+        data = tuple(f"{base}/in/{path.name}" for path in (tar, plain))
+    else:
+        base, _ = serve(_Ranged)
+        data = tuple(f"{base}/in/{quote(path.name)}" for path in (tar, plain))
+    out = f"{base}/far.zarr" if where == "s3" else str(tmp_path / "far.zarr")
+    config = local.changed(data=data, out=out, storage_options=json.dumps(options))
+    read: list[int] = []
+    original = ranges.read_range
+
+    def counting(options, url, start, end):
+        read.append(end - start)
+        return original(options, url, start, end)
+
+    monkeypatch.setattr(ranges, "read_range", counting)
+    monkeypatch.setattr(ranges.RangedFile, "FIRST", 2**12)
+    monkeypatch.setattr(ranges.RangedFile, "LARGEST", 2**14)
+
+    plan = make_plan(prepare(resolve(config), InlineExecutor()))
+    assert (plan.videos, plan.frames, plan.images) == (2, 8, 9)
+    read.clear()
+    with dying_at_task(1):
+        extract(config, InlineExecutor())
+    assert extract(config, InlineExecutor()).this_run < 9
+
+    assert 0 < max(read) <= 2**14 < len(clip) / 3
+    here, there = FeatureStore.open(local.out), FeatureStore.open(config.out, options)
+    assert read_all(there) == read_all(here)
+    assert there.rows([f"{name}#000010.000"]).tolist() == [1]
+
+
+def read_all(store: FeatureStore) -> list[object]:
+    rows = store.records(slice(None), ["row", "key", "time", "digest", "status"]).to_pylist()
+    # A file at a web address is called as that writes it.
+    return [[row | {"key": unquote(row["key"])} for row in rows], store.read(slice(None), "x1").tobytes()]
 
 
 def test_plan_as_json(clips, tmp_path, pretend, capsys):
