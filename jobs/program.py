@@ -83,6 +83,8 @@ class Program:
     "what an interrupt is answered with"
     aliases: Mapping[str, str] = field(default_factory=dict)
     "flags by other names that they may be given"
+    earlier: Mapping[str, str] = field(default_factory=dict)
+    "words with which command lines began in earlier versions, or none, and what they begin with now"
     pairs: bool = False
     "switches have both forms, --flag and --no-flag, whatever their default"
 
@@ -178,6 +180,7 @@ class Program:
         """The command that `args` begin with, whose name is taken off them."""
         if "" in self.commands and args and args[0] not in self.commands:
             return "", self.commands[""]
+        self._require_no_earlier(args)
         word = pick_word(args, self.commands)
         if word is None:
             self._end_with_usage(args)
@@ -187,6 +190,13 @@ class Program:
                 args[:] = [each for each in args if each not in flags]
                 return name, self.commands[name]
         return word, self.commands[word]
+
+    def _require_no_earlier(self, args: Sequence[str]) -> None:
+        """Raises `ConfigError` with the words of today."""
+        first = "" if not args or args[0].startswith("-") else args[0]
+        if first in self.earlier and args and args[0] not in ("--help", "-h"):
+            said = first or "a command line without a word"
+            raise ConfigError(f"{said} is `python jobs/{self.name}.py {self.earlier[first]}` now, whose flags --help lists")
 
     def _end_with_usage(self, args: Sequence[str]) -> NoReturn:
         """Print what there is to choose from; it was asked for, or something lacks."""

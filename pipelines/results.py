@@ -96,14 +96,18 @@ NOT_SHOWN = "no difference shown"
 
 def _interval(line: Line, number: int) -> str:
     found = line.estimates[number]
-    return _bounds(found.interval, _digits(line, number)) if found and found.interval else ""
+    return bounds(found.interval, _digits(line, number)) if found and found.interval else ""
 
 
 def _difference(line: Line, number: int) -> str:
-    found, digits = line.estimates[number], _digits(line, number)
+    return difference_in_words(line.estimates[number], _digits(line, number))
+
+
+def difference_in_words(found: Estimate | None, digits: int) -> str:
+    """From another row, with its interval; nothing where there is none."""
     if found is None or found.difference is None or found.difference_interval is None:
         return ""
-    text = f"{found.difference:+.{digits}f} {_bounds(found.difference_interval, digits)}"
+    text = f"{found.difference:+.{digits}f} {bounds(found.difference_interval, digits)}"
     return f"{text}, {NOT_SHOWN}" if found.difference_interval.holds_zero else text
 
 
@@ -111,7 +115,8 @@ def _against(line: Line) -> str:
     return next(each.against for each in line.estimates if each and each.against)
 
 
-def _bounds(interval: Interval, digits: int) -> str:
+def bounds(interval: Interval, digits: int) -> str:
+    """Of an interval, in brackets."""
     return f"[{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 

@@ -4,7 +4,7 @@
     raylift show        look at stores and at training runs
     raylift train       upsamplers, and readouts of features
     raylift evaluate    by published protocols
-    raylift tables      backbones x tasks x seeds
+    raylift tables      papers' tables, or a grid
     raylift benchmark   engineering figures
     raylift --version
 

@@ -20,7 +20,7 @@ import zarr
 
 ARCHIVE = Path(__file__).parent / "data/edition1/written.tar.gz"
 
-PROGRAMS = {"extract": "extract", "train": "train", "evaluate": "evaluate", "grid": "tables"}
+PROGRAMS = {"extract": ("extract",), "train": ("train",), "evaluate": ("evaluate",), "grid": ("tables", "grid")}
 """What the jobs that wrote it are called now."""
 
 MEASURED = {"images_per_s", "run_images_per_s", "seconds", "train_seconds"}
@@ -54,7 +54,8 @@ def run(capsys) -> Run:
 def again(old: Path, out: str, *more: str) -> tuple[str, list[str]]:
     """The program and the command line that wrote `out`, with more flags."""
     (found,) = [each for each in json.loads((old / "commands.json").read_text()) if each["out"] == out]
-    return PROGRAMS[found["program"]], [*shlex.split(found["line"]), "--out", out, *more]
+    program, *words = PROGRAMS[found["program"]]
+    return program, [*words, *shlex.split(found["line"]), "--out", out, *more]
 
 
 def objects(folder: Path) -> dict[str, bytes]:

@@ -27,6 +27,7 @@ from pipelines.tables.backbones import BACKBONES, BY_NAME
 from pipelines.tables.grid_cells import without_unused
 from pipelines.tables.paper_cells import ScaledCells
 from pipelines.tables.papers import LACKS, Correlated, PaperCell, PaperPlan, PapersConfig, PaperTable, Wanted
+from pipelines.tables.tasks import PUBLISHED, Column
 from storage.documents import JsonValue
 
 OWN = "dinov2-b"
@@ -81,34 +82,8 @@ ABLATIONS = {
 SPEED = "speed, relative to the reference"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A number of a task: where it is found, and how it is printed."""
-
-    head: str
-    value: str
-    "of the probe's results, or of the training's metrics"
-    digits: int
-    falls: bool = False
-    of_training: bool = False
-    "cross-entropy, which the probe's results don't have"
-
-
-COLUMNS: Mapping[str, tuple[Column, ...]] = {
-    "instances": (Column(head="ARI", value="ari", digits=1),),
-    "boundaries": (Column(head="CE", value="cross_entropy", digits=4, falls=True), Column(head="IoU", value="iou, %", digits=1)),
-    "detection": (Column(head="AP_lg", value="ap_large", digits=4),),
-    "voc": (
-        Column(head="CE", value="val_loss", digits=4, falls=True, of_training=True),
-        Column(head="IoU", value="miou, %", digits=1),
-    ),
-    "coco-stuff": (
-        Column(head="CE", value="val_loss", digits=4, falls=True, of_training=True),
-        Column(head="IoU", value="miou, %", digits=1),
-    ),
-    "depth": (Column(head="RMSE", value="rmse_pooled", digits=3, falls=True),),
-}
-"""By task, as Table 3 has them; figures show the last one."""
+COLUMNS: Mapping[str, tuple[Column, ...]] = {name: PUBLISHED[name].columns for name in DEAP_TASKS}
+"""By task; figures show the last one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +233,7 @@ class _Cells(ScaledCells):
 
     def wanted(self, column: Column, backbone: str, task: str, method: str = "deap", *, row: str, name: str) -> Wanted:
         """A number of a table."""
-        cell = self.readout(backbone, task, method) if column.of_training else self.probe(backbone, task, method)
+        cell = self.probe(backbone, task, method) if column.judged else self.readout(backbone, task, method)
         known = method in ("deap", *DEAP_ABLATIONS.rows)
         published = deap_values(backbone, method, task).get(column.head) if known and task in DEAP_TASKS else None
         return Wanted(
@@ -266,8 +241,9 @@ class _Cells(ScaledCells):
             column=name,
             cell=cell,
             line="",
-            value=column.value,
+            value=column.judged or column.metric,
             published=published,
+            scale=1.0 if column.judged else column.scale,
             digits=column.digits,
             falls=column.falls,
         )
@@ -364,7 +340,7 @@ def _resolutions(make: _Cells) -> PaperTable:
         for side in (trained // 2, trained, 2 * trained):
             cell = make.probe(backbone, task, side=side) if side != trained else make.probe(backbone, task)
             row, name = f"{_label(task, column)}, {BY_NAME[backbone].label}", f"{side} px"
-            wanted.append(Wanted(row=row, column=name, cell=cell, line="", value=column.value, digits=column.digits))
+            wanted.append(Wanted(row=row, column=name, cell=cell, line="", value=column.judged, digits=column.digits))
     notes = (
         f"trained with outputs of {trained} px, a query for each 8 x 8; labels are of the output's size, so that only "
         "lines within one size compare",

@@ -178,10 +178,7 @@ def _lines(table: PaperTable, found: Sequence[Figure]) -> "Canvas":
     for row, of in _rows(found).items():
         there = [(columns.index(name), each) for name, each in of.items() if each.measured is not None]
         values = [each.measured or 0.0 for _, each in there]
-        ends = [
-            (each.interval.low, each.interval.high) if each.interval else (v, v)
-            for (_, each), v in zip(there, values, strict=True)
-        ]
+        ends = [each.ends or (v, v) for (_, each), v in zip(there, values, strict=True)]
         spread = [
             [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)],
             [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)],
@@ -206,8 +203,8 @@ def _bars(table: PaperTable, found: Sequence[Figure]) -> "Canvas":
         done = [(at, figure) for at, figure in there if figure.measured is not None]
         each.bar([at for at, _ in done], [figure.measured or 0.0 for _, figure in done], label="measured")
         for at, figure in done:
-            if figure.interval:
-                each.vlines(at, figure.interval.low, figure.interval.high, color="black", lw=1)
+            if figure.ends:
+                each.vlines(at, *figure.ends, color="black", lw=1)
         crosses = [(at, figure.wanted.published) for at, figure in there if figure.wanted.published is not None]
         if crosses:
             each.scatter([at for at, _ in crosses], [value for _, value in crosses], marker="x", color="black", label="published")

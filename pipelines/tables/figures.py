@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy.stats import spearmanr
 
-from operators.metrics.bootstrap import Interval
+from operators.metrics.bootstrap import Estimate, Interval
 from pipelines.results import Cell, Table
 from pipelines.tables.paper_run import RESULTS, Outcome
 from pipelines.tables.papers import TRAININGS, Correlated, PaperPlan, PaperTable, Wanted
+from pipelines.tables.seeds import Score
 from storage.documents import JsonValue, decode, parse_json
 from storage.paths import Folder
 from storage.runs import read_metrics
@@ -24,11 +25,32 @@ class Figure:
 
     wanted: Wanted
     measured: float | None
-    interval: Interval | None = None
+    estimate: Estimate | None = None
+    "how far it is known, and how far it is from the bilinear row of the same evaluation"
     missing: str = ""
-    "why nothing is measured"
+    "why nothing is measured, or not by every seed"
+    seeds: tuple["Figure", ...] = ()
+    "the same by each of several seeds, whose mean is measured"
     points: tuple[tuple[float, float, str], ...] = ()
     "of a correlation: others' number, the measured one, and what they are of"
+
+    @property
+    def score(self) -> Score | None:
+        """Over the seeds that have it; None of one seed."""
+        return Score.of([each.measured for each in self.seeds if each.measured is not None])
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Of its interval, or a deviation below and above the mean of seeds."""
+        if self.interval:
+            return self.interval.low, self.interval.high
+        if (score := self.score) and score.deviation is not None:
+            return score.mean - score.deviation, score.mean + score.deviation
+        return None
+
+    @property
+    def interval(self) -> Interval | None:
+        return self.estimate.interval if self.estimate else None
 
     @property
     def difference(self) -> float | None:
@@ -66,7 +88,16 @@ class Results:
         )
 
     def figure(self, wanted: Wanted) -> Figure:
-        """A number, or why there is none."""
+        """A number, or its mean over seeds, or why there is none."""
+        found = [self._figure(replace(wanted, cell=cell, again=())) for cell in wanted.cells]
+        if len(found) == 1:
+            return found[0]
+        figure = Figure(
+            wanted=wanted, measured=None, seeds=tuple(found), missing="; ".join(filter(None, (e.missing for e in found)))
+        )
+        return replace(figure, measured=figure.score.mean) if figure.score else figure
+
+    def _figure(self, wanted: Wanted) -> Figure:
         if error := self.outcomes[wanted.cell].error:
             return Figure(wanted=wanted, measured=None, missing=error)
         if wanted.cell in self.metrics:
@@ -98,14 +129,17 @@ def read_figure(tables: Sequence[Table], wanted: Wanted) -> Figure:
             is_it = wanted.line in ("", line.features) and (wanted.px is None or line.input_px == str(wanted.px))
             value, known = _number(line.values[at]), line.estimates[at] if line.estimates else None
             if is_it and not line.published and value is not None:
-                interval = known.interval if known else None
-                return Figure(wanted=wanted, measured=wanted.scale * value, interval=_scaled(interval, wanted.scale))
+                return Figure(wanted=wanted, measured=wanted.scale * value, estimate=known and _scaled(known, wanted.scale))
     where = " ".join(filter(None, [wanted.line and f"of {wanted.line}", f"at {wanted.px} px" if wanted.px else ""]))
     return Figure(wanted=wanted, measured=None, missing=f"{wanted.cell} has no {wanted.value} {where}".rstrip())
 
 
-def _scaled(interval: Interval | None, scale: float) -> Interval | None:
-    return interval and Interval(low=scale * interval.low, high=scale * interval.high)
+def _scaled(known: Estimate, scale: float) -> Estimate:
+    own, apart = (
+        each and Interval(low=scale * each.low, high=scale * each.high) for each in (known.interval, known.difference_interval)
+    )
+    difference = None if known.difference is None else scale * known.difference
+    return replace(known, interval=own, difference=difference, difference_interval=apart)
 
 
 def _number(value: Cell | JsonValue) -> float | None:

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from pipelines.tables.doing import CellsFailed
 from pipelines.tables.drawings import name_points, scale_across
 from pipelines.tables.grid_cells import Cell, CellResult, GridConfig, plan_cells, published_recipe
 from pipelines.tables.grid_run import run_cells, state_in_words
+from pipelines.tables.seeds import Score
 from pipelines.tables.speeds import measure_speeds
 from pipelines.tables.tasks import Column, TableTask, published_values
 from pipelines.training.readout import FEATURES, ReadoutTraining
@@ -32,16 +32,6 @@ from storage.totals import KEEP_THEM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """A number over seeds."""
-
-    mean: float
-    deviation: float | None
-    "sample standard deviation; None for one seed"
-    runs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +113,7 @@ def _what_counts(training: ReadoutTraining) -> dict[str, JsonValue]:
 
 
 def _score(column: Column, done: Sequence[CellResult]) -> Score | None:
-    values = [column.scale * result.metrics[column.metric] for result in done if column.metric in result.metrics]
-    if not values:
-        return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Score(mean=statistics.fmean(values), deviation=deviation, runs=len(values))
+    return Score.of([column.scale * result.metrics[column.metric] for result in done if column.metric in result.metrics])
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -232,13 +218,7 @@ def _input_of(entry: Entry) -> list[str]:
 
 def _cells(entry: Entry) -> Iterator[str]:
     for column, score in zip(entry.task.columns, entry.scores, strict=True):
-        if score is None:
-            yield "failed"
-            continue
-        text = f"{score.mean:.{column.digits}f}"
-        if score.deviation is not None:
-            text += f" ± {score.deviation:.{column.digits}f}"
-        yield text + (f" ({score.runs} of {entry.due})" if score.runs < entry.due else "")
+        yield "failed" if score is None else score.in_words(column.digits, entry.due)
 
 
 def _published_cells(entry: Entry) -> Iterator[str]:
@@ -349,7 +329,7 @@ def _draw_panel(
     # No score is below 0 but ARI; error bars and margins would show an axis there.
     if points_of and min(up for _, up, _ in points_of) >= 0:
         panel.set_ylim(bottom=max(0.0, panel.get_ylim()[0]))
-    if task.task == "depth":
+    if task.columns[-1].falls:
         panel.invert_yaxis()
     return points_of
 

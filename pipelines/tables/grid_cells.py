@@ -9,30 +9,18 @@ from typing import Annotated
 
 import tyro
 
-from cluster.resources import WorkerRequest
 from operators.readouts import READOUTS
 from operators.readouts.variants import VARIANTS
-from pipelines.config import (
-    ActorsConfig,
-    ConfigError,
-    Free,
-    Held,
-    JobConfig,
-    absolute,
-    require_at_least,
-    require_gpus,
-    require_out,
-    said,
-)
+from pipelines.config import ConfigError, Free, absolute, require_at_least, said
 from pipelines.costs.speed import SpeedProtocol
 from pipelines.published import Settings
 from pipelines.tables.backbones import PaperBackbone, find_backbone
+from pipelines.tables.doing import CellsConfig
 from pipelines.tables.tasks import TableTask, find_task
 from pipelines.training.readout import ReadoutTraining
 from storage.datasets.registry import DATASETS
 from storage.differences import Difference
 from storage.documents import JsonObject, JsonValue
-from storage.paths import Folder
 from storage.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -52,11 +40,9 @@ _GRIDS_OWN = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridConfig(JobConfig):
-    """Readouts for several backbones, tasks, methods and seeds: DeAP's Tables 3 and 5, ViT-Up's Table 1."""
+class GridConfig(CellsConfig):
+    """Readouts of your own choice: backbones x tasks x methods x seeds, on models or stores."""
 
-    out: Free[str] = ""
-    """The folder to write or continue: a path or fsspec URL. Each cell's run is a folder in it."""
     backbones: Free[tuple[str, ...]] = ()
     """As `jobs/show.py backbones` names them, or TIMM_NAME[@PIXELS]."""
     tasks: Free[tuple[str, ...]] = ()
@@ -67,10 +53,6 @@ class GridConfig(JobConfig):
     linear, featup, depth_bins."""
     method_levels: Free[tuple[str, ...]] = ()
     """METHOD=LEVEL for methods that read another map than the others: featup=x16=featup:URL, linear=448x448=vit_up:URL."""
-    seeds: Free[tuple[int, ...]] = (0,)
-    """Tables have the mean over them, and the standard deviation."""
-    data: Free[tuple[str, ...]] = ()
-    """DATASET=FOLDER for each data set: voc=VOC2012 coco=s3://bucket/coco."""
     store: Free[str] = ""
     """Feature stores to read instead of running backbones, as a template: s3://bucket/{backbone}-{dataset}.zarr, or with {part}
     one for each part of a data set (train, val, train2017, ...). Made by jobs/extract.py, placed as the task has it. What
@@ -80,8 +62,6 @@ class GridConfig(JobConfig):
     TIMM_NAME-112), and the log says it."""
     paper: Free[bool] = False
     """Published numbers below the measured ones."""
-    plan: Free[bool] = False
-    """Print what would be done, and what is done already, then stop: nothing is computed or begun, and no cluster is asked."""
 
     max_steps: Free[int | None] = None
     """Optimiser steps of each run; default: the task's published ones."""
@@ -103,24 +83,9 @@ class GridConfig(JobConfig):
     speed_batches: Free[int] = 10
     """Forwards that are timed."""
 
-    cluster: Held[ActorsConfig] = ActorsConfig()
-    cell_cpus: Free[int | None] = None
-    """CPUs and threads of one cell; default: 1 on CPU, the node's share per GPU otherwise."""
-    cell_gpus: Free[float | None] = None
-    """GPUs of one cell; fractions train several on one."""
-    max_failures: Free[int] = 3
-    """Lost workers or nodes after which a cell is given up; each time, it goes on from its last checkpoint."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "max_steps", "limit", "val_limit", "speed_batch", "speed_batches", "speed_reference_size")
-        require_at_least(1, self, "cell_cpus")
-        require_at_least(0, self, "max_failures", "seeds")
-        require_gpus(self.cell_gpus, "--cell-gpus")
-        for name in ("backbones", "tasks", "methods", "seeds"):
-            given = getattr(self, name)
-            if len(set(given)) < len(given):
-                raise ConfigError(f"--{name} {' '.join(map(str, given))}: must be different ones")
         if unknown := [name for name in self.methods if name not in METHODS]:
             raise ConfigError(f"--methods {' '.join(unknown)}: there are {', '.join(METHODS)}")
         if own := sorted(_given(self.cell).keys() & _GRIDS_OWN):
@@ -128,40 +93,17 @@ class GridConfig(JobConfig):
             raise ConfigError(f"{flags}: the grid decides it; see --help for what it takes instead")
 
     @property
-    def folders(self) -> dict[str, str]:
-        """`data` by data set. Raises `ConfigError`."""
-        found = {}
-        for text in self.data:
-            name, equals, url = text.partition("=")
-            if name not in DATASETS or not equals or not url:
-                given = redact(text, self.options)
-                raise ConfigError(f"--data {given}: use DATASET=FOLDER; there are {', '.join(DATASETS)}")
-            found[name] = absolute(url)
-        return found
-
-    @property
     def level_of(self) -> dict[str, str]:
-        """`levels` by method. Raises `ConfigError`."""
-        found = {}
-        for text in self.method_levels:
-            method, equals, level = text.partition("=")
-            if method not in self.methods or not equals or not level:
-                raise ConfigError(
-                    f"--method-levels {redact(text, self.options)}: use METHOD=LEVEL, of --methods {' '.join(self.methods)}; for "
-                    "example featup=x16=featup:URL"
-                )
-            found[method] = level
+        """`method_levels` by method. Raises `ConfigError`."""
+        form = f"METHOD=LEVEL, of --methods {' '.join(self.methods)}; for example featup=x16=featup:URL"
+        found = self.pairs("method_levels", form)
+        if unknown := next((name for name in found if name not in self.methods), ""):
+            raise ConfigError(f"--method-levels {unknown}={redact(found[unknown], self.options)}: use {form}")
         return found
 
     @property
     def places(self) -> tuple[str, ...]:
         return self.out, self.store, *self.folders.values()
-
-    @property
-    def folder(self) -> Folder:
-        """Of `out`. Raises `ConfigError`."""
-        require_out(self.out, "a path or URL for the grid")
-        return Folder(absolute(self.out), self.options)
 
     @property
     def speeds(self) -> SpeedProtocol:
@@ -173,10 +115,6 @@ class GridConfig(JobConfig):
             batches=self.speed_batches,
             precision=self.cell.features.precision,
         )
-
-    def worker_request(self, actors: int | None, gpus: float | None) -> WorkerRequest:
-        """Workers that train a cell, or time backbones."""
-        return WorkerRequest(device=self.cluster.device, actors=actors, cpus=self.cell_cpus, gpus=gpus, called="cell")
 
     def flat(self) -> dict[str, JsonValue]:
         # Tables have said these two so from the beginning.
@@ -243,9 +181,8 @@ def plan_cells(config: GridConfig) -> list[Cell]:
 
     Raises `ConfigError` and `BackboneError`: what is wrong with words and settings is wrong before anything is trained.
     """
-    for name in ("backbones", "tasks", "methods", "seeds"):
-        if not getattr(config, name):
-            raise ConfigError(f"--{name}: give at least one")
+    config.require_different("backbones", "tasks", "methods")
+    config.require_known(data=DATASETS)
     backbones = [_find_backbone(config, word) for word in config.backbones]
     tasks = [find_task(word) for word in config.tasks]
     if lacking := sorted({task.dataset for task in tasks} - config.folders.keys()):

@@ -4,22 +4,20 @@ A cell's state is its run's folder (pipelines/training/loop.py) and `cell.json`,
 does what isn't there. A cell that fails ends no other one; the tables (pipelines/tables/grid.py) say why it did.
 """
 
-import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
 from operators.readouts import build_readout
-from pipelines.actors import WorkersLost
 from pipelines.config import ConfigError
 from pipelines.executors import Executor, InlineExecutor
 from pipelines.features.agreement import AskedFeatures
 from pipelines.features.weights import WeightsChoice
-from pipelines.tables.doing import attempted, given_up, with_threads_of
+from pipelines.tables.doing import attempted, done_side_by_side
 from pipelines.tables.grid_cells import Cell, CellResult, GridConfig, published_recipe
 from pipelines.tables.tasks import PUBLISHED
 from pipelines.training.readout import ReadoutSetup
@@ -125,18 +123,20 @@ def state_in_words(cell: Cell) -> str:
 def run_cells(config: GridConfig, cells: Sequence[Cell], executor: Executor) -> list[CellResult]:
     """Results of all cells, in their order. Of a cell whose worker is lost, the next one goes on from its last checkpoint."""
 
-    def lost(cell: Cell, error: WorkersLost) -> CellResult:
-        return replace(_empty(cell), error=given_up(error, config.max_failures))
-
     found = _done_already(cells)
     pending = [cell for cell in cells if cell.name not in found]
     if not pending:
         logger.info("all %d cells are done already", len(cells))
         return [found[cell.name] for cell in cells]
-    pool = executor.pool(config.worker_request(config.cluster.actors, config.cell_gpus))
-    worker = functools.partial(_cell_worker, None if config.is_inline else pool)
+
+    def orders(pool: WorkerPool) -> list[Cell]:
+        return [replace(cell, training=cell.training.changed(device=pool.device)) for cell in pending]
+
+    def given_up(cell: Cell, why: str) -> CellResult:
+        return replace(_empty(cell), error=why)
+
     with Progress(total=len(cells), done=len(found), unit="cells") as progress:
-        for result in executor.pieces(worker, pending, pool, restarts=config.max_failures, lost=lost):
+        for result in done_side_by_side(config, executor, run_cell, orders, given_up):
             found[result.name] = result
             progress.add(0 if result.error else 1, 1 if result.error else 0)
             outcome = result.error or ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
@@ -166,11 +166,3 @@ def _said_result(cell: Cell) -> CellResult | None:
         return decode_known(CellResult, parse_json(Folder(cell.training.out, cell.training.options).read(RESULT))["result"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _cell_worker(pool: WorkerPool | None) -> Callable[[Cell], CellResult]:
-    """Does cells with what a pool has for each; without a pool, with what this process has."""
-    if pool is None:
-        return run_cell
-    device = pool.device
-    return with_threads_of(pool, lambda cell: run_cell(replace(cell, training=cell.training.changed(device=device))))

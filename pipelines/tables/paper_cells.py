@@ -62,7 +62,7 @@ class ScaledCells:
         scale = self.config.scale
         if scale == "paper" or backbone == self.own or backbone in self.config.pairs("backbone"):
             return ""
-        return f"the backbone {backbone}: {scale} has one; give --backbone {backbone}=TIMM_NAME"
+        return f"the backbone {backbone}, which {scale} lacks: give --backbone {backbone}=TIMM_NAME"
 
     def lacks_data(self, *datasets: str) -> list[str]:
         """What to say of each data set that isn't there."""

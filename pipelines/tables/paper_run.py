@@ -1,6 +1,5 @@
 """Doing a paper's cells, side by side on a cluster or in turn, and reading what they came to."""
 
-import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +8,6 @@ from typing import TypeAlias
 
 from cluster.progress import Progress
 from cluster.resources import WorkerPool
-from pipelines.actors import WorkersLost
 from pipelines.config import parse_options
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
@@ -23,9 +21,9 @@ from pipelines.evaluation.run import Evaluating, Making, Settings, Task, evaluat
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
 from pipelines.executors import Executor
-from pipelines.tables.doing import attempted, given_up, with_threads_of
+from pipelines.tables.doing import attempted, done_side_by_side
 from pipelines.tables.measures import count_readouts, measure_speeds
-from pipelines.tables.papers import Job, PaperCell, PaperPlan, PapersConfig
+from pipelines.tables.papers import Job, PaperCell, PaperPlan, PapersConfig, with_replaced
 from pipelines.training.config import TrainConfig
 from pipelines.training.lift import X2Config
 from pipelines.training.readout import ReadoutTraining
@@ -92,15 +90,7 @@ class Order:
         """Of the job, with the folders of the cells that it takes from."""
         folders = {f"{{{need}}}": self.places[need] for need in self.cell.needs}
         own = {"out": self.out, "executor": "inline", "device": self.device, "storage_options": self.storage_options}
-        return {**{name: _replaced(value, folders) for name, value in self.cell.settings.items()}, **own}
-
-
-def _replaced(value: JsonValue, folders: Mapping[str, str]) -> JsonValue:
-    if isinstance(value, str):
-        for name, url in folders.items():
-            value = value.replace(name, url)
-        return value
-    return tuple(_replaced(each, folders) for each in value) if isinstance(value, list | tuple) else value
+        return {**with_replaced(self.cell.settings, folders), **own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,26 +156,24 @@ def state_in_words(folder: Folder, plan: PaperPlan, cell: PaperCell) -> str:
 def _done_now(config: PapersConfig, plan: PaperPlan, pending: Sequence[PaperCell], executor: Executor) -> Iterator[Outcome]:
     """Outcomes as cells end."""
 
-    def lost(order: Order, error: WorkersLost) -> Outcome:
-        return Outcome(name=order.cell.name, error=given_up(error, config.max_failures))
+    def orders(pool: WorkerPool) -> list[Order]:
+        return [
+            Order(
+                cell=cell,
+                identity=plan.identity(cell),
+                places={
+                    name: f"{config.folder.url.rstrip('/')}/{plan.place(plan.cells[name])}" for name in (cell.name, *cell.needs)
+                },
+                storage_options=config.cluster.storage_options,
+                device=pool.device,
+            )
+            for cell in pending
+        ]
 
-    pool = executor.pool(config.worker_request())
-    orders = [
-        Order(
-            cell=cell,
-            identity=plan.identity(cell),
-            places={name: f"{config.folder.url.rstrip('/')}/{plan.place(plan.cells[name])}" for name in (cell.name, *cell.needs)},
-            storage_options=config.cluster.storage_options,
-            device=pool.device,
-        )
-        for cell in pending
-    ]
-    worker = functools.partial(_cell_worker, None if config.is_inline else pool)
-    yield from executor.pieces(worker, orders, pool, restarts=config.max_failures, lost=lost)
+    def given_up(order: Order, why: str) -> Outcome:
+        return Outcome(name=order.cell.name, error=why)
 
-
-def _cell_worker(pool: WorkerPool | None) -> Callable[[Order], Outcome]:
-    return with_threads_of(pool, run_cell)
+    return done_side_by_side(config, executor, run_cell, orders, given_up)
 
 
 def run_cell(order: Order) -> Outcome:

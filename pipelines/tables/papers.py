@@ -7,25 +7,14 @@ isn't there, and cells that several tables take from are done once. A paper is p
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from cluster.resources import WorkerRequest
-from pipelines.config import (
-    ActorsConfig,
-    ConfigError,
-    Free,
-    Held,
-    JobConfig,
-    absolute,
-    require_at_least,
-    require_gpus,
-    require_out,
-)
+from pipelines.config import ConfigError, Free, absolute, require_at_least
+from pipelines.tables.doing import CellsConfig
 from storage.datasets.files import digest
-from storage.documents import JsonValue
-from storage.paths import Folder
+from storage.documents import JsonValue, decode
 from storage.redaction import redact
 
 Scale = Literal["paper", "mini", "debug"]
@@ -42,11 +31,9 @@ Job = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class PapersConfig(JobConfig):
+class PapersConfig(CellsConfig):
     """A paper's tables and curves: every cell trained or evaluated, with the published number and the difference beside it."""
 
-    out: Free[str] = ""
-    """The folder to write or continue: a path or fsspec URL. Each cell is a folder in it; tables.md, tables.json, pictures."""
     table: Free[tuple[str, ...]] = ()
     """Only these, by number: 1, fig4, s2. Default: all."""
     scale: Free[Scale] = "paper"
@@ -72,47 +59,15 @@ class PapersConfig(JobConfig):
     plan: Free[bool] = False
     """Print cells, GPU-hours and storage, and what is done already, then stop."""
 
-    cluster: Held[ActorsConfig] = ActorsConfig()
-    cell_cpus: Free[int | None] = None
-    """CPUs and threads of one cell; default: 1 on CPU, the node's share per GPU otherwise."""
-    cell_gpus: Free[float | None] = None
-    """GPUs of one cell; fractions do several on one."""
-    max_failures: Free[int] = 3
-    """Lost workers or nodes after which a cell is given up; each time, it goes on from what it has kept."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(1, self, "sizes", "steps", "limit", "cell_cpus")
-        require_at_least(0, self, "max_failures")
-        require_gpus(self.cell_gpus, "--cell-gpus")
+        require_at_least(1, self, "sizes", "steps", "limit")
         if self.root and self.scale != "mini":
             raise ConfigError(f"--root {redact(self.root, self.options)}: only mini's layout is known; name folders with --data")
 
     @property
     def places(self) -> tuple[str, ...]:
         return self.out, self.root, *self.pairs("data").values()
-
-    @property
-    def folder(self) -> Folder:
-        """Of `out`. Raises `ConfigError`."""
-        require_out(self.out, "a path or URL for the tables")
-        return Folder(absolute(self.out), self.options)
-
-    def pairs(self, name: str) -> dict[str, str]:
-        """`data`, `backbone` or `weights`, which are NAME=VALUE, by name. Raises `ConfigError`."""
-        found = {}
-        for text in getattr(self, name):
-            key, equals, value = text.partition("=")
-            if not key or not equals or not value:
-                raise ConfigError(f"--{name} {redact(text, self.options)}: use NAME=VALUE")
-            found[key] = value
-        return found
-
-    def require_known(self, **known: Collection[str]) -> None:
-        """Raises `ConfigError` for names of NAME=VALUE settings that a paper doesn't have; `known`: its names by setting."""
-        for name, names in known.items():
-            if unknown := self.pairs(name).keys() - names:
-                raise ConfigError(f"--{name} {redact(', '.join(sorted(unknown)))}: there are {', '.join(sorted(names))}")
 
     def require_places(self) -> None:
         """Raises `ConfigError` where --root or a data set's folder isn't there, as far as this machine sees it."""
@@ -121,12 +76,6 @@ class PapersConfig(JobConfig):
             path = absolute(url) if url else ""
             if path and "://" not in path and not Path(path).is_dir():
                 raise ConfigError(f"{flag} {redact(url, self.options)}: there is no such folder")
-
-    def worker_request(self) -> WorkerRequest:
-        """Workers that do a cell each."""
-        return WorkerRequest(
-            device=self.cluster.device, actors=self.cluster.actors, cpus=self.cell_cpus, gpus=self.cell_gpus, called="cell"
-        )
 
 
 LACKS = "; "
@@ -150,6 +99,33 @@ class PaperCell:
     stored_bytes: float = 0.0
     "that it keeps, about"
 
+    def by_seed(self, seed: int | None, learnt: Collection[str]) -> "PaperCell":
+        """The same by another seed, taking from the cells of that seed where those are `learnt`; of None, as it is."""
+        if seed is None:
+            return self
+        names = {name: _of_seed(name, seed) if name in learnt else name for name in self.needs}
+        settings = with_replaced(self.settings, {f"{{{name}}}": f"{{{other}}}" for name, other in names.items()})
+        if seed and self.job in TRAININGS:
+            settings["seed"] = seed + decode(int, self.settings.get("seed", 0), "seed")
+        return replace(self, name=_of_seed(self.name, seed), settings=settings, needs=tuple(names.values()))
+
+
+def _of_seed(name: str, seed: int) -> str:
+    return f"{name}-seed{seed}" if seed else name
+
+
+def with_replaced(settings: Mapping[str, JsonValue], texts: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Settings in whose texts others stand for some, also within lists."""
+    return {name: _replaced(value, texts) for name, value in settings.items()}
+
+
+def _replaced(value: JsonValue, texts: Mapping[str, str]) -> JsonValue:
+    if isinstance(value, str):
+        for name, other in texts.items():
+            value = value.replace(name, other)
+        return value
+    return tuple(_replaced(each, texts) for each in value) if isinstance(value, list | tuple) else value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -171,6 +147,18 @@ class Wanted:
     "behind the point, as the paper prints them"
     falls: bool = False
     "whether less is better"
+    again: tuple[str, ...] = ()
+    "cells that come to the same number by other seeds"
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """By seed, or one."""
+        return self.cell, *self.again
+
+    def by_seeds(self, names: Mapping[str, Sequence[str]]) -> "Wanted":
+        """The number by every seed; `names` has the cells of each cell."""
+        first, *again = names[self.cell]
+        return replace(self, cell=first, again=tuple(again))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +196,17 @@ class PaperTable:
     @property
     def needs(self) -> list[str]:
         """Names of its cells."""
-        correlated = [wanted.cell for each in self.correlated for wanted in each.numbers]
-        return list(dict.fromkeys([*(each.cell for each in self.wanted), *correlated, *self.pictures]))
+        wanted = [*self.wanted, *(each for of in self.correlated for each in of.numbers)]
+        return list(dict.fromkeys([*(cell for each in wanted for cell in each.cells), *self.pictures]))
+
+    def by_seeds(self, names: Mapping[str, Sequence[str]]) -> "PaperTable":
+        """Its numbers by every seed, its pictures by the first."""
+        return replace(
+            self,
+            wanted=tuple(each.by_seeds(names) for each in self.wanted),
+            pictures={names[cell][0]: file for cell, file in self.pictures.items()},
+            correlated=tuple(replace(of, numbers=tuple(each.by_seeds(names) for each in of.numbers)) for of in self.correlated),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +227,24 @@ class PaperPlan:
         for name in asked:  # grows while it is read
             asked += [need for need in self.cells[name].needs if need not in asked]
         return PaperPlan(paper=self.paper, tables=tables, cells={name: self.cells[name] for name in self.cells if name in asked})
+
+    def by_seeds(self, seeds: Sequence[int]) -> "PaperPlan":
+        """Trainings and all that takes from them once for each seed, which is added to the training's own: of 0, cells are what
+        they are without seeds."""
+        learnt = {name for name, cell in self.cells.items() if self._learns(cell)}
+        names = {name: [_of_seed(name, seed) for seed in seeds] if name in learnt else [name] for name in self.cells}
+        cells = [
+            cell.by_seed(seed, learnt) for cell in self.cells.values() for seed in (seeds if cell.name in learnt else (None,))
+        ]
+        return PaperPlan(
+            paper=self.paper,
+            tables=tuple(table.by_seeds(names) for table in self.tables),
+            cells={cell.name: cell for cell in cells},
+        )
+
+    def _learns(self, cell: PaperCell) -> bool:
+        """Whether it trains something, or takes from what is trained."""
+        return cell.job in TRAININGS or any(self._learns(self.cells[name]) for name in cell.needs)
 
     def waves(self) -> list[list[PaperCell]]:
         """Cells that can be done beside each other, in the order of what they need."""

@@ -26,7 +26,12 @@ class Column:
     metric: str
     "of a training run, as metrics.jsonl has it"
     scale: float = 1.0
+    "of the table's unit in the metric's"
+    judged: str = ""
+    "the same in the results of jobs/evaluate.py probe, in the table's unit; empty: they don't have it"
     digits: int = 4
+    falls: bool = False
+    "whether less is better"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +49,23 @@ class TableTask:
 
 
 COLUMNS: Mapping[str, tuple[Column, ...]] = {
-    "instances": (Column(head="ARI", metric="val_ari", digits=1),),
-    "boundaries": (Column(head="CE", metric="val_cross_entropy"), Column(head="IoU", metric="val_iou", scale=100, digits=1)),
-    "detection": (Column(head="AP_lg", metric="val_ap_large"),),
-    "segmentation": (Column(head="CE", metric="val_loss"), Column(head="IoU", metric="val_miou", scale=100, digits=1)),
-    "depth": (Column(head="RMSE", metric="val_rmse_pooled", digits=3),),
+    "instances": (Column(head="ARI", metric="val_ari", judged="ari", digits=1),),
+    "boundaries": (
+        Column(head="CE", metric="val_cross_entropy", judged="cross_entropy", falls=True),
+        Column(head="IoU", metric="val_iou", scale=100, judged="iou, %", digits=1),
+    ),
+    "detection": (Column(head="AP_lg", metric="val_ap_large", judged="ap_large"),),
+    "segmentation": (
+        Column(head="CE", metric="val_loss", falls=True),
+        Column(head="IoU", metric="val_miou", scale=100, judged="miou, %", digits=1),
+    ),
+    "depth": (Column(head="RMSE", metric="val_rmse_pooled", judged="rmse_pooled", digits=3, falls=True),),
 }
-"""By task, as DeAP's Table 3 has them."""
+"""By task, as DeAP's Table 3 has them; pictures and figures show the last one."""
 
 _PROBE_COLUMNS = (
-    Column(head="mIoU", metric="val_miou", scale=100, digits=2),
-    Column(head="acc", metric="val_pixel_accuracy", scale=100, digits=2),
+    Column(head="mIoU", metric="val_miou", scale=100, judged="miou, %", digits=2),
+    Column(head="acc", metric="val_pixel_accuracy", scale=100, judged="pixel_accuracy, %", digits=2),
 )
 """As ViT-Up's Table 1 has them."""
 

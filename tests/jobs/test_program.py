@@ -249,7 +249,7 @@ sys.exit(Program(name="none", doc="", commands={"go": Command(run=work, default=
             ["train", "lift", "--lr"],
             ["train", "deap", "--weight-decay"],
             ["evaluate", "classify", "--temperature"],
-            ["tables", "--cell.lr"],
+            ["tables", "grid", "--cell.lr"],
             ["show", "nearest", "a", "--key", "a", "--point", "1"],
             ["benchmark", "scale", "--forward-s"],
         ]),
@@ -297,7 +297,7 @@ def test_settings_know_which_of_them_were_given():
     train, tables = (importlib.import_module(f"jobs.{name}").program for name in ("train", "tables"))
 
     probe = train.parse(["probe-voc", "--no-flip", "--net_precision=fp32", "--backbone", "vit_small_patch16_224.dino"]).config
-    cell = tables.parse(["debug", "--cell.batch", "32", "--cell.no-flip", "--cell.normalise", "--max-steps", "3"]).config
+    cell = tables.parse(["grid", "debug", "--cell.batch", "32", "--cell.no-flip", "--cell.normalise", "--max-steps", "3"]).config
     flags = train.parse(["lift", "--features", "x", "--jitter", "0"]).config
 
     assert {name: probe.is_given(name) for name in ("flip", "net_precision", "model", "lr", "weights", "layers")} == {

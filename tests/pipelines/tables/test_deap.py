@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from operators.metrics.bootstrap import Estimate, Interval
 from pipelines.config import ConfigError
 from pipelines.costs import speed
 from pipelines.executors import InlineExecutor
@@ -16,7 +17,8 @@ from pipelines.tables import deap, measures, paper_report, paper_run
 from pipelines.tables.backbones import BY_NAME
 from pipelines.tables.drawings import draw, front, fronts
 from pipelines.tables.figures import Figure, Results, figures_of, read_figure
-from pipelines.tables.papers import Correlated, PapersConfig, PaperTable, Wanted
+from pipelines.tables.papers import Correlated, PaperPlan, PapersConfig, PaperTable, Wanted
+from tests.conftest import squeezed
 from tests.pipelines.tables.test_papers import DEBUG
 
 DATA = tuple(f"{name}=/there/{name}" for name in ("voc", "coco", "coco_stuff", "nyu"))
@@ -195,6 +197,44 @@ def test_a_correlation_is_of_ranks_and_of_what_is_there():
     assert (few.measured, few.wanted.published) == (None, 1.0)
     assert "there are 2" in few.missing
     assert found.correlation(correlated("a", "b", "c", others=(1.0, 1.0, 1.0), published=(1.0, 2.0, 3.0))).measured is None
+
+
+def known(low: float, high: float, apart: float, *ends: float) -> Estimate:
+    between = Interval(low=ends[0], high=ends[1])
+    return Estimate(interval=Interval(low=low, high=high), against="bilinear x2", difference=apart, difference_interval=between)
+
+
+def judged(name: str, value: float, estimate: Estimate) -> tuple[Table, ...]:
+    line = Line(features="lift x2", input_px="64", stride=8, grid="8x8", values=(value,), estimates=(estimate,))
+    return (replace(results(**{name: value}).tables[name][0], lines=(line,)),)
+
+
+def test_a_row_says_how_far_it_is_from_the_bilinear_one_and_whether_that_is_shown():
+    tables = {
+        "a": judged("a", 50.0, known(48.0, 52.0, 4.0, 3.0, 5.0)), "b": judged("b", 47.0, known(45.0, 49.0, 1.0, -1.0, 3.0)),
+    }  # fmt: skip
+    found = replace(results(a=50.0, b=47.0), tables=tables)
+    one, other = (replace(wanted("LiFT", "score", published=40.0), cell=cell) for cell in ("a", "b"))
+    table = PaperTable(number="1", title="t", wanted=(one, replace(other, row="again")))
+    seeds = replace(table, wanted=(replace(one, again=("b",)), replace(one, row="in part", again=("gone",))))
+
+    text, of_seeds = (
+        squeezed(paper_report.report(PaperPlan(paper="P", tables=(each,), cells={}), {"1": figures_of(each, found)}, {}))
+        for each in (table, seeds)
+    )
+
+    assert "| LiFT | 50.00 [48.00, 52.00] |" in text
+    assert "| LiFT, less bilinear x2 | +4.00 [3.00, 5.00] |" in text
+    assert "| LiFT, less published | +10.00 |" in text
+    assert "| again, less bilinear x2 | +1.00 [-1.00, 3.00], no difference shown |" in text
+    assert "In brackets: 95 % intervals" in text
+    assert "Mean" not in text
+    assert "| LiFT | 48.50 ± 2.12 |" in of_seeds
+    assert "| LiFT, less bilinear x2 | +2.50 ± 2.12, shown by 1 of 2 |" in of_seeds
+    assert "| LiFT, less published | +8.50 |" in of_seeds
+    assert "| in part | 50.00 (1 of 2) |" in of_seeds
+    assert "- missing, in part: gone" in of_seeds
+    assert figures_of(seeds, found)[0].ends == pytest.approx((48.5 - 2.1213, 48.5 + 2.1213), abs=1e-3)
 
 
 @pytest.mark.parametrize("cell", ["nan", "inf", "no number", None])

@@ -556,25 +556,30 @@ def test_any_task_of_any_data_set_has_its_columns():
 def test_debug_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
-    assert job.run(["debug", "--max-steps", "2", "--cell.lr", "0.001", "--tasks", "voc"]) == 0
+    assert job.run(["grid", "debug", "--max-steps", "2", "--cell.lr", "0.001", "--tasks", "voc"]) == 0
 
     assert "## Methods on test_vit.r160_in1k@128" in capsys.readouterr().out
     assert sorted(path.name for path in Path("demo/grid").iterdir() if path.is_file()) == [
         "grid.json", "grid.md", "grid.png", "speed.json"
     ]  # fmt: skip
-    assert job.run(["debug", "--cell.lr", "0.1", "--tasks", "voc", "--max-steps", "2"]) == 1
+    assert job.run(["grid", "debug", "--cell.lr", "0.1", "--tasks", "voc", "--max-steps", "2"]) == 1
     assert "was begun with other settings" in capsys.readouterr().out
 
 
-def test_published_presets_parse_and_mistakes_end_with_2(capsys):
-    table3 = job.program.parse(["deap-table3", "--out", "x", "--data", "coco=c", "voc=v", "coco_stuff=s", "nyu=n"]).config
-    assert len(plan_cells(table3)) == 16 * 6
-    table5 = job.program.parse(["deap-table5", "--out", "x", "--data", "coco=c", "voc=v", "nyu=n"]).config
-    assert len(plan_cells(table5)) == 3 * 3 * 5
-    assert job.run(["deap-table3"]) == 2
-    assert "--data lacks coco, coco_stuff, nyu, voc" in capsys.readouterr().err
-    assert job.run(["deap-table4"]) == 2
-    assert "Did you mean" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["grid", "--tasks", "voc", "depth", "--backbones", "mae"], "--data lacks nyu, voc"),
+        (["grid", "deap-table3"], "no preset of grid is called 'deap-table3'"),
+        (["grad"], "Did you mean 'grid'?"),
+        (["deap-table3", "--seeds", "0", "1"], "deap-table3 is `python jobs/tables.py deap --table 3` now"),
+        (["debug"], "debug is `python jobs/tables.py grid debug` now"),
+        (["--backbones", "mae"], "a command line without a word is `python jobs/tables.py grid` now"),
+    ],
+)
+def test_mistakes_and_words_of_earlier_versions_end_with_2(capsys, words, said):
+    assert job.run(words) == 2
+    assert said in capsys.readouterr().err
 
 
 # --- on Ray -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,10 @@ import pytest
 from jobs import tables as job
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
+from pipelines.published import Published
+from pipelines.published import deap as deap_numbers
+from pipelines.published import lift as lift_numbers
+from pipelines.published import vit_up as vit_up_numbers
 from pipelines.published.lift import LIFT_CORRESPONDENCE, LIFT_DISCOVERY, LIFT_VIDEO
 from pipelines.tables import deap, lift, paper_report, paper_run, vit_up
 from pipelines.tables.figures import Results, figures_of
@@ -149,6 +154,53 @@ def test_published_numbers_stand_beside_their_cells(tmp_path):
     assert {each.line for each in tables["8"].values()} == {"lift x4"}
 
 
+def floats(value: object) -> Iterator[float]:
+    """All that a table of pipelines/published/ holds."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping | Sequence | Published):
+        within = value.rows if isinstance(value, Published) else value
+        for each in within.values() if isinstance(within, Mapping) else () if isinstance(value, str) else within:
+            yield from floats(each)
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "count"),
+    [(lift.plan, lift_numbers, 400), (vit_up.plan, vit_up_numbers, 100), (deap.plan, deap_numbers, 200)],
+)
+def test_every_published_number_stands_in_a_table(make, module, count):
+    shown = {wanted.published for table in make(PapersConfig(out="o")).tables for wanted in table.wanted}
+    recipes = re.compile("TRAINING|FOR_VITDET|HEADS|VIT_UP_PROBE$|RELEASED")
+    printed = [*floats([value for name, value in vars(module).items() if name.isupper() and not recipes.search(name)])]
+
+    assert len(printed) > count
+    assert set(printed) <= shown
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_repeat_trainings_and_what_takes_from_them():
+    plain = lift.plan(PapersConfig(out="o", data=EVERYTHING)).only(["1", "s2"])
+
+    plan = plain.by_seeds((0, 3))
+
+    assert {name: cell for name, cell in plan.cells.items() if name in plain.cells} == plain.cells  # what was done counts
+    (judged,) = [each for each in plan.tables[0].wanted if (each.row, each.column) == ("+ LiFT", "PCK@0.1, 56 px")]
+    assert judged.cells == ("correspondence-dino-s16-lift-dino-s16", "correspondence-dino-s16-lift-dino-s16-seed3")
+    again = plan.cells[judged.cells[1]]
+    assert again.needs == ("train-lift-dino-s16-seed3",)
+    assert again.settings["levels"] == ("x1", "x2=lift:{train-lift-dino-s16-seed3}")
+    trained = plan.cells["train-lift-dino-s16-seed3"].settings
+    assert trained == {**plain.cells["train-lift-dino-s16"].settings, "seed": 3}
+    assert plan.cells["train-lift-dino-s16-5-epochs-seed3"].settings["seed"] == 1 + 3  # another run than Table 1's
+    assert "correspondence-leopart-seed3" not in plan.cells
+    alone = plain.by_seeds((3,))
+    assert len(alone.cells) == len(plain.cells)
+    pictures = lift.plan(PapersConfig(out="o")).by_seeds((3, 4)).only(["fig4"])
+    assert [each.pictures for each in pictures.tables] == [{"cka-dino-s16-lift-dino-s16-seed3": "pictures/cka.png"}]
+
+
 VIT_UP_DATA = tuple(f"{name}=/there/{name}" for name in ("coco", "voc", "ade20k", "cityscapes", "spair", "navi", "photos"))
 
 
@@ -249,7 +301,7 @@ def test_settings_of_every_training_go_together(scale, steps):
 
 
 @pytest.mark.parametrize("where", ["a file", "below one"])
-@pytest.mark.parametrize("words", [["lift", "debug"], ["deap", "debug", "--plan"], ["debug"]])
+@pytest.mark.parametrize("words", [["lift", "debug"], ["deap", "debug", "--plan"], ["grid", "debug"]])
 def test_an_output_that_is_a_file_is_refused_before_anything_is_done(demo, tmp_path, capsys, words, where):
     file = tmp_path / "file"
     file.write_bytes(b"mine")
@@ -267,7 +319,10 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_done(demo, tmp_p
         ({"table": ("9",)}, "--table 9: there are 1, 2, 3"),
         ({"data": ("imagenet=x",)}, "--data imagenet: there are coco, coco20k"),
         ({"weights": ("dino=x",)}, "--weights dino: there are cascade, cascade-lift, dino-b16"),
-        ({"data": ("spair",)}, "--data spair: use NAME=VALUE"),
+        ({"data": ("spair",)}, "--data spair: use DATASET=FOLDER"),
+        ({"data": ("spair=a", "spair=b")}, "--data spair=b: spair is a already; give each once"),
+        ({"seeds": (1, 1)}, "--seeds 1 1: must be different ones"),
+        ({"seeds": ()}, "--seeds: give at least one"),
         ({"out": ""}, "no output: give --out"),
         ({"data": ("spair=nowhere",)}, "--data spair nowhere: there is no such folder"),
         ({"scale": "mini", "root": "nowhere"}, "--root nowhere: there is no such folder"),
