@@ -39,6 +39,9 @@ LIFT = {**LIFT_FEATURES, "ragged": True}
 
 LIFT_SIZES = (56, 112, 224, 448)
 
+KNOWN = (0.1, 0.05, 0.02, 0.01)
+"""Thresholds of exactly known points: a hundredth of 400 px is 4 px."""
+
 HERE = {"executor": "inline", "device": "cpu"}
 DEBUG = {"model": "test_vit.r160_in1k", "weights": "random", "precision": "fp32", **HERE}
 """No network, no Ray, no GPU: random weights on drawn images. Seconds on 2 CPU cores; what the tests run."""
@@ -52,11 +55,13 @@ PRESETS: dict[str, dict[str, EvaluationConfig]] = {
         "lift-spair": CorrespondenceConfig.of(sizes=LIFT_SIZES, **LIFT),
         # Pairs whose correspondences are exactly known (a photograph and a warp of it, say), in SPair-71k's layout with the whole
         # image as box: every pair, and precision beside the usual thresholds. Run on 24 warps of photos_open with ViT-Ti/16.
-        "known-points": CorrespondenceConfig.of(pairs_per_category=0, alphas=(0.1, 0.05, 0.02, 0.01)),
+        "known-points": CorrespondenceConfig.of(pairs_per_category=0, alphas=KNOWN),
         # ViT-Up's Table 2, with --levels x1 448x448=vit_up:CHECKPOINT.
         "vit-up-spair": CorrespondenceConfig.of(protocol="vit-up", sizes=(448,), **VIT_UP_FEATURES),
         # The same table's NAVI columns, with --levels x1 112x112=vit_up:CHECKPOINT.
         "vit-up-navi": CorrespondenceConfig.of(protocol="navi", sizes=(448,), **VIT_UP_FEATURES),
+        # The same thresholds, of warps that are made of the photographs in --data.
+        "warped": CorrespondenceConfig.of(dataset="warped", alphas=KNOWN),
     },
     "video": {
         "debug": VideoConfig.of(data="demo/evaluate/DAVIS", out="demo/eval-davis", sizes=(64,), **DEBUG),

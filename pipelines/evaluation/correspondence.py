@@ -25,7 +25,7 @@ from operators.metrics.correspondence import (
     score_pair,
 )
 from operators.visual import Tile
-from pipelines.config import ConfigError, Counts, require_at_least, used_with
+from pipelines.config import ConfigError, Counts, Identity, require_at_least, used_with
 from pipelines.evaluation import navi
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import (
@@ -37,6 +37,7 @@ from pipelines.evaluation.run import (
     count_of,
     cut,
     grouped,
+    left_out_of_listing,
     limited,
     listed,
     records_of,
@@ -49,12 +50,13 @@ from pipelines.features.pictures import Geometries, Picture
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.published.lift import LIFT_CORRESPONDENCE
 from pipelines.published.vit_up import VIT_UP_CORRESPONDENCE
-from pipelines.results import RIGHT, WRONG, Findings, Items, Table, Taken, panel, percent
-from storage.datasets.files import DatasetError
+from pipelines.results import RIGHT, WRONG, Findings, Items, LeftOut, Table, Taken, panel, percent
+from storage.datasets.files import DatasetError, Listed
 from storage.datasets.frames import LabelFrame, OrientedImage, label_turn
-from storage.datasets.images import ImageFile
+from storage.datasets.images import EncodedImage
 from storage.datasets.registry import PAIRS
 from storage.datasets.spair import Pair
+from storage.datasets.warped import WarpKind
 from storage.documents import JsonValue, decode_known
 from storage.paths import Folder
 from storage.spread import spread
@@ -67,30 +69,40 @@ NO_POINTS = "its images have no key point in common"
 
 
 _KEY_POINTS = used_with(protocol=("lift", "vit-up"))
+_ANNOTATED = used_with(protocol=("lift", "vit-up"), dataset=("spair",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorrespondenceConfig(LabelledConfig):
-    """Where do points of one image lie in another? PCK on SPair-71k or a data set in its layout; recalls on NAVI."""
+    """Where do points of one image lie in another? PCK on SPair-71k, a data set in its layout, or warps of any photographs;
+    recalls on NAVI."""
 
     protocol: Counts[Literal["lift", "vit-up", "navi"]] = "lift"
     """`lift`: LiFT's eval_spair; `vit-up`: ViT-Up's correspondence kit. The settings below default to the protocol's. `navi`: the
     same kit's geometric correspondence of views with depth and pose."""
+    dataset: Annotated[Counts[Literal["spair", "warped"]], _KEY_POINTS] = "spair"
+    """What --data is: SPair-71k's layout; or any photographs, in files or in tars, of which pairs are made whose points are
+    exactly known: each photograph beside a warp of it under another light."""
+    warps: Annotated[Counts[int], used_with(dataset=("warped",))] = 200
+    """Photographs that are drawn, each once."""
+    warp: Annotated[Counts[WarpKind], used_with(dataset=("warped",))] = "homography"
+    """`homography`: what a camera sees that turned, tilted and came closer; `thin-plate`: bent by a thin-plate spline besides."""
     sizes: Counts[tuple[int, ...]] = ()
     """Sides of the model's square input in pixels; default: the model's own, or the stores'."""
-    split: Annotated[Counts[str], _KEY_POINTS] = "test"
+    split: Annotated[Counts[str], _ANNOTATED] = "test"
     """Folder of PairAnnotation."""
-    pairs_per_category: Annotated[Counts[int | None], _KEY_POINTS] = None
+    pairs_per_category: Annotated[Counts[int | None], _ANNOTATED] = None
     """Drawn at random with replacement; 0: all pairs, each once. Default: 100 for lift, 0 for vit-up."""
-    seed: Annotated[Counts[int], used_with("all pairs are taken, none is drawn (--pairs-per-category 0)", draws=True)] = 0
-    """Of the draw, which depends on the category's pairs alone, not on the order in which a disk lists categories."""
+    seed: Annotated[Counts[int], used_with("all pairs are taken, none is drawn (--pairs-per-category 0)", is_random=True)] = 0
+    """Of the draw, which depends on the category's pairs alone, not on the order in which a disk lists categories; of photographs
+    and their warps."""
     alphas: Annotated[Counts[tuple[float, ...]], _KEY_POINTS] = ALPHAS
     """A prediction is right within alpha times the threshold's length."""
     threshold: Annotated[Counts[Literal["box", "image"]], _KEY_POINTS] = "box"
     """The longer side of the target's bounding box (SPair-71k), or of the target image (PF-PASCAL)."""
     candidates: Annotated[Counts[Literal["pixels", "cells"]], _KEY_POINTS] = "pixels"
     """What is searched: each pixel of the enlarged map, or its cells (the other reading of ViT-Up's bilinear row)."""
-    key_points: Annotated[Counts[Literal["pairs", "images"] | None], _KEY_POINTS] = None
+    key_points: Annotated[Counts[Literal["pairs", "images"] | None], _ANNOTATED] = None
     """Of the pairs' files (lift) or of the images' (vit-up)."""
     matches: Annotated[Counts[int], used_with(protocol="navi")] = 1000
     """navi: of each pair, how many are judged, the best ones."""
@@ -103,7 +115,9 @@ class CorrespondenceConfig(LabelledConfig):
             raise ConfigError(f"--alphas {self.alphas}: must be above 0, at least one")
         if len(set(map(_column, self.alphas))) < len(self.alphas):
             raise ConfigError(f"--alphas {' '.join(map(str, self.alphas))}: give each once, six digits of it count")
-        require_at_least(1, self, "matches", "every")
+        require_at_least(1, self, "matches", "every", "warps")
+        if self.dataset == "warped" and self.stores:
+            raise ConfigError("--dataset warped: no store has the warps, which are made as they are read; give a --model")
         if self.protocol == "navi" and len(set(self.sizes)) > 1:
             raise ConfigError(f"--sizes {' '.join(map(str, self.sizes))}: --protocol navi has one; give one of them")
         require_at_least(0, self, "seed")
@@ -118,9 +132,27 @@ class CorrespondenceConfig(LabelledConfig):
     @property
     def draws(self) -> int:
         """`pairs_per_category`, its default resolved."""
+        if self.dataset == "warped":
+            return 0
         if self.pairs_per_category is not None:
             return self.pairs_per_category
         return 100 if self.protocol == "lift" else 0  # navi draws partners of its own
+
+    def counted(self, *features: Identity) -> dict[str, JsonValue]:
+        """As for all evaluations; those from before there was a `dataset` go on, which are of SPair-71k's layout."""
+        return {name: value for name, value in super().counted(*features).items() if (name, value) != ("dataset", "spair")}
+
+    @property
+    def is_random(self) -> bool:
+        return self.dataset == "warped" or self.draws > 0
+
+    def listed(self, folder: Folder) -> tuple[Listed[Pair], tuple[Taken, ...]]:
+        """The pairs of the data set that there are, or that are made, and of how many. Raises `DatasetError`."""
+        if self.dataset == "spair":
+            return PAIRS["spair"](folder, split=self.split, key_points=self.annotation), ()
+        found = PAIRS["warped"](folder, count=self.warps, seed=self.seed, kind=self.warp)
+        count = len(found) + sum(each.count for each in found.left_out.values())
+        return found, (Taken(how="drawn", count=count, of=found.of, unit="photographs", flag=f"--warps {self.warps}"),)
 
     @property
     def annotation(self) -> Literal["pairs", "images"]:
@@ -167,6 +199,8 @@ class Correspondence:
     "of labels, where their size doesn't tell"
     taken: tuple[Taken, ...] = ()
     "which of the split's pairs"
+    left_out: tuple[LeftOut, ...] = ()
+    "as pairs were listed"
 
     def pieces(self) -> list[Piece]:
         """Pairs with common images beside each other."""
@@ -199,7 +233,7 @@ class Correspondence:
         return records
 
 
-def picture(image: ImageFile, canvas: Canvas) -> Picture:
+def picture(image: EncodedImage, canvas: Canvas) -> Picture:
     """An image as its canvas has it."""
     return Picture(image=image, size=(canvas.side, canvas.side), draw=canvas.draw, geometry=_geometry(canvas.mode))
 
@@ -234,7 +268,9 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence | navi.Navi, R
     recipe, sizes = resolve_source(config.source, [(side, side) for side in config.sizes], geometry)
     if any(h != w for h, w in sizes):
         raise ConfigError(f"correspondence is done on square inputs, not on {sizes}; use --sizes")
-    everything, taken = limited(PAIRS["spair"](folder, config.split, config.annotation), config.limit, "pairs")
+    found, drawn = config.listed(folder)
+    everything, taken = limited(found, config.limit, "pairs")
+    taken = (*drawn, *taken)
     times = draw_pairs(everything, config.draws, config.seed)
     pairs = tuple(everything[number] for number in times)
     if config.draws:
@@ -247,8 +283,9 @@ def prepare(config: CorrespondenceConfig) -> tuple[Correspondence | navi.Navi, R
         rules=config.rules,
         alphas=config.alphas,
         pictured=frozenset(spread(len(pairs), config.pictures)),
-        frame=config.label_frame,
+        frame=config.label_frame or ("upright" if config.dataset == "warped" else None),
         taken=taken,
+        left_out=left_out_of_listing(found.left_out),
     )
     images = [image for pair in pairs for image in (pair.source, pair.target)]
     of = Evaluated(records=[*pairs, *times.values()], images=dict.fromkeys(sizes, images))
@@ -265,12 +302,13 @@ def find(config: CorrespondenceConfig, task: Correspondence | navi.Navi, recipe:
         raise DatasetError(f"no pair can be scored: {'; '.join(map(str, (*left_out, *without)))}")
     found = scores(records)
     columns = (*map(_column, task.alphas), "pairs")
+    published = _PUBLISHED[config.protocol] if config.paper and config.dataset == "spair" else None
     table = score_table(
         Table(title="PCK, %, mean of the categories", columns=columns),
         recipe,
         {side: (side, side) for side in task.sizes},
         lambda row, size: [*percent(found[row, size].mean()), _pairs(found[row, size])],
-        _PUBLISHED[config.protocol] if config.paper else None,
+        published,
         {
             "items": listed(task.taken, len(task.pairs)),
             "split": config.split,
@@ -287,7 +325,9 @@ def find(config: CorrespondenceConfig, task: Correspondence | navi.Navi, recipe:
     return Findings(
         tables=(table,),
         items=Items(
-            scored={"pairs": len(points), "key points": sum(points.values())}, left_out=(*left_out, *without), taken=task.taken
+            scored={"pairs": len(points), "key points": sum(points.values())},
+            left_out=(*task.left_out, *left_out, *without),
+            taken=task.taken,
         ),
         choices=_choices(config, recipe),
         details={f"{name} at {size} px": _details(pck) for (name, size), pck in found.items()},
@@ -311,6 +351,13 @@ def _details(pck: Pck) -> dict[str, JsonValue]:
     }
 
 
+_KNOWN = {
+    "homography": "Shi and Tomasi's corners of the photographs; the targets are homographies of them under another light",
+    "thin-plate": "Shi and Tomasi's corners of the photographs; the targets are homographies of them under another light, bent "
+    "by thin-plate splines of 3 x 3 points",
+}
+
+
 def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
     rules = config.rules
     drawn = "all, each once" if not config.draws else f"{config.draws} a category with replacement, seed {config.seed}"
@@ -319,7 +366,7 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
         "pairs": f"{drawn}; the published draw depends on how a disk lists categories and can't be had"
         if config.draws
         else drawn,
-        "key points": f"of the {config.annotation}' files",
+        "key points": _KNOWN[config.warp] if config.dataset == "warped" else f"of the {config.annotation}' files",
         "canvas": f"{rules.canvas}, drawn as {recipe.rendering}",
         "features": "enlarged bilinearly, as LiFT's code does; its paper says Lanczos, which the code takes for images",
         "similarity": "dot product with cells of length 1, not renormalised after enlargement"

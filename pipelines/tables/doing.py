@@ -6,6 +6,7 @@ import logging
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -106,9 +107,22 @@ class CellsConfig(JobConfig):
                 shown = redact(", ".join(sorted(unknown)), self.options)
                 raise ConfigError(f"{flag_of(name)} {shown}: there are {', '.join(sorted(names))}")
 
+    def require_places(self) -> None:
+        """Raises `ConfigError` where a data set's folder isn't there, as far as this machine sees it."""
+        for name, url in self.pairs("data").items():
+            if name != "photos":  # which are tars
+                require_folder(f"--data {name}", url, self.options)
+
     def worker_request(self, actors: int | None, gpus: float | None) -> WorkerRequest:
         """Workers that do a cell each."""
         return WorkerRequest(device=self.cluster.device, actors=actors, cpus=self.cell_cpus, gpus=gpus, called="cell")
+
+
+def require_folder(flag: str, url: str, options: StorageOptions) -> None:
+    """Raises `ConfigError` where a path that was given is no folder here."""
+    path = absolute(url) if url else ""
+    if path and "://" not in path and not Path(path).is_dir():
+        raise ConfigError(f"{flag} {redact(url, options)}: there is no such folder")
 
 
 def done_side_by_side(

@@ -395,6 +395,7 @@ def main(config: GridConfig) -> Iterator[str]:
     if config.plan:
         yield from plan_lines(config, cells)
         return
+    config.require_places()
     with executor_for(config) as executor:
         results = run_cells(config, cells, executor)
         failed = sum(bool(result.error) for result in results)

@@ -8,11 +8,10 @@ isn't there, and cells that several tables take from are done once. A paper is p
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
-from pipelines.config import ConfigError, Free, absolute, require_at_least
-from pipelines.tables.doing import CellsConfig
+from pipelines.config import ConfigError, Free, require_at_least
+from pipelines.tables.doing import CellsConfig, require_folder
 from storage.datasets.files import digest
 from storage.documents import JsonValue, decode
 from storage.redaction import redact
@@ -71,11 +70,8 @@ class PapersConfig(CellsConfig):
 
     def require_places(self) -> None:
         """Raises `ConfigError` where --root or a data set's folder isn't there, as far as this machine sees it."""
-        named = {"--root": self.root} | {f"--data {name}": url for name, url in self.pairs("data").items() if name != "photos"}
-        for flag, url in named.items():
-            path = absolute(url) if url else ""
-            if path and "://" not in path and not Path(path).is_dir():
-                raise ConfigError(f"{flag} {redact(url, self.options)}: there is no such folder")
+        require_folder("--root", self.root, self.options)
+        super().require_places()
 
 
 LACKS = "; "

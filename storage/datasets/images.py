@@ -1,7 +1,8 @@
 """Images of labelled data sets, wherever their bytes lie: files, members of tars, entries of HDF5 arrays.
 
-Nothing is decoded when a data set is listed, and nothing here decodes an image file to pixels: extraction's decoder does
-(`upright_pixels` in pipelines/features/photos.py). HDF5 is read here, as raw arrays, and so are labels that lie in it.
+Nothing is decoded when a data set is listed (but in warped.py, which makes its own), and nothing here decodes an image file to
+pixels: extraction's decoder does (`upright_pixels` in pipelines/features/photos.py). HDF5 is read here, as raw arrays, and so
+are labels that lie in it.
 """
 
 import io

@@ -28,6 +28,7 @@ from storage.datasets.nyu import load_nyu
 from storage.datasets.photos_open import load_photos_open
 from storage.datasets.spair import Pair, load_spair
 from storage.datasets.voc import load_voc, load_voc_seg
+from storage.datasets.warped import load_warped
 from storage.paths import Folder, StorageOptions
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,10 @@ DATASETS: Mapping[str, DatasetKind] = {
 }
 """What readouts are trained and judged on: segmentation on classes, depth, and on instances boundaries, detection, instances."""
 
-PAIRS: Mapping[str, Callable[..., list[Pair]]] = {"spair": load_spair}
-"""What correspondence is evaluated on: loaders of a folder, its split, and what is the data set's own."""
+PAIRS: Mapping[str, Callable[..., Listed[Pair]]] = {
+    "spair": lambda folder, **own: Listed.first(load_spair(folder, **own), None), "warped": load_warped
+}  # fmt: skip
+"""What correspondence is evaluated on: loaders of a folder, and of what is the data set's own."""
 
 VIEWS: Mapping[str, Callable[[Folder], list[tuple[NaviView, ...]]]] = {"navi": load_navi}
 """What geometric correspondence is evaluated on: views with depth and pose, by object."""

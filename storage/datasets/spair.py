@@ -13,7 +13,7 @@ import numpy as np
 
 from storage.datasets.boxes import Box, Point, corner_box, require_inside, turned_boxes
 from storage.datasets.files import DatasetError, RawObject, names_in, parsed, require_files, require_plain
-from storage.datasets.images import ImageFile
+from storage.datasets.images import EncodedImage, ImageFile
 from storage.orientation import Orientation
 from storage.paths import Folder
 
@@ -25,8 +25,8 @@ class Pair:
     name: str
     "of its file, without extension, the category after a colon"
     category: str
-    source: ImageFile
-    target: ImageFile
+    source: EncodedImage
+    target: EncodedImage
     source_xy: tuple[Point, ...]
     target_xy: tuple[Point, ...]
     box: Box
@@ -63,7 +63,7 @@ def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -
                 "they say different things; remove the one that isn't SPair-71k's"
             )
     pairs = [found[name] for name in sorted(found)]
-    require_files(folder, (image for pair in pairs for image in (pair.source, pair.target)))
+    require_files(folder, (file for pair in pairs for file in _files(pair)))
     return _with_image_points(folder, pairs) if key_points == "images" else pairs
 
 
@@ -96,7 +96,7 @@ def _points(values: Iterable[Sequence[float]]) -> tuple[Point, ...]:
 
 def _with_image_points(folder: Folder, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs with the key points and boxes of their images' annotations."""
-    sizes = {_annotation(image): (image.width, image.height) for pair in pairs for image in (pair.source, pair.target)}
+    sizes = {_annotation(image): (image.width, image.height) for pair in pairs for image in _files(pair)}
     names = sorted(sizes)
     try:
         files = folder.read_many(names)
@@ -107,11 +107,16 @@ def _with_image_points(folder: Folder, pairs: Sequence[Pair]) -> list[Pair]:
     }
     out = []
     for pair in pairs:
-        source, (target, box) = found[_annotation(pair.source)][0], found[_annotation(pair.target)]
+        (source, _), (target, box) = (found[_annotation(image)] for image in _files(pair))
         both = [key for key in source if key in target]
         source_xy, target_xy = (tuple(points[key] for key in both) for points in (source, target))
         out.append(replace(pair, source_xy=source_xy, target_xy=target_xy, box=box))
     return out
+
+
+def _files(pair: Pair) -> list[ImageFile]:
+    """Source and target, which lie in files here."""
+    return [image for image in (pair.source, pair.target) if isinstance(image, ImageFile)]
 
 
 def _annotation(image: ImageFile) -> str:

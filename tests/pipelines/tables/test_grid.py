@@ -329,6 +329,7 @@ def test_more_steps_go_on_and_other_settings_are_refused(sets, tmp_path):
 
 def test_a_cell_that_fails_is_told_and_ends_nothing(sets, tmp_path):
     secret = {"s3": {"secret": "very-secret-value"}}
+    (tmp_path / "very-secret-value").mkdir()
     config = tiny_grid(
         sets,
         tmp_path,
@@ -570,6 +571,10 @@ def test_debug_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
     ("words", "said"),
     [
         (["grid", "--tasks", "voc", "depth", "--backbones", "mae"], "--data lacks nyu, voc"),
+        (
+            ["grid", "--tasks", "voc", "--backbones", "mae", "--data", "voc=nowhere", "--out", "x"],
+            "--data voc nowhere: there is no",
+        ),
         (["grid", "deap-table3"], "no preset of grid is called 'deap-table3'"),
         (["grad"], "Did you mean 'grid'?"),
         (["deap-table3", "--seeds", "0", "1"], "deap-table3 is `python jobs/tables.py deap --table 3` now"),
