@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -127,6 +128,12 @@ def exact_seconds(at: float) -> Fraction:
 def frame_key(key: str, at: float) -> str:
     """The key of the frame that is taken `at` seconds after the first of the video `key`; in order of time up to 11 days."""
     return f"{key}#{at:010.3f}"
+
+
+def named_frame(name: str) -> str | None:
+    """The key of a frame that a file is called by, with or without an extension: `clip#000012.500.jpg`. None for other names."""
+    found = re.fullmatch(r"(.*#\d{6,}\.\d{3})(\.[^./]*)?", name, re.DOTALL)
+    return found[1] if found else None
 
 
 def count_frames(place: Place, sampling: Sampling, options: StorageOptions | None = None) -> int:

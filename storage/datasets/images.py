@@ -23,6 +23,7 @@ from storage.left_out import log_left_out
 from storage.orientation import Orientation
 from storage.paths import Folder, InputError, StorageOptions
 from storage.tars import MemberRules, scan_source, split_name
+from storage.videos import named_frame
 
 I = TypeVar("I", bound="EncodedImage")  # noqa: E741
 T = TypeVar("T")
@@ -81,10 +82,12 @@ class ImageFile(DatasetFile, EncodedImage):
 
 
 def keys_of(name: str) -> tuple[str, ...]:
-    """What a store calls the file at this path: without extension, extracted from here, or from any folder further down."""
-    split = split_name(name)
-    parts = (split[0] if split else name).split("/")
-    return tuple("/".join(parts[i:]) for i in range(len(parts)))
+    """What a store calls the file at this path: without extension, extracted from here, or from any folder further down. Of a
+    file that is called as a frame of a video is, that frame's names come first."""
+    frame, split = named_frame(name), split_name(name)
+    paths = [frame] if frame else []
+    paths.append(split[0] if split else name)
+    return tuple("/".join(parts[i:]) for parts in (path.split("/") for path in paths) for i in range(len(parts)))
 
 
 def load_images(url: str, options: StorageOptions | None = None) -> Listed[ImageFile]:

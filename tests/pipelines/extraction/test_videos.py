@@ -23,6 +23,7 @@ from pipelines.features.photos import NoPhoto, try_photos
 from storage import ranges, videos
 from storage.paths import Folder, InputError
 from storage.store import FeatureStore
+from tests.browsed import ask, browsing
 from tests.conftest import jpeg, write_tar
 from tests.stops import dying_at_task
 from tests.storage.test_samples import _Ranged
@@ -262,6 +263,41 @@ def test_guide_is_true(tmp_path, pretend, monkeypatch, capsys):
     (code,) = re.findall(r"```py\n(.*?)```", section, re.DOTALL)
     exec(code, {})
     assert "[0.0, 0.5, 0.0, 0.5]" in capsys.readouterr().out
+
+
+def test_every_word_of_show_knows_frames_by_their_keys(tmp_path, tiny, pretend, capsys):
+    """Whose keys have a #, and here what else addresses and pages must quote."""
+    name = "<q>&1%23 \"q'"
+    tar = write_tar(tmp_path / "in.tar", [(f"{name}.mp4", pretended("a", 1))])
+    config = tiny(str(tar), fps=2)
+    extract(config, InlineExecutor())
+    first, key = f"{name}#000000.000", f"{name}#000000.500"
+    boxes = [{"id": i, "image_id": i, "category_id": 3, "bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0} for i in range(2)]
+    images = [{"id": i, "file_name": file, "width": 64, "height": 48} for i, file in enumerate((first, f"frames/{key}.jpg"))]
+    (tmp_path / "coco.json").write_text(
+        json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 3, "name": "x"}]})
+    )
+    point = ["--key", key, "--point", "30", "20"]
+    for argv in (
+        ["export", "--out", str(tmp_path / "vectors")],
+        ["export", "--out", str(tmp_path / "regions"), "--level", "x1", "--regions", str(tmp_path / "coco.json"), "--boxes"],
+        ["nearest", *point, "--out", str(tmp_path / "nearest.png")],
+        ["similar", *point, "--out", str(tmp_path / "similar.png")],
+        ["view", "--rows", key, "--out", str(tmp_path / "view.png")],
+        ["report", "--out", str(tmp_path / "report.html")],
+        ["card"],
+    ):
+        assert show([argv[0], config.out, *argv[1:]]) == 0, capsys.readouterr().err
+
+    store = FeatureStore.open(config.out)
+    vector = pq.read_table(tmp_path / "regions")
+    assert vector["key"].to_pylist() == [first, key]
+    np.testing.assert_array_equal(vector["vector"][1].as_py(), store.pool(key, [(10, 10, 30, 30)], "x1")[0])
+    assert set(pq.read_table(tmp_path / "vectors")["key"].to_pylist()) == {first, key}
+    assert "<q>" not in (tmp_path / "report.html").read_text()
+    assert "<q>" not in (Path(config.out) / "README.md").read_text()
+    with browsing(store) as server:
+        assert [card["key"] for card in ask(server, "/cards", find=key)["cards"]] == [key]
 
 
 @pytest.mark.parametrize("where", ["s3", "http"])
