@@ -28,8 +28,9 @@ from pipelines.extraction.worker import WorkerSetup
 from pipelines.features.bundle import ModelBundle
 from pipelines.provenance import versions
 from storage.errors import RayliftError
+from storage.failures import REASON_COLUMNS, commonest_reasons
 from storage.inputs import Listing
-from storage.ledger import REASON_COLUMNS, TornTasks, commonest_reasons
+from storage.ledger import TornTasks
 from storage.left_out import LeftOut, left_out_lines
 from storage.paths import StorageError
 from storage.root import StoreReplaced

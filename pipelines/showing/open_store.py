@@ -19,8 +19,9 @@ from pipelines.showing.nearest import Query, nearest_cells
 from pipelines.showing.status import read_runs, state_in_words
 from pipelines.showing.views import colours_for, store_title
 from storage.documents import JsonObject, JsonValue
+from storage.failures import REASON_COLUMNS, group_failures
 from storage.kept import Kept
-from storage.ledger import REASON_COLUMNS, SCHEMA, group_failures
+from storage.ledger import SCHEMA
 from storage.paths import StorageOptions
 from storage.pixels import PixelMap
 from storage.root import read_attributes

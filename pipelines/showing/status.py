@@ -14,7 +14,7 @@ import numpy as np
 from cluster.progress import duration, size_text, stage_shares
 from storage.added import LevelAddition, additions
 from storage.documents import Document, JsonObject, MissingObject, decode_known
-from storage.ledger import REASON_COLUMNS, FailureGroup, group_failures
+from storage.failures import REASON_COLUMNS, FailureGroup, group_failures
 from storage.left_out import LeftOut, left_out_lines
 from storage.root import AddedLevel
 from storage.spec import Level
