@@ -372,7 +372,7 @@ def _choices(config: CorrespondenceConfig, recipe: Recipe) -> dict[str, str]:
         "similarity": "dot product with cells of length 1, not renormalised after enlargement"
         if rules.normalise == "cells"
         else "cosine of enlarged features",
-        "turned photographs": config.turned_photographs,
+        "turned photographs": config.turned_photographs if config.dataset == "spair" else "upright, as their points are",
         "candidates": rules.candidates,
         "threshold": f"error {'<' if rules.strict else '<='} alpha x longer side of the target's {rules.threshold}",
     }

@@ -288,7 +288,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
         title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(scored)} images",
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=tuple(named),
-        notes=("what papers publish of readouts is printed by jobs/tables.py --paper",) if config.paper else (),
+        notes=("what papers publish of readouts is printed by jobs/tables.py grid --paper",) if config.paper else (),
         drawn=counted(len(records) // len(scores), "images"),
     )
     left_out += LeftOut.of(probe.task.empty, [probe.images[number].image.displayed for number in empty])

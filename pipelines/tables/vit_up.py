@@ -24,6 +24,7 @@ from pipelines.published.vit_up import (
 )
 from pipelines.tables.paper_cells import ScaledCells
 from pipelines.tables.papers import LACKS, PaperCell, PaperPlan, PapersConfig, PaperTable, Wanted
+from pipelines.tables.tasks import PUBLISHED, Column
 from storage.documents import JsonValue
 
 MODELS = {"splus": "vit_small_plus_patch16_dinov3_qkvb.lvd1689m", "base": "vit_base_patch16_dinov3_qkvb.lvd1689m"}
@@ -224,12 +225,16 @@ def _probes(make: _Cells) -> PaperTable:
             own, rival = VIT_UP_PROBES.values(method, f"probe-{dataset}"), VIT_UP_SEGMENTATION.get(method, {}).get(label, ())
             published = tuple(own.values()) or tuple(rival)
             cell = make.probe(dataset, method)
-            for column, value, number in zip(("mIoU", "acc"), ("miou, %", "pixel_accuracy, %"), published, strict=True):
-                wanted.append(Wanted(row=row, column=f"{label} {column}", cell=cell, line="", value=value, published=number))
+            for column, number in zip(PUBLISHED[f"probe-{dataset}"].columns, published, strict=True):
+                wanted.append(_probed(row, label, cell, column, number))
         cell = make.missing("depth", DEPTH)
         for column, number in zip(("depth δ1", "depth RMSE x 100"), VIT_UP_DEPTH[method], strict=True):
             wanted.append(Wanted(row=row, column=column, cell=cell, line="", value=column, published=number))
     return PaperTable(number="1", title="linear probes, %", wanted=tuple(wanted))
+
+
+def _probed(row: str, label: str, cell: str, column: Column, published: float | None = None) -> Wanted:
+    return Wanted(row=row, column=f"{label} {column.head}", cell=cell, line="", value=column.judged, published=published)
 
 
 def _pck(make: _Cells, row: str, method: str, cell: str, published: Mapping[str, float]) -> list[Wanted]:
@@ -258,7 +263,7 @@ def _larger(make: _Cells) -> PaperTable:
         row = LABELS[method]
         for dataset in ("voc", "cityscapes"):
             cell, label = make.probe(dataset, method, "base"), PROBES[dataset]
-            wanted.append(Wanted(row=row, column=f"{label} mIoU", cell=cell, line="", value="miou, %", published=numbers[label]))
+            wanted.append(_probed(row, label, cell, PUBLISHED[f"probe-{dataset}"].columns[0], numbers[label]))
         wanted += _pck(make, row, method, make.correspondence(method, "base"), numbers)
     return PaperTable(number="4", title="DINOv3-B, %", wanted=tuple(wanted))
 
@@ -268,7 +273,7 @@ def _ablated(make: _Cells, number: str) -> PaperTable:
     for row, changes in {"ViT-Up": {}, **ABLATIONS[number]}.items():
         trained = make.training("splus", row.replace(" ", "-") if changes else "", **changes)
         cell = make.probe("voc", "vit_up", trained=trained)
-        wanted.append(Wanted(row=row, column="VOC mIoU", cell=cell, line="", value="miou, %"))
+        wanted.append(_probed(row, PROBES["voc"], cell, PUBLISHED["probe-voc"].columns[0]))
         wanted += _pck(make, row, "vit_up", make.correspondence("vit_up", trained=trained), {})
     title = "parts of the network left out" if number == "5" else "terms of the loss left out"
     return PaperTable(number=number, title=title, wanted=tuple(wanted), notes=("our notes lack the paper's numbers",))
