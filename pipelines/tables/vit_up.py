@@ -225,8 +225,8 @@ def _probes(make: _Cells) -> PaperTable:
             own, rival = VIT_UP_PROBES.values(method, f"probe-{dataset}"), VIT_UP_SEGMENTATION.get(method, {}).get(label, ())
             published = tuple(own.values()) or tuple(rival)
             cell = make.probe(dataset, method)
-            for column, number in zip(PUBLISHED[f"probe-{dataset}"].columns, published, strict=True):
-                wanted.append(_probed(row, label, cell, column, number))
+            for probed, number in zip(PUBLISHED[f"probe-{dataset}"].columns, published, strict=True):
+                wanted.append(_probed(row, label, cell, probed, number))
         cell = make.missing("depth", DEPTH)
         for column, number in zip(("depth δ1", "depth RMSE x 100"), VIT_UP_DEPTH[method], strict=True):
             wanted.append(Wanted(row=row, column=column, cell=cell, line="", value=column, published=number))
