@@ -10,15 +10,14 @@ import functools
 import os
 import re
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeGuard, TypeVar
 
-import aiohttp
-import botocore.exceptions
 import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
@@ -27,7 +26,6 @@ from storage.errors import StorageError as StorageError
 from storage.local_files import put_file, read_ends_of_files, read_ranges_of_files, remove_partial_files
 from storage.reachable import why_endpoint_unreachable
 from storage.redaction import redact
-from storage.redirects import get_client
 
 StorageOptions = Mapping[str, object]
 """fsspec's options for opening a URL, or such options by scheme (`{"s3": {...}, "https": {...}}`)."""
@@ -98,6 +96,8 @@ def filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple
             options = {**_S3_OPTIONS, **options}
             options["config_kwargs"] = {**_S3_CONFIG, **_below(options, "config_kwargs")}
         elif is_web(url):
+            from storage.redirects import get_client
+
             options = {"get_client": get_client, **options}
         if "::" in url:
             return _unchained(url, options)
@@ -192,7 +192,7 @@ def reaching(displayed: str) -> Iterator[None]:
         _require_bucket(error, displayed)
         raise
     except Exception as error:
-        if isinstance(error, OSError) and isinstance(error.__cause__, botocore.exceptions.ClientError):  # as s3fs has them
+        if isinstance(error, OSError) and is_of(error.__cause__, _S3_REFUSAL):  # as s3fs has them
             if isinstance(error, FileExistsError):
                 raise
             if isinstance(error, PermissionError):
@@ -203,6 +203,16 @@ def reaching(displayed: str) -> Iterator[None]:
         if not _is_of_network(error):
             raise
         raise StorageError(f"{displayed} can't be reached: {type(error).__name__}: {redact(str(error))}") from None
+
+
+_S3_REFUSAL = "botocore.exceptions.ClientError"
+
+
+def is_of(error: object, kind: str) -> TypeGuard[Any]:
+    """Whether it's an exception of a class that is named with its module, which needn't be imported for the question: to whoever
+    uses no web server, aiohttp is 0.2 s of imports in each process."""
+    module, _, name = kind.rpartition(".")
+    return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
 
 
 _OF_NETWORK = ("botocore", "aiohttp", "requests", "httpx", "httpx2", "urllib3", "ftplib", "paramiko", "gcsfs", "google", "azure")
@@ -219,7 +229,7 @@ def _is_of_network(error: Exception) -> bool:
 def _require_bucket(error: OSError, displayed: str) -> None:
     """Raise `StorageError` where what isn't there is the whole bucket, which no run makes."""
     cause = error.__cause__
-    if isinstance(cause, botocore.exceptions.ClientError) and cause.response.get("Error", {}).get("Code") == "NoSuchBucket":
+    if is_of(cause, _S3_REFUSAL) and cause.response.get("Error", {}).get("Code") == "NoSuchBucket":
         raise StorageError(f"{displayed}: there is no such bucket; create it, or correct the URL or `endpoint_url`") from None
 
 
@@ -531,7 +541,7 @@ def _number_prefixes(count: int) -> list[str]:
 
 def _refuses_ends(data: bytes | BaseException) -> bool:
     """Whether it's a web server's word, or its silence, about a range counted from the end. A suffix is optional in HTTP."""
-    return isinstance(data, aiohttp.ClientError)
+    return is_of(data, "aiohttp.ClientError")
 
 
 def _range_or_none(data: bytes | BaseException, size: int) -> bytes | None:

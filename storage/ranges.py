@@ -7,9 +7,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import aiohttp
-
-from storage.paths import StorageError, StorageOptions, filesystem, reaching
+from storage.paths import StorageError, StorageOptions, filesystem, is_of, reaching
 from storage.redaction import redact
 
 
@@ -109,8 +107,8 @@ def read_range(options: StorageOptions | None, url: str, start: int, end: int) -
     with reaching(displayed):
         try:
             data = fs.cat_file(path, start=start, end=end)
-        except aiohttp.ClientResponseError as error:
-            if error.status not in _NOT_FOR_US:
+        except Exception as error:
+            if not is_of(error, "aiohttp.ClientResponseError") or error.status not in _NOT_FOR_US:
                 raise
             raise PermissionError(f"{displayed}: the server answers {error.status} {error.message}") from None
     # A web server without Range support (Python's http.server, say) answers with the whole file.

@@ -6,17 +6,19 @@ their metadata is there in complete stores only.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import zarr
 from numcodecs.vlen import VLenUTF8
-from zarr.codecs import ZstdCodec
 
 from storage.documents import JsonValue
 from storage.gathered import cut
 from storage.shards import compress
+
+if TYPE_CHECKING:  # workers write no metadata
+    import zarr
 
 CHUNK_ROWS = 2**16
 """Rows of a chunk, in a store of any size, since further images may come to it. 10^8 rows are 1526 objects an array."""
@@ -29,12 +31,14 @@ SAMPLE_DOCUMENTS = (f"{KEY}/zarr.json", f"{VALID}/zarr.json")
 _VLEN_UTF8 = VLenUTF8()
 
 
-def create_sample_arrays(root: zarr.Group, n_rows: int) -> None:
+def create_sample_arrays(root: "zarr.Group", n_rows: int) -> None:
     """Both arrays, without chunks.
 
     `string` with the codec `vlen-utf8` is what zarr-python, xarray and zarrita have in common: fixed-length strings are
     UTF-32 in zarr-python (`fixed_length_utf32`), which zarrita doesn't know.
     """
+    from zarr.codecs import ZstdCodec
+
     zstd = ZstdCodec(level=1, checksum=True)
     # `coordinates` is CF's, by which xarray makes the keys a coordinate: one that is read only when it is asked for.
     about_key: dict[str, JsonValue] = {"long_name": "keys of the images"}

@@ -15,7 +15,6 @@ import pyarrow as pa
 from storage.begun import Begun
 from storage.differences import differences
 from storage.documents import JsonObject, JsonValue
-from storage.metadata import zarr_documents
 from storage.opened import MissingRows as MissingRows
 from storage.opened import NoSuchRow as NoSuchRow
 from storage.opened import NotAStore as NotAStore
@@ -70,6 +69,8 @@ class FeatureStore(OpenStore):
             "layout": asdict(layout),
             **provenance,
         }
+        from storage.metadata import zarr_documents  # with zarr-python, which workers don't need: 0.3 s and 20 MB each
+
         # First, since of several makers the root has one, and only that one writes the other documents.
         documents = zarr_documents(spec, layout, attributes, index_location="end", sample_arrays=False, consolidated=False)
         if folder.write_new(ROOT, documents[ROOT]):
@@ -260,6 +261,8 @@ class FeatureStore(OpenStore):
         self.folder.remove(f"runs/{name}" for name in probes)
 
     def _documents(self, *, complete: bool) -> dict[str, bytes]:
+        from storage.metadata import zarr_documents
+
         return zarr_documents(
             self.spec,
             self.layout,

@@ -21,8 +21,9 @@ from pipelines.benchmarks.watched import timed_extraction
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs.clocks import NumbersFile
 from pipelines.costs.process import CORES, BenchmarkFailed
+from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
-from pipelines.extraction.prepare import resolve
+from pipelines.extraction.prepare import default_batch, prepare, resolve
 from pipelines.features.levels import LevelChoice
 from storage.store import FeatureStore
 
@@ -51,8 +52,8 @@ class ExtractBenchmark:
     """Images per forward of the user's loop; the pipeline takes its own default."""
     repeat: int = 1
     """Rounds of pipeline, loop and bare stages, one after another; the best of each and all are reported."""
-    stage_s: float = 10.0
-    """Seconds for which each bare stage is measured."""
+    stage_s: float = 4.0
+    """Seconds for which each bare stage is measured, three times a round: before, between and after the contenders."""
     out: str = ""
     """Folder that keeps the photos and the last round's stores; default: a temporary one that is deleted."""
     json: NumbersFile = ""
@@ -138,6 +139,18 @@ class BareStages:
     forward_threads_images_per_s: float
     batch: int
 
+    @classmethod
+    def mean(cls, several: "Sequence[BareStages]") -> "BareStages":
+        """Of measurements at several times: a machine's speed isn't always the same."""
+        stage_ms = {stage: sum(each.stage_ms[stage] for each in several) / len(several) for stage in STAGES}
+        return cls(
+            stage_ms=stage_ms,
+            bound_images_per_s=_bound(stage_ms),
+            forward_processes_images_per_s=sum(each.forward_processes_images_per_s for each in several) / len(several),
+            forward_threads_images_per_s=sum(each.forward_threads_images_per_s for each in several) / len(several),
+            batch=several[0].batch,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
@@ -147,6 +160,9 @@ class Round:
     loop: LoopRun
     "that makes the same features"
     bare: BareStages
+    "mean of `bare_each`"
+    bare_each: Sequence[BareStages]
+    "before the pipeline, between it and the loop, after the loop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +272,7 @@ def measure_extract(config: ExtractBenchmark, folder: Path) -> ExtractResult:
     Raises `BenchmarkFailed` if one fails, or if the loop's features differ from the pipeline's, and what `resolve` raises.
     """
     # One that was stopped half way would be continued, and all of its images counted as done in the rest of the time.
-    require_fresh(folder, "pipeline-*.zarr", "loop-*.zarr", *([] if config.data else ["photos"]))
+    require_fresh(folder, "bare.zarr", "pipeline-*.zarr", "loop-*.zarr", *([] if config.data else ["photos"]))
     run = ExtractConfig.of(
         data=config.data or (write_photos(folder / "photos", config.images),),
         model=config.model,
@@ -267,50 +283,56 @@ def measure_extract(config: ExtractBenchmark, folder: Path) -> ExtractResult:
         executor="ray",
         device="cpu",
     )
-    _refuse_unfit(run, folder)
+    empty = _store_without_features(run, folder)
     rounds: list[Round] = []
     for n in range(config.repeat):
-        logger.info("round %d of %d: the pipeline, the user's loop, bare stages", n + 1, config.repeat)
+        logger.info("round %d of %d: bare stages, the pipeline, these again, the user's loop, these again", n + 1, config.repeat)
         out, loop_out = str(folder / f"pipeline-{n}.zarr"), str(folder / f"loop-{n}.zarr")
-        rounds.append(_round(replace(run, out=out), loop_out, config))
+        rounds.append(_round(replace(run, out=out), loop_out, empty, config))
         if n + 1 < config.repeat:
             shutil.rmtree(out)
             shutil.rmtree(loop_out)
     return _summarise(rounds)
 
 
-def _round(run: ExtractConfig, loop_out: str, config: ExtractBenchmark) -> Round:
-    pipeline = _measure_pipeline(run)
-    store = FeatureStore.open(run.out)
-    job = BaselineJob(
-        spec=store.spec,
-        store=run.out,
-        urls=tuple(source.url for source in store.index.sources),
+def _round(run: ExtractConfig, loop_out: str, empty: FeatureStore, config: ExtractBenchmark) -> Round:
+    # The batch that the pipeline will take.
+    batch = default_batch(run, empty.layout, "cpu")
+    bare_job = BaselineJob(
+        spec=empty.spec,
+        store=empty.folder.url,
+        urls=tuple(source.url for source in empty.index.sources),
         weights=run.features.weights,
-        out=loop_out,
-        batch=config.loop_batch,
+        out=str(Path(run.out).parent),
+        batch=batch,
         stage_s=config.stage_s,
     )
+    before = _measure_bare(bare_job)
+    pipeline = _measure_pipeline(run)
+    between = _measure_bare(bare_job)
+    job = replace(bare_job, store=run.out, out=loop_out, batch=config.loop_batch)
     [found], usage = in_new_processes(user_loop, (job,))
     loop = LoopRun(
         **vars(WholeRun.of(len(found.keys), {"first batch": found.first_batch}, found.done, usage)),
         steady_images_per_s=found.steady_images_per_s,
         stage_ms=found.stage_ms,
-        cosine=_agreement(store, loop_out, found.keys),
+        cosine=_agreement(FeatureStore.open(run.out), loop_out, found.keys),
     )
-    bare = _measure_bare(replace(job, batch=pipeline.batch, out=str(Path(run.out).parent)))
-    return Round(pipeline=pipeline, loop=loop, bare=bare)
+    bare = [before, between, _measure_bare(bare_job)]
+    return Round(pipeline=pipeline, loop=loop, bare=BareStages.mean(bare), bare_each=bare)
 
 
-def _refuse_unfit(config: ExtractConfig, folder: Path) -> None:
-    """Raise `ConfigError` for what the loop and the bare stages have no counterpart of."""
-    resolved = resolve(replace(config, out=str(folder / "pipeline-0.zarr")))
+def _store_without_features(run: ExtractConfig, folder: Path) -> FeatureStore:
+    """A store of the input, of which nothing is computed: its index and its spec are what the bare stages need.
+
+    Raises `ConfigError` for what the loop and the bare stages have no counterpart of.
+    """
+    resolved = resolve(replace(run, out=str(folder / "bare.zarr")))
     if any(file.is_image or not file.url.startswith("file://") for file in resolved.files):
         raise ConfigError("the benchmark reads local tars only")
     if resolved.model.backbone.is_hierarchical:
-        raise ConfigError(
-            f"{config.features.model} is hierarchical; the loop that it would be compared with is one for plain ViTs"
-        )
+        raise ConfigError(f"{run.features.model} is hierarchical; the loop that it would be compared with is one for plain ViTs")
+    return prepare(resolved, InlineExecutor()).create_store()
 
 
 def _measure_bare(job: BaselineJob) -> BareStages:
@@ -362,6 +384,7 @@ RATIOS: Mapping[str, tuple[float | None, Callable[[Round], float]]] = {
 def _summarise(rounds: Sequence[Round]) -> ExtractResult:
     stage_ms = {stage: min(one.bare.stage_ms[stage] for one in rounds) for stage in STAGES}
     best = Round(
+        bare_each=[each for one in rounds for each in one.bare_each],
         pipeline=max((one.pipeline for one in rounds), key=lambda run: run.steady_images_per_s),
         loop=max((one.loop for one in rounds), key=lambda run: run.steady_images_per_s),
         bare=BareStages(

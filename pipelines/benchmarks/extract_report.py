@@ -1,6 +1,6 @@
 """The tables of `jobs/benchmark.py extract`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipelines.benchmarks.extract import BareStages, ExtractBenchmark, ExtractResult, Gap, LoopRun, PipelineRun
 from pipelines.costs.clocks import Machine
@@ -31,7 +31,7 @@ def extract_report(config: ExtractBenchmark, result: ExtractResult, machine: Mac
     yield from number_lines({"ratio": "", "target": ".2f", "best": ".2f", "by round": ""}, ratios)
     yield from _gap_report(result.gap)
     yield from _process_report(pipeline, loop)
-    yield from _notes(pipeline, loop, bare)
+    yield from _notes(pipeline, loop, result.best.bare_each)
 
 
 def _gap_report(gap: Gap) -> Iterator[str]:
@@ -65,11 +65,12 @@ def _process_report(pipeline: PipelineRun, loop: LoopRun) -> Iterator[str]:
     yield from table_lines(["", "pipeline", "user's loop"], rows)
 
 
-def _notes(pipeline: PipelineRun, loop: LoopRun, bare: BareStages) -> Iterator[str]:
+def _notes(pipeline: PipelineRun, loop: LoopRun, bare: Sequence[BareStages]) -> Iterator[str]:
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in pipeline.start_up_parts_s.items())
     waits = ", ".join(f"{name} {ms:.1f}" for name, ms in loop.stage_ms.items())
     cosines = ", ".join(f"{name} {value:.6f}" for name, value in loop.cosine.items())
     samples = [str(run.memory["pss_samples"]) for run in (pipeline, loop)]
+    bounds = " ".join(f"{each.bound_images_per_s:.1f}" for each in bare)
     opens = "first finished task's end" if pipeline.steady_from == "end" else "first task's beginning (few tasks)"
     yield f"""
 - Whole run: from the process's start (interpreter and imports included) to the finished store; Ray's shutdown is left out.
@@ -78,7 +79,8 @@ def _notes(pipeline: PipelineRun, loop: LoopRun, bare: BareStages) -> Iterator[s
   count by the part of their stage time that lies in it.
 - (d) steady: all images, from the first batch's arrival at the model to the end. ms per image in its main process:
   {waits}.
-- (b), (c): {CORES} single-threaded processes at once, batches of {bare.batch}. Writes without fsync (the pipeline syncs).
+- (b), (c): {CORES} single-threaded processes at once, batches of {bare[0].batch}. Writes without fsync (the pipeline syncs).
+- (c) is of the means of three measurements a round: before, between and after the contenders. Bounds of each: {bounds}.
 - "stage clock" is workers' wall time; two tasks share a worker, so clocks overlap. "in the run" shares the workers' CPU time
   out by it. "idle" includes waiting for the disk; "other" is the machine's other programs.
 - PSS counts shared pages once; sampled {" and ".join(samples)} times, as often as takes 1 % of a core.

@@ -1,10 +1,12 @@
 """How an extraction starts: paths are looked at before torch is imported, and that happens while Ray starts."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from cluster.resources import WorkerPool
+from pipelines.actors import import_whole
 from pipelines.config import ConfigError
 from pipelines.executors import RayExecutor, executor_for
 from pipelines.extraction.config import ExtractConfig
@@ -76,5 +78,12 @@ def likely_tasks(config: ExtractConfig, files: Listing) -> int:
 
 
 def import_driver() -> None:
-    """The module that drives a run, with torch and timm behind it: 2.5 s of CPU time."""
-    from pipelines.extraction import run  # noqa: F401
+    """The module that drives a run, with torch and timm behind it: 2.5 s of CPU time.
+
+    From then on torch has a thread for every other core. They wait for each other by spinning: where workers import on the same
+    cores, loading a model took four times the CPU time.
+    """
+    import_whole(f"{__package__}.run")
+    import torch
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // 2)))

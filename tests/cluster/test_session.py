@@ -15,7 +15,16 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.session import KEPT, ClusterError, _session, _set_environment, own_cluster, own_environment, private_folder
+from cluster.session import (
+    KEPT,
+    ClusterError,
+    _rays_errors_in_words,
+    _session,
+    _set_environment,
+    own_cluster,
+    own_environment,
+    private_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -417,3 +426,23 @@ def test_a_program_without_standard_error_goes_on():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     assert (done.returncode, done.stdout) == (0, "on\n")
+
+
+def test_what_ray_says_of_a_lost_worker_is_told_in_words(caplog, capsys):
+    from ray._private import worker
+
+    lost = (
+        "Task _Actor.do failed. There are infinite retries remaining, so the task will be retried. Error: The actor is "
+        "temporarily unavailable: RpcError: RPC error: Socket closed rpc_code: 14"
+    )
+    before = worker.print_to_stdstream
+    with caplog.at_level("WARNING"), _rays_errors_in_words():
+        # As `listen_error_messages` calls it.
+        worker.print_to_stdstream({"lines": [lost], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+        worker.print_to_stdstream({"lines": ["the disk is full"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert worker.print_to_stdstream is before
+    assert caplog.messages == [
+        "a worker was lost (killed, out of memory, or its machine is gone); its task runs again",
+        "Ray: the disk is full",
+    ]
+    assert capsys.readouterr() == ("", "")

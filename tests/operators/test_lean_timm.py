@@ -10,9 +10,14 @@ def run(program: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_an_extraction_has_no_compiler():
-    compiler = "[name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules]"
-    assert run(f"import sys, jobs.extract, pipelines.extraction.worker, pipelines.extraction.run; print({compiler})") == ["[]"]
+def test_an_extraction_has_no_compiler_and_its_workers_nothing_for_servers_and_metadata():
+    there = "[name for name in ({}) if name in sys.modules]"
+    servers, compiler = there.format("'aiohttp', 'botocore', 'zarr'"), there.format("'torch._dynamo', 'torch._inductor', 'sympy'")
+    said = run(
+        f"import sys, pipelines.extraction.worker; print({servers})\n"
+        f"import jobs.extract, pipelines.extraction.run; print({compiler})"
+    )
+    assert said == ["[]", "[]"]
 
 
 def test_the_compiler_and_what_torchvision_asks_of_it_are_there():
