@@ -98,8 +98,9 @@ def merge_ranges(
     return merged
 
 
-def read_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes:
-    """The bytes of a file from `start` up to `end`, fewer where it ends before. Raises what the filesystem raises."""
+def read_range(options: StorageOptions | None, url: str, start: int, end: int, or_all: bool = False) -> bytes:
+    """The bytes of a file from `start` up to `end`, fewer where it ends before. `or_all`: all of the file where its server gives
+    no less. Raises what the filesystem raises."""
     if start == end:
         return b""
     fs, path = filesystem(url, options)
@@ -112,7 +113,7 @@ def read_range(options: StorageOptions | None, url: str, start: int, end: int) -
                 raise
             raise PermissionError(f"{displayed}: the server answers {error.status} {error.message}") from None
     # A web server without Range support (Python's http.server, say) answers with the whole file.
-    return data[start:end] if len(data) > end - start else data
+    return data[start:end] if len(data) > end - start and not or_all else data
 
 
 def _try_range(options: StorageOptions | None, url: str, start: int, end: int) -> bytes | OSError:
@@ -126,6 +127,7 @@ def _try_range(options: StorageOptions | None, url: str, start: int, end: int) -
 
 class RangedFile(io.RawIOBase):
     """A stretch of a file at a URL, as a file that is read by ranges: larger ones while reading goes straight on. A few are kept.
+    Of a server that gives whole files only, the stretch is kept, so that it's asked once.
 
     `error` is what the filesystem raised last: what reads through C may not hand it on.
     """
@@ -176,9 +178,12 @@ class RangedFile(io.RawIOBase):
         self._step = min(2 * self._step, self.LARGEST) if goes_on else self.FIRST
         first, last = self._offset + self._at, self._offset + min(self._at + self._step, self.size)
         try:
-            data = read_range(self._options, self.url, first, last)
+            data = read_range(self._options, self.url, first, last, True)
         except Exception as error:
             self.error = error
             raise
+        if len(data) > last - first:
+            self._ranges = [(0, data[self._offset : self._offset + self.size])]
+            return self._range() if self._at < len(self._ranges[0][1]) else (self._at, b"")
         self._ranges = [*self._ranges[1 - self.KEPT :], (self._at, data)]
         return self._ranges[-1]

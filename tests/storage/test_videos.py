@@ -11,6 +11,8 @@ import pytest
 
 from storage.ranges import RangedFile, read_range
 from storage.videos import Frame, Place, Sampling, Video, VideoRefused, count_frames, exact_seconds, frame_key, opened_video
+from tests.storage.test_samples import _Plain, _Ranged
+from tests.storage.test_samples import serve as serve
 from tests.videos import drawn, video
 
 av = pytest.importorskip("av")
@@ -183,6 +185,25 @@ def test_little_is_read_and_decoded_of_a_long_video(tmp_path, monkeypatch):
     assert [each.time for each in frames] == [50 * k for k in range(8)]
     assert len(decoded) <= 8 * (10 + 2)  # groups are of ten frames
     assert sum(read) < place.size / 2
+
+
+@pytest.mark.parametrize("handler", [_Plain, _Ranged])
+def test_a_web_server_without_ranges_is_asked_once(tmp_path, serve, handler, monkeypatch):
+    data = long_video(60)
+    place = place_of(tmp_path, data, before=bytes(5000))
+    monkeypatch.setattr(RangedFile, "FIRST", 2**10)
+    monkeypatch.setattr(RangedFile, "LARGEST", 2**12)
+    asked: list[str] = []
+    base, _ = serve(type("Counting", (handler,), {"do_GET": lambda self: (asked.append(self.path), handler.do_GET(self))[1]}))
+    far = Place(f"{base}/file", place.offset, place.size)
+
+    with opened_video(far) as there, opened_video(place) as here:
+        seconds = [Fraction(10 * k) for k in range(6)]
+        assert [pixels(each).tobytes() for each in there.frames(seconds)] == [
+            pixels(each).tobytes() for each in here.frames(seconds)
+        ]
+
+    assert (len(asked) == 1) == (handler is _Plain)
 
 
 def test_rare_key_frames_are_not_sought_again_and_again(tmp_path, monkeypatch):
