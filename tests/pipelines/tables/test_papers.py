@@ -1,5 +1,6 @@
 """Papers' tables: every cell is done once, goes on where it stopped, and says what is missing where it can't be done."""
 
+import contextlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import tables as job
@@ -30,7 +32,7 @@ from pipelines.training.readout import ReadoutTraining
 from pipelines.training.vit_up import ViTUpTraining
 from pipelines.training.vitdet import ViTDetTraining
 from storage.paths import Folder
-from tests.pipelines.extraction.test_faults import ROOT, ended, kill
+from tests.pipelines.extraction.test_faults import ROOT, ended, family, kill
 
 EVERYTHING = tuple(f"{name}=/there/{name}" for name in ("spair", "davis", "voc07", "voc12", "coco20k", "coco", "photos"))
 
@@ -357,17 +359,28 @@ def objects(folder: Path) -> int:
     return sum(len(files) for _, _, files in os.walk(folder))
 
 
-def killed_again_and_again(out: Path, root: Path, kinds: list[str], draw: random.Random) -> int:
-    """Start it, kill what `kinds` have at random moments of its writing, and let it end; gives the last exit code."""
+def workers(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Those that do cells now."""
+    found = []
+    for each in family(run):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [each] if each.name().startswith("ray::_Actor") else []
+    return found
+
+
+def killed_again_and_again(out: Path, root: Path, kinds: list[str], moments: list[int]) -> int:
+    """Start it, kill what `kinds` have once it has written so many objects, and let it end; gives the last exit code."""
     on_two = ["--executor", "ray", "--ray-address", "local", "--actors", "2", "--max-failures", "9"]
     for _ in range(2 * len(kinds) + 2):
         with ended(mini(out, root, *on_two)) as run:
             while kinds and run.poll() is None:
-                target = objects(out) + draw.randint(2, 30)
-                while run.poll() is None and objects(out) < target:
+                kind = kinds[-1]
+                while run.poll() is None and (objects(out) < moments[0] or (kind == "worker" and not workers(run))):
                     time.sleep(0.1)
-                time.sleep(draw.random())
-                kind = kinds.pop()
+                if run.poll() is not None:
+                    break
+                kinds.pop()
+                moments.pop(0)
                 kill(run, kind)
                 if kind != "worker":
                     break
@@ -393,8 +406,9 @@ def test_table_1_killed_five_times_on_two_workers_is_the_same_to_the_digit(share
         assert whole.wait(timeout=5400) == 0, (tmp_path / "whole.log").read_text()[-3000:]
     draw, out, kinds = random.Random(24), tmp_path / "killed", ["worker", "driver", "cluster", "worker", "driver"]
     draw.shuffle(kinds)
+    moments = sorted(draw.sample(range(3, objects(tmp_path / "whole") - 8), len(kinds)))  # the tables' own come last
 
-    code = killed_again_and_again(out, shared_data, kinds, draw)
+    code = killed_again_and_again(out, shared_data, kinds, moments)
 
     assert (code, kinds) == (0, []), out.with_suffix(".log").read_text()[-3000:]
     require_same_tables(out, tmp_path / "whole")
