@@ -2,6 +2,7 @@
 
 import functools
 import io
+import multiprocessing
 import os
 import re
 import shutil
@@ -33,6 +34,8 @@ from storage.tars import MemberRules
 from tests.goldens import SHARED
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
     from tests.forks import Forks
 
 
@@ -50,6 +53,7 @@ LONGEST = (
     "jobs/test_benchmark.py", "storage/test_one_store.py", "tests/test_readme.py", "benchmarks/test_scale.py",
     "extraction/test_sandbox.py", "cluster/test_session.py", "tests/test_distribution.py", "contracts/test_executor.py",
     "training/test_vitdet.py", "training/test_lift.py", "training/test_objectives.py", "tests/test_continued_inputs.py",
+    "benchmarks/test_gpu.py", "extraction/test_reference_program.py", "pipelines/test_guide.py", "jobs/test_evaluate.py",
 )  # fmt: skip
 """Files of few tests that start processes, or that take a minute."""
 
@@ -168,12 +172,23 @@ def tiny(tmp_path: Path) -> Callable[..., ExtractConfig]:
     return functools.partial(tiny_config, tmp_path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The labelled sets that readouts and evaluations are tried on, in their official layouts."""
+    """The labelled sets that readouts and evaluations are tried on, in their official layouts; not to be changed."""
     from tests.readout_runs import write_sets
 
     return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="module")
+def narrow_jafar() -> Iterator[None]:
+    """JAFARs that are trained from the beginning have 32 channels in place of 128, and take a fraction of the time."""
+    from operators.upsamplers.jafar import JafarSettings
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(JafarSettings.__init__.__kwdefaults__, "qk_dim", 32)
+        assert JafarSettings(channels=1, patch=16).qk_dim == 32
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -224,6 +239,22 @@ def ray_session() -> Iterator[None]:
 
     with connect("local", num_cpus=2, num_gpus=0):
         yield
+
+
+@pytest.fixture(scope="session")
+def forking() -> "ForkServerContext":
+    """New processes are forks of one that has imported what benchmarks measure."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
+@pytest.fixture
+def forked_benchmarks(forking: "ForkServerContext", monkeypatch: pytest.MonkeyPatch) -> None:
+    """What benchmarks measure in new processes needn't import torch anew in each."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
+    for module in ("processes", "extract"):
+        monkeypatch.setattr(f"pipelines.benchmarks.{module}.SPAWN", forking)
 
 
 @pytest.fixture(scope="session")

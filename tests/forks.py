@@ -1,4 +1,4 @@
-"""Programs of jobs/ in forks of a process that has imported everything, so that a whole run takes a fraction of a second.
+"""Programs in forks of a process that has imported everything, so that a whole run takes a fraction of a second.
 
 A fork can be killed, or held, before any single storage operation: on local disk each open for writing, rename, link, removal
 and new folder below one place, as the interpreter reports them; on S3 each request that changes something.
@@ -19,20 +19,24 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("extract", "train")
+LATER = ("pandas", "s3fs", "tensorboardX", "torch._dynamo")
+"""What programs import once they need it: up to two seconds in each fork."""
 CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """What a fork does: one program of jobs/, and what becomes of it before its `number`-th operation from 0 below `place`."""
+    """What a fork does: a program, and what becomes of it before its `number`-th operation from 0 below `place`."""
 
     program: str
+    "of jobs/, or `module:function` of the arguments, which returns an exit code"
     argv: Sequence[str]
     place: str
     "a folder, or s3://"
     log: str
     """What it prints; `<log>.operations` is how many there were, `<log>.held` what it's held before until `<log>.go` is there,
     `<log>.images` how many images went into the model, a batch each line, also of forks that were killed."""
+    cwd: str = str(ROOT)
     number: int = -1
     held: bool = False
     "held instead of killed"
@@ -107,8 +111,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     os.fsync = lambda file: None  # no power is cut
-    for name in PROGRAMS:
-        importlib.import_module(f"jobs.{name}")
+    for name in (*(f"jobs.{name}" for name in PROGRAMS), *LATER):
+        importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -118,6 +122,7 @@ def main() -> None:
             if not answer:
                 _run(Fork(**request["start"]))
         print(answer, flush=True)
+    os._exit(0)  # taking all that was imported apart takes seconds
 
 
 def _run(fork: Fork) -> None:
@@ -128,6 +133,7 @@ def _run(fork: Fork) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdin.close()
+        os.chdir(fork.cwd)
         counter = _Counter(fork)
         for name, value in fork.constants.items():
             module, _, constant = name.rpartition(".")
@@ -135,7 +141,8 @@ def _run(fork: Fork) -> None:
         _count_images(Path(f"{fork.log}.images"))
         (_watch_s3 if fork.place.startswith("s3://") else _watch_disk)(fork.place, counter)
         time.sleep(max(0.0, fork.at - time.time()))
-        code = importlib.import_module(f"jobs.{fork.program}").run(fork.argv)
+        module, _, name = fork.program.partition(":")
+        code = getattr(importlib.import_module(module if name else f"jobs.{module}"), name or "run")(fork.argv)
         Path(f"{fork.log}.operations").write_text(str(counter.count))
     except BaseException:  # noqa: BLE001 - the fork's end: its parent's loop must not go on in it
         import traceback

@@ -15,6 +15,8 @@ from storage.spec import FeatureSpec, Use
 from tests.other_bytes import InputObject, objects_in
 from tests.second_runs import KINDS, Held, Refused, complaint
 
+pytestmark = pytest.mark.usefixtures("narrow_jafar")
+
 CALLED: Mapping[str, tuple[str, ...]] = {
     "data": ("data", "images", "labels", "held_out"),
     "val_data": ("val_data", "val-data", "held_out", "held-out"),

@@ -15,6 +15,8 @@ from pipelines.config import ConfigError, Identity, JobConfig, Setting, settings
 from storage.spec import FeatureSpec, Use
 from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint
 
+pytestmark = pytest.mark.usefixtures("narrow_jafar")
+
 TRIED = (
     "x2", "vit_up", "jafar", "featup", "readout: voc", "readout: nyu", "vitdet", "grid", "correspondence: lift",
     "correspondence: navi", "video", "discovery", "cka", "similarity", "probe", "detection", "runtime", "extract",
@@ -237,11 +239,14 @@ def _words(value: object) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_input_that_lies_elsewhere_changes_nothing(kind, held, world, tmp_path):
-    first, moved = held(kind), tmp_path / "moved"
-    shutil.copytree(world, moved)
+@pytest.fixture(scope="module")
+def moved(world, tmp_path_factory) -> Path:
+    return shutil.copytree(world, tmp_path_factory.mktemp("elsewhere") / "moved")
 
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_input_that_lies_elsewhere_changes_nothing(kind, held, moved):
+    first = held(kind)
     known = settings_of(type(first.config)).values()
     # Checkpoints in levels, methods and readouts are told by where they are.
     told = {each.name: each.of(first.config) for each in known if each.identity is Identity.COUNTS}

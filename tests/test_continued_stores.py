@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from tests.second_runs import (
     X2,
     Held,
     Kind,
+    Outcome,
     Refused,
     complaint,
     evaluated,
@@ -284,6 +286,18 @@ def held(world, stores, tmp_path_factory):
     return of
 
 
+@pytest.fixture(scope="module")
+def fresh(held, stores):
+    """What a run into an empty folder comes to on a variant of the consumer's store, done once."""
+
+    @cache
+    def of(name: str, variant: str) -> Outcome:
+        consumer, (first, _) = CONSUMERS[name], held(name)
+        return first.fresh(consumer.on(first.config, stores(consumer, variant)))
+
+    return of
+
+
 @contextmanager
 def standing_at(url: Path, store: Path) -> Iterator[None]:
     """While this holds, another store lies where one was."""
@@ -314,7 +328,7 @@ CASES = [(name, variant) for name, each in CONSUMERS.items() for variant in vari
 
 @pytest.mark.parametrize("place", ["there", "elsewhere"])
 @pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{name}: {variant}" for name, variant in CASES])
-def test_other_store_is_refused_by_name_or_counts(name, variant, place, held, stores):
+def test_other_store_is_refused_by_name_or_counts(name, variant, place, held, stores, fresh):
     consumer, (first, url) = CONSUMERS[name], held(name)
     other = stores(consumer, variant)
     config = consumer.on(first.config, other)
@@ -325,7 +339,7 @@ def test_other_store_is_refused_by_name_or_counts(name, variant, place, held, st
         again = first.again(config)
 
     words = [consumer.setting, "rows of the store", str(url), str(other), *_differing(stores(consumer), other)]
-    assert complaint(again, lambda: first.fresh(config), words) == ""
+    assert complaint(again, lambda: fresh(name, variant), words) == ""
 
 
 @pytest.mark.parametrize("variant", OF_FIELD)
@@ -341,13 +355,11 @@ def test_stores_differ_in_what_they_are_named_for(variant, stores):
 
 @pytest.mark.parametrize("variant", ALL_OF_THEM)
 @pytest.mark.parametrize("name", CONSUMERS)
-def test_store_of_other_images_is_refused(name, variant, held, stores):
-    consumer, (first, _) = CONSUMERS[name], held(name)
-
-    found = first.fresh(consumer.on(first.config, stores(consumer, variant)))
+def test_store_of_other_images_is_refused(name, variant, stores, fresh):
+    found = fresh(name, variant)
 
     assert isinstance(found, Refused)
-    assert str(stores(consumer, variant)) in found.text
+    assert str(stores(CONSUMERS[name], variant)) in found.text
 
 
 @pytest.mark.parametrize("variant", [*OF_FIELD, *ALL_OF_THEM])
@@ -363,13 +375,20 @@ def test_validation_on_another_store_is_refused_or_the_same(variant, held, store
 OF_TWO_SIZES = tuple(each for each in (*OF_FIELD, *ALL_OF_THEM) if each not in ("input_size", "level name", "crop_pct"))
 
 
+@pytest.fixture(scope="module")
+def of_two_sizes(held, stores) -> Outcome:
+    """What a run comes to on stores that differ in their size alone."""
+    first, url = held("similarity")
+    return first.fresh(first.config.changed(stores=(str(url), str(stores(CONSUMERS["similarity"], size="96")))))
+
+
 @pytest.mark.parametrize("variant", OF_TWO_SIZES)
-def test_stores_of_two_sizes_are_refused_or_alike(variant, held, stores):
+def test_stores_of_two_sizes_are_refused_or_alike(variant, held, stores, of_two_sizes):
     """Their lines stand in one table."""
-    consumer, (first, url) = CONSUMERS["similarity"], held("similarity")
-    other, plain = stores(consumer, variant, size="96"), stores(consumer, size="96")
+    first, url = held("similarity")
+    other = stores(CONSUMERS["similarity"], variant, size="96")
 
     found = first.fresh(first.config.changed(stores=(str(url), str(other))))
 
-    expected = first.fresh(first.config.changed(stores=(str(url), str(plain))))
+    expected = of_two_sizes
     assert found == expected or (isinstance(found, Refused) and str(other) in found.text), found

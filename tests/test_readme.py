@@ -2,11 +2,14 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forks import Fork
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,11 +28,23 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def test_blocks_run_in_order(checkout):
+def test_blocks_run_in_order(checkout, parent, tmp_path):
+    """Programs after the first block's in forks, which needn't import all of it anew."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
     found = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     assert len(found) >= 3
-    for language, code in found:
+    assert found[0][0] == "bash"
+    for number, (language, code) in enumerate(found):
+        if number and language == "bash":
+            commands = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+            for python, program, *argv in filter(None, commands):
+                name = re.fullmatch(r"jobs/(\w+)\.py", program)
+                assert (python, bool(name)) == ("python", True), f"run {code} as the shell does"
+                log = tmp_path / "log"
+                log.unlink(missing_ok=True)
+                fork = Fork(program=name[1], argv=argv, place=str(checkout), log=str(log), cwd=str(checkout))
+                assert parent.run(fork) == 0, f"{program} {shlex.join(argv)}\n{log.read_text()[-4000:]}"
+            continue
         command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
         result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0, f"{code}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"

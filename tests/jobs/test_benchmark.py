@@ -30,6 +30,7 @@ from pipelines.published.lift import LIFT_OPERATIONS
 from tests.conftest import squeezed
 
 
+@pytest.mark.usefixtures("forked_benchmarks")
 def test_extract_measures_all_four_side_by_side_and_their_features_agree(tmp_path, capsys):
     path = tmp_path / "numbers.json"
 
@@ -80,6 +81,7 @@ def test_index_counts_every_sample_and_leaves_nothing_behind(tmp_path, capsys):
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.usefixtures("forked_benchmarks")
 def test_read_compares_contenders_on_the_same_rows_and_leaves_nothing_behind(tmp_path, capsys):
     path = tmp_path / "numbers.json"
     (tmp_path / "work").mkdir()

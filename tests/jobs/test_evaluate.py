@@ -86,7 +86,7 @@ def evaluated(tmp_path_factory):
         for task, presets in evaluate.PRESETS.items()
         if task in READ_IMAGES
     }
-    navi = ["--protocol", "navi", "--levels", "x1", "112x112=bilinear", "--sizes", "448", "--every", "1", "--matches", "200"]
+    navi = ["--protocol", "navi", "--levels", "x1", "28x28=bilinear", "--sizes", "112", "--every", "1", "--matches", "50"]
     words["navi"] = root / "NAVI", ["correspondence", *navi, *debug.split()]
     words["video"] = make_davis(root / "two-clips"), ["video", "debug"]
     with contextlib.chdir(root):

@@ -6,9 +6,9 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +29,10 @@ from pipelines.showing.report import render_report
 from pipelines.showing.status import BOTTLENECKS, MAX_RECORDS, RunStatus, bottleneck, read_status, status_lines
 from pipelines.showing.views import colours_for, similar_panel, similarities, view_panel
 from storage.paths import StorageError
-from storage.store import FeatureStore, MissingRows, NotAStore, OutsideImage
+from storage.store import FeatureStore, MissingRows, OutsideImage
 from tests.browser import opens_well
 from tests.conftest import jpeg, write_tar
+from tests.forks import Fork
 from tests.stops import dying_at_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -750,34 +751,26 @@ def test_everything_works_on_s3(make_tars, tiny, s3_options, tmp_path, capsys):
     assert "20 ok" in displayed
 
 
-def test_status_tells_of_a_run_that_another_process_writes_to_s3(make_tars, s3_options, capsys):
+def test_status_tells_of_a_run_that_another_process_writes_to_s3(parent, make_tars, s3_options, tmp_path, capsys):
+    """It is held in the midst of its 40 tasks, each of which writes several objects."""
     url, options = f"s3://{s3_options['bucket']}/f.zarr", s3_options["options"]
     settings = f"--out {url} --model test_vit.r160_in1k --weights random --size 64 --precision fp32 --executor inline"
-    command = [sys.executable, "jobs/extract.py", "--data", make_tars(count=4), "--block-rows", "1", *settings.split()]
-    writer = subprocess.Popen([*command, "--storage-options", json.dumps(options)], cwd=ROOT)
-    try:
-        while not _tasks_done(url, options):
-            assert writer.poll() is None
-        writer.send_signal(signal.SIGSTOP)  # so that it is still at it, however slow this one is
-        show("status", url, "--storage-options", json.dumps(options))
-        writer.send_signal(signal.SIGCONT)
-        assert writer.wait() == 0
-    finally:
-        writer.kill()
-        writer.wait()
+    argv = ["--data", make_tars(count=4), "--block-rows", "1", *settings.split(), "--storage-options", json.dumps(options)]
+    log = tmp_path / "log"
+    writer = Fork(program="extract", argv=argv, place="s3://", log=str(log), number=60, held=True)
+    pid, deadline = parent.start(writer), time.monotonic() + 120
+    while not Path(f"{log}.held").exists():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    show("status", url, "--storage-options", json.dumps(options))
+    Path(f"{log}.go").touch()
+    assert parent.wait(pid) == 0, log.read_text()
     displayed = capsys.readouterr().out
 
     assert "being written by run" in displayed
-    assert "0 pending" not in displayed
+    assert not re.search(r"\b0 pending", displayed)
     assert "of 40 done" in displayed
     assert read_status(FeatureStore.open(url, options)).status == "complete"
-
-
-def _tasks_done(url: str, options: dict[str, object]) -> int:
-    try:
-        return read_status(FeatureStore.open(url, options)).tasks_done
-    except NotAStore:
-        return 0
 
 
 def test_it_runs_without_torch_and_ray(store, tmp_path):

@@ -11,6 +11,7 @@ from pipelines.costs.clocks import machine
 from pipelines.costs.process import BenchmarkFailed
 
 
+@pytest.mark.usefixtures("forked_benchmarks")
 def test_all_parts_run_and_promises_are_held(tmp_path):
     result = measure_gpu(DEBUG, tmp_path)
 

@@ -39,6 +39,7 @@ def test_simulated_workers_fill_a_store_as_real_ones_do(make_tars, tiny):
     assert run_prepared(prepared, InlineExecutor()).ok == 10
 
 
+@pytest.mark.usefixtures("forked_benchmarks")
 def test_a_simulated_run_accounts_for_every_row_and_says_what_it_took(tmp_path):
     run = measure_run(tmp_path / "run", rows=72, block_rows=16, actors=2, forward_s=0.01)
 

@@ -31,6 +31,7 @@ from storage.datasets.classes import COCO_CATEGORIES
 from storage.datasets.frames import OrientedImage
 from storage.errors import RayliftError
 from storage.orientation import Orientation
+from tests.as_on_ray import Travelling
 from tests.goldens import golden_file
 
 NOTES = "annotations/instances_val2017.json"
@@ -201,17 +202,19 @@ def test_numbers_are_the_goldens_of_its_detections(tmp_path, monkeypatch):
     require_by_hand(found, root, tmp_path / "out", ("low-res",))
 
 
-def test_ray_and_a_stopped_evaluation_come_to_the_same(data, plain, tmp_path, monkeypatch, ray_session):
+def test_two_workers_and_a_stopped_evaluation_come_to_the_same(data, plain, tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.evaluation.objects.PIECE_IMAGES", 1)
     settings = {"detector": plain, "upsamplers": ("lift",)}
     first = results(config_of(data, tmp_path / "inline", **settings))
-    on_ray = results(config_of(data, tmp_path / "ray", **settings, executor="ray", actors=2))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.evaluation.run.executor_for", lambda _: contextlib.nullcontext(Travelling()))
+        shared_out = results(config_of(data, tmp_path / "two", **settings))
     for part in sorted((tmp_path / "inline/parts").iterdir())[1:]:
         part.unlink()
 
     again = results(config_of(data, tmp_path / "inline", **settings))
 
-    for found in (on_ray, again):
+    for found in (shared_out, again):
         assert [found[part] for part in ("tables", "items", "details")] == [
             first[part] for part in ("tables", "items", "details")
         ]

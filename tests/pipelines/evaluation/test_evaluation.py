@@ -28,7 +28,7 @@ from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
-from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.executors import InlineExecutor
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.features.join import FeaturesMissing
@@ -101,11 +101,10 @@ def spair_config(data: object, out: Path, **changes: object) -> CorrespondenceCo
     return CorrespondenceConfig.of(**settings)
 
 
-def evaluate(module, config):
+def evaluate(module, config, executor=None):
     """All of it; returns the records and what was found."""
     task, recipe, folder = module.prepare(config)
-    executor = RayExecutor() if config.cluster.executor == "ray" else InlineExecutor()
-    records = run_pieces(config, task, recipe, folder, executor)
+    records = run_pieces(config, task, recipe, folder, executor or InlineExecutor())
     findings = module.find(config, task, recipe, records)
     write_results(folder, "task", config.public(), recipe.described(), findings)
     return records, findings
@@ -563,17 +562,6 @@ def test_pairs_of_which_none_has_key_points_are_no_result(tmp_path):
 def test_alphas_of_one_name_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--alphas 0.1 0.1000001: give each once"):
         spair_config(tmp_path, tmp_path, alphas=(0.1, 0.1000001))
-
-
-def test_the_score_is_the_same_on_ray(tmp_path, ray_session):
-    data = make_spair(tmp_path / "d")
-    inline, findings = evaluate(correspondence, spair_config(data, tmp_path / "inline", sizes=(32, 48, 64)))
-
-    config = spair_config(data, tmp_path / "ray", sizes=(32, 48, 64), executor="ray", actors=2)
-    records, found = evaluate(correspondence, config)
-
-    assert records == inline
-    assert found.tables == findings.tables
 
 
 def test_errors_of_workers_are_those_of_one_process(monkeypatch):

@@ -6,8 +6,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +13,6 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from cluster.resources import WorkerPool, WorkerRequest
 from jobs import evaluate as job
 from pipelines.evaluation import cka, correspondence, discovery, run, similarity, video
 from pipelines.evaluation.run import Piece, Record, run_pieces
@@ -26,6 +23,7 @@ from storage.datasets.files import DatasetError, ItemLeftOut
 from storage.datasets.images import unreadable as unreadable_image
 from storage.paths import Folder
 from tests.conftest import unreadable
+from tests.forks import Fork
 from tests.pipelines.evaluation.test_evaluation import (
     TINY,
     cka_config,
@@ -38,7 +36,6 @@ from tests.pipelines.evaluation.test_evaluation import (
     spair_config,
     video_config,
 )
-from tests.pipelines.extraction.test_faults import ROOT, ended
 from tests.pipelines.extraction.test_s3 import tree
 
 
@@ -91,7 +88,7 @@ def test_one_worker_on_a_model_and_four_on_a_store_give_the_same_numbers(task, t
 
 @dataclasses.dataclass(frozen=True)
 class Together:
-    """An evaluation whose pieces begin when four workers are there; the first that has done `victim` is killed over it."""
+    """An evaluation whose pieces begin when two workers are there; the first that has done `victim` is killed over it."""
 
     evaluation: object
     place: Path
@@ -103,8 +100,8 @@ class Together:
     def run(self, piece: Piece, source: FeatureSource, folder: Folder) -> list[Record]:
         (self.place / f"worker-{os.getpid()}").touch()
         deadline = time.monotonic() + 500
-        while len(list(self.place.glob("worker-*"))) < 4:
-            assert time.monotonic() < deadline, "four workers didn't come"
+        while len(list(self.place.glob("worker-*"))) < 2:
+            assert time.monotonic() < deadline, "two workers didn't come"
             time.sleep(0.05)
         records = self.evaluation.run(piece, source, folder)
         with (self.place / f"did-{piece.name}").open("a") as file:
@@ -115,38 +112,27 @@ class Together:
         return records
 
 
-class HalfCores(WorkerPool):
-    """The tests' Ray has two CPUs: each of four actors takes half of one."""
-
-    placement = property(lambda _: {"num_cpus": 0.5})
-
-
-class FourActors(RayExecutor):
-    def pool(self, request: WorkerRequest) -> WorkerPool:
-        return HalfCores(device="cpu", size=4, cpus=1, gpus=0)
-
-
 @pytest.mark.usefixtures("ray_session")
-def test_four_actors_one_of_them_killed_mid_piece_give_the_numbers_of_one_process(tmp_path):
-    data, sizes, place = make_spair(tmp_path / "d"), tuple(range(32, 160, 16)), tmp_path / "place"
+def test_two_actors_one_of_them_killed_mid_piece_give_the_numbers_of_one_process(tmp_path):
+    data, sizes, place = make_spair(tmp_path / "d"), (32, 48, 64, 80, 96), tmp_path / "place"
     place.mkdir()
     one, findings = evaluate(correspondence, spair_config(data, tmp_path / "one", sizes=sizes))
-    config = spair_config(data, tmp_path / "four", sizes=sizes, executor="ray")
+    config = spair_config(data, tmp_path / "two", sizes=sizes, executor="ray", actors=2)
     task, recipe, folder = correspondence.prepare(config)
 
-    records = run_pieces(config, Together(task, place, "80-00000"), recipe, folder, FourActors())
+    records = run_pieces(config, Together(task, place, "80-00000"), recipe, folder, RayExecutor())
 
     assert records == one
     assert correspondence.find(config, task, recipe, records).tables == findings.tables
     workers = {path.name.removeprefix("worker-") for path in place.glob("worker-*")}
     assert (place / "killed").read_text() in workers
-    assert len(workers) == 5  # four, and the one started for the one that was killed
+    assert len(workers) == 3  # two, and the one started for the one that was killed
     assert (place / "did-80-00000").read_text() == "11"
-    assert parts(tmp_path / "four") == parts(tmp_path / "one")
+    assert parts(tmp_path / "two") == parts(tmp_path / "one")
 
 
-def hold(argv: list[str]) -> None:
-    """What a subprocess runs: the program, which stands still within its second piece, when its label images are written."""
+def hold(argv: list[str]) -> int:
+    """What a fork runs: the program, which stands still within its second piece, when its label images are written."""
     plain, did = video.Video.run, []
 
     def stands_still(self, piece, source, folder):
@@ -157,7 +143,7 @@ def hold(argv: list[str]) -> None:
         return records
 
     video.Video.run = stands_still
-    job.run(argv)
+    return job.run(argv)
 
 
 def command(data: Path, out: Path) -> list[str]:
@@ -168,19 +154,18 @@ def command(data: Path, out: Path) -> list[str]:
     ]
 
 
-def test_a_killed_driver_is_continued_without_doing_what_is_done(tmp_path):
+def test_a_killed_driver_is_continued_without_doing_what_is_done(parent, tmp_path):
     data, whole, out = make_davis(tmp_path / "d"), tmp_path / "whole", tmp_path / "out"
     assert job.run(command(data, whole)) == 0
-    program = f"from tests.pipelines.evaluation.test_faults import hold; hold({command(data, out)!r})"
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    with ended(process):
-        # Clip a is the longer one, and comes first; clip b's label images, the last of which ends its piece but for the part.
-        while not (out / "masks/64/bilinear-x2/clip-b/00004.png").exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    log = tmp_path / "log"
+    held = Fork(program=f"{__name__}:{hold.__name__}", argv=command(data, out), place=str(out), log=str(log))
+    pid, deadline = parent.start(held), time.monotonic() + 200
+    # Clip a is the longer one, and comes first; clip b's label images, the last of which ends its piece but for the part.
+    while not (out / "masks/64/bilinear-x2/clip-b/00004.png").exists():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    assert parent.wait(pid) == -signal.SIGKILL, log.read_text()
     before = {path.name: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
     assert [*before] == ["64-0000.jsonl"]
     assert not (out / "results.json").exists()

@@ -27,6 +27,7 @@ from storage.datasets.files import DatasetError
 from storage.documents import decode
 from storage.paths import Folder
 from storage.runs import read_pointers
+from tests.as_on_ray import Travelling
 from tests.pipelines.evaluation.test_evaluation import evaluate
 from tests.readout_runs import OF_TASK, TINY, extract, featup_file, held_out, train, training
 
@@ -104,12 +105,12 @@ def test_scores_are_of_sums_of_images_but_for_average_precision(trained, config_
         )
 
 
-def test_workers_on_ray_give_the_scores_of_one_process(trained, config_of, tmp_path, monkeypatch, ray_session):
+def test_two_workers_give_the_scores_of_one(trained, config_of, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "PIECE_IMAGES", 1)
     url = trained()
     alone = evaluate(probe, config_of(url, out=str(tmp_path / "alone")))
 
-    both = evaluate(probe, config_of(url, out=str(tmp_path / "both"), executor="ray", actors=2))
+    both = evaluate(probe, config_of(url, out=str(tmp_path / "both")), Travelling())
 
     assert both[0] == alone[0]
     assert both[1].tables == alone[1].tables

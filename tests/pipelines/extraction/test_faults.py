@@ -20,6 +20,7 @@ import psutil
 import pytest
 import s3fs
 
+from jobs import extract as job
 from storage.paths import Folder
 from tests.conftest import jpeg, write_tar
 from tests.pipelines.extraction.test_s3 import tree
@@ -32,11 +33,14 @@ MODEL = ["--model", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "--weights", "r
 LEVELS = ("--levels", "x1", "x2", "pooled")
 
 
-def launch(data: str, out: str, options: dict | None, log: Path, *where: str, more: Sequence[str] = LEVELS) -> subprocess.Popen:
-    command = [sys.executable, "jobs/extract.py", "--data", data, "--out", out, *MODEL, *more]
-    command += ["--block-rows", "4", *(where or ("--executor", "ray", "--ray-address", "local"))]
-    if options:
-        command += ["--storage-options", json.dumps(options)]
+def arguments(data: str, out: str, options: dict | None, *where: str, more: Sequence[str] = LEVELS) -> list[str]:
+    found = ["--data", data, "--out", out, *MODEL, *more, "--block-rows", "4", *where]
+    return [*found, "--storage-options", json.dumps(options)] if options else found
+
+
+def launch(data: str, out: str, options: dict | None, log: Path, more: Sequence[str] = LEVELS) -> subprocess.Popen:
+    where = ("--executor", "ray", "--ray-address", "local")
+    command = [sys.executable, "jobs/extract.py", *arguments(data, out, options, *where, more=more)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("a"), stderr=subprocess.STDOUT)
 
@@ -141,16 +145,15 @@ def images(tmp_path) -> str:
     return str(tmp_path / "in/s-{0..1}.tar")
 
 
-def uninterrupted(data: str, out: str, options: dict | None, log: Path, more: Sequence[str] = LEVELS) -> dict[str, str]:
-    process = launch(data, out, options, log, "--executor", "inline", "--actor-cpus", "1", more=more)
-    with ended(process):
-        assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
+def uninterrupted(data: str, out: str, options: dict | None, more: Sequence[str] = LEVELS) -> dict[str, str]:
+    """By this process."""
+    assert job.run(arguments(data, out, options, "--executor", "inline", "--actor-cpus", "1", more=more)) == 0
     return digest(tree(Folder(out, options)))
 
 
 def test_killed_driver_worker_and_cluster_leave_the_bytes_of_an_uninterrupted_run(images, tmp_path):
     log = tmp_path / "log"
-    reference = uninterrupted(images, str(tmp_path / "reference.zarr"), None, log)
+    reference = uninterrupted(images, str(tmp_path / "reference.zarr"), None)
 
     happened = run_with_kills(images, str(tmp_path / "out.zarr"), None, ["driver", "worker", "cluster"], log, seed=1)
 
@@ -172,7 +175,7 @@ def test_ten_random_kills_leave_the_bytes_of_an_uninterrupted_run(images, tmp_pa
         data = f"{base}/in/s-{{0..1}}.tar"
     draw = random.Random(5)
     kinds = [draw.choice(["driver", "worker", "cluster"]) for _ in range(10)]
-    reference = uninterrupted(data, f"{base}/reference.zarr", options, log)
+    reference = uninterrupted(data, f"{base}/reference.zarr", options)
 
     happened = run_with_kills(data, f"{base}/out.zarr", options, kinds, log, seed=2)
 
@@ -190,11 +193,11 @@ ADDED = ("--add-level", "x4@int8", "--added-from", "backbone")
 def test_a_level_that_is_added_by_ray_with_ten_random_kills(images, tmp_path, where, s3_options):
     log = tmp_path / "log"
     options, base = (s3_options["options"], f"s3://{s3_options['bucket']}") if where == "s3" else (None, str(tmp_path))
-    uninterrupted(images, f"{base}/reference.zarr", options, log)
+    uninterrupted(images, f"{base}/reference.zarr", options)
     reference, out = Folder(f"{base}/reference.zarr", options), Folder(f"{base}/out.zarr", options)
     for name in reference.below(""):
         out.write(name, reference.read(name))
-    expected = uninterrupted(images, reference.url, options, log, more=ADDED)
+    expected = uninterrupted(images, reference.url, options, more=ADDED)
     draw = random.Random(6)
     kinds = [draw.choice(["driver", "worker", "cluster"]) for _ in range(10)]
 

@@ -33,16 +33,11 @@ from pipelines.training.readout import ReadoutTraining
 from pipelines.training.run import train_inline
 from storage.paths import Folder
 from tests.conftest import loud_weights, squeezed
-from tests.readout_runs import extract, featup_file, held_out, losses, write_sets
+from tests.readout_runs import extract, featup_file, held_out, losses
 from tests.stops import Died, dies_after
 
 VIT = "test_vit.r160_in1k@64"
 SLUG = "test_vit.r160_in1k-64"
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return write_sets(tmp_path_factory.mktemp("sets"))
 
 
 def tiny_grid(sets: Path, where: Path, **changes: object) -> GridConfig:

@@ -24,12 +24,15 @@ from pipelines.training.images import ImageTraining
 from pipelines.training.jafar import JafarTraining
 from pipelines.training.loop import read_metrics
 from pipelines.training.objectives import OBJECTIVES, trainings
-from pipelines.training.run import train_inline, train_on_ray
+from pipelines.training.run import train_inline
 from storage.paths import Folder
 from storage.runs import read_checkpoint, read_last
 from storage.store import FeatureStore
+from tests.as_on_ray import train_in_processes
 from tests.pipelines.training.test_lift import together
 from tests.readout_runs import continued, losses, prepared
+
+pytestmark = pytest.mark.usefixtures("narrow_jafar")
 
 BOTH = ("jafar", "featup")
 
@@ -140,8 +143,8 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path, n
     [
         ("jafar", {"shrink": (0.5, 0.5), "lr": 3e-3}),
         ("jafar", {"shrink": (0.5, 0.5), "lr": 3e-3, "antialias": True, "consistency": 0.0}),
-        ("featup", {}),
-        ("featup", {"downsampler": "simple", "tv_weight": 0.01, "channel_norm": False}),
+        ("featup", {"jitters": 1}),
+        ("featup", {"jitters": 1, "downsampler": "simple", "tv_weight": 0.01, "channel_norm": False}),
     ],
 )
 def test_the_loss_falls_on_an_image_and_others_are_measured_beside_bilinear_enlargement(small, name, changes):
@@ -182,8 +185,8 @@ def test_a_random_scale_is_a_steps_whichever_images_it_has(small):
 @pytest.mark.usefixtures("nothing_dropped")
 @pytest.mark.parametrize("name", BOTH)
 def test_micro_batches_add_up_to_the_batch(small, tmp_path, name):
-    train_inline(prepared(small(name, out=str(tmp_path / "a"))))
-    train_inline(prepared(small(name, out=str(tmp_path / "b"), micro_batch=1)))
+    train_inline(prepared(small(name, out=str(tmp_path / "a"), max_steps=4)))
+    train_inline(prepared(small(name, out=str(tmp_path / "b"), max_steps=4, micro_batch=1)))
 
     np.testing.assert_allclose(losses(str(tmp_path / "a")), losses(str(tmp_path / "b")), rtol=1e-3)
 
@@ -191,8 +194,9 @@ def test_micro_batches_add_up_to_the_batch(small, tmp_path, name):
 @pytest.mark.usefixtures("nothing_dropped")
 @pytest.mark.parametrize("name", BOTH)
 def test_two_workers_take_the_steps_of_one(small, tmp_path, name):
-    train_inline(prepared(small(name, out=str(tmp_path / "one"), micro_batch=1)))
-    trainers = together(prepared(small(name, out=str(tmp_path / "two"), micro_batch=1)), 2)
+    settings = {"micro_batch": 1, "max_steps": 4}  # the third is of one image, the fourth of the next epoch
+    train_inline(prepared(small(name, out=str(tmp_path / "one"), **settings)))
+    trainers = together(prepared(small(name, out=str(tmp_path / "two"), **settings)), 2)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda trainer: trainer.run(InlineExecutor()), trainers))
@@ -202,16 +206,15 @@ def test_two_workers_take_the_steps_of_one(small, tmp_path, name):
     assert all(torch.equal(one[each], two[each]) for each in one)
 
 
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("name", [pytest.param("jafar", marks=pytest.mark.soak), "featup"])  # 50 s each
-def test_two_processes_of_ray_train_the_weights_of_one(small, tmp_path, name):
+@pytest.mark.parametrize("name", BOTH)
+def test_two_processes_train_the_weights_of_one(parent, small, tmp_path, name):
     """What is dropped is a micro-batch's, whichever process has it."""
     settings = {"micro_batch": 1, "epochs": 1}
     whole = small(name, out=str(tmp_path / "one"), **settings)
     shared = small(name, out=str(tmp_path / "two"), **settings, workers=2, executor="ray", loaders=1)
     train_inline(prepared(whole))
 
-    assert train_on_ray(prepared(shared), "cpu").step == 3
+    assert train_in_processes(parent, shared, tmp_path / "processes").step == 3
 
     np.testing.assert_allclose(losses(shared.out), losses(whole.out), rtol=1e-4)
     one, two = (read_last(Folder(config.out)) for config in (whole, shared))
@@ -283,7 +286,7 @@ def test_gradients_are_clipped_in_the_first_steps_alone(small, monkeypatch):
     clipped = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda _, most: clipped.append(most))
 
-    train_inline(prepared(small("featup", clip_steps=2)))
+    train_inline(prepared(small("featup", clip_steps=2, max_steps=4)))
 
     assert clipped == [1e-4, 1e-4]
     assert small("featup", clip_steps=None).clipping(10_000) == 1e-4
@@ -313,8 +316,8 @@ def test_stored_features_train_as_computed_ones(small, tiny, tmp_path, name):
     plain = {"interpolation": "bicubic"}
     features = tiny(small(name).data[0], levels=("x1@float32",), out=str(tmp_path / "stored.zarr"))
     extract(features, InlineExecutor())
-    train_inline(prepared(small(name, **plain, out=str(tmp_path / "computed"))))
-    train_inline(prepared(small(name, **plain, features=features.out, out=str(tmp_path / "read"))))
+    train_inline(prepared(small(name, **plain, max_steps=4, out=str(tmp_path / "computed"))))
+    train_inline(prepared(small(name, **plain, max_steps=4, features=features.out, out=str(tmp_path / "read"))))
 
     np.testing.assert_allclose(losses(str(tmp_path / "read")), losses(str(tmp_path / "computed")), rtol=1e-4)
     with pytest.raises(ConfigError, match="geometry .* store 'crop' .* now 'squash'"):

@@ -22,9 +22,9 @@ from pipelines.showing.training import training_lines
 from pipelines.training.labelled import stored_array
 from pipelines.training.loop import TrainFailed, read_metrics
 from pipelines.training.readout import ReadoutTraining
-from pipelines.training.run import train_on_ray
 from storage.paths import Folder
 from storage.runs import read_last
+from tests.as_on_ray import train_in_processes
 from tests.readout_runs import OF_TASK, continued, extract, featup_file, held_out, losses, prepared, train, training, write_nyu
 
 IMAGES = "VOCdevkit/VOC2012/JPEGImages"
@@ -338,13 +338,12 @@ def test_micro_batches_add_up_to_the_batch(sets, tmp_path):
         np.testing.assert_allclose(found[name], array, atol=2e-3, err_msg=name)
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_two_ray_workers_take_the_steps_of_one_process(sets, tmp_path):
+def test_two_processes_take_the_steps_of_one(parent, sets, tmp_path):
     data = str(void_most(sets, tmp_path / "void"))
     train(training(sets, tmp_path / "one", data=data, micro_batch=2))
 
     two = training(sets, tmp_path / "two", data=data, micro_batch=2, workers=2, executor="ray", loaders=1)
-    summary = train_on_ray(prepared(two), "cpu")
+    summary = train_in_processes(parent, two, tmp_path / "processes")
 
     assert summary.step == 6
     np.testing.assert_allclose(losses(two.out), losses(str(tmp_path / "one")), rtol=1e-4)

@@ -22,20 +22,15 @@ from pipelines.features.detectors import load_detector
 from pipelines.training.lift import X2Config
 from pipelines.training.loop import TrainFailed
 from pipelines.training.objects import packed, unpacked
-from pipelines.training.run import main, plan_lines, train_on_ray
+from pipelines.training.run import main, plan_lines
 from pipelines.training.vitdet import ViTDetTraining
 from storage.datasets.files import DatasetError
 from storage.errors import RayliftError
 from storage.paths import Folder
 from storage.runs import read_checkpoint, read_last, read_pointers
+from tests.as_on_ray import train_in_processes
 from tests.forks import Fork, forks
-from tests.readout_runs import continued, held_out, losses, prepared, train, write_sets
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> Path:
-    return write_sets(tmp_path_factory.mktemp("sets"))
-
+from tests.readout_runs import continued, held_out, losses, prepared, train
 
 SMALL: Mapping[str, object] = {
     "executor": "inline", "device": "cpu", "size": 64, "model": "tiny", "depth": 2, "global_blocks": (1,), "drop_path": 0.5,
@@ -152,14 +147,13 @@ def test_a_run_that_is_killed_at_random_five_times_trains_the_same_bits(sets, tm
     assert losses(str(tmp_path / "broken")) == losses(str(tmp_path / "whole"))
 
 
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("upsampler", ["", pytest.param("lift", marks=pytest.mark.soak)])
-def test_two_ray_workers_take_the_steps_of_one_process(sets, tmp_path, upsampler):
+@pytest.mark.parametrize("upsampler", ["", "lift"])
+def test_two_processes_take_the_steps_of_one(parent, sets, tmp_path, upsampler):
     one, two = (detector(sets, tmp_path / name, upsampler=upsampler or None, **settings)
                 for name, settings in (("one", {}), ("two", {"workers": 2, "executor": "ray", "loaders": 1})))  # fmt: skip
     train(one)
 
-    summary = train_on_ray(prepared(two), "cpu")
+    summary = train_in_processes(parent, two, tmp_path / "processes")
 
     assert summary.step == 4
     np.testing.assert_allclose(losses(two.out), losses(one.out), rtol=1e-5)
