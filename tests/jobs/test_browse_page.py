@@ -337,8 +337,7 @@ def test_a_store_of_vectors_alone(browser, tmp_path):
         says(page, "li.query .vectors", r"pooled 1\.000")
         says(page, "#point-text", "^Cosine with 2$")
         page.click("#nearest")
-        until(page, "() => document.querySelectorAll('.vectors').length", lambda found: found == 4)
-        assert page.evaluate(KEYS)[0] == "2"
+        until(page, KEYS, lambda keys: len(keys) == 4 and keys[0] == "2")
 
 
 def test_a_store_is_followed_while_it_is_written(browser, make_tars, tiny):
