@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
@@ -260,6 +260,14 @@ def _without_watchers() -> Iterator[None]:
         (node.Node, "start_api_server", lambda _, **__: None),
         (services, _PYTHON, python),
     ]
+    with _replaced(instead):
+        yield
+
+
+@contextmanager
+def _replaced(instead: Sequence[tuple[object, str, object]]) -> Iterator[None]:
+    """Names of Ray's that mean something else within it: what they are of, the name, what it means. Those that another version
+    doesn't have stay away, and that version does as it ever does."""
     there = [each for each in instead if hasattr(*each[:2])]
     before = [(of, name, getattr(of, name)) for of, name, _ in there]
     try:
@@ -274,7 +282,7 @@ def _without_watchers() -> Iterator[None]:
 @contextmanager
 def _rays_errors_in_words() -> Iterator[None]:
     """What Ray tells a driver of the cluster's errors, and would print to standard output, as warnings of this program's log: of
-    the lost workers' tasks, which run again, in words that don't need Ray's.
+    the lost workers' tasks, which run again, in words that don't need Ray's. Another version may print in another way.
     """
     from ray._private import worker
 
@@ -286,14 +294,8 @@ def _rays_errors_in_words() -> Iterator[None]:
             else:
                 logger.warning("Ray: %s", line)
 
-    before = getattr(worker, _PRINT, None)
-    if before is not None:  # else another version prints in another way, and goes on to do so
-        setattr(worker, _PRINT, tell)
-    try:
+    with _replaced([(worker, _PRINT, tell)]):
         yield
-    finally:
-        if before is not None:
-            setattr(worker, _PRINT, before)
 
 
 _PRINT = "print_to_stdstream"
