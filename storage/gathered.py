@@ -8,7 +8,6 @@ import bisect
 import heapq
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -38,8 +37,6 @@ class Spool:
     """Tables in a temporary file, compressed, by their numbers."""
 
     def __init__(self) -> None:
-        self.said: Counter[str] = Counter()
-        "how many rows have a value, by column"
         self._file = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)  # noqa: SIM115 - it goes with the spool
         self._bounds: list[tuple[int, int]] = []
 
@@ -61,7 +58,6 @@ class Spool:
                 "another folder)"
             ) from None
         self._bounds.append((start, data.size))
-        self.said.update({name: len(table) - table[name].null_count for name in table.column_names})
 
     def __getitem__(self, number: int) -> pa.Table:
         start, size = self._bounds[number]

@@ -99,9 +99,9 @@ def image_digest(data: bytes) -> str:
     return data.digest if isinstance(data, Frame) else hashlib.sha256(data).hexdigest()[:32]
 
 
-def _without_unsaid(table: pa.Table) -> pa.Table:
-    """A table of `SCHEMA` without columns that no row of it has use for."""
-    return table.drop_columns([name for name in _OF_FRAMES if table[name].null_count == len(table)])
+def _unsaid(table: pa.Table) -> set[str]:
+    """Columns of a table of `SCHEMA` that no row of it has use for; they are left out where it is written."""
+    return {name for name in _OF_FRAMES if table[name].null_count == len(table)}
 
 
 class Ledger:
@@ -164,7 +164,7 @@ class Ledger:
             "objects": json.dumps(dict(sorted(objects.items()))),
             "fingerprint": self.fingerprint,
         }
-        return table_bytes(_without_unsaid(table), metadata)
+        return table_bytes(table.drop_columns(list(_unsaid(table))), metadata)
 
     def done(self) -> set[int]:
         """Blocks whose commit record exists, of all their rows."""
@@ -302,7 +302,7 @@ class Ledger:
 
         windows = self._windows(range(layout.n_blocks), ask, [self, *self.added])
         for part, some in itertools.groupby(windows, lambda window: window[0][0] * layout.block_rows // PART_ROWS):
-            rows = Spool()
+            rows, unsaid = Spool(), set(_OF_FRAMES)
             for window, found, packing in some:
                 torn |= {block: each for block, each in zip(window, found, strict=True) if isinstance(each, str)}
                 if torn.keys().isdisjoint(window):
@@ -310,10 +310,11 @@ class Ledger:
                 if not torn:
                     table = self._checked(window, pa.concat_tables(cast(list[pa.Table], found)), index)
                     totals += Totals.of(table)
+                    unsaid &= _unsaid(table)
                     for group in cut([table], ROW_GROUP_ROWS):
                         rows.append(group)
             if not torn:
-                self._put_part(part, rows, put)
+                self._put_part(part, rows, unsaid, put)
         if torn:
             raise TornTasks(self.folder, torn)
         return totals
@@ -330,10 +331,9 @@ class Ledger:
         self._require_keys(table, places["key"])
         return _placed(table, places, index.sources)
 
-    def _put_part(self, part: int, rows: Spool, put: Put) -> None:
-        """Write the rows of a part."""
-        unsaid = [name for name in _OF_FRAMES if not rows.said[name]]
-        [(data, _)] = part_files(table.drop_columns(unsaid) for table in rows)
+    def _put_part(self, part: int, rows: Spool, unsaid: Collection[str], put: Put) -> None:
+        """Write the rows of a part, without columns that are `unsaid`."""
+        [(data, _)] = part_files(table.drop_columns(list(unsaid)) for table in rows)
         put(part_name("ledger/samples", part), data)
         for name, chunk in sample_chunks(part * PART_ROWS, rows) if self.sample_arrays else ():
             put(name, chunk)

@@ -69,11 +69,8 @@ class FeatureStore(OpenStore):
             "layout": asdict(layout),
             **provenance,
         }
-        from storage.metadata import zarr_documents  # with zarr-python, which workers don't need: 0.3 s and 20 MB each
-
         # First, since of several makers the root has one, and only that one writes the other documents.
-        documents = zarr_documents(spec, layout, attributes, index_location="end", sample_arrays=False, consolidated=False)
-        if folder.write_new(ROOT, documents[ROOT]):
+        if folder.write_new(ROOT, cls(folder, attributes)._documents(complete=False)[ROOT]):
             return attributes
         found = read_attributes(folder)
         if found is None:
@@ -261,7 +258,7 @@ class FeatureStore(OpenStore):
         self.folder.remove(f"runs/{name}" for name in probes)
 
     def _documents(self, *, complete: bool) -> dict[str, bytes]:
-        from storage.metadata import zarr_documents
+        from storage.metadata import zarr_documents  # with zarr-python, which workers don't need: 0.3 s and 20 MB each
 
         return zarr_documents(
             self.spec,
