@@ -25,6 +25,7 @@ from pipelines.config import (
     JobConfig,
     absolute,
     command_of,
+    require_above,
     require_at_least,
     require_out,
     used_with,
@@ -114,9 +115,7 @@ class TrainConfig(JobConfig):
         counts = "epochs", "batch", "workers", "worker_cpus", "loaders", "log_every", "checkpoint_every", "max_steps"
         require_at_least(1, self, *counts, "micro_batch")
         require_at_least(0, self, "warmup_steps", "max_failures", "weight_decay", "final_lr", "seed")
-        for name in ("lr", "clip"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"--{name} {getattr(self, name)}: must be above 0")
+        require_above(0, self, "lr", "clip")
         if self.warmup_steps and self.schedule == "constant":
             raise ConfigError(f"--warmup-steps {self.warmup_steps} needs --schedule cosine or steps")
         if not 0 <= self.max_failed_fraction <= 1:
