@@ -76,9 +76,7 @@ DATASETS: Mapping[str, DatasetKind] = {
 }
 """What readouts are trained and judged on: segmentation on classes, depth, and on instances boundaries, detection, instances."""
 
-PAIRS: Mapping[str, Callable[..., Listed[Pair]]] = {
-    "spair": lambda folder, **own: Listed.first(load_spair(folder, **own), None), "warped": load_warped
-}  # fmt: skip
+PAIRS: Mapping[str, Callable[..., Listed[Pair]]] = {"spair": load_spair, "warped": load_warped}
 """What correspondence is evaluated on: loaders of a folder, and of what is the data set's own."""
 
 VIEWS: Mapping[str, Callable[[Folder], list[tuple[NaviView, ...]]]] = {"navi": load_navi}

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from storage.datasets.boxes import Box, Point, corner_box, require_inside, turned_boxes
-from storage.datasets.files import DatasetError, RawObject, names_in, parsed, require_files, require_plain
+from storage.datasets.files import DatasetError, Listed, RawObject, names_in, parsed, require_files, require_plain
 from storage.datasets.images import EncodedImage, ImageFile
 from storage.orientation import Orientation
 from storage.paths import Folder
@@ -44,7 +44,7 @@ class Pair:
         )
 
 
-def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -> list[Pair]:
+def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -> Listed[Pair]:
     """The pairs of a split, sorted by name, each once.
 
     File names separate the category by a colon, or by an underscore where colons aren't allowed; a pair that is there in both
@@ -64,7 +64,7 @@ def load_spair(folder: Folder, split: str = "test", key_points: str = "pairs") -
             )
     pairs = [found[name] for name in sorted(found)]
     require_files(folder, (file for pair in pairs for file in _files(pair)))
-    return _with_image_points(folder, pairs) if key_points == "images" else pairs
+    return Listed.first(_with_image_points(folder, pairs) if key_points == "images" else pairs, None)
 
 
 def _pair(folder: Folder, stem: str, data: RawObject) -> Pair:

@@ -12,7 +12,7 @@ says where corners are.
 
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -111,27 +111,20 @@ class Warp:
         return np.append(np.linalg.solve(np.array(rows, float), np.array(right, float)), 1).reshape(3, 3)
 
     @cached_property
-    def _spline(self) -> np.ndarray:
-        """Weights [12, 2] of a thin-plate spline: of the 9 points, and of 1, x and y."""
-        around = np.concatenate([np.ones((9, 1)), _GRID], axis=1)
-        left = np.block([[_kernel(_GRID, _GRID), around], [around.T, np.zeros((3, 3))]])
-        return np.linalg.solve(left, np.concatenate([np.array(self.bend), np.zeros((3, 2))]))
+    def _spline(self) -> Callable[[np.ndarray], np.ndarray]:
+        """The thin plate through the 9 displacements: of places [n, 2] in the unit square to [n, 2]."""
+        from scipy.interpolate import RBFInterpolator  # for this kind of warp alone
+
+        return RBFInterpolator(_GRID, np.array(self.bend), kernel="thin_plate_spline")
 
     def _bent(self, places_n2: np.ndarray) -> np.ndarray:
         """What the spline adds to places of the target."""
         if not self.bend:
             return np.zeros_like(places_n2)
-        unit = places_n2 / np.array(self.size, float)
-        return (_kernel(unit, _GRID) @ self._spline[:9] + self._spline[9] + unit @ self._spline[10:]) * min(self.size)
+        return self._spline(places_n2 / np.array(self.size, float)) * min(self.size)
 
 
 _GRID = np.stack(np.meshgrid([0.0, 0.5, 1.0], [0.0, 0.5, 1.0]), axis=-1).reshape(9, 2)
-
-
-def _kernel(places_n2: np.ndarray, points_m2: np.ndarray) -> np.ndarray:
-    """Thin plates' r^2 log r^2 [n, m]."""
-    squares = ((places_n2[:, None] - points_m2[None]) ** 2).sum(axis=2)
-    return squares * np.log(np.where(squares > 0, squares, 1))
 
 
 def _projected(homography: np.ndarray, places_n2: np.ndarray) -> np.ndarray:
