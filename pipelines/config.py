@@ -401,7 +401,7 @@ def require_above(least: float, config: object, *names: str) -> None:
     """Raises `ConfigError` for a setting that isn't above `least`; None means that it wasn't given."""
     for name in names:
         if (value := getattr(config, name)) is not None and not value > least:  # NaN isn't
-            raise ConfigError(f"{flag_of(name)} {value:g}: must be above {least:g}")
+            raise ConfigError(f"{flag_of(name)} {value}: must be above {least}")
 
 
 def require_numbers(config: object) -> None:
