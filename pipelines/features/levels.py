@@ -84,13 +84,15 @@ def level_name(text: str) -> str:
 def parse_levels(texts: Iterable[str], encoding: str) -> list[LevelChoice]:
     """`--levels` entries. Raises `ConfigError` where there is none, or two have one name."""
     choices = [LevelChoice.parse(text, encoding) for text in texts]
-    names = [choice.name.casefold() for choice in choices]
-    if again := [choice for choice, name in zip(choices, names, strict=True) if names.count(name) > 1]:
-        said, twice = (" ".join(each.displayed for each in some) for some in (choices, again[:2]))
-        raise ConfigError(
-            f"--levels {said}: {twice.replace(' ', ' and ')} have one name; give one of them a name of its own, as in "
-            f"other:{again[-1].scale}"
-        )
+    of_name: dict[str, LevelChoice] = {}
+    for choice in choices:
+        first = of_name.setdefault(choice.name.casefold(), choice)
+        if first is not choice:
+            said = " ".join(each.displayed for each in choices)
+            raise ConfigError(
+                f"--levels {said}: {first.displayed} and {choice.displayed} have one name; give one of them a name of its own, "
+                f"as in other:{choice.scale}"
+            )
     if not choices:
         raise ConfigError("--levels must be at least one")
     return choices

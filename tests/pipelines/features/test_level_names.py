@@ -100,6 +100,7 @@ def test_the_plan_and_the_root_say_names_and_scales(make_tars, tmp_path, named, 
     [
         (("x1", "x2", "x2=bicubic"), "x2 and x2 have one name; give one of them a name of its own, as in other:x2"),
         (("x1", "a:x2", "a:x4"), "a:x2 and a:x4 have one name"),
+        (("x1", "a:x2", "b:x2", "b:x4", "a:x4"), "b:x2 and b:x4 have one name"),
         (("x1", "Sharp:x2", "sharp:x4"), "Sharp:x2 and sharp:x4 have one name"),
         (("x4:x2",), "a level of scale x2 can't be called 'x4'"),
         (("X4:x2",), "a level of scale x2 can't be called 'X4'"),
