@@ -36,7 +36,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     "worker seconds per stage, summed over workers"
     started: float = field(default_factory=time.monotonic)
-    note: str = "starting workers"
+    note: str = "none finished yet"
     unit: str = "images"
     said: str = ""
     "what else there is to say just now: the loss, another rate"
