@@ -97,7 +97,7 @@ def _require_known(name: str) -> None:
     if ":" in name or "/" in name:
         raise BackboneError(f"{name!r} is a place; name the architecture, and give --weights the file or folder there")
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture) or (tag and name not in timm.list_pretrained(f"{architecture}.*")):
+    if not timm.is_model(architecture) or (tag and not timm.is_model_pretrained(name)):
         raise BackboneError(f"timm {timm.__version__} has no model {name!r}; near names: {', '.join(_near(name))}")
 
 

@@ -5,6 +5,7 @@ except chunks of features (storage/reader.py), comes through here, so that the m
 """
 
 import contextlib
+import functools
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -178,12 +179,18 @@ def as_object(value: object, where: str = "") -> dict[str, JsonValue]:
     return value
 
 
+@functools.cache
+def _fields_of(kind: "type[DataclassInstance]") -> tuple[dict[str, Any], frozenset[str]]:
+    """The types of a dataclass's fields by name, and the names without a default."""
+    hints, needed = get_type_hints(kind), (f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
+    return {f.name: hints[f.name] for f in fields(kind)}, frozenset(needed)
+
+
 def _decode_fields(kind: "type[DataclassInstance]", value: object, where: str) -> object:
-    found, hints = as_object(value, where), get_type_hints(kind)
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    found, (hints, needed) = as_object(value, where), _fields_of(kind)
     if missing := sorted(needed - found.keys()):
         raise ValueError(f"{where or 'it'} lacks {', '.join(missing)}")
-    if unknown := sorted(found.keys() - {f.name for f in fields(kind)}):
+    if unknown := sorted(found.keys() - hints.keys()):
         raise ValueError(f"{where or 'it'} has {', '.join(unknown)}, which this version doesn't know")
     return kind(**{name: decode(hints[name], each, _inside(where, name)) for name, each in found.items()})
 

@@ -1,5 +1,6 @@
 """Semantic segmentation: a class for each pixel."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -91,7 +92,9 @@ class SegmentationTask(Task[ClassPairs]):
         return class_colours(output_CHW.argmax(0).cpu().numpy()), class_colours(targets["classes"].cpu().numpy())
 
     def legend(self, pictures: Sequence[np.ndarray], names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
-        drawn = {tuple(colour) for each in pictures for colour in np.unique(each.reshape(-1, 3), axis=0).tolist()}
+        # As one number for a colour: unique rows take far longer.
+        packed = (np.unique(each @ np.array([1 << 16, 1 << 8, 1])) for each in pictures)
+        drawn = {(number >> 16, number >> 8 & 255, number & 255) for each in packed for number in each.tolist()}
         words = {number: names[number] if number < len(names) else f"class {number}" for number in range(self.outputs)}
         meanings: dict[tuple[int, int, int], list[str]] = {}  # of more than some fifty classes, two may have one colour
         for number, word in {**words, VOID: "void"}.items():
@@ -102,8 +105,13 @@ class SegmentationTask(Task[ClassPairs]):
 
 def class_colours(classes_HW: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3]; 0 is black, void white, neighbouring numbers get different colours."""
+    return _colours()[np.asarray(classes_HW, np.uint8)]
+
+
+@functools.cache
+def _colours() -> np.ndarray:
     numbers = np.arange(256)
     hues = (numbers * 0.618034) % 1.0  # the golden ratio spreads any first few evenly
     table = (matplotlib.colormaps["hsv"](hues)[:, :3] * (0.6 + 0.4 * (numbers % 2))[:, None] * 255).astype(np.uint8)
     table[0], table[VOID] = 0, 255
-    return table[np.asarray(classes_HW, np.uint8)]
+    return table

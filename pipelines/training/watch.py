@@ -157,7 +157,7 @@ def _png(
 ) -> bytes:
     panel = Panel(tiles=tiles, columns=list(columns), rows=rows, title=title, tile_size=(192, 192), scale=scale, legend=legend)
     png = io.BytesIO()
-    panel.draw().save(png, "PNG")
+    panel.draw().save(png, "PNG", compress_level=1)  # with 6, a validation of few images is mostly this
     return png.getvalue()
 
 
