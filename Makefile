@@ -21,6 +21,8 @@ demo: setup
 	$(BIN)/python jobs/extract.py demo
 
 # Two processes, a file each at a time, in the order of tests/conftest.py: much of a test is waiting, for Ray's processes above all.
+# Every process that tests start would compile this checkout anew without its bytecode.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -65,9 +65,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (not item.path.as_posix().endswith(LONGEST), -counts[item.path]))
 
 
+PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
+
+
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Sums in one order, also after a test of something that takes more threads for itself."""
+def as_it_was() -> None:
+    """What runs set for their process: sums in one order, also after a test of something that takes more threads for itself;
+    images of the usual sizes, also after a run with a small `--max-image-pixels`."""
+    Image.MAX_IMAGE_PIXELS = PILLOWS_LIMIT
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 
@@ -77,6 +82,16 @@ def unsynced() -> Iterator[None]:
     """No test cuts the power, and what the kernel was given outlives every process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_seeds_for_gpus() -> Iterator[None]:
+    """Where there is no GPU, PyTorch keeps each seed for it, with all lines of the stack: of pytest's, a millisecond."""
+    with pytest.MonkeyPatch.context() as patch:
+        if (torch := sys.modules.get("torch")) and not torch.cuda.is_available() and not torch.xpu.is_available():
+            for kind in (torch.cuda, torch.xpu):
+                patch.setattr(kind, "manual_seed_all", lambda seed: None)
         yield
 
 

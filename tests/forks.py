@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ("extract", "train")
-LATER = ("pandas", "s3fs", "tensorboardX", "torch._dynamo")
+PROGRAMS: Mapping[str, Sequence[str]] = {"extract": ("--batch=1",), "train": ("lift", "--batch=1")}
+"""Of jobs/, and words that each understands."""
+LATER = (
+    *("pandas", "s3fs", "tensorboardX", "torch._dynamo", "fsspec.implementations.chained", "pyarrow.pandas_compat"),
+    *("storage.metadata", "pipelines.extraction.run", "pipelines.extraction.worker"),
+)
 """What programs import once they need it: up to two seconds in each fork."""
 CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
@@ -108,11 +112,15 @@ def images_computed(fork: Fork) -> int:
 
 def main() -> None:
     import torch
+    from PIL import Image
 
     torch.set_num_threads(1)
     os.fsync = lambda file: None  # no power is cut
     for name in (*(f"jobs.{name}" for name in PROGRAMS), *LATER):
         importlib.import_module(name)
+    for name, words in PROGRAMS.items():
+        importlib.import_module(f"jobs.{name}").program.parse(words)  # tyro keeps what it read in the settings' sources
+    Image.init()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -12,7 +12,7 @@ import pytest
 import torchvision.transforms as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.Image import Transpose
 
 from operators import image as image_module
@@ -327,17 +327,15 @@ def png(width: int, height: int, rows: int, row_bytes: int, depth: int, kind: in
 
 @pytest.mark.parametrize(
     "bomb",
-    [png(50_000, 50_000, 50_000, 6_250, 1, 0), png(50_000, 50_000, 1, 150_000, 8, 2), png(2**31 - 1, 2**31 - 1, 0, 0, 8, 2)],
+    [(50_000, 50_000, 50_000, 6_250, 1, 0), (50_000, 50_000, 1, 150_000, 8, 2), (2**31 - 1, 2**31 - 1, 0, 0, 8, 2)],
     ids=["whole, 1 bit", "header and a row", "largest there can be"],
 )
 def test_bombs_are_refused_at_once_by_their_header(bomb, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # decode's own limit holds without Pillow's
-    start = time.perf_counter()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels are read"))
 
     with pytest.raises(ImageRefused, match=r"pixels are more than max_image_pixels = 89478485; raise --max-image-pixels"):
-        decoded(bomb, max_pixels=89_478_485)
-
-    assert time.perf_counter() - start < 0.2
+        decoded(png(*bomb), max_pixels=89_478_485)
 
 
 def test_bombs_that_pillow_meets_first_are_refused_alike():

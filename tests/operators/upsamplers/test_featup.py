@@ -207,12 +207,12 @@ def test_rows_made_some_at_a_time_are_those_of_the_whole(name, given, factor, al
         torch.testing.assert_close(whole, net(images, maps, factor.bit_length() - 1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "given", "factor"), [*STRIPED, ("featup", {}, 14), ("featup", {}, 9)])
+@pytest.mark.parametrize(("name", "given", "factor"), [*STRIPED, ("featup", {}, 9)])
 @pytest.mark.parametrize("allowed", [1, 2**22])
 def test_a_call_keeps_to_what_it_declares_which_is_less_where_less_is_allowed(name, given, factor, allowed):
     _, upsampler = untrained(64, name, **given)
-    base, images, maps = (8, 10), torch.randn(2, 3, 128, 160), torch.randn(2, 64, 8, 10)
-    grid = (8 * factor, 10 * factor)
+    h, w = base = (8, 10) if factor < 9 else (4, 5)  # the last of four steps takes ten times the others' time
+    images, maps, grid = torch.randn(2, 3, 16 * h, 16 * w), torch.randn(2, 64, h, w), (factor * h, factor * w)
     upsampler.allow(allowed)
     upsampler(images, features(maps), (0,), grid)
 
@@ -220,7 +220,7 @@ def test_a_call_keeps_to_what_it_declares_which_is_less_where_less_is_allowed(na
         out = upsampler(images, features(maps), (0,), grid)
 
     changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    declared = upsampler.call_bytes(2, 64, base, (128, 160), grid)
+    declared = upsampler.call_bytes(2, 64, base, (16 * h, 16 * w), grid)
     assert out.nbytes <= max(itertools.accumulate(changes)) <= declared <= upsampler.peak_bytes(2, 64, grid)
     upsampler.allow(2**40)
-    assert declared < upsampler.call_bytes(2, 64, base, (128, 160), grid)
+    assert declared < upsampler.call_bytes(2, 64, base, (16 * h, 16 * w), grid)

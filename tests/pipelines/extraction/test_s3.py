@@ -112,7 +112,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
         draw = self.server.random.random()
         if draw < self.server.stall_rate:
             self.server.faults["stall"] += 1
-            time.sleep(4)  # longer than the client's read timeout in these tests
+            time.sleep(2)  # longer than the client's read timeout in these tests
             self.close_connection = True
             return
         if draw < self.server.stall_rate + self.server.error_rate:
@@ -158,7 +158,7 @@ def faulty_s3(s3_server):
 
 def test_run_completes_identically_over_s3_that_errs_and_stalls(tiny, s3_inputs, faulty_s3):
     clean = s3_config(tiny, s3_inputs)
-    s3_inputs["options"]["config_kwargs"] = {"read_timeout": 2}
+    s3_inputs["options"]["config_kwargs"] = {"read_timeout": 1}
     endpoint = f"http://127.0.0.1:{faulty_s3.server_address[1]}"
     bucket = s3_inputs["bucket"]
     faulty = s3_config(tiny, s3_inputs, endpoint, out=f"s3://{bucket}/faulty.zarr", block_rows=1)
