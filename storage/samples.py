@@ -34,6 +34,7 @@ from storage.documents import (
 )
 from storage.gathered import KEYS_SCHEMA, GatheredRows, cut
 from storage.inputs import InputFile
+from storage.kept import Kept
 from storage.left_out import LeftOut, left_out_json, merge_left_out, parse_left_out
 from storage.paths import Folder, UnknownName
 from storage.sample_images import are_frames
@@ -66,7 +67,8 @@ class Parts:
     Parts are opened once in each process: a file that was inherited shares its position. Reading raises `DamagedObject` where
     a part isn't of `n_rows` rows in all, and of the columns of `schema`; those of `optional` are null where it lacks them.
     Each part names the `index` that it belongs to, where one is given. One thread reads at a time: two in one ParquetFile end
-    in errors or a crash.
+    in errors or a crash. What `take` reads stays in `kept`, where there is one: whoever takes a few rows anywhere, again and
+    again, would read 8,192 for each.
     """
 
     folder: Folder
@@ -75,6 +77,8 @@ class Parts:
     schema: pa.Schema
     optional: Sequence[str] = ()
     index: str | None = None
+    kept: Kept[tuple[int, int, tuple[str, ...]], pa.Table] | None = None
+    "row groups by part, number and columns"
     _open: dict[tuple[int, int], pq.ParquetFile] = field(default_factory=dict, init=False)
     _locks: dict[int, threading.Lock] = field(default_factory=dict, init=False)
 
@@ -105,9 +109,33 @@ class Parts:
         for part in np.unique(unique // PART_ROWS):
             within = unique[unique // PART_ROWS == part] - part * PART_ROWS
             groups, group = np.unique(within // ROW_GROUP_ROWS, return_inverse=True)
-            table = self.read_groups(int(part), groups.tolist(), columns)
-            tables.append(table.take(group * ROW_GROUP_ROWS + within % ROW_GROUP_ROWS))
+            if self.kept is None:
+                table = self.read_groups(int(part), groups.tolist(), columns)
+                tables.append(table.take(group * ROW_GROUP_ROWS + within % ROW_GROUP_ROWS))
+            else:
+                there = self._kept_groups(self.kept, int(part), groups.tolist(), columns)
+                tables += [table.take(within[group == i] % ROW_GROUP_ROWS) for i, table in enumerate(there)]
         return pa.concat_tables(tables).take(positions)
+
+    def _kept_groups(
+        self,
+        kept: Kept[tuple[int, int, tuple[str, ...]], pa.Table],
+        part: int,
+        groups: Sequence[int],
+        columns: Sequence[str] | None,
+    ) -> list[pa.Table]:
+        """Row groups of a part, of which those that aren't kept are read at once."""
+        names = tuple(self.schema.names if columns is None else columns)
+        found = {group: kept.get((part, group, names)) for group in groups}
+        missing = [group for group, table in found.items() if table is None]
+        if missing:
+            read = self.read_groups(part, missing, names)
+            for i, group in enumerate(missing):
+                rows = read.slice(i * ROW_GROUP_ROWS, ROW_GROUP_ROWS)
+                # A slice would keep all that was read with it.
+                found[group] = rows.take(np.arange(len(rows)))
+                kept.put((part, group, names), found[group])
+        return [table for table in found.values() if table is not None]
 
     def _field(self, name: str) -> pa.Field:
         if name not in self.schema.names:
@@ -161,8 +189,11 @@ class SampleIndex:
     with the repair are the last ones.
     """
 
-    def __init__(self, folder: Folder, prefix: str = INDEX, later: "Callable[[], SampleIndex | None] | None" = None):
-        """`later`: gives the index that took this one's place, if one did, with the same rows and further ones."""
+    def __init__(
+        self, folder: Folder, prefix: str = INDEX, later: "Callable[[], SampleIndex | None] | None" = None, *, kept_bytes: int = 0
+    ):
+        """`later`: gives the index that took this one's place, if one did, with the same rows and further ones. `kept_bytes`: how
+        much of what `take` reads stays in memory."""
         self.folder, self.prefix, self._later = folder, prefix, later
         self.displayed = folder.displayed
         "what messages call that which was made from it"
@@ -174,7 +205,10 @@ class SampleIndex:
         self.columns: list[str] = schema.names
         # Earlier versions, whose indexes have no `order`, didn't name the index in its parts.
         named = None if self.order is None else self.digest
-        self._table = Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named)
+        kept: Kept[tuple[int, int, tuple[str, ...]], pa.Table] | None = None
+        if kept_bytes:
+            kept = Kept(kept_bytes, lambda table: table.nbytes)
+        self._table = Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named, kept=kept)
         self._keys = Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
         self._now = self
 

@@ -268,7 +268,7 @@ def forking() -> "ForkServerContext":
 def forked_benchmarks(forking: "ForkServerContext", monkeypatch: pytest.MonkeyPatch) -> None:
     """What benchmarks measure in new processes needn't import torch anew in each."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
-    for module in ("processes", "extract"):
+    for module in ("processes", "extract", "feeding"):
         monkeypatch.setattr(f"pipelines.benchmarks.{module}.SPAWN", forking)
 
 

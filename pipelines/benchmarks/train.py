@@ -68,7 +68,7 @@ class TrainBenchmark:
     fed_steps: int = 100
     """Steps of it that are counted; as many as loaders are ahead come before and after."""
     decode_s: float = 5.0
-    """Seconds for which the CPUs decode alone, before and after that."""
+    """Seconds for which the CPUs decode alone, before and after each loop."""
     json: NumbersFile = ""
 
     @property
@@ -107,7 +107,7 @@ def measure_training(config: TrainBenchmark, folder: Path) -> TrainResult:
             for name, rate in _round(config, folder / f"round-{n}", photos):
                 logger.info("round %d of %d: %s, %.2f images/s", n + 1, config.repeat, name, rate)
                 rates[name].append(rate)
-        fed = measure_feeding(config.feeding, folder / "fed", photos, ray=config.ray)
+    fed = measure_feeding(config.feeding, folder / "fed", photos, ray=config.ray)
     best = {name: max(found) for name, found in rates.items()}
     return TrainResult(rates=dict(rates), best=best, ratios={name: rate / best[PLAIN] for name, rate in best.items()}, fed=fed)
 

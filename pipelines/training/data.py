@@ -29,6 +29,7 @@ from storage.paths import Folder, StorageOptions
 from storage.sample_images import Unread, try_images
 from storage.samples import SampleIndex
 from storage.store import FeatureStore
+from storage.tars import AT
 
 # --- order ------------------------------------------------------------------------------------------------------------
 
@@ -262,6 +263,12 @@ def _threads(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "decoder")
 
 
+_COLUMNS = ("key", "source", "offset", "size", "problem", AT.name)
+"""Of the index, what loading needs."""
+
+_KEPT_BYTES = 2**26
+"""Of the index, in each process that loads: batches take rows from anywhere in it."""
+
 _indexes: dict[tuple[str, str], SampleIndex] = {}
 _indexes_lock = threading.Lock()
 
@@ -288,7 +295,8 @@ class ImageSource:
         """Faults of the storage are raised: an image that can't be had today is no damaged image. One that can't be read while
         others can is."""
         limit_pillow(self.max_image_pixels)
-        table = self.index.take(np.array(rows, np.int64))
+        index = self.index
+        table = index.take(np.array(rows, np.int64), [name for name in index.columns if name in _COLUMNS])
         found = try_images(table, self.urls, self.options)
         unread = {row: blob.message for row, blob in zip(rows, found, strict=True) if isinstance(blob, Unread)}
         blobs = [blob if isinstance(blob, bytes) else b"" for blob in found]
@@ -325,7 +333,7 @@ class ImageSource:
         name = (self.folder.url, self.digest)
         with _indexes_lock:
             if name not in _indexes:
-                _indexes[name] = SampleIndex(self.folder)
+                _indexes[name] = SampleIndex(self.folder, kept_bytes=_KEPT_BYTES)
             return _indexes[name]
 
     def at_sides(self, rows: Sequence[int], geometry: Geometry, sides: Sequence[int]) -> Example:

@@ -212,10 +212,16 @@ class Trainer:
         if len(loaded):
             # Dropout, where a network has it, depends on neither interruptions nor the number of processes.
             seed = np.random.SeedSequence([self.config.seed, loaded.item.step, loaded.item.part]).generate_state(1)
-            torch.manual_seed(int(seed[0]))
+            self._seed(int(seed[0]))
             loss, divisor = self.objective.accumulate(loaded)
             clipped = clipped + self.objective.clipped
         return torch.stack([self._there(each) for each in (loss, divisor, len(loaded), len(example.failed), clipped)])
+
+    def _seed(self, seed: int) -> None:
+        """What torch.manual_seed does, which would describe the stack for each kind of device that isn't there: 1 ms."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
 
     def _there(self, value: Tensor | float) -> Tensor:
         """A number on the device, which isn't waited for."""

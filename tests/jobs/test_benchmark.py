@@ -17,7 +17,9 @@ from jobs import benchmark
 from operators.upsamplers.vit_up.head import ViTUpConfig
 from pipelines.benchmarks import data as benchmark_data
 from pipelines.benchmarks import read as read_benchmark
+from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.extract import STAGES, BenchmarkFailed, _steady, in_new_processes
+from pipelines.benchmarks.feeding import Feeding, feeding_report, measure_feeding
 from pipelines.benchmarks.read import BestRate, PlaceRead, check
 from pipelines.benchmarks.stores import Place, write_npy, write_store
 from pipelines.config import ConfigError
@@ -63,6 +65,21 @@ def test_extract_measures_all_four_side_by_side_and_their_features_agree(tmp_pat
     assert one["bare"]["forward_threads_images_per_s"] > 0
     assert min(one["loop"]["cosine"][name] for name in ("x1", "x2", "pooled")) > 0.9999
     assert sorted(stage["stage"] for stage in result["gap"]["stages"]) == sorted(STAGES)
+
+
+@pytest.mark.usefixtures("forked_benchmarks")
+def test_feeding_counts_what_images_cost_in_the_loop_and_alone(tmp_path):
+    config = Feeding(loaders=2, batch=4, steps=5, bare_s=0.1, size=64, model="test_vit.r160_in1k")
+
+    fed = measure_feeding(config, tmp_path, write_photos(tmp_path / "photos", 12), ray=False)
+
+    assert list(fed.loops) == ["threads"]
+    assert len(fed.bare_each) == 2
+    assert min(each.images_per_s for each in (*fed.bare_each, fed.bare, *fed.loops.values())) > 0
+    assert fed.bare.cpu_ms > 0
+    printed = squeezed("\n".join(feeding_report(config, fed)))
+    assert "| threads |" in printed
+    assert "| (CPUs alone, " in printed
 
 
 def test_index_counts_every_sample_and_leaves_nothing_behind(tmp_path, capsys):

@@ -10,6 +10,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -752,6 +753,32 @@ def test_rows_read_across_row_groups_and_parts_are_the_table(tmp_path, monkeypat
     assert pa.concat_tables([index.read(n, min(n + 8, 39)) for n in range(0, 39, 8)]) == rows.table()
     assert index.read(38, 39)["key"].to_pylist() == ["2-12"]
     assert index.read(14, 16)["source"].to_pylist() == [1, 1]
+
+
+def test_rows_of_row_groups_that_are_kept_are_the_same_and_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr(samples, "PART_ROWS", 16)
+    write_tar(tmp_path / "one.tar", [(f"{i:02d}.jpg", b"x" * (i + 1)) for i in range(39)])
+    index, _ = index_of(tmp_path / "out", tmp_path / "one.tar")
+    keeping = SampleIndex(index.folder, kept_bytes=2**20)
+    asked: list[tuple[int, int]] = []
+    read_groups = samples.Parts.read_groups
+    monkeypatch.setattr(
+        samples.Parts,
+        "read_groups",
+        lambda self, part, groups, columns=None: (
+            asked.extend((part, group) for group in groups),
+            read_groups(self, part, groups, columns),
+        )[1],
+    )
+    wanted = [np.array(rows) for rows in ([38, 2, 17, 2], [1, 37, 33, 16, 5], [7, 0, 3])]
+
+    found = [keeping.take(rows, ["key", "size"]) for rows in wanted]
+
+    assert sorted(asked) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
+    assert [table["key"].to_pylist() for table in found] == [[f"{row:02d}" for row in rows] for rows in wanted]
+    assert [table["size"].to_pylist() for table in found] == [[row + 1 for row in rows] for rows in wanted]
+    assert keeping.take(np.array([38, 2])).equals(index.take(np.array([38, 2])))
 
 
 # --- names ---------------------------------------------------------------------------------------------------------------
