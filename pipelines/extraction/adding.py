@@ -6,7 +6,7 @@ again.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -62,9 +62,12 @@ def lines(config: ExtractConfig, executor: Executor) -> Iterator[str]:
     another level of a name, or other features, what `load_bundle` raises, `BegunOtherwise`, and `RunFailed`."""
     parse_levels(config.add_level, config.features.encoding)
     plans = []
+    there = open_finished(config)
+    absent = tuple(text for text in config.add_level if level_name(text) not in there.levels)
+    makers = load_makers(config, absent, there) if absent else None
     for text in config.add_level:
         store = open_finished(config)
-        if level_name(text) in store.levels:
+        if makers is None or level_name(text) in store.levels:
             _require_same(config, text, store)
             if not config.plan:
                 store.finalize()  # what a run left that was killed at its end
@@ -72,7 +75,7 @@ def lines(config: ExtractConfig, executor: Executor) -> Iterator[str]:
             if not config.json:
                 yield f"{store.folder.displayed}: level {level_name(text)} is there already"
             continue
-        addition = prepare_addition(config, text, store)
+        addition = prepare_addition(config, text, store, makers)
         if config.plan:
             plans.append(plan := _planned(addition))
             if not config.json:
@@ -95,27 +98,47 @@ def _require_same(config: ExtractConfig, text: str, store: FeatureStore) -> None
         )
 
 
-def prepare_addition(config: ExtractConfig, text: str, store: FeatureStore) -> Addition:
-    """Load what makes the level, and hold it against a finished store. Nothing is written."""
-    features = replace(_features(config, store), levels=(text,))
-    bundle, model = load_bundle(features, config.options)
+@dataclass(frozen=True, kw_only=True)
+class Makers:
+    """What makes the levels of one command: one backbone, loaded and hashed once, and their upsamplers."""
+
+    bundle: ModelBundle
+    "of all of them"
+    patch: int
+    "of the backbone, in pixels"
+    further: Mapping[str, frozenset[int]]
+    "layers beside those of the maps that a level's upsampler asks of the backbone, by level"
+
+
+def load_makers(config: ExtractConfig, texts: tuple[str, ...], store: FeatureStore) -> Makers:
+    """Of these levels, none of which is in the store. Raises what `load_bundle` raises."""
+    bundle, model = load_bundle(replace(_features(config, store), levels=texts), config.options)
+    # Without the model, which the driver doesn't keep while workers compute.
+    further = {name: frozenset(each.layers) - set(bundle.spec.layers) for name, each in model.upsamplers.items()}
+    return Makers(bundle=bundle, patch=model.backbone.patch, further=further)
+
+
+def prepare_addition(config: ExtractConfig, text: str, store: FeatureStore, makers: Makers) -> Addition:
+    """Hold what makes a level against a finished store. Nothing is written."""
+    bundle = makers.bundle
     if found := store.spec.differences(bundle.spec, _COMPARED):
         raise ConfigError(
             f"--add-level: {store.folder.displayed} holds other features than these settings make:\n"
             f"{found.text('store', 'run')}\nLeave them out to have the store's"
         )
-    (level,) = bundle.spec.levels
-    further = {layer for each in model.upsamplers.values() for layer in each.layers} - set(bundle.spec.layers)
-    way = _AGAIN if further else way_of(level, store.spec, config.added_from)
+    level = next(each for each in bundle.spec.levels if each.name == level_name(text))
+    way = _AGAIN if makers.further.get(level.name) else way_of(level, store.spec, config.added_from)
     if way.base is None and store.spec.compiled != (config.compile != "off"):
         with_it = "with --compile; give it, too" if store.spec.compiled else "without --compile; leave it out"
         raise ConfigError(f"--add-level: the backbone runs again, and {store.folder.displayed} was made {with_it}")
     level = replace(level, made_from=way.made_from)
-    bundle = replace(bundle, spec=replace(bundle.spec, levels=(level,), compiled=store.spec.compiled))
+    spec = replace(bundle.spec, levels=(level,), compiled=store.spec.compiled)
+    learned = {name: each for name, each in bundle.upsamplers.items() if name == level.name}
+    bundle = replace(bundle, spec=spec, upsamplers=learned)
     asked = text if text.endswith(f"@{level.encoding}") else f"{text}@{level.encoding}"
     addition = LevelAddition(store.folder, store.attributes, level)
     return Addition(
-        config=config, asked=redact(asked, config.options), bundle=bundle, patch=model.backbone.patch, way=way, store=addition
+        config=config, asked=redact(asked, config.options), bundle=bundle, patch=makers.patch, way=way, store=addition
     )
 
 

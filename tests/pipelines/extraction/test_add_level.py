@@ -12,9 +12,11 @@ from jobs.extract import run
 from jobs.show import run as show
 from pipelines.config import ConfigError
 from pipelines.executors import InlineExecutor
+from pipelines.extraction import adding
 from pipelines.extraction.adding import lines as add_lines
 from pipelines.extraction.run import RunFailed, extract
 from pipelines.feature_datasets import FeatureDataset
+from pipelines.features.bundle import load_bundle
 from pipelines.features.model import FeatureModel
 from storage.added import BegunOtherwise
 from storage.paths import Folder
@@ -65,10 +67,14 @@ def test_of_float32_maps_they_are_what_one_run_gives_without_the_backbone(make, 
     data = FeatureDataset(config.out, ["x1"])
     whole = make("x1@float32", "pooled", *added, out=str(tmp_path / "whole.zarr"), precision=precision)
     monkeypatch.setattr(FeatureModel, "__call__", _no_pass)
+    loaded: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        adding, "load_bundle", lambda features, options: (loaded.append(features.levels), load_bundle(features, options))[1]
+    )
 
-    for level in added:
-        add(config, level)
+    add(config, "x1", *added)
 
+    assert loaded == [added]  # one backbone for all of them
     # Means of half-precision maps are rounded otherwise.
     names = ("x2", "sharp", "fine", "codes", *(("mean",) if precision == "fp32" else ()))
     assert arrays(config, *names) == arrays(whole, *names)
