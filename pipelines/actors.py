@@ -6,6 +6,8 @@ An actor is told what it does with each item, so that it may be started before a
 import functools
 import gc
 import importlib
+import logging
+import logging.handlers
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +53,33 @@ class WorkersLost(RayliftError):
     exit_code = 1
 
 
+class _Heard(logging.handlers.QueueHandler):
+    """Keeps what is logged, as it can travel."""
+
+    def __init__(self) -> None:
+        super().__init__(self)
+        self.records: list[logging.LogRecord] = []
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextmanager
+def _heard(level: int) -> Iterator[list[logging.LogRecord]]:
+    """What is logged and warned of within it, from `level` on."""
+    handler, root = _Heard(), logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(level)
+    logging.captureWarnings(True)
+    try:
+        yield handler.records
+    finally:
+        logging.captureWarnings(False)
+        root.setLevel(before)
+        root.removeHandler(handler)
+
+
 class _Actor(Generic[Item, Result]):
     """Does items. What does them is made when it's first asked for, so that an error of that is raised as any other; and again
     after the actor was started anew."""
@@ -61,7 +90,13 @@ class _Actor(Generic[Item, Result]):
 
     def load(self, module: str) -> None:
         """Import a module that what the actor will do needs."""
-        import_whole(module)
+        with self._lock:
+            import_whole(module)
+
+    def call(self, do: Callable[[], Result], level: int) -> tuple[Result, list[logging.LogRecord]]:
+        """What `do` gives, and what it logs from `level` on."""
+        with self._lock, _heard(level) as records:
+            return do(), records
 
     def start(self, make: "Shared[Item, Result]") -> None:
         """What can be waited for until the actor is up, and has what it needs."""
@@ -94,6 +129,17 @@ def end_actors(actors: "Sequence[ActorHandle[Any]]") -> None:
 
     for actor in actors:
         ray.kill(actor)
+
+
+def asked(actor: "ActorHandle[Any]", do: Callable[[], Result]) -> Result:
+    """What `do` gives in an actor; what it logs there is logged here. Raises what it raises, and `WorkersLost`."""
+    level = logging.getLogger().getEffectiveLevel()
+    result, records = fetched(actor.call.options(max_task_retries=STARTS).remote(do, level))
+    for record in records:
+        logger = logging.getLogger(record.name)
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+    return result
 
 
 @contextmanager

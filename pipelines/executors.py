@@ -22,7 +22,7 @@ import numpy as np
 from cluster.metrics import TaskReport, WorkerMetrics
 from cluster.resources import Growth, WorkerPool, WorkerRequest, choose_pool, present_nodes, size_pool, this_machine
 from cluster.session import ClusterError, connect, is_own, starts_one
-from pipelines.actors import Make, Stored, WorkersLost, actors_for, dealt, end_actors, fetched, shared, start_actors
+from pipelines.actors import Make, Stored, WorkersLost, actors_for, asked, dealt, end_actors, fetched, shared, start_actors
 from pipelines.config import JobConfig
 from storage.begun import Begun
 from storage.errors import RayliftError
@@ -132,6 +132,10 @@ class Executor(Protocol):
     def pool(self, request: WorkerRequest) -> WorkerPool:
         """The workers that are asked for. Raises `ClusterError` for what the cluster can't meet."""
 
+    def ask(self, do: Callable[[], Result]) -> Result:
+        """What `do` gives, and raises, of a worker that was started ahead, so that this process needs nothing of what `do`
+        imports; without one, done in this process."""
+
     def share(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """The same arrays, where workers on this machine look at them, too."""
 
@@ -185,6 +189,9 @@ class InlineExecutor:
         if device == "cuda" and not found:
             raise ClusterError("--device cuda --executor inline: this machine has no GPU that torch can use; drop --device")
         return WorkerPool(device=device, size=1, cpus=request.cpus or torch.get_num_threads(), gpus=request.gpus or 0)
+
+    def ask(self, do: Callable[[], Result]) -> Result:
+        return do()
 
     def share(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return arrays
@@ -264,6 +271,9 @@ class RayExecutor:
     def pool(self, request: WorkerRequest) -> WorkerPool:
         self._session()
         return choose_pool(request)
+
+    def ask(self, do: Callable[[], Result]) -> Result:
+        return asked(self._ahead[0], do) if self._ahead else do()
 
     def share(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         self._session()

@@ -27,7 +27,8 @@ from pipelines.extraction.host import HostRows
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
 from pipelines.extraction.schedule import Lanes, lanes_for
-from pipelines.extraction.worker import ShardWorker, WorkerSetup
+from pipelines.extraction.setup import WorkerSetup
+from pipelines.extraction.worker import ShardWorker
 from pipelines.features.model import Timings
 from pipelines.results import number_lines, table_lines
 from storage.spec import Level, ShardTask

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import psutil
@@ -18,12 +18,10 @@ from cluster.resources import WorkerPool
 from pipelines.costs.process import high_water
 from pipelines.executors import How, Loaded, MakeWorker, RayExecutor
 from pipelines.extraction.attempts import attempt, ledger_records, write_and_commit
+from pipelines.extraction.setup import WorkerSetup
 from storage.paths import StorageOptions
 from storage.spec import ShardTask
 from storage.store import FeatureStore
-
-if TYPE_CHECKING:  # it imports torch
-    from pipelines.extraction.worker import WorkerSetup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class SimulatedWorker:
 
 def simulated(make_worker: MakeWorker, forward_s: float) -> SimulatedSetup:
     """What makes simulated workers for the store that the real ones would fill."""
-    of = cast("WorkerSetup", make_worker)
+    of = cast(WorkerSetup, make_worker)
     return SimulatedSetup(out=of.config.out, options=of.config.options, run_id=of.run_id, forward_s=forward_s)
 
 

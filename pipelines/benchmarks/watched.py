@@ -13,7 +13,7 @@ from pipelines.benchmarks.simulated import DriverUse, WatchedExecutor
 from pipelines.executors import Loaded, MakeWorker, Worker, side_by_side
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.first_look import find_input
-from pipelines.extraction.start import import_driver, likely_tasks, workers_ahead
+from pipelines.extraction.start import import_driver, import_lean_driver, likely_tasks, workers_ahead
 from storage.spec import ShardTask
 
 if TYPE_CHECKING:  # it imports torch
@@ -47,12 +47,12 @@ def watched(
             stack.enter_context(connect("local", num_cpus=cpus, num_gpus=0))
             ahead(executor)
 
-        side_by_side(session, import_driver)
+        side_by_side(session, import_driver if as_cluster else import_lean_driver)
         from pipelines.extraction.prepare import prepare, resolve
         from pipelines.extraction.run import run_prepared
 
         marks["Ray and imports"] = DriverUse.now()
-        resolved = resolve(config, files)
+        resolved = resolve(config, files, executor)
         marks["model"] = DriverUse.now()
         prepared = prepare(resolved, executor)
         marks["index"] = DriverUse.now()

@@ -29,9 +29,9 @@ from pipelines.costs.upsamplers import (
 )
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Evaluated, Piece, Record, begin
-from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import LevelConfig
 from pipelines.features.memory import allow_alone
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.features.rows import Row
 from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler

@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 from pipelines.config import ConfigError
-from pipelines.features.bundle import ModelBundle
-from pipelines.features.levels import LevelChoice
-from pipelines.features.upsamplers import load_upsampler
+from pipelines.features.model_bundle import ModelBundle
 from storage.paths import StorageOptions
 from storage.store import FeatureStore
 
@@ -22,6 +20,9 @@ def with_added_levels(bundle: ModelBundle, store: FeatureStore, options: Storage
         # Last, as they are in the store, and of what they are made of there.
         levels[each.level] = replace(levels.pop(each.level, stored), made_from=stored.made_from)
         if load and stored.digest and each.level not in learned:
+            from pipelines.features.levels import LevelChoice  # these import torch
+            from pipelines.features.upsamplers import load_upsampler
+
             choice = LevelChoice.parse(each.asked, stored.encoding)
             found = load_upsampler(choice.method, choice.url, bundle.backbone(), spec, options, force=True)
             if found.digest != stored.digest:

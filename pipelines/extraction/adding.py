@@ -21,9 +21,10 @@ from pipelines.extraction.level_worker import LevelSetup, Way
 from pipelines.extraction.prepare import require_precision
 from pipelines.extraction.run import Run, Summary, begin_run, failing_where_replaced
 from pipelines.features.agreement import AskedFeatures
-from pipelines.features.bundle import ModelBundle, load_bundle
+from pipelines.features.bundle import load_bundle
 from pipelines.features.config import FeatureConfig
 from pipelines.features.levels import level_name, parse_levels
+from pipelines.features.model_bundle import ModelBundle
 from storage.added import LevelAddition
 from storage.documents import JsonObject, decode
 from storage.ledger import TornTasks

@@ -7,7 +7,8 @@ import numpy as np
 from cluster.metrics import TaskReport
 from pipelines.executors import Loaded
 from pipelines.extraction.host import Device, HostRows, ModelDevice
-from pipelines.extraction.worker import ShardWorker, WorkerSetup
+from pipelines.extraction.setup import WorkerSetup
+from pipelines.extraction.worker import ShardWorker
 from storage.added import LevelAddition
 from storage.ledger import SampleRecord
 from storage.paths import Folder, StorageError

@@ -7,36 +7,39 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from cluster.resources import WITHOUT_BF16, WorkerPool
-from operators.backbone import NO_BF16, lacks_bf16
 from pipelines.config import ConfigError
-from pipelines.executors import Executor
+from pipelines.executors import Executor, InlineExecutor
 from pipelines.extraction.added_levels import with_added_levels
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import InputUpdate, continue_store, input_of
 from pipelines.extraction.first_look import find_input
-from pipelines.features.bundle import ModelBundle, load_bundle
-from pipelines.features.model import FeatureModel
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.indexing import is_draft, report_left_out
 from pipelines.provenance import versions
 from storage.documents import JsonValue
 from storage.inputs import Listing
 from storage.left_out import LeftOut
 from storage.paths import Folder, InputError
+from storage.redaction import redact
 from storage.root import StoreReplaced, read_attributes
 from storage.samples import SampleIndex, move_index
 from storage.sources import sources_digest
 from storage.spec import FingerprintMismatch, Layout, choose_block_rows
 from storage.store import FeatureStore
 
+if TYPE_CHECKING:  # it imports torch
+    from pipelines.features.model import FeatureModel
+
 logger = logging.getLogger(__name__)
 
 
 NO_WORKERS = WorkerPool(device="cpu", size=0, cpus=1, gpus=0)
 """Those of a run with nothing to do."""
+
+HERE = InlineExecutor()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class Resolved:
     files: Listing
 
     @functools.cached_property
-    def model(self) -> FeatureModel:
+    def model(self) -> "FeatureModel":
         """The same model in this process, on the CPU; a driver whose workers compute needs none."""
         return self.bundle.build("cpu")
 
@@ -122,21 +125,31 @@ class Prepared(Resolved):
             move_index(self.index, Folder(self.config.out, self.config.options), put)
 
 
-def resolve(config: ExtractConfig, files: Listing | None = None) -> Resolved:
-    """Find the input's files, where they aren't given, and load the model: what can be wrong with the settings is wrong here.
+def resolve(config: ExtractConfig, files: Listing | None = None, executor: Executor = HERE) -> Resolved:
+    """Find the input's files, where they aren't given, and have the model loaded: what can be wrong with the settings is wrong
+    here.
 
     Raises `InputError`, `ConfigError`, `BackboneError`, `UpsamplerError`, `WeightsUnavailable`.
     """
     if files is None:
         files = find_input(config)
+    logger.info("loading %s (weights %s)", config.features.model, redact(config.features.weights, config.options))
+    bundle, patch = executor.ask(functools.partial(_load, config))
+    found = Resolved(config=config, bundle=bundle, patch=patch, files=files)
+    for note in found.notes:
+        logger.warning("%s", note)
+    return found
+
+
+def _load(config: ExtractConfig) -> tuple[ModelBundle, int]:
+    """What workers get of the model, and the backbone's patch in pixels."""
+    from pipelines.features.bundle import load_bundle  # here, and not in a driver that has others load it
+
     bundle, model = load_bundle(config.features, config.options)
     if config.compile != "off":
         model.backbone.require_blocks()
         bundle = replace(bundle, spec=replace(bundle.spec, compiled=True))
-    found = Resolved(config=config, bundle=bundle, patch=model.backbone.patch, files=files)
-    for note in found.notes:
-        logger.warning("%s", note)
-    return found
+    return bundle, model.backbone.patch
 
 
 def prepare(resolved: Resolved, executor: Executor) -> Prepared:
@@ -187,6 +200,10 @@ def require_precision(precision: str, pool: WorkerPool) -> None:
     """Raises `ConfigError` for bf16 on GPUs that haven't any, of this machine or as the cluster's nodes name them."""
     if precision != "bf16" or pool.device != "cuda":
         return
+    import torch
+
+    from operators.backbone import NO_BF16, lacks_bf16
+
     lacking = [kind for kind in pool.kinds if kind in WITHOUT_BF16]
     if lacking:
         raise ConfigError(f"the cluster has {' and '.join(lacking)}: {NO_BF16}, or other GPUs by --accelerator")

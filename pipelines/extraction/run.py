@@ -21,11 +21,10 @@ from pipelines.executors import Executor
 from pipelines.extraction.attempts import suspects
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.continued import changed_meanwhile
-from pipelines.extraction.plan import make_plan
 from pipelines.extraction.prepare import Prepared, default_batch, prepare, resolve
 from pipelines.extraction.schedule import lanes_for
-from pipelines.extraction.worker import WorkerSetup
-from pipelines.features.bundle import ModelBundle
+from pipelines.extraction.setup import WorkerSetup
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.provenance import versions
 from storage.errors import RayliftError
 from storage.failures import REASON_COLUMNS, commonest_reasons
@@ -103,15 +102,17 @@ def extract(config: ExtractConfig, executor: Executor) -> Summary:
     Raises what `resolve` and `prepare` raise, `ClusterError`, `FingerprintMismatch`, and `RunFailed` when tasks stay
     unfinished or the failure budget is spent.
     """
-    return run_prepared(prepare(resolve(config), executor), executor)
+    return run_prepared(prepare(resolve(config, executor=executor), executor), executor)
 
 
 def lines(config: ExtractConfig, files: Listing, executor: Executor) -> Iterator[str]:
     """`extract` or its plan, for files that were listed already, and what there is to say of it, line by line."""
-    prepared = prepare(resolve(config, files), executor)
+    prepared = prepare(resolve(config, files, executor), executor)
     if not config.plan:
         yield from run_prepared(prepared, executor).lines()
         return
+    from pipelines.extraction.plan import make_plan  # it imports torch
+
     plan = make_plan(prepared)
     prepared.keep_index()
     if config.json:

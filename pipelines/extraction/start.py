@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from cluster.resources import WorkerPool
+from cluster.session import starts_one
 from pipelines.actors import import_whole
 from pipelines.config import ConfigError
 from pipelines.executors import RayExecutor, executor_for
@@ -35,7 +36,9 @@ def main(config: ExtractConfig) -> Iterator[str]:
 
         resolve(config, files)  # which says what is wrong with the name; where nothing is, no harm is done
     # Of a finished store perhaps nothing is left to do, and no cluster is needed for that.
-    meanwhile = None if complete else import_driver
+    # Where workers are started ahead, one of them loads the model, and the driver needs no torch.
+    alone = not config.plan and config.decode_on != "cluster" and starts_one(config.cluster.ray_address)
+    meanwhile = None if complete else import_lean_driver if alone else import_driver
     ahead = workers_ahead(config, likely_tasks(config, files))
     with executor_for(config, plan=config.plan, meanwhile=meanwhile, ahead=ahead) as executor:
         from pipelines.extraction.run import lines
@@ -77,13 +80,19 @@ def likely_tasks(config: ExtractConfig, files: Listing) -> int:
     return math.ceil(min(images, config.limit or math.inf) / (config.block_rows or FEWEST_ROWS)) or 1
 
 
+def import_lean_driver() -> None:
+    """The module that drives a run."""
+    import_whole(f"{__package__}.run")
+
+
 def import_driver() -> None:
-    """The module that drives a run, with torch and timm behind it: 2.5 s of CPU time.
+    """The module that drives a run, and what loads a model, with torch and timm behind it: 2.5 s of CPU time.
 
     From then on torch has a thread for every other core. They wait for each other by spinning: where workers import on the same
     cores, loading a model took four times the CPU time.
     """
-    import_whole(f"{__package__}.run")
+    import_lean_driver()
+    import_whole("pipelines.features.bundle")
     import torch
 
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // 2)))

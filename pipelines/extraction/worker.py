@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,24 +22,24 @@ from operators.codecs.refusal import ImageRefused
 from operators.image import DecodedImage, decode, limit_pillow
 from pipelines.executors import Loaded, WorkerBroken
 from pipelines.extraction.attempts import attempt, failed, ledger_records, write_and_commit
-from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
-from pipelines.extraction.host import Device, HostRows, ModelDevice
+from pipelines.extraction.host import Device, HostRows
 from pipelines.extraction.sandbox import DECODE_SECONDS, DecoderDied, Sandbox
-from pipelines.extraction.schedule import Lanes, Schedule
-from pipelines.features.bundle import ModelBundle
+from pipelines.extraction.schedule import Schedule
 from pipelines.features.model import not_finite
 from pipelines.features.photos import geometry_of
 from storage.begun import Begun, begun_records
 from storage.ledger import SampleRecord, image_digest
-from storage.paths import Folder, StorageError
+from storage.paths import StorageError
 from storage.redaction import redact
-from storage.root import StoreReplaced, require_same_store
+from storage.root import StoreReplaced
 from storage.sample_images import Blob, Unread, try_some
 from storage.spec import Level, ShardTask
-from storage.store import FeatureStore
 from storage.videos import Frame
 from storage.writer import BlockWriter
+
+if TYPE_CHECKING:  # it imports this module
+    from pipelines.extraction.setup import WorkerSetup
 
 logger = logging.getLogger(__name__)
 
@@ -52,50 +53,10 @@ MAX_SOLO_STARTS = 3
 """Further starts when it's alone in a worker; then its rows are recorded as failed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerSetup:
-    """What every worker of a run gets; travels once per node."""
-
-    config: ExtractConfig
-    bundle: ModelBundle
-    fingerprint: str
-    "of the store that the driver continues"
-    input_digest: str
-    "of the sources as the driver reads them; see `storage.sources.sources_digest`"
-    urls: tuple[str, ...]
-    run_id: str
-    device: str
-    share: float
-    "of a GPU, that is the worker's"
-    threads: int
-    batch: int
-    lanes: Lanes
-    suspects: frozenset[int] = frozenset()
-    "blocks that were under way when an earlier run died"
-    solo: bool = False
-    "one task at a time; what can be found out about a task is found out"
-
-    def __call__(self, *, model: bool = True) -> "ShardWorker":
-        return ShardWorker(self, self.model_device() if model else None)
-
-    def model_device(self) -> ModelDevice:
-        """What computes."""
-        torch.set_num_threads(self.threads)
-        built = self.bundle.build(self.device, self.share)
-        if self.config.compile != "off":
-            built.compile(self.config.compile)
-        return ModelDevice(built)
-
-    def open_store(self) -> FeatureStore:
-        """The store, as its tasks see it. Raises `StoreReplaced`."""
-        folder = Folder(self.config.out, self.config.options)
-        return FeatureStore(folder, require_same_store(folder, self.fingerprint, self.input_digest))
-
-
 class ShardWorker:
     """Does tasks: read, decode, forward, upsample, encode, write, commit. Calls may overlap, as the schedule has it."""
 
-    def __init__(self, setup: WorkerSetup, device: Device | None):
+    def __init__(self, setup: "WorkerSetup", device: Device | None):
         """`device` computes; None where the worker only loads."""
         self.setup, self.config = setup, setup.config
         self.store = setup.open_store()

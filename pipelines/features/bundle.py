@@ -1,69 +1,22 @@
-"""From the names of settings to what workers build a model from: weights read and hashed once, and the `FeatureSpec` of them.
+"""From the names of settings to what workers build a model from: weights read and hashed once, and the `FeatureSpec` of them."""
 
-The driver hands the same arrays to every worker: they cross the network once per node, and what was hashed is what runs.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from operators.backbone import TimmBackbone, normalise
-from operators.timm_models import Preprocessing, create_model, load_arrays, share_arrays, state_arrays, weights_digest
-from operators.transfer import to_device
+from operators.backbone import TimmBackbone
+from operators.timm_models import state_arrays, weights_digest
 from pipelines.features.config import BackboneConfig, FeatureConfig
 from pipelines.features.descriptions import ModelDescription
 from pipelines.features.levels import parse_levels, resolve_level
 from pipelines.features.model import FeatureModel
-from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler, unfamiliar
+from pipelines.features.model_bundle import ModelBundle, backbone_of
+from pipelines.features.upsamplers import load_upsampler
 from pipelines.features.weights import WeightsChoice, best_of_run, load_described, read_description
 from storage.paths import StorageOptions
 from storage.spec import FeatureSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelBundle:
-    """All a worker needs to build the model: the spec and the arrays of its weights."""
-
-    spec: FeatureSpec
-    arrays: Mapping[str, np.ndarray]
-    upsamplers: Mapping[str, UpsamplerWeights] = field(default_factory=dict)
-    "learned ones, by level"
-
-    def build(self, device: str, share: float = 1.0) -> FeatureModel:
-        """The model; `share`: the part of a GPU that is its own."""
-        return FeatureModel(self.spec, self.backbone(), torch.device(device), self.upsamplers, self.reload, share)
-
-    def backbone(self) -> TimmBackbone:
-        """The backbone as it gives the features, on the CPU; its weights are the bundle's, and not to be written to."""
-        ragged = any(side % self.spec.stride for side in self.spec.input_size)
-        return _backbone(share_arrays(self._undrawn(), self.arrays), self.spec, self.spec, ragged=ragged)
-
-    def input(self, pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
-        """uint8 images as the model's normalised input, float32 [B, 3, H, W]."""
-        return normalise(to_device(pixels_BHW3, device), self.spec.mean, self.spec.std)
-
-    def reload(self) -> nn.Module:
-        """The timm model with its own position embeddings, which a backbone in use has replaced, and weights of its own."""
-        return load_arrays(self._undrawn(), self.arrays)
-
-    def _undrawn(self) -> nn.Module:
-        return create_model(self.spec.model, self.spec.input_size, None, None, self.spec.model_args)
-
-    def unfamiliar(self, spec: FeatureSpec, patch: int) -> list[str]:
-        """Sentences on learned levels of `spec` (this one's, or of other input) whose upsamplers weren't, or may not have been,
-        trained on such features, or on maps of such a size; `patch` is the backbone's, in pixels."""
-        base = cells(spec.input_size, patch, spec.stride)
-        names = [level.name for level in spec.levels if level.name in self.upsamplers]
-        return [note for name in names for note in unfamiliar(name, self.upsamplers[name], spec.input_size, base, patch)]
-
-
-def cells(size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
-    """(rows, columns) of a backbone's map."""
-    return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +64,7 @@ def describe_model(
     levels = parse_levels(features.levels, features.encoding)
     # Before the backbone touches it: stride and grid replace position embeddings.
     arrays = {key: value.copy() for key, value in state_arrays(loaded.model).items()}
-    backbone = _backbone(loaded.model, features, loaded.description.expects, ragged=features.ragged)
+    backbone = backbone_of(loaded.model, features, loaded.description.expects, ragged=features.ragged)
     spec = _spec(features, loaded, backbone, weights_digest(arrays))
     backbone.try_out(features.model, spec.input_size, spec.layers)
     # Levels of one method and URL share theirs.
@@ -124,13 +77,6 @@ def describe_model(
     )
     bundle = ModelBundle(spec=replace(spec, levels=resolved), arrays=arrays, upsamplers=learned)
     return bundle, FeatureModel(bundle.spec, backbone, torch.device("cpu"), learned, bundle.reload)
-
-
-def _backbone(
-    model: nn.Module, asked: FeatureConfig | FeatureSpec, expects: Preprocessing | FeatureSpec, *, ragged: bool
-) -> TimmBackbone:
-    options = {name: getattr(asked, name) for name in ("facet", "norm", "stride", "pos_embed")}
-    return TimmBackbone(model, ragged=ragged, mean=expects.mean, std=expects.std, **options)
 
 
 def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, digest: str) -> FeatureSpec:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from pipelines.config import ConfigError, JobConfig
 from pipelines.features.agreement import AskedFeatures, recorded
-from pipelines.features.bundle import ModelBundle, cells, describe_model, load_settings
+from pipelines.features.bundle import describe_model, load_settings
 from pipelines.features.clipping import ClippedCounts, What
 from pipelines.features.config import LevelConfig, completed
 from pipelines.features.join import Join, PlacedRow, Wanted, join
 from pipelines.features.levels import level_name
 from pipelines.features.model import FeatureModel, not_finite
+from pipelines.features.model_bundle import ModelBundle, cells
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture, draw
 from pipelines.features.rows import Rendering, Row, Size, pooled_level, rows_of

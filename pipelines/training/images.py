@@ -18,9 +18,10 @@ from operators.timm_models import preprocessing
 from operators.upsamplers import AnyMethod, UpsamplerError, find_method, method_names, spelled
 from pipelines.config import ConfigError, Counts, Found, Held, InputConfig, require_at_least
 from pipelines.executors import Executor
-from pipelines.features.bundle import ModelBundle, load_bundle
+from pipelines.features.bundle import load_bundle
 from pipelines.features.config import completed
 from pipelines.features.join import Join
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.indexing import RunInput, report_left_out
 from pipelines.training.config import FeatureTraining, Objective, TrainSetup, Validation
 from pipelines.training.data import Example, ImageSource, StoredFeatures, TrainOrder, View

@@ -17,9 +17,9 @@ from operators.transfer import to_device
 from pipelines.config import ConfigError, Counts, Found, Free, Held, absolute, require_at_least, settings_of, used_with
 from pipelines.executors import Executor
 from pipelines.features.agreement import AskedFeatures, recorded
-from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import DenseConfig, SizedConfig, completed
 from pipelines.features.levels import level_name
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.features.rows import Rendering, pooled_level
 from pipelines.features.sources import SourceChoice, require_geometry, resolve_source
 from pipelines.readouts.depth import require_depth

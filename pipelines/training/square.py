@@ -22,8 +22,8 @@ from operators.objectives.shown import Shown, loss_of
 from operators.transfer import to_device
 from operators.upsamplers import UpsamplerError, build_net
 from pipelines.config import ConfigError, Counts, Found, Held, flag_of, said
-from pipelines.features.bundle import ModelBundle
 from pipelines.features.config import MapConfig, PlacedConfig, SizedConfig
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.training.data import JitteredView, Loaded, StoredFeatures
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
 from storage.documents import JsonValue

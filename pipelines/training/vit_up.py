@@ -25,7 +25,7 @@ from operators.upsamplers.vit_up.hidden import AdaptedBackbone
 from operators.upsamplers.vit_up.lora import Lora
 from operators.upsamplers.vit_up.start import start_enlarging
 from pipelines.config import ConfigError, Counts, Free, require_above, used_with
-from pipelines.features.bundle import ModelBundle
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.training.data import CanvasView, Loaded
 from pipelines.training.images import ImageObjective, ImageSetup, ImageTraining
 from storage.documents import JsonValue

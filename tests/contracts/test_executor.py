@@ -1,8 +1,10 @@
 """What every executor promises."""
 
 import functools
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -183,11 +185,33 @@ def test_actors_that_were_started_ahead_do_the_tasks_and_none_of_them_is_left(mo
             asked_until_it_is_gone(actor)
 
 
+def test_what_is_asked_of_nobody_else_is_done_here(executor):
+    assert executor.ask(os.getpid) == os.getpid()
+    with pytest.raises(DatasetError, match=r"^-1 is negative$"):
+        executor.ask(functools.partial(square, -1))
+
+
+def speaks() -> int:
+    logging.getLogger("raylift.speaks").info("%s of %d", "one", 2)
+    logging.getLogger("raylift.speaks").debug("not asked for")
+    warnings.warn("something is odd", stacklevel=1)
+    return os.getpid()
+
+
 @pytest.mark.usefixtures("ray_session")
-def test_actors_that_were_started_ahead_keep_no_other_work_waiting():
+def test_actors_that_were_started_ahead_are_asked_and_keep_no_other_work_waiting(caplog):
     executor = RayExecutor()
     executor.start_ahead(lambda: TWO_CALLS, "json")  # which hold both CPUs
 
+    with caplog.at_level(logging.INFO):
+        assert executor.ask(speaks) != os.getpid()
+        assert executor.ask(os.getcwd) == os.getcwd(), "where a relative path of weights leads"
+    said = [(each.name, each.levelname, each.getMessage().splitlines()[0]) for each in caplog.records]
+    assert ("raylift.speaks", "INFO", "one of 2") in said
+    assert any(name == "py.warnings" and text.endswith("UserWarning: something is odd") for name, _, text in said)
+    assert not any(level == "DEBUG" for _, level, _ in said)
+    with pytest.raises(DatasetError, match=r"^-1 is negative$"):
+        executor.ask(functools.partial(square, -1))
     assert list(executor.map(square, range(3))) == [0, 1, 4]
 
 

@@ -22,10 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from operators import timm_models
 from operators.backbone import BackboneError, TimmBackbone, autocast, cast_matmul_weights, lacks_bf16, normalise
 from operators.timm_models import create_model, load_arrays, preprocessing, share_arrays, state_arrays, weights_digest
-from pipelines.features.bundle import LoadedModel, ModelBundle, describe_model
+from pipelines.features.bundle import LoadedModel, describe_model
 from pipelines.features.config import FeatureConfig
 from pipelines.features.descriptions import ModelDescription
 from pipelines.features.model import FeatureModel
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.features.weights import WeightsChoice, WeightsUnavailable, load_model, read_state_dict
 from tests.goldens import tensor_golden
 

@@ -74,6 +74,12 @@ def kill(process: subprocess.Popen, kind: str) -> None:
         os.kill(process.pid, signal.SIGKILL)
 
 
+def has_torch(process: subprocess.Popen) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any("libtorch" in each.path for each in psutil.Process(process.pid).memory_maps())
+    return False
+
+
 def _cmdline(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return process.cmdline()
@@ -113,7 +119,7 @@ def run_with_kills(
     """Launch, kill at a random number of commits, again for each kind; then until it is complete. Returns what happened."""
     folder = Folder(out, options)
     draw = random.Random(seed)
-    happened = {"driver": 0, "worker": 0, "cluster": 0, "launches": 0}
+    happened = {"driver": 0, "worker": 0, "cluster": 0, "launches": 0, "drivers with torch": 0}
     left = list(kinds)
     n_tasks = N_IMAGES // 4
     for _ in range(3 * len(kinds) + 3):
@@ -126,6 +132,7 @@ def run_with_kills(
                 if not wait_for_commits(process, folder, target, commits):
                     break
                 time.sleep(draw.random() * 0.5)
+                happened["drivers with torch"] += has_torch(process)
                 kind = left.pop(0)
                 kill(process, kind)
                 happened[kind] += 1
@@ -158,6 +165,7 @@ def test_killed_driver_worker_and_cluster_leave_the_bytes_of_an_uninterrupted_ru
     happened = run_with_kills(images, str(tmp_path / "out.zarr"), None, ["driver", "worker", "cluster"], log, seed=1)
 
     assert happened["launches"] >= 3
+    assert not happened["drivers with torch"], "2.5 s of CPU time, which a worker has spent already"
     assert digest(tree(Folder(str(tmp_path / "out.zarr")))) == reference
 
 

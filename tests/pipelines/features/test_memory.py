@@ -9,8 +9,8 @@ from operators.backbone import PatchFeatures
 from operators.upsamplers import Upsampler, find_method
 from operators.upsamplers.protocol import WORKING_BYTES
 from operators.upsamplers.vit_up.head import ViTUpHead
-from pipelines.features.bundle import ModelBundle
 from pipelines.features.memory import allow_within, free_bytes
+from pipelines.features.model_bundle import ModelBundle
 from pipelines.features.upsamplers import UpsamplerWeights
 from tests.operators.test_backbone import described, photos
 from tests.pretended_gpu import pretended_gpu, shapes_on_a_gpu
