@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def _session(address: str, **options: int | None) -> Iterator[None]:
 def _without_watchers() -> Iterator[None]:
     """Within it, a Ray that is started here is without what watches clusters and makes them grow: the dashboard's server, which
     without its page only sends usage statistics, and its agent; the autoscaler's monitor, and that of workers' logs, which
-    nobody is shown.
+    nobody is shown. For the agent of runtime environments, a second of Python, it doesn't wait: it's told that agent's port.
 
     `ray.init` has no settings for these. Where another version has other names for them, they are started.
     """
@@ -254,14 +255,33 @@ def _without_watchers() -> Iterator[None]:
             return [sys.executable, "-I", "-S", str(Path(__file__).with_name("silent_agent.py"))]
         return real(component, *args, **settings)
 
-    params = functools.partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
-    instead: list[tuple[object, str, object]] = [
-        (parameter, "RayParams", params),
-        (node.Node, "start_api_server", lambda _, **__: None),
-        (services, _PYTHON, python),
-    ]
-    with _replaced(instead):
-        yield
+    with _kept_port() as port:
+        unwatched = {"no_monitor": True, "include_log_monitor": False, "runtime_env_agent_port": port}
+        instead: list[tuple[object, str, object]] = [
+            (parameter, "RayParams", functools.partial(parameter.RayParams, **unwatched)),
+            (node.Node, "start_api_server", lambda _, **__: None),
+            (services, _PYTHON, python),
+        ]
+        with _replaced(instead):
+            yield
+
+
+@contextmanager
+def _kept_port() -> Iterator[int]:
+    """A port of the loopback that systems give to no connection, kept for a server of this machine; 0 where none was found."""
+    with socket.socket() as kept:
+        port = next((each for each in secrets.SystemRandom().sample(range(20_000, 30_000), 100) if _binds(kept, each)), 0)
+        # Bound without this option and given it now, it's shared with those alone who ask for it, as asyncio's servers do.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield port
+
+
+def _binds(kept: socket.socket, port: int) -> bool:
+    try:
+        kept.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

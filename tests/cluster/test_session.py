@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,20 @@ class Session:
         self.said = json.loads(self.process.stdout.readline())
         parent = psutil.Process(self.process.pid)
         self.family = [parent, *parent.children(recursive=True)]
+        self._wait_for_the_agent()
         listening = [c for p in self.family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
         self.addresses = {c.laddr.ip.removeprefix("::ffff:") for c in listening}
         self.ports = sorted({c.laddr.port for c in listening})
+
+    def _wait_for_the_agent(self) -> None:
+        """Until it listens: a session is there before."""
+        (raylet,) = (process for process in self.family if process.name() == "raylet")
+        port = int(re.search(r"--runtime_env_agent_port=(\d+)", " ".join(raylet.cmdline()))[1])
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                return
+            time.sleep(0.1)
+        raise AssertionError("no agent of runtime environments")
 
     def end(self) -> list[str]:
         """Its last words; it must end well."""
