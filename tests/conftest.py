@@ -54,8 +54,12 @@ LONGEST = (
     "extraction/test_sandbox.py", "cluster/test_session.py", "tests/test_distribution.py", "contracts/test_executor.py",
     "training/test_vitdet.py", "training/test_lift.py", "training/test_objectives.py", "tests/test_continued_inputs.py",
     "benchmarks/test_gpu.py", "extraction/test_reference_program.py", "pipelines/test_guide.py", "jobs/test_evaluate.py",
+    "storage/test_growing_readers.py", "extraction/test_s3.py", "storage/test_growth.py", "jobs/test_search_index.py",
+    "cluster/test_resources.py", "evaluation/test_navi.py", "tables/test_grid.py", "tables/test_papers.py",
+    "jobs/test_browse_page.py", "storage/test_packs.py", "storage/test_input_identity.py", "jobs/test_program.py",
+    "evaluation/test_detection.py",
 )  # fmt: skip
-"""Files of few tests that start processes, or that take a minute."""
+"""Files of few tests that start processes, or that take more than ten seconds."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -176,6 +176,16 @@ def other_values(kind_of_run: str, setting: Setting, now: object) -> list[object
     return others
 
 
+WHERE = (
+    "accelerator", "actor_cpus", "actor_gpus", "actors", "device", "loaders", "max_failures", "ray_address", "storage_options",
+    "worker_cpus", "workers",
+)  # fmt: skip
+"""Settings of where work is done, which all jobs of one base have from it."""
+
+WHERE_TRIED = ("x2", "vitdet", "grid", "correspondence: lift", "runtime", "extract")
+"""The kinds of runs that these are changed in: of each base one, and those that have some of them otherwise."""
+
+
 def cases() -> Iterator[tuple[str, str, object]]:
     """Kind of run, setting, other value."""
     for kind in TRIED:
@@ -184,7 +194,9 @@ def cases() -> Iterator[tuple[str, str, object]]:
         for prefix, each in held.items():
             for name, setting in settings_of(type(each)).items():
                 if name not in ELSEWHERE:
-                    yield from ((kind, f"{prefix}{name}", value) for value in other_values(kind, setting, setting.of(each)))
+                    others = other_values(kind, setting, setting.of(each))
+                    if name not in WHERE or kind in WHERE_TRIED:
+                        yield from ((kind, f"{prefix}{name}", value) for value in others)
 
 
 CASES = list(cases())
