@@ -199,7 +199,7 @@ def speaks() -> int:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_actors_that_were_started_ahead_are_asked_and_keep_no_other_work_waiting(caplog):
+def test_actors_that_were_started_ahead_are_asked_and_keep_no_other_work_waiting(caplog, tmp_path):
     executor = RayExecutor()
     executor.start_ahead(lambda: TWO_CALLS, "json")  # which hold both CPUs
 
@@ -212,6 +212,7 @@ def test_actors_that_were_started_ahead_are_asked_and_keep_no_other_work_waiting
     assert not any(level == "DEBUG" for _, level, _ in said)
     with pytest.raises(DatasetError, match=r"^-1 is negative$"):
         executor.ask(functools.partial(square, -1))
+    assert executor.ask(functools.partial(dies, 2, tmp_path, 1)) == 4, "again, where its process was lost"
     assert list(executor.map(square, range(3))) == [0, 1, 4]
 
 
