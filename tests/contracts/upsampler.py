@@ -97,7 +97,7 @@ class UpsamplerContract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", self.cases, ids=str)
 
-    @pytest.mark.parametrize("grid", [(4, 4), (4, 6), (8, 2), (3, 5)])
+    @pytest.mark.parametrize("grid", [(4, 6), (8, 2), (3, 5)])
     def test_gives_the_asked_grid_as_float32(self, case, grid):
         if case.factor < 1 and grid == (3, 5):
             pytest.skip("odd sides don't halve")

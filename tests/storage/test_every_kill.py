@@ -204,7 +204,7 @@ def training(parent: Forks, images: str, tmp_path: Path) -> Sweep:
 
 @pytest.mark.parametrize(
     ("kind", "points"),
-    [(extraction, 6), (retry, 3), (repair, 4), (replacement, 4), (growth, 4), (addition, 4), (further_level, 4), (training, 4)],
+    [(extraction, 4), (retry, 3), (repair, 3), (replacement, 3), (growth, 4), (addition, 4), (further_level, 3), (training, 4)],
 )
 def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind, points):
     assert kind(parent, images, tmp_path).run(points) == points
