@@ -7,7 +7,7 @@ the later one; in a finished one packs are the truth.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
@@ -70,24 +70,27 @@ class Commits:
 
     # --- what is there ------------------------------------------------------------------------------------------------
 
-    def listed(self) -> set[int]:
-        """Blocks with a record. Of a finished store no pack is looked at."""
-        alone = self.alone()
+    def names(self) -> list[str]:
+        """Of what lies beside the packs: a request for each thousand."""
+        return list(self.folder.names(self.prefix))
+
+    def listed(self, names: Collection[str] | None = None) -> set[int]:
+        """Blocks with a record. Of a finished store no pack is looked at. `names` as `names` has them, where somebody asked."""
+        alone = self.alone(names)
         if self.packs == "all":
             return alone | set(range(self.n_packed))
         # In this order: a record is removed only once its pack is there.
         return alone | self._in_packs()
 
-    def alone(self) -> set[int]:
+    def alone(self, names: Collection[str] | None = None) -> set[int]:
         """Blocks with a record under its own name that counts."""
+        names = self.names() if names is None else names
         first = self.n_packed if self.packs == "all" else 0
-        return {
-            block for name in self.folder.names(self.prefix) if (block := self._block_of(name)) is not None and block >= first
-        }
+        return {block for name in names if (block := self._block_of(name)) is not None and block >= first}
 
-    def strangers(self) -> list[str]:
-        """Names beside the records that are none of this store: copies, notes of file managers. Nothing reads them."""
-        return sorted(name for name in self.folder.names(self.prefix) if name and self._block_of(name) is None)
+    def strangers(self, names: Collection[str]) -> list[str]:
+        """Those names that are of no record of this store: copies, notes of file managers. Nothing reads them."""
+        return sorted(name for name in names if name and self._block_of(name) is None)
 
     def _block_of(self, name: str) -> int | None:
         match = re.fullmatch(r"(\d{8,18})\.parquet", name)

@@ -166,9 +166,9 @@ class Ledger:
         }
         return table_bytes(table.drop_columns(list(_unsaid(table))), metadata)
 
-    def done(self) -> set[int]:
-        """Blocks whose commit record exists, of all their rows."""
-        listed = self.listed()
+    def done(self, listed: set[int] | None = None) -> set[int]:
+        """Blocks whose commit record exists, of all their rows; of those that are `listed`, where somebody asked."""
+        listed = self.listed() if listed is None else listed
         return listed - {block for block in listed.intersection(self._ends) if self.begun(block) is not None}
 
     def begun(self, block: int) -> pa.Table | None:

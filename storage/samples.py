@@ -448,7 +448,7 @@ def write_index(
     return SampleIndex(folder, prefix)
 
 
-def move_index(index: SampleIndex, folder: Folder, put: Callable[[str, bytes], None] | None = None) -> SampleIndex:
+def move_index(index: SampleIndex, folder: Folder, put: Callable[[str, bytes], None] | None = None) -> None:
     """Write an index to another folder, the sources file last, and drop the original; `put` writes where it's a store's.
 
     Nothing is done where it was moved before.
@@ -461,7 +461,6 @@ def move_index(index: SampleIndex, folder: Folder, put: Callable[[str, bytes], N
             (put or folder.write)(name, index.folder.read(name))
         # Only once all is written: whoever is killed before finds the original, and moves it again.
         index.folder.remove(names)
-    return SampleIndex(folder, index.prefix)
 
 
 def remove_indexes(folder: Folder, but: str) -> None:

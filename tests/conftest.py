@@ -11,7 +11,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports ray: loopback only.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -249,6 +249,36 @@ def s3_options(s3_server: str, tmp_path: Path) -> dict[str, object]:
     bucket = f"bkt-{abs(hash(str(tmp_path))) % 10**9}"
     s3fs.S3FileSystem(**options).mkdir(bucket)
     return {"bucket": bucket, "options": options}
+
+
+class Calls(list[str]):
+    """S3 requests as `operation key [range]` or `operation prefix`, and the bytes that came back in bodies."""
+
+    bytes = 0
+
+    def clear(self) -> None:
+        super().clear()
+        self.bytes = 0
+
+
+@pytest.fixture
+def api_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Every S3 request of this process from here on; a retry would not be counted, and there is none here."""
+    made = Calls()
+    from aiobotocore.client import AioBaseClient
+
+    original = AioBaseClient._make_api_call
+
+    async def counted(self: object, operation: str, parameters: dict[str, Any]) -> Any:
+        made.append(
+            " ".join([operation, parameters.get("Key", parameters.get("Prefix", "")), parameters.get("Range", "")]).strip()
+        )
+        answer = await original(self, operation, parameters)
+        made.bytes += answer.get("ContentLength", 0) if operation == "GetObject" else 0
+        return answer
+
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", counted)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ class InputUpdate:
         digest = sources_digest(self.state.sources)
         if not self.is_known and store.status == "writing":
             store.set_writing(digest)  # a driver that reads other files stops here
-        listed = store.ledger.listed()
+        listed = store.ledger.listed() if self.redo or not self.is_known else frozenset[int]()
         again = listed & self.redo
         if not self.is_known:
             again |= listed - self.listed  # such a driver may have done those
@@ -78,12 +78,15 @@ class InputUpdate:
             logger.info(
                 "%s", self.new or "the index is written anew: sources hold their samples at other places, or with other text"
             )
-            store.adopt_index(move_index(self.index, store.folder, store.put), grows=self.state.grows)
+            move_index(self.index, store.folder, store.put)
+            store.adopt_index(SampleIndex(store.folder, self.index.prefix), grows=self.state.grows)
             return
         # A draft stands for one that was lost.
-        index = move_index(self.index, store.folder, store.put) if is_draft(self.index) else self.index
+        index = self.index
+        if is_draft(index):
+            move_index(index, store.folder, store.put)
         if not self.is_known:
-            update_sources(index, self.state.sources)
+            update_sources(SampleIndex(store.folder, index.prefix) if is_draft(index) else index, self.state.sources)
 
 
 def member_rules(config: ExtractConfig) -> MemberRules:
@@ -163,7 +166,8 @@ def _restored_index(store: FeatureStore, given: RunInput) -> SampleIndex:
 
 def _input_update(store: FeatureStore, index: SampleIndex, given: RunInput, config: ExtractConfig) -> InputUpdate:
     """What the store needs for the input as it is now. Raises `InputError` for changes that weren't allowed for."""
-    listed, done = store.ledger.listed(), store.ledger.done()
+    listed = store.ledger.listed()
+    done = store.ledger.done(listed)
     state = given.state(index, store.input_rows)
     _require_allowed(index, state, config)
     block_rows = store.layout.block_rows

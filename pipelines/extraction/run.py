@@ -226,9 +226,10 @@ def _write_run_json(store: FeatureStore, setup: WorkerSetup, pool: WorkerPool) -
 
 def _done(store: FeatureStore) -> set[int]:
     """Blocks that have a commit record. Whether those are whole is seen when they are merged, once all are there."""
-    if strangers := store.ledger.commits.strangers():
+    names = store.ledger.commits.names()
+    if strangers := store.ledger.commits.strangers(names):
         logger.warning("ledger/commits holds what is no record of this store; it is left alone: %s", strangers[:10])
-    return store.ledger.done()
+    return store.ledger.done(store.ledger.commits.listed(names))
 
 
 def _revoke_failed(store: FeatureStore, input_digest: str) -> set[int]:

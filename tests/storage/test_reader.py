@@ -19,7 +19,6 @@ import pyarrow as pa
 import pytest
 import s3fs
 import zarr
-from aiobotocore.client import AioBaseClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -763,32 +762,6 @@ def test_spawned_process_reads_what_this_one_reads(stores, numbers, where):
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
-
-
-class Calls(list[str]):
-    """S3 requests as `operation key [range]`, and the bytes that came back in bodies."""
-
-    bytes = 0
-
-    def clear(self) -> None:
-        super().clear()
-        self.bytes = 0
-
-
-@pytest.fixture
-def api_calls(monkeypatch) -> Calls:
-    """Every S3 request of this process from here on; a retry would not be counted, and there is none here."""
-    made = Calls()
-    original = AioBaseClient._make_api_call
-
-    async def counted(self: AioBaseClient, operation: str, parameters: dict[str, Any]) -> Any:
-        made.append(" ".join([operation, parameters.get("Key", ""), parameters.get("Range", "")]).strip())
-        answer = await original(self, operation, parameters)
-        made.bytes += answer.get("ContentLength", 0) if operation == "GetObject" else 0
-        return answer
-
-    monkeypatch.setattr(AioBaseClient, "_make_api_call", counted)
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import s3fs
 
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
+from pipelines.extraction.start import main
 from storage.paths import Folder
 
 
@@ -63,6 +64,32 @@ def test_store_on_s3_has_the_bytes_of_the_local_one(tiny, s3_inputs, tmp_path):
 
     assert (summary.ok, summary.failed) == (20, 0)
     assert same_but_sources(tree(Folder(local.out)), tree(Folder(remote.out, remote.options)))
+
+
+def test_what_a_start_asks_for_of_the_index_and_of_commit_records_is_asked_once(tiny, s3_inputs, api_calls):
+    """A listing of commit records is a request for each thousand tasks, an object of the index one for each million images."""
+    config = s3_config(tiny, s3_inputs, block_rows=8).changed(executor="inline")
+    read = ("GetObject index/sources.parquet", "ListObjectsV2 ledger/commits/")
+    once = ("HeadObject index/samples", "HeadObject index/keys", "GetObject index/keys")
+
+    def asked(**changes) -> dict[str, int]:
+        """Before the first task begins, or to the end; its worker, which is in this process, asks for the index on its own."""
+        api_calls.clear()
+        list(main(config.changed(**changes)))
+        made = [call.replace("feats.zarr/", "") for call in api_calls]
+        first = next((i for i, call in enumerate(made) if "/attempts/0" in call), len(made))
+        return {name: sum(call.startswith(name) for call in made[:first]) for name in (*read, *once)}
+
+    fresh = asked()
+    Folder(config.out, config.options).remove(["ledger/commits/00000001.parquet"])
+    continued = asked()
+    planned = asked(plan=True)
+
+    # Whether there is an index, and the worker; tasks that are done.
+    assert fresh == dict(zip((*read, *once), (2, 1, 0, 0, 0), strict=True))
+    # The index, and the worker; what is done when the input is compared, and when the store is there; both parts are whole.
+    assert continued == dict(zip((*read, *once), (2, 2, 1, 1, 1), strict=True))
+    assert planned == dict(zip((*read, *once), (1, 1, 1, 1, 1), strict=True))
 
 
 def test_no_credential_is_written_to_the_store_or_shown_in_errors(tiny, s3_inputs, capfd):
