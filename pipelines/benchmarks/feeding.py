@@ -69,6 +69,8 @@ class FedLoop:
     images_per_s: float
     cpu_ms: Mapping[str, float]
     "of an image, by group of processes; `other` are the machine's other programs"
+    bare: Decoding
+    "mean of before and after it, which it is held against: a busy machine is slower"
 
     @property
     def own_cpu_ms(self) -> float | None:
@@ -120,8 +122,9 @@ def measure_feeding(config: Feeding, folder: Path, photos: str, *, ray: bool) ->
     setup = _setup(config, str(folder / "bare"), photos, InlineExecutor())
     bare, loops = [_bare(config, setup)], dict[str, FedLoop]()
     for name, on_ray in {"threads": False, **({"Ray's processes": True} if ray else {})}.items():
-        loops[name] = _measured(config, str(folder / f"ray-{on_ray}"), photos, on_ray)
+        rate, cpu_ms = _measured(config, str(folder / f"ray-{on_ray}"), photos, on_ray)
         bare.append(_bare(config, setup))
+        loops[name] = FedLoop(images_per_s=rate, cpu_ms=cpu_ms, bare=Decoding.mean(bare[-2:]))
     return Fed(loops=loops, bare=Decoding.mean(bare), bare_each=bare)
 
 
@@ -140,10 +143,11 @@ def _steps(config: Feeding) -> tuple[int, int]:
     return first, first + config.steps
 
 
-def _measured(config: Feeding, out: str, photos: str, on_ray: bool) -> FedLoop:
+def _measured(config: Feeding, out: str, photos: str, on_ray: bool) -> tuple[float, dict[str, float]]:
+    """Images per second of the loop, and the CPU milliseconds of an image by group of processes."""
     [(start, stop, images)], usage = in_new_processes(_loop, (config, out, photos, on_ray))
     spent = usage.cpu_between(start, stop)
-    return FedLoop(images_per_s=images / (stop - start), cpu_ms={group: 1e3 * s / images for group, s in spent.items()})
+    return images / (stop - start), {group: 1e3 * s / images for group, s in spent.items()}
 
 
 def _loop(config: Feeding, out: str, photos: str, on_ray: bool) -> tuple[float, float, int]:
@@ -199,8 +203,8 @@ def feeding_report(config: Feeding, fed: Fed) -> Iterator[str]:
     rows, costs = list[list[object]](), list[list[object]]()
     for name, loop in fed.loops.items():
         own = loop.own_cpu_ms
-        rows.append([name, loop.images_per_s, loop.images_per_s / fed.bare.images_per_s, own and fed.bare.cpu_ms / own])
-        costs.append([name, *(loop.cpu_ms[group] for group in _GROUPS), own and own - fed.bare.cpu_ms])
+        rows.append([name, loop.images_per_s, loop.images_per_s / loop.bare.images_per_s, own and loop.bare.cpu_ms / own])
+        costs.append([name, *(loop.cpu_ms[group] for group in _GROUPS), own and own - loop.bare.cpu_ms])
     yield from number_lines(
         {"loaders in": "", **rates}, [*rows, [f"(CPUs alone, {CORES} processes)", fed.bare.images_per_s, 1.0, 1.0]]
     )
@@ -209,5 +213,6 @@ def feeding_report(config: Feeding, fed: Fed) -> Iterator[str]:
     yield from number_lines(columns, costs)
     bounds = ", ".join(f"{each.images_per_s:.1f} ({each.cpu_ms:.2f} ms)" for each in fed.bare_each)
     yield f"""
-- The CPUs alone make training's examples of files in memory. Before and after each loop: {bounds}.
+- The CPUs alone make training's examples of files in memory. Before and after each loop: {bounds}; a loop is held against
+  the two beside it.
 - The loop's process has the loaders that are threads."""
