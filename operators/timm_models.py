@@ -246,11 +246,15 @@ def share_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> nn.Modul
 
     Workers of a machine that have them out of Ray's object store then hold them once together.
     """
+    model.load_state_dict(tensors_of(arrays), strict=True, assign=True)
+    return model
+
+
+def tensors_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """`arrays` themselves as tensors, which nothing may write to: a worker has them out of Ray's object store."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        shared = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    model.load_state_dict(shared, strict=True, assign=True)
-    return model
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def weights_digest(arrays: Mapping[str, np.ndarray]) -> str:

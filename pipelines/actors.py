@@ -35,13 +35,14 @@ STARTS = 3
 """How often an actor is started again that dies before it can do anything."""
 
 
-def import_whole(module: str) -> None:
-    """Import a module with all that it needs, and have Python look for cycles again afterwards: while torch and timm are imported
-    it would look again and again at what stays, which takes a sixth of their time."""
+@contextmanager
+def importing() -> Iterator[None]:
+    """For imports of much: Python looks for cycles after them only. While torch and timm are imported it would look again and
+    again at what stays, which takes a sixth of their time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        importlib.import_module(module)
+        yield
     finally:
         if was_enabled:
             gc.enable()
@@ -90,8 +91,8 @@ class _Actor(Generic[Item, Result]):
 
     def load(self, module: str) -> None:
         """Import a module that what the actor will do needs."""
-        with self._lock:
-            import_whole(module)
+        with self._lock, importing():
+            importlib.import_module(module)
 
     def call(self, do: Callable[[], Result], level: int) -> tuple[Result, list[logging.LogRecord]]:
         """What `do` gives, and what it logs from `level` on."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cluster.resources import WorkerPool
 from cluster.session import starts_one
-from pipelines.actors import import_whole
+from pipelines.actors import importing
 from pipelines.config import ConfigError
 from pipelines.executors import RayExecutor, executor_for
 from pipelines.extraction.config import ExtractConfig
@@ -82,8 +82,9 @@ def likely_tasks(config: ExtractConfig, files: Listing) -> int:
 
 def import_lean_driver() -> None:
     """The module that drives a run, and zarr-python, by which a store is begun: 0.4 s of CPU time."""
-    import_whole(f"{__package__}.run")
-    import_whole("storage.metadata")
+    with importing():
+        from pipelines.extraction import run  # noqa: F401
+        from storage import metadata  # noqa: F401
 
 
 def import_driver() -> None:
@@ -93,7 +94,8 @@ def import_driver() -> None:
     cores, loading a model took four times the CPU time.
     """
     import_lean_driver()
-    import_whole("pipelines.features.bundle")
+    with importing():
+        from pipelines.features import bundle  # noqa: F401
     import torch
 
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // 2)))

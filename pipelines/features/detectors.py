@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from operators.timm_models import state_arrays, weights_digest
+from operators.timm_models import state_arrays, tensors_of, weights_digest
 from operators.upsamplers import UpsamplerError, find_method, method_names, split_method
 from operators.upsamplers.protocol import require_fitting
 from operators.upsamplers.recursive import Recursive
@@ -82,13 +82,13 @@ class UpsamplerNet:
     def parameters(self) -> int:
         """How many there are, BatchNorm's running statistics apart."""
         method = find_method(self.method)
-        state = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        state = tensors_of(self.arrays)
         return method.parameters(method.parse(self.config), state)
 
     def build(self, settings: DetectorSettings) -> nn.Module:
         """Ready to run, on the CPU. Raises `DetectorError` where it isn't one for the maps of such a detector."""
         net = doubling_net(self.config, settings)
-        net.load_state_dict({name: torch.from_numpy(array) for name, array in self.arrays.items()})
+        net.load_state_dict(tensors_of(self.arrays))
         return net.eval().requires_grad_(False)
 
 
@@ -126,7 +126,7 @@ class DetectorWeights:
     def build(self) -> Detector:
         """Ready to run, on the CPU, without its upsampler."""
         detector = build(described(self.settings))
-        load(detector, {name: torch.from_numpy(array) for name, array in self.arrays.items()})
+        load(detector, tensors_of(self.arrays))
         return detector.eval().requires_grad_(False)
 
 

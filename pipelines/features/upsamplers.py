@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from operators.backbone import TimmBackbone
-from operators.timm_models import weights_digest
+from operators.timm_models import tensors_of, weights_digest
 from operators.upsamplers import AnyMethod, Settings, Upsampler, UpsamplerError, find_method
 from operators.upsamplers.protocol import Precision, Reload
 from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_config, read_state_dict
@@ -64,7 +64,7 @@ class UpsamplerWeights:
     @property
     def state(self) -> dict[str, Tensor]:
         """The arrays as tensors, which share their memory."""
-        return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        return tensors_of(self.arrays)
 
     @property
     def channels(self) -> int | None:
