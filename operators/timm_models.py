@@ -237,7 +237,7 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> nn.Module:
     """Fill `model` with copies of `arrays`, strictly."""
-    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
+    model.load_state_dict(tensors_of(arrays), strict=True)
     return model
 
 

@@ -72,7 +72,7 @@ class Commits:
 
     def names(self) -> list[str]:
         """Of what lies beside the packs: a request for each thousand."""
-        return list(self.folder.names(self.prefix))
+        return self.folder.names(self.prefix)
 
     def listed(self, names: Collection[str] | None = None) -> set[int]:
         """Blocks with a record. Of a finished store no pack is looked at. `names` as `names` has them, where somebody asked."""

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +59,9 @@ INDEX = "index"
 ROW_GROUP_ROWS = 2**13
 """Rows of one Parquet row group: what a worker reads to learn about its task."""
 
+KeptGroups: TypeAlias = Kept[tuple[int, int, tuple[str, ...]], pa.Table]
+"""Row groups by part, number and columns."""
+
 
 @dataclass
 class Parts:
@@ -77,8 +80,7 @@ class Parts:
     schema: pa.Schema
     optional: Sequence[str] = ()
     index: str | None = None
-    kept: Kept[tuple[int, int, tuple[str, ...]], pa.Table] | None = None
-    "row groups by part, number and columns"
+    kept: KeptGroups | None = None
     _open: dict[tuple[int, int], pq.ParquetFile] = field(default_factory=dict, init=False)
     _locks: dict[int, threading.Lock] = field(default_factory=dict, init=False)
 
@@ -117,13 +119,7 @@ class Parts:
                 tables += [table.take(within[group == i] % ROW_GROUP_ROWS) for i, table in enumerate(there)]
         return pa.concat_tables(tables).take(positions)
 
-    def _kept_groups(
-        self,
-        kept: Kept[tuple[int, int, tuple[str, ...]], pa.Table],
-        part: int,
-        groups: Sequence[int],
-        columns: Sequence[str] | None,
-    ) -> list[pa.Table]:
+    def _kept_groups(self, kept: KeptGroups, part: int, groups: Sequence[int], columns: Sequence[str] | None) -> list[pa.Table]:
         """Row groups of a part, of which those that aren't kept are read at once."""
         names = tuple(self.schema.names if columns is None else columns)
         found = {group: kept.get((part, group, names)) for group in groups}
@@ -205,9 +201,7 @@ class SampleIndex:
         self.columns: list[str] = schema.names
         # Earlier versions, whose indexes have no `order`, didn't name the index in its parts.
         named = None if self.order is None else self.digest
-        kept: Kept[tuple[int, int, tuple[str, ...]], pa.Table] | None = None
-        if kept_bytes:
-            kept = Kept(kept_bytes, lambda table: table.nbytes)
+        kept = KeptGroups(kept_bytes, lambda table: table.nbytes) if kept_bytes else None
         self._table = Parts(folder, f"{prefix}/samples", self.n_rows, schema, index=named, kept=kept)
         self._keys = Parts(folder, f"{prefix}/keys", self.n_rows, KEYS_SCHEMA, index=named)
         self._now = self

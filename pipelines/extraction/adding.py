@@ -63,12 +63,10 @@ def lines(config: ExtractConfig, executor: Executor) -> Iterator[str]:
     another level of a name, or other features, what `load_bundle` raises, `BegunOtherwise`, and `RunFailed`."""
     parse_levels(config.add_level, config.features.encoding)
     plans = []
-    there = open_finished(config)
-    absent = tuple(text for text in config.add_level if level_name(text) not in there.levels)
-    makers = load_makers(config, absent, there) if absent else None
+    makers: Makers | None = None
     for text in config.add_level:
         store = open_finished(config)
-        if makers is None or level_name(text) in store.levels:
+        if level_name(text) in store.levels:
             _require_same(config, text, store)
             if not config.plan:
                 store.finalize()  # what a run left that was killed at its end
@@ -76,6 +74,7 @@ def lines(config: ExtractConfig, executor: Executor) -> Iterator[str]:
             if not config.json:
                 yield f"{store.folder.displayed}: level {level_name(text)} is there already"
             continue
+        makers = makers or load_makers(config, store)
         addition = prepare_addition(config, text, store, makers)
         if config.plan:
             plans.append(plan := _planned(addition))
@@ -111,8 +110,9 @@ class Makers:
     "layers beside those of the maps that a level's upsampler asks of the backbone, by level"
 
 
-def load_makers(config: ExtractConfig, texts: tuple[str, ...], store: FeatureStore) -> Makers:
-    """Of these levels, none of which is in the store. Raises what `load_bundle` raises."""
+def load_makers(config: ExtractConfig, store: FeatureStore) -> Makers:
+    """Of the levels that the store hasn't. Raises what `load_bundle` raises."""
+    texts = tuple(text for text in config.add_level if level_name(text) not in store.levels)
     bundle, model = load_bundle(replace(_features(config, store), levels=texts), config.options)
     # Without the model, which the driver doesn't keep while workers compute.
     further = {name: frozenset(each.layers) - set(bundle.spec.layers) for name, each in model.upsamplers.items()}

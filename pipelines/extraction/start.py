@@ -1,4 +1,4 @@
-"""How an extraction starts: paths are looked at before torch is imported, and that happens while Ray starts."""
+"""How an extraction starts: paths are looked at before anything large is imported, and that happens while Ray starts."""
 
 import math
 import os
@@ -37,7 +37,7 @@ def main(config: ExtractConfig) -> Iterator[str]:
         resolve(config, files)  # which says what is wrong with the name; where nothing is, no harm is done
     # Of a finished store perhaps nothing is left to do, and no cluster is needed for that.
     # Where workers are started ahead, one of them loads the model, and the driver needs no torch.
-    alone = not config.plan and config.decode_on != "cluster" and starts_one(config.cluster.ray_address)
+    alone = config.decode_on != "cluster" and starts_one(config.cluster.ray_address)
     meanwhile = None if complete else import_lean_driver if alone else import_driver
     ahead = workers_ahead(config, likely_tasks(config, files))
     with executor_for(config, plan=config.plan, meanwhile=meanwhile, ahead=ahead) as executor:
