@@ -309,7 +309,7 @@ class TimmBackbone:
     def peak_bytes(self, batch: int, size: tuple[int, int]) -> int:
         """Upper bound on device memory for one call: weights, and per token the residual stream, norms, qkv, MLP and kept
         maps: 24 float32 values a channel."""
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in (*self.model.parameters(), *self.model.buffers()))
         if self.is_hierarchical:
             # Early stages have 4 x more tokens of half the channels, at a stride of 4.
             working = getattr(self.model, "working_bytes", 0)

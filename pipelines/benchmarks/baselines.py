@@ -24,6 +24,7 @@ from torch import Tensor
 from zarr.codecs import ZstdCodec
 
 from operators.backbone import autocast, cast_matmul_weights, normalise
+from operators.packed import can_pack, pack_linears
 from operators.image import Geometry
 from pipelines.costs.process import CORES
 from pipelines.features.photos import geometry_of
@@ -197,6 +198,8 @@ class _Bare:
         self.spec, self.geometry, self.zstd = job.spec, geometry_of(job.spec), Zstd(level=1, checksum=True)
         self.model, self.scratch = job.model(), scratch
         cast_matmul_weights(self.model, job.spec.precision)
+        if can_pack():
+            pack_linears(self.model)
         self.files = [os.open(url.removeprefix("file://"), os.O_RDONLY) for url in job.urls]
 
     def read(self, rows: list[dict[str, int]]) -> list[bytes]:

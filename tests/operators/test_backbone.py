@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from operators import timm_models
 from operators.backbone import BackboneError, TimmBackbone, autocast, cast_matmul_weights, lacks_bf16, normalise
+from operators.packed import PackedLinear, can_pack, pack_linears, unpack_linears
 from operators.timm_models import create_model, load_arrays, preprocessing, share_arrays, state_arrays, weights_digest
 from pipelines.features.bundle import LoadedModel, describe_model
 from pipelines.features.config import FeatureConfig
@@ -702,6 +703,35 @@ def test_weights_cast_ahead_give_the_numbers_of_plain_autocast(name, facet):
         found = cast(batch, layers).stacked(layers)
 
     assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not can_pack(), reason="this machine doesn't multiply in bfloat16")
+@pytest.mark.parametrize("facet", ["token", "key"])
+@pytest.mark.parametrize("name", ["dino", "dinov2-reg", "dinov3", "eva02", "hiera"])
+def test_packed_weights_give_the_numbers_of_plain_autocast(name, facet):
+    if name == "hiera" and facet == "key":
+        pytest.skip("Hiera has no facets")
+    model = hiera() if name == "hiera" else family(name)
+    batch = images(4 * PATCH.get(name, 16), 4 * PATCH.get(name, 16))
+    plain, packed = (TimmBackbone(copy.deepcopy(model), facet=facet) for _ in range(2))
+    layers = plain.resolve_layers([-1])
+    for each in (plain, packed):
+        cast_matmul_weights(each.model, "bf16")
+    pack_linears(packed.model)
+    assert any(isinstance(module, PackedLinear) for module in packed.model.modules())
+    size = (batch.shape[-2], batch.shape[-1])
+
+    def rows(backbone, some):
+        with torch.no_grad(), autocast(torch.device("cpu"), "bf16"):
+            return backbone(some, layers).stacked(layers)
+
+    for some in (batch, batch[:1]):
+        assert torch.equal(rows(packed, some), rows(plain, some))
+    assert packed.peak_bytes(1, size) == plain.peak_bytes(1, size)
+
+    unpack_linears(packed.model)
+    assert not any(isinstance(module, PackedLinear) for module in packed.model.modules())
+    assert torch.equal(rows(packed, batch), rows(plain, batch))
 
 
 def test_fp32_casts_nothing():
