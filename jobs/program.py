@@ -20,6 +20,7 @@ import tyro
 from pipelines.config import ConfigError, JobConfig, require_numbers, settings_of
 from pipelines.provenance import full_version
 from storage.errors import RayliftError
+from storage.lean_arrow import forget_pandas
 from storage.redaction import redact
 from storage.words import is_of_disk, printable, what_the_disk_says
 
@@ -96,6 +97,7 @@ class Program:
         SIGHUP with 129, and a reader that went away (`| head`) with 141.
         """
         open_closed_streams()
+        forget_pandas()
         for stream in (sys.stdout, sys.stderr):
             # A name that the terminal's encoding lacks is no reason to end after hours of work.
             with contextlib.suppress(AttributeError):  # of what stands in for a stream in tests and notebooks

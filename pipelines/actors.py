@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 import numpy as np
 
 from storage.errors import RayliftError
+from storage.lean_arrow import forget_pandas
 
 if TYPE_CHECKING:
     import ray
@@ -86,6 +87,7 @@ class _Actor(Generic[Item, Result]):
     after the actor was started anew."""
 
     def __init__(self) -> None:
+        forget_pandas()
         self._lock = threading.Lock()
         self._do: Callable[[Item], Result] | None = None
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS: Mapping[str, Sequence[str]] = {"extract": ("--batch=1",), "train": ("lift", "--batch=1")}
 """Of jobs/, and words that each understands."""
 LATER = (
-    *("pandas", "s3fs", "tensorboardX", "torch._dynamo", "fsspec.implementations.chained", "pyarrow.pandas_compat"),
+    *("s3fs", "tensorboardX", "torch._dynamo", "fsspec.implementations.chained"),
     *("storage.metadata", "pipelines.extraction.run", "pipelines.extraction.worker"),
 )
 """What programs import once they need it: up to two seconds in each fork."""

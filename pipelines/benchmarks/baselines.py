@@ -24,8 +24,8 @@ from torch import Tensor
 from zarr.codecs import ZstdCodec
 
 from operators.backbone import autocast, cast_matmul_weights, normalise
-from operators.packed import can_pack, pack_linears
 from operators.image import Geometry
+from operators.packed import can_pack, pack_linears
 from pipelines.costs.process import CORES
 from pipelines.features.photos import geometry_of
 from pipelines.features.weights import WeightsChoice, load_model

@@ -8,11 +8,14 @@ import pytest
 
 THERE = "[name for name in ({}) if name in sys.modules]"
 
-SERVERS, COMPILER = THERE.format("'aiohttp', 'botocore', 'zarr'"), THERE.format("'torch._dynamo', 'torch._inductor', 'sympy'")
+SERVERS = THERE.format("'aiohttp', 'botocore', 'pandas', 'zarr'")
+COMPILER = THERE.format("'torch._dynamo', 'torch._inductor', 'sympy'")
 
 PROGRAMS = {
     "extraction": f"""
-import pipelines.extraction.worker; print({SERVERS})
+from pipelines.actors import _Actor
+import pyarrow
+_Actor().load("pipelines.extraction.worker"); pyarrow.array([1]); print({SERVERS})
 import jobs.extract, pipelines.extraction.run; print({COMPILER})
 """,
     "compiler": """
