@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def can_pack() -> bool:
-    """Whether this machine and this build of torch have what `pack_linears` needs. Its calls are torch's own, which its compiler
-    uses, and aren't documented."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    """Whether this machine and this build of torch have what `pack_linears` needs: calls that torch's compiler uses, and that
+    aren't documented. Only with AVX-512, where it was held against plain layers."""
+    if not torch.backends.mkldnn.enabled or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     needed = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     return all(hasattr(torch.ops.mkldnn, name) for name in needed) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
