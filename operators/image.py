@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -24,7 +24,7 @@ from operators.codecs.refusal import ImageDamaged, ImageRefused
 from operators.codecs.rgb import stored_bits, to_rgb
 from operators.codecs.samples import Samples
 from operators.codecs.warned import decoder_warnings
-from storage.orientation import EXIF_ROTATE, TURNS, exif_orientation
+from storage.orientation import EXIF_ROTATE, TURNS, Orientation, Turn, exif_orientation
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 """What Pillow may open. It knows more, and starts Ghostscript on the program that an EPS file is."""
@@ -122,23 +122,64 @@ class DecodedImage:
     "what was done beyond decoding, or empty"
 
 
+class GpuDecoder(Protocol):
+    """What decodes, turns and places JPEGs on a GPU: `operators.nvjpeg.Nvjpeg`, which needs torch."""
+
+    def __call__(
+        self, opened: Image.Image, data: bytes, turn: Turn | None, placement: Placement, geometry: Geometry
+    ) -> np.ndarray | None:
+        """`data`, which Pillow opened, as uint8 [height, width, 3] of the model's input; None where it doesn't take it."""
+
+
+ON_GPU, NOT_ON_GPU = "nvjpeg", "libjpeg for nvjpeg"
+"""What a ledger's conversion says of a JPEG that a GPU decoded, and of one that it refused."""
+
+
 def decode(
-    data: bytes, geometry: Geometry, *, max_pixels: int, draft: bool = False, memory: DecodeMemory | None = None
+    data: bytes,
+    geometry: Geometry,
+    *,
+    max_pixels: int,
+    draft: bool = False,
+    gpu: GpuDecoder | None = None,
+    memory: DecodeMemory | None = None,
 ) -> DecodedImage:
     """Decode image bytes and bring them to the input's size.
 
     `draft` lets JPEG decode at 1/2, 1/4 or 1/8 scale while that stays at least twice the needed size: several times faster
-    on large photos, not the same pixels. `memory` is waited for. Raises what `open_rgb` raises.
+    on large photos, not the same pixels. `gpu` decodes the JPEGs that are for it (`codecs.jpeg.is_for_gpu`). `memory` is waited
+    for. Raises what `open_rgb` raises, and `GpuDecoderFailed`.
     """
     at_least = (2 * geometry.width, 2 * geometry.height) if draft else None
     with decoder_warnings() as warned:
         opened = _open(data, max_pixels)
         with memory.hold(opened) if memory else nullcontext():
-            image, (width, height), conversions = _load_rgb(opened, data, at_least)
-            placement = geometry.place(width, height)
-            pixels = _resample(image, placement, geometry)
+            pixels, (width, height), placement, conversions = _placed(opened, data, geometry, at_least, gpu)
     conversion = ", ".join([*conversions, *_warnings(warned, opened)])
     return DecodedImage(pixels=pixels, width=width, height=height, placement=placement, conversion=conversion)
+
+
+_Placed: TypeAlias = tuple[np.ndarray, tuple[int, int], Placement, list[str]]
+"""Pixels of the model's input, (width, height) of the upright image, where it was placed, and conversions in words."""
+
+
+def _placed(
+    opened: ImageFile.ImageFile, data: bytes, geometry: Geometry, at_least: tuple[int, int] | None, gpu: GpuDecoder | None
+) -> _Placed:
+    is_for_gpu = opened.format == "JPEG" and gpu is not None and jpeg.is_for_gpu(data)
+    if gpu and is_for_gpu and (found := _placed_by(gpu, opened, data, geometry)):
+        return found
+    image, size, conversions = _load_rgb(opened, data, at_least)
+    placement = geometry.place(*size)
+    return resample(image, placement, geometry), size, placement, [*conversions, *([NOT_ON_GPU] if is_for_gpu else [])]
+
+
+def _placed_by(gpu: GpuDecoder, opened: Image.Image, data: bytes, geometry: Geometry) -> _Placed | None:
+    """What a GPU makes of a JPEG, which is given it without EXIF, so that it's turned once; None where it doesn't take it."""
+    turn, size = TURNS.get(exif_orientation(opened)), Orientation.of(opened).upright_size
+    placement = geometry.place(*size)
+    pixels = gpu(opened, jpeg.without_remarks(data), turn, placement, geometry)
+    return None if pixels is None else (pixels, size, placement, [*([EXIF_ROTATE] if turn else []), ON_GPU])
 
 
 def limit_pillow(max_pixels: int) -> None:
@@ -151,7 +192,7 @@ def limit_pillow(max_pixels: int) -> None:
 
 def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:
     """An RGB image at the input's size, uint8 [H, W, 3]."""
-    return _resample(image, geometry.place(*image.size), geometry)
+    return resample(image, geometry.place(*image.size), geometry)
 
 
 def open_rgb(data: bytes, *, max_pixels: int) -> tuple[Image.Image, tuple[int, int], str]:
@@ -266,7 +307,8 @@ def _too_large(size: str, limit: int) -> str:
     return f"{size} pixels are more than max_image_pixels = {limit}; raise --max-image-pixels if that is no attack"
 
 
-def _resample(image: Image.Image, placement: Placement, geometry: Geometry) -> np.ndarray:
+def resample(image: Image.Image, placement: Placement, geometry: Geometry) -> np.ndarray:
+    """An upright RGB image, brought to where `placement` has it: uint8 [height, width, 3] of the model's input."""
     (w, h), (x, y) = placement.resized, placement.corner
     method = Image.Resampling[geometry.interpolation.upper()]
     if x >= 0 and y >= 0:

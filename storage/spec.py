@@ -221,6 +221,8 @@ class FeatureSpec:
     "timm's arguments where the network isn't built as its name alone says"
     compiled: Numbers[bool] = False
     "its blocks are compiled, which rounds otherwise: in half precision fewer values, in float32 in another order"
+    jpeg_decoder: Numbers[Literal["cpu", "nvjpeg"]] = "cpu"
+    "`nvjpeg`: JPEGs of the usual kinds are decoded and resized on the GPU, which gives slightly other pixels"
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]
@@ -237,6 +239,8 @@ class FeatureSpec:
             del data["model_args"]
         if not self.compiled:
             del data["compiled"]
+        if self.jpeg_decoder == "cpu":
+            del data["jpeg_decoder"]
         return data
 
     @classmethod

@@ -87,6 +87,7 @@ FOLLOWS = {
     "level step": "from stride",
     "level scale": "said where the name is another one; tests/pipelines/features/test_level_names.py",
     "level made_from": "said of levels that a finished store was given; tests/pipelines/extraction/test_add_level.py",
+    "jpeg_decoder": "needs a GPU; tests/pipelines/extraction/test_nvjpeg.py holds that a store is refused by it",
     "compiled": "takes a minute; tests/pipelines/extraction/test_extract.py holds that a store is refused by it",
 }
 """Fields that don't differ alone."""

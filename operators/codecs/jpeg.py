@@ -21,6 +21,9 @@ _DAMAGE = re.compile(
 )
 """Warnings that mean wrong pixels. Others are of bytes between the parts, or of what is written in headers."""
 
+MAX_GPU_PIXELS = 2**24
+"""Of a JPEG that is decoded on a GPU, whose memory models need: 15 bytes a pixel while it is resized."""
+
 _UNKNOWN_SAMPLING = "Could not determine subsampling level"
 """What TurboJPEG says of chroma in other proportions than the usual ones, which it doesn't decode, but Pillow does."""
 
@@ -31,6 +34,11 @@ _NEXT_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 
 _SOI, _EOI, _SOS, _PROGRESSIVE = 0xD8, 0xD9, 0xDA, (0xC2, 0xC6, 0xCA, 0xCE)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_GPU_FRAMES = (0xC0, 0xC2)
+"""Baseline, and progressive by Huffman's codes."""
+
+_GPU_SAMPLINGS = frozenset({(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (4, 2)})
+"""Luma samples for one of chroma, across and down: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 and 4:1:0."""
 _WITHOUT_LENGTH = frozenset({0x01, _SOI, *range(0xD0, 0xD8)})
 
 
@@ -101,13 +109,55 @@ def _load_with_warning(image: Image.Image, jpeg: bytes, warning: str) -> tuple[I
 
 def damage(jpeg: bytes) -> str:
     """What the decoder says of damage in the scans, whatever the other parts hold, or nothing."""
-    kept = [s for s in segments(jpeg) if s.marker not in range(0xE0, 0xF0) and s.marker != 0xFE]
-    scans = b"".join([b"\xff\xd8", *(jpeg[s.start : s.stop] for s in kept), b"\xff\xd9"])
+    warning = _warning(without_remarks(jpeg))
+    return warning if _DAMAGE.match(warning) else ""
+
+
+def _warning(jpeg: bytes) -> str:
+    """The decoder's first one, or nothing: all of the coefficients are read, and hardly any pixels made."""
     try:
-        simplejpeg.decode_jpeg(scans, "GRAY", min_height=1, min_width=1, strict=True)
+        simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1, strict=True)
     except ValueError as error:
-        return str(error) if _DAMAGE.match(str(error)) else ""
+        return str(error)
     return ""
+
+
+def without_remarks(jpeg: bytes) -> bytes:
+    """The JPEG without what is written beside its pixels: EXIF, colour profiles, thumbnails, comments, what follows its end."""
+    kept = [s for s in segments(jpeg) if s.marker not in range(0xE0, 0xF0) and s.marker != 0xFE]
+    return b"".join([b"\xff\xd8", *(jpeg[s.start : s.stop] for s in kept), b"\xff\xd9"])
+
+
+def is_for_gpu(jpeg: bytes) -> bool:
+    """Whether nvJPEG is documented to decode the file, and libjpeg reads it to its end without a warning.
+
+    By NVIDIA's "nvJPEG", section 1.1: baseline or progressive, of 8 bits, by Huffman's codes, in the six usual subsamplings. Of
+    colours it says nothing, so that only grey and what is YCbCr without doubt count. The file's bytes alone decide.
+    """
+    parts = list(segments(jpeg))
+    frames = [part for part in parts if part.marker in _FRAMES]
+    if len(frames) != 1 or frames[0].marker not in _GPU_FRAMES:
+        return False
+    frame = jpeg[frames[0].start + 4 : frames[0].data]
+    if len(frame) < 9 or len(frame) != 6 + 3 * frame[5] or frame[0] != 8:
+        return False
+    if not 0 < int.from_bytes(frame[1:3], "big") * int.from_bytes(frame[3:5], "big") <= MAX_GPU_PIXELS:
+        return False
+    components, factors = frame[6::3], [(each >> 4, each & 15) for each in frame[7::3]]
+    adobe = [jpeg[part.start + 4 : part.data] for part in parts if part.marker == 0xEE]
+    if len(components) == 3:
+        # Adobe's mark says RGB by 0; without any, libjpeg goes by the components' numbers.
+        is_known = bytes(components) == b"\1\2\3" and all(said[:5] == b"Adobe" and said[11:12] == b"\1" for said in adobe)
+        is_known &= factors[0] in _GPU_SAMPLINGS and factors[1:] == [(1, 1), (1, 1)]
+    else:
+        is_known = len(components) == 1 and factors == [(1, 1)] and not adobe
+    if not is_known:
+        return False
+    try:
+        _check_progression(jpeg)
+    except ImageDamaged:
+        return False
+    return not _warning(jpeg)
 
 
 def _check_progression(jpeg: bytes) -> None:

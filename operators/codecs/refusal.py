@@ -10,6 +10,12 @@ class ImageRefused(RayliftError, ValueError):
     "what a ledger calls the error"
 
 
+class GpuDecoderFailed(RayliftError, MemoryError):
+    """A GPU couldn't decode an image for reasons of its own, most likely for lack of memory: no fault of the image."""
+
+    exit_code = 1
+
+
 class ImageDamaged(ImageRefused, OSError):
     """A decoder failed on the bytes, or made of them what they don't hold in full."""
 

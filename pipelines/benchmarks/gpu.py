@@ -4,6 +4,8 @@ a CPU's, upsamplers beside their published times, training beside a plain loop.
 
 import logging
 import math
+import os
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from operators.image import ON_GPU, DecodedImage, Geometry, GpuDecoder, decode
+from operators.nvjpeg import NoNvjpeg, Nvjpeg, require_nvjpeg
 from pipelines.benchmarks import train
 from pipelines.benchmarks.data import write_photos
 from pipelines.benchmarks.train import TrainBenchmark, TrainResult, measure_training, train_report
@@ -25,6 +29,7 @@ from pipelines.costs.runtime import RuntimeConfig
 from pipelines.evaluation.run import evaluate
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.config import ExtractConfig
+from pipelines.extraction.decoding import DecodeThreads
 from pipelines.extraction.run import extract
 from pipelines.features.bundle import load_bundle
 from pipelines.features.config import FeatureConfig
@@ -99,11 +104,28 @@ class Extraction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """JPEGs by --jpeg-decoder nvjpeg beside the CPU's, with as many threads each."""
+
+    threads: int
+    by_cpu: float
+    "images/s"
+    by_gpu: float
+    taken: float
+    "part of the images that the GPU decoded"
+    mean: float
+    "difference of its pixels, of 255"
+    largest: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class GpuResult:
     """What was measured."""
 
     device: str
     extractions: Sequence[Extraction]
+    decoding: Decoding | None
+    "None: there was no time, or torchcodec can't do it here"
     errors: dict[str, float]
     "float32 against the CPU, by case"
     upsamplers: str
@@ -124,6 +146,12 @@ def measure_gpu(config: GpuBenchmark, folder: Path) -> GpuResult:
         parts[f"float32 of {case}"] = partial(found.compare, case, device)
         for mode in _MODES[: 1 + config.compiled]:
             parts[f"{case}, compile {mode}"] = partial(found.extract, config, case, mode, device, photos, folder)
+    try:
+        require_nvjpeg()
+    except NoNvjpeg as error:
+        logger.warning("%s", error)
+    else:
+        parts["decoding"] = partial(found.decode, config, device, photos)
     parts["upsamplers"] = partial(found.upsample, config, folder)
     parts["training"] = partial(found.train, replace(config.training, device=config.device), folder / "training")
     left_out, longest = [], 0.0
@@ -139,6 +167,7 @@ def measure_gpu(config: GpuBenchmark, folder: Path) -> GpuResult:
     return GpuResult(
         device=device_name(device),
         extractions=found.extractions,
+        decoding=found.decoding,
         errors=found.errors,
         upsamplers=found.upsamplers,
         training=found.training,
@@ -155,6 +184,7 @@ class _Found:
     """What the parts found so far."""
 
     extractions: list[Extraction] = field(default_factory=list)
+    decoding: Decoding | None = None
     errors: dict[str, float] = field(default_factory=dict)
     upsamplers: str = ""
     training: TrainResult | None = None
@@ -166,6 +196,9 @@ class _Found:
         self, config: GpuBenchmark, case: str, mode: Literal["off", "on"], device: torch.device, photos: str, folder: Path
     ) -> None:
         self.extractions.append(_extraction(config, case, mode, device, photos, folder))
+
+    def decode(self, config: GpuBenchmark, device: torch.device, photos: str) -> None:
+        self.decoding = _decoding(int(config.cases[0].partition("@")[2]), device, photos)
 
     def upsample(self, config: GpuBenchmark, folder: Path) -> None:
         self.upsamplers = evaluate("runtime", runtime, _runtime(config, folder))
@@ -218,6 +251,32 @@ def _extraction(
     return Extraction(case=case, mode=mode, bare=bare, pipeline=rate, peak=peak, bound=bound)
 
 
+def _decoding(side: int, device: torch.device, photos: str) -> Decoding:
+    """Of the photographs, to squares of so many pixels."""
+    jpegs = []
+    for path in sorted(Path(photos).parent.glob(Path(photos).name)):
+        with tarfile.open(path) as tar:
+            jpegs += [tar.extractfile(each).read() for each in tar]  # type: ignore[union-attr]  # they are files
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    geometry, pool = Geometry(mode="crop", height=side, width=side), DecodeThreads(threads)
+
+    def images(gpu: GpuDecoder | None) -> tuple[list[DecodedImage], float]:
+        def one(jpeg: bytes) -> DecodedImage:
+            return decode(jpeg, geometry, max_pixels=10**8, gpu=gpu)
+
+        pool.map(one, jpegs[:threads], 600.0)
+        start = time.perf_counter()
+        found = pool.map(one, jpegs, 600.0)
+        return found, len(found) / (time.perf_counter() - start)
+
+    (here, by_cpu), (there, by_gpu) = images(None), images(Nvjpeg(str(device)))
+    apart = np.stack([np.abs(a.pixels.astype(int) - b.pixels) for a, b in zip(here, there, strict=True)])
+    taken = sum(ON_GPU in each.conversion.split(", ") for each in there) / len(there)
+    return Decoding(
+        threads=threads, by_cpu=by_cpu, by_gpu=by_gpu, taken=taken, mean=float(apart.mean()), largest=int(apart.max())
+    )
+
+
 def _bare(model: FeatureModel, images: torch.Tensor, repeat: int, device: torch.device) -> float:
     """Images per second of batches that are given one after another, as extraction gives them."""
 
@@ -262,6 +321,11 @@ def gpu_report(config: GpuBenchmark, result: GpuResult, machine: Machine) -> Ite
     yield from number_lines(columns, rows)
     errors = [[case, error] for case, error in result.errors.items()]
     yield from number_lines({"float32 beside a CPU's": "", "largest difference": ".1e"}, errors)
+    if found := result.decoding:
+        columns = {"JPEGs decoded and resized, images/s": "", "CPU": ".0f", "nvJPEG": ".0f", "of them by it": ".2f"}
+        columns |= {"pixels differ by": ".2f", "at most": ".0f"}
+        row = [f"{found.threads} threads", found.by_cpu, found.by_gpu, found.taken, found.mean, found.largest]
+        yield from number_lines(columns, [row])
     if result.upsamplers:
         yield f"\n{result.upsamplers}"
     if result.training:

@@ -18,7 +18,7 @@ from pipelines.extraction.attempts import suspects
 from pipelines.extraction.config import ExtractConfig
 from pipelines.extraction.first_look import open_finished
 from pipelines.extraction.level_worker import LevelSetup, Way
-from pipelines.extraction.prepare import require_precision
+from pipelines.extraction.prepare import require_decoder, require_precision
 from pipelines.extraction.run import Run, Summary, begin_run, failing_where_replaced
 from pipelines.features.agreement import AskedFeatures
 from pipelines.features.bundle import load_bundle
@@ -183,6 +183,8 @@ def run_addition(addition: Addition, executor: Executor) -> Summary:
     config, store, way = addition.config, addition.store, addition.way
     pool = executor.pool(config.cluster.request(spare_cpu=config.decode_on == "cluster"))
     require_precision(addition.bundle.spec.precision, pool)
+    if way.photographs:
+        require_decoder(addition.bundle.spec, config, pool)
     store.begin(addition.asked, str(way))
     setup, pool = begin_run(
         partial(LevelSetup, way=way),

@@ -110,6 +110,8 @@ class ExtractConfig(JobConfig):
     def content(self) -> dict[str, JsonValue]:
         """What decides what is in a store, as opposed to where and how it is made: this goes into its attributes."""
         found = self.counted(Identity.COUNTS, Identity.FOUND)
+        if found["jpeg_decoder"] == "cpu":  # as in stores from before there was another
+            del found["jpeg_decoder"]
         return {name: found[name] for name in sorted(found, key=lambda name: (*_FIRST, name).index(name))}
 
 

@@ -16,6 +16,7 @@ from cluster.progress import size_text
 from operators.codecs.memory import DecodeMemory
 from operators.codecs.refusal import ImageRefused
 from operators.image import decode
+from operators.nvjpeg import MEMORY_BYTES, Nvjpeg
 from pipelines.config import ConfigError
 from pipelines.extraction.prepare import Prepared, default_batch, wanted_batch
 from pipelines.extraction.schedule import lanes_for
@@ -76,6 +77,7 @@ class Plan:
     input_size: tuple[int, int]
     statistics: str
     "what the input is normalised with, and resized by, where weights of a file or folder may say so"
+    jpeg_decoder: str
     notes: tuple[str, ...]
     "what is no mistake, and should be known"
     out: str
@@ -158,6 +160,8 @@ class Plan:
             *(("left out", line, "") for line in left_out_lines(self.left_out)),
             ("model", f"timm {self.model}", f"{height} x {width} px, weights {self.weights}"),
         ]
+        if self.jpeg_decoder != "cpu":
+            lines.append(("", f"JPEGs of the usual kinds decoded and resized by {self.jpeg_decoder} on the GPU", ""))
         if self.statistics:
             lines.append(("", self.statistics, ""))
         wide = max(6, *(len(cost.level.name) for cost in self.levels))
@@ -249,6 +253,7 @@ def make_plan(prepared: Prepared) -> Plan:
         weights=f"{spec.weights_source}, sha256 {spec.weights[:8]}…",
         input_size=spec.input_size,
         statistics=_statistics(spec) if spec.weights_source == "file" else "",
+        jpeg_decoder=spec.jpeg_decoder,
         notes=prepared.notes,
         out=folder.displayed,
         state=state,
@@ -263,7 +268,7 @@ def make_plan(prepared: Prepared) -> Plan:
         batch=batch,
         usual_batch=usual_batch,
         wanted_batch=wanted_batch(config, pool.device),
-        device_bytes=model.peak_bytes(batch),
+        device_bytes=model.peak_bytes(batch) + (MEMORY_BYTES if spec.jpeg_decoder == "nvjpeg" else 0),
         # Tasks overlap in an actor: their images and encoded rows, next to the weights.
         host_bytes=lanes.images * (image_bytes + input_bytes) + lanes.rows * block_bytes + weights_bytes + decode_bytes,
         decode_bytes=decode_bytes,
@@ -322,11 +327,13 @@ def _time_microbatch(
         blobs = try_images(rows.take(keep), prepared.urls, prepared.config.options, max_bytes=prepared.config.max_image_bytes)
         t1 = time.perf_counter()
         images, limit = [], prepared.config.max_image_pixels
+        # Where the workers have GPUs and this machine none, the time is that of its CPU.
+        gpu = Nvjpeg("cuda") if spec.jpeg_decoder == "nvjpeg" and model.device.type == "cuda" else None
         for blob in blobs:
             # The run itself will say why an image is refused; here it only leaves the sample.
             with contextlib.suppress(ImageRefused):
                 data = blob if isinstance(blob, bytes) else b""
-                images.append(decode(data, geometry, max_pixels=limit, draft=spec.jpeg_draft).pixels)
+                images.append(decode(data, geometry, max_pixels=limit, draft=spec.jpeg_draft, gpu=gpu).pixels)
         t2 = time.perf_counter()
         if not images:
             raise ConfigError(f"none of the first {len(blobs)} images can be decoded; look at them, or at --image-member")

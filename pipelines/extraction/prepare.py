@@ -27,7 +27,7 @@ from storage.redaction import redact
 from storage.root import StoreReplaced, read_attributes
 from storage.samples import SampleIndex, move_index
 from storage.sources import sources_digest
-from storage.spec import FingerprintMismatch, Layout, choose_block_rows
+from storage.spec import FeatureSpec, FingerprintMismatch, Layout, choose_block_rows
 from storage.store import FeatureStore
 
 if TYPE_CHECKING:  # it imports torch
@@ -180,6 +180,7 @@ def prepare(resolved: Resolved, executor: Executor) -> Prepared:
             pool = executor.pool(request)
         bundle = with_added_levels(bundle, store, config.options, load=bool(pool.size) or config.plan)
     require_precision(spec.precision, pool)
+    require_decoder(spec, config, pool)
     if pool.size:
         bundle = replace(bundle, arrays=executor.share(bundle.arrays))
     return Prepared(
@@ -209,6 +210,21 @@ def require_precision(precision: str, pool: WorkerPool) -> None:
         raise ConfigError(f"the cluster has {' and '.join(lacking)}: {NO_BF16}, or other GPUs by --accelerator")
     if not pool.kinds and lacks_bf16(torch.device("cuda")):
         raise ConfigError(f"{torch.cuda.get_device_name()}: {NO_BF16}")
+
+
+def require_decoder(spec: FeatureSpec, config: ExtractConfig, pool: WorkerPool) -> None:
+    """Raises `ConfigError` where JPEGs are decoded on GPUs, and workers that are asked for have none, and `NoNvjpeg`."""
+    if spec.jpeg_decoder == "cpu" or not pool.size:
+        return
+    if pool.device != "cuda" or config.decode_on == "cluster":
+        lacking = "these workers have none" if pool.device != "cuda" else "--decode-on cluster decodes where there is none"
+        raise ConfigError(
+            f"--jpeg-decoder nvjpeg decodes on the GPU of the actor that computes, and {lacking}; a store that is made by it "
+            "needs such actors to the end, or --jpeg-decoder cpu in a store of its own"
+        )
+    from operators.nvjpeg import require_nvjpeg
+
+    require_nvjpeg()
 
 
 def wanted_batch(config: ExtractConfig, device: str) -> int:

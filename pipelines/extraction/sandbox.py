@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 
 from operators.codecs.memory import DecodeMemory
-from operators.codecs.refusal import ImageDamaged, ImageRefused
-from operators.image import DecodedImage, Geometry, Placement, decode, limit_pillow
+from operators.codecs.refusal import GpuDecoderFailed, ImageDamaged, ImageRefused
+from operators.image import DecodedImage, Geometry, GpuDecoder, Placement, decode, limit_pillow
 from storage.errors import RayliftError
 
 DECODE_SECONDS = 120.0
@@ -43,8 +43,10 @@ class DecoderDied(RayliftError):
 class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     """A process that decodes images as `decode` does; closed by `with`. One thread at a time."""
 
-    def __init__(self, geometry: Geometry, *, max_pixels: int, draft: bool):
-        self._settings = json.dumps({"geometry": asdict(geometry), "max_pixels": max_pixels, "draft": draft})
+    def __init__(self, geometry: Geometry, *, max_pixels: int, draft: bool, gpu: str = ""):
+        """`gpu`: the device that decodes JPEGs, where one does."""
+        settings = {"geometry": asdict(geometry), "max_pixels": max_pixels, "draft": draft, "gpu": gpu}
+        self._settings = json.dumps(settings)
         self._shape = (geometry.height, geometry.width, 3)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -132,8 +134,14 @@ def serve() -> None:
     geometry = Geometry(**{**settings["geometry"], "mean": tuple(settings["geometry"]["mean"])})
     limit_pillow(settings["max_pixels"])
     memory = DecodeMemory(settings["max_pixels"])
+    gpu: GpuDecoder | None = None
+    if settings["gpu"]:
+        from operators.nvjpeg import Nvjpeg
+
+        gpu = Nvjpeg(settings["gpu"])
     most = psutil.Process().memory_info().vms + memory.capacity + _SPARE_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    if gpu is None:  # CUDA takes addresses for all memory that there is
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     sink.write(b"\n")
@@ -143,7 +151,10 @@ def serve() -> None:
         # Who would end it may have died: the system does then, whatever native code is at.
         signal.alarm(int(2 * DECODE_SECONDS))
         try:
-            image = decode(data, geometry, max_pixels=settings["max_pixels"], draft=settings["draft"], memory=memory)
+            limit, draft = settings["max_pixels"], settings["draft"]
+            image = decode(data, geometry, max_pixels=limit, draft=draft, gpu=gpu, memory=memory)
+        except GpuDecoderFailed:
+            raise  # this process may not be able to use its GPU any more
         except ImageRefused as error:
             answer, pixels = {"refused": str(error), "type": type(error).__name__, "kind": error.kind}, b""
         except MemoryError as error:

@@ -20,6 +20,7 @@ from cluster.metrics import TaskReport
 from operators.codecs.memory import DecodeMemory
 from operators.codecs.refusal import ImageRefused
 from operators.image import DecodedImage, decode, limit_pillow
+from operators.nvjpeg import Nvjpeg
 from pipelines.executors import Loaded, WorkerBroken
 from pipelines.extraction.attempts import attempt, failed, ledger_records, write_and_commit
 from pipelines.extraction.decoding import DecodeStuck, DecodeThreads
@@ -71,6 +72,8 @@ class ShardWorker:
         self._pool = ThreadPoolExecutor(setup.threads)
         self._decoders = DecodeThreads(setup.threads)
         self._memory = DecodeMemory(self.config.max_image_pixels)
+        self._gpu = setup.device if self.store.spec.jpeg_decoder == "nvjpeg" else ""
+        self._nvjpeg = Nvjpeg(self._gpu) if self._gpu else None
         limit_pillow(self.config.max_image_pixels)
 
     def run(self, task: ShardTask, loaded: Loaded | None = None) -> TaskReport:
@@ -167,8 +170,8 @@ class ShardWorker:
 
     def _decode_in_threads(self, records: list[SampleRecord], blobs: _Blobs, pixels: np.ndarray) -> None:
         def here(data: bytes) -> DecodedImage:
-            spec, limit = self.store.spec, self.config.max_image_pixels
-            return decode(data, self.geometry, max_pixels=limit, draft=spec.jpeg_draft, memory=self._memory)
+            limit, draft = self.config.max_image_pixels, self.store.spec.jpeg_draft
+            return decode(data, self.geometry, max_pixels=limit, draft=draft, gpu=self._nvjpeg, memory=self._memory)
 
         def one(i: int) -> SampleRecord | None:
             try:
@@ -183,7 +186,7 @@ class ShardWorker:
 
     def _decode_apart(self, records: list[SampleRecord], blobs: _Blobs, pixels: np.ndarray) -> None:
         limit, draft = self.config.max_image_pixels, self.store.spec.jpeg_draft
-        with Sandbox(self.geometry, max_pixels=limit, draft=draft) as sandbox:
+        with Sandbox(self.geometry, max_pixels=limit, draft=draft, gpu=self._gpu) as sandbox:
             for i, blob in blobs.items():
                 try:
                     records[i] = _decoded(records[i], blob, pixels[i], sandbox.decode)

@@ -101,4 +101,5 @@ def _spec(features: FeatureConfig, loaded: LoadedModel, backbone: TimmBackbone, 
         jpeg_draft=features.jpeg_draft,
         levels=(),
         model_args=dict(loaded.description.model_args),
+        jpeg_decoder=features.jpeg_decoder,
     )

@@ -87,14 +87,24 @@ class PlacedConfig:
     """Centre crop, aspect not kept, letterbox, or letterbox in the upper left corner, as ViTDet has images."""
 
 
+_ON_ITS_GPU = used_with(
+    "nvJPEG runs on the GPU of the actor that computes (--device auto or cuda, --decode-on actor)",
+    device=("auto", "cuda"),
+    decode_on="actor",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig(LevelConfig, SizedConfig[str | None], PlacedConfig):
     """All that makes features."""
 
     crop_pct: Counts[float] = 1.0
     """With `crop`: the image is resized to cover size / crop_pct before the centre is cut out."""
-    jpeg_draft: Counts[bool] = False
+    jpeg_draft: Annotated[Counts[bool], used_with(jpeg_decoder="cpu")] = False
     """Decode large JPEGs at reduced scale: faster, slightly other pixels."""
+    jpeg_decoder: Annotated[Counts[Literal["cpu", "nvjpeg"]], _ON_ITS_GPU] = "cpu"
+    """`nvjpeg` decodes and resizes baseline and progressive JPEGs on the GPU of each actor (raylift[nvjpeg]), all else on its
+    CPUs: slightly other pixels, and part of what the store is. Not tried on a GPU yet."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

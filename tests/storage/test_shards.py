@@ -281,6 +281,7 @@ OTHER_SPEC = {
     "std": (0.5, 0.5, 0.5),
     "precision": "fp32",
     "jpeg_draft": True,
+    "jpeg_decoder": "nvjpeg",
     "levels": LEVELS[:2],
 }
 OTHER_LEVEL = {

@@ -22,8 +22,11 @@ def test_all_parts_run_and_promises_are_held(tmp_path):
     assert 0 < one.peak < one.bound
     assert 0 <= result.errors["test_vit.r160_in1k@64"] < 1e-6
     assert result.training.rates
+    assert min(result.decoding.by_cpu, result.decoding.by_gpu) > 0
+    assert result.decoding.taken == 1
+    assert 0 < result.decoding.mean < result.decoding.largest <= 2
     text = "\n".join(gpu_report(DEBUG, result, machine()))
-    for said in ("bare forward, images/s", "float32 beside a CPU's", "lift", "vit_up", "plain loop"):
+    for said in ("bare forward, images/s", "float32 beside a CPU's", "decoded and resized", "lift", "vit_up", "plain loop"):
         assert said in text
     with pytest.raises(BenchmarkFailed, match="bytes, where 1 were declared"):
         require_kept(replace(result, extractions=[replace(one, bound=1)]))
@@ -34,7 +37,7 @@ def test_all_parts_run_and_promises_are_held(tmp_path):
 def test_what_there_is_no_time_for_is_named(tmp_path):
     result = measure_gpu(replace(DEBUG, minutes=0.0), tmp_path)
 
-    assert len(result.left_out) == 4
+    assert len(result.left_out) == 5
     assert "Left out, within 8 minutes: float32 of test_vit" in "\n".join(gpu_report(DEBUG, result, machine()))
 
 

@@ -35,6 +35,7 @@ FEATURES = {
     "model": COUNTS, "weights": FOUND, "revision": FOUND, "precision": COUNTS, "layers": COUNTS, "facet": COUNTS,
     "norm": COUNTS, "pos_embed": COUNTS, "stride": COUNTS, "ragged": COUNTS, "force_upsampler": COUNTS, "encoding": COUNTS,
     "levels": COUNTS, "size": COUNTS, "geometry": COUNTS, "crop_pct": COUNTS, "jpeg_draft": COUNTS,
+    "jpeg_decoder": COUNTS,
 }  # fmt: skip
 WHERE = ("storage_options", "executor", "ray_address", "device", "actors", "actor_cpus", "actor_gpus", "accelerator")
 CLUSTER = dict.fromkeys(WHERE, FREE)
@@ -43,13 +44,13 @@ SPEC = {
     "facet": Use.LEARNED, "norm": Use.LEARNED, "stride": Use.LEARNED_LATER, "pos_embed": Use.LEARNED_LATER,
     "input_size": Use.PLACED, "geometry": Use.PLACED, "crop_pct": Use.PLACED, "interpolation": Use.NUMBERS,
     "mean": Use.LEARNED_LATER, "std": Use.LEARNED_LATER, "precision": Use.NUMBERS, "jpeg_draft": Use.PLACED,
-    "levels": Use.NUMBERS, "model_args": Use.LEARNED_LATER, "compiled": Use.NUMBERS,
+    "levels": Use.NUMBERS, "model_args": Use.LEARNED_LATER, "compiled": Use.NUMBERS, "jpeg_decoder": Use.NUMBERS,
 }  # fmt: skip
 
 OTHERS: dict[str, object] = {
     "model": "test_vit2.r160_in1k", "weights": "random:5", "precision": "bf16", "layers": (2,), "facet": "key", "norm": False,
     "pos_embed": "dino", "stride": 8, "encoding": "float32", "levels": ("x1", "x2=bicubic", "pooled"), "size": "96",
-    "geometry": "squash", "crop_pct": 0.5, "jpeg_draft": True,
+    "geometry": "squash", "crop_pct": 0.5, "jpeg_draft": True, "jpeg_decoder": "nvjpeg",
 }  # fmt: skip
 """Another value of each field that changes what features of 64 px by test_vit are."""
 
