@@ -100,7 +100,8 @@ class Nvjpeg:
 
 
 def _placed(rgb: Tensor, placement: Placement, geometry: Geometry) -> np.ndarray:
-    """An upright image, uint8 [3, h, w], as `operators.image.resample` gives it, but for rounding between its two passes."""
+    """An upright image, uint8 [3, h, w], as `operators.image.resample` gives it, but for rounding and clipping between its two
+    passes."""
     (w, h), (x, y) = placement.resized, placement.corner
     shrink = max(rgb.shape[1] / h, rgb.shape[2] / w)
     if geometry.interpolation not in _FILTERS or shrink > _MAX_SHRINK or w * h > MAX_RESIZED_PIXELS:

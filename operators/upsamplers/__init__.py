@@ -5,6 +5,7 @@ A method is a file here and a line in `UPSAMPLERS`, or an importable `module:Cla
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 
@@ -28,7 +29,7 @@ from operators.upsamplers.protocol import WithoutWeights as WithoutWeights
 from operators.upsamplers.resize_conv import ResizeConv
 from operators.upsamplers.uplift import Uplift
 from operators.upsamplers.vit_up.method import ViTUpMethod
-from storage.documents import JsonObject
+from storage.documents import JsonObject, JsonValue
 
 UPSAMPLERS: dict[str, Callable[[str], AnyMethod]] = {
     "bilinear": Interpolation,
@@ -88,6 +89,29 @@ def split_method(text: str) -> tuple[str, str]:
     if name in UPSAMPLERS or not own or text[own.end() : own.end() + 1] not in ("", ":"):
         return name, url
     return own[0], text[own.end() + 1 :]
+
+
+def split_settings(text: str) -> tuple[str, dict[str, JsonValue]]:
+    """`METHOD[:URL]` of `METHOD[,SETTING=VALUE...][:URL]`, and the settings: JSON values, or texts where they are none.
+
+    They stand before the URL, which may hold commas, and parameters that are secret. Raises `UpsamplerError`.
+    """
+    name, own = re.split("[,:]", text)[0], _IMPORTABLE.match(text)
+    if spelled(name) not in UPSAMPLERS and own:
+        name = own[0]
+    if text[len(name) : len(name) + 1] != ",":
+        return text, {}
+    said, colon, url = text[len(name) + 1 :].partition(":")
+    given: dict[str, JsonValue] = {}
+    for each in said.split(","):
+        setting, equals, value = each.partition("=")
+        if not (setting and equals and value) or setting in given:
+            raise UpsamplerError(f"{each!r}: settings of {name} are said once each, as SETTING=VALUE, with commas between them")
+        try:
+            given[setting] = json.loads(value)
+        except json.JSONDecodeError:
+            given[setting] = value
+    return f"{name}{colon}{url}", given
 
 
 TELLING.update({telling: name for name in reversed(UPSAMPLERS) if (telling := find_method(name).telling)})

@@ -123,6 +123,8 @@ class Method(Generic[S]):
     "whether it gives finer grids than the maps'"
     chunked: ClassVar[bool] = False
     "whether the cells of a grid are made some at a time, and how many may be chosen (`Upsampler.take_at_once`)"
+    changeable: ClassVar[tuple[str, ...]] = ()
+    "settings that may be others than a checkpoint was trained with (`changed`)"
     telling: ClassVar[str] = ""
     "the name of a tensor, or its end, that official files have of this method alone: what tells whose file one is"
 
@@ -154,6 +156,16 @@ class Method(Generic[S]):
     def with_backbone(self, settings: S, backbone: TimmBackbone) -> S:
         """The settings for use with `backbone`. Raises `UpsamplerError` where the method can't be."""
         return settings
+
+    def changed(self, settings: S, backbone: TimmBackbone, given: JsonObject) -> S:
+        """A checkpoint's settings with the values that are `given` to some of those that are `changeable`, for the same weights.
+
+        Raises `UpsamplerError` for others, and for values that there aren't.
+        """
+        if unknown := sorted(given.keys() - {*self.changeable}):
+            there = f"those that can are {', '.join(self.changeable)}" if self.changeable else "it has none that can"
+            raise UpsamplerError(f"{', '.join(unknown)} of a trained {self.name} can't be changed: {there}")
+        return self.parse({**asdict(settings), **given})
 
     # --- the same for all, as a rule ----------------------------------------------------------------------------------
 

@@ -24,7 +24,9 @@ def with_added_levels(bundle: ModelBundle, store: FeatureStore, options: Storage
             from pipelines.features.upsamplers import load_upsampler
 
             choice = LevelChoice.parse(each.asked, stored.encoding)
-            found = load_upsampler(choice.method, choice.url, bundle.backbone(), spec, options, force=True)
+            found = load_upsampler(
+                choice.method, choice.url, bundle.backbone(), spec, options, force=True, settings=choice.settings
+            )
             if found.digest != stored.digest:
                 raise ConfigError(
                     f"level {each.level} was added to {store.folder.displayed} as {each.asked}; that isn't the same upsampler "

@@ -118,7 +118,8 @@ class AskedFeatures:
             return False
         if not choice.url:
             return True
-        learned = load_upsampler(choice.method, choice.url, _network(spec), spec, self.options, force=True)
+        network, settings = _network(spec), choice.settings
+        learned = load_upsampler(choice.method, choice.url, network, spec, self.options, force=True, settings=settings)
         return learned.digest == level.digest
 
     def _weights(self, spec: FeatureSpec) -> Iterator[Difference]:

@@ -67,11 +67,11 @@ def describe_model(
     backbone = backbone_of(loaded.model, features, loaded.description.expects, ragged=features.ragged)
     spec = _spec(features, loaded, backbone, weights_digest(arrays))
     backbone.try_out(features.model, spec.input_size, spec.layers)
-    # Levels of one method and URL share theirs.
-    places = dict.fromkeys((choice.method, choice.url) for choice in levels if choice.url)
+    # Levels of one method, URL and settings share theirs.
+    places = dict.fromkeys(choice.upsampler for choice in levels if choice.url)
     force = features.force_upsampler
-    loaded_once = {each: load_upsampler(*each, backbone, spec, options, force=force) for each in places}
-    learned = {each.name: loaded_once[each.method, each.url] for each in levels if each.url}
+    loaded_once = {each: load_upsampler(*each[:2], backbone, spec, options, force=force, settings=each[2]) for each in places}
+    learned = {each.name: loaded_once[each.upsampler] for each in levels if each.url}
     resolved = tuple(
         resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name)) for choice in levels
     )

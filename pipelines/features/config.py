@@ -65,9 +65,10 @@ class LevelConfig(DenseConfig):
     """Several maps, and the pooled vector."""
 
     levels: Counts[tuple[str, ...]] = ("x1", "pooled")
-    """`[NAME:]SCALE[=METHOD][@ENCODING]`: x1, x2, x0.5, 112x112, pooled; methods bilinear, bicubic, nearest, average, cls, mean,
-    and learned ones with a checkpoint's URL: x2=lift:s3://bucket/ckpt. A name of its own lets a level stand beside others of its
-    scale, and is what it is read by: x2 sharp:x2=lift:URL finer:x2=vit_up:URL."""
+    """`[NAME:]SCALE[=METHOD[,SETTING=VALUE]][@ENCODING]`: x1, x2, x0.5, 112x112, pooled; methods bilinear, bicubic, nearest,
+    average, cls, mean, and learned ones with a checkpoint's URL: x2=lift:s3://bucket/ckpt. A name of its own lets a level stand
+    beside others of its scale, and is what it is read by: x2 sharp:x2=lift:URL finer:x2=vit_up:URL. Of a checkpoint of vit_up,
+    hidden_size and query_size (pixels) may be others than it was trained with: x4=vit_up,hidden_size=448:URL."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import cast, get_args
 
 from operators.backbone import TimmBackbone
-from operators.upsamplers import UpsamplerError, find_method, method_names, split_method
+from operators.upsamplers import UpsamplerError, find_method, method_names, split_method, split_settings
 from pipelines.config import ConfigError
 from pipelines.features.upsamplers import UpsamplerWeights
+from storage.documents import JsonValue
 from storage.redaction import redact
 from storage.spec import Compression, Dtype, Encoding, InvalidSpec, Level, encoding_of, is_scale, require_level_name
 
@@ -21,7 +22,8 @@ NONE_STORED: Mapping[str, Level] = MappingProxyType({})
 
 @dataclass(frozen=True, kw_only=True)
 class LevelChoice:
-    """One `--levels` entry: `[NAME:]SCALE[=METHOD[:URL]][@ENCODING]`, SCALE being xFACTOR, ROWSxCOLUMNS, or pooled."""
+    """One `--levels` entry: `[NAME:]SCALE[=METHOD[,SETTING=VALUE...][:URL]][@ENCODING]`, SCALE being xFACTOR, ROWSxCOLUMNS, or
+    pooled."""
 
     name: str
     "its own, else its scale"
@@ -31,6 +33,8 @@ class LevelChoice:
     compression: Compression
     url: str = ""
     "of a learned method's checkpoint"
+    settings: tuple[tuple[str, JsonValue], ...] = ()
+    "of the method, that are others than the checkpoint's"
 
     @classmethod
     def parse(cls, text: str, encoding: str, stored: Mapping[str, Level] = NONE_STORED) -> "LevelChoice":
@@ -40,6 +44,10 @@ class LevelChoice:
         body, own = re.fullmatch(r"(.*?)(?:@([^@/:]*))?", text).groups()
         place, _, method = body.partition("=")
         name, scale = _named(text, place, stored)
+        try:
+            method, settings = split_settings(method)
+        except UpsamplerError as error:
+            raise ConfigError(f"--levels {redact(text)}: {redact(str(error))}") from None
         method, url = split_method(method)
         encoding = own or encoding
         if encoding not in get_args(Encoding):
@@ -56,9 +64,19 @@ class LevelChoice:
                 f"--levels {redact(text)}: learned methods ({names}) take the URL of a checkpoint, as in "
                 "x2=lift:s3://bucket/checkpoint; others take none"
             )
+        if settings and not url:
+            raise ConfigError(f"--levels {redact(text)}: {method} has no settings; checkpoints of some learned methods have")
         dtype, _, raw = encoding.partition("-")
         compression: Compression = "none" if raw else "zstd"
-        return cls(name=name, scale=scale, method=method, dtype=cast(Dtype, dtype), compression=compression, url=url)
+        return cls(
+            name=name,
+            scale=scale,
+            method=method,
+            dtype=cast(Dtype, dtype),
+            compression=compression,
+            url=url,
+            settings=tuple(settings.items()),
+        )
 
     @property
     def encoding(self) -> str:
@@ -69,6 +87,11 @@ class LevelChoice:
     def own_scale(self) -> str:
         """The scale, where the name is another one."""
         return "" if self.scale == self.name else self.scale
+
+    @property
+    def upsampler(self) -> tuple[str, str, tuple[tuple[str, JsonValue], ...]]:
+        """Method, URL and settings: levels of the same share what is loaded."""
+        return self.method, self.url, self.settings
 
     @property
     def displayed(self) -> str:

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,7 @@ from operators.upsamplers import AnyMethod, Settings, Upsampler, UpsamplerError,
 from operators.upsamplers.protocol import Precision, Reload
 from pipelines.features.weights import WEIGHT_FILES, WeightsUnavailable, read_config, read_state_dict
 from storage.differences import differences
-from storage.documents import JsonObject
+from storage.documents import JsonObject, JsonValue
 from storage.paths import Folder, StorageOptions, has_extension
 from storage.redaction import redact
 from storage.runs import NamedCheckpoint, named_checkpoint
@@ -48,6 +48,8 @@ class UpsamplerWeights:
     "of the images that it knows from training, in pixels; empty where the checkpoint doesn't say"
     step: str = ""
     "in words, which of its run's steps it is, where a run was named"
+    instead: str = ""
+    "in words, which of its settings are others than its checkpoint's"
     remark: str = ""
     "a sentence on what it was trained on, where that isn't known to be what it is given, or known not to be"
 
@@ -60,6 +62,19 @@ class UpsamplerWeights:
     def _found(self) -> tuple[AnyMethod, Settings]:
         method = find_method(self.method)
         return method, method.parse(self.settings)
+
+    def changed(self, backbone: TimmBackbone, given: JsonObject, displayed: str) -> "UpsamplerWeights":
+        """With other values of some settings (`Method.changed`). Raises `UpsamplerError`; whose they are, `displayed` says."""
+        if not given:
+            return self
+        method, before = self._found()
+        try:
+            settings = method.to_json(method.changed(before, backbone, given))
+        except UpsamplerError as error:
+            raise UpsamplerError(f"{displayed}: {error}") from None
+        was = method.to_json(before)
+        others = (f"{name} {settings[name]}, not {was[name]}" for name in method.changeable if settings[name] != was[name])
+        return replace(self, settings=settings, instead=", ".join(others))
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -103,8 +118,10 @@ def load_upsampler(
     storage_options: StorageOptions | None = None,
     *,
     force: bool = False,
+    settings: Sequence[tuple[str, JsonValue]] = (),
 ) -> UpsamplerWeights:
-    """The upsampler at `url` for `backbone`; `spec` is of the maps that it would be given.
+    """The upsampler at `url` for `backbone`; `spec` is of the maps that it would be given, `settings` those that are to be
+    others than the checkpoint's.
 
     Raises `WeightsUnavailable`, and `UpsamplerError` for another method or (unless `force`) another backbone.
     """
@@ -112,15 +129,15 @@ def load_upsampler(
     url = named.url
     displayed = redact(url, storage_options)
     state = read_state_dict(url, storage_options)
-    settings = made_for = None
+    saved = made_for = None
     if not has_extension(url, *WEIGHT_FILES):
         folder = Folder(url, storage_options)
         config = read_config(folder, "upsampler")
-        settings, made_for = config["upsampler"], _made_for(config, folder)
-    if settings is not None and settings.get("method") != method:
-        raise UpsamplerError(f"{displayed} holds a {settings.get('method')}, not a {method}")
-    weights = _read_weights(method, settings, state, backbone, displayed, official=made_for is None)
-    weights = replace(weights, step=named.step)
+        saved, made_for = config["upsampler"], _made_for(config, folder)
+    if saved is not None and saved.get("method") != method:
+        raise UpsamplerError(f"{displayed} holds a {saved.get('method')}, not a {method}")
+    weights = _read_weights(method, saved, state, backbone, displayed, official=made_for is None)
+    weights = replace(weights.changed(backbone, dict(settings), displayed), step=named.step)
     if made_for is None:
         logger.warning("%s doesn't say which backbone and input size it was trained on; it is taken to be these", displayed)
         return replace(weights, remark="its upsampler's file doesn't say what it was trained on; taken to be these features")
@@ -155,6 +172,8 @@ def unfamiliar(level: str, weights: UpsamplerWeights, size: tuple[int, int], bas
     """Sentences where `weights` are given features, or maps of `base` cells, of inputs of `size` pixels, that they weren't, or
     may not have been, trained on. `patch` is the backbone's, in pixels: in training, patches don't overlap."""
     said = [f"{level}: {weights.remark}"] if weights.remark else []
+    if weights.instead:
+        said.append(f"{level}: its upsampler has other settings than its checkpoint was trained with: {weights.instead}")
     known = {side: side // patch for side in weights.trained_sides}
     if not known or base in {(n, n) for n in known.values()}:
         return said

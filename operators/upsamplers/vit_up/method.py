@@ -1,13 +1,14 @@
 """ViT-Up as a method: what its checkpoints hold, what it asks of a backbone, and settings and weights where none are given."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from operators.backbone import TimmBackbone
-from operators.upsamplers.protocol import Method, Need, Precision, Reload
+from operators.upsamplers.protocol import Method, Need, Precision, Reload, UpsamplerError
 from operators.upsamplers.vit_up.checkpoint import HEAD_CHANNELS, read_checkpoint
 from operators.upsamplers.vit_up.head import ViTUpConfig, ViTUpHead
 from operators.upsamplers.vit_up.lora import Lora
@@ -26,6 +27,7 @@ class ViTUpMethod(Method[ViTUpConfig]):
     needs = frozenset[Need]({"image", "backbone"})
     trained_by = "vit_up"
     chunked = True
+    changeable = ("hidden_size", "query_size")
     telling = "decoder_mlp.0.mlp.1.weight"
 
     def identity(self, settings: ViTUpConfig) -> dict[str, JsonValue]:
@@ -34,6 +36,16 @@ class ViTUpMethod(Method[ViTUpConfig]):
     def with_backbone(self, settings: ViTUpConfig, backbone: TimmBackbone) -> ViTUpConfig:
         self.require_last_tokens(backbone)
         return settings
+
+    def changed(self, settings: ViTUpConfig, backbone: TimmBackbone, given: JsonObject) -> ViTUpConfig:
+        """The query grid grows with the hidden states', unless its size is given, too; both must be whole patches."""
+        found = super().changed(settings, backbone, given)
+        if given and "query_size" not in given:
+            found = replace(found, query_size=round(settings.query_size * found.hidden_size / settings.hidden_size))
+        for name in self.changeable if given else ():
+            if (size := getattr(found, name)) % backbone.patch:
+                raise UpsamplerError(f"{name} {size}: must be a multiple of the backbone's patch of {backbone.patch} px")
+        return found
 
     def read(
         self, state: Mapping[str, Tensor], given: JsonObject | None, backbone: TimmBackbone

@@ -24,7 +24,7 @@ def test_all_parts_run_and_promises_are_held(tmp_path):
     assert result.training.rates
     assert min(result.decoding.by_cpu, result.decoding.by_gpu) > 0
     assert result.decoding.taken == 1
-    assert 0 < result.decoding.mean < result.decoding.largest <= 2
+    assert 0 < result.decoding.mean < result.decoding.largest <= 8
     text = "\n".join(gpu_report(DEBUG, result, machine()))
     for said in ("bare forward, images/s", "float32 beside a CPU's", "decoded and resized", "lift", "vit_up", "plain loop"):
         assert said in text
