@@ -23,7 +23,7 @@ from storage.errors import RayliftError
 from storage.orientation import Turn
 
 MEMORY_BYTES = DecodeMemory(2 * MAX_GPU_PIXELS).capacity
-"""Of a GPU, that all images take which a process decodes at a time."""
+"""Of a GPU, that all images take which a process decodes at a time, beside nvJPEG's own buffers (30 MB a thread)."""
 
 _FILTERS = ("bilinear", "bicubic")
 """What torch's interpolation has of Pillow's."""
@@ -81,7 +81,8 @@ class Nvjpeg:
         """
         try:
             with self._memory.hold(opened), self._stream(), torch.inference_mode():
-                rgb = self._decode_jpeg(data, mode="RGB", device=self.device)
+                # Grey files by their one channel: that nvJPEG makes colours of them isn't said.
+                rgb = self._decode_jpeg(data, mode="UNCHANGED", device=self.device).expand(3, -1, -1)
                 if turn:
                     rgb = (rgb.transpose(1, 2) if turn.exchanges else rgb).flip(turn.mirrored_axes(1))
                 return _placed(rgb, placement, geometry)

@@ -106,6 +106,16 @@ def test_pixels_are_those_of_the_cpu_but_for_rounding(mode, width, height, inter
     assert np.abs(here.pixels.astype(int) - there.pixels).max() <= (0 if interpolation == "lanczos" else 2)
 
 
+@pytest.mark.parametrize("kind", FOR_GPU)
+def test_each_kind_has_the_pixels_of_the_cpu_but_for_rounding(kind):
+    here, there = (
+        decode(FOR_GPU[kind], Geometry(mode="squash", height=40, width=56), max_pixels=10**6, gpu=gpu)
+        for gpu in (None, Nvjpeg("cpu"))
+    )
+
+    assert np.abs(here.pixels.astype(int) - there.pixels).max() <= 2
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_once(orientation):
     geometry = Geometry(mode="squash", height=40, width=56)
