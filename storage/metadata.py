@@ -1,10 +1,13 @@
 """The store's Zarr metadata: groups, arrays, coordinates, and the conventions that other tools read."""
 
+import functools
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
 from zarr.abc.codec import BytesBytesCodec, Codec
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore
@@ -38,10 +41,9 @@ def zarr_documents(
     """
     store = MemoryStore()
     root = zarr.create_group(store, attributes=_root_attributes(spec, attributes))
-    for name in SIDE_GROUPS:  # real (empty) groups, so that listing the store warns about nothing
-        root.create_group(name)
+    store._store_dict.update(_side_documents())
     for level in spec.levels:
-        _create_level(root.create_group(level.name), level, spec, layout, index_location)
+        store._store_dict.update(_level_documents(level, spec.model, spec.layers, layout, index_location))
     if sample_arrays:
         create_sample_arrays(root, layout.n_rows)
     if consolidated:
@@ -52,11 +54,32 @@ def zarr_documents(
     return {name: value.to_bytes() for name, value in store._store_dict.items()}
 
 
-def _create_level(group: zarr.Group, level: Level, spec: FeatureSpec, layout: Layout, index_location: IndexLocation) -> None:
+@functools.cache
+def _side_documents() -> Mapping[str, Buffer]:
+    """Real (empty) groups, so that listing the store warns about nothing."""
+    store = MemoryStore()
+    for name in SIDE_GROUPS:
+        zarr.create_group(store, path=name)
+    return {name: value for name, value in store._store_dict.items() if name != "zarr.json"}
+
+
+@functools.lru_cache(maxsize=64)  # a run asks for a store's documents four times, of which the root's alone change
+def _level_documents(
+    level: Level, model: str, layers: tuple[int, ...], layout: Layout, index_location: IndexLocation
+) -> Mapping[str, Buffer]:
+    """A level's metadata and coordinates, by object name."""
+    store = MemoryStore()
+    _create_level(zarr.create_group(store, path=level.name), level, model, layers, layout, index_location)
+    return {name: value for name, value in store._store_dict.items() if name.startswith(f"{level.name}/")}
+
+
+def _create_level(
+    group: zarr.Group, level: Level, model: str, layers: tuple[int, ...], layout: Layout, index_location: IndexLocation
+) -> None:
     attributes: dict[str, JsonValue] = {
-        "long_name": f"{'dense' if level.grid else 'pooled'} features of {spec.model}",
+        "long_name": f"{'dense' if level.grid else 'pooled'} features of {model}",
         "method": level.method,
-        "layers": list(spec.layers),
+        "layers": list(layers),
     }
     if level.dtype == "int8":
         # What plots and summaries of other tools show: the numbers alone look like features, and aren't.

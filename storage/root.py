@@ -1,12 +1,13 @@
 """A store's root document, `zarr.json`: the one object whose existence is the store's, with the fingerprint of what it holds."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from storage.commits import Packs
-from storage.documents import Document, JsonObject, JsonValue, MissingObject, as_object, decode, decode_known
+from storage.documents import Document, JsonObject, JsonValue, MissingObject, as_object, decode, decode_known, parse_json
 from storage.paths import Folder, StorageError
 from storage.samples import INDEX, SampleIndex
 from storage.shards import IndexLocation
@@ -114,13 +115,19 @@ def read_attributes(folder: Folder) -> dict[str, JsonValue] | None:
     Raises `StorageError` if something else is there, or a format that this version doesn't read, and `DamagedObject` where
     the document is damaged or was edited: the fingerprint is computed anew from spec and layout.
     """
+    found = _read(folder)
+    return None if found is None else found[0]
+
+
+def _read(folder: Folder) -> tuple[dict[str, JsonValue], RootDocument] | None:
+    """As `read_attributes`, which are typed beside."""
     document = Document(folder, ROOT, "restore it from a copy, or use a new --out")
     try:
-        found = document.json(nan=False)
+        data = document.bytes()
     except MissingObject:
         return None
     with document.parsing():
-        attributes = as_object(found.get("attributes", {}), "attributes")
+        attributes = as_object(parse_json(data, nan=False).get("attributes", {}), "attributes")
     if attributes.get("raylift") is None:
         raise StorageError(f"{folder.displayed} is a Zarr store, but not one of Raylift's; choose another --out")
     with document.parsing():
@@ -131,12 +138,20 @@ def read_attributes(folder: Folder) -> dict[str, JsonValue] | None:
         readable = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
         raise StorageError(f"{document.displayed} has format {number}, this version reads {readable}; {advice}")
     with document.parsing():
-        _check(decode_known(RootDocument, own))
-        # Of the JSON as it is, not of what it was decoded to: fields that later versions add must not change it.
-        expected = fingerprint_of(as_object(own["spec"]), as_object(own["layout"]))
-    if own["fingerprint"] != expected:
+        root, expected = _decoded(data)
+    if root.fingerprint != expected:
         raise document.damaged("was edited or damaged: its fingerprint doesn't match its spec and layout")
-    return own
+    return own, root
+
+
+@functools.lru_cache(maxsize=16)  # who writes a store looks at its root before each object, and finds the same bytes
+def _decoded(data: bytes) -> tuple[RootDocument, str]:
+    """A root document, and the fingerprint of its spec and layout. Raises what `decode` and `_check` do."""
+    own = as_object(as_object(parse_json(data, nan=False)["attributes"])["raylift"])
+    root = decode_known(RootDocument, own)
+    _check(root)
+    # Of the JSON as it is, not of what it was decoded to: fields that later versions add must not change it.
+    return root, fingerprint_of(as_object(own["spec"]), as_object(own["layout"]))
 
 
 def _check(found: RootDocument) -> None:
@@ -169,11 +184,12 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
     Files are the same where their places and stamps are. Two drivers that read different copies of the input would
     otherwise both commit tasks, and the store would hold a mixture.
     """
-    attributes = read_attributes(folder)
-    if attributes is None:
+    found = _read(folder)
+    if found is None:
         raise StoreReplaced(f"{folder.displayed} is gone: it was removed while this run wrote it; nothing more is written")
-    if attributes["fingerprint"] != fingerprint:
-        if decode_known(RootDocument, attributes).came_from(fingerprint):
+    attributes, root = found
+    if root.fingerprint != fingerprint:
+        if root.came_from(fingerprint):
             raise StoreReplaced(
                 f"{folder.displayed} has grown: another run adds further input to it; this run writes nothing more"
             )
@@ -181,7 +197,7 @@ def require_same_store(folder: Folder, fingerprint: str, input_digest: str | Non
             f"{folder.displayed} is another store now: it was removed and begun anew with other settings while this run wrote "
             "it; nothing more is written"
         )
-    if input_digest is not None and _input_of(folder, decode_known(RootDocument, attributes)) not in (None, input_digest):
+    if input_digest is not None and _input_of(folder, root) not in (None, input_digest):
         raise StoreReplaced(
             f"{folder.displayed} is continued by another run, with input that lies elsewhere, or was changed; this run writes "
             "nothing more"
