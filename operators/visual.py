@@ -3,13 +3,18 @@
 NumPy and Pillow only: what is drawn comes from a store as often as from a model.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from storage.documents import JsonObject, JsonValue, as_object, decode
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
 
 BACKGROUND = (232, 232, 232)
 """Colour of cells that are not foreground, or have no features."""
@@ -127,9 +132,14 @@ def cosine_map(query: np.ndarray, features: np.ndarray) -> np.ndarray:
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """A map of numbers as uint8 colours [..., 3], from `low` (dark blue) to `high` (yellow)."""
     scaled = (np.asarray(values, np.float64) - low) / max(high - low, 1e-12)
+    return (_viridis()(np.clip(scaled, 0, 1))[..., :3] * 255).round().astype(np.uint8)
+
+
+@functools.cache  # matplotlib gives a copy, which makes its table of colours anew: a millisecond
+def _viridis() -> "Colormap":
     import matplotlib  # 0.3 s, and most of what looks at a store draws no heat
 
-    return (matplotlib.colormaps["viridis"](np.clip(scaled, 0, 1))[..., :3] * 255).round().astype(np.uint8)
+    return matplotlib.colormaps["viridis"]
 
 
 _KINDS = (

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real photographs in tars, tiny configs, an S3 server, a local Ray."""
 
 import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -69,6 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (not item.path.as_posix().endswith(LONGEST), -counts[item.path]))
 
 
+def pytest_collection_finish() -> None:
+    """What is there now stays to the end: the collector needn't look at it time and again."""
+    gc.collect()
+    gc.freeze()
+
+
 PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
 
 
@@ -86,6 +93,19 @@ def unsynced() -> Iterator[None]:
     """No test cuts the power, and what the kernel was given outlives every process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once() -> Iterator[None]:
+    """Small networks are made once, and copied then; what trainings draw of held-out images is small."""
+    with pytest.MonkeyPatch.context() as patch:
+        if timm := sys.modules.get("timm"):
+            from tests.kept_models import kept
+
+            patch.setattr(timm, "create_model", kept(timm.create_model))
+        if watch := sys.modules.get("pipelines.training.watch"):
+            patch.setattr(watch, "_TILE", 24)
         yield
 
 

@@ -26,6 +26,9 @@ PLAIN = "_bilinear"
 _SHOWN = 4
 """Held-out images in a picture."""
 
+_TILE = 192
+"""Pixels of each, a side."""
+
 
 def held_out_words(values: Mapping[str, object]) -> str:
     """Over how many held-out images the metrics of a line are, and what became of the others; empty where it doesn't say so."""
@@ -155,7 +158,9 @@ def _png(
     scale: tuple[str, str] | None = None,
     legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
 ) -> bytes:
-    panel = Panel(tiles=tiles, columns=list(columns), rows=rows, title=title, tile_size=(192, 192), scale=scale, legend=legend)
+    panel = Panel(
+        tiles=tiles, columns=list(columns), rows=rows, title=title, tile_size=(_TILE, _TILE), scale=scale, legend=legend
+    )
     png = io.BytesIO()
     panel.draw().save(png, "PNG", compress_level=1)  # with 6, a validation of few images is mostly this
     return png.getvalue()
