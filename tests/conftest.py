@@ -220,13 +220,16 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def narrow_jafar() -> Iterator[None]:
-    """JAFARs that are trained from the beginning have 32 channels in place of 128, and take a fraction of the time."""
+def narrow() -> Iterator[None]:
+    """JAFARs that are trained from the beginning have 32 channels in place of 128, and FeatUp's random field 100 pixels in place
+    of 1,000: a fraction of the time."""
+    from operators.objectives.featup import sampled_pixels
     from operators.upsamplers.jafar import JafarSettings
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(JafarSettings.__init__.__kwdefaults__, "qk_dim", 32)
         assert JafarSettings(channels=1, patch=16).qk_dim == 32
+        patch.setattr("pipelines.training.featup.sampled_pixels", functools.partial(sampled_pixels, count=100))
         yield
 
 
@@ -251,8 +254,12 @@ def chromium() -> str:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """A moto S3 server on loopback with the bucket `bkt`; yields its endpoint."""
+    import moto.backends
     from moto.server import ThreadedMotoServer
 
+    # moto looks for its services' folders, more than a hundred, twice a request.
+    services = tuple(moto.backends.list_of_moto_modules())
+    moto.backends.list_of_moto_modules = lambda: services
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -15,7 +15,7 @@ from storage.spec import FeatureSpec, Use
 from tests.other_bytes import InputObject, objects_in
 from tests.second_runs import KINDS, Held, Refused, complaint
 
-pytestmark = pytest.mark.usefixtures("narrow_jafar")
+pytestmark = pytest.mark.usefixtures("narrow")
 
 CALLED: Mapping[str, tuple[str, ...]] = {
     "data": ("data", "images", "labels", "held_out"),

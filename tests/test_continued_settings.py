@@ -15,7 +15,7 @@ from pipelines.config import ConfigError, Identity, JobConfig, Setting, settings
 from storage.spec import FeatureSpec, Use
 from tests.second_runs import KINDS, VIT, Held, Outcome, Refused, complaint
 
-pytestmark = pytest.mark.usefixtures("narrow_jafar")
+pytestmark = pytest.mark.usefixtures("narrow")
 
 TRIED = (
     "x2", "vit_up", "jafar", "featup", "readout: voc", "readout: nyu", "vitdet", "grid", "correspondence: lift",

@@ -32,7 +32,7 @@ from tests.as_on_ray import train_in_processes
 from tests.pipelines.training.test_lift import together
 from tests.readout_runs import continued, losses, prepared
 
-pytestmark = pytest.mark.usefixtures("narrow_jafar")
+pytestmark = pytest.mark.usefixtures("narrow")
 
 BOTH = ("jafar", "featup")
 
