@@ -98,7 +98,8 @@ def unsynced() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def made_once() -> Iterator[None]:
-    """Small networks are made once, and copied then; what trainings draw of held-out images is small."""
+    """Small networks are made once, and copied then; help is read once from the settings' sources; what trainings draw of held-out
+    images is small."""
     with pytest.MonkeyPatch.context() as patch:
         if timm := sys.modules.get("timm"):
             from tests.kept_models import kept
@@ -106,6 +107,8 @@ def made_once() -> Iterator[None]:
             patch.setattr(timm, "create_model", kept(timm.create_model))
         if watch := sys.modules.get("pipelines.training.watch"):
             patch.setattr(watch, "_TILE", 24)
+        if docstrings := sys.modules.get("tyro._docstrings"):
+            patch.setattr(docstrings, "get_field_docstring", functools.cache(docstrings.get_field_docstring))
         yield
 
 
@@ -254,12 +257,11 @@ def chromium() -> str:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """A moto S3 server on loopback with the bucket `bkt`; yields its endpoint."""
-    import moto.backends
     from moto.server import ThreadedMotoServer
 
-    # moto looks for its services' folders, more than a hundred, twice a request.
-    services = tuple(moto.backends.list_of_moto_modules())
-    moto.backends.list_of_moto_modules = lambda: services
+    from tests.servers.s3 import look_once
+
+    look_once()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

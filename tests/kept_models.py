@@ -23,7 +23,7 @@ def kept(create_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if not name.startswith(SMALL):
             return create_model(name, *args, **kwargs)
         # What is drawn with, and whether at all: `operators.timm_models` leaves it out where all weights are replaced.
-        drawing = type(_get_current_function_mode()).__name__
+        drawing = type(_get_current_function_mode()).__name__, str(torch.get_default_device())
         key = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
         try:
             _add(key, (name, args, kwargs, drawing))

@@ -26,7 +26,17 @@ from storage.store import FeatureStore
 from tests.conftest import write_tar
 from tests.pipelines.extraction.test_s3 import tree
 from tests.stops import dying_at_task
-from tests.storage.test_input_identity import IMAGES, all_samples, assert_holds, bmps, config_of, samples_of, tar_of, write_tars
+from tests.storage.test_input_identity import (
+    IMAGES,
+    all_samples,
+    assert_holds,
+    bmps,
+    config_of,
+    in_places,
+    samples_of,
+    tar_of,
+    write_tars,
+)
 from tests.storage.test_input_identity import features as features
 from tests.storage.test_input_identity import place as place
 
@@ -107,7 +117,7 @@ def test_six_tars_and_one_more(tmp_path):
     assert objects(out) == again
 
 
-@pytest.mark.parametrize("when", ["finished", "begun", "without its last block"])
+@in_places("when", ["finished", "begun", "without its last block"], on_s3="without its last block")
 def test_tar_that_sorts_before_the_others(place, features, when):
     for name, numbers in {"b": (0, 1, 2, 3, 4), "c": (5, 6), "a": (7, 8, 9)}.items():
         place["put"](f"in/{name}.tar", tar_of(bmps(name, *numbers)))

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +224,12 @@ def place(request, tmp_path) -> dict:
     return {"base": str(tmp_path), "options": None, "put": put}
 
 
+def in_places(name: str, values: Sequence[str], on_s3: str) -> pytest.MarkDecorator:
+    """Each of `values` on local disk, and one of them on S3, too; `make soak` tries all of them there."""
+    there = [("s3", each) if each == on_s3 else pytest.param("s3", each, marks=pytest.mark.soak) for each in values]
+    return pytest.mark.parametrize(("place", name), [*(("local", each) for each in values), *there], indirect=["place"])
+
+
 def tar_of(images: list[tuple[str, bytes]]) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
@@ -300,7 +306,7 @@ def test_images_that_were_only_touched_are_read_once_and_accepted(tmp_path, capl
     extract(config_of(tars, tmp_path / "out.zarr"), InlineExecutor())
 
 
-@pytest.mark.parametrize("broken", ["cut image", "cut tar", "damaged header", "cut tar of several"])
+@in_places("broken", ["cut image", "cut tar", "damaged header", "cut tar of several"], on_s3="cut tar of several")
 def test_repaired_input_is_let_through_by_retry_failed(place, features, monkeypatch, broken):
     whole = tar_of(bmps("a", 0, 1, 2, 3, 4, 5))
     at = {"a-2": 2 * 512 * (2 + len(IMAGES[0]) // 512)}["a-2"]

@@ -15,6 +15,7 @@ from pipelines.config import ConfigError
 from pipelines.costs import runtime
 from pipelines.costs.clocks import held_bytes
 from pipelines.costs.runtime import RuntimeConfig
+from pipelines.costs.upsamplers import OperationCounts
 from pipelines.costs.vit_up import head_macs
 from pipelines.evaluation.run import run_pieces
 from pipelines.executors import InlineExecutor
@@ -34,6 +35,17 @@ def found_by(settings: RuntimeConfig, device: str = "CPU, 1 threads"):
     made_up = {"device": device, "seconds": [0.001, 0.003], "macs": 10**9, "bytes_before": 0, "peak_bytes": 2**20}
     records = [{"case": case.name, **made_up} for case in task.cases]
     return task, runtime.find(settings, task, recipe, records)
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """Operations are made up, too: counting those of real sizes takes a second, and what stands beside what isn't told by them."""
+
+    def made_up(*_, nets=(), **__) -> OperationCounts:
+        each = dict.fromkeys(("alone", *(str(net["method"]) for net in nets)), 10**9)
+        return OperationCounts(tokens=1, parameters={"backbone": 1, **each}, paper_count=each, macs=each)
+
+    monkeypatch.setattr(runtime, "count_operations", made_up)
 
 
 def test_a_line_for_each_method_grid_and_chunk(tmp_path):
@@ -108,6 +120,7 @@ def without_model() -> dict[str, object]:
     return {name: value for name, value in TINY.items() if name != "model"} | {"methods": ("lift",)}
 
 
+@pytest.mark.usefixtures("uncounted")
 @pytest.mark.parametrize("changes", [{"facet": "token"}, {"layers": (5,)}, {"size": 208}, {"stride": 4}])
 def test_table_5_does_not_stand_beside_what_it_is_not_of(tmp_path, changes):
     dino = {"model": "vit_small_patch16_224.dino", "facet": "key", "pos_embed": "dino", "ragged": True, "size": 224}
@@ -119,6 +132,7 @@ def test_table_5_does_not_stand_beside_what_it_is_not_of(tmp_path, changes):
     assert findings.tables[1].notes[0].startswith("LiFT Table 5, DINO's keys has nothing of low-res at ")
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_what_has_more_queries_than_its_grid_is_left_out_and_said(tmp_path):
     task, findings = found_by(config(tmp_path / "out", methods=("vit_up",), chunks=(12,)))
 
@@ -132,6 +146,7 @@ SPLUS = {"model": "vit_small_plus_patch16_dinov3.lvd1689m", "precision": "bf16",
 """What Table 9 is of."""
 
 
+@pytest.mark.usefixtures("uncounted")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -154,6 +169,7 @@ def test_table_9_does_not_stand_beside_what_it_is_not_of(tmp_path, changes, said
     assert [each for each in said if each not in note] == []
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
     settings = config(tmp_path / "out", methods=("vit_up",), grids=(56, 112), chunks=(0, 112), paper=True, **SPLUS)
 
@@ -197,6 +213,7 @@ def test_a_published_line_stands_below_the_settings_it_is_of(tmp_path, monkeypat
         runtime.prepare(plain.changed(settings=("lift.wider=true",), out=str(tmp_path / "wider")))
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_timings_of_two_devices_are_no_table(tmp_path):
     settings = config(tmp_path / "out", methods=())
     task, recipe, folder = runtime.prepare(settings)
@@ -211,6 +228,7 @@ def test_timings_of_two_devices_are_no_table(tmp_path):
         runtime.find(settings, task, recipe, records)
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_timings_of_another_device_than_asked_for_are_refused(tmp_path):
     asked = config(tmp_path / "out", methods=(), device="cpu")
 
