@@ -98,8 +98,8 @@ def unsynced() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def made_once() -> Iterator[None]:
-    """Small networks are made once, and copied then; help is read once from the settings' sources; what trainings draw of held-out
-    images is small."""
+    """Small networks are made once, and copied then; help is read once from the settings' sources; trainings' pictures are
+    small."""
     with pytest.MonkeyPatch.context() as patch:
         if timm := sys.modules.get("timm"):
             from tests.kept_models import kept

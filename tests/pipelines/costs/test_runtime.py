@@ -39,7 +39,7 @@ def found_by(settings: RuntimeConfig, device: str = "CPU, 1 threads"):
 
 @pytest.fixture
 def uncounted(monkeypatch):
-    """Operations are made up, too: counting those of real sizes takes a second, and what stands beside what isn't told by them."""
+    """Operations are made up, too: counting those of real sizes takes a second, and none of this hangs on them."""
 
     def made_up(*_, nets=(), **__) -> OperationCounts:
         each = dict.fromkeys(("alone", *(str(net["method"]) for net in nets)), 10**9)
