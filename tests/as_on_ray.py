@@ -16,6 +16,7 @@ import torch
 from cluster.resources import WorkerPool
 from pipelines.actors import Make
 from pipelines.executors import InlineExecutor, Item, Result
+from pipelines.training import featup
 from pipelines.training.config import TrainConfig
 from pipelines.training.loop import Group, Trainer
 from pipelines.training.run import TrainSummary, summarise
@@ -58,6 +59,7 @@ def train_in_processes(parent: Forks, config: TrainConfig, folder: Path, world: 
             argv=[str(folder), str(rank), str(world)],
             place=str(folder),
             log=str(folder / f"{rank}.log"),
+            constants={"pipelines.training.featup.SAMPLED": featup.SAMPLED},
         )
         for rank in range(world)
     ]

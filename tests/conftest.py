@@ -76,6 +76,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
 
 
@@ -226,13 +230,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def narrow() -> Iterator[None]:
     """JAFARs that are trained from the beginning have 32 channels in place of 128, and FeatUp's random field 100 pixels in place
     of 1,000: a fraction of the time."""
-    from operators.objectives.featup import sampled_pixels
     from operators.upsamplers.jafar import JafarSettings
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(JafarSettings.__init__.__kwdefaults__, "qk_dim", 32)
         assert JafarSettings(channels=1, patch=16).qk_dim == 32
-        patch.setattr("pipelines.training.featup.sampled_pixels", functools.partial(sampled_pixels, count=100))
+        patch.setattr("pipelines.training.featup.SAMPLED", 100)
         yield
 
 

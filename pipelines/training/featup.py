@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from operators.backbone import TimmBackbone
 from operators.objectives.featup import (
     PAD,
+    SAMPLED,
     AttentionDownsampler,
     Crf,
     Jitter,
@@ -182,7 +183,7 @@ class FeatUpObjective(SquareObjective):
         size = (images.shape[-2], images.shape[-1])
         jitter = Jitter.draw(rng, size)
         shared = to_device(projection(rng, fine.shape[1], config.projected), self.device)
-        pixels = to_device(sampled_pixels(rng, size), self.device)
+        pixels = to_device(sampled_pixels(rng, size, SAMPLED), self.device)
         seen, moved = jitter(images), jitter(fine)
         target = self.features(seen)
         predicted = beside.downsampler(moved, (target.shape[-2], target.shape[-1]))
