@@ -19,6 +19,7 @@ from storage.datasets.files import DatasetError
 from storage.spec import ShardTask
 
 POOL = WorkerPool(device="cpu", size=2, cpus=1, gpus=0)
+ONE = WorkerPool(device="cpu", size=1, cpus=1, gpus=0)
 
 
 @pytest.fixture(params=[InlineExecutor, RayExecutor])
@@ -77,9 +78,9 @@ def test_pieces_are_all_done_and_errors_raised_as_they_are(executor):
     assert sorted(executor.pieces(squares, range(7), POOL)) == [n * n for n in range(7)]
     assert list(executor.pieces(squares, [], POOL)) == []
     with pytest.raises(DatasetError, match=r"^-1 is negative$"):
-        list(executor.pieces(squares, [1, -1, 2], POOL))
+        list(executor.pieces(squares, [1, -1, 2], ONE))
     with pytest.raises(DatasetError, match=r"^no such data$"):
-        list(executor.pieces(refuses, [1, 2], POOL))
+        list(executor.pieces(refuses, [1, 2], ONE))
 
 
 def dies(number: int, place: Path, times: int) -> int:

@@ -29,12 +29,15 @@ def config(out, **changes) -> RuntimeConfig:
     return RuntimeConfig.of(**{**settings, **changes})
 
 
-def found_by(settings: RuntimeConfig, device: str = "CPU, 1 threads"):
-    """Findings of timings that are made up: each case takes 2 ms and 1 MiB."""
+def found_by(settings: RuntimeConfig, *devices: str):
+    """The task, and findings of timings that are made up, on each device: each case takes 2 ms and 1 MiB."""
     task, recipe, _ = runtime.prepare(settings)
-    made_up = {"device": device, "seconds": [0.001, 0.003], "macs": 10**9, "bytes_before": 0, "peak_bytes": 2**20}
-    records = [{"case": case.name, **made_up} for case in task.cases]
-    return task, runtime.find(settings, task, recipe, records)
+    made_up = {"seconds": [0.001, 0.003], "macs": 10**9, "bytes_before": 0, "peak_bytes": 2**20}
+    found = []
+    for device in devices or ("CPU, 1 threads",):
+        records = [{"case": case.name, "device": device, **made_up} for case in task.cases]
+        found.append(runtime.find(settings, task, recipe, records))
+    return task, *found
 
 
 @pytest.fixture
@@ -173,8 +176,7 @@ def test_table_9_does_not_stand_beside_what_it_is_not_of(tmp_path, changes, said
 def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
     settings = config(tmp_path / "out", methods=("vit_up",), grids=(56, 112), chunks=(0, 112), paper=True, **SPLUS)
 
-    _, on_gpu = found_by(settings, "NVIDIA H200")
-    _, on_cpu = found_by(settings)
+    _, on_gpu, on_cpu = found_by(settings, "NVIDIA H200", "CPU, 1 threads")
 
     names = [line.features for line in on_gpu.tables[0].lines if line.published]
     assert names == [
@@ -233,8 +235,8 @@ def test_timings_of_another_device_than_asked_for_are_refused(tmp_path):
     asked = config(tmp_path / "out", methods=(), device="cpu")
 
     with pytest.raises(ConfigError, match=r"--device cpu: \S+ has timings of NVIDIA H200; give --out a new folder"):
-        found_by(asked, device="NVIDIA H200")
-    assert found_by(asked.changed(device="auto"), device="NVIDIA H200")[1].tables[0].title.count("H200")
+        found_by(asked, "NVIDIA H200")
+    assert found_by(asked.changed(device="auto"), "NVIDIA H200")[1].tables[0].title.count("H200")
 
 
 def test_checkpoints_are_timed_as_they_are(tmp_path):
