@@ -25,19 +25,23 @@ def kept(create_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         # What is drawn with, and whether at all: `operators.timm_models` leaves it out where all weights are replaced.
         drawing = type(_get_current_function_mode()).__name__, str(torch.get_default_device())
         key = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
-        try:
-            _add(key, (name, args, kwargs, drawing))
-        except TypeError:
+        with torch._C.DisableTorchFunction():  # which would see each tensor that is read or copied
+            try:
+                _add(key, (name, args, kwargs, drawing))
+            except TypeError:
+                key = None
+        if key is None:
             return create_model(name, *args, **kwargs)
-        if (asked := key.digest()) not in made:
-            model = create_model(name, *args, **kwargs)
-            made[asked] = copied(model), torch.get_rng_state()
-            if len(made) > MOST:
-                del made[next(iter(made))]
-            return model
-        model, state = made[asked]
-        torch.set_rng_state(state)
-        return copied(model)
+        if (asked := key.digest()) in made:
+            model, state = made[asked] = made.pop(asked)
+            torch.set_rng_state(state)
+            with torch._C.DisableTorchFunction():
+                return copied(model)
+        model = create_model(name, *args, **kwargs)
+        made[asked] = copied(model), torch.get_rng_state()
+        if len(made) > MOST:
+            del made[next(iter(made))]
+        return model
 
     return create
 
