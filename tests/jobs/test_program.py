@@ -52,6 +52,7 @@ def test_all_errors_have_one_base_and_say_how_a_program_ends():
         "CellsFailed",
         "DecodeStuck",
         "DecoderDied",
+        "GpuDecoderFailed",
         "RunFailed",
         "TrainFailed",
         "WorkerBroken",
