@@ -47,10 +47,12 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the bfloat16 linear layers of a model on a CPU, where `can_pack`. Nothing can be trained through them."""
+    """Replace the linear layers that are in bfloat16 and on a CPU, if it `can_pack`. Nothing can be trained through them."""
+    if not can_pack():
+        return
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and child.weight.dtype is torch.bfloat16:
+            if type(child) is nn.Linear and child.weight.dtype is torch.bfloat16 and child.weight.device.type == "cpu":
                 setattr(module, name, PackedLinear(child))
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Annotated, Literal, TypeVar, get_args, get_type_hints, overload
 
 from storage.differences import Differences, differences
@@ -234,14 +234,9 @@ class FeatureSpec:
     def to_json(self) -> dict[str, JsonValue]:
         """As a store's attributes hold it: lists where there are tuples, the fields in this order."""
         data = json.loads(json.dumps({**asdict(self), "levels": [level.to_json() for level in self.levels]}))
-        # Stores from before there were any keep their fingerprint.
-        if not self.model_args:
-            del data["model_args"]
-        if not self.compiled:
-            del data["compiled"]
-        if self.jpeg_decoder == "cpu":
-            del data["jpeg_decoder"]
-        return data
+        # What has a default came later: stores from before it keep their fingerprint.
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {name: value for name, value in data.items() if value != defaults[name]}
 
     @classmethod
     def from_json(cls, data: JsonObject) -> "FeatureSpec":

@@ -194,8 +194,8 @@ class Crf:
         return 2 * (maps_BCN * towards_BCN).sum() / likeness_BNN.numel()
 
 
-def sampled_pixels(rng: np.random.Generator, size: tuple[int, int], count: int = SAMPLED) -> Tensor:
-    """Rows and columns [2, N] of pixels of an image of `size`, drawn with replacement."""
+def sampled_pixels(rng: np.random.Generator, size: tuple[int, int], count: int) -> Tensor:
+    """Rows and columns [2, count] of pixels of an image of `size`, drawn with replacement."""
     return torch.from_numpy(np.stack([rng.integers(0, side, count) for side in size]))
 
 

@@ -25,7 +25,7 @@ from zarr.codecs import ZstdCodec
 
 from operators.backbone import autocast, cast_matmul_weights, normalise
 from operators.image import Geometry
-from operators.packed import can_pack, pack_linears
+from operators.packed import pack_linears
 from pipelines.costs.process import CORES
 from pipelines.features.photos import geometry_of
 from pipelines.features.weights import WeightsChoice, load_model
@@ -198,8 +198,7 @@ class _Bare:
         self.spec, self.geometry, self.zstd = job.spec, geometry_of(job.spec), Zstd(level=1, checksum=True)
         self.model, self.scratch = job.model(), scratch
         cast_matmul_weights(self.model, job.spec.precision)
-        if can_pack():
-            pack_linears(self.model)
+        pack_linears(self.model)
         self.files = [os.open(url.removeprefix("file://"), os.O_RDONLY) for url in job.urls]
 
     def read(self, rows: list[dict[str, int]]) -> list[bytes]:

@@ -4,7 +4,6 @@ a CPU's, upsamplers beside their published times, training beside a plain loop.
 
 import logging
 import math
-import os
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from pipelines.benchmarks.train import TrainBenchmark, TrainResult, measure_trai
 from pipelines.config import ConfigError, require_at_least
 from pipelines.costs import runtime
 from pipelines.costs.clocks import Machine, NumbersFile, device_name, device_of, peak_bytes, seconds_of
-from pipelines.costs.process import BenchmarkFailed
+from pipelines.costs.process import CORES, BenchmarkFailed
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.evaluation.run import evaluate
 from pipelines.executors import InlineExecutor
@@ -257,14 +256,13 @@ def _decoding(side: int, device: torch.device, photos: str) -> Decoding:
     for path in sorted(Path(photos).parent.glob(Path(photos).name)):
         with tarfile.open(path) as tar:
             jpegs += [tar.extractfile(each).read() for each in tar]  # type: ignore[union-attr]  # they are files
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    geometry, pool = Geometry(mode="crop", height=side, width=side), DecodeThreads(threads)
+    geometry, pool = Geometry(mode="crop", height=side, width=side), DecodeThreads(CORES)
 
     def images(gpu: GpuDecoder | None) -> tuple[list[DecodedImage], float]:
         def one(jpeg: bytes) -> DecodedImage:
             return decode(jpeg, geometry, max_pixels=10**8, gpu=gpu)
 
-        pool.map(one, jpegs[:threads], 600.0)
+        pool.map(one, jpegs[:CORES], 600.0)
         start = time.perf_counter()
         found = pool.map(one, jpegs, 600.0)
         return found, len(found) / (time.perf_counter() - start)
@@ -272,9 +270,7 @@ def _decoding(side: int, device: torch.device, photos: str) -> Decoding:
     (here, by_cpu), (there, by_gpu) = images(None), images(Nvjpeg(str(device)))
     apart = np.stack([np.abs(a.pixels.astype(int) - b.pixels) for a, b in zip(here, there, strict=True)])
     taken = sum(ON_GPU in each.conversion.split(", ") for each in there) / len(there)
-    return Decoding(
-        threads=threads, by_cpu=by_cpu, by_gpu=by_gpu, taken=taken, mean=float(apart.mean()), largest=int(apart.max())
-    )
+    return Decoding(threads=CORES, by_cpu=by_cpu, by_gpu=by_gpu, taken=taken, mean=float(apart.mean()), largest=int(apart.max()))
 
 
 def _bare(model: FeatureModel, images: torch.Tensor, repeat: int, device: torch.device) -> float:

@@ -70,7 +70,10 @@ def describe_model(
     # Levels of one method, URL and settings share theirs.
     places = dict.fromkeys(choice.upsampler for choice in levels if choice.url)
     force = features.force_upsampler
-    loaded_once = {each: load_upsampler(*each[:2], backbone, spec, options, force=force, settings=each[2]) for each in places}
+    loaded_once = {
+        (method, url, settings): load_upsampler(method, url, backbone, spec, options, force=force, settings=settings)
+        for method, url, settings in places
+    }
     learned = {each.name: loaded_once[each.upsampler] for each in levels if each.url}
     resolved = tuple(
         resolve_level(choice, backbone, spec.input_size, len(spec.layers), learned.get(choice.name)) for choice in levels

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from operators.backbone import PatchFeatures, TimmBackbone, autocast, cast_matmul_weights, normalise
-from operators.packed import can_pack, pack_linears, unpack_linears
+from operators.packed import pack_linears, unpack_linears
 from operators.transfer import to_device
 from operators.upsamplers import Upsampler, create_upsampler
 from operators.upsamplers.protocol import WORKING_BYTES, Reload
@@ -105,8 +105,7 @@ class FeatureModel:
         self.spec, self.backbone, self.device, self._share = spec, backbone, device, share
         cast_matmul_weights(backbone.model, spec.precision)
         backbone.model.to(device)
-        if device.type == "cpu" and can_pack():
-            pack_linears(backbone.model)
+        pack_linears(backbone.model)
         built = {id(weights): weights.build(spec.precision, reload) for weights in learned.values()}
         self.upsamplers: dict[str, Upsampler] = {
             level.name: built[id(learned[level.name])] if level.name in learned else create_upsampler(level.method)

@@ -209,17 +209,19 @@ def test_a_lost_terminal_ends_the_work_unless_it_is_to_go_on(monkeypatch, capsys
         os.kill(os.getpid(), signal.SIGHUP)
         yield "went on"
 
-    before = signal.getsignal(signal.SIGHUP)
-    assert ends(work) == 129
-    assert capsys.readouterr() == ("", "stopped\n")
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        assert ends(work) == 129
+        assert capsys.readouterr() == ("", "stopped\n")
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         assert ends(work) == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        full = io.FileIO(os.open("/dev/full", os.O_WRONLY), "w")
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        assert ends(work) == 129  # where its last words go nowhere, too
     finally:
         signal.signal(signal.SIGHUP, before)
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.FileIO(os.open("/dev/full", os.O_WRONLY), "w"), write_through=True))
-    assert ends(work) == 129  # where its last words go nowhere, too
 
 
 def test_streams_that_are_closed_are_no_files_of_ours(tmp_path):

@@ -40,9 +40,9 @@ class ViTUpMethod(Method[ViTUpConfig]):
     def changed(self, settings: ViTUpConfig, backbone: TimmBackbone, given: JsonObject) -> ViTUpConfig:
         """The query grid grows with the hidden states', unless its size is given, too; both must be whole patches."""
         found = super().changed(settings, backbone, given)
-        if given and "query_size" not in given:
+        if "query_size" not in given:
             found = replace(found, query_size=round(settings.query_size * found.hidden_size / settings.hidden_size))
-        for name in self.changeable if given else ():
+        for name in self.changeable:
             if (size := getattr(found, name)) % backbone.patch:
                 raise UpsamplerError(f"{name} {size}: must be a multiple of the backbone's patch of {backbone.patch} px")
         return found
