@@ -6,6 +6,7 @@
     python jobs/evaluate.py runtime vit-up-table9 --out eval/runtime --paper
     python jobs/evaluate.py probe --data VOC2012 --readouts runs/deap runs/linear --model vit_base_patch16_224.mae --out eval/voc
     python jobs/evaluate.py detection vitdet-lift-coco --data coco --detector vitdet_b.pkl --finetuned vitdet-lift --out eval/coco
+    python jobs/evaluate.py sharpness --dataset voc --data VOC2012 --stores voc-224.zarr --out eval/outlines
     python jobs/evaluate.py classify --data train.zarr --test val.zarr --label cls --out eval/classes
 
 The first word is a task, the second one, which may be left out, a preset of it. Every table has the low-resolution row and the
@@ -20,7 +21,7 @@ from jobs.program import Command, Program
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import write_demo
-from pipelines.evaluation import cka, classify, correspondence, detection, discovery, readouts, similarity, video
+from pipelines.evaluation import cka, classify, correspondence, detection, discovery, readouts, sharpness, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.classify import ClassifyConfig
 from pipelines.evaluation.config import EvaluationConfig
@@ -29,6 +30,7 @@ from pipelines.evaluation.detection import DetectionConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import main
+from pipelines.evaluation.sharpness import SharpnessConfig
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
 from pipelines.published.lift import LIFT_FEATURES
@@ -87,6 +89,8 @@ PRESETS: dict[str, dict[str, EvaluationConfig]] = {
         # LiFT's Fig. 5 and 6; --levels x1 x2=lift:URL x4=lift:URL x8=lift:URL x16=lift:URL shows repeated passes.
         "lift-figures": SimilarityConfig.of(sizes=(224, 448), **LIFT),
     },
+    # Of no paper. On photos_open with DINOv2's keys it was run: pipelines/TRAINING.md.
+    "sharpness": {"debug": SharpnessConfig.of(data="demo/evaluate/VOC2012", out="demo/eval-sharpness", sizes=(64,), **DEBUG)},
     "runtime": {
         "debug": RuntimeConfig.of(
             out="demo/eval-runtime",
@@ -131,6 +135,7 @@ TASKS = {
     "discovery": discovery,
     "cka": cka,
     "similarity": similarity,
+    "sharpness": sharpness,
     "runtime": runtime,
     "probe": readouts,
     "detection": detection,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 from PIL import Image, ImageFont
 
 from operators.metrics.bootstrap import RESAMPLES, SEED, Estimate, Interval
@@ -302,7 +303,7 @@ class Findings:
 def write_results(folder: Folder, task: str, config: JsonObject, features: JsonObject, findings: Findings) -> str:
     """Write results.md, results.json and pictures/; returns the Markdown."""
     for name, picture in findings.pictures.items():
-        folder.write(f"pictures/{name}", picture if isinstance(picture, bytes) else _png(picture))
+        folder.write(f"pictures/{name}", picture if isinstance(picture, bytes) else png_bytes(picture))
     for name, data in findings.files.items():
         folder.write(name, data)
     report: JsonObject = {
@@ -343,10 +344,38 @@ def _finite(value: JsonValue) -> JsonValue:
     return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _png(picture: Image.Image) -> bytes:
+def png_bytes(picture: Image.Image) -> bytes:
+    """As a small PNG."""
     data = io.BytesIO()
     picture.save(data, "PNG", optimize=True)
     return data.getvalue()
+
+
+@dataclass(frozen=True)
+class ItemPictures:
+    """Pictures that workers draw while they score an item: objects `within`/NAME/0000012.png of an evaluation's folder."""
+
+    folder: Folder
+    within: str
+
+    def write(self, item: int, name: str, pixels_HW3: np.ndarray) -> None:
+        """One, of an item by its number."""
+        self.folder.write(self._object(item, name), png_bytes(Image.fromarray(pixels_HW3)))
+
+    def read(self, items: Iterable[int], names: Sequence[str]) -> dict[int, list[np.ndarray]]:
+        """Those of the names, in their order, of items that have them all: an evaluation may have been begun with fewer
+        --pictures."""
+        there = {name: self.folder.sizes(f"{self.within}/{name}") for name in names}
+        drawn = [item for item in sorted(items) if all(_file(item) in there[name] for name in names)]
+        found = {item: self.folder.read_many([self._object(item, name) for name in names]) for item in drawn}
+        return {item: [np.array(Image.open(io.BytesIO(data))) for data in files] for item, files in found.items()}
+
+    def _object(self, item: int, name: str) -> str:
+        return f"{self.within}/{name}/{_file(item)}"
+
+
+def _file(item: int) -> str:
+    return f"{item:07d}.png"
 
 
 def _text(value: Cell) -> str:

@@ -23,13 +23,14 @@ from pipelines.config import JobConfig
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import scene
-from pipelines.evaluation import cka, correspondence, detection, discovery, readouts, similarity, video
+from pipelines.evaluation import cka, correspondence, detection, discovery, readouts, sharpness, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.detection import DetectionConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import Task, evaluate
+from pipelines.evaluation.sharpness import SharpnessConfig
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
 from pipelines.executors import InlineExecutor
@@ -419,6 +420,7 @@ KINDS: Mapping[str, Kind] = {
     "discovery": _evaluation("discovery", discovery, DiscoveryConfig, "VOC2007", sizes=(64,)),
     "cka": _evaluation("cka", cka, CkaConfig, "VOC2012/VOCdevkit/VOC2012/JPEGImages", sizes=(32, 64)),
     "similarity": _evaluation("similarity", similarity, SimilarityConfig, "SPair-71k/JPEGImages", sizes=(64,)),
+    "sharpness": _evaluation("sharpness", sharpness, SharpnessConfig, "VOC2012", sizes=(64,)),
     "probe": _evaluation("probe", readouts, ProbeConfig, "VOC2012", "readout", readouts=("WORLD/readout",)),
     "detection": kind_of(
         DetectionConfig,

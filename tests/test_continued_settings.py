@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 TRIED = (
     "x2", "vit_up", "jafar", "featup", "readout: voc", "readout: nyu", "vitdet", "grid", "correspondence: lift",
-    "correspondence: navi", "video", "discovery", "cka", "similarity", "probe", "detection", "runtime", "extract",
+    "correspondence: navi", "video", "discovery", "cka", "similarity", "sharpness", "probe", "detection", "runtime", "extract",
 )  # fmt: skip
 """A kind of run for each class of settings, and one that trains on depth."""
 

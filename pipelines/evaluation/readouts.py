@@ -3,7 +3,6 @@
 The readouts are trained by jobs/train.py, which judges its held-out images by the same code (pipelines/readouts/tasks.py).
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +35,7 @@ from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolv
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
-from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, Taken, panel
+from pipelines.results import Cell, Findings, ItemPictures, Items, LeftOut, Line, Table, Taken, panel
 from pipelines.training.readout import features_of
 from storage.datasets.content import joint_digest
 from storage.datasets.files import DatasetError, Listed
@@ -51,8 +50,8 @@ from storage.words import counted
 
 PIECE_IMAGES = 32
 
-TRUTH = "truth"
-"""The folder of labels' pictures, beside those of readouts."""
+PREDICTIONS, TRUTH = "predictions", "truth"
+"""Folders of pictures; of labels', beside those of readouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +116,9 @@ class Probe:
             judged = self.task.judge(output, targets, label)
             records.append({"image": number, "readout": name, "judged": asdict(judged)})
             if number in self.pictured:
-                self._draw(folder, number, name, *self.task.pictures(output, targets))
+                for what, pixels in zip((name, TRUTH), self.task.pictures(output, targets), strict=True):
+                    ItemPictures(folder, PREDICTIONS).write(number, what, pixels)
         return records
-
-    def _draw(self, folder: Folder, number: int, name: str, prediction: np.ndarray, truth: np.ndarray) -> None:
-        for what, pixels in ((name, prediction), (TRUTH, truth)):
-            png = io.BytesIO()
-            Image.fromarray(pixels).save(png, "PNG")
-            folder.write(_prediction(number, what), png.getvalue())
 
 
 def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
@@ -348,29 +342,17 @@ def _cells(probe: Probe, name: str, values: Mapping[str, float], columns: Sequen
 
 
 def _pictures(config: ProbeConfig, probe: Probe, tile: int = 200) -> dict[str, Image.Image]:
-    """Those that were drawn: an evaluation may have been begun with fewer --pictures."""
     folder, names = Folder(config.required("out"), config.options), [*probe.readouts, TRUTH]
-    there = {name: folder.sizes(f"predictions/{name}") for name in names}
-    drawn = [n for n in sorted(probe.pictured) if all(_file(n) in there[name] for name in names)]
+    drawn = ItemPictures(folder, PREDICTIONS).read(probe.pictured, names)
     if not drawn:
         return {}
     tiles, shown = [], []
-    for number in drawn:
+    for number, pictures in drawn.items():
         photo = probe.task.photo(upright_pixels(probe.images[number].image))
-        files = folder.read_many([_prediction(number, name) for name in names])
-        pixels = [photo, *(np.array(Image.open(io.BytesIO(data))) for data in files)]
-        tiles.append([Tile(pixels=each, is_photo=True) for each in pixels])
-        shown += pixels[1:]
+        tiles.append([Tile(pixels=each, is_photo=True) for each in (photo, *pictures)])
+        shown += pictures
     dataset = config.dataset or next(iter(probe.readouts.values())).dataset
     legend = probe.task.legend(shown, DATASETS[dataset].names)
     rows = [probe.images[number].image.keys[-1] for number in drawn]
     title = f"{probe.task.name}, {probe.task.side} px"
     return {"predictions.png": panel(tiles, ["photo", *names], rows, title, (tile, tile), legend=legend)}
-
-
-def _prediction(number: int, what: str) -> str:
-    return f"predictions/{what}/{_file(number)}"
-
-
-def _file(number: int) -> str:
-    return f"{number:07d}.png"

@@ -17,11 +17,12 @@ from PIL import Image, ImageOps
 from operators.image import open_rgb
 from pipelines.config import ConfigError
 from pipelines.demo_datasets import scene, write_demo
-from pipelines.evaluation import correspondence, discovery, video
+from pipelines.evaluation import correspondence, discovery, sharpness, video
 from pipelines.evaluation import readouts as probe
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
 from pipelines.evaluation.readouts import ProbeConfig
+from pipelines.evaluation.sharpness import SharpnessConfig
 from pipelines.evaluation.video import VideoConfig
 from pipelines.features.join import FeaturesMissing, PlacedRow
 from storage.datasets.files import DatasetError
@@ -398,6 +399,22 @@ def test_images_whose_labels_can_not_be_placed_are_left_out_of_training_and_coun
 
     assert len(summary.failed) == 4
     assert all("--label-frame" in reason for reason in summary.failed.values())
+
+
+def test_outlines_of_turned_photographs_are_those_of_upright_ones(both_sets, tmp_path):
+    upright, turned = (
+        evaluate(
+            sharpness,
+            SharpnessConfig.of(
+                data=str(each / "VOC2012"), out=str(tmp_path / name), split="train", label_frame="stored", sizes=(64,), **TINY
+            ),
+        )
+        for name, each in zip(("upright", "turned"), both_sets, strict=True)
+    )
+
+    assert turned[0] == upright[0]
+    assert any(record["pairs"] for record in upright[0])
+    assert turned[1].tables == upright[1].tables
 
 
 def test_a_readout_scores_turned_photographs_as_upright_ones(both_sets, tmp_path, tiny):
