@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from operators.lean_timm import timm
-from operators.timm_models import BackboneError
+from operators.timm_models import BackboneError, Undrawn
 from operators.vitdet import named as vitdet
 
 State = Mapping[str, Tensor]
@@ -85,7 +85,7 @@ class OfficialWeights:
         """
         self._require_family(name)
         arguments = {**self.family.model_args, **(self.family.told(self.state, name) if told else {}), **given}
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = timm.create_model(name.partition(".")[0], **{**arguments, "num_classes": 0})
         parameters = {key: tuple(value.shape) for key, value in model.named_parameters()}
         self._require_shape(name, parameters)

@@ -125,7 +125,7 @@ def create_model(
     """
     given = dict(model_args or {})
     _require_known(name)
-    drawing = contextlib.nullcontext() if seed is not None else _Undrawn()
+    drawing = contextlib.nullcontext() if seed is not None else Undrawn()
     with torch.random.fork_rng(devices=[]), drawing:
         torch.manual_seed(seed or 0)
         try:
@@ -143,7 +143,7 @@ def create_model(
     return model.eval().requires_grad_(False)
 
 
-class _Undrawn(TorchFunctionMode):
+class Undrawn(TorchFunctionMode):
     """Leaves out the drawing of initial weights, where all of them are replaced: half of the time that a ViT takes to build."""
 
     def __torch_function__(
@@ -169,9 +169,11 @@ _DRAWING = frozenset(
         "xavier_normal_",
         "kaiming_uniform_",
         "kaiming_normal_",
+        "clamp_",
     )
 )
-"""Of `torch.Tensor` and `torch.nn.init`: those that fill a tensor with random numbers, or change their distribution."""
+"""Of `torch.Tensor` and `torch.nn.init`: those that fill a tensor with random numbers, or change their distribution. timm uses
+`clamp_` for nothing else while it builds; of a tensor without memory, it would import torch's compiler."""
 
 
 def whole_numbers(state: Mapping[str, Tensor]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from operators.backbone import BackboneError
 from operators.lean_timm import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, timm
 from operators.official_weights import OfficialWeights
-from operators.timm_models import Preprocessing, preprocessing
+from operators.timm_models import Preprocessing, Undrawn, preprocessing
 from operators.vitdet import named as vitdet
 from operators.vitdet.settings import DetectorError, DetectorSettings
 from storage.documents import JsonObject
@@ -221,7 +221,7 @@ def _other_than_default(architecture: str, given: Mapping[str, Any]) -> dict[str
     """Without what the architecture has anyway (timm writes down the pooling of every network)."""
     if not set(given) - {"img_size"}:
         return dict(given)
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = timm.create_model(architecture)
     usual = {name: getattr(model, name, None) for name in given}
     return {n: value for n, value in given.items() if type(usual[n]) is not type(value) or usual[n] != value}

@@ -937,7 +937,7 @@ def test_what_lies_in_memory_does_not_keep_a_network_from_being_built():
     """torch's trunc_normal_, of ViTDet among others, draws again until all is within its bounds."""
     left = torch.full((64,), 1e9)
 
-    with timm_models._Undrawn():
+    with timm_models.Undrawn():
         torch.nn.init.trunc_normal_(left, std=0.02)
         torch.nn.init.trunc_normal_(torch.full((64,), 1e9), mean=1.0, std=0.1, a=0.5, b=1.5)
 
@@ -945,7 +945,7 @@ def test_what_lies_in_memory_does_not_keep_a_network_from_being_built():
 
 
 def test_a_network_that_draws_with_gradients_on_is_built_undrawn():
-    with timm_models._Undrawn():
+    with timm_models.Undrawn():
         parameter = torch.nn.Parameter(torch.empty(3))
         parameter.data.normal_()
         with torch.no_grad():

@@ -16,7 +16,9 @@ PROGRAMS = {
 from pipelines.actors import _Actor
 import pyarrow
 _Actor().load("pipelines.extraction.worker"); pyarrow.array([1]); print({SERVERS})
-import jobs.extract, pipelines.extraction.run; print({COMPILER})
+import jobs.extract, pipelines.extraction.run
+from pipelines.features.descriptions import _other_than_default
+print(_other_than_default("test_vit", {{"global_pool": "avg", "depth": 2}})["depth"]); print({COMPILER})
 """,
     "compiler": """
 from operators.lean_timm import timm
@@ -60,7 +62,8 @@ def said() -> dict[str, list[str]]:
 
 
 def test_an_extraction_has_no_compiler_and_its_workers_nothing_for_servers_and_metadata(said):
-    assert said["extraction"] == ["[]", "[]"]
+    """Nor where the weights come with a description, which is compared with timm's own network."""
+    assert said["extraction"] == ["[]", "2", "[]"]
 
 
 def test_the_compiler_and_what_torchvision_asks_of_it_are_there(said):
