@@ -50,24 +50,35 @@ def shared_data() -> Path:
 
 
 LONGEST = (
-    "storage/test_every_kill.py", "extraction/test_ray.py", "extraction/test_faults.py", "evaluation/test_faults.py",
-    "jobs/test_benchmark.py", "storage/test_one_store.py", "tests/test_readme.py", "benchmarks/test_scale.py",
-    "extraction/test_sandbox.py", "cluster/test_session.py", "tests/test_distribution.py", "contracts/test_executor.py",
-    "training/test_vitdet.py", "training/test_lift.py", "training/test_objectives.py", "tests/test_continued_inputs.py",
-    "benchmarks/test_gpu.py", "extraction/test_reference_program.py", "pipelines/test_guide.py", "jobs/test_evaluate.py",
-    "storage/test_growing_readers.py", "extraction/test_s3.py", "storage/test_growth.py", "jobs/test_search_index.py",
-    "cluster/test_resources.py", "evaluation/test_navi.py", "tables/test_grid.py", "tables/test_papers.py",
-    "jobs/test_browse_page.py", "storage/test_packs.py", "storage/test_input_identity.py", "jobs/test_program.py",
-    "evaluation/test_detection.py",
+    "tests/test_continued_settings.py", "training/test_lift.py", "training/test_objectives.py",
+    "tests/test_continued_inputs.py", "extraction/test_ray.py", "storage/test_every_kill.py", "jobs/test_benchmark.py",
+    "extraction/test_faults.py", "contracts/test_executor.py", "evaluation/test_faults.py", "jobs/test_browse_page.py",
+    "tests/test_distribution.py", "storage/test_growth.py", "upsamplers/test_featup.py", "storage/test_input_identity.py",
+    "extraction/test_sandbox.py", "pipelines/test_feature_datasets.py", "tables/test_grid.py",
+    "extraction/test_reference_program.py", "extraction/test_s3.py", "cluster/test_resources.py",
+    "storage/test_growing_readers.py", "jobs/test_evaluate.py", "jobs/test_search_index.py", "costs/test_runtime.py",
+    "evaluation/test_navi.py", "evaluation/test_evaluation.py", "tests/test_readme.py", "training/test_readout.py",
+    "tables/test_papers.py", "storage/test_packs.py", "evaluation/test_detection.py", "jobs/test_show.py",
+    "evaluation/test_readouts.py", "cluster/test_session.py", "operators/test_lean_timm.py", "storage/test_tampered.py",
+    "training/test_vitdet.py", "jobs/test_share.py", "training/test_vit_up.py", "benchmarks/test_upsamplers.py",
+    "features/test_learned.py", "benchmarks/test_scale.py", "extraction/test_start.py", "features/test_level_names.py",
+    "extraction/test_add_level.py", "storage/test_one_store.py", "pipelines/test_guide.py", "upsamplers/test_loftup.py",
+    "benchmarks/test_gpu.py", "jobs/test_program.py",
 )  # fmt: skip
-"""Files of few tests that start processes, or that take more than ten seconds."""
+"""Files that take longer than about seven seconds, the longest first."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of several processes (`make test`), none is left with a long file at the end; others follow by their number of tests."""
     if hasattr(config, "workerinput"):
         counts = Counter(item.path for item in items)
-        items.sort(key=lambda item: (not item.path.as_posix().endswith(LONGEST), -counts[item.path]))
+        places = {path: _place_of(path.as_posix()) for path in counts}
+        items.sort(key=lambda item: (places[item.path], -counts[item.path]))
+
+
+def _place_of(path: str) -> int:
+    """Where in `LONGEST` a file is; behind it, if it isn't there."""
+    return next((n for n, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

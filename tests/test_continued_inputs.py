@@ -31,11 +31,16 @@ UNREAD = {"readout: photos_open_instances": {".png"}}
 """What lies beside the data set and is another one's."""
 
 READ_ALIKE: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("vit_up", "jafar", "featup"), (".cls", ".json")),
+    **dict.fromkeys(("vit_up", "jafar", "featup"), (".cls", "weights/")),
     **{name: ("weights/",) for name in KINDS if name.startswith("readout: ") and name != "readout: voc"},
+    **dict.fromkeys(("correspondence: vit-up", "correspondence: navi", "video", "discovery"), ("weights/",)),
+    **dict.fromkeys(("cka", "similarity", "probe"), ("weights/",)),
 }
-"""Of kinds of runs: what another kind reads by the same code, and is tried with alone. Other members of tars, and what weights
-say of their model, are x2's; weights of a readout's backbone are those of the first."""
+"""Of kinds of runs: what another kind reads by the same code, and is tried with alone. Other members of tars, and weights, are
+x2's; weights of a readout's backbone are those of the first, and an evaluation's those of the first correspondence."""
+
+TWO_USES = ("VOC2012/", "photos_open/seg/", "coco/annotations/", "DAVIS/")
+"""Folders with what is trained on and what is held out, or what is given and what is scored."""
 
 
 def test_all_labelled_sets_are_tried(world):
@@ -46,7 +51,7 @@ def test_all_labelled_sets_are_tried(world):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_replaced_object_is_refused_by_name_or_counts(name, world, tmp_path):
-    """The first and the last of each kind, of which one is trained on where the other is held out; `make soak` tries them all."""
+    """The first of each kind, and the last where the two have not the same use; `make soak` tries them all."""
     require_that_each_is_refused_or_counts(name, world, tmp_path, _ends)
 
 
@@ -57,13 +62,15 @@ def test_every_replaced_object_is_refused_by_name_or_counts(name, world, tmp_pat
 
 
 def _ends(name: str, folder: str, objects: Sequence[InputObject]) -> list[InputObject]:
-    """The first and the last of each kind, without those that are `READ_ALIKE`."""
+    """The first of each kind, and of those of `TWO_USES` the last, without those that are `READ_ALIKE`."""
     of_kind: dict[str, list[InputObject]] = {}
     alike = READ_ALIKE.get(name, ())
     for each in objects:
         if not f"{folder}/{each.name}".startswith(alike) and not each.name.endswith(alike):
             of_kind.setdefault(each.kind, []).append(each)
-    return [each for found in of_kind.values() for each in dict.fromkeys((found[0], found[-1]))]
+    ends = {found[0]: None for found in of_kind.values()}
+    ends |= {found[-1]: None for found in of_kind.values() if f"{folder}/{found[-1].name}".startswith(TWO_USES)}
+    return list(ends)
 
 
 def require_that_each_is_refused_or_counts(

@@ -185,6 +185,16 @@ WHERE = (
 WHERE_TRIED = ("x2", "vitdet", "grid", "correspondence: lift", "runtime", "extract")
 """The kinds of runs that these are changed in: of each base one, and those that have some of them otherwise."""
 
+ALIKE: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("checkpoint_every", "epochs", "log_every", "max_failed_fraction", "max_steps", "overlap", "validate_every"),
+        ("vit_up", "jafar", "featup", "readout: nyu"),
+    ),
+    **dict.fromkeys(("paper", "pictures"), ("correspondence: navi", "discovery", "cka", "similarity", "probe")),
+}
+"""Settings of the one loop of all trainings, and of the one report of all evaluations, that results don't depend on: each such
+run is done to its end, twice. The kinds of runs that they are changed in by `make soak` alone."""
+
 
 def cases() -> Iterator[tuple[str, str, object]]:
     """Kind of run, setting, other value."""
@@ -200,6 +210,13 @@ def cases() -> Iterator[tuple[str, str, object]]:
 
 
 CASES = list(cases())
+
+
+def parameters() -> Iterator[object]:
+    """The cases of a test."""
+    for kind, name, value in CASES:
+        marks = [pytest.mark.soak] if kind in ALIKE.get(name, ()) else []
+        yield pytest.param(kind, name, value, id=f"{kind}: {name} {value}", marks=marks)
 
 
 def changed(config: JobConfig, name: str, value: object) -> JobConfig:
@@ -222,7 +239,7 @@ def held(world, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("kind", "name", "value"), CASES, ids=[f"{kind}: {name} {value}" for kind, name, value in CASES])
+@pytest.mark.parametrize(("kind", "name", "value"), parameters())
 def test_other_value_is_refused_by_name_or_counts(kind, name, value, held, world):
     first = held(kind)
     value = _placed(value, world)

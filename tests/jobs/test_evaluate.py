@@ -97,8 +97,17 @@ def evaluated(tmp_path_factory):
     return words
 
 
+HELD_APART = ("correspondence", "video", "discovery", "cka", "similarity")
+"""Of whose modules tests/pipelines/evaluation/test_faults.py holds the same."""
+
+
 @pytest.mark.parametrize(
-    ("task", "fault"), [*((task, "no image") for task in READ_IMAGES), ("probe", "no permission"), ("navi", "no permission")]
+    ("task", "fault"),
+    [
+        *(pytest.param(task, "no image", marks=[pytest.mark.soak] * (task in HELD_APART)) for task in READ_IMAGES),
+        ("probe", "no permission"),
+        ("navi", "no permission"),
+    ],
 )
 def test_an_image_that_can_not_be_read_costs_its_own_items_alone(task, fault, evaluated, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -825,14 +825,6 @@ def test_mistakes_end_with_a_message_and_exit_code_2(store, args, words, capsys)
     assert words in capsys.readouterr().err
 
 
-def test_help_without_a_command_lists_them(capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(["--help"])
-
-    assert stop.value.code == 0
-    assert "similar" in capsys.readouterr().out
-
-
 def test_the_type_of_a_row_selection_is_a_key_before_it_is_a_number(tmp_path, tiny):
     """Keys such as `5` are common; the number is only meant where no key is called so."""
     write_tar(tmp_path / "in.tar", [(f"{i}.jpg", jpeg(i)) for i in (5, 4, 3, 2)])

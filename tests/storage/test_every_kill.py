@@ -72,12 +72,14 @@ class Sweep:
         return Fork(program=self.program, argv=argv, place=watched, log=log, number=kill_before, constants=dict(CONSTANTS))
 
     def run(self, at_most: int = 10**6) -> int:
-        """Kill before each operation, or before `at_most` of them, the first and the last included; returns how many times."""
+        """Kill before each operation, or before `at_most` of them; returns how many times. The first and the last are included
+        where there are more than two: else, what is killed has done something, and leaves something to do."""
         undisturbed = self.fork(0, -1)
         assert self.parent.run(undisturbed) == 0, Path(undisturbed.log).read_text()
         folder = self.folder(undisturbed)
         expected, total = self.result(folder), operations(undisturbed)
-        points = sorted({round(point) for point in np.linspace(0, total - 1, min(at_most, total))})
+        ends = (0, total - 1) if at_most > 2 else ((total - 1) / 3, 2 * (total - 1) / 3)
+        points = sorted({round(point) for point in np.linspace(*ends, min(at_most, total))})
         for point in points:
             fork = self.fork(point + 1, point)
             assert self.parent.run(fork) == -9, (point, Path(fork.log).read_text())
@@ -203,10 +205,10 @@ def training(parent: Forks, images: str, tmp_path: Path) -> Sweep:
 
 
 @pytest.mark.parametrize(
-    ("kind", "points"),
-    [(extraction, 4), (retry, 3), (repair, 3), (replacement, 3), (growth, 4), (addition, 4), (further_level, 3), (training, 4)],
+    ("kind", "points"), [(extraction, 4), (repair, 2), (growth, 3), (addition, 2), (further_level, 2), (training, 3)]
 )
 def test_killed_before_an_operation_the_same_command_ends_as_if_undisturbed(parent, images, tmp_path, kind, points):
+    """A repair tries again what failed, and a growth replaces what changed; `make soak` takes each of the two alone as well."""
     assert kind(parent, images, tmp_path).run(points) == points
 
 
@@ -217,8 +219,9 @@ def test_killed_before_every_operation_the_same_command_ends_as_if_undisturbed(p
     assert kind(parent, images, tmp_path).run() >= 30
 
 
-@pytest.mark.parametrize(("kind", "points"), [(extraction, 3), (retry, 2), (addition, 3), (further_level, 2)])
+@pytest.mark.parametrize(("kind", "points"), [(extraction, 2), (addition, 2)])
 def test_the_same_with_records_in_packs(parent, images, tmp_path, kind, points, monkeypatch):
+    """Of a run that makes the packs, and one that finds them there; `make soak` takes all kinds."""
     monkeypatch.setitem(CONSTANTS, "storage.commits.PACK_BLOCKS", 2)
     sweep = kind(parent, images, tmp_path)
     assert sweep.run(points) == points
@@ -276,7 +279,7 @@ def on_s3(sweep: Sweep, options: dict[str, str]) -> Sweep:
     return replace(sweep, place=place)
 
 
-@pytest.mark.parametrize(("kind", "points"), [(extraction, 3), (training, 2)])
+@pytest.mark.parametrize(("kind", "points"), [(extraction, 2), (training, 1)])
 def test_the_same_on_s3(parent, images, tmp_path, s3_process, kind, points):
     assert on_s3(kind(parent, images, tmp_path), s3_process).run(points) == points
 

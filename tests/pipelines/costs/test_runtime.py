@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from operators.timm_models import Undrawn
 from operators.upsamplers import build_net
 from operators.upsamplers.vit_up.head import ViTUpConfig
 from pipelines.config import ConfigError
@@ -41,7 +42,19 @@ def found_by(settings: RuntimeConfig, *devices: str):
 
 
 @pytest.fixture
-def uncounted(monkeypatch):
+def undrawn(monkeypatch):
+    """Weights of published sizes are what lies in memory: drawing 30 million takes a second, and none of this hangs on them."""
+    create = timm.create_model
+
+    def made(*args: object, **kwargs: object) -> torch.nn.Module:
+        with Undrawn():
+            return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", made)
+
+
+@pytest.fixture
+def uncounted(undrawn, monkeypatch):
     """Operations are made up, too: counting those of real sizes takes a second, and none of this hangs on them."""
 
     def made_up(*_, nets=(), **__) -> OperationCounts:
@@ -101,6 +114,7 @@ def test_slow_lines_get_fewer_passes(tmp_path):
     assert [len(record["seconds"]) for record in records] == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_lifts_table_5_is_counted_and_shown_beside(tmp_path):
     dino = {"model": "vit_small_patch16_224.dino", "facet": "key", "pos_embed": "dino", "ragged": True}
 
@@ -195,6 +209,7 @@ def test_table_9_stands_beside_what_a_gpu_took_and_never_beside_a_cpu(tmp_path):
     assert {grid for values in VIT_UP_RUNTIME.rows.values() for grid in values} == {"112", "224", "448"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_published_line_stands_below_the_settings_it_is_of(tmp_path, monkeypatch):
     monkeypatch.setitem(runtime.VIT_UP_RUNTIME.rows, "lift", {"112": {"ms": 7.0}})
     monkeypatch.setitem(runtime.VIT_UP_RUNTIME_SETTINGS, "lift", {"image_width": 96})

@@ -1,6 +1,7 @@
 """Evaluations that are shared out, killed and continued, on local disk and on S3: the numbers of one undisturbed process."""
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -230,26 +231,49 @@ def similarity_config(data: object, out: Path) -> SimilarityConfig:
     return SimilarityConfig.of(data=str(data), out=str(out), sizes=(64,), **TINY)
 
 
+CLIP = "JPEGImages/480p/clip-a/0000{}.jpg"
+OBJECTS = "Annotations/480p/clip-a/0000{}.png"
+
 UNREADABLE = [
-    (correspondence, make_spair, spair_config, "JPEGImages/cat/2008_000001.jpg"),
-    (video, make_davis, video_config, "JPEGImages/480p/clip-a/00000.jpg"),
-    (video, make_davis, video_config, "JPEGImages/480p/clip-a/00003.jpg"),
-    (video, make_davis, video_config, "Annotations/480p/clip-a/00000.png"),
-    (video, make_davis, video_config, "Annotations/480p/clip-a/00004.png"),
-    (discovery, make_voc, discovery_config, "JPEGImages/000002.jpg"),
-    (cka, make_spair, cka_config, "JPEGImages/cat/2008_000001.jpg"),
-    (similarity, make_spair, similarity_config, "JPEGImages/cat/2008_000001.jpg"),
+    ("correspondence", "JPEGImages/cat/2008_000001.jpg", "no image"),
+    ("correspondence", "JPEGImages/cat/2008_000001.jpg", "no permission"),
+    *[("video", name, "no image") for name in (CLIP.format(0), CLIP.format(3), OBJECTS.format(0))],
+    ("video", OBJECTS.format(4), "no permission"),
+    ("discovery", "JPEGImages/000002.jpg", "no image"),
+    ("cka", "JPEGImages/cat/2008_000001.jpg", "no permission"),
+    ("similarity", "JPEGImages/cat/2008_000001.jpg", "no image"),
 ]
+"""Of each evaluation what it reads; both faults of images and of labels."""
+
+READS = {
+    "correspondence": (correspondence, make_spair, spair_config),
+    "video": (video, make_davis, video_config),
+    "discovery": (discovery, make_voc, discovery_config),
+    "cka": (cka, make_spair, cka_config),
+    "similarity": (similarity, make_spair, similarity_config),
+}
 
 
-@pytest.mark.parametrize("fault", ["no image", "no permission"])
-@pytest.mark.parametrize(("module", "make", "config", "name"), UNREADABLE)
-def test_what_can_not_be_read_costs_its_own_items_alone(tmp_path, monkeypatch, module, make, config, name, fault):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The records of an evaluation of its whole data set, which is made and evaluated once."""
+
+    @functools.cache
+    def of(task: str) -> list[Record]:
+        (module, make, config), place = READS[task], tmp_path_factory.mktemp(task)
+        make(place / "d")
+        return evaluate(module, config(place / "d", place / "out"))[0]
+
+    return of
+
+
+@pytest.mark.parametrize(("task", "name", "fault"), UNREADABLE)
+def test_what_can_not_be_read_costs_its_own_items_alone(tmp_path, monkeypatch, whole, task, name, fault):
     """The others' records are those of the whole data set, and the results say what was left out, and why."""
-    data = make(tmp_path / "d")
+    module, make, config = READS[task]
+    data, undamaged = make(tmp_path / "d"), [] if module is cka else whole(task)
     if module is discovery:
         data = data / "VOCdevkit/VOC2007"
-    whole, _ = evaluate(module, config(tmp_path / "d", tmp_path / "whole"))
     reason = "can't be read: Permission denied"
     if fault == "no image":
         (data / name).write_text("no image")
@@ -265,8 +289,8 @@ def test_what_can_not_be_read_costs_its_own_items_alone(tmp_path, monkeypatch, m
     assert scored
     assert count >= 1
     if module is not cka:  # a batch's terms are of all its images
-        assert all(record in whole for record in scored)
-        assert 0 < len(scored) < len(whole)
+        assert all(record in undamaged for record in scored)
+        assert 0 < len(scored) < len(undamaged)
 
 
 def test_a_data_set_of_which_nothing_can_be_read_is_refused(tmp_path):

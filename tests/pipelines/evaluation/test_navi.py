@@ -170,8 +170,8 @@ PROGRAM = [
 ]
 
 
-def evaluate(data, out, *more: str) -> int:
-    levels = ["--levels", "x1", "112x112=bilinear", "--sizes", "448", "--every", "1", "--matches", "200"]
+def evaluate(data, out, *more: str, side: int = 448) -> int:
+    levels = ["--levels", "x1", f"{side // 4}x{side // 4}=bilinear", "--sizes", str(side), "--every", "1", "--matches", "200"]
     return run(["correspondence", "--protocol", "navi", "--data", str(data), "--out", str(out), *levels, *PROGRAM, *more])
 
 
@@ -196,7 +196,7 @@ def test_a_view_whose_depth_says_nothing_costs_its_pairs_alone(data, tmp_path, c
     depth = broken / "navi_v1" / "ball_b" / "wild_set" / "depth" / "downsampled_000.png"
     Image.fromarray(np.zeros((120, 160), np.uint16)).save(depth)
 
-    assert evaluate(broken, tmp_path / "out") == 0
+    assert evaluate(broken, tmp_path / "out", side=112) == 0
 
     said = capsys.readouterr().out
     assert "over 8 pairs; 1 left out" in said

@@ -175,7 +175,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def faulty_s3(s3_server):
-    proxy = FaultyProxy(s3_server, error_rate=0.05, stall_rate=0.01)
+    proxy = FaultyProxy(s3_server, error_rate=0.1, stall_rate=0.02)
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
     yield proxy
@@ -186,15 +186,16 @@ def faulty_s3(s3_server):
 def test_run_completes_identically_over_s3_that_errs_and_stalls(tiny, s3_inputs, faulty_s3):
     clean = s3_config(tiny, s3_inputs)
     s3_inputs["options"]["config_kwargs"] = {"read_timeout": 1}
+    ten = {"block_rows": 1, "limit": 10}
     endpoint = f"http://127.0.0.1:{faulty_s3.server_address[1]}"
     bucket = s3_inputs["bucket"]
-    faulty = s3_config(tiny, s3_inputs, endpoint, out=f"s3://{bucket}/faulty.zarr", block_rows=1)
-    reference = s3_config(tiny, s3_inputs, out=f"s3://{bucket}/reference.zarr", block_rows=1)
+    faulty = s3_config(tiny, s3_inputs, endpoint, out=f"s3://{bucket}/faulty.zarr", **ten)
+    reference = s3_config(tiny, s3_inputs, out=f"s3://{bucket}/reference.zarr", **ten)
     extract(reference, InlineExecutor())
 
     summary = extract(faulty, InlineExecutor())
 
-    assert (summary.ok, summary.failed) == (20, 0)
+    assert (summary.ok, summary.failed) == (10, 0)
     assert faulty_s3.faults["500"] + faulty_s3.faults["503"] >= 5
     assert faulty_s3.faults["stall"] >= 1
     assert tree(Folder(faulty.out, clean.options)) == tree(Folder(reference.out, clean.options))

@@ -195,21 +195,16 @@ def test_rates_are_of_all_the_time_since_the_line_before(small, monkeypatch, cap
 
 @pytest.mark.parametrize("method", ["lift", "jbu"])
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path, method):
-    changes = {"radius": 1} if method == "jbu" else {}
+    """LiFT from the enlargement of its maps, which the first validation is near."""
+    changes = {"radius": 1} if method == "jbu" else {"start": "enlargement"}
     whole, broken = (small(method=method, out=str(tmp_path / name), **changes) for name in ("whole", "broken"))
 
     found = continued(whole, broken, (1, 5))
 
     assert (found.step, found.progress["images"]) == (9, 36)
-
-
-def test_a_start_as_the_enlargement_is_near_it_and_goes_on_bit_for_bit(small, tmp_path):
-    whole, broken = (small(method="lift", start="enlargement", out=str(tmp_path / name)) for name in ("whole", "broken"))
-
-    continued(whole, broken, (1, 5))
-
-    first = read_metrics(Folder(whole.out))[0]
-    assert first["val_cosine"] == pytest.approx(first["val_cosine_bilinear"], abs=0.05)
+    if method == "lift":
+        first = read_metrics(Folder(whole.out))[0]
+        assert first["val_cosine"] == pytest.approx(first["val_cosine_bilinear"], abs=0.05)
 
 
 def test_a_killed_run_trains_no_image_twice(small):
@@ -267,7 +262,7 @@ def together(setup: TrainSetup, world: int) -> list[Trainer]:
     return [Trainer(setup, Together(rank, world, shared), torch.device("cpu")) for rank in range(world)]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_several_workers_take_the_steps_of_one(small, tmp_path, world):
     """Of the epoch's last batch, two images, two micro-batches are left: the third worker has none."""
     train_inline(prepared(small(out=str(tmp_path / "one"), micro_batch=1)))

@@ -194,9 +194,11 @@ def test_micro_batches_add_up_to_the_batch(small, tmp_path, name):
     np.testing.assert_allclose(losses(str(tmp_path / "a")), losses(str(tmp_path / "b")), rtol=1e-3)
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("nothing_dropped")
 @pytest.mark.parametrize("name", BOTH)
 def test_two_workers_take_the_steps_of_one(small, tmp_path, name):
+    """Two processes do so below, and threads for LiFT; here, beyond an epoch's end."""
     settings = {"micro_batch": 1, "max_steps": 4}  # the third is of one image, the fourth of the next epoch
     train_inline(prepared(small(name, out=str(tmp_path / "one"), **settings)))
     trainers = together(prepared(small(name, out=str(tmp_path / "two"), **settings)), 2)
