@@ -39,7 +39,7 @@ READ_ALIKE: Mapping[str, tuple[str, ...]] = {
 """Of kinds of runs: what another kind reads by the same code, and is tried with alone. Other members of tars, and weights, are
 x2's; weights of a readout's backbone are those of the first, and an evaluation's those of the first correspondence."""
 
-TWO_USES = ("VOC2012/", "photos_open/seg/", "coco/annotations/", "DAVIS/")
+TWO_USES = ("VOC2012/", "photos_open/seg/", "coco/annotations/", "DAVIS/", "navi_v1/")
 """Folders with what is trained on and what is held out, or what is given and what is scored."""
 
 

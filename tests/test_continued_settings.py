@@ -191,9 +191,17 @@ ALIKE: Mapping[str, tuple[str, ...]] = {
         ("vit_up", "jafar", "featup", "readout: nyu"),
     ),
     **dict.fromkeys(("paper", "pictures"), ("correspondence: navi", "discovery", "cka", "similarity", "probe")),
-}
-"""Settings of the one loop of all trainings, and of the one report of all evaluations, that results don't depend on: each such
-run is done to its end, twice. The kinds of runs that they are changed in by `make soak` alone."""
+    **dict.fromkeys(
+        (
+            "encoding", "facet", "force_upsampler", "layers", "levels", "model", "norm", "pos_embed", "precision", "ragged",
+            "revision", "stride", "weights",
+        ),
+        ("jafar", "featup", "readout: nyu", "correspondence: navi", "video", "discovery", "cka", "similarity"),
+    ),
+}  # fmt: skip
+"""Settings of the one loop of all trainings and of the one report of all evaluations that results don't depend on (each such run
+is done to its end, twice), and settings of features, which jobs hold in one class: the kinds of runs that they are changed in by
+`make soak` alone. Others of each base are tried here, and those whose other settings are their own."""
 
 
 def cases() -> Iterator[tuple[str, str, object]]:

@@ -328,15 +328,21 @@ BY_PLACE = ("weights", "facet", "level digest", "level compression", "photograph
 """Stores that are given by another place, too: of other weights, settings, levels, bytes of the same numbers, images, and rows.
 What else differs is looked for by the same comparison, whatever the place."""
 
-CASES = [
-    (name, variant, place)
-    for name, each in CONSUMERS.items()
-    for variant in variants(each.geometry)
-    for place in ("there", *(["elsewhere"] if variant in BY_PLACE else []))
-]
+COMPARED_ALIKE = ("grid", "probe", "discovery", "correspondence")
+"""Consumers that look for what differs between the specs as others do: a grid's cells are readouts, and evaluations have one
+source of stores. Those of `BY_PLACE` and of another geometry are tried with all, the other fields with these by `make soak`."""
 
 
-@pytest.mark.parametrize(("name", "variant", "place"), CASES, ids=[f"{each[0]}: {each[1]}-{each[2]}" for each in CASES])
+def cases() -> Iterator[object]:
+    for name, each in CONSUMERS.items():
+        for variant in variants(each.geometry):
+            alike = name in COMPARED_ALIKE and variant in OF_FIELD.keys() - {*BY_PLACE, "geometry"}
+            marks = [pytest.mark.soak] if alike else []
+            for place in ("there", *(["elsewhere"] if variant in BY_PLACE else [])):
+                yield pytest.param(name, variant, place, id=f"{name}: {variant}-{place}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "variant", "place"), cases())
 def test_other_store_is_refused_by_name_or_counts(name, variant, place, held, stores, fresh):
     consumer, (first, url) = CONSUMERS[name], held(name)
     other = stores(consumer, variant)
