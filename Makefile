@@ -20,11 +20,13 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 demo: setup
 	$(BIN)/python jobs/extract.py demo
 
-# Two processes, a file each at a time, in the order of tests/conftest.py: much of a test is waiting, for Ray's processes above all.
+# WORKERS processes, a file each at a time, in the order of tests/conftest.py: much of a test is waiting, for Ray's processes above
+# all, so that more of them than cores may be worth their memory (2 GB each).
 # Every process that tests start would compile this checkout anew without its bytecode.
+WORKERS ?= 2
 test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-rgw: setup
 	$(BIN)/python -m pytest -m rgw

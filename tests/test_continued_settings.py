@@ -190,13 +190,13 @@ ALIKE: Mapping[str, tuple[str, ...]] = {
         ("checkpoint_every", "epochs", "log_every", "max_failed_fraction", "max_steps", "overlap", "validate_every"),
         ("vit_up", "jafar", "featup", "readout: nyu"),
     ),
-    **dict.fromkeys(("paper", "pictures"), ("correspondence: navi", "discovery", "cka", "similarity", "probe")),
+    **dict.fromkeys(("paper", "pictures"), ("correspondence: navi", "discovery", "cka", "similarity", "sharpness", "probe")),
     **dict.fromkeys(
         (
             "encoding", "facet", "force_upsampler", "layers", "levels", "model", "norm", "pos_embed", "precision", "ragged",
             "revision", "stride", "weights",
         ),
-        ("jafar", "featup", "readout: nyu", "correspondence: navi", "video", "discovery", "cka", "similarity"),
+        ("jafar", "featup", "readout: nyu", "correspondence: navi", "video", "discovery", "cka", "similarity", "sharpness"),
     ),
 }  # fmt: skip
 """Settings of the one loop of all trainings and of the one report of all evaluations that results don't depend on (each such run
