@@ -662,7 +662,7 @@ def test_failed_read_in_a_worker_says_why_after_its_parent_has_read_the_ledger(o
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("blocks", [None, 3, 100])
+@pytest.mark.parametrize("blocks", [None, 3, pytest.param(100, marks=pytest.mark.soak)])
 def test_ray_dataset_holds_every_valid_row(store, blocks):
     dataset = read_rows(store.folder.url, LEVELS, columns=["cls", "width"], override_num_blocks=blocks)
 

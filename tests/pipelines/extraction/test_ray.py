@@ -28,6 +28,7 @@ from storage.spec import ShardTask
 from storage.store import FeatureStore
 from storage.tars import MemberRules, scan_source
 from tests.pipelines.extraction.test_s3 import tree
+from tests.pipelines.features.test_learned import official_file
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -35,9 +36,11 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("decode_on", ["actor", "cluster"])
 def test_ray_writes_the_bytes_of_the_inline_run(make_tars, tiny, tmp_path, decode_on):
-    data = make_tars(count=2, each=10)
-    inline = tiny(data, out=str(tmp_path / "inline.zarr"), actor_cpus=1)
-    on_ray = tiny(data, out=str(tmp_path / "ray.zarr"), executor="ray", decode_on=decode_on)
+    """Where actors decode, with a learned upsampler, whose weights travel to them."""
+    data, lift = make_tars(count=2, each=10), f"lift:{official_file(tmp_path / 'lift.pth')}"
+    learned = {"facet": "key", "levels": ("x1", f"x2={lift}", f"x4={lift}")} if decode_on == "actor" else {}
+    inline = tiny(data, out=str(tmp_path / "inline.zarr"), actor_cpus=1, **learned)
+    on_ray = tiny(data, out=str(tmp_path / "ray.zarr"), executor="ray", decode_on=decode_on, **learned)
     extract(inline, InlineExecutor())
 
     summary = extract(on_ray, RayExecutor())

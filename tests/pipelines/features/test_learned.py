@@ -32,7 +32,7 @@ from pipelines.demo_datasets import write_demo
 from pipelines.evaluation import correspondence
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.run import evaluate
-from pipelines.executors import InlineExecutor, RayExecutor
+from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
 from pipelines.features.levels import LevelChoice
 from pipelines.features.photos import read_photos
@@ -372,20 +372,6 @@ def test_interrupted_run_continues_with_the_same_bytes(keys, tmp_path):
 
     assert (summary.ok, summary.this_run) == (6, 2)
     assert tree(Folder(config.out)) == tree(Folder(whole.out))
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_ray_writes_the_bytes_of_the_inline_run(keys, tmp_path):
-    url = official_file(tmp_path / "lift.pth")
-    levels = ("x1", f"x2=lift:{url}", f"x4=lift:{url}")
-    inline = keys(levels=levels, out=str(tmp_path / "inline.zarr"), actor_cpus=1)
-    on_ray = keys(levels=levels, out=str(tmp_path / "ray.zarr"), executor="ray")
-    extract(inline, InlineExecutor())
-
-    summary = extract(on_ray, RayExecutor())
-
-    assert (summary.ok, summary.failed) == (6, 0)
-    assert tree(Folder(on_ray.out)) == tree(Folder(inline.out))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
