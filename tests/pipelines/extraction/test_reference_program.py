@@ -67,7 +67,7 @@ def expected_maps(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.T
     ("name", "size", "geometry"),
     [
         ("vit_small_patch16_224.dino", 224, "crop"),
-        ("vit_base_patch16_clip_224.openai", 224, "squash"),
+        ("vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", 224, "squash"),
         ("vit_small_patch14_reg4_dinov2.lvd142m", 224, "crop"),
         ("hiera_tiny_224.mae", 224, "crop"),
         ("vit_base_patch16_siglip_224.webli", 224, "squash"),
