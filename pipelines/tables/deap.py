@@ -264,11 +264,7 @@ def plan(config: PapersConfig) -> PaperPlan:
         _backbones(make), _parameters(make), _ablations(make), _predictions(make), _readouts(make), _resolutions(make),
         _correlations(make), _speeds(make),
     )  # fmt: skip
-    if config.scale != "paper":
-        note = f"of other data, backbones and lengths than the paper's (--scale {config.scale}): a difference to it says little"
-        own = {each.number: note for each in tables if each.number not in ("4", "fig3")}
-        tables = tuple(replace(each, notes=(*each.notes, *filter(None, [own.get(each.number)]))) for each in tables)
-    return PaperPlan(paper="DeAP", tables=tables, cells=make.cells)
+    return make.plan("DeAP", tables, counted=("4",))
 
 
 def _label(task: str, column: Column) -> str:

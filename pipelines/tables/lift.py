@@ -53,10 +53,7 @@ def plan(config: PapersConfig) -> PaperPlan:
         _rows(make, "s4", "DAVIS-2017, J and F, %", make.video, {each: (LIFT_VIDEO, each) for each in ("J", "F")}),
         _discovery(make, "s5", "objects in VOC07 and VOC12, CorLoc, %", "voc07", "voc12"),
     )  # fmt: skip
-    if config.scale != "paper":
-        note = f"of other data and backbones than the paper's (--scale {config.scale}): a difference to it says little"
-        tables = tuple(replace(table, notes=(*table.notes, note)) if table.wanted else table for table in tables)
-    return PaperPlan(paper="LiFT", tables=tables, cells=make.cells)
+    return make.plan("LiFT", tables)
 
 
 def _line(method: str) -> str:
@@ -215,7 +212,8 @@ def _picture(make: Cells, number: str, title: str, job: Job, file: str, *levels:
 def _ablations(make: Cells) -> PaperTable:
     variants: Mapping[str, Mapping[str, JsonValue]] = {
         "random": {
-            "max_steps": 1, "lr": 1e-12, "schedule": "constant", "warmup_steps": 0, "checkpoint_every": 1, "validate_every": 1
+            "max_steps": 1, "lr": 1e-12, "schedule": "constant", "warmup_steps": 0, "checkpoint_every": 1, "validate_every": 1,
+            **({"start": "drawn"} if make.config.scale == "mini" else {}),
         },
         "no-image": {"image_branch": False},
         "l1": {"loss": "l1"},

@@ -1,11 +1,11 @@
 """What the cells of all papers are made on: a scale's backbones, weights and folders of data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from pipelines.config import absolute
-from pipelines.tables.papers import Job, PaperCell, PapersConfig
+from pipelines.tables.papers import Job, PaperCell, PaperPlan, PapersConfig, PaperTable
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 """mini's backbone; its weights may be below --root."""
@@ -36,6 +36,18 @@ class ScaledCells:
     def missing(self, name: str, why: str) -> str:
         """A cell that nothing here can do."""
         return self.add(PaperCell(name=name, job=self.lacking, missing=why))
+
+    def plan(self, paper: str, tables: Iterable[PaperTable], *, counted: Collection[str] = ()) -> PaperPlan:
+        """Of these cells. At other scales than the paper's each table of numbers says that it is of such, but those that are
+        `counted`, which are the paper's at every scale."""
+        scale, noted = self.config.scale, tuple(tables)
+        if scale != "paper":
+            recipe = ", trained by short recipes of our own (pipelines/TRAINING.md)" if scale == "mini" else ""
+            note = f"of other data and backbones than the paper's (--scale {scale}){recipe}: a difference to it says little"
+            noted = tuple(
+                replace(each, notes=(*each.notes, note)) if each.wanted and each.number not in counted else each for each in noted
+            )
+        return PaperPlan(paper=paper, tables=noted, cells=self.cells)
 
     def model(self, backbone: str) -> str:
         """timm's name of a backbone."""
