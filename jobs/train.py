@@ -100,7 +100,7 @@ PRESETS: dict[str, TrainConfig] = {
         features=replace(LIFT_MAPS, model="vit_tiny_patch16_224.augreg_in21k_ft_in1k", size=128, precision="fp32"),
         cluster=GpuConfig(executor="inline"),
     ),
-    # DINOv2's keys of block 9 on 2,500 photographs in 10 to 15 minutes of a core: LiFT starts as the bilinear enlargement,
+    # DINOv2's keys of block 9 on 2,500 photographs in 20 to 30 minutes of a core: LiFT starts as the bilinear enlargement,
     # learns relations beside distances, and the backbone sees each photograph once. pipelines/TRAINING.md has the results, and
     # what each of these is worth.
     # `python jobs/train.py lift-dinov2-small-photos --weights DIR --data 'photos-train-{000000..000004}.tar' --out lift-dinov2`
@@ -108,7 +108,7 @@ PRESETS: dict[str, TrainConfig] = {
         method="lift",
         start="enlargement",
         loss="l2",
-        relational_weight=45.0,
+        relational_weight=20.0,
         relational_images=4,
         pairs=1,
         lower="resized",
@@ -116,7 +116,7 @@ PRESETS: dict[str, TrainConfig] = {
         jitter=0.0,
         keep_maps=True,
         batch=16,
-        epochs=6,
+        epochs=12,
         lr=2e-3,
         schedule="cosine",
         warmup_steps=20,
