@@ -299,6 +299,29 @@ def test_settings_of_every_training_go_together(scale, steps):
                 assert steps is None or training.max_steps in (steps, 1) or cell.name.endswith("-epochs"), cell.name
 
 
+def test_mini_trains_by_short_recipes_and_says_so():
+    """LiFT and ViT-Up start as the enlargement, but where an ablation is of a start at random, or can't start so."""
+    plans = {make: make(PapersConfig(out="o", scale="mini")) for make in (lift.plan, vit_up.plan, deap.plan)}
+    starts = {
+        name: cell.settings.get("start") for plan in plans.values() for name, cell in plan.cells.items() if "train-" in name
+    }
+
+    assert (
+        starts["train-lift-dino-s16"] == starts["train-lift-dino-s16-no-image"] == starts["train-vit-up-splus"] == "enlargement"
+    )
+    assert starts["train-lift-dino-s16-random"] == "drawn"
+    assert {starts["train-jbu-dino-s16"], starts["train-vit-up-splus-without-cross-attention"]} == {None}
+    for make, plan in plans.items():
+        said = {
+            table.number: [note for note in table.notes if "(--scale mini), trained by short recipes" in note]
+            for table in plan.tables
+        }
+        assert {number for number, notes in said.items() if notes} == {
+            table.number for table in plan.tables if table.wanted and (make, table.number) != (deap.plan, "4")
+        }
+        assert not any("--scale" in note for table in make(PapersConfig(out="o")).tables for note in table.notes)
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
