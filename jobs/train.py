@@ -38,6 +38,7 @@ from pipelines.training.jafar import JafarTraining
 from pipelines.training.lift import LIFT_MAPS, X2Config
 from pipelines.training.objectives import trainings
 from pipelines.training.readout import ReadConfig, ReadoutTraining
+from pipelines.training.short import LIFT_SHORT, VIT_UP_SHORT
 from pipelines.training.square import SquareMapConfig
 from pipelines.training.vit_up import ViTUpTraining
 from pipelines.training.vitdet import ViTDetTraining
@@ -104,28 +105,22 @@ PRESETS: dict[str, TrainConfig] = {
     # learns relations beside distances, and the backbone sees each photograph once. pipelines/TRAINING.md has the results, and
     # what each of these is worth.
     # `python jobs/train.py lift-dinov2-small-photos --weights DIR --data 'photos-train-{000000..000004}.tar' --out lift-dinov2`
-    "lift-dinov2-small-photos": X2Config(
+    "lift-dinov2-small-photos": X2Config.of(
         method="lift",
         start="enlargement",
         loss="l2",
         relational_weight=20.0,
-        relational_images=4,
-        pairs=1,
-        lower="resized",
-        interpolation="bicubic",
-        jitter=0.0,
-        keep_maps=True,
-        batch=16,
         epochs=12,
-        lr=2e-3,
-        schedule="cosine",
-        warmup_steps=20,
         val_rows=32,
         log_every=50,
         checkpoint_every=400,
         validate_every=4000,
-        features=replace(LIFT_MAPS, model="vit_small_patch14_dinov2.lvd142m", layers=(9,), size=224, precision="fp32"),
-        cluster=GpuConfig(executor="inline"),
+        **LIFT_SHORT,
+        model="vit_small_patch14_dinov2.lvd142m",
+        layers=(9,),
+        size=224,
+        precision="fp32",
+        executor="inline",
     ),
     # ViT-Up's recipe. No published duration; not run here. The official order isn't shuffled, ours is, and the backbone stays
     # in eval mode, where the official code rescales its rotary embeddings at random.
@@ -156,29 +151,14 @@ PRESETS: dict[str, TrainConfig] = {
     # DINOv2's tokens on 600 photographs in about 20 minutes of a core: ViT-Up starts as the bilinear enlargement and learns
     # relations above all. pipelines/TRAINING.md has the results.
     # `python jobs/train.py vit-up-dinov2-small-photos --weights DIR --data 'photos-train-{000000..000004}.tar' --out vit-up`
-    "vit-up-dinov2-small-photos": ViTUpTraining(
-        canvas=448,
-        teacher_sizes=(224, 448),
-        hidden_size=224,
-        query_size=896,
-        hidden_states=(0, 4, 8, 12),
-        net_precision="fp32",
-        strength=0.0,
-        chunk_blocks=256,
-        start="enlargement",
-        relational_weight=10.0,
-        relational_tau=0.05,
-        relational_itself=True,
-        batch=4,
-        max_steps=150,
-        lr=5e-4,
-        warmup_steps=10,
-        val_rows=8,
+    "vit-up-dinov2-small-photos": ViTUpTraining.of(
         log_every=10,
         checkpoint_every=50,
         validate_every=1000,
-        features=BackboneConfig(model="vit_small_patch14_dinov2.lvd142m", precision="fp32"),
-        cluster=GpuConfig(executor="inline"),
+        **VIT_UP_SHORT,
+        model="vit_small_patch14_dinov2.lvd142m",
+        precision="fp32",
+        executor="inline",
     ),
     # JAFAR's recipe: 100,000 steps, no labels. No published duration; not run here.
     # `python jobs/train.py jafar-dinov2-s14-imagenet --data 'imagenet1k-train-{0000..1023}.tar' --out jafar-s14 --val-rows 512`

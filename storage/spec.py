@@ -55,6 +55,15 @@ _TAKEN = (*SIDE_GROUPS, "search", "zarr.json", "readme.md", "row", "key")
 _SCALE = re.compile(r"x\d{1,9}(\.\d+)?|\d{1,9}x\d{1,9}|pooled")
 
 
+def spaced(
+    edge: tuple[float, float], extent: tuple[float, float], grid: tuple[int, int]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """`start` and `step` of a level whose cells part an area of the model's input into `grid`: (y, x), in pixels; `edge` is the
+    area's upper left corner."""
+    (edge_y, edge_x), (step_y, step_x) = edge, (extent[0] / grid[0], extent[1] / grid[1])
+    return (edge_y + step_y / 2, edge_x + step_x / 2), (step_y, step_x)
+
+
 def is_scale(text: str) -> bool:
     """Whether a level may be asked for so without a name of its own: x2, 112x112, pooled."""
     return bool(_SCALE.fullmatch(text))

@@ -44,7 +44,7 @@ from storage.datasets.registry import DATASETS, LabelReading, load_labelled
 from storage.documents import decode_known
 from storage.paths import Folder
 from storage.pixels import PixelMap, cell_centres
-from storage.spec import Level
+from storage.spec import Level, spaced
 from storage.spread import spread
 
 PIECE_IMAGES = 16
@@ -125,7 +125,8 @@ class OutlineSharpness:
     def _photo(self, item: LabelledImage, label_HW: np.ndarray, side: int) -> np.ndarray:
         """The photograph as the model is given it, with the outlines of its labels: uint8 [side, side, 3]."""
         photo = fit(Image.fromarray(upright_pixels(item.image)), self.geometry(side))
-        pixels = replace(self.cells[side], grid=(side, side), start=(0.5, 0.5), step=(1.0, 1.0))
+        start, step = spaced((0, 0), (side, side), (side, side))
+        pixels = replace(self.cells[side], grid=(side, side), start=start, step=step)
         (right, _), (below, _) = outlines(torch.from_numpy(self.labels(label_HW, pixels, side)))
         photo[_of_cells(right, below).numpy()] = WRONG
         return photo
@@ -174,9 +175,10 @@ def _finest(recipe: Recipe, size: Size) -> Level:
     grid = max((row.grid for row in rows), key=lambda grid: grid[0] * grid[1])
     assert base.start
     assert base.step
-    step_y, step_x = (step * of / n for step, of, n in zip(base.step, low.grid, grid, strict=True))
-    start_y, start_x = (at - (old - new) / 2 for at, old, new in zip(base.start, base.step, (step_y, step_x), strict=True))
-    return replace(base, grid=grid, start=(start_y, start_x), step=(step_y, step_x))
+    (start_y, start_x), (step_y, step_x) = base.start, base.step
+    edge, extent = (start_y - step_y / 2, start_x - step_x / 2), (step_y * low.grid[0], step_x * low.grid[1])
+    start, step = spaced(edge, extent, grid)
+    return replace(base, grid=grid, start=start, step=step)
 
 
 def find(config: SharpnessConfig, task: OutlineSharpness, recipe: Recipe, records: Sequence[Record]) -> Findings:

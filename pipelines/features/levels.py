@@ -12,7 +12,7 @@ from pipelines.config import ConfigError
 from pipelines.features.upsamplers import UpsamplerWeights
 from storage.documents import JsonValue
 from storage.redaction import redact
-from storage.spec import Compression, Dtype, Encoding, InvalidSpec, Level, encoding_of, is_scale, require_level_name
+from storage.spec import Compression, Dtype, Encoding, InvalidSpec, Level, encoding_of, is_scale, require_level_name, spaced
 
 _OF_THE_BACKBONE = ("", "backbone", "mean", "cls")
 """What a level may be without an upsampler; nothing stands for what suits its grid."""
@@ -166,8 +166,8 @@ def resolve_level(
     elif not method:
         method = "average" if grid[0] < base[0] or grid[1] < base[1] else "bilinear"
     digest = _held_against(choice.displayed, method, learned, channels, base, grid) if method != "backbone" else ""
-    step = tuple(backbone.stride * b / g for b, g in zip(base, grid, strict=True))
     edge = (backbone.patch - backbone.stride) / 2
+    start, step = spaced((edge, edge), (backbone.stride * base[0], backbone.stride * base[1]), grid)
     return Level(
         name=choice.name,
         method=method,
@@ -175,8 +175,8 @@ def resolve_level(
         channels=channels,
         dtype=choice.dtype,
         compression=choice.compression,
-        start=(edge + step[0] / 2, edge + step[1] / 2),
-        step=(step[0], step[1]),
+        start=start,
+        step=step,
         digest=digest,
         scale=choice.own_scale,
     )

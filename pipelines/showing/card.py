@@ -1,6 +1,5 @@
 """A store's README: a data set card as the Hugging Face hub reads it, which is plain Markdown anywhere else."""
 
-import io
 import json
 import math
 import re
@@ -13,6 +12,7 @@ import jinja2
 from cluster.progress import size_text
 from pipelines.config import command_of
 from pipelines.extraction.config import ExtractConfig
+from pipelines.results import png_bytes
 from pipelines.showing.choice import columns_of, dense_levels, pick_rows
 from pipelines.showing.page import versions_in_words
 from pipelines.showing.report import settings_in_words
@@ -206,6 +206,4 @@ def _pictures(store: FeatureStore, count: int, options: StorageOptions | None) -
         panel = view_panel(columns_of([store], [pick_rows(store, count)]), storage_options=options)
     except StorageError:
         return {}, ""
-    data = io.BytesIO()
-    panel.draw().save(data, "PNG", optimize=True)
-    return {PICTURE: data.getvalue()}, panel.title
+    return {PICTURE: png_bytes(panel.draw())}, panel.title

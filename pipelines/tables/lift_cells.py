@@ -8,6 +8,7 @@ from types import MappingProxyType
 from pipelines.published.lift import LIFT_FEATURES, LIFT_SIDES, LIFT_TRAINING
 from pipelines.tables.paper_cells import ScaledCells
 from pipelines.tables.papers import LACKS, Job, PaperCell
+from pipelines.training.short import LIFT_SHORT
 from storage.documents import JsonValue
 
 OWN = "dino-s16"
@@ -51,12 +52,9 @@ DEMO = {
 }  # fmt: skip
 
 SHORT: Mapping[str, JsonValue] = {
-    "lower": "resized", "interpolation": "bicubic", "jitter": 0.0, "pairs": 1, "relational_weight": 8.0, "relational_images": 4,
-    "keep_maps": True, "batch": 16, "epochs": 100, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 20, "log_every": 20,
-    "checkpoint_every": 20, "validate_every": 200,
+    **LIFT_SHORT, "relational_weight": 8.0, "epochs": 100, "log_every": 20, "checkpoint_every": 20, "validate_every": 200
 }  # fmt: skip
-"""mini's trainings, of 280 steps, which aren't the paper's: pipelines/TRAINING.md has what so short ones need. Distances stay
-cosines, which have the same weight beside relations on each backbone."""
+"""mini's trainings, of 280 steps. Distances stay cosines, which have the same weight beside relations on each backbone."""
 
 DRAWN: Mapping[str, JsonValue] = {
     "batch": 4, "epochs": 10, "val_rows": 4, "size": 128, "log_every": 2, "checkpoint_every": 2, "validate_every": 2

@@ -25,6 +25,7 @@ from pipelines.published.vit_up import (
 from pipelines.tables.paper_cells import ScaledCells
 from pipelines.tables.papers import LACKS, PaperCell, PaperPlan, PapersConfig, PaperTable, Wanted
 from pipelines.tables.tasks import PUBLISHED, Column
+from pipelines.training.short import VIT_UP_SHORT
 from storage.documents import JsonValue
 
 MODELS = {"splus": "vit_small_plus_patch16_dinov3_qkvb.lvd1689m", "base": "vit_base_patch16_dinov3_qkvb.lvd1689m"}
@@ -49,19 +50,14 @@ FOLDERS = {"spair": "labelled/spair_layout/SPair-71k", "photos": "photos_train"}
 """Of `mini`, below --root: its other sets have no training part."""
 
 SMALL: Mapping[str, Mapping[str, JsonValue]] = {
-    "mini": {
-        "size": 448, "teacher_sizes": (224, 448), "hidden_size": 224, "query_size": 896, "hidden_states": (0, 4, 8, 12),
-        "start": "enlargement", "relational_weight": 10.0, "relational_tau": 0.05, "relational_itself": True,
-        "net_precision": "fp32", "strength": 0.0, "batch": 4, "val_rows": 8, "chunk_blocks": 256, "epochs": 10, "lr": 5e-4,
-        "warmup_steps": 10, "checkpoint_every": 20, "validate_every": 200, "log_every": 20, "max_steps": 150,
-    },
+    "mini": {**VIT_UP_SHORT, "epochs": 10, "checkpoint_every": 20, "validate_every": 200, "log_every": 20},
     "debug": {
         "size": 128, "teacher_sizes": (32, 64, 128), "hidden_size": 64, "query_size": 128, "hidden_states": (0, 3, 6),
         "net_precision": "fp32", "warmup_steps": 1, "val_rows": 2, "batch": 4, "epochs": 5, "max_steps": 3, "checkpoint_every": 2,
         "validate_every": 2, "log_every": 1,
     },
 }  # fmt: skip
-"""Trainings at other scales than the paper's; mini's by a recipe of our own, that short ones need (pipelines/TRAINING.md)."""
+"""Trainings at other scales than the paper's."""
 
 ABLATIONS: Mapping[str, Mapping[str, Mapping[str, JsonValue]]] = {
     "5": {
