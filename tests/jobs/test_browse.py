@@ -20,7 +20,7 @@ from operators.visual import cosine_map
 from pipelines.executors import InlineExecutor
 from pipelines.extraction.run import extract
 from pipelines.showing import nearest
-from pipelines.showing.browse import HEADERS
+from pipelines.showing.browse import HEADERS, BrowseServer
 from pipelines.showing.choice import columns_of
 from pipelines.showing.nearest import nearest_cells
 from pipelines.showing.open_store import OpenStore, Wanted
@@ -284,23 +284,30 @@ def test_a_search_for_cells_says_how_far_it_is_and_ends_with_its_page(store, mon
     """With a page that goes away before it has heard of the first half."""
     monkeypatch.setattr(nearest, "CHUNK_BYTES", 1)
     monkeypatch.setattr("pipelines.showing.browse.TOLD_EVERY_S", 0.01)
-    go_on, asked, real = threading.Event(), [], FeatureStore.read_present
+    told, asked, read, in_thread = threading.Event(), [], FeatureStore.read_present, BrowseServer._in_thread
 
     def read_present(self, rows, level):
         asked.append(int(rows[0]))
         if rows[0] >= 5:
-            go_on.wait(30)
-        return real(self, rows, level)
+            told.wait(30)
+        return read(self, rows, level)
+
+    async def then_told(self, *args):
+        # The rows go on when the search has been told that nobody waits, however long the server takes to see it.
+        try:
+            return await in_thread(self, *args)
+        finally:
+            told.set()
 
     with browsing(store) as server:
         monkeypatch.setattr(FeatureStore, "read_present", read_present)
+        monkeypatch.setattr(BrowseServer, "_in_thread", then_told)
         with socket.create_connection(("127.0.0.1", server.port)) as page:
             query = f"/nearest?row=3&x=40&y=30&level=x1&token={server.token}"
             page.sendall(f"GET {query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             said = b""
             while b'"looked_at": 5' not in said:
                 said += page.recv(4096)
-        go_on.set()
         ask(server, "/nearest", row=3, x=40, y=30, level="x1")  # one at a time: the other has ended by now
 
     assert b'"of": 12' in said
