@@ -23,7 +23,7 @@ from pipelines.features.model_bundle import ModelBundle
 from pipelines.features.rows import Rendering, pooled_level
 from pipelines.features.sources import SourceChoice, require_geometry, resolve_source
 from pipelines.readouts.depth import require_depth
-from pipelines.readouts.task import Task
+from pipelines.readouts.task import Placement, Task
 from pipelines.readouts.tasks import TASKS
 from pipelines.training.config import FeatureTraining, Objective, TrainSetup, Validation
 from pipelines.training.data import Loaded
@@ -93,7 +93,7 @@ class ReadoutTraining(FeatureTraining):
     depth_scale: Annotated[Counts[float | None], used_with(task="depth")] = None
     """depth: how many of the stored values are a metre. Default: the layout's, if a sample of maps is plausible by it."""
 
-    placement: Counts[Literal["crop", "squash"]] = "crop"
+    placement: Counts[Placement] = "crop"
     """How images and labels become square: the centre, or with other proportions."""
     side: Counts[int] = 224
     """Of the readout's output and of the labels, in pixels. DeAP asks a query for each 8 x 8."""
