@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 TRIED = (
     "x2", "vit_up", "jafar", "featup", "readout: voc", "readout: nyu", "vitdet", "grid", "correspondence: lift",
-    "correspondence: navi", "video", "discovery", "cka", "similarity", "sharpness", "probe", "detection", "runtime", "extract",
+    "correspondence: navi", "video", "discovery", "cka", "similarity", "fidelity", "sharpness", "probe", "detection", "runtime",
+    "extract",
 )  # fmt: skip
 """A kind of run for each class of settings, and one that trains on depth."""
 
@@ -109,6 +110,7 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "finetuned": (("WORLD/lifted",),),
     "fps": (2.0,),
     "resolution": ("240p",),
+    "relational_cells": (3,),
     "revision": ("other",),
     "seeds": ((1,),),
     "side": (128,),
@@ -190,13 +192,18 @@ ALIKE: Mapping[str, tuple[str, ...]] = {
         ("checkpoint_every", "epochs", "log_every", "max_failed_fraction", "max_steps", "overlap", "validate_every"),
         ("vit_up", "jafar", "featup", "readout: nyu"),
     ),
-    **dict.fromkeys(("paper", "pictures"), ("correspondence: navi", "discovery", "cka", "similarity", "sharpness", "probe")),
+    **dict.fromkeys(
+        ("paper", "pictures"), ("correspondence: navi", "discovery", "cka", "similarity", "fidelity", "sharpness", "probe")
+    ),
     **dict.fromkeys(
         (
             "encoding", "facet", "force_upsampler", "layers", "levels", "model", "norm", "pos_embed", "precision", "ragged",
             "revision", "stride", "weights",
         ),
-        ("jafar", "featup", "readout: nyu", "correspondence: navi", "video", "discovery", "cka", "similarity", "sharpness"),
+        (
+            "jafar", "featup", "readout: nyu", "correspondence: navi", "video", "discovery", "cka", "similarity", "fidelity",
+            "sharpness",
+        ),
     ),
 }  # fmt: skip
 """Settings of the one loop of all trainings and of the one report of all evaluations that results don't depend on (each such run

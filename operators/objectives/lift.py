@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,15 +36,24 @@ class Relations:
     "what cosines are divided by: the smaller, the more the nearest cells count"
     images: int = 1
     "whose cells see each other: features are compared between images, too"
+    cells: int | None = None
+    "so many of such a group, at places that stay the same; all if None"
 
     def loss(self, predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
         """`relational_kl` of the maps' cells [B, C, h, w], times its weight; the mean over groups of images."""
         total = predicted_BCHW.new_zeros(())
         pairs = zip(predicted_BCHW.split(self.images), target_BCHW.split(self.images), strict=True)
         for pair in pairs:
-            predicted, target = (each.permute(0, 2, 3, 1).flatten(0, 2)[None] for each in pair)
+            predicted, target = (self._chosen(each.permute(0, 2, 3, 1).flatten(0, 2))[None] for each in pair)
             total = total + len(pair[0]) * relational_kl(predicted, target, self.tau, itself=True)
         return self.weight * total / len(predicted_BCHW)
+
+    def _chosen(self, cells_sC: Tensor) -> Tensor:
+        if self.cells is None or len(cells_sC) <= self.cells:
+            return cells_sC
+        # The same at each step: the network treats all places alike, and a step that is done again sees what it saw before.
+        order = torch.randperm(len(cells_sC), generator=torch.Generator().manual_seed(len(cells_sC)))
+        return cells_sC[order[: self.cells].to(cells_sC.device)]
 
 
 def lower(images_BCHW: Tensor, factor: int) -> Tensor:

@@ -36,6 +36,7 @@ class X2Config(SquareTraining):
     judges_shown: ClassVar[bool] = True
     later: ClassVar[Sequence[str]] = (
         "image_width", "image_convs", "pairs", "start", "keep_maps", "relational_weight", "relational_tau", "relational_images",
+        "relational_cells",
     )  # fmt: skip
     of_methods: ClassVar[Mapping[str, str]] = {
         name: name for name in ("image_branch", "image_width", "image_convs", "wide", "kernel", "radius")
@@ -70,6 +71,9 @@ class X2Config(SquareTraining):
     """What cosines are divided by in it: the smaller, the more the most similar cells count."""
     relational_images: Annotated[Counts[int], used_with(relational_weight=True)] = 1
     """Images of a micro-batch whose cells are compared with each other in it."""
+    relational_cells: Annotated[Counts[int | None], used_with(relational_weight=True)] = None
+    """Cells of these images that are compared, at places chosen once; default: all. The cost grows with the square of their
+    number: four images of 32 x 32 cells have 4,096."""
     jitter: Counts[float] = 0.2
     """Colour jitter: brightness, contrast and saturation by up to 1 +- this, hue by up to this part of the circle."""
     lower: Counts[Literal["sliced", "resized"]] = "sliced"
@@ -84,6 +88,8 @@ class X2Config(SquareTraining):
             raise ConfigError(f"--relational-weight {self.relational_weight:g}: must be at least 0")
         require_above(0, self, "relational_tau")
         require_at_least(1, self, "relational_images")
+        if self.relational_cells is not None:
+            require_at_least(2, self, "relational_cells")
         if self.relational_images > 1 and self.features.geometry == "corner":
             raise ConfigError(
                 f"--relational-images {self.relational_images}: with --geometry corner each image's cells are judged alone; use 1"
@@ -188,8 +194,12 @@ class X2Objective(SquareObjective):
     ) -> Tensor:
         config, relations = self.config, None
         if config.relational_weight:
-            tau, together = config.relational_tau, config.relational_images
-            relations = Relations(weight=config.relational_weight, tau=tau, images=together)
+            relations = Relations(
+                weight=config.relational_weight,
+                tau=config.relational_tau,
+                images=config.relational_images,
+                cells=config.relational_cells,
+            )
         return multi_scale_loss(net, images, maps, config.loss, self._lower, shown, relations)
 
     def _of_smaller(self, images: Tensor) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Reconstruction losses: LiFT's values, gradients and optimiser steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,24 @@ def test_cells_of_several_images_are_compared_with_each_other_where_asked():
     parts = [[each[part].permute(0, 2, 3, 1).reshape(1, -1, 6) for each in (predicted, target)] for part in ([0, 1], [2, 3], [4])]
     losses = [relational_kl(*pair, tau=0.2, itself=True) for pair in parts]
     torch.testing.assert_close(found, 2 * (2 * losses[0] + 2 * losses[1] + losses[2]) / 5)
+
+
+def test_relations_of_some_cells_are_those_of_all_at_these_places():
+    predicted, target = torch.randn(4, 6, 5, 5, requires_grad=True), torch.randn(4, 6, 5, 5)
+    relations = Relations(weight=2.0, tau=0.2, images=2, cells=20)
+
+    found = relations.loss(predicted, target)
+    found.backward()
+
+    cells = [each.permute(0, 2, 3, 1).reshape(2, 50, 6) for each in (predicted, target, predicted.grad)]
+    first, second = cells.pop().any(dim=2)
+    assert first.sum() == 20
+    assert first.equal(second)
+    torch.testing.assert_close(found, 2 * relational_kl(*(each[:, first] for each in cells), tau=0.2, itself=True))
+    assert found == relations.loss(predicted, target)  # the same places again
+    every = replace(relations, cells=50).loss(predicted, target)
+    assert every == replace(relations, cells=None).loss(predicted, target)
+    assert every != found
 
 
 def test_two_training_steps_are_those_of_lifts_script():
