@@ -6,6 +6,7 @@
     python jobs/evaluate.py runtime vit-up-table9 --out eval/runtime --paper
     python jobs/evaluate.py probe --data VOC2012 --readouts runs/deap runs/linear --model vit_base_patch16_224.mae --out eval/voc
     python jobs/evaluate.py detection vitdet-lift-coco --data coco --detector vitdet_b.pkl --finetuned vitdet-lift --out eval/coco
+    python jobs/evaluate.py fidelity --data photos --sizes 224 448 --levels x1 x2=lift:s3://bucket/lift --out eval/fidelity
     python jobs/evaluate.py sharpness --dataset voc --data VOC2012 --stores voc-224.zarr --out eval/outlines
     python jobs/evaluate.py classify --data train.zarr --test val.zarr --label cls --out eval/classes
 
@@ -21,13 +22,25 @@ from jobs.program import Command, Program
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import write_demo
-from pipelines.evaluation import cka, classify, correspondence, detection, discovery, readouts, sharpness, similarity, video
+from pipelines.evaluation import (
+    cka,
+    classify,
+    correspondence,
+    detection,
+    discovery,
+    fidelity,
+    readouts,
+    sharpness,
+    similarity,
+    video,
+)
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.classify import ClassifyConfig
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.detection import DetectionConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.fidelity import FidelityConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import main
 from pipelines.evaluation.sharpness import SharpnessConfig
@@ -89,7 +102,8 @@ PRESETS: dict[str, dict[str, EvaluationConfig]] = {
         # LiFT's Fig. 5 and 6; --levels x1 x2=lift:URL x4=lift:URL x8=lift:URL x16=lift:URL shows repeated passes.
         "lift-figures": SimilarityConfig.of(sizes=(224, 448), **LIFT),
     },
-    # Of no paper. On photos_open with DINOv2's keys it was run: pipelines/TRAINING.md.
+    # The two of no paper, which pipelines/TRAINING.md has of DINOv2's keys.
+    "fidelity": {"debug": FidelityConfig.of(data="demo/evaluate/SPair-71k", out="demo/eval-fidelity", sizes=(32, 64), **DEBUG)},
     "sharpness": {"debug": SharpnessConfig.of(data="demo/evaluate/VOC2012", out="demo/eval-sharpness", sizes=(64,), **DEBUG)},
     "runtime": {
         "debug": RuntimeConfig.of(
@@ -135,6 +149,7 @@ TASKS = {
     "discovery": discovery,
     "cka": cka,
     "similarity": similarity,
+    "fidelity": fidelity,
     "sharpness": sharpness,
     "runtime": runtime,
     "probe": readouts,

@@ -23,11 +23,12 @@ from pipelines.config import JobConfig
 from pipelines.costs import runtime
 from pipelines.costs.runtime import RuntimeConfig
 from pipelines.demo_datasets import scene
-from pipelines.evaluation import cka, correspondence, detection, discovery, readouts, sharpness, similarity, video
+from pipelines.evaluation import cka, correspondence, detection, discovery, fidelity, readouts, sharpness, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.detection import DetectionConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.fidelity import FidelityConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import Task, evaluate
 from pipelines.evaluation.sharpness import SharpnessConfig
@@ -420,6 +421,7 @@ KINDS: Mapping[str, Kind] = {
     "discovery": _evaluation("discovery", discovery, DiscoveryConfig, "VOC2007", sizes=(64,)),
     "cka": _evaluation("cka", cka, CkaConfig, "VOC2012/VOCdevkit/VOC2012/JPEGImages", sizes=(32, 64)),
     "similarity": _evaluation("similarity", similarity, SimilarityConfig, "SPair-71k/JPEGImages", sizes=(64,)),
+    "fidelity": _evaluation("fidelity", fidelity, FidelityConfig, "SPair-71k/JPEGImages", sizes=(32, 64)),
     "sharpness": _evaluation("sharpness", sharpness, SharpnessConfig, "VOC2012", sizes=(64,)),
     "probe": _evaluation("probe", readouts, ProbeConfig, "VOC2012", "readout", readouts=("WORLD/readout",)),
     "detection": kind_of(

@@ -34,7 +34,7 @@ READ_ALIKE: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("vit_up", "jafar", "featup"), (".cls", "weights/")),
     **{name: ("weights/",) for name in KINDS if name.startswith("readout: ") and name != "readout: voc"},
     **dict.fromkeys(("correspondence: vit-up", "correspondence: navi", "video", "discovery"), ("weights/",)),
-    **dict.fromkeys(("cka", "similarity", "sharpness", "probe"), ("weights/",)),
+    **dict.fromkeys(("cka", "similarity", "fidelity", "sharpness", "probe"), ("weights/",)),
 }
 """Of kinds of runs: what another kind reads by the same code, and is tried with alone. Other members of tars, and weights, are
 x2's; weights of a readout's backbone are those of the first, and an evaluation's those of the first correspondence."""

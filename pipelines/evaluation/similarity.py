@@ -1,7 +1,7 @@
 """Panels of self-similarity: how alike all features are to the centre's (LiFT Fig. 5, 6)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -66,7 +66,7 @@ class SelfSimilarity:
         for side in self.sides:
             squash = Squash(size=(side, side), interpolation="bilinear")
             maps = source.maps(squash.of(self.images[number]))
-            for name in [row.name for row in source.rows((side, side))][: None if side == self.sides[0] else 1]:
+            for name in maps if side == self.sides[0] else ["low-res"]:
                 similarity = self_similarity(maps[name]).cpu().numpy()
                 records.append({"image": number, "side": side, "row": name, "map": np.round(similarity, 5).tolist()})
         return records
@@ -83,6 +83,7 @@ def prepare(config: SimilarityConfig) -> tuple[SelfSimilarity, Recipe, Folder]:
     sides = tuple(sorted(h for h, _ in sizes))
     if not config.sizes and not config.stores:
         sides = (sides[0], 2 * sides[0])
+    recipe = replace(recipe, low_res_of=frozenset((side, side) for side in sides[1:]))
     task = SelfSimilarity(images=images, sides=sides, left_out=left_out_of_listing(listed.left_out), taken=taken)
     of = Evaluated(records=[*images, *sides], images={(side, side): images for side in sides})
     return task, *begin(config, "similarity", recipe, of)

@@ -108,6 +108,8 @@ class LiveRecipe:
     rendering: Rendering
     sizes: tuple[Size, ...] = ()
     "of the inputs, as far as they are known beforehand"
+    low_res_of: frozenset[Size] = frozenset()
+    "sizes of which the low-resolution map is asked for, and nothing that is made of it"
 
     def open(self, device: str) -> "LiveSource":
         return LiveSource(self, device)
@@ -169,7 +171,13 @@ class LiveRecipe:
         ragged = is_ragged(size, self.patch, next(iter(self.bundles.values())).spec.stride)
         spec = self.bundles[ragged].spec
         old, new = (cells(each, self.patch, spec.stride) for each in (spec.input_size, size))
-        return replace(spec, input_size=size, levels=tuple(_at(level, old, new) for level in spec.levels))
+        levels = spec.levels if size not in self.low_res_of else _own_maps(spec.levels)[:1]
+        return replace(spec, input_size=size, levels=tuple(_at(level, old, new) for level in levels))
+
+
+def _own_maps(levels: Sequence[Level]) -> Sequence[Level]:
+    """The backbone's own."""
+    return [level for level in levels if level.method == "backbone" and level.grid]
 
 
 def _at(level: Level, old: Size, new: Size) -> Level:
@@ -257,6 +265,8 @@ class StoreRecipe:
     "with the images that are asked for"
     levels: tuple[str, ...] = ()
     "names of those that were asked for, beside the backbone's map, which every table shows; none: all"
+    low_res_of: frozenset[Size] = frozenset()
+    "sizes of which the low-resolution map is asked for alone"
     rendering: ClassVar[Rendering] = "extract"
 
     def open(self, device: str) -> "StoreSource":
@@ -269,11 +279,11 @@ class StoreRecipe:
     def rows(self, size: Size) -> tuple[Row, ...]:
         """What is evaluated for inputs of `size`."""
         spec = self.spec(size)
-        return rows_of(self._chosen(spec.levels), spec.stride, self.store(size).folder.displayed)
+        levels = self._chosen(spec.levels) if size not in self.low_res_of else _own_maps(spec.levels)[:1]
+        return rows_of(levels, spec.stride, self.store(size).folder.displayed)
 
     def _chosen(self, levels: Sequence[Level]) -> list[Level]:
-        asked = [level for level in levels if not self.levels or level.name in self.levels]
-        own = [level for level in levels if level.method == "backbone"]
+        asked, own = [level for level in levels if not self.levels or level.name in self.levels], _own_maps(levels)
         return asked if any(level in asked for level in own) else [*asked, *own[:1]]
 
     def recorded(self, config: JobConfig) -> dict[str, JsonValue]:

@@ -62,6 +62,7 @@ READ_IMAGES = {
     "discovery": "VOCdevkit/VOC2007/JPEGImages/*.jpg",
     "cka": "JPEGImages/cat/2008_000001.jpg",
     "similarity": "JPEGImages/cat/2008_000001.jpg",
+    "fidelity": "JPEGImages/cat/2008_000001.jpg",
     "sharpness": "VOCdevkit/VOC2012/JPEGImages/000006.jpg",
     "probe": "VOCdevkit/VOC2012/JPEGImages/*.jpg",
     "detection": "val2017/*.jpg",

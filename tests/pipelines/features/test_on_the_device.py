@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipelines.evaluation import cka, correspondence, discovery, sharpness, similarity, video
+from pipelines.evaluation import cka, correspondence, discovery, fidelity, sharpness, similarity, video
 from pipelines.evaluation import readouts as probe
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.correspondence import CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.fidelity import FidelityConfig
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.sharpness import SharpnessConfig
 from pipelines.evaluation.similarity import SimilarityConfig
@@ -160,10 +161,11 @@ EVALUATIONS: dict[str, tuple[object, type, str, dict[str, object], int]] = {
     "weighted": (discovery, DiscoveryConfig, "VOC2007", {"weighted": True}, 36**2),
     "cka": (cka, CkaConfig, "SPair-71k", {"sizes": (32, 48), "batch": 4}, 3),
     "similarity": (similarity, SimilarityConfig, "VOC2007", {}, 6 * 6),
+    "fidelity": (fidelity, FidelityConfig, "SPair-71k", {"sizes": (32, 64)}, 4 * 4),
     "sharpness": (sharpness, SharpnessConfig, "VOC2012", {}, 6 * 6),
 }
 """The module, its settings, the demo's data, and the most values that may come to the host at once: key points, label images,
-the graph of the finer map's 36 tokens, terms of pairs of sizes, a map of similarities or of distances."""
+the graph of the finer map's 36 tokens, terms of pairs of sizes, a map of similarities, cosines or distances."""
 
 
 def run_on_both(task, recipe, folder):
