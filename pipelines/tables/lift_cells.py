@@ -52,7 +52,8 @@ DEMO = {
 }  # fmt: skip
 
 SHORT: Mapping[str, JsonValue] = {
-    **LIFT_SHORT, "relational_weight": 8.0, "epochs": 100, "log_every": 20, "checkpoint_every": 20, "validate_every": 200
+    **LIFT_SHORT, "pairs": 1, "relational_weight": 8.0, "epochs": 100,
+    "log_every": 20, "checkpoint_every": 20, "validate_every": 200,
 }  # fmt: skip
 """mini's trainings, of 280 steps. Distances stay cosines, which have the same weight beside relations on each backbone."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from storage.documents import JsonValue
 
 LIFT_SHORT: Mapping[str, JsonValue] = {
-    "pairs": 1, "lower": "resized", "interpolation": "bicubic", "jitter": 0.0, "keep_maps": True, "relational_images": 4,
+    "lower": "resized", "interpolation": "bicubic", "jitter": 0.0, "keep_maps": True, "relational_images": 4,
     "batch": 16, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 20,
 }  # fmt: skip
 """Of `X2Config`. Which distance, and the weight of relations beside it, depend on the backbone and the steps; LiFT
