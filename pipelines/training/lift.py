@@ -88,8 +88,7 @@ class X2Config(SquareTraining):
             raise ConfigError(f"--relational-weight {self.relational_weight:g}: must be at least 0")
         require_above(0, self, "relational_tau")
         require_at_least(1, self, "relational_images")
-        if self.relational_cells is not None:
-            require_at_least(2, self, "relational_cells")
+        require_at_least(2, self, "relational_cells")
         if self.relational_images > 1 and self.features.geometry == "corner":
             raise ConfigError(
                 f"--relational-images {self.relational_images}: with --geometry corner each image's cells are judged alone; use 1"

@@ -446,6 +446,7 @@ def test_a_run_on_s3_is_continued_there(small, s3_options, tmp_path):
         ({"workers": 2, "micro_batch": 1}, "needs --executor ray"),
         ({"validate_every": 3}, "multiple of --checkpoint-every 2"),
         ({"jitter": 0.6}, "--jitter 0.6"),
+        ({"relational_weight": 1.0, "relational_cells": 1}, "--relational-cells 1: must be at least 2"),
         ({"lr": 0.0}, "--lr 0.0"),
         ({"out": "memory://x", "executor": "ray"}, "one process only"),
     ],
