@@ -4,7 +4,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -376,6 +376,30 @@ class ItemPictures:
 
 def _file(item: int) -> str:
     return f"{item:07d}.png"
+
+
+PHOTO = "photo"
+"""The folder of photographs, beside those of rows."""
+
+
+class MapPictures:
+    """What an evaluation draws of an item's maps, beside its photograph: objects maps/photo/0000012.png, maps/ROW/0000012.png."""
+
+    def __init__(self, folder: Folder):
+        self._pictures = ItemPictures(folder, "maps")
+
+    def write(self, item: int, photo_HW3: np.ndarray, maps: Mapping[str, np.ndarray]) -> None:
+        """Those of an item by its number; `maps` by row, uint8 [h, w, 3]."""
+        for name, pixels in {PHOTO: photo_HW3, **maps}.items():
+            self._pictures.write(item, name, pixels)
+
+    def panel(
+        self, items: Iterable[int], rows: Sequence[str], name: Callable[[int], str], title: str, scale: tuple[str, str]
+    ) -> Image.Image | None:
+        """A line of tiles for each item that has all of them; None where none has. `name`: of an item by its number."""
+        drawn = self._pictures.read(items, [PHOTO, *rows])
+        tiles = [[Tile(pixels=photo, is_photo=True), *(Tile(pixels=each) for each in maps)] for photo, *maps in drawn.values()]
+        return panel(tiles, [PHOTO, *rows], [name(item) for item in drawn], title, (200, 200), scale=scale) if drawn else None
 
 
 def _text(value: Cell) -> str:

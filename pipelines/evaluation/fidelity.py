@@ -12,7 +12,7 @@ from torch import Tensor
 
 from operators.metrics.bootstrap import estimates
 from operators.metrics.fidelity import MapFidelity, cell_cosines, fidelity, fidelity_of, fidelity_sums
-from operators.visual import Tile, heat
+from operators.visual import heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import (
@@ -31,7 +31,7 @@ from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row, Size, compared_rows
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
-from pipelines.results import Findings, ItemPictures, Items, LeftOut, Line, Table, Taken, panel
+from pipelines.results import Findings, Items, LeftOut, Line, MapPictures, Table, Taken
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import decode_known
 from storage.paths import Folder
@@ -39,9 +39,6 @@ from storage.spread import spread
 from storage.words import counted
 
 PIECE_IMAGES = 8
-
-MAPS, PHOTO = "maps", "photo"
-"""Folders of pictures; of photographs, beside those of rows."""
 
 FARTHEST = 2
 """Of pictures: how many times as far as the low-resolution map is in the mean."""
@@ -108,10 +105,9 @@ class OwnMaps:
         return max(each.side for each in self.compared)
 
     def _draw(self, number: int, cosines: Mapping[str, Tensor], folder: Folder) -> None:
-        pictures, far = ItemPictures(folder, MAPS), 1 - float(next(iter(cosines.values())).mean())
-        pictures.write(number, PHOTO, squash(self.drawn_side)(upright_pixels(self.images[number])))
-        for name, each in cosines.items():
-            pictures.write(number, name, heat(1 - each.cpu().numpy(), 0, FARTHEST * far))
+        photo, far = squash(self.drawn_side)(upright_pixels(self.images[number])), 1 - float(next(iter(cosines.values())).mean())
+        maps = {name: heat(1 - each.cpu().numpy(), 0, FARTHEST * far) for name, each in cosines.items()}
+        MapPictures(folder).write(number, photo, maps)
 
 
 def squash(side: int) -> Squash:
@@ -224,15 +220,12 @@ def find(config: FidelityConfig, task: OwnMaps, recipe: Recipe, records: Sequenc
     )
 
 
-def _pictures(config: FidelityConfig, task: OwnMaps, tile: int = 200) -> dict[str, Image.Image]:
+def _pictures(config: FidelityConfig, task: OwnMaps) -> dict[str, Image.Image]:
     rows = [each.row for each in task.compared if each.side == task.drawn_side]
-    drawn = ItemPictures(Folder(config.required("out"), config.options), MAPS).read(task.pictured, [PHOTO, *rows])
-    if not drawn:
-        return {}
-    tiles = [[Tile(pixels=photo, is_photo=True), *(Tile(pixels=each) for each in maps)] for photo, *maps in drawn.values()]
-    names, scale = (
-        [task.images[number].name.rsplit("/", 1)[-1] for number in drawn],
+    title, scale = (
+        f"1 - cosine with the backbone's own map, {task.drawn_side} px",
         ("0", f"{FARTHEST} times the mean of {rows[0]}"),
     )
-    title = f"1 - cosine with the backbone's own map, {task.drawn_side} px"
-    return {"fidelity.png": panel(tiles, [PHOTO, *rows], names, title, (tile, tile), scale=scale)}
+    pictures = MapPictures(Folder(config.required("out"), config.options))
+    found = pictures.panel(task.pictured, rows, lambda number: task.images[number].name.rsplit("/", 1)[-1], title, scale)
+    return {"fidelity.png": found} if found else {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from operators.image import Geometry, fit
 from operators.metrics.sharpness import OutlineSums, image_sums, neighbour_distances, outline_sums, outlines, sharpness
-from operators.visual import Tile, heat
+from operators.visual import heat
 from pipelines.config import ConfigError, Counts
 from pipelines.evaluation.config import LabelledConfig
 from pipelines.evaluation.run import (
@@ -37,7 +37,7 @@ from pipelines.features.pictures import Picture
 from pipelines.features.rows import Size
 from pipelines.features.sources import FeatureSource, Recipe, resolve_source
 from pipelines.readouts.task import Placement, Square
-from pipelines.results import WRONG, Cell, Findings, ItemPictures, Items, LeftOut, Table, Taken, panel
+from pipelines.results import WRONG, Cell, Findings, Items, LeftOut, MapPictures, Table, Taken
 from storage.datasets.files import DatasetError
 from storage.datasets.labels import LabelledImage
 from storage.datasets.registry import DATASETS, LabelReading, load_labelled
@@ -53,9 +53,6 @@ NO_OUTLINE = "no outline passes between two of its cells"
 
 BRIGHTEST = 8
 """Of pictures: how many times the mean elsewhere."""
-
-MAPS, PHOTO = "maps", "photo"
-"""Folders of pictures; of photographs with their outlines, beside those of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +102,7 @@ class OutlineSharpness:
         sums = {name: outline_sums(each, labels) for name, each in distances.items()}
         if number in self.pictured and side == max(self.cells):
             pictures = {name: _heat(each, sums[name]) for name, each in distances.items()}
-            for name, pixels in {PHOTO: self._photo(item, label, side), **pictures}.items():
-                ItemPictures(folder, MAPS).write(number, name, pixels)
+            MapPictures(folder).write(number, self._photo(item, label, side), pictures)
         return [{"image": number, "side": side, "row": name, **asdict(each)} for name, each in sums.items()]
 
     def geometry(self, side: int) -> Geometry:
@@ -228,13 +224,10 @@ def find(config: SharpnessConfig, task: OutlineSharpness, recipe: Recipe, record
     )
 
 
-def _pictures(config: SharpnessConfig, task: OutlineSharpness, recipe: Recipe, tile: int = 200) -> dict[str, Image.Image]:
+def _pictures(config: SharpnessConfig, task: OutlineSharpness, recipe: Recipe) -> dict[str, Image.Image]:
     side = max(task.cells)
-    columns = [PHOTO, *(row.name for row in recipe.rows((side, side)))]
-    drawn = ItemPictures(Folder(config.required("out"), config.options), MAPS).read(task.pictured, columns)
-    if not drawn:
-        return {}
-    tiles = [[Tile(pixels=photo, is_photo=True), *(Tile(pixels=each) for each in maps)] for photo, *maps in drawn.values()]
-    names, scale = [task.images[number].image.keys[-1] for number in drawn], ("0", f"{BRIGHTEST} times each map's mean elsewhere")
     title = f"1 - cosine with the cells to the right and below, {side} px; red: outlines"
-    return {"outlines.png": panel(tiles, columns, names, title, (tile, tile), scale=scale)}
+    rows, scale = [row.name for row in recipe.rows((side, side))], ("0", f"{BRIGHTEST} times each map's mean elsewhere")
+    pictures = MapPictures(Folder(config.required("out"), config.options))
+    found = pictures.panel(task.pictured, rows, lambda number: task.images[number].image.keys[-1], title, scale)
+    return {"outlines.png": found} if found else {}
