@@ -30,10 +30,12 @@ from pipelines.costs.upsamplers import (
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.run import Evaluated, Piece, Record, begin
 from pipelines.features.config import LevelConfig
+from pipelines.features.feature_source import CachedSource
+from pipelines.features.live_source import LiveRecipe, LiveSource
 from pipelines.features.memory import allow_alone
 from pipelines.features.model_bundle import ModelBundle
 from pipelines.features.rows import Row
-from pipelines.features.sources import CachedSource, LiveRecipe, LiveSource, resolve_source
+from pipelines.features.sources import resolve_source
 from pipelines.features.upsamplers import UpsamplerWeights, load_upsampler
 from pipelines.plots import png_of, styled
 from pipelines.published import Published, Values

@@ -27,9 +27,10 @@ from pipelines.evaluation.run import (
     records_of,
     split_left_out,
 )
+from pipelines.features.feature_source import FeatureSource
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import compared_rows
-from pipelines.features.sources import FeatureSource, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.plots import png_of, styled
 from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken
 from storage.datasets.files import DatasetError

@@ -18,7 +18,7 @@ import torch
 
 from operators.classifiers import LinearClassifier, knn_votes
 from pipelines.config import ConfigError, Counts, Found, Free, JobConfig, absolute, require_above, require_at_least, require_out
-from pipelines.features.sources import in_words
+from pipelines.features.feature_source import in_words
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.results import Cell, Findings, Items, LeftOut, Line, Table, sides, write_results
 from storage.documents import JsonValue

@@ -45,9 +45,10 @@ from pipelines.evaluation.run import (
     set_aside,
     split_left_out,
 )
+from pipelines.features.feature_source import FeatureSource
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Geometries, Picture
-from pipelines.features.sources import FeatureSource, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.published.lift import LIFT_CORRESPONDENCE
 from pipelines.published.vit_up import VIT_UP_CORRESPONDENCE
 from pipelines.results import RIGHT, WRONG, Findings, Items, LeftOut, Table, Taken, panel, percent

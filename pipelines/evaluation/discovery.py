@@ -27,10 +27,12 @@ from pipelines.evaluation.run import (
     score_table,
     split_left_out,
 )
+from pipelines.features.feature_source import FeatureSource
+from pipelines.features.live_source import LiveRecipe
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture, Squash
 from pipelines.features.rows import Size
-from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.published.lift import LIFT_DISCOVERY
 from pipelines.results import Findings, Items, LeftOut, Table, Taken, panel
 from storage.datasets.boxes import BoxedImage

@@ -27,10 +27,11 @@ from pipelines.evaluation.run import (
     records_of,
     split_left_out,
 )
+from pipelines.features.feature_source import FeatureSource
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row, Size, compared_rows
-from pipelines.features.sources import FeatureSource, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.results import Findings, Items, LeftOut, Line, MapPictures, Table, Taken
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import decode_known

@@ -45,9 +45,10 @@ from pipelines.evaluation.run import (
     score_table,
     split_left_out,
 )
+from pipelines.features.feature_source import FeatureSource
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture
-from pipelines.features.sources import FeatureSource, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.published.vit_up import VIT_UP_NAVI
 from pipelines.results import RIGHT, WRONG, Findings, Items, LeftOut, Table, Taken, panel, percent
 from storage.datasets.content import HasContent

@@ -28,10 +28,12 @@ from pipelines.evaluation.run import (
     split_left_out,
 )
 from pipelines.features.config import LevelConfig
+from pipelines.features.feature_source import FeatureSource
 from pipelines.features.levels import level_name
+from pipelines.features.live_source import LiveRecipe
 from pipelines.features.photos import upright_pixels
 from pipelines.features.rows import Row, Size, pooled_level
-from pipelines.features.sources import FeatureSource, LiveRecipe, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task

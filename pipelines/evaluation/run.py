@@ -20,8 +20,9 @@ from pipelines.config import JobConfig
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.executors import Executor, executor_for
 from pipelines.features.clipping import ClippedCounts, ClippedFeatures, ClippedImage
+from pipelines.features.feature_source import distinct
 from pipelines.features.rows import Size, compared_rows
-from pipelines.features.sources import Recipe, distinct
+from pipelines.features.sources import Recipe
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.published import Published
 from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, with_published, write_results

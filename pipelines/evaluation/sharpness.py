@@ -32,10 +32,11 @@ from pipelines.evaluation.run import (
     set_aside,
     split_left_out,
 )
+from pipelines.features.feature_source import FeatureSource
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Picture
 from pipelines.features.rows import Size
-from pipelines.features.sources import FeatureSource, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.readouts.task import Placement, Square
 from pipelines.results import WRONG, Cell, Findings, Items, LeftOut, MapPictures, Table, Taken
 from storage.datasets.files import DatasetError

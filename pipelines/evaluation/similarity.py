@@ -23,10 +23,11 @@ from pipelines.evaluation.run import (
     records_of,
     split_left_out,
 )
+from pipelines.features.feature_source import FeatureSource
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Size, compared_rows
-from pipelines.features.sources import FeatureSource, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, panel
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import JsonValue

@@ -33,10 +33,11 @@ from pipelines.evaluation.run import (
     score_table,
     split_left_out,
 )
+from pipelines.features.feature_source import FeatureSource
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
 from pipelines.features.rows import Row, Size
-from pipelines.features.sources import FeatureSource, Recipe, resolve_source
+from pipelines.features.sources import Recipe, resolve_source
 from pipelines.published.lift import LIFT_VIDEO
 from pipelines.results import Cell, Findings, Items, LeftOut, Table, Taken, panel, percent, sides
 from storage.datasets.classes import VOID

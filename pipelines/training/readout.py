@@ -21,7 +21,8 @@ from pipelines.features.config import DenseConfig, SizedConfig, completed
 from pipelines.features.levels import level_name
 from pipelines.features.model_bundle import ModelBundle
 from pipelines.features.rows import Rendering, pooled_level
-from pipelines.features.sources import SourceChoice, require_geometry, resolve_source
+from pipelines.features.sources import SourceChoice, resolve_source
+from pipelines.features.store_source import require_geometry
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Placement, Task
 from pipelines.readouts.tasks import TASKS

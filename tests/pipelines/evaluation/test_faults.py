@@ -19,7 +19,7 @@ from pipelines.evaluation import cka, correspondence, discovery, run, similarity
 from pipelines.evaluation.run import Piece, Record, run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.executors import InlineExecutor, RayExecutor
-from pipelines.features.sources import FeatureSource
+from pipelines.features.feature_source import FeatureSource
 from storage.datasets.files import DatasetError, ItemLeftOut
 from storage.datasets.images import unreadable as unreadable_image
 from storage.paths import Folder

@@ -17,10 +17,11 @@ from pipelines.evaluation import run
 from pipelines.evaluation.readouts import ProbeConfig
 from pipelines.evaluation.run import main, run_pieces
 from pipelines.executors import InlineExecutor
+from pipelines.features.feature_source import CachedSource
 from pipelines.features.join import FeaturesMissing
+from pipelines.features.live_source import LiveSource
 from pipelines.features.model import FeatureModel
 from pipelines.features.photos import upright_pixels
-from pipelines.features.sources import CachedSource, LiveSource
 from pipelines.features.weights import WeightsUnavailable
 from pipelines.readouts.segmentation import SegmentationTask, class_colours
 from storage.datasets.files import DatasetError

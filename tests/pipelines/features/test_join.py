@@ -15,7 +15,7 @@ from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.features.join import FeaturesMissing, PlacedRow, Wanted, join
-from pipelines.features.sources import StoreRecipe
+from pipelines.features.store_source import StoreRecipe
 from storage.datasets.content import content_digests
 from storage.datasets.images import ImageFile, load_images
 from storage.store import FeatureStore

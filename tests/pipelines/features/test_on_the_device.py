@@ -23,8 +23,8 @@ from pipelines.executors import InlineExecutor
 from pipelines.extraction.host import HostCopy, ModelDevice, quantised
 from pipelines.extraction.prepare import prepare, resolve
 from pipelines.extraction.run import run_prepared
+from pipelines.features.feature_source import CachedSource
 from pipelines.features.model_bundle import ModelBundle
-from pipelines.features.sources import CachedSource
 from pipelines.training.readout import ReadoutObjective
 from storage.paths import Folder
 from storage.shards import encode_row
