@@ -53,6 +53,36 @@ class Line:
         return replace(self, input_px=input_px, grid=grid)
 
 
+def mean_lines(
+    lines: Sequence[Line], means: Mapping[str, Sequence[str]], known: Mapping[str, Sequence[Estimate | None]]
+) -> list[Line]:
+    """Further lines, which are `means` of some of a table's lines of one input; `known` has their estimates.
+
+    Of cells that aren't numbers, and of counts, a mean has what all have in common.
+    """
+    by_name = {line.features: line for line in lines}
+    found = []
+    for name, members in means.items():
+        first, *others = (by_name[member] for member in members)
+        values = tuple(map(_mean, zip(*(line.values for line in (first, *others)), strict=True)))
+        grid = first.grid if all(line.grid == first.grid for line in others) else ""
+        found.append(replace(first, features=name, grid=grid, values=values, estimates=()).known(known.get(name, ())))
+    return found
+
+
+def _mean(cells: Sequence[Cell]) -> Cell:
+    if all(isinstance(cell, float) for cell in cells):
+        return float(np.mean([cell for cell in cells if isinstance(cell, float)]))
+    if all(isinstance(cell, str) and _DECIMAL.fullmatch(cell) for cell in cells):
+        digits = max(len(str(cell).partition(".")[2]) for cell in cells)
+        return f"{np.mean([float(str(cell)) for cell in cells]):.{digits}f}"
+    return cells[0] if len(set(cells)) == 1 else None
+
+
+_DECIMAL = re.compile(r"-?\d+\.\d+")
+"""A number as a table prints it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Lines under the names of their values. Shares are in percent."""

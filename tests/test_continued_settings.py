@@ -55,6 +55,8 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "actors": (1,),
     "runtime: actors": (2,),
     "runtime: settings": (("jbu.radius=2",),),
+    "against": ("low-res",),
+    "probe: against": ("readout",),
     "alphas": ((0.2,),),
     "backbones": ((f"{VIT}@128",),),
     "batch": (3,),
@@ -96,6 +98,8 @@ OTHERS: Mapping[str, tuple[object, ...]] = {
     "max_steps": (1, 5),
     "method": ("jbu",),
     "method_levels": (("linear=x2",),),
+    "means": (("both=low-res,bilinear x2",),),
+    "probe: means": (("both=readout,other",),),
     "methods": (("deap",),),
     "runtime: methods": (("jbu",), ("resize_conv:WORLD/upsampler_b",)),
     "micro_batch": (1,),
@@ -192,6 +196,7 @@ ALIKE: Mapping[str, tuple[str, ...]] = {
         ("checkpoint_every", "epochs", "log_every", "max_failed_fraction", "max_steps", "overlap", "validate_every"),
         ("vit_up", "jafar", "featup", "readout: nyu"),
     ),
+    **dict.fromkeys(("against", "means"), ("correspondence: navi", "video", "discovery", "sharpness")),
     **dict.fromkeys(
         ("paper", "pictures"), ("correspondence: navi", "discovery", "cka", "similarity", "fidelity", "sharpness", "probe")
     ),

@@ -9,8 +9,9 @@ difference of two rows a paired one. Intervals are percentiles of the draws (Efr
 Shapes: n items, k sums, m figures, B draws.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -59,23 +60,32 @@ Drawn: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """Figures [B, m] of draws which have each of the n items so many times, float64 [n, B]; NaN where they are of nothing."""
 
 
-def estimates(sums: Mapping[str, np.ndarray], figures: Figures, against: Mapping[str, str]) -> dict[str, tuple[Estimate, ...]]:
+def estimates(
+    sums: Mapping[str, np.ndarray],
+    figures: Figures,
+    against: Mapping[str, str],
+    means: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict[str, tuple[Estimate, ...]]:
     """Of each row's `sums` [n, k], which are of the same items in the same order, an estimate of each of its figures.
 
-    `against` names the row that another one is compared with. The same sums give the same digits. Raises `ValueError` where
-    rows are of other numbers of items.
+    `against` names the row that another one is compared with; `means` has further rows, whose figures are the means of those of
+    several rows. The same sums give the same digits. Raises `ValueError` where rows are of other numbers of items.
     """
     counts = {len(each) for each in sums.values()}
     if len(counts) > 1:
         raise ValueError(f"rows are of {sorted(counts)} items; compare rows of the same ones")
-    return drawn_estimates({name: _of_sums(each, figures) for name, each in sums.items()}, max(counts, default=0), against)
+    return drawn_estimates({name: of_sums(each, figures) for name, each in sums.items()}, max(counts, default=0), against, means)
 
 
-def drawn_estimates(rows: Mapping[str, Drawn], items: int, against: Mapping[str, str]) -> dict[str, tuple[Estimate, ...]]:
+def drawn_estimates(
+    rows: Mapping[str, Drawn], items: int, against: Mapping[str, str], means: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> dict[str, tuple[Estimate, ...]]:
     """As `estimates`, of figures that are taken from draws of the items in another way than by sums."""
     whole = {name: figures(np.ones((items, 1)))[0] for name, figures in rows.items()}
     # All draws of one item are alike, which says nothing of how far a figure is known.
     drawn = _drawn(rows, items) if items > 1 else {name: np.full((1, len(each)), np.nan) for name, each in whole.items()}
+    for name, members in means.items():
+        whole[name], drawn[name] = (np.mean([each[member] for member in members], axis=0) for each in (whole, drawn))
     found = {}
     for name, values in whole.items():
         other = against.get(name, "")
@@ -89,7 +99,8 @@ def drawn_estimates(rows: Mapping[str, Drawn], items: int, against: Mapping[str,
     return found
 
 
-def _of_sums(sums_nk: np.ndarray, figures: Figures) -> Drawn:
+def of_sums(sums_nk: np.ndarray, figures: Figures) -> Drawn:
+    """Figures that are functions of what items add to sums."""
     from scipy.sparse import csr_array  # most of an item's sums are 0: other categories' and classes'
 
     # A sparse product adds in one order, whatever the machine's threads.

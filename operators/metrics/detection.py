@@ -90,7 +90,7 @@ class ClassScores(NamedTuple):
 
 def class_agnostic_scores(
     truth: Sequence[np.ndarray], boxes: Sequence[np.ndarray], scores: Sequence[Sequence[float]]
-) -> CocoScores:
+) -> ClassScores:
     """DeAP's protocol: objects are of one class, crowds among them, and small, medium or large by their boxes.
 
     Of each image, in one order: annotated boxes [N, 4], found boxes [N, 4] and the scores of those. The best 100 of an image
@@ -99,7 +99,7 @@ def class_agnostic_scores(
     """
     annotations = [entry for i, each in enumerate(truth) for entry in _entries(i, each)]
     results = [entry for i, each in enumerate(zip(boxes, scores, strict=True)) for entry in _entries(i, *each)]
-    return coco_scores([{"id": i} for i in range(len(truth))], annotations, results)
+    return coco_scores_by_class([{"id": i} for i in range(len(truth))], annotations, results)
 
 
 def _entries(image: int, boxes_N4: np.ndarray, scores: Sequence[float] | None = None) -> list[CocoEntry]:

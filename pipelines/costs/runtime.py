@@ -49,7 +49,7 @@ from storage.paths import Folder
 from storage.redaction import redact
 from storage.spec import FeatureSpec
 
-_UNUSED = ("data", "stores", "drawing", "limit")
+_UNUSED = ("data", "stores", "drawing", "limit", "against", "means")
 """Settings of every evaluation that mean nothing here."""
 
 

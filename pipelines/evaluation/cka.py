@@ -29,10 +29,9 @@ from pipelines.evaluation.run import (
 )
 from pipelines.features.feature_source import FeatureSource
 from pipelines.features.pictures import Squash
-from pipelines.features.rows import compared_rows
 from pipelines.features.sources import Recipe, resolve_source
 from pipelines.plots import png_of, styled
-from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken
+from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, mean_lines
 from storage.datasets.files import DatasetError
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import decode_known
@@ -165,18 +164,22 @@ def find(config: CkaConfig, task: ScaleInvariance, recipe: Recipe, records: Sequ
     records, left_out = split_left_out(records)
     found, count = scores(records), len(task.sides)
     sums = {name: batch_sums([decode_known(HsicTerms, r) for r in each]) for (name,), each in grouped(records, "row").items()}
-    known = estimates(sums, cka_of_sums, compared_rows(recipe.rows((task.sides[0],) * 2)))
-    lines = [
-        Line.of(row, (side, side), [float(value) for value in found[row.name][i]]).known(known[row.name][i * count :][:count])
-        for row in recipe.rows((task.sides[0],) * 2)
-        for i, side in enumerate(task.sides)
-        for row in [next(each for each in recipe.rows((side, side)) if each.name == row.name)]
-    ]
+    compared = config.comparison.of_rows(recipe.rows((task.sides[0],) * 2))
+    known = estimates(sums, cka_of_sums, compared.against, compared.means)
+    by_side = []
+    for i, side in enumerate(task.sides):
+        of_side = {name: each[i * count :][:count] for name, each in known.items()}
+        lines = [
+            Line.of(row, (side, side), [float(value) for value in found[row.name][i]]).known(of_side[row.name])
+            for row in recipe.rows((side, side))
+        ]
+        by_side.append([*lines, *mean_lines(lines, compared.means, of_side)])
+    notes = ["LiFT's Fig. 4 has curves, no numbers to print"] if config.paper else []
     table = Table(
         title="CKA with the same images' features at other sizes (1: alike)",
         columns=tuple(f"{side} px" for side in task.sides),
-        lines=tuple(lines),
-        notes=("LiFT's Fig. 4 has curves, no numbers to print",) if config.paper else (),
+        lines=tuple(line for lines in zip(*by_side, strict=True) for line in lines),
+        notes=(*notes, *config.comparison.notes),
         drawn=counted(len(records) // len(found), "batches"),
     )
     used = sum(record["images"] for record in records) // len(found)

@@ -16,6 +16,7 @@ from pipelines.config import (
     require_out,
 )
 from pipelines.features.agreement import AskedFeatures
+from pipelines.features.comparison import Comparison
 from pipelines.features.config import LevelConfig
 from pipelines.features.rows import Rendering
 from pipelines.features.sources import SourceChoice
@@ -34,6 +35,12 @@ class EvaluationConfig(JobConfig):
     """Only the first N items (pairs, clips, images) of the data set."""
     pictures: Free[int] = 6
     """How many items to draw."""
+    against: Free[str] = ""
+    """The line of the tables that the others' differences are to, by its name there or its level's: low-res, x2, lift0. Default:
+    the bilinear one of the same grid; of readouts, the first one on a bilinear map, else the first."""
+    means: Free[tuple[str, ...]] = ()
+    """NAME=LINE,LINE,...: a further line, the mean of these, for example of one training by several seeds. Its interval and its
+    difference are the mean's own."""
     paper: Free[bool] = False
     """Print the published rows beside the measured ones."""
     plan: Free[bool] = False
@@ -45,6 +52,12 @@ class EvaluationConfig(JobConfig):
         super().__post_init__()
         require_at_least(1, self, "limit")
         require_at_least(0, self, "pictures")
+        Comparison.parse(self.against, self.means)
+
+    @property
+    def comparison(self) -> Comparison:
+        """Of `against` and `means`. Raises `ConfigError`."""
+        return Comparison.parse(self.against, self.means)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -99,6 +112,7 @@ class EvaluateConfig(EvaluationConfig):
             asked=AskedFeatures.of(self),
             rendering=self.rendering,
             options=self.options,
+            comparison=self.comparison,
         )
 
 

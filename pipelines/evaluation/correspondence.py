@@ -307,6 +307,7 @@ def find(config: CorrespondenceConfig, task: Correspondence | navi.Navi, recipe:
     table = score_table(
         Table(title="PCK, %, mean of the categories", columns=columns),
         recipe,
+        config.comparison,
         {side: (side, side) for side in task.sizes},
         lambda row, size: [*percent(found[row, size].mean()), _pairs(found[row, size])],
         published,

@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipelines.config import ConfigError, Counts, Found, Free, absolute, require
 from pipelines.evaluation.config import EvaluationConfig, LabelConfig
 from pipelines.evaluation.objects import ObjectDetection, Overlap, class_ids, kinds_of, require_known, results_of, scores_of
 from pipelines.evaluation.run import Evaluated, Record, begin, count_of, first_of, listed, split_left_out
+from pipelines.features.comparison import Compared, called_rows
 from pipelines.features.detectors import (
     STAGES,
     DetectorRecipe,
@@ -31,9 +32,9 @@ from pipelines.features.detectors import (
     load_upsampler_net,
 )
 from pipelines.features.photos import upright_pixels
-from pipelines.features.rows import Row, Size, compared_rows
+from pipelines.features.rows import Row, Size
 from pipelines.published.lift import LIFT_DETECTION
-from pipelines.results import Findings, Items, Line, Measured, Table, panel, percent, with_published
+from pipelines.results import Findings, Items, Line, Measured, Table, mean_lines, panel, percent, with_published
 from storage.datasets.classes import COCO_CATEGORIES
 from storage.datasets.coco import load_coco
 from storage.documents import JsonObject
@@ -99,6 +100,7 @@ def prepare(config: DetectionConfig) -> tuple[ObjectDetection, DetectorRecipe, F
         raise ConfigError("no detector: give --detector a training run's folder, a checkpoint, or a published file (.pkl)")
     data = load_coco(Folder(config.required("data"), config.options), config.split, config.limit, boxes_alone=True)
     recipe = _recipe(config, len(data.categories))
+    config.comparison.require(called_rows([each.row for each in recipe.rows]))
     classes = class_ids(recipe.detectors, data.categories)
     require_known(data, classes, recipe.detectors[0])
     images = data.images
@@ -244,7 +246,8 @@ def _average_precision(
     images: int,
 ) -> Table:
     size, low = (recipe.size, recipe.size), recipe.rows[0].row
-    measured, known = [], _estimates(recipe, scores, images)
+    compared = config.comparison.of_rows([each.row for each in recipe.rows])
+    measured, known = [], _estimates(compared, scores, images)
     for each in recipe.rows:
         weights = recipe.detectors[each.detector]
         values = [_heads(recipe, each), _parameters(recipe, each) / 1e6, *_main_values(_totals(scores[each.row.name]))]
@@ -254,10 +257,12 @@ def _average_precision(
     table = Table(
         title=f"Average precision on {config.split}, %",
         columns=("heads", "parameters, M", *_MAIN),
-        notes=_notes(task),
+        notes=(*_notes(task), *config.comparison.notes),
         drawn=counted(images, "images"),
     )
-    return with_published(table, measured, LIFT_DETECTION[recipe.detectors[0].head] if config.paper else None)
+    found = with_published(table, measured, LIFT_DETECTION[recipe.detectors[0].head] if config.paper else None)
+    means = mean_lines([each.line for each in measured], compared.means, known)
+    return replace(found, lines=(*found.lines, *means))
 
 
 def _notes(task: ObjectDetection) -> tuple[str, ...]:
@@ -273,11 +278,11 @@ def _notes(task: ObjectDetection) -> tuple[str, ...]:
 
 
 def _estimates(
-    recipe: DetectorRecipe, scores: Mapping[str, Mapping[Overlap, ClassScores]], images: int
+    compared: Compared, scores: Mapping[str, Mapping[Overlap, ClassScores]], images: int
 ) -> dict[str, tuple[Estimate | None, ...]]:
     """By row, how far its numbers are known, for the table's columns: heads and parameters have no such thing."""
     rows = {name: _of_draws(by_kind) for name, by_kind in scores.items()}
-    known = drawn_estimates(rows, images, compared_rows([each.row for each in recipe.rows]))
+    known = drawn_estimates(rows, images, compared.against, compared.means)
     return {name: (None, None, *each) for name, each in known.items()}
 
 

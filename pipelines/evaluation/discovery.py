@@ -231,6 +231,7 @@ def find(config: DiscoveryConfig, task: ObjectDiscovery, recipe: Recipe, records
     table = score_table(
         Table(title=f"CorLoc on {config.dataset}, %", columns=("CorLoc", "images"), notes=notes),
         recipe,
+        config.comparison,
         {side: task.size(0, side) for side in task.sides or (0,)},
         lambda row, side: [100 * found[row, side].share, found[row, side].images],
         published,

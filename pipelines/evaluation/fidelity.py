@@ -30,9 +30,9 @@ from pipelines.evaluation.run import (
 from pipelines.features.feature_source import FeatureSource
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
-from pipelines.features.rows import Row, Size, compared_rows
+from pipelines.features.rows import Row, Size
 from pipelines.features.sources import Recipe, resolve_source
-from pipelines.results import Findings, Items, LeftOut, Line, MapPictures, Table, Taken
+from pipelines.results import Findings, Items, LeftOut, Line, MapPictures, Table, Taken, mean_lines
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import decode_known
 from storage.paths import Folder
@@ -194,17 +194,21 @@ def find(config: FidelityConfig, task: OwnMaps, recipe: Recipe, records: Sequenc
     for side in sorted({each.side for each in task.compared}):
         held = {each.row: each.own for each in task.compared if each.side == side}
         rows = [row for row in recipe.rows((side, side)) if row.name in held]
-        known = estimates({row.name: sums[row.name, side] for row in rows}, fidelity, compared_rows(rows))
+        compared = config.comparison.of_rows(rows)
+        known = estimates({row.name: sums[row.name, side] for row in rows}, fidelity, compared.against, compared.means)
+        of_side = []
         for row in rows:
             values = fidelity(sums[row.name, side].sum(axis=0, keepdims=True))[0]
             line = Line.of(row, (side, side), [*map(float, values), f"{held[row.name]} px"])
-            lines.append(line.known(known[row.name]))
+            of_side.append(line.known(known[row.name]))
+        lines += [*of_side, *mean_lines(of_side, compared.means, known)]
     scored = len({record["image"] for record in records})
+    notes = ["no paper has numbers of this measure"] if config.paper else []
     table = Table(
         title="Fidelity: mean cosine, times 100, of cells with the backbone's own of the same images at a larger size",
         columns=("cosine", "less the mean cell", "held against"),
         lines=tuple(lines),
-        notes=("no paper has numbers of this measure",) if config.paper else (),
+        notes=(*notes, *config.comparison.notes),
         drawn=counted(scored, "images"),
     )
     return Findings(

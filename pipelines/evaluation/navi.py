@@ -235,6 +235,7 @@ def find(config: EvaluateConfig, task: Navi, recipe: Recipe, records: Sequence[R
     table = score_table(
         Table(title="Recall of the best matches, %, mean of all pairs", columns=columns),
         recipe,
+        config.comparison,
         {task.side: (task.side, task.side)},
         lambda row, _: [*percent(found[row].by_metres), *percent(found[row].by_pixels), *percent(found[row].by_degrees), pairs],
         VIT_UP_NAVI if config.paper else None,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from operators.metrics.bootstrap import Estimate, estimates
+from operators.metrics.bootstrap import Drawn, Estimate, drawn_estimates
 from operators.readouts import Readout
 from operators.visual import Tile
 from pipelines.config import ConfigError, Counts, Held, absolute, require_at_least
@@ -27,6 +27,7 @@ from pipelines.evaluation.run import (
     records_of,
     split_left_out,
 )
+from pipelines.features.comparison import Compared, Comparison
 from pipelines.features.config import LevelConfig
 from pipelines.features.feature_source import FeatureSource
 from pipelines.features.levels import level_name
@@ -37,7 +38,7 @@ from pipelines.features.sources import Recipe, resolve_source
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
 from pipelines.readouts.task import Task
-from pipelines.results import Cell, Findings, ItemPictures, Items, LeftOut, Line, Table, Taken, panel
+from pipelines.results import Cell, Findings, ItemPictures, Items, LeftOut, Line, Table, Taken, mean_lines, panel
 from pipelines.training.readout import features_of
 from storage.datasets.content import joint_digest
 from storage.datasets.files import DatasetError, Listed
@@ -128,6 +129,7 @@ def prepare(config: ProbeConfig) -> tuple[Probe, Recipe, Folder]:
     if not config.readouts:
         raise ConfigError("no readouts: give --readouts the folders of training runs, or checkpoints")
     readouts = {name: load_readout(absolute(url), config.options) for name, url in _names(config.readouts).items()}
+    config.comparison.require({name: name for name in readouts})
     _require_alike(config, readouts)
     first = next(iter(readouts.values()))
     recipe, size = _features(config, readouts)
@@ -197,7 +199,7 @@ def _labels(label: str, classes: int | None) -> str:
 def _features(config: ProbeConfig, readouts: Mapping[str, TrainedReadout]) -> tuple[Recipe, Size]:
     """Features as the first readout was trained on them, wherever that isn't said by settings."""
     first = next(iter(readouts.values()))
-    choice = config.source
+    choice = replace(config.source, comparison=Comparison())  # tables have lines of readouts, not of the maps' rows
     if not config.stores:
         wants_pooled = any(each.config.kind.needs_pooled for each in readouts.values())
         levels = config.features.levels
@@ -273,18 +275,21 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     empty = sorted({record["image"] for record, each in judged if probe.task.is_empty(each)})
     scored = {record["image"] for record in records} - {*empty}
     columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
-    known = _estimates(probe, by_readout, columns)
+    compared = config.comparison.of({name: name for name in probe.readouts}, _against_first(probe))
+    known = _estimates(probe, compared, by_readout, columns)
     lines = [
         Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)).known(known.get(name, ()))
         for name, values in scores.items()
     ]
+    by_name = [replace(line, features=name) for name, line in zip(scores, lines, strict=True)]
     named = [replace(line, features=f"{name} on {line.features}") for name, line in zip(scores, lines, strict=True)]
     first = next(iter(probe.readouts))
+    notes = ["what papers publish of readouts is printed by jobs/tables.py grid --paper"] if config.paper else []
     table = Table(
         title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(scored)} images",
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
-        lines=tuple(named),
-        notes=("what papers publish of readouts is printed by jobs/tables.py grid --paper",) if config.paper else (),
+        lines=(*named, *mean_lines(by_name, compared.means, known)),
+        notes=(*notes, *config.comparison.notes),
         drawn=counted(len(records) // len(scores), "images"),
     )
     left_out += LeftOut.of(probe.task.empty, [probe.images[number].image.displayed for number in empty])
@@ -305,23 +310,25 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     )
 
 
+def _against_first(probe: Probe) -> dict[str, str]:
+    """With what readouts are compared where nothing else was asked for: the first one on a bilinear map, else the first one."""
+    first = next((name for name in probe.readouts if probe.rows[name].method == "bilinear"), next(iter(probe.readouts)))
+    return {name: first for name in probe.readouts if name != first}
+
+
 def _estimates(
-    probe: Probe, by_readout: Mapping[str, Sequence[object]], columns: Sequence[str]
+    probe: Probe, compared: Compared, by_readout: Mapping[str, Sequence[object]], columns: Sequence[str]
 ) -> dict[str, tuple[Estimate | None, ...]]:
-    """Of each readout, for its name and size, which have none, and the columns. Differences are to the first readout of a
-    bilinear map, else to the first one."""
-    found = {name: probe.task.sums(records) for name, records in by_readout.items()}
-    sums = {name: each for name, each in found.items() if each is not None}
-    if not sums:
-        return {}
-    first = next((name for name in sums if probe.rows[name].method == "bilinear"), next(iter(sums)))
-    names = [name for name in columns if name in probe.task.of_sums(next(iter(sums.values()))[:1])]
+    """Of each readout and of means of them, for their name and size, which have none, and the columns."""
+    found = {name: probe.task.drawn(records) for name, records in by_readout.items()}
+    names, _ = next(iter(found.values()))
+    units = np.array([100 if name in probe.task.shares else 1 for name in names])
 
-    def figures(drawn: np.ndarray) -> np.ndarray:
-        of_sums = probe.task.of_sums(drawn)
-        return np.stack([of_sums[name] * (100 if name in probe.task.shares else 1) for name in names], axis=1)
+    def in_units(drawn: Drawn) -> Drawn:
+        return lambda times_nB: units * drawn(times_nB)
 
-    known = estimates(sums, figures, {name: first for name in sums if name != first})
+    rows, images = {name: in_units(drawn) for name, (_, drawn) in found.items()}, len(next(iter(by_readout.values())))
+    known = drawn_estimates(rows, images, compared.against, compared.means)
     by_name = {readout: dict(zip(names, each, strict=True)) for readout, each in known.items()}
     return {readout: (None, None, *(each.get(column) for column in columns)) for readout, each in by_name.items()}
 

@@ -20,12 +20,13 @@ from pipelines.config import JobConfig
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.executors import Executor, executor_for
 from pipelines.features.clipping import ClippedCounts, ClippedFeatures, ClippedImage
+from pipelines.features.comparison import Compared, Comparison
 from pipelines.features.feature_source import distinct
-from pipelines.features.rows import Size, compared_rows
+from pipelines.features.rows import Size
 from pipelines.features.sources import Recipe
 from pipelines.provenance import NOTHING_RUN, begin_run, planned, run_folder
 from pipelines.published import Published
-from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, with_published, write_results
+from pipelines.results import Cell, Findings, LeftOut, Line, Measured, Table, Taken, mean_lines, with_published, write_results
 from storage.datasets.content import HasContent, content_digests, joint_digest
 from storage.datasets.files import DatasetError, ItemLeftOut, digest
 from storage.datasets.images import EncodedImage
@@ -215,14 +216,15 @@ class Resampled:
         least, most = min(map(len, self.sums.values())), max(map(len, self.sums.values()))
         return counted(most, self.unit) if least == most else f"{least:,} to {counted(most, self.unit)}"
 
-    def estimates(self, rows: Sequence[str], side: int, against: Mapping[str, str]) -> dict[str, tuple[Estimate, ...]]:
-        """Of each row at a side."""
-        return estimates({row: self.sums[row, side] for row in rows}, self.figures, against)
+    def estimates(self, rows: Sequence[str], side: int, compared: Compared) -> dict[str, tuple[Estimate, ...]]:
+        """Of each row at a side, and of means of them."""
+        return estimates({row: self.sums[row, side] for row in rows}, self.figures, compared.against, compared.means)
 
 
 def score_table(
     table: Table,
     recipe: Recipe,
+    comparison: Comparison,
     sizes: Mapping[int, Size],
     values: Callable[[str, int], Sequence[Cell]],
     published: Published | None = None,
@@ -232,20 +234,27 @@ def score_table(
 ) -> Table:
     """`table` with a line of `values` for each side and each row of features, and the paper's below it.
 
-    `sizes`: the input's, by side. `settings`: the evaluation's, defaults resolved, by which the paper's numbers are told from
-    those of other settings. `varied`: what tables say of the input where other items' sizes are others. `resampled`: what tells
-    how far the first columns' figures are known, and how far they differ from the bilinear row's.
+    `comparison`: with what rows are compared, and which are averaged. `sizes`: the input's, by side. `settings`: the
+    evaluation's, defaults resolved, by which the paper's numbers are told from those of other settings. `varied`: what tables say
+    of the input where other items' sizes are others. `resampled`: what tells how far the first columns' figures are known, and
+    how far they differ from those that they are compared with.
     """
-    measured = []
+    measured, means = [], list[Line]()
     for side, size in sizes.items():
         low, *_ = rows = recipe.rows(size)
         here = {**_features_of(recipe, size), **(settings or {})}
-        known = resampled.estimates([row.name for row in rows], side, compared_rows(rows)) if resampled else {}
+        compared = comparison.of_rows(rows)
+        known = resampled.estimates([row.name for row in rows], side, compared) if resampled else {}
+        lines = []
         for row in rows:
             line = Line.of(row, size, values(row.name, side)).known(known.get(row.name, ()))
             line = line.like(varied[side], f"{line.grid}, ...") if varied and side in varied else line
+            lines.append(line)
             measured.append(Measured(line=line, row=row, low=low, size=size, settings=here))
-    return with_published(replace(table, drawn=resampled.over() if resampled else ""), measured, published)
+        means += mean_lines(lines, compared.means, known)
+    table = replace(table, drawn=resampled.over() if resampled else "", notes=(*table.notes, *comparison.notes))
+    found = with_published(table, measured, published)
+    return replace(found, lines=(*found.lines, *means))
 
 
 def _features_of(recipe: Recipe, size: Size) -> dict[str, JsonValue]:

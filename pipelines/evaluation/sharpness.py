@@ -204,6 +204,7 @@ def find(config: SharpnessConfig, task: OutlineSharpness, recipe: Recipe, record
             notes=("no paper has numbers of this measure",) if config.paper else (),
         ),
         recipe,
+        config.comparison,
         {side: (side, side) for side in task.cells},
         cells,
         resampled=Resampled(unit="images", sums=sums, figures=sharpness),

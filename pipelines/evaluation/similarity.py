@@ -26,9 +26,9 @@ from pipelines.evaluation.run import (
 from pipelines.features.feature_source import FeatureSource
 from pipelines.features.photos import upright_pixels
 from pipelines.features.pictures import Squash
-from pipelines.features.rows import Size, compared_rows
+from pipelines.features.rows import Size
 from pipelines.features.sources import Recipe, resolve_source
-from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, panel
+from pipelines.results import Findings, Items, LeftOut, Line, Table, Taken, mean_lines, panel
 from storage.datasets.images import ImageFile, load_images
 from storage.documents import JsonValue
 from storage.paths import Folder
@@ -102,16 +102,19 @@ def find(config: SimilarityConfig, task: SelfSimilarity, recipe: Recipe, records
     lines = []
     for side in task.sides:
         of_side = {name: np.stack([each, np.ones_like(each)], axis=1) for (at, name), each in shares.items() if at == side}
-        against = {name: other for name, other in compared_rows(recipe.rows((side, side))).items() if other in of_side}
-        known = estimates(of_side, lambda drawn: 100 * drawn[:, :1] / drawn[:, 1:], against)
+        compared = config.comparison.of_rows([rows[side, name] for name in of_side])
+        known = estimates(of_side, lambda drawn: 100 * drawn[:, :1] / drawn[:, 1:], compared.against, compared.means)
+        of_rows = []
         for name in of_side:
             values = [100 * float(shares[side, name].mean()), len(shares[side, name])]
-            lines.append(Line.of(rows[side, name], (side, side), values).known(known[name]))
+            of_rows.append(Line.of(rows[side, name], (side, side), values).known(known[name]))
+        lines += [*of_rows, *mean_lines(of_rows, compared.means, known)]
+    notes = ["LiFT's Fig. 5 and 6 are pictures, with no numbers to print"] if config.paper else []
     table = Table(
         title="Self-similarity of the centre cell, each map stretched to 0..1",
         columns=("cells above 0.5, %", "images"),
         lines=tuple(lines),
-        notes=("LiFT's Fig. 5 and 6 are pictures, with no numbers to print",) if config.paper else (),
+        notes=(*notes, *config.comparison.notes),
         drawn=counted(len({record["image"] for record in records}), "images"),
     )
     return Findings(

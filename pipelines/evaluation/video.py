@@ -305,6 +305,7 @@ def find(config: VideoConfig, task: Video, recipe: Recipe, records: Sequence[Rec
     table = score_table(
         Table(title="DAVIS-2017 semi-supervised, %, mean of the objects", columns=columns, notes=notes),
         recipe,
+        config.comparison,
         sizes,
         lambda row, side: _values(found[row, side]),
         published,

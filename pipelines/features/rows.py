@@ -33,13 +33,6 @@ class Row:
     "of a learned upsampler"
 
 
-def compared_rows(rows: Sequence[Row]) -> dict[str, str]:
-    """By a row's name, the bilinear one that it is compared with: that of its grid, else the first. None is of bilinear rows."""
-    bilinear = [row for row in rows if row.method == "bilinear"]
-    of_grid = {row.grid: row.name for row in reversed(bilinear)}
-    return {row.name: of_grid.get(row.grid, bilinear[0].name) for row in rows if bilinear and row.method != "bilinear"}
-
-
 def pooled_level(levels: Sequence[Level]) -> str | None:
     """The level that is the CLS vector."""
     return next((level.name for level in levels if level.grid is None and level.method == "cls"), None)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.features.agreement import AskedFeatures
+from pipelines.features.comparison import Comparison, called_rows
 from pipelines.features.config import LevelConfig
 from pipelines.features.live_source import LiveRecipe, load_model
 from pipelines.features.pictures import Geometries
@@ -29,6 +30,8 @@ class SourceChoice:
     "what stores must agree with"
     rendering: Rendering
     options: StorageOptions
+    comparison: Comparison = Comparison()
+    "what lines of tables, one for each row, are to be compared with"
 
 
 def resolve_source(choice: SourceChoice, sizes: Sequence[Size], geometry: Geometries) -> tuple[Recipe, tuple[Size, ...]]:
@@ -43,7 +46,7 @@ def resolve_source(choice: SourceChoice, sizes: Sequence[Size], geometry: Geomet
     else:
         recipe, sizes = load_model(choice.features, choice.rendering, sizes, geometry, choice.options)
     for size in sizes:
-        recipe.rows(size)
+        choice.comparison.require(called_rows(recipe.rows(size)))
     for note in recipe.notes():
         logger.warning("%s", note)
     return recipe, sizes

@@ -8,13 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operators.metrics.detection import class_agnostic_scores
+from operators.metrics.bootstrap import Drawn
+from operators.metrics.detection import ClassScores, class_agnostic_scores
 from operators.objectives.dense import LossSum
 from operators.readouts import Readout
 from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from operators.visual import heat
 from pipelines.readouts.instances import ObjectsTask
 from storage.datasets.instances import InstanceArrays
+
+SCORES = ("ap_large", "ap", "ap_50", "ar_100")
+"""Of COCO's numbers, the main one first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +72,18 @@ class DetectionTask(ObjectsTask[FoundBoxes]):
         return boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
 
     def scores(self, records: Sequence[FoundBoxes]) -> dict[str, float]:
+        total = self._compared(records).total
+        return {name: getattr(total, name) for name in SCORES}
+
+    def drawn(self, records: Sequence[FoundBoxes]) -> tuple[Sequence[str], Drawn]:
+        return SCORES, self._compared(records).drawn(SCORES)
+
+    def _compared(self, records: Sequence[FoundBoxes]) -> ClassScores:
         """With boxes of 448 px: `large` is above 96^2 px there, whatever the side."""
         scale = 448 / self.side
         truth = [scale * _boxes(record.truth) for record in records]
         boxes = [scale * _boxes(record.boxes) for record in records]
-        scores = class_agnostic_scores(truth, boxes, [record.scores for record in records])
-        return {name: getattr(scores, name) for name in ("ap_large", "ap", "ap_50", "ar_100")}
+        return class_agnostic_scores(truth, boxes, [record.scores for record in records])
 
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         return heat(output_CHW[0].sigmoid().cpu().numpy(), 0, 1), heat(targets["heat"].cpu().numpy(), 0, 1)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from operators.image import Geometry, fit
+from operators.metrics.bootstrap import Drawn, of_sums
 from operators.objectives.dense import GradientForm, LossSum
 from operators.readouts import Readout
 from pipelines.features.pictures import Picture
@@ -138,9 +139,15 @@ class Task(Generic[Record]):
         """Over all images. Raises `ValueError` where nothing could be judged."""
         raise NotImplementedError
 
-    def sums(self, records: Sequence[Record]) -> np.ndarray | None:  # noqa: ARG002
-        """What each image adds to the sums that `scores` are taken from, float64 [n, k]; None where scores aren't of sums."""
-        return None
+    def drawn(self, records: Sequence[Record]) -> tuple[Sequence[str], Drawn]:
+        """Names of `scores`, and what they are in draws of the images, NaN where they are of nothing."""
+        sums_nk = self.sums(records)
+        return tuple(self.of_sums(sums_nk[:1])), of_sums(sums_nk, lambda each: np.stack([*self.of_sums(each).values()], axis=1))
+
+    def sums(self, records: Sequence[Record]) -> np.ndarray:
+        """What each image adds to the sums that `scores` are taken from, float64 [n, k]; of tasks without a `drawn` of their
+        own."""
+        raise NotImplementedError
 
     def of_sums(self, sums_Bk: np.ndarray) -> dict[str, np.ndarray]:
         """`scores` [B] of sums of `sums`, NaN where they are of nothing."""

@@ -8,7 +8,7 @@ from operators.metrics.bootstrap import Estimate, Interval
 from pipelines.evaluation.run import set_aside
 from pipelines.features.rows import Row
 from pipelines.published import Paper, Published
-from pipelines.results import Items, LeftOut, Line, Measured, Table, Taken, table_lines, with_published
+from pipelines.results import Items, LeftOut, Line, Measured, Table, Taken, mean_lines, table_lines, with_published
 from storage.words import counted
 
 
@@ -126,6 +126,22 @@ def test_tables_have_intervals_and_say_where_no_difference_is_shown():
     assert "| bilinear x2 | 64       |  [9.00, 11.00] | [18.12, 22.00] |" in text
     assert "| lift x2  | bilinear x2 | 64       | +3.00 [2.00, 4.00] | +0.50 [-0.50, 1.50], no difference shown |" in text
     assert "95 %" not in Table(title="", columns=("score", "loss", "items"), lines=(bilinear,)).markdown()
+
+
+def test_a_mean_of_lines_has_their_numbers_mean_and_what_else_they_share():
+    first, second, third = (measured("lift", 2).line for _ in range(3))
+    lines = [
+        replace(first, features="a", values=(1.0, "0.10", 7, "deap", None)),
+        replace(second, features="b", values=(2.0, "0.25", 7, "linear", None)),
+        replace(third, features="c", grid="1x1", values=(6.0, "0.001", 8, "deap", None)),
+    ]
+    known = Estimate(interval=Interval(low=1, high=2))
+
+    pair, every = mean_lines(lines, {"pair": ("a", "b"), "all": ("a", "b", "c")}, {"pair": (known,)})
+
+    assert (pair.features, pair.grid, pair.values) == ("pair", first.grid, (1.5, "0.17", 7, None, None))
+    assert pair.estimates == (known, None, None, None, None)
+    assert (every.grid, every.values) == ("", (3.0, "0.117", None, None, None))
 
 
 def test_a_table_of_one_item_says_that_nothing_can_be_drawn_from_it():

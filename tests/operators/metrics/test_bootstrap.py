@@ -47,6 +47,22 @@ def test_a_difference_is_of_the_same_items():
     assert found.interval.high - found.interval.low > 0.3
 
 
+def test_the_mean_of_rows_is_taken_draw_by_draw():
+    """Two rows that err in opposite ways have a mean that is known, though neither is."""
+    values = np.random.default_rng(0).normal(size=30)
+    sums = {name: np.stack([each, np.ones(30)], axis=1) for name, each in (("a", values), ("b", 0.5 - values), ("c", values))}
+
+    found = estimates(sums, shares, {"mean": "c", "a": "mean"}, {"mean": ("a", "b")})
+
+    (mean,), (a,), (c,) = found["mean"], found["a"], found["c"]
+    assert mean.interval == Interval(low=0.25, high=0.25)
+    assert mean.difference == pytest.approx(0.25 - values.mean(), abs=1e-6)
+    assert a.against == "mean"
+    assert a.difference_interval is not None
+    assert c.interval is not None
+    assert a.difference_interval.low == pytest.approx(c.interval.low - 0.25, abs=2e-6)
+
+
 def test_the_interval_of_a_mean_is_as_wide_as_its_standard_error_says():
     values = np.random.default_rng(1).normal(size=400)
 

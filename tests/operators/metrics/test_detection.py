@@ -445,7 +445,7 @@ def test_deaps_protocol_is_that_of_the_golden_file():
         [corners(each) for each in truth],
         [corners(each) for each in found],
         [[entry["score"] for entry in each] for each in found],
-    )
+    ).total
 
     expected = stored["expected"]["bbox_relabelled_one_class_nocrowd_area_from_box"]
     np.testing.assert_allclose(list(asdict(scores).values()), expected, rtol=0, atol=1e-6)
@@ -516,7 +516,7 @@ def test_nothing_is_printed(capfd):
 
 def scores_of(truth: list[list[list[float]]], boxes: list[list[list[float]]], scores: list[list[float]]):
     as_boxes = ([np.array(each, np.float64).reshape(-1, 4) for each in images] for images in (truth, boxes))
-    return class_agnostic_scores(*as_boxes, scores)
+    return class_agnostic_scores(*as_boxes, scores).total
 
 
 def test_decoded_boxes_are_scored():

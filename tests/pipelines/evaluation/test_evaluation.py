@@ -21,10 +21,11 @@ from pipelines import actors
 from pipelines.config import ConfigError
 from pipelines.demo_datasets import scene, write_demo
 from pipelines.evaluation import cka as cka_job
-from pipelines.evaluation import correspondence, discovery, run, similarity, video
+from pipelines.evaluation import correspondence, discovery, fidelity, run, similarity, video
 from pipelines.evaluation.cka import CkaConfig
 from pipelines.evaluation.correspondence import Correspondence, CorrespondenceConfig
 from pipelines.evaluation.discovery import DiscoveryConfig
+from pipelines.evaluation.fidelity import FidelityConfig
 from pipelines.evaluation.run import run_pieces
 from pipelines.evaluation.similarity import SimilarityConfig
 from pipelines.evaluation.video import VideoConfig
@@ -994,6 +995,34 @@ def test_cka_of_stores_is_that_of_a_model(tmp_path, tiny):
     stored, _ = evaluate(cka_job, cka_config(data, tmp_path / "stored", sizes=(), stores=stores))
 
     assert stored == live
+
+
+@pytest.mark.parametrize("task", [correspondence, cka_job, similarity, fidelity])
+def test_lines_may_be_compared_with_the_mean_of_others(tmp_path, task):
+    data = make_spair(tmp_path / "d")
+    kind = {correspondence: CorrespondenceConfig, cka_job: CkaConfig, similarity: SimilarityConfig, fidelity: FidelityConfig}
+    settings = {"data": str(data), "out": str(tmp_path / "out"), "sizes": (32, 64), "pictures": 0, **TINY}
+    if task is cka_job:
+        settings["batch"] = 4
+    config = kind[task].of(**settings)
+    _, plain = evaluate(task, config)
+
+    _, findings = evaluate(task, config.changed(means=("both=low-res,bilinear x2",), against="both"))
+
+    lines = {(line.features, line.input_px): line for line in findings.tables[0].lines}
+    expected = {(line.features, line.input_px): line.values for line in plain.tables[0].lines}
+    means = [px for name, px in lines if name == "both"]
+    assert {at: line.values for at, line in lines.items() if at[0] != "both"} == expected
+    assert means
+    assert len(set(means)) == len(means)
+    for px in means:
+        both, low, fine = (lines[name, px] for name in ("both", "low-res", "bilinear x2"))
+        assert both.values[0] == pytest.approx((low.values[0] + fine.values[0]) / 2)
+        assert both.grid == ""
+        for line in (low, fine):
+            assert line.estimates[0].against == "both"
+            assert line.estimates[0].difference == pytest.approx(line.values[0] - both.values[0], abs=1e-5)
+    assert "both is the mean of low-res, bilinear x2" in findings.tables[0].notes
 
 
 def test_stores_are_held_against_what_was_said_of_them_and_recorded(tmp_path, tiny):

@@ -88,22 +88,20 @@ def test_scores_are_those_that_training_printed(trained, config_of, task):
 
 
 @pytest.mark.parametrize("task", OF_TASK)
-def test_scores_are_of_sums_of_images_but_for_average_precision(trained, config_of, task):
+def test_figures_of_all_images_are_the_scores(trained, config_of, task):
     config = config_of(trained(task), task=task)
     evaluation, recipe, folder = probe.prepare(config)
     records = run_pieces(config, evaluation, recipe, folder, InlineExecutor())
     judged = [decode(evaluation.task.record, record["judged"]) for record in records]
 
-    sums = evaluation.task.sums(judged)
+    names, drawn = evaluation.task.drawn(judged)
     (line,) = probe.find(config, evaluation, recipe, records).tables[0].lines
 
-    assert (sums is None) == (task == "detection") == (not any(line.estimates))
-    if sums is not None:
-        found = evaluation.task.of_sums(sums.sum(axis=0, keepdims=True))
-        scores = evaluation.task.scores(judged)
-        assert {name: found[name][0] for name in scores if name in found} == pytest.approx(
-            {name: value for name, value in scores.items() if name != "images"}, nan_ok=True
-        )
+    scores = {name: value for name, value in evaluation.task.scores(judged).items() if name != "images"}
+    found = dict(zip(names, drawn(np.ones((len(judged), 1)))[0], strict=True))
+    assert {name: found[name] for name in scores} == pytest.approx(scores, nan_ok=True)
+    measured = [value for value in scores.values() if np.isfinite(value)]
+    assert sum(bool(each and each.interval) for each in line.estimates) == len(measured) > 0
 
 
 def test_two_workers_give_the_scores_of_one(trained, config_of, tmp_path, monkeypatch):
@@ -234,6 +232,30 @@ def test_readouts_are_rows_with_their_pictures(trained, config_of, tmp_path):
     document = json.loads((tmp_path / "out/results.json").read_text())
     assert document["details"]["trained on"][names[0]]["input_size"] == [64, 64]
     assert f"| {names[1]} on low-res" in (tmp_path / "out/results.md").read_text()
+
+
+def test_readouts_may_be_compared_with_the_mean_of_others(trained, config_of):
+    urls = trained(), trained(method="linear")
+    first, second = (Path(url).name for url in urls)
+    config = config_of(*urls)
+    _, plain = evaluate(probe, config)
+
+    _, findings = evaluate(probe, config.changed(means=(f"both={first},{second}",), against="both"))
+
+    (before,), (table,) = plain.tables, findings.tables
+    *lines, both = table.lines
+    assert [line.values for line in lines] == [line.values for line in before.lines]
+    at = table.columns.index("miou, %")
+    values = [line.values[at] for line in lines]
+    assert both.values[:2] == (None, None)  # other readouts, of other sizes
+    assert both.values[at] == pytest.approx(sum(values) / 2)
+    for line in lines:
+        assert line.estimates[at].against == "both"
+        assert line.estimates[at].difference == pytest.approx(line.values[at] - both.values[at], abs=1e-6)
+    assert both.estimates[at].difference is None
+    assert f"both is the mean of {first}, {second}" in table.notes
+    with pytest.raises(ConfigError, match=f"--against low-res: no line is called so; there are {first}, {second}"):
+        evaluate(probe, config.changed(against="low-res"))
 
 
 @pytest.mark.parametrize("task", OF_TASK)
