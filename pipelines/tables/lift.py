@@ -212,8 +212,8 @@ def _picture(make: Cells, number: str, title: str, job: Job, file: str, *levels:
 def _ablations(make: Cells) -> PaperTable:
     variants: Mapping[str, Mapping[str, JsonValue]] = {
         "random": {
-            "max_steps": 1, "lr": 1e-12, "schedule": "constant", "warmup_steps": 0, "checkpoint_every": 1, "validate_every": 1,
-            **({"start": "drawn"} if make.config.scale == "mini" else {}),
+            "start": "drawn", "max_steps": 1, "lr": 1e-12, "schedule": "constant", "warmup_steps": 0, "checkpoint_every": 1,
+            "validate_every": 1,
         },
         "no-image": {"image_branch": False},
         "l1": {"loss": "l1"},
