@@ -37,7 +37,7 @@ from pipelines.features.rows import Row, Size, pooled_level
 from pipelines.features.sources import Recipe, resolve_source
 from pipelines.readouts.checkpoints import TrainedReadout, load_readout
 from pipelines.readouts.depth import require_depth
-from pipelines.readouts.task import Task
+from pipelines.readouts.task import Scored, Task
 from pipelines.results import Cell, Findings, ItemPictures, Items, LeftOut, Line, Table, Taken, mean_lines, panel
 from pipelines.training.readout import features_of
 from storage.datasets.content import joint_digest
@@ -268,15 +268,16 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     judged = [(record, decode(probe.task.record, record["judged"])) for record in records]
     by_readout = {name: [each for record, each in judged if record["readout"] == name] for name in probe.readouts}
     try:
-        scores = {name: probe.task.scores(each) for name, each in by_readout.items()}
+        scored = {name: probe.task.scored(each) for name, each in by_readout.items()}
     except ValueError as error:
         raise DatasetError(f"none of {len(probe.images)} images can be scored: {error}") from None
+    scores = {name: each.scores for name, each in scored.items()}
     # Images that were judged and say nothing of any score.
     empty = sorted({record["image"] for record, each in judged if probe.task.is_empty(each)})
-    scored = {record["image"] for record in records} - {*empty}
+    told = {record["image"] for record in records} - {*empty}
     columns = tuple(dict.fromkeys(name for values in scores.values() for name in values))
     compared = config.comparison.of({name: name for name in probe.readouts}, _against_first(probe))
-    known = _estimates(probe, compared, by_readout, columns)
+    known = _estimates(probe, compared, scored, columns, len(records) // len(scored))
     lines = [
         Line.of(probe.rows[name], probe.size, _cells(probe, name, values, columns)).known(known.get(name, ()))
         for name, values in scores.items()
@@ -286,7 +287,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     first = next(iter(probe.readouts))
     notes = ["what papers publish of readouts is printed by jobs/tables.py grid --paper"] if config.paper else []
     table = Table(
-        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(scored)} images",
+        title=f"{probe.task.name} on {config.dataset or probe.readouts[first].dataset}, {len(told)} images",
         columns=("readout", "parameters", *(f"{each}, %" if each in probe.task.shares else each for each in columns)),
         lines=(*named, *mean_lines(by_name, compared.means, known)),
         notes=(*notes, *config.comparison.notes),
@@ -295,7 +296,7 @@ def find(config: ProbeConfig, probe: Probe, recipe: Recipe, records: Sequence[Re
     left_out += LeftOut.of(probe.task.empty, [probe.images[number].image.displayed for number in empty])
     return Findings(
         tables=(table,),
-        items=Items(scored={"images": len(scored)}, left_out=(*probe.left_out, *left_out), taken=probe.taken),
+        items=Items(scored={"images": len(told)}, left_out=(*probe.left_out, *left_out), taken=probe.taken),
         choices={
             "task": str(probe.task),
             "readouts": "; ".join(
@@ -317,17 +318,16 @@ def _against_first(probe: Probe) -> dict[str, str]:
 
 
 def _estimates(
-    probe: Probe, compared: Compared, by_readout: Mapping[str, Sequence[object]], columns: Sequence[str]
+    probe: Probe, compared: Compared, scored: Mapping[str, Scored], columns: Sequence[str], images: int
 ) -> dict[str, tuple[Estimate | None, ...]]:
     """Of each readout and of means of them, for their name and size, which have none, and the columns."""
-    found = {name: probe.task.drawn(records) for name, records in by_readout.items()}
-    names, _ = next(iter(found.values()))
+    names = next(iter(scored.values())).names
     units = np.array([100 if name in probe.task.shares else 1 for name in names])
 
     def in_units(drawn: Drawn) -> Drawn:
         return lambda times_nB: units * drawn(times_nB)
 
-    rows, images = {name: in_units(drawn) for name, (_, drawn) in found.items()}, len(next(iter(by_readout.values())))
+    rows = {name: in_units(each.drawn) for name, each in scored.items()}
     known = drawn_estimates(rows, images, compared.against, compared.means)
     by_name = {readout: dict(zip(names, each, strict=True)) for readout, each in known.items()}
     return {readout: (None, None, *(each.get(column) for column in columns)) for readout, each in by_name.items()}

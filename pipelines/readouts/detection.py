@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operators.metrics.bootstrap import Drawn
 from operators.metrics.detection import ClassScores, class_agnostic_scores
 from operators.objectives.dense import LossSum
 from operators.readouts import Readout
 from operators.readouts.centernet import centernet_boxes, centernet_loss, centernet_targets
 from operators.visual import heat
 from pipelines.readouts.instances import ObjectsTask
+from pipelines.readouts.task import Scored
 from storage.datasets.instances import InstanceArrays
 
 SCORES = ("ap_large", "ap", "ap_50", "ar_100")
@@ -72,11 +72,11 @@ class DetectionTask(ObjectsTask[FoundBoxes]):
         return boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
 
     def scores(self, records: Sequence[FoundBoxes]) -> dict[str, float]:
-        total = self._compared(records).total
-        return {name: getattr(total, name) for name in SCORES}
+        return _numbers(self._compared(records))
 
-    def drawn(self, records: Sequence[FoundBoxes]) -> tuple[Sequence[str], Drawn]:
-        return SCORES, self._compared(records).drawn(SCORES)
+    def scored(self, records: Sequence[FoundBoxes]) -> Scored:
+        compared = self._compared(records)  # once: matching takes the most of it
+        return Scored(scores=_numbers(compared), names=SCORES, drawn=compared.drawn(SCORES))
 
     def _compared(self, records: Sequence[FoundBoxes]) -> ClassScores:
         """With boxes of 448 px: `large` is above 96^2 px there, whatever the side."""
@@ -87,6 +87,10 @@ class DetectionTask(ObjectsTask[FoundBoxes]):
 
     def pictures(self, output_CHW: Tensor, targets: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         return heat(output_CHW[0].sigmoid().cpu().numpy(), 0, 1), heat(targets["heat"].cpu().numpy(), 0, 1)
+
+
+def _numbers(found: ClassScores) -> dict[str, float]:
+    return {name: getattr(found.total, name) for name in SCORES}
 
 
 def _tuples(boxes_N4: np.ndarray) -> tuple[tuple[float, ...], ...]:

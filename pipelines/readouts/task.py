@@ -65,6 +65,17 @@ class Square:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Scores of all images, and how they are drawn."""
+
+    scores: Mapping[str, float]
+    names: Sequence[str]
+    "of those that are drawn"
+    drawn: Drawn
+    "NaN where they are of nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task(Generic[Record]):
     """A readout's job; abstract."""
 
@@ -139,13 +150,14 @@ class Task(Generic[Record]):
         """Over all images. Raises `ValueError` where nothing could be judged."""
         raise NotImplementedError
 
-    def drawn(self, records: Sequence[Record]) -> tuple[Sequence[str], Drawn]:
-        """Names of `scores`, and what they are in draws of the images, NaN where they are of nothing."""
-        sums_nk = self.sums(records)
-        return tuple(self.of_sums(sums_nk[:1])), of_sums(sums_nk, lambda each: np.stack([*self.of_sums(each).values()], axis=1))
+    def scored(self, records: Sequence[Record]) -> Scored:
+        """`scores`, and what they are in draws of the images. Raises `ValueError` likewise."""
+        scores, sums_nk = self.scores(records), self.sums(records)
+        drawn = of_sums(sums_nk, lambda each: np.stack([*self.of_sums(each).values()], axis=1))
+        return Scored(scores=scores, names=tuple(self.of_sums(sums_nk[:1])), drawn=drawn)
 
     def sums(self, records: Sequence[Record]) -> np.ndarray:
-        """What each image adds to the sums that `scores` are taken from, float64 [n, k]; of tasks without a `drawn` of their
+        """What each image adds to the sums that `scores` are taken from, float64 [n, k]; of tasks without a `scored` of their
         own."""
         raise NotImplementedError
 

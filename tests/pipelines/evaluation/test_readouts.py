@@ -94,11 +94,11 @@ def test_figures_of_all_images_are_the_scores(trained, config_of, task):
     records = run_pieces(config, evaluation, recipe, folder, InlineExecutor())
     judged = [decode(evaluation.task.record, record["judged"]) for record in records]
 
-    names, drawn = evaluation.task.drawn(judged)
+    figures = evaluation.task.scored(judged)
     (line,) = probe.find(config, evaluation, recipe, records).tables[0].lines
 
     scores = {name: value for name, value in evaluation.task.scores(judged).items() if name != "images"}
-    found = dict(zip(names, drawn(np.ones((len(judged), 1)))[0], strict=True))
+    found = dict(zip(figures.names, figures.drawn(np.ones((len(judged), 1)))[0], strict=True))
     assert {name: found[name] for name in scores} == pytest.approx(scores, nan_ok=True)
     measured = [value for value in scores.values() if np.isfinite(value)]
     assert sum(bool(each and each.interval) for each in line.estimates) == len(measured) > 0
